@@ -1,0 +1,78 @@
+"""Which tensor of a file holds which parameter: the only place that knows names.
+
+A network's table is a tuple of `Rule`s, each a pattern over parameter paths, the name in the file and the layout of the
+values there. Parameters of stacked blocks carry a leading layer axis; the file has one tensor a layer, and `{layer}` in a
+rule's name says where its number goes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a file stores one parameter (of one layer). Both directions may return views."""
+
+    to_model: Callable[[np.ndarray], np.ndarray]
+    to_file: Callable[[np.ndarray], np.ndarray]
+
+    def file_shape(self, model_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the file of a parameter of `model_shape`, found without allocating it."""
+        return self.to_file(np.broadcast_to(np.zeros((), np.uint8), model_shape)).shape
+
+
+def permuted(*axes: int) -> Layout:
+    """The file's axes in another order: model axis n is file axis `axes[n]`."""
+    inverse = tuple(np.argsort(axes))
+    return Layout(lambda file: file.transpose(axes), lambda model: model.transpose(inverse))
+
+
+SAME = Layout(lambda file: file, lambda model: model)
+LINEAR = permuted(1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Parameters whose whole path matches `path` are stored as `name` (a template for `re.Match.expand`) in `layout`."""
+
+    path: str
+    name: str
+    layout: Layout = SAME
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a file, and the parameter (or the layer of a stacked parameter) that it holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    layer: int | None
+    layout: Layout
+
+
+def file_tensors(rules: Sequence[Rule], params: Mapping[str, Any]) -> list[FileTensor]:
+    """Every tensor that a file of the model with these parameters (anything with `.shape`) has, without prefix.
+
+    Raises LookupError unless each path matches exactly one rule.
+    """
+    tensors = []
+    for path, leaf in params.items():
+        matches = [(match, rule) for rule in rules if (match := re.fullmatch(rule.path, path))]
+        if len(matches) != 1:
+            raise LookupError(f"parameter {path} matches {len(matches)} rules, not one")
+        match, rule = matches[0]
+        name, shape = match.expand(rule.name), tuple(leaf.shape)
+        if "{layer}" in name:
+            file_shape = rule.layout.file_shape(shape[1:])
+            tensors += [
+                FileTensor(name.replace("{layer}", str(layer)), file_shape, path, layer, rule.layout)
+                for layer in range(shape[0])
+            ]
+        else:
+            tensors.append(FileTensor(name, rule.layout.file_shape(shape), path, None, rule.layout))
+    return tensors

@@ -1,0 +1,108 @@
+"""The layers that the networks share: one linear operation, RMS norm, rotary embedding, embedding table.
+
+The compute dtype of a layer is the dtype of the activations that it is given; parameters are cast to it on use.
+Norm statistics, rotary tables and softmax are float32 throughout.
+Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def linear(x: Array, kernel_io: Array, bias_o: Array | None = None) -> Array:
+    """x @ kernel + bias in the dtype of `x`, accumulated in float32. Every matrix product with weights goes through here.
+
+    `x` is (…, i); the result is (…, o).
+    """
+    kernel_io = kernel_io.astype(x.dtype)
+    if x.dtype == jnp.float32 or jax.default_backend() != "cpu":
+        # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast form.
+        out = x @ kernel_io
+    else:
+        out = _matmul_16bit_cpu(x, kernel_io)
+    return out if bias_o is None else out + bias_o.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _matmul_16bit_cpu(x: Array, kernel_io: Array) -> Array:
+    """On a CPU only a product that asks for a float32 result takes the fast matrix units.
+
+    The backward is written out because the cotangent would otherwise arrive in float32 and drag both of its products
+    onto the slow path.
+    """
+    return _contract(x, kernel_io, ((x.ndim - 1,), (0,)))
+
+
+def _matmul_16bit_cpu_forward(x, kernel_io):
+    return _matmul_16bit_cpu(x, kernel_io), (x, kernel_io)
+
+
+def _matmul_16bit_cpu_backward(residuals, grad_out):
+    x, kernel_io = residuals
+    rows = tuple(range(x.ndim - 1))
+    return _contract(grad_out, kernel_io, ((x.ndim - 1,), (1,))), _contract(x, grad_out, (rows, rows))
+
+
+def _contract(a: Array, b: Array, axes) -> Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+_matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
+
+
+class Linear(nnx.Module):
+    """Linear map with `kernel` (i, o) and, if asked for, `bias` (o). Truncated normal of deviation 1/sqrt(i), or zeros."""
+
+    def __init__(self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs):
+        shape = (features_in, features_out)
+        normal = functools.partial(jax.random.truncated_normal, rngs.params(), -2.0, 2.0)
+        self.kernel = nnx.Param(jnp.zeros(shape) if zero else normal(shape) / math.sqrt(features_in))
+        self.bias = nnx.Param(jnp.zeros(features_out)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, statistics in float32, result in the dtype of `x`."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Table (vocabulary, features); ids pick rows."""
+
+    def __init__(self, vocabulary: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocabulary, features)))
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:
+    """Angles (…, k/2), float32, of positions (…): position · theta^(−2i/k)."""
+    exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    return positions[..., None].astype(jnp.float32) * theta**-exponents
+
+
+def apply_rotary(x_blhk: Array, angles_bli: Array) -> Array:
+    """Rotate each pair (x[i], x[i + k/2]) by its angle ("rotate half"). `angles_bli` is (b or 1, l, k/2).
+
+    The sine and cosine are float32; the result has the dtype of `x_blhk`.
+    """
+    cos, sin = jnp.cos(angles_bli)[:, :, None], jnp.sin(angles_bli)[:, :, None]
+    first, second = jnp.split(x_blhk.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_blhk.dtype)

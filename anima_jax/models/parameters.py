@@ -1,0 +1,36 @@
+"""A model's parameters as a flat dictionary: `{"blocks.self_attn.q_proj.kernel": array}`.
+
+This is the one form that checkpoints, optimizers, EMA and sharding rules see. The module itself holds nothing else:
+`split` takes a model apart at a jit boundary, `merge` puts it together inside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, Any]
+"""Parameter path → array (or anything that stands for one: a shape, a gradient, a moment, a sharding)."""
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The static structure and the parameters of `model`."""
+    graphdef, state = nnx.split(model)
+    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
+    """The model with these parameters: the inverse of `split`. `params` may hold arrays or tracers."""
+    flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """`split(build(rngs))` with `jax.ShapeDtypeStruct`s for parameters: nothing is computed or allocated."""
+    return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+
+def count(params: Params) -> int:
+    """Number of scalars in `params`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
