@@ -1,0 +1,127 @@
+"""`attention` against its definition in float64 numpy, values and gradients."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anima_jax.models import attention as module
+from anima_jax.models.attention import attention
+
+
+def reference(q, k, v, mask, zero_keys=0):
+    """The definition, in float64; `mask` (b, l, n) true where a query looks."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    ratio = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, ratio, 2), np.repeat(v, ratio, 2)
+    scores = np.einsum("blhk,bnhk->bhln", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores) * mask[:, None]
+    total = weights.sum(-1, keepdims=True) + zero_keys
+    return np.einsum("bhln,bnhk->blhk", weights / np.where(total == 0, 1, total), v)
+
+
+def random_qkv(batch=2, queries=37, keys=29, heads=4, groups=4, size=8, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = ((batch, queries, heads, size), (batch, keys, groups, size), (batch, keys, groups, size))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+# 1e-5: float32 rounding of sums of 30 terms of order one.
+@pytest.mark.parametrize(("blocks", "causal", "padding", "zero_keys"), itertools.product((1, 5), (0, 1), (0, 1), (0, 40)))
+def test_xla_equals_the_definition(monkeypatch, blocks, causal, padding, zero_keys):
+    q, k, v = random_qkv(groups=2)
+    monkeypatch.setattr(module, "_SCORE_BYTES", 4 * 2 * 4 * 29 * (64 if blocks == 1 else 16))
+    lengths = jnp.array([29, 11])
+    mask = np.ones((2, 37, 29), bool)
+    if padding:
+        mask &= (np.arange(29) < np.asarray(lengths)[:, None])[:, None]
+    if causal:
+        mask &= np.arange(37)[:, None] >= np.arange(29)
+    out = attention(q, k, v, key_lengths_b=lengths if padding else None, causal=bool(causal), zero_keys=zero_keys)
+    np.testing.assert_allclose(out, reference(q, k, v, mask, zero_keys), atol=1e-5)
+
+
+def numerical_gradient(function, x, eps=1e-4):
+    grad = np.zeros(x.shape)
+    for index in np.ndindex(*x.shape):
+        step = np.zeros(x.shape)
+        step[index] = eps
+        grad[index] = (function(x + step) - function(x - step)) / (2 * eps)
+    return grad
+
+
+def test_gradients_equal_finite_differences_of_the_definition(monkeypatch):
+    monkeypatch.setattr(module, "_SCORE_BYTES", 1)  # blocks of 16 queries
+    q, k, v = random_qkv(batch=1, queries=19, keys=7, heads=2, groups=1, size=4)
+    target = np.random.default_rng(1).normal(size=q.shape)
+    mask = (np.arange(7) < 5)[None, None] & (np.arange(19)[:, None] >= np.arange(7))[None]
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, key_lengths_b=jnp.array([5]), causal=True, zero_keys=3) * target)
+
+    grads = jax.grad(loss, (0, 1, 2))(q, k, v)
+    inputs = [np.asarray(x, np.float64) for x in (q, k, v)]
+    for i, grad in enumerate(grads):
+        expected = numerical_gradient(
+            lambda x, i=i: np.sum(reference(*inputs[:i], x, *inputs[i + 1 :], mask, 3) * target), inputs[i]
+        )
+        np.testing.assert_allclose(grad, expected, atol=2e-5)
+
+
+def test_a_query_without_keys_gives_zero_and_finite_gradients():
+    q, k, v = random_qkv()
+    mask = jnp.zeros((2, 29), bool).at[1, 3].set(True)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, key_mask_bn=mask) ** 2)
+
+    out = attention(q, k, v, key_mask_bn=mask)
+    assert np.all(np.asarray(out[0]) == 0)
+    np.testing.assert_allclose(out[1], np.broadcast_to(v[1, 3], out[1].shape), atol=1e-6)
+    for grad in jax.grad(loss, (0, 1, 2))(q, k, v):
+        assert np.all(np.isfinite(grad))
+        assert np.all(np.asarray(grad[0]) == 0)
+
+
+def test_zero_keys_equal_stored_zeros():
+    q, k, v = random_qkv()
+    pad = ((0, 0), (0, 11), (0, 0), (0, 0))
+    np.testing.assert_allclose(
+        attention(q, k, v, zero_keys=11), attention(q, jnp.pad(k, pad), jnp.pad(v, pad)), atol=1e-6
+    )
+
+
+# bfloat16 has 8 bits: rounding of inputs and weights gives a few parts in 256.
+def test_bfloat16_stays_near_float32_forward_and_backward():
+    q, k, v = random_qkv(queries=64, keys=64)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v).astype(jnp.float32)))
+
+    exact = jax.grad(loss, (0, 1, 2))(q, k, v)
+    rounded = jax.grad(loss, (0, 1, 2))(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b) < 2e-2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_temporaries_stay_below_400_mb_at_4096_tokens(backward):
+    x = jax.ShapeDtypeStruct((1, 4096, 16, 128), jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v))
+
+    function = jax.grad(loss, (0, 1, 2)) if backward else attention
+    memory = jax.jit(function).lower(x, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 400e6
+
+
+def test_unknown_and_unsuitable_back_ends_are_refused():
+    q, k, v = random_qkv()
+    with pytest.raises(ValueError, match="expected one of auto, xla, cudnn"):
+        attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="no mask"):
+        attention(q, k, v, key_mask_bn=jnp.ones((2, 29), bool), implementation="cudnn")
