@@ -85,9 +85,7 @@ def _cudnn(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
     if key_lengths_b is not None:
         every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
         lengths = {"key_value_seq_lengths": key_lengths_b.astype(jnp.int32), "query_seq_lengths": every_query_b}
-    out_blhk = jax.nn.dot_product_attention(
-        q_blhk, k_bnhk, v_bnhk, is_causal=causal, implementation="cudnn", **lengths
-    )
+    out_blhk = jax.nn.dot_product_attention(q_blhk, k_bnhk, v_bnhk, is_causal=causal, implementation="cudnn", **lengths)
     return checkpoint_name(out_blhk, "attention_out")
 
 

@@ -58,7 +58,9 @@ _matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
 class Linear(nnx.Module):
     """Linear map with `kernel` (i, o) and, if asked for, `bias` (o). Truncated normal of deviation 1/sqrt(i), or zeros."""
 
-    def __init__(self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs
+    ):
         shape = (features_in, features_out)
         normal = functools.partial(jax.random.truncated_normal, rngs.params(), -2.0, 2.0)
         self.kernel = nnx.Param(jnp.zeros(shape) if zero else normal(shape) / math.sqrt(features_in))

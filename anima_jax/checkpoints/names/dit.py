@@ -1,0 +1,95 @@
+"""Names of the diffusion transformer and its adapter in the original files (`net.` and other prefixes taken off)."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from anima_jax.checkpoints.names import LINEAR, Layout, Rule
+from anima_jax.models.dit import PATCH, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+
+ADAPTER = "llm_adapter."
+
+EXTRA_BUFFERS = (r"pos_embedder\..*", r"accum_.*", r"(.*\.)?_extra_state")
+"""Patterns of tensors that old Cosmos files carry and the network does not need."""
+
+
+def _patches_to_model(file: np.ndarray) -> np.ndarray:
+    """The file's columns are (channel, y, x), the tokens' values here (y, x, channel)."""
+    channels = file.shape[1] // PATCH**2
+    return file.reshape(-1, channels, PATCH, PATCH).transpose(2, 3, 1, 0).reshape(file.shape[1], -1)
+
+
+def _patches_to_file(model: np.ndarray) -> np.ndarray:
+    channels = model.shape[0] // PATCH**2
+    return model.reshape(PATCH, PATCH, channels, -1).transpose(3, 2, 0, 1).reshape(-1, model.shape[0])
+
+
+RULES = (
+    Rule(r"x_embedder\.kernel", "x_embedder.proj.1.weight", Layout(_patches_to_model, _patches_to_file)),
+    Rule(r"t_embedder\.(linear_\d)\.kernel", r"t_embedder.1.\1.weight", LINEAR),
+    Rule(r"t_embedding_norm\.scale", "t_embedding_norm.weight"),
+    Rule(r"blocks\.((self|cross)_attn\.\w+_proj)\.kernel", r"blocks.{layer}.\1.weight", LINEAR),
+    Rule(r"blocks\.((self|cross)_attn\.[qk]_norm)\.scale", r"blocks.{layer}.\1.weight"),
+    Rule(r"blocks\.(mlp\.layer\d)\.kernel", r"blocks.{layer}.\1.weight", LINEAR),
+    Rule(r"blocks\.(adaln_modulation_\w+)\.linear_(\d)\.kernel", r"blocks.{layer}.\1.\2.weight", LINEAR),
+    Rule(r"final_layer\.adaln_modulation\.linear_(\d)\.kernel", r"final_layer.adaln_modulation.\1.weight", LINEAR),
+    Rule(r"final_layer\.linear\.kernel", "final_layer.linear.weight", LINEAR),
+    Rule(r"llm_adapter\.embed\.embedding", "llm_adapter.embed.weight"),
+    Rule(r"llm_adapter\.(in_proj|out_proj)\.kernel", r"llm_adapter.\1.weight", LINEAR),
+    Rule(r"llm_adapter\.(in_proj|out_proj)\.bias", r"llm_adapter.\1.bias"),
+    Rule(r"llm_adapter\.norm\.scale", "llm_adapter.norm.weight"),
+    Rule(r"llm_adapter\.blocks\.((self|cross)_attn\.\w_proj)\.kernel", r"llm_adapter.blocks.{layer}.\1.weight", LINEAR),
+    Rule(r"llm_adapter\.blocks\.((self|cross)_attn\.[qk]_norm)\.scale", r"llm_adapter.blocks.{layer}.\1.weight"),
+    Rule(r"llm_adapter\.blocks\.(norm_\w+)\.scale", r"llm_adapter.blocks.{layer}.\1.weight"),
+    Rule(r"llm_adapter\.blocks\.mlp\.layer1\.kernel", "llm_adapter.blocks.{layer}.mlp.0.weight", LINEAR),
+    Rule(r"llm_adapter\.blocks\.mlp\.layer1\.bias", "llm_adapter.blocks.{layer}.mlp.0.bias"),
+    Rule(r"llm_adapter\.blocks\.mlp\.layer2\.kernel", "llm_adapter.blocks.{layer}.mlp.2.weight", LINEAR),
+    Rule(r"llm_adapter\.blocks\.mlp\.layer2\.bias", "llm_adapter.blocks.{layer}.mlp.2.bias"),
+)
+
+
+def rules(config: DiTConfig) -> tuple[Rule, ...]:
+    """The table for a model of these sizes (the same for all)."""
+    del config
+    return RULES
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+    """Sizes of the model in a file, from its tensors' names (without prefix) and shapes.
+
+    Raises KeyError with the first name that is needed and not there.
+    """
+    width, columns = shapes["x_embedder.proj.1.weight"]
+    head_size = shapes["blocks.0.self_attn.q_norm.weight"][0]
+    return DiTConfig(
+        width=width,
+        blocks=count_blocks(shapes, "blocks."),
+        heads=width // head_size,
+        mlp_width=shapes["blocks.0.mlp.layer1.weight"][0],
+        context_width=shapes["blocks.0.cross_attn.k_proj.weight"][1],
+        adaln_rank=shapes["blocks.0.adaln_modulation_self_attn.1.weight"][0],
+        latent_channels=columns // PATCH**2 - 1,
+        adapter=adapter_config_from_shapes(shapes) if f"{ADAPTER}out_proj.weight" in shapes else None,
+    )
+
+
+def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> AdapterConfig:
+    """Sizes of the adapter in a file that holds one, its names beginning `llm_adapter.`. Raises KeyError likewise."""
+    target_width, width = shapes[f"{ADAPTER}out_proj.weight"]
+    return AdapterConfig(
+        width=width,
+        blocks=count_blocks(shapes, f"{ADAPTER}blocks."),
+        heads=width // shapes[f"{ADAPTER}blocks.0.self_attn.q_norm.weight"][0],
+        mlp_width=shapes[f"{ADAPTER}blocks.0.mlp.0.weight"][0],
+        source_width=shapes[f"{ADAPTER}blocks.0.cross_attn.k_proj.weight"][1],
+        target_width=target_width,
+        vocabulary=shapes[f"{ADAPTER}embed.weight"][0],
+    )
+
+
+def count_blocks(names: Mapping[str, object], prefix: str) -> int:
+    """Number of different N in names that begin `<prefix>N.`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return len({match[1] for name in names if (match := pattern.match(name))})

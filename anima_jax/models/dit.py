@@ -1,0 +1,298 @@
+"""Anima's diffusion transformer: Cosmos-Predict2's MiniTrainDIT with the LLM adapter.
+
+Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on *tokens*, so that
+pictures of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in the
+order (y, x, channel), and `grid_b3` says how many frames, rows and columns of patches each example has.
+Axes: b batch, l image tokens, n text tokens, d width, h heads, k head size, c channels, t frames, y rows, x columns.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from anima_jax.models.attention import attention
+from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
+from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
+
+PATCH = 2
+OUT_CHANNELS = 16
+TIMESTEP_MAX_PERIOD = 10000.0
+ROTARY_THETA = 10000.0
+LAYER_NORM_EPS = 1e-6
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+"""What the backward keeps of a block instead of computing it again, by the name that configurations use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes; the defaults are the released 2B model's.
+
+    `latent_channels` is 16, or 17 where the last channel is a conditioning mask (video-to-world models).
+    """
+
+    width: int = 2048
+    blocks: int = 28
+    heads: int = 16
+    mlp_width: int = 8192
+    context_width: int = 1024
+    adaln_rank: int = 256
+    latent_channels: int = 16
+    adapter: AdapterConfig | None = AdapterConfig()
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def input_features(self) -> int:
+        """Rows of the patch embedding: a padding-mask channel, zero for ordinary input, follows the latent's."""
+        return PATCH * PATCH * (self.latent_channels + 1)
+
+
+def patchify(latents_btyxc: Array) -> Array:
+    """Tokens (b, l, 4c) of latents (b, t, y, x, c), in row-major order of (frame, row, column)."""
+    return rearrange(latents_btyxc, "b t (y m) (x n) c -> b (t y x) (m n c)", m=PATCH, n=PATCH)
+
+
+def unpatchify(tokens_blc: Array, frames: int, rows: int, columns: int) -> Array:
+    """The inverse of `patchify`; `rows` and `columns` count patches."""
+    return rearrange(
+        tokens_blc, "b (t y x) (m n c) -> b t (y m) (x n) c", t=frames, y=rows, x=columns, m=PATCH, n=PATCH
+    )
+
+
+def token_positions(grid_b3: Array, length: int) -> Array:
+    """(frame, row, column) of each of `length` tokens, int32 (b, l, 3). Padding tokens get frames beyond the last."""
+    index_1l = jnp.arange(length, dtype=jnp.int32)[None]
+    rows_b1, columns_b1 = grid_b3[:, 1:2], grid_b3[:, 2:3]
+    within_bl = index_1l % (rows_b1 * columns_b1)
+    frame_bl = index_1l // (rows_b1 * columns_b1)
+    return jnp.stack([frame_bl, within_bl // columns_b1, within_bl % columns_b1], axis=-1)
+
+
+def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
+    """Angles (b, l, k/2): the first frequencies turn with time, the next with rows, the last with columns.
+
+    Height and width are extrapolated (NTK) by 4, or by 3 for 17 latent channels; time is not.
+    """
+    spatial = 2 * (config.head_size // 6)
+    spatial_ratio = 3.0 if config.latent_channels == OUT_CHANNELS + 1 else 4.0
+    axes = ((config.head_size - 2 * spatial, 1.0), (spatial, spatial_ratio), (spatial, spatial_ratio))
+    parts = []
+    for axis, (size, ratio) in enumerate(axes):
+        # With a single frequency there is nothing to stretch: it is 1 whatever theta is.
+        theta = ROTARY_THETA * ratio ** (size / (size - 2)) if size > 2 else ROTARY_THETA
+        frequencies = theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / max(size, 1))
+        parts.append(positions_bl3[..., axis, None].astype(jnp.float32) * frequencies)
+    return jnp.concatenate(parts, axis=-1)
+
+
+def timestep_features(times: Array, width: int) -> Array:
+    """[cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 to 1/10000."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(TIMESTEP_MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = times.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class AnimaDiT(nnx.Module):
+    """Velocity of latents at a time, given context rows. `llm_adapter` makes the context rows from text."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.x_embedder = Linear(config.input_features, config.width, rngs=rngs)
+        self.t_embedder = TimestepEmbedder(config.width, rngs=rngs)
+        self.t_embedding_norm = RMSNorm(config.width)
+        self.blocks = jax.vmap(lambda layer: Block(config, rngs=layer))(rngs.split(config.blocks))
+        self.final_layer = FinalLayer(config, rngs=rngs)
+        self.llm_adapter = LLMAdapter(config.adapter, rngs=rngs) if config.adapter else None
+
+    def __call__(self, latents_btyxc: Array, times_b: Array, context_bnd: Array, **options) -> Array:
+        """Velocity (b, t, y, x, 16), float32. `times_b` in [0, 1] is (b,) or, per latent frame, (b, t).
+
+        The dtype of `latents_btyxc` is the compute dtype. `options` are those of `velocity`. Raises ValueError for odd
+        sides or a wrong number of channels.
+        """
+        _, frames, rows, columns, channels = latents_btyxc.shape
+        if channels != self.config.latent_channels or rows % PATCH or columns % PATCH:
+            raise ValueError(
+                f"latents are {rows}×{columns}×{channels}, expected even sides and {self.config.latent_channels} channels"
+            )
+        grid = (frames, rows // PATCH, columns // PATCH)
+        return unpatchify(self.velocity(patchify(latents_btyxc), grid, times_b, context_bnd, **options), *grid)
+
+    def velocity(
+        self,
+        latents_blc: Array,
+        grid: Array | tuple[int, int, int],
+        times_b: Array,
+        context_bnd: Array,
+        *,
+        zero_context: int = 0,
+        remat: str = "full",
+        scan_unroll: int = 1,
+        attention_implementation: str = "auto",
+    ) -> Array:
+        """Velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels); the core of the network.
+
+        `grid` is (frames, rows, columns) in patches: an int array (b, 3), where tokens beyond an example's own are
+        padding that no token sees; or one tuple for all, and then no token is padding. `zero_context` says how many
+        context rows of zeros, which take part in the softmax, follow `context_bnd`. `remat` is one of `REMAT_POLICIES`.
+        """
+        batch, length, _ = latents_blc.shape
+        dtype = latents_blc.dtype
+        padded = not isinstance(grid, tuple)
+        grid_b3 = grid if padded else jnp.asarray(grid, jnp.int32)[None]
+        positions_bl3 = token_positions(grid_b3, length)
+        lengths_b = jnp.prod(grid_b3, axis=-1) if padded else None
+
+        times_bt = times_b[:, None] if times_b.ndim == 1 else times_b
+        features_btd = timestep_features(times_bt, self.config.width)
+        shared_btd = self.t_embedder(features_btd)
+        emb_btd = jax.nn.silu(self.t_embedding_norm(features_btd))
+        frame_bl = None
+        if times_bt.shape[1] > 1:
+            frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length)).clip(max=times_bt.shape[1] - 1)
+        angles_bli = rotary_angles_3d(positions_bl3, self.config)
+        context_bnd = context_bnd.astype(dtype)
+
+        def run_block(x_bld, block):
+            return block(
+                x_bld, (emb_btd, shared_btd, frame_bl), context_bnd, angles_bli, lengths_b,
+                zero_context, attention_implementation,
+            ), None  # fmt: skip
+
+        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        x_bld = self.x_embedder(self._with_padding_mask(latents_blc))
+        x_bld, _ = jax.lax.scan(run_block, x_bld, self.blocks, unroll=scan_unroll)
+        return self.final_layer(x_bld, (emb_btd, shared_btd, frame_bl)).astype(jnp.float32)
+
+    def _with_padding_mask(self, latents_blc: Array) -> Array:
+        """Append the padding-mask channel, zeros, to each of a token's four pixels."""
+        pixels = latents_blc.reshape(*latents_blc.shape[:2], PATCH * PATCH, self.config.latent_channels)
+        return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
+
+
+class TimestepEmbedder(nnx.Module):
+    """The AdaLN term that all blocks share: linear, SiLU, linear to 3d, in float32."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(width, width, rngs=rngs)
+        self.linear_2 = Linear(width, 3 * width, rngs=rngs)
+
+    def __call__(self, features_btd: Array) -> Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(features_btd)))
+
+
+class Modulation(nnx.Module):
+    """AdaLN-LoRA: a low-rank map of the timestep embedding, added to the term that all blocks share, in float32."""
+
+    def __init__(self, width: int, rank: int, parts: int, *, rngs: nnx.Rngs):
+        self.parts = parts
+        self.linear_1 = Linear(width, rank, rngs=rngs)
+        self.linear_2 = Linear(rank, parts * width, zero=True, rngs=rngs)
+
+    def __call__(self, condition) -> list[Array]:
+        """`parts` arrays (b, 1 or l, d). `condition` is (SiLU of the embedding, shared term, frame of each token)."""
+        emb_btd, shared_btd, frame_bl = condition
+        width = emb_btd.shape[-1]
+        values = self.linear_2(self.linear_1(emb_btd)) + shared_btd[..., : self.parts * width]
+        if frame_bl is not None:
+            values = jnp.take_along_axis(values, frame_bl[..., None], axis=1)
+        return jnp.split(values, self.parts, axis=-1)
+
+
+def modulate(x_bld: Array, shift: Array, scale: Array) -> Array:
+    """LayerNorm(x) · (1 + scale) + shift, in float32, returned in the dtype of `x_bld`."""
+    x32 = x_bld.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
+    return (normed * (1.0 + scale) + shift).astype(x_bld.dtype)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and MLP, each modulated before and gated after by the timestep."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.adaln_modulation_self_attn = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
+        self.self_attn = Attention(config.width, config.width, config.heads, rngs=rngs)
+        self.adaln_modulation_cross_attn = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
+        self.cross_attn = Attention(config.width, config.context_width, config.heads, rngs=rngs)
+        self.adaln_modulation_mlp = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
+        self.mlp = MLP(config.width, config.mlp_width, rngs=rngs)
+
+    def __call__(self, x_bld, condition, context_bnd, angles_bli, lengths_b, zero_context, implementation):
+        shift, scale, gate = self.adaln_modulation_self_attn(condition)
+        normed = modulate(x_bld, shift, scale)
+        attended = self.self_attn(normed, normed, angles_bli, key_lengths_b=lengths_b, implementation=implementation)
+        x_bld = add_gated(x_bld, gate, attended)
+        shift, scale, gate = self.adaln_modulation_cross_attn(condition)
+        attended = self.cross_attn(
+            modulate(x_bld, shift, scale), context_bnd, zero_keys=zero_context, implementation=implementation
+        )
+        x_bld = add_gated(x_bld, gate, attended)
+        shift, scale, gate = self.adaln_modulation_mlp(condition)
+        return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale)))
+
+
+def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
+    """x + gate · update: the sum in float32, the residual stream in the compute dtype."""
+    return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
+
+
+class Attention(nnx.Module):
+    """Attention of tokens to `memory_bnd`, queries and keys RMS-normed per head, rotated where angles are given."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(memory_width, width, rngs=rngs)
+        self.v_proj = Linear(memory_width, width, rngs=rngs)
+        self.output_proj = Linear(width, width, rngs=rngs)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+
+    def __call__(self, x_bld: Array, memory_bnd: Array, angles_bli: Array | None = None, **options) -> Array:
+        q_blhk, k_bnhk, v_bnhk = (
+            projected.reshape(*projected.shape[:2], self.heads, -1)
+            for projected in (self.q_proj(x_bld), self.k_proj(memory_bnd), self.v_proj(memory_bnd))
+        )
+        q_blhk, k_bnhk = self.q_norm(q_blhk), self.k_norm(k_bnhk)
+        if angles_bli is not None:
+            q_blhk, k_bnhk = apply_rotary(q_blhk, angles_bli), apply_rotary(k_bnhk, angles_bli)
+        return self.output_proj(attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape))
+
+
+class MLP(nnx.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.layer1 = Linear(width, hidden, rngs=rngs)
+        self.layer2 = Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.layer2(jax.nn.gelu(self.layer1(x), approximate=False))
+
+
+class FinalLayer(nnx.Module):
+    """Modulated LayerNorm and the map to the patches' values."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.adaln_modulation = Modulation(config.width, config.adaln_rank, 2, rngs=rngs)
+        self.linear = Linear(config.width, PATCH * PATCH * OUT_CHANNELS, zero=True, rngs=rngs)
+
+    def __call__(self, x_bld: Array, condition) -> Array:
+        shift, scale = self.adaln_modulation(condition)
+        return self.linear(modulate(x_bld, shift, scale))

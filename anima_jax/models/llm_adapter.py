@@ -1,0 +1,122 @@
+"""The adapter that joins Qwen3's hidden states to T5 token ids: T5's ids are the queries, Qwen3's states the memory.
+
+Source: `LLMAdapter` in diffusion-pipe's models/llm_adapter.py. Target tokens pass through an embedding table of the
+adapter's own, then blocks of bidirectional self-attention, cross-attention to the source, and an MLP.
+Axes: b batch, m target tokens, n source tokens, d features, h heads, k head size.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from anima_jax.models.attention import attention
+from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
+
+ROTARY_THETA = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes; the defaults are the released model's. `target_width` is the width of the table and of the result."""
+
+    width: int = 1024
+    blocks: int = 6
+    heads: int = 16
+    mlp_width: int = 4096
+    source_width: int = 1024
+    target_width: int = 1024
+    vocabulary: int = 32128
+
+
+class LLMAdapter(nnx.Module):
+    """(source states, target ids) → context rows for the diffusion transformer."""
+
+    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocabulary, config.target_width, rngs=rngs)
+        projects = config.width != config.target_width
+        self.in_proj = Linear(config.target_width, config.width, use_bias=True, rngs=rngs) if projects else None
+        self.blocks = jax.vmap(lambda layer: AdapterBlock(config, rngs=layer))(rngs.split(config.blocks))
+        self.out_proj = Linear(config.width, config.target_width, use_bias=True, rngs=rngs)
+        self.norm = RMSNorm(config.target_width)
+
+    def __call__(
+        self,
+        source_bnd: Array,
+        target_ids_bm: Array,
+        source_mask_bn: Array | None = None,
+        target_mask_bm: Array | None = None,
+    ) -> Array:
+        """Context rows (b, m, target width) in the dtype of `source_bnd`.
+
+        Masks are true (or 1) on real tokens; without one every token is real. Rows of masked targets are 0. A source
+        without any real token contributes nothing, and no NaN.
+        """
+        masks = [None if mask is None else mask.astype(bool) for mask in (source_mask_bn, target_mask_bm)]
+        source_mask_bn, target_mask_bm = masks
+        x_bmd = self.embed(target_ids_bm).astype(source_bnd.dtype)
+        if self.in_proj is not None:
+            x_bmd = self.in_proj(x_bmd)
+        head_size = self.config.width // self.config.heads
+        angles_1mi, angles_1ni = (
+            rotary_angles(jnp.arange(x.shape[1]), head_size, ROTARY_THETA)[None] for x in (x_bmd, source_bnd)
+        )
+
+        def run_block(x_bmd, block):
+            return block(x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn), None
+
+        x_bmd, _ = jax.lax.scan(jax.checkpoint(run_block, prevent_cse=False), x_bmd, self.blocks)
+        context_bmd = self.norm(self.out_proj(x_bmd))
+        return context_bmd if target_mask_bm is None else context_bmd * target_mask_bm[..., None]
+
+
+class AdapterBlock(nnx.Module):
+    """Pre-norm self-attention, cross-attention and MLP, each added to its input."""
+
+    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+        self.norm_self_attn = RMSNorm(config.width)
+        self.self_attn = AdapterAttention(config.width, config.width, config.heads, rngs=rngs)
+        self.norm_cross_attn = RMSNorm(config.width)
+        self.cross_attn = AdapterAttention(config.width, config.source_width, config.heads, rngs=rngs)
+        self.norm_mlp = RMSNorm(config.width)
+        self.mlp = AdapterMLP(config.width, config.mlp_width, rngs=rngs)
+
+    def __call__(self, x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn):
+        normed_bmd = self.norm_self_attn(x_bmd)
+        x_bmd += self.self_attn(normed_bmd, normed_bmd, angles_1mi, angles_1mi, target_mask_bm)
+        x_bmd += self.cross_attn(self.norm_cross_attn(x_bmd), source_bnd, angles_1mi, angles_1ni, source_mask_bn)
+        return x_bmd + self.mlp(self.norm_mlp(x_bmd))
+
+
+class AdapterAttention(nnx.Module):
+    """Attention with RMS-normed, rotated queries and keys. Queries and keys each turn by their own positions."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(memory_width, width, rngs=rngs)
+        self.v_proj = Linear(memory_width, width, rngs=rngs)
+        self.o_proj = Linear(width, width, rngs=rngs)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+
+    def __call__(self, x_bmd, memory_bnd, angles_q, angles_k, memory_mask_bn):
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
+        q_bmhk = apply_rotary(self.q_norm(split(self.q_proj(x_bmd))), angles_q)
+        k_bnhk = apply_rotary(self.k_norm(split(self.k_proj(memory_bnd))), angles_k)
+        out_bmhk = attention(q_bmhk, k_bnhk, split(self.v_proj(memory_bnd)), key_mask_bn=memory_mask_bn)
+        return self.o_proj(out_bmhk.reshape(x_bmd.shape))
+
+
+class AdapterMLP(nnx.Module):
+    """Linear, exact GELU, linear, with biases."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.layer1 = Linear(width, hidden, use_bias=True, rngs=rngs)
+        self.layer2 = Linear(hidden, width, use_bias=True, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.layer2(jax.nn.gelu(self.layer1(x), approximate=False))

@@ -1,0 +1,102 @@
+"""Qwen3, the text encoder: a causal decoder whose last hidden state, after the final norm, is what is used.
+
+Source: `Qwen3Model` in transformers. Grouped-query attention with RMS-normed heads, rotary positions, gated SiLU MLP.
+Axes: b batch, n tokens, d width, h heads (g key/value heads), k head size.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from anima_jax.models.attention import attention
+from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
+
+ROTARY_THETA = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Sizes; the defaults are Qwen3-0.6B's."""
+
+    width: int = 1024
+    layers: int = 28
+    heads: int = 16
+    key_heads: int = 8
+    head_size: int = 128
+    mlp_width: int = 3072
+    vocabulary: int = 151936
+
+
+class Qwen3(nnx.Module):
+    """Token ids → hidden states."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocabulary, config.width, rngs=rngs)
+        self.layers = jax.vmap(lambda layer: Layer(config, rngs=layer))(rngs.split(config.layers))
+        self.norm = RMSNorm(config.width)
+
+    def __call__(self, ids_bn: Array, mask_bn: Array | None = None, *, dtype=None) -> Array:
+        """Hidden states (b, n, width); rows where the mask is false are 0, and no token sees them.
+
+        `dtype` is the compute dtype and that of the result; by default the embedding table's.
+        """
+        x_bnd = self.embed_tokens(ids_bn)
+        x_bnd = x_bnd if dtype is None else x_bnd.astype(dtype)
+        mask_bn = None if mask_bn is None else mask_bn.astype(bool)
+        angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
+        x_bnd, _ = jax.lax.scan(lambda x, layer: (layer(x, angles_1ni, mask_bn), None), x_bnd, self.layers)
+        x_bnd = self.norm(x_bnd)
+        return x_bnd if mask_bn is None else x_bnd * mask_bn[..., None]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and MLP, each added to its input."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = CausalAttention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = GatedMLP(config.width, config.mlp_width, rngs=rngs)
+
+    def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None) -> Array:
+        x_bnd += self.self_attn(self.input_layernorm(x_bnd), angles_1ni, mask_bn)
+        return x_bnd + self.mlp(self.post_attention_layernorm(x_bnd))
+
+
+class CausalAttention(nnx.Module):
+    """Grouped-query attention: each key/value head serves h / g query heads."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.head_size = config.head_size
+        self.q_proj = Linear(config.width, config.heads * config.head_size, rngs=rngs)
+        self.k_proj = Linear(config.width, config.key_heads * config.head_size, rngs=rngs)
+        self.v_proj = Linear(config.width, config.key_heads * config.head_size, rngs=rngs)
+        self.o_proj = Linear(config.heads * config.head_size, config.width, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_size)
+        self.k_norm = RMSNorm(config.head_size)
+
+    def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None) -> Array:
+        q_bnhk, k_bngk, v_bngk = (
+            projected.reshape(*projected.shape[:2], -1, self.head_size)
+            for projected in (self.q_proj(x_bnd), self.k_proj(x_bnd), self.v_proj(x_bnd))
+        )
+        q_bnhk = apply_rotary(self.q_norm(q_bnhk), angles_1ni)
+        k_bngk = apply_rotary(self.k_norm(k_bngk), angles_1ni)
+        out_bnhk = attention(q_bnhk, k_bngk, v_bngk, key_mask_bn=mask_bn, causal=True)
+        return self.o_proj(out_bnhk.reshape(*x_bnd.shape[:2], -1))
+
+
+class GatedMLP(nnx.Module):
+    """down(SiLU(gate(x)) · up(x))."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate_proj = Linear(width, hidden, rngs=rngs)
+        self.up_proj = Linear(width, hidden, rngs=rngs)
+        self.down_proj = Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
