@@ -1,8 +1,8 @@
 """Scaled dot-product attention: one function, several back ends.
 
-`xla` runs everywhere. It works through the queries in blocks, so that the scores of all queries never exist at once, and
-its backward is written out (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32 and
-every product has operands of one dtype and a float32 result, the fast path of 16-bit products on CPU, GPU and TPU.
+`xla` runs everywhere. It works through the queries in blocks, so that the scores of all queries never exist at once,
+and its backward is written out (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32
+and every product has operands of one dtype and a float32 result, the fast path of 16-bit products everywhere.
 `cudnn` is NVIDIA's fused kernel; padding is expressed to it by lengths, never by a mask, which it would materialise.
 
 Axes: b batch, l queries, n keys, h heads (g key/value heads, h = g · r), k head size.
@@ -182,7 +182,7 @@ def _split_blocks(x_bhlk: Array, groups: int, size: int) -> Array:
 
 def _join_blocks(blocks: Array, like_bhlk: Array) -> Array:
     batch, heads, length, features = like_bhlk.shape
-    count, _, groups, rows, _ = blocks.shape
+    count, _, groups, _, _ = blocks.shape
     x = blocks.reshape(count, batch, groups, heads // groups, -1, features).transpose(1, 2, 3, 0, 4, 5)
     return x.reshape(batch, heads, -1, features)[:, :, :length]
 

@@ -1,8 +1,8 @@
 """Anima's diffusion transformer: Cosmos-Predict2's MiniTrainDIT with the LLM adapter.
 
 Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on *tokens*, so that
-pictures of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in the
-order (y, x, channel), and `grid_b3` says how many frames, rows and columns of patches each example has.
+pictures of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in
+the order (y, x, channel), and `grid_b3` says how many frames, rows and columns of patches each example has.
 Axes: b batch, l image tokens, n text tokens, d width, h heads, k head size, c channels, t frames, y rows, x columns.
 """
 
@@ -128,7 +128,8 @@ class AnimaDiT(nnx.Module):
         _, frames, rows, columns, channels = latents_btyxc.shape
         if channels != self.config.latent_channels or rows % PATCH or columns % PATCH:
             raise ValueError(
-                f"latents are {rows}×{columns}×{channels}, expected even sides and {self.config.latent_channels} channels"
+                f"latents are {rows}×{columns}×{channels}, "
+                f"expected even sides and {self.config.latent_channels} channels"
             )
         grid = (frames, rows // PATCH, columns // PATCH)
         return unpatchify(self.velocity(patchify(latents_btyxc), grid, times_b, context_bnd, **options), *grid)

@@ -15,7 +15,7 @@ from jax import Array
 
 
 def linear(x: Array, kernel_io: Array, bias_o: Array | None = None) -> Array:
-    """x @ kernel + bias in the dtype of `x`, accumulated in float32. Every matrix product with weights goes through here.
+    """x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
 
     `x` is (…, i); the result is (…, o).
     """
@@ -56,7 +56,7 @@ _matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
 
 
 class Linear(nnx.Module):
-    """Linear map with `kernel` (i, o) and, if asked for, `bias` (o). Truncated normal of deviation 1/sqrt(i), or zeros."""
+    """Linear map with `kernel` (i, o), of deviation 1/sqrt(i) or zeros when fresh, and, if asked for, `bias` (o)."""
 
     def __init__(
         self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs

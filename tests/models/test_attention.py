@@ -29,7 +29,9 @@ def random_qkv(batch=2, queries=37, keys=29, heads=4, groups=4, size=8, dtype=jn
 
 
 # 1e-5: float32 rounding of sums of 30 terms of order one.
-@pytest.mark.parametrize(("blocks", "causal", "padding", "zero_keys"), itertools.product((1, 5), (0, 1), (0, 1), (0, 40)))
+@pytest.mark.parametrize(
+    ("blocks", "causal", "padding", "zero_keys"), itertools.product((1, 5), (0, 1), (0, 1), (0, 40))
+)
 def test_xla_equals_the_definition(monkeypatch, blocks, causal, padding, zero_keys):
     q, k, v = random_qkv(groups=2)
     monkeypatch.setattr(module, "_SCORE_BYTES", 4 * 2 * 4 * 29 * (64 if blocks == 1 else 16))

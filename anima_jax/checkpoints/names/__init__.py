@@ -1,8 +1,8 @@
 """Which tensor of a file holds which parameter: the only place that knows names.
 
-A network's table is a tuple of `Rule`s, each a pattern over parameter paths, the name in the file and the layout of the
-values there. Parameters of stacked blocks carry a leading layer axis; the file has one tensor a layer, and `{layer}` in a
-rule's name says where its number goes.
+A network's table is a tuple of `Rule`s, each a pattern over parameter paths, the name in the file and the layout of
+the values there. Parameters of stacked blocks carry a leading layer axis; the file has one tensor a layer, and
+`{layer}` in a rule's name says where its number goes.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ LINEAR = permuted(1, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole path matches `path` are stored as `name` (a template for `re.Match.expand`) in `layout`."""
+    """Parameters whose whole path matches `path` are stored as `name` (a `re.Match.expand` template) in `layout`."""
 
     path: str
     name: str
