@@ -1,0 +1,48 @@
+"""Random numbers of training: each a pure function of (seed, epoch, example id, purpose).
+
+So a run draws the same noise, times and dropout on any number of devices and at any split into micro-batches.
+Noise is drawn in token order, (l, features): the numbers of a token do not depend on how much padding follows.
+Axes: b batch, l tokens.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Purpose(enum.IntEnum):
+    """What a number is for. A new purpose takes a new value; old ones never change, or resumed runs would."""
+
+    TIME = 0
+    NOISE = 1
+    CAPTION_DROPOUT = 2
+
+
+def split_ids(ids: np.ndarray) -> np.ndarray:
+    """Example ids (b,) of up to 64 bits as two uint32 each, (b, 2): JAX's integers have 32 bits."""
+    ids = np.asarray(ids, np.uint64)
+    return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
+
+
+def example_keys(seed: Array | int, epochs_b: Array, ids_b2: Array, purpose: Purpose) -> Array:
+    """One key an example, (b,)."""
+    base = jax.random.key(seed)
+
+    def one(epoch, id_2):
+        key = jax.random.fold_in(jax.random.fold_in(base, epoch), id_2[0])
+        return jax.random.fold_in(jax.random.fold_in(key, id_2[1]), purpose)
+
+    return jax.vmap(one)(epochs_b, ids_b2)
+
+
+def normal(keys_b: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal numbers (b, *shape), float32."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_b)
+
+
+def uniform(keys_b: Array) -> Array:
+    """Uniform numbers in [0, 1), (b,), float32."""
+    return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys_b)
