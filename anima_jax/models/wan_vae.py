@@ -12,7 +12,7 @@ Activations are computed in the dtype of the input, norms in float32; results ar
 """
 
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -263,7 +263,7 @@ class Level(nnx.Module):
     """Residual blocks at one resolution, and the way to the next, if there is one."""
 
     def __init__(self, widths: Sequence[int], resample: Downsample | Upsample | None, *, rngs: nnx.Rngs):
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.blocks = nnx.List([ResidualBlock(width, next_width, rngs=rngs) for width, next_width in pairs])
         self.resample = resample
 

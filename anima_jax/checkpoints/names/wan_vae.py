@@ -7,7 +7,7 @@ table depends on how many blocks a level has.
 import re
 from collections.abc import Iterator, Mapping
 
-from anima_jax.checkpoints.names import LINEAR, SAME, Layout, Rule, permuted
+from anima_jax.checkpoints.names import SAME, Layout, Rule, permuted
 from anima_jax.errors import UserError
 from anima_jax.models.wan_vae import LATENT_MEAN, WanVAEConfig
 
