@@ -141,6 +141,7 @@ class AnimaDiT(nnx.Module):
         times_b: Array,
         context_bnd: Array,
         *,
+        context_lengths_b: Array | None = None,
         zero_context: int = 0,
         remat: str = "full",
         scan_unroll: int = 1,
@@ -149,8 +150,9 @@ class AnimaDiT(nnx.Module):
         """Velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels); the core of the network.
 
         `grid` is (frames, rows, columns) in patches: an int array (b, 3), where tokens beyond an example's own are
-        padding that no token sees; or one tuple for all, and then no token is padding. `zero_context` says how many
-        context rows of zeros, which take part in the softmax, follow `context_bnd`. `remat` is one of `REMAT_POLICIES`.
+        padding that no token sees; or one tuple for all, and then no token is padding. Every context row takes part in
+        the softmax, rows of zeros too, up to `context_lengths_b` if given; `zero_context` says how many rows of zeros
+        follow those of `context_bnd`. `remat` is one of `REMAT_POLICIES`.
         """
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
@@ -169,16 +171,19 @@ class AnimaDiT(nnx.Module):
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
         context_bnd = context_bnd.astype(dtype)
 
+        condition = (emb_btd, shared_btd, frame_bl)
+        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b}
+        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context}
+        for options in (self_options, cross_options):
+            options["implementation"] = attention_implementation
+
         def run_block(x_bld, block):
-            return block(
-                x_bld, (emb_btd, shared_btd, frame_bl), context_bnd, angles_bli, lengths_b,
-                zero_context, attention_implementation,
-            ), None  # fmt: skip
+            return block(x_bld, condition, context_bnd, self_options, cross_options), None
 
         run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_bld = self.x_embedder(self._with_padding_mask(latents_blc))
         x_bld, _ = jax.lax.scan(run_block, x_bld, self.blocks, unroll=scan_unroll)
-        return self.final_layer(x_bld, (emb_btd, shared_btd, frame_bl)).astype(jnp.float32)
+        return self.final_layer(x_bld, condition).astype(jnp.float32)
 
     def _with_padding_mask(self, latents_blc: Array) -> Array:
         """Append the padding-mask channel, zeros, to each of a token's four pixels."""
@@ -234,16 +239,13 @@ class Block(nnx.Module):
         self.adaln_modulation_mlp = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
         self.mlp = MLP(config.width, config.mlp_width, rngs=rngs)
 
-    def __call__(self, x_bld, condition, context_bnd, angles_bli, lengths_b, zero_context, implementation):
+    def __call__(self, x_bld: Array, condition, context_bnd: Array, self_options, cross_options) -> Array:
         shift, scale, gate = self.adaln_modulation_self_attn(condition)
         normed = modulate(x_bld, shift, scale)
-        attended = self.self_attn(normed, normed, angles_bli, key_lengths_b=lengths_b, implementation=implementation)
-        x_bld = add_gated(x_bld, gate, attended)
+        x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, **self_options))
         shift, scale, gate = self.adaln_modulation_cross_attn(condition)
-        attended = self.cross_attn(
-            modulate(x_bld, shift, scale), context_bnd, zero_keys=zero_context, implementation=implementation
-        )
-        x_bld = add_gated(x_bld, gate, attended)
+        normed = modulate(x_bld, shift, scale)
+        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, context_bnd, **cross_options))
         shift, scale, gate = self.adaln_modulation_mlp(condition)
         return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale)))
 
