@@ -1,0 +1,17 @@
+"""The Anima text-to-image model in JAX: what users import. Each name is loaded when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+
+__all__ = ["load_dit", "load_text_encoder", "load_vae"]
+
+_HOMES = {name: "anima_jax.checkpoints.models" for name in ("load_dit", "load_text_encoder", "load_vae")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

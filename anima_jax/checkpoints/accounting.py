@@ -1,0 +1,110 @@
+"""Every tensor of a file and every parameter of the model is accounted for, or the error lists both sides."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from anima_jax.checkpoints.names import FileTensor
+from anima_jax.checkpoints.names.prefixes import NETWORKS, QUANTISED, Location, Network, locate
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.safetensors_header import Tensor
+from anima_jax.errors import UserError, did_you_mean
+
+_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the values of a tensor are."""
+
+    file: SafetensorsFile
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.file.tensors[self.key]
+
+    def read(self):
+        """The stored array."""
+        return self.file.read(self.key)
+
+
+def find(network: Network, file: SafetensorsFile) -> Location:
+    """Where `network` is in `file`. UserError if it is not there or its weights are no plain floating-point numbers."""
+    location = locate(network, file.tensors)
+    if location is None:
+        raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors)}")
+    mine = [*location.keys.values(), *location.unknown]
+    quantised = [key for key in mine if QUANTISED.search(key)]
+    if quantised:
+        raise UserError(
+            f"{file.path}: its weights are quantised, with scales beside them ({shorten(quantised)}), which is not "
+            "read here; use the bf16, fp16 or plain fp8 file of the model"
+        )
+    integers = [key for key in location.keys.values() if file.tensors[key].dtype.kind in "iub"]
+    if integers:
+        raise UserError(f"{file.path}: {shorten(integers)}: integers, expected floating-point weights")
+    return location
+
+
+def looks_like(keys: Iterable[str]) -> str:
+    """What a file with these keys seems to be, for a message."""
+    keys = list(keys)
+    titles = [network.title for network in NETWORKS if locate(network, keys)]
+    return f"it looks like: {' and '.join(titles)}" if titles else f"it holds {len(keys)} tensors: {shorten(keys)}"
+
+
+def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The config of a `network` with tensors of these shapes (names without prefix). UserError if there is none."""
+    _require_whole_stacks(path, network.stacks, shapes)
+    try:
+        return network.config_from_shapes(shapes)
+    except KeyError as error:
+        name = str(error.args[0])
+        raise UserError(f"{path}: missing for the {network.title}: {name}{did_you_mean(name, shapes)}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path}: the shapes are not those of a {network.title}: {error}") from error
+
+
+def require_match(
+    path: str, title: str, expected: Sequence[FileTensor], sources: Mapping[str, Source], unknown: Iterable[str]
+) -> None:
+    """UserError unless `sources` (by name) are the `expected` tensors, shapes included, and nothing is `unknown`."""
+    names = {tensor.name for tensor in expected}
+    unknown = [*unknown, *(source.key for name, source in sources.items() if name not in names)]
+    missing = [tensor.name for tensor in expected if tensor.name not in sources]
+    misshapen = [
+        f"{sources[tensor.name].key} is {sources[tensor.name].tensor.shape}, expected {tensor.shape}"
+        for tensor in expected
+        if tensor.name in sources and sources[tensor.name].tensor.shape != tensor.shape
+    ]
+    faults = {"unknown in the file": unknown, "missing for the model": missing, "of another shape": misshapen}
+    listed = [f"{len(items)} {what}: {shorten(items)}" for what, items in faults.items() if items]
+    if listed:
+        raise UserError(f"{path}: does not fit the {title}; {'; '.join(listed)}")
+
+
+def shorten(items: Sequence[str]) -> str:
+    """The first few, and how many more there are. Control characters in names from a file stay escaped."""
+    shown = ", ".join(ascii(item)[1:-1][:200] for item in items[:_SHOWN])
+    return shown + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+
+
+def _require_whole_stacks(path: str, stacks: Iterable[tuple[str, str]], names: Iterable[str]) -> None:
+    """UserError unless the blocks of each stack are numbered 0, 1, 2, …; only a part that is not there has none."""
+    names = list(names)
+    for owner, blocks in stacks:
+        stack = owner + blocks
+        pattern = re.compile(re.escape(stack) + r"(\d{1,9})\.")
+        numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
+        if not numbers and any(name.startswith(owner) for name in names):
+            raise UserError(f"{path}: has 0 blocks: no name begins {stack}0.")
+        gaps = [str(number) for number in range(len(numbers)) if number not in numbers]
+        if gaps:
+            raise UserError(
+                f"{path}: has {len(numbers)} different {stack}N. with numbers up to {max(numbers)}, but no {stack}"
+                f"{shorten(gaps)}"
+            )

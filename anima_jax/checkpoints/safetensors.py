@@ -1,0 +1,139 @@
+"""Safetensors files, read and written one tensor at a time.
+
+Everything a header claims is checked before anything is allocated (safetensors_header.py). Tensors are read into fresh
+memory, not mapped: a file that is cut off under us is an error and not a crash, and a model being loaded is not in
+memory twice.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO
+
+import numpy as np
+
+from anima_jax.checkpoints import locations, safetensors_header
+from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, Tensor
+from anima_jax.errors import UserError
+
+__all__ = ["CODES", "DTYPES", "SafetensorsFile", "Tensor", "write"]
+
+
+class SafetensorsFile:
+    """An open file: `metadata` (str → str), `tensors` (name → Tensor, in the header's order), `read`. For a `with`.
+
+    `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError for whatever is not a sound safetensors file.
+    """
+
+    def __init__(self, path: locations.PathLike):
+        self.path = os.fspath(path)
+        self._file, self.size = locations.open_for_reading(locations.resolve(path))
+        try:
+            header = _header_of(self.path, self._file, self.size)
+            self.metadata, self.tensors = safetensors_header.parse(header, self.size)
+        except HeaderError as error:
+            self.close()
+            raise UserError(f"{self.path}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the descriptor."""
+        self._file.close()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name` in memory of its own, in its stored dtype."""
+        tensor = self.tensors[name]
+        array = np.empty(tensor.shape, tensor.dtype)
+        _read_exactly(self.path, self._file, tensor.start, _bytes_of(array))
+        return array
+
+
+def write(
+    path: locations.PathLike,
+    tensors: Iterable[Tensor],
+    array_of: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors`, asking `array_of(name)` for each when its turn comes; one array is held at a time.
+
+    Arrays may have any strides but must have the announced shape and dtype (ValueError). The file appears under its
+    name only when it is complete; whatever goes wrong, a file already there stays as it was. UserError for a full disk,
+    a missing folder and the like.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # every tensor lies aligned; ties keep order
+    header = safetensors_header.build(ordered, metadata)
+    with locations.replacing(path) as file:
+        _write_all(path, file, memoryview(header))
+        for tensor in ordered:
+            array = array_of(tensor.name)
+            if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{tensor}: announced, {array.dtype} {array.shape} given")
+            _write_all(path, file, _bytes_of(np.ascontiguousarray(array)))
+            del array
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a C-contiguous array as bytes."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _write_all(path: locations.PathLike, file: IO[bytes], data: memoryview) -> None:
+    while data:
+        with locations.writing_to(os.fspath(path)):
+            written = file.write(data[: 2**30])
+            data = data[written:]
+
+
+def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) -> None:
+    try:
+        file.seek(start)
+        while buffer:
+            count = locations.read_into(file, buffer[: 2**30])  # the system reads at most 2 GB at once
+            if not count:
+                raise UserError(f"{path}: ends early: it was cut off while being read")
+            buffer = buffer[count:]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
+    """The JSON of the header, if the file begins as a safetensors file does."""
+    if size == 0:
+        raise HeaderError("is empty")
+    start = bytearray(min(size, 512))
+    _read_exactly(path, file, 0, memoryview(start))
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{":
+        raise HeaderError(_what_else(path, bytes(start)))
+    if length > size - 8:
+        raise HeaderError(f"is cut off or damaged: its header should have {length} bytes, the whole file has {size}")
+    if length > safetensors_header.LIMIT:
+        raise HeaderError(f"its header claims {length} bytes; the format allows {safetensors_header.LIMIT}")
+    header = bytearray(length)
+    _read_exactly(path, file, 8, memoryview(header))
+    return header
+
+
+def _what_else(path: str, start: bytes) -> str:
+    """What a file is that is not safetensors, and what to do about it."""
+    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
+        return (
+            "is a pickle (PyTorch .pth, .ckpt, .pt), which can run code and is not read here; convert it once where "
+            'PyTorch is installed: python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
+            f"{os.path.basename(path)!r}, map_location='cpu', weights_only=True), 'converted.safetensors')\""
+        )
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer and not the file itself; run `git lfs pull` or download the file"
+    if re.match(rb"\s*(<!doctype|<html|<\?xml)", start, re.IGNORECASE):
+        return "is a web page and not a model: the download went wrong (often a login or licence page)"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file, whose quantised weights are not read here; use the model's .safetensors file"
+    return "is not a safetensors file, or its beginning is damaged"

@@ -1,0 +1,231 @@
+"""The header of a safetensors file: parsed strictly, checked against the file's real size, and written.
+
+A file is eight bytes of header length (little endian), a JSON header (name → dtype, shape, byte range) and the bytes of
+the tensors, without holes (https://github.com/huggingface/safetensors, "Format").
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anima_jax.errors import did_you_mean
+
+DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+LIMIT = 100_000_000
+"""Bytes of a header; the limit of the format's own library."""
+
+_ENTRY_LIMIT = 4096  # characters of one tensor's entry; a real one has about 80
+_MAX_AXES = 64  # numpy's
+_METADATA = "__metadata__"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON = json.JSONDecoder()
+
+
+class HeaderError(Exception):
+    """What is wrong with a header."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a header says of one tensor. `start` counts bytes from the beginning of the file."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def code(self) -> str:
+        """The dtype as the format spells it: `BF16`, `F32`, …"""
+        return CODES[self.dtype]
+
+
+def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata, and name → Tensor, of a file of `file_size` bytes with this header. Raises HeaderError."""
+    try:
+        text = header.decode()
+    except UnicodeDecodeError as error:
+        raise HeaderError(f"the header is not UTF-8 (byte {8 + error.start})") from error
+    metadata, entries = _Parser(text).header()
+    data_start = 8 + len(header)
+    tensors = {name: _tensor(name, entry, data_start, file_size) for name, entry in entries.items()}
+    _check_gapless(tensors.values(), data_start, file_size)
+    return metadata, tensors
+
+
+def build(tensors: Sequence[Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """The first bytes of a file whose tensors follow in this order. ValueError for names that occur twice."""
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        if tensor.name in entries or tensor.name == _METADATA:
+            raise ValueError(f"two tensors are called {tensor.name!r}")
+        range_ = [offset, offset + tensor.nbytes]
+        entries[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": range_}
+        offset += tensor.nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LIMIT:
+        raise ValueError(f"the header would have {len(text)} bytes; the format allows {LIMIT}")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> Tensor:
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        hint = did_you_mean(str(code)[:20], DTYPES)
+        raise HeaderError(f"{name!r:.200} has dtype {code!r:.50}{hint}, expected one of {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        raise HeaderError(f"{name!r:.200} has shape {shape!r:.80}, expected a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise HeaderError(f"{name!r:.200} has data_offsets {offsets!r:.80}, expected [begin, end]")
+    begin, end = offsets
+    if data_start + end > file_size:
+        raise HeaderError(
+            f"is cut off or damaged: {name!r:.200} should end at byte {data_start + end:.6g}, the file has {file_size}"
+        )
+    tensor = Tensor(name, DTYPES[code], tuple(shape), data_start + begin)
+    # The product without zeros: a zero must not excuse an absurd size beside it.
+    if math.prod(filter(None, shape)) * tensor.dtype.itemsize >= 2**63 or tensor.nbytes != end - begin:
+        raise HeaderError(f"{name!r:.200} is {code} {shape!r:.80} but has {end - begin} bytes")
+    return tensor
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _check_gapless(tensors: Iterable[Tensor], data_start: int, file_size: int) -> None:
+    """The bytes of the file belong to exactly one tensor each."""
+    at, before = data_start, None
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start < at:
+            raise HeaderError(f"{tensor.name!r:.200} overlaps {before!r:.200}")
+        if tensor.start > at:
+            raise HeaderError(f"{tensor.start - at} bytes before {tensor.name!r:.200} belong to no tensor")
+        at, before = tensor.start + tensor.nbytes, tensor.name
+    if at != file_size:
+        raise HeaderError(f"{file_size - at} bytes at the end of the file belong to no tensor")
+
+
+class _Parser:
+    """The header's JSON, which has only two forms of value, read without ever building more than one entry.
+
+    A general JSON parser would turn a hostile 100 MB of brackets into gigabytes of objects or a deep recursion.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0
+
+    def header(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Metadata, and name → the tensor's entry as it stands."""
+        metadata: dict[str, str] | None = None
+        entries: dict[str, dict[str, Any]] = {}
+        for name in self._keys():
+            if name in entries or (name == _METADATA and metadata is not None):
+                raise HeaderError(f"the header has {name!r:.200} twice")
+            if name == _METADATA:
+                metadata = self._metadata()
+            else:
+                entries[name] = self._entry(name)
+        self._skip_space()
+        if self.at != len(self.text):
+            raise self._damaged("nothing more")
+        return metadata or {}, entries
+
+    def _metadata(self) -> dict[str, str]:
+        metadata: dict[str, str] = {}
+        for key in self._keys():
+            if key in metadata:
+                raise HeaderError(f"the header's metadata has {key!r:.200} twice")
+            metadata[key] = self._string()
+        return metadata
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        # No legitimate string inside an entry contains a brace.
+        end = self.text.find("}", self.at, self.at + _ENTRY_LIMIT) + 1
+        try:
+            if not end:
+                raise ValueError
+            pairs = json.loads(self.text[self.at : end], object_pairs_hook=tuple)
+            if not isinstance(pairs, tuple) or sorted(key for key, _ in pairs) != ["data_offsets", "dtype", "shape"]:
+                raise ValueError
+        except (ValueError, RecursionError) as error:
+            raise HeaderError(
+                f"the header's entry of {name!r:.200} is not an object of dtype, shape and data_offsets, each once"
+            ) from error
+        self.at = end
+        return dict(pairs)
+
+    def _keys(self) -> Iterator[str]:
+        """The keys of the object that begins here. Whoever iterates reads each key's value before the next."""
+        self._expect("{")
+        for index in itertools.count():
+            if self._take("}"):
+                return
+            if index:
+                self._expect(",")
+            key = self._string()
+            self._expect(":")
+            self._skip_space()
+            yield key
+
+    def _string(self) -> str:
+        self._skip_space()
+        if not self.text.startswith('"', self.at):
+            raise self._damaged("a string")
+        try:
+            value, end = _JSON.raw_decode(self.text, self.at)
+            value.encode()  # a lone surrogate can be spelt in JSON but is not text
+        except ValueError as error:
+            raise self._damaged("a valid string") from error
+        self.at = end
+        return value
+
+    def _skip_space(self) -> None:
+        space = _SPACE.match(self.text, self.at)
+        self.at = space.end() if space else self.at
+
+    def _take(self, character: str) -> bool:
+        self._skip_space()
+        found = self.text.startswith(character, self.at)
+        self.at += found
+        return found
+
+    def _expect(self, character: str) -> None:
+        if not self._take(character):
+            raise self._damaged(f"'{character}'")
+
+    def _damaged(self, expected: str) -> HeaderError:
+        found = self.text[self.at : self.at + 20]
+        return HeaderError(f"the header is damaged at character {self.at}: expected {expected}, found {found!r}")
