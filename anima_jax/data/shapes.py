@@ -1,7 +1,8 @@
 """A small language of captioned pictures: "a red triangle on a blue background", 64×64.
 
 Place and size vary and the caption does not name them. One combination in six is held out of training, chosen so that
-every shape, colour and background is still seen with every other: what a model draws for a held-out caption it composed.
+every shape, colour and background is still seen with every other: what a model draws for a held-out caption it has
+composed.
 """
 
 import dataclasses

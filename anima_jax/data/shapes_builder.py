@@ -1,0 +1,103 @@
+"""The language of `shapes` as a tensorflow-datasets data set: what the quick start trains on, drawn on first use.
+
+No TensorFlow takes part: the records are array_record, the pictures are encoded with PIL. Importing this module imports
+tensorflow_datasets and registers the name `anima_shapes`.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+
+from anima_jax.data.shapes import SIZE, draw, sample_placement, scenes
+
+log = logging.getLogger(__name__)
+
+PICTURES_PER_SCENE = {"train": 60, "held_out": 10}
+STALE_SECONDS = 3600
+"""A half-written data set that nobody has touched for so long was left by a process that died."""
+
+
+class AnimaShapes(tfds.core.GeneratorBasedBuilder):
+    """64×64 PNG pictures of one shape each, captioned; the split `held_out` has scenes that `train` never shows."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = epath.Path(__file__)  # tfds guesses it from the package, which an editable installation can mislead
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"image": tfds.features.Image(shape=(SIZE, SIZE, 3)), "caption": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=None,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in PICTURES_PER_SCENE}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        held_out = split == "held_out"
+        every_scene = scenes(held_out=held_out) * PICTURES_PER_SCENE[split]
+        for number, scene in enumerate(every_scene):
+            rng = np.random.default_rng([int(held_out), number])
+            yield number, {"image": _png(draw(scene, *sample_placement(rng))), "caption": scene.caption}
+
+
+def prepared_builder(data_dir: str | os.PathLike | None = None) -> AnimaShapes:
+    """The builder with its data on disk under `data_dir` (by default tensorflow-datasets' own), drawn if need be.
+
+    A data set appears under its name only when it is whole: a process that dies leaves none behind, and of two that
+    draw it at once the first to finish provides it.
+    """
+    builder = AnimaShapes(data_dir=data_dir)
+    if builder.data_path.exists():
+        return builder
+    _remove_stale(builder.data_path)
+    log.info("drawing %d pictures into %s (once)", _number_of_pictures(), builder.data_path)
+    try:
+        with _quiet():
+            builder.download_and_prepare(file_format="array_record")
+    except OSError:
+        if not builder.data_path.exists():
+            raise
+        # Another process renamed its own into place while this one was drawing.
+    return AnimaShapes(data_dir=data_dir)
+
+
+def _number_of_pictures() -> int:
+    return sum(len(scenes(held_out=split == "held_out")) * each for split, each in PICTURES_PER_SCENE.items())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the words about downloads that tfds prints whatever it does, and without its bars."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
+
+
+def _remove_stale(data_path: epath.Path) -> None:
+    for unfinished in data_path.parent.glob("incomplete.*"):
+        if unfinished.stat().mtime < time.time() - STALE_SECONDS:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _png(pixels: np.ndarray) -> io.BytesIO:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    stream.seek(0)
+    return stream
