@@ -8,7 +8,11 @@ if TYPE_CHECKING:
 
 __all__ = ["load_dit", "load_text_encoder", "load_vae"]
 
-_HOMES = {name: "anima_jax.checkpoints.models" for name in ("load_dit", "load_text_encoder", "load_vae")}
+_HOMES = {
+    "load_dit": "anima_jax.checkpoints.models",
+    "load_text_encoder": "anima_jax.checkpoints.models",
+    "load_vae": "anima_jax.checkpoints.models",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
+from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -156,6 +157,18 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
 
 
 @contextlib.contextmanager
+def open_adapter(path: PathLike) -> Iterator[Checkpoint]:
+    """The text adapter alone, in a file of its own or inside a transformer's; its paths begin `llm_adapter.`."""
+
+    class Alone(nnx.Module):
+        def __init__(self, config: AdapterConfig, rngs: nnx.Rngs):
+            self.llm_adapter = LLMAdapter(config, rngs=rngs)
+
+    with SafetensorsFile(path) as file:
+        yield _open(prefixes.ADAPTER, Alone, file)
+
+
+@contextlib.contextmanager
 def open_text_encoder(path: PathLike) -> Iterator[Checkpoint]:
     """The Qwen3 text encoder in a file."""
     with SafetensorsFile(path) as file:
@@ -167,6 +180,14 @@ def open_vae(path: PathLike) -> Iterator[Checkpoint]:
     """The Wan VAE in a file."""
     with SafetensorsFile(path) as file:
         yield _open(prefixes.WAN_VAE, lambda config, rngs: WanVAE(config, rngs=rngs), file)
+
+
+OPENERS = {
+    prefixes.DIT: open_dit,
+    prefixes.ADAPTER: open_adapter,
+    prefixes.QWEN3: open_text_encoder,
+    prefixes.WAN_VAE: open_vae,
+}
 
 
 def _open(network: Network, build: Callable[[Any, nnx.Rngs], nnx.Module], file: SafetensorsFile) -> Checkpoint:

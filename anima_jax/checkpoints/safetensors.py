@@ -82,7 +82,7 @@ def write(
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     """The memory of a C-contiguous array as bytes."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _write_all(path: locations.PathLike, file: IO[bytes], data: memoryview) -> None:
