@@ -52,7 +52,8 @@ def tfds_examples(
     builder = _builder(name_or_builder_dir, data_dir)
     tfds = _tfds()
     name, features = name_or_builder_dir, builder.info.features
-    _expect(name, "split", split.split("[")[0].split("+")[0], builder.info.splits)
+    for part in split.split("+"):
+        _expect(name, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
     _expect(name, "feature", image_feature, features)
     _expect(name, "feature", caption_feature, features)
     if not isinstance(features[image_feature], tfds.features.Image):
