@@ -1,0 +1,258 @@
+"""From prompts to pictures: encode, sample, decode.
+
+The same pipeline serves `python -m anima_jax.generate`, Python users and the samples that a training run draws.
+Axes: b batch, l image tokens, n text tokens, d features, c the 64 values of a token.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from PIL import Image
+
+from anima_jax.checkpoints.adapters import load_lora
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+from anima_jax.diffusion import samplers, schedules
+from anima_jax.diffusion.torch_random import randn
+from anima_jax.encode import encode_tokens, rounded_up
+from anima_jax.errors import UserError, did_you_mean
+from anima_jax.models.dit import OUT_CHANNELS, PATCH, AnimaDiT, patchify, unpatchify
+from anima_jax.models.parameters import Params, merge, split
+from anima_jax.models.qwen3 import Qwen3
+from anima_jax.models.wan_vae import WanVAE
+from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
+from anima_jax.training.step import TEXT_ROWS, compute_copy
+
+PIXELS_PER_LATENT = 8
+SIZE_STEP = PIXELS_PER_LATENT * PATCH
+
+
+class Context(NamedTuple):
+    """Prompts as the transformer takes them. `lengths_b` is None unless one is longer than 512 tokens."""
+
+    rows_bnd: Array
+    lengths_b: Array | None
+
+
+class AnimaPipeline:
+    """A transformer, a VAE, a text encoder and tokenizers. Calling it draws pictures.
+
+    `dit_params` may be replaced by others of the same structure, as training does with its averaged parameters.
+    """
+
+    def __init__(
+        self,
+        dit: AnimaDiT,
+        vae: WanVAE,
+        text_encoder: Qwen3,
+        tokenizers: Tokenizers,
+        *,
+        dtype: DTypeLike = jnp.bfloat16,
+    ):
+        if dit.llm_adapter is None:
+            raise UserError("the transformer has no LLM adapter (llm_adapter.…), without which no prompt reaches it")
+        self.dtype = dtype
+        self.tokenizers = tokenizers
+        self.dit_graphdef, params = split(dit)
+        self.dit_params = compute_copy(params, dtype)
+        self._vae_graphdef, self._vae_params = split(vae)
+        self._encode_tokens = encode_tokens(text_encoder, dtype)
+        self._source_width = text_encoder.config.width
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        transformer: PathLike,
+        vae: PathLike,
+        text_encoder: PathLike,
+        tokenizers: str | None = None,
+        adapter: PathLike | None = None,
+        loras: Sequence[tuple[PathLike, float]] = (),
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> "AnimaPipeline":
+        """Load everything from files; `tokenizers` is a folder with `qwen/` and `t5/`, or None for the hub's.
+
+        Raises UserError for whatever is missing or does not fit.
+        """
+        dit = load_dit(transformer, dtype, adapter_path=adapter)
+        if len(loras) > 1:
+            raise UserError(f"{len(loras)} LoRAs at once, but this version takes one; merge them first")
+        for path, weight in loras:
+            load_lora(path, dit, weight)
+        return cls(
+            dit, load_vae(vae, dtype), load_text_encoder(text_encoder, dtype), load_tokenizers(tokenizers), dtype=dtype
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        *,
+        width: int = 1024,
+        height: int = 1024,
+        steps: int = 30,
+        guidance_scale: float = 4.0,
+        sampler: str = "euler",
+        schedule: str = "simple",
+        shift: float = 3.0,
+        seed: int = 0,
+        batch_size: int = 1,
+    ) -> list[Image.Image]:
+        """`batch_size` pictures of one prompt, or one picture of each of several.
+
+        Sizes are in pixels, multiples of 16. The noise of the whole batch is torch's for `seed`. With `guidance_scale`
+        1 the negative prompt is not evaluated. Raises UserError for a value out of range or an unknown name.
+        """
+        check_settings(width, height, steps, sampler, schedule)
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        sigmas = schedules.SCHEDULES[schedule](steps, shift)
+        latents = self.sample(
+            self.encode(prompts),
+            None if guidance_scale == 1.0 else self.encode([negative_prompt] * len(prompts)),
+            initial_noise(seed, len(prompts), width, height),
+            sigmas,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+        )
+        return to_images(self.decode(latents))
+
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """Context rows of prompts: Qwen3's states through the transformer's adapter.
+
+        Token lists are padded and masked, which leaves real rows what they would be alone; a few lengths serve all.
+        """
+        ids = [self.tokenizers.prompt_ids(prompt) for prompt in prompts]
+        source_bn, source_mask_bn = _pad_ids([qwen for qwen, _ in ids])
+        target_bm, target_mask_bm = _pad_ids([t5 for _, t5 in ids])
+        states_bnd = self._encode_tokens(source_bn, source_mask_bn)
+        rows_bmd = _adapt(self.dit_params, states_bnd, target_bm, source_mask_bn, target_mask_bm, self.dit_graphdef)
+        longer = rows_bmd.shape[1] > TEXT_ROWS
+        return Context(rows_bmd, jnp.maximum(target_mask_bm.sum(1), TEXT_ROWS) if longer else None)
+
+    def sample(
+        self,
+        positive: Context,
+        negative: Context | None,
+        noise_btyxc: np.ndarray,
+        sigmas: np.ndarray,
+        *,
+        guidance_scale: float = 4.0,
+        sampler: str = "euler",
+    ) -> Array:
+        """Normalised latents (b, t, y, x, 16), float32, from `noise_btyxc` along `sigmas`; `negative` None: no guidance."""
+        context = positive if negative is None else _joined(negative, positive)
+        _, frames, rows, columns, _ = noise_btyxc.shape
+        return _sample(
+            self.dit_params,
+            jnp.asarray(noise_btyxc, jnp.float32),
+            jnp.asarray(sigmas, jnp.float32),
+            context,
+            jnp.float32(guidance_scale),
+            graphdef=self.dit_graphdef,
+            sampler=sampler,
+            grid=(frames, rows // PATCH, columns // PATCH),
+            guided=negative is not None,
+            dtype=jnp.dtype(self.dtype),
+        )
+
+    def decode(self, latents_btyxc: Array) -> np.ndarray:
+        """Pixels (b, t, y, x, 3) in about [−1, 1], float32, one example at a time."""
+        examples = (latents_btyxc[i : i + 1].astype(self.dtype) for i in range(len(latents_btyxc)))
+        return np.concatenate([np.asarray(_decode(self._vae_params, x, self._vae_graphdef)) for x in examples])
+
+
+def check_settings(width: int, height: int, steps: int, sampler: str, schedule: str) -> None:
+    """Raise UserError for sizes, steps or names that cannot be sampled."""
+    for name, size in (("width", width), ("height", height)):
+        if size < SIZE_STEP or size % SIZE_STEP:
+            raise UserError(f"{name} {size}, expected a positive multiple of {SIZE_STEP}")
+    if steps < 1:
+        raise UserError(f"steps {steps}, expected at least 1")
+    for what, name, table in (("sampler", sampler, samplers.SAMPLERS), ("schedule", schedule, schedules.SCHEDULES)):
+        if name not in table:
+            raise UserError(f"{what} '{name}', expected one of {', '.join(table)}{did_you_mean(name, table)}")
+
+
+def initial_noise(seed: int, batch: int, width: int, height: int) -> np.ndarray:
+    """Torch's CPU noise for `seed`, (b, 1, y, x, 16): drawn channel-first for the whole batch at once, as ComfyUI does."""
+    shape = (batch, OUT_CHANNELS, 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    return np.moveaxis(randn(shape, seed), 1, -1)
+
+
+def to_images(pixels_btyxc: np.ndarray) -> list[Image.Image]:
+    """Pictures of the first frames; values are cut off at [−1, 1] and rounded down, as ComfyUI does."""
+    levels = np.clip((pixels_btyxc[:, 0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)
+    return [Image.fromarray(picture) for picture in levels]
+
+
+def _pad_ids(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    length = rounded_up(max(map(len, rows)))
+    ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return ids, mask
+
+
+def _joined(first: Context, second: Context) -> Context:
+    """Both contexts in one batch. Rows of zeros are appended to the shorter, and not seen beyond its own length."""
+    length = max(first.rows_bnd.shape[1], second.rows_bnd.shape[1])
+    rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in (first, second)]
+    lengths = None
+    if length > TEXT_ROWS:
+        lengths = jnp.concatenate(
+            [
+                jnp.full(len(x.rows_bnd), TEXT_ROWS, jnp.int32) if x.lengths_b is None else x.lengths_b
+                for x in (first, second)
+            ]
+        )
+    return Context(jnp.concatenate(rows), lengths)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _adapt(params: Params, states_bnd, target_bm, source_mask_bn, target_mask_bm, graphdef: nnx.GraphDef) -> Array:
+    return merge(graphdef, params).llm_adapter(states_bnd, target_bm, source_mask_bn, target_mask_bm)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _decode(params: Params, latents_btyxc: Array, graphdef: nnx.GraphDef) -> Array:
+    return merge(graphdef, params).decode(latents_btyxc).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampler", "grid", "guided", "dtype"))
+def _sample(
+    params: Params,
+    noise_btyxc: Array,
+    sigmas: Array,
+    context: Context,
+    guidance_scale: Array,
+    *,
+    graphdef: nnx.GraphDef,
+    sampler: str,
+    grid: tuple[int, int, int],
+    guided: bool,
+    dtype: Any,
+) -> Array:
+    model: AnimaDiT = merge(graphdef, params)
+    options = {
+        "context_lengths_b": context.lengths_b,
+        "zero_context": max(0, TEXT_ROWS - context.rows_bnd.shape[1]),
+    }
+
+    def velocity(x_blc: Array, sigma: Array) -> Array:
+        # One evaluation serves both halves of the guidance.
+        both = jnp.concatenate([x_blc, x_blc]) if guided else x_blc
+        times_b = jnp.full(both.shape[:1], sigma)
+        out = model.velocity(both.astype(dtype), grid, times_b, context.rows_bnd, **options)
+        return samplers.guided(*jnp.split(out, 2)[::-1], guidance_scale) if guided else out
+
+    start = samplers.start(patchify(noise_btyxc), sigmas[0])
+    return unpatchify(samplers.sample(sampler, velocity, start, sigmas), *grid)
