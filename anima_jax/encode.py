@@ -12,11 +12,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from anima_jax.models.dit import patchify
-from anima_jax.models.parameters import split, merge
+from anima_jax.models.llm_adapter import Text
+from anima_jax.models.parameters import merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.text.tokenizers import TextIds, Tokenizers
-from anima_jax.training.step import Text
 
 LENGTH_STEP = 64
 """Token lists are padded to a multiple of this, so that captions of many lengths share a few programs."""

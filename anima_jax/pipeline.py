@@ -23,12 +23,11 @@ from anima_jax.diffusion import samplers, schedules
 from anima_jax.diffusion.torch_random import randn
 from anima_jax.encode import encode_tokens, rounded_up
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.models.dit import OUT_CHANNELS, PATCH, AnimaDiT, patchify, unpatchify
-from anima_jax.models.parameters import Params, merge, split
+from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, PATCH, AnimaDiT, patchify, unpatchify
+from anima_jax.models.parameters import Params, compute_copy, merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
-from anima_jax.training.step import TEXT_ROWS, compute_copy
 
 PIXELS_PER_LATENT = 8
 SIZE_STEP = PIXELS_PER_LATENT * PATCH
@@ -134,8 +133,8 @@ class AnimaPipeline:
         target_bm, target_mask_bm = _pad_ids([t5 for _, t5 in ids])
         states_bnd = self._encode_tokens(source_bn, source_mask_bn)
         rows_bmd = _adapt(self.dit_params, states_bnd, target_bm, source_mask_bn, target_mask_bm, self.dit_graphdef)
-        longer = rows_bmd.shape[1] > TEXT_ROWS
-        return Context(rows_bmd, jnp.maximum(target_mask_bm.sum(1), TEXT_ROWS) if longer else None)
+        longer = rows_bmd.shape[1] > CONTEXT_ROWS
+        return Context(rows_bmd, jnp.maximum(target_mask_bm.sum(1), CONTEXT_ROWS) if longer else None)
 
     def sample(
         self,
@@ -147,7 +146,10 @@ class AnimaPipeline:
         guidance_scale: float = 4.0,
         sampler: str = "euler",
     ) -> Array:
-        """Normalised latents (b, t, y, x, 16), float32, from `noise_btyxc` along `sigmas`; `negative` None: no guidance."""
+        """Normalised latents (b, t, y, x, 16), float32, from `noise_btyxc` along `sigmas`.
+
+        Without `negative` there is no guidance.
+        """
         context = positive if negative is None else _joined(negative, positive)
         _, frames, rows, columns, _ = noise_btyxc.shape
         return _sample(
@@ -182,7 +184,7 @@ def check_settings(width: int, height: int, steps: int, sampler: str, schedule: 
 
 
 def initial_noise(seed: int, batch: int, width: int, height: int) -> np.ndarray:
-    """Torch's CPU noise for `seed`, (b, 1, y, x, 16): drawn channel-first for the whole batch at once, as ComfyUI does."""
+    """Torch's CPU noise for `seed`, (b, 1, y, x, 16): of the whole batch at once, channel-first, as ComfyUI draws it."""
     shape = (batch, OUT_CHANNELS, 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     return np.moveaxis(randn(shape, seed), 1, -1)
 
@@ -207,10 +209,10 @@ def _joined(first: Context, second: Context) -> Context:
     length = max(first.rows_bnd.shape[1], second.rows_bnd.shape[1])
     rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in (first, second)]
     lengths = None
-    if length > TEXT_ROWS:
+    if length > CONTEXT_ROWS:
         lengths = jnp.concatenate(
             [
-                jnp.full(len(x.rows_bnd), TEXT_ROWS, jnp.int32) if x.lengths_b is None else x.lengths_b
+                jnp.full(len(x.rows_bnd), CONTEXT_ROWS, jnp.int32) if x.lengths_b is None else x.lengths_b
                 for x in (first, second)
             ]
         )
@@ -244,7 +246,7 @@ def _sample(
     model: AnimaDiT = merge(graphdef, params)
     options = {
         "context_lengths_b": context.lengths_b,
-        "zero_context": max(0, TEXT_ROWS - context.rows_bnd.shape[1]),
+        "zero_context": max(0, CONTEXT_ROWS - context.rows_bnd.shape[1]),
     }
 
     def velocity(x_blc: Array, sigma: Array) -> Array:

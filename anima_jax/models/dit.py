@@ -22,6 +22,10 @@ from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
 
 PATCH = 2
 OUT_CHANNELS = 16
+
+CONTEXT_ROWS = 512
+"""Context rows in training: those that a caption leaves are zeros, and take part in cross-attention."""
+
 TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
 LAYER_NORM_EPS = 1e-6

@@ -6,6 +6,7 @@ Axes: b batch, m target tokens, n source tokens, d features, h heads, k head siz
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,15 @@ from anima_jax.models.attention import attention
 from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
 
 ROTARY_THETA = 10000.0
+
+
+class Text(NamedTuple):
+    """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right."""
+
+    source_bnd: Array
+    source_mask_bn: Array
+    target_ids_bm: Array
+    target_mask_bm: Array
 
 
 @dataclasses.dataclass(frozen=True)

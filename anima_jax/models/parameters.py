@@ -13,6 +13,9 @@ from flax import nnx
 Params = dict[str, Any]
 """Parameter path → array (or anything that stands for one: a shape, a gradient, a moment, a sharding)."""
 
+MATRICES = (".kernel", ".embedding", ".lora_a", ".lora_b")
+"""How the paths of parameters end that take part in matrix products."""
+
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """The static structure and the parameters of `model`."""
@@ -29,6 +32,11 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
 def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """`split(build(rngs))` with `jax.ShapeDtypeStruct`s for parameters: nothing is computed or allocated."""
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+
+def compute_copy(params: Params, dtype: Any) -> Params:
+    """Matrices in the compute dtype; norm scales and biases as they are."""
+    return {path: value.astype(dtype) if path.endswith(MATRICES) else value for path, value in params.items()}
 
 
 def count(params: Params) -> int:

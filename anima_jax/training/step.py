@@ -14,22 +14,9 @@ from jax import Array
 
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
-from anima_jax.models.dit import AnimaDiT
-from anima_jax.models.parameters import Params, merge
-
-TEXT_ROWS = 512
-"""Context rows in training: those that captions leave are zeros, and take part in cross-attention."""
-
-_MATRICES = (".kernel", ".embedding", ".lora_a", ".lora_b")
-
-
-class Text(NamedTuple):
-    """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right."""
-
-    source_bnd: Array
-    source_mask_bn: Array
-    target_ids_bm: Array
-    target_mask_bm: Array
+from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
+from anima_jax.models.llm_adapter import Text
+from anima_jax.models.parameters import Params, compute_copy, merge
 
 
 class Batch(NamedTuple):
@@ -79,11 +66,6 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, config: 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
-def compute_copy(params: Params, dtype: Any) -> Params:
-    """Matrices in the compute dtype; norm scales and biases as they are."""
-    return {path: value.astype(dtype) if path.endswith(_MATRICES) else value for path, value in params.items()}
-
-
 def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
     """Mean loss of a batch, every random number drawn from its examples' ids.
 
@@ -114,7 +96,7 @@ def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config
         batch.grid_b3,
         times_b,
         context_bmd,
-        zero_context=max(0, TEXT_ROWS - context_bmd.shape[1]),
+        zero_context=max(0, CONTEXT_ROWS - context_bmd.shape[1]),
         remat=config.remat,
     )
     return batch_mean(config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3))
