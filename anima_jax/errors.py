@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: one line and exit code 2, never a traceback."""
+"""What a user sees of a mistake: one line a fault and exit code 2, never a traceback."""
 
 import difflib
 import functools
@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message is one line: the file or key, what was found, what was expected."""
+    """A user's mistake, or several: one argument and one line each (file or key, what was found, what was expected)."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Each mistake on one line."""
+        return tuple(" ".join(str(fault).split()) for fault in self.args)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -17,18 +25,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn a `UserError` that leaves `main` into its line on stderr and exit code 2."""
+    """Turn a `UserError` that leaves `main` into its lines on stderr, `error: …` each, and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            sys.exit(_report(str(error)))
+            for fault in error.faults:
+                print(f"error: {fault}", file=sys.stderr)
+            sys.exit(2)
 
     return wrapped
-
-
-def _report(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2

@@ -1,0 +1,28 @@
+"""The TOML schema: typed, frozen, every key documented once.
+
+`load_config` is how a program reads its configuration; below it only these typed values travel.
+"""
+
+from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
+from anima_jax.config.load import load_config, load_dataset
+from anima_jax.config.main import GROUPS, MainConfig, MeshConfig, SampleConfig
+from anima_jax.config.model import ModelConfig
+from anima_jax.config.network import AdapterSizes, NetworkSizes
+from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
+
+__all__ = [
+    "GROUPS",
+    "AdapterConfig",
+    "AdapterSizes",
+    "DatasetConfig",
+    "DirectorySource",
+    "MainConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NetworkSizes",
+    "OptimizerConfig",
+    "SampleConfig",
+    "TfdsSource",
+    "load_config",
+    "load_dataset",
+]

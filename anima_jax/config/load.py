@@ -1,0 +1,168 @@
+"""Read a main TOML and the dataset TOML that it names; every fault of both in one error."""
+
+import datetime
+import os
+import tomllib
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from anima_jax.config import dataset as dataset_file
+from anima_jax.config import foreign
+from anima_jax.config.dataset import DatasetConfig
+from anima_jax.config.faults import File, Place
+from anima_jax.config.main import MainConfig, MainFile
+from anima_jax.config.schema import resolve
+from anima_jax.errors import UserError
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> MainConfig:
+    """The configuration in the main TOML at `path` and in the dataset TOML that it names.
+
+    `overrides` are `key.sub=value` as `--set` gives them: the value is TOML, or else a plain string. Relative paths are
+    looked up from the current directory, then from the folder of the TOML that names them; input files must exist.
+    Raises UserError with one line a fault, all faults of both files at once.
+    """
+    name = os.fspath(path)
+    faults: list[str] = []
+    notes: list[str] = []
+    table = read_toml(name)
+    given = []
+    for override in overrides:
+        try:
+            given.append(_override(table, override))
+        except UserError as error:
+            faults += error.faults
+    main = _main_file(name, table, given, faults, notes)
+    data = _dataset_of(name, table.get("dataset"), faults, notes)
+    if faults or main is None or data is None:
+        raise UserError(*dict.fromkeys(faults))
+    keys = {key: getattr(main, key) for key in MainFile.model_fields}
+    return MainConfig.model_construct(
+        main.model_fields_set, **keys, data=data, path=os.path.abspath(name), notes=tuple(notes)
+    )
+
+
+def load_dataset(path: str | os.PathLike[str]) -> tuple[DatasetConfig, tuple[str, ...]]:
+    """A dataset TOML alone, and the notes on it. Raises UserError as `load_config` does."""
+    faults: list[str] = []
+    notes: list[str] = []
+    config = _dataset_file(os.fspath(path), faults, notes)
+    if faults or config is None:
+        raise UserError(*dict.fromkeys(faults))
+    return config, tuple(notes)
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The table in a TOML file, UTF-8 with or without byte order mark. Raises UserError with line and column."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder, expected a TOML file")
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file (looked for {os.path.abspath(path)})") from error
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"{path}: {found}, expected UTF-8 text; save the file as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from error
+
+
+def _main_file(
+    name: str, table: dict[str, Any], given: list[str], faults: list[str], notes: list[str]
+) -> MainFile | None:
+    known = [f"{section}.{key}".lstrip(".") for section, rows in foreign.SECTIONS.items() for key in rows]
+    file = File(name, MainFile, known, given)
+    for section, rows in foreign.SECTIONS.items():
+        inner = table.get(section) if section else table
+        if isinstance(inner, dict):
+            _set_aside(file, inner, rows, (section,) if section else (), faults, notes)
+    main = _validated(file, table, MainFile, faults)
+    if main and main.activation_checkpointing == "unsloth":
+        notes.append(file.line(("activation_checkpointing",), "nothing is moved to the host here: 'unsloth' is true"))
+    return main
+
+
+def _dataset_of(main: str, path: Any, faults: list[str], notes: list[str]) -> DatasetConfig | None:
+    """The dataset TOML that the main TOML names, if it does and it is there; if not, that is the main TOML's fault."""
+    candidates = resolve(path, os.path.dirname(main)) if isinstance(path, str) and path else ()
+    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    return _dataset_file(found, faults, notes) if found else None
+
+
+def _dataset_file(name: str, faults: list[str], notes: list[str]) -> DatasetConfig | None:
+    try:
+        table = read_toml(name)
+    except UserError as error:
+        faults += error.faults
+        return None
+
+    def place_in_file(place: Place) -> Place:
+        """A shared key that a source does not set itself stands, or is missing, at the top."""
+        match place:
+            case (str(kind), int(index), str(key), *rest) if key in dataset_file.SHARED_KEYS:
+                return place if key in table[kind][index] else (key, *rest)
+        return place
+
+    known = [*foreign.DATASET, *dataset_file.SHARED_KEYS]
+    known += [f"{kind}.{key}" for kind in dataset_file.SOURCES for key in foreign.DATASET]
+    file = File(name, DatasetConfig, known, rename=place_in_file)
+    _set_aside(file, table, foreign.DATASET, (), faults, notes)
+    for kind in dataset_file.SOURCES:
+        entries = table.get(kind)
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict):
+                _set_aside(file, entry, foreign.DATASET, (kind, index), faults, notes)
+    config = _validated(file, dataset_file.hand_down(table), DatasetConfig, faults)
+    for source in config.sources if config else ():
+        if source.resolutions[0] not in {source.size_wh[0], source.size_wh}:
+            width, height = source.size_wh
+            place = ("resolutions",)
+            notes.append(file.line(place, f"{source.resolutions[0]} is an area: pictures are {width} × {height}"))
+    notes[:] = dict.fromkeys(notes)
+    return config
+
+
+def _set_aside(file: File, table: dict[str, Any], rows: Any, above: Place, faults: list[str], notes: list[str]) -> None:
+    for key, answer, is_fault in foreign.set_aside(table, rows):
+        (faults if is_fault else notes).append(file.line((*above, key), answer))
+
+
+def _validated(file: File, table: dict[str, Any], schema: type[SectionT], faults: list[str]) -> SectionT | None:
+    try:
+        return schema.model_validate(table, context={"folder": os.path.dirname(file.name)})
+    except ValidationError as error:
+        faults += file.lines(error)
+        return None
+
+
+def _override(table: dict[str, Any], override: str) -> str:
+    """Put one `key.sub=value` into `table`; its dotted key."""
+    key, equals, value = override.partition("=")
+    *above, last = parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise UserError(f"--set: found {override!r}, expected key=value, as in optimizer.lr=1e-4")
+    for depth, part in enumerate(above):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set: {key.strip()}: {'.'.join(parts[: depth + 1])} is not a table")
+    table[last] = _toml_value(value.strip())
+    return ".".join(parts)
+
+
+def _toml_value(text: str) -> Any:
+    """The TOML value that `text` is, or `text` itself: a bare word needs no quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    value = parsed["value"]
+    return text if len(parsed) > 1 or isinstance(value, datetime.date | datetime.time) else value

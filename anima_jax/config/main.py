@@ -1,0 +1,287 @@
+"""The main TOML: diffusion-pipe's keys with their defaults and meanings, and ours (marked so in their descriptions).
+
+`MainFile` is the file as it is written; `MainConfig` is what a run uses: the same keys, the dataset, and what follows
+from them. Keys of diffusion-pipe that are answered without a meaning here are in `foreign.py`.
+"""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+import annotated_types
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+
+from anima_jax.config.dataset import DatasetConfig
+from anima_jax.config.model import GROUPS, ModelConfig
+from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
+from anima_jax.config.schema import (
+    Count,
+    Dtype,
+    Listed,
+    LocalFile,
+    NotEmpty,
+    NotNegative,
+    OutputFolder,
+    PixelSide,
+    Positive,
+    Section,
+    fault,
+    not_yet,
+)
+
+Whole = Annotated[int, annotated_types.Ge(0)]
+Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
+TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64)]
+Decay = Annotated[float, annotated_types.Gt(0), annotated_types.Lt(1)]
+
+LOSS_KEYS = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
+"""At most one is set; without any the loss is the mean squared error."""
+
+
+class SampleConfig(Section):
+    """Ours: pictures drawn while training, one for each prompt and seed."""
+
+    prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
+    every_n_steps: Count = Field(500, description="draw after every so many steps, and at the start and the end")
+    steps: Count = Field(30, description="sampler steps")
+    guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
+    shift: Positive = Field(3.0, description="moves the sampler's times as [model] shift does the training's")
+    seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the starting noise")
+    width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: the training pictures'")
+    height: PixelSide | None = Field(
+        None, validate_default=True, description="in pixels, a multiple of 16; unset: the training pictures'"
+    )
+
+    @field_validator("height")
+    @classmethod
+    def _both_or_none(cls, height: int | None, info: ValidationInfo) -> int | None:
+        if "width" in info.data and (info.data["width"] is None) != (height is None):
+            raise fault("expected both width and height, or neither; found one")
+        return height
+
+
+def _one_device(size: int) -> int:
+    if size not in {-1, 1}:
+        raise fault(f"found {size}, expected 1, or -1 for what is left; {not_yet('more than one device')}")
+    return size
+
+
+AxisSize = Annotated[int, AfterValidator(_one_device)]
+
+
+class MeshConfig(Section):
+    """Ours: how many devices each axis of the mesh has. One axis may be -1: the devices that are left."""
+
+    data: AxisSize = Field(-1, description="replicas that share nothing but gradients")
+    fsdp: AxisSize = Field(1, description="replicas that share the parameters out")
+    tensor: AxisSize = Field(1, description="devices that split each layer")
+    context: AxisSize = Field(1, validate_default=True, description="devices that split each sequence")
+
+    @field_validator("context")
+    @classmethod
+    def _one_rest(cls, context: int, info: ValidationInfo) -> int:
+        if [*info.data.values(), context].count(-1) > 1:
+            raise fault("at most one of data, fsdp, tensor and context may be -1 (data is, unless set)")
+        return context
+
+
+def _no_wandb(enable: bool) -> bool:
+    if enable:
+        raise fault(not_yet("reporting to Weights & Biases", "set it to false"))
+    return enable
+
+
+class MonitoringConfig(Section):
+    """Where figures are reported besides the console."""
+
+    enable_wandb: Annotated[bool, AfterValidator(_no_wandb)] = Field(False, description="only false")
+    wandb_api_key: str = Field("", description="without enable_wandb, unused")
+    wandb_tracker_name: str = Field("", description="without enable_wandb, unused")
+    wandb_run_name: str = Field("", description="without enable_wandb, unused")
+
+
+def _one_micro_batch(found: Any) -> Any:
+    if isinstance(found, list):
+        raise fault(not_yet("a micro-batch for each resolution", "give one number"))
+    return found
+
+
+def _activation_checkpointing(found: Any) -> Any:
+    if type(found) is not bool and found != "unsloth":
+        raise fault(f"found {found!r}, expected false, true or 'unsloth'")
+    return found
+
+
+def _only_loss(value: float | None, info: ValidationInfo) -> float | None:
+    others = [key for key in LOSS_KEYS if key != info.field_name and info.data.get(key) is not None]
+    if value is not None and others:
+        raise fault(f"{others[0]} is set too, expected at most one of {', '.join(LOSS_KEYS)}")
+    return value
+
+
+LossParameter = Annotated[Positive, AfterValidator(_only_loss)]
+
+
+class MainFile(Section):
+    """The keys of a main TOML."""
+
+    output_dir: OutputFolder = Field(description="folder in which every run makes a folder of its own")
+    dataset: LocalFile = Field(description="the dataset TOML")
+    seed: Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32)] = Field(
+        0, description="ours; every random number of the run follows from it"
+    )
+
+    epochs: Count = Field(description="number of passes over the data")
+    max_steps: Count | None = Field(
+        None, description="stop after so many optimizer steps, if epochs are not over before"
+    )
+    micro_batch_size_per_gpu: Annotated[Count, BeforeValidator(_one_micro_batch)] = Field(
+        1, description="examples that one device takes through the network at once"
+    )
+    gradient_accumulation_steps: Count = Field(1, description="micro-batches whose gradients make one optimizer step")
+    global_batch_size: Count | None = Field(
+        None,
+        description="ours; examples in one optimizer step; set: the accumulation follows from it; "
+        "unset: micro_batch_size_per_gpu × gradient_accumulation_steps",
+    )
+    gradient_clipping: NotNegative = Field(1.0, description="largest global norm of the gradient; 0 turns clipping off")
+    warmup_steps: Whole = Field(
+        0, description="steps in which the learning rate rises in a line from 1/warmup_steps of it"
+    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="the learning rate after the warmup: constant, down to 0 in a line, or down to 1e-6 in a cosine",
+    )
+    force_constant_lr: Positive | None = Field(
+        None, description="this learning rate for every group that is not frozen, without schedule or warmup"
+    )
+    ema_decay: Decay | None = Field(None, description="ours; decay of the weights' moving average; unset: none is kept")
+    uncond_fraction: Fraction = Field(
+        0.0, description="fraction of the examples that is trained with the empty caption"
+    )
+    activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_activation_checkpointing)] = Field(
+        False, description="true: the backward pass computes the blocks' inner values again instead of keeping them"
+    )
+    caching_batch_size: Count = Field(1, description="pictures that are encoded at once while the cache is filled")
+
+    huber_delta: LossParameter | None = Field(None, description="Huber loss with this threshold")
+    smooth_l1_beta: LossParameter | None = Field(None, description="smooth L1 loss with this threshold")
+    pseudo_huber_c: LossParameter | None = Field(None, description="pseudo-Huber loss √(e² + c²) − c with this c")
+
+    save_every_n_epochs: Count | None = Field(None, description="save the model after every so many epochs")
+    save_every_n_steps: Count | None = Field(None, description="save the model after every so many optimizer steps")
+    save_every_n_examples: Count | None = Field(
+        None, description="save the model after every so many examples, instead of steps"
+    )
+    save_dtype: Dtype | None = Field(None, description="dtype of saved models; unset: [adapter] dtype or [model] dtype")
+    steps_per_print: Count = Field(1, description="a line is printed after every so many steps")
+
+    model: ModelConfig = Field(description="the networks")
+    optimizer: OptimizerConfig = Field(description="the optimizer")
+    adapter: AdapterConfig | None = Field(None, description="a low-rank adapter; unset: every weight is trained")
+    sample: SampleConfig | None = Field(None, description="ours; pictures drawn while training; unset: none")
+    mesh: MeshConfig = Field(MeshConfig.model_validate({}), description="ours; the devices")
+    monitoring: MonitoringConfig = Field(MonitoringConfig.model_validate({}), description="where figures are reported")
+
+    @field_validator("global_batch_size")
+    @classmethod
+    def _divides_into_micro_batches(cls, size: int | None, info: ValidationInfo) -> int | None:
+        micro, steps = (info.data.get(key) for key in ("micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+        if size is None or micro is None or steps is None:
+            return size
+        if size % micro:
+            nearest = max(1, round(size / micro)) * micro
+            raise fault(
+                f"found {size}, expected a multiple of micro_batch_size_per_gpu = {micro} (the nearest is {nearest})"
+            )
+        if steps not in {1, size // micro}:
+            raise fault(
+                f"found {size}, but {micro} × gradient_accumulation_steps = {steps} is {micro * steps}; "
+                f"leave one out, or set gradient_accumulation_steps = {size // micro}"
+            )
+        return size
+
+    @field_validator("save_every_n_examples")
+    @classmethod
+    def _whole_steps(cls, examples: int | None, info: ValidationInfo) -> int | None:
+        if examples is not None and info.data.get("save_every_n_steps") is not None:
+            raise fault("save_every_n_steps is set too, expected one of the two")
+        return examples
+
+
+class Schedule(NamedTuple):
+    """Learning rate over time, as a factor of each group's own."""
+
+    shape: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+
+
+class MainConfig(MainFile):
+    """What a run uses: the main TOML, the dataset TOML, and what follows from them."""
+
+    data: DatasetConfig
+    """The dataset TOML."""
+    path: str
+    """The main TOML's own absolute path."""
+    notes: tuple[str, ...] = ()
+    """A line for each key of diffusion-pipe whose job something else does here, and for each value that was rounded."""
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """Of the computation and of frozen weights."""
+        return self.model.dtype
+
+    @property
+    def export_dtype(self) -> Dtype:
+        """Of saved models or adapters."""
+        own = self.adapter.dtype if self.adapter else None
+        return self.save_dtype or own or self.model.dtype
+
+    @property
+    def remat(self) -> Literal["none", "full"]:
+        """What the backward pass computes again."""
+        return "full" if self.activation_checkpointing else "none"
+
+    @property
+    def global_batch(self) -> int:
+        """Examples in one optimizer step."""
+        return self.global_batch_size or self.micro_batch_size_per_gpu * self.gradient_accumulation_steps
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in one optimizer step."""
+        return self.global_batch // self.micro_batch_size_per_gpu
+
+    @property
+    def save_every_steps(self) -> int | None:
+        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count."""
+        if self.save_every_n_examples is not None:
+            return max(1, self.save_every_n_examples // self.global_batch)
+        return self.save_every_n_steps
+
+    @property
+    def loss(self) -> tuple[str, float]:
+        """The loss's kind, one of `LOSS_KEYS` or "mse", and its parameter."""
+        chosen = [(key, value) for key in LOSS_KEYS if (value := getattr(self, key)) is not None]
+        return chosen[0] if chosen else ("mse", 0.0)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's shape and warmup."""
+        if self.force_constant_lr is not None:
+            return Schedule("constant", 0)
+        return Schedule(self.lr_scheduler, self.warmup_steps)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Group → learning rate, for `GROUPS` and `base`; 0 is frozen."""
+        own = {group: getattr(self.model, f"{group}_lr") for group in GROUPS}
+        rates = {group: self.optimizer.lr if rate is None else rate for group, rate in own.items()}
+        rates["base"] = self.optimizer.lr
+        forced = self.force_constant_lr
+        return rates if forced is None else {group: forced if rate else 0.0 for group, rate in rates.items()}
+
+    @property
+    def sample_size_wh(self) -> tuple[int, int]:
+        """Width and height of the pictures drawn while training, in pixels."""
+        if self.sample and self.sample.width and self.sample.height:
+            return self.sample.width, self.sample.height
+        return self.data.size_wh

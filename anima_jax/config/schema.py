@@ -1,0 +1,171 @@
+"""What every table of a configuration has in common: strict, frozen, no key unknown; and the kinds of path.
+
+Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is a float where a float is wanted.
+"""
+
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from anima_jax.errors import did_you_mean
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Positive = Annotated[float, annotated_types.Gt(0)]
+NotNegative = Annotated[float, annotated_types.Ge(0)]
+Count = Annotated[int, annotated_types.Ge(1)]
+"""A whole number, at least 1."""
+
+PIXEL_MULTIPLE = 16
+"""Sides of pictures are multiples of this: 8 × of the VAE times the transformer's patch of 2."""
+
+
+class Section(BaseModel):
+    """One table of a TOML file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TypedSection(Section):
+    """A table whose `type` decides what its other keys mean: with a wrong one nothing else is looked at."""
+
+    TYPES: ClassVar[tuple[str, ...]]
+    NOT_YET_TYPES: ClassVar[tuple[str, ...]] = ()
+    """Types of diffusion-pipe that this version knows of but does not carry out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_first(cls, table: Any) -> Any:
+        found = table.get("type") if isinstance(table, Mapping) else None
+        if not isinstance(found, str):
+            return table
+        if found.lower() in cls.NOT_YET_TYPES:
+            raise fault(not_yet(f"type '{found}' of diffusion-pipe", f"expected {choices(cls.TYPES)}"), key="type")
+        if found.lower() not in cls.TYPES:
+            hint = did_you_mean(found, (*cls.TYPES, *cls.NOT_YET_TYPES))
+            raise fault(f"found '{found}', expected {choices(cls.TYPES)}{hint}", key="type")
+        return {**table, "type": found.lower()}
+
+
+def fault(message: str, *, key: str | None = None) -> PydanticCustomError:
+    """A fault to raise in a validator; `key` names the key inside the table where the validator is the table's."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "key": key})
+
+
+def not_yet(what: str, hint: str = "") -> str:
+    """The answer to what diffusion-pipe does and this version does not."""
+    return f"{what} is not carried out yet by this version{f'; {hint}' if hint else ''}"
+
+
+def choices(values: tuple[Any, ...]) -> str:
+    """`'a', 'b' or 'c'`."""
+    *others, last = [f"'{value}'" if isinstance(value, str) else str(value) for value in values]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def multiple_of_16(pixels: int) -> int:
+    """A side in pixels, or a fault that names the nearest side that will do."""
+    if pixels % PIXEL_MULTIPLE:
+        nearest = max(1, round(pixels / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
+        raise fault(f"found {pixels}, expected a multiple of {PIXEL_MULTIPLE} (the nearest is {nearest})")
+    return pixels
+
+
+PixelSide = Annotated[int, annotated_types.Ge(PIXEL_MULTIPLE), AfterValidator(multiple_of_16)]
+
+
+def key_table(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Dotted key → field of a section and the sections in it, in order of declaration: what the reference lists."""
+    table: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        table[name] = field
+        for inner in _sections_in(field.annotation):
+            table |= {f"{name}.{key}": value for key, value in key_table(inner).items()}
+    return table
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]
+
+
+# ---- paths: strings, absolute once validated; addresses (gs://, hf://) stay as they are --------------------------
+
+
+def is_address(path: str) -> bool:
+    """Whether `path` is an address (`hf://…`, `gs://…`), which nothing here looks into."""
+    return "://" in path
+
+
+def resolve(path: str, folder: str | os.PathLike | None = None) -> tuple[str, ...]:
+    """The absolute paths that `path` may mean: from the current directory, then from `folder` (the TOML's own)."""
+    if is_address(path):
+        return (path,)
+    roots = [Path.cwd(), *([Path(folder).absolute()] if folder is not None else [])]
+    return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
+
+
+def _existing(path: str, info: ValidationInfo, is_there, what: str) -> str:
+    if not path:
+        raise fault(f"found an empty path, expected {what}")
+    candidates = resolve(path, (info.context or {}).get("folder"))
+    for candidate in candidates:
+        if is_address(candidate) or is_there(candidate):
+            return candidate
+    for candidate in candidates:
+        if os.path.exists(candidate):
+            kind = "a folder" if os.path.isdir(candidate) else "a file"
+            raise fault(f"{candidate} is {kind}, expected {what}")
+    raise fault(f"{what} is expected, but none is at {' nor at '.join(candidates)}")
+
+
+def _input_file(path: str, info: ValidationInfo) -> str:
+    return _existing(path, info, os.path.isfile, "a file")
+
+
+def _input_folder(path: str, info: ValidationInfo) -> str:
+    return _existing(path, info, os.path.isdir, "a folder")
+
+
+def _not_an_address(path: str) -> str:
+    if is_address(path):
+        raise fault(f"found {path}, expected a file on this machine")
+    return path
+
+
+def _output_folder(path: str) -> str:
+    if not path:
+        raise fault("found an empty path, expected a folder to write to")
+    if path.startswith("hf://"):
+        raise fault(f"found {path}, expected a local folder or gs://, which can be written to")
+    (folder,) = resolve(path)
+    if not is_address(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise fault(f"{folder} is a file, expected a folder to write to")
+    return folder
+
+
+InputFile = Annotated[str, AfterValidator(_input_file)]
+InputFolder = Annotated[str, AfterValidator(_input_folder)]
+LocalFile = Annotated[InputFile, AfterValidator(_not_an_address)]
+OutputFolder = Annotated[str, AfterValidator(_output_folder)]
+
+Listed = Field(strict=False)
+"""For tuples: a TOML array is a Python list, which strict validation would refuse."""
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Not `min_length`: pydantic counts only the valid ones, and would call a list of one fault empty too.
+    if not values:
+        raise fault("found an empty list, expected at least one value")
+    return values
+
+
+NotEmpty = AfterValidator(_some)
+"""For tuples of at least one value."""
