@@ -145,17 +145,20 @@ def _validated(file: File, table: dict[str, Any], schema: type[SectionT], faults
 
 
 def _override(table: dict[str, Any], override: str) -> str:
-    """Put one `key.sub=value` into `table`; its dotted key."""
+    """Put one `key.sub=value` into `table`; the dotted key of the topmost thing that was not there before."""
     key, equals, value = override.partition("=")
     *above, last = parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
         raise UserError(f"--set: found {override!r}, expected key=value, as in optimizer.lr=1e-4")
-    for depth, part in enumerate(above):
+    created = len(parts)
+    for depth, part in enumerate(above, start=1):
+        if part not in table:
+            created = min(created, depth)
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set: {key.strip()}: {'.'.join(parts[: depth + 1])} is not a table")
+            raise UserError(f"--set: {key.strip()}: {'.'.join(parts[:depth])} is not a table")
     table[last] = _toml_value(value.strip())
-    return ".".join(parts)
+    return ".".join(parts[:created])
 
 
 def _toml_value(text: str) -> Any:

@@ -1,0 +1,309 @@
+"""What a wrong configuration gets: one line a fault, with the file, the key, what was found and what was expected."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anima_jax.config import load_config
+from anima_jax.config.faults import File
+from anima_jax.config.foreign import SECTIONS
+from anima_jax.config.main import MainFile
+from anima_jax.config.schema import key_table
+from anima_jax.errors import UserError
+from tests.config.files import REMOVE, changed, write
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch):
+    """The lines that the small configuration gets when it is changed so."""
+    monkeypatch.chdir(tmp_path)
+
+    def lines(changes=None, dataset=None, overrides=()):
+        with pytest.raises(UserError) as caught:
+            load_config(write(tmp_path, changes, dataset).name, overrides)
+        assert str(caught.value).splitlines() == list(caught.value.faults)
+        return caught.value.faults
+
+    return lines
+
+
+ADAPTER = {"type": "lora", "rank": 4}
+SAMPLE = {"prompts": ["a"]}
+SIZES = {"model.transformer_path": REMOVE, "model.config": {}}
+
+MAIN_FAULTS = [
+    # wrong types: nothing is taken for something else
+    ({"epochs": "3"}, 'epochs: found "3" (a string), expected a whole number'),
+    ({"epochs": True}, "epochs: found true (a boolean), expected a whole number"),
+    ({"epochs": 3.0}, "epochs: found 3.0 (a number), expected a whole number"),
+    ({"optimizer.lr": "2e-5"}, 'optimizer.lr: found "2e-5" (a string), expected a number'),
+    ({"optimizer.lr": True}, "optimizer.lr: found true (a boolean), expected a number"),
+    ({"model.flux_shift": 1}, "model.flux_shift: found 1 (a whole number), expected true or false"),
+    ({"output_dir": 3}, "output_dir: found 3 (a whole number), expected a string"),
+    ({"model": 3}, "model: found 3 (a whole number), expected a table"),
+    ({"model": [{}]}, "model: found [{}] (a list), expected a table"),
+    ({"optimizer.betas": 0.9}, "optimizer.betas: found 0.9 (a number), expected a list"),
+    ({"optimizer.betas": [0.9, "x"]}, 'optimizer.betas[1]: found "x" (a string), expected a number'),
+    ({"sample.prompts": "a"}, 'sample.prompts: found "a" (a string), expected a list'),
+    ({"activation_checkpointing": "yes"}, "activation_checkpointing: found 'yes', expected false, true or 'unsloth'"),
+    # out of range
+    ({"epochs": 0}, "epochs: found 0 (a whole number), expected at least 1"),
+    ({"optimizer.lr": -1}, "optimizer.lr: found -1 (a whole number), expected at least 0"),
+    ({"optimizer.eps": 0}, "optimizer.eps: found 0 (a whole number), expected more than 0"),
+    ({"optimizer.betas": [0.9, 1.0]}, "optimizer.betas[1]: found 1.0 (a number), expected less than 1"),
+    ({"uncond_fraction": 1.5}, "uncond_fraction: found 1.5 (a number), expected at most 1"),
+    ({"ema_decay": 1.0}, "ema_decay: found 1.0 (a number), expected less than 1"),
+    ({"seed": 2**32}, "seed: found 4294967296 (a whole number), expected less than 4294967296"),
+    ({"sample": SAMPLE | {"width": 500, "height": 512}}, "sample.width: found 500, expected a multiple of 16 (the nea"),
+    ({"sample": SAMPLE | {"seeds": []}}, "sample.seeds: found an empty list, expected at least one value"),
+    ({"model.dtype": "bfloat1"}, "expected 'bfloat16', 'float16' or 'float32' (did you mean 'bfloat16'?)"),
+    ({"lr_scheduler": "cosin"}, "expected 'constant', 'linear' or 'cosine' (did you mean 'cosine'?)"),
+    ({"model.type": "wan"}, "model.type: found 'wan', expected 'anima'"),
+    (
+        {"optimizer.type": "adamv"},
+        "optimizer.type: found 'adamv', expected 'adamw' or 'adamw_optimi' (did you mean 'adamw",
+    ),
+    # keys
+    ({"optimiser": {}}, "optimiser: unknown key (did you mean 'optimizer'?)"),
+    ({"model.vae_pth": "x"}, "model.vae_pth: unknown key (did you mean 'vae_path'?)"),
+    ({"rank": 4}, "rank: unknown key (did you mean 'adapter.rank'?)"),
+    ({"pipeline_stage": 2}, "pipeline_stage: unknown key (did you mean 'pipeline_stages'?)"),
+    ({"quite_something_else": 1}, "quite_something_else: unknown key"),
+    ({"optimizer.lr": REMOVE}, "optimizer.lr: missing, expected learning rate"),
+    ({"model": REMOVE}, "model: missing, expected the networks"),
+    # files
+    ({"model.vae_path": "no.safetensors"}, "model.vae_path: a file is expected, but none is at "),
+    ({"model.vae_path": "pictures"}, "/pictures is a folder, expected a file"),
+    ({"model.vae_path": ""}, "model.vae_path: found an empty path, expected a file"),
+    ({"model.vae_path": "a\0b"}, "model.vae_path: a file is expected, but none is at "),
+    ({"model.vae_path": "x" * 5000}, "model.vae_path: a file is expected, but none is at "),
+    (
+        {"model.tokenizer_path": "pictures"},
+        "/pictures has no folder qwen and no folder t5, expected qwen/ and t5/ in it",
+    ),
+    ({"output_dir": "dit.safetensors"}, "/dit.safetensors is a file, expected a folder to write to"),
+    ({"output_dir": "hf://owner/repo"}, "output_dir: found hf://owner/repo, expected a local folder or gs://"),
+    ({"dataset": "no.toml"}, "dataset: a file is expected, but none is at "),
+    ({"dataset": "gs://bucket/d.toml"}, "dataset: found gs://bucket/d.toml, expected a file on this machine"),
+    # keys that depend on each other
+    (
+        {"model.transformer_path": REMOVE},
+        "model.config: expected exactly one of transformer_path and config, found nei",
+    ),
+    ({"model.config": {}}, "model.config: expected exactly one of transformer_path and config, found both"),
+    ({"huber_delta": 1, "pseudo_huber_c": 1}, "pseudo_huber_c: huber_delta is set too, expected at most one of"),
+    ({"save_every_n_steps": 1, "save_every_n_examples": 9}, "save_every_n_steps is set too, expected one of the two"),
+    (
+        {"micro_batch_size_per_gpu": 3, "global_batch_size": 32},
+        "global_batch_size: found 32, expected a multiple of micr",
+    ),
+    ({"gradient_accumulation_steps": 3, "global_batch_size": 32}, "or set gradient_accumulation_steps = 32"),
+    ({"sample": SAMPLE | {"width": 64}}, "sample.height: expected both width and height, or neither"),
+    ({"mesh": {"fsdp": -1}}, "mesh.context: at most one of data, fsdp, tensor and context may be -1"),
+    # sizes of a fresh network
+    (
+        SIZES | {"model.config": {"width": 192, "heads": 5}},
+        "model.config.heads: found 5, expected a divisor of width = 1",
+    ),
+    (SIZES | {"model.config": {"width": 64, "heads": 16}}, "16 heads of width = 64 are 4 wide each, expected an even"),
+    (SIZES | {"model.config": {"width": 66, "heads": 6}}, "6 heads of width = 66 are 11 wide each, expected an even s"),
+    (
+        SIZES | {"model.config": {"width": 63}},
+        "model.config.width: found 63 (a whole number), expected a multiple of 2",
+    ),
+    (
+        SIZES | {"model.config": {"adapter": {"target_width": 8}}},
+        "target_width: found 8, expected context_width = 1024",
+    ),
+    (
+        SIZES | {"model.config": {"adapter": {"width": 9, "heads": 3}}},
+        "model.config.adapter.heads: 3 heads of width = 9",
+    ),
+    # known, but still to come
+    (
+        {"micro_batch_size_per_gpu": [[512, 4]]},
+        "micro_batch_size_per_gpu: a micro-batch for each resolution is not carri",
+    ),
+    ({"eval_datasets": [{"name": "a"}]}, "eval_datasets: a known key that this version does not carry out yet"),
+    (
+        {"checkpoint_every_n_minutes": 120},
+        "checkpoint_every_n_minutes: a known key that this version does not carry out",
+    ),
+    (
+        {"model.transformer_dtype": "float8"},
+        "model.transformer_dtype: a known key that this version does not carry out",
+    ),
+    ({"optimizer.type": "Prodigy"}, "optimizer.type: type 'Prodigy' of diffusion-pipe is not carried out yet by this"),
+    ({"adapter": {"type": "lokr", "rank": 4}}, "adapter.type: type 'lokr' of diffusion-pipe is not carried out yet"),
+    ({"adapter": ADAPTER | {"dropout": 0.1}}, "adapter.dropout: dropout = 0.1 is not carried out yet by this version"),
+    (
+        {"mesh": {"fsdp": 8}},
+        "mesh.fsdp: found 8, expected 1, or -1 for what is left; more than one device is not carried",
+    ),
+    (
+        {"monitoring.enable_wandb": True},
+        "monitoring.enable_wandb: reporting to Weights & Biases is not carried out yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), MAIN_FAULTS, ids=[line[:50] for _, line in MAIN_FAULTS])
+def test_a_fault_in_the_main_file_is_one_line(faults, changes, line):
+    (found,) = faults(changes)
+    assert found.startswith("main.toml: ")
+    assert line in found
+
+
+DATASET_FAULTS = [
+    ({"resolutions": REMOVE}, "resolutions: missing, expected one resolution"),
+    ({"resolutions": 512}, "resolutions: found 512 (a whole number), expected a list"),
+    ({"resolutions": []}, "resolutions: found an empty list, expected at least one value"),
+    ({"resolutions": [True]}, "resolutions[0]: found True, expected a side in pixels or [width, height]"),
+    ({"resolutions": [-512]}, "resolutions[0]: found -512, expected a side in pixels or [width, height]"),
+    ({"resolutions": [[500, 512]]}, "resolutions[0]: found 500, expected a multiple of 16 (the nearest is 496)"),
+    ({"resolutions": [[1, 2, 3]]}, "resolutions[0]: found [1, 2, 3], expected a side in pixels or [width, height]"),
+    ({"resolutions": [512, 1024]}, "resolutions: more than one resolution (found 2) is not carried out yet"),
+    ({"directory": REMOVE}, "tfds: expected at least one [[directory]] or [[tfds]], found none"),
+    ({"directory": {"path": "pictures"}}, "directory: found {…} (a table), expected a list"),
+    ({"directory": [{"path": "no"}]}, "directory[0].path: a folder is expected, but none is at "),
+    ({"directory": [{"path": "dit.safetensors"}]}, "/dit.safetensors is a file, expected a folder"),
+    ({"directory": [{"pth": "pictures", "path": "pictures"}]}, "directory[0].pth: unknown key (did you mean 'path'?)"),
+    ({"resolution": [512]}, "resolution: unknown key (did you mean 'resolutions'?)"),
+    (
+        {"directory": [{"path": "pictures", "num_repeats": 0}]},
+        "directory[0].num_repeats: found 0 (a whole number), exp",
+    ),
+    ({"num_repeats": 0}, ": num_repeats: found 0 (a whole number), expected more than 0"),
+    ({"tfds": [{"name": "a", "builder_dir": "pictures"}]}, "tfds[0].builder_dir: expected exactly one of name and bui"),
+    ({"tfds": [{}]}, "tfds[0].builder_dir: expected exactly one of name and builder_dir, found neither"),
+    ({"tfds": [{"name": "a", "num_repeats": 2}]}, "tfds[0].num_repeats: num_repeats for a [[tfds]] is not carried out"),
+    ({"tfds": [{"name": "a", "resolutions": [64]}]}, "tfds: more than one resolution (found [64, 512]) is not carried"),
+    ({"enable_ar_bucket": True}, "enable_ar_bucket: a known key that this version does not carry out yet"),
+    ({"frame_buckets": [1, 33]}, "frame_buckets: a known key that this version does not carry out yet"),
+    ({"directory": [{"path": "pictures", "mask_path": "m"}]}, "directory[0].mask_path: a known key that this version"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), DATASET_FAULTS, ids=[line[:50] for _, line in DATASET_FAULTS])
+def test_a_fault_in_the_dataset_file_is_one_line(faults, tmp_path, changes, line):
+    (found,) = faults(dataset=changes)
+    assert found.startswith(f"{tmp_path}/dataset.toml: ")
+    assert line in found
+
+
+def test_a_shared_key_at_fault_is_named_once(faults):
+    (found,) = faults(dataset={"num_repeats": -1, "directory": [{"path": "pictures"}, {"path": "pictures"}]})
+    assert "dataset.toml: num_repeats: found -1" in found
+
+
+def test_all_faults_of_both_files_come_at_once(faults):
+    found = faults(
+        {"epochs": "3", "optimiser": {}, "model.vae_path": "no.safetensors", "checkpoint_every_n_epochs": 1},
+        {"resolutions": [500.5], "enable_ar_bucket": True},
+        ["micro_batch_size_per_gpu=0", "nonsense"],
+    )
+    assert {fault.split(": ")[1] for fault in found if "nonsense" not in fault} == {
+        "checkpoint_every_n_epochs",
+        "enable_ar_bucket",
+        "epochs",
+        "micro_batch_size_per_gpu",
+        "model.vae_path",
+        "optimiser",
+        "resolutions[0]",
+    }
+    assert len(found) == 8
+
+
+def test_both_places_that_were_tried_are_named(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = write(tmp_path, {"model.vae_path": "no.safetensors"})
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert f"none is at {tmp_path}/here/no.safetensors nor at {tmp_path}/no.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimiser.lr=1", "--set: optimiser: unknown key (did you mean 'optimizer'?)"),
+        ("optimizer.lrr=1", "--set: optimizer.lrr: unknown key (did you mean 'lr'?)"),
+        ("epochs=many", '--set: epochs: found "many" (a string), expected a whole number'),
+        ("epochs.x=1", "--set: epochs.x: epochs is not a table"),
+        ("epochs", "--set: found 'epochs', expected key=value, as in optimizer.lr=1e-4"),
+        ("=3", "--set: found '=3', expected key=value"),
+        ("checkpoint_every_n_epochs=1", "--set: checkpoint_every_n_epochs: a known key that this version does not"),
+    ],
+)
+def test_a_fault_of_an_override_names_the_override(faults, override, line):
+    (found,) = faults(overrides=[override])
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"epochs = 3\nseed = \n", "main.toml: is not valid TOML: Invalid value (at line 2, column 8)"),
+        (b"a = 1\na = 2\n", "main.toml: is not valid TOML: Cannot overwrite a value (at line 2, column 6)"),
+        (b"x = '\xff'", "main.toml: byte 5 is 0xff, expected UTF-8 text; save the file as UTF-8"),
+        (b"x = " + b"[" * 5000, "main.toml: is not valid TOML: "),
+        (b"x = " + b"9" * 5000, "main.toml: is not valid TOML: "),
+    ],
+)
+@pytest.mark.parametrize("name", ["main.toml", "dataset.toml"])
+def test_a_broken_file_is_one_line_with_its_place(tmp_path, monkeypatch, name, content, line):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path.name)
+    (found,) = caught.value.faults
+    assert line.removeprefix("main.toml") in found
+    assert name in found
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match=r"no\.toml: no such file"):
+        load_config(tmp_path / "no.toml")
+    with pytest.raises(UserError, match=r"is a folder, expected a TOML file"):
+        load_config(tmp_path)
+
+
+def test_a_long_value_is_cut_short_and_stays_on_one_line(faults):
+    (found,) = faults({"epochs": "line\n" * 1000})
+    assert len(found) < 200
+
+
+KNOWN = [*key_table(MainFile), *(f"{section}.{key}".lstrip(".") for section, rows in SECTIONS.items() for key in rows)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.sampled_from(KNOWN), data=st.data())
+def test_a_key_with_one_typing_error_is_suggested(key, data):
+    *above, last = key.split(".")
+    siblings = {other.split(".")[-1] for other in KNOWN if other.split(".")[:-1] == above}
+    place = data.draw(st.integers(0, len(last) - 1))
+    kind = data.draw(st.sampled_from(["drop", "double", "swap"]))
+    typed = {
+        "drop": last[:place] + last[place + 1 :],
+        "double": last[: place + 1] + last[place:],
+        "swap": last[:place] + last[place : place + 2][::-1] + last[place + 2 :],
+    }[kind]
+    if len(last) < 4 or typed in siblings:
+        return
+    file = File("main.toml", MainFile, KNOWN)
+    suggestion = file._suggestion((*above, typed))
+    assert any(f"'{sibling}'" in suggestion for sibling in siblings)
+    # Another name may be as near (self_attn_lr, …); the only one of about its length is the one that was meant.
+    if sum(abs(len(sibling) - len(last)) <= 2 for sibling in siblings) == 1:
+        assert f"'{last}'" in suggestion
+
+
+def test_every_key_is_described():
+    assert [key for key, field in key_table(MainFile).items() if not field.description] == []
+
+
+def test_changing_one_table_leaves_the_template_alone():
+    template = {"model": {"type": "anima"}}
+    assert changed(template, {"model.type": "wan"}) == {"model": {"type": "wan"}}
+    assert template == {"model": {"type": "anima"}}

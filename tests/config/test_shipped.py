@@ -1,0 +1,67 @@
+"""The configurations in configs/ load as they are, once the files that they name are there."""
+
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from anima_jax.config import load_config, load_dataset
+from anima_jax.config.main import MainFile
+from anima_jax.config.schema import key_table
+from anima_jax.data.shapes import scenes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MAIN_FILES = sorted(path.name for path in CONFIGS.glob("*.toml") if "dataset" not in path.name)
+DATASETS = sorted(path.name for path in CONFIGS.glob("*dataset.toml"))
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """A copy of configs/ in a folder where every file that they name exists, empty."""
+    folder = shutil.copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for file in folder.glob("*.toml"):
+        for name in re.findall(r'_path = "(.*\.safetensors)"', file.read_text()):
+            root = folder if name.startswith("..") else tmp_path
+            (root / name).resolve().parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+    for name in ("anima_jax/assets/tokenizers/qwen", "anima_jax/assets/tokenizers/t5", "data/pictures"):
+        (tmp_path / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", MAIN_FILES)
+def test_a_shipped_configuration_loads_without_a_note(configs, name):
+    config = load_config(configs / name)
+    assert config.notes == ()
+    assert config.data.sources
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_shipped_dataset_loads_without_a_note(configs, name):
+    config, notes = load_dataset(configs / name)
+    assert config.sources
+    assert notes == ()
+
+
+def test_the_quick_start_shows_what_it_was_not_trained_on(configs):
+    config = load_config(configs / "shapes.toml")
+    assert config.sample is not None
+    assert set(config.sample.prompts) <= {scene.caption for scene in scenes(held_out=True)}
+    assert config.data.size_wh == (64, 64)
+
+
+@pytest.mark.parametrize("name", MAIN_FILES)
+def test_every_key_that_a_shipped_configuration_comments_out_is_a_key(name):
+    """`# max_steps = 20000` must still be right when a reader takes the # away."""
+    keys = {key.split(".")[-1] for key in key_table(MainFile)}
+    commented = re.findall(r"^# ([a-z_]+) = (.*)$", (CONFIGS / name).read_text(), re.MULTILINE)
+    for key, value in commented:
+        assert key in keys
+        tomllib.loads(f"value = {value}")
+
+
+def test_there_is_one_configuration_for_each_use():
+    assert {*MAIN_FILES, *DATASETS} >= {"shapes.toml", "anima_full.toml", "anima_lora.toml", "dataset.toml"}
