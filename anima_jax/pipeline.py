@@ -23,9 +23,9 @@ from anima_jax.diffusion import samplers, schedules
 from anima_jax.diffusion.torch_random import randn
 from anima_jax.encode import encode_tokens, rounded_up
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, PATCH, AnimaDiT, patchify, unpatchify
+from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, PATCH, AnimaDiT, DiTConfig, patchify, unpatchify
 from anima_jax.models.parameters import Params, compute_copy, merge, split
-from anima_jax.models.qwen3 import Qwen3
+from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
@@ -55,15 +55,13 @@ class AnimaPipeline:
         *,
         dtype: DTypeLike = jnp.bfloat16,
     ):
-        if dit.llm_adapter is None:
-            raise UserError("the transformer has no LLM adapter (llm_adapter.…), without which no prompt reaches it")
+        check_networks(dit.config, text_encoder.config, tokenizers)
         self.dtype = dtype
         self.tokenizers = tokenizers
         self.dit_graphdef, params = split(dit)
         self.dit_params = compute_copy(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
         self._encode_tokens = encode_tokens(text_encoder, dtype)
-        self._source_width = text_encoder.config.width
 
     @classmethod
     def load(
@@ -171,6 +169,27 @@ class AnimaPipeline:
         return np.concatenate([np.asarray(_decode(self._vae_params, x, self._vae_graphdef)) for x in examples])
 
 
+def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokenizers) -> None:
+    """Raise UserError unless transformer, text encoder and tokenizers fit each other."""
+    adapter = dit.adapter
+    if adapter is None:
+        raise UserError("the transformer has no LLM adapter (llm_adapter.…), without which no prompt reaches it")
+    if dit.latent_channels != OUT_CHANNELS:
+        raise UserError(f"the transformer takes {dit.latent_channels} latent channels, the VAE gives {OUT_CHANNELS}")
+    for what, found, needed in (
+        ("width of the text encoder", text_encoder.width, adapter.source_width),
+        ("width of the LLM adapter's result", adapter.target_width, dit.context_width),
+    ):
+        if found != needed:
+            raise UserError(f"{what} is {found}, the transformer expects {needed}")
+    for what, rows, ids in (
+        ("text encoder's", text_encoder.vocabulary, tokenizers.qwen_vocabulary),
+        ("LLM adapter's", adapter.vocabulary, tokenizers.t5_vocabulary),
+    ):
+        if ids > rows:
+            raise UserError(f"the tokenizer has {ids} tokens, the {what} table only {rows} rows: they do not belong together")
+
+
 def check_settings(width: int, height: int, steps: int, sampler: str, schedule: str) -> None:
     """Raise UserError for sizes, steps or names that cannot be sampled."""
     for name, size in (("width", width), ("height", height)):
@@ -184,7 +203,7 @@ def check_settings(width: int, height: int, steps: int, sampler: str, schedule: 
 
 
 def initial_noise(seed: int, batch: int, width: int, height: int) -> np.ndarray:
-    """Torch's CPU noise for `seed`, (b, 1, y, x, 16): of the whole batch at once, channel-first, as ComfyUI draws it."""
+    """Torch's CPU noise for `seed`, (b, 1, y, x, 16), drawn for the whole batch at once, as ComfyUI does."""
     shape = (batch, OUT_CHANNELS, 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     return np.moveaxis(randn(shape, seed), 1, -1)
 

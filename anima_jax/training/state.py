@@ -1,0 +1,102 @@
+"""The networks of a run: which parameters are trained, at what rate, and from which values they start."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from anima_jax.checkpoints.adapters import ranks_of
+from anima_jax.checkpoints.models import open_dit
+from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
+from anima_jax.checkpoints.names.adapters import LORA_RULES
+from anima_jax.config.main import MainConfig
+from anima_jax.errors import UserError
+from anima_jax.models import lora, parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.parameters import Params
+from anima_jax.training.optimizers import groups_by_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A transformer, its parameters divided into those to train (float32) and frozen ones (compute dtype).
+
+    `params` are the values that training starts from.
+    `tensors` are the trained parameters' tensors in an exported file; `ranks` those of a LoRA, None in full training.
+    """
+
+    config: DiTConfig
+    graphdef: nnx.GraphDef
+    params: Params
+    frozen: Params
+    tensors: list[FileTensor]
+    ranks: dict[str, tuple[int, ...]] | None
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Parameter group of each parameter that is trained."""
+        return groups_by_path(self.tensors)
+
+
+def prepare(config: MainConfig) -> Trained:
+    """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
+
+    Raises UserError for a file that does not fit and when nothing would be trained.
+    """
+    model_config, graphdef, base = _base(config)
+    adapter = config.adapter
+    if adapter is None:
+        trained = _trained_paths(config, base)
+        tensors = [tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in trained]
+        params = {path: base[path].astype(jnp.float32) for path in base if path in trained}
+        frozen = {path: value for path, value in base.items() if path not in trained}
+        return Trained(model_config, graphdef, params, frozen, tensors, None)
+    trained = _trained_paths(config, base)
+
+    def build(rngs: nnx.Rngs) -> AnimaDiT:
+        model = AnimaDiT(model_config, rngs=rngs)
+        layers = {path: linear.kernel.shape[0] for path, linear in lora.target_modules(model).items()}
+        ranks = {path: [adapter.rank] * count for path, count in layers.items() if f"{path}.kernel" in trained}
+        lora.attach(model, ranks, scale=adapter.scale)
+        return model
+
+    graphdef, abstract = parameters.abstract(build)
+    params = lora.initial(abstract, jax.random.key(config.seed))
+    ranks = ranks_of(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return Trained(model_config, graphdef, params, base, file_tensors(LORA_RULES, params), ranks)
+
+
+def model_config_of(config: MainConfig) -> DiTConfig | None:
+    """The sizes that `[model] config` gives, None if the transformer comes from a file."""
+    sizes = config.model.config
+    if sizes is None:
+        return None
+    table = sizes.model_dump()
+    return DiTConfig(**{**table, "adapter": AdapterConfig(**table["adapter"])})
+
+
+def _base(config: MainConfig) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+    """The transformer without adapter: frozen parameters in the compute dtype, those to be trained in float32."""
+    fresh = model_config_of(config)
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    if fresh is not None:
+        graphdef, base = parameters.split(AnimaDiT(fresh, rngs=nnx.Rngs(config.seed)))
+        frozen = set(base) - (_trained_paths(config, base) if config.adapter is None else set())
+        return fresh, graphdef, {p: v.astype(compute_dtype) if p in frozen else v for p, v in base.items()}
+    path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
+    assert path is not None
+    with open_dit(path, adapter_path=adapter_path) as checkpoint:
+        trained = _trained_paths(config, checkpoint.abstract) if config.adapter is None else set()
+        dtypes = {p: jnp.float32 if p in trained else compute_dtype for p in checkpoint.abstract}
+        return checkpoint.config, checkpoint.graphdef, checkpoint.load(dtypes)
+
+
+def _trained_paths(config: MainConfig, base: Params) -> set[str]:
+    """Parameters of the transformer whose group has a learning rate; a rate of 0 freezes."""
+    groups = groups_by_path(file_tensors(dit.RULES, base))
+    trained = {path for path, group in groups.items() if config.learning_rates[group] > 0}
+    if not trained:
+        raise UserError(f"{config.path}: every learning rate is 0, so nothing would be trained")
+    return trained
