@@ -80,7 +80,7 @@ class File:
         if kind == "fault":
             return context["message"]
         if kind == "extra_forbidden":
-            return f"unknown key{self._suggestion(place)}"
+            return f"unknown key{self.suggestion(place)}"
         if kind == "missing":
             description = key_table(self.schema)[_without_positions(details["loc"])].description
             return f"missing, expected {description}"
@@ -90,7 +90,7 @@ class File:
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else details["msg"]
         return f"found {shown(found)}, expected {expected}"
 
-    def _suggestion(self, place: Place) -> str:
+    def suggestion(self, place: Place) -> str:
         """The nearest key of the same table, or the same key of another one."""
         *above, last = _without_positions(place).split(".")
         known = [*key_table(self.schema), *self.foreign]

@@ -292,7 +292,7 @@ def test_a_key_with_one_typing_error_is_suggested(key, data):
     if len(last) < 4 or typed in siblings:
         return
     file = File("main.toml", MainFile, KNOWN)
-    suggestion = file._suggestion((*above, typed))
+    suggestion = file.suggestion((*above, typed))
     assert any(f"'{sibling}'" in suggestion for sibling in siblings)
     # Another name may be as near (self_attn_lr, …); the only one of about its length is the one that was meant.
     if sum(abs(len(sibling) - len(last)) <= 2 for sibling in siblings) == 1:
