@@ -2,7 +2,8 @@
 
 They are small tokenizers of the kinds that Anima uses: Qwen's byte-level BPE, padded with <|endoftext|>, and T5's
 Unigram with <pad> 0, </s> 1, <unk> 2. The words of the shapes' captions are one token each; a little general English
-gives the rest of the vocabulary, and any text has ids (T5's <unk> for what is not ASCII; the real one knows little of it).
+gives the rest of the vocabulary, and any text has ids (T5's <unk> for what is not ASCII; the real one knows little of
+that).
 """
 
 import collections
@@ -97,7 +98,7 @@ def write(folder: pathlib.Path) -> None:
     """Both tokenizers into `folder/qwen` and `folder/t5`, with the configuration that transformers reads."""
     qwen = build_qwen()
     _write(folder / "qwen", qwen, {"eos_token": QWEN_PAD, "pad_token": QWEN_PAD})
-    special = dict(zip(("pad_token", "eos_token", "unk_token"), T5_SPECIAL, strict=True))
+    special: dict[str, str] = dict(zip(("pad_token", "eos_token", "unk_token"), T5_SPECIAL, strict=True))
     _write(folder / "t5", build_t5(qwen), special)
 
 

@@ -57,18 +57,25 @@ def tfds_examples(
     _expect(name, "feature", image_feature, features)
     _expect(name, "feature", caption_feature, features)
     if not isinstance(features[image_feature], tfds.features.Image):
-        raise UserError(f"{name}: feature {image_feature} is {features[image_feature]!r}, expected an Image")
+        raise UserError(
+            f"tfds data set {name!r}: feature {image_feature} is {features[image_feature]!r}, expected an Image"
+        )
     if not isinstance(features[caption_feature], tfds.features.Text):
-        raise UserError(f"{name}: feature {caption_feature} is {features[caption_feature]!r}, expected a Text")
+        raise UserError(
+            f"tfds data set {name!r}: feature {caption_feature} is {features[caption_feature]!r}, expected a Text"
+        )
     builder_dir = os.fspath(builder.data_path)
-    records = _records(builder_dir, split, image_feature)
+    try:
+        records = _records(builder_dir, split, image_feature)
+    except ValueError as error:  # a slice that tfds cannot parse, or that holds nothing
+        raise UserError(f"tfds data set {name!r}: split {split}: {_first_line(error)}") from None
     examples = []
     for index in range(len(records)):
         record, media = records[index], RecordMedia(builder_dir, split, index, image_feature)
         caption = decode_caption(record[caption_feature], f"{builder_dir} {split}[{index}] {caption_feature}")
         examples.append(Example(example_id(content_digest(record[image_feature]), size_wh), caption, media, size_wh))
     if not examples:
-        raise UserError(f"{name}: split {split} is empty")
+        raise UserError(f"tfds data set {name!r}: split {split} is empty")
     return examples
 
 
@@ -90,12 +97,11 @@ def _builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     else:
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, FileNotFoundError, ImportError) as error:
-            hint = did_you_mean(name, [SHAPES, *tfds.list_builders()])
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"tfds data set {name!r}: neither a directory with dataset_info.json nor a name{hint}: {reason}"
-            ) from None
+        except Exception as error:  # no such name, no such version, a module that it lacks: tfds raises many types
+            # Without the community's data sets, whose list lies on the network.
+            hint = did_you_mean(name, [SHAPES, *tfds.list_builders(with_community_datasets=False)])
+            expected = f"a directory with dataset_info.json, or a name that tfds knows{hint}"
+            raise UserError(f"tfds data set {name!r}: expected {expected}; {_first_line(error)}") from None
     if not builder.info.splits:
         raise UserError(f"tfds data set {name!r} is not prepared: expected its records in {builder.data_path}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -109,6 +115,10 @@ def _records(builder_dir: str, split: str, image_feature: str) -> Any:
     tfds = _tfds()
     builder = tfds.builder_from_directory(builder_dir)
     return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _expect(name: str, kind: str, found: str, known: Any) -> None:

@@ -6,6 +6,7 @@ Axes: b captions, n tokens.
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -22,18 +23,32 @@ TRAINING_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True)
+class _Form:
+    """Files that make up a tokenizer, the class of transformers that reads them, and a package that it needs for it."""
+
+    files: tuple[str, ...]
+    class_name: str
+    needs: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where one of the two tokenizers is found, and the token that pads it if its files do not say."""
+    """Where one of the two tokenizers is found, in which forms, and what pads it if its files do not say."""
 
     folder: str
     hub_name: str
-    files: tuple[str, ...]
-    native_class: str
     pad_token: str
+    forms: tuple[_Form, ...]
 
 
-_QWEN = _Source("qwen", "Qwen/Qwen3-0.6B-Base", ("tokenizer.json", "vocab.json"), "Qwen2TokenizerFast", "<|endoftext|>")
-_T5 = _Source("t5", "google/t5-v1_1-xxl", ("tokenizer.json", "spiece.model"), "T5TokenizerFast", "<pad>")
+# Not AutoTokenizer: importing it imports torch where that is installed.
+_COMPLETE = _Form(("tokenizer.json",), "PreTrainedTokenizerFast")
+_QWEN_BPE = _Form(("vocab.json", "merges.txt"), "Qwen2TokenizerFast")
+_T5_UNIGRAM = _Form(("spiece.model",), "T5TokenizerFast", needs="sentencepiece")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+_QWEN = _Source("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE))
+_T5 = _Source("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,39 +105,56 @@ def load_tokenizers(folder: str | os.PathLike | None) -> Tokenizers:
 
 
 def _load(source: _Source, folder: str | os.PathLike | None) -> Any:
-    tokenizer = _from_hub(source) if folder is None else _from_folder(source, pathlib.Path(folder))
+    path = _hub_folder(source) if folder is None else pathlib.Path(folder) / source.folder
+    form = _form(source, path)
+    if form is None:
+        raise UserError(f"{path}: no tokenizer there, expected {_expected(source)} of {source.hub_name}")
+    if form.needs and importlib.util.find_spec(form.needs) is None:
+        raise UserError(
+            f"{path}: reading {form.files[0]} takes `pip install {form.needs}`; tokenizer.json needs nothing"
+        )
+    try:
+        with _without_advice():
+            import transformers
+        tokenizer = getattr(transformers, form.class_name).from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers and its parsers raise whatever a broken file leads them to
+        raise UserError(f"{path / form.files[0]}: the tokenizer cannot be read: {_first_line(error)}") from None
+    return _checked(tokenizer, source, path)
+
+
+def _checked(tokenizer: Any, source: _Source, path: pathlib.Path) -> Any:
+    """Set to pad and cut on the right. An empty one is an error: transformers makes one of files that it misses."""
+    if not set(tokenizer("a picture")["input_ids"]) - set(tokenizer.all_special_ids):
+        raise UserError(f"{path}: the tokenizer has no vocabulary, expected the files of {source.hub_name}")
     if tokenizer.pad_token_id is None and source.pad_token in tokenizer.get_vocab():
         tokenizer.pad_token = source.pad_token
     if tokenizer.pad_token_id is None:
-        where = source.hub_name if folder is None else pathlib.Path(folder) / source.folder
-        raise UserError(
-            f"{where}: the tokenizer has no pad token, expected {source.pad_token} or tokenizer_config.json"
-        )
+        raise UserError(f"{path}: the tokenizer has no pad token, expected {source.pad_token} or tokenizer_config.json")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
-def _from_folder(source: _Source, folder: pathlib.Path) -> Any:
-    path = folder / source.folder
-    present = [file for file in source.files if (path / file).is_file()]
-    if not present:
-        raise UserError(f"{path}: no tokenizer there, expected {_expected(source)} from {source.hub_name}")
-    try:
-        return _tokenizer_class(source, present[0]).from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers and its parsers raise whatever a broken file leads them to
-        raise UserError(f"{path / present[0]}: the tokenizer cannot be read: {error or type(error).__name__}") from None
+def _form(source: _Source, path: pathlib.Path) -> _Form | None:
+    """The first of the source's forms whose files are all in `path`."""
+    return next((form for form in source.forms if all((path / file).is_file() for file in form.files)), None)
 
 
-def _from_hub(source: _Source) -> Any:
-    """From the local cache if it is there, else downloaded."""
+def _hub_folder(source: _Source) -> pathlib.Path:
+    """The tokenizer's files in the local cache of the Hugging Face hub, downloaded if they are not there."""
+    import huggingface_hub
+
+    wanted = [*_SETTINGS, *(file for form in source.forms for file in form.files)]
     reason = ""
     for local_files_only in (True, False):
-        for file in source.files:
-            try:
-                tokenizer_class = _tokenizer_class(source, file)
-                return tokenizer_class.from_pretrained(source.hub_name, local_files_only=local_files_only)
-            except Exception as error:  # not in the cache, no such file, no network, no sentencepiece: try the next
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        try:
+            path = huggingface_hub.snapshot_download(
+                source.hub_name, allow_patterns=wanted, local_files_only=local_files_only
+            )
+        except Exception as error:  # no cache, no network, a proxy's odd answer: all the same to the user
+            reason = _first_line(error)
+        else:
+            if _form(source, pathlib.Path(path)):
+                return pathlib.Path(path)
     raise UserError(
         f"tokenizer {source.hub_name}: not in the Hugging Face cache, and not downloaded ({reason}); "
         f"give a tokenizers folder with {source.folder}/ that holds {_expected(source)}"
@@ -130,18 +162,11 @@ def _from_hub(source: _Source) -> Any:
 
 
 def _expected(source: _Source) -> str:
-    return "tokenizer.json, or vocab.json and merges.txt" if source is _QWEN else "tokenizer.json"
+    return ", or ".join(" and ".join(form.files) for form in source.forms)
 
 
-def _tokenizer_class(source: _Source, file: str) -> Any:
-    """A tokenizer.json says everything itself; other files need the class that knows how to read them.
-
-    Not AutoTokenizer: importing it imports torch where that is installed.
-    """
-    with _without_advice():
-        import transformers
-
-        return getattr(transformers, "PreTrainedTokenizerFast" if file == "tokenizer.json" else source.native_class)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
