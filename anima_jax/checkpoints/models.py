@@ -234,10 +234,15 @@ def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
 
 
 def _place(host: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """`host` on its devices. With several processes each hands over only what its own devices hold."""
+    """`host` on its devices; when this returns it is not needed any more.
+
+    With several processes each hands over only what its own devices hold.
+    """
     if sharding is None:
-        return jax.device_put(host, may_alias=False)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        placed = jax.device_put(host)
+    else:
+        placed = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return placed.block_until_ready()
 
 
 def _save(

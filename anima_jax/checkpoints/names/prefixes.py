@@ -45,7 +45,7 @@ DIT = Network(
 )
 ADAPTER = Network(
     title="Anima text adapter",
-    prefixes=(*(prefix + dit.ADAPTER for prefix in _DIT_PREFIXES), "net.", ""),
+    prefixes=(*(prefix + dit.ADAPTER for prefix in _DIT_PREFIXES), *_DIT_PREFIXES),
     typical=r"(embed|in_proj|out_proj)\.|blocks\.\d+\.(norm_\w+|mlp\.[02]|(self|cross)_attn\.o_proj)\.",
     stacks=((dit.ADAPTER, "blocks."),),
     rules=dit.rules,
