@@ -1,12 +1,13 @@
 """Data sets of tensorflow-datasets: the quick start's, drawn on first use, and others that lie on disk."""
 
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -68,40 +69,68 @@ def test_a_data_set_is_found_by_its_directory(shapes_dir, train):
     assert [(e.id, e.caption) for e in by_directory] == [(e.id, e.caption) for e in train]
 
 
-def build(data_dir) -> int:
-    return len(tfds_examples(*SHAPES, data_dir=data_dir))
+FEW = {"train": 3, "held_out": 1}  # for the tests that draw once more: 240 pictures instead of 4800
+
+
+def build(data_dir, *, killed_at_picture: int | None = None) -> list[tuple[int, str]]:
+    """Draw a few pictures a scene into `data_dir`; the process may kill itself in the middle."""
+    drawn = itertools.count(1)
+
+    def draw(*scene_and_placement):
+        if next(drawn) == killed_at_picture:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return shapes.draw(*scene_and_placement)
+
+    with mock.patch.multiple("anima_jax.data.shapes_builder", PICTURES_PER_SCENE=FEW, draw=draw):
+        return [(example.id, example.caption) for example in tfds_examples(*SHAPES, data_dir=data_dir)]
+
+
+def names(directory) -> list[str]:
+    return [path.name for path in directory.iterdir()]
 
 
 def test_two_processes_that_draw_at_once_both_get_the_whole(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.map(build, [tmp_path, tmp_path], chunksize=1) == [4800, 4800]
-    assert [path.name for path in (tmp_path / "anima_shapes").iterdir()] == ["1.0.0"]
+        one, other = pool.map(build, [tmp_path, tmp_path], chunksize=1)
+    assert one == other
+    assert len(one) == 240
+    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
+
+
+def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
+    from anima_jax.data import shapes_builder
+
+    def overtaken(*scene_and_placement):
+        if not (tmp_path / "anima_shapes" / "1.0.0").exists():
+            subprocess.run([sys.executable, "-c", child_code(tmp_path)], check=True)
+        return shapes.draw(*scene_and_placement)
+
+    with mock.patch.multiple(shapes_builder, PICTURES_PER_SCENE=FEW, draw=overtaken):
+        examples = tfds_examples(*SHAPES, data_dir=tmp_path)
+    assert len(examples) == 240
+    assert examples[-1].pixels().shape == (64, 64, 3)
+    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
+
+
+def child_code(data_dir, **options) -> str:
+    return f"from tests.data.test_tfds_source import build; build({str(data_dir)!r}, **{options!r})"
 
 
 def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path):
-    code = f"from tests.data.test_tfds_source import build; build({str(tmp_path)!r})"
-    child = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("anima_shapes/incomplete.*/*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    (unfinished,) = tmp_path.glob("anima_shapes/*")
+    child = subprocess.run([sys.executable, "-c", child_code(tmp_path, killed_at_picture=100)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    (unfinished,) = (tmp_path / "anima_shapes").iterdir()
     assert unfinished.name.startswith("incomplete.")
     os.utime(unfinished, (0, 0))  # so old that nobody can still be at work on it
-    assert build(tmp_path) == 4800
-    assert [path.name for path in (tmp_path / "anima_shapes").iterdir()] == ["1.0.0"]
+    assert len(build(tmp_path)) == 240
+    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
 
 
 def test_drawing_is_silent_and_reproducible(tmp_path, train):
-    code = (
-        "from anima_jax.data.tfds_source import tfds_examples\n"
-        f"ids = [e.id for e in tfds_examples(*{SHAPES!r}, data_dir={str(tmp_path)!r})]\n"
-        f"raise SystemExit(ids != {[example.id for example in train[:3]]} + ids[3:] or hash(tuple(ids)) != "
-        f"{hash(tuple(example.id for example in train))})"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    out = subprocess.run([sys.executable, "-c", child_code(tmp_path)], capture_output=True, text=True, check=False)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
+    # The scenes take turns: fewer pictures a scene are the first of the many.
+    assert build(tmp_path) == [(example.id, example.caption) for example in train[:240]]
 
 
 @pytest.fixture(scope="module")
