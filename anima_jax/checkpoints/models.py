@@ -7,6 +7,7 @@ they should be, one at a time.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from anima_jax.checkpoints import accounting, copying, safetensors
 from anima_jax.checkpoints.accounting import Source
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, Rule, dit, file_tensors, prefixes, qwen3, wan_vae
-from anima_jax.checkpoints.names.prefixes import Network
+from anima_jax.checkpoints.names.prefixes import Location, Network
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -153,33 +154,28 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
             sources |= {name: Source(adapter_file, key) for name, key in adapter.keys.items()}
             unknown += adapter.unknown
             label = f"{file.path} with {adapter_file.path}"
-        yield _fit(prefixes.DIT, lambda c, rngs: AnimaDiT(c, rngs=rngs), label, file, location, sources, unknown)
+        yield _fit(prefixes.DIT, AnimaDiT, label, file, location, sources, unknown)
 
 
 @contextlib.contextmanager
 def open_adapter(path: PathLike) -> Iterator[Checkpoint]:
     """The text adapter alone, in a file of its own or inside a transformer's; its paths begin `llm_adapter.`."""
-
-    class Alone(nnx.Module):
-        def __init__(self, config: AdapterConfig, rngs: nnx.Rngs):
-            self.llm_adapter = LLMAdapter(config, rngs=rngs)
-
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.ADAPTER, Alone, file)
+        yield _open(prefixes.ADAPTER, _AdapterAlone, file)
 
 
 @contextlib.contextmanager
 def open_text_encoder(path: PathLike) -> Iterator[Checkpoint]:
     """The Qwen3 text encoder in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.QWEN3, lambda config, rngs: Qwen3(config, rngs=rngs), file)
+        yield _open(prefixes.QWEN3, Qwen3, file)
 
 
 @contextlib.contextmanager
 def open_vae(path: PathLike) -> Iterator[Checkpoint]:
     """The Wan VAE in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.WAN_VAE, lambda config, rngs: WanVAE(config, rngs=rngs), file)
+        yield _open(prefixes.WAN_VAE, WanVAE, file)
 
 
 OPENERS = {
@@ -190,17 +186,38 @@ OPENERS = {
 }
 
 
-def _open(network: Network, build: Callable[[Any, nnx.Rngs], nnx.Module], file: SafetensorsFile) -> Checkpoint:
+class _AdapterAlone(nnx.Module):
+    """The adapter under the paths that it has inside a transformer."""
+
+    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+        self.llm_adapter = LLMAdapter(config, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(module: Callable[..., nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
+    """`parameters.abstract` of a module, which traces all of it, once for a config."""
+    return parameters.abstract(lambda rngs: module(config, rngs=rngs))
+
+
+def _open(network: Network, module: Callable[..., nnx.Module], file: SafetensorsFile) -> Checkpoint:
     location = accounting.find(network, file)
     sources = {name: Source(file, key) for name, key in location.keys.items()}
-    return _fit(network, build, file.path, file, location, sources, location.unknown)
+    return _fit(network, module, file.path, file, location, sources, location.unknown)
 
 
-def _fit(network, build, label, file, location, sources: dict[str, Source], unknown: Sequence[str]) -> Checkpoint:
+def _fit(
+    network: Network,
+    module: Callable[..., nnx.Module],
+    label: str,
+    file: SafetensorsFile,
+    location: Location,
+    sources: Mapping[str, Source],
+    unknown: Sequence[str],
+) -> Checkpoint:
     """The checkpoint, once every tensor of the file and every parameter of the model has found the other."""
     config = accounting.sizes(network, label, {name: source.tensor.shape for name, source in sources.items()})
     try:
-        graphdef, abstract = parameters.abstract(lambda rngs: build(config, rngs))
+        graphdef, abstract = _abstract(module, config)
         tensors = tuple(file_tensors(network.rules(config), abstract))
     except (ValueError, TypeError, IndexError, ArithmeticError, OverflowError) as error:
         raise UserError(f"{label}: no {network.title} has sizes {config}: {error}") from error
