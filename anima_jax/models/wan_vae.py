@@ -8,13 +8,13 @@ does not grow with the length of the video.
 
 Axes: b batch, t frames, y rows, x columns, c channels; `i`, `o` channels in and out of a convolution.
 Pixels are (b, 1 + 4n, 8y, 8x, 3) in [-1, 1]; latents are (b, 1 + n, y, x, c), normalised per channel.
-Activations are computed in the dtype of the input, norms in float32; results are float32.
+Activations are computed in the dtype of the input; norms, the last layer of either side and the results are float32.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -157,33 +157,38 @@ class Conv(nnx.Module):
 
 
 class ChannelNorm(nnx.Module):
-    """x / max(‖x‖₂, 1e-12) · sqrt(c) · scale over the channels, in float32, result in the dtype of `x`."""
+    """x / max(‖x‖₂, 1e-12) · sqrt(c) · scale over the channels, then SiLU if `silu`.
 
-    def __init__(self, features: int):
+    In float32 throughout; the result has the dtype of `x`.
+    """
+
+    def __init__(self, features: int, *, silu: bool = False):
         self.scale = nnx.Param(jnp.ones(features))
+        self.silu = silu
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         squares = jnp.sum(x32 * x32, axis=-1, keepdims=True)
         # The root of max(Σx², ε²) is max(‖x‖, ε), and has a gradient where x is zero.
         normed = x32 * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * math.sqrt(x.shape[-1]))
-        return (normed * self.scale[...]).astype(x.dtype)
+        scaled = normed * self.scale[...]
+        return (nnx.silu(scaled) if self.silu else scaled).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 `shortcut` where the width changes."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs):
-        self.norm1 = ChannelNorm(features_in)
+        self.norm1 = ChannelNorm(features_in, silu=True)
         self.conv1 = Conv(features_in, features_out, (3, 3, 3), rngs=rngs)
-        self.norm2 = ChannelNorm(features_out)
+        self.norm2 = ChannelNorm(features_out, silu=True)
         self.conv2 = Conv(features_out, features_out, (3, 3, 3), rngs=rngs)
         changes = features_in != features_out
         self.shortcut = Linear(features_in, features_out, use_bias=True, rngs=rngs) if changes else None
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        hidden = self.conv1(nnx.silu(self.norm1(x_btyxc)), stream)
-        hidden = self.conv2(nnx.silu(self.norm2(hidden)), stream)
+        hidden = self.conv1(self.norm1(x_btyxc), stream)
+        hidden = self.conv2(self.norm2(hidden), stream)
         return hidden + (x_btyxc if self.shortcut is None else self.shortcut(x_btyxc))
 
 
@@ -286,7 +291,7 @@ class Encoder(nnx.Module):
             chain = [widths[max(level - 1, 0)]] + [width] * config.blocks_per_level
             self.levels.append(Level(chain, resample, rngs=rngs))
         self.middle = Middle(widths[-1], rngs=rngs)
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1], silu=True)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, (3, 3, 3), rngs=rngs)
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
@@ -294,7 +299,7 @@ class Encoder(nnx.Module):
         for level in self.levels:
             x_btyxc = level(x_btyxc, stream)
         x_btyxc = self.middle(x_btyxc, stream)
-        return self.conv_out(nnx.silu(self.norm_out(x_btyxc)), stream)
+        return self.conv_out(self.norm_out(x_btyxc.astype(jnp.float32)), stream)
 
 
 class Decoder(nnx.Module):
@@ -311,33 +316,37 @@ class Decoder(nnx.Module):
             last = level == len(widths) - 1
             resample = None if last else Upsample(width, width // 2, temporal=temporal_up[level], rngs=rngs)
             self.levels.append(Level([width_in] + [width] * (config.blocks_per_level + 1), resample, rngs=rngs))
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1], silu=True)
         self.conv_out = Conv(widths[-1], 3, (3, 3, 3), rngs=rngs)
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
         x_btyxc = self.middle(self.conv_in(x_btyxc, stream), stream)
         for level in self.levels:
             x_btyxc = level(x_btyxc, stream)
-        return self.conv_out(nnx.silu(self.norm_out(x_btyxc)), stream)
+        return self.conv_out(self.norm_out(x_btyxc.astype(jnp.float32)), stream)
 
 
-def _run_in_chunks(step, x_btyxc: Array, chunk: int) -> Array:
-    """`step(frames, stream)` over the first frame and then over each `chunk` frames, the results joined."""
+def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frames_in: int, frames_out: int) -> Array:
+    """`step(frames, stream)` over the first frame and then over each `frames_in` frames; the results joined, float32.
+
+    The first frame gives one frame, a chunk `frames_out`. They are written in place into one array: beside it and the
+    input, memory is a chunk's.
+    """
     stream = Stream()
-    first = step(x_btyxc[:, :1], stream)
-    chunks = (x_btyxc.shape[1] - 1) // chunk
+    first = step(x_btyxc[:, :1], stream).astype(jnp.float32)
+    chunks = (x_btyxc.shape[1] - 1) // frames_in
     if chunks == 0:
         return first
 
-    def advance(memory, index):
+    def advance(index, carry):
+        memory, joined = carry
         stream = Stream(memory)
-        frames = jax.lax.dynamic_slice_in_dim(x_btyxc, 1 + chunk * index, chunk, axis=1)
-        out = step(frames, stream)
-        return stream.memory(), out
+        chunk = jax.lax.dynamic_slice_in_dim(x_btyxc, 1 + frames_in * index, frames_in, axis=1)
+        out = step(chunk, stream).astype(jnp.float32)
+        return stream.memory(), jax.lax.dynamic_update_slice_in_dim(joined, out, 1 + frames_out * index, axis=1)
 
-    _, rest = jax.lax.scan(advance, stream.memory(), jnp.arange(chunks))
-    rest = jnp.moveaxis(rest, 0, 1)
-    return jnp.concatenate([first, rest.reshape(first.shape[0], -1, *first.shape[2:])], axis=1)
+    joined = jnp.pad(first, ((0, 0), (0, frames_out * chunks), (0, 0), (0, 0), (0, 0)))
+    return jax.lax.fori_loop(0, chunks, advance, (stream.memory(), joined))[1]
 
 
 class WanVAE(nnx.Module):
@@ -357,25 +366,30 @@ class WanVAE(nnx.Module):
         They are the posterior's mean. Raises ValueError for other numbers of frames or sides that 8 does not divide.
         """
         self._check_pixels(pixels_btyxc)
-        moments = _run_in_chunks(self.encoder, pixels_btyxc, self.config.time_factor)
-        mean = self.quant(moments)[..., : self.config.latent_channels].astype(jnp.float32)
+        return _run_in_chunks(self._encode_chunk, pixels_btyxc, self.config.time_factor, 1)
+
+    def _encode_chunk(self, pixels_btyxc: Array, stream: Stream) -> Array:
+        mean = self.quant(self.encoder(pixels_btyxc, stream))[..., : self.config.latent_channels].astype(jnp.float32)
         return (mean - jnp.array(self.config.latent_mean)) / jnp.array(self.config.latent_deviation)
 
     def decode(self, latents_btyxc: Array) -> Array:
         """Pixels (b, 1 + 4n, 8y, 8x, 3), float32 and not clipped, of normalised latents (b, 1 + n, y, x, c)."""
         channels = self.config.latent_channels
-        if latents_btyxc.ndim != 5 or latents_btyxc.shape[-1] != channels:
+        if latents_btyxc.ndim != 5 or latents_btyxc.shape[-1] != channels or not latents_btyxc.shape[1]:
             raise ValueError(f"latents must be (b, t, y, x, {channels}), not {latents_btyxc.shape}")
+        return _run_in_chunks(self._decode_chunk, latents_btyxc, 1, self.config.time_factor)
+
+    def _decode_chunk(self, latents_btyxc: Array, stream: Stream) -> Array:
         raw = latents_btyxc.astype(jnp.float32) * jnp.array(self.config.latent_deviation)
         raw = (raw + jnp.array(self.config.latent_mean)).astype(latents_btyxc.dtype)
-        return _run_in_chunks(self.decoder, self.post_quant(raw), 1).astype(jnp.float32)
+        return self.decoder(self.post_quant(raw), stream)
 
     def _check_pixels(self, pixels_btyxc: Array) -> None:
         space, time = self.config.space_factor, self.config.time_factor
         if pixels_btyxc.ndim != 5 or pixels_btyxc.shape[-1] != 3:
             raise ValueError(f"pixels must be (b, t, y, x, 3), not {pixels_btyxc.shape}")
         _, frames, rows, columns, _ = pixels_btyxc.shape
-        if (frames - 1) % time:
+        if frames < 1 or (frames - 1) % time:
             raise ValueError(f"a video must have 1 + {time}n frames, not {frames}")
         if rows % space or columns % space:
             raise ValueError(f"rows and columns must be multiples of {space}, not {rows}×{columns}")
