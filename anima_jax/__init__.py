@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+    from anima_jax.pipeline import AnimaPipeline
 
-__all__ = ["load_dit", "load_text_encoder", "load_vae"]
+__all__ = ["AnimaPipeline", "load_dit", "load_text_encoder", "load_vae"]
 
 _HOMES = {
+    "AnimaPipeline": "anima_jax.pipeline",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",
     "load_vae": "anima_jax.checkpoints.models",

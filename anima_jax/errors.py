@@ -1,9 +1,11 @@
 """What a user sees of a mistake: one line a fault and exit code 2, never a traceback."""
 
+import argparse
 import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -24,8 +26,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, whose complaints are a `UserError` too: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn a `UserError` that leaves `main` into its lines on stderr, `error: …` each, and exit code 2."""
+    """Turn a `UserError` that leaves `main` into its lines on stderr, `error: …` each, and exit code 2.
+
+    An interrupt from the keyboard ends in one line too, with the shell's code for it, 130.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
@@ -35,5 +47,8 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
             for fault in error.faults:
                 print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped

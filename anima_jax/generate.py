@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
-from anima_jax.errors import UserError, command_line
+from anima_jax.errors import ArgumentParser, UserError, command_line
 from anima_jax.pipeline import AnimaPipeline, check_settings
 from anima_jax.training.export import find_export
 from anima_jax.training.report import save_picture
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m anima_jax.generate", description="Draw pictures with Anima.")
+    parser = ArgumentParser(prog="python -m anima_jax.generate", description="Draw pictures with Anima.")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative_prompt", default="", metavar="TEXT")
     parser.add_argument("-o", "--output", required=True, metavar="FILE.png")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import logging
 import pathlib
 import shutil
 import sys
@@ -22,7 +23,7 @@ from anima_jax.data.plan import BatchPlan
 from anima_jax.data.tfds_source import tfds_examples
 from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.diffusion.randomness import split_ids
-from anima_jax.errors import command_line
+from anima_jax.errors import ArgumentParser, command_line
 from anima_jax.models.dit import PATCH
 from anima_jax.models.parameters import compute_copy, merge
 from anima_jax.pipeline import PIXELS_PER_LATENT, AnimaPipeline, check_networks
@@ -36,6 +37,8 @@ from anima_jax.training.step import Batch, StepConfig, TrainState, compile_step,
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the configuration says: load, encode the data once, step, sample, save."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("anima_jax").setLevel(logging.INFO)
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.set)
     for note in config.notes:
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m anima_jax.train", description="Train Anima.")
+    parser = ArgumentParser(prog="python -m anima_jax.train", description="Train Anima.")
     parser.add_argument("--config", required=True, metavar="FILE.toml", help="diffusion-pipe's main TOML")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key: --set optimizer.lr=1e-5"

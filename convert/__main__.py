@@ -1,26 +1,19 @@
 """python -m convert: what a file is, and from one format into another."""
 
-import argparse
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
 
-from anima_jax.errors import UserError, command_line
+from anima_jax.errors import ArgumentParser, command_line
 from convert import checkpoint, inspect
 
 COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "checkpoint": checkpoint}
 """Each module has `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 @command_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sub-command that the command line names."""
-    parser = _Parser(prog="python -m convert", description="What an Anima file is, and from one format into another.")
+    parser = ArgumentParser(prog="python -m convert", description="What an Anima file is, and from one format into another.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
