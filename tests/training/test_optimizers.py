@@ -1,0 +1,128 @@
+"""Groups, schedules and AdamW against torch's and their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.models import parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.training import optimizers
+from anima_jax.training.optimizers import OptimizerConfig
+
+RATES = {"llm_adapter": 1e-4, "self_attn": 2e-4, "cross_attn": 3e-4, "mlp": 4e-4, "mod": 5e-4, "base": 6e-4}
+
+CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=AdapterConfig(16, 1, 1, 32, 16, 16, 10))
+TENSORS = file_tensors(dit.RULES, parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
+
+
+# REFERENCE section 5: the first test that fits, on the parameter's original name.
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("llm_adapter.blocks.0.self_attn.q_proj.weight", "llm_adapter"),
+        ("llm_adapter.embed.weight", "llm_adapter"),
+        ("blocks.3.self_attn.q_proj.weight", "self_attn"),
+        ("blocks.3.self_attn.q_norm.weight", "self_attn"),
+        ("blocks.3.cross_attn.output_proj.weight", "cross_attn"),
+        ("blocks.3.mlp.layer1.weight", "mlp"),
+        ("blocks.3.adaln_modulation_self_attn.1.weight", "mod"),
+        ("blocks.3.adaln_modulation_mlp.2.weight", "mod"),
+        ("final_layer.adaln_modulation.1.weight", "mod"),
+        ("final_layer.linear.weight", "base"),
+        ("x_embedder.proj.1.weight", "base"),
+        ("t_embedder.1.linear_1.weight", "base"),
+        ("diffusion_model.blocks.0.mlp.layer1.lora_A.weight", "mlp"),
+    ],
+)
+def test_groups_are_the_references(name, group):
+    assert optimizers.group_of(name) == group
+
+
+def test_every_parameter_has_one_group_and_weight_decay_spares_vectors_and_the_token_table():
+    groups, decayed = optimizers.groups_by_path(TENSORS), optimizers.decayed_paths(TENSORS)
+    assert set(groups) == {tensor.path for tensor in TENSORS}
+    assert set(groups.values()) == set(RATES)
+    spared = set(groups) - decayed
+    assert "llm_adapter.embed.embedding" in spared
+    assert all(path.endswith((".scale", ".bias", "embed.embedding")) for path in spared)
+    assert all(path.endswith(".kernel") for path in decayed)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_learning_rates_are_torchs(kind, warmup):
+    torch = pytest.importorskip("torch")
+    lr_scheduler = torch.optim.lr_scheduler
+    total, rate = 20, 3e-4
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    main = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        "linear": lambda: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=1e-6),
+    }[kind]()
+    if warmup:
+        ramp = lr_scheduler.LinearLR(optimizer, 1.0 / warmup, 1.0, warmup)
+        main = lr_scheduler.SequentialLR(optimizer, [ramp, main], [warmup])
+    expected = []
+    for _ in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        main.step()
+    config = OptimizerConfig({"base": rate}, schedule=kind, warmup_steps=warmup, total_steps=total)
+    rates = [float(optimizers.learning_rate(config, "base")(jnp.array(step))) for step in range(total)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    tensors = [
+        t
+        for t in TENSORS
+        if t.path in {"blocks.mlp.layer1.kernel", "blocks.self_attn.q_norm.scale", "llm_adapter.embed.embedding"}
+    ]
+    shapes = {
+        t.path: (2, *t.layout.to_model(np.zeros(t.shape)).shape) if t.layer is not None else t.shape for t in tensors
+    }
+    start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    gradients = [{path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()} for _ in range(5)]
+
+    config = OptimizerConfig(RATES, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, clip_norm=1.0)
+    optimizer = optimizers.build(config, tensors)
+    params = jax.tree.map(jnp.asarray, start)
+    state = optimizer.init(params)
+
+    peers = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in start.items()}
+    decay = {"blocks.mlp.layer1.kernel": 0.1, "blocks.self_attn.q_norm.scale": 0.0, "llm_adapter.embed.embedding": 0.0}
+    rates = {"blocks.mlp.layer1.kernel": "mlp", "blocks.self_attn.q_norm.scale": "self_attn"}
+    peer = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": RATES[rates.get(path, "llm_adapter")], "weight_decay": decay[path]}
+            for path, p in peers.items()
+        ],
+        betas=(0.9, 0.99),
+        eps=1e-6,
+    )
+    for grads in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for path, value in grads.items():
+            peers[path].grad = torch.tensor(value)
+        torch.nn.utils.clip_grad_norm_(list(peers.values()), 1.0)
+        peer.step()
+    for path, value in params.items():
+        # Torch divides by norm + 1e-6 when clipping: a relative 1e-7 here.
+        np.testing.assert_allclose(value, peers[path].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_frozen_groups_have_no_optimizer_state():
+    trained = [tensor for tensor in TENSORS if "llm_adapter" not in tensor.name]
+    optimizer = optimizers.build(OptimizerConfig(RATES), trained)
+    shapes = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
+    params = {tensor.path: shapes[tensor.path] for tensor in trained}
+    state = jax.eval_shape(optimizer.init, params)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == 2 * parameters.count(params)
