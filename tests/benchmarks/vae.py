@@ -29,7 +29,6 @@ def main() -> None:
 def our_calls(dtype: str, side: int) -> dict[str, Callable]:
     """encode and decode of this package, compiled."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from anima_jax.models.parameters import merge, split
@@ -39,8 +38,8 @@ def our_calls(dtype: str, side: int) -> dict[str, Callable]:
     params = {path: value.astype(dtype) for path, value in params.items()}
     encode = jax.jit(lambda params, pixels: merge(graphdef, params).encode(pixels))
     decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents))
-    pixels = jnp.zeros((1, 1, side, side, 3), dtype)
-    latents = jnp.zeros((1, 1, side // 8, side // 8, 16), dtype)
+    pixels = jax.random.uniform(jax.random.key(0), (1, 1, side, side, 3), dtype, -1.0, 1.0)
+    latents = jax.random.normal(jax.random.key(1), (1, 1, side // 8, side // 8, 16), dtype)
     return {
         "encode": lambda: jax.block_until_ready(encode(params, pixels)),
         "decode": lambda: jax.block_until_ready(decode(params, latents)),
@@ -55,8 +54,8 @@ def peer_calls(dtype: str, side: int) -> dict[str, Callable]:
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
     model = AutoencoderKLQwenImage().to(getattr(torch, dtype)).eval()
-    pixels = torch.zeros((1, 3, 1, side, side), dtype=model.dtype)
-    latents = torch.zeros((1, 16, 1, side // 8, side // 8), dtype=model.dtype)
+    pixels = torch.rand((1, 3, 1, side, side), dtype=model.dtype) * 2.0 - 1.0
+    latents = torch.randn((1, 16, 1, side // 8, side // 8), dtype=model.dtype)
     return {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(latents)}
 
 
