@@ -1,0 +1,154 @@
+"""Time of the transformer at full width, against diffusers on torch CPU: `python -m tests.benchmarks.dit`.
+
+Both run in one process on two threads, by turns, with the same weights and inputs; the median of a few runs counts.
+Prints seconds, the ratio to the peer in the same dtype, and how far the two velocities are apart. The backward is of
+the mean square of the velocity, to every parameter; neither side computes activations again unless `--remat` says so
+of ours.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+THREADS = 2
+
+TARGETS = {("float32", "forward"): 1.1, ("float32", "forward+backward"): 1.4}
+"""Ratios that are not to be exceeded; bfloat16 is reported beside them."""
+
+Calls = dict[str, Callable]
+
+
+def main() -> None:
+    options = parse_arguments()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # before XLA starts its threads
+
+    import torch
+
+    from anima_jax.models.dit import DiTConfig
+    from tests.models import dit_peer
+    from tests.models.networks import randomise
+
+    torch.set_num_threads(THREADS)
+    config = DiTConfig(
+        width=options.width,
+        blocks=options.blocks,
+        heads=options.heads,
+        mlp_width=4 * options.width,
+        adaln_rank=options.width // 8,
+        adapter=None,
+    )
+    tokens = (options.side // 2) ** 2
+    print(f"width {config.width}, {config.blocks} blocks, {tokens} tokens, {options.text_rows} text rows, ", end="")
+    print(f"remat {options.remat}, {THREADS} threads, load average {os.getloadavg()[0]:.1f}")
+    peer = randomise(dit_peer.transformer(config))
+    params = dit_peer.our_params(peer, config)
+    for dtype in options.dtypes:
+        calls, error = our_calls(params, config, dtype, options), None
+        peer = peer.to(getattr(torch, dtype))
+        their_calls = peer_calls(peer, dtype, options)
+        for name in calls:
+            found, expected = calls[name](), their_calls[name]()
+            error = relative_error(found, expected) if name == "forward" else error
+            times = medians(options.runs, calls[name], their_calls[name])
+            report(dtype, name, *times)
+        print(f"{dtype} velocities differ by {error:.1e} of the largest")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="AnimaDiT against diffusers' CosmosTransformer3DModel.")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latents")
+    parser.add_argument("--text-rows", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--remat", default="none", help="what our backward computes again; the peer nothing")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    return parser.parse_args()
+
+
+def inputs(options: argparse.Namespace, context_width: int):
+    """One picture's latents (b, t, y, x, c), its time and context rows, float32."""
+    import numpy as np
+
+    from tests.models.networks import normal
+
+    latents = normal(1, 1, options.side, options.side, 16)
+    return latents, np.array([0.4], np.float32), normal(1, options.text_rows, context_width, seed=1)
+
+
+def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
+    """Compiled calls of this package: velocity, and gradients of all parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.models.dit import AnimaDiT
+    from anima_jax.models.parameters import abstract, compute_copy, merge
+
+    graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
+    params = compute_copy({path: jnp.asarray(value) for path, value in params.items()}, dtype)
+    latents, times, context = (jnp.asarray(x) for x in inputs(options, config.context_width))
+    latents, context = latents.astype(dtype), context.astype(dtype)
+
+    def velocity(params, latents, times, context):
+        return merge(graphdef, params)(latents, times, context, remat=options.remat)
+
+    def loss(params, *arguments):
+        return jnp.mean(velocity(params, *arguments) ** 2)
+
+    compiled = {"forward": jax.jit(velocity), "forward+backward": jax.jit(jax.grad(loss))}
+    return {
+        name: lambda function=function: jax.block_until_ready(function(params, latents, times, context))
+        for name, function in compiled.items()
+    }
+
+
+def peer_calls(peer, dtype: str, options: argparse.Namespace) -> Calls:
+    """The same of diffusers."""
+    import torch
+
+    from tests.models import dit_peer
+
+    latents, times, context = (torch.from_numpy(x) for x in inputs(options, peer.config.text_embed_dim))
+    latents = latents.moveaxis(-1, 1).contiguous().to(getattr(torch, dtype))
+    arguments = (latents, times, context.to(latents.dtype))
+
+    def forward():
+        with torch.inference_mode():
+            return dit_peer.velocity_tensor(peer, *arguments).moveaxis(1, -1).float().numpy()
+
+    def forward_backward():
+        peer.requires_grad_(True).zero_grad(set_to_none=True)
+        dit_peer.velocity_tensor(peer, *arguments).float().square().mean().backward()
+
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+def relative_error(found, expected) -> float:
+    import numpy as np
+
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def medians(runs: int, *calls: Callable) -> list[float]:
+    """Seconds of each call, which has run before: the median of `runs` by turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for call, record in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            record.append(time.perf_counter() - started)
+    return [statistics.median(record) for record in times]
+
+
+def report(dtype: str, name: str, ours: float, theirs: float) -> None:
+    """One line of the result."""
+    target = TARGETS.get((dtype, name))
+    note = f" (target {target})" if target else ""
+    print(f"{dtype} {name}: {ours:.3f} s, diffusers {theirs:.3f} s, ratio {ours / theirs:.2f}{note}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
