@@ -8,6 +8,7 @@ import argparse
 import os
 import resource
 import time
+from typing import Any
 
 TARGET_SECONDS = 60.0
 TARGET_RATIO = 1.3
@@ -79,7 +80,7 @@ def abstract_batch(tokens: int, text_rows: int, source_width: int):
     from anima_jax.models.llm_adapter import Text
     from anima_jax.training.step import Batch
 
-    def shape(dtype, *sizes):
+    def shape(dtype, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
 
     return Batch(

@@ -45,14 +45,11 @@ def main() -> None:
     peer = randomise(dit_peer.transformer(config))
     params = dit_peer.our_params(peer, config)
     for dtype in options.dtypes:
-        calls, error = our_calls(params, config, dtype, options), None
         peer = peer.to(getattr(torch, dtype))
-        their_calls = peer_calls(peer, dtype, options)
-        for name in calls:
-            found, expected = calls[name](), their_calls[name]()
-            error = relative_error(found, expected) if name == "forward" else error
-            times = medians(options.runs, calls[name], their_calls[name])
-            report(dtype, name, *times)
+        ours, theirs = our_calls(params, config, dtype, options), peer_calls(peer, dtype, options)
+        error = relative_error(ours["forward"](), theirs["forward"]())
+        for name in ours:
+            report(dtype, name, *medians(options.runs, ours[name], theirs[name]))
         print(f"{dtype} velocities differ by {error:.1e} of the largest")
 
 
@@ -133,7 +130,9 @@ def relative_error(found, expected) -> float:
 
 
 def medians(runs: int, *calls: Callable) -> list[float]:
-    """Seconds of each call, which has run before: the median of `runs` by turns."""
+    """Seconds of each call: the median of `runs` by turns, after one run to warm up."""
+    for call in calls:
+        call()
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(runs):
         for call, record in zip(calls, times, strict=True):

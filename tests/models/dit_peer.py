@@ -48,7 +48,7 @@ def transformer(config: DiTConfig):
     The spatial scales are Cosmos-Predict2's for each number of channels. The padding mask comes as one more channel of
     the input, because diffusers' own way needs torchvision.
     """
-    from diffusers import CosmosTransformer3DModel
+    from diffusers import CosmosTransformer3DModel  # pyright: ignore[reportPrivateImportUsage]
 
     spatial_scale = 4.0 if config.latent_channels == OUT_CHANNELS else 3.0
     return CosmosTransformer3DModel(
