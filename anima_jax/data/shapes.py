@@ -72,7 +72,7 @@ def draw(scene: Scene, centre_xy: tuple[float, float] = (32.0, 32.0), radius: fl
 
 
 def sample_placement(rng: np.random.Generator) -> tuple[tuple[float, float], float]:
-    """A random centre and radius that keep the shape inside the picture."""
-    radius = rng.uniform(14.0, 22.0)
-    centre_xy = tuple(rng.uniform(radius + 2.0, SIZE - radius - 2.0, size=2))
-    return centre_xy, radius
+    """A random centre, up to 8 pixels from the middle each way, and radius; the shape stays inside the picture."""
+    radius = rng.uniform(15.0, 21.0)
+    x, y = SIZE / 2 + rng.uniform(-8.0, 8.0, size=2)
+    return (x, y), radius

@@ -34,9 +34,9 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,
 }
-"""What the backward keeps of a block instead of computing it again, by the name that configurations use."""
+"""What the backward keeps of a block instead of computing it again, by the name that configurations use; None keeps all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,8 @@ class AnimaDiT(nnx.Module):
         def run_block(x_bld, block):
             return block(x_bld, condition, context_bnd, self_options, cross_options), None
 
-        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        if REMAT_POLICIES[remat] is not None:
+            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_bld = self.x_embedder(self._with_padding_mask(latents_blc))
         x_bld, _ = jax.lax.scan(run_block, x_bld, self.blocks, unroll=scan_unroll)
         return self.final_layer(x_bld, condition).astype(jnp.float32)
