@@ -11,9 +11,7 @@ from tests.golden_files import VALUE_TOLERANCE, golden, relative_error
 DATA = golden("samplers")
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in DATA if key.startswith("sigmas.") and key.split(".")[1] in SCHEDULES]
-)
+@pytest.mark.parametrize("key", [key for key in DATA if key.startswith("sigmas.") and key.split(".")[1] in SCHEDULES])
 def test_sigmas_equal_comfyuis(key):
     _, schedule, steps = key.split(".")
     np.testing.assert_allclose(SCHEDULES[schedule](int(steps), 3.0), DATA[key], atol=1e-6)

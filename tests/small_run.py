@@ -1,0 +1,46 @@
+"""A training run small enough for a test: real files, the quick start's VAE, text encoder and tokenizers."""
+
+import pathlib
+import textwrap
+
+import jax
+from flax import nnx
+
+from anima_jax import assets
+from anima_jax.checkpoints.models import save_dit
+from anima_jax.models import parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+
+ASSETS = pathlib.Path(assets.__file__).parent
+
+CONFIG = DiTConfig(64, 2, 4, 128, 32, 8, adapter=AdapterConfig(32, 1, 2, 64, 64, 32, 512))
+
+
+def write_transformer(path: pathlib.Path) -> dict:
+    """A random transformer in which nothing is zero, as `net.…` in a file; its parameters."""
+    _, params = parameters.split(AnimaDiT(CONFIG, rngs=nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {p: v + 0.02 * jax.random.normal(k, v.shape) for k, (p, v) in zip(keys, params.items(), strict=True)}
+    save_dit(path, params)
+    return params
+
+
+def write_config(folder: pathlib.Path, pictures: pathlib.Path, main: str = "", **tables: str) -> pathlib.Path:
+    """A main and a dataset TOML in `folder`; `main` are more keys at the top, each of `tables` a table's keys."""
+    (folder / "dataset.toml").write_text(f"resolutions = [64]\n[[directory]]\npath = '{pictures}'\n")
+    model = f"""
+        type = 'anima'
+        transformer_path = '{folder / "base.safetensors"}'
+        vae_path = '{ASSETS / "tiny_vae.safetensors"}'
+        llm_path = '{ASSETS / "tiny_qwen3.safetensors"}'
+        tokenizer_path = '{ASSETS / "tokenizers"}'
+        dtype = 'float32'
+    """
+    tables = {"optimizer": "type = 'adamw'\nlr = 1e-3", "model": "", **tables}
+    tables["model"] = model + tables["model"]
+    text = f"output_dir = '{folder / 'runs'}'\ndataset = '{folder / 'dataset.toml'}'\n{main}\n"
+    text += "".join(f"[{name}]\n{keys}\n" for name, keys in tables.items())
+    path = folder / "main.toml"
+    path.write_text("\n".join(line.strip() for line in textwrap.dedent(text).splitlines()))
+    return path

@@ -1,0 +1,169 @@
+"""python -m anima_jax.train on real input: photographs with captions, networks in files."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from anima_jax.config.load import load_config
+from anima_jax.data.plan import BatchPlan
+from anima_jax.generate import main as generate
+from anima_jax.train import exports_after
+from anima_jax.train import main as train
+from tests.small_run import ASSETS, write_config, write_transformer
+
+PHOTOGRAPHS = {
+    "astronaut.png": "a woman in an orange space suit",
+    "chelsea.png": "a cat",
+    "coffee.png": "a cup of coffee on a wooden table",
+    "rocket.jpg": "a rocket on its launch pad at night",
+    "retina.jpg": "the back of an eye",
+    "motorcycle_left.png": "a motorcycle in a garage",
+    "hubble_deep_field.jpg": "galaxies",
+    "color.png": "coloured bands",
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (70, 90), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} wall")
+    return folder
+
+
+def run_folder(folder: pathlib.Path) -> pathlib.Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def losses_of(run: pathlib.Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, "type = 'lora'\nrank = 8"])
+def test_training_on_photographs_lowers_the_loss_and_what_it_saves_can_be_sampled(tmp_path, adapter):
+    skimage = pytest.importorskip("skimage")
+    source, folder = pathlib.Path(skimage.__file__).parent / "data", tmp_path / "photographs"
+    folder.mkdir()
+    for name, caption in PHOTOGRAPHS.items():
+        (folder / name).write_bytes((source / name).read_bytes())
+        (folder / name).with_suffix(".txt").write_text(caption)
+    base = write_transformer(tmp_path / "base.safetensors")
+    tables = {
+        "optimizer": f"type = 'adamw'\nlr = {1e-2 if adapter else 2e-3}",
+        "sample": "prompts = ['a cat']\nsteps = 2",
+    }
+    config = write_config(
+        tmp_path,
+        folder,
+        "epochs = 100\nmicro_batch_size_per_gpu = 4\ngradient_accumulation_steps = 2\n"
+        "ema_decay = 0.9\nsave_dtype = 'float32'",
+        **tables,
+        **({"adapter": adapter} if adapter else {}),
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "anima_jax.train", "--config", str(config)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    run = run_folder(tmp_path)
+    losses = losses_of(run)
+    assert len(losses) == 100
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert (run / "main.toml").read_text() == config.read_text()
+    assert (run / "samples" / "step000100.png").is_file()
+
+    saved = load_file(run / "step100" / ("adapter_model.safetensors" if adapter else "model.safetensors"))
+    if adapter:
+        assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in saved)
+        assert any(np.any(array) for name, array in saved.items() if "lora_B" in name)
+    else:
+        original = load_file(tmp_path / "base.safetensors")
+        assert saved.keys() == original.keys()
+        assert sum(array.size for array in saved.values()) == sum(array.size for array in base.values())
+        changed = [name for name in saved if not np.array_equal(saved[name], original[name])]
+        assert len(changed) > 0.9 * len(saved)
+    arguments = ["--config", str(config), "--checkpoint", str(run), "--prompt", "a cat", "--steps", "2", "--seed", "7"]
+    for name in ("one.png", "two.png"):
+        generate([*arguments, "-o", str(tmp_path / name)])
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert Image.open(tmp_path / "one.png").size == (64, 64)
+
+
+def test_models_are_saved_after_the_epochs_and_steps_that_the_configuration_names(tmp_path, pictures):
+    write_transformer(tmp_path / "base.safetensors")
+    config = write_config(tmp_path, pictures, "epochs = 4\nsave_every_n_epochs = 2\nsave_every_n_steps = 5")
+    plan = BatchPlan(num_examples=10, batch_size=4, seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
+    config = load_config(config, ["micro_batch_size_per_gpu=4"])
+    names = {step: exports_after(config, plan, step, 10) for step in range(1, 11)}
+    assert {step: found for step, found in names.items() if found} == {5: ["epoch2", "step5"], 10: ["epoch4", "step10"]}
+    assert exports_after(config, plan, 9, 9) == ["step9"]
+
+
+def complaint(capsys, main, *arguments) -> str:
+    """The one line that a command prints when it refuses."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, arguments)))
+    assert exit_.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsys):
+    write_transformer(tmp_path / "base.safetensors")
+    config = write_config(tmp_path, pictures, "epochs = 1")
+    base = (tmp_path / "base.safetensors").read_bytes()
+
+    def refused(*arguments):
+        return complaint(capsys, train, "--config", config, *arguments)
+
+    assert "no such file" in complaint(capsys, train, "--config", tmp_path / "none.toml")
+    assert "'optimizer'" in refused("--set", "optimiser.lr=1")
+    assert "epochs" in refused("--set", "epochs=many")
+    assert "vae_path" in refused("--set", "model.vae_path=/nowhere.safetensors")
+    (tmp_path / "base.safetensors").write_bytes(base[: len(base) // 2])
+    assert "base.safetensors" in refused()
+    (tmp_path / "base.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    assert "pickle" in refused()
+    (tmp_path / "base.safetensors").write_bytes((ASSETS / "tiny_vae.safetensors").read_bytes())
+    assert "VAE" in refused()
+    (tmp_path / "base.safetensors").write_bytes(base)
+    assert "llm_path" in refused("--set", f"model.llm_path={ASSETS}")
+    (pictures / "0.png").write_bytes(b"no picture")
+    assert "0.png" in refused()
+    for path in pictures.iterdir():
+        path.unlink()
+    assert str(pictures) in refused()
+    config.write_text(config.read_text().replace("epochs = 1", "epochs ="))
+    assert "not valid TOML" in refused()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_generate_refuses_what_it_cannot_draw(tmp_path, pictures, capsys):
+    write_transformer(tmp_path / "base.safetensors")
+    config = write_config(tmp_path, pictures, "epochs = 1")
+    (tmp_path / "empty").mkdir()
+
+    def refused(*arguments, output="out.png"):
+        return complaint(capsys, generate, "--config", config, "--prompt", "a cat", "-o", tmp_path / output, *arguments)
+
+    assert "multiple of 16" in refused("--width", "72")
+    assert "steps" in refused("--steps", "0")
+    assert "did you mean 'euler'" in refused("--sampler", "eular")
+    assert "did you mean 'simple'" in refused("--schedule", "simpel")
+    assert "invalid int" in refused("--seed", "one")
+    assert "model.safetensors" in refused("--checkpoint", tmp_path / "empty")
+    assert "no such file" in refused("--checkpoint", tmp_path / "nothing")
+    assert ".png" in refused(output="out.tiff")
+    assert ".png" in refused(output="no/folder/out.png")
+    assert "--vae" in complaint(capsys, generate, "--prompt", "a cat", "-o", tmp_path / "out.png", "--transformer", "x")
+    assert not list(tmp_path.glob("*.png"))
