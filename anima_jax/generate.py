@@ -93,7 +93,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None) -> dict:
     model = config.model if config else None
     transformer = arguments.transformer or (model and model.transformer_path)
     adapter = None if arguments.transformer else (model and model.llm_adapter_path)
-    loras = [parse_lora(arguments.lora)] if arguments.lora else []
+    loras: list[tuple[str | pathlib.Path, float]] = [parse_lora(arguments.lora)] if arguments.lora else []
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
         if is_lora_file(file):

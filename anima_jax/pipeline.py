@@ -187,7 +187,9 @@ def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokeni
         ("LLM adapter's", adapter.vocabulary, tokenizers.t5_vocabulary),
     ):
         if ids > rows:
-            raise UserError(f"the tokenizer has {ids} tokens, the {what} table only {rows} rows: they do not belong together")
+            raise UserError(
+                f"the tokenizer has {ids} tokens, the {what} table only {rows} rows: they do not belong together"
+            )
 
 
 def check_settings(width: int, height: int, steps: int, sampler: str, schedule: str) -> None:
@@ -273,7 +275,10 @@ def _sample(
         both = jnp.concatenate([x_blc, x_blc]) if guided else x_blc
         times_b = jnp.full(both.shape[:1], sigma)
         out = model.velocity(both.astype(dtype), grid, times_b, context.rows_bnd, **options)
-        return samplers.guided(*jnp.split(out, 2)[::-1], guidance_scale) if guided else out
+        if not guided:
+            return out
+        negative, positive = jnp.split(out, 2)
+        return samplers.guided(positive, negative, guidance_scale)
 
     start = samplers.start(patchify(noise_btyxc), sigmas[0])
     return unpatchify(samplers.sample(sampler, velocity, start, sigmas), *grid)

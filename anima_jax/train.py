@@ -110,7 +110,7 @@ def read_data(config: MainConfig) -> list[Example]:
             examples += directory_examples(source.path, source.size_wh, **common)
         else:
             examples += tfds_examples(
-                source.name or source.builder_dir,
+                source.name or source.builder_dir or "",
                 source.split,
                 source.image,
                 source.caption,

@@ -13,7 +13,9 @@ COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "checkpoint": checkpoint}
 @command_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sub-command that the command line names."""
-    parser = ArgumentParser(prog="python -m convert", description="What an Anima file is, and from one format into another.")
+    parser = ArgumentParser(
+        prog="python -m convert", description="What an Anima file is, and from one format into another."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)

@@ -64,6 +64,7 @@ def save_lora(path: PathLike, params: Params, ranks: Ranks, *, dtype: DTypeLike 
     entries: dict[str, tuple[FileTensor, tuple[int, ...]]] = {}
     for tensor in file_tensors(LORA_RULES, _adapter_only(params)):
         module, _, part = tensor.path.rpartition(".")
+        assert tensor.layer is not None
         rank = ranks[module][tensor.layer]
         if rank:
             shape = (rank, tensor.shape[1]) if part == "lora_a" else (tensor.shape[0], rank)

@@ -97,7 +97,7 @@ class Loss:
         """Loss of each example, (b,), float32: the mean over its real elements.
 
         Tokens beyond an example's grid count nothing. `mask_blp` weights each latent pixel; it multiplies the loss, and
-        its area does not divide. The multiscale term, for large pictures only, compares 2×2 averages and ignores the mask.
+        its area does not divide. The multiscale term, for large pictures only, compares 2×2 averages without the mask.
         """
         batch, length, features = out_blc.shape
         error_blpc = (out_blc.astype(jnp.float32) - target_blc.astype(jnp.float32)).reshape(batch, length, PIXELS, -1)

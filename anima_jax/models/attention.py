@@ -60,7 +60,8 @@ def attention(
         key_mask_bn = within_bn if key_mask_bn is None else within_bn & key_mask_bn
     elif key_mask_bn is not None:
         key_mask_bn = jnp.broadcast_to(key_mask_bn.astype(bool), (batch, keys))
-    out_bhlk = _xla(*(x.swapaxes(1, 2) for x in (q_blhk, k_bnhk, v_bnhk)), key_mask_bn, causal, zero_keys)
+    q_bhlk, k_bgnk, v_bgnk = (x.swapaxes(1, 2) for x in (q_blhk, k_bnhk, v_bnhk))
+    out_bhlk: Array = _xla(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys)
     return out_bhlk.swapaxes(1, 2)
 
 

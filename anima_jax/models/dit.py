@@ -36,7 +36,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
     "none": None,
 }
-"""What the backward keeps of a block instead of computing it again, by the name that configurations use; None keeps all."""
+"""What the backward keeps of a block instead of computing it again, by its configured name; None keeps all."""
 
 
 @dataclasses.dataclass(frozen=True)

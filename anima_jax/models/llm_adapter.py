@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -22,10 +23,10 @@ ROTARY_THETA = 10000.0
 class Text(NamedTuple):
     """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right."""
 
-    source_bnd: Array
-    source_mask_bn: Array
-    target_ids_bm: Array
-    target_mask_bm: Array
+    source_bnd: Array | np.ndarray
+    source_mask_bn: Array | np.ndarray
+    target_ids_bm: Array | np.ndarray
+    target_mask_bm: Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

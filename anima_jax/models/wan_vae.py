@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from anima_jax.models.attention import attention
 from anima_jax.models.layers import Linear, linear
@@ -77,10 +78,12 @@ class WanVAEConfig:
 class Stream:
     """What the layers remember of the frames before a chunk: a list in the order in which the layers run.
 
-    `Stream()` stands for the first chunk, which is one frame and has no past; `Stream(memory)` continues.
+    `Stream(dtype)` stands for the first chunk, which is one frame and has no past; `Stream(dtype, memory)` continues.
+    `dtype` is that of the convolutions; the sums of residual blocks are float32 whatever it is.
     """
 
-    def __init__(self, memory: Sequence[Array] | None = None):
+    def __init__(self, dtype: DTypeLike, memory: Sequence[Array] | None = None):
+        self.dtype = dtype
         self.is_first = memory is None
         self._past = iter(memory or ())
         self._seen: list[tuple[Array, int]] = []
@@ -187,9 +190,10 @@ class ResidualBlock(nnx.Module):
         self.shortcut = Linear(features_in, features_out, use_bias=True, rngs=rngs) if changes else None
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        hidden = self.conv1(self.norm1(x_btyxc), stream)
+        hidden = self.conv1(self.norm1(x_btyxc).astype(stream.dtype), stream)
         hidden = self.conv2(self.norm2(hidden), stream)
-        return hidden + (x_btyxc if self.shortcut is None else self.shortcut(x_btyxc))
+        kept = x_btyxc if self.shortcut is None else self.shortcut(x_btyxc.astype(stream.dtype))
+        return hidden.astype(jnp.float32) + kept
 
 
 class FrameAttention(nnx.Module):
@@ -200,10 +204,10 @@ class FrameAttention(nnx.Module):
         self.qkv_proj = Linear(features, 3 * features, use_bias=True, rngs=rngs)
         self.output_proj = Linear(features, features, use_bias=True, rngs=rngs)
 
-    def __call__(self, x_btyxc: Array) -> Array:
+    def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
         b, t, y, x, c = x_btyxc.shape
         q_blhk, k_blhk, v_blhk = jnp.split(
-            self.qkv_proj(self.norm(x_btyxc)).reshape(b * t, y * x, 1, 3 * c), 3, axis=-1
+            self.qkv_proj(self.norm(x_btyxc).astype(stream.dtype)).reshape(b * t, y * x, 1, 3 * c), 3, axis=-1
         )
         return x_btyxc + self.output_proj(attention(q_blhk, k_blhk, v_blhk).reshape(b, t, y, x, c))
 
@@ -217,7 +221,7 @@ class Middle(nnx.Module):
         self.block2 = ResidualBlock(features, features, rngs=rngs)
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        return self.block2(self.attention(self.block1(x_btyxc, stream)), stream)
+        return self.block2(self.attention(self.block1(x_btyxc, stream), stream), stream)
 
 
 class Downsample(nnx.Module):
@@ -231,7 +235,7 @@ class Downsample(nnx.Module):
         self.time_conv = Conv(features, features, (3, 1, 1), rngs=rngs) if temporal else None
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        x_btyxc = self.conv.over(x_btyxc, stride=2, padding=(0, 1))
+        x_btyxc = self.conv.over(x_btyxc.astype(stream.dtype), stride=2, padding=(0, 1))
         if self.time_conv is None:
             return x_btyxc
         extended = stream.with_past(x_btyxc, 1)
@@ -250,6 +254,7 @@ class Upsample(nnx.Module):
         self.conv = Conv(features_in, features_out, (1, 3, 3), rngs=rngs)
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
+        x_btyxc = x_btyxc.astype(stream.dtype)
         if self.time_conv is not None:
             x_btyxc = self._double_frames(self.time_conv, x_btyxc, stream)
         return self.conv.over(jnp.repeat(jnp.repeat(x_btyxc, 2, axis=2), 2, axis=3))
@@ -332,7 +337,7 @@ def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frame
     The first frame gives one frame, a chunk `frames_out`. They are written in place into one array: beside it and the
     input, memory is a chunk's.
     """
-    stream = Stream()
+    stream = Stream(x_btyxc.dtype)
     first = step(x_btyxc[:, :1], stream).astype(jnp.float32)
     chunks = (x_btyxc.shape[1] - 1) // frames_in
     if chunks == 0:
@@ -340,7 +345,7 @@ def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frame
 
     def advance(index, carry):
         memory, joined = carry
-        stream = Stream(memory)
+        stream = Stream(x_btyxc.dtype, memory)
         chunk = jax.lax.dynamic_slice_in_dim(x_btyxc, 1 + frames_in * index, frames_in, axis=1)
         out = step(chunk, stream).astype(jnp.float32)
         return stream.memory(), jax.lax.dynamic_update_slice_in_dim(joined, out, 1 + frames_out * index, axis=1)

@@ -6,9 +6,8 @@ Groups and the weight-decay test see the names and shapes of the original files,
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -30,7 +29,7 @@ NEVER_DECAYED = "llm_adapter.embed"
 COSINE_FLOOR = 1e-6
 """The learning rate, absolute, at which `cosine` ends."""
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = optax.Schedule
 
 
 def group_of(name: str) -> str:
@@ -105,7 +104,7 @@ def build(config: OptimizerConfig, tensors: list[FileTensor]) -> optax.GradientT
     """AdamW with a rate for each group, after clipping the global norm; `tensors` are those of trained parameters."""
     groups, decayed = groups_by_path(tensors), decayed_paths(tensors)
     labels = {path: f"{group}{'' if path in decayed else ', no decay'}" for path, group in groups.items()}
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         label: optax.adamw(
             learning_rate(config, label.split(",")[0]),
             *config.betas,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -22,10 +23,10 @@ from anima_jax.models.parameters import Params, compute_copy, merge
 class Batch(NamedTuple):
     """Examples of one step. `ids_b2` and `epochs_b` are what random numbers depend on (diffusion/randomness.py)."""
 
-    latents_blc: Array
-    grid_b3: Array
-    ids_b2: Array
-    epochs_b: Array
+    latents_blc: Array | np.ndarray
+    grid_b3: Array | np.ndarray
+    ids_b2: Array | np.ndarray
+    epochs_b: Array | np.ndarray
     text: Text
 
 
@@ -88,6 +89,7 @@ def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config
             unconditional,
             text,
         )
+    assert model.llm_adapter is not None
     context_bmd = model.llm_adapter(
         text.source_bnd.astype(config.compute_dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
     )
@@ -123,9 +125,9 @@ def train_step(
     else:
         loss, grads = _accumulate(loss_of, state.params, batch, config.accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(jnp.add, state.params, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and config.ema_decay is not None:
         ema = update_ema(ema, params, state.step, config.ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema), Metrics(loss, optax.global_norm(grads))
 
