@@ -3,14 +3,12 @@
 import pathlib
 import textwrap
 
-import jax
-from flax import nnx
-
 from anima_jax import assets
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
+from tests.models.networks import random_params
 
 ASSETS = pathlib.Path(assets.__file__).parent
 
@@ -19,9 +17,7 @@ CONFIG = DiTConfig(64, 2, 4, 128, 32, 8, adapter=AdapterConfig(32, 1, 2, 64, 64,
 
 def write_transformer(path: pathlib.Path) -> dict:
     """A random transformer in which nothing is zero, as `net.…` in a file; its parameters."""
-    _, params = parameters.split(AnimaDiT(CONFIG, rngs=nnx.Rngs(0)))
-    keys = jax.random.split(jax.random.key(1), len(params))
-    params = {p: v + 0.02 * jax.random.normal(k, v.shape) for k, (p, v) in zip(keys, params.items(), strict=True)}
+    params = random_params(parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
     save_dit(path, params)
     return params
 

@@ -82,7 +82,7 @@ def _base(config: MainConfig) -> tuple[DiTConfig, nnx.GraphDef, Params]:
     fresh = model_config_of(config)
     compute_dtype = jnp.dtype(config.compute_dtype)
     if fresh is not None:
-        graphdef, base = parameters.split(AnimaDiT(fresh, rngs=nnx.Rngs(config.seed)))
+        graphdef, base = parameters.initial(lambda rngs: AnimaDiT(fresh, rngs=rngs), config.seed)
         frozen = set(base) - (_trained_paths(config, base) if config.adapter is None else set())
         return fresh, graphdef, {p: v.astype(compute_dtype) if p in frozen else v for p, v in base.items()}
     path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path

@@ -1,5 +1,6 @@
 """One step of training: the same whatever the padding, the micro-batches or the order of examples; EMA; dropout."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, split_ids, uniform
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig, Text
-from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, update_ema
+from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, train_step, update_ema
+from tests.models.networks import quick_jit, random_params
 
 CONFIG = DiTConfig(32, 2, 2, 64, 16, 4, adapter=AdapterConfig(16, 1, 2, 32, 12, 16, 30))
 FLOAT32 = StepConfig(compute_dtype=jnp.float32, seed=3)
@@ -22,11 +23,8 @@ FLOAT32 = StepConfig(compute_dtype=jnp.float32, seed=3)
 
 @functools.cache
 def model():
-    graphdef, params = parameters.split(AnimaDiT(CONFIG, rngs=nnx.Rngs(0)))
-    keys = jax.random.split(jax.random.key(1), len(params))
-    return graphdef, {
-        p: v + 0.1 * jax.random.normal(k, v.shape) for k, (p, v) in zip(keys, params.items(), strict=True)
-    }
+    graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))
+    return graphdef, random_params(shapes)
 
 
 def batch(size=4, length=6):
@@ -46,10 +44,23 @@ def take(batch, rows):
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def loss_and_gradients(batch, unconditional=None, *, config=FLOAT32):
-    graphdef, params = model()
+@functools.partial(quick_jit, static_argnames="config")
+def _loss_and_gradients(params, batch, unconditional, config):
+    graphdef, _ = model()
     return jax.value_and_grad(lambda p: batch_loss(parameters.merge(graphdef, p), batch, unconditional, config))(params)
+
+
+def loss_and_gradients(batch, unconditional=None, *, config=FLOAT32):
+    return _loss_and_gradients(model()[1], batch, unconditional, config)
+
+
+def one_step_of_descent(config):
+    """Metrics of a step on `batch()`, and each parameter's gradient: what descent at rate 1 took away."""
+    graphdef, params = model()
+    step = functools.partial(train_step, graphdef=graphdef, optimizer=optax.sgd(1.0), config=config)
+    state, metrics = quick_jit(step)(init_state(params, optax.sgd(1.0), config), {}, batch(), None)
+    assert all(value.dtype == jnp.float32 for value in state.params.values())
+    return metrics, {path: np.asarray(params[path] - state.params[path]) for path in params}
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_velocity_at_the_drawn_times_and_noise():
@@ -59,10 +70,15 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity_at_the_drawn_times_a
     noise = np.asarray(normal(keys(Purpose.NOISE), (6, 64)))
     times = np.asarray(TimeDistribution().times(uniform(keys(Purpose.TIME)), data.grid_b3))
     x_t = (1 - times[:, None, None]) * data.latents_blc + times[:, None, None] * noise
-    net = parameters.merge(graphdef, params)
-    # 512 rows of context, stored: what diffusion-pipe feeds.
-    context = jnp.pad(net.llm_adapter(data.text.source_bnd, data.text.target_ids_bm), ((0, 0), (0, 508), (0, 0)))
-    velocity = net.velocity(jnp.asarray(x_t), (1, 2, 3), jnp.asarray(times), context)
+
+    @quick_jit
+    def velocity_of(params, x_t, times):
+        net = parameters.merge(graphdef, params)
+        # 512 rows of context, stored: what diffusion-pipe feeds.
+        context = jnp.pad(net.llm_adapter(data.text.source_bnd, data.text.target_ids_bm), ((0, 0), (0, 508), (0, 0)))
+        return net.velocity(x_t, (1, 2, 3), times, context)
+
+    velocity = velocity_of(params, x_t, times)
     expected = np.mean((np.asarray(velocity) - (noise - data.latents_blc)) ** 2)
     assert float(loss_and_gradients(data)[0]) == pytest.approx(expected, rel=1e-5)
 
@@ -90,20 +106,14 @@ def run(config, data, steps=1, unconditional=None):
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_give_the_full_batchs_loss_and_gradients(accumulation):
-    """1e-6: the gradients differ only in the order of float32 sums. SGD shows gradients as they are."""
-    data = batch()
-    graphdef, params = model()
-    results = []
-    for count in (1, accumulation):
-        config = StepConfig(compute_dtype=jnp.float32, seed=3, accumulation=count)
-        step = compile_step(graphdef, optax.sgd(1.0), config)
-        state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0), config), {}, data, None)
-        results.append((float(metrics.loss), {p: state.params[p] - params[p] for p in params}))
-    (loss, change), (loss_split, change_split) = results
-    assert loss_split == pytest.approx(loss, rel=1e-6)
-    largest = max(float(jnp.max(jnp.abs(value))) for value in change.values())
-    for path in change:
-        assert float(jnp.max(jnp.abs(change_split[path] - change[path]))) < 1e-6 * largest + 1e-6, path
+    whole, grads = one_step_of_descent(FLOAT32)
+    split, split_grads = one_step_of_descent(dataclasses.replace(FLOAT32, accumulation=accumulation))
+    # 1e-6: they differ in the order of float32 sums alone.
+    assert float(split.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    assert float(split.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-6)
+    largest = max(np.abs(grad).max() for grad in grads.values())
+    for path, grad in grads.items():
+        assert np.abs(split_grads[path] - grad).max() < 2e-6 * largest, path
 
 
 def test_what_an_example_contributes_does_not_depend_on_its_place_in_the_batch():
@@ -157,15 +167,10 @@ def test_the_average_is_the_weighted_sum_of_its_definition():
 
 def test_bfloat16_compute_trains_float32_weights_close_to_float32():
     loss, grads = loss_and_gradients(batch())
-    graphdef, params = model()
-    config = StepConfig(compute_dtype=jnp.bfloat16, seed=3)
-    step = compile_step(graphdef, optax.sgd(1.0), config)
-    state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optax.sgd(1.0), config), {}, batch(), None)
+    metrics, rounded = one_step_of_descent(dataclasses.replace(FLOAT32, compute_dtype=jnp.bfloat16))
     assert float(metrics.loss) == pytest.approx(float(loss), rel=2e-2)
-    change = {path: np.asarray(params[path] - state.params[path]) for path in params}
-    assert all(value.dtype == jnp.float32 for value in state.params.values())
-    difference = np.sqrt(sum(np.sum((change[p] - np.asarray(grads[p])) ** 2) for p in params))
-    assert difference < 5e-2 * np.sqrt(sum(np.sum(np.asarray(grads[p]) ** 2) for p in params))
+    difference = np.sqrt(sum(np.sum((rounded[path] - np.asarray(grads[path])) ** 2) for path in grads))
+    assert difference < 5e-2 * np.sqrt(sum(np.sum(np.asarray(grad) ** 2) for grad in grads.values()))
 
 
 def test_losses_are_chosen_by_the_configuration():
