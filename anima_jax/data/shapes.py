@@ -53,27 +53,16 @@ def scenes(*, held_out: bool) -> list[Scene]:
 
 def draw(scene: Scene, centre_xy: tuple[float, float] = (32.0, 32.0), radius: float = 18.0) -> np.ndarray:
     """The picture, uint8 (64, 64, 3), antialiased. `centre_xy` and `radius` are in pixels."""
-    return draw_shape(scene.shape, COLOURS[scene.colour], BACKGROUNDS[scene.background], centre_xy, radius)
-
-
-def draw_shape(
-    shape: str,
-    fill: tuple[int, int, int],
-    background: tuple[int, int, int],
-    centre_xy: tuple[float, float],
-    radius: float,
-) -> np.ndarray:
-    """As `draw`, in any two RGB colours."""
     scale = _SUPERSAMPLING
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
     x, y, r = centre_xy[0] * scale, centre_xy[1] * scale, radius * scale
-    pen = ImageDraw.Draw(image)
-    if shape == "circle":
+    pen, fill = ImageDraw.Draw(image), COLOURS[scene.colour]
+    if scene.shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif shape == "square":
+    elif scene.shape == "square":
         side = 0.85 * r
         pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
-    elif shape == "triangle":
+    elif scene.shape == "triangle":
         pen.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=fill)
     else:
         arm = 0.32 * r
@@ -83,7 +72,7 @@ def draw_shape(
 
 
 def sample_placement(rng: np.random.Generator) -> tuple[tuple[float, float], float]:
-    """A random centre, up to 8 pixels from the middle each way, and radius; the shape stays inside the picture."""
-    radius = rng.uniform(15.0, 21.0)
-    x, y = SIZE / 2 + rng.uniform(-8.0, 8.0, size=2)
+    """A random centre, up to 6 pixels from the middle each way, and radius; the shape stays inside the picture."""
+    radius = rng.uniform(17.0, 21.0)
+    x, y = SIZE / 2 + rng.uniform(-6.0, 6.0, size=2)
     return (x, y), radius

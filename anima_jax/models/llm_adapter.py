@@ -6,11 +6,10 @@ Axes: b batch, m target tokens, n source tokens, d features, h heads, k head siz
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -21,12 +20,12 @@ ROTARY_THETA = 10000.0
 
 
 class Text(NamedTuple):
-    """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right."""
+    """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right; NumPy or JAX arrays."""
 
-    source_bnd: Array | np.ndarray
-    source_mask_bn: Array | np.ndarray
-    target_ids_bm: Array | np.ndarray
-    target_mask_bm: Array | np.ndarray
+    source_bnd: Any
+    source_mask_bn: Any
+    target_ids_bm: Any
+    target_mask_bm: Any
 
 
 @dataclasses.dataclass(frozen=True)

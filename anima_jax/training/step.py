@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -21,12 +20,15 @@ from anima_jax.models.parameters import Params, compute_copy, merge
 
 
 class Batch(NamedTuple):
-    """Examples of one step. `ids_b2` and `epochs_b` are what random numbers depend on (diffusion/randomness.py)."""
+    """Examples of one step, NumPy or JAX arrays.
 
-    latents_blc: Array | np.ndarray
-    grid_b3: Array | np.ndarray
-    ids_b2: Array | np.ndarray
-    epochs_b: Array | np.ndarray
+    Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py).
+    """
+
+    latents_blc: Any
+    grid_b3: Any
+    ids_b2: Any
+    epochs_b: Any
     text: Text
 
 
