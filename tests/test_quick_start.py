@@ -20,9 +20,7 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="shape is right in 88 % of held-out captions; colour and background in all", strict=False
-)
+@pytest.mark.xfail(reason="shape is right in 88 % of held-out captions; colour and background in all", strict=False)
 def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
     environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data")}
     command = [sys.executable, "-m", "anima_jax.train", "--config", str(CONFIG), "--set", f"output_dir={tmp_path}/runs"]
