@@ -20,16 +20,17 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="shape is right in 88 % of held-out captions; colour and background in all", strict=False)
+@pytest.mark.xfail(
+    raises=AssertionError, reason="shape is right in 88 % of held-out captions; colour and background in all"
+)
 def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
     environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data")}
     command = [sys.executable, "-m", "anima_jax.train", "--config", str(CONFIG), "--set", f"output_dir={tmp_path}/runs"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     (run,) = (tmp_path / "runs").iterdir()
-    assert f"--checkpoint {run}" in result.stdout
     model = find_export(run)
-    assert all(name.startswith("net.") for name in load_file(model))
+    if f"--checkpoint {run}" not in said or not all(name.startswith("net.") for name in load_file(model)):
+        pytest.fail(f"{model} is not what the run promises: {said}")
 
     config = load_config(CONFIG)
     pipeline = AnimaPipeline.load(
@@ -52,6 +53,6 @@ def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
             seed=seed,
         )
     scores = score([np.asarray(picture) for picture in pictures], wanted * 4)
-    print(scores)
-    assert len(pictures) == 64
-    assert min(scores.values()) >= 0.9, scores
+    if len(pictures) != 64 or min(scores["colour"], scores["background"]) < 0.9:
+        pytest.fail(f"{scores} over {len(pictures)} pictures")
+    assert scores["shape"] >= 0.9, scores
