@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from anima_jax.checkpoints.names import FileTensor
-from anima_jax.models.parameters import Params
 
 GROUPS = (
     ("llm_adapter", "llm_adapter"),
@@ -116,8 +115,3 @@ def build(config: OptimizerConfig, tensors: list[FileTensor]) -> optax.GradientT
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optax.partition(transforms, labels))
-
-
-def trainable_paths(params: Params, groups: Mapping[str, str], learning_rates: Mapping[str, float]) -> list[str]:
-    """The paths of `params` whose group learns at all: a rate of 0 freezes."""
-    return [path for path in params if learning_rates[groups[path]] > 0]
