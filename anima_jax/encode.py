@@ -4,6 +4,7 @@ Axes: b batch, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -60,13 +61,16 @@ class CaptionTable:
     def rows(self, captions: Sequence[str]) -> Text:
         """The captions as a batch, padded to the lengths that the whole table needs."""
         picked = [self.index[caption] for caption in captions]
-        source_bnd, source_mask_bn = _padded([self.states_nd[i] for i in picked], self._longest(self.states_nd))
-        target_bm, target_mask_bm = _padded([self.target_ids_m[i] for i in picked], self._longest(self.target_ids_m))
+        source_length, target_length = self._lengths
+        source_bnd, source_mask_bn = padded([self.states_nd[i] for i in picked], source_length)
+        target_bm, target_mask_bm = padded([self.target_ids_m[i] for i in picked], target_length)
         return Text(source_bnd, source_mask_bn, target_bm, target_mask_bm)
 
-    @staticmethod
-    def _longest(arrays: Sequence[np.ndarray]) -> int:
-        return rounded_up(max(map(len, arrays)), step=16)
+    @functools.cached_property
+    def _lengths(self) -> tuple[int, int]:
+        """Rows that the longest caption needs, of source and of target."""
+        source, target = (max(map(len, arrays)) for arrays in (self.states_nd, self.target_ids_m))
+        return rounded_up(source, step=16), rounded_up(target, step=16)
 
 
 def encode_captions(
@@ -93,13 +97,14 @@ def _trimmed(ids: TextIds) -> TextIds:
     return TextIds(ids.qwen_ids[:, :qwen], ids.qwen_mask[:, :qwen], ids.t5_ids[:, :t5], ids.t5_mask[:, :t5])
 
 
-def _padded(arrays: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    padded = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
+def padded(arrays: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays (n, …) as one (b, length, …), zeros behind each, and the mask (b, length), int32, of what is real."""
+    joined = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
     mask = np.zeros((len(arrays), length), np.int32)
     for row, array in enumerate(arrays):
-        padded[row, : len(array)] = array
+        joined[row, : len(array)] = array
         mask[row, : len(array)] = 1
-    return padded, mask
+    return joined, mask
 
 
 def _batches(items: Iterable, size: int) -> Iterator[tuple[list, int]]:

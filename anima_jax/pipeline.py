@@ -21,7 +21,7 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import samplers, schedules
 from anima_jax.diffusion.torch_random import randn
-from anima_jax.encode import encode_tokens, rounded_up
+from anima_jax.encode import encode_tokens, padded, rounded_up
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, PATCH, AnimaDiT, DiTConfig, patchify, unpatchify
 from anima_jax.models.parameters import Params, compute_copy, merge, split
@@ -127,8 +127,9 @@ class AnimaPipeline:
         Token lists are padded and masked, which leaves real rows what they would be alone; a few lengths serve all.
         """
         ids = [self.tokenizers.prompt_ids(prompt) for prompt in prompts]
-        source_bn, source_mask_bn = _pad_ids([qwen for qwen, _ in ids])
-        target_bm, target_mask_bm = _pad_ids([t5 for _, t5 in ids])
+        (source_bn, source_mask_bn), (target_bm, target_mask_bm) = (
+            padded(rows, rounded_up(max(map(len, rows)))) for rows in zip(*ids, strict=True)
+        )
         states_bnd = self._encode_tokens(source_bn, source_mask_bn)
         rows_bmd = _adapt(self.dit_params, states_bnd, target_bm, source_mask_bn, target_mask_bm, self.dit_graphdef)
         longer = rows_bmd.shape[1] > CONTEXT_ROWS
@@ -214,15 +215,6 @@ def to_images(pixels_btyxc: np.ndarray) -> list[Image.Image]:
     """Pictures of the first frames; values are cut off at [−1, 1] and rounded down, as ComfyUI does."""
     levels = np.clip((pixels_btyxc[:, 0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)
     return [Image.fromarray(picture) for picture in levels]
-
-
-def _pad_ids(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    length = rounded_up(max(map(len, rows)))
-    ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return ids, mask
 
 
 def _joined(first: Context, second: Context) -> Context:

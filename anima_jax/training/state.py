@@ -46,14 +46,12 @@ def prepare(config: MainConfig) -> Trained:
     Raises UserError for a file that does not fit and when nothing would be trained.
     """
     model_config, graphdef, base = _base(config)
-    adapter = config.adapter
+    trained, adapter = _trained_paths(config, base), config.adapter
     if adapter is None:
-        trained = _trained_paths(config, base)
         tensors = [tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in trained]
         params = {path: base[path].astype(jnp.float32) for path in base if path in trained}
         frozen = {path: value for path, value in base.items() if path not in trained}
         return Trained(model_config, graphdef, params, frozen, tensors, None)
-    trained = _trained_paths(config, base)
 
     def build(rngs: nnx.Rngs) -> AnimaDiT:
         model = AnimaDiT(model_config, rngs=rngs)
