@@ -36,33 +36,43 @@ STAGES = ((0.6, 16, 32), (0.4, 8, shapes.SIZE))
 NOISE = 0.15  # deviation of the noise on the normalised latents in training
 PENALTY = 0.02  # weight of the channels' distance from mean 0 and variance 1
 POOL = 6144  # pictures drawn before training
+ANY_COLOURS = 0.5  # the share of them in colours outside the language: one code for shapes, whatever the colours
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Train the small VAE of the quick start.")
     arguments.add_argument("--output", type=Path, required=True, help="the safetensors file to write")
-    arguments.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    arguments.add_argument("--steps", type=int, default=8000, help="optimizer steps")
     arguments.add_argument("--learning-rate", type=float, default=2e-3)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
 
     graphdef, params = split(WanVAE(CONFIG, rngs=nnx.Rngs(options.seed)))
     params = see_the_present_only(params)
-    pool = draw_pictures(POOL, np.random.default_rng(options.seed))
+    pool = draw_pictures(POOL, np.random.default_rng(options.seed), any_colours=ANY_COLOURS)
     params = calibrate(graphdef, params, pool[:256])
     params = train(graphdef, params, pool, options.steps, options.learning_rate, options.seed)
-    params = calibrate(graphdef, params, pool[:1024])
+    params = calibrate(graphdef, params, draw_pictures(1024, np.random.default_rng(options.seed + 2)))
     params = {path: value.astype(jnp.bfloat16).astype(jnp.float32) for path, value in params.items()}
     report = reconstruction_error(graphdef, params, draw_pictures(512, np.random.default_rng(options.seed + 1)))
     print(report)
     save_vae(options.output, params, CONFIG, dtype=jnp.bfloat16, metadata=report)
 
 
-def draw_pictures(count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` pictures (n, 1, y, x, 3) in [-1, 1], of every scene of the language and at random places."""
+def draw_pictures(count: int, rng: np.random.Generator, *, any_colours: float = 0.0) -> np.ndarray:
+    """`count` pictures (n, 1, y, x, 3) in [-1, 1], of every scene of the language and at random places.
+
+    The share `any_colours` of them has two colours from the whole cube instead of the language's.
+    """
     every = shapes.scenes(held_out=False) + shapes.scenes(held_out=True)
-    picked = rng.integers(len(every), size=count)
-    pictures = [shapes.draw(every[index], *shapes.sample_placement(rng)) for index in picked]
+    pictures = []
+    for index in rng.integers(len(every), size=count):
+        scene, placement = every[index], shapes.sample_placement(rng)
+        if rng.random() < any_colours:
+            fill, background = rng.integers(256, size=(2, 3)).tolist()
+            pictures.append(shapes.draw_in_colours(scene.shape, tuple(fill), tuple(background), *placement))
+        else:
+            pictures.append(shapes.draw(scene, *placement))
     return np.stack(pictures)[:, None].astype(np.float32) / 127.5 - 1.0
 
 

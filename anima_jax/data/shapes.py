@@ -15,13 +15,13 @@ SIZE = 64
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (220, 40, 40),
-    "green": (40, 170, 60),
+    "green": (30, 150, 50),
     "yellow": (245, 215, 40),
-    "purple": (150, 60, 190),
+    "purple": (140, 30, 160),
     "orange": (245, 135, 25),
     "white": (250, 250, 250),
 }
-BACKGROUNDS = {"blue": (45, 85, 200), "black": (20, 20, 20), "gray": (125, 125, 125), "pink": (250, 175, 205)}
+BACKGROUNDS = {"blue": (45, 85, 200), "black": (20, 20, 20), "gray": (150, 150, 150), "pink": (250, 175, 205)}
 
 _SUPERSAMPLING = 4
 
@@ -53,16 +53,23 @@ def scenes(*, held_out: bool) -> list[Scene]:
 
 def draw(scene: Scene, centre_xy: tuple[float, float] = (32.0, 32.0), radius: float = 18.0) -> np.ndarray:
     """The picture, uint8 (64, 64, 3), antialiased. `centre_xy` and `radius` are in pixels."""
+    return draw_in_colours(scene.shape, COLOURS[scene.colour], BACKGROUNDS[scene.background], centre_xy, radius)
+
+
+def draw_in_colours(
+    shape: str, fill: tuple[int, ...], background: tuple[int, ...], centre_xy: tuple[float, float], radius: float
+) -> np.ndarray:
+    """As `draw`, in any two colours (red, green, blue, each 0–255)."""
     scale = _SUPERSAMPLING
-    image = Image.new("RGB", (SIZE * scale, SIZE * scale), BACKGROUNDS[scene.background])
+    image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
     x, y, r = centre_xy[0] * scale, centre_xy[1] * scale, radius * scale
-    pen, fill = ImageDraw.Draw(image), COLOURS[scene.colour]
-    if scene.shape == "circle":
+    pen = ImageDraw.Draw(image)
+    if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif scene.shape == "square":
+    elif shape == "square":
         side = 0.85 * r
         pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
-    elif scene.shape == "triangle":
+    elif shape == "triangle":
         pen.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=fill)
     else:
         arm = 0.32 * r
