@@ -10,7 +10,7 @@ import logging
 import os
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,7 +18,36 @@ from anima_jax.data.media import read_file, read_picture
 from anima_jax.data.scan import scan_directory
 from anima_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from anima_jax.data.buckets import Bucketing
+
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """How one `[[directory]]` or `[[tfds]]` becomes examples."""
+
+    bucketing: "Bucketing"
+    num_repeats: float = 1.0
+    """> 0; may be a fraction."""
+    caption_prefix: str = ""
+    skip_empty_caption: bool = True
+    shuffle_copies: int = 0
+    """Copies of each caption with shuffled tags, instead of the caption itself (`cache_shuffle_num`)."""
+    delimiter: str = ", "
+    """What stands between tags (`cache_shuffle_delimiter`)."""
+    caption_choice: str = "each"
+    """"each": every caption is an example; "random": one example, whose caption is drawn anew each epoch."""
+    subsample_ratio: float = 1.0
+    """In (0, 1]: the share of the media to use."""
+    mask_path: str | None = None
+    default_mask_file: str | None = None
+    online_captions: bool = False
+    shuffle_anew: bool = False
+    """Tags are shuffled anew each epoch instead of once: text is encoded at batch time."""
+    tag_dropout: float = 0.0
+    """In [0, 1): probability that a tag is left out, anew each epoch; only with text encoded at batch time."""
 
 
 class Media(Protocol):
