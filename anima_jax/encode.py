@@ -1,15 +1,17 @@
 """Pixels → latents, captions → text states: the one place where data, models and devices meet.
 
-Axes: b batch, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d features, c the 64 values of a token.
+Axes: b batch, t frames, y rows, x columns, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d features, c the 64 values of a token.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from anima_jax.models.dit import patchify
@@ -17,7 +19,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.text.tokenizers import TextIds, Tokenizers
+from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
 
 LENGTH_STEP = 64
 """Token lists are padded to a multiple of this, so that captions of many lengths share a few programs."""
@@ -28,19 +30,31 @@ def rounded_up(length: int, step: int = LENGTH_STEP) -> int:
     return max(1, -(-length // step)) * step
 
 
-def encode_pictures(
-    vae: WanVAE, pictures: Iterable[np.ndarray], *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
+def encode_clips(
+    vae: WanVAE, clips: Iterable[np.ndarray], *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
 ) -> Iterator[np.ndarray]:
-    """Latent tokens (l, c), float32, of each uint8 picture (y, x, 3); all pictures have one size."""
-    graphdef, params = split(vae)
+    """Latent tokens (l, c), float32, of each uint8 clip (t, y, x, 3), all of one size; a picture is a clip of one frame.
 
-    @jax.jit
-    def encode(params, pixels_byxc):
-        pixels = pixels_byxc[:, None].astype(jnp.float32) / 127.5 - 1.0
+    Each local device takes `batch_size` clips at a time. While one batch is on the devices the next is read.
+    """
+    graphdef, params = split(vae)
+    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def encode(params, pixels_btyxc):
+        pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
         return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
 
-    for batch, real in _batches(pictures, batch_size):
-        yield from np.asarray(encode(params, np.stack(batch)))[:real]
+    params = jax.device_put(params, everywhere)
+    pending: tuple[jax.Array, int] | None = None
+    for batch, real in _batches(clips, batch_size * mesh.size):
+        latents = encode(params, jax.device_put(np.stack(batch), rows))
+        if pending:
+            yield from np.asarray(pending[0])[: pending[1]]
+        pending = latents, real
+    if pending:
+        yield from np.asarray(pending[0])[: pending[1]]
 
 
 def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
@@ -50,44 +64,37 @@ def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.nda
     return lambda ids_bn, mask_bn: run(params, ids_bn, mask_bn)
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionTable:
-    """The different captions of a data set, encoded, without padding; `rows` gives any of them as a batch."""
+class EncodedText(NamedTuple):
+    """One caption without padding: Qwen3's states (n, d) and T5 ids (m,)."""
 
-    index: dict[str, int]
-    states_nd: list[np.ndarray]
-    target_ids_m: list[np.ndarray]
-
-    def rows(self, captions: Sequence[str]) -> Text:
-        """The captions as a batch, padded to the lengths that the whole table needs."""
-        picked = [self.index[caption] for caption in captions]
-        source_length, target_length = self._lengths
-        source_bnd, source_mask_bn = padded([self.states_nd[i] for i in picked], source_length)
-        target_bm, target_mask_bm = padded([self.target_ids_m[i] for i in picked], target_length)
-        return Text(source_bnd, source_mask_bn, target_bm, target_mask_bm)
-
-    @functools.cached_property
-    def _lengths(self) -> tuple[int, int]:
-        """Rows that the longest caption needs, of source and of target."""
-        source, target = (max(map(len, arrays)) for arrays in (self.states_nd, self.target_ids_m))
-        return rounded_up(source, step=16), rounded_up(target, step=16)
+    states_nd: np.ndarray
+    target_ids_m: np.ndarray
 
 
 def encode_captions(
-    qwen: Qwen3, tokenizers: Tokenizers, captions: Iterable[str], *, batch_size: int = 8, dtype: DTypeLike
-) -> CaptionTable:
-    """Every different caption once, as in training: the text as it is, cut off at 512 tokens."""
-    different = list(dict.fromkeys(captions))
+    qwen: Qwen3,
+    tokenizers: Tokenizers,
+    captions: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = TRAINING_LENGTH,
+    dtype: DTypeLike,
+) -> Iterator[EncodedText]:
+    """Each caption as in training: the text as it is, cut off at `max_tokens` tokens of either kind."""
     run = encode_tokens(qwen, dtype)
-    states: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    for batch, real in _batches(different, batch_size):
-        ids = _trimmed(tokenizers.training_ids(batch))
+    for batch, real in _batches(captions, batch_size):
+        ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
         states_bnd = np.asarray(run(ids.qwen_ids, ids.qwen_mask))
         for row in range(real):
-            states.append(states_bnd[row, : ids.qwen_mask[row].sum()])
-            targets.append(ids.t5_ids[row, : ids.t5_mask[row].sum()])
-    return CaptionTable({caption: i for i, caption in enumerate(different)}, states, targets)
+            states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
+            yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())
+
+
+def text_rows(captions: Sequence[EncodedText], source_length: int, target_length: int) -> Text:
+    """Captions as a batch, padded to these lengths."""
+    source_bnd, source_mask_bn = padded([caption.states_nd for caption in captions], source_length)
+    target_bm, target_mask_bm = padded([caption.target_ids_m for caption in captions], target_length)
+    return Text(source_bnd, source_mask_bn, target_bm, target_mask_bm)
 
 
 def _trimmed(ids: TextIds) -> TextIds:

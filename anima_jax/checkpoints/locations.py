@@ -6,6 +6,7 @@ into the hub's own cache and is local from then on.
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -45,6 +46,16 @@ def open_for_reading(path: str) -> tuple[IO[bytes], int]:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def fingerprint(path: PathLike) -> bytes:
+    """SHA-256 of a file's bytes. Raises UserError as `open_for_reading` does."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**22))
+    file, _ = open_for_reading(resolve(path))
+    with file:
+        while size := read_into(file, buffer):
+            digest.update(buffer[:size])
+    return digest.digest()
 
 
 def read_into(file: IO[bytes], buffer: memoryview) -> int:

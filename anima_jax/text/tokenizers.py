@@ -6,9 +6,13 @@ Axes: b captions, n tokens.
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib.util
+import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,6 +70,7 @@ class Tokenizers:
 
     def __init__(self, qwen: Any, t5: Any):
         self._qwen, self._t5 = qwen, t5
+        self._one_at_a_time = threading.Lock()  # a fast tokenizer holds its padding and truncation as settings
 
     @property
     def qwen_vocabulary(self) -> int:
@@ -77,14 +82,34 @@ class Tokenizers:
         """Every T5 id is below this number; the adapter's embedding needs at least as many rows."""
         return len(self._t5)
 
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of all that decides which ids a text has."""
+        digest = hashlib.sha256()
+        for tokenizer in (self._qwen, self._t5):
+            table = json.loads(tokenizer.backend_tokenizer.to_str())
+            # Settings of the last call, not of the tokenizer.
+            digest.update(json.dumps(table | {"padding": None, "truncation": None}, sort_keys=True).encode())
+        return digest.digest()
+
     def training_ids(self, captions: Sequence[str], length: int = TRAINING_LENGTH) -> TextIds:
         """Ids of the captions, cut and padded to `length` tokens, as diffusion-pipe calls the tokenizers.
 
         T5's end token closes each caption, also one that was cut; Qwen has none, so an empty caption is all padding.
         """
-        qwen_ids, qwen_mask = _padded(self._qwen, captions, length)
-        t5_ids, t5_mask = _padded(self._t5, captions, length)
+        with self._one_at_a_time:
+            qwen_ids, qwen_mask = _padded(self._qwen, captions, length)
+            t5_ids, t5_mask = _padded(self._t5, captions, length)
         return TextIds(qwen_ids, qwen_mask, t5_ids, t5_mask)
+
+    def lengths(self, captions: Sequence[str]) -> np.ndarray:
+        """Number of (Qwen, T5) tokens that each caption has in training before any is cut off, int64 (b, 2)."""
+        with self._one_at_a_time:
+            encoded = [
+                tokenizer(list(captions), truncation=False, padding=False, verbose=False)["input_ids"]
+                for tokenizer in (self._qwen, self._t5)
+            ]
+        return np.array([list(map(len, ids)) for ids in encoded], np.int64).reshape(2, -1).T
 
     def prompt_ids(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """(Qwen ids, T5 ids) of one prompt, int32 (n,), uncut and unpadded, as at inference.

@@ -4,6 +4,7 @@ Axes: b batch, l image tokens, n source text tokens, m target text tokens, d fea
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,8 @@ from anima_jax.models.parameters import Params, compute_copy, merge
 class Batch(NamedTuple):
     """Examples of one step, NumPy or JAX arrays.
 
-    Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py).
+    Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `mask_blp` weights the loss of each of a
+    token's four latent pixels; None where no example of the run has a mask.
     """
 
     latents_blc: Any
@@ -30,6 +32,7 @@ class Batch(NamedTuple):
     ids_b2: Any
     epochs_b: Any
     text: Text
+    mask_blp: Any = None
 
 
 class TrainState(NamedTuple):
@@ -50,7 +53,7 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Everything about a step that is fixed for a run. `accumulation` micro-batches make one step."""
+    """Everything about a step that is fixed for a run."""
 
     compute_dtype: Any = jnp.bfloat16
     times: TimeDistribution = TimeDistribution()
@@ -58,7 +61,6 @@ class StepConfig:
     seed: int = 0
     uncond_fraction: float = 0.0
     ema_decay: float | None = None
-    accumulation: int = 1
     remat: str = "full"
 
 
@@ -103,7 +105,7 @@ def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config
         zero_context=max(0, CONTEXT_ROWS - context_bmd.shape[1]),
         remat=config.remat,
     )
-    return batch_mean(config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3))
+    return batch_mean(config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp))
 
 
 def train_step(
@@ -115,17 +117,18 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
+    accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one batch; `frozen` are the parameters that are not trained."""
+    """One update from one batch, in `accumulation` micro-batches; `frozen` are the parameters that are not trained."""
 
     def loss_of(params: Params, micro_batch: Batch) -> Array:
         model = merge(graphdef, compute_copy(frozen | params, config.compute_dtype))
         return batch_loss(model, micro_batch, unconditional, config)
 
-    if config.accumulation == 1:
+    if accumulation == 1:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
     else:
-        loss, grads = _accumulate(loss_of, state.params, batch, config.accumulation)
+        loss, grads = _accumulate(loss_of, state.params, batch, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     ema = state.ema
@@ -153,9 +156,13 @@ def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params
 
 
 def compile_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: StepConfig):
-    """`train_step` jitted: (state, frozen, batch, unconditional) → (state, metrics). The old state is donated."""
+    """`train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
-    def step(state, frozen, batch, unconditional):
-        return train_step(state, frozen, batch, unconditional, graphdef=graphdef, optimizer=optimizer, config=config)
+    The old state is donated. A new shape of batch, or another accumulation, compiles a new program.
+    """
+    run = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
 
-    return jax.jit(step, donate_argnums=0)
+    def step(state, frozen, batch, unconditional, accumulation=1):
+        return run(state, frozen, batch, unconditional, accumulation=accumulation)
+
+    return jax.jit(step, donate_argnums=0, static_argnums=4)

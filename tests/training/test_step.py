@@ -54,10 +54,12 @@ def loss_and_gradients(batch, unconditional=None, *, config=FLOAT32):
     return _loss_and_gradients(model()[1], batch, unconditional, config)
 
 
-def one_step_of_descent(config):
+def one_step_of_descent(config, accumulation=1):
     """Metrics of a step on `batch()`, and each parameter's gradient: what descent at rate 1 took away."""
     graphdef, params = model()
-    step = functools.partial(train_step, graphdef=graphdef, optimizer=optax.sgd(1.0), config=config)
+    step = functools.partial(
+        train_step, graphdef=graphdef, optimizer=optax.sgd(1.0), config=config, accumulation=accumulation
+    )
     state, metrics = quick_jit(step)(init_state(params, optax.sgd(1.0), config), {}, batch(), None)
     assert all(value.dtype == jnp.float32 for value in state.params.values())
     return metrics, {path: np.asarray(params[path] - state.params[path]) for path in params}
@@ -107,7 +109,7 @@ def run(config, data, steps=1, unconditional=None):
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_give_the_full_batchs_loss_and_gradients(accumulation):
     whole, grads = one_step_of_descent(FLOAT32)
-    split, split_grads = one_step_of_descent(dataclasses.replace(FLOAT32, accumulation=accumulation))
+    split, split_grads = one_step_of_descent(FLOAT32, accumulation)
     # 1e-6: they differ in the order of float32 sums alone.
     assert float(split.loss) == pytest.approx(float(whole.loss), rel=1e-6)
     assert float(split.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-6)
@@ -122,6 +124,16 @@ def test_what_an_example_contributes_does_not_depend_on_its_place_in_the_batch()
     assert float(loss_and_gradients(take(data, order))[0]) == pytest.approx(
         float(loss_and_gradients(data)[0]), rel=1e-6
     )
+
+
+def test_a_mask_weights_the_loss_of_each_latent_pixel():
+    data = batch()
+    halves = np.full((*data.latents_blc.shape[:2], 4), 0.5, np.float32)
+    assert float(loss_and_gradients(data._replace(mask_blp=halves))[0]) == pytest.approx(
+        0.5 * float(loss_and_gradients(data)[0]), rel=1e-6
+    )
+    nothing = np.zeros_like(halves)
+    assert float(loss_and_gradients(data._replace(mask_blp=nothing))[0]) == 0.0
 
 
 def test_a_new_epoch_draws_new_noise():

@@ -1,0 +1,305 @@
+"""What the encoders made of a data set, on disk: every clip, mask and caption once, found again by what it is.
+
+A record's key is the hash of all that decides its value: of latents the media's content, the size bucket, how a clip is
+cut from a video, the VAE's file and the dtypes; of a caption's states the caption, the text encoder's file, the
+tokenizers, the length at which captions are cut, and the dtype. So nothing is stale, and what changed is encoded anew.
+Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t frames, y rows, x columns.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from einops import rearrange
+from jax.experimental import multihost_utils
+
+from anima_jax import encode
+from anima_jax.checkpoints.locations import fingerprint
+from anima_jax.checkpoints.models import load_text_encoder, load_vae
+from anima_jax.config.main import MainConfig
+from anima_jax.data.buckets import Size
+from anima_jax.data.examples import Example
+from anima_jax.data.media import read_mask
+from anima_jax.data.problems import Problems
+from anima_jax.data.store import Store, pack, unpack
+from anima_jax.data.video import read_clip
+from anima_jax.encode import EncodedText
+from anima_jax.errors import UserError
+from anima_jax.models.dit import PATCH
+from anima_jax.models.qwen3 import Qwen3
+from anima_jax.models.wan_vae import WanVAE
+from anima_jax.text.tokenizers import Tokenizers
+from anima_jax.training import report
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CLIPS_A_PART, CAPTIONS_A_PART = 64, 256
+"""Records that are written at once: the most that a killed process loses."""
+
+RESIDENT_BYTES = 2**30
+"""Records stay in host memory once they are read, up to this size in all."""
+
+FRAMES_A_LATENT = 4
+
+
+def encoded_frames(size: Size) -> int:
+    """Frames of a clip that the VAE takes: 1 + 4n, what is over is left out."""
+    return 1 + (size.frames - 1) // FRAMES_A_LATENT * FRAMES_A_LATENT
+
+
+class Encoders:
+    """The VAE and the text encoder of a run, loaded when something needs them; `release` gives them up."""
+
+    def __init__(self, config: MainConfig, tokenizers: Tokenizers):
+        self._config, self.tokenizers = config, tokenizers
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        return load_vae(self._config.model.vae_path, self._config.compute_dtype)
+
+    @functools.cached_property
+    def text_encoder(self) -> Qwen3:
+        return load_text_encoder(self._config.model.llm_path, self._config.compute_dtype)
+
+    def release(self) -> None:
+        """Forget both; whoever still uses one keeps it."""
+        self.__dict__.pop("vae", None)
+        self.__dict__.pop("text_encoder", None)
+
+
+class Cache:
+    """Latents, masks and captions of one run's examples. `fill` encodes what is not there; then all of it can be read.
+
+    Reading is safe from several threads.
+    """
+
+    def __init__(self, config: MainConfig, stores: Sequence[Store], tokenizers: Tokenizers):
+        model = config.model
+        self._config, self._stores = config, stores
+        self._vae = _hash(fingerprint(model.vae_path), config.compute_dtype, config.cached_dtype)
+        self._text = _hash(
+            fingerprint(model.llm_path), tokenizers.fingerprint, model.max_caption_tokens, config.compute_dtype
+        )
+        self._resident: dict[bytes, dict[str, np.ndarray]] = {}
+        self._room, self._lock = RESIDENT_BYTES, threading.Lock()
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def has_latents(self, example: Example) -> bool:
+        """Whether the example can be trained on: its latents and, if it has a mask, that are there."""
+        return self._find(self._latents_key(example)) is not None and (
+            example.entry.mask is None or self._find(self._mask_key(example)) is not None
+        )
+
+    def latents(self, example: Example) -> np.ndarray:
+        """Latent tokens (l, c) in the cache's dtype."""
+        return self._read(self._latents_key(example))["latents"]
+
+    def mask(self, example: Example) -> np.ndarray | None:
+        """Weight of each latent pixel, float32 (l, p) in [0, 1]; None if the example has no mask."""
+        if example.entry.mask is None:
+            return None
+        pixels_yx = self._read(self._mask_key(example))["mask"]
+        frame_lp = rearrange(pixels_yx, "(y m) (x n) -> (y x) (m n)", m=PATCH, n=PATCH).astype(np.float32) / 255.0
+        return np.tile(frame_lp, (example.bucket.size.grid[0], 1))
+
+    def text(self, caption: str) -> EncodedText:
+        """States and T5 ids of a caption."""
+        record = self._read(self._text_key(caption))
+        return EncodedText(record["states"], record["t5_ids"])
+
+    def _find(self, key: bytes) -> Store | None:
+        return next((store for store in self._stores if key in store), None)
+
+    def _read(self, key: bytes) -> dict[str, np.ndarray]:
+        if key in self._resident:
+            return self._resident[key]
+        store = self._find(key)
+        if store is None:
+            raise KeyError(f"no record {key.hex()} in the cache")
+        arrays = unpack(store.read(key))[1]
+        size = sum(array.nbytes for array in arrays.values())
+        with self._lock:
+            if size <= self._room:
+                self._resident[key] = arrays
+                self._room -= size
+        return arrays
+
+    # ---- keys -----------------------------------------------------------------------------------------------------
+
+    def _latents_key(self, example: Example) -> bytes:
+        size = example.bucket.size
+        cut = self._config.video_clip_mode if size.frames > 1 else ""
+        return _hash("latents", example.entry.digest, *size, cut, self._vae)
+
+    def _mask_key(self, example: Example) -> bytes:
+        entry, size = example.entry, example.bucket.size
+        return _hash("mask", entry.mask_digest, entry.width, entry.height, size.width, size.height)
+
+    def _text_key(self, caption: str) -> bytes:
+        return _hash("text", caption, self._text)
+
+    # ---- filling --------------------------------------------------------------------------------------------------
+
+    def fill(self, examples: Sequence[Sequence[Example]], encoders: Encoders, problems: Problems) -> None:
+        """Encode what is missing, of each store's examples in its store, in turn with the run's other processes.
+
+        Media that cannot be decoded go to `problems`.
+        """
+        work = []
+        for store, group in zip(self._stores, examples, strict=True):
+            masks = {self._mask_key(example): example for example in group if example.entry.mask}
+            latents = {self._latents_key(example): example for example in group}
+            work.append((store, self._missing(masks), self._missing(latents), self._missing_text(group)))
+        _meet("the missing parts are counted")
+        for store, masks, latents, captions in work:
+            self._fill_masks(store, masks, problems)
+            self._fill_latents(store, latents, encoders, problems)
+            self._fill_text(store, captions, encoders)
+        _meet("the cache is filled")
+        for store in self._stores:
+            store.refresh()
+
+    def _missing(self, wanted: dict[bytes, Item]) -> list[tuple[bytes, Item]]:
+        return [(key, item) for key, item in wanted.items() if self._find(key) is None]
+
+    def _missing_text(self, examples: Sequence[Example]) -> list[tuple[bytes, str]]:
+        if not self._config.model.cache_text_embeddings:
+            return []
+        captions = {caption for example in examples for caption in example.captions}
+        return self._missing({self._text_key(caption): caption for caption in ["", *sorted(captions)]})
+
+    def _fill_masks(self, store: Store, missing: Sequence[tuple[bytes, Example]], problems: Problems) -> None:
+        def read(item: tuple[bytes, Example]) -> tuple[bytes, bytes] | None:
+            (key, example), size = item, item[1].bucket.size
+            entry = example.entry
+            assert entry.mask is not None
+            try:
+                mask_yx = read_mask(
+                    entry.mask.read(),
+                    (entry.width, entry.height),
+                    (size.width, size.height),
+                    name=entry.mask.name,
+                )
+            except UserError as error:
+                problems.skip(error)
+                return None
+            return key, pack({"name": entry.mask.name}, {"mask": mask_yx})
+
+        for part in _own_parts(missing, CAPTIONS_A_PART):
+            if records := [record for record in _read_ahead(read, part, self._config.map_num_proc) if record]:
+                store.write_part(records)
+
+    def _fill_latents(
+        self, store: Store, missing: Sequence[tuple[bytes, Example]], encoders: Encoders, problems: Problems
+    ) -> None:
+        by_size: dict[Size, list[tuple[bytes, Example]]] = collections.defaultdict(list)
+        for key, example in missing:
+            by_size[example.bucket.size].append((key, example))
+        shown = iter(report.bar(range(len(missing)), len(missing), "clip")) if missing else iter(())
+        for size, items in sorted(by_size.items()):
+            own = [item for part in _own_parts(items, CLIPS_A_PART) for item in part]
+            records = []
+            for record in self._encoded(own, size, encoders, problems):
+                records.append(record)
+                next(shown, None)
+                if len(records) == CLIPS_A_PART:
+                    store.write_part(records)
+                    records = []
+            if records:
+                store.write_part(records)
+        collections.deque(shown, maxlen=0)
+
+    def _encoded(
+        self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """The records of clips that become `size`."""
+        kept: collections.deque[tuple[bytes, Example]] = collections.deque()
+
+        def read(item: tuple[bytes, Example]) -> np.ndarray | None:
+            media, mode = item[1].entry.media, self._config.video_clip_mode
+            try:
+                return read_clip(media.read(), size, mode=mode, name=media.name)[: encoded_frames(size)]
+            except UserError as error:
+                problems.skip(error)
+                return None
+
+        def clips() -> Iterator[np.ndarray]:
+            read_clips = _read_ahead(read, items, self._config.map_num_proc)
+            for item, clip_tyxc in zip(items, read_clips, strict=True):
+                if clip_tyxc is not None:
+                    kept.append(item)
+                    yield clip_tyxc
+
+        latents = encode.encode_clips(
+            encoders.vae, clips(), batch_size=self._config.caching_batch_size, dtype=self._config.compute_dtype
+        )
+        for latents_lc in latents if items else ():
+            key, example = kept.popleft()
+            header = {"name": example.entry.media.name, "size": "×".join(map(str, size))}
+            yield key, pack(header, {"latents": latents_lc.astype(np.dtype(self._config.cached_dtype))})
+
+    def _fill_text(self, store: Store, missing: Sequence[tuple[bytes, str]], encoders: Encoders) -> None:
+        own = [item for part in _own_parts(missing, CAPTIONS_A_PART) for item in part]
+        if not own:
+            return
+        encoded = encode.encode_captions(
+            encoders.text_encoder,
+            encoders.tokenizers,
+            [caption for _, caption in own],
+            max_tokens=self._config.model.max_caption_tokens,
+            dtype=self._config.compute_dtype,
+        )
+        records = []
+        for (key, caption), text in zip(own, report.bar(encoded, len(own), "caption"), strict=True):
+            arrays = {"states": text.states_nd, "t5_ids": text.target_ids_m}
+            records.append((key, pack({"caption": caption}, arrays)))
+            if len(records) == CAPTIONS_A_PART:
+                store.write_part(records)
+                records = []
+        if records:
+            store.write_part(records)
+
+
+def _hash(*parts: str | bytes | int | None) -> bytes:
+    """SHA-256 of the parts, each with its length, so that none runs into the next."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def _own_parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Runs of `size` items that fall to this process: its turn comes every `jax.process_count()` of them."""
+    starts = range(0, len(items), size)
+    for start in starts[jax.process_index() :: jax.process_count()]:
+        yield items[start : start + size]
+
+
+def _meet(what: str) -> None:
+    """Wait for the run's other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """`function` of each item, in order, a few items ahead in `threads` threads."""
+    pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,78 @@
+"""Cached latents as pictures again, so that a person can look at what a run is trained on."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from PIL import Image
+
+from anima_jax.checkpoints.locations import writing_to
+from anima_jax.data.buckets import Size
+from anima_jax.data.examples import Example
+from anima_jax.data.video import write_video
+from anima_jax.models.dit import PATCH, unpatchify
+from anima_jax.models.parameters import merge, split
+from anima_jax.models.wan_vae import WanVAE
+from anima_jax.training import report
+from anima_jax.training.cache import Cache
+
+
+def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: WanVAE, dtype: DTypeLike) -> pathlib.Path:
+    """Write each example's clip as the VAE gives it back: `NAME.WIDTHxHEIGHT.png`, or `.mp4` with its frames' number.
+
+    Beside it go its captions (`.txt`, a line each) and, if it has one, its mask as it weights the loss (`.mask.png`).
+    Examples that repeat a clip at the same size are written once. Raises UserError where it cannot write.
+    """
+    graphdef, params = split(vae)
+    decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents.astype(dtype)).astype(jnp.float32))
+    clips: dict[tuple[bytes, Size], list[Example]] = {}
+    for example in examples:
+        clips.setdefault((example.entry.digest, example.bucket.size), []).append(example)
+    target = pathlib.Path(folder)
+    with writing_to(str(target)):
+        target.mkdir(parents=True, exist_ok=True)
+    for (_, size), shown in report.bar(clips.items(), len(clips), "clip"):
+        frames, rows, columns = size.grid
+        latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
+        pixels_tyxc = np.asarray(decode(params, latents))[0]
+        stem = _free(target, f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}")
+        with writing_to(str(stem)):
+            _write_clip(stem, ((pixels_tyxc + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
+            _path(stem, ".txt").write_text("\n".join(dict.fromkeys(c for e in shown for c in e.captions)), "utf-8")
+            if (mask_lp := cache.mask(shown[0])) is not None:
+                _write_mask(_path(stem, ".mask.png"), mask_lp, size)
+    return target
+
+
+def _free(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A path in `folder` that nothing was written under: `name`, else with a number."""
+    stem, number = folder / name, 1
+    while _path(stem, ".txt").exists():
+        number += 1
+        stem = folder / f"{name}.{number}"
+    return stem
+
+
+def _path(stem: pathlib.Path, ending: str) -> pathlib.Path:
+    return stem.with_name(stem.name + ending)
+
+
+def _write_clip(stem: pathlib.Path, frames_tyxc: np.ndarray) -> None:
+    if len(frames_tyxc) == 1:
+        Image.fromarray(frames_tyxc[0]).save(_path(stem, ".png"))
+    else:
+        write_video(_path(stem, f"x{len(frames_tyxc)}.mp4"), frames_tyxc)
+
+
+def _write_mask(path: pathlib.Path, mask_lp: np.ndarray, size: Size) -> None:
+    _, rows, columns = size.grid
+    frame_lp = mask_lp[: rows * columns]
+    pixels_yx = rearrange(frame_lp, "(y x) (m n) -> (y m) (x n)", y=rows, x=columns, m=PATCH, n=PATCH)
+    levels = (pixels_yx * 255.0).round().astype(np.uint8)
+    Image.fromarray(levels).resize((size.width, size.height), Image.Resampling.NEAREST).save(path)
+
+
