@@ -128,7 +128,7 @@ class Plan:
         if start + int(consumed[place]) != position:
             before, after = (start + int(consumed[near]) for near in (place - 1, place))
             raise ValueError(
-                f"no step begins after {position} examples of these data and batch sizes; the nearest: {before} and {after}"
+                f"no step of these tiers begins after {position} examples; the nearest begin after {before} and {after}"
             )
         return self.steps_for(number) + place
 
