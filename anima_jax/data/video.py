@@ -1,0 +1,184 @@
+"""Videos as the trainer sees them: 16 frames a second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
+
+Frames are repeated and left out by ffmpeg's own `fps` filter, by the file's timestamps, so that a variable rate keeps
+its speed. They pass one at a time, and only those of the clip are converted to RGB. Which ones these are follows
+diffusion-pipe (`models/base.py`, PreprocessMediaFile).
+"""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator
+
+import av
+import av.error
+import numpy as np
+from av.container import InputContainer
+from av.filter import Graph
+from PIL import Image, ImageOps
+
+from anima_jax.data.buckets import Size
+from anima_jax.data.media import MAX_PIXELS, ClipMode, over_white
+from anima_jax.errors import UserError
+
+FRAME_RATE = 16
+"""Frames a second that the model was trained at (diffusion-pipe's models/anima.py)."""
+
+MAX_FRAMES = FRAME_RATE * 6 * 3600
+"""A longer video is refused: broken timestamps would repeat one frame for years."""
+
+TURNS = {
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+"""Columns and rows swapped, then columns reversed, then rows reversed → what makes a frame upright."""
+
+
+def probe(data: bytes, container: str, name: str) -> Size:
+    """Upright width and height in pixels and the number of frames at 16 a second, counted by decoding them all."""
+    size = Size(0, 0, 0)
+    with _faults_named(name):
+        for frame in _frames(data, container):
+            if not size.frames:
+                swapped = _turn(frame)[0]
+                size = Size(frame.height, frame.width, 0) if swapped else Size(frame.width, frame.height, 0)
+            size = size._replace(frames=size.frames + 1)
+    return size
+
+
+def read_clip(data: bytes, container: str, size: Size, mode: ClipMode, name: str) -> np.ndarray:
+    """`size.frames` frames at 16 a second, uint8 (frames, height, width, 3): the first ones or those around the middle.
+
+    Raises UserError if the video cannot be read or has fewer frames.
+    """
+    start = 0
+    if mode == "single_middle":
+        start = max(0, (probe(data, container, name).frames - size.frames) // 2)
+    clip = np.empty((size.frames, size.height, size.width, 3), np.uint8)
+    found = 0
+    with _faults_named(name):
+        for frame in itertools.islice(_frames(data, container), start, start + size.frames):
+            fitted = ImageOps.fit(_upright_rgb(frame), (size.width, size.height), Image.Resampling.BICUBIC)
+            clip[found] = np.asarray(fitted)
+            found += 1
+    if found < size.frames:
+        raise UserError(f"{name}: {found} frames at {FRAME_RATE} a second, expected at least {size.frames}")
+    return clip
+
+
+@contextlib.contextmanager
+def _faults_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # hostile bytes reach ffmpeg's decoders
+        reason = error.strerror if isinstance(error, av.error.FFmpegError) else error
+        raise UserError(f"{name}: the video cannot be read: {reason or type(error).__name__}") from None
+
+
+def _frames(data: bytes, container: str) -> Iterator[av.VideoFrame]:
+    """The video's frames at 16 a second."""
+    announced = _bytes_announced(data, container)
+    if announced > len(data):
+        raise ValueError(f"the file is truncated ({len(data)} of {announced} bytes)")
+    with av.open(io.BytesIO(data), "r", format=container, metadata_errors="replace") as file:
+        yield from _at_frame_rate(_decoded(file))
+
+
+def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
+    stream = file.streams.best("video")
+    if not isinstance(stream, av.VideoStream):
+        raise ValueError("it has no video stream")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_PIXELS} pixels")
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    stream.thread_type = "AUTO"
+    last = -1
+    for packet in file.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError("its data are damaged or cut short")
+        for frame in packet.decode():
+            if frame.pts is None or file.format.name == "avi":
+                # AVI tells the order of decoding only, in which each frame has the stamp of another.
+                frame.pts = last + 1 if frame.dts is None else frame.dts
+            last = frame.pts
+            yield frame
+
+
+def _at_frame_rate(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("it has no frames")
+    graph = Graph()
+    source = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=first.time_base)
+    graph.link_nodes(source, graph.add("fps", str(FRAME_RATE)), graph.add("buffersink")).configure()
+    count = 0
+    for frame in itertools.chain([first], frames, [None]):
+        graph.push(frame)
+        while (resampled := _pulled(graph)) is not None:
+            count += 1
+            if count > MAX_FRAMES:
+                raise ValueError(f"longer than {MAX_FRAMES // FRAME_RATE // 3600} hours, or its timestamps are broken")
+            yield resampled
+
+
+def _pulled(graph: Graph) -> av.VideoFrame | None:
+    """The next frame that the graph has ready, None if it wants another to be pushed or is through."""
+    try:
+        return graph.vpull()
+    except (av.error.BlockingIOError, av.error.EOFError):
+        return None
+
+
+def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
+    if any(component.is_alpha for component in frame.format.components):
+        picture = over_white(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        picture = frame.to_image()
+    turn = TURNS.get(_turn(frame))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How the phone was held, a key of TURNS or nothing but False, by the display matrix: x' = ax + cy, y' = bx + dy."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5]
+    swapped = abs(b) > abs(a)
+    return bool(swapped), bool((c if swapped else a) < 0), bool((b if swapped else d) < 0)
+
+
+def _bytes_announced(data: bytes, container: str) -> int:
+    """The length of the file by its own headers, 0 if they do not tell: of what is cut off ffmpeg says nothing."""
+    if container == "avi":
+        announced = int.from_bytes(data[4:8], "little")
+        return 0 if announced == 2**32 - 1 else 8 + announced
+    if container == "matroska":
+        _, header = _ebml_number(data, 4)
+        segment = header + _ebml_number(data, 4)[0]
+        size, begin = _ebml_number(data, segment + 4)
+        unknown = size == 2 ** (7 * (begin - segment - 4)) - 1
+        return 0 if unknown else begin + size
+    if container == "mov":
+        at = 0
+        while at + 16 <= len(data):
+            size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+            size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
+            if size < 8:  # 0: up to the end
+                break
+            if at + size > len(data) and kind in (b"moov", b"mdat", b"moof"):
+                return at + size
+            at += size
+    return 0
+
+
+def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
+    """Matroska's numbers have as many bytes as their first has leading zeros, and one. The value, and where it ends."""
+    length = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + length], "big") & (2 ** (7 * length) - 1)
+    return value, at + length
