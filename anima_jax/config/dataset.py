@@ -1,93 +1,252 @@
-"""The dataset TOML: where pictures and captions come from.
+"""The dataset TOML: where pictures, clips and captions come from, and the sizes that they are trained at.
 
 A key at the top holds for every source; the same key inside a `[[directory]]` or a `[[tfds]]` wins there.
 """
 
+import dataclasses
 import math
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
+import annotated_types
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.config.schema import (
-    PIXEL_MULTIPLE,
+    Count,
+    InputFile,
     InputFolder,
     Listed,
     NotEmpty,
     OutputFolder,
     Positive,
     Section,
+    Whole,
     fault,
     multiple_of_16,
-    not_yet,
 )
-
-SHARED_KEYS = ("resolutions", "num_repeats", "caption_prefix", "skip_empty_caption")
-"""Keys that may stand at the top of the file."""
+from anima_jax.data.buckets import FRAMES_PER_LATENT, Bucketing, Size, nearest_multiple, spaced_ratios
+from anima_jax.data.examples import SourceOptions
 
 SOURCES = ("directory", "tfds")
 """Tables of the file: one or more of each."""
 
+MANY_RESOLUTIONS = 4
+"""So many in one source are likelier a misunderstanding than a wish: every one of them repeats the whole data."""
 
-def side_of(resolution: int | tuple[int, int]) -> int:
-    """Side in pixels of the square that a resolution stands for.
+RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
-    As in diffusion-pipe a resolution is an *area*, given as a side or as (width, height), and without aspect-ratio
-    buckets pictures are square. The side is rounded to a multiple of 16.
-    """
-    side = resolution if isinstance(resolution, int) else math.sqrt(resolution[0] * resolution[1])
-    return max(1, round(side / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
+Pair = tuple[float, float]
 
 
-def _resolution(found: Any) -> int | tuple[int, int]:
-    """A side, or [width, height]. Both kinds are checked by hand: the faults of a union would name both."""
-    sides = found if isinstance(found, list | tuple) else [found]
-    if len(sides) not in {1, 2} or not all(type(side) is int and side >= 1 for side in sides):
-        raise fault(f"found {found!r}, expected a side in pixels or [width, height]")
-    if not isinstance(found, list | tuple):
-        return found
-    if len(sides) == 1:
-        raise fault(f"found {found!r}, expected [width, height], or the side alone, without brackets")
-    return multiple_of_16(sides[0]), multiple_of_16(sides[1])
+def _number_or_pair(found: Any, smallest: float, expected: str) -> float | Pair:
+    """A number, or [width, height]. Checked by hand: the faults of a union would name both of its kinds."""
+    numbers = found if isinstance(found, list | tuple) else (found,)
+    usable = all(type(number) in {int, float} and math.isfinite(number) and number >= smallest for number in numbers)
+    if not usable or len(numbers) != (2 if isinstance(found, list | tuple) else 1):
+        raise fault(f"found {found!r}, expected {expected}")
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
-def _one_for_now(resolutions: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(resolutions) > 1:
-        raise fault(not_yet(f"more than one resolution (found {len(resolutions)})"))
+def _resolution(found: Any) -> float | Pair:
+    return _number_or_pair(found, 16, "a side in pixels or [width, height], 16 or more each")
+
+
+def _ratio(found: Any) -> float:
+    expected = "width / height or [width, height], 0.001 to 1000"
+    sides = _number_or_pair(found, 0.001, expected)
+    ratio = sides[0] / sides[1] if isinstance(sides, tuple) else sides
+    if not 0.001 <= ratio <= 1000:
+        raise fault(f"found {found!r}, expected {expected}")
+    return ratio
+
+
+def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+    if info.data.get("size_buckets", True):
+        return resolutions
+    if not resolutions:
+        raise fault("found none, expected at least one side in pixels, as in [1024], or size_buckets")
+    if len(resolutions) >= MANY_RESOLUTIONS and not (info.context or {}).get("i_know_what_i_am_doing"):
+        raise fault(
+            f"found {len(resolutions)} of them: every picture is trained at every resolution, so that an epoch is "
+            f"{len(resolutions)} times as long; if that is meant, start with --i_know_what_i_am_doing"
+        )
     return resolutions
 
 
-Resolutions = Annotated[
-    tuple[Annotated[Any, AfterValidator(_resolution)], ...],
-    Listed,
-    NotEmpty,
-    AfterValidator(_one_for_now),
-]
+def _size_bucket(found: Any) -> Size:
+    if not isinstance(found, list | tuple) or len(found) != 3 or any(type(x) is not int or x < 1 for x in found):
+        raise fault(f"found {found!r}, expected [width, height, frames]")
+    width, height, frames = found
+    return Size(multiple_of_16(width), multiple_of_16(height), frames)
+
+
+Resolution = Annotated[Any, AfterValidator(_resolution)]
+Ratio = Annotated[Any, AfterValidator(_ratio)]
+RatioBound = Annotated[float, annotated_types.Ge(0.001), annotated_types.Le(1000)]
+SizeBucket = Annotated[Any, AfterValidator(_size_bucket)]
+Share = Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)]
+Dropout = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
 
 
 class Source(Section):
     """What every source of examples has."""
 
-    resolutions: Resolutions = Field(
-        description="one resolution: the side of a square in pixels, or [width, height] for the same area; "
-        "pictures are resized and cropped at the centre"
+    size_buckets: Annotated[tuple[SizeBucket, ...], Listed, NotEmpty] = Field(
+        (),
+        description="[width, height, frames] each, sides in pixels, multiples of 16: these very sizes, instead of "
+        "resolutions and frame_buckets; each example goes to the one of the nearest ratio that it is long enough for",
+    )
+    resolutions: Annotated[tuple[Resolution, ...], Listed, AfterValidator(_some_but_few)] = Field(
+        (),
+        validate_default=True,
+        description="sides of squares in pixels, or [width, height]: either stands for an area; "
+        "every example is trained at every one, resized and cropped at the centre",
+    )
+    min_ar: RatioBound | None = Field(None, description="enable_ar_bucket: the smallest ratio, width / height")
+    max_ar: RatioBound | None = Field(None, description="enable_ar_bucket: the largest ratio, width / height")
+    num_ar_buckets: Count | None = Field(
+        None, description="enable_ar_bucket: number of ratios from min_ar to max_ar, evenly spaced in their logarithm"
+    )
+    ar_buckets: Annotated[tuple[Ratio, ...], Listed, NotEmpty] = Field(
+        (),
+        description="enable_ar_bucket: ratios, width / height or [width, height] each, instead of min_ar to max_ar",
+    )
+    enable_ar_bucket: bool = Field(
+        False,
+        description="true: an example keeps about its own shape, at the nearest ratio of ar_buckets or of min_ar to "
+        "max_ar; false: every one is cropped to a square",
+    )
+    frame_buckets: Annotated[tuple[Count, ...], Listed, NotEmpty] = Field(
+        (1,),
+        description="lengths of clips in frames, 16 a second, best 1 + 4n; a clip is cut to the longest that it "
+        "fills, and left out if it fills none above 1; 1, for pictures, is always among them",
     )
     num_repeats: Positive = Field(1.0, description="how often an epoch passes over the examples; may be a fraction")
+    subsample_ratio: Share = Field(
+        1.0, description="share of the pictures and clips to use, more than 0 and at most 1; the same ones in every run"
+    )
     caption_prefix: str = Field("", description="put before every caption")
     skip_empty_caption: bool = Field(
-        True, description="leave out pictures without a caption (false: train them with an empty one)"
+        True, description="leave out pictures and clips without a caption (false: train them with an empty one)"
+    )
+    caption_choice: Literal["each", "random"] = Field(
+        "each",
+        description="ours; of several captions of one picture: 'each' is an example of its own, or one is drawn at "
+        "'random', anew in every epoch",
+    )
+    shuffle_tags: bool = Field(
+        False,
+        description="shuffle each caption's tags: once, or anew in each epoch if [model] cache_text_embeddings = false",
+    )
+    cache_shuffle_num: Whole = Field(
+        0,
+        description="train so many shuffled copies of each caption in its place, each an example; 0: see shuffle_tags",
+    )
+    cache_shuffle_delimiter: str = Field(", ", min_length=1, description="what stands between two tags of a caption")
+    tag_dropout: Dropout = Field(
+        0.0,
+        description="ours; probability that a tag is left out, drawn anew in every epoch, at least 0 and less than 1; "
+        "needs [model] cache_text_embeddings = false",
     )
 
+    @field_validator("enable_ar_bucket")
+    @classmethod
+    def _ratios_are_given(cls, enabled: bool, info: ValidationInfo) -> bool:
+        missing = [key for key in RATIO_SPAN if key in info.data and info.data[key] is None]
+        if enabled and missing and not info.data.get("ar_buckets", True) and not info.data.get("size_buckets"):
+            raise fault(f"expected ar_buckets, or min_ar, max_ar and num_ar_buckets; missing: {', '.join(missing)}")
+        return enabled
+
+    @field_validator("tag_dropout")
+    @classmethod
+    def _text_is_encoded_anew(cls, dropout: float, info: ValidationInfo) -> float:
+        if dropout and (info.context or {}).get("cached_text"):
+            raise fault(
+                f"found {dropout}, but cached text is the same in every epoch; set cache_text_embeddings = false in "
+                "the main TOML's [model], or leave it at 0"
+            )
+        return dropout
+
     @property
-    def size_wh(self) -> tuple[int, int]:
-        """Width and height of the training pictures, in pixels."""
-        side = side_of(self.resolutions[0])
-        return side, side
+    def bucketing(self) -> Bucketing:
+        """The sizes of this source's examples."""
+        if self.size_buckets:
+            return Bucketing((), (), (), self.size_buckets)
+        return Bucketing(tuple(map(_side, self.resolutions)), self._ratios, self.frame_buckets)
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        if not self.enable_ar_bucket:
+            return (1.0,)
+        if self.ar_buckets:
+            return self.ar_buckets
+        return spaced_ratios(self.min_ar or 1.0, self.max_ar or 1.0, self.num_ar_buckets or 1)
+
+    @property
+    def options(self) -> SourceOptions:
+        """How this source becomes examples, as far as the dataset TOML alone decides it."""
+        return SourceOptions(
+            bucketing=self.bucketing,
+            num_repeats=self.num_repeats,
+            caption_prefix=self.caption_prefix,
+            skip_empty_caption=self.skip_empty_caption,
+            shuffle_copies=self.cache_shuffle_num or int(self.shuffle_tags),
+            delimiter=self.cache_shuffle_delimiter,
+            caption_choice=self.caption_choice,
+            subsample_ratio=self.subsample_ratio,
+            tag_dropout=self.tag_dropout,
+        )
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """Key → what a reader of the file may not expect of its value."""
+        return dict(self._remarks())
+
+    def _remarks(self) -> Iterator[tuple[str, str]]:
+        ratio_keys = (*RATIO_SPAN, "ar_buckets")
+        if self.size_buckets:
+            for key in ("resolutions", "frame_buckets", *ratio_keys, *["enable_ar_bucket"] * self.enable_ar_bucket):
+                yield key, "does nothing here: size_buckets is set"
+        elif not self.enable_ar_bucket:
+            for key in ratio_keys:
+                yield key, "does nothing here: enable_ar_bucket is not true"
+            squares = {area: nearest_multiple(_side(area)) for area in self.resolutions}
+            rounded = [
+                f"{area} is an area: pictures are {side} × {side}"
+                for area, side in squares.items()
+                if area not in {side, (side, side)}
+            ]
+            if rounded:
+                yield "resolutions", "; ".join(rounded)
+        elif self.ar_buckets:
+            for key in RATIO_SPAN:
+                yield key, "does nothing here: ar_buckets is set"
+        for key, lengths in (
+            ("size_buckets", [size.frames for size in self.size_buckets]),
+            ("frame_buckets", [] if self.size_buckets else self.frame_buckets),
+        ):
+            cut = [frames for frames in lengths if (frames - 1) % FRAMES_PER_LATENT]
+            used = [f"of {n} the first {n - (n - 1) % FRAMES_PER_LATENT}" for n in cut]
+            if used:
+                yield key, f"the VAE takes 1 + 4n frames: {', '.join(used)}"
 
 
 class DirectorySource(Source):
-    """A folder of pictures, each with its caption in a `.txt` file of the same name."""
+    """A folder of pictures and videos, with their captions in `.txt` files of the same name or in `captions.json`."""
 
     path: InputFolder = Field(description="the folder")
+    mask_path: InputFolder | None = Field(
+        None,
+        description="a folder of masks, named as the pictures and of their size: red 255 trains a pixel, 0 does not, "
+        "between them is a weight; a picture without a mask is trained whole",
+    )
+    default_mask_file: InputFile | None = Field(None, description="the mask of pictures that have none in mask_path")
+    online_captions: bool = Field(False, description="read captions.json anew at every start, --trust_cache or not")
+
+    @property
+    def options(self) -> SourceOptions:
+        own = {key: getattr(self, key) for key in ("mask_path", "default_mask_file", "online_captions")}
+        return dataclasses.replace(super().options, **own)
 
 
 class TfdsSource(Source):
@@ -99,17 +258,10 @@ class TfdsSource(Source):
     )
     split: str = Field("train", min_length=1, description="split, in tensorflow-datasets' notation: 'train[:90%]'")
     image: str = Field("image", min_length=1, description="feature that holds the picture")
-    caption: str = Field("caption", min_length=1, description="feature that holds the caption")
+    caption: str = Field("caption", min_length=1, description="feature that holds the caption, or several")
     data_dir: OutputFolder | None = Field(
         None, description="where prepared datasets are kept; unset: tensorflow-datasets' own place"
     )
-
-    @field_validator("num_repeats", "caption_prefix", "skip_empty_caption")
-    @classmethod
-    def _as_it_is(cls, value: Any, info: ValidationInfo) -> Any:
-        if value != Source.model_fields[info.field_name or ""].default:
-            raise fault(not_yet(f"{info.field_name} for a [[tfds]]"))
-        return value
 
     @field_validator("builder_dir")
     @classmethod
@@ -120,6 +272,15 @@ class TfdsSource(Source):
         return builder_dir
 
 
+SHARED_KEYS = tuple(key for key in DirectorySource.model_fields if key != "path")
+"""Keys that may stand at the top of the file."""
+
+
+def _side(resolution: float | Pair) -> float:
+    """Side in pixels of the square that a resolution stands for: an *area*, as in diffusion-pipe."""
+    return math.sqrt(resolution[0] * resolution[1]) if isinstance(resolution, tuple) else resolution
+
+
 class DatasetConfig(Section):
     """A whole dataset TOML, shared keys already handed to the sources."""
 
@@ -128,12 +289,9 @@ class DatasetConfig(Section):
 
     @field_validator("tfds")
     @classmethod
-    def _one_size_of_source(cls, tfds: tuple[TfdsSource, ...], info: ValidationInfo) -> tuple[TfdsSource, ...]:
+    def _some_source(cls, tfds: tuple[TfdsSource, ...], info: ValidationInfo) -> tuple[TfdsSource, ...]:
         if not tfds and info.data.get("directory") == ():
             raise fault("expected at least one [[directory]] or [[tfds]], found none")
-        sizes = {source.size_wh for source in (*info.data.get("directory", ()), *tfds)}
-        if len(sizes) > 1:
-            raise fault(not_yet(f"more than one resolution (found {sorted(side for side, _ in sizes)})"))
         return tfds
 
     @property
@@ -143,15 +301,22 @@ class DatasetConfig(Section):
 
     @property
     def size_wh(self) -> tuple[int, int]:
-        """Width and height of every training picture, in pixels."""
-        return self.sources[0].size_wh
+        """Width and height in pixels of the largest square or size bucket of any source."""
+        return max((_largest(source.bucketing) for source in self.sources), key=math.prod)
+
+
+def _largest(bucketing: Bucketing) -> tuple[int, int]:
+    if not bucketing.size_buckets:
+        side = nearest_multiple(bucketing.resolutions[-1])
+        return side, side
+    return max(((size.width, size.height) for size in bucketing.size_buckets), key=math.prod)
 
 
 def hand_down(table: dict[str, Any]) -> dict[str, Any]:
-    """A dataset TOML's table with the shared keys moved from its top into each source that does not set them itself."""
-    shared = {key: table[key] for key in SHARED_KEYS if key in table}
+    """A dataset TOML's table, each shared key moved from its top into the sources that know it and do not set it."""
     rest = {key: value for key, value in table.items() if key not in SHARED_KEYS}
-    for kind in SOURCES:
+    for kind, section in zip(SOURCES, (DirectorySource, TfdsSource), strict=True):
+        shared = {key: table[key] for key in SHARED_KEYS if key in table and key in section.model_fields}
         if isinstance(entries := rest.get(kind), list):
             rest[kind] = [shared | entry if isinstance(entry, dict) else entry for entry in entries]
     return rest

@@ -1,7 +1,8 @@
-"""Keys of diffusion-pipe that are no keys of ours: those whose job something else does here, and those still to come.
+"""Keys of diffusion-pipe that are no keys of ours: something else does their job, they mean nothing here, or they are
+still to come.
 
-One table for each TOML section. A row answers a key: `elsewhere` with a note, `not_yet` with a fault, unless the value
-is one of the harmless ones that ask for nothing (the default, mostly).
+One table for each TOML section. A row answers a key: `elsewhere` with a note, `refused` with a fault, `not_yet` with a
+fault too, unless the value is one of the harmless ones that ask for nothing (the default, mostly).
 """
 
 import dataclasses
@@ -14,9 +15,10 @@ ANY = object()
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """How a key is answered: by `note`, or by a fault unless its value is among `harmless`."""
+    """How a key is answered: by `note`, by the fault `refusal`, or by a fault unless its value is among `harmless`."""
 
     note: str = ""
+    refusal: str = ""
     harmless: tuple[Any, ...] = ()
     hint: str = ""
 
@@ -30,6 +32,10 @@ class Foreign:
 
 def elsewhere(note: str) -> Foreign:
     return Foreign(note=note)
+
+
+def refused(refusal: str) -> Foreign:
+    return Foreign(refusal=refusal)
 
 
 def not_yet(*harmless: Any, hint: str = "") -> Foreign:
@@ -47,8 +53,6 @@ MAIN: Mapping[str, Foreign] = {
     "disable_block_swap_for_eval": elsewhere(_SWAP),
     "reentrant_activation_checkpointing": elsewhere("activation_checkpointing has one form, which always works"),
     "compile": elsewhere("every step is compiled, always, by XLA"),
-    "map_num_proc": elsewhere("the input pipeline sets its own number of workers"),
-    "image_micro_batch_size_per_gpu": not_yet(hint="all examples are images: set micro_batch_size_per_gpu"),
     "eval_datasets": not_yet([]),
     "eval_every_n_epochs": not_yet(ANY),
     "eval_every_n_steps": not_yet(ANY),
@@ -61,8 +65,6 @@ MAIN: Mapping[str, Foreign] = {
     "checkpoint_every_n_epochs": not_yet(),
     "checkpoint_every_n_minutes": not_yet(),
     "max_checkpoints": not_yet(),
-    "regenerate_cache": not_yet(False),
-    "video_clip_mode": not_yet("single_beginning"),
     "logging_steps": not_yet(1, hint="steps_per_print sets how often a line is printed"),
     "x_axis_examples": not_yet(False),
     "huggingface_repo": not_yet(),
@@ -71,7 +73,6 @@ MAIN: Mapping[str, Foreign] = {
 
 MODEL: Mapping[str, Foreign] = {
     "transformer_dtype": not_yet(hint="frozen weights are stored in dtype"),
-    "cache_text_embeddings": not_yet(True),
 }
 
 OPTIMIZER: Mapping[str, Foreign] = {
@@ -87,24 +88,19 @@ ADAPTER: Mapping[str, Foreign] = {
     "decompose_factor": not_yet(-1),
 }
 
-DATASET: Mapping[str, Foreign] = {
-    "enable_ar_bucket": not_yet(False, hint="pictures are cropped to one resolution"),
-    "min_ar": not_yet(ANY),
-    "max_ar": not_yet(ANY),
-    "num_ar_buckets": not_yet(ANY),
-    "ar_buckets": not_yet(ANY),
-    "size_buckets": not_yet(hint="set resolutions"),
-    "frame_buckets": not_yet([1]),
-    "mask_path": not_yet(),
-    "default_mask_file": not_yet(),
-    "control_path": not_yet(),
-    "shuffle_tags": not_yet(False),
-    "cache_shuffle_num": not_yet(0),
-    "cache_shuffle_delimiter": not_yet(ANY),
-    "online_captions": not_yet(False),
-    "subsample_ratio": not_yet(1),
+DATASET: dict[str, Foreign] = {
+    "control_path": refused("belongs to models that edit pictures, and Anima draws them from text alone"),
     "shuffle_metadata": elsewhere("the order is drawn anew from seed in every epoch"),
 }
+
+_FILES = "belongs to a [[directory]], whose pictures are files"
+
+TFDS: dict[str, Foreign] = {
+    "mask_path": refused(_FILES),
+    "default_mask_file": refused(_FILES),
+    "online_captions": refused(_FILES),
+}
+"""Keys of a `[[directory]]` that a `[[tfds]]` cannot have."""
 
 SECTIONS: Mapping[str, Mapping[str, Foreign]] = {
     "": MAIN,
@@ -112,7 +108,7 @@ SECTIONS: Mapping[str, Mapping[str, Foreign]] = {
     "optimizer": OPTIMIZER,
     "adapter": ADAPTER,
 }
-"""The main TOML's tables. The dataset TOML has `DATASET` at its top and in each `[[directory]]`."""
+"""The main TOML's tables. The dataset TOML has `DATASET` at its top and in each source."""
 
 
 def set_aside(table: dict[str, Any], rows: Mapping[str, Foreign]) -> Iterable[tuple[str, str, bool]]:
@@ -121,6 +117,8 @@ def set_aside(table: dict[str, Any], rows: Mapping[str, Foreign]) -> Iterable[tu
         row, value = rows[key], table.pop(key)
         if row.note:
             yield key, f"does nothing here: {row.note}", False
+        elif row.refusal:
+            yield key, row.refusal, True
         elif not row.accepts(value):
             hint = f"; {row.hint}" if row.hint else ""
             yield key, f"a known key that this version does not carry out yet{hint}", True

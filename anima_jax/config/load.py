@@ -19,11 +19,14 @@ from anima_jax.errors import UserError
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> MainConfig:
+def load_config(
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, i_know_what_i_am_doing: bool = False
+) -> MainConfig:
     """The configuration in the main TOML at `path` and in the dataset TOML that it names.
 
     `overrides` are `key.sub=value` as `--set` gives them: the value is TOML, or else a plain string. Relative paths are
     looked up from the current directory, then from the folder of the TOML that names them; input files must exist.
+    `i_know_what_i_am_doing` allows any number of resolutions, as the flag of that name does.
     Raises UserError with one line a fault, all faults of both files at once.
     """
     name = os.fspath(path)
@@ -37,7 +40,12 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         except UserError as error:
             faults += error.faults
     main = _main_file(name, table, given, faults, notes)
-    data = _dataset_of(name, table.get("dataset"), faults, notes)
+    model = table.get("model")
+    settings = {
+        "i_know_what_i_am_doing": i_know_what_i_am_doing,
+        "cached_text": not (isinstance(model, dict) and model.get("cache_text_embeddings") is False),
+    }
+    data = _dataset_of(name, table.get("dataset"), settings, faults, notes)
     if faults or main is None or data is None:
         raise UserError(*dict.fromkeys(faults))
     keys = {key: getattr(main, key) for key in MainFile.model_fields}
@@ -46,11 +54,13 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     )
 
 
-def load_dataset(path: str | os.PathLike[str]) -> tuple[DatasetConfig, tuple[str, ...]]:
+def load_dataset(
+    path: str | os.PathLike[str], *, i_know_what_i_am_doing: bool = False
+) -> tuple[DatasetConfig, tuple[str, ...]]:
     """A dataset TOML alone, and the notes on it. Raises UserError as `load_config` does."""
     faults: list[str] = []
     notes: list[str] = []
-    config = _dataset_file(os.fspath(path), faults, notes)
+    config = _dataset_file(os.fspath(path), {"i_know_what_i_am_doing": i_know_what_i_am_doing}, faults, notes)
     if faults or config is None:
         raise UserError(*dict.fromkeys(faults))
     return config, tuple(notes)
@@ -91,14 +101,17 @@ def _main_file(
     return main
 
 
-def _dataset_of(main: str, path: Any, faults: list[str], notes: list[str]) -> DatasetConfig | None:
+def _dataset_of(
+    main: str, path: Any, settings: dict[str, bool], faults: list[str], notes: list[str]
+) -> DatasetConfig | None:
     """The dataset TOML that the main TOML names, if it does and it is there; if not, that is the main TOML's fault."""
     candidates = resolve(path, os.path.dirname(main)) if isinstance(path, str) and path else ()
     found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-    return _dataset_file(found, faults, notes) if found else None
+    return _dataset_file(found, settings, faults, notes) if found else None
 
 
-def _dataset_file(name: str, faults: list[str], notes: list[str]) -> DatasetConfig | None:
+def _dataset_file(name: str, settings: dict[str, bool], faults: list[str], notes: list[str]) -> DatasetConfig | None:
+    """A dataset TOML; `settings` are what its validators ask of the world outside it."""
     try:
         table = read_toml(name)
     except UserError as error:
@@ -115,20 +128,34 @@ def _dataset_file(name: str, faults: list[str], notes: list[str]) -> DatasetConf
     known = [*foreign.DATASET, *dataset_file.SHARED_KEYS]
     known += [f"{kind}.{key}" for kind in dataset_file.SOURCES for key in foreign.DATASET]
     file = File(name, DatasetConfig, known, rename=place_in_file)
-    _set_aside(file, table, foreign.DATASET, (), faults, notes)
+    # Without a single [[directory]] nothing at the top can be for one.
+    _set_aside(file, table, foreign.DATASET | ({} if "directory" in table else foreign.TFDS), (), faults, notes)
     for kind in dataset_file.SOURCES:
         entries = table.get(kind)
+        rows = foreign.DATASET | (foreign.TFDS if kind == "tfds" else {})
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
-                _set_aside(file, entry, foreign.DATASET, (kind, index), faults, notes)
-    config = _validated(file, dataset_file.hand_down(table), DatasetConfig, faults)
-    for source in config.sources if config else ():
-        if source.resolutions[0] not in {source.size_wh[0], source.size_wh}:
-            width, height = source.size_wh
-            place = ("resolutions",)
-            notes.append(file.line(place, f"{source.resolutions[0]} is an area: pictures are {width} × {height}"))
+                _set_aside(file, entry, rows, (kind, index), faults, notes)
+    config = _validated(file, dataset_file.hand_down(table), DatasetConfig, faults, **settings)
+    if config:
+        notes += _remarks(file, config)
     notes[:] = dict.fromkeys(notes)
     return config
+
+
+def _remarks(file: File, config: DatasetConfig) -> Iterable[str]:
+    """What every source that a key is for has to say of it."""
+    said: dict[Place, set[str]] = {}
+    for kind in dataset_file.SOURCES:
+        for index, source in enumerate(getattr(config, kind)):
+            remarks = source.remarks
+            for key in type(source).model_fields:
+                if key in source.model_fields_set:
+                    said.setdefault(file.rename((kind, index, key)), set()).add(remarks.get(key, ""))
+    for place, texts in said.items():
+        text, *others = texts
+        if text and not others:
+            yield file.line(place, text)
 
 
 def _set_aside(file: File, table: dict[str, Any], rows: Any, above: Place, faults: list[str], notes: list[str]) -> None:
@@ -136,9 +163,11 @@ def _set_aside(file: File, table: dict[str, Any], rows: Any, above: Place, fault
         (faults if is_fault else notes).append(file.line((*above, key), answer))
 
 
-def _validated(file: File, table: dict[str, Any], schema: type[SectionT], faults: list[str]) -> SectionT | None:
+def _validated(
+    file: File, table: dict[str, Any], schema: type[SectionT], faults: list[str], **settings: bool
+) -> SectionT | None:
     try:
-        return schema.model_validate(table, context={"folder": os.path.dirname(file.name)})
+        return schema.model_validate(table, context={"folder": os.path.dirname(file.name), **settings})
     except ValidationError as error:
         faults += file.lines(error)
         return None

@@ -4,12 +4,15 @@
 from them. Keys of diffusion-pipe that are answered without a meaning here are in `foreign.py`.
 """
 
+import dataclasses
+import math
+import os
 from typing import Annotated, Any, Literal, NamedTuple
 
 import annotated_types
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from anima_jax.config.dataset import DatasetConfig
+from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.model import GROUPS, ModelConfig
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
 from anima_jax.config.schema import (
@@ -23,11 +26,14 @@ from anima_jax.config.schema import (
     PixelSide,
     Positive,
     Section,
+    Whole,
     fault,
+    is_address,
     not_yet,
 )
+from anima_jax.data.buckets import Size
+from anima_jax.data.examples import SourceOptions
 
-Whole = Annotated[int, annotated_types.Ge(0)]
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64)]
 Decay = Annotated[float, annotated_types.Gt(0), annotated_types.Lt(1)]
@@ -98,10 +104,29 @@ class MonitoringConfig(Section):
     wandb_run_name: str = Field("", description="without enable_wandb, unused")
 
 
-def _one_micro_batch(found: Any) -> Any:
-    if isinstance(found, list):
-        raise fault(not_yet("a micro-batch for each resolution", "give one number"))
-    return found
+def _micro_batch(found: Any) -> Any:
+    """A number, or [side, number] pairs. Checked by hand: the faults of a union would name both of its kinds."""
+    pairs = found if isinstance(found, list | tuple) else [(1, found)]
+    for pair in pairs or [()]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
+            raise fault(f"found {found!r}, expected a whole number, at least 1, or [[side, batch size], …]")
+    return tuple(map(tuple, found)) if isinstance(found, list | tuple) else found
+
+
+MicroBatch = Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_micro_batch)]
+
+
+def _batch_sizes(micro_batch: int | tuple[tuple[int, int], ...] | None) -> list[int]:
+    """Every batch size in a key's value."""
+    if micro_batch is None:
+        return []
+    return [micro_batch] if isinstance(micro_batch, int) else [size for _, size in micro_batch]
+
+
+def _on_this_machine(folder: str | None) -> str | None:
+    if folder and is_address(folder):
+        raise fault(f"found {folder}, expected a folder on this machine")
+    return folder
 
 
 def _activation_checkpointing(found: Any) -> Any:
@@ -133,14 +158,19 @@ class MainFile(Section):
     max_steps: Count | None = Field(
         None, description="stop after so many optimizer steps, if epochs are not over before"
     )
-    micro_batch_size_per_gpu: Annotated[Count, BeforeValidator(_one_micro_batch)] = Field(
-        1, description="examples that one device takes through the network at once"
+    micro_batch_size_per_gpu: MicroBatch = Field(
+        1,
+        description="examples that one device takes through the network at once: a number, or [[side, number], …], of "
+        "which each size takes the entry whose side in pixels is nearest to √(width · height)",
+    )
+    image_micro_batch_size_per_gpu: MicroBatch | None = Field(
+        None, description="the same for pictures, if it differs from that for clips; unset: micro_batch_size_per_gpu"
     )
     gradient_accumulation_steps: Count = Field(1, description="micro-batches whose gradients make one optimizer step")
     global_batch_size: Count | None = Field(
         None,
-        description="ours; examples in one optimizer step; set: the accumulation follows from it; "
-        "unset: micro_batch_size_per_gpu × gradient_accumulation_steps",
+        description="ours; examples in one optimizer step, whatever their size, a multiple of every micro batch size; "
+        "set: the accumulation follows from it; unset: micro_batch_size_per_gpu × gradient_accumulation_steps",
     )
     gradient_clipping: NotNegative = Field(1.0, description="largest global norm of the gradient; 0 turns clipping off")
     warmup_steps: Whole = Field(
@@ -160,7 +190,34 @@ class MainFile(Section):
     activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_activation_checkpointing)] = Field(
         False, description="true: the backward pass computes the blocks' inner values again instead of keeping them"
     )
-    caching_batch_size: Count = Field(1, description="pictures that are encoded at once while the cache is filled")
+    video_clip_mode: Literal["single_beginning", "single_middle"] = Field(
+        "single_beginning", description="which part of a video is trained: its beginning or its middle"
+    )
+    map_num_proc: Count = Field(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        description="threads that read and decode examples; unset: one for each processor, 8 at most",
+    )
+    strict_data: bool = Field(
+        False,
+        description="ours; stop at a file that cannot be used, instead of naming it and going on; also --strict_data",
+    )
+    caching_batch_size: Count = Field(
+        1, description="pictures or captions that one device encodes at once while the cache is filled"
+    )
+    cache_dir: OutputFolder | None = Field(
+        None, description="ours; folder or address (gs://…) of the cache; unset: in each source's own folder"
+    )
+    cache_local_dir: Annotated[OutputFolder | None, AfterValidator(_on_this_machine)] = Field(
+        None,
+        validate_default=True,
+        description="ours; folder on this machine for copies of a cache that is slow or at an address, which needs it",
+    )
+    cache_dtype: Dtype | None = Field(None, description="ours; dtype of cached latents and text; unset: [model] dtype")
+    regenerate_cache: bool = Field(False, description="encode everything again; also --regenerate_cache")
+    trust_cache: bool = Field(
+        False,
+        description="ours; train what the cache holds without looking for changed or new files; also --trust_cache",
+    )
 
     huber_delta: LossParameter | None = Field(None, description="Huber loss with this threshold")
     smooth_l1_beta: LossParameter | None = Field(None, description="smooth L1 loss with this threshold")
@@ -184,20 +241,29 @@ class MainFile(Section):
     @field_validator("global_batch_size")
     @classmethod
     def _divides_into_micro_batches(cls, size: int | None, info: ValidationInfo) -> int | None:
-        micro, steps = (info.data.get(key) for key in ("micro_batch_size_per_gpu", "gradient_accumulation_steps"))
-        if size is None or micro is None or steps is None:
+        keys = ("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
+        steps = info.data.get("gradient_accumulation_steps")
+        if size is None or steps is None or any(key not in info.data for key in keys):
             return size
-        if size % micro:
-            nearest = max(1, round(size / micro)) * micro
-            raise fault(
-                f"found {size}, expected a multiple of micro_batch_size_per_gpu = {micro} (the nearest is {nearest})"
-            )
-        if steps not in {1, size // micro}:
-            raise fault(
-                f"found {size}, but {micro} × gradient_accumulation_steps = {steps} is {micro * steps}; "
-                f"leave one out, or set gradient_accumulation_steps = {size // micro}"
-            )
+        for key in keys:
+            for micro in _batch_sizes(info.data[key]):
+                if size % micro:
+                    nearest = max(1, round(size / micro)) * micro
+                    raise fault(f"found {size}, expected a multiple of {key} = {micro} (the nearest is {nearest})")
+                if steps not in {1, size // micro}:
+                    raise fault(
+                        f"found {size}, but {micro} × gradient_accumulation_steps = {steps} is {micro * steps}, "
+                        "expected only one of gradient_accumulation_steps and global_batch_size"
+                    )
         return size
+
+    @field_validator("cache_local_dir")
+    @classmethod
+    def _an_address_is_copied(cls, folder: str | None, info: ValidationInfo) -> str | None:
+        cache = info.data.get("cache_dir")
+        if folder is None and cache and is_address(cache):
+            raise fault(f"missing, expected a folder on this machine for copies of cache_dir = {cache}")
+        return folder
 
     @field_validator("save_every_n_examples")
     @classmethod
@@ -241,21 +307,46 @@ class MainConfig(MainFile):
         return "full" if self.activation_checkpointing else "none"
 
     @property
-    def global_batch(self) -> int:
-        """Examples in one optimizer step."""
-        return self.global_batch_size or self.micro_batch_size_per_gpu * self.gradient_accumulation_steps
+    def cached_dtype(self) -> Dtype:
+        """Of latents and text states in the cache."""
+        return self.cache_dtype or self.model.dtype
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches in one optimizer step."""
-        return self.global_batch // self.micro_batch_size_per_gpu
+    def source_options(self) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
+        """Each source of the dataset TOML, and how it becomes examples in this run."""
+        anew = not self.model.cache_text_embeddings
+        return [
+            (source, dataclasses.replace(options, shuffle_anew=anew and options.shuffle_copies > 0))
+            for source, options in ((source, source.options) for source in self.data.sources)
+        ]
+
+    def micro_batch(self, size: Size) -> int:
+        """Examples of this size that one device takes through the network at once."""
+        own = self.image_micro_batch_size_per_gpu if size.frames == 1 else None
+        entries = self.micro_batch_size_per_gpu if own is None else own
+        if isinstance(entries, int):
+            return entries
+        side = math.sqrt(size.width * size.height)
+        return min(entries, key=lambda entry: abs(entry[0] - side))[1]
+
+    def global_batch(self, size: Size) -> int:
+        """Examples in one optimizer step on examples of this size."""
+        return self.global_batch_size or self.micro_batch(size) * self.gradient_accumulation_steps
+
+    def accumulation_of(self, size: Size) -> int:
+        """Micro-batches in one optimizer step on examples of this size."""
+        return self.global_batch(size) // self.micro_batch(size)
 
     @property
     def save_every_steps(self) -> int | None:
-        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count."""
-        if self.save_every_n_examples is not None:
-            return max(1, self.save_every_n_examples // self.global_batch)
-        return self.save_every_n_steps
+        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count.
+
+        Where the batch size differs by size, examples are divided by the largest.
+        """
+        if self.save_every_n_examples is None:
+            return self.save_every_n_steps
+        sizes = [size for source in self.data.sources for size in source.bucketing.sizes]
+        return max(1, self.save_every_n_examples // max(map(self.global_batch, sizes)))
 
     @property
     def loss(self) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.config.network import NetworkSizes
 from anima_jax.config.schema import (
+    Count,
     Dtype,
     InputFile,
     InputFolder,
@@ -16,6 +17,7 @@ from anima_jax.config.schema import (
     fault,
     is_address,
 )
+from anima_jax.text.tokenizers import TRAINING_LENGTH
 
 GROUPS = ("llm_adapter", "self_attn", "cross_attn", "mlp", "mod")
 """Parameter groups that may have a learning rate of their own; everything else is the group `base`."""
@@ -52,6 +54,12 @@ class ModelConfig(TypedSection):
     )
     dtype: Dtype = Field(
         "bfloat16", description="dtype of the computation and of frozen weights; trained weights are float32"
+    )
+    cache_text_embeddings: bool = Field(
+        True, description="true: captions are encoded once, before training; false: in every step, as tag_dropout needs"
+    )
+    max_caption_tokens: Count = Field(
+        TRAINING_LENGTH, description="ours; captions are cut at so many tokens, of Qwen3 and of T5"
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="how training times t in [0, 1] are drawn: sigmoid of a normal number, or evenly"

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from anima_jax.data.buckets import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import did_you_mean
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -21,9 +22,7 @@ Positive = Annotated[float, annotated_types.Gt(0)]
 NotNegative = Annotated[float, annotated_types.Ge(0)]
 Count = Annotated[int, annotated_types.Ge(1)]
 """A whole number, at least 1."""
-
-PIXEL_MULTIPLE = 16
-"""Sides of pictures are multiples of this: 8 × of the VAE times the transformer's patch of 2."""
+Whole = Annotated[int, annotated_types.Ge(0)]
 
 
 class Section(BaseModel):
@@ -72,7 +71,7 @@ def choices(values: tuple[Any, ...]) -> str:
 def multiple_of_16(pixels: int) -> int:
     """A side in pixels, or a fault that names the nearest side that will do."""
     if pixels % PIXEL_MULTIPLE:
-        nearest = max(1, round(pixels / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
+        nearest = nearest_multiple(pixels)
         raise fault(f"found {pixels}, expected a multiple of {PIXEL_MULTIPLE} (the nearest is {nearest})")
     return pixels
 

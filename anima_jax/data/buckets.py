@@ -5,6 +5,7 @@ are multiples of 16.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -68,6 +69,12 @@ class Bucketing:
         object.__setattr__(self, "resolutions", _distinct(self.resolutions))
         object.__setattr__(self, "aspect_ratios", _distinct(self.aspect_ratios))
         object.__setattr__(self, "frame_buckets", tuple(sorted({1, *self.frame_buckets})))
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every size that an example can have."""
+        shapes = itertools.product(self.resolutions, self.aspect_ratios, self.frame_buckets)
+        return self.size_buckets or tuple(dict.fromkeys(Size(*_sides(side, ratio), n) for side, ratio, n in shapes))
 
     def place(self, width: int, height: int, frames: int) -> tuple[Bucket, ...]:
         """The buckets of a picture (frames = 1) or clip: one for each resolution, or the one size bucket.

@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 
 from anima_jax.config import load_config
-from anima_jax.config.dataset import side_of
 from anima_jax.config.network import NetworkSizes
+from anima_jax.data.buckets import Bucketing, Size
+from anima_jax.data.examples import SourceOptions
 from tests.config.files import REMOVE, write
+
+PICTURE = Size(512, 512, 1)
+AR_KEYS = {"min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7}
 
 # The shape of diffusion-pipe's own example, with Anima in [model].
 DIFFUSION_PIPE_MAIN = """
@@ -76,7 +81,7 @@ def test_the_shape_of_diffusion_pipes_own_example_loads(tmp_path, monkeypatch):
     config = load_config(path)
     assert config.output_dir == "/data/diffusion_pipe_training_runs/anima_test"
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (2e-5, (0.9, 0.99), 1e-8)
-    assert (config.global_batch, config.accumulation) == (8, 4)
+    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (8, 4)
     assert config.schedule == ("linear", 100)
     assert config.remat == "full"
     assert config.adapter is not None
@@ -92,8 +97,16 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (config.uncond_fraction, config.loss, config.remat) == (0.0, ("mse", 0.0), "none")
     assert (config.model.timestep_sample_method, config.model.sigmoid_scale) == ("logit_normal", 1.0)
     assert (config.model.shift, config.model.flux_shift, config.ema_decay) == (None, False, None)
-    assert config.data.directory[0].skip_empty_caption
+    assert (config.video_clip_mode, config.caching_batch_size) == ("single_beginning", 1)
+    assert config.map_num_proc == min(8, os.cpu_count() or 1)
+    assert (config.model.cache_text_embeddings, config.model.max_caption_tokens) == (True, 512)
+    assert (config.cache_dir, config.cache_local_dir, config.cached_dtype) == (None, None, "bfloat16")
+    assert (config.regenerate_cache, config.trust_cache, config.strict_data) == (False, False, False)
     assert config.notes == ()
+    ((source, options),) = config.source_options
+    assert source is config.data.directory[0]
+    assert options == SourceOptions(Bucketing((512,), (1,), (1,)))
+    assert (options.delimiter, options.skip_empty_caption, options.shuffle_copies) == (", ", True, 0)
 
 
 def test_adamw_has_the_defaults_of_torch(load):
@@ -141,13 +154,40 @@ def test_learning_rates_of_groups(load):
 
 def test_accumulation_follows_from_the_global_batch(load):
     config = load({"micro_batch_size_per_gpu": 4, "global_batch_size": 32})
-    assert (config.global_batch, config.accumulation) == (32, 8)
+    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (32, 8)
+
+
+def test_batches_are_those_of_the_nearest_side_and_of_pictures_or_clips(load):
+    config = load({"micro_batch_size_per_gpu": [[1024, 1], [512, 4]], "gradient_accumulation_steps": 3})
+    wide, large = Size(768, 432, 1), Size(1280, 720, 33)  # squares of 576 and of 960
+    assert [config.micro_batch(size) for size in (wide, large)] == [4, 1]
+    assert [config.global_batch(size) for size in (wide, large)] == [12, 3]
+    assert [config.accumulation_of(size) for size in (wide, large)] == [3, 3]
+    assert config.micro_batch(Size(768, 768, 1)) == 1  # as near to both: the first, as in diffusion-pipe
+    apart = load({"micro_batch_size_per_gpu": 2, "image_micro_batch_size_per_gpu": [[512, 8], [1024, 4]]})
+    assert [apart.micro_batch(size) for size in (wide, Size(1024, 1024, 1), large)] == [8, 4, 2]
+
+
+def test_one_global_batch_for_every_size_accumulates_as_each_needs(load):
+    config = load({"micro_batch_size_per_gpu": [[512, 8], [1024, 2]], "global_batch_size": 16})
+    small, large = Size(512, 512, 1), Size(1024, 1024, 1)
+    assert [config.global_batch(size) for size in (small, large)] == [16, 16]
+    assert [config.accumulation_of(size) for size in (small, large)] == [2, 8]
 
 
 @pytest.mark.parametrize(("examples", "steps"), [(800, 100), (3, 1), (15, 1), (16, 2)])
 def test_saving_by_examples_counts_whole_steps(load, examples, steps):
     changes = {"save_every_n_examples": examples, "micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     assert load(changes).save_every_steps == steps
+
+
+def test_saving_by_examples_counts_steps_of_the_largest_batch_that_the_data_can_have(load):
+    changes = {"save_every_n_examples": 240, "micro_batch_size_per_gpu": [[512, 8], [1024, 2]]}
+    assert load(changes, {"resolutions": [512, 1024]}).save_every_steps == 30
+    assert load(changes, {"resolutions": [1024]}).save_every_steps == 120
+    apart = changes | {"image_micro_batch_size_per_gpu": 3}
+    assert load(apart, {"resolutions": [1024]}).save_every_steps == 80
+    assert load(apart, {"resolutions": [512], "frame_buckets": [1, 33]}).save_every_steps == 30
 
 
 @pytest.mark.parametrize(
@@ -236,21 +276,126 @@ def test_a_directory_wins_over_the_shared_keys(load, tmp_path):
 
 @pytest.mark.parametrize(
     ("resolution", "side"),
-    [(512, 512), (500, 496), (1, 16), ((1280, 720), 960), ((448, 576), 512), ((1024, 1024), 1024)],
+    [(512, 512), (500, 496), (500.5, 496), (16, 16), ([1280, 720], 960), ([448, 576], 512), ([1000, 900], 944)],
 )
-def test_a_resolution_is_an_area(resolution, side):
+def test_a_resolution_is_an_area(load, resolution, side):
+    config = load(dataset={"resolutions": [resolution]})
     # Of all multiples of 16, none is nearer to the square root of the area.
-    area = resolution**2 if isinstance(resolution, int) else math.prod(resolution)
-    assert side_of(resolution) == side == min(range(16, 2048, 16), key=lambda other: abs(other - math.sqrt(area)))
+    area = math.prod(resolution) if isinstance(resolution, list) else resolution**2
+    nearest = min(range(16, 2048, 16), key=lambda other: abs(other - math.sqrt(area)))
+    ((size, resolution_of_it),) = config.data.directory[0].bucketing.place(700, 400, 1)
+    assert size == (side, side, 1) == (nearest, nearest, 1)
+    assert resolution_of_it == pytest.approx(math.sqrt(area), abs=5e-4)  # three decimals
+    assert config.data.size_wh == (side, side)
 
 
-def test_a_rounded_resolution_is_noted_once(load, tmp_path):
-    load()
+def test_a_rounded_resolution_is_noted_once(load):
     directories = [{"path": "pictures"}, {"path": "pictures"}]
-    config = load(dataset={"resolutions": [500], "directory": directories})
-    assert config.data.size_wh == (496, 496)
-    assert len(config.notes) == 1
-    assert "496 × 496" in config.notes[0]
+    config = load(dataset={"resolutions": [500, 512, [1280, 720]], "directory": directories})
+    (note,) = config.notes
+    assert "resolutions: 500 is an area: pictures are 496 × 496; (1280, 720) is an area: pictures are 960 × 960" in note
+
+
+@pytest.mark.parametrize(
+    ("keys", "bucketing"),
+    [
+        (AR_KEYS, Bucketing((512,), tuple(2 ** ((step - 3) / 3) for step in range(7)), (1,))),
+        ({"ar_buckets": [[512, 512], [448, 576], 1.5]}, Bucketing((512,), (1, 448 / 576, 1.5), (1,))),
+        ({"ar_buckets": [2], **AR_KEYS}, Bucketing((512,), (2,), (1,))),
+        (
+            {"ar_buckets": [2], "frame_buckets": [33, 17], "resolutions": [1024, 512]},
+            Bucketing((512, 1024), (2,), (1, 17, 33)),
+        ),
+        (
+            {"size_buckets": [[640, 384, 33], [512, 512, 1]]},
+            Bucketing((), (), (), (Size(640, 384, 33), Size(512, 512, 1))),
+        ),
+    ],
+)
+def test_keys_of_sizes_become_a_bucketing(load, keys, bucketing):
+    (source,) = load(dataset={"enable_ar_bucket": True, **keys}).data.sources
+    assert source.bucketing == source.options.bucketing == bucketing
+
+
+def test_more_than_three_resolutions_are_allowed_to_who_knows(tmp_path):
+    path = write(tmp_path, dataset={"resolutions": [256, 512, 768, 1024]})
+    config = load_config(path, i_know_what_i_am_doing=True)
+    assert config.data.directory[0].bucketing.resolutions == (256, 512, 768, 1024)
+    # Size buckets take their place, and are no reason to ask.
+    assert load_config(write(tmp_path, dataset={"resolutions": [64, 65, 66, 67], "size_buckets": [[64, 64, 1]]}))
+
+
+def test_sources_may_differ_in_size_and_the_largest_is_that_of_samples(load):
+    directories = [
+        {"path": "pictures"},
+        {"path": "pictures", "resolutions": [256, 768]},
+        {"path": "pictures", "size_buckets": [[640, 384, 33], [512, 496, 1]]},
+    ]
+    config = load(
+        {"sample": {"prompts": ["a"]}}, {"directory": directories, "tfds": [{"name": "a", "resolutions": [64]}]}
+    )
+    assert [source.bucketing.sizes[-1] for source in config.data.sources] == [
+        (512, 512, 1),
+        (768, 768, 1),
+        (512, 496, 1),
+        (64, 64, 1),
+    ]
+    assert config.data.size_wh == config.sample_size_wh == (768, 768)
+    assert load(dataset={"directory": [directories[2]]}).data.size_wh == (512, 496)
+
+
+def test_caption_and_mask_keys_become_options(load, tmp_path):
+    load()
+    (tmp_path / "masks").mkdir()
+    shared = {
+        "shuffle_tags": True,
+        "cache_shuffle_delimiter": "; ",
+        "subsample_ratio": 0.5,
+        "caption_choice": "random",
+        "mask_path": "masks",
+        "default_mask_file": "dit.safetensors",
+        "online_captions": True,
+    }
+    own = {"path": "pictures", "cache_shuffle_num": 3, "num_repeats": 2}
+    sources = {"directory": [{"path": "pictures"}, own], "tfds": [{"name": "a", "caption_prefix": "b "}]}
+    bucketing = Bucketing((512,), (1,), (1,))
+    common = SourceOptions(bucketing, delimiter="; ", subsample_ratio=0.5, caption_choice="random", shuffle_copies=1)
+    masks = {"mask_path": str(tmp_path / "masks"), "default_mask_file": str(tmp_path / "dit.safetensors")}
+    expected = [
+        dataclasses.replace(common, online_captions=True, **masks),
+        dataclasses.replace(common, online_captions=True, **masks, shuffle_copies=3, num_repeats=2.0),
+        dataclasses.replace(common, caption_prefix="b "),
+    ]
+    config = load(dataset=shared | sources)
+    assert [options for _, options in config.source_options] == expected
+    assert [source for source, _ in config.source_options] == list(config.data.sources)
+
+
+@pytest.mark.parametrize(
+    ("keys", "anew"), [({}, False), ({"shuffle_tags": True}, True), ({"cache_shuffle_num": 2}, True)]
+)
+def test_tags_are_shuffled_and_left_out_anew_where_text_is_encoded_anew(load, keys, anew):
+    ((_, options),) = load({"model.cache_text_embeddings": False}, {"tag_dropout": 0.25, **keys}).source_options
+    assert (options.shuffle_anew, options.tag_dropout) == (anew, 0.25)
+    ((_, cached),) = load({}, keys).source_options
+    assert (cached.shuffle_anew, cached.shuffle_copies) == (False, options.shuffle_copies)
+
+
+def test_keys_of_the_cache(load, tmp_path):
+    keys = {
+        "cache_dir": "gs://bucket/cache",
+        "cache_local_dir": "scratch",
+        "cache_dtype": "float16",
+        "trust_cache": True,
+        "regenerate_cache": True,
+        "strict_data": True,
+    }
+    config = load(keys)
+    assert config.cache_dir == "gs://bucket/cache"
+    assert config.cache_local_dir == str(tmp_path / "elsewhere" / "scratch")
+    assert (config.cached_dtype, config.compute_dtype) == ("float16", "bfloat16")
+    assert (config.trust_cache, config.regenerate_cache, config.strict_data) == (True, True, True)
+    assert load({"model.dtype": "float32"}).cached_dtype == "float32"
 
 
 def test_tfds_sources(load):
@@ -299,9 +444,39 @@ def test_keys_to_come_are_accepted_where_they_ask_for_nothing(load, changes):
     assert load(changes).notes == ()
 
 
-def test_dataset_keys_to_come_are_accepted_where_they_ask_for_nothing(load):
-    keys = {"enable_ar_bucket": False, "min_ar": 0.5, "num_ar_buckets": 7, "frame_buckets": [1], "shuffle_tags": False}
-    assert load(dataset=keys).notes == ()
+def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):
+    def notes(dataset):
+        return [note.partition("dataset.toml: ")[2] for note in load(dataset=dataset).notes]
+
+    off = "does nothing here: enable_ar_bucket is not true"
+    assert notes({"enable_ar_bucket": False, **AR_KEYS}) == [f"{key}: {off}" for key in AR_KEYS]
+    sized = {"path": "pictures", "size_buckets": [[512, 512, 1]]}
+    assert notes({**AR_KEYS, "enable_ar_bucket": True, "directory": [{"path": "pictures"}, sized]}) == []
+    assert notes({"frame_buckets": [1, 33], "directory": [sized]}) == [
+        "resolutions: does nothing here: size_buckets is set",
+        "frame_buckets: does nothing here: size_buckets is set",
+    ]
+    assert notes({"enable_ar_bucket": True, "ar_buckets": [1.0], "directory": [{"path": "pictures", "min_ar": 1}]}) == [
+        "directory[0].min_ar: does nothing here: ar_buckets is set"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "note"),
+    [
+        (
+            {"frame_buckets": [1, 32, 33, 36]},
+            "frame_buckets: the VAE takes 1 + 4n frames: of 32 the first 29, of 36 the ",
+        ),
+        (
+            {"resolutions": REMOVE, "size_buckets": [[64, 64, 8]]},
+            "size_buckets: the VAE takes 1 + 4n frames: of 8 the f",
+        ),
+    ],
+)
+def test_frames_that_the_vae_leaves_out_are_noted(load, dataset, note):
+    (found,) = load(dataset=dataset).notes
+    assert note in found
 
 
 def test_notes_name_the_file_the_key_and_what_does_its_job(load):

@@ -49,6 +49,7 @@ def test_every_resolution_gets_a_bucket_of_its_area_and_the_nearest_ratio(bucket
     lengths = [length for length in bucketing.frame_buckets if length <= frames and (length > 1 or frames == 1)]
     assert [bucket.resolution for bucket in buckets] == (list(bucketing.resolutions) if lengths else [])
     ratio = min(bucketing.aspect_ratios, key=lambda ratio: abs(math.log(width / height / ratio)))
+    assert {bucket.size for bucket in buckets} <= set(bucketing.sizes)
     for size, resolution in buckets:
         assert resolution is not None
         assert size.frames == max(lengths)
@@ -134,6 +135,16 @@ def test_the_order_of_size_buckets_does_not_matter(order, width, height, frames)
         return
     placed = Bucketing((), (), (1,), tuple(order)).place(width, height, frames)
     assert placed == Bucketing((), (), (1,), SIZE_BUCKETS).place(width, height, frames)
+
+
+def test_sizes_are_all_that_can_be_chosen():
+    assert Bucketing((512,), (1.0, 1.0001, 1.5), (33,)).sizes == (
+        (512, 512, 1),
+        (512, 512, 33),
+        (624, 416, 1),  # √(512² · 1.5) = 627.07, 512² / 627.07 = 418.05
+        (624, 416, 33),
+    )
+    assert Bucketing((), (), (), SIZE_BUCKETS).sizes == SIZE_BUCKETS
 
 
 def test_a_picture_has_no_place_among_buckets_of_clips():
