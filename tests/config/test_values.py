@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from anima_jax.config import load_config
+from anima_jax.config import load_config, load_dataset
 from anima_jax.config.network import NetworkSizes
 from anima_jax.data.buckets import Bucketing, Size
 from anima_jax.data.examples import SourceOptions
@@ -88,6 +88,46 @@ def test_the_shape_of_diffusion_pipes_own_example_loads(tmp_path, monkeypatch):
     assert config.adapter.scale == 1.0
     assert config.data.size_wh == (512, 512)
     assert [note.split(": ")[1] for note in config.notes] == ["pipeline_stages", "blocks_to_swap", "partition_method"]
+
+
+DIFFUSION_PIPE_DATASET = """
+resolutions = [512]
+enable_ar_bucket = true
+min_ar = 0.5
+max_ar = 2.0
+num_ar_buckets = 7
+frame_buckets = [1, 33]
+cache_shuffle_num = 10
+cache_shuffle_delimiter = ", "
+skip_empty_caption = false
+
+[[directory]]
+path = 'pictures'
+mask_path = 'pictures'
+num_repeats = 1
+
+[[directory]]
+path = 'pictures'
+ar_buckets = [[448, 576]]
+resolutions = [[448, 576]]
+frame_buckets = [1]
+num_repeats = 5
+"""
+
+
+def test_the_shape_of_diffusion_pipes_own_dataset_loads_without_a_note(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    (tmp_path / "dataset.toml").write_text(DIFFUSION_PIPE_DATASET)
+    data, notes = load_dataset(tmp_path / "dataset.toml")
+    assert notes == ()
+    first, second = data.directory
+    # The tall example of golden/buckets.json, and 448 × 576 as it is: the area's side is 507.98.
+    assert [bucket.size for bucket in first.bucketing.place(614, 2395, 1)] == [(368, 720, 1)]
+    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 60)] == []
+    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 1)] == [(448, 576, 1)]
+    assert (first.mask_path, second.mask_path) == (str(tmp_path / "pictures"), None)
+    assert (second.options.shuffle_copies, second.options.num_repeats) == (10, 5.0)
 
 
 def test_defaults_are_those_of_diffusion_pipe(load):
