@@ -1,85 +1,298 @@
-"""What a directory of pictures holds: the pictures in order of name, each with its caption."""
+"""What a folder of pictures and videos holds: an entry for each that can be used, and a line about all that cannot.
+
+Which files count, and which caption and mask belong to each, is as in diffusion-pipe (utils/dataset.py:
+DirectoryDataset). Captions inside a `.tar` are ours.
+"""
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import os
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from etils import epath
 
-from anima_jax.data.captions import read_caption
-from anima_jax.data.media import SUFFIXES
+from anima_jax.data import captions
+from anima_jax.data.archive import TarMember, read_members
+from anima_jax.data.captions import CAPTIONS_JSON, CaptionTable, decode_caption, read_caption
+from anima_jax.data.manifest import Entry, FileMedia, Media, Memo, Summary
+from anima_jax.data.media import MAX_BYTES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_file
+from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
+SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
+"""Suffixes that diffusion-pipe passes over: such files lie beside pictures for good reasons."""
+
+THREADS = 8
+"""Each may hold a whole video in memory."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Counts = collections.Counter[str]
+
 
 @dataclasses.dataclass(frozen=True)
-class CaptionedPicture:
-    """A picture file and its caption; None if the file has none."""
+class Directory:
+    """A `[[directory]]`."""
 
     path: str
-    caption: str | None
+    mask_path: str | None = None
+    """Folder of masks: a mask has its picture's name up to the suffix."""
+    default_mask_file: str | None = None
+    """Mask of what has none there."""
+    skip_empty_caption: bool = True
+    online_captions: bool = False
+    """Read captions.json again even where the rest is trusted to be unchanged."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """The pictures of a directory, and what else lies there."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A picture or video and what belongs to it; nothing of it is read yet."""
 
-    path: str
-    pictures: tuple[CaptionedPicture, ...]
-    captions_without_picture: int
-    ignored: int
-    """Files that are neither picture nor caption, and hidden files."""
-
-    @property
-    def summary(self) -> str:
-        """One line for the log."""
-        bare = sum(picture.caption is None for picture in self.pictures)
-        empty = sum(picture.caption == "" for picture in self.pictures)
-        counts = {
-            "without caption file": bare,
-            "with an empty caption": empty,
-            "captions without a picture": self.captions_without_picture,
-            "other files ignored": self.ignored,
-        }
-        notes = "".join(f", {number} {what}" for what, number in counts.items() if number)
-        return f"{self.path}: {len(self.pictures)} pictures{notes}"
+    media: Media
+    captions: Callable[[], tuple[str, ...] | None]
+    """Reads them; None: it has none. Raises UserError."""
+    mask: Media | None = None
 
 
-def scan_directory(path: str | os.PathLike) -> Scan:
-    """The pictures that lie directly in the directory `path`, and their captions.
+def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tuple[list[Entry], str]:
+    """The usable pictures and videos directly in a folder and in its tars, by name; and a line for the log.
 
-    Raises UserError if `path` is not a directory or holds no picture, or for a caption that cannot be read.
+    Unusable ones go to `problems`. Raises UserError if the folder, its captions.json or the masks' folder is missing
+    or cannot be read.
     """
-    directory, name = epath.Path(path), os.fspath(path)
-    by_kind = collections.defaultdict(list)
-    for file in _sorted_files(directory, name):
-        by_kind[_kind(file)].append(file)
-    if not by_kind["picture"]:
-        raise UserError(f"{name}: no pictures there ({', '.join(SUFFIXES)}) among {_total(by_kind)} files")
-    captions = {file.stem: file for file in by_kind["caption"]}
-    pictures = tuple(
-        CaptionedPicture(os.fspath(file), read_caption(captions[file.stem]) if file.stem in captions else None)
-        for file in by_kind["picture"]
-    )
-    orphans = captions.keys() - {file.stem for file in by_kind["picture"]}
-    return Scan(name, pictures, len(orphans), len(by_kind["other"]))
+    about = dataclasses.asdict(directory)
+    if memo.trust and (recalled := memo.recall(about, (FileMedia, TarMember))):
+        entries, summary = recalled
+        if not (problems.strict and summary.skipped):
+            if directory.online_captions:
+                entries = _recaptioned(entries, directory, problems)
+            return entries, f"{summary.summary} (as remembered: its files are trusted to be unchanged)"
+    before, counts = problems.count, Counts()
+    files, folders = _listing(directory.path, "a folder of pictures")
+    table = _caption_table(directory, files)
+    found = _gather(directory.path, files, table, _masks(directory), problems, counts)
+    entries = look_at(found, directory.skip_empty_caption, memo, problems, counts)
+    if table is not None:
+        counts[f"names in {CAPTIONS_JSON} without a picture"] = table.unused()
+    if directory.mask_path and not directory.default_mask_file:
+        counts["without a mask"] = sum(entry.mask is None for entry in entries)
+    counts["folders in it not looked into"] = folders
+    counts["could not be used"] = skipped = problems.count - before
+    line = summary_line(directory.path, entries, counts)
+    memo.save(about, entries, Summary(line, skipped))
+    return entries, line
 
 
-def _sorted_files(directory: epath.Path, name: str) -> list[epath.Path]:
+def look_at(
+    found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts
+) -> list[Entry]:
+    """The entries of what can be used, in order; the rest go to `problems` or, for want of a caption, to `counts`."""
+    entries = []
+    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found):
+        if note:
+            counts[note] += 1
+        if isinstance(result, UserError):
+            problems.skip(result)
+        elif result is not None:
+            entries.append(result)
+    return entries
+
+
+def summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
+    """How many of what a source has."""
+    videos = sum(entry.frames > 1 for entry in entries)
+    line = f"{name}: {len(entries) - videos} pictures" + (f", {videos} videos" if videos else "")
+    return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], chunk: int = 1024) -> Iterator[Result]:
+    """`function` of each item, in order. Only a chunk of items waits at a time: each that waits takes a kilobyte."""
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    try:
+        for start in range(0, len(items), chunk):
+            yield from pool.map(function, items[start : start + chunk])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _look(found: Found, memo: Memo, skip_empty_caption: bool) -> tuple[Entry | UserError | None, str]:
+    """The entry, what is wrong, or None for want of a caption; and a note where there is none or an empty one."""
+    try:
+        texts, note = found.captions() or (), ""
+        if not any(text.strip() for text in texts):
+            note = "with an empty caption" if texts else "without a caption"
+            if skip_empty_caption:
+                return None, f"left out {note} (skip_empty_caption)"
+        facts = memo.facts(found.media)
+        if found.mask is None:
+            return Entry(found.media, facts.digest, *facts.size, texts or ("",)), note
+        mask = memo.facts(found.mask)
+    except UserError as error:
+        return error, ""
+    if mask.size != facts.size._replace(frames=1):
+        found_size, expected = (f"{size.width}×{size.height}" for size in (mask.size, facts.size))
+        kind = "a picture of" if mask.size.frames == 1 else "a video of"
+        fault = f"its mask {found.mask.name} is {kind} {found_size} pixels, expected a picture of {expected}"
+        return UserError(f"{found.media.name}: {fault}"), ""
+    return Entry(found.media, facts.digest, *facts.size, texts or ("",), found.mask, mask.digest), note
+
+
+# ---- what lies in a folder ---------------------------------------------------------------------------------------
+
+
+def _gather(
+    folder: str,
+    files: Sequence[str],
+    table: CaptionTable | None,
+    masks: Callable[[str], Media | None],
+    problems: Problems,
+    counts: Counts,
+) -> list[Found]:
+    """The pictures and videos among the files of a folder and in its tars; counts what is passed over.
+
+    A captions.json takes the place of all `.txt` files beside it.
+    """
+    texts = {} if table else {_stem(file): file for file in files if _kind(file) == ".txt"}
+    found: list[Found] = []
+    ignored = Counts()
+    for file in files:
+        path = os.path.join(folder, file)
+        if (kind := _kind(file)) == "media":
+            if table:
+                read = functools.partial(table.of, file)
+            elif text := texts.get(_stem(file)):
+                read = functools.partial(_text, os.path.join(folder, text))
+            else:
+                read = _none
+            found.append(Found(FileMedia(folder, file), read, masks(file)))
+        elif kind == "tar":
+            found += _of_tar(path, table, masks, problems, ignored)
+        elif not kind:
+            ignored[os.path.splitext(file)[1] or file] += 1
+    stems = {_stem(file) for file in files if _kind(file) == "media"}
+    counts["captions without a picture"] = len(texts.keys() - stems)
+    counts[f"other files ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
+    return found
+
+
+def _of_tar(
+    tar: str,
+    table: CaptionTable | None,
+    masks: Callable[[str], Media | None],
+    problems: Problems,
+    ignored: Counts,
+) -> Iterator[Found]:
+    """The pictures in a tar. A captions.json beside the tar goes before one inside, and that before `.txt` members."""
+    members = {member.member: member for member in read_members(tar, problems)}
+    try:
+        inside = [
+            CaptionTable(member.read(), member.name)
+            for name, member in members.items()
+            if posixpath.basename(name) == CAPTIONS_JSON
+        ]
+    except UserError as error:
+        problems.skip(error)
+        return
+    for name, member in members.items():
+        base = posixpath.basename(name)
+        if (kind := _kind(base)) == "media":
+            text = None if inside else members.get(f"{posixpath.splitext(name)[0]}.txt")
+            tables = [table, *inside] if table else inside
+            yield Found(member, functools.partial(_of_member, name, tables, text), masks(base))
+        elif not kind:
+            ignored[posixpath.splitext(base)[1] or base] += 1
+
+
+def _of_member(name: str, tables: Sequence[CaptionTable], text: TarMember | None) -> tuple[str, ...] | None:
+    for table in tables:
+        if (found := table.of(name, posixpath.basename(name))) is not None:
+            return found
+    if text is None:
+        return None
+    if text.size > captions.MAX_BYTES:
+        raise UserError(f"{text.name}: {text.size} bytes, expected at most {captions.MAX_BYTES}")
+    return (decode_caption(text.read(), text.name),)
+
+
+def _text(path: str) -> tuple[str, ...]:
+    return (read_caption(path),)
+
+
+def _none() -> None:
+    return None
+
+
+def _caption_table(directory: Directory, files: Sequence[str]) -> CaptionTable | None:
+    path = os.path.join(directory.path, CAPTIONS_JSON)
+    if CAPTIONS_JSON not in files and not directory.online_captions:
+        return None
+    return CaptionTable(read_file(path, MAX_BYTES), path)
+
+
+def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Problems) -> list[Entry]:
+    """The entries with the captions that captions.json holds now."""
+    table = _caption_table(directory, [CAPTIONS_JSON])
+    assert table is not None
+    renewed = []
+    for entry in entries:
+        media = entry.media
+        name = media.member if isinstance(media, TarMember) else posixpath.basename(media.name)
+        try:
+            texts = table.of(name, posixpath.basename(name)) or ()
+        except UserError as error:
+            problems.skip(error)
+            continue
+        if texts or not directory.skip_empty_caption:
+            renewed.append(dataclasses.replace(entry, captions=texts or ("",)))
+    return renewed
+
+
+def _masks(directory: Directory) -> Callable[[str], Media | None]:
+    """A function from a picture's file name to its mask."""
+    folder, default = directory.mask_path, directory.default_mask_file
+    files = _listing(folder, "a folder of masks (mask_path)")[0] if folder else []
+    by_stem = {_stem(file): file for file in reversed(files) if file[0] != "." and _kind(file) not in SIDE_FILES}
+    otherwise = FileMedia(*os.path.split(default)) if default else None
+    if otherwise:
+        otherwise.stamp()  # a missing one is one mistake, not one for each picture
+
+    def mask_of(file: str) -> Media | None:
+        return FileMedia(folder, by_stem[_stem(file)]) if folder and _stem(file) in by_stem else otherwise
+
+    return mask_of
+
+
+def _listing(folder: str, expected: str) -> tuple[list[str], int]:
+    """The names of a folder's files, sorted, and how many folders it has besides the cache."""
+    directory = epath.Path(folder)
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
-        raise UserError(f"{name}: {found}, expected a directory of pictures")
+        raise UserError(f"{folder}: {found}, expected {expected}")
+    files, folders = [], 0
     try:
-        return sorted((file for file in directory.iterdir() if file.is_file()), key=lambda file: file.name)
+        for path in directory.iterdir():
+            if path.is_file():
+                files.append(path.name)
+            elif path.name != "cache" and not path.name.startswith("."):
+                folders += 1
     except OSError as error:
-        raise UserError(f"{name}: the directory cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{folder}: the folder cannot be read: {error.strerror or error}") from None
+    return sorted(files), folders
 
 
-def _kind(file: epath.Path) -> str:
-    if file.name.startswith("."):
-        return "other"
-    suffix = file.suffix.lower()
-    return "picture" if suffix in SUFFIXES else "caption" if suffix == ".txt" else "other"
+def _stem(file: str) -> str:
+    return os.path.splitext(file)[0]
 
 
-def _total(by_kind: dict[str, list]) -> int:
-    return sum(map(len, by_kind.values()))
+def _kind(file: str) -> str:
+    """ "media", "tar", the suffix of a side file, or the empty string for what is not read."""
+    suffix = os.path.splitext(file)[1].lower()
+    if file.startswith("."):
+        return ""
+    if suffix in PICTURE_SUFFIXES or suffix in VIDEO_SUFFIXES:
+        return "media"
+    return "tar" if suffix == ".tar" else suffix if suffix in SIDE_FILES else ""

@@ -1,17 +1,21 @@
-"""Examples from a tensorflow-datasets data set that lies on disk as array_record. No TensorFlow takes part.
+"""Entries from a tensorflow-datasets data set that lies on disk as array_record. No TensorFlow takes part.
 
 tensorflow_datasets is imported on use: only who names such a data set waits for it.
 """
 
 import dataclasses
 import functools
+import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from anima_jax.data.captions import decode_caption
-from anima_jax.data.examples import Example, content_digest, example_id
+from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary, stamp_of
+from anima_jax.data.problems import Problems
+from anima_jax.data.scan import Counts, Found, look_at, summary_line
 from anima_jax.errors import UserError, did_you_mean
 
 SHAPES = "anima_shapes"
@@ -19,6 +23,20 @@ SHAPES = "anima_shapes"
 
 
 @dataclasses.dataclass(frozen=True)
+class TfdsSplit:
+    """A `[[tfds]]`: records with an Image feature and a Text feature, or a sequence of texts."""
+
+    name: str
+    """A registered name, or the directory that holds a prepared version (its dataset_info.json)."""
+    split: str = "train"
+    """May be sliced as tfds does ("train[:10%]")."""
+    image: str = "image"
+    caption: str = "caption"
+    data_dir: str | None = None
+    """Where prepared data sets are kept; None: tensorflow-datasets' own directory."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RecordMedia:
     """The encoded picture in one record of a prepared data set."""
 
@@ -32,51 +50,84 @@ class RecordMedia:
         return f"{self.builder_dir} {self.split}[{self.index}] {self.image_feature}"
 
     def read(self) -> bytes:
-        return _records(self.builder_dir, self.split, self.image_feature)[self.index][self.image_feature]
+        """Raises UserError if the record cannot be read."""
+        return _record(self)[self.image_feature]
+
+    def stamp(self) -> None:
+        """A record has no time of its own; the whole data set's fingerprint stands for it."""
 
 
-def tfds_examples(
-    name_or_builder_dir: str,
-    split: str,
-    image_feature: str,
-    caption_feature: str,
-    size_wh: tuple[int, int],
-    data_dir: str | os.PathLike | None = None,
-) -> list[Example]:
-    """The records of a split, in their order: an Image feature and a Text feature.
+def read_split(
+    source: TfdsSplit, skip_empty_caption: bool, default_mask_file: str | None, memo: Memo, problems: Problems
+) -> tuple[list[Entry], str]:
+    """The usable records of a split, in their order, and a line for the log. Unusable ones go to `problems`.
 
-    The data set is a registered name (under `data_dir`, by default tensorflow-datasets' own directory) or the directory
-    that holds its dataset_info.json. `split` may be sliced as tfds does ("train[:10%]"). Raises UserError if the data
-    set is not there, not prepared as array_record, empty, or lacks the split or a feature.
+    Nothing is read if the memo knows the data set's files as they are. Raises UserError if the data set is not there,
+    not prepared as array_record, or lacks the split or a feature.
     """
-    builder = _builder(name_or_builder_dir, data_dir)
-    tfds = _tfds()
-    name, features = name_or_builder_dir, builder.info.features
-    for part in split.split("+"):
-        _expect(name, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
-    _expect(name, "feature", image_feature, features)
-    _expect(name, "feature", caption_feature, features)
-    if not isinstance(features[image_feature], tfds.features.Image):
-        raise UserError(
-            f"tfds data set {name!r}: feature {image_feature} is {features[image_feature]!r}, expected an Image"
-        )
-    if not isinstance(features[caption_feature], tfds.features.Text):
-        raise UserError(
-            f"tfds data set {name!r}: feature {caption_feature} is {features[caption_feature]!r}, expected a Text"
-        )
-    builder_dir = os.fspath(builder.data_path)
+    about = {**dataclasses.asdict(source), "skip_empty_caption": skip_empty_caption, "mask": default_mask_file}
+    recalled = memo.recall(about, (RecordMedia, FileMedia))
+    if recalled and problems.strict and recalled[1].skipped:
+        recalled = None
+    if recalled and memo.trust:
+        return recalled[0], f"{recalled[1].summary} (as remembered: its files are trusted to be unchanged)"
+    builder = _builder(source.name, source.data_dir)
+    _check_features(source, builder)
+    fingerprint = _fingerprint(builder, default_mask_file)
+    if recalled and recalled[1].fingerprint == fingerprint:
+        return recalled[0], recalled[1].summary
+    builder_dir, name = os.fspath(builder.data_path), f"tfds data set {source.name!r}: split {source.split}"
     try:
-        records = _records(builder_dir, split, image_feature)
-    except ValueError as error:  # a slice that tfds cannot parse, or that holds nothing
-        raise UserError(f"tfds data set {name!r}: split {split}: {_first_line(error)}") from None
-    examples = []
-    for index in range(len(records)):
-        record, media = records[index], RecordMedia(builder_dir, split, index, image_feature)
-        caption = decode_caption(record[caption_feature], f"{builder_dir} {split}[{index}] {caption_feature}")
-        examples.append(Example(example_id(content_digest(record[image_feature]), size_wh), caption, media, size_wh))
-    if not examples:
-        raise UserError(f"tfds data set {name!r}: split {split} is empty")
-    return examples
+        number = len(_records(builder_dir, source.split, source.image))
+    except Exception as error:  # a slice that tfds cannot parse or that holds nothing, shards that are missing
+        raise UserError(f"{name}: {_first_line(error)}") from None
+    mask = FileMedia(*os.path.split(default_mask_file)) if default_mask_file else None
+    found = []
+    for index in range(number):
+        media = RecordMedia(builder_dir, source.split, index, source.image)
+        found.append(Found(media, functools.partial(_captions, media, source.caption), mask))
+    before, counts = problems.count, Counts()
+    entries = look_at(found, skip_empty_caption, memo, problems, counts)
+    counts["could not be used"] = skipped = problems.count - before
+    line = summary_line(name, entries, counts)
+    memo.save(about, entries, Summary(line, skipped, fingerprint))
+    return entries, line
+
+
+def _captions(media: RecordMedia, feature: str) -> tuple[str, ...]:
+    """The texts of a record."""
+    found, name = _record(media)[feature], f"{media.builder_dir} {media.split}[{media.index}] {feature}"
+    texts: Sequence[Any] = [found] if isinstance(found, bytes | str) else list(found)
+    return tuple(text.strip() if isinstance(text, str) else decode_caption(text, name) for text in texts)
+
+
+def _record(media: RecordMedia) -> dict[str, Any]:
+    try:
+        return _records(media.builder_dir, media.split, media.image_feature)[media.index]
+    except Exception as error:  # damaged shards: array_record, protobuf and tfds each raise types of their own
+        raise UserError(f"{media.name}: the record cannot be read: {_first_line(error)}") from None
+
+
+def _check_features(source: TfdsSplit, builder: Any) -> None:
+    tfds, features = _tfds(), builder.info.features
+    for part in source.split.split("+"):
+        _expect(source.name, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
+    _expect(source.name, "feature", source.image, features)
+    _expect(source.name, "feature", source.caption, features)
+    image, caption = features[source.image], features[source.caption]
+    if not isinstance(image, tfds.features.Image):
+        raise UserError(f"tfds data set {source.name!r}: feature {source.image} is {image!r}, expected an Image")
+    text = getattr(caption, "feature", caption)
+    if not isinstance(text, tfds.features.Text):
+        found = f"feature {source.caption} is {caption!r}"
+        raise UserError(f"tfds data set {source.name!r}: {found}, expected a Text or a Sequence of Text")
+
+
+def _fingerprint(builder: Any, mask: str | None) -> str:
+    """Hash of the version and of the stamps of all files of a data set, and of the mask's."""
+    files = sorted(os.fspath(path) for path in epath.Path(builder.data_path).iterdir() if path.is_file())
+    stamps = [(path, stamp_of(path)) for path in [*files, *([mask] if mask else [])]]
+    return hashlib.sha256(repr((str(builder.info.version), stamps)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _tfds() -> Any:

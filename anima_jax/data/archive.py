@@ -1,0 +1,129 @@
+"""Pictures inside an uncompressed `.tar`, read in place: nothing is ever extracted.
+
+A tar is untrusted input: names are only labels, every size is checked against the file before anything is read.
+"""
+
+import dataclasses
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+from anima_jax.data.manifest import stamp_of
+from anima_jax.data.media import MAX_BYTES
+from anima_jax.data.problems import Problems
+from anima_jax.errors import UserError
+
+MAX_HEADER_BYTES = 2**16
+"""A long name or a pax header of more bytes is an attack, not a name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file inside a tar."""
+
+    tar: str
+    member: str
+    offset: int
+    """Where its bytes begin in the tar."""
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """When the tar was last changed."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.tar}/{self.member}"
+
+    def read(self) -> bytes:
+        """Its bytes. Raises UserError if they cannot be read or are too many."""
+        if self.size > MAX_BYTES:
+            raise UserError(f"{self.name}: {self.size} bytes, expected at most {MAX_BYTES}")
+        try:
+            with epath.Path(self.tar).open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be read: {error.strerror or error}") from None
+        if len(data) != self.size:
+            raise UserError(f"{self.name}: the tar ends inside it, after {len(data)} of {self.size} bytes")
+        return data
+
+    def stamp(self) -> tuple[int, int]:
+        return self.size, self.mtime_ns
+
+
+def read_members(tar: str, problems: Problems) -> list[TarMember]:
+    """The files in a tar, in its order. Links, odd names and a damaged end go to `problems`; what precedes is kept.
+
+    Of members with one name the last counts, as for `tar` itself.
+    """
+    members: dict[str, TarMember] = {}
+    faults: list[str] = []
+    try:
+        tar_size, mtime_ns = stamp_of(tar)
+        with epath.Path(tar).open("rb") as file:
+            for info in _headers(file, tar_size):
+                name = info.name.removeprefix("./")
+                if fault := _fault(info):
+                    faults.append(f"{tar}/{info.name}: {fault}")
+                elif not info.isdir():
+                    members[name] = TarMember(tar, name, info.offset_data, info.size, mtime_ns)
+    except UserError as error:
+        faults.append(f"{tar}: {error}")
+    except OSError as error:
+        faults.append(f"{tar}: cannot be read: {error.strerror or error}")
+    except Exception as error:  # tarfile fails in many ways over hostile bytes
+        faults.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
+    for fault in faults:
+        problems.skip(fault)
+    return list(members.values())
+
+
+def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
+    with tarfile.TarFile(fileobj=_Guarded(file)) as tar:  # type: ignore[arg-type]
+        before = -1
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            if info.size < 0 or info.offset <= before:
+                raise UserError(f"the header of {info.name!r} leads backwards")
+            if info.isreg() and not info.issparse() and info.offset_data + info.size > tar_size:
+                missing = info.offset_data + info.size - tar_size
+                raise UserError(f"ends {missing} bytes early, inside {info.name!r}")
+            before = info.offset
+            yield info
+        # tarfile takes a damaged header for the end.
+        file.seek(tar.offset)
+        if not (block := file.read(tarfile.BLOCKSIZE)) or any(block):
+            found = "a damaged header" if block else "no end mark, it may be cut off"
+            raise UserError(f"{found} at byte {tar.offset}, after the files that were read")
+
+
+def _fault(info: tarfile.TarInfo) -> str:
+    if info.issym() or info.islnk():
+        return f"is a link to {info.linkname!r}, expected a file"
+    if not (info.isreg() or info.isdir()) or info.issparse():
+        return "is a sparse file or a device, expected a plain file"
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return "its name leads out of the tar, expected a relative one"
+    return ""
+
+
+class _Guarded:
+    """The file, for tarfile, which would make room for as many bytes as a header claims to have."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise UserError(f"a header claims {size} bytes, expected at most {MAX_HEADER_BYTES}")
+        return self._file.read(size)
+
+
+def is_tar(name: str | os.PathLike) -> bool:
+    """Whether the suffix says tar."""
+    return os.fspath(name).lower().endswith(".tar")
