@@ -228,15 +228,17 @@ def _none() -> None:
 
 def _caption_table(directory: Directory, files: Sequence[str]) -> CaptionTable | None:
     path = os.path.join(directory.path, CAPTIONS_JSON)
-    if CAPTIONS_JSON not in files and not directory.online_captions:
-        return None
-    return CaptionTable(read_file(path, MAX_BYTES), path)
+    if CAPTIONS_JSON in files:
+        return CaptionTable(read_file(path, MAX_BYTES), path)
+    if directory.online_captions:
+        raise UserError(f"{path}: no such file, expected one because online_captions is on")
+    return None
 
 
 def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Problems) -> list[Entry]:
     """The entries with the captions that captions.json holds now."""
-    table = _caption_table(directory, [CAPTIONS_JSON])
-    assert table is not None
+    path = os.path.join(directory.path, CAPTIONS_JSON)
+    table = CaptionTable(read_file(path, MAX_BYTES), path)
     renewed = []
     for entry in entries:
         media = entry.media

@@ -1,0 +1,316 @@
+"""Folders and tars of pictures: what is found, what is said about the rest, and that nothing hostile gets further."""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from anima_jax.data.archive import read_members
+from anima_jax.data.manifest import Memo
+from anima_jax.data.problems import Problems
+from anima_jax.data.scan import Directory, read_directory
+from anima_jax.errors import UserError
+
+
+def encoded(shade: int = 0, size=(32, 16), kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (shade, shade, shade)).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    for number, name in enumerate(["b.png", "a.jpg", "C.webp"]):
+        kind = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.split(".")[1]]
+        (directory / name).write_bytes(encoded(40 * number, kind=kind))
+        (directory / name).with_suffix(".txt").write_text(f"  picture {name[0]} \n", encoding="utf-8")
+    return directory
+
+
+def read(folder, *, strict: bool = False, memo: Memo | None = None, **options):
+    """Entries, summary line and problems of a folder."""
+    problems = Problems(strict)
+    entries, line = read_directory(Directory(str(folder), **options), memo or Memo(), problems)
+    return entries, line, problems
+
+
+def shown(entries) -> dict:
+    """{file name: captions}"""
+    return {entry.media.name.rpartition("pictures/")[2]: entry.captions for entry in entries}
+
+
+def put_tar(path, members: dict[str, bytes], **kinds) -> None:
+    with tarfile.open(path, "w", **kinds) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_in_order_of_name_with_captions_size_and_content(folder):
+    entries, line, _ = read(folder)
+    assert shown(entries) == {"C.webp": ("picture C",), "a.jpg": ("picture a",), "b.png": ("picture b",)}
+    assert list(shown(entries)) == ["C.webp", "a.jpg", "b.png"]
+    assert {(entry.width, entry.height, entry.frames) for entry in entries} == {(32, 16, 1)}
+    assert [e.digest for e in entries] == [hashlib.sha256(e.media.read()).digest() for e in entries]
+    assert line == f"{folder}: 3 pictures"
+
+
+def test_everything_passed_over_is_counted(folder):
+    (folder / "a.txt").unlink()
+    (folder / "C.txt").write_text(" \n")
+    (folder / "orphan.txt").write_text("a caption of nothing")
+    for side_file in ["x.npz", "x.json", "x.parquet", "x.bak", "x.db"]:
+        (folder / side_file).write_bytes(b"")
+    (folder / "scan.tiff").write_bytes(b"")
+    (folder / "._b.png").write_bytes(b"a Mac's resource fork")
+    (folder / "cache").mkdir()
+    (folder / "more").mkdir()
+    entries, line, problems = read(folder)
+    assert shown(entries) == {"b.png": ("picture b",)}
+    assert line == (
+        f"{folder}: 1 pictures, 1 captions without a picture, 2 other files ignored (.png, .tiff), "
+        "1 left out with an empty caption (skip_empty_caption), 1 left out without a caption (skip_empty_caption), "
+        "1 folders in it not looked into"
+    )
+    assert problems.count == 0
+
+
+def test_pictures_without_a_caption_are_kept_on_request_and_counted(folder):
+    (folder / "a.txt").unlink()
+    entries, line, _ = read(folder, skip_empty_caption=False)
+    assert shown(entries) == {"C.webp": ("picture C",), "a.jpg": ("",), "b.png": ("picture b",)}
+    assert line == f"{folder}: 3 pictures, 1 without a caption"
+
+
+def test_pictures_left_out_for_want_of_a_caption_are_not_even_read(folder):
+    (folder / "a.txt").unlink()
+    (folder / "a.jpg").write_bytes(b"broken")
+    assert read(folder)[2].count == 0
+    assert read(folder, skip_empty_caption=False)[2].count == 1
+
+
+def test_suffixes_of_any_case_are_recognised(tmp_path):
+    (tmp_path / "A.PNG").write_bytes(encoded())
+    (tmp_path / "A.TXT").write_text("shouted")
+    assert read(tmp_path)[0][0].captions == ("shouted",)
+
+
+def test_captions_json_takes_the_place_of_all_text_files(folder):
+    table = {"a.jpg": ["one", "two"], "b.png": "alone", "missing.png": ["x"]}
+    (folder / "captions.json").write_text(json.dumps(table), encoding="utf-8-sig")
+    entries, line, _ = read(folder)
+    assert shown(entries) == {"a.jpg": ("one", "two"), "b.png": ("alone",)}
+    assert "1 left out without a caption" in line  # C.webp, in spite of C.txt
+    assert "1 names in captions.json without a picture" in line
+
+
+def test_a_captions_json_that_is_no_table_stops_before_wrong_captions_are_trained(folder):
+    (folder / "captions.json").write_text("{")
+    with pytest.raises(UserError, match=r"captions\.json: not JSON"):
+        read(folder)
+    (folder / "captions.json").unlink()
+    with pytest.raises(UserError, match=r"captions\.json: .*online_captions is on"):
+        read(folder, online_captions=True)
+
+
+def test_unusable_files_are_named_counted_and_left_out(folder, caplog):
+    (folder / "a.jpg").write_bytes(b"\xff\xd8\xff not really")
+    (folder / "b.png").write_bytes(b"")
+    (folder / "C.txt").write_bytes(b"\xe4")
+    entries, line, problems = read(folder)
+    assert entries == []
+    assert line == f"{folder}: 0 pictures, 3 could not be used"
+    assert problems.count == 3
+    assert problems.summary() == "3 files were skipped, named above (--strict_data makes that an error)"
+    named = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [message.split(": ")[1].rpartition("/")[2] for message in named] == ["C.txt", "a.jpg", "b.png"]
+    assert all(len(message.splitlines()) == 1 for message in named)
+
+
+def test_with_strict_the_first_unusable_file_is_an_error(folder):
+    (folder / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.jpg: "):
+        read(folder, strict=True)
+
+
+def test_a_file_name_that_no_terminal_takes_is_shown_with_escapes(folder, capsys):
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    try:
+        (folder / name).write_bytes(b"broken")
+        (folder / name).with_suffix(".txt").write_text("x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    _, _, problems = read(folder)
+    assert problems.count == 1
+    assert capsys.readouterr().err == ""  # logging complains there of what it cannot write
+
+
+def test_unusable_folders_are_named(tmp_path, folder):
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"b\.png: is a file"):
+        read(folder / "b.png")
+    with pytest.raises(UserError, match=r"nowhere: does not exist, expected a folder of masks"):
+        read(folder, mask_path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nothing\.png: cannot be read: No such file"):
+        read(folder, default_mask_file=str(tmp_path / "nothing.png"))
+
+
+def test_masks_belong_by_stem_and_the_default_fills_in(folder, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "a.webp").write_bytes(encoded(200, kind="WEBP"))
+    (masks / "a.txt").write_text("not a mask")
+    (masks / "default.png").write_bytes(encoded(100))
+    default = str(masks / "default.png")
+    entries, line, _ = read(folder, mask_path=str(masks))
+    assert [entry.mask and entry.mask.name for entry in entries] == [None, str(masks / "a.webp"), None]
+    assert entries[1].mask_digest == hashlib.sha256((masks / "a.webp").read_bytes()).digest()
+    assert line == f"{folder}: 3 pictures, 2 without a mask"
+    entries, line, _ = read(folder, mask_path=str(masks), default_mask_file=default)
+    assert [entry.mask.name for entry in entries] == [default, str(masks / "a.webp"), default]
+    assert line == f"{folder}: 3 pictures"
+
+
+def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_bytes(encoded(size=(16, 32)))
+    (tmp_path / "masks" / "b.png").write_bytes(b"broken")
+    entries, _, problems = read(folder, mask_path=str(tmp_path / "masks"))
+    assert list(shown(entries)) == ["C.webp"]
+    assert problems.count == 2
+    assert "a.png is a picture of 16×32 pixels, expected a picture of 32×16" in caplog.text
+
+
+# ---- tars ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_in_a_tar_are_read_in_place(folder):
+    inside = {"x/p.png": encoded(1), "x/p.txt": b" in the tar ", "q.png": encoded(2), "./r.png": encoded(3)}
+    inside |= {"./r.txt": b"dotted", "notes.pdf": b"", "._q.png": b"a Mac's"}
+    put_tar(folder / "t.tar", inside)
+    before = sorted(folder.iterdir())
+    entries, line, problems = read(folder)
+    assert list(shown(entries)) == ["C.webp", "a.jpg", "b.png", "t.tar/x/p.png", "t.tar/r.png"]
+    in_tar = entries[3:]
+    assert [entry.captions for entry in in_tar] == [("in the tar",), ("dotted",)]
+    assert [entry.media.read() for entry in in_tar] == [inside["x/p.png"], inside["./r.png"]]
+    assert in_tar[0].digest == hashlib.sha256(inside["x/p.png"]).digest()
+    assert "2 other files ignored (.pdf, .png), 1 left out without a caption" in line
+    assert problems.count == 0
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "both"])
+def test_captions_json_beside_a_tar_or_inside_names_members_by_path_or_base_name(folder, where):
+    members = {"x/p.png": encoded(1), "x/p.txt": b"text", "y/p.png": encoded(2), "y/q.png": encoded(3)}
+    table = json.dumps({"x/p.png": ["path"], "q.png": ["base", "two"]}).encode()
+    if where != "beside":
+        members["captions.json"] = table if where == "inside" else b'{"q.png": "hidden", "y/p.png": "deep"}'
+    if where != "inside":
+        (folder / "captions.json").write_bytes(table)
+    put_tar(folder / "t.tar", members)
+    found = {name: captions for name, captions in shown(read(folder)[0]).items() if name.startswith("t.tar")}
+    expected = {"t.tar/x/p.png": ("path",), "t.tar/y/q.png": ("base", "two")}
+    assert found == expected | ({"t.tar/y/p.png": ("deep",)} if where == "both" else {})
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_tars_are_read(tmp_path, kind):
+    name = "é" * 150 + "/" + "n" * 120
+    put_tar(tmp_path / "t.tar", {f"{name}.png": encoded(), f"{name}.txt": b"long"}, format=kind)
+    (entry,) = read(tmp_path)[0]
+    assert (entry.media.name, entry.captions) == (f"{tmp_path}/t.tar/{name}.png", ("long",))
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for data in (encoded(1), encoded(2)):
+            info = tarfile.TarInfo("a.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (entry,) = read(tmp_path, skip_empty_caption=False)[0]
+    assert entry.media.read() == encoded(2)
+
+
+def hostile_tar(path, *infos: tarfile.TarInfo) -> None:
+    """A good picture, then headers without the bytes that they promise."""
+    put_tar(path, {"good.png": encoded()})
+    content = path.read_bytes()[: 512 * (1 + -(-len(encoded()) // 512))]
+    path.write_bytes(content + b"".join(info.tobuf(tarfile.GNU_FORMAT) for info in infos) + bytes(1024))
+
+
+def made(name: str, *, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    ("infos", "message"),
+    [
+        ([made("huge.png", size=2**50)], r"ends \d+ bytes early, inside 'huge.png'"),
+        ([made("back.png", size=-512)], "leads backwards"),
+        ([made("l.png", kind=tarfile.SYMTYPE, link="/etc/passwd")], r"l\.png: is a link to '/etc/passwd'"),
+        ([made("l.png", kind=tarfile.LNKTYPE, link="good.png")], r"l\.png: is a link to 'good\.png'"),
+        ([made("/etc/a.png")], "its name leads out of the tar"),
+        ([made("x/../../a.png")], "its name leads out of the tar"),
+        ([made("d.png", kind=tarfile.CHRTYPE)], "is a sparse file or a device"),
+        ([made("s.png", kind=tarfile.GNUTYPE_SPARSE)], "is a sparse file or a device"),
+        ([made("name", size=2**40, kind=tarfile.GNUTYPE_LONGNAME)], "a header claims 1099511627776 bytes"),
+        ([made("name", size=2**40, kind=tarfile.XHDTYPE)], "a header claims 1099511627776 bytes"),
+        ([made("name", size=0, kind=tarfile.GNUTYPE_LONGNAME)] * 5000, r"t\.tar: "),
+    ],
+)
+def test_hostile_tars_are_named_and_what_precedes_is_used(tmp_path, infos, message, caplog):
+    hostile_tar(tmp_path / "t.tar", *infos)
+    entries, _, problems = read(tmp_path, skip_empty_caption=False)
+    assert [entry.media.member for entry in entries] == ["good.png"]
+    assert problems.count == 1
+    assert re.search(message, caplog.text)
+
+
+def test_cut_and_damaged_tars_are_named(tmp_path, caplog):
+    put_tar(tmp_path / "whole.tar", {"a.png": encoded(1), "b.png": encoded(2)})
+    content = bytearray((tmp_path / "whole.tar").read_bytes())
+    second = 512 * (1 + -(-len(encoded(1)) // 512))
+    (tmp_path / "whole.tar").unlink()
+    (tmp_path / "cut.tar").write_bytes(content[: second + 512 + 40])
+    (tmp_path / "cut between.tar").write_bytes(content[:second])
+    (tmp_path / "cut header.tar").write_bytes(content[: second + 100])
+    content[second + 10] ^= 1
+    (tmp_path / "damaged.tar").write_bytes(content)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "zip.tar").write_bytes(b"PK\x03\x04" * 500)
+    entries, _, problems = read(tmp_path, skip_empty_caption=False)
+    assert [entry.media.name.rpartition("/")[2] for entry in entries] == ["a.png"] * 4
+    assert problems.count == 6
+    for name in ["cut.tar", "cut between.tar", "cut header.tar", "damaged.tar", "empty.tar", "zip.tar"]:
+        assert caplog.text.count(f"/{name}: ") == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_tar_with_any_bytes_changed_never_fails_otherwise(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "mutated.tar"
+    put_tar(path, {"x" * 120 + ".png": encoded(1), "b.png": encoded(2)})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 12))):
+        content[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    problems = Problems()
+    for member in read_members(str(path), problems):
+        assert len(member.read()) == member.size <= len(content)
