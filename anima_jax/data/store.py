@@ -1,0 +1,418 @@
+"""The cache on disk: key → record, in ArrayRecord files that are written once and read at random.
+
+Some records that are written together are a part. It is two files, named by the hash of its keys: `NAME.array_record`
+with the records, and `NAME.keys` with the size of that file and the keys in the records' order. Both are written under
+temporary names, and the list of keys is renamed last: a part is there whole or not at all, whenever a process is killed
+and whichever other processes and hosts write to the folder. Equal records give equal files.
+"""
+
+import bisect
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anima_jax.checkpoints import safetensors_header
+from anima_jax.checkpoints.locations import is_remote
+from anima_jax.checkpoints.safetensors_header import HeaderError, Tensor
+from anima_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEY_BYTES = 32
+FORMAT = 1
+"""Number of the store's format, in every list of keys."""
+
+OPEN_READERS = 256
+"""Most files of records that are open at once, over all stores; 1024 descriptors is a common limit."""
+
+ABANDONED_S = 24 * 3600.0
+"""Age in seconds from which an unfinished file of another host is taken for a dead process's."""
+
+# Latents do not compress. A parallelism of one, because the number is written into the file, which must be the same on
+# every machine; with uncompressed records it is no slower.
+_WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_READER_BUFFER = 2**15  # bytes; larger ones only slow random reads down
+
+_REMOTE_THREADS = 32  # for small requests to an object store, of some 50 ms each
+_COPY_CHUNK = 2**24  # bytes
+_KEYS, _RECORDS = ".keys", ".array_record"
+_PART_FILE = re.compile(rf"([0-9a-f]{{32}})({_KEYS}|{_RECORDS})".replace(".", r"\."))
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:64]
+_AGAIN = "start once with --regenerate_cache to make the cache anew"
+
+
+def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file in memory: `header` is its metadata. Arrays of any strides; their dtypes are safetensors' own.
+
+    What is no Unicode text in the header (a file name in another encoding) is written with backslashes.
+    """
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # every array lies aligned
+    tensors = [Tensor(name, array.dtype, array.shape) for name, array in ordered]
+    metadata = {name: text.encode(errors="backslashreplace").decode() for name, text in header.items()}
+    data = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered)
+    return b"".join([safetensors_header.build(tensors, metadata), *data])
+
+
+def unpack(record: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Header and arrays of what `pack` gave. The arrays are views of `record`, read-only. Raises UserError."""
+    try:
+        size = int.from_bytes(record[:8], "little")
+        if len(record) < 8 + size:
+            raise HeaderError("is cut off")
+        header, tensors = safetensors_header.parse(record[8 : 8 + size], len(record))
+        return header, {name: np.ndarray(t.shape, t.dtype, record, t.start) for name, t in tensors.items()}
+    except (HeaderError, ValueError) as error:
+        raise UserError("damaged record") from error
+
+
+@dataclasses.dataclass(eq=False)
+class _Part:
+    """A part that is whole. `path` is its file of records on this machine once that is known to be there."""
+
+    name: str
+    size: int  # of the file of records, bytes
+    keys: np.ndarray  # (rows,) S32
+    path: str | None = None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+class _Index:
+    """Where each key is: 72 bytes a key. `recent` holds what was added since the parts were read."""
+
+    def __init__(self, parts: Sequence[_Part]):
+        self.parts = {part.name: part for part in parts}
+        self._in_order = list(parts)
+        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(part.keys for part in parts)])
+        self.keys, self._positions = np.unique(keys, return_index=True)
+        self._starts = np.cumsum([0, *(len(part.keys) for part in parts)]).tolist()
+        self.recent: dict[bytes, tuple[_Part, int]] = {}
+
+    def add(self, part: _Part) -> None:
+        self.parts[part.name] = part
+        for row, key in enumerate(_each(part.keys)):
+            if self.find(key) is None:
+                self.recent[key] = part, row
+
+    def find(self, key: bytes) -> tuple[_Part, int] | None:
+        """The part that has `key`, and the row in it."""
+        at = int(self.keys.searchsorted(key))  # type: ignore[call-overload]
+        if self.keys[at : at + 1].tobytes() != key:
+            return self.recent.get(key)
+        position = int(self._positions[at])
+        number = bisect.bisect_right(self._starts, position) - 1
+        return self._in_order[number], position - self._starts[number]
+
+
+class Store:
+    """Records by their 32-byte keys, in a folder that several processes share. Safe to use from several threads.
+
+    `folder` is a path, or an address (`gs://…`), which needs `local_dir`: a folder of this machine to which a part's
+    records are copied before they are read, and in which they are written first. Folders are made when something is
+    written. What lies in `folder` is read on first use, so that `clear` works on whatever is there. All methods raise
+    UserError, of one line, for a folder that cannot be read or written and for a cache of another format.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, local_dir: str | os.PathLike[str] | None = None):
+        self.folder = os.fspath(folder)
+        if is_remote(self.folder) and local_dir is None:
+            raise UserError(f"{self.folder}: a cache at an address needs cache_local_dir, a folder of this machine")
+        if local_dir is not None and is_remote(local_dir):
+            raise UserError(f"cache_local_dir is {os.fspath(local_dir)}, expected a folder of this machine")
+        self._local = pathlib.Path(local_dir) if local_dir is not None else None
+        self._lock = threading.RLock()
+        self._index: _Index | None = None
+        self._swept: set[pathlib.Path] = set()
+        self._complained: set[str] = set()
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._known().find(key) is not None
+
+    def __len__(self) -> int:
+        index = self._known()
+        return len(index.keys) + len(index.recent)
+
+    def keys(self) -> Iterator[bytes]:
+        """Every key once."""
+        index = self._known()
+        yield from _each(index.keys)
+        yield from list(index.recent)
+
+    def read(self, key: bytes) -> bytes:
+        """The record of `key`; KeyError if there is none. UserError if its file is damaged or gone."""
+        found = self._known().find(key)
+        if found is None:
+            raise KeyError(key.hex())
+        part, row = found
+        path = self._path_of(part)
+        try:
+            return _reader(part, path).read([row])[0]
+        except (RuntimeError, OSError) as error:
+            again = "without this file, the next start makes its records anew"
+            raise UserError(f"{path}: record {row} cannot be read: {_reason(error)}; {again}") from error
+
+    def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
+        """Write some (key, record) as one part, which is then there for all. A part that is there already is kept."""
+        if any(len(key) != KEY_BYTES for key, _ in records):
+            raise ValueError(f"a key has {KEY_BYTES} bytes")
+        keys = b"".join(key for key, _ in records)
+        name = _name(keys)
+        if not records or name in self._known().parts:
+            return
+        for folder in filter(None, [self._local, None if is_remote(self.folder) else pathlib.Path(self.folder)]):
+            self._prepare(folder)
+        first = (self._local or pathlib.Path(self.folder)) / (name + _RECORDS)
+        with _told(first.parent, "be written"), _replacing(first) as path:
+            _write_array_record(path, [record for _, record in records])
+            size = path.stat().st_size
+        with _told(self.folder, "be written"):
+            if self._local is not None:
+                with _replacing(_path(self.folder) / first.name) as path:
+                    _copy(first, path)
+            head = json.dumps({"format": FORMAT, "records": len(records), "bytes": size}).encode()
+            with _replacing(_path(self.folder) / (name + _KEYS)) as path:
+                path.write_bytes(head + b"\n" + keys)
+        with self._lock:
+            self._known().add(_Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), str(first)))
+
+    def refresh(self) -> None:
+        """See what other processes have added or removed. A part that is not whole is logged once, and not there."""
+        with self._lock:
+            before = self._index.parts if self._index else {}
+            with _told(self.folder, "be read"):
+                names = [name for name, suffix in _part_files(_path(self.folder)) if suffix == _KEYS]
+            with concurrent.futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
+                # Threads only slow the reading of local files down.
+                each = pool.map if is_remote(self.folder) else map
+                parts = list(each(lambda name: self._open(name, before.get(name)), sorted(names)))
+            self._index = _Index([part for part in parts if part])
+
+    def clear(self) -> None:
+        """Remove all parts, the copies in `local_dir` too. Nothing else that lies in the folders is touched."""
+        with self._lock:
+            with _told(self.folder, "be cleared"):
+                folder = _path(self.folder)
+                # Without its keys a part is gone, wherever this ends early.
+                for name, suffix in sorted(_part_files(folder), key=lambda file: file[1] != _KEYS):
+                    (folder / (name + suffix)).unlink(missing_ok=True)
+                    if self._local is not None:
+                        (self._local / (name + suffix)).unlink(missing_ok=True)
+            _reader.cache_clear()  # an open file keeps its place on the disk
+            self._index = None
+
+    def _known(self) -> _Index:
+        index = self._index
+        if index is None:
+            with self._lock:
+                if self._index is None:
+                    self.refresh()
+                index = self._index
+                assert index is not None
+        return index
+
+    def _open(self, name: str, before: _Part | None) -> _Part | None:
+        """The part `name` if it is whole; `before` if it is the same."""
+        records = _path(self.folder) / (name + _RECORDS)
+        with _told(self.folder, "be read"):
+            size = _size(records)
+            if before is not None and before.size == size:
+                return before
+            listing = _read(records.with_name(name + _KEYS))
+        if listing is None:  # removed by another process meanwhile
+            return None
+        try:
+            line, _, keys = listing.partition(b"\n")
+            head = json.loads(line)
+            number, expected = head["format"], head["bytes"]
+        except (ValueError, KeyError, TypeError):
+            number, expected, keys = FORMAT, 0, b""
+        if number != FORMAT:
+            raise UserError(
+                f"{_path(self.folder) / (name + _KEYS)}: is of cache format {number}, expected {FORMAT}; {_AGAIN}"
+            )
+        if _name(keys) != name:
+            fault = "its list of keys is damaged"
+        elif size is None or size != expected:
+            fault = f"its file has {size or 'no'} bytes, expected {expected}"
+        else:
+            return _Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), None if self._local else str(records))
+        if name not in self._complained:
+            log.warning("%s: is left out, and its records are made again where they are needed: %s", records, fault)
+        self._complained.add(name)
+        return None
+
+    def _path_of(self, part: _Part) -> str:
+        """The part's file of records on this machine; it is copied here if it was not."""
+        with part.lock:
+            if part.path is None:
+                assert self._local is not None
+                local, origin = self._local / (part.name + _RECORDS), _path(self.folder) / (part.name + _RECORDS)
+                if _size(local) != part.size:
+                    self._prepare(self._local)
+                    with _told(origin, f"be copied to {self._local}"), _replacing(local) as path:
+                        _copy(origin, path)
+                        if _size(path) != part.size:
+                            raise UserError(
+                                f"{origin}: was changed while it was read; the next start sees what is there"
+                            )
+                part.path = str(local)
+            return part.path
+
+    def _prepare(self, folder: pathlib.Path) -> None:
+        """Make a folder of this machine and, once, remove what killed processes have left in it."""
+        with self._lock, _told(folder, "be written"):
+            if folder not in self._swept:
+                folder.mkdir(parents=True, exist_ok=True)
+                _sweep(folder, orphans=folder != self._local)
+                self._swept.add(folder)
+
+
+@functools.lru_cache(OPEN_READERS)
+def _reader(part: _Part, path: str) -> Any:
+    """A reader of the part's records, which several threads may use. It is closed when the last of them lets it go."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
+    if not reader.ok():
+        reader.close()  # raises the reason
+    if reader.num_records() != len(part.keys):
+        raise RuntimeError(f"it holds {reader.num_records()} records, expected {len(part.keys)}")
+    return reader
+
+
+def _write_array_record(path: pathlib.Path, records: Sequence[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+    writer.close()  # raises what went wrong until now
+
+
+def _name(keys: bytes) -> str:
+    return hashlib.sha256(keys).hexdigest()[:32]
+
+
+def _each(keys: np.ndarray) -> Iterator[bytes]:
+    data = keys.tobytes()  # numpy's own elements would lack their trailing zeros
+    return (data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _path(folder: str) -> Any:
+    """pathlib's Path, or etils' for an address, which has the same methods."""
+    if not is_remote(folder):
+        return pathlib.Path(folder)
+    from etils import epath
+
+    return epath.Path(folder)
+
+
+def _part_files(folder: Any) -> list[tuple[str, str]]:
+    """Name and suffix of the parts' files in `folder`, which need not be there."""
+    if (filesystem := getattr(getattr(folder, "_backend", None), "fs", None)) is not None:
+        filesystem(os.fspath(folder)).invalidate_cache()  # fsspec remembers listings, without other processes' files
+    if not folder.exists():
+        return []
+    found = (_PART_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return [(match[1], match[2]) for match in found if match]
+
+
+def _size(path: Any) -> int | None:
+    """Bytes of a file, None if there is none."""
+    try:
+        # etils' own stat of a local file fails for an owner without a name.
+        return os.stat(path).st_size if isinstance(path, pathlib.Path) else path.stat().length
+    except FileNotFoundError:
+        return None
+
+
+def _read(path: Any) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _copy(source: Any, target: Any) -> None:
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, _COPY_CHUNK)
+
+
+@contextlib.contextmanager
+def _replacing(target: Any) -> Iterator[Any]:
+    """A path to write to, which becomes `target` when the block ends well and is removed when it does not.
+
+    While it is written it is locked, which is how another process of this host knows that it is alive (`_sweep`). At an
+    address it is `target` itself: an object store shows what is whole.
+    """
+    if not isinstance(target, pathlib.Path):
+        yield target
+        return
+    while True:
+        path = target.with_name(f".{target.name}.{_HOST}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # swept before it was locked
+    try:
+        yield path
+        os.fsync(descriptor)
+        os.replace(path, target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
+    """Remove the unfinished files of killed processes and, with `orphans`, old records that got no keys."""
+    for path in folder.iterdir():
+        unfinished = re.fullmatch(rf"\.{_PART_FILE.pattern}\.(.+)\.[0-9a-f]{{8}}\.tmp", path.name)
+        orphan = orphans and path.suffix == _RECORDS and _PART_FILE.fullmatch(path.name)
+        if not unfinished and (not orphan or path.with_suffix(_KEYS).exists()):
+            continue
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            old = time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_S
+            if old or (unfinished and unfinished[3] == _HOST):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer lives
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _told(place: object, what: str) -> Iterator[None]:
+    """Turn what goes wrong into one line: `place: cannot <what>: reason`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ArrayRecord's RuntimeError; the clients of object stores have their own
+        raise UserError(f"{place}: cannot {what}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """`No space left on device`, of OSError and of ArrayRecord's `write() failed: …; writing FILE; at byte …`."""
+    text = getattr(error, "strerror", None) or str(error).partition(";")[0]
+    return re.sub(r"^\w+\(\) failed: ", "", text.strip()) or type(error).__name__

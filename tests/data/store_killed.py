@@ -1,0 +1,35 @@
+"""A process that fills a store, for the tests to kill: `python -m tests.data.store_killed FOLDER TURN OF`.
+
+It writes the parts whose turn it is among `OF` processes, of those that are not there.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+
+from anima_jax.data.store import Store
+
+PARTS, RECORDS_A_PART = 60, 3
+
+
+def records_of(part: int) -> list[tuple[bytes, bytes]]:
+    """A part's (key, record): sizes from nothing to a few hundred kilobytes, different in each."""
+    rng = np.random.default_rng(part)
+    return [
+        (hashlib.sha256(f"{part} {row}".encode()).digest(), rng.bytes(int(rng.integers(0, 300_000))))
+        for row in range(RECORDS_A_PART)
+    ]
+
+
+def main() -> None:
+    folder, turn, of = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    store = Store(folder)
+    for part in range(turn, PARTS, of):
+        records = records_of(part)
+        if records[0][0] not in store:
+            store.write_part(records)
+
+
+if __name__ == "__main__":
+    main()
