@@ -24,7 +24,6 @@ AVIF = "AVIF" in Image.registered_extensions().values()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *([".avif"] if AVIF else []))
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
-SUFFIXES = PICTURE_SUFFIXES
 
 ClipMode = Literal["single_beginning", "single_middle"]
 
@@ -101,11 +100,9 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
     """
     with _opened(data, name) as image:
         mask = _upright(image, data)
-        if mask.size != media_wh:
+        if mask.size != tuple(media_wh):
             found, expected = ("{}×{}".format(*size) for size in (mask.size, media_wh))
-            raise UserError(
-                f"{name}: the mask is {found} pixels, expected {expected} as the picture that it belongs to"
-            )
+            raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its picture")
         red = _eight_bit(mask).convert("RGB").getchannel("R")
         return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
 
@@ -145,7 +142,7 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        found = f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture, nor an MP4, MOV, WebM, MKV or AVI video"
+        found = f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture, nor MP4, MOV, WebM, MKV or AVI"
         raise UserError(f"{name}: {found} (the file begins with {data[:8]!r})") from None
     except Exception as error:  # hostile bytes reach PIL's decoders, which then fail in any way they like
         raise UserError(f"{name}: the picture cannot be read: {error or type(error).__name__}") from None

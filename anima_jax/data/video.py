@@ -93,6 +93,8 @@ def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
     stream = file.streams.best("video")
     if not isinstance(stream, av.VideoStream):
         raise ValueError("it has no video stream")
+    if stream.codec_context is None:
+        raise ValueError("its codec is not known")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_PIXELS} pixels")
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -124,6 +126,8 @@ def _at_frame_rate(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             if count > MAX_FRAMES:
                 raise ValueError(f"longer than {MAX_FRAMES // FRAME_RATE // 3600} hours, or its timestamps are broken")
             yield resampled
+    if not count:  # less than half a sixteenth of a second
+        yield first
 
 
 def _pulled(graph: Graph) -> av.VideoFrame | None:
@@ -144,7 +148,7 @@ def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """How the phone was held, a key of TURNS or nothing but False, by the display matrix: x' = ax + cy, y' = bx + dy."""
+    """A key of TURNS, or nothing but False: the display matrix, x' = ax + cy and y' = bx + dy, as axis-parallel."""
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
@@ -161,6 +165,8 @@ def _bytes_announced(data: bytes, container: str) -> int:
     if container == "matroska":
         _, header = _ebml_number(data, 4)
         segment = header + _ebml_number(data, 4)[0]
+        if data[segment : segment + 4] != b"\x18\x53\x80\x67":
+            return 0
         size, begin = _ebml_number(data, segment + 4)
         unknown = size == 2 ** (7 * (begin - segment - 4)) - 1
         return 0 if unknown else begin + size
@@ -179,6 +185,6 @@ def _bytes_announced(data: bytes, container: str) -> int:
 
 def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
     """Matroska's numbers have as many bytes as their first has leading zeros, and one. The value, and where it ends."""
-    length = 9 - data[at].bit_length()
+    length = 9 - int.from_bytes(data[at : at + 1], "big").bit_length()
     value = int.from_bytes(data[at : at + length], "big") & (2 ** (7 * length) - 1)
     return value, at + length
