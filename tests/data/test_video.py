@@ -87,7 +87,7 @@ def numbers_in(clip: np.ndarray) -> list[int]:
 
 
 def shown_at_16(seconds: list[float], end: float) -> list[int]:
-    """For every n/16 from the first frame to the end: the last frame whose time, rounded to sixteenths, is not later."""
+    """For every n/16 from the first frame to the end: the last frame whose time, in whole sixteenths, is not later."""
     sixteenths = [math.floor(16 * time + 0.5) for time in seconds]
     first, last = sixteenths[0], math.floor(16 * end + 0.5)
     return [max(i for i, sixteenth in enumerate(sixteenths) if sixteenth <= n) for n in range(first, last)]
