@@ -1,6 +1,7 @@
 """Pixels → latents, captions → text states: the one place where data, models and devices meet.
 
-Axes: b batch, t frames, y rows, x columns, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d features, c the 64 values of a token.
+Axes: b batch, t frames, y rows, x columns, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d features,
+c the 64 values of a token.
 """
 
 import functools
@@ -33,7 +34,7 @@ def rounded_up(length: int, step: int = LENGTH_STEP) -> int:
 def encode_clips(
     vae: WanVAE, clips: Iterable[np.ndarray], *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
 ) -> Iterator[np.ndarray]:
-    """Latent tokens (l, c), float32, of each uint8 clip (t, y, x, 3), all of one size; a picture is a clip of one frame.
+    """Latent tokens (l, c), float32, of each uint8 clip (t, y, x, 3), all of one size; a picture has one frame.
 
     Each local device takes `batch_size` clips at a time. While one batch is on the devices the next is read.
     """

@@ -22,7 +22,7 @@ STEPS, GUIDANCE_SCALE, SHIFT = 30, 4.0, 3.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw pictures from a prompt with the networks that flags or a training configuration name."""
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config, arguments.set) if arguments.config else None
+    config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
     settings = sampling_settings(arguments, config)
     check_settings(settings["width"], settings["height"], settings["steps"], arguments.sampler, arguments.schedule)
     output = pathlib.Path(arguments.output)

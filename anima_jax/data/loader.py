@@ -1,6 +1,6 @@
 """What a step needs, prepared by threads some steps ahead of the device (grain)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 def prefetched(
     load: Callable[[int], T], start: int, stop: int, *, threads: int, ahead: int | None = None
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """load(start), …, load(stop − 1), in order; up to `threads` of them are made at a time.
 
     At most `ahead` (unset: `threads`) results are ready or being made, besides the one that is waited for or in the

@@ -26,10 +26,9 @@ from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.config.main import MainConfig
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import Example
-from anima_jax.data.media import read_mask
+from anima_jax.data.media import read_clip, read_mask
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
-from anima_jax.data.video import read_clip
 from anima_jax.encode import EncodedText
 from anima_jax.errors import UserError
 from anima_jax.models.dit import PATCH
@@ -88,7 +87,11 @@ class Cache:
         self._config, self._stores = config, stores
         self._vae = _hash(fingerprint(model.vae_path), config.compute_dtype, config.cached_dtype)
         self._text = _hash(
-            fingerprint(model.llm_path), tokenizers.fingerprint, model.max_caption_tokens, config.compute_dtype
+            fingerprint(model.llm_path),
+            tokenizers.fingerprint,
+            model.max_caption_tokens,
+            config.compute_dtype,
+            config.cached_dtype,
         )
         self._resident: dict[bytes, dict[str, np.ndarray]] = {}
         self._room, self._lock = RESIDENT_BYTES, threading.Lock()
@@ -262,7 +265,8 @@ class Cache:
         )
         records = []
         for (key, caption), text in zip(own, report.bar(encoded, len(own), "caption"), strict=True):
-            arrays = {"states": text.states_nd, "t5_ids": text.target_ids_m}
+            states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
+            arrays = {"states": states_nd, "t5_ids": text.target_ids_m}
             records.append((key, pack({"caption": caption}, arrays)))
             if len(records) == CAPTIONS_A_PART:
                 store.write_part(records)

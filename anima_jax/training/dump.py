@@ -13,7 +13,7 @@ from PIL import Image
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import Example
-from anima_jax.data.video import write_video
+from anima_jax.data.video import FRAME_RATE
 from anima_jax.models.dit import PATCH, unpatchify
 from anima_jax.models.parameters import merge, split
 from anima_jax.models.wan_vae import WanVAE
@@ -65,7 +65,19 @@ def _write_clip(stem: pathlib.Path, frames_tyxc: np.ndarray) -> None:
     if len(frames_tyxc) == 1:
         Image.fromarray(frames_tyxc[0]).save(_path(stem, ".png"))
     else:
-        write_video(_path(stem, f"x{len(frames_tyxc)}.mp4"), frames_tyxc)
+        _write_video(_path(stem, f"x{len(frames_tyxc)}.mp4"), frames_tyxc)
+
+
+def _write_video(path: pathlib.Path, frames_tyxc: np.ndarray) -> None:
+    import av
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FRAME_RATE, options={"crf": "12"})
+        stream.height, stream.width = frames_tyxc.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for pixels_yxc in frames_tyxc:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_yxc, format="rgb24")))
+        file.mux(stream.encode())
 
 
 def _write_mask(path: pathlib.Path, mask_lp: np.ndarray, size: Size) -> None:
@@ -74,5 +86,3 @@ def _write_mask(path: pathlib.Path, mask_lp: np.ndarray, size: Size) -> None:
     pixels_yx = rearrange(frame_lp, "(y x) (m n) -> (y m) (x n)", y=rows, x=columns, m=PATCH, n=PATCH)
     levels = (pixels_yx * 255.0).round().astype(np.uint8)
     Image.fromarray(levels).resize((size.width, size.height), Image.Resampling.NEAREST).save(path)
-
-

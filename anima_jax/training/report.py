@@ -3,6 +3,7 @@
 import json
 import pathlib
 import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO, TypeVar
 
@@ -41,7 +42,13 @@ class Progress:
         self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._log, self._every = log, every
         self._pending: tuple[int, dict] | None = None
+        self._first = self._last = 0.0  # times at which the first and the last step's figures were there
         self._average: float | None = None
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Mean time of the steps after the first, which compiles."""
+        return (self._last - self._first) / max(1, self._bar.n - 1)
 
     def step(self, step: int, figures: dict) -> None:
         """Step number `step` (from 1) has been started; its `figures` may still be computed."""
@@ -55,6 +62,8 @@ class Progress:
         step, figures = self._pending
         self._pending = None
         values = {name: float(value) for name, value in figures.items()}
+        self._last = time.monotonic()
+        self._first = self._first or self._last
         self._log.write(json.dumps({"step": step, **values}) + "\n")
         loss = values["loss"]
         self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss

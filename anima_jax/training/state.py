@@ -66,6 +66,16 @@ def prepare(config: MainConfig) -> Trained:
     return Trained(model_config, graphdef, params, base, file_tensors(LORA_RULES, params), ranks)
 
 
+def dit_config(config: MainConfig) -> DiTConfig:
+    """The transformer's sizes, from the configuration or from its file's header. Raises UserError as `prepare` does."""
+    fresh = model_config_of(config)
+    if fresh is not None:
+        return fresh
+    assert config.model.transformer_path is not None
+    with open_dit(config.model.transformer_path, adapter_path=config.model.llm_adapter_path) as checkpoint:
+        return checkpoint.config
+
+
 def model_config_of(config: MainConfig) -> DiTConfig | None:
     """The sizes that `[model] config` gives, None if the transformer comes from a file."""
     sizes = config.model.config

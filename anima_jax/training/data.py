@@ -1,0 +1,136 @@
+"""A run's data: examples read as the dataset TOML says, their cache, and the plan of which step sees which of them."""
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from anima_jax.checkpoints.locations import is_remote
+from anima_jax.config.dataset import DirectorySource, TfdsSource
+from anima_jax.config.main import MainConfig
+from anima_jax.data.examples import Example, Source, read_examples
+from anima_jax.data.manifest import Memo
+from anima_jax.data.plan import Plan, describe, make_tiers
+from anima_jax.data.problems import Problems
+from anima_jax.data.store import Store
+from anima_jax.data.tfds_source import TfdsSplit
+from anima_jax.errors import UserError
+from anima_jax.text.tokenizers import Tokenizers
+from anima_jax.training.cache import Cache, Encoders
+
+log = logging.getLogger(__name__)
+
+CACHE = os.path.join("cache", "anima_jax")
+"""Where a source's cache lies in the source's own folder."""
+
+
+def read_data(config: MainConfig, problems: Problems, *, keep: bool = True) -> "TrainingData":
+    """The examples of every source of the dataset TOML, in its order; none of them encoded yet.
+
+    What is learned of the files is kept beside the cache for the next run, unless `keep` is False. Raises UserError if
+    there is nothing to train on.
+    """
+    folders, sources = [], []
+    for source, options in config.source_options:
+        place = source.path if isinstance(source, DirectorySource) else _split(source)
+        folders.append(config.cache_dir or _beside(source))
+        memo = os.path.join(folders[-1], f"files-{hashlib.sha256(repr(place).encode()).hexdigest()[:16]}.jsonl")
+        sources.append(Source(place, options, Memo(memo if keep else None, trust=config.trust_cache)))
+    return TrainingData(config, folders, read_examples(sources, problems))
+
+
+def _split(source: TfdsSource) -> TfdsSplit:
+    name = source.name or source.builder_dir or ""
+    return TfdsSplit(name, source.split, source.image, source.caption, source.data_dir)
+
+
+def _beside(source: DirectorySource | TfdsSource) -> str:
+    """The folder for a source's cache where the configuration names none."""
+    if isinstance(source, DirectorySource):
+        return os.path.join(source.path, CACHE)
+    if source.builder_dir:
+        return os.path.join(source.builder_dir, CACHE)
+    # tensorflow-datasets' own rule, without importing it.
+    root = source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    return os.path.join(os.path.expanduser(root), (source.name or "").partition(":")[0], CACHE)
+
+
+class TrainingData:
+    """The examples of a run. After `encode`, those that cannot be encoded are gone and the rest are in `cache`."""
+
+    def __init__(self, config: MainConfig, folders: Sequence[str], groups: Sequence[list[Example]]):
+        self._config, self._folders, self._groups = config, folders, groups
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        """All of them; a plan's indices count in this list."""
+        return [example for group in self._groups for example in group]
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Which step sees which examples."""
+        tiers = make_tiers([example.bucket for example in self.examples], self._config.global_batch)
+        return Plan(tiers, self._config.seed)
+
+    @functools.cached_property
+    def accumulations(self) -> list[int]:
+        """Micro-batches of a step, for each tier."""
+        largest = (
+            max((self.examples[index].bucket.size for index in tier.indices), key=lambda size: size.tokens)
+            for tier in self.plan.tiers
+        )
+        return list(map(self._config.accumulation_of, largest))
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """The different captions, and the empty one first."""
+        return ["", *sorted({caption for example in self.examples for caption in example.captions} - {""})]
+
+    @functools.cached_property
+    def masked(self) -> bool:
+        """Whether any example has a mask."""
+        return any(example.entry.mask is not None for example in self.examples)
+
+    def encode(self, encoders: Encoders, problems: Problems) -> None:
+        """Put into the cache what is not there yet. Raises UserError if nothing is left to train on."""
+        config, folders = self._config, list(dict.fromkeys(self._folders))
+        stores = {folder: Store(folder, local_dir=self._local(folder)) for folder in folders}
+        if config.regenerate_cache:
+            for store in stores.values():
+                store.clear()
+        self.cache = Cache(config, [stores[folder] for folder in self._folders], encoders.tokenizers)
+        self.cache.fill(self._groups, encoders, problems)
+        before = len(self.examples)
+        self._groups = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]
+        for name in ("examples", "plan", "accumulations", "captions", "masked"):
+            self.__dict__.pop(name, None)
+        if problems.count:
+            print(f"{problems.summary()}; {before - len(self.examples)} examples fewer")
+        if not self.examples:
+            raise UserError(f"nothing to train on: none of {before} examples could be encoded")
+
+    def _local(self, folder: str) -> str | None:
+        """Where a cache at an address, or any if the configuration says so, has its copy on this machine."""
+        root = self._config.cache_local_dir
+        if root is None:
+            if is_remote(folder):
+                raise UserError(f"{folder}: a cache beside data at an address needs cache_local_dir or cache_dir")
+            return None
+        return os.path.join(root, hashlib.sha256(folder.encode()).hexdigest()[:16])
+
+    def describe(self, tokenizers: Tokenizers) -> str:
+        """The plan for a person: tiers, buckets, padding, steps an epoch, programs, and captions that are too long."""
+        lines = describe(self.plan.tiers, [example.bucket for example in self.examples])
+        longest = self._config.model.max_caption_tokens
+        cut = int(np.sum(self.caption_lengths(tokenizers).max(1) > longest))
+        if cut:
+            lines.append(f"captions over {longest} tokens, which are cut (max_caption_tokens): {cut:,}")
+        return "\n".join(lines)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - the data of a run live as long as the run
+    def caption_lengths(self, tokenizers: Tokenizers) -> np.ndarray:
+        """Tokens (Qwen's, T5's) of each of `captions` before any is cut, int64 (n, 2)."""
+        return tokenizers.lengths(self.captions)
