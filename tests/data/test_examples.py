@@ -1,5 +1,7 @@
-"""Directories of captioned pictures: what is found there, what is said about it, and the ids of the examples."""
+"""Examples of entries: ids, buckets, repeats, copies with shuffled tags, and the caption of each epoch."""
 
+import collections
+import hashlib
 import logging
 import subprocess
 import sys
@@ -8,136 +10,265 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from anima_jax.data.captions import read_caption
-from anima_jax.data.examples import content_digest, directory_examples, example_id
-from anima_jax.data.scan import scan_directory
+from anima_jax.data.buckets import Bucketing, Size
+from anima_jax.data.examples import (
+    Entry,
+    Example,
+    FileMedia,
+    Source,
+    SourceOptions,
+    content_digest,
+    example_id,
+    examples_of,
+    read_examples,
+)
+from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
+from tests.data.test_scan import encoded
+
+SQUARE = Bucketing(resolutions=(64.0,), aspect_ratios=(1.0,), frame_buckets=(1,))
+TWO_SIZES = Bucketing(resolutions=(64.0, 128.0), aspect_ratios=(0.5, 1.0, 2.0), frame_buckets=(1, 5, 9))
+TAGS = tuple("abcdefghijklmnop")
 
 
-def put_picture(path, shade: int) -> None:
-    Image.new("RGB", (32, 32), (shade, shade, shade)).save(path)
+def entry(number: int, *captions: str, width: int = 100, height: int = 100, frames: int = 1) -> Entry:
+    digest = content_digest(str(number).encode())
+    return Entry(FileMedia("there", f"{number}.png"), digest, width, height, frames, captions or (f"caption {number}",))
+
+
+def made(entries, problems: Problems | None = None, bucketing: Bucketing = SQUARE, **options) -> list[Example]:
+    return examples_of(entries, SourceOptions(bucketing, **options), problems or Problems())
+
+
+# ---- what an epoch holds -------------------------------------------------------------------------------------------
+
+
+def test_every_caption_at_every_resolution_is_an_example():
+    entries = [entry(0, "one", "two"), entry(1, width=200), entry(2, frames=7)]
+    examples = made(entries, bucketing=TWO_SIZES)
+    assert collections.Counter((e.captions, e.bucket.resolution, e.bucket.size.frames) for e in examples) == {
+        ((caption,), side, frames): 1
+        for caption, frames in [("one", 1), ("two", 1), ("caption 1", 1), ("caption 2", 5)]
+        for side in (64.0, 128.0)
+    }
+    # 64²·2 = 90.5² : 96 × 48 in multiples of 16 (45.3 rounds to 48).
+    assert {e.bucket.size for e in examples if e.captions == ("caption 1",)} == {Size(96, 48, 1), Size(176, 96, 1)}
+    assert len({example.id for example in examples}) == len(examples)
+
+
+def test_examples_of_one_size_share_their_bucket_and_those_of_one_picture_their_entry():
+    # A million examples are small only so.
+    examples = made([entry(n, "one", "two") for n in range(5)], bucketing=TWO_SIZES, num_repeats=3)
+    assert len(examples) == 60
+    assert len({id(example.bucket) for example in examples}) == 2
+    assert len({id(example.entry) for example in examples}) == 5
+
+
+def test_an_id_is_made_of_content_size_caption_and_repeat():
+    examples = made([entry(7, "one", "two")], bucketing=TWO_SIZES, num_repeats=2)
+    digest = hashlib.sha256(b"7").digest()
+    assert {example.id for example in examples} == {
+        example_id(digest, (side, side), caption_index=caption, repeat_index=repeat)
+        for side in (64, 128)
+        for caption in (0, 1)
+        for repeat in (0, 1)
+    }
+
+
+def test_prefix_stands_before_every_caption_but_makes_no_empty_one_count():
+    entries = [entry(0, "a cat"), entry(1, "", " ", "a dog")]
+    assert [e.captions for e in made(entries, caption_prefix="photo of ")] == [("photo of a cat",), ("photo of a dog",)]
+    kept = made([entry(1, "", "a dog")], caption_prefix="photo of ", skip_empty_caption=False)
+    assert [e.captions for e in kept] == [("photo of ",), ("photo of a dog",)]
+
+
+def test_an_empty_caption_that_is_skipped_moves_no_id():
+    (example,) = made([entry(0, "", "a dog")])
+    assert example.id == example_id(content_digest(b"0"), (64, 64), caption_index=1)
+
+
+@pytest.mark.parametrize(("num_repeats", "expected"), [(1, 3), (2, 6), (0.7, 2), (1.5, 4), (2.67, 8), (3.0, 9)])
+def test_repeats_give_as_many_examples_as_diffusion_pipe_at_each_resolution(num_repeats, expected):
+    examples = made([entry(n) for n in range(3)], bucketing=TWO_SIZES, num_repeats=num_repeats)
+    assert len({example.id for example in examples}) == len(examples)
+    for side in (64.0, 128.0):
+        counts = collections.Counter(e.captions for e in examples if e.bucket.resolution == side)
+        assert counts.total() == expected
+        assert max(counts.values()) - (min(counts.values()) if expected >= 3 else 0) <= 1
+
+
+def test_repeats_that_leave_nothing_are_told(caplog):
+    assert made([entry(n) for n in range(3)], num_repeats=0.3) == []
+    assert caplog.messages == ["num_repeats = 0.3 leaves none of 3 examples at resolution 64"]
+
+
+@given(st.integers(1, 40), st.floats(0.01, 1.0))
+def test_a_subsample_keeps_all_examples_of_a_picture_or_none(number, ratio):
+    examples = made([entry(n, "one", "two") for n in range(number)], bucketing=TWO_SIZES, subsample_ratio=ratio)
+    counts = collections.Counter(example.entry.media.name for example in examples)
+    assert set(counts.values()) == {4}
+    assert len(counts) == max(1, int(number * ratio))
+
+
+def test_a_subsample_follows_the_content_and_not_the_order():
+    entries = [entry(n) for n in range(30)]
+    chosen = {example.id for example in made(entries, subsample_ratio=0.5)}
+    assert {example.id for example in made(entries[::-1], subsample_ratio=0.5)} == chosen
+
+
+@pytest.mark.parametrize(
+    ("bucketing", "frames", "message"),
+    [
+        (TWO_SIZES, 3, "found a video of 3 frames (16 a second), expected at least 5"),
+        (SQUARE, 3, "found a video of 3 frames (16 a second), expected a picture: no frame bucket is above 1"),
+        (Bucketing((), (), (), (Size(64, 64, 9),)), 1, "found a picture, expected a video of at least 9 frames"),
+    ],
+)
+def test_what_fits_no_bucket_is_named(bucketing, frames, message, caplog):
+    problems = Problems()
+    assert made([entry(0, frames=frames)], problems, bucketing) == []
+    assert problems.count == 1
+    assert message in caplog.text
+    assert "there/0.png" in caplog.text
+
+
+# ---- captions ------------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_copies_take_the_captions_place():
+    entries = [entry(n, ", ".join(TAGS)) for n in range(2)]
+    examples = made(entries, shuffle_copies=3, caption_prefix="x, y, ")
+    orders = [tuple(e.captions[0].removeprefix("x, y, ").split(", ")) for e in examples]
+    assert [sorted(order) for order in orders] == [sorted(TAGS)] * 6
+    assert len({*orders, TAGS}) == 7  # of 16! orders: a repetition is no accident
+    assert len({e.id for e in examples}) == 6
+    assert examples == made(entries, shuffle_copies=3, caption_prefix="x, y, ")
+    assert all(e.caption(0, epoch) == e.captions[0] for e in examples for epoch in range(3))
+
+
+def test_a_choice_is_one_example_and_shows_every_caption_equally_often():
+    captions = ("one", "two", "three")
+    (example,) = made([entry(0, *captions)], caption_choice="random", caption_prefix="> ")
+    assert example.every_caption == ("> one", "> two", "> three")
+    counts = collections.Counter(example.caption(seed=1, epoch=epoch) for epoch in range(3000))
+    assert counts.keys() == set(example.captions)
+    # Binomial: 1000 ± 26; five deviations.
+    assert all(abs(count - 1000) < 130 for count in counts.values())
+
+
+def test_a_caption_with_nothing_to_draw_is_the_same_each_epoch():
+    (example,) = made([entry(0, "a, b, c")], caption_prefix="p, ")
+    assert {example.caption(seed, epoch) for seed in range(3) for epoch in range(3)} == {"p, a, b, c"}
+
+
+def anew(text: str = ", ".join(TAGS), **options) -> Example:
+    options = {"shuffle_copies": 1, "shuffle_anew": True, "caption_prefix": "x, y, "} | options
+    return made([entry(0, text)], **options)[0]
+
+
+def test_tags_are_shuffled_anew_each_epoch_and_the_prefix_stays():
+    captions = [anew().caption(seed=5, epoch=epoch) for epoch in range(20)]
+    assert len(set(captions)) == 20
+    assert all(caption.startswith("x, y, ") for caption in captions)
+    assert all(sorted(caption.removeprefix("x, y, ").split(", ")) == list(TAGS) for caption in captions)
+    assert captions == [anew().caption(seed=5, epoch=epoch) for epoch in range(20)]
+    assert captions != [anew().caption(seed=6, epoch=epoch) for epoch in range(20)]
+
+
+def test_every_order_of_tags_is_equally_likely():
+    counts = collections.Counter(anew("a, b, c", caption_prefix="").caption(0, epoch) for epoch in range(6000))
+    assert len(counts) == 6
+    # Binomial: 1000 ± 29; five deviations.
+    assert all(abs(count - 1000) < 145 for count in counts.values())
+
+
+def test_dropout_leaves_out_each_tag_with_its_probability_and_keeps_the_order():
+    example = anew(shuffle_copies=0, shuffle_anew=False, tag_dropout=0.25)
+    kept = [example.caption(3, epoch).removeprefix("x, y, ").split(", ") for epoch in range(2000)]
+    assert all(tags == sorted(tags) for tags in kept)
+    counts = collections.Counter(tag for tags in kept for tag in tags)
+    # Binomial: 1500 ± 19.4; five deviations, over 16 tags.
+    assert set(counts) == set(TAGS)
+    assert all(abs(count - 1500) < 97 for count in counts.values())
+
+
+@given(
+    st.lists(st.text("abc ", min_size=1), min_size=1, max_size=6), st.floats(0.0, 0.999), st.integers(), st.booleans()
+)
+def test_some_tag_always_stays(tags, dropout, seed, shuffled):
+    example = anew("|".join(tags), delimiter="|", tag_dropout=dropout, shuffle_anew=shuffled, skip_empty_caption=False)
+    kept = collections.Counter(example.caption(seed, 0).removeprefix("x, y, ").split("|"))
+    assert kept.total() >= 1
+    assert kept <= collections.Counter(tags)
+
+
+def test_dropout_and_order_do_not_depend_on_each_other():
+    # Were they drawn from the same words, the tags that stay would come in an order that tells how nearly they went.
+    firsts = collections.Counter(
+        anew("a, b, c", caption_prefix="", tag_dropout=0.5).caption(0, n)[0] for n in range(3000)
+    )
+    assert all(abs(count - 1000) < 130 for count in firsts.values())
+
+
+def test_a_caption_never_changes():
+    # Written down once: another stream would give a resumed run other captions.
+    assert anew(tag_dropout=0.5).caption(seed=1, epoch=2) == "x, y, l, o, k, g, i, d, f, e, a"
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for number, name in enumerate(["b.png", "a.jpg", "C.webp"]):
-        put_picture(tmp_path / name, 40 * number)
-        (tmp_path / name).with_suffix(".txt").write_text(f"  picture {name[0]} \n", encoding="utf-8")
+    for number, name in enumerate(["b", "a"]):
+        (tmp_path / f"{name}.png").write_bytes(encoded(number))
+        (tmp_path / f"{name}.txt").write_text(f"picture {name}")
     return tmp_path
 
 
-def test_pictures_come_in_order_of_name_with_their_captions(folder):
-    examples = directory_examples(folder, (16, 16))
-    assert [example.caption for example in examples] == ["picture C", "picture a", "picture b"]
-    # Shades as drawn: C 80, a 40, b 0; JPEG and WebP may be a level or two off.
-    assert [round(example.pixels().mean() / 40) for example in examples] == [2, 1, 0]
-    assert examples[0].pixels().shape == (16, 16, 3)
-
-
-def test_prefix_stands_before_every_caption_but_makes_no_empty_one_count(folder):
-    (folder / "a.txt").write_text("\n \n")
-    examples = directory_examples(folder, (16, 16), caption_prefix="photo of ")
-    assert [example.caption for example in examples] == ["photo of picture C", "photo of picture b"]
-
-
-def test_empty_captions_are_kept_on_request(folder):
-    (folder / "a.txt").unlink()
-    examples = directory_examples(folder, (16, 16), skip_empty_caption=False)
-    assert [example.caption for example in examples] == ["picture C", "", "picture b"]
-
-
-def test_summary_counts_everything_that_was_passed_over(folder, caplog):
-    (folder / "a.txt").unlink()
-    (folder / "C.txt").write_text("")
-    (folder / "orphan.txt").write_text("a caption of nothing")
-    (folder / "notes.json").write_text("{}")
-    (folder / "._b.png").write_bytes(b"a Mac's resource fork")
-    (folder / "cache").mkdir()
+def test_sources_stay_apart_and_each_has_a_line(folder, tmp_path_factory, caplog):
+    empty = tmp_path_factory.mktemp("empty")
+    once, twice = SourceOptions(SQUARE), SourceOptions(SQUARE, num_repeats=2)
     with caplog.at_level(logging.INFO):
-        directory_examples(folder, (16, 16))
-    (line,) = caplog.messages
-    assert line == (
-        f"{folder}: 3 pictures, 1 without caption file, 1 with an empty caption, "
-        "1 captions without a picture, 2 other files ignored"
-    )
+        groups = read_examples(
+            [Source(str(folder), once), Source(str(empty), once), Source(str(folder), twice)], Problems()
+        )
+    assert [[e.captions[0] for e in group] for group in groups] == [
+        ["picture a", "picture b"],
+        [],
+        ["picture a", "picture b", "picture a", "picture b"],
+    ]
+    assert caplog.messages == [
+        f"{folder}: 2 pictures: 2 examples an epoch",
+        f"{empty}: 0 pictures: 0 examples an epoch",
+        f"{folder}: 2 pictures: 4 examples an epoch (num_repeats = 2)",
+    ]
+    # The same picture at the same size is the same example, whichever source names it.
+    assert [e.id for e in groups[0]] == [e.id for e in groups[2][:2]]
 
 
-def test_suffixes_of_any_case_are_recognised(tmp_path):
-    put_picture(tmp_path / "A.PNG", 10)
-    (tmp_path / "A.TXT").write_text("shouted")
-    (picture,) = scan_directory(tmp_path).pictures
-    assert picture.caption == "shouted"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_caption_is_utf8_with_or_without_a_byte_order_mark(tmp_path, encoding):
-    (tmp_path / "c.txt").write_text(" ein Bär, 熊 🐻\n", encoding=encoding)
-    assert read_caption(tmp_path / "c.txt") == "ein Bär, 熊 🐻"
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_caption_in_another_encoding_is_named(tmp_path, encoding):
-    (tmp_path / "c.txt").write_text("ein Bär", encoding=encoding)
-    with pytest.raises(UserError, match=r"c\.txt: byte \d+ is 0x\w\w, expected UTF-8"):
-        read_caption(tmp_path / "c.txt")
-
-
-def test_a_huge_caption_file_is_refused_unread(tmp_path):
-    with (tmp_path / "c.txt").open("wb") as file:
-        file.truncate(2**40)  # sparse: reading it would take all memory
-    with pytest.raises(UserError, match=r"c\.txt: 1099511627776 bytes"):
-        read_caption(tmp_path / "c.txt")
-
-
-def test_unusable_directories_are_named(tmp_path, folder):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(UserError, match="empty: no pictures"):
-        directory_examples(empty, (16, 16))
-    with pytest.raises(UserError, match="nowhere: does not exist"):
-        directory_examples(tmp_path / "nowhere", (16, 16))
-    with pytest.raises(UserError, match=r"b\.png: is a file"):
-        directory_examples(folder / "b.png", (16, 16))
+def test_no_example_at_all_is_an_error_that_says_what_was_found(folder):
     for caption in folder.glob("*.txt"):
         caption.unlink()
-    with pytest.raises(UserError, match="none of 3 pictures has a caption"):
-        directory_examples(folder, (16, 16))
-
-
-@pytest.mark.parametrize(("num_repeats", "expected"), [(1, 3), (2, 6), (0.7, 2), (1.5, 4), (2.67, 8), (3.0, 9)])
-def test_repeats_give_as_many_examples_as_diffusion_pipe(folder, num_repeats, expected):
-    examples = directory_examples(folder, (16, 16), num_repeats=num_repeats)
-    assert len(examples) == expected
-    assert len({example.id for example in examples}) == expected
-    counts = [sum(e.caption == caption for e in examples) for caption in ("picture a", "picture b", "picture C")]
-    assert max(counts) - min(counts) <= 1
-
-
-@pytest.mark.parametrize("num_repeats", [0, -1, 0.3])
-def test_repeats_that_leave_nothing_are_an_error(folder, num_repeats):
-    with pytest.raises(UserError, match="num_repeats"):
-        directory_examples(folder, (16, 16), num_repeats=num_repeats)
+    with pytest.raises(UserError, match=r"nothing to train on: .*2 left out without a caption \(skip_empty_caption\)"):
+        read_examples([Source(str(folder), SourceOptions(SQUARE))], Problems())
 
 
 def test_ids_follow_the_content_and_not_its_place(folder, tmp_path_factory):
-    before = {example.caption: example.id for example in directory_examples(folder, (16, 16), num_repeats=1.5)[:3]}
+    options = SourceOptions(SQUARE)
+    before = {e.captions: e.id for e in read_examples([Source(str(folder), options)], Problems())[0]}
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    put_picture(elsewhere / "0 a newcomer.png", 250)
+    (elsewhere / "0 a newcomer.png").write_bytes(encoded(250))
     (elsewhere / "0 a newcomer.txt").write_text("first in line")
     for file in folder.iterdir():
         (elsewhere / ("z" + file.name)).write_bytes(file.read_bytes())
-    after = {example.caption: example.id for example in directory_examples(elsewhere, (16, 16))}
+    after = {e.captions: e.id for e in read_examples([Source(str(elsewhere), options)], Problems())[0]}
     assert before.items() <= after.items()
+    assert len(after) == 3
 
 
-def test_a_picture_that_cannot_be_read_is_named(folder):
-    (folder / "a.jpg").write_bytes(b"\xff\xd8\xff not really")
-    broken = directory_examples(folder, (16, 16))[1]
-    with pytest.raises(UserError, match=r"a\.jpg: "):
-        broken.pixels()
-
+# ---- ids -----------------------------------------------------------------------------------------------------------
 
 parts = st.tuples(st.binary(max_size=8), st.integers(1, 9999), st.integers(1, 9999), *[st.integers(0, 99)] * 3)
 

@@ -1,0 +1,157 @@
+"""The memo: unchanged files are not read again, changed ones are, and damage only costs time."""
+
+import json
+import os
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from anima_jax.data.manifest import Memo
+from anima_jax.data.problems import Problems
+from anima_jax.data.scan import Directory, read_directory
+from anima_jax.errors import UserError
+from tests.data.test_scan import encoded, put_tar
+
+
+@pytest.fixture
+def folder(tmp_path):
+    directory = tmp_path / "pictures"
+    (tmp_path / "masks").mkdir()
+    directory.mkdir()
+    for number, name in enumerate("abc"):
+        (directory / f"{name}.png").write_bytes(encoded(number))
+        (directory / f"{name}.txt").write_text(f"caption {name}")
+    put_tar(directory / "t.tar", {"d.png": encoded(4), "d.txt": "Bär 🐻".encode()})
+    (tmp_path / "masks" / "b.png").write_bytes(encoded(9))
+    return directory
+
+
+def read(folder, *, trust: bool = False, strict: bool = False, **options):
+    problems = Problems(strict)
+    directory = Directory(str(folder), mask_path=str(folder.parent / "masks"), **options)
+    entries, line = read_directory(directory, Memo(folder.parent / "memo" / "files.jsonl", trust=trust), problems)
+    return entries, line, problems
+
+
+def unreadable(path) -> None:
+    """Other bytes of the same length under the same time: only who reads the file can tell."""
+    before = path.stat()
+    path.write_bytes(b"?" * before.st_size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_unchanged_files_are_not_read_again(folder):
+    entries, line, _ = read(folder)
+    for path in [*folder.glob("*.png"), folder.parent / "masks" / "b.png"]:
+        unreadable(path)
+    assert read(folder)[:2] == (entries, line)
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_changed_file_is_read_again_and_only_that(folder, change):
+    before = {entry.media.name: entry.digest for entry in read(folder)[0]}
+    changed = folder / "b.png"
+    old = changed.stat()
+    Image.new("RGB", (32, 16), (200, 0, 9)).save(changed, compress_level=0 if change == "size" else 9)
+    os.utime(changed, ns=(old.st_atime_ns, old.st_mtime_ns + (change == "time")))
+    unreadable(folder / "a.png")
+    after = {entry.media.name: entry.digest for entry in read(folder)[0]}
+    assert after.keys() == before.keys()
+    assert [name for name in before if before[name] != after[name]] == [str(changed)]
+
+
+def test_captions_are_read_each_time(folder):
+    read(folder)
+    (folder / "b.txt").write_text("another")
+    assert [entry.captions for entry in read(folder)[0]][1] == ("another",)
+
+
+def test_with_trust_no_file_is_looked_at(folder):
+    entries, line, _ = read(folder)
+    shutil.move(folder, folder.parent / "away")
+    shutil.rmtree(folder.parent / "masks")
+    trusted, trusted_line, problems = read(folder, trust=True)
+    assert trusted == entries
+    assert trusted_line.startswith(line)
+    assert problems.count == 0
+
+
+def test_with_trust_and_online_captions_the_captions_alone_are_new(folder):
+    (folder / "captions.json").write_text(json.dumps({f"{name}.png": ["old"] for name in "abcd"}))
+    before, _, _ = read(folder, online_captions=True)
+    (folder / "captions.json").write_text(json.dumps({"a.png": ["new", "more"], "d.png": "new", "b.png": [7]}))
+    for path in folder.glob("*.png"):
+        path.unlink()
+    after, _, problems = read(folder, trust=True, online_captions=True)
+    assert [entry.captions for entry in after] == [("new", "more"), ("new",)]
+    assert [entry.digest for entry in after] == [before[0].digest, before[3].digest]
+    assert problems.count == 1  # b.png, whose captions are a number; c.png is named no more
+
+
+def test_what_was_skipped_is_told_again_or_looked_at_again_if_strict(folder):
+    (folder / "c.png").write_bytes(b"broken")
+    _, line, _ = read(folder)
+    assert "1 could not be used" in line
+    assert "1 could not be used" in read(folder, trust=True)[1]
+    with pytest.raises(UserError, match=r"c\.png"):
+        read(folder, trust=True, strict=True)
+
+
+def test_trust_does_not_reach_over_other_options(folder):
+    read(folder)
+    (folder / "a.txt").unlink()
+    assert len(read(folder, trust=True)[0]) == 4
+    assert read(folder, trust=True, skip_empty_caption=False)[0][0].captions == ("",)
+
+
+def test_files_that_are_gone_leave_the_memo(folder):
+    read(folder)
+    (folder / "a.png").unlink()
+    read(folder)
+    text = (folder.parent / "memo" / "files.jsonl").read_text()
+    assert "a.png" not in text
+    assert "b.png" in text
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_a_damaged_memo_counts_as_less_knowledge(tmp_path_factory, data):
+    base = tmp_path_factory.getbasetemp() / "damaged"
+    folder, memo = base / "pictures", base / "memo" / "files.jsonl"
+    if not folder.exists():
+        (base / "masks").mkdir(parents=True)
+        folder.mkdir()
+        for name in "ab":
+            (folder / f"{name}.png").write_bytes(encoded(ord(name)))
+            (folder / f"{name}.txt").write_text(name)
+    memo.unlink(missing_ok=True)
+    expected = read(folder)[0]
+    lines = memo.read_bytes().splitlines(keepends=True)
+    damage = data.draw(st.sampled_from(["cut", "line", "garbage", "number"]))
+    place = data.draw(st.integers(0, len(lines) - 1))
+    if damage == "cut":
+        content = b"".join(lines)
+        memo.write_bytes(content[: data.draw(st.integers(0, len(content) - 2))])
+    elif damage == "line":
+        memo.write_bytes(b"".join(lines[:place] + lines[place + 1 :]))
+    elif damage == "garbage":
+        memo.write_bytes(b"".join([*lines[:place], data.draw(st.binary()) + b"\n", *lines[place + 1 :]]))
+    else:
+        memo.write_bytes(b"".join([*lines[:place], b'{"file": 1, "entry": 2, "format": 3}\n', *lines[place + 1 :]]))
+    trust = data.draw(st.booleans())
+    assert read(folder, trust=trust)[0] == expected
+
+
+def test_a_memo_that_cannot_be_written_costs_a_warning(folder, caplog):
+    (folder.parent / "memo").write_text("a file where the folder should be")
+    assert len(read(folder)[0]) == 4
+    assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
+
+
+def test_a_saved_memo_leaves_no_other_file(folder):
+    read(folder)
+    read(folder)
+    assert [path.name for path in (folder.parent / "memo").iterdir()] == ["files.jsonl"]
