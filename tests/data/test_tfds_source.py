@@ -1,9 +1,12 @@
 """Data sets of tensorflow-datasets: the quick start's, drawn on first use, and others that lie on disk."""
 
+import dataclasses
+import hashlib
 import io
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +17,27 @@ import pytest
 from PIL import Image
 
 from anima_jax.data import shapes
-from anima_jax.data.tfds_source import tfds_examples
+from anima_jax.data.manifest import Memo
+from anima_jax.data.problems import Problems
+from anima_jax.data.tfds_source import TfdsSplit, read_split
 from anima_jax.errors import UserError
 
-SHAPES = ("anima_shapes", "train", "image", "caption", (64, 64))
+SHAPES = TfdsSplit("anima_shapes")
+
+
+def read(split: TfdsSplit, *, memo: Memo | None = None, skip_empty_caption: bool = True, mask: str | None = None):
+    """Entries, summary line and problems of a split."""
+    problems = Problems()
+    entries, line = read_split(split, skip_empty_caption, mask, memo or Memo(), problems)
+    return entries, line, problems
+
+
+def in_dir(directory, **changes) -> TfdsSplit:
+    return dataclasses.replace(SHAPES, data_dir=str(directory), **changes)
+
+
+def pixels(entry) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(entry.media.read())).convert("RGB")).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +47,7 @@ def shapes_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(shapes_dir):
-    return tfds_examples(*SHAPES, data_dir=shapes_dir)
+    return read(in_dir(shapes_dir))[0]
 
 
 def nearest_colour(pixel, colours) -> str:
@@ -36,44 +56,42 @@ def nearest_colour(pixel, colours) -> str:
 
 def test_shapes_are_drawn_on_first_use_and_show_what_their_captions_say(train):
     assert len(train) == 4800
-    # An id stands for a picture: the same two are one, different ones are not.
-    assert len({example.id for example in train}) == len({example.media.read() for example in train}) > 4700
-    for example in train[::97]:
-        pixels = example.pixels().astype(int)
-        assert pixels.shape == (64, 64, 3)
-        words = example.caption.split()
-        assert nearest_colour(pixels[0, 0], shapes.BACKGROUNDS) == words[-2]
-        differs = np.abs(pixels - pixels[0, 0]).sum(-1) > 0
-        assert nearest_colour(np.median(pixels[differs], axis=0), shapes.COLOURS) == words[1]
+    assert len({entry.digest for entry in train}) == len({entry.media.read() for entry in train}) > 4700
+    for entry in train[::97]:
+        assert (entry.width, entry.height, entry.frames) == (64, 64, 1)
+        picture = pixels(entry)
+        words = entry.captions[0].split()
+        assert nearest_colour(picture[0, 0], shapes.BACKGROUNDS) == words[-2]
+        differs = np.abs(picture - picture[0, 0]).sum(-1) > 0
+        assert nearest_colour(np.median(picture[differs], axis=0), shapes.COLOURS) == words[1]
 
 
 def test_held_out_scenes_are_never_in_training(shapes_dir, train):
-    held_out = tfds_examples("anima_shapes", "held_out", "image", "caption", (64, 64), shapes_dir)
-    unseen, seen = {example.caption for example in held_out}, {example.caption for example in train}
+    held_out, _, _ = read(in_dir(shapes_dir, split="held_out"))
+    unseen, seen = {entry.captions for entry in held_out}, {entry.captions for entry in train}
     assert len(held_out) == 160
     assert len(unseen) == 16
     assert len(seen) == 80
     assert not unseen & seen
     # Every word of a held-out caption was seen, so that its picture can be composed.
-    assert {word for caption in unseen for word in caption.split()} <= {w for c in seen for w in c.split()}
+    assert {word for (text,) in unseen for word in text.split()} <= {w for (text,) in seen for w in text.split()}
 
 
-def test_pictures_are_resized_and_the_size_is_in_the_id(shapes_dir, train):
-    larger = tfds_examples("anima_shapes", "train[:5]", "image", "caption", (96, 80), shapes_dir)
-    assert [example.caption for example in larger] == [example.caption for example in train[:5]]
-    assert larger[0].pixels().shape == (80, 96, 3)
-    assert not {example.id for example in larger} & {example.id for example in train}
+def test_a_slice_is_the_beginning_of_the_split(shapes_dir, train):
+    few, line, _ = read(in_dir(shapes_dir, split="train[:5]"))
+    assert [(e.digest, e.captions) for e in few] == [(e.digest, e.captions) for e in train[:5]]
+    assert line == "tfds data set 'anima_shapes': split train[:5]: 5 pictures"
 
 
 def test_a_data_set_is_found_by_its_directory(shapes_dir, train):
-    by_directory = tfds_examples(str(shapes_dir / "anima_shapes" / "1.0.0"), *SHAPES[1:])
-    assert [(e.id, e.caption) for e in by_directory] == [(e.id, e.caption) for e in train]
+    by_directory, _, _ = read(TfdsSplit(str(shapes_dir / "anima_shapes" / "1.0.0")))
+    assert [(e.digest, e.captions) for e in by_directory] == [(e.digest, e.captions) for e in train]
 
 
 FEW = {"train": 3, "held_out": 1}  # for the tests that draw once more: 240 pictures instead of 4800
 
 
-def build(data_dir, *, killed_at_picture: int | None = None) -> list[tuple[int, str]]:
+def build(data_dir, *, killed_at_picture: int | None = None) -> list[tuple[bytes, tuple[str, ...]]]:
     """Draw a few pictures a scene into `data_dir`; the process may kill itself in the middle."""
     drawn = itertools.count(1)
 
@@ -83,7 +101,7 @@ def build(data_dir, *, killed_at_picture: int | None = None) -> list[tuple[int, 
         return shapes.draw(*scene_and_placement)
 
     with mock.patch.multiple("anima_jax.data.shapes_builder", PICTURES_PER_SCENE=FEW, draw=draw):
-        return [(example.id, example.caption) for example in tfds_examples(*SHAPES, data_dir=data_dir)]
+        return [(entry.digest, entry.captions) for entry in read(in_dir(data_dir))[0]]
 
 
 def names(directory) -> list[str]:
@@ -107,9 +125,9 @@ def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
         return shapes.draw(*scene_and_placement)
 
     with mock.patch.multiple(shapes_builder, PICTURES_PER_SCENE=FEW, draw=overtaken):
-        examples = tfds_examples(*SHAPES, data_dir=tmp_path)
-    assert len(examples) == 240
-    assert examples[-1].pixels().shape == (64, 64, 3)
+        entries, _, _ = read(in_dir(tmp_path))
+    assert len(entries) == 240
+    assert pixels(entries[-1]).shape == (64, 64, 3)
     assert names(tmp_path / "anima_shapes") == ["1.0.0"]
 
 
@@ -131,12 +149,12 @@ def test_drawing_is_silent_and_reproducible(tmp_path, train):
     out = subprocess.run([sys.executable, "-c", child_code(tmp_path)], capture_output=True, text=True, check=False)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
     # The scenes take turns: fewer pictures a scene are the first of the many.
-    assert build(tmp_path) == [(example.id, example.caption) for example in train[:240]]
+    assert build(tmp_path) == [(entry.digest, entry.captions) for entry in train[:240]]
 
 
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory):
-    """A data set that is not ours: grey and 16-bit pictures, a number, and one caption that is not UTF-8."""
+    """A data set that is not ours: grey pictures, a number, several captions, and faults in single records."""
     import tensorflow_datasets as tfds
 
     directory = tmp_path_factory.mktemp("other") / "1.0.0"
@@ -146,25 +164,85 @@ def other_dir(tmp_path_factory):
         {
             "photo": tfds.features.Image(shape=(None, None, 1)),
             "text": tfds.features.Text(),
+            "texts": tfds.features.Sequence(tfds.features.Text()),
             "number": tfds.features.Scalar(np.int32),
         }
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features)
     writer = tfds.core.SequentialWriter(info, 100, overwrite=True, file_format="array_record")
-    writer.initialize_splits(["train", "wrong"])
-    for split, text in [("train", "  a grey square "), ("wrong", b"\xff\xfe")]:
-        stream = io.BytesIO()
-        Image.new("L", (40, 20), 90).save(stream, "PNG")
-        stream.seek(0)
-        writer.add_examples({split: [{"photo": stream, "text": text, "number": 1}]})
+    writer.initialize_splits(["train", "faults"])
+    png = io.BytesIO()
+    Image.new("L", (40, 20), 90).save(png, "PNG")
+
+    def put(split: str, text: str | bytes, texts: list[str], picture: bytes = png.getvalue()) -> None:
+        record = {"photo": io.BytesIO(picture), "text": text, "texts": texts, "number": 1}
+        writer.add_examples({split: [record]})
+
+    put("train", "  a grey square ", ["one", " zwei Bären "])
+    put("train", "", [])
+    put("faults", b"\xff\xfe", ["x"])
+    put("faults", "fine", ["fine"])
+    put("faults", "no picture", ["x"], b"what is this")
     writer.close_all()
     return str(directory)
 
 
 def test_another_data_set_is_read_by_its_own_names(other_dir):
-    (example,) = tfds_examples(other_dir, "train", "photo", "text", (16, 16))
-    assert example.caption == "a grey square"
-    np.testing.assert_array_equal(example.pixels(), np.full((16, 16, 3), 90))
+    (entry,), line, _ = read(TfdsSplit(other_dir, "train", "photo", "text"))
+    assert entry.captions == ("a grey square",)
+    assert (entry.width, entry.height, entry.frames) == (40, 20, 1)
+    np.testing.assert_array_equal(pixels(entry), np.full((20, 40, 3), 90))
+    assert line.endswith("split train: 1 pictures, 1 left out with an empty caption (skip_empty_caption)")
+
+
+def test_a_sequence_of_texts_is_several_captions(other_dir):
+    split = TfdsSplit(other_dir, "train", "photo", "texts")
+    assert [entry.captions for entry in read(split)[0]] == [("one", "zwei Bären")]
+    kept, line, _ = read(split, skip_empty_caption=False)
+    assert [entry.captions for entry in kept] == [("one", "zwei Bären"), ("",)]
+    assert "1 without a caption" in line
+
+
+def test_unusable_records_are_named_and_left_out(other_dir, caplog):
+    entries, line, problems = read(TfdsSplit(other_dir, "faults", "photo", "text"))
+    assert [entry.captions for entry in entries] == [("fine",)]
+    assert problems.count == 2
+    assert f"{other_dir} faults[0] text: byte 0 is 0xff, expected UTF-8" in caplog.text
+    assert f"{other_dir} faults[2] photo: " in caplog.text
+    assert "1 pictures, 2 could not be used" in line
+
+
+def test_a_default_mask_holds_for_every_record_of_its_size(other_dir, tmp_path):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (40, 20), 90).save(mask)
+    (entry,), _, _ = read(TfdsSplit(other_dir, "train", "photo", "text"), mask=str(mask))
+    assert entry.mask_digest == hashlib.sha256(mask.read_bytes()).digest()
+    Image.new("L", (20, 40), 90).save(mask)
+    assert read(TfdsSplit(other_dir, "train", "photo", "text"), mask=str(mask))[2].count == 1
+
+
+def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):
+    """Records are overwritten behind the memo's back: who reads them would find nothing."""
+    copy = tmp_path / "1.0.0"
+    shutil.copytree(other_dir, copy)
+    split = TfdsSplit(str(copy), "train", "photo", "text")
+    entries, line, _ = read(split, memo=Memo(tmp_path / "memo.jsonl"))
+    (shard,) = copy.glob("*train*")
+    before = shard.stat()
+    shard.write_bytes(bytes(before.st_size))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[:2] == (entries, line)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[2].count == 2
+
+
+def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
+    copy = tmp_path / "1.0.0"
+    shutil.copytree(other_dir, copy)
+    split = TfdsSplit(str(copy), "train", "photo", "text")
+    entries, _, _ = read(split, memo=Memo(tmp_path / "memo.jsonl"))
+    shutil.rmtree(copy)
+    assert read(split, memo=Memo(tmp_path / "memo.jsonl", trust=True))[0] == entries
 
 
 @pytest.mark.parametrize(
@@ -177,12 +255,11 @@ def test_another_data_set_is_read_by_its_own_names(other_dir):
         ("train", "photo", "number", "expected a Text"),
         ("train[5:]", "photo", "text", "split train[5:]: "),
         ("train[x", "photo", "text", "split train[x: "),
-        ("wrong", "photo", "text", "expected UTF-8"),
     ],
 )
 def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
     with pytest.raises(UserError) as caught:
-        tfds_examples(other_dir, split, photo, text, (16, 16))
+        read(TfdsSplit(other_dir, split, photo, text))
     assert message in str(caught.value)
     assert other_dir in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -190,6 +267,6 @@ def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
 
 def test_an_unknown_or_unprepared_data_set_is_named(tmp_path):
     with pytest.raises(UserError, match=r"'anima_shape': .* \(did you mean 'anima_shapes'\?\)"):
-        tfds_examples("anima_shape", *SHAPES[1:], data_dir=tmp_path)
+        read(in_dir(tmp_path, name="anima_shape"))
     with pytest.raises(UserError, match="'mnist' is not prepared"):
-        tfds_examples("mnist", *SHAPES[1:], data_dir=tmp_path)
+        read(in_dir(tmp_path, name="mnist"))
