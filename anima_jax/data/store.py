@@ -186,7 +186,7 @@ class Store:
             if self._local is not None:
                 with _replacing(_path(self.folder) / first.name) as path:
                     _copy(first, path)
-            head = json.dumps({"format": FORMAT, "records": len(records), "bytes": size}).encode()
+            head = json.dumps({"format": FORMAT, "bytes": size}).encode()
             with _replacing(_path(self.folder) / (name + _KEYS)) as path:
                 path.write_bytes(head + b"\n" + keys)
         with self._lock:
@@ -396,9 +396,11 @@ def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
             continue
         with contextlib.suppress(OSError), path.open("rb") as file:
             old = time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_S
-            if old or (unfinished and unfinished[3] == _HOST):
+            if not old:
+                if not unfinished or unfinished[3] != _HOST:
+                    continue
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer lives
-                path.unlink()
+            path.unlink()
 
 
 @contextlib.contextmanager

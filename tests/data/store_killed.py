@@ -10,14 +10,14 @@ import numpy as np
 
 from anima_jax.data.store import Store
 
-PARTS, RECORDS_A_PART = 60, 3
+PARTS, RECORDS_A_PART = 150, 3
 
 
 def records_of(part: int) -> list[tuple[bytes, bytes]]:
-    """A part's (key, record): sizes from nothing to a few hundred kilobytes, different in each."""
+    """A part's (key, record): sizes from nothing to a hundred kilobytes, different in each."""
     rng = np.random.default_rng(part)
     return [
-        (hashlib.sha256(f"{part} {row}".encode()).digest(), rng.bytes(int(rng.integers(0, 300_000))))
+        (hashlib.sha256(f"{part} {row}".encode()).digest(), rng.bytes(int(rng.integers(0, 100_000))))
         for row in range(RECORDS_A_PART)
     ]
 

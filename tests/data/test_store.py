@@ -48,6 +48,15 @@ def only(folder: pathlib.Path, pattern: str) -> pathlib.Path:
     return path
 
 
+def test_the_store_needs_no_jax_and_loads_array_record_on_use():
+    code = (
+        "import sys, anima_jax.data.store; "
+        "print([m for m in ('jax', 'flax', 'array_record', 'etils', 'grain') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
