@@ -4,7 +4,6 @@ A tar is untrusted input: names are only labels, every size is checked against t
 """
 
 import dataclasses
-import os
 import tarfile
 from collections.abc import Iterator
 from typing import IO
@@ -122,8 +121,3 @@ class _Guarded:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise UserError(f"a header claims {size} bytes, expected at most {MAX_HEADER_BYTES}")
         return self._file.read(size)
-
-
-def is_tar(name: str | os.PathLike) -> bool:
-    """Whether the suffix says tar."""
-    return os.fspath(name).lower().endswith(".tar")

@@ -80,7 +80,8 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
         counts[f"names in {CAPTIONS_JSON} without a picture"] = table.unused()
     if directory.mask_path and not directory.default_mask_file:
         counts["without a mask"] = sum(entry.mask is None for entry in entries)
-    counts["folders in it not looked into"] = folders
+    masks_inside = directory.mask_path and os.path.dirname(os.path.normpath(directory.mask_path))
+    counts["folders in it not looked into"] = folders - (masks_inside == os.path.normpath(directory.path))
     counts["could not be used"] = skipped = problems.count - before
     line = summary_line(directory.path, entries, counts)
     memo.save(about, entries, Summary(line, skipped))

@@ -195,6 +195,21 @@ def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
     assert "a.png is a picture of 16×32 pixels, expected a picture of 32×16" in caplog.text
 
 
+def test_masks_may_lie_in_a_folder_of_the_folder(folder):
+    (folder / "masks").mkdir()
+    assert read(folder, mask_path=f"{folder}/masks/")[1] == f"{folder}: 3 pictures, 3 without a mask"
+
+
+def test_videos_are_entries_too_with_their_length_at_16_frames_a_second(tmp_path):
+    frames = [Image.new("RGB", (32, 16), (25 * n, 0, 0)) for n in range(10)]
+    frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:], duration=100)
+    put_tar(tmp_path / "t.tar", {"v.gif": (tmp_path / "v.gif").read_bytes(), "v.txt": b"moving"})
+    entries, line, _ = read(tmp_path, skip_empty_caption=False)
+    assert line == f"{tmp_path}: 0 pictures, 2 videos, 1 without a caption"
+    assert entries[0].frames == entries[1].frames
+    assert abs(entries[0].frames - 16) <= 1  # one second; the filter may round either end
+
+
 # ---- tars ----------------------------------------------------------------------------------------------------------
 
 
