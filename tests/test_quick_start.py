@@ -20,9 +20,6 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=AssertionError, reason="shape is right in 88 % of held-out captions; colour and background in all"
-)
 def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
     environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data")}
     command = [sys.executable, "-m", "anima_jax.train", "--config", str(CONFIG), "--set", f"output_dir={tmp_path}/runs"]
@@ -53,6 +50,5 @@ def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
             seed=seed,
         )
     scores = score([np.asarray(picture) for picture in pictures], wanted * 4)
-    if len(pictures) != 64 or min(scores["colour"], scores["background"]) < 0.9:
-        pytest.fail(f"{scores} over {len(pictures)} pictures")
-    assert scores["shape"] >= 0.9, scores
+    assert len(pictures) == 64
+    assert min(scores.values()) >= 0.9, scores

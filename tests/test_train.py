@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.config.load import load_config
-from anima_jax.data.plan import BatchPlan
+from anima_jax.data.plan import Plan, Tier
 from anima_jax.generate import main as generate
 from anima_jax.train import exports_after
 from anima_jax.train import main as train
@@ -101,7 +101,7 @@ def test_training_on_photographs_lowers_the_loss_and_what_it_saves_can_be_sample
 def test_models_are_saved_after_the_epochs_and_steps_that_the_configuration_names(tmp_path, pictures):
     write_transformer(tmp_path / "base.safetensors")
     config = write_config(tmp_path, pictures, "epochs = 4\nsave_every_n_epochs = 2\nsave_every_n_steps = 5")
-    plan = BatchPlan(num_examples=10, batch_size=4, seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
+    plan = Plan([Tier("64", np.arange(10), 16, 4)], seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
     config = load_config(config, ["micro_batch_size_per_gpu=4"])
     names = {step: exports_after(config, plan, step, 10) for step in range(1, 11)}
     assert {step: found for step, found in names.items() if found} == {5: ["epoch2", "step5"], 10: ["epoch4", "step10"]}
@@ -139,7 +139,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsy
     (tmp_path / "base.safetensors").write_bytes(base)
     assert "llm_path" in refused("--set", f"model.llm_path={ASSETS}")
     (pictures / "0.png").write_bytes(b"no picture")
-    assert "0.png" in refused()
+    assert "0.png" in refused("--strict_data")
     for path in pictures.iterdir():
         path.unlink()
     assert str(pictures) in refused()

@@ -29,7 +29,7 @@ STALE_SECONDS = 3600
 class AnimaShapes(tfds.core.GeneratorBasedBuilder):
     """64×64 PNG pictures of one shape each, captioned; the split `held_out` has scenes that `train` never shows."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     code_path = epath.Path(__file__)  # tfds guesses it from the package, which an editable installation can mislead
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -154,6 +154,15 @@ class Cache:
 
     # ---- filling --------------------------------------------------------------------------------------------------
 
+    def clear(self) -> None:
+        """Remove every record, of other runs too."""
+        if jax.process_index() == 0:
+            for store in self._stores:
+                store.clear()
+        _meet("the cache is cleared")
+        for store in self._stores:
+            store.refresh()
+
     def fill(self, examples: Sequence[Sequence[Example]], encoders: Encoders, problems: Problems) -> None:
         """Encode what is missing, of each store's examples in its store, in turn with the run's other processes.
 

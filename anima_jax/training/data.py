@@ -37,7 +37,8 @@ def read_data(config: MainConfig, problems: Problems, *, keep: bool = True) -> "
     for source, options in config.source_options:
         place = source.path if isinstance(source, DirectorySource) else _split(source)
         folders.append(config.cache_dir or _beside(source))
-        memo = os.path.join(folders[-1], f"files-{hashlib.sha256(repr(place).encode()).hexdigest()[:16]}.jsonl")
+        which = repr((place, options.mask_path, options.default_mask_file, options.skip_empty_caption))
+        memo = os.path.join(folders[-1], f"files-{hashlib.sha256(which.encode()).hexdigest()[:16]}.jsonl")
         sources.append(Source(place, options, Memo(memo if keep else None, trust=config.trust_cache)))
     return TrainingData(config, folders, read_examples(sources, problems))
 
@@ -98,10 +99,9 @@ class TrainingData:
         """Put into the cache what is not there yet. Raises UserError if nothing is left to train on."""
         config, folders = self._config, list(dict.fromkeys(self._folders))
         stores = {folder: Store(folder, local_dir=self._local(folder)) for folder in folders}
-        if config.regenerate_cache:
-            for store in stores.values():
-                store.clear()
         self.cache = Cache(config, [stores[folder] for folder in self._folders], encoders.tokenizers)
+        if config.regenerate_cache:
+            self.cache.clear()
         self.cache.fill(self._groups, encoders, problems)
         before = len(self.examples)
         self._groups = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]

@@ -84,7 +84,7 @@ def test_a_slice_is_the_beginning_of_the_split(shapes_dir, train):
 
 
 def test_a_data_set_is_found_by_its_directory(shapes_dir, train):
-    by_directory, _, _ = read(TfdsSplit(str(shapes_dir / "anima_shapes" / "1.0.0")))
+    by_directory, _, _ = read(TfdsSplit(str(shapes_dir / "anima_shapes" / "1.1.0")))
     assert [(e.digest, e.captions) for e in by_directory] == [(e.digest, e.captions) for e in train]
 
 
@@ -113,14 +113,14 @@ def test_two_processes_that_draw_at_once_both_get_the_whole(tmp_path):
         one, other = pool.map(build, [tmp_path, tmp_path], chunksize=1)
     assert one == other
     assert len(one) == 240
-    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
+    assert names(tmp_path / "anima_shapes") == ["1.1.0"]
 
 
 def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
     from anima_jax.data import shapes_builder
 
     def overtaken(*scene_and_placement):
-        if not (tmp_path / "anima_shapes" / "1.0.0").exists():
+        if not (tmp_path / "anima_shapes" / "1.1.0").exists():
             subprocess.run([sys.executable, "-c", child_code(tmp_path)], check=True)
         return shapes.draw(*scene_and_placement)
 
@@ -128,7 +128,7 @@ def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
         entries, _, _ = read(in_dir(tmp_path))
     assert len(entries) == 240
     assert pixels(entries[-1]).shape == (64, 64, 3)
-    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
+    assert names(tmp_path / "anima_shapes") == ["1.1.0"]
 
 
 def child_code(data_dir, **options) -> str:
@@ -142,7 +142,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path):
     assert unfinished.name.startswith("incomplete.")
     os.utime(unfinished, (0, 0))  # so old that nobody can still be at work on it
     assert len(build(tmp_path)) == 240
-    assert names(tmp_path / "anima_shapes") == ["1.0.0"]
+    assert names(tmp_path / "anima_shapes") == ["1.1.0"]
 
 
 def test_drawing_is_silent_and_reproducible(tmp_path, train):
