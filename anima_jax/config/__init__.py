@@ -5,7 +5,7 @@
 
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.load import load_config, load_dataset
-from anima_jax.config.main import GROUPS, MainConfig, MeshConfig, SampleConfig
+from anima_jax.config.main import GROUPS, EvalDataset, MainConfig, MeshConfig, MonitoringConfig, SampleConfig
 from anima_jax.config.model import ModelConfig
 from anima_jax.config.network import AdapterSizes, NetworkSizes
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
@@ -16,9 +16,11 @@ __all__ = [
     "AdapterSizes",
     "DatasetConfig",
     "DirectorySource",
+    "EvalDataset",
     "MainConfig",
     "MeshConfig",
     "ModelConfig",
+    "MonitoringConfig",
     "NetworkSizes",
     "OptimizerConfig",
     "SampleConfig",

@@ -9,41 +9,46 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ANY = object()
-"""Every value is harmless: the key only qualifies another one, and that one is answered."""
+NOT_YET = "a known key that this version does not carry out yet"
 
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """How a key is answered: by `note`, by the fault `refusal`, or by a fault unless its value is among `harmless`."""
+    """How a key is answered: by `note`, by the fault `refusal`, or by a fault, unless its value is among `harmless`.
+
+    A key with `renamed` is another spelling of that one.
+    """
 
     note: str = ""
     refusal: str = ""
     harmless: tuple[Any, ...] = ()
-    hint: str = ""
+    renamed: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether the value asks for nothing that is missing here. `true` is not 1."""
-        return bool(self.note) or any(
-            known is ANY or (known == value and isinstance(known, bool) == isinstance(value, bool))
-            for known in self.harmless
-        )
+        return any(known == value and isinstance(known, bool) == isinstance(value, bool) for known in self.harmless)
 
 
-def elsewhere(note: str) -> Foreign:
-    return Foreign(note=note)
+def elsewhere(note: str, *harmless: Any) -> Foreign:
+    return Foreign(note=note, harmless=harmless)
 
 
 def refused(refusal: str) -> Foreign:
     return Foreign(refusal=refusal)
 
 
-def not_yet(*harmless: Any, hint: str = "") -> Foreign:
-    return Foreign(harmless=harmless, hint=hint)
+def not_yet(*harmless: Any) -> Foreign:
+    return Foreign(harmless=harmless)
+
+
+def spelling_of(key: str) -> Foreign:
+    return Foreign(renamed=key)
 
 
 _MESH = "layers are never split between devices; [mesh] shards every one of them"
-_SWAP = "activation_checkpointing = true is what saves memory"
+_SWAP = "activation_checkpointing = 'unsloth' and [model] transformer_dtype are what saves memory"
+_UPLOAD = "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that"
+_KERNELS = "chooses among torch's kernels"
 
 MAIN: Mapping[str, Foreign] = {
     "pipeline_stages": elsewhere(_MESH),
@@ -53,32 +58,27 @@ MAIN: Mapping[str, Foreign] = {
     "disable_block_swap_for_eval": elsewhere(_SWAP),
     "reentrant_activation_checkpointing": elsewhere("activation_checkpointing has one form, which always works"),
     "compile": elsewhere("every step is compiled, always, by XLA"),
-    "eval_datasets": not_yet([]),
-    "eval_every_n_epochs": not_yet(ANY),
-    "eval_every_n_steps": not_yet(ANY),
-    "eval_every_n_examples": not_yet(ANY),
-    "eval_before_first_step": not_yet(ANY),
-    "eval_micro_batch_size_per_gpu": not_yet(ANY),
-    "eval_image_micro_batch_size_per_gpu": not_yet(ANY),
-    "image_eval_micro_batch_size_per_gpu": not_yet(ANY),
-    "eval_gradient_accumulation_steps": not_yet(ANY),
-    "checkpoint_every_n_epochs": not_yet(),
-    "checkpoint_every_n_minutes": not_yet(),
-    "max_checkpoints": not_yet(),
-    "logging_steps": not_yet(1, hint="steps_per_print sets how often a line is printed"),
-    "x_axis_examples": not_yet(False),
-    "huggingface_repo": not_yet(),
-    "upload_hf_from_epoch": not_yet(ANY),
+    "eval_gradient_accumulation_steps": elsewhere(
+        "no evaluation depends on the size of its batches; eval_micro_batch_size_per_gpu sets it", 1
+    ),
+    "image_eval_micro_batch_size_per_gpu": spelling_of("eval_image_micro_batch_size_per_gpu"),
+    "huggingface_repo": elsewhere(_UPLOAD, ""),
+    "upload_hf_from_epoch": elsewhere(_UPLOAD),
 }
 
 MODEL: Mapping[str, Foreign] = {
-    "transformer_dtype": not_yet(hint="frozen weights are stored in dtype"),
+    "t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
+    "merge_adapters": refused("belongs to other models; give transformer_path a file with the adapters merged in"),
 }
 
 OPTIMIZER: Mapping[str, Foreign] = {
     "kahan_sum": elsewhere("trained weights are float32, which needs no compensated sums"),
-    "gradient_release": not_yet(False),
-    "beta2_half_life": not_yet(hint="set betas"),
+    "stabilize": elsewhere("type = 'stableadamw' is the optimizer that limits its steps so", False),
+    "gradient_release": elsewhere(
+        "gradients are clipped and applied in one program, which frees each as soon as it can", False
+    ),
+    "foreach": elsewhere(_KERNELS),
+    "fused": elsewhere(_KERNELS),
 }
 
 ADAPTER: Mapping[str, Foreign] = {
@@ -86,6 +86,7 @@ ADAPTER: Mapping[str, Foreign] = {
     "init_from_existing": not_yet(),
     "rank_dropout": not_yet(0.0),
     "decompose_factor": not_yet(-1),
+    "fuse_adapters": refused("belongs to Flux and Chroma; give [model] transformer_path a file with them merged in"),
 }
 
 DATASET: dict[str, Foreign] = {
@@ -111,14 +112,27 @@ SECTIONS: Mapping[str, Mapping[str, Foreign]] = {
 """The main TOML's tables. The dataset TOML has `DATASET` at its top and in each source."""
 
 
+FLAGS: Mapping[str, str] = {
+    "deepspeed": "one program runs on all devices; [mesh] says how they share the work",
+    "deepspeed_config": "the TOML holds every setting",
+    "local_rank": "one program runs on all devices of a machine; no launcher starts it",
+    "master_port": "processes find each other through jax.distributed",
+    "test_sample": "[sample] draws pictures while training, and `python -m anima_jax.generate` at any time",
+}
+"""Flags of diffusion-pipe's command line that cannot apply, and what does their job."""
+
+
 def set_aside(table: dict[str, Any], rows: Mapping[str, Foreign]) -> Iterable[tuple[str, str, bool]]:
     """Take the foreign keys out of `table`, in place: (key, answer, whether it is a fault) of those that speak."""
     for key in [key for key in table if key in rows]:
         row, value = rows[key], table.pop(key)
-        if row.note:
+        if row.renamed:
+            if row.renamed in table:
+                yield key, f"is another spelling of {row.renamed}, which is set too; expected one of the two", True
+            table.setdefault(row.renamed, value)
+        elif row.accepts(value):
+            continue
+        elif row.note:
             yield key, f"does nothing here: {row.note}", False
-        elif row.refusal:
-            yield key, row.refusal, True
-        elif not row.accepts(value):
-            hint = f"; {row.hint}" if row.hint else ""
-            yield key, f"a known key that this version does not carry out yet{hint}", True
+        else:
+            yield key, row.refusal or NOT_YET, True

@@ -12,7 +12,7 @@ from anima_jax.config import dataset as dataset_file
 from anima_jax.config import foreign
 from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.faults import File, Place
-from anima_jax.config.main import MainConfig, MainFile
+from anima_jax.config.main import EvalDataset, MainConfig, MainFile
 from anima_jax.config.schema import resolve
 from anima_jax.errors import UserError
 
@@ -46,11 +46,18 @@ def load_config(
         "cached_text": not (isinstance(model, dict) and model.get("cache_text_embeddings") is False),
     }
     data = _dataset_of(name, table.get("dataset"), settings, faults, notes)
+    paths = _eval_paths(table.get("eval_datasets"))
+    eval_data = [_dataset_of(name, path, settings, faults, notes) for path in paths]
     if faults or main is None or data is None:
         raise UserError(*dict.fromkeys(faults))
     keys = {key: getattr(main, key) for key in MainFile.model_fields}
+    keys["eval_datasets"] = tuple(
+        EvalDataset(file.name, file.config, data)
+        for file, data in zip(main.eval_datasets, eval_data, strict=True)
+        if data
+    )
     return MainConfig.model_construct(
-        main.model_fields_set, **keys, data=data, path=os.path.abspath(name), notes=tuple(notes)
+        main.model_fields_set, **keys, data=data, path=os.path.abspath(name), notes=tuple(dict.fromkeys(notes))
     )
 
 
@@ -95,10 +102,13 @@ def _main_file(
         inner = table.get(section) if section else table
         if isinstance(inner, dict):
             _set_aside(file, inner, rows, (section,) if section else (), faults, notes)
-    main = _validated(file, table, MainFile, faults)
-    if main and main.activation_checkpointing == "unsloth":
-        notes.append(file.line(("activation_checkpointing",), "nothing is moved to the host here: 'unsloth' is true"))
-    return main
+    return _validated(file, table, MainFile, faults)
+
+
+def _eval_paths(entries: Any) -> list[Any]:
+    """The dataset TOML that each of `eval_datasets` names; whatever is no path is the main TOML's fault."""
+    entries = entries if isinstance(entries, list) else []
+    return [entry.get("config") if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _dataset_of(

@@ -7,10 +7,11 @@ from them. Keys of diffusion-pipe that are answered without a meaning here are i
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import annotated_types
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.model import GROUPS, ModelConfig
@@ -27,9 +28,11 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     Whole,
+    Words,
     fault,
     is_address,
     not_yet,
+    output_folder,
 )
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
@@ -46,7 +49,14 @@ class SampleConfig(Section):
     """Ours: pictures drawn while training, one for each prompt and seed."""
 
     prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
-    every_n_steps: Count = Field(500, description="draw after every so many steps, and at the start and the end")
+    every_n_epochs: Count | None = Field(
+        None, description="draw after every so many epochs, and at the start and the end"
+    )
+    every_n_steps: Count | None = Field(
+        default_factory=lambda table: 500 if table["every_n_epochs"] is None else None,
+        description="draw after every so many steps, and at the start and the end; unset: 500, or by epochs alone if "
+        "every_n_epochs is set",
+    )
     steps: Count = Field(30, description="sampler steps")
     guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
     shift: Positive = Field(3.0, description="moves the sampler's times as [model] shift does the training's")
@@ -89,19 +99,46 @@ class MeshConfig(Section):
         return context
 
 
-def _no_wandb(enable: bool) -> bool:
-    if enable:
-        raise fault(not_yet("reporting to Weights & Biases", "set it to false"))
-    return enable
-
-
 class MonitoringConfig(Section):
-    """Where figures are reported besides the console."""
+    """Where figures are reported besides the console and the run's metrics.jsonl."""
 
-    enable_wandb: Annotated[bool, AfterValidator(_no_wandb)] = Field(False, description="only false")
-    wandb_api_key: str = Field("", description="without enable_wandb, unused")
-    wandb_tracker_name: str = Field("", description="without enable_wandb, unused")
-    wandb_run_name: str = Field("", description="without enable_wandb, unused")
+    enable_tensorboard: bool = Field(True, description="ours; write TensorBoard's files into the run's folder")
+    enable_wandb: bool = Field(False, description="report to Weights & Biases too, for which wandb must be installed")
+    wandb_api_key: str = Field("", description="key for Weights & Biases; empty: that of `wandb login`")
+    wandb_tracker_name: str = Field("", description="project of the run; empty: Weights & Biases' own choice")
+    wandb_run_name: str = Field("", description="name of the run; empty: Weights & Biases' own choice")
+
+
+class EvalFile(Section):
+    """A data set that is evaluated and not trained; a bare path stands for `config`."""
+
+    config: LocalFile = Field(description="its dataset TOML")
+    name: Annotated[str, Field(min_length=1)] = Field(
+        default_factory=lambda table: Path(table["config"]).stem,
+        description="what its figures are called; unset: the file's name without .toml",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, entry: Any) -> Any:
+        return {"config": entry} if isinstance(entry, str) else entry
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalDataset:
+    """A data set that is evaluated: `path` is its TOML, `data` what stands in it."""
+
+    name: str
+    path: str
+    data: DatasetConfig
+
+
+def _names_differ(files: tuple[EvalFile, ...]) -> tuple[EvalFile, ...]:
+    names = [file.name for file in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise fault(f"two of them are called '{twice}', expected a name for each, as in {{name = …, config = …}}")
+    return files
 
 
 def _micro_batch(found: Any) -> Any:
@@ -113,7 +150,9 @@ def _micro_batch(found: Any) -> Any:
     return tuple(map(tuple, found)) if isinstance(found, list | tuple) else found
 
 
-MicroBatch = Annotated[int | tuple[tuple[int, int], ...], BeforeValidator(_micro_batch)]
+MicroBatch = Annotated[
+    int | tuple[tuple[int, int], ...], BeforeValidator(_micro_batch), Words("whole number or [[side, number], …]")
+]
 
 
 def _batch_sizes(micro_batch: int | tuple[tuple[int, int], ...] | None) -> list[int]:
@@ -129,10 +168,45 @@ def _on_this_machine(folder: str | None) -> str | None:
     return folder
 
 
+def _nearest(entries: int | tuple[tuple[int, int], ...], size: Size) -> int:
+    """The batch size for examples of this size."""
+    if isinstance(entries, int):
+        return entries
+    side = math.sqrt(size.width * size.height)
+    return min(entries, key=lambda entry: abs(entry[0] - side))[1]
+
+
+Remat = Literal["none", "full", "dots", "attention", "offload"]
+ACTIVATION_CHECKPOINTING: dict[bool | str, Remat] = {False: "none", True: "full", "unsloth": "offload"}
+
+
 def _activation_checkpointing(found: Any) -> Any:
     if type(found) is not bool and found != "unsloth":
         raise fault(f"found {found!r}, expected false, true or 'unsloth'")
     return found
+
+
+def _which_run(found: Any) -> Any:
+    if type(found) is bool:
+        return "" if found else None
+    if not isinstance(found, str | None):
+        raise fault(f"found {found!r}, expected a run's folder, or true for the newest in output_dir")
+    return found
+
+
+def _off_or_folder(folder: str) -> str:
+    return output_folder(folder) if folder else folder
+
+
+def _only_one(other: str) -> AfterValidator:
+    """Set together with the key `other`, a key is a fault."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get(other) is not None:
+            raise fault(f"{other} is set too, expected one of the two")
+        return value
+
+    return AfterValidator(check)
 
 
 def _only_loss(value: float | None, info: ValidationInfo) -> float | None:
@@ -150,6 +224,9 @@ class MainFile(Section):
 
     output_dir: OutputFolder = Field(description="folder in which every run makes a folder of its own")
     dataset: LocalFile = Field(description="the dataset TOML")
+    eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(_names_differ)] = Field(
+        (), description="data sets that are evaluated: {name = …, config = …} each, or the path of a dataset TOML"
+    )
     seed: Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32)] = Field(
         0, description="ours; every random number of the run follows from it"
     )
@@ -187,8 +264,31 @@ class MainFile(Section):
     uncond_fraction: Fraction = Field(
         0.0, description="fraction of the examples that is trained with the empty caption"
     )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="ours; dtype of trained weights; 'bfloat16' halves their memory and rounds each update at random, "
+        "up or down, so that none is lost on average; moments and averages stay float32",
+    )
     activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_activation_checkpointing)] = Field(
-        False, description="true: the backward pass computes the blocks' inner values again instead of keeping them"
+        False,
+        description="true: the backward pass computes the blocks' inner values again instead of keeping them; "
+        "'unsloth': they are kept in the host's memory",
+    )
+    remat: Remat = Field(
+        default_factory=lambda table: ACTIVATION_CHECKPOINTING[table["activation_checkpointing"]],
+        description="ours, instead of activation_checkpointing; what the backward pass computes again: 'none' of a "
+        "block's inner values, the 'full' block, all but the results of its matrix products ('dots') or of its "
+        "attention ('attention'), or nothing, because they wait in the host's memory ('offload'); unset: 'none', or "
+        "'full' for activation_checkpointing = true and 'offload' for 'unsloth'",
+    )
+    remat_every: Count = Field(1, description="ours; blocks that are computed again together; divides their number")
+    scan_unroll: Count = Field(
+        1, description="ours; blocks that are compiled one after the other: more of them run faster and compile longer"
+    )
+    max_skipped_steps: Count = Field(
+        10,
+        description="ours; a step whose loss or gradient is not finite changes nothing; after so many in a row the run "
+        "stops",
     )
     video_clip_mode: Literal["single_beginning", "single_middle"] = Field(
         "single_beginning", description="which part of a video is trained: its beginning or its middle"
@@ -225,11 +325,56 @@ class MainFile(Section):
 
     save_every_n_epochs: Count | None = Field(None, description="save the model after every so many epochs")
     save_every_n_steps: Count | None = Field(None, description="save the model after every so many optimizer steps")
-    save_every_n_examples: Count | None = Field(
+    save_every_n_examples: Annotated[Count | None, _only_one("save_every_n_steps")] = Field(
         None, description="save the model after every so many examples, instead of steps"
     )
     save_dtype: Dtype | None = Field(None, description="dtype of saved models; unset: [adapter] dtype or [model] dtype")
+    checkpoint_every_n_epochs: Count | None = Field(
+        None, description="save all that a resumed run needs after every so many epochs"
+    )
+    checkpoint_every_n_minutes: Positive | None = Field(
+        None, description="save all that a resumed run needs after every so many minutes"
+    )
+    max_checkpoints: Count | None = Field(
+        None, description="ours; keep the newest so many saved models and so many checkpoints; unset: all"
+    )
+    resume_from_checkpoint: Annotated[str | None, BeforeValidator(_which_run), Words("true or run's folder")] = Field(
+        None,
+        description="go on with the run in this folder, or of this name in output_dir; true: the newest run there that "
+        "has a checkpoint; also --resume_from_checkpoint",
+    )
+    reset_dataloader: bool = Field(
+        False, description="ours; resume in the same epoch, but at its beginning; also --reset_dataloader"
+    )
+    reset_optimizer: bool = Field(
+        False, description="ours; resume without the optimizer's state; also --reset_optimizer"
+    )
+    reset_optimizer_params: bool = Field(
+        False, description="ours; resume with this file's settings of the optimizer; also --reset_optimizer_params"
+    )
+
+    eval_every_n_epochs: Count | None = Field(None, description="evaluate after every so many epochs")
+    eval_every_n_steps: Count | None = Field(None, description="evaluate after every so many optimizer steps")
+    eval_every_n_examples: Annotated[Count | None, _only_one("eval_every_n_steps")] = Field(
+        None, description="evaluate after every so many examples, instead of steps"
+    )
+    eval_before_first_step: bool = Field(True, description="evaluate before the training too, unless it is resumed")
+    eval_micro_batch_size_per_gpu: MicroBatch | None = Field(
+        None,
+        description="examples that one device evaluates at once, which changes no figure; unset: those of the training",
+    )
+    eval_image_micro_batch_size_per_gpu: MicroBatch | None = Field(
+        None, description="the same for pictures; unset: eval_micro_batch_size_per_gpu"
+    )
+
     steps_per_print: Count = Field(1, description="a line is printed after every so many steps")
+    logging_steps: Count = Field(1, description="figures are reported after every so many steps; see [monitoring]")
+    x_axis_examples: bool = Field(False, description="report figures by the number of examples instead of steps")
+    compilation_cache_dir: Annotated[str, AfterValidator(_off_or_folder), Words("folder")] | None = Field(
+        None,
+        description="ours; folder of compiled programs, which start the next run sooner; unset: one in the user's cache "
+        "directory; empty: none is kept",
+    )
 
     model: ModelConfig = Field(description="the networks")
     optimizer: OptimizerConfig = Field(description="the optimizer")
@@ -265,13 +410,6 @@ class MainFile(Section):
             raise fault(f"missing, expected a folder on this machine for copies of cache_dir = {cache}")
         return folder
 
-    @field_validator("save_every_n_examples")
-    @classmethod
-    def _whole_steps(cls, examples: int | None, info: ValidationInfo) -> int | None:
-        if examples is not None and info.data.get("save_every_n_steps") is not None:
-            raise fault("save_every_n_steps is set too, expected one of the two")
-        return examples
-
 
 class Schedule(NamedTuple):
     """Learning rate over time, as a factor of each group's own."""
@@ -285,6 +423,8 @@ class MainConfig(MainFile):
 
     data: DatasetConfig
     """The dataset TOML."""
+    eval_datasets: tuple[EvalDataset, ...] = ()  # type: ignore[assignment]
+    """The data sets to evaluate, each dataset TOML read."""
     path: str
     """The main TOML's own absolute path."""
     notes: tuple[str, ...] = ()
@@ -302,11 +442,6 @@ class MainConfig(MainFile):
         return self.save_dtype or own or self.model.dtype
 
     @property
-    def remat(self) -> Literal["none", "full"]:
-        """What the backward pass computes again."""
-        return "full" if self.activation_checkpointing else "none"
-
-    @property
     def cached_dtype(self) -> Dtype:
         """Of latents and text states in the cache."""
         return self.cache_dtype or self.model.dtype
@@ -314,20 +449,26 @@ class MainConfig(MainFile):
     @property
     def source_options(self) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
         """Each source of the dataset TOML, and how it becomes examples in this run."""
+        return self.options_of(self.data)
+
+    def options_of(self, data: DatasetConfig) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
+        """Each source of a data set, and how it becomes examples in this run."""
         anew = not self.model.cache_text_embeddings
         return [
             (source, dataclasses.replace(options, shuffle_anew=anew and options.shuffle_copies > 0))
-            for source, options in ((source, source.options) for source in self.data.sources)
+            for source, options in ((source, source.options) for source in data.sources)
         ]
 
     def micro_batch(self, size: Size) -> int:
         """Examples of this size that one device takes through the network at once."""
         own = self.image_micro_batch_size_per_gpu if size.frames == 1 else None
-        entries = self.micro_batch_size_per_gpu if own is None else own
-        if isinstance(entries, int):
-            return entries
-        side = math.sqrt(size.width * size.height)
-        return min(entries, key=lambda entry: abs(entry[0] - side))[1]
+        return _nearest(self.micro_batch_size_per_gpu if own is None else own, size)
+
+    def eval_micro_batch(self, size: Size) -> int:
+        """Examples of this size that one device evaluates at once."""
+        own = self.eval_image_micro_batch_size_per_gpu if size.frames == 1 else None
+        entries = self.eval_micro_batch_size_per_gpu if own is None else own
+        return self.micro_batch(size) if entries is None else _nearest(entries, size)
 
     def global_batch(self, size: Size) -> int:
         """Examples in one optimizer step on examples of this size."""
@@ -339,14 +480,20 @@ class MainConfig(MainFile):
 
     @property
     def save_every_steps(self) -> int | None:
-        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count.
+        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count."""
+        return self._steps(self.save_every_n_steps, self.save_every_n_examples)
 
-        Where the batch size differs by size, examples are divided by the largest.
-        """
-        if self.save_every_n_examples is None:
-            return self.save_every_n_steps
+    @property
+    def eval_every_steps(self) -> int | None:
+        """Optimizer steps between two evaluations, likewise."""
+        return self._steps(self.eval_every_n_steps, self.eval_every_n_examples)
+
+    def _steps(self, steps: int | None, examples: int | None) -> int | None:
+        """Where the batch size differs by size, examples are divided by the largest."""
+        if examples is None:
+            return steps
         sizes = [size for source in self.data.sources for size in source.bucketing.sizes]
-        return max(1, self.save_every_n_examples // max(map(self.global_batch, sizes)))
+        return max(1, examples // max(map(self.global_batch, sizes)))
 
     @property
     def loss(self) -> tuple[str, float]:

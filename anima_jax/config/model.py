@@ -1,5 +1,6 @@
 """`[model]`: the networks' files and dtype, training times, and a learning rate for each part."""
 
+import json
 import os
 from typing import Annotated, Literal
 
@@ -14,6 +15,8 @@ from anima_jax.config.schema import (
     NotNegative,
     Positive,
     TypedSection,
+    Words,
+    existing,
     fault,
     is_address,
 )
@@ -32,6 +35,39 @@ def _complete_tokenizers(folder: str) -> str:
     return folder
 
 
+TEXT_ENCODER = "a Qwen3 text encoder, as a .safetensors file or its folder"
+
+
+def _text_encoder(path: str, info: ValidationInfo) -> str:
+    """The file that holds the text encoder, which is `path` or lies in it."""
+    path = existing(path, info, os.path.exists, TEXT_ENCODER)
+    return _file_of_qwen3(path) if os.path.isdir(path) else path
+
+
+def _file_of_qwen3(folder: str) -> str:
+    """The one .safetensors file in a folder of transformers' that holds a Qwen3."""
+    described = os.path.join(folder, "config.json")
+    try:
+        with open(described, encoding="utf-8") as file:
+            description = json.load(file)
+    except FileNotFoundError:
+        raise fault(f"{folder} is a folder without a config.json, expected {TEXT_ENCODER}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise fault(f"{described} cannot be read as JSON: {error}") from error
+    found = description.get("model_type") if isinstance(description, dict) else None
+    if found != "qwen3":
+        raise fault(f"{described} has model_type {found!r}, expected 'qwen3': Anima's text encoder is a Qwen3")
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if len(files) != 1:
+        held = f"{len(files)} of them ({', '.join(files[:2])} …)" if files else "none"
+        raise fault(f"{folder} holds {held}, expected one .safetensors file with the whole model")
+    return os.path.join(folder, files[0])
+
+
+TextEncoder = Annotated[str, AfterValidator(_text_encoder), Words("file or folder")]
+FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16", "float16", "float32"]
+
+
 class ModelConfig(TypedSection):
     """The networks: which files, which dtype, how training times are drawn, and a learning rate for each part."""
 
@@ -45,7 +81,10 @@ class ModelConfig(TypedSection):
         description="ours, instead of transformer_path: sizes; the training starts from scratch",
     )
     vae_path: InputFile = Field(description="the VAE's .safetensors file (qwen_image_vae)")
-    llm_path: InputFile = Field(description="the Qwen3 text encoder's .safetensors file (qwen_3_06b_base)")
+    llm_path: TextEncoder = Field(
+        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder of transformers' with "
+        "config.json and the model in one file"
+    )
     llm_adapter_path: InputFile | None = Field(
         None, description="the LLM adapter's own .safetensors file; unset: it is in transformer_path"
     )
@@ -53,7 +92,16 @@ class ModelConfig(TypedSection):
         None, description="ours; a folder with the tokenizers qwen/ and t5/; unset: those of the Hugging Face hub"
     )
     dtype: Dtype = Field(
-        "bfloat16", description="dtype of the computation and of frozen weights; trained weights are float32"
+        "bfloat16", description="dtype of the computation and of frozen weights; trained weights: see param_dtype"
+    )
+    transformer_dtype: FrozenDtype | None = Field(
+        None,
+        description="dtype in which the frozen matrices of the transformer's blocks are kept, for an adapter's training "
+        "in little memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
+    )
+    text_encoder_fp8: bool = Field(False, description="keep the text encoder's matrices in float8_e4m3fn")
+    text_encoder_nf4: bool = Field(
+        False, validate_default=True, description="keep the text encoder's matrices in 4 bits (NF4, blocks of 64)"
     )
     cache_text_embeddings: bool = Field(
         True, description="true: captions are encoded once, before training; false: in every step, as tag_dropout needs"
@@ -81,6 +129,13 @@ class ModelConfig(TypedSection):
     llm_adapter_lr: NotNegative | None = Field(
         None, description="learning rate of the LLM adapter; 0 freezes; unset: lr"
     )
+
+    @field_validator("text_encoder_nf4")
+    @classmethod
+    def _fp8_or_nf4(cls, nf4: bool, info: ValidationInfo) -> bool:
+        if nf4 and info.data.get("text_encoder_fp8"):
+            raise fault("text_encoder_fp8 is set too, expected one of the two")
+        return nf4
 
     @field_validator("config")
     @classmethod

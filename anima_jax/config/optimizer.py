@@ -1,55 +1,88 @@
 """`[optimizer]` and `[adapter]`: how weights move, and which ones if not all of them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from anima_jax.config.schema import Count, Dtype, Listed, NotNegative, Positive, TypedSection, fault, not_yet
+from anima_jax.config.schema import Count, Dtype, Listed, NotNegative, Positive, Section, TypedSection, fault, not_yet
 
 Beta = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
 
+_TORCH = {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}
+
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8},
+    "adamw": _TORCH,
+    "offload": _TORCH,
+    "adamw8bit": _TORCH,
+    "adamw8bitkahan": _TORCH,
     "adamw_optimi": {"betas": (0.9, 0.99), "weight_decay": 0.0, "eps": 1e-6},
+    "stableadamw": {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-6},
 }
-"""What diffusion-pipe gets from each type's own library (torch, optimi) where the TOML says nothing."""
+"""What diffusion-pipe gets from each type's own library (torch, bitsandbytes, optimi) where the TOML says nothing."""
 
 
 def _default(key: str):
-    return lambda table: DEFAULTS[table["type"]][key]
+    return lambda table: DEFAULTS.get(table["type"], {}).get(key)
 
 
-class OptimizerConfig(TypedSection):
-    """The optimizer. Trained weights and moments are float32, whatever `[model] dtype` says."""
+def _lower(name: str) -> str:
+    if not name.strip():
+        raise fault("found an empty string, expected the optimizer's name, as 'adamw'")
+    return name.lower()
 
-    TYPES = tuple(DEFAULTS)
-    NOT_YET_TYPES = (
-        "adamw8bit",
-        "adamw8bitkahan",
-        "stableadamw",
-        "sgd",
-        "offload",
-        "automagic",
-        "genericoptim",
-        "prodigy",
-        "lion",
-        "came",
-        "adafactor",
-    )
 
-    type: Literal["adamw", "adamw_optimi"] = Field(
-        description="'adamw' or 'adamw_optimi': both AdamW in float32, with the defaults of the library that they name"
+class OptimizerConfig(Section):
+    """The optimizer. Moments are float32 (except those of the 8-bit types), whatever `[model] dtype` says.
+
+    Every other key is an argument of the optimizer's own and is kept in `options`; whether it has such an argument is
+    known where the optimizer is built.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    ANY_KEY: ClassVar[str] = "an argument of the optimizer's own, by its name in torch or optax"
+    """What keys that are not listed mean."""
+
+    type: Annotated[str, AfterValidator(_lower)] = Field(
+        description="in any case: 'adamw', 'adamw_optimi', 'stableadamw', 'adamw8bit', 'AdamW8bitKahan', 'offload' "
+        "(moments in the host's memory), 'adafactor', 'lion', 'sgd', 'muon', 'prodigy', 'schedule_free_adamw', or any "
+        "transformation of optax or optax.contrib"
     )
     lr: NotNegative = Field(description="learning rate of every group that has none of its own in [model]")
-    betas: Annotated[tuple[Beta, Beta], Listed] = Field(
-        default_factory=_default("betas"), description="decay of the first and of the second moment"
+    betas: Annotated[tuple[Beta, Beta], Listed] | None = Field(
+        default_factory=_default("betas"),
+        description="decay of the first and of the second moment; unset: the optimizer's own, (0.9, 0.999) for 'adamw' "
+        "and (0.9, 0.99) for 'adamw_optimi'",
     )
-    weight_decay: NotNegative = Field(
+    beta2_half_life: Positive | None = Field(
+        None,
+        validate_default=True,
+        description="examples after which the second moment has forgotten half: β₂ = 0.5^(global batch / this), "
+        "instead of the second of betas",
+    )
+    weight_decay: NotNegative | None = Field(
         default_factory=_default("weight_decay"),
-        description="decoupled weight decay; 1-D parameters and the adapter's token table have none",
+        description="decoupled weight decay; 1-D parameters and the adapter's token table have none; unset: the "
+        "optimizer's own, 0.01 for 'adamw' and 0 for 'adamw_optimi'",
     )
-    eps: Positive = Field(default_factory=_default("eps"), description="added to the root of the second moment")
+    eps: Positive | None = Field(
+        default_factory=_default("eps"),
+        description="added to the root of the second moment; unset: the optimizer's own, 1e-8 for 'adamw' and 1e-6 for "
+        "'adamw_optimi'",
+    )
+
+    @field_validator("beta2_half_life")
+    @classmethod
+    def _betas_are_given(cls, half_life: float | None, info: ValidationInfo) -> float | None:
+        if half_life is not None and info.data.get("betas", ()) is None:
+            raise fault(f"found {half_life}, expected betas beside it: the first of them is not known")
+        return half_life
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that are not listed here: arguments of the optimizer's own."""
+        return dict(self.model_extra or {})
 
 
 def _no_dropout(dropout: float) -> float:

@@ -3,9 +3,10 @@
 Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is a float where a float is wanted.
 """
 
+import dataclasses
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +24,13 @@ NotNegative = Annotated[float, annotated_types.Ge(0)]
 Count = Annotated[int, annotated_types.Ge(1)]
 """A whole number, at least 1."""
 Whole = Annotated[int, annotated_types.Ge(0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Metadata of an annotated type: how the reference names it, where its Python type does not say it."""
+
+    text: str
 
 
 class Section(BaseModel):
@@ -76,7 +84,9 @@ def multiple_of_16(pixels: int) -> int:
     return pixels
 
 
-PixelSide = Annotated[int, annotated_types.Ge(PIXEL_MULTIPLE), AfterValidator(multiple_of_16)]
+PixelSide = Annotated[
+    int, annotated_types.Ge(PIXEL_MULTIPLE), AfterValidator(multiple_of_16), Words("whole number, a multiple of 16")
+]
 
 
 def key_table(section: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -111,7 +121,8 @@ def resolve(path: str, folder: str | os.PathLike | None = None) -> tuple[str, ..
     return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
 
 
-def _existing(path: str, info: ValidationInfo, is_there, what: str) -> str:
+def existing(path: str, info: ValidationInfo, is_there: Callable[[str], bool], what: str) -> str:
+    """The first of the paths that `path` may mean at which there is what is wanted, or a fault that names them all."""
     if not path:
         raise fault(f"found an empty path, expected {what}")
     candidates = resolve(path, (info.context or {}).get("folder"))
@@ -126,11 +137,11 @@ def _existing(path: str, info: ValidationInfo, is_there, what: str) -> str:
 
 
 def _input_file(path: str, info: ValidationInfo) -> str:
-    return _existing(path, info, os.path.isfile, "a file")
+    return existing(path, info, os.path.isfile, "a file")
 
 
 def _input_folder(path: str, info: ValidationInfo) -> str:
-    return _existing(path, info, os.path.isdir, "a folder")
+    return existing(path, info, os.path.isdir, "a folder")
 
 
 def _not_an_address(path: str) -> str:
@@ -139,7 +150,8 @@ def _not_an_address(path: str) -> str:
     return path
 
 
-def _output_folder(path: str) -> str:
+def output_folder(path: str) -> str:
+    """The absolute path of a folder to write to, which need not be there yet."""
     if not path:
         raise fault("found an empty path, expected a folder to write to")
     if path.startswith("hf://"):
@@ -150,10 +162,10 @@ def _output_folder(path: str) -> str:
     return folder
 
 
-InputFile = Annotated[str, AfterValidator(_input_file)]
-InputFolder = Annotated[str, AfterValidator(_input_folder)]
+InputFile = Annotated[str, AfterValidator(_input_file), Words("file")]
+InputFolder = Annotated[str, AfterValidator(_input_folder), Words("folder")]
 LocalFile = Annotated[InputFile, AfterValidator(_not_an_address)]
-OutputFolder = Annotated[str, AfterValidator(_output_folder)]
+OutputFolder = Annotated[str, AfterValidator(output_folder), Words("folder")]
 
 Listed = Field(strict=False)
 """For tuples: a TOML array is a Python list, which strict validation would refuse."""
