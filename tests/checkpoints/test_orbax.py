@@ -1,0 +1,218 @@
+"""Checkpoints: what comes back is what went in, and nothing that happens to a save harms the one before."""
+
+import functools
+import logging
+import resource
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.checkpoints.orbax import RunCheckpoints
+from anima_jax.errors import UserError
+from anima_jax.models import parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "int8", "uint8", "int32", "uint32"]
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = []
+
+    def open_(keep=None):
+        opened.append(RunCheckpoints(tmp_path / "checkpoints", keep=keep))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        each.close()
+
+
+def bits(leaf) -> tuple:
+    """A leaf's dtype, shape and bytes: equal for equal bits alone, NaN and -0.0 included."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return str(leaf.dtype), *bits(jax.random.key_data(leaf))
+    array = np.asarray(leaf)
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+def every_kind() -> dict:
+    """Trees with each dtype, with values that a cast would change, and with containers of every sort."""
+    raw = np.random.default_rng(0).bytes(256)
+    arrays = {name: np.frombuffer(raw, getattr(ml_dtypes, name, name)) for name in DTYPES if name != "int4"}
+    arrays["float32"] = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 1 + 2**-23], np.float32)
+    arrays["int4"] = np.arange(-8, 8).astype(ml_dtypes.int4)
+    return {
+        "params": {f"blocks.{name}.kernel": jnp.asarray(array) for name, array in arrays.items()},
+        "state": (
+            optax.EmptyState(),
+            optax.MaskedNode(),
+            {"layer": [jnp.array(3, jnp.int32), None, ()], "a/b": jnp.array([True, False])},
+            optax.ScaleByScheduleState(jnp.array(7, jnp.int32)),
+            jax.random.key(5),
+            jnp.zeros((0, 3), jnp.bfloat16),
+        ),
+        "nothing": (optax.EmptyState(), None),
+    }
+
+
+def test_every_dtype_and_container_comes_back_bit_by_bit(checkpoints):
+    items = every_kind()
+    metadata = {"step": 4, "notes": ["é", None, {"x": 1.5}]}
+    first = checkpoints()
+    first.save(4, items, metadata)
+    first.close()
+    again = checkpoints()
+    assert again.latest() == 4
+    assert again.metadata(4) == metadata
+    abstract = jax.eval_shape(lambda: items)
+    for wanted in (items, abstract):
+        found = again.restore(4, wanted)
+        assert jax.tree.structure(found) == jax.tree.structure(items)
+        assert jax.tree.map(bits, found) == jax.tree.map(bits, items)
+    assert jax.tree.map(bits, again.restore(4, {"params": items["params"]})["params"]) == jax.tree.map(
+        bits, items["params"]
+    )
+
+
+CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=AdapterConfig(16, 1, 1, 32, 16, 16, 10))
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, functools.partial(optax.MultiSteps, every_k_schedule=2)])
+def test_an_optimizers_state_comes_back_and_steps_on_as_if_nothing_had_happened(checkpoints, wrap):
+    from anima_jax.training import optimizers
+
+    params = parameters.initial(lambda rngs: AnimaDiT(CONFIG, rngs=rngs), 0)[1]
+    config = optimizers.OptimizerConfig({group: 1e-3 for group, _ in optimizers.GROUPS}, total_steps=10)
+    optimizer = wrap(optimizers.build(config, file_tensors(dit.RULES, params)))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, optimizer.init(params))
+    saver = checkpoints()
+    saver.save(1, {"params": params, "optimizer": state}, {})
+    saver.wait()
+    found = saver.restore(1, {"params": params, "optimizer": optimizer.init(params)})
+    for _ in range(3):
+        params, state = step(params, state)
+        found["params"], found["optimizer"] = step(found["params"], found["optimizer"])
+    assert jax.tree.map(bits, found["optimizer"]) == jax.tree.map(bits, state)
+    assert jax.tree.map(bits, found["params"]) == jax.tree.map(bits, params)
+
+
+def test_what_is_saved_is_the_state_of_the_call_though_later_steps_are_given_its_buffers(checkpoints):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = step({"w": jnp.arange(2_000_000, dtype=jnp.float32)})
+    saver = checkpoints()
+    for number in range(1, 4):
+        saver.save(number, {"params": state}, {})
+        for _ in range(10):
+            state = step(state)
+    saver.wait()
+    for number in range(1, 4):
+        found = saver.restore(number, {"params": state})["params"]["w"]
+        np.testing.assert_array_equal(found, np.arange(2_000_000) + (number - 1) * 10 + 1)
+
+
+def test_the_newest_are_kept_and_one_that_exists_stays_as_it_is(checkpoints):
+    saver = checkpoints(keep=2)
+    for step in (1, 2, 10):
+        saver.save(step, {"params": {"w": jnp.full(3, step)}}, {"step": step})
+    saver.wait()
+    assert saver.steps() == [2, 10]
+    saver.save(10, {"params": {"w": jnp.zeros(3)}}, {})
+    saver.wait()
+    assert saver.metadata(10) == {"step": 10}
+    np.testing.assert_array_equal(saver.restore(10, {"params": {"w": jnp.zeros(3, int)}})["params"]["w"], [10, 10, 10])
+
+
+def test_a_disk_without_room_leaves_the_checkpoint_before_and_says_so_in_one_line(checkpoints, tmp_path, caplog):
+    saver = checkpoints(keep=1)
+    state = {"w": jax.random.normal(jax.random.key(0), (300_000,))}
+    saver.save(1, {"params": state}, {})
+    saver.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with caplog.at_level(logging.WARNING):
+            saver.save(2, {"params": {"w": state["w"] + 1}}, {})
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == saver.failure
+    assert "\n" not in message
+    assert "step 2 could not be saved" in message
+    assert "ulimit -f" in message
+    assert "that of step 1 stays the newest" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert bits(saver.restore(1, {"params": state})["params"]["w"]) == bits(state["w"])
+    saver.save(3, {"params": state}, {})
+    saver.wait()
+    assert saver.failure is None
+    assert saver.steps() == [3]
+
+
+def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path):
+    (tmp_path / "file").write_text("")
+    saver = RunCheckpoints(tmp_path / "file" / "checkpoints", keep=None)
+    saver.save(1, {"params": {"w": jnp.zeros(3)}}, {})
+    saver.close()
+    assert saver.failure is not None
+    assert "there is none before it" in saver.failure
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"w": jnp.zeros((2, 4)), "b": jnp.zeros(3)}, "w was float32[2,3], now float32[2,4]"),
+        ({"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}, "now bfloat16[2,3]"),
+        ({"w": jnp.zeros((2, 3))}, "b is gone"),
+        ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "c": jnp.zeros(3)}, "c is new"),
+    ],
+)
+def test_another_layout_is_refused_and_never_cast_or_cut(checkpoints, params, said):
+    saver = checkpoints()
+    saver.save(1, {"params": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}, {})
+    saver.wait()
+    with pytest.raises(UserError) as refused:
+        saver.restore(1, {"params": params})
+    assert said in str(refused.value)
+    with pytest.raises(UserError, match="has no ema, only params"):
+        saver.restore(1, {"ema": params})
+
+
+def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_one_before(checkpoints, tmp_path):
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (10_000,))}}
+    saver = checkpoints()
+    for step in (1, 2):
+        saver.save(step, state, {})
+    saver.wait()
+    largest = max((tmp_path / "checkpoints" / "2").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(UserError) as refused:
+        saver.restore(2, state)
+    assert len(refused.value.faults) == 1
+    assert "goes on from step 1" in str(refused.value)
+
+
+def test_unfinished_and_foreign_folders_are_no_checkpoints(checkpoints, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (folder / "6").mkdir()
+    (folder / "notes").mkdir()
+    saver = checkpoints()
+    assert saver.latest() is None
+    saver.save(1, {"params": {"w": jnp.zeros(3)}}, {})
+    saver.wait()
+    assert saver.latest() == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "6", "notes"]
