@@ -21,6 +21,7 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     Whole,
+    Words,
     fault,
     multiple_of_16,
 )
@@ -80,10 +81,10 @@ def _size_bucket(found: Any) -> Size:
     return Size(multiple_of_16(width), multiple_of_16(height), frames)
 
 
-Resolution = Annotated[Any, AfterValidator(_resolution)]
-Ratio = Annotated[Any, AfterValidator(_ratio)]
+Resolution = Annotated[Any, AfterValidator(_resolution), Words("number or [width, height]")]
+Ratio = Annotated[Any, AfterValidator(_ratio), Words("number or [width, height]")]
 RatioBound = Annotated[float, annotated_types.Ge(0.001), annotated_types.Le(1000)]
-SizeBucket = Annotated[Any, AfterValidator(_size_bucket)]
+SizeBucket = Annotated[Any, AfterValidator(_size_bucket), Words("[width, height, frames]")]
 Share = Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)]
 Dropout = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
 

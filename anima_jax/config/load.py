@@ -12,7 +12,7 @@ from anima_jax.config import dataset as dataset_file
 from anima_jax.config import foreign
 from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.faults import File, Place
-from anima_jax.config.main import EvalDataset, MainConfig, MainFile
+from anima_jax.config.main import EVAL_EVERY, EvalDataset, MainConfig, MainFile
 from anima_jax.config.schema import resolve
 from anima_jax.errors import UserError
 
@@ -50,6 +50,8 @@ def load_config(
     eval_data = [_dataset_of(name, path, settings, faults, notes) for path in paths]
     if faults or main is None or data is None:
         raise UserError(*dict.fromkeys(faults))
+    if main.eval_datasets and not any(getattr(main, key) for key in EVAL_EVERY):
+        notes.append(f"{name}: eval_datasets: used before the first step alone: no {EVAL_EVERY[0]} or the like is set")
     keys = {key: getattr(main, key) for key in MainFile.model_fields}
     keys["eval_datasets"] = tuple(
         EvalDataset(file.name, file.config, data)

@@ -38,11 +38,15 @@ from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
-TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64)]
+Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
+TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64), Words("whole number ≥ 0 and < 2⁶⁴")]
 Decay = Annotated[float, annotated_types.Gt(0), annotated_types.Lt(1)]
 
 LOSS_KEYS = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
 """At most one is set; without any the loss is the mean squared error."""
+
+
+EVAL_EVERY = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 
 
 class SampleConfig(Section):
@@ -227,9 +231,7 @@ class MainFile(Section):
     eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(_names_differ)] = Field(
         (), description="data sets that are evaluated: {name = …, config = …} each, or the path of a dataset TOML"
     )
-    seed: Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32)] = Field(
-        0, description="ours; every random number of the run follows from it"
-    )
+    seed: Seed = Field(0, description="ours; every random number of the run follows from it")
 
     epochs: Count = Field(description="number of passes over the data")
     max_steps: Count | None = Field(
@@ -250,6 +252,11 @@ class MainFile(Section):
         "set: the accumulation follows from it; unset: micro_batch_size_per_gpu × gradient_accumulation_steps",
     )
     gradient_clipping: NotNegative = Field(1.0, description="largest global norm of the gradient; 0 turns clipping off")
+    max_skipped_steps: Count = Field(
+        10,
+        description="ours; a step whose loss or gradient is not finite changes nothing; after so many in a row the run "
+        "stops",
+    )
     warmup_steps: Whole = Field(
         0, description="steps in which the learning rate rises in a line from 1/warmup_steps of it"
     )
@@ -284,11 +291,6 @@ class MainFile(Section):
     remat_every: Count = Field(1, description="ours; blocks that are computed again together; divides their number")
     scan_unroll: Count = Field(
         1, description="ours; blocks that are compiled one after the other: more of them run faster and compile longer"
-    )
-    max_skipped_steps: Count = Field(
-        10,
-        description="ours; a step whose loss or gradient is not finite changes nothing; after so many in a row the run "
-        "stops",
     )
     video_clip_mode: Literal["single_beginning", "single_middle"] = Field(
         "single_beginning", description="which part of a video is trained: its beginning or its middle"
@@ -372,7 +374,7 @@ class MainFile(Section):
     x_axis_examples: bool = Field(False, description="report figures by the number of examples instead of steps")
     compilation_cache_dir: Annotated[str, AfterValidator(_off_or_folder), Words("folder")] | None = Field(
         None,
-        description="ours; folder of compiled programs, which start the next run sooner; unset: one in the user's cache "
+        description="ours; folder of compiled programs, which start the next run sooner; unset: in the user's cache "
         "directory; empty: none is kept",
     )
 

@@ -82,8 +82,8 @@ class ModelConfig(TypedSection):
     )
     vae_path: InputFile = Field(description="the VAE's .safetensors file (qwen_image_vae)")
     llm_path: TextEncoder = Field(
-        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder of transformers' with "
-        "config.json and the model in one file"
+        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder of transformers' "
+        "with config.json and the model in one file"
     )
     llm_adapter_path: InputFile | None = Field(
         None, description="the LLM adapter's own .safetensors file; unset: it is in transformer_path"
@@ -96,7 +96,7 @@ class ModelConfig(TypedSection):
     )
     transformer_dtype: FrozenDtype | None = Field(
         None,
-        description="dtype in which the frozen matrices of the transformer's blocks are kept, for an adapter's training "
+        description="dtype in which the frozen matrices of the transformer's blocks are kept, for training an adapter "
         "in little memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
     )
     text_encoder_fp8: bool = Field(False, description="keep the text encoder's matrices in float8_e4m3fn")

@@ -94,15 +94,16 @@ def key_table(section: type[BaseModel]) -> dict[str, FieldInfo]:
     table: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         table[name] = field
-        for inner in _sections_in(field.annotation):
+        for inner in sections_in(field.annotation):
             table |= {f"{name}.{key}": value for key, value in key_table(inner).items()}
     return table
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]
+    return [found for argument in typing.get_args(annotation) for found in sections_in(argument)]
 
 
 # ---- paths: strings, absolute once validated; addresses (gs://, hf://) stay as they are --------------------------
