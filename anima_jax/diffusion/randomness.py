@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     TIME = 0
     NOISE = 1
     CAPTION_DROPOUT = 2
+    EVALUATION_NOISE = 3
 
 
 def split_ids(ids: np.ndarray) -> np.ndarray:

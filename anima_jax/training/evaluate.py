@@ -1,0 +1,78 @@
+"""Losses on held-out examples at nine fixed times, with the same noise every time: what a run has learned so far.
+
+As diffusion-pipe does it (train.py, `evaluate`): the times are quantiles of the distribution that training draws from.
+An example's noise depends on nothing but its id, so the losses of any two evaluations compare, whatever the run's seed,
+batch size or devices. Axes: q quantiles, b batch, l image tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from anima_jax.diffusion.randomness import Purpose, example_keys, normal
+from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.training.step import Batch, StepConfig, losses
+
+Item = TypeVar("Item")
+
+QUANTILES = tuple(n / 10 for n in range(1, 10))
+
+NOISE_SEED = 0
+
+
+def filled(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers below `count` in batches (b,) of one size, and the weight of each; the last is filled up at weight 0."""
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size)
+        yield np.minimum(rows, count - 1), (rows < count).astype(np.float32)
+
+
+class Evaluation:
+    """One jitted program for all nine times; a new shape of batch compiles another."""
+
+    def __init__(self, graphdef: nnx.GraphDef, config: StepConfig):
+        def losses_of(params: Params, batch: Batch) -> Array:
+            """Losses (q, b) of each example at each quantile's time."""
+            model = merge(graphdef, compute_copy(params, config.compute_dtype))
+            first_epoch_b = jnp.zeros(batch.ids_b2.shape[0], jnp.int32)
+            keys_b = example_keys(NOISE_SEED, first_epoch_b, batch.ids_b2, Purpose.EVALUATION_NOISE)
+            noise_blc = normal(keys_b, batch.latents_blc.shape[1:])
+
+            def at(quantile: Array) -> Array:
+                times_b = config.times.times(jnp.broadcast_to(quantile, keys_b.shape), batch.grid_b3)
+                return losses(model, batch, None, noise_blc, times_b, config)
+
+            return jax.lax.map(at, jnp.array(QUANTILES, jnp.float32))
+
+        self._losses = jax.jit(losses_of)
+
+    def __call__(self, params: Params, batches: Iterable[tuple[Batch, np.ndarray]]) -> dict[str, float]:
+        """`loss_quantile_0.10` … `loss_quantile_0.90`, each the mean over the examples, and `loss`, the mean of those.
+
+        `params` are all parameters, trained and frozen. Each batch comes with its examples' weights (b,): those of
+        weight 0 (filler) count nothing. Raises ValueError if no example counts.
+        """
+        total_q, weight = np.zeros(len(QUANTILES)), 0.0
+        for losses_qb, weights_b in _one_behind((self._losses(params, batch), weights) for batch, weights in batches):
+            real_b = weights_b > 0
+            total_q += np.asarray(losses_qb, np.float64)[:, real_b] @ weights_b[real_b].astype(np.float64)
+            weight += float(weights_b.sum(dtype=np.float64))
+        if not weight:
+            raise ValueError("an evaluation needs examples of a weight above 0")
+        means = (total_q / weight).tolist()
+        figures = {f"loss_quantile_{q:.2f}": loss for q, loss in zip(QUANTILES, means, strict=True)}
+        return figures | {"loss": sum(means) / len(means)}
+
+
+def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each when the next one is under way, so that the device computes while the host reads."""
+    waiting: list[Item] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
