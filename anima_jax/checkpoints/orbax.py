@@ -2,8 +2,8 @@
 
 Every item is stored as a flat table, path in the tree → array, whatever containers it is made of, and what is read is
 compared with what is expected before anything is loaded: Orbax itself would cast and reshape. A checkpoint is written
-under a temporary name and renamed when it is whole, so one that is being written when the process dies, or that the disk
-has no room for, leaves those before it as they were.
+under a temporary name and renamed when it is whole, so one that is being written when the process dies, or that finds
+the disk full, leaves those before it as they were.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class RunCheckpoints:
-    """The checkpoints in `folder`, of which the newest `keep` stay (None: all). One process tree writes to it at a time.
+    """The checkpoints in `folder`, of which the newest `keep` stay (None: all). One run writes to it at a time.
 
     Saving is asynchronous: the arrays may be donated as soon as `save` returns. Close it before the program ends.
     """
@@ -78,7 +78,9 @@ class RunCheckpoints:
             self._sweep()
             self._folder.mkdir(parents=True, exist_ok=True)
             with _context():
-                saving = ocp.save_checkpointables_async(self._folder / str(step), _not_empty(flat), custom_metadata=custom)
+                saving = ocp.save_checkpointables_async(
+                    self._folder / str(step), _not_empty(flat), custom_metadata=custom
+                )
         except Exception as error:  # Orbax, TensorStore and the file system each have their own
             self._failed(step, error)
             return
@@ -189,7 +191,7 @@ def _context() -> ocp.Context:
 
 
 def _not_empty(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Without the arrays of no elements, and the items of no arrays: Orbax stores neither, but the layout knows them."""
+    """Without arrays of no elements, and items of no arrays: Orbax stores neither, but the layout knows them."""
     found = {name: {path: leaf for path, leaf in leaves.items() if leaf.size} for name, leaves in items.items()}
     return {name: leaves for name, leaves in found.items() if leaves}
 

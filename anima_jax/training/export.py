@@ -1,8 +1,10 @@
 """What a run writes for others: models and adapters in diffusion-pipe's layout, the newest of which sampling takes."""
 
+import logging
 import os
 import pathlib
 import re
+import shutil
 
 import jax.numpy as jnp
 
@@ -15,14 +17,29 @@ from anima_jax.training.state import Trained
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
-_EXPORT_FOLDER = re.compile(r"(epoch|step)\d+")
+EMA_FOLDER = "ema"
+"""Where the averaged weights lie in an export's folder: beside the trained ones, and a folder of their own because
+diffusion-pipe's `init_from_existing` takes one that holds a single file."""
+
+_EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
+_DELETED = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.old")
+
+log = logging.getLogger(__name__)
 
 
-def export(folder: pathlib.Path, trained: Trained, params: Params, dtype: str, scale: float = 1.0) -> pathlib.Path:
+def export(
+    folder: pathlib.Path, trained: Trained, params: Params, dtype: str, scale: float = 1.0, *, ema: Params | None = None
+) -> pathlib.Path:
     """Write `params` in place of the trained parameters into `folder`: the whole model, or the adapter alone.
 
-    The format of adapters has no scale, so a `scale` (alpha / rank) other than 1 is multiplied into B.
+    Averaged weights go into `folder/ema`. The format of adapters has no scale, so a `scale` (alpha / rank) other than 1
+    is multiplied into B. Returns the file with the best weights, the averaged if there are any.
     """
+    path = _write(folder, trained, params, dtype, scale)
+    return path if ema is None else _write(folder / EMA_FOLDER, trained, ema, dtype, scale)
+
+
+def _write(folder: pathlib.Path, trained: Trained, params: Params, dtype: str, scale: float) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     if trained.ranks is None:
         path = folder / MODEL_FILE
@@ -34,10 +51,34 @@ def export(folder: pathlib.Path, trained: Trained, params: Params, dtype: str, s
     return path
 
 
+def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
+    """Delete a run's exports but the newest `keep` of the `epoch…` folders and of the `step…` folders each.
+
+    None deletes nothing. Returns the names of those deleted; one that cannot be is named in the log and stays.
+    """
+    found: dict[str, list[tuple[int, pathlib.Path]]] = {"epoch": [], "step": []}
+    for path in list(run.iterdir()):
+        if _DELETED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        match = _EXPORT_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[match[1]].append((int(match[2]), path))
+    deleted = []
+    for exports in found.values():
+        for _, path in sorted(exports)[: 0 if keep is None else -keep]:
+            try:
+                # Under another name first: half of an export is never taken for one.
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
+                deleted.append(path.name)
+            except OSError as error:
+                log.warning(f"{path}: cannot be deleted: {error.strerror or error}")
+    return deleted
+
+
 def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
     """The model or adapter that `path` means: a file itself, the one in a folder, or the newest of a run's folder.
 
-    Raises UserError if there is none.
+    Of an export with averaged weights it is these. Raises UserError if there is none.
     """
     root = pathlib.Path(path)
     if root.is_file():
@@ -49,4 +90,6 @@ def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
     files = [folder / name for folder in folders for name in (MODEL_FILE, ADAPTER_FILE) if (folder / name).is_file()]
     if not files:
         raise UserError(f"{root}: holds no {MODEL_FILE} and no {ADAPTER_FILE}, nor do its epoch… and step… folders")
-    return max(files, key=lambda file: file.stat().st_mtime_ns)
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    averaged = newest.parent / EMA_FOLDER / newest.name
+    return averaged if averaged.is_file() else newest

@@ -1,0 +1,46 @@
+"""How a person or a cluster asks a run to save, or to save and end: diffusion-pipe's signal files, and SIGTERM."""
+
+import contextlib
+import pathlib
+import signal
+from typing import Literal
+
+Request = Literal["save", "save_quit"]
+
+FILES: tuple[Request, ...] = ("save_quit", "save")
+"""Empty files of these names in the run's folder are requests; the first that is there counts."""
+
+
+class Signals:
+    """Requests to the run in `run_folder`. Until `close`, the first SIGTERM is a request to save and quit.
+
+    The second one ends the process at once, as it would without this class; so does an interrupt from the keyboard.
+    Make it in the main thread.
+    """
+
+    def __init__(self, run_folder: pathlib.Path):
+        self._folder = run_folder
+        self._terminated = False
+        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def requested(self) -> Request | None:
+        """What is asked for since the last call, None if nothing is. The file that asked for it is removed."""
+        if self._terminated:
+            self._terminated = False
+            return "save_quit"
+        for name in FILES:
+            path = self._folder / name
+            if path.is_file():
+                # Another program's file, or a folder that became read-only, asks again and again but stops nothing.
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                return name
+        return None
+
+    def close(self) -> None:
+        """SIGTERM means again what it did before."""
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        self._terminated = True
+        signal.signal(number, self._before)
