@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from anima_jax.models.attention import attention
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
@@ -34,9 +35,18 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "none": None,
 }
-"""What the backward keeps of a block instead of computing it again, by its configured name; None keeps all."""
+"""What the backward keeps of a block, besides its input, instead of computing it again; None keeps all.
+
+"offload" keeps nothing on the device: the blocks' inputs wait in host memory.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +158,7 @@ class AnimaDiT(nnx.Module):
         context_lengths_b: Array | None = None,
         zero_context: int = 0,
         remat: str = "full",
+        remat_every: int = 1,
         scan_unroll: int = 1,
         attention_implementation: str = "auto",
     ) -> Array:
@@ -156,7 +167,9 @@ class AnimaDiT(nnx.Module):
         `grid` is (frames, rows, columns) in patches: an int array (b, 3), where tokens beyond an example's own are
         padding that no token sees; or one tuple for all, and then no token is padding. Every context row takes part in
         the softmax, rows of zeros too, up to `context_lengths_b` if given; `zero_context` says how many rows of zeros
-        follow those of `context_bnd`. `remat` is one of `REMAT_POLICIES`.
+        follow those of `context_bnd`. `remat` is one of `REMAT_POLICIES`; with `remat_every` n the backward keeps the
+        input of every n-th block only, and computes n blocks again from it as `remat` says. Raises ValueError if n does
+        not divide the number of blocks.
         """
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
@@ -182,13 +195,28 @@ class AnimaDiT(nnx.Module):
             options["implementation"] = attention_implementation
 
         def run_block(x_bld, block):
+            x_bld = checkpoint_name(x_bld, "block_input")
             return block(x_bld, condition, context_bnd, self_options, cross_options), None
 
         if REMAT_POLICIES[remat] is not None:
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+        def run_blocks(x_bld, blocks):
+            return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
+
         x_bld = self.x_embedder(self._with_padding_mask(latents_blc))
-        x_bld, _ = jax.lax.scan(run_block, x_bld, self.blocks, unroll=scan_unroll)
+        if remat_every == 1:
+            x_bld, _ = run_blocks(x_bld, self.blocks)
+        else:
+            run_group = jax.checkpoint(lambda x, group: (run_blocks(x, group)[0], None), prevent_cse=False)
+            x_bld, _ = jax.lax.scan(run_group, x_bld, self._grouped_blocks(remat_every))
         return self.final_layer(x_bld, condition).astype(jnp.float32)
+
+    def _grouped_blocks(self, size: int) -> Any:
+        """The blocks with one more axis in front: (groups, `size`, …)."""
+        if self.config.blocks % size:
+            raise ValueError(f"remat_every is {size}, expected a divisor of {self.config.blocks}, the number of blocks")
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), self.blocks)
 
     def _with_padding_mask(self, latents_blc: Array) -> Array:
         """Append the padding-mask channel, zeros, to each of a token's four pixels."""

@@ -13,12 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from anima_jax.models.quantised import Quantised
 
-def linear(x: Array, kernel_io: Array, bias_o: Array | None = None) -> Array:
+
+def linear(x: Array, kernel_io: Array | Quantised, bias_o: Array | None = None) -> Array:
     """x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
 
     `x` is (…, i); the result is (…, o).
     """
+    if isinstance(kernel_io, Quantised):
+        # Without the checkpoint the backward would keep every layer's values, which is what quantising is to save.
+        return jax.checkpoint(_linear_quantised, prevent_cse=False)(x, kernel_io, bias_o)
     kernel_io = kernel_io.astype(x.dtype)
     if x.dtype == jnp.float32 or jax.default_backend() != "cpu":
         # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast form.
@@ -26,6 +31,10 @@ def linear(x: Array, kernel_io: Array, bias_o: Array | None = None) -> Array:
     else:
         out = _matmul_16bit_cpu(x, kernel_io)
     return out if bias_o is None else out + bias_o.astype(x.dtype)
+
+
+def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None) -> Array:
+    return linear(x, kernel_io.astype(x.dtype).values(), bias_o)
 
 
 @jax.custom_vjp
@@ -90,7 +99,8 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocabulary, features)))
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding[...], ids, axis=0)
+        table = self.embedding[...]
+        return table.take(ids) if isinstance(table, Quantised) else jnp.take(table, ids, axis=0)
 
 
 def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:

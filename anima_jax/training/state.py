@@ -1,6 +1,8 @@
 """The networks of a run: which parameters are trained, at what rate, and from which values they start."""
 
 import dataclasses
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.adapters import LORA_RULES
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters
+from anima_jax.models import lora, parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.parameters import Params
@@ -21,7 +23,9 @@ from anima_jax.training.optimizers import groups_by_path
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A transformer, its parameters divided into those to train (float32) and frozen ones (compute dtype).
+    """A transformer, its parameters divided into those to train (float32) and frozen ones.
+
+    Frozen parameters have the compute dtype, or are stored as `[model] transformer_dtype` says, some `Quantised`.
 
     `params` are the values that training starts from.
     `tensors` are the trained parameters' tensors in an exported file; `ranks` those of a LoRA, None in full training.
@@ -43,9 +47,16 @@ class Trained:
 def prepare(config: MainConfig) -> Trained:
     """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
 
-    Raises UserError for a file that does not fit and when nothing would be trained.
+    Raises UserError for a file that does not fit, when nothing would be trained, when `transformer_dtype` would round
+    what is trained, and for a `remat_every` that does not divide the number of blocks.
     """
     model_config, graphdef, base = _base(config)
+    if model_config.blocks % config.remat_every:
+        divisors = [n for n in range(1, model_config.blocks + 1) if model_config.blocks % n == 0]
+        raise UserError(
+            f"{config.path}: remat_every = {config.remat_every}, expected a divisor of the transformer's "
+            f"{model_config.blocks} blocks: {', '.join(map(str, divisors))}"
+        )
     trained, adapter = _trained_paths(config, base), config.adapter
     if adapter is None:
         tensors = [tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in trained]
@@ -86,19 +97,52 @@ def model_config_of(config: MainConfig) -> DiTConfig | None:
 
 
 def _base(config: MainConfig) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-    """The transformer without adapter: frozen parameters in the compute dtype, those to be trained in float32."""
+    """The transformer without adapter: frozen parameters as they are stored, those to be trained in float32."""
     fresh = model_config_of(config)
-    compute_dtype = jnp.dtype(config.compute_dtype)
     if fresh is not None:
         graphdef, base = parameters.initial(lambda rngs: AnimaDiT(fresh, rngs=rngs), config.seed)
-        frozen = set(base) - (_trained_paths(config, base) if config.adapter is None else set())
-        return fresh, graphdef, {p: v.astype(compute_dtype) if p in frozen else v for p, v in base.items()}
+        trained = _trained_in_base(config, base)
+        return fresh, graphdef, {p: v if p in trained else _frozen(config, p, v) for p, v in base.items()}
     path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
     assert path is not None
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
-        trained = _trained_paths(config, checkpoint.abstract) if config.adapter is None else set()
-        dtypes = {p: jnp.float32 if p in trained else compute_dtype for p in checkpoint.abstract}
-        return checkpoint.config, checkpoint.graphdef, checkpoint.load(dtypes)
+        trained = _trained_in_base(config, checkpoint.abstract)
+        base = {}
+        # One parameter at a time: what is quantised is never on the device as a whole before.
+        for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
+            dtype = jnp.float32 if name in trained else _read_dtype(config, name)
+            value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype)[name]
+            base[name] = value if name in trained else _frozen(config, name, value)
+        return checkpoint.config, checkpoint.graphdef, base
+
+
+def _read_dtype(config: MainConfig, path: str) -> Any:
+    """Dtype in which a frozen parameter is read; what is quantised comes in the compute dtype."""
+    own = config.model.transformer_dtype
+    if own is None or own in quantised.STORED or not quantised.in_transformer_dtype(path):
+        own = config.compute_dtype
+    return jnp.dtype(own)
+
+
+def _frozen(config: MainConfig, path: str, value: jax.Array) -> Any:
+    """A frozen parameter as it is stored: in the compute dtype, or as `transformer_dtype` says."""
+    storage, value = config.model.transformer_dtype, value.astype(_read_dtype(config, path))
+    return quantised.quantise_transformer(path, value, storage) if storage in quantised.STORED else value
+
+
+def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
+    """Parameters of the transformer itself that are trained: none under an adapter."""
+    if config.adapter is not None:
+        return set()
+    trained, storage = _trained_paths(config, base), config.model.transformer_dtype
+    rounded = sorted({path for path in trained if quantised.in_transformer_dtype(path)})
+    if storage in quantised.STORED and rounded:
+        groups = groups_by_path([tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in rounded])
+        raise UserError(
+            f"{config.path}: model.transformer_dtype = '{storage}' is for frozen weights, but {len(rounded)} parameters "
+            f"of the groups {', '.join(sorted(set(groups.values())))} are trained; expected an [adapter], or none"
+        )
+    return trained
 
 
 def _trained_paths(config: MainConfig, base: Params) -> set[str]:

@@ -1,10 +1,14 @@
 """One optimizer step: noising, network, loss, gradients, update, EMA. One jitted function with donated state.
 
+A step whose loss or gradient is not finite changes nothing but its counters; that is decided on the device.
+
 Axes: b batch, l image tokens, n source text tokens, m target text tokens, d features, c the 64 values of a token.
 """
 
 import dataclasses
 import functools
+import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +22,12 @@ from anima_jax.diffusion.randomness import Purpose, example_keys, normal, unifor
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.training.rounding import stochastic_round
+from anima_jax.training.selfcheck import GroupNorms, group_norms
+
+
+_ROUNDING = zlib.crc32(b"stochastic rounding")
+"""What sets the keys of rounding apart from those of examples, whose first number is an epoch."""
 
 
 class Batch(NamedTuple):
@@ -36,19 +46,29 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `params` are the trained parameters only, float32; `ema` their average, or None."""
+    """What a step changes. `params` are the trained parameters only; `ema` their average in float32, or None.
+
+    `step` counts every step, also those whose update was `skipped` (so many in a row until now, `total_skipped` in all).
+    """
 
     step: Array
     params: Params
     opt_state: Any
     ema: Params | None
+    skipped: Array
+    total_skipped: Array
 
 
 class Metrics(NamedTuple):
-    """Loss (mean over the batch) and global gradient norm before clipping."""
+    """Loss (mean over the batch) and global gradient norm before clipping; whether both are `finite`.
+
+    `skipped` counts the updates skipped in a row, this step's included: 0 if this one was applied.
+    """
 
     loss: Array
     grad_norm: Array
+    finite: Array
+    skipped: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,38 +76,43 @@ class StepConfig:
     """Everything about a step that is fixed for a run."""
 
     compute_dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.float32
     times: TimeDistribution = TimeDistribution()
     loss: Loss = Loss()
     seed: int = 0
     uncond_fraction: float = 0.0
     ema_decay: float | None = None
     remat: str = "full"
+    remat_every: int = 1
+    scan_unroll: int = 1
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: StepConfig) -> TrainState:
-    """The state before the first step. `params` are the parameters to train."""
-    params = {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}
-    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    """The state before the first step. `params` are the parameters to train; they are stored in `param_dtype`."""
+    params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
+    ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    zero = jnp.zeros((), jnp.int32)
+    # Moments take the dtype of what they are made for: float32 whatever the parameters are stored in.
+    return TrainState(zero, params, optimizer.init(as_float32(params)), ema, jnp.copy(zero), jnp.copy(zero))
 
 
-def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
-    """Mean loss of a batch, every random number drawn from its examples' ids.
+def as_float32(params: Params) -> Params:
+    """The parameters in float32: themselves, unless they are stored in less."""
+    return {path: value.astype(jnp.float32) for path, value in params.items()}
+
+
+def losses(
+    model: AnimaDiT, batch: Batch, unconditional: Text | None, noise_blc: Array, times_b: Array, config: StepConfig
+) -> Array:
+    """Loss of each example, (b,), at these times and with this noise.
 
     `unconditional` is the empty caption, with a batch axis of 1, shown instead of the caption to `uncond_fraction` of
-    the examples.
+    the examples; None shows every caption.
     """
-    length = batch.latents_blc.shape[1]
-
-    def keys(purpose):
-        return example_keys(config.seed, batch.epochs_b, batch.ids_b2, purpose)
-
-    times_b = config.times.times(uniform(keys(Purpose.TIME)), batch.grid_b3)
     x0_blc = batch.latents_blc.astype(jnp.float32)
-    noise_blc = normal(keys(Purpose.NOISE), (length, x0_blc.shape[-1]))
     text = batch.text
     if unconditional is not None and config.uncond_fraction > 0:
-        dropped_b = uniform(keys(Purpose.CAPTION_DROPOUT)) < config.uncond_fraction
+        dropped_b = uniform(_keys(batch, Purpose.CAPTION_DROPOUT, config)) < config.uncond_fraction
         text = jax.tree.map(
             lambda empty, given: jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given),
             unconditional,
@@ -104,8 +129,21 @@ def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config
         context_bmd,
         zero_context=max(0, CONTEXT_ROWS - context_bmd.shape[1]),
         remat=config.remat,
+        remat_every=config.remat_every,
+        scan_unroll=config.scan_unroll,
     )
-    return batch_mean(config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp))
+    return config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp)
+
+
+def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
+    """Mean loss of a batch, every random number drawn from its examples' ids. `unconditional` as in `losses`."""
+    times_b = config.times.times(uniform(_keys(batch, Purpose.TIME, config)), batch.grid_b3)
+    noise_blc = normal(_keys(batch, Purpose.NOISE, config), batch.latents_blc.shape[1:])
+    return batch_mean(losses(model, batch, unconditional, noise_blc, times_b, config))
+
+
+def _keys(batch: Batch, purpose: Purpose, config: StepConfig) -> Array:
+    return example_keys(config.seed, batch.epochs_b, batch.ids_b2, purpose)
 
 
 def train_step(
@@ -120,33 +158,87 @@ def train_step(
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch, in `accumulation` micro-batches; `frozen` are the parameters that are not trained."""
+    loss, grads = loss_and_gradients(
+        state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
+    )
+    return apply_gradients(state, loss, grads, optimizer=optimizer, config=config)
+
+
+def loss_and_gradients(
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    unconditional: Text | None,
+    *,
+    graphdef: nnx.GraphDef,
+    config: StepConfig,
+    accumulation: int = 1,
+) -> tuple[Array, Params]:
+    """Mean loss of a batch and its gradients, float32, in `accumulation` micro-batches."""
 
     def loss_of(params: Params, micro_batch: Batch) -> Array:
-        model = merge(graphdef, compute_copy(frozen | params, config.compute_dtype))
+        # Frozen weights stay as they are stored: the linear operation makes them numbers, a layer at a time.
+        model = merge(graphdef, frozen | compute_copy(params, config.compute_dtype))
         return batch_loss(model, micro_batch, unconditional, config)
 
+    params = as_float32(params)
     if accumulation == 1:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
-    else:
-        loss, grads = _accumulate(loss_of, state.params, batch, accumulation)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(jnp.add, state.params, updates)
-    ema = state.ema
-    if ema is not None and config.ema_decay is not None:
-        ema = update_ema(ema, params, state.step, config.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), Metrics(loss, optax.global_norm(grads))
-
-
-def _accumulate(loss_of, params: Params, batch: Batch, count: int):
-    """Mean loss and gradients over `count` micro-batches. Examples interleave, so that each device keeps its own."""
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        return jax.value_and_grad(loss_of)(params, batch)
+    # Examples interleave, so that each device keeps its own.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro_batch):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, micro_batch)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zeros, micro_batches)
-    return jax.tree.map(lambda x: x / count, total)
+    return jax.tree.map(lambda x: x / accumulation, total)
+
+
+def apply_gradients(
+    state: TrainState, loss: Array, grads: Params, *, optimizer: optax.GradientTransformation, config: StepConfig
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with this loss and these gradients: the update, or none if they are not finite."""
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    old = as_float32(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, old)
+    params = _stored(jax.tree.map(jnp.add, old, updates), state.step, config)
+    ema = state.ema
+    if ema is not None and config.ema_decay is not None:
+        ema = update_ema(ema, as_float32(params), state.step, config.ema_decay)
+    # A select, not a branch: on an accelerator a branch would have the host wait for the condition.
+    params, opt_state, ema = jax.tree.map(
+        functools.partial(_where, finite),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+    )
+    missed = 1 - finite.astype(jnp.int32)
+    skipped = (state.skipped + 1) * missed
+    state = TrainState(state.step + 1, params, opt_state, ema, skipped, state.total_skipped + missed)
+    return state, Metrics(loss, grad_norm, finite, skipped)
+
+
+def _where(condition: Array, new: Array, old: Array) -> Array:
+    """`jnp.where`, also of moments that live in host memory: the choice is made on the device."""
+    if jax.typeof(old).memory_space != jax.memory.Space.Host:
+        return jnp.where(condition, new, old)
+    new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
+    return jax.device_put(jnp.where(condition, new, old), jax.memory.Space.Host)
+
+
+def _stored(params: Params, step: Array, config: StepConfig) -> Params:
+    """Updated float32 parameters in the dtype that they are stored in, bfloat16 rounded at random.
+
+    To nearest, a step smaller than half of bfloat16's spacing (0.4 % of a weight) would always be lost.
+    """
+    if jnp.dtype(config.param_dtype) == jnp.float32:
+        return params
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _ROUNDING), step)
+    return {
+        path: stochastic_round(value, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        for path, value in params.items()
+    }
 
 
 def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
@@ -164,5 +256,24 @@ def compile_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation
 
     def step(state, frozen, batch, unconditional, accumulation=1):
         return run(state, frozen, batch, unconditional, accumulation=accumulation)
+
+    return jax.jit(step, donate_argnums=0, static_argnums=4)
+
+
+def compile_first_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: StepConfig, groups: Mapping[str, str]
+):
+    """As `compile_step`, of a step that also measures: → (state, metrics, `GroupNorms` for `self_check`).
+
+    `groups` are the parameters' groups by path. A program of its own, so that the steps after it bear no cost.
+    """
+
+    def step(state, frozen, batch, unconditional, accumulation=1):
+        loss, grads = loss_and_gradients(
+            state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
+        )
+        new, metrics = apply_gradients(state, loss, grads, optimizer=optimizer, config=config)
+        change = jax.tree.map(jnp.subtract, as_float32(new.params), as_float32(state.params))
+        return new, metrics, GroupNorms(group_norms(grads, groups), group_norms(change, groups))
 
     return jax.jit(step, donate_argnums=0, static_argnums=4)

@@ -1,0 +1,192 @@
+"""Frozen weights in 8 or 4 bits, made numbers again one layer at a time, inside the scan over a network's blocks.
+
+`Quantised` stands in a `Params` dictionary and in an `nnx.Param` where an array would: it is sliced with its layer, and
+the linear operation (layers.py) and the embedding table ask for its values. Three forms of storage:
+
+float8   8-bit floats times a power of two for each output channel, which moves the channel into the range where they
+         have all their bits. Values that were float8 before stay exactly what they were.
+int8     whole numbers in ±127 times the channel's peak / 127.
+nf4      4-bit NormalFloat (arXiv 2305.14314): two codes a byte, a float32 peak for each 64 consecutive inputs.
+
+Axes: n layers, i features in, o features out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from anima_jax.models.parameters import Params, merge, split
+
+STORED = {
+    "float8": jnp.float8_e4m3fn,
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2,
+    "int8": jnp.int8,
+    "nf4": jnp.uint8,
+}
+"""Storage by its configured name → dtype of the codes."""
+
+KEPT_IN_TRANSFORMER = ("x_embedder", "t_embedder", "t_embedding_norm", "final_layer")
+"""Parts whose weights are never stored in fewer bits: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's cosmos_predict2.py."""
+
+NF4_BLOCK = 64
+_NIBBLES = 2
+
+NF4_LEVELS = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+"""The 16 values of NormalFloat4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, 0 among them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Weights as `codes` and `scales`, which stand for an array of `dtype`.
+
+    Kernels (…, i, o): scales are (…, 1, o), of nf4 (…, i / 64, o), and its codes (…, i / 2, o); `rows` is i, which may
+    fill the last block of 64 only in part. Tables of rows (v, o): a scale for each row, (v, 1).
+    """
+
+    codes: Array
+    scales: Array
+    rows: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that this stands for."""
+        return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that codes and scales take."""
+        return self.codes.size * self.codes.dtype.itemsize + self.scales.size * self.scales.dtype.itemsize
+
+    def astype(self, dtype: Any) -> "Quantised":
+        """The same codes, for values in another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def __getitem__(self, layer: Any) -> "Quantised":
+        """A layer of stacked kernels, still quantised; `[...]` is all of it."""
+        if layer is Ellipsis:
+            return self
+        return dataclasses.replace(self, codes=self.codes[layer], scales=self.scales[layer])
+
+    def take(self, ids: Array) -> Array:
+        """Values (…, o) of a table's rows."""
+        scales = jnp.take(self.scales, ids, axis=0)
+        return (jnp.take(self.codes, ids, axis=0).astype(jnp.float32) * scales).astype(self.dtype)
+
+    def values(self) -> Array:
+        """The array that this stands for."""
+        if self.codes.dtype != STORED["nf4"]:
+            return (self.codes.astype(jnp.float32) * self.scales).astype(self.dtype)
+        *stack, packed, features_out = self.codes.shape
+        codes = jnp.stack([self.codes & 15, self.codes >> 4], axis=-2)
+        levels = jnp.asarray(NF4_LEVELS)[codes].reshape(*stack, -1, NF4_BLOCK, features_out)
+        values = (levels * self.scales[..., None, :]).reshape(*stack, _NIBBLES * packed, features_out)
+        return values[..., : self.rows, :].astype(self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return np.asarray(self.values(), dtype)
+
+
+def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
+    """`values`, kernels (…, i, o) or a `table` of rows (v, o), stored as `storage`, one of `STORED`.
+
+    It stands for an array of the dtype of `values`. Raises ValueError for a table in nf4.
+    """
+    if table and storage == "nf4":
+        raise ValueError("nf4 stores kernels, not tables of rows")
+    return _quantise(values, storage, -1 if table else -2)
+
+
+def quantise_transformer(path: str, values: Array, storage: str) -> Array | Quantised:
+    """A frozen parameter of the transformer: stored as `storage` where diffusion-pipe's `transformer_dtype` applies.
+
+    It applies to what is not 1-D in the file and not among `KEPT_IN_TRANSFORMER`.
+    """
+    if not in_transformer_dtype(path):
+        return values
+    return quantise(values, storage, table=path.endswith(".embedding"))
+
+
+def in_transformer_dtype(path: str) -> bool:
+    """Whether `transformer_dtype` says how this parameter of the transformer is stored."""
+    return path.endswith((".kernel", ".embedding")) and not any(part in path for part in KEPT_IN_TRANSFORMER)
+
+
+def quantise_text_encoder(model: nnx.Module, storage: str) -> Any:
+    """The text encoder with its linear layers stored as `storage`; its token table and norms stay as they are."""
+    graphdef, params = split(model)
+    kernels: Params = {path: quantise(v, storage) for path, v in params.items() if path.endswith(".kernel")}
+    return merge(graphdef, params | kernels)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _quantise(values: Array, storage: str, axis: int) -> Quantised:
+    encode: Callable[..., tuple[Array, Array]] = {"int8": _int8, "nf4": _nf4}.get(storage, _float8)
+    codes, scales = encode(values.astype(jnp.float32), STORED[storage], axis)
+    return Quantised(codes, scales, values.shape[-2], values.dtype)
+
+
+def _peak(values: Array, axis: int) -> Array:
+    """Largest magnitude along `axis`; 1 where all is zero."""
+    peak = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
+    return jnp.where(peak > 0, peak, 1.0)
+
+
+def _int8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
+    scales = _peak(values, axis) / 127.0
+    return jnp.round(values / scales).astype(dtype), scales
+
+
+def _float8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
+    # ratio = mantissa · 2^exponent, mantissa in [½, 1): the smallest power of two that is not less.
+    mantissa, exponent = jnp.frexp(_peak(values, axis) / jnp.finfo(dtype).max.astype(jnp.float32))
+    scales = jnp.ldexp(jnp.ones_like(mantissa), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    return (values / scales).astype(dtype), scales
+
+
+def _nf4(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
+    *stack, rows, features_out = values.shape
+    padding = [(0, 0)] * len(stack) + [(0, -rows % NF4_BLOCK), (0, 0)]
+    blocks = jnp.pad(values, padding).reshape(*stack, -1, NF4_BLOCK, features_out)
+    peaks = _peak(blocks, axis)
+    midpoints = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2.0)
+    codes = jnp.searchsorted(midpoints, blocks / peaks).astype(dtype).reshape(*stack, -1, _NIBBLES, features_out)
+    return codes[..., 0, :] | codes[..., 1, :] << 4, peaks[..., 0, :]
