@@ -1,0 +1,132 @@
+"""AdamW with what optax's has not: moments in 8 bits, and StableAdamW's clipping of the update.
+
+8-bit moments: arXiv 2110.02861 (block-wise dynamic quantisation), 1 byte each and one float32 scale for 256 of them.
+StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v where that exceeds 1, as optimi does.
+
+The weights are float32 (or bfloat16, rounded stochastically), so they need no Kahan compensation.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from anima_jax.training.optimizers.layers import transformation
+
+BLOCK = 256
+"""Values that share a scale."""
+
+
+class Blocks(NamedTuple):
+    """Values in 8 bits: `codes` in their shape, `scales` with one entry for each block along the longest axis.
+
+    int8 codes carry a sign, uint8 codes do not.
+    """
+
+    codes: Array
+    scales: Array
+
+
+class AdamState(NamedTuple):
+    """Steps done, the mean of the gradients and that of their squares.
+
+    In `Blocks` the latter's root is kept, which spans fewer decades.
+    """
+
+    count: Array
+    mu: Any
+    nu: Any
+
+
+def _levels(codes: Array, dtype: Any) -> Array:
+    """The value in [0, 1] of a code's magnitude q: 0 for 0, else 10^(e − E) · (0.9·(q + 1) / 2^e − 0.8).
+
+    e is the position of q's highest bit, E that of the largest code's: decade e counts from the smallest and is cut
+    into 2^e equal steps. So the largest of a block is exact, and small values keep some digits.
+    """
+    top = 7 if dtype == jnp.uint8 else 6
+    q = jnp.maximum(codes, 1)
+    decade = 31 - jax.lax.clz(q)
+    size = jnp.left_shift(1, decade).astype(jnp.float32)
+    level = jnp.power(10.0, (decade - top).astype(jnp.float32)) * (0.9 * (q + 1).astype(jnp.float32) / size - 0.8)
+    return jnp.where(codes == 0, 0.0, level)
+
+
+def _positions(level: Array, dtype: Any) -> Array:
+    """The inverse of `_levels`, continuous: a level between those of codes q and q + 1 is in [q, q + 1], linearly."""
+    top = 7 if dtype == jnp.uint8 else 6
+    smallest = 10.0**-top
+    decade = jnp.clip(jnp.ceil(jnp.log10(jnp.maximum(level, smallest))) + top, 0, top)
+    above = jnp.exp2(decade) * (level * jnp.power(10.0, top - decade) + 0.8) / 0.9 - 1.0
+    return jnp.where(level < smallest, level / smallest, above)
+
+
+def _longest_axis(shape: tuple[int, ...]) -> int:
+    return max(range(len(shape)), key=shape.__getitem__)
+
+
+def encode(values: Array, key: Array, dtype: Any = jnp.int8) -> Blocks:
+    """`values` (float32, not negative for uint8) in 8 bits, rounded up or down at random so that the mean is right.
+
+    Rounding to nearest would lose every change of a moment that is smaller than half a step, which with β2 = 0.999 is
+    nearly every one. A positive uint8 value never becomes 0, where the update would be divided by eps alone.
+    """
+    axis = _longest_axis(values.shape)
+    rows = jnp.moveaxis(values, axis, -1)
+    length = rows.shape[-1]
+    pad = [(0, 0)] * (rows.ndim - 1) + [(0, -length % BLOCK)]
+    blocks = jnp.pad(rows, pad).reshape(*rows.shape[:-1], -1, BLOCK)
+    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    level = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)[..., None]
+    largest = jnp.iinfo(dtype).max
+    codes = jnp.floor(_positions(level, dtype) + jax.random.uniform(key, level.shape)).astype(jnp.int32)
+    codes = jnp.clip(codes, (level > 0) if dtype == jnp.uint8 else 0, largest) * jnp.where(blocks < 0, -1, 1)
+    codes = codes.reshape(*rows.shape[:-1], -1)[..., :length].astype(dtype)
+    return Blocks(jnp.moveaxis(codes, -1, axis), jnp.moveaxis(scales, -1, axis))
+
+
+def decode(stored: Blocks) -> Array:
+    """The values, float32."""
+    codes, scales = stored
+    axis = _longest_axis(codes.shape)
+    wide = codes.astype(jnp.int32)
+    levels = _levels(jnp.abs(wide), codes.dtype) * jnp.sign(wide)
+    return levels * jax.lax.slice_in_dim(jnp.repeat(scales, BLOCK, axis=axis), 0, codes.shape[axis], axis=axis)
+
+
+def adamw(
+    rate: optax.ScalarOrSchedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    stabilize: bool = False,
+    in_8_bits: bool = False,
+) -> optax.GradientTransformation:
+    """AdamW on one tensor; see the module. `stabilize` takes its norm: stacked tensors need `layers.over_layers`."""
+
+    def init(value):
+        zeros = jnp.zeros(value.shape, jnp.float32)
+        if not in_8_bits:
+            return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        key = jax.random.key(0)
+        return AdamState(jnp.zeros((), jnp.int32), encode(zeros, key), encode(zeros, key, jnp.uint8))
+
+    def update(grad, state, value):
+        count = state.count + 1
+        mu, nu = (decode(state.mu), jnp.square(decode(state.nu))) if in_8_bits else (state.mu, state.nu)
+        mu, nu = b1 * mu + (1.0 - b1) * grad, b2 * nu + (1.0 - b2) * jnp.square(grad)
+        nu_hat = nu / (1.0 - b2**count)
+        direction = mu / (1.0 - b1**count) / (jnp.sqrt(nu_hat) + eps) + weight_decay * value
+        if stabilize:
+            rms = jnp.sqrt(jnp.mean(jnp.square(grad) / jnp.maximum(nu_hat, eps**2)))
+            direction = direction / jnp.maximum(1.0, rms)
+        if in_8_bits:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count))
+            mu, nu = encode(mu, keys[0]), encode(jnp.sqrt(nu), keys[1], jnp.uint8)
+        return direction, AdamState(count, mu, nu)
+
+    return optax.chain(transformation(init, update), optax.scale_by_learning_rate(rate))

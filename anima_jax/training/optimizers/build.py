@@ -1,0 +1,179 @@
+"""From the configuration to the optimizer: whatever its name, groups, rates and weight decay are the same."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from anima_jax.checkpoints.names import FileTensor
+from anima_jax.errors import UserError, did_you_mean
+from anima_jax.models.parameters import Params
+from anima_jax.training.optimizers.groups import group_of, groups_by_path, is_decayed
+from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, together
+from anima_jax.training.optimizers.rates import schedule
+from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find
+
+WITHOUT_EFFECT = ("fused", "foreach", "capturable", "differentiable", "triton", "kahan_sum", "is_paged", "compile")
+"""Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
+
+UNAVAILABLE = {
+    "amsgrad": "take type = 'amsgrad'",
+    "maximize": "losses are made small here",
+    "gradient_release": "gradients and updates are one program already; 'adafactor' or 'adamw8bit' save memory",
+    "decouple_lr": "weight decay is multiplied by the learning rate",
+    "dampening": "leave it at 0",
+    "cpu_offload": "take type = 'offload'",
+}
+"""Arguments that are accepted only if they are off, and what to do instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer's name and hyper-parameters, and what shapes its learning rates over `total_steps`.
+
+    What is None has the default of the library that the name is known from. `options` are all further arguments.
+    `beta2_half_life` gives β2 = 0.5^(global_batch / beta2_half_life): examples after which a gradient counts half.
+    """
+
+    learning_rates: Mapping[str, float]
+    betas: Sequence[float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    clip_norm: float = 1.0
+    type: str = "adamw"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    global_batch: int = 1
+    beta2_half_life: float | None = None
+
+
+def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.GradientTransformation:
+    """The optimizer of the parameters that `tensors` hold, after clipping the gradients' global norm.
+
+    Raises UserError for a name or an argument that is not known or not fit.
+    """
+    name, row = find(config.type)
+    options = _options(config, name, row)
+    if row.fixed_rate and (config.schedule != "constant" or config.warmup_steps):
+        raise UserError(f"[optimizer] type = '{name}' takes one learning rate: no lr_scheduler, no warmup_steps")
+    first = {tensor.path: tensor for tensor in reversed(tensors)}
+    groups = groups_by_path(tensors)
+    decay = row.weight_decay if config.weight_decay is None else config.weight_decay
+    parameters = {
+        path: Parameter(
+            config.learning_rates[groups[path]] if row.fixed_rate else schedule(config, groups[path]),
+            decay if is_decayed(tensor) else 0.0,
+            tensor,
+        )
+        for path, tensor in first.items()
+    }
+    try:
+        main = _shared(config, name, row, parameters, options) if row.shared else _separate(row, parameters, options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"[optimizer] type = '{name}': {error}") from error
+    if row.on_host:
+        main = _on_host(main)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    return in_float32(optax.chain(clip, main))
+
+
+def averaged(opt_state: Any, params: Params) -> Params | None:
+    """Schedule-free's averaged weights, float32, which are to be evaluated and saved; None for all other optimizers."""
+    states = opt_state[1]
+    if not isinstance(states, dict) or not all(
+        isinstance(state, optax.contrib.ScheduleFreeState) for state in states.values()
+    ):
+        return None
+    wide = {path: value.astype(jnp.float32) for path, value in params.items()}
+    return {path: optax.contrib.schedule_free_eval_params(states[path], value) for path, value in wide.items()}
+
+
+def _separate(row: Row, parameters: Mapping[str, Parameter], options: Mapping[str, Any]):
+    stacked = {path for path, one in parameters.items() if one.tensor.layer is not None and not row.elementwise}
+    return by_tensor({path: row.make(one, **options) for path, one in parameters.items()}, stacked)
+
+
+def _shared(
+    config: OptimizerConfig, name: str, row: Row, parameters: Mapping[str, Parameter], options: Mapping[str, Any]
+):
+    """One transformation at the rate of the fastest group; the other groups' updates are smaller in proportion."""
+    groups = {path: group_of(one.tensor.name) for path, one in parameters.items()}
+    fastest = max(groups.values(), key=config.learning_rates.__getitem__)
+    rate = schedule(config, fastest)
+    relative = {path: config.learning_rates[group] / config.learning_rates[fastest] for path, group in groups.items()}
+    decay = {path: one.weight_decay for path, one in parameters.items()}
+    return together(row.make(parameters, rate, **options), relative, decay, decay_strength(name, rate, options))
+
+
+def _on_host(main: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`main` with its moments in the host's memory. On a CPU they are there already."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return main
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise UserError(
+            f"[optimizer] type = 'offload' needs memory of kind pinned_host, which {device.device_kind} has not "
+            f"(it has {', '.join(kinds)}); 'adamw8bit' saves memory everywhere"
+        )
+    return in_host_memory(main)
+
+
+def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
+    """The arguments of the row's `make`, under its names and checked. Raises UserError, all faults at once."""
+    found, faults = {}, []
+    for key, value in config.options.items():
+        own = row.renamed.get(key, key)
+        if own in row.options:
+            found[own] = _checked(key, value, row.options[own], faults)
+        elif key in UNAVAILABLE and key not in row.options:
+            if value:
+                faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; {UNAVAILABLE[key]}")
+        elif key not in WITHOUT_EFFECT:
+            near = did_you_mean(key, [*row.options, *row.renamed])
+            arguments = ", ".join(sorted(row.options)) or "none but lr and weight_decay"
+            faults.append(f"[optimizer] {key}: not an argument of '{name}'{near}; it takes {arguments}")
+    if config.eps is not None:
+        if "eps" in row.options:
+            found["eps"] = config.eps
+        else:
+            faults.append(f"[optimizer] eps: not an argument of '{name}'")
+    found |= _betas(config, name, row, faults)
+    if faults:
+        raise UserError(*faults)
+    return found
+
+
+def _checked(key: str, value: Any, default: Any, faults: list[str]) -> Any:
+    """`value` if it is of the default's kind."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: "a list"}
+    allowed = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
+    boolean = isinstance(value, bool)
+    if default is not None and (not isinstance(value, allowed) or boolean != isinstance(default, bool)):
+        faults.append(f"[optimizer] {key} = {value!r}: {kinds[type(default)]} is expected")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _betas(config: OptimizerConfig, name: str, row: Row, faults: list[str]) -> dict[str, Any]:
+    """torch's `betas` as b1, b2, …, with the second from its half-life if that is given."""
+    own = ["betas"] if "betas" in row.options else [key for key in ("b1", "b2", "b3") if key in row.options]
+    defaults = row.options["betas"] if own == ["betas"] else tuple(row.options[key] for key in own)
+    betas = list(config.betas if config.betas is not None else defaults)
+    if config.betas is None and config.beta2_half_life is None:
+        return {}
+    if not own or len(betas) > len(defaults):
+        count = f"takes {len(defaults)}" if own else "takes none"
+        faults.append(f"[optimizer] betas (or beta2_half_life): '{name}' {count}")
+        return {}
+    if config.beta2_half_life is not None:
+        if len(betas) < 2:
+            faults.append(f"[optimizer] beta2_half_life: '{name}' has no second beta")
+            return {}
+        betas[1] = 0.5 ** (config.global_batch / config.beta2_half_life)
+    return {"betas": tuple(betas)} if own == ["betas"] else dict(zip(own, betas, strict=False))

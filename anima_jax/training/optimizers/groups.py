@@ -1,0 +1,45 @@
+"""Parameter groups and the weight-decay test.
+
+Both see the names and shapes of the original files, as diffusion-pipe's `CosmosPredict2Pipeline.get_param_groups` and
+train.py do.
+"""
+
+from collections.abc import Sequence
+
+from anima_jax.checkpoints.names import FileTensor
+
+GROUPS = (
+    ("llm_adapter", "llm_adapter"),
+    ("self_attn", ".self_attn"),
+    ("cross_attn", ".cross_attn"),
+    ("mlp", ".mlp"),
+    ("mod", ".adaln_modulation"),
+    ("base", ""),
+)
+"""(group, what its parameters' names contain): the first that fits. The configuration's key is `<group>_lr`."""
+
+NEVER_DECAYED = "llm_adapter.embed"
+
+
+def group_of(name: str) -> str:
+    """The group of the tensor with this file name."""
+    return next(group for group, part in GROUPS if part in name)
+
+
+def groups_by_path(tensors: Sequence[FileTensor]) -> dict[str, str]:
+    """Parameter path → group. Raises LookupError if the layers of a stacked parameter fall into different groups."""
+    found: dict[str, str] = {}
+    for tensor in tensors:
+        if found.setdefault(tensor.path, group_of(tensor.name)) != group_of(tensor.name):
+            raise LookupError(f"the layers of {tensor.path} belong to different groups")
+    return found
+
+
+def is_decayed(tensor: FileTensor) -> bool:
+    """Whether weight decay applies to it: neither 1-D in the file nor the adapter's embedding table."""
+    return len(tensor.shape) > 1 and NEVER_DECAYED not in tensor.name
+
+
+def decayed_paths(tensors: Sequence[FileTensor]) -> set[str]:
+    """Parameters that weight decay applies to."""
+    return {tensor.path for tensor in tensors if is_decayed(tensor)}

@@ -1,0 +1,126 @@
+"""Optimizers that see one tensor of a file at a time, although blocks are stacked.
+
+Muon, Adafactor, LAMB and others look at a tensor's shape or norm. Stacked parameters are therefore mapped over their
+layer axis, so that the numbers are those of a run on the file's tensors. Their orientation (the file's matrices are
+transposed) changes nothing: norms, Newton-Schulz and factored moments of a transpose are the transpose of theirs.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from anima_jax.models.parameters import Params
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformation:
+    """init(params) → state and update(gradients, state, params) → (updates, state) as an optax transformation."""
+    return optax.GradientTransformation(init, update)
+
+
+def by_tensor(
+    transforms: Mapping[str, optax.GradientTransformation], stacked: Collection[str]
+) -> optax.GradientTransformation:
+    """Each parameter under the transformation of its path; the state is a dict of theirs.
+
+    Those in `stacked` are mapped over their first axis, and so is what their state holds, except for counters.
+    """
+    own = {path: over_layers(tx) if path in stacked else tx for path, tx in transforms.items()}
+
+    def init(params: Params) -> Any:
+        return {path: own[path].init(value) for path, value in params.items()}
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        results = {path: own[path].update(grad, state[path], params[path]) for path, grad in grads.items()}
+        return {path: result[0] for path, result in results.items()}, {
+            path: result[1] for path, result in results.items()
+        }
+
+    return transformation(init, update)
+
+
+def over_layers(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`transform` on every entry of one array's first axis."""
+
+    def init(value):
+        layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(transform.init, layer))
+        # A counter is the same in every layer; one value keeps `lax.cond` on it a branch.
+        axes = [None if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer) else 0 for leaf in leaves]
+        flat = jax.vmap(lambda one: jax.tree.leaves(transform.init(one)), out_axes=axes)(value)
+        return jax.tree.unflatten(treedef, flat)
+
+    def update(grad, state, value):
+        leaves, treedef = jax.tree.flatten(state)
+        axes = [0 if leaf.ndim else None for leaf in leaves]
+
+        def one_layer(grad, leaves, value):
+            out, new = transform.update(grad, jax.tree.unflatten(treedef, leaves), value)
+            return out, jax.tree.leaves(new)
+
+        out, new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=(0, axes))(grad, leaves, value)
+        return out, jax.tree.unflatten(treedef, new)
+
+    return transformation(init, update)
+
+
+def together(
+    transform: optax.GradientTransformation,
+    relative: Mapping[str, float],
+    decay: Mapping[str, float],
+    decay_strength: Callable[[Any], Any] | None,
+) -> optax.GradientTransformation:
+    """One transformation over all parameters, for estimates that they share (Prodigy's distance, DoG's).
+
+    A group's updates are multiplied by its `relative` rate. `decay_strength` gives, from the state before the update,
+    what the weight decay of each path is multiplied by; None if `transform` applies the decay itself.
+    """
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        updates: Any
+        updates, new = transform.update(grads, state, params)
+        if decay_strength is not None:
+            strength = decay_strength(state)
+            updates = {path: one - strength * decay[path] * params[path] for path, one in updates.items()}
+        return {path: relative[path] * one for path, one in updates.items()}, new
+
+    return transformation(transform.init, update)
+
+
+def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`transform` with float32 gradients, parameters and so moments, whatever the parameters are stored in.
+
+    No array of its state is one of the parameters themselves, so that both can be donated.
+    """
+
+    def wide(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params):
+        params = wide(params)
+        given = {id(leaf) for leaf in jax.tree.leaves(params)}
+        state = transform.init(params)
+        return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in given else leaf, state)
+
+    def update(grads, state, params):
+        return transform.update(wide(grads), state, wide(params))
+
+    return transformation(init, update)
+
+
+def in_host_memory(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`transform`, whose state lies in pinned host memory between the steps and visits the device for the update."""
+
+    def moved(state, space):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+
+    def init(params):
+        return moved(transform.init(params), jax.memory.Space.Host)
+
+    def update(grads, state, params):
+        updates, new = transform.update(grads, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(new, jax.memory.Space.Host)
+
+    return transformation(init, update)

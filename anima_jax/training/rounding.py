@@ -1,0 +1,23 @@
+"""Stochastic rounding to bfloat16: up or down at random, so that the mean is the value itself.
+
+An update smaller than half a step of bfloat16 (2^-9 of a weight) would be lost every time if rounded to nearest.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def stochastic_round(values: Array, key: Array) -> Array:
+    """float32 `values` as bfloat16: up with the probability of the fraction of a step that is cut off, else down.
+
+    What bfloat16 can represent stays as it is, infinities and NaN too; no finite value becomes infinite.
+    """
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
+
+    def upper_half(bits):
+        return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+    rounded, cut = upper_half(bits + noise), upper_half(bits)
+    return jnp.where(jnp.isfinite(values), jnp.where(jnp.isfinite(rounded), rounded, cut), values.astype(jnp.bfloat16))
