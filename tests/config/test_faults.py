@@ -71,9 +71,28 @@ MAIN_FAULTS = [
     ({"model.dtype": "bfloat1"}, "expected 'bfloat16', 'float16' or 'float32' (did you mean 'bfloat16'?)"),
     ({"lr_scheduler": "cosin"}, "expected 'constant', 'linear' or 'cosine' (did you mean 'cosine'?)"),
     ({"model.type": "wan"}, "model.type: found 'wan', expected 'anima'"),
+    ({"optimizer.type": " "}, "optimizer.type: found an empty string, expected the optimizer's name, as 'adamw'"),
     (
-        {"optimizer.type": "adamv"},
-        "optimizer.type: found 'adamv', expected 'adamw' or 'adamw_optimi' (did you mean 'adamw",
+        {"optimizer": {"type": "came", "lr": 1, "beta2_half_life": 500}},
+        "optimizer.beta2_half_life: found 500.0, expected betas beside it",
+    ),
+    ({"remat": "dot"}, "'none', 'full', 'dots', 'attention' or 'offload' (did you mean 'dots'?)"),
+    ({"param_dtype": "float16"}, "param_dtype: found \"float16\" (a string), expected 'float32' or 'bfloat16'"),
+    ({"model.transformer_dtype": "nf4"}, "model.transformer_dtype: found \"nf4\" (a string), expected 'float8', 'floa"),
+    ({"checkpoint_every_n_minutes": 0}, "checkpoint_every_n_minutes: found 0 (a whole number), expected more than 0"),
+    ({"resume_from_checkpoint": 3}, "resume_from_checkpoint: found 3, expected a run's folder, or true for the newest"),
+    ({"sample": SAMPLE | {"every_n_epochs": "2"}}, 'sample.every_n_epochs: found "2" (a string), expected a whole num'),
+    (
+        {"monitoring": {"enable_wandb": "yes"}},
+        'monitoring.enable_wandb: found "yes" (a string), expected true or false',
+    ),
+    ({"eval_datasets": "dataset.toml"}, 'eval_datasets: found "dataset.toml" (a string), expected a list'),
+    ({"eval_datasets": [{"name": "a"}]}, "eval_datasets[0].config: missing, expected its dataset TOML"),
+    ({"eval_datasets": [3]}, "eval_datasets[0]: found 3 (a whole number), expected a table"),
+    ({"eval_datasets": ["no.toml"]}, "eval_datasets[0].config: a file is expected, but none is at "),
+    (
+        {"eval_datasets": ["dataset.toml", {"name": "dataset", "config": "dataset.toml"}]},
+        "two of them are called 'data",
     ),
     # keys
     ({"optimiser": {}}, "optimiser: unknown key (did you mean 'optimizer'?)"),
@@ -151,25 +170,27 @@ MAIN_FAULTS = [
         "model.config.adapter.heads: 3 heads of width = 9",
     ),
     # known, but still to come
-    ({"eval_datasets": [{"name": "a"}]}, "eval_datasets: a known key that this version does not carry out yet"),
-    (
-        {"checkpoint_every_n_minutes": 120},
-        "checkpoint_every_n_minutes: a known key that this version does not carry out",
-    ),
-    (
-        {"model.transformer_dtype": "float8"},
-        "model.transformer_dtype: a known key that this version does not carry out",
-    ),
-    ({"optimizer.type": "Prodigy"}, "optimizer.type: type 'Prodigy' of diffusion-pipe is not carried out yet by this"),
     ({"adapter": {"type": "lokr", "rank": 4}}, "adapter.type: type 'lokr' of diffusion-pipe is not carried out yet"),
     ({"adapter": ADAPTER | {"dropout": 0.1}}, "adapter.dropout: dropout = 0.1 is not carried out yet by this version"),
     (
         {"mesh": {"fsdp": 8}},
         "mesh.fsdp: found 8, expected 1, or -1 for what is left; more than one device is not carried",
     ),
+    ({"adapter": ADAPTER | {"init_from_existing": "pictures"}}, "adapter.init_from_existing: a known key that this ve"),
+    # another model's, or too much
     (
-        {"monitoring.enable_wandb": True},
-        "monitoring.enable_wandb: reporting to Weights & Biases is not carried out yet",
+        {"model.t5_path": "dit.safetensors"},
+        "model.t5_path: belongs to Cosmos-Predict2; Anima's text encoder is llm_path",
+    ),
+    ({"adapter": ADAPTER | {"fuse_adapters": []}}, "adapter.fuse_adapters: belongs to Flux and Chroma"),
+    (
+        {"model.text_encoder_fp8": True, "model.text_encoder_nf4": True},
+        "text_encoder_nf4: text_encoder_fp8 is set too,",
+    ),
+    ({"eval_every_n_steps": 1, "eval_every_n_examples": 9}, "eval_every_n_steps is set too, expected one of the two"),
+    (
+        {"eval_image_micro_batch_size_per_gpu": 1, "image_eval_micro_batch_size_per_gpu": 1},
+        "image_eval_micro_batch_size_per_gpu: is another spelling of eval_image_micro_batch_size_per_gpu, which is set",
     ),
 ]
 
@@ -277,7 +298,7 @@ def test_a_shared_key_at_fault_is_named_once(faults):
 
 def test_all_faults_of_both_files_come_at_once(faults):
     found = faults(
-        {"epochs": "3", "optimiser": {}, "model.vae_path": "no.safetensors", "checkpoint_every_n_epochs": 1},
+        {"epochs": "3", "optimiser": {}, "model.vae_path": "no.safetensors", "checkpoint_every_n_epochs": 0},
         {"resolutions": ["500"], "enable_ar_bucket": True},
         ["micro_batch_size_per_gpu=0", "nonsense"],
     )
@@ -293,6 +314,50 @@ def test_all_faults_of_both_files_come_at_once(faults):
     assert len(found) == 8
 
 
+def test_faults_of_an_evaluated_data_set_come_with_the_others(faults, tmp_path):
+    (tmp_path / "eval.toml").write_text("resolutions = []\n[[directory]]\npath = 'no'")
+    found = faults({"eval_datasets": ["eval.toml"], "epochs": 0})
+    assert [fault.split(": ")[:2] for fault in found] == [
+        ["main.toml", "epochs"],
+        [f"{tmp_path}/eval.toml", "resolutions"],
+        [f"{tmp_path}/eval.toml", "directory[0].path"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("description", "files", "line"),
+    [
+        (None, ["model.safetensors"], "/llm is a folder without a config.json, expected a Qwen3 text encoder"),
+        ('{"model_type": "llama"}', ["model.safetensors"], "/llm/config.json has model_type 'llama', expected 'qwen3'"),
+        ("[1]", ["model.safetensors"], "/llm/config.json has model_type None, expected 'qwen3'"),
+        ("{", ["model.safetensors"], "/llm/config.json cannot be read as JSON: "),
+        (
+            '{"model_type": "qwen3"}',
+            ["pytorch_model.bin"],
+            "/llm holds none, expected one .safetensors file with the wh",
+        ),
+        (
+            '{"model_type": "qwen3"}',
+            [
+                "model-00001-of-00003.safetensors",
+                "model-00002-of-00003.safetensors",
+                "model-00003-of-00003.safetensors",
+            ],
+            "/llm holds 3 of them (model-00001-of-00003.safetensors, model-00002-of-00003.safetensors …), expected one",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_qwen3_in_one_file_is_refused(faults, tmp_path, description, files, line):
+    (tmp_path / "llm").mkdir()
+    for name in files:
+        (tmp_path / "llm" / name).touch()
+    if description is not None:
+        (tmp_path / "llm" / "config.json").write_text(description)
+    (found,) = faults({"model.llm_path": "llm"})
+    assert found.startswith(f"main.toml: model.llm_path: {tmp_path}")
+    assert line in found
+
+
 def test_both_places_that_were_tried_are_named(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -306,12 +371,12 @@ def test_both_places_that_were_tried_are_named(tmp_path, monkeypatch):
     ("override", "line"),
     [
         ("optimiser.lr=1", "--set: optimiser: unknown key (did you mean 'optimizer'?)"),
-        ("optimizer.lrr=1", "--set: optimizer.lrr: unknown key (did you mean 'lr'?)"),
+        ("model.dtpe=1", "--set: model.dtpe: unknown key (did you mean 'dtype'?)"),
         ("epochs=many", '--set: epochs: found "many" (a string), expected a whole number'),
         ("epochs.x=1", "--set: epochs.x: epochs is not a table"),
         ("epochs", "--set: found 'epochs', expected key=value, as in optimizer.lr=1e-4"),
         ("=3", "--set: found '=3', expected key=value"),
-        ("checkpoint_every_n_epochs=1", "--set: checkpoint_every_n_epochs: a known key that this version does not"),
+        ("model.t5_path=x", "--set: model.t5_path: belongs to Cosmos-Predict2"),
     ],
 )
 def test_a_fault_of_an_override_names_the_override(faults, override, line):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from anima_jax.config import load_config, load_dataset
+from anima_jax.config import load_config
 from anima_jax.config.network import NetworkSizes
 from anima_jax.data.buckets import Bucketing, Size
 from anima_jax.data.examples import SourceOptions
@@ -15,56 +15,6 @@ from tests.config.files import REMOVE, write
 PICTURE = Size(512, 512, 1)
 AR_KEYS = {"min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7}
 
-# The shape of diffusion-pipe's own example, with Anima in [model].
-DIFFUSION_PIPE_MAIN = """
-output_dir = '/data/diffusion_pipe_training_runs/anima_test'
-dataset = 'dataset.toml'
-epochs = 1000
-micro_batch_size_per_gpu = 2
-pipeline_stages = 1
-gradient_accumulation_steps = 4
-gradient_clipping = 1.0
-warmup_steps = 100
-lr_scheduler = 'linear'
-blocks_to_swap = 20
-eval_every_n_epochs = 1
-eval_before_first_step = true
-eval_micro_batch_size_per_gpu = 1
-eval_gradient_accumulation_steps = 1
-save_every_n_epochs = 2
-activation_checkpointing = true
-partition_method = 'parameters'
-save_dtype = 'bfloat16'
-caching_batch_size = 1
-steps_per_print = 1
-video_clip_mode = 'single_beginning'
-
-[model]
-type = 'anima'
-transformer_path = 'dit.safetensors'
-vae_path = 'vae.safetensors'
-llm_path = 'llm.safetensors'
-dtype = 'bfloat16'
-timestep_sample_method = 'logit_normal'
-llm_adapter_lr = 0
-
-[adapter]
-type = 'lora'
-rank = 32
-dtype = 'bfloat16'
-
-[optimizer]
-type = 'adamw_optimi'
-lr = 2e-5
-betas = [0.9, 0.99]
-weight_decay = 0.01
-eps = 1e-8
-
-[monitoring]
-enable_wandb = false
-wandb_api_key = ''
-"""
-
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
@@ -72,62 +22,6 @@ def load(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return lambda changes=None, dataset=None, overrides=(): load_config(write(tmp_path, changes, dataset), overrides)
-
-
-def test_the_shape_of_diffusion_pipes_own_example_loads(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = write(tmp_path)
-    path.write_text(DIFFUSION_PIPE_MAIN)
-    config = load_config(path)
-    assert config.output_dir == "/data/diffusion_pipe_training_runs/anima_test"
-    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (2e-5, (0.9, 0.99), 1e-8)
-    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (8, 4)
-    assert config.schedule == ("linear", 100)
-    assert config.remat == "full"
-    assert config.adapter is not None
-    assert config.adapter.scale == 1.0
-    assert config.data.size_wh == (512, 512)
-    assert [note.split(": ")[1] for note in config.notes] == ["pipeline_stages", "blocks_to_swap", "partition_method"]
-
-
-DIFFUSION_PIPE_DATASET = """
-resolutions = [512]
-enable_ar_bucket = true
-min_ar = 0.5
-max_ar = 2.0
-num_ar_buckets = 7
-frame_buckets = [1, 33]
-cache_shuffle_num = 10
-cache_shuffle_delimiter = ", "
-skip_empty_caption = false
-
-[[directory]]
-path = 'pictures'
-mask_path = 'pictures'
-num_repeats = 1
-
-[[directory]]
-path = 'pictures'
-ar_buckets = [[448, 576]]
-resolutions = [[448, 576]]
-frame_buckets = [1]
-num_repeats = 5
-"""
-
-
-def test_the_shape_of_diffusion_pipes_own_dataset_loads_without_a_note(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path)
-    (tmp_path / "dataset.toml").write_text(DIFFUSION_PIPE_DATASET)
-    data, notes = load_dataset(tmp_path / "dataset.toml")
-    assert notes == ()
-    first, second = data.directory
-    # The tall example of golden/buckets.json, and 448 × 576 as it is: the area's side is 507.98.
-    assert [bucket.size for bucket in first.bucketing.place(614, 2395, 1)] == [(368, 720, 1)]
-    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 60)] == []
-    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 1)] == [(448, 576, 1)]
-    assert (first.mask_path, second.mask_path) == (str(tmp_path / "pictures"), None)
-    assert (second.options.shuffle_copies, second.options.num_repeats) == (10, 5.0)
 
 
 def test_defaults_are_those_of_diffusion_pipe(load):
@@ -142,6 +36,14 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (config.model.cache_text_embeddings, config.model.max_caption_tokens) == (True, 512)
     assert (config.cache_dir, config.cache_local_dir, config.cached_dtype) == (None, None, "bfloat16")
     assert (config.regenerate_cache, config.trust_cache, config.strict_data) == (False, False, False)
+    assert (config.eval_datasets, config.eval_before_first_step, config.eval_every_steps) == ((), True, None)
+    assert [config.eval_micro_batch(size) for size in (PICTURE, Size(512, 512, 33))] == [1, 1]
+    assert (config.steps_per_print, config.logging_steps, config.x_axis_examples) == (1, 1, False)
+    assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, None)
+    assert (config.resume_from_checkpoint, config.reset_dataloader) == (None, False)
+    assert (config.reset_optimizer, config.reset_optimizer_params) == (False, False)
+    assert (config.model.transformer_dtype, config.model.text_encoder_fp8) == (None, False)
+    assert (config.monitoring.enable_wandb, config.model.text_encoder_nf4) == (False, False)
     assert config.notes == ()
     ((source, options),) = config.source_options
     assert source is config.data.directory[0]
@@ -149,9 +51,80 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (options.delimiter, options.skip_empty_caption, options.shuffle_copies) == (", ", True, 0)
 
 
-def test_adamw_has_the_defaults_of_torch(load):
+def test_our_own_keys_change_nothing_unless_set(load):
+    config = load()
+    assert (config.param_dtype, config.remat_every, config.scan_unroll) == ("float32", 1, 1)
+    assert (config.max_checkpoints, config.max_skipped_steps, config.compilation_cache_dir) == (None, 10, None)
+    assert config.monitoring.enable_tensorboard
+
+
+@pytest.mark.parametrize(
+    ("keys", "remat"),
+    [
+        ({"activation_checkpointing": False}, "none"),
+        ({"activation_checkpointing": True}, "full"),
+        ({"activation_checkpointing": "unsloth"}, "offload"),
+        ({"activation_checkpointing": True, "remat": "attention"}, "attention"),
+        ({"remat": "dots"}, "dots"),
+    ],
+)
+def test_remat_follows_from_activation_checkpointing_unless_set(load, keys, remat):
+    assert load(keys).remat == remat
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "which"),
+    [
+        ({"resume_from_checkpoint": True}, [], ""),
+        ({}, ["resume_from_checkpoint=true"], ""),
+        ({}, ["resume_from_checkpoint="], ""),
+        ({"resume_from_checkpoint": False}, [], None),
+        ({"resume_from_checkpoint": True}, ["resume_from_checkpoint=20260101_12-00-00"], "20260101_12-00-00"),
+    ],
+)
+def test_the_run_to_resume(load, changes, overrides, which):
+    assert load(changes, overrides=overrides).resume_from_checkpoint == which
+
+
+def test_pictures_while_training_come_every_500_steps_or_by_epochs(load):
+    sample = {"prompts": ["a"]}
+    for keys, every in (({}, (None, 500)), ({"every_n_epochs": 2}, (2, None)), ({"every_n_steps": 9}, (None, 9))):
+        found = load({"sample": sample | keys}).sample
+        assert found is not None
+        assert (found.every_n_epochs, found.every_n_steps) == every
+
+
+def test_evaluation_takes_the_batches_of_the_training_unless_set(load):
+    train = {"micro_batch_size_per_gpu": 2, "image_micro_batch_size_per_gpu": 8}
+    clip = Size(512, 512, 33)
+    assert [load(train).eval_micro_batch(size) for size in (PICTURE, clip)] == [8, 2]
+    config = load(train | {"eval_micro_batch_size_per_gpu": 3})
+    assert [config.eval_micro_batch(size) for size in (PICTURE, clip)] == [3, 3]
+
+
+def test_compiled_programs_are_kept_in_a_folder_or_nowhere(load, tmp_path):
+    assert load({"compilation_cache_dir": ""}).compilation_cache_dir == ""
+    assert load({"compilation_cache_dir": "xla"}).compilation_cache_dir == str(tmp_path / "elsewhere" / "xla")
+
+
+def test_a_text_encoder_may_be_a_folder_of_transformers(load, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "qwen"
+    transformers.Qwen3Config().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    assert load({"model.llm_path": "qwen"}).model.llm_path == str(folder / "model.safetensors")
+
+
+def test_keys_that_are_not_listed_are_the_optimizers_own(load):
+    optimizer = load({"optimizer": {"type": "Lion", "lr": 1, "b1": 0.8, "mask": {"a": [1]}}}).optimizer
+    assert (optimizer.type, optimizer.options) == ("lion", {"b1": 0.8, "mask": {"a": [1]}})
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.eps) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", ["adamw", "offload"])
+def test_adamw_has_the_defaults_of_torch(load, name):
     torch = pytest.importorskip("torch")
-    ours = load({"optimizer.type": "adamw"}).optimizer
+    ours = load({"optimizer.type": name}).optimizer
     theirs = torch.optim.AdamW([torch.zeros(1)]).defaults
     assert (ours.betas, ours.eps, ours.weight_decay) == (theirs["betas"], theirs["eps"], theirs["weight_decay"])
 
@@ -469,19 +442,6 @@ def test_configurations_are_frozen(load):
     config = load()
     with pytest.raises(ValueError, match="frozen"):
         config.epochs = 5
-
-
-HARMLESS = [
-    {"eval_datasets": []},
-    {"eval_every_n_steps": 10, "eval_image_micro_batch_size_per_gpu": 2},
-    {"model.cache_text_embeddings": True},
-    {"optimizer.gradient_release": False},
-]
-
-
-@pytest.mark.parametrize("changes", HARMLESS, ids=[next(iter(changes)) for changes in HARMLESS])
-def test_keys_to_come_are_accepted_where_they_ask_for_nothing(load, changes):
-    assert load(changes).notes == ()
 
 
 def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):

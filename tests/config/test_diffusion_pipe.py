@@ -1,0 +1,380 @@
+"""TOMLs of the kinds that diffusion-pipe's users have load unchanged and mean what they mean there."""
+
+import pytest
+
+from anima_jax.config import load_config, load_dataset
+from anima_jax.data.buckets import Size
+from tests.config.files import MAIN, toml, write
+
+PICTURE, CLIP = Size(512, 512, 1), Size(640, 384, 33)
+
+MODEL = """
+[model]
+type = 'anima'
+transformer_path = 'dit.safetensors'
+vae_path = 'vae.safetensors'
+llm_path = 'llm.safetensors'
+dtype = 'bfloat16'
+"""
+
+LORA = f"""
+output_dir = '/data/diffusion_pipe_training_runs/anima_test'
+dataset = 'dataset.toml'
+epochs = 1000
+micro_batch_size_per_gpu = 2
+pipeline_stages = 1
+gradient_accumulation_steps = 4
+gradient_clipping = 1.0
+warmup_steps = 100
+lr_scheduler = 'linear'
+blocks_to_swap = 20
+eval_every_n_epochs = 1
+eval_before_first_step = true
+eval_micro_batch_size_per_gpu = 1
+eval_gradient_accumulation_steps = 1
+save_every_n_epochs = 2
+checkpoint_every_n_minutes = 120
+activation_checkpointing = true
+partition_method = 'parameters'
+save_dtype = 'bfloat16'
+caching_batch_size = 1
+steps_per_print = 1
+video_clip_mode = 'single_beginning'
+{MODEL}
+transformer_dtype = 'float8'
+timestep_sample_method = 'logit_normal'
+llm_adapter_lr = 0
+
+[adapter]
+type = 'lora'
+rank = 32
+dtype = 'bfloat16'
+
+[optimizer]
+type = 'adamw_optimi'
+lr = 2e-5
+betas = [0.9, 0.99]
+weight_decay = 0.01
+eps = 1e-8
+
+[monitoring]
+enable_wandb = false
+wandb_api_key = ''
+wandb_tracker_name = ''
+wandb_run_name = ''
+"""
+
+FULL = f"""
+output_dir = 'runs'
+dataset = 'dataset.toml'
+epochs = 40
+max_steps = 20000
+micro_batch_size_per_gpu = 4
+gradient_accumulation_steps = 8
+warmup_steps = 50
+lr_scheduler = 'cosine'
+save_every_n_steps = 500
+checkpoint_every_n_epochs = 1
+activation_checkpointing = 'unsloth'
+uncond_fraction = 0.1
+pseudo_huber_c = 0.3
+regenerate_cache = true
+resume_from_checkpoint = '20260101_12-00-00'
+{MODEL}
+shift = 3
+sigmoid_scale = 1.3
+multiscale_loss_weight = 0.5
+self_attn_lr = 2e-5
+llm_adapter_lr = 1e-6
+
+[optimizer]
+type = 'AdamW8bitKahan'
+lr = 1e-5
+betas = [0.9, 0.99]
+weight_decay = 0.01
+stabilize = false
+gradient_release = true
+"""
+
+VIDEO = f"""
+output_dir = 'runs'
+dataset = 'dataset.toml'
+epochs = 10
+micro_batch_size_per_gpu = [[512, 2], [1024, 1]]
+image_micro_batch_size_per_gpu = [[512, 16], [1024, 4]]
+save_every_n_examples = 1600
+activation_checkpointing = true
+reentrant_activation_checkpointing = true
+map_num_proc = 32
+video_clip_mode = 'single_middle'
+{MODEL}
+flux_shift = true
+
+[optimizer]
+type = 'Prodigy'
+lr = 1
+betas = [0.9, 0.99]
+weight_decay = 0.01
+d_coef = 0.5
+use_bias_correction = true
+"""
+
+EVAL = f"""
+output_dir = 'runs'
+dataset = 'dataset.toml'
+eval_datasets = [
+    {{name = 'held out', config = 'eval.toml'}},
+    'dataset.toml',
+]
+epochs = 10
+micro_batch_size_per_gpu = 8
+gradient_accumulation_steps = 2
+eval_every_n_examples = 320
+eval_micro_batch_size_per_gpu = [[512, 4], [1024, 1]]
+image_eval_micro_batch_size_per_gpu = 6
+eval_gradient_accumulation_steps = 1
+disable_block_swap_for_eval = true
+save_every_n_epochs = 1
+logging_steps = 5
+x_axis_examples = true
+{MODEL}
+
+[optimizer]
+type = 'adamw'
+lr = 1e-5
+beta2_half_life = 1000
+
+[monitoring]
+enable_wandb = true
+wandb_api_key = '0123'
+wandb_tracker_name = 'anima'
+wandb_run_name = 'first'
+"""
+
+DATASET = """
+resolutions = [512]
+enable_ar_bucket = true
+min_ar = 0.5
+max_ar = 2.0
+num_ar_buckets = 7
+frame_buckets = [1, 33]
+cache_shuffle_num = 10
+cache_shuffle_delimiter = ", "
+skip_empty_caption = false
+
+[[directory]]
+path = 'pictures'
+mask_path = 'pictures'
+num_repeats = 1
+
+[[directory]]
+path = 'pictures'
+ar_buckets = [[448, 576]]
+resolutions = [[448, 576]]
+frame_buckets = [1]
+num_repeats = 5
+"""
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Load a main TOML of this text, beside the files that all of them name."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path)
+    (tmp_path / "eval.toml").write_text("resolutions = [256]\n[[directory]]\npath = 'pictures'\n")
+
+    def loaded(text):
+        path.write_text(text)
+        return load_config(path)
+
+    return loaded
+
+
+def noted(config):
+    """The keys that the configuration's notes are about."""
+    return [note.split(": ")[1] for note in config.notes]
+
+
+def test_a_lora(load):
+    config = load(LORA)
+    assert config.output_dir == "/data/diffusion_pipe_training_runs/anima_test"
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (2e-5, (0.9, 0.99), 1e-8)
+    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (8, 4)
+    assert config.schedule == ("linear", 100)
+    assert (config.remat, config.model.transformer_dtype) == ("full", "float8")
+    assert config.adapter is not None
+    assert (config.adapter.rank, config.adapter.scale) == (32, 1.0)
+    assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, 120.0)
+    assert (config.eval_datasets, config.eval_every_n_epochs) == ((), 1)
+    assert config.data.size_wh == (512, 512)
+    assert noted(config) == ["pipeline_stages", "blocks_to_swap", "partition_method"]
+
+
+def test_a_full_fine_tune(load):
+    config = load(FULL)
+    assert (config.adapter, config.max_steps, config.remat) == (None, 20000, "offload")
+    assert (config.loss, config.regenerate_cache) == (("pseudo_huber_c", 0.3), True)
+    assert (config.resume_from_checkpoint, config.checkpoint_every_n_epochs) == ("20260101_12-00-00", 1)
+    assert (config.save_every_steps, config.uncond_fraction) == (500, 0.1)
+    assert (config.optimizer.type, config.optimizer.eps, config.optimizer.options) == ("adamw8bitkahan", 1e-8, {})
+    rates = config.learning_rates
+    assert (rates["self_attn"], rates["llm_adapter"], rates["mlp"], rates["base"]) == (2e-5, 1e-6, 1e-5, 1e-5)
+    assert noted(config) == ["optimizer.gradient_release"]
+
+
+def test_a_video_run(load):
+    config = load(VIDEO)
+    assert [config.micro_batch(size) for size in (CLIP, PICTURE, Size(1024, 1024, 33))] == [2, 16, 1]
+    assert (config.video_clip_mode, config.map_num_proc, config.model.flux_shift) == ("single_middle", 32, True)
+    assert config.save_every_steps == 100
+    optimizer = config.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("prodigy", 1.0, (0.9, 0.99), None)
+    assert optimizer.options == {"d_coef": 0.5, "use_bias_correction": True}
+    assert noted(config) == ["reentrant_activation_checkpointing"]
+
+
+def test_a_run_with_evaluation(load, tmp_path):
+    config = load(EVAL)
+    held_out, trained = config.eval_datasets
+    assert (held_out.name, trained.name) == ("held out", "dataset")
+    assert (held_out.path, trained.path) == (str(tmp_path / "eval.toml"), str(tmp_path / "dataset.toml"))
+    assert (held_out.data.size_wh, trained.data) == ((256, 256), config.data)
+    ((source, options),) = config.options_of(held_out.data)
+    assert (source, options) == (held_out.data.directory[0], held_out.data.directory[0].options)
+    assert [config.eval_micro_batch(size) for size in (PICTURE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
+    assert config.eval_every_steps == 320 // 16
+    assert (config.logging_steps, config.x_axis_examples, config.eval_before_first_step) == (5, True, True)
+    assert config.optimizer.beta2_half_life == 1000.0
+    monitoring = config.monitoring
+    assert (monitoring.enable_wandb, monitoring.enable_tensorboard) == (True, True)
+    assert (monitoring.wandb_api_key, monitoring.wandb_tracker_name, monitoring.wandb_run_name) == (
+        "0123",
+        "anima",
+        "first",
+    )
+    assert noted(config) == ["disable_block_swap_for_eval"]
+
+
+def test_a_data_set_with_clips_and_masks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    (tmp_path / "dataset.toml").write_text(DATASET)
+    data, notes = load_dataset(tmp_path / "dataset.toml")
+    assert notes == ()
+    first, second = data.directory
+    # The tall example of golden/buckets.json, and 448 × 576 as it is: the area's side is 507.98.
+    assert [bucket.size for bucket in first.bucketing.place(614, 2395, 1)] == [(368, 720, 1)]
+    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 60)] == []
+    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 1)] == [(448, 576, 1)]
+    assert (first.mask_path, second.mask_path) == (str(tmp_path / "pictures"), None)
+    assert (second.options.shuffle_copies, second.options.num_repeats) == (10, 5.0)
+
+
+# Every key of the trainer's main TOML, with a value that is not its default where another is possible.
+KEPT = {
+    "epochs": 7,
+    "max_steps": 3,
+    "micro_batch_size_per_gpu": 2,
+    "image_micro_batch_size_per_gpu": 3,
+    "eval_micro_batch_size_per_gpu": 4,
+    "eval_image_micro_batch_size_per_gpu": 5,
+    "gradient_accumulation_steps": 6,
+    "gradient_clipping": 0.5,
+    "warmup_steps": 7,
+    "lr_scheduler": "cosine",
+    "force_constant_lr": 1e-3,
+    "save_every_n_epochs": 1,
+    "save_every_n_steps": 2,
+    "save_every_n_examples": 3,
+    "checkpoint_every_n_epochs": 4,
+    "checkpoint_every_n_minutes": 5.0,
+    "save_dtype": "float16",
+    "activation_checkpointing": "unsloth",
+    "caching_batch_size": 9,
+    "map_num_proc": 3,
+    "uncond_fraction": 0.25,
+    "video_clip_mode": "single_middle",
+    "eval_every_n_epochs": 1,
+    "eval_every_n_steps": 2,
+    "eval_every_n_examples": 3,
+    "eval_before_first_step": False,
+    "steps_per_print": 2,
+    "logging_steps": 3,
+    "x_axis_examples": True,
+    "huber_delta": 0.1,
+    "smooth_l1_beta": 0.2,
+    "pseudo_huber_c": 0.3,
+    "regenerate_cache": True,
+    "resume_from_checkpoint": "run",
+    "model.dtype": "float16",
+    "model.transformer_dtype": "float8_e5m2",
+    "model.text_encoder_fp8": True,
+    "model.text_encoder_nf4": True,
+    "model.cache_text_embeddings": False,
+    "model.timestep_sample_method": "uniform",
+    "model.sigmoid_scale": 1.3,
+    "model.shift": 2.5,
+    "model.flux_shift": True,
+    "model.multiscale_loss_weight": 0.5,
+    "model.self_attn_lr": 1e-4,
+    "model.cross_attn_lr": 2e-4,
+    "model.mlp_lr": 3e-4,
+    "model.mod_lr": 4e-4,
+    "model.llm_adapter_lr": 0.0,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.eps": 1e-3,
+    "optimizer.beta2_half_life": 100.0,
+    "monitoring.enable_wandb": True,
+    "monitoring.wandb_api_key": "a",
+    "monitoring.wandb_tracker_name": "b",
+    "monitoring.wandb_run_name": "c",
+}
+ANSWERED = {
+    "pipeline_stages": 2,
+    "partition_method": "manual",
+    "partition_split": [10],
+    "blocks_to_swap": 10,
+    "disable_block_swap_for_eval": True,
+    "reentrant_activation_checkpointing": True,
+    "compile": True,
+    "eval_gradient_accumulation_steps": 2,
+    "huggingface_repo": "owner/repo",
+    "upload_hf_from_epoch": 2,
+    "optimizer.gradient_release": True,
+    "optimizer.kahan_sum": True,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), KEPT.items(), ids=KEPT)
+def test_a_key_is_kept_as_it_is(tmp_path, key, value):
+    found = load_config(write(tmp_path, {key: value}))
+    assert found.notes == ()
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(("key", "value"), ANSWERED.items(), ids=ANSWERED)
+def test_a_key_that_cannot_apply_is_answered_in_one_line(tmp_path, key, value):
+    (note,) = load_config(write(tmp_path, {key: value})).notes
+    assert note.startswith(f"{tmp_path}/main.toml: {key}: does nothing here: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval_datasets", []),
+        ("eval_gradient_accumulation_steps", 1),
+        ("huggingface_repo", ""),
+        ("optimizer.gradient_release", False),
+        ("optimizer.stabilize", False),
+    ],
+)
+def test_a_key_that_asks_for_nothing_is_passed_over(tmp_path, key, value):
+    assert load_config(write(tmp_path, {key: value})).notes == ()
+
+
+def test_data_that_is_never_evaluated_again_is_noted(load):
+    note = "eval_datasets: used before the first step alone"
+    assert note in load(toml(MAIN | {"eval_datasets": ["eval.toml"]})).notes[0]
+    assert load(toml(MAIN | {"eval_datasets": ["eval.toml"], "eval_every_n_steps": 9})).notes == ()
