@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.config import load_config, load_dataset
+from anima_jax.config import DatasetConfig, load_config, load_dataset
 from anima_jax.config.main import MainFile
 from anima_jax.config.schema import key_table
 from anima_jax.data.shapes import scenes
@@ -27,7 +27,7 @@ def configs(tmp_path, monkeypatch):
             root = folder if name.startswith("..") else tmp_path
             (root / name).resolve().parent.mkdir(parents=True, exist_ok=True)
             (root / name).touch()
-    for name in ("anima_jax/assets/tokenizers/qwen", "anima_jax/assets/tokenizers/t5", "data/pictures"):
+    for name in ("anima_jax/assets/tokenizers/qwen", "anima_jax/assets/tokenizers/t5", "data/pictures", "data/clips"):
         (tmp_path / name).mkdir(parents=True)
     return folder
 
@@ -53,10 +53,10 @@ def test_the_quick_start_shows_what_it_was_not_trained_on(configs):
     assert config.data.size_wh == (64, 64)
 
 
-@pytest.mark.parametrize("name", MAIN_FILES)
+@pytest.mark.parametrize("name", MAIN_FILES + DATASETS)
 def test_every_key_that_a_shipped_configuration_comments_out_is_a_key(name):
     """`# max_steps = 20000` must still be right when a reader takes the # away."""
-    keys = {key.split(".")[-1] for key in key_table(MainFile)}
+    keys = {key.split(".")[-1] for key in key_table(DatasetConfig if name in DATASETS else MainFile)}
     commented = re.findall(r"^# ([a-z_]+) = (.*)$", (CONFIGS / name).read_text(), re.MULTILINE)
     for key, value in commented:
         assert key in keys
@@ -64,4 +64,25 @@ def test_every_key_that_a_shipped_configuration_comments_out_is_a_key(name):
 
 
 def test_there_is_one_configuration_for_each_use():
-    assert {*MAIN_FILES, *DATASETS} >= {"shapes.toml", "anima_full.toml", "anima_lora.toml", "dataset.toml"}
+    uses = {"shapes", "anima_full", "anima_lora", "anima_video", "dataset", "video_dataset"}
+    assert {*MAIN_FILES, *DATASETS} >= {f"{use}.toml" for use in uses}
+
+
+def test_the_lora_has_the_settings_that_are_advised_and_says_why(configs):
+    """Sources: Anima's model card and its fine-tuning advice."""
+    config = load_config(configs / "anima_lora.toml")
+    assert (config.model.llm_adapter_lr, config.optimizer.lr, config.optimizer.betas) == (0, 2e-5, (0.9, 0.99))
+    lines = (configs / "anima_lora.toml").read_text().splitlines()
+    for key in ("llm_adapter_lr", "lr", "betas"):
+        assert all(
+            lines[number - 1].startswith("# ") for number, line in enumerate(lines) if line.startswith(f"{key} =")
+        )
+
+
+def test_clips_and_pictures_make_steps_of_one_size(configs):
+    config = load_config(configs / "anima_video.toml")
+    sizes = {size for source in config.data.sources for size in source.bucketing.sizes}
+    assert {size.frames for size in sizes} == {1, 17, 33}
+    assert {config.global_batch(size) for size in sizes} == {16}
+    assert {config.micro_batch(size) for size in sizes if size.frames == 1} == {8, 16}
+    assert {config.micro_batch(size) for size in sizes if size.frames > 1} == {1, 2}
