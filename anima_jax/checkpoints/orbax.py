@@ -47,17 +47,22 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None):
-        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        self.folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
         self.failure: str | None = None
         """Why the last save that is finished failed, one line; None if it did not."""
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self._pending.done()
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, oldest first."""
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             return []
-        found = (path for path in self._folder.iterdir() if path.name.isdecimal() and (path / _LAST_FILE).is_file())
+        found = (path for path in self.folder.iterdir() if path.name.isdecimal() and (path / _LAST_FILE).is_file())
         return sorted(int(path.name) for path in found)
 
     def latest(self) -> int | None:
@@ -72,14 +77,14 @@ class RunCheckpoints:
         self.wait()
         if step in self.steps():
             return
-        flat = {name: _flat(tree) for name, tree in items.items()}
-        custom = {"run": dict(metadata), "layout": {name: _layout(leaves) for name, leaves in flat.items()}}
+        leaves = {name: flat(tree) for name, tree in items.items()}
+        custom = {"run": dict(metadata), "layout": {name: layout_of(tree) for name, tree in items.items()}}
         try:
             self._sweep()
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with _context():
                 saving = ocp.save_checkpointables_async(
-                    self._folder / str(step), _not_empty(flat), custom_metadata=custom
+                    self.folder / str(step), _not_empty(leaves), custom_metadata=custom
                 )
         except Exception as error:  # Orbax, TensorStore and the file system each have their own
             self._failed(step, error)
@@ -111,14 +116,14 @@ class RunCheckpoints:
         The values are equal bit by bit to those saved. Raises UserError if what was saved has another layout, or is
         damaged.
         """
-        wanted = {name: _flat(tree) for name, tree in abstract.items()}
+        wanted = {name: flat(tree) for name, tree in abstract.items()}
         layout = self.layout(step)
-        for name, leaves in wanted.items():
+        for name, tree in abstract.items():
             if name not in layout:
-                raise UserError(f"{self._folder / str(step)}: has no {name}, only {', '.join(sorted(layout))}")
-            different = layout_differences(layout[name], _layout(leaves))
+                raise UserError(f"{self.folder / str(step)}: has no {name}, only {', '.join(sorted(layout))}")
+            different = layout_differences(layout[name], layout_of(tree))
             if different:
-                raise UserError(f"{self._folder / str(step)}: {name} is another: {shorten(different)}")
+                raise UserError(f"{self.folder / str(step)}: {name} is another: {shorten(different)}")
         specs = {name: {path: _spec(leaf) for path, leaf in leaves.items()} for name, leaves in wanted.items()}
         with _context():
             found = self._damaged_if_raises(step, lambda path: ocp.load_checkpointables(path, _not_empty(specs)))
@@ -134,11 +139,11 @@ class RunCheckpoints:
     def _read(self, step: int) -> dict[str, Any]:
         found = self._damaged_if_raises(step, lambda path: ocp.checkpointables_metadata(path).custom_metadata)
         if not isinstance(found, dict) or not {"run", "layout"} <= found.keys():
-            raise UserError(f"{self._folder / str(step)}: is no checkpoint of this program")
+            raise UserError(f"{self.folder / str(step)}: is no checkpoint of this program")
         return found
 
     def _damaged_if_raises(self, step: int, read):
-        path = self._folder / str(step)
+        path = self.folder / str(step)
         try:
             return read(path)
         except Exception as error:  # of every kind, see `save`
@@ -156,23 +161,40 @@ class RunCheckpoints:
         if self._keep is not None and jax.process_index() == 0:
             for old in self.steps()[: -self._keep]:
                 # Under the name of what `_sweep` clears away: half of a checkpoint is never taken for one.
-                path = self._folder / f"{old}.old"
-                (self._folder / str(old)).rename(path)
+                path = self.folder / f"{old}.old"
+                (self.folder / str(old)).rename(path)
                 shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._sweep()
         latest = self.latest()
         kept = "there is none before it" if latest is None else f"that of step {latest} stays the newest"
-        self.failure = f"{self._folder}: the checkpoint of step {step} could not be saved ({_reason(error)}); {kept}"
+        self.failure = f"{self.folder}: the checkpoint of step {step} could not be saved ({_reason(error)}); {kept}"
         log.warning(self.failure)
 
     def _sweep(self) -> None:
         """Delete what killed or failed saves and deletions have left."""
-        if jax.process_index() == 0 and self._folder.is_dir():
-            for path in self._folder.iterdir():
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in self.folder.iterdir():
                 if re.fullmatch(r"\d+\..+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Path → array (or what stands for one). Containers without leaves (None, empty states) leave no trace."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        for path, leaf in leaves
+    }
+    if len(found) != len(leaves):
+        raise ValueError("two leaves of a tree have the same path")
+    return found
+
+
+def layout_of(tree: Any) -> dict[str, str]:
+    """Path → dtype and shape, `float32[28,10]`, of each leaf; `tree` may be abstract."""
+    return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in flat(tree).items()}
 
 
 def layout_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -194,22 +216,6 @@ def _not_empty(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     """Without arrays of no elements, and items of no arrays: Orbax stores neither, but the layout knows them."""
     found = {name: {path: leaf for path, leaf in leaves.items() if leaf.size} for name, leaves in items.items()}
     return {name: leaves for name, leaves in found.items() if leaves}
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """Path → array (or what stands for one). Containers without leaves (None, empty states) leave no trace."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        for path, leaf in leaves
-    }
-    if len(flat) != len(leaves):
-        raise ValueError("two leaves of a tree have the same path")
-    return flat
-
-
-def _layout(leaves: Mapping[str, Any]) -> dict[str, str]:
-    return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in leaves.items()}
 
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
