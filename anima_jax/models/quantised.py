@@ -33,7 +33,7 @@ STORED = {
 """Storage by its configured name → dtype of the codes."""
 
 KEPT_IN_TRANSFORMER = ("x_embedder", "t_embedder", "t_embedding_norm", "final_layer")
-"""Parts whose weights are never stored in fewer bits: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's cosmos_predict2.py."""
+"""Parts that keep their dtype: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's models/cosmos_predict2.py."""
 
 NF4_BLOCK = 64
 _NIBBLES = 2

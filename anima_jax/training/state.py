@@ -139,8 +139,8 @@ def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
     if storage in quantised.STORED and rounded:
         groups = groups_by_path([tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in rounded])
         raise UserError(
-            f"{config.path}: model.transformer_dtype = '{storage}' is for frozen weights, but {len(rounded)} parameters "
-            f"of the groups {', '.join(sorted(set(groups.values())))} are trained; expected an [adapter], or none"
+            f"{config.path}: model.transformer_dtype = '{storage}' is for frozen weights, but those of the groups "
+            f"{', '.join(sorted(set(groups.values())))} are trained; expected an [adapter], or no transformer_dtype"
         )
     return trained
 

@@ -25,7 +25,6 @@ from anima_jax.models.parameters import Params, compute_copy, merge
 from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
-
 _ROUNDING = zlib.crc32(b"stochastic rounding")
 """What sets the keys of rounding apart from those of examples, whose first number is an epoch."""
 
@@ -48,7 +47,7 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """What a step changes. `params` are the trained parameters only; `ema` their average in float32, or None.
 
-    `step` counts every step, also those whose update was `skipped` (so many in a row until now, `total_skipped` in all).
+    `step` counts every step, also those whose update was left out: the last `skipped` in a row, `total_skipped` in all.
     """
 
     step: Array

@@ -14,7 +14,18 @@ from anima_jax.diffusion.randomness import Purpose, example_keys, normal, split_
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig, Text
-from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, train_step, update_ema
+from anima_jax.training.selfcheck import self_check
+from anima_jax.training.step import (
+    Batch,
+    StepConfig,
+    apply_gradients,
+    batch_loss,
+    compile_first_step,
+    compile_step,
+    init_state,
+    train_step,
+    update_ema,
+)
 from tests.models.networks import quick_jit, random_params
 
 CONFIG = DiTConfig(32, 2, 2, 64, 16, 4, adapter=AdapterConfig(16, 1, 2, 32, 12, 16, 30))
@@ -189,3 +200,163 @@ def test_losses_are_chosen_by_the_configuration():
     assert StepConfig(loss=Loss("huber_delta", 0.1)) != StepConfig()
     huber = StepConfig(compute_dtype=jnp.float32, seed=3, loss=Loss("huber_delta", 0.1))
     assert float(loss_and_gradients(batch(), config=huber)[0]) < float(loss_and_gradients(batch())[0])
+
+
+TOY = {"a": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.array([0.25, 2.0])}
+"""Parameters on which the update alone is tried: no network, no compiler to wait for."""
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "config"))
+def updated(state, loss, grads, optimizer, config):
+    return apply_gradients(state, loss, grads, optimizer=optimizer, config=config)
+
+
+def assert_equal_trees(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("loss", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("gradient", [1.0, float("nan"), float("-inf")])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counters(loss, gradient):
+    config, optimizer = StepConfig(ema_decay=0.9), optax.adamw(1e-2)
+    ones = jax.tree.map(jnp.ones_like, TOY)
+    state, _ = updated(init_state(TOY, optimizer, config), 1.0, ones, optimizer, config)
+    after, metrics = updated(state, loss, ones | {"b": jnp.array([1.0, gradient])}, optimizer, config)
+    good = bool(np.isfinite(loss) and np.isfinite(gradient))
+    kept = (state.params, state.opt_state, state.ema)
+    if good:
+        assert all(np.any(after.params[path] != state.params[path]) for path in TOY)
+    else:
+        assert_equal_trees((after.params, after.opt_state, after.ema), kept)
+    assert bool(metrics.finite) == good
+    assert (int(after.step), int(after.skipped), int(after.total_skipped)) == (2, int(not good), int(not good))
+
+
+def test_skipped_updates_are_counted_in_a_row_and_in_all():
+    config, optimizer = StepConfig(), optax.sgd(1e-2)
+    state, ones = init_state(TOY, optimizer, config), jax.tree.map(jnp.ones_like, TOY)
+    counts = []
+    for loss in (1.0, jnp.nan, jnp.nan, 1.0, jnp.inf):
+        state, metrics = updated(state, loss, ones, optimizer, config)
+        assert int(metrics.skipped) == int(state.skipped)
+        counts.append((int(state.step), int(state.skipped), int(state.total_skipped)))
+    assert counts == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 0, 2), (5, 1, 3)]
+
+
+def test_one_broken_example_costs_one_update_and_training_goes_on():
+    graphdef, params = model()
+    config, optimizer = StepConfig(compute_dtype=jnp.float32, seed=3, remat="none"), optax.adam(1e-3)
+    step = compile_step(graphdef, optimizer, config)
+    broken = batch()._replace(latents_blc=batch().latents_blc.copy())
+    broken.latents_blc[1, 0, 0] = np.nan
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, config)
+    losses, skipped = [], []
+    for data in (batch(), broken, batch()):
+        state, metrics = step(state, {}, data, None)
+        losses.append(float(metrics.loss))
+        skipped.append(int(metrics.skipped))
+    assert skipped == [0, 1, 0]
+    assert np.isnan(losses[1])
+    assert losses[2] < losses[0]
+    assert all(np.all(np.isfinite(value)) for value in state.params.values())
+
+
+def test_bfloat16_parameters_move_on_average_as_float32_ones_by_steps_far_below_their_spacing():
+    config = StepConfig(param_dtype=jnp.bfloat16, ema_decay=0.5)
+    optimizer, steps, rate = optax.sgd(1.0, momentum=0.0), 100, 1e-4
+    state = init_state({"a": jnp.ones(20_000), "b": jnp.ones(20_000)}, optimizer, config)
+    grads = {path: jnp.full_like(value, rate, jnp.float32) for path, value in state.params.items()}
+
+    def step(state, _):
+        return apply_gradients(state, 1.0, grads, optimizer=optimizer, config=config)[0], None
+
+    state = jax.jit(lambda state: jax.lax.scan(step, state, length=steps)[0])(state)
+    assert {value.dtype for value in state.params.values()} == {jnp.dtype(jnp.bfloat16)}
+    averages = [leaf for leaf in jax.tree.leaves((state.opt_state, state.ema)) if leaf.ndim]
+    assert {leaf.dtype for leaf in averages} == {jnp.dtype(jnp.float32)}
+    # Below 1 the spacing is 2^-8: to nearest, nothing would ever move. A step's variance is at most rate · spacing.
+    deviation = np.sqrt(steps * rate * 2**-8 / 20_000)
+    means = [float(jnp.mean(value.astype(jnp.float32))) for value in state.params.values()]
+    np.testing.assert_allclose(means, 1.0 - steps * rate, atol=5 * deviation)
+    assert means[0] != means[1]  # each parameter rounds by numbers of its own
+
+
+def test_rounding_is_a_function_of_seed_step_and_parameter():
+    config, optimizer = StepConfig(param_dtype=jnp.bfloat16), optax.sgd(1.0)
+    start = init_state({"a": jnp.ones(500)}, optimizer, config)
+    grads = {"a": jnp.full(500, 1e-3)}
+
+    def after(state=start, config=config):
+        return np.asarray(updated(state, 1.0, grads, optimizer, config)[0].params["a"])
+
+    assert np.array_equal(after(), after())
+    assert not np.array_equal(after(), after(config=dataclasses.replace(config, seed=1)))
+    assert not np.array_equal(after(), after(start._replace(step=jnp.array(1))))
+
+
+RECOMPUTED = [("dots", 1, 1), ("attention", 1, 1), ("offload", 1, 1), ("full", 1, 2), ("full", 2, 1), ("none", 2, 1)]
+
+
+@pytest.mark.parametrize(("remat", "every", "unroll"), RECOMPUTED)
+def test_what_is_computed_again_changes_neither_loss_nor_gradients(remat, every, unroll):
+    plain = dataclasses.replace(FLOAT32, remat="none")
+    other = dataclasses.replace(FLOAT32, remat=remat, remat_every=every, scan_unroll=unroll)
+    (loss, grads), (found, found_grads) = (loss_and_gradients(batch(), config=config) for config in (plain, other))
+    assert float(found) == pytest.approx(float(loss), rel=1e-6)
+    for path, grad in grads.items():
+        # The same sums, in another order where the compiler joins them otherwise.
+        np.testing.assert_allclose(found_grads[path], grad, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_each_policy_keeps_less_for_the_backward_than_the_one_before():
+    deep = dataclasses.replace(CONFIG, blocks=16)
+    graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(deep, rngs=rngs))
+    data = jax.eval_shape(lambda: batch(2, 256)._replace(grid_b3=np.tile([[1, 16, 16]], (2, 1))))
+
+    def temporary_bytes(remat, every=1):
+        config = dataclasses.replace(FLOAT32, remat=remat, remat_every=every)
+        gradients = jax.grad(lambda p, data: batch_loss(parameters.merge(graphdef, p), data, None, config))
+        return quick_jit(gradients).lower(shapes, data).compile().memory_analysis().temp_size_in_bytes
+
+    kept = [temporary_bytes(*policy) for policy in (("none",), ("dots",), ("attention",), ("full",), ("full", 4))]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 2 * kept[3] > 2 * kept[4]
+
+
+def test_a_group_size_that_does_not_divide_the_blocks_is_refused():
+    with pytest.raises(ValueError, match="remat_every is 3, expected a divisor of 2"):
+        jax.eval_shape(lambda: loss_and_gradients(batch(), config=dataclasses.replace(FLOAT32, remat_every=3)))
+
+
+def test_the_first_step_measures_every_group_and_steps_as_the_others_do():
+    graphdef, params = model()
+    groups = {path: path.split(".")[0] for path in params}
+    config, optimizer = dataclasses.replace(FLOAT32, remat="none"), optax.sgd(0.5)
+    arguments = ({}, batch(), None)
+    first = compile_first_step(graphdef, optimizer, config, groups)
+    state, metrics, norms = first(init_state(jax.tree.map(jnp.copy, params), optimizer, config), *arguments)
+    _, grads = loss_and_gradients(batch())
+    for group in set(groups.values()):
+        own = np.concatenate([np.ravel(grads[path]) for path in params if groups[path] == group])
+        assert float(norms.gradient[group]) == pytest.approx(np.linalg.norm(own), rel=1e-4)
+        assert float(norms.update[group]) == pytest.approx(0.5 * np.linalg.norm(own), rel=1e-3)
+    assert float(metrics.grad_norm) == pytest.approx(np.linalg.norm(list(norms.gradient.values())), rel=1e-5)
+    plain = {path: np.asarray(params[path] - 0.5 * grads[path]) for path in params}
+    for path, value in plain.items():
+        np.testing.assert_allclose(state.params[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_a_fresh_network_is_seen_to_learn_in_its_second_step():
+    graphdef, params = parameters.initial(lambda rngs: AnimaDiT(CONFIG, rngs=rngs), seed=0)
+    groups = {path: path.split(".")[0] for path in params if path != "t_embedding_norm.scale"} | {
+        "t_embedding_norm.scale": "t_embedder"
+    }
+    rates = dict.fromkeys(groups.values(), 1e-3)
+    config, optimizer = dataclasses.replace(FLOAT32, remat="none"), optax.adam(1e-3)
+    step, state = compile_first_step(graphdef, optimizer, config, groups), init_state(params, optimizer, config)
+    verdicts = []
+    for number in (1, 2):
+        state, metrics, norms = step(state, {}, batch(), None)
+        verdicts.append(self_check(norms, rates, step=number, loss=float(metrics.loss), adapter=False))
+    assert verdicts == [False, True]
