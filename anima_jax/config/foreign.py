@@ -48,7 +48,6 @@ def spelling_of(key: str) -> Foreign:
 _MESH = "layers are never split between devices; [mesh] shards every one of them"
 _SWAP = "activation_checkpointing = 'unsloth' and [model] transformer_dtype are what saves memory"
 _UPLOAD = "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that"
-_KERNELS = "chooses among torch's kernels"
 
 MAIN: Mapping[str, Foreign] = {
     "pipeline_stages": elsewhere(_MESH),
@@ -73,12 +72,9 @@ MODEL: Mapping[str, Foreign] = {
 
 OPTIMIZER: Mapping[str, Foreign] = {
     "kahan_sum": elsewhere("trained weights are float32, which needs no compensated sums"),
-    "stabilize": elsewhere("type = 'stableadamw' is the optimizer that limits its steps so", False),
     "gradient_release": elsewhere(
-        "gradients are clipped and applied in one program, which frees each as soon as it can", False
+        "gradients and updates are one program already; type = 'adamw8bit' or 'adafactor' saves memory", False
     ),
-    "foreach": elsewhere(_KERNELS),
-    "fused": elsewhere(_KERNELS),
 }
 
 ADAPTER: Mapping[str, Foreign] = {

@@ -3,27 +3,22 @@
 from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ConfigDict, Field
 
-from anima_jax.config.schema import Count, Dtype, Listed, NotNegative, Positive, Section, TypedSection, fault, not_yet
+from anima_jax.config.schema import (
+    Count,
+    Dtype,
+    Listed,
+    NotEmpty,
+    NotNegative,
+    Positive,
+    Section,
+    TypedSection,
+    fault,
+    not_yet,
+)
 
 Beta = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
-
-_TORCH = {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": _TORCH,
-    "offload": _TORCH,
-    "adamw8bit": _TORCH,
-    "adamw8bitkahan": _TORCH,
-    "adamw_optimi": {"betas": (0.9, 0.99), "weight_decay": 0.0, "eps": 1e-6},
-    "stableadamw": {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-6},
-}
-"""What diffusion-pipe gets from each type's own library (torch, bitsandbytes, optimi) where the TOML says nothing."""
-
-
-def _default(key: str):
-    return lambda table: DEFAULTS.get(table["type"], {}).get(key)
 
 
 def _lower(name: str) -> str:
@@ -50,34 +45,26 @@ class OptimizerConfig(Section):
         "transformation of optax or optax.contrib"
     )
     lr: NotNegative = Field(description="learning rate of every group that has none of its own in [model]")
-    betas: Annotated[tuple[Beta, Beta], Listed] | None = Field(
-        default_factory=_default("betas"),
-        description="decay of the first and of the second moment; unset: the optimizer's own, (0.9, 0.999) for 'adamw' "
-        "and (0.9, 0.99) for 'adamw_optimi'",
+    betas: Annotated[tuple[Beta, ...], Listed, NotEmpty] | None = Field(
+        None,
+        description="decay of the first and of the second moment; unset: the optimizer's own, [0.9, 0.999] for 'adamw' "
+        "and [0.9, 0.99] for 'adamw_optimi'",
     )
     beta2_half_life: Positive | None = Field(
         None,
-        validate_default=True,
-        description="examples after which the second moment has forgotten half: β₂ = 0.5^(global batch / this), "
+        description="examples after which a gradient counts half in the second moment: β₂ = 0.5^(global batch / this), "
         "instead of the second of betas",
     )
     weight_decay: NotNegative | None = Field(
-        default_factory=_default("weight_decay"),
+        None,
         description="decoupled weight decay; 1-D parameters and the adapter's token table have none; unset: the "
         "optimizer's own, 0.01 for 'adamw' and 0 for 'adamw_optimi'",
     )
     eps: Positive | None = Field(
-        default_factory=_default("eps"),
+        None,
         description="added to the root of the second moment; unset: the optimizer's own, 1e-8 for 'adamw' and 1e-6 for "
         "'adamw_optimi'",
     )
-
-    @field_validator("beta2_half_life")
-    @classmethod
-    def _betas_are_given(cls, half_life: float | None, info: ValidationInfo) -> float | None:
-        if half_life is not None and info.data.get("betas", ()) is None:
-            raise fault(f"found {half_life}, expected betas beside it: the first of them is not known")
-        return half_life
 
     @property
     def options(self) -> dict[str, Any]:

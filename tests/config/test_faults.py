@@ -72,10 +72,8 @@ MAIN_FAULTS = [
     ({"lr_scheduler": "cosin"}, "expected 'constant', 'linear' or 'cosine' (did you mean 'cosine'?)"),
     ({"model.type": "wan"}, "model.type: found 'wan', expected 'anima'"),
     ({"optimizer.type": " "}, "optimizer.type: found an empty string, expected the optimizer's name, as 'adamw'"),
-    (
-        {"optimizer": {"type": "came", "lr": 1, "beta2_half_life": 500}},
-        "optimizer.beta2_half_life: found 500.0, expected betas beside it",
-    ),
+    ({"optimizer.betas": []}, "optimizer.betas: found an empty list, expected at least one value"),
+    ({"optimizer.beta2_half_life": 0}, "optimizer.beta2_half_life: found 0 (a whole number), expected more than 0"),
     ({"remat": "dot"}, "'none', 'full', 'dots', 'attention' or 'offload' (did you mean 'dots'?)"),
     ({"param_dtype": "float16"}, "param_dtype: found \"float16\" (a string), expected 'float32' or 'bfloat16'"),
     ({"model.transformer_dtype": "nf4"}, "model.transformer_dtype: found \"nf4\" (a string), expected 'float8', 'floa"),

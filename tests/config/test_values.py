@@ -121,14 +121,6 @@ def test_keys_that_are_not_listed_are_the_optimizers_own(load):
     assert (optimizer.betas, optimizer.weight_decay, optimizer.eps) == (None, None, None)
 
 
-@pytest.mark.parametrize("name", ["adamw", "offload"])
-def test_adamw_has_the_defaults_of_torch(load, name):
-    torch = pytest.importorskip("torch")
-    ours = load({"optimizer.type": name}).optimizer
-    theirs = torch.optim.AdamW([torch.zeros(1)]).defaults
-    assert (ours.betas, ours.eps, ours.weight_decay) == (theirs["betas"], theirs["eps"], theirs["weight_decay"])
-
-
 def test_an_integer_is_a_number_where_a_float_is_wanted(load):
     config = load({"optimizer.lr": 1, "gradient_clipping": 0})
     assert (config.optimizer.lr, config.gradient_clipping) == (1.0, 0.0)
