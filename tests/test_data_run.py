@@ -263,6 +263,41 @@ def test_a_whole_run_over_mixed_sizes_resolutions_and_masks(tmp_path, capsys, mo
     assert 10 * np.log10(255**2 / np.mean(errors)) > 25
 
 
+def write_video(path: pathlib.Path, frames: int) -> None:
+    """A white square that moves to the right over blue, 16 frames a second."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=16)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for number in range(frames):
+            pixels = np.full((64, 64, 3), (45, 85, 200), np.uint8)
+            pixels[16:48, 4 + 2 * number : 36 + 2 * number] = 250
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    path.with_suffix(".txt").write_text("a white square on a blue background")
+
+
+def test_videos_and_pictures_are_trained_in_tiers_of_their_own(run, tmp_path, capsys):
+    for number in range(3):
+        write_video(tmp_path / "pictures" / f"clip{number}.mp4", 7 + number)
+    write_video(tmp_path / "pictures" / "short.mp4", 3)
+    toml = tmp_path / "dataset.toml"
+    toml.write_text("frame_buckets = [1, 5]\n" + toml.read_text())
+    options = ["--config", str(run), "--set", "micro_batch_size_per_gpu=2"]
+    train([*options, "--dump_dataset", str(tmp_path / "dump")])
+    clips = sorted(path.name for path in (tmp_path / "dump").glob("*.mp4"))
+    assert clips == [f"clip{number}.64x64x5.mp4" for number in range(3)]
+    assert len(list((tmp_path / "dump").glob("*.png"))) == 10
+
+    train(options)
+    out = capsys.readouterr().out
+    assert "64x5f" in out
+    assert "1 file was skipped" in out
+    (made,) = (tmp_path / "runs").iterdir()
+    assert len((made / "metrics.jsonl").read_text().splitlines()) == 5 + 2
+
+
 def test_uncached_text_is_what_cached_text_would_be(run):
     """Step by step the same loss, whether the states come from the cache or from the encoder."""
 

@@ -11,9 +11,9 @@ video becomes every fourth frame, each shown four times.
 Half of the pictures it is trained on have colours outside the language. Trained on the language's alone it codes each
 pair of colours in a way of its own, and a diffusion model cannot compose a shape with a pair that it never saw it in.
 
-The shipped `tiny_vae.safetensors` (1.87 MB, the default arguments) reconstructs fresh pictures of the language at a PSNR
-of 33.2 dB, mean absolute error 1.59 of 255 levels; from latents with noise of deviation 0.15 at 32.8 dB and 1.72. The
-file's metadata says the same. It was trained in 22 minutes on two CPU cores that others kept busy too.
+The shipped `tiny_vae.safetensors` (1.87 MB, the default arguments) reconstructs fresh pictures of the language at a
+PSNR of 33.2 dB, mean absolute error 1.59 of 255 levels; from latents with noise of deviation 0.15 at 32.8 dB and 1.72.
+The file's metadata says the same. It was trained in 22 minutes on two CPU cores that others kept busy too.
 """
 
 import argparse

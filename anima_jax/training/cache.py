@@ -168,11 +168,17 @@ class Cache:
 
         Media that cannot be decoded go to `problems`.
         """
-        work = []
+        work, claimed = [], set[bytes]()  # what two sources share is encoded for the first
+
+        def missing(wanted: dict[bytes, Item]) -> list[tuple[bytes, Item]]:
+            new = [(key, item) for key, item in wanted.items() if key not in claimed and self._find(key) is None]
+            claimed.update(key for key, _ in new)
+            return new
+
         for store, group in zip(self._stores, examples, strict=True):
             masks = {self._mask_key(example): example for example in group if example.entry.mask}
             latents = {self._latents_key(example): example for example in group}
-            work.append((store, self._missing(masks), self._missing(latents), self._missing_text(group)))
+            work.append((store, missing(masks), missing(latents), missing(self._text_keys(group))))
         _meet("the missing parts are counted")
         for store, masks, latents, captions in work:
             self._fill_masks(store, masks, problems)
@@ -182,14 +188,12 @@ class Cache:
         for store in self._stores:
             store.refresh()
 
-    def _missing(self, wanted: dict[bytes, Item]) -> list[tuple[bytes, Item]]:
-        return [(key, item) for key, item in wanted.items() if self._find(key) is None]
-
-    def _missing_text(self, examples: Sequence[Example]) -> list[tuple[bytes, str]]:
+    def _text_keys(self, examples: Sequence[Example]) -> dict[bytes, str]:
+        """The captions to encode; the empty one, which stands for all that are dropped, is among them."""
         if not self._config.model.cache_text_embeddings:
-            return []
+            return {}
         captions = {caption for example in examples for caption in example.captions}
-        return self._missing({self._text_key(caption): caption for caption in ["", *sorted(captions)]})
+        return {self._text_key(caption): caption for caption in ["", *sorted(captions)]}
 
     def _fill_masks(self, store: Store, missing: Sequence[tuple[bytes, Example]], problems: Problems) -> None:
         def read(item: tuple[bytes, Example]) -> tuple[bytes, bytes] | None:

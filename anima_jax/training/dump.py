@@ -32,14 +32,15 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
     clips: dict[tuple[bytes, Size], list[Example]] = {}
     for example in examples:
         clips.setdefault((example.entry.digest, example.bucket.size), []).append(example)
-    target = pathlib.Path(folder)
+    target, used = pathlib.Path(folder), set[str]()
     with writing_to(str(target)):
         target.mkdir(parents=True, exist_ok=True)
     for (_, size), shown in report.bar(clips.items(), len(clips), "clip"):
         frames, rows, columns = size.grid
         latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
         pixels_tyxc = np.asarray(decode(params, latents))[0]
-        stem = _free(target, f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}")
+        name = f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}"
+        stem = target / _unused(name, used)
         with writing_to(str(stem)):
             _write_clip(stem, ((pixels_tyxc + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
             _path(stem, ".txt").write_text("\n".join(dict.fromkeys(c for e in shown for c in e.captions)), "utf-8")
@@ -48,13 +49,14 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
     return target
 
 
-def _free(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A path in `folder` that nothing was written under: `name`, else with a number."""
-    stem, number = folder / name, 1
-    while _path(stem, ".txt").exists():
+def _unused(name: str, used: set[str]) -> str:
+    """`name`, or with a number if another source's picture has it; from then on it is used."""
+    number, free = 1, name
+    while free in used:
         number += 1
-        stem = folder / f"{name}.{number}"
-    return stem
+        free = f"{name}.{number}"
+    used.add(free)
+    return free
 
 
 def _path(stem: pathlib.Path, ending: str) -> pathlib.Path:
