@@ -1,0 +1,71 @@
+"""docs/names.md: its tables of parameters are those by which files are read and written."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from anima_jax.checkpoints.names import dit, file_tensors, prefixes, qwen3
+from anima_jax.models import parameters
+from anima_jax.models.dit import AnimaDiT
+from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from tests.models.dit_peer import original_names
+from tests.small_run import CONFIG
+
+PAGE = (Path(__file__).parents[2] / "docs" / "names.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[tuple[str, ...]]:
+    """The rows of a section's table, every `{a,b}` spelled out, as one row for each choice."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    found = []
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            cells = [spelled_out(cell.strip(" `")) for cell in line.strip("|").split(" | ")]
+            found += zip(*cells, strict=True)
+    return found
+
+
+def spelled_out(text: str) -> list[str]:
+    parts = [part.split(",") if index % 2 else [part] for index, part in enumerate(re.split(r"[{}]", text))]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def in_files(rules, module) -> set[tuple[str, str]]:
+    """(our path, the file's name with N for the layer) of every parameter of a model."""
+    tensors = file_tensors(rules, parameters.abstract(module)[1])
+    return {
+        (tensor.path, tensor.name if tensor.layer is None else re.sub(r"(blocks|layers)\.\d+\.", r"\1.N.", tensor.name))
+        for tensor in tensors
+    }
+
+
+def test_the_transformers_and_the_adapters_parameters():
+    page = {(ours, file) for ours, file, _ in rows("Parameters of the transformer")}
+    page |= set(rows("Parameters of the LLM adapter"))
+    only_where_widths_differ = {(f"llm_adapter.in_proj.{a}", f"llm_adapter.in_proj.{b}") for a, b in KINDS}
+    assert page >= only_where_widths_differ
+    model = in_files(dit.RULES, lambda rngs: AnimaDiT(CONFIG, rngs=rngs))
+    assert page | only_where_widths_differ == model | only_where_widths_differ
+
+
+KINDS = (("kernel", "weight"), ("bias", "bias"))
+
+
+def test_diffusers_names_of_the_transformers_parameters():
+    table = rows("Parameters of the transformer")
+    assert original_names(peer for _, _, peer in table) == {peer: file for _, file, peer in table}
+
+
+def test_the_text_encoders_parameters():
+    config = Qwen3Config(width=16, layers=2, heads=2, key_heads=1, head_size=8, mlp_width=32, vocabulary=11)
+    assert set(rows("Parameters of the text encoder")) == in_files(qwen3.RULES, lambda rngs: Qwen3(config, rngs=rngs))
+
+
+@pytest.mark.parametrize("network", prefixes.NETWORKS, ids=lambda network: network.title)
+def test_every_prefix_that_is_read_is_listed(network):
+    section = PAGE.split("\n## Prefixes of files\n")[1].split("\n## ")[0]
+    plain = {prefix.removesuffix(dit.ADAPTER) if network is prefixes.ADAPTER else prefix for prefix in network.prefixes}
+    for prefix in plain - {"", "text_encoders.qwen3_06b.transformer."}:  # the page says these in words
+        assert f"`{prefix}`" in section
