@@ -12,8 +12,9 @@ from anima_jax.config import dataset as dataset_file
 from anima_jax.config import foreign
 from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.faults import File, Place
-from anima_jax.config.main import EVAL_EVERY, EvalDataset, MainConfig, MainFile
+from anima_jax.config.main import EVAL_EVERY, MainConfig, MainFile
 from anima_jax.config.schema import resolve
+from anima_jax.config.sections import EvalDataset
 from anima_jax.errors import UserError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)

@@ -7,11 +7,10 @@ from them. Keys of diffusion-pipe that are answered without a meaning here are i
 import dataclasses
 import math
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import annotated_types
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.model import GROUPS, ModelConfig
@@ -21,128 +20,29 @@ from anima_jax.config.schema import (
     Dtype,
     Listed,
     LocalFile,
-    NotEmpty,
     NotNegative,
     OutputFolder,
-    PixelSide,
     Positive,
     Section,
     Whole,
     Words,
     fault,
     is_address,
-    not_yet,
     output_folder,
 )
+from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
-TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64), Words("whole number ≥ 0 and < 2⁶⁴")]
 Decay = Annotated[float, annotated_types.Gt(0), annotated_types.Lt(1)]
 
 LOSS_KEYS = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
 """At most one is set; without any the loss is the mean squared error."""
 
-
 EVAL_EVERY = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
-
-
-class SampleConfig(Section):
-    """Ours: pictures drawn while training, one for each prompt and seed."""
-
-    prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
-    every_n_epochs: Count | None = Field(
-        None, description="draw after every so many epochs, and at the start and the end"
-    )
-    every_n_steps: Count | None = Field(
-        default_factory=lambda table: 500 if table["every_n_epochs"] is None else None,
-        description="draw after every so many steps, and at the start and the end; unset: 500, or by epochs alone if "
-        "every_n_epochs is set",
-    )
-    steps: Count = Field(30, description="sampler steps")
-    guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
-    shift: Positive = Field(3.0, description="moves the sampler's times as [model] shift does the training's")
-    seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the starting noise")
-    width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: the training pictures'")
-    height: PixelSide | None = Field(
-        None, validate_default=True, description="in pixels, a multiple of 16; unset: the training pictures'"
-    )
-
-    @field_validator("height")
-    @classmethod
-    def _both_or_none(cls, height: int | None, info: ValidationInfo) -> int | None:
-        if "width" in info.data and (info.data["width"] is None) != (height is None):
-            raise fault("expected both width and height, or neither; found one")
-        return height
-
-
-def _one_device(size: int) -> int:
-    if size not in {-1, 1}:
-        raise fault(f"found {size}, expected 1, or -1 for what is left; {not_yet('more than one device')}")
-    return size
-
-
-AxisSize = Annotated[int, AfterValidator(_one_device)]
-
-
-class MeshConfig(Section):
-    """Ours: how many devices each axis of the mesh has. One axis may be -1: the devices that are left."""
-
-    data: AxisSize = Field(-1, description="replicas that share nothing but gradients")
-    fsdp: AxisSize = Field(1, description="replicas that share the parameters out")
-    tensor: AxisSize = Field(1, description="devices that split each layer")
-    context: AxisSize = Field(1, validate_default=True, description="devices that split each sequence")
-
-    @field_validator("context")
-    @classmethod
-    def _one_rest(cls, context: int, info: ValidationInfo) -> int:
-        if [*info.data.values(), context].count(-1) > 1:
-            raise fault("at most one of data, fsdp, tensor and context may be -1 (data is, unless set)")
-        return context
-
-
-class MonitoringConfig(Section):
-    """Where figures are reported besides the console and the run's metrics.jsonl."""
-
-    enable_tensorboard: bool = Field(True, description="ours; write TensorBoard's files into the run's folder")
-    enable_wandb: bool = Field(False, description="report to Weights & Biases too, for which wandb must be installed")
-    wandb_api_key: str = Field("", description="key for Weights & Biases; empty: that of `wandb login`")
-    wandb_tracker_name: str = Field("", description="project of the run; empty: Weights & Biases' own choice")
-    wandb_run_name: str = Field("", description="name of the run; empty: Weights & Biases' own choice")
-
-
-class EvalFile(Section):
-    """A data set that is evaluated and not trained; a bare path stands for `config`."""
-
-    config: LocalFile = Field(description="its dataset TOML")
-    name: Annotated[str, Field(min_length=1)] = Field(
-        default_factory=lambda table: Path(table["config"]).stem,
-        description="what its figures are called; unset: the file's name without .toml",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, entry: Any) -> Any:
-        return {"config": entry} if isinstance(entry, str) else entry
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalDataset:
-    """A data set that is evaluated: `path` is its TOML, `data` what stands in it."""
-
-    name: str
-    path: str
-    data: DatasetConfig
-
-
-def _names_differ(files: tuple[EvalFile, ...]) -> tuple[EvalFile, ...]:
-    names = [file.name for file in files]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise fault(f"two of them are called '{twice}', expected a name for each, as in {{name = …, config = …}}")
-    return files
+"""Without any of them data is evaluated before the first step alone."""
 
 
 def _micro_batch(found: Any) -> Any:
@@ -228,7 +128,7 @@ class MainFile(Section):
 
     output_dir: OutputFolder = Field(description="folder in which every run makes a folder of its own")
     dataset: LocalFile = Field(description="the dataset TOML")
-    eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(_names_differ)] = Field(
+    eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(names_differ)] = Field(
         (), description="data sets that are evaluated: {name = …, config = …} each, or the path of a dataset TOML"
     )
     seed: Seed = Field(0, description="ours; every random number of the run follows from it")

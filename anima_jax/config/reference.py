@@ -16,11 +16,12 @@ from pydantic_core import PydanticUndefined
 
 from anima_jax.config import foreign
 from anima_jax.config.dataset import DirectorySource, Source, TfdsSource
-from anima_jax.config.main import EvalFile, MainFile, MeshConfig, MonitoringConfig, SampleConfig
+from anima_jax.config.main import MainFile
 from anima_jax.config.model import ModelConfig
 from anima_jax.config.network import AdapterSizes, NetworkSizes
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
 from anima_jax.config.schema import Words, choices, sections_in
+from anima_jax.config.sections import EvalFile, MeshConfig, MonitoringConfig, SampleConfig
 
 INTRO = """# Configuration
 

@@ -88,6 +88,11 @@ MAIN_FAULTS = [
     ({"eval_datasets": [{"name": "a"}]}, "eval_datasets[0].config: missing, expected its dataset TOML"),
     ({"eval_datasets": [3]}, "eval_datasets[0]: found 3 (a whole number), expected a table"),
     ({"eval_datasets": ["no.toml"]}, "eval_datasets[0].config: a file is expected, but none is at "),
+    ({"eval_datasets": [{"config": ""}]}, "eval_datasets[0].config: found an empty path, expected a file"),
+    ({"eval_datasets": [{"config": 3}]}, "eval_datasets[0].config: found 3 (a whole number), expected a string"),
+    ({"eval_datasets": [{"config": "dataset.toml", "name": ""}]}, 'eval_datasets[0].name: found "" (a string), expect'),
+    ({"eval_datasets": [{"config": "dataset.toml", "nam": "a"}]}, "datasets[0].nam: unknown key (did you mean 'name'"),
+    ({"model.llm_path": "a\0b"}, "model.llm_path: a Qwen3 text encoder, as a .safetensors file or its folder is expe"),
     (
         {"eval_datasets": ["dataset.toml", {"name": "dataset", "config": "dataset.toml"}]},
         "two of them are called 'data",

@@ -1,5 +1,6 @@
 """docs/configuration.md is what the schema says today."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from anima_jax.config import DirectorySource, TfdsSource
 from anima_jax.config.main import MainFile
 from anima_jax.config.reference import HEADINGS, TABLES, reference
 from anima_jax.config.schema import key_table, sections_in
+from anima_jax.training import optimizers
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -76,3 +78,9 @@ def test_what_diffusion_pipe_does_not_have_is_marked():
         assert meanings[f"`{key}`"].startswith("**ours**")
     for key in ("epochs", "save_dtype", "llm_adapter_lr", "mask_path", "eval_every_n_steps"):
         assert "**ours**" not in meanings[f"`{key}`"]
+
+
+def test_the_optimizers_that_are_named_can_be_built():
+    rows = rows_of(PAGE.read_text(encoding="utf-8"))["`[optimizer]`"]
+    named = {name.lower() for row in rows for name in re.findall(r"'(\w+)'", row[-1])}
+    assert {"adamw", "adamw8bitkahan", "muon", "prodigy"} <= named <= set(optimizers.names())
