@@ -1,17 +1,24 @@
 """What a person sees of a run: a table before it, a progress bar during it, grids of samples, and a log of figures."""
 
+import contextlib
+import dataclasses
 import json
+import math
 import pathlib
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, TypeVar
 
+import jax
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params, count
-from anima_jax.training.optimizers import GROUPS
+from anima_jax.training.monitor import Monitor
+from anima_jax.training.optimizers import GROUPS, group_of
 from anima_jax.training.state import Trained
 
 Item = TypeVar("Item")
@@ -19,14 +26,39 @@ Item = TypeVar("Item")
 _MIN_TILE, _MARGIN, _LINE = 128, 4, 12
 
 
-def parameter_table(trained: Trained, learning_rates: dict[str, float]) -> str:
-    """Each group's number of trained parameters and learning rate, and the frozen ones."""
-    lines = [f"{'group':<12} {'trained':>14} {'learning rate':>14}"]
+def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:
+    """What a run is about to do: the model, its parameters by group, and the data (their plan, as `data` says it)."""
+    model = trained.config
+    sizes = f"{model.blocks} blocks of width {model.width:,}, {model.heads} heads, MLP {model.mlp_width:,}"
+    if model.adapter:
+        sizes += f"; LLM adapter: {model.adapter.blocks} blocks of width {model.adapter.width:,}"
+    what = "full training"
+    if trained.ranks is not None:
+        what = f"adapter of rank {max(map(max, trained.ranks.values()))} on {len(trained.ranks)} linear layers a block"
+    start = "a fresh network" if config.model.config else config.model.transformer_path
+    parts = {
+        "model": f"{start}\n{sizes}\n{what}, computed in {config.compute_dtype}",
+        "parameters": parameter_table(trained, config.learning_rates),
+        "data": data,
+    }
+    return "\n".join(f"{name}\n{textwrap.indent(text, '  ')}" for name, text in parts.items())
+
+
+def parameter_table(trained: Trained, learning_rates: Mapping[str, float]) -> str:
+    """For each group: parameters, how many of them are trained and at what rate, and the dtypes that hold them."""
+    lines = [f"{'group':<12} {'parameters':>14} {'trained':>14} {'learning rate':>14}  dtype"]
+
+    def row(name: str, learned: Params, frozen: Params, rate: str) -> str:
+        dtypes = [str(leaf.dtype) for part in (learned, frozen) for leaf in jax.tree.leaves(part)]
+        held = ", ".join(dict.fromkeys(dtypes))
+        return f"{name:<12} {count(learned) + count(frozen):>14,} {count(learned):>14,} {rate:>14}  {held}".rstrip()
+
     for group, _ in GROUPS:
-        params: Params = {path: value for path, value in trained.params.items() if trained.groups[path] == group}
-        rate = learning_rates[group]
-        lines.append(f"{group:<12} {count(params):>14,} {f'{rate:g}' if params else 'frozen':>14}")
-    lines.append(f"{'total':<12} {count(trained.params):>14,} {f'{count(trained.frozen):,} frozen':>14}")
+        learned: Params = {path: value for path, value in trained.params.items() if trained.groups[path] == group}
+        # Paths contain the words that tell groups apart, as the names in files do.
+        frozen: Params = {path: value for path, value in trained.frozen.items() if group_of(path) == group}
+        lines.append(row(group, learned, frozen, f"{learning_rates[group]:g}" if learned else "frozen"))
+    lines.append(row("total", trained.params, trained.frozen, ""))
     return "\n".join(lines)
 
 
@@ -35,41 +67,129 @@ def bar(items: Iterable[Item], total: int, unit: str) -> Iterator[Item]:
     yield from tqdm(items, total=total, unit=unit, dynamic_ncols=True)
 
 
-class Progress:
-    """A progress bar with the loss, and a line of JSON a step. Figures are fetched one step late: no step waits."""
+class _Started(NamedTuple):
+    """A step that was handed to the device, and what is to be said of it."""
 
-    def __init__(self, total_steps: int, log: TextIO, *, every: int = 1):
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self._log, self._every = log, every
-        self._pending: tuple[int, dict] | None = None
-        self._first = self._last = 0.0  # times at which the first and the last step's figures were there
+    step: int
+    figures: Mapping[str, Any]
+    examples: int
+    epoch: int
+    flops: float
+    waited: float
+
+
+class Progress:
+    """Tells how a run goes: a progress bar, a line of JSON a step in `log`, and a monitor's scalars.
+
+    Figures are fetched one step late, so that no step waits. `start` is where the run goes on: steps, examples and
+    epochs behind it. `rates` gives each group's learning rate at a step (from 0); `peak_flops` is what all devices
+    could do in a second, if that is known. The bar is redrawn every `every` steps, the monitor told every
+    `logging_steps`.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        log: TextIO,
+        *,
+        every: int = 1,
+        logging_steps: int = 1,
+        monitor: Monitor | None = None,
+        rates: Callable[[int], Mapping[str, float]] = lambda _: {},
+        peak_flops: float | None = None,
+        start: tuple[int, int, int] = (0, 0, 0),
+    ):
+        first, self._examples, self._epoch = start
+        self._bar = tqdm(total=total_steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._log, self._every, self._logging_steps = log, every, logging_steps
+        self._monitor, self._rates, self._peak = monitor, rates, peak_flops
+        self._pending: _Started | None = None
+        self._clock = 0.0  # when the device was known to begin the pending step
+        self._spans: list[float] = []  # seconds of every step but the first, which may wait for more than itself
+        self._window = _Window()
+        self._epoch_losses: list[float] = []
         self._average: float | None = None
+        self._speed = ""
+        self.last: dict[str, float] = {}
+        """The newest figures that were reported."""
 
     @property
     def seconds_a_step(self) -> float:
-        """Mean time of the steps after the first, which compiles."""
-        return (self._last - self._first) / max(1, self._bar.n - 1)
+        """Mean time of the steps after the first, without what happened between steps."""
+        return sum(self._spans[1:]) / max(1, len(self._spans) - 1)
 
-    def step(self, step: int, figures: dict) -> None:
-        """Step number `step` (from 1) has been started; its `figures` may still be computed."""
+    def step(
+        self,
+        step: int,
+        figures: Mapping[str, Any],
+        *,
+        examples: int = 0,
+        epoch: int = 0,
+        flops: float = 0.0,
+        waited: float = 0.0,
+    ) -> None:
+        """Step number `step` (from 1) has been started; its `figures` may still be computed.
+
+        With it, `examples` were consumed and `epoch` epochs finished since the beginning; it takes `flops`, and
+        `waited` seconds went by until its data were there.
+        """
+        if self._pending is None:
+            # The device was idle until now: samples, a saved model or an evaluation take no part in a step's time.
+            self._clock = time.monotonic() - waited
         self.flush()
-        self._pending = (step, figures)
+        self._pending = _Started(step, figures, examples, epoch, flops, waited)
 
     def flush(self) -> None:
         """Report what is pending."""
         if self._pending is None:
             return
-        step, figures = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in figures.items()}
-        self._last = time.monotonic()
-        self._first = self._first or self._last
-        self._log.write(json.dumps({"step": step, **values}) + "\n")
-        loss = values["loss"]
-        self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
+        done, self._pending = self._pending, None
+        values = {name: float(value) for name, value in done.figures.items()}
+        now = time.monotonic()
+        span, self._clock = now - self._clock, now
+        self._spans.append(span)
+        self._window.add(span, done.examples - self._examples, done.flops, done.waited)
+        self._examples = done.examples
+        self.last, loss = values, values["loss"]
+        if math.isfinite(loss):
+            self._epoch_losses.append(loss)
+            self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
+        rates = self._rates(done.step - 1)
+        speeds = {}
+        if done.step % self._logging_steps == 0:
+            speeds, self._window = self._window.speeds(self._peak), _Window()
+            self._tell(done, values, rates, speeds)
+        if done.epoch > self._epoch:
+            self._tell_epoch(done)
+        line = {"step": done.step, **values, **speeds}
+        # JSON knows no NaN.
+        self._log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
         self._bar.update()
-        if step % self._every == 0:
-            self._bar.set_postfix_str(f"loss {self._average:.4f}", refresh=False)
+        if done.step % self._every == 0:
+            self._bar.set_postfix_str(self._postfix(rates, speeds), refresh=False)
+
+    def _tell(self, done: _Started, values: dict, rates: Mapping[str, float], speeds: dict) -> None:
+        if self._monitor:
+            figures = {f"train/{name}": value for name, value in values.items()}
+            figures |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
+            figures |= {f"speed/{name}": value for name, value in speeds.items()}
+            self._monitor.scalars(done.step, done.examples, figures | device_memory())
+
+    def _tell_epoch(self, done: _Started) -> None:
+        """The mean loss of the epoch that ended, at the epoch's number, as diffusion-pipe has it."""
+        if self._monitor and self._epoch_losses:
+            mean = sum(self._epoch_losses) / len(self._epoch_losses)
+            self._monitor.at(done.epoch, {"train/epoch_loss": mean}, done.step)
+        self._epoch, self._epoch_losses = done.epoch, []
+
+    def _postfix(self, rates: Mapping[str, float], speeds: dict) -> str:
+        """Loss, learning rate (the largest of the groups') and images a second; the bar itself has steps and ETA."""
+        parts = [] if self._average is None else [f"loss {self._average:.4f}"]
+        if rates:
+            parts.append(f"lr {max(rates.values()):.3g}")
+        if speeds.get("images_per_second"):
+            self._speed = f"{speeds['images_per_second']:.3g} images/s"
+        return ", ".join([*parts, *([self._speed] if self._speed else [])])
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -80,6 +200,60 @@ class Progress:
         self.flush()
         self._bar.close()
         self._log.flush()
+
+
+@dataclasses.dataclass
+class _Window:
+    """Sums over the steps since figures were last logged."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+
+    def add(self, seconds: float, images: int, flops: float, waited: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.images += images
+        self.flops += flops
+        self.waited += waited
+
+    def speeds(self, peak_flops: float | None) -> dict[str, float]:
+        """Steps and images a second, seconds a step waited for data, and the share of the device's peak if known."""
+        seconds = max(self.seconds, 1e-9)
+        figures = {
+            "steps_per_second": self.steps / seconds,
+            "images_per_second": self.images / seconds,
+            "data_wait_seconds": self.waited / max(self.steps, 1),
+        }
+        if peak_flops and self.flops:
+            figures["mfu"] = self.flops / seconds / peak_flops
+        return figures
+
+
+def device_memory() -> dict[str, float]:
+    """GiB that the first local device holds, now and at most so far; empty where the back end does not say."""
+    found = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "device/memory_gib", "peak_bytes_in_use": "device/peak_memory_gib"}
+    return {tag: found[name] / 2**30 for name, tag in names.items() if name in found}
+
+
+def open_log(path: pathlib.Path, after_step: int) -> TextIO:
+    """`metrics.jsonl`, to be written on from `after_step`: what an earlier attempt wrote beyond that step is dropped.
+
+    So is a line that a kill left unfinished.
+    """
+    kept = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= after_step:
+                    kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(kept), "utf-8")
+    temporary.replace(path)
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
@@ -100,9 +274,12 @@ def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns:
     return grid
 
 
-def save_picture(image: Image.Image, path: pathlib.Path) -> None:
-    """Write a PNG; it appears under its name only when it is whole."""
+def save_picture(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with these text chunks; it appears under its name only when it is whole."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)  # the international kind: UTF-8
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    image.save(temporary, format="PNG")
+    image.save(temporary, format="PNG", pnginfo=chunks)
     temporary.replace(path)

@@ -6,23 +6,45 @@ from anima_jax.config.main import SampleConfig
 from anima_jax.models.parameters import Params, compute_copy
 from anima_jax.pipeline import AnimaPipeline
 from anima_jax.training import report
+from anima_jax.training.intervals import passes
+from anima_jax.training.monitor import Monitor
+
+TAG = "samples"
+"""Under which the grids are in TensorBoard."""
 
 
 class Samples:
-    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`."""
+    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`, and shows it to `monitor`."""
 
-    def __init__(self, settings: SampleConfig, size_wh: tuple[int, int], pipeline: AnimaPipeline, folder: pathlib.Path):
+    def __init__(
+        self,
+        settings: SampleConfig,
+        size_wh: tuple[int, int],
+        pipeline: AnimaPipeline,
+        folder: pathlib.Path,
+        monitor: Monitor | None = None,
+    ):
         self._settings, self._size_wh, self._pipeline, self._folder = settings, size_wh, pipeline, folder
+        self._monitor = monitor
 
-    def due(self, step: int, total_steps: int) -> bool:
-        """Whether samples are drawn after `step` (from 1) steps."""
-        return step % self._settings.every_n_steps == 0 or step == total_steps
+    def due(self, step: int, total_steps: int, epochs_before: int = 0, epochs_after: int = 0) -> bool:
+        """Whether samples are drawn after `step` (from 1) steps; the last took finished epochs from before to after."""
+        settings = self._settings
+        return (
+            passes(settings.every_n_steps, step - 1, step)
+            or passes(settings.every_n_epochs, epochs_before, epochs_after)
+            or step == total_steps
+        )
 
-    def draw(self, params: Params, step: int) -> pathlib.Path:
-        """Draw with these parameters of the transformer; they are not kept."""
+    def draw(self, params: Params, step: int, examples: int | None = None) -> pathlib.Path:
+        """Draw with these parameters of the transformer; they are not kept.
+
+        The PNG says in text chunks what it shows: `prompt` and `seed` (one line for each tile, row by row), `step`, and
+        the sampler's settings.
+        """
         settings, (width, height) = self._settings, self._size_wh
         self._pipeline.dit_params = compute_copy(params, self._pipeline.dtype)
-        images, captions = [], []
+        images = []
         for seed in settings.seeds:
             images += self._pipeline(
                 settings.prompts,
@@ -33,8 +55,17 @@ class Samples:
                 shift=settings.shift,
                 seed=seed,
             )
-            captions += settings.prompts
         self._pipeline.dit_params = {}
+        tiles = [(prompt, seed) for seed in settings.seeds for prompt in settings.prompts]
+        grid = report.sample_grid(images, [prompt for prompt, _ in tiles])
         path = self._folder / f"step{step:06d}.png"
-        report.save_picture(report.sample_grid(images, captions), path)
+        text = {
+            "prompt": "\n".join(prompt for prompt, _ in tiles),
+            "seed": "\n".join(str(seed) for _, seed in tiles),
+            "step": str(step),
+            "parameters": f"steps {settings.steps}, guidance_scale {settings.guidance_scale}, shift {settings.shift}",
+        }
+        report.save_picture(grid, path, text)
+        if self._monitor:
+            self._monitor.pictures(step, TAG, grid, examples)
         return path
