@@ -83,9 +83,8 @@ class RunCheckpoints:
             self._sweep()
             self.folder.mkdir(parents=True, exist_ok=True)
             with _context():
-                saving = ocp.save_checkpointables_async(
-                    self.folder / str(step), _not_empty(leaves), custom_metadata=custom
-                )
+                path = os.fspath(self.folder / str(step))
+                saving = ocp.save_checkpointables_async(path, _not_empty(leaves), custom_metadata=custom)
         except Exception as error:  # Orbax, TensorStore and the file system each have their own
             self._failed(step, error)
             return

@@ -27,7 +27,7 @@ _MOST_SETTINGS = 12
 def facts_of(
     params: Params, groups: Mapping[str, str], plan: Plan, ids: np.ndarray, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint knows of a run besides its state, for `resume.Resume`. `settings` are what `settings_of` gives."""
+    """What a checkpoint knows of a run besides its state, for `resume.Resume`; `settings` from `settings_of`."""
     return {
         "model": model_fingerprint(params, groups),
         "data": data_fingerprint(plan, ids),
@@ -86,12 +86,13 @@ def model_faults(old: Mapping[str, Any], new: Mapping[str, Any], reset_optimizer
     gone, added = ([path for path in one if path not in other] for one, other in ((old, new), (new, old)))
     if gone:
         faults.append(
-            f"{_parameters(old, gone)} were trained, now are not, and would lose what they learned; expected a rate above "
-            f"0 for them, {start}"
+            f"{_parameters(old, gone)} were trained and now are not, which would lose what they learned; expected a "
+            f"rate above 0 for them, {start}"
         )
     if added and not reset_optimizer:
         faults.append(
-            f"{_parameters(new, added)} were not trained and now are; expected a rate of 0 for them, or --reset_optimizer"
+            f"{_parameters(new, added)} were not trained and now are; expected a rate of 0 for them, or "
+            "--reset_optimizer"
         )
     return faults
 

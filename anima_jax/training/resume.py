@@ -218,6 +218,7 @@ def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
     def abstract(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
+    tree = jax.tree.map(jnp.asarray, tree)
     found = jax.tree.map(abstract, tree)
     for leaf in jax.tree.leaves(tree):
         if id(leaf) not in spared:
