@@ -80,6 +80,11 @@ def test_learning_rates_are_torchs(kind, warmup):
     np.testing.assert_allclose(reported, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_frozen_groups_rate_stays_0():
+    config = OptimizerConfig({"mlp": 1e-3, "mod": 0.0}, schedule="cosine", total_steps=10)
+    assert [optimizers.learning_rate(config, step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
+
+
 def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

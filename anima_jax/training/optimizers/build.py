@@ -1,11 +1,13 @@
 """From the configuration to the optimizer: whatever its name, groups, rates and weight decay are the same."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -73,14 +75,26 @@ def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.Gradi
         )
         for path, tensor in first.items()
     }
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     try:
         main = _shared(config, name, row, parameters, options) if row.shared else _separate(row, parameters, options)
-    except (TypeError, ValueError) as error:
+        optimizer = in_float32(optax.chain(clip, _on_host(main) if row.on_host else main))
+        # Some arguments are looked at only in a step: trace one.
+        params = _abstract(tensors)
+        jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"[optimizer] type = '{name}': {error}") from error
-    if row.on_host:
-        main = _on_host(main)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    return in_float32(optax.chain(clip, main))
+    return optimizer
+
+
+def _abstract(tensors: Sequence[FileTensor]) -> Params:
+    """Shapes of the parameters that `tensors` hold."""
+    layers = collections.Counter(tensor.path for tensor in tensors if tensor.layer is not None)
+    shapes = {t.path: t.layout.to_model(np.broadcast_to(np.uint8(0), t.shape)).shape for t in tensors}
+    return {
+        path: jax.ShapeDtypeStruct((layers[path], *shape) if layers[path] else shape, jnp.float32)
+        for path, shape in shapes.items()
+    }
 
 
 def averaged(opt_state: Any, params: Params) -> Params | None:

@@ -92,7 +92,7 @@ def together(
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """`transform` with float32 gradients, parameters and so moments, whatever the parameters are stored in.
 
-    No array of its state is one of the parameters themselves, so that both can be donated.
+    No array of its state is another one or one of the parameters, so that all can be donated.
     """
 
     def wide(tree):
@@ -100,9 +100,15 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
 
     def init(params):
         params = wide(params)
-        given = {id(leaf) for leaf in jax.tree.leaves(params)}
-        state = transform.init(params)
-        return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in given else leaf, state)
+        seen = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+        def own(leaf):
+            shared = id(leaf) in seen
+            seen.add(id(leaf))
+            return jnp.copy(leaf) if shared else leaf
+
+        state = transform.init(params)  # alive until the end, so that no id is used twice
+        return jax.tree.map(own, state)
 
     def update(grads, state, params):
         return transform.update(wide(grads), state, wide(params))

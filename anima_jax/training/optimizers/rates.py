@@ -50,5 +50,7 @@ def schedule(config: Shape, group: str) -> optax.Schedule:
 
 
 def learning_rate(config: Shape, step: int) -> dict[str, float]:
-    """Each group's rate in the step after `step` others, without the device (which may be busy)."""
-    return {group: float(_rate(config, group, step, np)) for group in config.learning_rates}
+    """Each group's rate in the step after `step` others (0: frozen), without the device, which may be busy."""
+    return {
+        group: float(_rate(config, group, step, np)) if rate else 0.0 for group, rate in config.learning_rates.items()
+    }

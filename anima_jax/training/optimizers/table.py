@@ -247,6 +247,7 @@ NEEDS_MORE = "needs more than gradients in each step; 'prodigy' or 'schedule_fre
 REFUSED = {
     "automagic": "is not in this program; the nearest is 'prodigy', which finds its learning rate too",
     "genericoptim": "is not in this program; 'muon' is its muon = true, 'adafactor' and 'adamw8bit' save memory",
+    "scale_by_muon": "is for matrices alone; 'muon' leaves the rest to AdamW",
     "came": "is not in this program; the nearest is 'adafactor'",
     **dict.fromkeys(("lbfgs", "scale_by_lbfgs", "momo", "momo_adam", "sophia", "scale_by_polyak"), NEEDS_MORE),
     **dict.fromkeys(("polyak_sgd", "mechanize", "reduce_on_plateau", "sam", "schedule_free", "dpsgd"), NEEDS_MORE),
@@ -291,11 +292,14 @@ def _make_optax(function: Callable, p: Parameter, **options: Any) -> optax.Gradi
 
 def _make_shared(function: Callable, ps: Mapping[str, Parameter], rate: Any, **options: Any):
     """One of optax's functions for all parameters; weight decay goes by a mask, or by `decay_strength`."""
-    if "mask" in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if "key" in parameters:
+        options["key"] = 0
+    if "mask" in parameters:
         decay = max(p.weight_decay for p in ps.values())
         mask = {path: bool(p.weight_decay) for path, p in ps.items()}
         return function(learning_rate=rate, weight_decay=decay, mask=mask, **options)
-    if "weight_decay" not in inspect.signature(function).parameters and any(p.weight_decay for p in ps.values()):
+    if "weight_decay" not in parameters and any(p.weight_decay for p in ps.values()):
         raise UserError(f"[optimizer] weight_decay: '{function.__name__}' has none")
     return function(learning_rate=rate, **options)
 

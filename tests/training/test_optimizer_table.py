@@ -1,0 +1,379 @@
+"""Optimizers by name: against torch, against optax on the file's own tensors, against the published formulas."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.errors import UserError
+from anima_jax.training import optimizers
+from anima_jax.training.optimizers import OptimizerConfig
+from anima_jax.training.optimizers.layers import in_host_memory
+
+SHAPES = {
+    "blocks.mlp.layer1.kernel": (2, 40, 96),
+    "blocks.self_attn.q_norm.scale": (2, 16),
+    "blocks.cross_attn.q_proj.kernel": (2, 40, 40),
+    "llm_adapter.embed.embedding": (48, 40),
+    "x_embedder.kernel": (68, 40),
+    "final_layer.linear.kernel": (40, 64),
+}
+TENSORS = file_tensors(dit.RULES, {path: np.broadcast_to(np.float32(0), shape) for path, shape in SHAPES.items()})
+GROUPS = [group for group, _ in optimizers.GROUPS]
+SAME_RATES = dict.fromkeys(GROUPS, 1e-2)
+STEPS = 5
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Each program runs five times: compiling it well would take longer."""
+
+
+def draw(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {path: (scale * rng.normal(size=shape)).astype(np.float32) for path, shape in SHAPES.items()}
+
+
+START = draw(0)
+GRADIENTS = [draw(seed, 0.1) for seed in range(1, STEPS + 1)]
+
+
+def to_file(params) -> dict[str, np.ndarray]:
+    """Every tensor of the file: layers apart, matrices (out, in)."""
+    return {
+        t.name: np.ascontiguousarray(
+            t.layout.to_file(np.asarray(params[t.path] if t.layer is None else params[t.path][t.layer]))
+        )
+        for t in TENSORS
+    }
+
+
+def config(name: str, rates=SAME_RATES, clip_norm: float = 0.0, **more) -> OptimizerConfig:
+    return OptimizerConfig(rates, type=name, clip_norm=clip_norm, **more)
+
+
+def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:
+    """Parameters and state after the steps."""
+    params: Any = jax.tree.map(jnp.asarray, start)
+    state = jax.jit(optimizer.init, compiler_options=QUICK)(params)
+    update = jax.jit(optimizer.update, compiler_options=QUICK)
+    for grads in gradients:
+        updates, state = update(jax.tree.map(jnp.asarray, grads), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def trained(name: str, **more):
+    """The file's tensors after training with our optimizer."""
+    return to_file(train(optimizers.build(config(name, **more), TENSORS), START, GRADIENTS)[0])
+
+
+def decayed(name: str) -> bool:
+    """The file's own rule, of its names: weight decay spares norms and the token table."""
+    return not name.endswith("norm.weight") and not name.startswith("llm_adapter.embed")
+
+
+def assert_same(ours, expected, rtol=2e-5, atol=2e-6):
+    """Five float32 updates in another order of operations: some units in the last place."""
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], np.asarray(value), rtol=rtol, atol=atol, err_msg=name)
+
+
+def by_torch(make):
+    """The file's tensors after training each with torch's `make(parameters, decay)`."""
+    torch = pytest.importorskip("torch")
+    peers = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in to_file(START).items()}
+    optimizer = make(
+        torch.optim,
+        [
+            {"params": [p for name, p in peers.items() if decayed(name)], "weight_decay": 0.1},
+            {"params": [p for name, p in peers.items() if not decayed(name)], "weight_decay": 0.0},
+        ],
+    )
+    for grads in GRADIENTS:
+        for name, value in to_file(grads).items():
+            peers[name].grad = torch.tensor(value)
+        optimizer.step()
+    return {name: p.detach().numpy() for name, p in peers.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "make"),
+    [
+        ("adamw", {"betas": (0.8, 0.95)}, lambda t, p: t.AdamW(p, lr=1e-2, betas=(0.8, 0.95))),
+        ("offload", {}, lambda t, p: t.AdamW(p, lr=1e-2)),
+        ("sgd", {}, lambda t, p: t.SGD(p, lr=1e-2)),
+        ("sgd", {"options": {"momentum": 0.9}}, lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9)),
+        (
+            "sgd",
+            {"options": {"momentum": 0.9, "nesterov": True}},
+            lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+        ),
+        # torch's factors every matrix; its eps is inside the root, which leaves gradients of 0.1 alone.
+        ("adafactor", {"options": {"min_dim_size_to_factor": 1}}, lambda t, p: t.Adafactor(p, lr=1e-2)),
+    ],
+)
+def test_numbers_are_torchs_on_the_files_tensors(name, options, make):
+    expected = by_torch(make)
+    ours = trained(name, weight_decay=0.1, **options)
+    # torch's Adafactor decays before it measures the weights' RMS, optax's after: 1e-3 of the update.
+    assert_same(ours, expected, atol=2e-5 if name == "adafactor" else 2e-6)
+
+
+PER_TENSOR = (
+    "fromage",
+    "lamb",
+    "lars",
+    "novograd",
+    "sm3",
+    "adafactor",
+    "scale_by_trust_ratio",
+    "scale_by_param_block_rms",
+)
+SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg")
+
+
+@pytest.mark.parametrize("name", [*PER_TENSOR, *SHARED])
+def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
+    function = getattr(optax, name, None) or getattr(optax.contrib, name)
+    options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
+    rates = dict.fromkeys(GROUPS, 1.0 if name in SHARED else 1e-2)
+    peer = (
+        optax.chain(function(), optax.scale_by_learning_rate(1e-2))
+        if name.startswith("scale_by")
+        else function(learning_rate=rates["base"], **options)
+    )
+    expected, _ = train(peer, to_file(START), [to_file(grads) for grads in GRADIENTS])
+    ours = trained(name, rates=rates, weight_decay=0.0, options=options)
+    moved = max(float(np.abs(np.asarray(expected[n]) - v).max()) for n, v in to_file(START).items())
+    assert moved > 1e-6
+    assert_same(ours, expected, rtol=1e-4, atol=1e-5 * max(moved, 0.1))
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
+def test_shared_estimates_decay_what_may_decay(name):
+    """optax's own, of all tensors with and of all without weight decay: in the first step the decay changes nothing
+    else, so each tensor is one's or the other's."""
+    function = getattr(optax.contrib, name)
+    steps = [to_file(GRADIENTS[0])]
+    with_decay, without = (
+        train(function(1.0, weight_decay=w, estim_lr0=0.1), to_file(START), steps)[0] for w in (0.3, 0.0)
+    )
+    optimizer = optimizers.build(
+        config(name, rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.3, options={"d0": 0.1}), TENSORS
+    )
+    ours = to_file(train(optimizer, START, GRADIENTS[:1])[0])
+    assert_same(ours, {n: with_decay[n] if decayed(n) else without[n] for n in ours})
+
+
+def test_prodigy_shares_one_estimate_and_groups_differ_in_proportion():
+    rates = {**dict.fromkeys(GROUPS, 1.0), "mlp": 0.25}
+    optimizer = optimizers.build(config("prodigy", rates=rates), TENSORS)
+    equal = optimizers.build(config("prodigy", rates=dict.fromkeys(GROUPS, 1.0)), TENSORS)
+    ours, state = train(optimizer, START, GRADIENTS[:1])
+    peer, peer_state = train(equal, START, GRADIENTS[:1])
+    assert state[1].estim_lr.shape == ()
+    assert state[1].estim_lr == peer_state[1].estim_lr
+    for path, start in START.items():
+        share = 0.25 if ".mlp" in path else 1.0
+        np.testing.assert_allclose(ours[path] - start, share * (peer[path] - start), rtol=1e-3, atol=1e-7)
+
+
+def newton_schulz(matrix: np.ndarray) -> np.ndarray:
+    """Five quintic iterations in float64 (Jordan 2024)."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("rms", [0.2, 0.0])
+def test_muon_makes_each_layers_momentum_orthogonal_and_leaves_the_rest_to_adamw(rms):
+    ours = trained("muon", weight_decay=0.1, options={"nesterov": False, "consistent_rms": rms})
+    adamw = trained("adamw", weight_decay=0.1)
+    gradients = [to_file(grads) for grads in GRADIENTS]
+    for name, start in to_file(START).items():
+        if start.ndim == 1 or name == "llm_adapter.embed.weight":
+            np.testing.assert_allclose(ours[name], adamw[name], rtol=1e-6, err_msg=name)
+            continue
+        out, into = start.shape
+        scale = rms * math.sqrt(max(out, into)) if rms else math.sqrt(max(1, out / into))
+        weight, momentum = start.astype(np.float64), np.zeros(start.shape)
+        for grads in gradients:
+            momentum = 0.95 * momentum + 0.05 * grads[name]
+            weight = weight - 1e-2 * (scale * newton_schulz(momentum) + 0.1 * weight)
+        # The iteration's slope at 0 is 3.4445^5 = 485: float32's 6e-8 becomes 3e-5 of the update.
+        np.testing.assert_allclose(ours[name], weight, atol=1e-4 * scale, err_msg=name)
+
+
+def test_muon_leaves_matrices_of_low_rank_to_adamw():
+    shapes = {"blocks.mlp.layer1.kernel": (2, 40, 31)}
+    tensors = file_tensors(dit.RULES, {path: np.broadcast_to(np.float32(0), s) for path, s in shapes.items()})
+    state = jax.eval_shape(
+        optimizers.build(config("muon"), tensors).init,
+        {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in shapes.items()},
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 2 * 40 * 31
+
+
+def test_lion_is_its_formula():
+    """arXiv 2302.06675: u = sign(β1·m + (1 − β1)·g), w −= η·(u + λ·w), m = β2·m + (1 − β2)·g."""
+    ours = trained("Lion", betas=(0.9, 0.99), weight_decay=0.1)
+    for name, start in to_file(START).items():
+        weight, momentum, decay = start, np.zeros_like(start), 0.1 if decayed(name) else 0.0
+        for grads in GRADIENTS:
+            grad = to_file(grads)[name]
+            weight = weight - 1e-2 * (np.sign(0.9 * momentum + 0.1 * grad) + decay * weight)
+            momentum = 0.99 * momentum + 0.01 * grad
+        np.testing.assert_allclose(ours[name], weight, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_stable_adamw_divides_each_tensors_update_by_its_excess():
+    """arXiv 2304.13013, algorithm 2, with a gradient that grows so that the clipping matters."""
+    gradients = [{path: 4.0**n * g for path, g in grads.items()} for n, grads in enumerate(GRADIENTS)]
+    optimizer = optimizers.build(config("StableAdamW", betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1), TENSORS)
+    ours = to_file(train(optimizer, START, gradients)[0])
+    clipped = False
+    for name, start in to_file(START).items():
+        w, m, v = start.astype(np.float64), 0.0, 0.0
+        for t, grads in enumerate(gradients, start=1):
+            g = to_file(grads)[name].astype(np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+            m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.99**t)
+            excess = max(1.0, np.sqrt(np.mean(g * g / np.maximum(v_hat, 1e-12))))
+            clipped |= excess > 1.2
+            w = w - 1e-2 / excess * (m_hat / (np.sqrt(v_hat) + 1e-6) + (0.1 if decayed(name) else 0.0) * w)
+        np.testing.assert_allclose(ours[name], w, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert clipped
+
+
+def test_schedule_free_is_its_formula_and_averages():
+    """arXiv 2405.15682: y between z and x; x the mean of z weighted by the squared largest rate so far."""
+    rates = {**SAME_RATES, "mlp": 5e-3}
+    optimizer = optimizers.build(config("ScheduleFreeAdamW", rates=rates, weight_decay=0.1, warmup_steps=3), TENSORS)
+    params, state = train(optimizer, START, GRADIENTS)
+    average = optimizers.averaged(state, params)
+    assert average is not None
+    ours_y, ours_x = to_file(params), to_file(average)
+    for name, start in to_file(START).items():
+        x = y = z = start.astype(np.float64)
+        v, total, largest = 0.0, 0.0, 0.0
+        for t, grads in enumerate(GRADIENTS, start=1):
+            g = to_file(grads)[name].astype(np.float64)
+            rate = (5e-3 if ".mlp" in name else 1e-2) * np.interp(t - 1, [0, 3], [1 / 3, 1.0])
+            v = 0.999 * v + 0.001 * g * g
+            z = z - rate * (g / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + (0.1 if decayed(name) else 0.0) * y)
+            largest = max(largest, rate)
+            total += largest**2
+            x = x + largest**2 / total * (z - x)
+            y = 0.1 * z + 0.9 * x
+        np.testing.assert_allclose(ours_y[name], y, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours_x[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert optimizers.averaged(train(optimizers.build(config("adamw"), TENSORS), START, [])[1], params) is None
+
+
+def test_beta2_half_life_halves_a_gradients_weight_after_so_many_examples():
+    half_life = config("adamw", betas=(0.9, 0.5), beta2_half_life=1000, global_batch=100)
+    same = config("adamw", betas=(0.9, 0.5 ** (100 / 1000)))
+    ours, peer = (to_file(train(optimizers.build(c, TENSORS), START, GRADIENTS)[0]) for c in (half_life, same))
+    assert_same(ours, peer, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", optimizers.names())
+def test_every_name_trains_every_parameter_with_float32_moments(name):
+    """Traced, not run: the step gives gradients and parameters, the state keeps its structure and Orbax can save it."""
+    optimizer = optimizers.build(config(name, clip_norm=1.0), TENSORS)
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in SHAPES.items()}
+    state = jax.eval_shape(optimizer.init, params)
+    updates, new = jax.eval_shape(optimizer.update, params, state, params)
+    assert {path: (u.shape, u.dtype) for path, u in updates.items()} == {p: (s, jnp.float32) for p, s in SHAPES.items()}
+    assert jax.tree.structure(state) == jax.tree.structure(new)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(state)] == [(a.shape, a.dtype) for a in jax.tree.leaves(new)]
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dog", "schedule_free_adamw", "adamw8bit"])
+def test_parameters_and_state_can_be_donated_together(name):
+    optimizer = optimizers.build(config(name), TENSORS)
+    params = jax.tree.map(jnp.asarray, START)
+    state = optimizer.init(params)
+    step = jax.jit(lambda p, s, g: optimizer.update(g, s, p), donate_argnums=(0, 1))
+    updates, _ = step(params, state, jax.tree.map(jnp.asarray, GRADIENTS[0]))
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("adamq", {}, "did you mean 'adam"),
+        ("automagic", {}, "nearest is 'prodigy'"),
+        ("GenericOptim", {}, "'muon'"),
+        ("lbfgs", {}, "needs more than gradients"),
+        ("adamw", {"options": {"nesterof": True}}, "nesterof: not an argument of 'adamw' (did you mean 'nesterov'?)"),
+        ("adamw", {"options": {"amsgrad": True}}, "take type = 'amsgrad'"),
+        ("adamw", {"options": {"nesterov": 1.5}}, "true or false is expected"),
+        ("sgd", {"betas": (0.9, 0.99)}, "betas"),
+        ("sgd", {"eps": 1e-8}, "eps: not an argument of 'sgd'"),
+        ("sgd", {"options": {"nesterov": True}}, "needs a momentum"),
+        ("sgd", {"options": {"momentum": "much"}}, "momentum = 'much': a number is expected"),
+        ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
+        ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' takes 2"),
+        ("sm3", {"schedule": "cosine"}, "one learning rate"),
+        ("schedule_free_adamw", {"betas": (0.0, 0.99)}, "first beta above 0"),
+        ("muon", {"options": {"preconditioning": "none"}}, "preconditioning"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(name, more, message):
+    with pytest.raises(UserError) as caught:
+        optimizers.build(config(name, **more), TENSORS)
+    (line,) = caught.value.faults
+    assert line.startswith("[optimizer] ")
+    assert message in line
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(UserError) as caught:
+        optimizers.build(config("sgd", eps=1e-8, options={"momentun": 0.9, "nesterov": "yes"}), TENSORS)
+    assert len(caught.value.faults) == 3
+
+
+def test_switches_of_other_implementations_are_accepted():
+    options = {"fused": True, "foreach": False, "amsgrad": False}
+    assert_same(trained("AdamW", options=options), trained("adamw"), rtol=0, atol=0)
+
+
+def test_offloaded_moments_lie_in_host_memory_and_train_the_same():
+    """On a CPU `offload` itself moves nothing, so what it does on other devices is called here."""
+    inner = optimizers.build(config("adamw"), TENSORS)
+    outer = in_host_memory(inner)
+    params, grads = jax.tree.map(jnp.asarray, START), jax.tree.map(jnp.asarray, GRADIENTS[0])
+    state = outer.init(params)
+    expected, _ = jax.jit(inner.update)(grads, inner.init(params), params)
+    updates, state = jax.jit(outer.update)(grads, state, params)
+    assert all(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves(updates))
+    for path, value in expected.items():
+        np.testing.assert_array_equal(updates[path], value)
+    again, _ = jax.jit(outer.update)(grads, state, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again))
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "muon", "prodigy", "schedule_free_adamw", "noisy_sgd"])
+def test_orbax_saves_and_restores_the_state(name, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    _, state = train(optimizers.build(config(name, rates=dict.fromkeys(GROUPS, 1e-2)), TENSORS), START, GRADIENTS[:1])
+    ocp.save(tmp_path / "state", state)
+    restored = ocp.load(tmp_path / "state", jax.tree.map(abstract, state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        plain = jax.random.key_data if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.asarray
+        np.testing.assert_array_equal(plain(a), plain(b))
+
+
+def abstract(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
