@@ -104,7 +104,7 @@ def optimizer_faults(
     different = layout_differences(layout, layout_of(opt_state))
     if not different:
         return []
-    types = [facts["settings"].get("optimizer.type") for facts in (old, new)]
+    types = [_shown(facts["settings"].get("optimizer.type")) for facts in (old, new)]
     what = f" (it was {types[0]}, now {types[1]})" if types[0] != types[1] else ""
     return [f"the optimizer keeps another state{what}: {shorten(different)}; --reset_optimizer begins it anew"]
 
