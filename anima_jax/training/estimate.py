@@ -34,6 +34,8 @@ from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step,
 
 GIB = 2**30
 
+Device = Any  # jax.Device, which type checkers do not take for a class
+
 PEAK_FLOPS = (
     (r"B200|GB200", 2250e12),
     (r"H100 PCIe", 756e12),
@@ -64,7 +66,7 @@ ATTENTION_BACKWARD = 4 / 2
 """Products in attention's backward to those of its forward; it computes the scores once more besides."""
 
 
-def peak_flops(device: jax.Device, dtype: Any) -> float | None:
+def peak_flops(device: Device, dtype: Any) -> float | None:
     """FLOPs a second that this device can do at most; None for an unknown one, or for a dtype of more than 16 bits."""
     if jnp.dtype(dtype).itemsize > 2:
         return None
@@ -234,13 +236,18 @@ def _attention_products(config: DiTConfig, work: Work) -> list[tuple[bool, float
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device by what they are for; `measured` if the compiled program says what activations take."""
+    """Bytes on the device by what they are for, and those that wait in the host's memory.
+
+    `measured` says that the activations are those of the compiled program.
+    """
 
     rows: Mapping[str, int]
+    on_host: Mapping[str, int]
     measured: bool = False
 
     @property
     def total(self) -> int:
+        """Bytes on the device."""
         return sum(self.rows.values())
 
 
@@ -252,6 +259,7 @@ def memory(
     dtype: Any,
     *,
     masked: bool = False,
+    moments_on_host: bool = False,
     measure: bool | None = None,
 ) -> Memory:
     """Bytes of a run whose largest step is `work`. `trained` may hold shapes; `dtype` is that of cached examples.
@@ -259,19 +267,24 @@ def memory(
     `measure` compiles the step for this back end, to be exact; unset, where that back end is no CPU.
     """
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings), trained.params)
+    batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked)
+    moments, on_host = num_bytes(state.opt_state), {}
     rows = {
         "trained parameters": num_bytes(state.params),
         "frozen parameters": num_bytes(trained.frozen),
         "gradients": 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "optimizer": num_bytes(state.opt_state),
+        "optimizer": 0 if moments_on_host else moments,
         "moving average": num_bytes(state.ema),
-        "a batch": num_bytes(abstract_batch(work, work.batch, trained.config, dtype, masked=masked)),
+        "a batch": num_bytes(batch),
     }
+    if moments_on_host:
+        on_host["optimizer"] = moments
+    if settings.remat == "offload":
+        on_host["inputs of blocks"] = work.micro_batch * _block_inputs_bytes(trained, settings, work)
     if measure is None:
         measure = jax.default_backend() != "cpu"
-    if measure:
-        temporary = _compiled_bytes(trained, optimizer, settings, work, dtype, state, masked)
-        return Memory(rows | {"activations": max(0, temporary - rows["gradients"])}, measured=True)
+    if measure and (temporary := _compiled_bytes(trained, optimizer, settings, work, batch, state)) is not None:
+        return Memory(rows | {"activations": max(0, temporary - rows["gradients"])}, on_host, measured=True)
     if work.accumulation > 1:
         rows["gradients"] *= 2  # the sum so far, and a micro-batch's own
     copies = jax.eval_shape(lambda params: compute_copy(params, settings.compute_dtype), state.params)
@@ -280,7 +293,7 @@ def memory(
     )
     kept = activation_bytes(trained, settings, work, dtype, masked=masked)
     rows["activations"] = WORKSPACE + work.micro_batch * kept
-    return Memory(rows)
+    return Memory(rows, on_host)
 
 
 def activation_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, *, masked: bool = False) -> int:
@@ -295,9 +308,13 @@ def activation_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: 
     if settings.remat != "none":
         found += kept(remat="none", remat_every=1) // blocks
     if settings.remat == "offload":
-        # The blocks' inputs wait in host memory.
-        found -= blocks * work.tokens * trained.config.width * jnp.dtype(settings.compute_dtype).itemsize
+        found -= _block_inputs_bytes(trained, settings, work)
     return found
+
+
+def _block_inputs_bytes(trained: Trained, settings: StepConfig, work: Work) -> int:
+    """Bytes of one example's tokens before each block, which "offload" moves to the host."""
+    return trained.config.blocks * work.tokens * trained.config.width * jnp.dtype(settings.compute_dtype).itemsize
 
 
 def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, masked: bool) -> int:
@@ -323,12 +340,14 @@ def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, 
     return two - one
 
 
-def _compiled_bytes(trained, optimizer, settings, work, dtype, state, masked) -> int:
-    """Bytes that the compiled step needs beside its arguments."""
-    batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked)
+def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | None:
+    """Bytes that the compiled step needs beside its arguments; None if the back end does not say."""
+    dtype = batch.text.source_bnd.dtype
     unconditional = _abstract_text(work, 1, trained.config, dtype) if settings.uncond_fraction else None
     step = compile_step(trained.graphdef, optimizer, settings)
     found = step.lower(state, trained.frozen, batch, unconditional, work.accumulation).compile().memory_analysis()
+    if found is None:
+        return None
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
@@ -337,7 +356,7 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def device_bytes(device: jax.Device) -> int | None:
+def device_bytes(device: Device) -> int | None:
     """Memory that a program may take on the device; on a CPU this machine's, or its container's. None if unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -348,7 +367,7 @@ def device_bytes(device: jax.Device) -> int | None:
     return min(limits)
 
 
-def check_memory(total: int, device: jax.Device) -> None:
+def check_memory(total: int, device: Device) -> None:
     """Raise UserError if `total` bytes are more than the device has."""
     limit = device_bytes(device)
     if limit is not None and total > limit:
@@ -374,7 +393,9 @@ class Estimate:
         lines = [f"{'memory':<22} {'GiB':>10}"]
         lines += [f"{name:<22} {size / GIB:>10.3f}" for name, size in self.memory.rows.items() if size]
         origin = "as compiled" if self.memory.measured else "counted from shapes"
-        lines += [f"{'total':<22} {self.memory.total / GIB:>10.3f}  ({origin})", ""]
+        lines.append(f"{'total':<22} {self.memory.total / GIB:>10.3f}  ({origin})")
+        lines += [f"{name:<22} {size / GIB:>10.3f}  (host)" for name, size in self.memory.on_host.items()]
+        lines.append("")
         lines.append(f"{'TFLOPs a step':<22} {'forward':>10} {'backward':>10} {'recomputed':>10} {'all':>10}")
         for work, one in self.flops.items():
             parts = [work.batch * part / 1e12 for part in one]
@@ -396,8 +417,10 @@ def estimate(
 ) -> Estimate:
     """What the run will take; `trained` may hold shapes instead of arrays."""
     largest = max(tiers, key=lambda work: work.micro_batch * work.tokens)
+    on_host = config.optimizer.type == "offload" and jax.default_backend() != "cpu"
+    dtype, options = jnp.dtype(config.cached_dtype), {"masked": masked, "moments_on_host": on_host, "measure": measure}
     return Estimate(
-        memory(trained, optimizer, settings, largest, jnp.dtype(config.cached_dtype), masked=masked, measure=measure),
+        memory(trained, optimizer, settings, largest, dtype, **options),
         {work: flops(trained.config, trained.params, work, settings.remat, settings.remat_every) for work in tiers},
         time_quantiles(settings, tiers),
     )

@@ -33,8 +33,8 @@ def use_compilation_cache(folder: str | None) -> str | None:
     cannot be made.
     """
     if folder is None:
-        folder = jax.config.jax_compilation_cache_dir or str(user_cache_folder())
-        must_work = False
+        own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] - made at run time
+        folder, must_work = own or str(user_cache_folder()), False
     else:
         must_work = True
     if folder and "://" not in folder:

@@ -144,7 +144,7 @@ class Progress:
         if self._pending is None:
             return
         done, self._pending = self._pending, None
-        values = {name: float(value) for name, value in done.figures.items()}
+        values = {name: float(value) for name, value in jax.device_get(dict(done.figures)).items()}
         now = time.monotonic()
         span, self._clock = now - self._clock, now
         self._spans.append(span)
