@@ -1,7 +1,7 @@
 """Does every parameter group learn that should, and does none move that should not? Asked once, at a run's start.
 
 A group without any gradient trains for days without a word: a text adapter whose output never reaches the network, a
-layer that the adapter's file has under another name. `compile_first_step` (step.py) measures, `self_check` judges.
+layer that the adapter's file has under another name. The step measures, `self_check` judges.
 """
 
 import math

@@ -61,13 +61,15 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Loss (mean over the batch) and global gradient norm before clipping; whether both are `finite`.
 
-    `skipped` counts the updates skipped in a row, this step's included: 0 if this one was applied.
+    `skipped` counts the updates skipped in a row, this step's included: 0 if this one was applied. `norms` are those of
+    each parameter group's gradient and update, if the groups are given.
     """
 
     loss: Array
     grad_norm: Array
     finite: Array
     skipped: Array
+    norms: GroupNorms | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +156,14 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
+    groups: Mapping[str, str] | None = None,
     accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch, in `accumulation` micro-batches; `frozen` are the parameters that are not trained."""
     loss, grads = loss_and_gradients(
         state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
     )
-    return apply_gradients(state, loss, grads, optimizer=optimizer, config=config)
+    return apply_gradients(state, loss, grads, optimizer=optimizer, config=config, groups=groups)
 
 
 def loss_and_gradients(
@@ -195,7 +198,13 @@ def loss_and_gradients(
 
 
 def apply_gradients(
-    state: TrainState, loss: Array, grads: Params, *, optimizer: optax.GradientTransformation, config: StepConfig
+    state: TrainState,
+    loss: Array,
+    grads: Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    groups: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step with this loss and these gradients: the update, or none if they are not finite."""
     grad_norm = optax.global_norm(grads)
@@ -212,10 +221,14 @@ def apply_gradients(
         (params, opt_state, ema),
         (state.params, state.opt_state, state.ema),
     )
+    norms = None
+    if groups is not None:
+        change = jax.tree.map(jnp.subtract, as_float32(params), old)
+        norms = GroupNorms(group_norms(grads, groups), group_norms(change, groups))
     missed = 1 - finite.astype(jnp.int32)
     skipped = (state.skipped + 1) * missed
     state = TrainState(state.step + 1, params, opt_state, ema, skipped, state.total_skipped + missed)
-    return state, Metrics(loss, grad_norm, finite, skipped)
+    return state, Metrics(loss, grad_norm, finite, skipped, norms)
 
 
 def _where(condition: Array, new: Array, old: Array) -> Array:
@@ -246,33 +259,20 @@ def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, params)
 
 
-def compile_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: StepConfig):
+def compile_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    groups: Mapping[str, str] | None = None,
+):
     """`train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
-    The old state is donated. A new shape of batch, or another accumulation, compiles a new program.
+    The old state is donated. A new shape of batch, or another accumulation, compiles a new program. With `groups`, the
+    trained parameters' by path, every step measures their norms.
     """
-    run = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
+    run = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
 
     def step(state, frozen, batch, unconditional, accumulation=1):
         return run(state, frozen, batch, unconditional, accumulation=accumulation)
-
-    return jax.jit(step, donate_argnums=0, static_argnums=4)
-
-
-def compile_first_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: StepConfig, groups: Mapping[str, str]
-):
-    """As `compile_step`, of a step that also measures: → (state, metrics, `GroupNorms` for `self_check`).
-
-    `groups` are the parameters' groups by path. A program of its own, so that the steps after it bear no cost.
-    """
-
-    def step(state, frozen, batch, unconditional, accumulation=1):
-        loss, grads = loss_and_gradients(
-            state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
-        )
-        new, metrics = apply_gradients(state, loss, grads, optimizer=optimizer, config=config)
-        change = jax.tree.map(jnp.subtract, as_float32(new.params), as_float32(state.params))
-        return new, metrics, GroupNorms(group_norms(grads, groups), group_norms(change, groups))
 
     return jax.jit(step, donate_argnums=0, static_argnums=4)

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.numpy import load_file
 
+from anima_jax.checkpoints.models import save_dit
+from anima_jax.checkpoints.names import dit, file_tensors
 from anima_jax.models import lora, parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
@@ -144,6 +147,16 @@ def test_diffusion_pipes_exceptions_stay_as_they_are():
     for path, value in frozen.items():
         in_blocks = path.startswith(("blocks.", "llm_adapter."))
         assert isinstance(value, Quantised) == (in_blocks and path.endswith((".kernel", ".embedding"))), path
+
+
+def test_a_saved_transformer_holds_the_values_that_its_codes_stand_for(tmp_path):
+    frozen = divided("float8")[1]
+    save_dit(tmp_path / "model.safetensors", frozen)
+    written = load_file(tmp_path / "model.safetensors")
+    for tensor in file_tensors(dit.RULES, frozen):
+        value = np.asarray(frozen[tensor.path])
+        expected = tensor.layout.to_file(value if tensor.layer is None else value[tensor.layer])
+        np.testing.assert_array_equal(written[f"net.{tensor.name}"], expected, err_msg=tensor.name)
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])

@@ -20,7 +20,6 @@ from anima_jax.training.step import (
     StepConfig,
     apply_gradients,
     batch_loss,
-    compile_first_step,
     compile_step,
     init_state,
     train_step,
@@ -247,7 +246,7 @@ def test_skipped_updates_are_counted_in_a_row_and_in_all():
 def test_one_broken_example_costs_one_update_and_training_goes_on():
     graphdef, params = model()
     config, optimizer = StepConfig(compute_dtype=jnp.float32, seed=3, remat="none"), optax.adam(1e-3)
-    step = compile_step(graphdef, optimizer, config)
+    step = quick_jit(functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config))
     broken = batch()._replace(latents_blc=batch().latents_blc.copy())
     broken.latents_blc[1, 0, 0] = np.nan
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, config)
@@ -295,10 +294,8 @@ def test_rounding_is_a_function_of_seed_step_and_parameter():
     assert not np.array_equal(after(), after(start._replace(step=jnp.array(1))))
 
 
-RECOMPUTED = [("dots", 1, 1), ("attention", 1, 1), ("offload", 1, 1), ("full", 1, 2), ("full", 2, 1), ("none", 2, 1)]
-
-
-@pytest.mark.parametrize(("remat", "every", "unroll"), RECOMPUTED)
+# Each policy by itself is tried in tests/models/test_dit.py.
+@pytest.mark.parametrize(("remat", "every", "unroll"), [("full", 1, 2), ("offload", 2, 1), ("none", 2, 2)])
 def test_what_is_computed_again_changes_neither_loss_nor_gradients(remat, every, unroll):
     plain = dataclasses.replace(FLOAT32, remat="none")
     other = dataclasses.replace(FLOAT32, remat=remat, remat_every=every, scan_unroll=unroll)
@@ -310,14 +307,16 @@ def test_what_is_computed_again_changes_neither_loss_nor_gradients(remat, every,
 
 
 def test_each_policy_keeps_less_for_the_backward_than_the_one_before():
-    deep = dataclasses.replace(CONFIG, blocks=16)
+    deep = dataclasses.replace(CONFIG, blocks=16, adapter=None)
     graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(deep, rngs=rngs))
-    data = jax.eval_shape(lambda: batch(2, 256)._replace(grid_b3=np.tile([[1, 16, 16]], (2, 1))))
+    tokens, times, context = jnp.ones((2, 256, 64)), jnp.array([0.2, 0.7]), jnp.ones((2, 5, 16))
 
     def temporary_bytes(remat, every=1):
-        config = dataclasses.replace(FLOAT32, remat=remat, remat_every=every)
-        gradients = jax.grad(lambda p, data: batch_loss(parameters.merge(graphdef, p), data, None, config))
-        return quick_jit(gradients).lower(shapes, data).compile().memory_analysis().temp_size_in_bytes
+        def loss_of(params):
+            net = parameters.merge(graphdef, params)
+            return jnp.sum(net.velocity(tokens, (1, 16, 16), times, context, remat=remat, remat_every=every) ** 2)
+
+        return quick_jit(jax.grad(loss_of)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
     kept = [temporary_bytes(*policy) for policy in (("none",), ("dots",), ("attention",), ("full",), ("full", 4))]
     assert kept == sorted(kept, reverse=True)
@@ -329,34 +328,41 @@ def test_a_group_size_that_does_not_divide_the_blocks_is_refused():
         jax.eval_shape(lambda: loss_and_gradients(batch(), config=dataclasses.replace(FLOAT32, remat_every=3)))
 
 
-def test_the_first_step_measures_every_group_and_steps_as_the_others_do():
+PARTS = ("blocks", "llm_adapter", "final_layer", "t_embedd", "x_embedder")
+"""Groups for the self-check, as the beginnings of parameters' paths."""
+
+
+@functools.cache
+def measuring_step():
     graphdef, params = model()
-    groups = {path: path.split(".")[0] for path in params}
-    config, optimizer = dataclasses.replace(FLOAT32, remat="none"), optax.sgd(0.5)
-    arguments = ({}, batch(), None)
-    first = compile_first_step(graphdef, optimizer, config, groups)
-    state, metrics, norms = first(init_state(jax.tree.map(jnp.copy, params), optimizer, config), *arguments)
-    _, grads = loss_and_gradients(batch())
-    for group in set(groups.values()):
-        own = np.concatenate([np.ravel(grads[path]) for path in params if groups[path] == group])
-        assert float(norms.gradient[group]) == pytest.approx(np.linalg.norm(own), rel=1e-4)
-        assert float(norms.update[group]) == pytest.approx(0.5 * np.linalg.norm(own), rel=1e-3)
+    groups = {path: next(part for part in PARTS if path.startswith(part)) for path in params}
+    step = functools.partial(
+        train_step, graphdef=graphdef, optimizer=optax.sgd(0.5), config=FLOAT32, groups=groups, accumulation=1
+    )
+    return quick_jit(step), groups
+
+
+def test_a_step_measures_every_group_if_it_is_asked_to():
+    (step, groups), params = measuring_step(), model()[1]
+    state, metrics = step(init_state(params, optax.sgd(0.5), FLOAT32), {}, batch(), None)
+    norms, (loss, grads) = metrics.norms, loss_and_gradients(batch())
+    assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-6)
+    for part in PARTS:
+        own = np.linalg.norm(np.concatenate([np.ravel(grads[path]) for path in params if groups[path] == part]))
+        assert float(norms.gradient[part]) == pytest.approx(own, rel=1e-5)
+        # What rounding leaves of the difference of two sums of order one.
+        assert float(norms.update[part]) == pytest.approx(0.5 * own, rel=1e-3)
     assert float(metrics.grad_norm) == pytest.approx(np.linalg.norm(list(norms.gradient.values())), rel=1e-5)
-    plain = {path: np.asarray(params[path] - 0.5 * grads[path]) for path in params}
-    for path, value in plain.items():
-        np.testing.assert_allclose(state.params[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+    for path, value in params.items():
+        np.testing.assert_allclose(state.params[path], value - 0.5 * grads[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_a_fresh_network_is_seen_to_learn_in_its_second_step():
-    graphdef, params = parameters.initial(lambda rngs: AnimaDiT(CONFIG, rngs=rngs), seed=0)
-    groups = {path: path.split(".")[0] for path in params if path != "t_embedding_norm.scale"} | {
-        "t_embedding_norm.scale": "t_embedder"
-    }
-    rates = dict.fromkeys(groups.values(), 1e-3)
-    config, optimizer = dataclasses.replace(FLOAT32, remat="none"), optax.adam(1e-3)
-    step, state = compile_first_step(graphdef, optimizer, config, groups), init_state(params, optimizer, config)
-    verdicts = []
+    _, params = parameters.initial(lambda rngs: AnimaDiT(CONFIG, rngs=rngs), seed=0)
+    step, _ = measuring_step()
+    state, verdicts = init_state(params, optax.sgd(0.5), FLOAT32), []
     for number in (1, 2):
-        state, metrics, norms = step(state, {}, batch(), None)
-        verdicts.append(self_check(norms, rates, step=number, loss=float(metrics.loss), adapter=False))
+        state, metrics = step(state, {}, batch(), None)
+        rates = dict.fromkeys(PARTS, 0.5)
+        verdicts.append(self_check(metrics.norms, rates, step=number, loss=float(metrics.loss), adapter=False))
     assert verdicts == [False, True]
