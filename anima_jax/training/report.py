@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
-from anima_jax.models.parameters import Params, count
+from anima_jax.models.parameters import Params
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.optimizers import GROUPS, group_of
 from anima_jax.training.state import Trained
@@ -49,9 +49,11 @@ def parameter_table(trained: Trained, learning_rates: Mapping[str, float]) -> st
     lines = [f"{'group':<12} {'parameters':>14} {'trained':>14} {'learning rate':>14}  dtype"]
 
     def row(name: str, learned: Params, frozen: Params, rate: str) -> str:
-        dtypes = [str(leaf.dtype) for part in (learned, frozen) for leaf in jax.tree.leaves(part)]
+        # Of quantised weights the first leaf is the codes, beside their scales.
+        dtypes = [str(jax.tree.leaves(value)[0].dtype) for value in (*learned.values(), *frozen.values())]
         held = ", ".join(dict.fromkeys(dtypes))
-        return f"{name:<12} {count(learned) + count(frozen):>14,} {count(learned):>14,} {rate:>14}  {held}".rstrip()
+        trainable, fixed = (sum(math.prod(value.shape) for value in part.values()) for part in (learned, frozen))
+        return f"{name:<12} {trainable + fixed:>14,} {trainable:>14,} {rate:>14}  {held}".rstrip()
 
     for group, _ in GROUPS:
         learned: Params = {path: value for path, value in trained.params.items() if trained.groups[path] == group}
@@ -62,9 +64,23 @@ def parameter_table(trained: Trained, learning_rates: Mapping[str, float]) -> st
     return "\n".join(lines)
 
 
-def bar(items: Iterable[Item], total: int, unit: str) -> Iterator[Item]:
-    """The items, with a progress bar while they last."""
-    yield from tqdm(items, total=total, unit=unit, dynamic_ncols=True)
+class Bar:
+    """A progress bar of `total` items; none if there are none. It ends where its block ends, also by an error."""
+
+    def __init__(self, total: int, unit: str):
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each counted as it comes."""
+        for item in items:
+            self._bar.update()
+            yield item
 
 
 class _Started(NamedTuple):

@@ -188,17 +188,35 @@ def test_time_quantiles_are_one_row_or_one_for_each_size():
     assert by_size["256"][4] < by_size["1024"][4]
 
 
-@pytest.mark.parametrize("adapter", [{}, {"adapter": "type = 'lora'\nrank = 4"}])
-def test_shapes_of_a_run_are_those_that_loading_gives(tmp_path, adapter):
+LOW_RANK = {"adapter": "type = 'lora'\nrank = 4"}
+
+
+@pytest.mark.parametrize(("adapter", "storage"), [({}, []), (LOW_RANK, ["model.transformer_dtype='int8'"])])
+def test_shapes_of_a_run_are_those_that_loading_gives(tmp_path, adapter, storage):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")
     path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **adapter)
-    config = load_config(path, ["model.dtype=bfloat16", "model.mlp_lr=0"])
+    config = load_config(path, ["model.dtype=bfloat16", "model.mlp_lr=0", *storage])
     shapes, loaded = abstract_trained(config), prepare(config)
     for found, wanted in ((shapes.params, loaded.params), (shapes.frozen, loaded.frozen)):
-        assert {p: (v.shape, v.dtype) for p, v in found.items()} == {p: (v.shape, v.dtype) for p, v in wanted.items()}
+        described = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), part) for part in (found, wanted))
+        assert next(described) == next(described)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
     assert (shapes.tensors, shapes.ranks, shapes.config) == (loaded.tensors, loaded.ranks, loaded.config)
+
+
+def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    write_transformer(tmp_path / "base.safetensors")
+    path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **LOW_RANK)
+    found = {}
+    for storage in ("float32", "int8"):
+        trained = abstract_trained(load_config(path, [f"model.transformer_dtype='{storage}'"]))
+        settings = StepConfig(compute_dtype=jnp.float32, remat="none")
+        found[storage] = memory(trained, optax.sgd(1.0), settings, WORK, jnp.float32, measure=False).rows
+    # A quarter, and a float32 scale for each of a narrow network's output channels; what is 1-D stays.
+    assert 0.25 < found["int8"]["frozen parameters"] / found["float32"]["frozen parameters"] < 0.5
+    assert found["int8"]["activations"] == pytest.approx(found["float32"]["activations"], rel=0.05)
 
 
 def test_the_estimate_is_a_table_for_a_person(tmp_path):

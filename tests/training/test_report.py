@@ -10,6 +10,7 @@ from PIL import Image
 
 from anima_jax.config.load import load_config
 from anima_jax.training import report
+from anima_jax.training.estimate import abstract_trained
 from anima_jax.training.intervals import passes
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.state import prepare
@@ -142,6 +143,17 @@ def test_the_table_of_a_lora_shows_what_lies_frozen_under_it(config):
     frozen = sum(value.size for path, value in trained.frozen.items() if path.startswith("blocks.mlp."))
     assert rows["mlp"][1:3] == [f"{factors + frozen:,}", f"{factors:,}"]
     assert rows["base"][2:4] == ["0", "frozen"]
+
+
+def test_the_table_counts_quantised_weights_as_the_weights_they_stand_for(config):
+    settings = config("model.transformer_dtype='int8'", adapter="type = 'lora'\nrank = 4")
+    plain, small = (
+        report.parameter_table(abstract_trained(c), c.learning_rates).splitlines()
+        for c in (config(adapter="type = 'lora'\nrank = 4"), settings)
+    )
+    for before, after in zip(plain[1:], small[1:], strict=True):
+        assert before.split()[:3] == after.split()[:3]
+    assert "int8" in small[4]  # the MLPs'
 
 
 def test_pictures_carry_their_text(tmp_path):
