@@ -176,8 +176,8 @@ def test_the_backward_keeps_no_layers_numbers():
 
     numbers = {p: jnp.asarray(np.asarray(v, np.float32)) for p, v in frozen.items()}
     in_blocks = sum(v.nbytes for p, v in numbers.items() if isinstance(frozen[p], Quantised))
-    # Codes and a layer's numbers may come on top of the activations, all layers' numbers may not.
-    assert temporary_bytes(frozen) < temporary_bytes(numbers) + 0.6 * in_blocks
+    # One of five layers at a time may be numbers, on top of the activations; all layers may not.
+    assert temporary_bytes(frozen) < temporary_bytes(numbers) + 0.2 * in_blocks
 
 
 @pytest.mark.parametrize(("storage", "error"), [("float8_e4m3fn", 0.1), ("nf4", 0.3)])
