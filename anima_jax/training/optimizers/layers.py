@@ -5,6 +5,7 @@ layer axis, so that the numbers are those of a run on the file's tensors. Their 
 transposed) changes nothing: norms, Newton-Schulz and factored moments of a transpose are the transpose of theirs.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from anima_jax.models.parameters import Params
+
+ONE_AT_A_TIME = 2**20
+"""Layers of at least so many values are updated in turn, so that an update's working memory is one layer's."""
 
 
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformation:
@@ -41,8 +45,8 @@ def by_tensor(
     return transformation(init, update)
 
 
-def over_layers(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transform` on every entry of one array's first axis."""
+def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A_TIME) -> optax.GradientTransformation:
+    """`transform` on every entry of one array's first axis; entries of at least `in_turn` values one after another."""
 
     def init(value):
         layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
@@ -60,7 +64,17 @@ def over_layers(transform: optax.GradientTransformation) -> optax.GradientTransf
             out, new = transform.update(grad, jax.tree.unflatten(treedef, leaves), value)
             return out, jax.tree.leaves(new)
 
-        out, new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=(0, axes))(grad, leaves, value)
+        if math.prod(value.shape[1:]) < in_turn:
+            out, new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=(0, axes))(grad, leaves, value)
+            return out, jax.tree.unflatten(treedef, new)
+
+        def next_layer(given):
+            grad, own, value = given
+            return one_layer(grad, [leaf if one is None else one for leaf, one in zip(leaves, own, strict=True)], value)
+
+        own = [leaf if leaf.ndim else None for leaf in leaves]
+        out, new = jax.lax.map(next_layer, (grad, own, value))
+        new = [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
         return out, jax.tree.unflatten(treedef, new)
 
     return transformation(init, update)
