@@ -159,10 +159,12 @@ class RunCheckpoints:
         self.failure = None
         if self._keep is not None and jax.process_index() == 0:
             for old in self.steps()[: -self._keep]:
-                # Under the name of what `_sweep` clears away: half of a checkpoint is never taken for one.
-                path = self.folder / f"{old}.old"
-                (self.folder / str(old)).rename(path)
-                shutil.rmtree(path, ignore_errors=True)
+                path = self.folder / str(old)
+                try:
+                    # Under the name of what `_sweep` clears away: half of a checkpoint is never taken for one.
+                    shutil.rmtree(path.rename(self.folder / f"{old}.old"))
+                except OSError as error:
+                    log.warning(f"{path}: cannot be deleted: {error.strerror or error}")
 
     def _failed(self, step: int, error: Exception) -> None:
         self._sweep()
