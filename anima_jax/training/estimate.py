@@ -1,8 +1,8 @@
 """What a run will take, known before anything is loaded: bytes on the device, FLOPs a step, and the times it draws.
 
-Everything is computed from shapes. FLOPs are those of matrix products and attention, which are all that counts; bytes
-are counted from what the backward pass keeps, or, where the back end's own analysis means something, are those of the
-compiled program. (XLA's on a CPU is not an accelerator's: it holds 16-bit weights in float32.)
+Everything is computed from shapes. Bytes are counted from what the backward pass keeps, or, where the back end's own
+analysis means something, are those of the compiled program. (XLA's on a CPU is not an accelerator's: it holds 16-bit
+weights in float32.)
 Axes: b batch, l image tokens, n source and m target text tokens, d features.
 """
 
@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,12 @@ from anima_jax.config.main import MainConfig
 from anima_jax.config.network import NetworkSizes
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.errors import UserError
-from anima_jax.models import parameters
-from anima_jax.models.dit import OUT_CHANNELS, AnimaDiT, DiTConfig
+from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import MATRICES, Params, compute_copy, merge
+from anima_jax.models.parameters import Params, compute_copy, merge
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import QUANTILES
+from anima_jax.training.flops import Flops, Work, flops
 from anima_jax.training.state import Trained, dit_config, prepare
 from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state
 
@@ -62,9 +62,6 @@ A device of JAX is one core on TPU v2 and v3, half a chip.
 WORKSPACE = 64 * 2**20
 """Bytes that a block of attention takes whatever the sizes: scores, weights and both their gradients, 16 MiB each."""
 
-ATTENTION_BACKWARD = 4 / 2
-"""Products in attention's backward to those of its forward; it computes the scores once more besides."""
-
 
 def peak_flops(device: Device, dtype: Any) -> float | None:
     """FLOPs a second that this device can do at most; None for an unknown one, or for a dtype of more than 16 bits."""
@@ -89,22 +86,6 @@ def abstract_trained(config: MainConfig) -> Trained:
 
 
 # The work of a step
-
-
-class Work(NamedTuple):
-    """What the step of one tier takes: a batch of examples in so many micro-batches, and the rows of each example."""
-
-    tier: str
-    batch: int
-    accumulation: int
-    tokens: int
-    grid: tuple[int, int, int]  # of the tier's largest size
-    source_rows: int
-    target_rows: int
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch // self.accumulation
 
 
 def works(data: TrainingData, source_rows: int, target_rows: int) -> list[Work]:
@@ -140,95 +121,6 @@ def _abstract_text(work: Work, size: int, config: DiTConfig, dtype: Any) -> Text
         jax.ShapeDtypeStruct((*source, config.adapter.source_width), dtype),
         *(jax.ShapeDtypeStruct(rows, jnp.int32) for rows in (source, target, target)),
     )
-
-
-# FLOPs
-
-
-class Flops(NamedTuple):
-    """FLOPs of one example: forward, backward, and what the backward computes again."""
-
-    forward: float
-    backward: float
-    recomputed: float
-
-    @property
-    def model(self) -> float:
-        """What the model itself asks for: the numerator of MFU."""
-        return self.forward + self.backward
-
-
-RECOMPUTED = {
-    "none": (0, 0),
-    "full": (1, 1),
-    "dots": (0, 1),
-    "attention": (1, 0),
-    "offload": (1, 1),
-}
-"""Whether a remat policy computes a block's products with weights, and its attention, again."""
-
-_ROWS_OF_TEXT = re.compile(r"(llm_adapter\.)?blocks\.cross_attn\.[kv]_proj\.")
-_ROWS_OF_TIME = re.compile(r"t_embedder\.|.*adaln_modulation")
-_INPUT_IS_DATA = re.compile(r"x_embedder|t_embedder\.linear_1|llm_adapter\.blocks\.cross_attn\.[kv]_proj")
-
-
-def flops(config: DiTConfig, trained: Params, work: Work, remat: str, remat_every: int = 1) -> Flops:
-    """FLOPs of one example of `work`. `trained` are the parameters that are trained, a LoRA's factors among them."""
-    base = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
-    adapts = any(path.startswith("llm_adapter.") for path in trained)
-    # Blocks that are computed again together are so once more than each alone.
-    again_dense, again_attention = (times + (remat_every > 1) for times in RECOMPUTED[remat])
-    forward = backward = recomputed = 0.0
-    for path, leaf in {**base, **trained}.items():
-        if not path.endswith(MATRICES) or path.endswith(".embedding"):
-            continue
-        in_adapter = path.startswith("llm_adapter.")
-        product = 2.0 * leaf.size * _rows(path, work)
-        forward += product
-        backward += product * (path in trained)
-        backward += product * _needs_input_gradient(path, adapts)
-        if in_adapter:
-            recomputed += product * (adapts and ".blocks." in path)
-        elif path.startswith("blocks."):
-            recomputed += product * again_dense
-    for in_adapter, product in _attention_products(config, work):
-        forward += product
-        if in_adapter and not adapts:
-            continue
-        backward += product * ATTENTION_BACKWARD
-        recomputed += product / 2 + product * (1 if in_adapter else again_attention)
-    return Flops(forward, backward, recomputed)
-
-
-def _rows(path: str, work: Work) -> int:
-    """Rows of one example that the matrix at `path` is multiplied with."""
-    if _ROWS_OF_TEXT.match(path):
-        return work.source_rows if path.startswith("llm_adapter.") else work.target_rows
-    if path.startswith("llm_adapter."):
-        return work.target_rows
-    return 1 if _ROWS_OF_TIME.match(path) else work.tokens
-
-
-def _needs_input_gradient(path: str, adapts: bool) -> bool:
-    """Whether anything that is trained lies before the matrix at `path`. The scanned blocks are taken as one."""
-    if _INPUT_IS_DATA.match(path):
-        return path.endswith(".lora_b")
-    if path.startswith("llm_adapter.") or _ROWS_OF_TEXT.match(path):
-        return adapts or path.endswith(".lora_b")
-    return True
-
-
-def _attention_products(config: DiTConfig, work: Work) -> list[tuple[bool, float]]:
-    """(whether in the LLM adapter, FLOPs of q·kᵀ and of the weighted sum of values) of each kind of attention."""
-    assert config.adapter is not None
-    of_dit = 4.0 * config.blocks * config.width * work.tokens
-    of_adapter = 4.0 * config.adapter.blocks * config.adapter.width * work.target_rows
-    return [
-        (False, of_dit * work.tokens),
-        (False, of_dit * work.target_rows),
-        (True, of_adapter * work.target_rows),
-        (True, of_adapter * work.source_rows),
-    ]
 
 
 # Bytes
