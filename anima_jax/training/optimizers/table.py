@@ -287,7 +287,8 @@ def _make_optax(function: Callable, p: Parameter, **options: Any) -> optax.Gradi
         )
     if "weight_decay" in parameters:
         return function(learning_rate=p.rate, weight_decay=p.weight_decay, **options)
-    return _decoupled(function(learning_rate=p.rate, **options), p) if p.weight_decay else function(p.rate, **options)
+    transform = function(learning_rate=p.rate, **options)
+    return _decoupled(transform, p) if p.weight_decay else transform
 
 
 def _make_shared(function: Callable, ps: Mapping[str, Parameter], rate: Any, **options: Any):
