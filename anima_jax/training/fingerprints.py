@@ -177,9 +177,11 @@ def _shown(value: Any) -> str:
 
 
 def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables as one; keys without a value are left out."""
+    """Nested tables, and lists of tables, as one; keys without a value are left out."""
     found: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))  # noqa: PLW2901 - the same value in another form
         if isinstance(value, Mapping):
             found |= {f"{key}.{name}": inner for name, inner in _dotted(value).items()}
         elif value is not None:

@@ -253,14 +253,17 @@ def test_settings_that_matter_to_training_are_compared_and_others_are_not():
         "optimizer": {"lr": 1e-4, "betas": [0.9, 0.99]},
         "output_dir": "a",
         "save_every_n_epochs": 1,
+        "data": {"directory": [{"path": "a"}, {"path": "b", "num_repeats": 1.0}]},
     }
     new = {
         "lr_scheduler": "cosine",
         "optimizer": {"lr": 2e-4, "betas": [0.9, 0.99]},
         "output_dir": "b",
         "ema_decay": 0.9,
+        "data": {"directory": [{"path": "a"}, {"path": "b", "num_repeats": 2.0}]},
     }
     assert changes(facts(**settings_of(old)), facts(**settings_of(new))) == [
+        "data.directory.1.num_repeats was 1.0, now 2.0",
         "ema_decay was not set, now 0.9",
         "lr_scheduler was constant, now cosine",
         "optimizer.lr was 0.0001, now 0.0002",
