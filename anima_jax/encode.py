@@ -31,31 +31,35 @@ def rounded_up(length: int, step: int = LENGTH_STEP) -> int:
     return max(1, -(-length // step)) * step
 
 
-def encode_clips(
-    vae: WanVAE, clips: Iterable[np.ndarray], *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
-) -> Iterator[np.ndarray]:
-    """Latent tokens (l, c), float32, of each uint8 clip (t, y, x, 3), all of one size; a picture has one frame.
+def clip_encoder(
+    vae: WanVAE, *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
+) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+    """A function from uint8 clips (t, y, x, 3), all of one size, to their latent tokens (l, c), float32, in order.
 
-    Each local device takes `batch_size` clips at a time. While one batch is on the devices the next is read.
+    A picture is a clip of one frame. Each local device takes `batch_size` clips at a time. While one batch is on the
+    devices the next is read. Each size compiles a program, once.
     """
     graphdef, params = split(vae)
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
     rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    params = jax.device_put(params, everywhere)
 
     @functools.partial(jax.jit, out_shardings=rows)
     def encode(params, pixels_btyxc):
         pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
         return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
 
-    params = jax.device_put(params, everywhere)
-    pending: tuple[jax.Array, int] | None = None
-    for batch, real in _batches(clips, batch_size * mesh.size):
-        latents = encode(params, jax.device_put(np.stack(batch), rows))
+    def encode_all(clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        pending: tuple[jax.Array, int] | None = None
+        for batch, real in _batches(clips, batch_size * mesh.size):
+            latents = encode(params, jax.device_put(np.stack(batch), rows))
+            if pending:
+                yield from np.asarray(pending[0])[: pending[1]]
+            pending = latents, real
         if pending:
             yield from np.asarray(pending[0])[: pending[1]]
-        pending = latents, real
-    if pending:
-        yield from np.asarray(pending[0])[: pending[1]]
+
+    return encode_all
 
 
 def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
@@ -72,23 +76,21 @@ class EncodedText(NamedTuple):
     target_ids_m: np.ndarray
 
 
-def encode_captions(
-    qwen: Qwen3,
-    tokenizers: Tokenizers,
-    captions: Sequence[str],
-    *,
-    batch_size: int = 8,
-    max_tokens: int = TRAINING_LENGTH,
-    dtype: DTypeLike,
-) -> Iterator[EncodedText]:
-    """Each caption as in training: the text as it is, cut off at `max_tokens` tokens of either kind."""
+def caption_encoder(
+    qwen: Qwen3, tokenizers: Tokenizers, *, batch_size: int = 8, max_tokens: int = TRAINING_LENGTH, dtype: DTypeLike
+) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
+    """A function that encodes captions as in training: the text as it is, cut at `max_tokens` tokens of either kind."""
     run = encode_tokens(qwen, dtype)
-    for batch, real in _batches(captions, batch_size):
-        ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
-        states_bnd = np.asarray(run(ids.qwen_ids, ids.qwen_mask))
-        for row in range(real):
-            states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
-            yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())
+
+    def encode_all(captions: Iterable[str]) -> Iterator[EncodedText]:
+        for batch, real in _batches(captions, batch_size):
+            ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
+            states_bnd = np.asarray(run(ids.qwen_ids, ids.qwen_mask))
+            for row in range(real):
+                states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
+                yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())
+
+    return encode_all
 
 
 def text_rows(captions: Sequence[EncodedText], source_length: int, target_length: int) -> Text:

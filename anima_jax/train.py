@@ -1,121 +1,95 @@
 """python -m anima_jax.train --config FILE.toml"""
 
 import argparse
-import contextlib
-import dataclasses
 import datetime
+import io
+import itertools
 import logging
 import pathlib
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
+from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.models import open_text_encoder
+from anima_jax.config import foreign
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
-from anima_jax.data.examples import Example
-from anima_jax.data.loader import prefetched
-from anima_jax.data.plan import Plan
+from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
-from anima_jax.diffusion.objective import Loss, TimeDistribution
-from anima_jax.errors import ArgumentParser, command_line
-from anima_jax.models.parameters import Params, merge
-from anima_jax.pipeline import AnimaPipeline, check_networks
-from anima_jax.text.tokenizers import load_tokenizers
-from anima_jax.training import optimizers, report
-from anima_jax.training.batches import Batches, OnlineText, as_it_is
+from anima_jax.errors import ArgumentParser, UserError, command_line
+from anima_jax.pipeline import check_networks
+from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
+from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData, read_data
 from anima_jax.training.dump import dump_dataset
-from anima_jax.training.export import export
-from anima_jax.training.samples import Samples
-from anima_jax.training.state import Trained, dit_config, prepare
-from anima_jax.training.step import StepConfig, TrainState, compile_step, init_state
+from anima_jax.training.loop import Training, optimizer_config, step_config
+from anima_jax.training.monitor import check_monitoring
+from anima_jax.training.profiling import parse_steps, use_compilation_cache
+from anima_jax.training.resume import find_run
+from anima_jax.training.state import dit_config
 
 SWITCHES = {
     "regenerate_cache": "encode everything again",
     "trust_cache": "train what the cache knows, without looking for changed or new files",
     "strict_data": "stop at a file that cannot be used, instead of naming it and going on",
+    "reset_dataloader": "on resuming, begin the epoch anew",
+    "reset_optimizer": "on resuming, begin the optimizer and its learning rates anew",
+    "reset_optimizer_params": "on resuming, take the optimizer's settings from the configuration",
 }
 """Flags that set a key of the configuration to true."""
 
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the configuration says: read and encode the data, load, step, sample, save."""
-    logging.basicConfig(format="%(message)s")
+    """Train as the configuration says: read and encode the data, then load and train."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
+    logging.basicConfig(format="%(message)s", force=True)  # some library's own handler may be there already
     logging.getLogger("anima_jax").setLevel(logging.INFO)
     arguments = parse_arguments(argv)
     config = load_config(
         arguments.config, overrides(arguments), i_know_what_i_am_doing=arguments.i_know_what_i_am_doing
     )
-    for note in config.notes:
-        print(note)
+    profile = parse_steps(arguments.profile) if arguments.profile else None
+    check_monitoring(config)
+    optimizers.build(optimizer_config(config), ())  # a wrong name or argument shows before anything is read
+    use_compilation_cache(config.compilation_cache_dir)
+    for line in (*flag_notes(arguments), *config.notes, *start_up_words(config)):
+        print(line)
 
     tokenizers = load_tokenizers(config.model.tokenizer_path)
     with open_text_encoder(config.model.llm_path) as text_encoder:
         check_networks(dit_config(config), text_encoder.config, tokenizers)
+    run = None
+    if config.resume_from_checkpoint is not None and not arguments.cache_only:
+        run = find_run(config.output_dir, config.resume_from_checkpoint)
     problems = Problems(strict=config.strict_data)
     data = read_data(config, problems, keep=not arguments.dry_run)
     if arguments.dry_run:
-        print(data.describe(tokenizers))
+        dry_run(config, data, tokenizers)
         return
+    for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
+        with writing_to(folder):
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    evaluated = {each.name: read_data(config, problems, evaluated=each.data) for each in config.eval_datasets}
     encoders = Encoders(config, tokenizers)
-    data.encode(encoders, problems)
+    for each in (data, *evaluated.values()):
+        each.encode(encoders, problems)
     if arguments.dump_dataset:
         folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
         print(f"wrote the data set, as the VAE gives it back, to {folder}")
     if arguments.cache_only or arguments.dump_dataset:
         return
-    train(arguments, config, data, encoders)
-
-
-def train(arguments: argparse.Namespace, config: MainConfig, data: TrainingData, encoders: Encoders) -> None:
-    """Step through the plan, and draw and save on the way."""
-    plan = data.plan
-    total_steps = min(plan.steps_for(config.epochs), config.max_steps or sys.maxsize)
-    print(data.describe(encoders.tokenizers))
-    batches = Batches(config, data, encoders.tokenizers)
-    encode_text = as_it_is if config.model.cache_text_embeddings else OnlineText(encoders.text_encoder, config)
-    trained = prepare(config)
-    print(report.parameter_table(trained, config.learning_rates))
-    run = make_run_folder(config)
-    optimizer = optimizers.build(optimizer_config(config, plan), trained.tensors)
-    settings = step_config(config)
-    step = compile_step(trained.graphdef, optimizer, settings)
-    state = init_state(trained.params, optimizer, settings)
-    trained = dataclasses.replace(trained, params={})  # they are the state's now
-    sampler = make_sampler(config, trained, state, encoders, run / "samples")
-    encoders.release()  # what nothing uses need not stay on the device
-
-    unconditional = encode_text(batches.unconditional()) if config.uncond_fraction else None
-    with (
-        open(run / "metrics.jsonl", "w", encoding="utf-8") as log,
-        contextlib.closing(prefetched(batches.load, 0, total_steps, threads=config.map_num_proc)) as loaded,
-    ):
-        progress = report.Progress(total_steps, log, every=config.steps_per_print)
-        if sampler:
-            sampler.draw(trained.frozen | state.params, 0)
-        for done, (host_batch, accumulation) in enumerate(loaded, start=1):
-            # This is handed to the device while it is still busy with the step before.
-            batch = jax.device_put(host_batch)
-            batch = batch._replace(text=encode_text(batch.text))
-            state, metrics = step(state, trained.frozen, batch, unconditional, accumulation)
-            progress.step(done, metrics._asdict())
-            for name in exports_after(config, plan, done, total_steps):
-                progress.flush()
-                progress.say(f"saved {save_model(config, run / name, trained, state)}")
-            if sampler and sampler.due(done, total_steps):
-                progress.flush()
-                progress.say(f"drew {sampler.draw(trained.frozen | best_params(state), done)}")
-        progress.close()
-    if isinstance(encode_text, OnlineText):
-        print(f"encoding text took {encode_text.share(progress.seconds_a_step):.0%} of a step")
-    print(f"sample with: {sample_command(arguments, run, example_prompt(config, data.examples))}")
+    run = run_folder(config, run)
+    Training(config, data, evaluated, encoders, run, profile).run()
+    print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,109 +98,94 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key: --set optimizer.lr=1e-5"
     )
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with this run of output_dir (without RUN: the newest that has a checkpoint)",
+    )
     for key, what in SWITCHES.items():
         parser.add_argument(f"--{key}", action="store_true", help=what)
     parser.add_argument("--cache_only", action="store_true", help="fill the cache and stop")
     parser.add_argument(
-        "--dump_dataset", metavar="DIR", help="write the cached clips as the VAE gives them back, and stop"
+        "--dump_dataset", metavar="DIR", help="fill the cache, write its pictures as the VAE gives them back, and stop"
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained; nothing is written")
+    parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
     parser.add_argument(
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
     )
+    for flag in foreign.FLAGS:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def flag_notes(arguments: argparse.Namespace) -> list[str]:
+    """A line for each flag of diffusion-pipe that cannot apply."""
+    given = (flag for flag in foreign.FLAGS if getattr(arguments, flag) is not None)
+    return [f"--{flag}: does nothing here: {foreign.FLAGS[flag]}" for flag in given]
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The keys that the command line sets."""
-    return arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
+    keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
+    which = arguments.resume_from_checkpoint
+    return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
 
 
-def make_sampler(
-    config: MainConfig, trained: Trained, state: TrainState, encoders: Encoders, folder: pathlib.Path
-) -> Samples | None:
-    """What draws pictures on the way, if the configuration asks for any."""
-    if config.sample is None:
-        return None
-    model = merge(trained.graphdef, trained.frozen | state.params)
-    pipeline = AnimaPipeline(
-        model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
-    )
-    return Samples(config.sample, config.sample_size_wh, pipeline, folder)
+def dry_run(config: MainConfig, data: TrainingData, tokenizers: Tokenizers) -> None:
+    """Say what the run would be and take. Raises UserError if it does not fit the device's memory."""
+    trained = estimate.abstract_trained(config)
+    print(report.start_up_table(config, trained, data.describe(tokenizers)))
+    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors)
+    work = estimate.works(data, *data.text_rows(tokenizers))
+    found = estimate.estimate(config, step_config(config), trained, optimizer, work, masked=data.masked)
+    print(found)
+    estimate.check_memory(found.memory.total, jax.devices()[0])
 
 
-def step_config(config: MainConfig) -> StepConfig:
-    """The part of the configuration that shapes one step."""
-    model = config.model
-    kind, parameter = config.loss
-    return StepConfig(
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        times=TimeDistribution(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift),
-        loss=Loss(kind, parameter, model.multiscale_loss_weight or 0.0),
-        seed=config.seed,
-        uncond_fraction=config.uncond_fraction,
-        ema_decay=config.ema_decay,
-        remat=config.remat,
-    )
+def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path:
+    """The folder of the run that is resumed, or a new one in `output_dir`, named by the time (UTC).
 
-
-def optimizer_config(config: MainConfig, plan: Plan) -> optimizers.OptimizerConfig:
-    """The part of the configuration that shapes the optimizer; schedules run over all epochs, whatever `max_steps`."""
-    return optimizers.OptimizerConfig(
-        learning_rates=config.learning_rates,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        schedule=config.schedule.shape,
-        warmup_steps=config.schedule.warmup_steps,
-        total_steps=plan.steps_for(config.epochs),
-        clip_norm=config.gradient_clipping,
-    )
-
-
-def make_run_folder(config: MainConfig) -> pathlib.Path:
-    """A new folder in `output_dir`, named by the time (UTC), with copies of the TOMLs."""
-    name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
-    run = pathlib.Path(config.output_dir) / name
-    run.mkdir(parents=True)
-    for path in (config.path, config.dataset):
-        shutil.copy(path, run)
+    The TOMLs are copied into it.
+    """
+    run = resumed or new_folder(pathlib.Path(config.output_dir))
+    used: set[str] = set()
+    for path in (config.path, config.dataset, *(each.path for each in config.eval_datasets)):
+        name = pathlib.Path(path).name
+        while name in used:
+            name = f"dataset_{name}"
+        used.add(name)
+        shutil.copy(path, run / name)
     return run
 
 
-def exports_after(config: MainConfig, plan: Plan, step: int, total_steps: int) -> list[str]:
-    """Names of the folders to save the model in after `step` (from 1) steps: `epochN`, `stepN`, none or both."""
-    names = []
-    before, after = (plan.epochs_finished(n) for n in (step - 1, step))
-    if config.save_every_n_epochs and after // config.save_every_n_epochs > before // config.save_every_n_epochs:
-        names.append(f"epoch{after}")
-    if (config.save_every_steps and step % config.save_every_steps == 0) or (step == total_steps and not names):
-        names.append(f"step{step}")
-    return names
-
-
-def best_params(state: TrainState) -> Params:
-    """The averaged weights if there are any, else the trained ones."""
-    return state.params if state.ema is None else state.ema
-
-
-def save_model(config: MainConfig, folder: pathlib.Path, trained: Trained, state: TrainState) -> pathlib.Path:
-    """Write the best weights in the dtype that the configuration names."""
-    scale = config.adapter.scale if config.adapter else 1.0
-    return export(folder, trained, best_params(state), config.export_dtype, scale)
+def new_folder(root: pathlib.Path) -> pathlib.Path:
+    name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        try:
+            (root / (name + suffix)).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{root}: cannot be written: {error.strerror or error}") from error
+        return root / (name + suffix)
+    raise UserError(f"{root}: a hundred runs begin in this second")
 
 
 def sample_command(arguments: argparse.Namespace, run: pathlib.Path, prompt: str) -> str:
     """The command line that draws `prompt` with what the run saved."""
     words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
-    words += [word for override in arguments.set for word in ("--set", override)]
+    words += itertools.chain.from_iterable(("--set", override) for override in arguments.set)
     words += ["--checkpoint", str(run), "--prompt", prompt, "--seed", "1", "-o", "out.png"]
     return shlex.join(words)
 
 
-def example_prompt(config: MainConfig, examples: Sequence[Example]) -> str:
+def example_prompt(config: MainConfig, data: TrainingData) -> str:
     """A prompt that this run should be able to draw."""
-    return config.sample.prompts[0] if config.sample else examples[0].captions[0]
+    prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
+    return textwrap.shorten(prompt, 200, placeholder="")
 
 
 if __name__ == "__main__":

@@ -34,27 +34,30 @@ SOURCES = ("directory", "tfds")
 MANY_RESOLUTIONS = 4
 """So many in one source are likelier a misunderstanding than a wish: every one of them repeats the whole data."""
 
+MAX_SIDE = 16384
+"""In pixels; a larger picture is a slip of the keyboard, and fits no memory."""
+
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
 Pair = tuple[float, float]
 
 
-def _number_or_pair(found: Any, smallest: float, expected: str) -> float | Pair:
+def _number_or_pair(found: Any, smallest: float, largest: float, expected: str) -> float | Pair:
     """A number, or [width, height]. Checked by hand: the faults of a union would name both of its kinds."""
     numbers = found if isinstance(found, list | tuple) else (found,)
-    usable = all(type(number) in {int, float} and math.isfinite(number) and number >= smallest for number in numbers)
+    usable = all(type(n) in {int, float} and math.isfinite(n) and smallest <= n <= largest for n in numbers)
     if not usable or len(numbers) != (2 if isinstance(found, list | tuple) else 1):
         raise fault(f"found {found!r}, expected {expected}")
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
 def _resolution(found: Any) -> float | Pair:
-    return _number_or_pair(found, 16, "a side in pixels or [width, height], 16 or more each")
+    return _number_or_pair(found, 16, MAX_SIDE, f"a side in pixels or [width, height], 16 to {MAX_SIDE} each")
 
 
 def _ratio(found: Any) -> float:
     expected = "width / height or [width, height], 0.001 to 1000"
-    sides = _number_or_pair(found, 0.001, expected)
+    sides = _number_or_pair(found, 0.001, math.inf, expected)
     ratio = sides[0] / sides[1] if isinstance(sides, tuple) else sides
     if not 0.001 <= ratio <= 1000:
         raise fault(f"found {found!r}, expected {expected}")

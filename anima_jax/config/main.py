@@ -204,7 +204,7 @@ class MainFile(Section):
         description="ours; stop at a file that cannot be used, instead of naming it and going on; also --strict_data",
     )
     caching_batch_size: Count = Field(
-        1, description="pictures or captions that one device encodes at once while the cache is filled"
+        1, description="pictures or clips that one device encodes at once while the cache is filled"
     )
     cache_dir: OutputFolder | None = Field(
         None, description="ours; folder or address (gs://…) of the cache; unset: in each source's own folder"

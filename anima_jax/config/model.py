@@ -130,6 +130,11 @@ class ModelConfig(TypedSection):
         None, description="learning rate of the LLM adapter; 0 freezes; unset: lr"
     )
 
+    @property
+    def text_encoder_storage(self) -> str | None:
+        """How the text encoder's matrices are kept, if not in `dtype`."""
+        return "float8_e4m3fn" if self.text_encoder_fp8 else "nf4" if self.text_encoder_nf4 else None
+
     @field_validator("text_encoder_nf4")
     @classmethod
     def _fp8_or_nf4(cls, nf4: bool, info: ValidationInfo) -> bool:

@@ -168,6 +168,13 @@ class Store:
             again = "without this file, the next start makes its records anew"
             raise UserError(f"{path}: record {row} cannot be read: {_reason(error)}; {again}") from error
 
+    def prepare(self) -> None:
+        """Make the folders to write to. Raises UserError where that cannot be, before anything is worth writing."""
+        for folder in filter(None, [self._local, None if is_remote(self.folder) else pathlib.Path(self.folder)]):
+            self._prepare(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"{folder}: cannot be written; set cache_dir to a folder that can")
+
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Write some (key, record) as one part, which is then there for all. A part that is there already is kept."""
         if any(len(key) != KEY_BYTES for key, _ in records):
@@ -176,8 +183,7 @@ class Store:
         name = _name(keys)
         if not records or name in self._known().parts:
             return
-        for folder in filter(None, [self._local, None if is_remote(self.folder) else pathlib.Path(self.folder)]):
-            self._prepare(folder)
+        self.prepare()
         first = (self._local or pathlib.Path(self.folder)) / (name + _RECORDS)
         with _told(first.parent, "be written"), _replacing(first) as path:
             _write_array_record(path, [record for _, record in records])

@@ -6,7 +6,8 @@ Axes: b batch, l image tokens, p the 4 latent pixels of a token, n source and m 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,17 @@ from anima_jax.encode import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training.data import TrainingData
+from anima_jax.training.data import TEXT_ROW_STEP, TrainingData
+from anima_jax.training.evaluate import filled
 from anima_jax.training.step import Batch
 
-LENGTH_STEP = 16
-"""Captions are padded to the longest of the run, rounded up to a multiple of this."""
+
+class Loaded(NamedTuple):
+    """A step's batch, in how many micro-batches it is taken, and the number of its tier."""
+
+    batch: Batch
+    accumulation: int
+    tier: int
 
 
 class Batches:
@@ -33,28 +40,33 @@ class Batches:
     def __init__(self, config: MainConfig, data: TrainingData, tokenizers: Tokenizers):
         self._config, self._data, self._tokenizers = config, data, tokenizers
         self._ids_n2 = split_ids(np.array([example.id for example in data.examples], np.uint64))
-        longest = np.minimum(data.caption_lengths(tokenizers).max(0), config.model.max_caption_tokens)
-        self._source_length, self._target_length = (rounded_up(int(n), LENGTH_STEP) for n in longest)
+        self._source_length, self._target_length = data.text_rows(tokenizers)
 
-    def load(self, step: int) -> tuple[Batch, int]:
-        """The batch of step number `step` (from 0), in host memory, and in how many micro-batches it is taken."""
-        cache, plan = self._data.cache, self._data.plan
-        planned = plan.batch(step).of_process(jax.process_index(), jax.process_count())
-        examples = [self._data.examples[index] for index in planned.indices]
-        length = plan.tiers[planned.tier].tokens
-        captions = [
-            example.caption(self._config.seed, int(epoch))
-            for example, epoch in zip(examples, planned.epochs, strict=True)
-        ]
-        batch = Batch(
+    def load(self, step: int) -> Loaded:
+        """What the plan's step number `step` (from 0) is given, in host memory."""
+        planned = self._data.plan.batch(step).of_process(jax.process_index(), jax.process_count())
+        batch = self._batch(planned.tier, planned.indices, planned.epochs)
+        return Loaded(batch, self._data.accumulations[planned.tier], planned.tier)
+
+    def evaluated(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Every example once, in batches of one size a tier, and the examples' weights: 0 for what fills the last."""
+        for number, tier in enumerate(self._data.plan.tiers):
+            for rows, weights in filled(len(tier.indices), tier.batch_size):
+                yield self._batch(number, tier.indices[rows], np.zeros(len(rows), np.int64)), weights
+
+    def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        cache, length = self._data.cache, self._data.plan.tiers[tier].tokens
+        examples = [self._data.examples[index] for index in indices]
+        seed = self._config.seed
+        captions = [example.caption(seed, int(epoch)) for example, epoch in zip(examples, epochs, strict=True)]
+        return Batch(
             latents_blc=padded([cache.latents(example) for example in examples], length)[0],
             grid_b3=np.array([example.bucket.size.grid for example in examples], np.int32),
-            ids_b2=self._ids_n2[planned.indices],
-            epochs_b=planned.epochs.astype(np.int32),
+            ids_b2=self._ids_n2[indices],
+            epochs_b=epochs.astype(np.int32),
             text=self._text(captions),
             mask_blp=self._masks(examples, length) if self._data.masked else None,
         )
-        return batch, self._data.accumulations[planned.tier]
 
     def unconditional(self) -> Text:
         """The empty caption, with a batch axis of 1."""
@@ -74,9 +86,9 @@ class Batches:
             rows = [self._data.cache.text(caption) for caption in captions]
             return text_rows(rows, self._source_length, self._target_length)
         ids = self._tokenizers.training_ids(captions, self._config.model.max_caption_tokens)
-        # Shuffled tags can take a few tokens more than the caption as it is written.
-        source = rounded_up(max(self._source_length, int(ids.qwen_mask.sum(1).max())), LENGTH_STEP)
-        target = rounded_up(max(self._target_length, int(ids.t5_mask.sum(1).max())), LENGTH_STEP)
+        # Tags in another order can take still more tokens than was allowed for: then this batch has its own program.
+        source = rounded_up(max(self._source_length, int(ids.qwen_mask.sum(1).max())), TEXT_ROW_STEP)
+        target = rounded_up(max(self._target_length, int(ids.t5_mask.sum(1).max())), TEXT_ROW_STEP)
         return Text(
             _resized(ids.qwen_ids, source),
             _resized(ids.qwen_mask, source),

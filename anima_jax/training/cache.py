@@ -19,19 +19,21 @@ import jax
 import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from anima_jax import encode
 from anima_jax.checkpoints.locations import fingerprint
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.config.main import MainConfig
 from anima_jax.data.buckets import Size
-from anima_jax.data.examples import Example
+from anima_jax.data.examples import Example, Media, content_digest
 from anima_jax.data.media import read_clip, read_mask
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
 from anima_jax.encode import EncodedText
 from anima_jax.errors import UserError
 from anima_jax.models.dit import PATCH
+from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.text.tokenizers import Tokenizers
@@ -68,12 +70,28 @@ class Encoders:
 
     @functools.cached_property
     def text_encoder(self) -> Qwen3:
-        return load_text_encoder(self._config.model.llm_path, self._config.compute_dtype)
+        model = self._config.model
+        loaded = load_text_encoder(model.llm_path, self._config.compute_dtype)
+        return quantise_text_encoder(loaded, model.text_encoder_storage) if model.text_encoder_storage else loaded
+
+    @functools.cached_property
+    def encode_clips(self) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+        config = self._config
+        return encode.clip_encoder(self.vae, batch_size=config.caching_batch_size, dtype=config.compute_dtype)
+
+    @functools.cached_property
+    def encode_captions(self) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
+        return encode.caption_encoder(
+            self.text_encoder,
+            self.tokenizers,
+            max_tokens=self._config.model.max_caption_tokens,
+            dtype=self._config.compute_dtype,
+        )
 
     def release(self) -> None:
-        """Forget both; whoever still uses one keeps it."""
-        self.__dict__.pop("vae", None)
-        self.__dict__.pop("text_encoder", None)
+        """Forget all of it; whoever still uses a network keeps it."""
+        for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
+            self.__dict__.pop(name, None)
 
 
 class Cache:
@@ -92,6 +110,7 @@ class Cache:
             model.max_caption_tokens,
             config.compute_dtype,
             config.cached_dtype,
+            model.text_encoder_storage,
         )
         self._resident: dict[bytes, dict[str, np.ndarray]] = {}
         self._room, self._lock = RESIDENT_BYTES, threading.Lock()
@@ -179,11 +198,15 @@ class Cache:
             masks = {self._mask_key(example): example for example in group if example.entry.mask}
             latents = {self._latents_key(example): example for example in group}
             work.append((store, missing(masks), missing(latents), missing(self._text_keys(group))))
+        for store, *lists in work:
+            if any(lists):
+                store.prepare()
         _meet("the missing parts are counted")
-        for store, masks, latents, captions in work:
-            self._fill_masks(store, masks, problems)
-            self._fill_latents(store, latents, encoders, problems)
-            self._fill_text(store, captions, encoders)
+        with logging_redirect_tqdm():
+            for store, masks, latents, captions in work:
+                self._fill_masks(store, masks, problems)
+                self._fill_latents(store, latents, encoders, problems)
+                self._fill_text(store, captions, encoders)
         _meet("the cache is filled")
         for store in self._stores:
             store.refresh()
@@ -202,13 +225,13 @@ class Cache:
             assert entry.mask is not None
             try:
                 mask_yx = read_mask(
-                    entry.mask.read(),
+                    _unchanged(entry.mask, entry.mask_digest),
                     (entry.width, entry.height),
                     (size.width, size.height),
                     name=entry.mask.name,
                 )
             except UserError as error:
-                problems.skip(error)
+                problems.skip(f"{entry.media.name}: its mask {error}")
                 return None
             return key, pack({"name": entry.mask.name}, {"mask": mask_yx})
 
@@ -222,19 +245,10 @@ class Cache:
         by_size: dict[Size, list[tuple[bytes, Example]]] = collections.defaultdict(list)
         for key, example in missing:
             by_size[example.bucket.size].append((key, example))
-        shown = iter(report.bar(range(len(missing)), len(missing), "clip")) if missing else iter(())
-        for size, items in sorted(by_size.items()):
-            own = [item for part in _own_parts(items, CLIPS_A_PART) for item in part]
-            records = []
-            for record in self._encoded(own, size, encoders, problems):
-                records.append(record)
-                next(shown, None)
-                if len(records) == CLIPS_A_PART:
-                    store.write_part(records)
-                    records = []
-            if records:
-                store.write_part(records)
-        collections.deque(shown, maxlen=0)
+        with report.Bar(len(missing), "clip") as bar:
+            for size, items in sorted(by_size.items()):
+                own = [item for part in _own_parts(items, CLIPS_A_PART) for item in part]
+                _write_parts(store, bar.over(self._encoded(own, size, encoders, problems)), CLIPS_A_PART)
 
     def _encoded(
         self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
@@ -243,9 +257,10 @@ class Cache:
         kept: collections.deque[tuple[bytes, Example]] = collections.deque()
 
         def read(item: tuple[bytes, Example]) -> np.ndarray | None:
-            media, mode = item[1].entry.media, self._config.video_clip_mode
+            entry, mode = item[1].entry, self._config.video_clip_mode
             try:
-                return read_clip(media.read(), size, mode=mode, name=media.name)[: encoded_frames(size)]
+                data = _unchanged(entry.media, entry.digest)
+                return read_clip(data, size, mode=mode, name=entry.media.name)[: encoded_frames(size)]
             except UserError as error:
                 problems.skip(error)
                 return None
@@ -257,35 +272,42 @@ class Cache:
                     kept.append(item)
                     yield clip_tyxc
 
-        latents = encode.encode_clips(
-            encoders.vae, clips(), batch_size=self._config.caching_batch_size, dtype=self._config.compute_dtype
-        )
-        for latents_lc in latents if items else ():
+        for latents_lc in encoders.encode_clips(clips()) if items else ():
             key, example = kept.popleft()
             header = {"name": example.entry.media.name, "size": "×".join(map(str, size))}
             yield key, pack(header, {"latents": latents_lc.astype(np.dtype(self._config.cached_dtype))})
 
     def _fill_text(self, store: Store, missing: Sequence[tuple[bytes, str]], encoders: Encoders) -> None:
         own = [item for part in _own_parts(missing, CAPTIONS_A_PART) for item in part]
-        if not own:
-            return
-        encoded = encode.encode_captions(
-            encoders.text_encoder,
-            encoders.tokenizers,
-            [caption for _, caption in own],
-            max_tokens=self._config.model.max_caption_tokens,
-            dtype=self._config.compute_dtype,
-        )
-        records = []
-        for (key, caption), text in zip(own, report.bar(encoded, len(own), "caption"), strict=True):
-            states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
-            arrays = {"states": states_nd, "t5_ids": text.target_ids_m}
-            records.append((key, pack({"caption": caption}, arrays)))
-            if len(records) == CAPTIONS_A_PART:
-                store.write_part(records)
-                records = []
-        if records:
-            store.write_part(records)
+
+        def records() -> Iterator[tuple[bytes, bytes]]:
+            encoded = encoders.encode_captions(caption for _, caption in own) if own else ()
+            for (key, caption), text in zip(own, encoded, strict=True):
+                states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
+                yield key, pack({"caption": caption}, {"states": states_nd, "t5_ids": text.target_ids_m})
+
+        with report.Bar(len(own), "caption") as bar:
+            _write_parts(store, bar.over(records()), CAPTIONS_A_PART)
+
+
+def _unchanged(media: Media, digest: bytes | None) -> bytes:
+    """The bytes of a file, which are to be cached under their hash. Raises UserError if they have another by now."""
+    data = media.read()
+    if content_digest(data) != digest:
+        raise UserError(f"{media.name}: changed since it was looked at; start again, without --trust_cache")
+    return data
+
+
+def _write_parts(store: Store, records: Iterable[tuple[bytes, bytes]], size: int) -> None:
+    """Write the records, `size` of them at a time."""
+    part: list[tuple[bytes, bytes]] = []
+    for record in records:
+        part.append(record)
+        if len(part) == size:
+            store.write_part(part)
+            part = []
+    if part:
+        store.write_part(part)
 
 
 def _hash(*parts: str | bytes | int | None) -> bytes:

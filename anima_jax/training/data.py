@@ -4,13 +4,14 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from anima_jax.checkpoints.locations import is_remote
-from anima_jax.config.dataset import DirectorySource, TfdsSource
+from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.main import MainConfig
+from anima_jax.data.buckets import Size
 from anima_jax.data.examples import Example, Source, read_examples
 from anima_jax.data.manifest import Memo
 from anima_jax.data.plan import Plan, describe, make_tiers
@@ -23,24 +24,29 @@ from anima_jax.training.cache import Cache, Encoders
 
 log = logging.getLogger(__name__)
 
+TEXT_ROW_STEP = 16
+
 CACHE = os.path.join("cache", "anima_jax")
 """Where a source's cache lies in the source's own folder."""
 
 
-def read_data(config: MainConfig, problems: Problems, *, keep: bool = True) -> "TrainingData":
+def read_data(
+    config: MainConfig, problems: Problems, *, evaluated: DatasetConfig | None = None, keep: bool = True
+) -> "TrainingData":
     """The examples of every source of the dataset TOML, in its order; none of them encoded yet.
 
-    What is learned of the files is kept beside the cache for the next run, unless `keep` is False. Raises UserError if
-    there is nothing to train on.
+    With `evaluated` they are those of that data set, in batches for evaluation. What is learned of the files is kept
+    beside the cache for the next run, unless `keep` is False. Raises UserError if there is nothing to train on.
     """
     folders, sources = [], []
-    for source, options in config.source_options:
+    for source, options in config.options_of(evaluated or config.data):
         place = source.path if isinstance(source, DirectorySource) else _split(source)
         folders.append(config.cache_dir or _beside(source))
         which = repr((place, options.mask_path, options.default_mask_file, options.skip_empty_caption))
         memo = os.path.join(folders[-1], f"files-{hashlib.sha256(which.encode()).hexdigest()[:16]}.jsonl")
         sources.append(Source(place, options, Memo(memo if keep else None, trust=config.trust_cache)))
-    return TrainingData(config, folders, read_examples(sources, problems))
+    batch_size_of = config.eval_micro_batch if evaluated else config.global_batch
+    return TrainingData(config, folders, read_examples(sources, problems), batch_size_of)
 
 
 def _split(source: TfdsSource) -> TfdsSplit:
@@ -62,8 +68,17 @@ def _beside(source: DirectorySource | TfdsSource) -> str:
 class TrainingData:
     """The examples of a run. After `encode`, those that cannot be encoded are gone and the rest are in `cache`."""
 
-    def __init__(self, config: MainConfig, folders: Sequence[str], groups: Sequence[list[Example]]):
-        self._config, self._folders, self._groups = config, folders, groups
+    cache: Cache
+    """There after `encode`."""
+
+    def __init__(
+        self,
+        config: MainConfig,
+        folders: Sequence[str],
+        groups: Sequence[list[Example]],
+        batch_size_of: Callable[[Size], int],
+    ):
+        self._config, self._folders, self._groups, self._batch_size_of = config, folders, groups, batch_size_of
 
     @functools.cached_property
     def examples(self) -> list[Example]:
@@ -73,7 +88,7 @@ class TrainingData:
     @functools.cached_property
     def plan(self) -> Plan:
         """Which step sees which examples."""
-        tiers = make_tiers([example.bucket for example in self.examples], self._config.global_batch)
+        tiers = make_tiers([example.bucket for example in self.examples], self._batch_size_of)
         return Plan(tiers, self._config.seed)
 
     @functools.cached_property
@@ -108,7 +123,9 @@ class TrainingData:
         for name in ("examples", "plan", "accumulations", "captions", "masked"):
             self.__dict__.pop(name, None)
         if problems.count:
-            print(f"{problems.summary()}; {before - len(self.examples)} examples fewer")
+            print(problems.summary())
+        if lost := before - len(self.examples):
+            print(f"{lost} of {before} examples cannot be encoded and are left out")
         if not self.examples:
             raise UserError(f"nothing to train on: none of {before} examples could be encoded")
 
@@ -127,8 +144,17 @@ class TrainingData:
         longest = self._config.model.max_caption_tokens
         cut = int(np.sum(self.caption_lengths(tokenizers).max(1) > longest))
         if cut:
-            lines.append(f"captions over {longest} tokens, which are cut (max_caption_tokens): {cut:,}")
+            lines.append(f"different captions over {longest} tokens, which are cut (max_caption_tokens): {cut:,}")
         return "\n".join(lines)
+
+    def text_rows(self, tokenizers: Tokenizers) -> tuple[int, int]:
+        """Rows that captions are padded to, the source's and the target's: those of the longest, rounded up."""
+        longest = np.minimum(self.caption_lengths(tokenizers).max(0), self._config.model.max_caption_tokens)
+        if any(example.options.shuffle_anew for example in self.examples):
+            # In another order tags can take some tokens more.
+            longest = np.minimum(longest + longest // 4 + TEXT_ROW_STEP, self._config.model.max_caption_tokens)
+        source, target = (-(-int(n) // TEXT_ROW_STEP) * TEXT_ROW_STEP for n in longest)
+        return max(source, TEXT_ROW_STEP), max(target, TEXT_ROW_STEP)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - the data of a run live as long as the run
     def caption_lengths(self, tokenizers: Tokenizers) -> np.ndarray:

@@ -35,17 +35,18 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
     target, used = pathlib.Path(folder), set[str]()
     with writing_to(str(target)):
         target.mkdir(parents=True, exist_ok=True)
-    for (_, size), shown in report.bar(clips.items(), len(clips), "clip"):
-        frames, rows, columns = size.grid
-        latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
-        pixels_tyxc = np.asarray(decode(params, latents))[0]
-        name = f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}"
-        stem = target / _unused(name, used)
-        with writing_to(str(stem)):
-            _write_clip(stem, ((pixels_tyxc + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
-            _path(stem, ".txt").write_text("\n".join(dict.fromkeys(c for e in shown for c in e.captions)), "utf-8")
-            if (mask_lp := cache.mask(shown[0])) is not None:
-                _write_mask(_path(stem, ".mask.png"), mask_lp, size)
+    with report.Bar(len(clips), "clip") as bar:
+        for (_, size), shown in bar.over(clips.items()):
+            frames, rows, columns = size.grid
+            latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
+            pixels_tyxc = np.asarray(decode(params, latents))[0]
+            name = f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}"
+            stem = target / _unused(name, used)
+            with writing_to(str(stem)):
+                _write_clip(stem, ((pixels_tyxc + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
+                _path(stem, ".txt").write_text("\n".join(dict.fromkeys(c for e in shown for c in e.captions)), "utf-8")
+                if (mask_lp := cache.mask(shown[0])) is not None:
+                    _write_mask(_path(stem, ".mask.png"), mask_lp, size)
     return target
 
 

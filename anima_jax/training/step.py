@@ -114,11 +114,7 @@ def losses(
     text = batch.text
     if unconditional is not None and config.uncond_fraction > 0:
         dropped_b = uniform(_keys(batch, Purpose.CAPTION_DROPOUT, config)) < config.uncond_fraction
-        text = jax.tree.map(
-            lambda empty, given: jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given),
-            unconditional,
-            text,
-        )
+        text = jax.tree.map(functools.partial(_dropped, dropped_b), unconditional, text)
     assert model.llm_adapter is not None
     context_bmd = model.llm_adapter(
         text.source_bnd.astype(config.compute_dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
@@ -134,6 +130,12 @@ def losses(
         scan_unroll=config.scan_unroll,
     )
     return config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp)
+
+
+def _dropped(dropped_b: Array, empty: Array, given: Array) -> Array:
+    """`empty`, padded with zeros to the rows of `given`, where `dropped_b` says so."""
+    empty = jnp.pad(empty, [(0, 0), (0, given.shape[1] - empty.shape[1]), *[(0, 0)] * (given.ndim - 2)])
+    return jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
 
 
 def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:

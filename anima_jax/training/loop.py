@@ -1,0 +1,337 @@
+"""The training loop: step through the plan from where the run is, and save, evaluate, draw and report on the way."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anima_jax.config.main import MainConfig
+from anima_jax.data.loader import prefetched
+from anima_jax.data.plan import Plan
+from anima_jax.diffusion.objective import Loss, TimeDistribution
+from anima_jax.errors import UserError
+from anima_jax.models.parameters import Params, merge
+from anima_jax.pipeline import AnimaPipeline
+from anima_jax.training import estimate, optimizers, report
+from anima_jax.training.batches import Batches, OnlineText, as_it_is
+from anima_jax.training.cache import Encoders
+from anima_jax.training.data import TrainingData
+from anima_jax.training.evaluate import Evaluation
+from anima_jax.training.export import export, rotate
+from anima_jax.training.fingerprints import facts_of, settings_of
+from anima_jax.training.intervals import passes
+from anima_jax.training.monitor import Monitor
+from anima_jax.training.profiling import Profiler, watch_compilation
+from anima_jax.training.resume import Resume
+from anima_jax.training.samples import Samples
+from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
+from anima_jax.training.signals import Signals
+from anima_jax.training.state import prepare
+from anima_jax.training.step import StepConfig, compile_step, init_state
+
+
+def step_config(config: MainConfig) -> StepConfig:
+    """The part of the configuration that shapes one step."""
+    model = config.model
+    kind, parameter = config.loss
+    return StepConfig(
+        compute_dtype=jnp.dtype(config.compute_dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        times=TimeDistribution(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift),
+        loss=Loss(kind, parameter, model.multiscale_loss_weight or 0.0),
+        seed=config.seed,
+        uncond_fraction=config.uncond_fraction,
+        ema_decay=config.ema_decay,
+        remat=config.remat,
+        remat_every=config.remat_every,
+        scan_unroll=config.scan_unroll,
+    )
+
+
+def optimizer_config(config: MainConfig, plan: Plan | None = None) -> optimizers.OptimizerConfig:
+    """The part of the configuration that shapes the optimizer; schedules run over all epochs, whatever `max_steps`.
+
+    Without a plan it is good for checking the optimizer's name and arguments, not for training.
+    """
+    given = config.optimizer
+    return optimizers.OptimizerConfig(
+        type=given.type,
+        learning_rates=config.learning_rates,
+        betas=given.betas,
+        eps=given.eps,
+        weight_decay=given.weight_decay,
+        options=given.options,
+        beta2_half_life=given.beta2_half_life,
+        global_batch=max(tier.batch_size for tier in plan.tiers) if plan else 1,
+        schedule=config.schedule.shape,
+        warmup_steps=config.schedule.warmup_steps,
+        total_steps=plan.steps_for(config.epochs) if plan else 1,
+        clip_norm=config.gradient_clipping,
+    )
+
+
+class Training:
+    """One run in its folder: networks, state, and everything that happens between its first step and its last."""
+
+    def __init__(
+        self,
+        config: MainConfig,
+        data: TrainingData,
+        evaluated: Mapping[str, TrainingData],
+        encoders: Encoders,
+        run: pathlib.Path,
+        profile: range | None = None,
+    ):
+        self._config, self._data, self._plan, self._run = config, data, data.plan, run
+        self._batches = Batches(config, data, encoders.tokenizers)
+        self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
+        cached = config.model.cache_text_embeddings
+        self._encode_text = as_it_is if cached else OnlineText(encoders.text_encoder, config)
+
+        self._settings, shape = step_config(config), optimizer_config(config, data.plan)
+        trained = prepare(config)
+        print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
+        optimizer = optimizers.build(shape, trained.tensors)
+        self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups)
+        self._evaluation = Evaluation(trained.graphdef, self._settings)
+        self.state = init_state(trained.params, optimizer, self._settings)
+        self._trained = dataclasses.replace(trained, params={})  # they are the state's now
+        self._groups = trained.groups
+        work = estimate.works(data, *data.text_rows(encoders.tokenizers))
+        self._flops = [
+            estimate.flops(trained.config, self.state.params, each, config.remat, config.remat_every).model * each.batch
+            for each in work
+        ]
+        ids = np.array([example.id for example in data.examples], np.uint64)
+        facts = facts_of(self.state.params, trained.groups, data.plan, ids, settings_of(config.model_dump(mode="json")))
+        self.resume = Resume(
+            run,
+            data.plan,
+            facts,
+            keep=config.max_checkpoints,
+            every_n_epochs=config.checkpoint_every_n_epochs,
+            every_n_minutes=config.checkpoint_every_n_minutes,
+        )
+        if config.resume_from_checkpoint is not None:
+            self._go_on(optimizer)
+        self._rates = lambda step: optimizers.learning_rate(shape, self.resume.start.at(step).optimizer_step)
+        self._profiler = Profiler(profile, run / "profile")
+        self._encoders = encoders
+
+    def _go_on(self, optimizer) -> None:
+        config = self._config
+        self.state, notes = self.resume.restore(
+            self.state,
+            lambda params: init_state(params, optimizer, self._settings).opt_state,
+            reset_dataloader=config.reset_dataloader,
+            reset_optimizer=config.reset_optimizer,
+            reset_optimizer_params=config.reset_optimizer_params,
+        )
+        print(f"resumed {self._run} after step {self.resume.start.step}")
+        for note in notes:
+            print(f"  {note}")
+
+    def run(self) -> pathlib.Path | None:
+        """Train to the end, or until someone asks to stop; the last file that was saved, if any was."""
+        config, start = self._config, self.resume.start
+        total = self.resume.total_steps(config.epochs, config.max_steps)
+        resumed = (start.step, self._plan.position(start.data_step)) if config.resume_from_checkpoint else None
+        monitor = Monitor(self._run, config, resumed_after=resumed)
+        samples = self._samples(monitor)
+        if self._encode_text is as_it_is:
+            self._encoders.release()  # what nothing uses need not stay on the device
+        unconditional = self._encode_text(self._batches.unconditional()) if config.uncond_fraction else None
+        with (
+            report.open_log(self._run / "metrics.jsonl", start.step) as log,
+            contextlib.closing(self.resume),
+            contextlib.closing(monitor),
+            contextlib.closing(Signals(self._run)) as signals,
+            contextlib.closing(self._profiler),
+            contextlib.closing(
+                report.Progress(
+                    total,
+                    log,
+                    every=config.steps_per_print,
+                    logging_steps=config.logging_steps,
+                    monitor=monitor,
+                    rates=self._rates,
+                    peak_flops=estimate.peak_flops(jax.devices()[0], config.compute_dtype),
+                    start=(
+                        start.step,
+                        self._plan.position(start.data_step),
+                        self._plan.epochs_finished(start.data_step),
+                    ),
+                )
+            ) as progress,
+        ):
+            self._progress, self._monitor, saved = progress, monitor, None
+            if config.resume_from_checkpoint is None:
+                self._before_the_first_step(samples)
+            for step, metrics in self._steps(total, unconditional):
+                self._look_at(step, metrics)
+                asked = signals.requested()
+                epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
+                for name in exports_after(config, epochs, step, total):
+                    saved = self._save_model(name)
+                if self.resume.due(step) or asked or step == total:
+                    self._save_checkpoint(step, wait=asked == "save_quit")
+                if self._evaluation_due(step, epochs):
+                    self._evaluate(step)
+                if samples and samples.due(step, total, *epochs):
+                    progress.flush()
+                    progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
+                if asked == "save_quit":
+                    progress.say(
+                        f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}"
+                    )
+                    break
+            progress.flush()
+            self._stop_if_lost(progress.last)
+        if isinstance(self._encode_text, OnlineText):
+            print(f"encoding text took {self._encode_text.share(progress.seconds_a_step):.0%} of a step")
+        return saved
+
+    def _steps(self, total: int, unconditional) -> Iterator[tuple[int, object]]:
+        """Number and metrics of each step that is left, as it is handed to the device."""
+        first, last = self._data_step(self.resume.start.step), self._data_step(total)
+        compiled: set[tuple[int, int]] = set()
+        loading = prefetched(self._batches.load, first, last, threads=self._config.map_num_proc)
+        with contextlib.closing(loading) as loaded:
+            for step in range(self.resume.start.step + 1, total + 1):
+                waiting = time.monotonic()
+                host_batch, accumulation, tier = next(loaded)
+                waited = time.monotonic() - waiting
+                # This is handed to the device while it is still busy with the step before.
+                batch = jax.device_put(host_batch)
+                batch = batch._replace(text=self._encode_text(batch.text))
+                arguments = (self.state, self._trained.frozen, batch, unconditional, accumulation)
+                program = (self._plan.tiers[tier].tokens, self._plan.tiers[tier].batch_size)
+                if program in compiled:
+                    self.state, metrics = self._profiler.run(step, self._step, *arguments)
+                else:
+                    with watch_compilation() as compilation:
+                        self.state, metrics = self._profiler.run(step, self._step, *arguments)
+                    compiled.add(program)
+                    self._progress.say(f"the step of tier {self._plan.tiers[tier].name} was compiled in {compilation}")
+                self._progress.step(
+                    step,
+                    {name: value for name, value in metrics._asdict().items() if name != "norms"},
+                    examples=self._position(step),
+                    epoch=self._plan.epochs_finished(self._data_step(step)),
+                    flops=self._flops[tier],
+                    waited=waited,
+                )
+                yield step, metrics
+
+    # ---- what happens at steps ------------------------------------------------------------------------------------
+
+    def _before_the_first_step(self, samples: Samples | None) -> None:
+        if self._evaluated and self._config.eval_before_first_step:
+            self._evaluate(0)
+        if samples:
+            samples.draw(self._all(self._best()), 0, 0)
+
+    def _look_at(self, step: int, metrics) -> None:
+        """Stop a run that does not learn what it should, or whose losses are not finite any more."""
+        if step <= ATTEMPTS:
+            self._progress.flush()
+            adapter = self._config.adapter is not None
+            rates = self._config.learning_rates
+            loss = self._progress.last["loss"]
+            if self_check(metrics.norms, rates, step=step, loss=loss, adapter=adapter) and step == 1:
+                self._progress.say(describe(metrics.norms))
+        self._stop_if_lost(self._progress.last)
+
+    def _stop_if_lost(self, figures: Mapping[str, float]) -> None:
+        skipped = int(figures.get("skipped", 0))
+        if skipped:
+            self._progress.say(f"the loss or its gradient is not finite: {skipped} updates in a row were left out")
+        if skipped >= self._config.max_skipped_steps:
+            self.resume.checkpoints.wait()
+            latest = self.resume.checkpoints.latest()
+            good = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
+            raise UserError(f"{self._run}: {skipped} steps in a row had no finite loss or gradient; {good}")
+
+    def _save_model(self, name: str) -> pathlib.Path:
+        self._progress.flush()
+        config = self._config
+        scale = config.adapter.scale if config.adapter else 1.0
+        ema = self.state.ema
+        saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
+        self._progress.say(f"saved {saved}")
+        for old in rotate(self._run, config.max_checkpoints):
+            self._progress.say(f"deleted {self._run / old}")
+        return saved
+
+    def _save_checkpoint(self, step: int, *, wait: bool) -> None:
+        self._progress.flush()
+        if self.resume.save(step, self.state, wait=wait):
+            self._progress.say(f"checkpoint of step {step} in {self.resume.checkpoints.folder}")
+
+    def _evaluation_due(self, step: int, epochs: tuple[int, ...]) -> bool:
+        config = self._config
+        return bool(self._evaluated) and (
+            passes(config.eval_every_steps, step - 1, step) or passes(config.eval_every_n_epochs, *epochs)
+        )
+
+    def _evaluate(self, step: int) -> None:
+        """The losses of each data set at the nine times, with the trained weights (averaged ones of schedule-free)."""
+        self._progress.flush()
+        params, began, figures = self._all(self._weights()), time.monotonic(), {}
+        for name, batches in self._evaluated.items():
+            encoded = ((batch._replace(text=self._encode_text(batch.text)), w) for batch, w in batches.evaluated())
+            figures |= {f"{name}/{key}": loss for key, loss in self._evaluation(params, encoded).items()}
+            self._progress.say(f"evaluation after step {step}: {name} {figures[f'{name}/loss']:.4f}")
+        figures["eval/eval_time_sec"] = time.monotonic() - began
+        self._monitor.scalars(step, self._position(step), figures)
+        with open(self._run / "evaluations.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **figures}) + "\n")
+
+    # ---- weights and positions ------------------------------------------------------------------------------------
+
+    def _weights(self) -> Params:
+        """The trained weights; those that a schedule-free optimizer averages, if it is one."""
+        averaged = optimizers.averaged(self.state.opt_state, self.state.params)
+        return self.state.params if averaged is None else averaged
+
+    def _best(self) -> Params:
+        """The moving average if there is one, else the trained weights."""
+        return self._weights() if self.state.ema is None else self.state.ema
+
+    def _all(self, params: Params) -> Params:
+        return self._trained.frozen | params
+
+    def _data_step(self, step: int) -> int:
+        return self.resume.start.at(step).data_step
+
+    def _position(self, step: int) -> int:
+        """Examples consumed after `step` steps."""
+        return self._plan.position(self._data_step(step))
+
+    def _samples(self, monitor: Monitor) -> Samples | None:
+        """What draws pictures on the way, if the configuration asks for any."""
+        config, encoders = self._config, self._encoders
+        if config.sample is None:
+            return None
+        model = merge(self._trained.graphdef, self._all(self.state.params))
+        pipeline = AnimaPipeline(
+            model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
+        )
+        return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", monitor)
+
+
+def exports_after(config: MainConfig, epochs: tuple[int, ...], step: int, total_steps: int) -> list[str]:
+    """Names of the folders to save the model in after `step` (from 1) steps: `epochN`, `stepN`, none or both.
+
+    `epochs` are the numbers of finished epochs before and after the step.
+    """
+    names = [f"epoch{epochs[1]}"] if passes(config.save_every_n_epochs, *epochs) else []
+    if passes(config.save_every_steps, step - 1, step) or (step == total_steps and not names):
+        names.append(f"step{step}")
+    return names
