@@ -2,13 +2,10 @@
 
 import argparse
 import datetime
-import io
 import itertools
-import logging
 import pathlib
 import shlex
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -48,11 +45,7 @@ SWITCHES = {
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the configuration says: read and encode the data, then load and train."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
-    logging.basicConfig(format="%(message)s", force=True)  # some library's own handler may be there already
-    logging.getLogger("anima_jax").setLevel(logging.INFO)
+    report.log_to_console()
     arguments = parse_arguments(argv)
     config = load_config(
         arguments.config, overrides(arguments), i_know_what_i_am_doing=arguments.i_know_what_i_am_doing

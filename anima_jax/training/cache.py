@@ -202,7 +202,7 @@ class Cache:
             if any(lists):
                 store.prepare()
         _meet("the missing parts are counted")
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm([report.LOGGER]):
             for store, masks, latents, captions in work:
                 self._fill_masks(store, masks, problems)
                 self._fill_latents(store, latents, encoders, problems)

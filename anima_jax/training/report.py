@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import io
 import json
+import logging
 import math
 import pathlib
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +26,21 @@ from anima_jax.training.state import Trained
 
 Item = TypeVar("Item")
 
+LOGGER = logging.getLogger("anima_jax")
+
 _MIN_TILE, _MARGIN, _LINE = 128, 4, 12
+
+
+def log_to_console() -> None:
+    """This package's log goes to stderr, a line a message, whatever handlers other libraries have installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
 
 
 def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:

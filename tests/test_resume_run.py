@@ -1,0 +1,146 @@
+"""A run that is stopped and goes on, by its command line: bit for bit the run that was never stopped."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from anima_jax.train import main as train
+from tests.small_run import write_config, write_transformer
+
+MAIN = (
+    "epochs = 4\nmicro_batch_size_per_gpu = 2\nema_decay = 0.9\nsave_dtype = 'float32'\nuncond_fraction = 0.2\n"
+    "lr_scheduler = 'cosine'\nwarmup_steps = 3\ncheckpoint_every_n_epochs = 1\nmax_checkpoints = 2\n"
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Nine pictures at one size, 18 steps of two in four epochs."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(9):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        (folder / f"{number}.txt").write_text(f"a red square number {number}")
+    write_transformer(tmp_path / "base.safetensors")
+    return write_config(tmp_path, folder, MAIN)
+
+
+def command(config: pathlib.Path, output: pathlib.Path, *arguments: str) -> list[str]:
+    options = ["--config", str(config), "--set", f"output_dir={output}"]
+    return [sys.executable, "-m", "anima_jax.train", *options, *arguments]
+
+
+def run_of(output: pathlib.Path) -> pathlib.Path:
+    (run,) = output.iterdir()
+    return run
+
+
+def losses_of(run: pathlib.Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def check_equal(run: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    """The same losses and, bit for bit, the same weights and averages."""
+    assert losses_of(run) == losses_of(undisturbed)
+    files = {path.relative_to(undisturbed) for path in undisturbed.glob("step*/**/model.safetensors")}
+    assert len(files) == 2  # trained weights and their average
+    for path in files:
+        found, expected = load_file(run / path), load_file(undisturbed / path)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(config, tmp_path):
+    subprocess.run(command(config, tmp_path / "one"), check=True, capture_output=True)
+    stopped = subprocess.Popen(command(config, tmp_path / "two"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = None
+    while stopped.poll() is None and metrics is None:
+        metrics = next((tmp_path / "two").glob("*/metrics.jsonl"), None) if (tmp_path / "two").exists() else None
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 0, stopped.stdout.read().decode()
+    (stopped.stdout or sys.stdin).close()
+    done = len(losses_of(run_of(tmp_path / "two")))
+    again = subprocess.run(
+        command(config, tmp_path / "two", "--resume_from_checkpoint"), check=False, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"after step {done}" in again.stdout
+    check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_moments_ends_bit_identical(config, tmp_path):
+    began = time.monotonic()
+    subprocess.run(command(config, tmp_path / "one"), check=True, capture_output=True)
+    took = time.monotonic() - began
+    moments, kills = random.Random(0), 0
+    often = ("--set", "checkpoint_every_n_minutes=0.0001")  # after every step: kills fall into saves too
+    for _ in range(40):
+        resume = ("--resume_from_checkpoint",) if list((tmp_path / "two").glob("*/checkpoints/*/_CHECK*")) else ()
+        if not resume and (tmp_path / "two").exists():
+            for old in (tmp_path / "two").iterdir():
+                old.rename(tmp_path / f"empty{kills}")  # killed before its first checkpoint: begin anew
+        process = subprocess.Popen(
+            command(config, tmp_path / "two", *often, *resume), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            output, _ = process.communicate(timeout=None if kills >= 10 else moments.uniform(0.5, 1.0) * took)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, output.decode()
+        if kills >= 10 or len(losses_of(run_of(tmp_path / "two"))) == 18:
+            break
+    check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
+
+
+def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path, capsys):
+    arguments = ["--config", str(config)]
+    train([*arguments, "--set", "max_steps=3"])
+    capsys.readouterr()
+    train([*arguments, "--resume_from_checkpoint", "--set", "max_steps=4", "--set", "optimizer.lr=5e-4"])
+    assert "optimizer.lr was 0.001, now 0.0005" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        train([*arguments, "--resume_from_checkpoint", "--set", "micro_batch_size_per_gpu=3"])
+    assert exit_.value.code == 2
+    assert "a step of tier 64 took 2 examples, now 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        train([*arguments, "--resume_from_checkpoint", "20200101_00-00-00"])
+    assert exit_.value.code == 2
+
+
+def test_evaluation_monitoring_and_exports_of_a_whole_run(config, tmp_path, capsys):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "eval.toml").write_text((tmp_path / "dataset.toml").read_text())
+    more = f"eval_datasets = [{{name = 'held_out', config = '{tmp_path / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
+    config.write_text(more + config.read_text())
+    train(["--config", str(config), "--set", "save_every_n_epochs=1", "--profile", "3:5"])
+    out = capsys.readouterr().out
+    assert "the LLM adapter is trained too" in out.replace("The LLM", "the LLM")
+    run = run_of(tmp_path / "runs")
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [0, 9, 18]
+    for line in evaluations:
+        quantiles = [line[f"held_out/loss_quantile_0.{n}0"] for n in range(1, 10)]
+        assert line["held_out/loss"] == pytest.approx(np.mean(quantiles), rel=1e-6)
+    assert sorted(path.name for path in run.glob("epoch*")) == ["epoch3", "epoch4"]  # max_checkpoints = 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["14", "18"]
+    assert list(run.glob("events.out.tfevents.*"))
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert {path.name for path in run.glob("*.toml")} == {"main.toml", "dataset.toml", "eval.toml"}
