@@ -1,0 +1,84 @@
+"""--dry_run of the shipped configurations, at the released networks' real sizes: headers are read, weights never."""
+
+import os
+import pathlib
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from anima_jax.checkpoints.names import dit, file_tensors, qwen3
+from anima_jax.checkpoints.safetensors_header import Tensor, build
+from anima_jax.models import parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from anima_jax.train import main as train
+from anima_jax.training import estimate
+from tests.small_run import ASSETS
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:
+    """A file of the right names, shapes and length, whose data are a hole that takes no space on the disk."""
+    _, params = parameters.abstract(build_model)
+    tensors = [Tensor(prefix + t.name, np.dtype(ml_dtypes.bfloat16), t.shape) for t in file_tensors(rules, params)]
+    header = build(tensors, {"format": "pt"})
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(tensor.nbytes for tensor in tensors))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with everything that the shipped configurations name."""
+    root = tmp_path_factory.mktemp("work")
+    for name in ("models", "data/pictures", "data/clips"):
+        (root / name).mkdir(parents=True)
+    write_sparse(
+        root / "models" / "anima.safetensors", dit.RULES, lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs), "net."
+    )
+    write_sparse(
+        root / "models" / "qwen_3_06b_base.safetensors",
+        qwen3.RULES,
+        lambda rngs: Qwen3(Qwen3Config(), rngs=rngs),
+        "model.",
+    )
+    (root / "models" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
+    for number, size in enumerate(((640, 480), (480, 640), (512, 512))):
+        for place in ("pictures", "clips"):
+            Image.new("RGB", size).save(root / "data" / place / f"{number}.png")
+            (root / "data" / place / f"{number}.txt").write_text("a picture")
+    return root
+
+
+@pytest.mark.parametrize("name", ["anima_full", "anima_lora", "anima_video", "shapes"])
+def test_a_shipped_configuration_dry_runs(folder, name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(estimate, "device_bytes", lambda _: 80 * 2**30)  # a GPU's, whatever this machine has
+    before = sorted(folder.rglob("*"))
+    options = [] if name == "shapes" else ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}"]
+    train(["--config", str(CONFIGS / f"{name}.toml"), "--dry_run", *options])
+    out = capsys.readouterr().out
+    assert sorted(folder.rglob("*")) == before
+    assert "compiled programs: " in out
+    total = re.search(r"^  total +([\d,]+) +([\d,]+)", out, re.MULTILINE)
+    assert total is not None
+    parameters_, trained = (int(number.replace(",", "")) for number in total.groups())
+    if name != "shapes":
+        size = (folder / "models" / "anima.safetensors").stat().st_size
+        assert 0 <= size - 2 * (parameters_ - (0 if name == "anima_full" else trained)) < 2**18  # the header
+    gib = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1])
+    assert gib > 4 if name != "shapes" else gib < 1
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(estimate, "device_bytes", lambda _: 8 * 2**30)
+    options = ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}"]
+    with pytest.raises(SystemExit) as exit_:
+        train(["--config", str(CONFIGS / "anima_full.toml"), "--dry_run", *options])
+    assert exit_.value.code == 2
+    assert "has 8.0 GiB" in capsys.readouterr().err
