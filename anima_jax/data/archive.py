@@ -76,8 +76,7 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
         faults.append(f"{tar}: cannot be read: {error.strerror or error}")
     except Exception as error:  # tarfile fails in many ways over hostile bytes
         faults.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
-    for fault in faults:
-        problems.skip(fault)
+    problems.skip(*faults)
     return list(members.values())
 
 

@@ -70,8 +70,9 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
         if not (problems.strict and summary.skipped):
             if directory.online_captions:
                 entries = _recaptioned(entries, directory, problems)
+            problems.skip(*summary.skipped)
             return entries, f"{summary.summary} (as remembered: its files are trusted to be unchanged)"
-    before, counts = problems.count, Counts()
+    before, counts = len(problems.lines), Counts()
     files, folders = _listing(directory.path, "a folder of pictures")
     table = _caption_table(directory, files)
     found = _gather(directory.path, files, table, _masks(directory), problems, counts)
@@ -82,7 +83,8 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
         counts["without a mask"] = sum(entry.mask is None for entry in entries)
     masks_inside = directory.mask_path and os.path.dirname(os.path.normpath(directory.mask_path))
     counts["folders in it not looked into"] = folders - (masks_inside == os.path.normpath(directory.path))
-    counts["could not be used"] = skipped = problems.count - before
+    skipped = tuple(problems.lines[before:])
+    counts["could not be used"] = len(skipped)
     line = summary_line(directory.path, entries, counts)
     memo.save(about, entries, Summary(line, skipped))
     return entries, line

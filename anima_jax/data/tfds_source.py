@@ -70,11 +70,13 @@ def read_split(
     if recalled and problems.strict and recalled[1].skipped:
         recalled = None
     if recalled and memo.trust:
+        problems.skip(*recalled[1].skipped)
         return recalled[0], f"{recalled[1].summary} (as remembered: its files are trusted to be unchanged)"
     builder = _builder(source.name, source.data_dir)
     _check_features(source, builder)
     fingerprint = _fingerprint(builder, default_mask_file)
     if recalled and recalled[1].fingerprint == fingerprint:
+        problems.skip(*recalled[1].skipped)
         return recalled[0], recalled[1].summary
     builder_dir, name = os.fspath(builder.data_path), f"tfds data set {source.name!r}: split {source.split}"
     try:
@@ -86,9 +88,10 @@ def read_split(
     for index in range(number):
         media = RecordMedia(builder_dir, source.split, index, source.image)
         found.append(Found(media, functools.partial(_captions, media, source.caption), mask))
-    before, counts = problems.count, Counts()
+    before, counts = len(problems.lines), Counts()
     entries = look_at(found, skip_empty_caption, memo, problems, counts)
-    counts["could not be used"] = skipped = problems.count - before
+    skipped = tuple(problems.lines[before:])
+    counts["could not be used"] = len(skipped)
     line = summary_line(name, entries, counts)
     memo.save(about, entries, Summary(line, skipped, fingerprint))
     return entries, line

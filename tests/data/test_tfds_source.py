@@ -236,6 +236,14 @@ def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):
     assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[2].count == 2
 
 
+def test_what_a_remembered_data_set_lost_is_named_again(other_dir, tmp_path):
+    split = TfdsSplit(other_dir, "faults", "photo", "text")
+    first = read(split, memo=Memo(tmp_path / "memo.jsonl"))[2]
+    assert first.count == 2
+    for trust in (False, True):
+        assert read(split, memo=Memo(tmp_path / "memo.jsonl", trust=trust))[2].lines == first.lines
+
+
 def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
     copy = tmp_path / "1.0.0"
     shutil.copytree(other_dir, copy)
