@@ -10,8 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from anima_jax.data.manifest import stamp_of
-from anima_jax.data.media import MAX_BYTES
+from anima_jax.data.media import MAX_BYTES, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
@@ -63,6 +62,10 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
     faults: list[str] = []
     try:
         tar_size, mtime_ns = stamp_of(tar)
+    except UserError as error:
+        problems.skip(error)
+        return []
+    try:
         with epath.Path(tar).open("rb") as file:
             for info in _headers(file, tar_size):
                 name = info.name.removeprefix("./")

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from anima_jax.checkpoints.locations import is_remote, replacing
+from anima_jax.checkpoints.locations import replacing
 from anima_jax.data.buckets import Size
-from anima_jax.data.media import probe, read_file
+from anima_jax.data.media import Stamp, probe, read_file, stamp_of
 from anima_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 SAVE_SECONDS = 60
 """Looking at many videos takes hours; so often is what was learned saved."""
-
-Stamp = tuple[int, int]
-"""Size in bytes and time of the last change in ns: a file whose stamp is the same is taken to be unchanged."""
 
 
 class Media(Protocol):
@@ -68,18 +65,6 @@ class FileMedia:
 
     def stamp(self) -> Stamp:
         return stamp_of(self.name)
-
-
-def stamp_of(path: str) -> Stamp:
-    """The stamp of a file. Raises UserError if there is none."""
-    try:
-        if is_remote(path):
-            remote = epath.Path(path).stat()
-            return remote.length, int(remote.mtime * 10**9)
-        local = os.stat(path)
-        return local.st_size, local.st_mtime_ns
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -133,9 +133,12 @@ def _look(found: Found, memo: Memo, skip_empty_caption: bool) -> tuple[Entry | U
         facts = memo.facts(found.media)
         if found.mask is None:
             return Entry(found.media, facts.digest, *facts.size, texts or ("",)), note
-        mask = memo.facts(found.mask)
     except UserError as error:
         return error, ""
+    try:
+        mask = memo.facts(found.mask)
+    except UserError as error:
+        return UserError(f"{found.media.name}: its mask is of no use: {error}"), ""
     if mask.size != facts.size._replace(frames=1):
         found_size, expected = (f"{size.width}×{size.height}" for size in (mask.size, facts.size))
         kind = "a picture of" if mask.size.frames == 1 else "a video of"
@@ -280,7 +283,8 @@ def _listing(folder: str, expected: str) -> tuple[list[str], int]:
     files, folders = [], 0
     try:
         for path in directory.iterdir():
-            if path.is_file():
+            # What is neither, like a link to nothing, is named where it is read.
+            if path.is_file() or not path.is_dir():
                 files.append(path.name)
             elif path.name != "cache" and not path.name.startswith("."):
                 folders += 1

@@ -13,7 +13,8 @@ from typing import Any
 from etils import epath
 
 from anima_jax.data.captions import decode_caption
-from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary, stamp_of
+from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary
+from anima_jax.data.media import stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Counts, Found, look_at, summary_line
 from anima_jax.errors import UserError, did_you_mean
