@@ -10,7 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from anima_jax.data.media import MAX_BYTES, stamp_of
+from anima_jax.data.media import MAX_BYTES, label_of, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
@@ -34,6 +34,10 @@ class TarMember:
     @property
     def name(self) -> str:
         return f"{self.tar}/{self.member}"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.member)
 
     def read(self) -> bytes:
         """Its bytes. Raises UserError if they cannot be read or are too many."""

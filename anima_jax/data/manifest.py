@@ -22,7 +22,7 @@ from etils import epath
 
 from anima_jax.checkpoints.locations import replacing
 from anima_jax.data.buckets import Size
-from anima_jax.data.media import Stamp, probe, read_file, stamp_of
+from anima_jax.data.media import Stamp, label_of, probe, read_file, stamp_of
 from anima_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ class Media(Protocol):
     @property
     def name(self) -> str:
         """What a message calls it, and what the memo knows it by."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What files made from it may be called, without suffix; several media may have the same."""
         ...
 
     def read(self) -> bytes:
@@ -59,6 +64,10 @@ class FileMedia:
     @property
     def name(self) -> str:
         return os.path.join(self.folder, self.file)
+
+    @property
+    def label(self) -> str:
+        return label_of(self.file)
 
     def read(self) -> bytes:
         return read_file(self.name)

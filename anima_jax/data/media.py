@@ -9,6 +9,7 @@ What a file is, its first bytes tell, not its name.
 import contextlib
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -110,6 +111,15 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
             raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its picture")
         red = _eight_bit(mask).convert("RGB").getchannel("R")
         return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+
+
+def label_of(name: str) -> str:
+    """A name to go into names of new files, from that of a file: without folders, suffix and what file systems refuse.
+
+    At most 150 bytes in UTF-8, so that there is room for an ending.
+    """
+    stem = os.path.splitext(name.rpartition("/")[2])[0].encode("utf-8", "replace")[:150].decode("utf-8", "ignore")
+    return re.sub(r'[\x00-\x1f\x7f<>:"\\|?*]', "_", stem) or "_"
 
 
 def stamp_of(path: str | os.PathLike) -> Stamp:

@@ -26,9 +26,6 @@ from anima_jax.errors import UserError
 SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
 """Suffixes that diffusion-pipe passes over: such files lie beside pictures for good reasons."""
 
-THREADS = 8
-"""Each may hold a whole video in memory."""
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Counts = collections.Counter[str]
@@ -58,11 +55,13 @@ class Found:
     mask: Media | None = None
 
 
-def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tuple[list[Entry], str]:
+def read_directory(
+    directory: Directory, memo: Memo, problems: Problems, *, threads: int = 8
+) -> tuple[list[Entry], str]:
     """The usable pictures and videos directly in a folder and in its tars, by name; and a line for the log.
 
-    Unusable ones go to `problems`. Raises UserError if the folder, its captions.json or the masks' folder is missing
-    or cannot be read.
+    Unusable ones go to `problems`. Each thread may hold a whole video in memory. Raises UserError if the folder, its
+    captions.json or the masks' folder is missing or cannot be read.
     """
     about = dataclasses.asdict(directory)
     if memo.trust and (recalled := memo.recall(about, (FileMedia, TarMember))):
@@ -76,7 +75,7 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
     files, folders = _listing(directory.path, "a folder of pictures")
     table = _caption_table(directory, files)
     found = _gather(directory.path, files, table, _masks(directory), problems, counts)
-    entries = look_at(found, directory.skip_empty_caption, memo, problems, counts)
+    entries = look_at(found, directory.skip_empty_caption, memo, problems, counts, threads=threads)
     if table is not None:
         counts[f"names in {CAPTIONS_JSON} without a picture"] = table.unused()
     if directory.mask_path and not directory.default_mask_file:
@@ -91,11 +90,11 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
 
 
 def look_at(
-    found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts
+    found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts, *, threads: int
 ) -> list[Entry]:
     """The entries of what can be used, in order; the rest go to `problems` or, for want of a caption, to `counts`."""
     entries = []
-    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found):
+    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found, threads):
         if note:
             counts[note] += 1
         if isinstance(result, UserError):
@@ -112,9 +111,11 @@ def summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
     return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
 
 
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item], chunk: int = 1024) -> Iterator[Result]:
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int, chunk: int = 1024
+) -> Iterator[Result]:
     """`function` of each item, in order. Only a chunk of items waits at a time: each that waits takes a kilobyte."""
-    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         for start in range(0, len(items), chunk):
             yield from pool.map(function, items[start : start + chunk])

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anima_jax.data.archive import read_members
-from anima_jax.data.manifest import Memo
+from anima_jax.data.archive import TarMember, read_members
+from anima_jax.data.manifest import FileMedia, Memo
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Directory, read_directory
 from anima_jax.errors import UserError
@@ -126,6 +126,28 @@ def test_what_is_neither_a_file_nor_a_folder_is_named(folder, caplog):
 def test_every_suffix_of_jpeg_is_known(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(encoded(kind="JPEG"))
     assert len(read(tmp_path, skip_empty_caption=False)[0]) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_number_of_threads_changes_nothing(folder, threads):
+    directory = Directory(str(folder))
+    assert read_directory(directory, Memo(), Problems(), threads=threads)[0] == read(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("a.b.png", "a.b"),
+        ("日本 [1], x.jpeg", "日本 [1], x"),
+        ('a:b\\c?"\n.png', "a_b_c___"),
+        ("caf\udce9.png", "caf_"),
+        ("é" * 100 + ".png", "é" * 75),
+    ],
+)
+def test_files_made_from_a_picture_are_called_by_its_stem(tmp_path, name, label):
+    assert FileMedia("/some/folder", name).label == label
+    assert TarMember("/some/t.tar", f"../x/{name}", 0, 0, 0).label == label
+    (tmp_path / f"{label}.1024x1024x33.mask.png").write_bytes(b"")
 
 
 def test_suffixes_of_any_case_are_recognised(tmp_path):
