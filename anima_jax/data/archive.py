@@ -10,8 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from anima_jax.data.manifest import stamp_of
-from anima_jax.data.media import MAX_BYTES
+from anima_jax.data.media import MAX_BYTES, label_of, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
@@ -35,6 +34,10 @@ class TarMember:
     @property
     def name(self) -> str:
         return f"{self.tar}/{self.member}"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.member)
 
     def read(self) -> bytes:
         """Its bytes. Raises UserError if they cannot be read or are too many."""
@@ -63,6 +66,10 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
     faults: list[str] = []
     try:
         tar_size, mtime_ns = stamp_of(tar)
+    except UserError as error:
+        problems.skip(error)
+        return []
+    try:
         with epath.Path(tar).open("rb") as file:
             for info in _headers(file, tar_size):
                 name = info.name.removeprefix("./")
@@ -76,8 +83,7 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
         faults.append(f"{tar}: cannot be read: {error.strerror or error}")
     except Exception as error:  # tarfile fails in many ways over hostile bytes
         faults.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
-    for fault in faults:
-        problems.skip(fault)
+    problems.skip(*faults)
     return list(members.values())
 
 

@@ -128,17 +128,26 @@ def example_id(
     return int.from_bytes(hashlib.sha256(packed).digest()[:8], "little") >> 1
 
 
-def read_examples(sources: Sequence[Source], problems: Problems) -> list[list[Example]]:
+def read_examples(
+    sources: Sequence[Source], problems: Problems, *, threads: int = 8, prepare: bool = True
+) -> list[list[Example]]:
     """The examples of each source, in order. Logs one line a source; what cannot be used goes to `problems`.
 
-    Raises UserError for a source that is not there, and if there is not one example in all of them.
+    Files are looked at in `threads` threads. Without `prepare` no data set is drawn that is not there yet. Raises
+    UserError for a source that is not there, and if there is not one example in all of them.
     """
     examples, lines = [], []
     for source in sources:
         options = source.options
         if isinstance(source.place, TfdsSplit):
             entries, line = read_split(
-                source.place, options.skip_empty_caption, options.default_mask_file, source.memo, problems
+                source.place,
+                options.skip_empty_caption,
+                options.default_mask_file,
+                source.memo,
+                problems,
+                threads=threads,
+                prepare=prepare,
             )
         else:
             directory = Directory(
@@ -148,7 +157,7 @@ def read_examples(sources: Sequence[Source], problems: Problems) -> list[list[Ex
                 options.skip_empty_caption,
                 options.online_captions,
             )
-            entries, line = read_directory(directory, source.memo, problems)
+            entries, line = read_directory(directory, source.memo, problems, threads=threads)
         made = examples_of(entries, options, problems)
         repeats = "" if options.num_repeats == 1 else f" (num_repeats = {options.num_repeats:g})"
         lines.append(f"{line}: {len(made)} examples an epoch{repeats}")

@@ -1,12 +1,14 @@
 """What is known of a source's files: entries, and a memo of them, so that nothing unchanged is read again.
 
-The memo is a file of JSON lines, replaced atomically: a line of what it describes, one for each file that was looked at
-(`file`: stamp, digest, size), one for each entry, and a last line that says that nothing is missing. Without the
-last line, or with lines that cannot be read, the files are still known but the entries are gathered anew.
+The memo is a file of JSON lines, replaced atomically. Each source that it knows has a block: a line of what that is
+(`about`), one for each file that was looked at (`file`: stamp, digest, size), one for each entry, and a last line that
+says that nothing is missing. Without the last line, or with lines that cannot be read, the files are still known but
+the entries are gathered anew.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -18,19 +20,16 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from anima_jax.checkpoints.locations import is_remote, replacing
+from anima_jax.checkpoints.locations import replacing
 from anima_jax.data.buckets import Size
-from anima_jax.data.media import probe, read_file
+from anima_jax.data.media import Stamp, label_of, probe, read_file, stamp_of
 from anima_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SAVE_SECONDS = 60
 """Looking at many videos takes hours; so often is what was learned saved."""
-
-Stamp = tuple[int, int]
-"""Size in bytes and time of the last change in ns: a file whose stamp is the same is taken to be unchanged."""
 
 
 class Media(Protocol):
@@ -39,6 +38,11 @@ class Media(Protocol):
     @property
     def name(self) -> str:
         """What a message calls it, and what the memo knows it by."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What files made from it may be called, without suffix; several media may have the same."""
         ...
 
     def read(self) -> bytes:
@@ -61,23 +65,15 @@ class FileMedia:
     def name(self) -> str:
         return os.path.join(self.folder, self.file)
 
+    @property
+    def label(self) -> str:
+        return label_of(self.file)
+
     def read(self) -> bytes:
         return read_file(self.name)
 
     def stamp(self) -> Stamp:
         return stamp_of(self.name)
-
-
-def stamp_of(path: str) -> Stamp:
-    """The stamp of a file. Raises UserError if there is none."""
-    try:
-        if is_remote(path):
-            remote = epath.Path(path).stat()
-            return remote.length, int(remote.mtime * 10**9)
-        local = os.stat(path)
-        return local.st_size, local.st_mtime_ns
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,21 +114,22 @@ class Summary:
 
     summary: str
     """For the log."""
-    skipped: int = 0
-    """Files that could not be used."""
+    skipped: tuple[str, ...] = ()
+    """A line about each file that could not be used."""
     fingerprint: str = ""
     """What the source as a whole was like, where that can be told."""
 
 
 class Memo:
-    """What earlier runs learned of one source's files, in the file `path` (None: nothing is kept).
+    """What earlier runs learned of files, in the file `path` (None: there is none).
 
-    With `trust` the entries come from the memo without a look at any file. A damaged memo counts as one that knows
+    Sources may share a memo: what was learned for one is known to the next. With `trust` the entries come from it
+    without a look at any file; without `keep` it is read and never written. A damaged memo counts as one that knows
     less; one that cannot be written costs a warning. Safe to use from several threads.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, trust: bool = False):
-        self.trust = trust
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: bool = True, trust: bool = False):
+        self.trust, self._keep = trust, keep
         self._path = None if path is None else os.fspath(path)
         self._known = dict(self._read_facts())
         self._used: dict[str, Facts] = {}
@@ -154,8 +151,7 @@ class Memo:
             if time.monotonic() < self._saved + SAVE_SECONDS:
                 return
             self._saved = time.monotonic()
-            everything = self._known | self._used
-        self._write({}, everything, (), None)
+            self._write({}, self._used, (), None)
 
     def recall(self, about: dict[str, Any], kinds: Iterable[type[Media]]) -> tuple[list[Entry], Summary] | None:
         """The entries that were saved with the same `about`; None if there are none, or not all.
@@ -163,25 +159,30 @@ class Memo:
         `kinds` are the classes, dataclasses each, that their media and masks may have.
         """
         makers = {kind.__name__: kind for kind in kinds}
-        lines = self._lines()
+        head, entries = {"format": FORMAT, "about": about}, list[Entry]()
+        rows = itertools.dropwhile(lambda row: row != head, self._lines())
         try:
-            if next(lines) != {"format": FORMAT, "about": about}:
-                return None
-            entries: list[Entry] = []
-            last: dict[str, Any] = {}
-            for last in lines:
-                if "entry" in last:
-                    entries.append(self._entry(last, makers))
-            if last["entries"] != len(entries):
-                return None
-            return entries, Summary(str(last["summary"]), int(last["skipped"]), str(last["fingerprint"]))
-        except (StopIteration, ValueError, LookupError, TypeError, AttributeError):
+            for row in itertools.islice(rows, 1, None):
+                if "entry" in row:
+                    entries.append(self._entry(row, makers))
+                elif "entries" in row and row["entries"] == len(entries):
+                    skipped = tuple(map(str, row["skipped"]))
+                    return entries, Summary(str(row["summary"]), skipped, str(row["fingerprint"]))
+                elif "file" not in row:
+                    return None
+        except (ValueError, LookupError, TypeError, AttributeError):
             return None
+        return None
 
     def save(self, about: dict[str, Any], entries: Iterable[Entry], summary: Summary) -> None:
-        """Keep the entries, and of the files only those that were asked for."""
-        self._write(about, self._used, entries, summary)
-        self._known, self._used = {}, {}
+        """Keep the entries, and of the files only those that were asked for since the last `save`.
+
+        They take the place of what was saved with the same `about`; other sources' stay.
+        """
+        with self._lock:
+            self._write(about, self._used, entries, summary)
+            self._known |= self._used
+            self._used = {}
 
     def _entry(self, row: dict[str, Any], makers: dict[str, Callable[..., Media]]) -> Entry:
         media = _rebuilt(row["entry"], makers)
@@ -198,7 +199,7 @@ class Memo:
                 return
             for row in lines:
                 if "file" not in row:
-                    return
+                    continue
                 (width, height, frames), stamp = row["size"], row["stamp"]
                 size, digest = Size(int(width), int(height), int(frames)), bytes.fromhex(row["digest"])
                 if min(size) < 1 or len(digest) != 32:
@@ -221,15 +222,24 @@ class Memo:
         except (OSError, ValueError, RecursionError):
             return
 
+    def _others(self, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows of the blocks that stay when `about` is saved: all but its own and what a killed run left."""
+        stays = False
+        for row in self._lines():
+            if "format" in row:
+                stays = row["format"] == FORMAT and row.get("about") not in (about, {})
+            if stays:
+                yield row
+
     def _write(
         self, about: dict[str, Any], facts: dict[str, Facts], entries: Iterable[Entry], summary: Summary | None
     ) -> None:
-        if self._path is None:
+        if self._path is None or not self._keep:
             return
         try:
             epath.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as file:
-                for rows in _in_chunks(_rows(about, facts, entries, summary)):
+                for rows in _in_chunks(itertools.chain(self._others(about), _rows(about, facts, entries, summary))):
                     file.write(rows)
         except (OSError, UserError) as error:
             log.warning("what was learned of the files is not kept: %s", error)

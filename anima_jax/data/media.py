@@ -9,6 +9,8 @@ What a file is, its first bytes tell, not its name.
 import contextlib
 import io
 import os
+import re
+import stat
 import warnings
 from collections.abc import Iterator
 from typing import Literal
@@ -17,15 +19,19 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from anima_jax.checkpoints.locations import is_remote
 from anima_jax.data.buckets import Size
 from anima_jax.errors import UserError
 
 AVIF = "AVIF" in Image.registered_extensions().values()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *([".avif"] if AVIF else []))
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", *([".avif"] if AVIF else []))
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 
 ClipMode = Literal["single_beginning", "single_middle"]
+
+Stamp = tuple[int, int]
+"""Size in bytes and time of the last change in ns: a file whose stamp is the same is taken to be unchanged."""
 
 MAX_BYTES = 2**30
 """A larger file is refused before any of it is read."""
@@ -107,14 +113,37 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
         return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
 
 
+def label_of(name: str) -> str:
+    """A name to go into names of new files, from that of a file: without folders, suffix and what file systems refuse.
+
+    At most 150 bytes in UTF-8, so that there is room for an ending.
+    """
+    stem = os.path.splitext(name.rpartition("/")[2])[0].encode("utf-8", "replace")[:150].decode("utf-8", "ignore")
+    return re.sub(r'[\x00-\x1f\x7f<>:"\\|?*]', "_", stem) or "_"
+
+
+def stamp_of(path: str | os.PathLike) -> Stamp:
+    """The stamp of a file. Raises UserError if there is none."""
+    try:
+        if is_remote(path):
+            remote = epath.Path(path).stat()
+            return remote.length, int(remote.mtime * 10**9)
+        local = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(local.st_mode):
+        # Who opens a pipe waits for ever.
+        raise UserError(f"{os.fspath(path)}: cannot be read: a folder, pipe or device, expected a file")
+    return local.st_size, local.st_mtime_ns
+
+
 def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file. Raises UserError if it cannot be read or has more than `max_bytes`."""
-    file = epath.Path(path)
+    size, _ = stamp_of(path)
+    if size > max_bytes:
+        raise UserError(f"{os.fspath(path)}: {size} bytes, expected at most {max_bytes}")
     try:
-        size = file.stat().length
-        if size > max_bytes:
-            raise UserError(f"{os.fspath(path)}: {size} bytes, expected at most {max_bytes}")
-        return file.read_bytes()
+        return epath.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
 

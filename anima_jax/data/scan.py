@@ -26,9 +26,6 @@ from anima_jax.errors import UserError
 SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
 """Suffixes that diffusion-pipe passes over: such files lie beside pictures for good reasons."""
 
-THREADS = 8
-"""Each may hold a whole video in memory."""
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Counts = collections.Counter[str]
@@ -58,11 +55,13 @@ class Found:
     mask: Media | None = None
 
 
-def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tuple[list[Entry], str]:
+def read_directory(
+    directory: Directory, memo: Memo, problems: Problems, *, threads: int = 8
+) -> tuple[list[Entry], str]:
     """The usable pictures and videos directly in a folder and in its tars, by name; and a line for the log.
 
-    Unusable ones go to `problems`. Raises UserError if the folder, its captions.json or the masks' folder is missing
-    or cannot be read.
+    Unusable ones go to `problems`. Each thread may hold a whole video in memory. Raises UserError if the folder, its
+    captions.json or the masks' folder is missing or cannot be read.
     """
     about = dataclasses.asdict(directory)
     if memo.trust and (recalled := memo.recall(about, (FileMedia, TarMember))):
@@ -70,30 +69,32 @@ def read_directory(directory: Directory, memo: Memo, problems: Problems) -> tupl
         if not (problems.strict and summary.skipped):
             if directory.online_captions:
                 entries = _recaptioned(entries, directory, problems)
+            problems.skip(*summary.skipped)
             return entries, f"{summary.summary} (as remembered: its files are trusted to be unchanged)"
-    before, counts = problems.count, Counts()
+    before, counts = len(problems.lines), Counts()
     files, folders = _listing(directory.path, "a folder of pictures")
     table = _caption_table(directory, files)
     found = _gather(directory.path, files, table, _masks(directory), problems, counts)
-    entries = look_at(found, directory.skip_empty_caption, memo, problems, counts)
+    entries = look_at(found, directory.skip_empty_caption, memo, problems, counts, threads=threads)
     if table is not None:
         counts[f"names in {CAPTIONS_JSON} without a picture"] = table.unused()
     if directory.mask_path and not directory.default_mask_file:
         counts["without a mask"] = sum(entry.mask is None for entry in entries)
     masks_inside = directory.mask_path and os.path.dirname(os.path.normpath(directory.mask_path))
     counts["folders in it not looked into"] = folders - (masks_inside == os.path.normpath(directory.path))
-    counts["could not be used"] = skipped = problems.count - before
+    skipped = tuple(problems.lines[before:])
+    counts["could not be used"] = len(skipped)
     line = summary_line(directory.path, entries, counts)
     memo.save(about, entries, Summary(line, skipped))
     return entries, line
 
 
 def look_at(
-    found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts
+    found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts, *, threads: int
 ) -> list[Entry]:
     """The entries of what can be used, in order; the rest go to `problems` or, for want of a caption, to `counts`."""
     entries = []
-    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found):
+    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found, threads):
         if note:
             counts[note] += 1
         if isinstance(result, UserError):
@@ -110,9 +111,11 @@ def summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
     return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
 
 
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item], chunk: int = 1024) -> Iterator[Result]:
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int, chunk: int = 1024
+) -> Iterator[Result]:
     """`function` of each item, in order. Only a chunk of items waits at a time: each that waits takes a kilobyte."""
-    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         for start in range(0, len(items), chunk):
             yield from pool.map(function, items[start : start + chunk])
@@ -131,9 +134,12 @@ def _look(found: Found, memo: Memo, skip_empty_caption: bool) -> tuple[Entry | U
         facts = memo.facts(found.media)
         if found.mask is None:
             return Entry(found.media, facts.digest, *facts.size, texts or ("",)), note
-        mask = memo.facts(found.mask)
     except UserError as error:
         return error, ""
+    try:
+        mask = memo.facts(found.mask)
+    except UserError as error:
+        return UserError(f"{found.media.name}: its mask is of no use: {error}"), ""
     if mask.size != facts.size._replace(frames=1):
         found_size, expected = (f"{size.width}×{size.height}" for size in (mask.size, facts.size))
         kind = "a picture of" if mask.size.frames == 1 else "a video of"
@@ -278,7 +284,8 @@ def _listing(folder: str, expected: str) -> tuple[list[str], int]:
     files, folders = [], 0
     try:
         for path in directory.iterdir():
-            if path.is_file():
+            # What is neither, like a link to nothing, is named where it is read.
+            if path.is_file() or not path.is_dir():
                 files.append(path.name)
             elif path.name != "cache" and not path.name.startswith("."):
                 folders += 1

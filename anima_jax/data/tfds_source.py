@@ -13,7 +13,8 @@ from typing import Any
 from etils import epath
 
 from anima_jax.data.captions import decode_caption
-from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary, stamp_of
+from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary
+from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Counts, Found, look_at, summary_line
 from anima_jax.errors import UserError, did_you_mean
@@ -49,6 +50,10 @@ class RecordMedia:
     def name(self) -> str:
         return f"{self.builder_dir} {self.split}[{self.index}] {self.image_feature}"
 
+    @property
+    def label(self) -> str:
+        return label_of(f"{self.split}-{self.index}")
+
     def read(self) -> bytes:
         """Raises UserError if the record cannot be read."""
         return _record(self)[self.image_feature]
@@ -58,23 +63,33 @@ class RecordMedia:
 
 
 def read_split(
-    source: TfdsSplit, skip_empty_caption: bool, default_mask_file: str | None, memo: Memo, problems: Problems
+    source: TfdsSplit,
+    skip_empty_caption: bool,
+    default_mask_file: str | None,
+    memo: Memo,
+    problems: Problems,
+    *,
+    threads: int = 8,
+    prepare: bool = True,
 ) -> tuple[list[Entry], str]:
     """The usable records of a split, in their order, and a line for the log. Unusable ones go to `problems`.
 
     Nothing is read if the memo knows the data set's files as they are. Raises UserError if the data set is not there,
-    not prepared as array_record, or lacks the split or a feature.
+    not prepared as array_record (only with `prepare` is that of the quick start drawn), or lacks the split or a
+    feature.
     """
     about = {**dataclasses.asdict(source), "skip_empty_caption": skip_empty_caption, "mask": default_mask_file}
     recalled = memo.recall(about, (RecordMedia, FileMedia))
     if recalled and problems.strict and recalled[1].skipped:
         recalled = None
     if recalled and memo.trust:
+        problems.skip(*recalled[1].skipped)
         return recalled[0], f"{recalled[1].summary} (as remembered: its files are trusted to be unchanged)"
-    builder = _builder(source.name, source.data_dir)
+    builder = _builder(source.name, source.data_dir, prepare)
     _check_features(source, builder)
     fingerprint = _fingerprint(builder, default_mask_file)
     if recalled and recalled[1].fingerprint == fingerprint:
+        problems.skip(*recalled[1].skipped)
         return recalled[0], recalled[1].summary
     builder_dir, name = os.fspath(builder.data_path), f"tfds data set {source.name!r}: split {source.split}"
     try:
@@ -86,9 +101,10 @@ def read_split(
     for index in range(number):
         media = RecordMedia(builder_dir, source.split, index, source.image)
         found.append(Found(media, functools.partial(_captions, media, source.caption), mask))
-    before, counts = problems.count, Counts()
-    entries = look_at(found, skip_empty_caption, memo, problems, counts)
-    counts["could not be used"] = skipped = problems.count - before
+    before, counts = len(problems.lines), Counts()
+    entries = look_at(found, skip_empty_caption, memo, problems, counts, threads=threads)
+    skipped = tuple(problems.lines[before:])
+    counts["could not be used"] = len(skipped)
     line = summary_line(name, entries, counts)
     memo.save(about, entries, Summary(line, skipped, fingerprint))
     return entries, line
@@ -136,13 +152,19 @@ def _tfds() -> Any:
     return tfds
 
 
-def _builder(name: str, data_dir: str | os.PathLike | None) -> Any:
+def _builder(name: str, data_dir: str | os.PathLike | None, prepare: bool) -> Any:
     """A builder whose data are on disk as array_record."""
     tfds = _tfds()
     if name == SHAPES:
-        from anima_jax.data.shapes_builder import prepared_builder
+        from anima_jax.data.shapes_builder import AnimaShapes, prepared_builder
 
-        return prepared_builder(data_dir)
+        if prepare:
+            return prepared_builder(data_dir)
+        builder = AnimaShapes(data_dir=data_dir)
+        if not builder.data_path.exists():
+            found = f"is not in {builder.data_path} yet: the first start without --dry_run draws its pictures"
+            raise UserError(f"tfds data set {name!r} {found}")
+        return builder
     if (epath.Path(name) / "dataset_info.json").exists():
         builder = tfds.builder_from_directory(name)
     else:

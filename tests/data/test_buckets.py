@@ -147,6 +147,11 @@ def test_sizes_are_all_that_can_be_chosen():
     assert Bucketing((), (), (), SIZE_BUCKETS).sizes == SIZE_BUCKETS
 
 
+def test_a_resolution_out_of_all_reason_is_only_a_number():
+    (bucket,) = Bucketing((1e9,), (1.0,), (1,)).place(640, 384, 1)
+    assert bucket == ((10**9, 10**9, 1), 1e9)
+
+
 def test_a_picture_has_no_place_among_buckets_of_clips():
     assert Bucketing((), (), (1,), (WIDE,)).place(640, 384, 1) == ()
 

@@ -248,6 +248,18 @@ def test_sources_stay_apart_and_each_has_a_line(folder, tmp_path_factory, caplog
     assert [e.id for e in groups[0]] == [e.id for e in groups[2][:2]]
 
 
+def test_a_broken_file_in_a_folder_that_is_named_twice_is_one_problem(folder, caplog):
+    (folder / "a.png").write_bytes(b"broken")
+    problems = Problems()
+    source = Source(str(folder), SourceOptions(SQUARE))
+    with caplog.at_level(logging.INFO):
+        read_examples([source, source], problems)
+    assert problems.count == 1
+    line = f"{folder}: 1 pictures, 1 could not be used: 1 examples an epoch"
+    assert [message.partition(": ")[0] for message in caplog.messages] == ["skipped", str(folder), str(folder)]
+    assert caplog.messages[1:] == [line, line]
+
+
 def test_no_example_at_all_is_an_error_that_says_what_was_found(folder):
     for caption in folder.glob("*.txt"):
         caption.unlink()

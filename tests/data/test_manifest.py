@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from anima_jax.data import manifest
 from anima_jax.data.manifest import Memo
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Directory, read_directory
@@ -29,10 +30,14 @@ def folder(tmp_path):
     return directory
 
 
-def read(folder, *, trust: bool = False, strict: bool = False, **options):
+def memo_of(folder, **options) -> Memo:
+    return Memo(folder.parent / "memo" / "files.jsonl", **options)
+
+
+def read(folder, *, memo: Memo | None = None, trust: bool = False, strict: bool = False, **options):
     problems = Problems(strict)
     directory = Directory(str(folder), mask_path=str(folder.parent / "masks"), **options)
-    entries, line = read_directory(directory, Memo(folder.parent / "memo" / "files.jsonl", trust=trust), problems)
+    entries, line = read_directory(directory, memo or memo_of(folder, trust=trust), problems)
     return entries, line, problems
 
 
@@ -95,7 +100,9 @@ def test_what_was_skipped_is_told_again_or_looked_at_again_if_strict(folder):
     (folder / "c.png").write_bytes(b"broken")
     _, line, _ = read(folder)
     assert "1 could not be used" in line
-    assert "1 could not be used" in read(folder, trust=True)[1]
+    _, line, problems = read(folder, trust=True)
+    assert "1 could not be used" in line
+    assert [message.split(": ")[0] for message in problems.lines] == [str(folder / "c.png")]
     with pytest.raises(UserError, match=r"c\.png"):
         read(folder, trust=True, strict=True)
 
@@ -116,6 +123,58 @@ def test_files_that_are_gone_leave_the_memo(folder):
     assert "b.png" in text
 
 
+def test_sources_that_share_a_memo_read_no_file_twice(folder):
+    memo = memo_of(folder)
+    entries = read(folder, memo=memo)[0]
+    for path in folder.glob("*.png"):
+        unreadable(path)
+    assert read(folder, memo=memo)[0] == entries
+    assert read(folder, memo=memo, skip_empty_caption=False)[0] == entries
+
+
+def test_sources_that_share_a_memo_keep_each_others_entries(folder):
+    memo = memo_of(folder)
+    (folder / "a.txt").unlink()
+    read(folder, memo=memo)
+    read(folder, memo=memo, skip_empty_caption=False)
+    read(folder)  # a run of one of them, which is saved again, behind the other
+    shutil.move(folder, folder.parent / "away")
+    memo = memo_of(folder, trust=True)
+    assert [entry.captions for entry in read(folder, memo=memo)[0]] == [("caption b",), ("caption c",), ("Bär 🐻",)]
+    assert read(folder, memo=memo, skip_empty_caption=False)[0][0].captions == ("",)
+
+
+def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, monkeypatch):
+    read(folder)
+    (folder / "e.png").write_bytes(encoded(7))
+    (folder / "e.txt").write_text("a newcomer")
+    (folder / "z.png").write_bytes(b"broken")
+    (folder / "z.txt").write_text("what the run dies of")
+    monkeypatch.setattr(manifest, "SAVE_SECONDS", 0)
+    with pytest.raises(UserError, match=r"z\.png"):
+        read(folder, strict=True)
+    (folder / "z.txt").unlink()
+    assert len(read(folder, trust=True)[0]) == 4
+    unreadable(folder / "e.png")
+    entries = read(folder)[0]
+    assert [entry.captions[0] for entry in entries] == ["caption a", "caption b", "caption c", "a newcomer", "Bär 🐻"]
+    assert read(folder, trust=True)[0] == entries
+
+
+def test_a_memo_that_is_not_to_be_kept_is_read_and_not_written(folder, monkeypatch):
+    monkeypatch.setattr(manifest, "SAVE_SECONDS", 0)
+    read(folder, memo=memo_of(folder, keep=False))
+    assert not (folder.parent / "memo").exists()
+    entries = read(folder)[0]
+    for path in folder.glob("*.png"):
+        unreadable(path)
+    before = (folder.parent / "memo" / "files.jsonl").read_bytes()
+    assert read(folder, memo=memo_of(folder, keep=False))[0] == entries
+    (folder / "a.txt").write_text("another")
+    read(folder, memo=memo_of(folder, keep=False))
+    assert (folder.parent / "memo" / "files.jsonl").read_bytes() == before
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_a_damaged_memo_counts_as_less_knowledge(tmp_path_factory, data):
@@ -128,7 +187,9 @@ def test_a_damaged_memo_counts_as_less_knowledge(tmp_path_factory, data):
             (folder / f"{name}.png").write_bytes(encoded(ord(name)))
             (folder / f"{name}.txt").write_text(name)
     memo.unlink(missing_ok=True)
-    expected = read(folder)[0]
+    shared = memo_of(folder)
+    read(folder, memo=shared, skip_empty_caption=False)
+    expected = read(folder, memo=shared)[0]
     lines = memo.read_bytes().splitlines(keepends=True)
     damage = data.draw(st.sampled_from(["cut", "line", "garbage", "number"]))
     place = data.draw(st.integers(0, len(lines) - 1))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anima_jax.data.archive import read_members
-from anima_jax.data.manifest import Memo
+from anima_jax.data.archive import TarMember, read_members
+from anima_jax.data.manifest import FileMedia, Memo
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Directory, read_directory
 from anima_jax.errors import UserError
@@ -100,6 +101,53 @@ def test_pictures_left_out_for_want_of_a_caption_are_not_even_read(folder):
     (folder / "a.jpg").write_bytes(b"broken")
     assert read(folder)[2].count == 0
     assert read(folder, skip_empty_caption=False)[2].count == 1
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_named(folder, caplog):
+    for name in ["a.jpg", "C.txt"]:
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / "gone")
+    (folder / "b.png").unlink()
+    os.mkfifo(folder / "b.png")  # who opens it waits for ever
+    (folder / "t.tar").symlink_to(folder / "gone")
+    entries, line, problems = read(folder)
+    assert entries == []
+    assert line == f"{folder}: 0 pictures, 4 could not be used"
+    assert [message.split(": ", 1)[1] for message in caplog.messages] == [
+        f"{folder}/t.tar: cannot be read: No such file or directory",
+        f"{folder}/C.txt: cannot be read: No such file or directory",
+        f"{folder}/a.jpg: cannot be read: No such file or directory",
+        f"{folder}/b.png: cannot be read: a folder, pipe or device, expected a file",
+    ]
+    assert problems.count == 4
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "jfif"])
+def test_every_suffix_of_jpeg_is_known(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(encoded(kind="JPEG"))
+    assert len(read(tmp_path, skip_empty_caption=False)[0]) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_number_of_threads_changes_nothing(folder, threads):
+    directory = Directory(str(folder))
+    assert read_directory(directory, Memo(), Problems(), threads=threads)[0] == read(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("a.b.png", "a.b"),
+        ("日本 [1], x.jpeg", "日本 [1], x"),
+        ('a:b\\c?"\n.png', "a_b_c___"),
+        ("caf\udce9.png", "caf_"),
+        ("é" * 100 + ".png", "é" * 75),
+    ],
+)
+def test_files_made_from_a_picture_are_called_by_its_stem(tmp_path, name, label):
+    assert FileMedia("/some/folder", name).label == label
+    assert TarMember("/some/t.tar", f"../x/{name}", 0, 0, 0).label == label
+    (tmp_path / f"{label}.1024x1024x33.mask.png").write_bytes(b"")
 
 
 def test_suffixes_of_any_case_are_recognised(tmp_path):
@@ -192,7 +240,10 @@ def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
     entries, _, problems = read(folder, mask_path=str(tmp_path / "masks"))
     assert list(shown(entries)) == ["C.webp"]
     assert problems.count == 2
-    assert "a.png is a picture of 16×32 pixels, expected a picture of 32×16" in caplog.text
+    masks = tmp_path / "masks"
+    size = "is a picture of 16×32 pixels, expected a picture of 32×16"
+    assert caplog.messages[0] == f"skipped: {folder}/a.jpg: its mask {masks}/a.png {size}"
+    assert caplog.messages[1].startswith(f"skipped: {folder}/b.png: its mask is of no use: {masks}/b.png: not a ")
 
 
 def test_masks_may_lie_in_a_folder_of_the_folder(folder):

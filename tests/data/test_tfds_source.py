@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 
 from anima_jax.data import shapes
+from anima_jax.data.buckets import Bucketing
+from anima_jax.data.examples import Source, SourceOptions, read_examples
 from anima_jax.data.manifest import Memo
 from anima_jax.data.problems import Problems
 from anima_jax.data.tfds_source import TfdsSplit, read_split
@@ -236,6 +238,14 @@ def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):
     assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[2].count == 2
 
 
+def test_what_a_remembered_data_set_lost_is_named_again(other_dir, tmp_path):
+    split = TfdsSplit(other_dir, "faults", "photo", "text")
+    first = read(split, memo=Memo(tmp_path / "memo.jsonl"))[2]
+    assert first.count == 2
+    for trust in (False, True):
+        assert read(split, memo=Memo(tmp_path / "memo.jsonl", trust=trust))[2].lines == first.lines
+
+
 def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
     copy = tmp_path / "1.0.0"
     shutil.copytree(other_dir, copy)
@@ -263,6 +273,24 @@ def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
     assert message in str(caught.value)
     assert other_dir in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_drawn_yet_is_not_drawn_without_prepare(tmp_path):
+    source = Source(in_dir(tmp_path), SourceOptions(Bucketing((64.0,), (1.0,), (1,))))
+    with pytest.raises(UserError, match=r"'anima_shapes' is not in .*1\.1\.0 yet: the first start without --dry_run"):
+        read_examples([source], Problems(), prepare=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_drawn_already_is_read_without_prepare(shapes_dir, train):
+    source = Source(in_dir(shapes_dir, split="train[:5]"), SourceOptions(Bucketing((64.0,), (1.0,), (1,))))
+    (examples,) = read_examples([source], Problems(), prepare=False)
+    assert [example.entry.digest for example in examples] == [entry.digest for entry in train[:5]]
+
+
+def test_files_made_from_a_record_are_called_by_split_and_number(shapes_dir, train):
+    few, _, _ = read(in_dir(shapes_dir, split="train[:5]"))
+    assert [train[3].media.label, few[3].media.label] == ["train-3", "train[_5]-3"]
 
 
 def test_an_unknown_or_unprepared_data_set_is_named(tmp_path):
