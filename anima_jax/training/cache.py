@@ -231,7 +231,7 @@ class Cache:
                     name=entry.mask.name,
                 )
             except UserError as error:
-                problems.skip(f"{entry.media.name}: its mask {error}")
+                problems.skip(f"{entry.media.name}: its mask is of no use: {error}")
                 return None
             return key, pack({"name": entry.mask.name}, {"mask": mask_yx})
 

@@ -36,17 +36,19 @@ def read_data(
     """The examples of every source of the dataset TOML, in its order; none of them encoded yet.
 
     With `evaluated` they are those of that data set, in batches for evaluation. What is learned of the files is kept
-    beside the cache for the next run, unless `keep` is False. Raises UserError if there is nothing to train on.
+    beside the cache for the next run; without `keep` nothing is written. Raises UserError if there is nothing to train on.
     """
-    folders, sources = [], []
+    folders, sources, memos = [], [], dict[str, Memo]()
     for source, options in config.options_of(evaluated or config.data):
         place = source.path if isinstance(source, DirectorySource) else _split(source)
         folders.append(config.cache_dir or _beside(source))
-        which = repr((place, options.mask_path, options.default_mask_file, options.skip_empty_caption))
-        memo = os.path.join(folders[-1], f"files-{hashlib.sha256(which.encode()).hexdigest()[:16]}.jsonl")
-        sources.append(Source(place, options, Memo(memo if keep else None, trust=config.trust_cache)))
+        memo = os.path.join(folders[-1], f"files-{hashlib.sha256(repr(place).encode()).hexdigest()[:16]}.jsonl")
+        if memo not in memos:
+            memos[memo] = Memo(memo, keep=keep, trust=config.trust_cache)
+        sources.append(Source(place, options, memos[memo]))
     batch_size_of = config.eval_micro_batch if evaluated else config.global_batch
-    return TrainingData(config, folders, read_examples(sources, problems), batch_size_of)
+    groups = read_examples(sources, problems, threads=config.map_num_proc, prepare=keep)
+    return TrainingData(config, folders, groups, batch_size_of)
 
 
 def _split(source: TfdsSource) -> TfdsSplit:

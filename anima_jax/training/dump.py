@@ -40,7 +40,7 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
             frames, rows, columns = size.grid
             latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
             pixels_tyxc = np.asarray(decode(params, latents))[0]
-            name = f"{pathlib.PurePath(shown[0].entry.media.name).stem}.{size.width}x{size.height}"
+            name = f"{shown[0].entry.media.label}.{size.width}x{size.height}"
             stem = target / _unused(name, used)
             with writing_to(str(stem)):
                 _write_clip(stem, ((pixels_tyxc + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
