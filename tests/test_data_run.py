@@ -278,6 +278,7 @@ def write_video(path: pathlib.Path, frames: int) -> None:
     path.with_suffix(".txt").write_text("a white square on a blue background")
 
 
+@pytest.mark.slow
 def test_videos_and_pictures_are_trained_in_tiers_of_their_own(run, tmp_path, capsys):
     for number in range(3):
         write_video(tmp_path / "pictures" / f"clip{number}.mp4", 7 + number)

@@ -63,6 +63,7 @@ def check_equal(run: pathlib.Path, undisturbed: pathlib.Path) -> None:
             np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(config, tmp_path):
     subprocess.run(command(config, tmp_path / "one"), check=True, capture_output=True)
     stopped = subprocess.Popen(command(config, tmp_path / "two"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -144,3 +145,13 @@ def test_evaluation_monitoring_and_exports_of_a_whole_run(config, tmp_path, caps
     assert list(run.glob("events.out.tfevents.*"))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert {path.name for path in run.glob("*.toml")} == {"main.toml", "dataset.toml", "eval.toml"}
+
+
+def test_a_run_whose_losses_stay_infinite_stops_and_names_its_last_checkpoint(config, tmp_path, capsys):
+    options = ["--set", "optimizer.lr=1e30", "--set", "max_skipped_steps=3", "--set", "lr_scheduler=constant"]
+    with pytest.raises(SystemExit) as exit_:
+        train(["--config", str(config), *options, "--set", "checkpoint_every_n_minutes=0.0001"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "3 steps in a row had no finite loss or gradient; the last checkpoint is that of step" in said
+    assert len(losses_of(run_of(tmp_path / "runs"))) < 10

@@ -3,10 +3,13 @@
 tensorflow_datasets is imported on use: only who names such a data set waits for it.
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,19 +155,22 @@ def _tfds() -> Any:
     return tfds
 
 
+@functools.cache
+def _scratch() -> str:
+    """A folder that is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="anima_shapes_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _builder(name: str, data_dir: str | os.PathLike | None, prepare: bool) -> Any:
     """A builder whose data are on disk as array_record."""
     tfds = _tfds()
     if name == SHAPES:
         from anima_jax.data.shapes_builder import AnimaShapes, prepared_builder
 
-        if prepare:
-            return prepared_builder(data_dir)
-        builder = AnimaShapes(data_dir=data_dir)
-        if not builder.data_path.exists():
-            found = f"is not in {builder.data_path} yet: the first start without --dry_run draws its pictures"
-            raise UserError(f"tfds data set {name!r} {found}")
-        return builder
+        drawn = AnimaShapes(data_dir=data_dir).data_path.exists()
+        return prepared_builder(data_dir if prepare or drawn else _scratch())
     if (epath.Path(name) / "dataset_info.json").exists():
         builder = tfds.builder_from_directory(name)
     else:

@@ -36,7 +36,8 @@ def read_data(
     """The examples of every source of the dataset TOML, in its order; none of them encoded yet.
 
     With `evaluated` they are those of that data set, in batches for evaluation. What is learned of the files is kept
-    beside the cache for the next run; without `keep` nothing is written. Raises UserError if there is nothing to train on.
+    beside the cache for the next run; without `keep` nothing is written. Raises UserError if there is nothing to train
+    on.
     """
     folders, sources, memos = [], [], dict[str, Memo]()
     for source, options in config.options_of(evaluated or config.data):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 
@@ -123,6 +124,7 @@ class Training:
         self._rates = lambda step: optimizers.learning_rate(shape, self.resume.start.at(step).optimizer_step)
         self._profiler = Profiler(profile, run / "profile")
         self._encoders = encoders
+        self._skipped = 0
 
     def _go_on(self, optimizer) -> None:
         config = self._config
@@ -179,14 +181,15 @@ class Training:
                 epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
                 for name in exports_after(config, epochs, step, total):
                     saved = self._save_model(name)
+                kept = False
                 if self.resume.due(step) or asked or step == total:
-                    self._save_checkpoint(step, wait=asked == "save_quit")
+                    kept = self._save_checkpoint(step, wait=asked == "save_quit")
                 if self._evaluation_due(step, epochs):
                     self._evaluate(step)
                 if samples and samples.due(step, total, *epochs):
                     progress.flush()
                     progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
-                if asked == "save_quit":
+                if asked == "save_quit" and kept:  # a run that cannot be saved is better off going on
                     progress.say(
                         f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}"
                     )
@@ -250,8 +253,9 @@ class Training:
 
     def _stop_if_lost(self, figures: Mapping[str, float]) -> None:
         skipped = int(figures.get("skipped", 0))
-        if skipped:
+        if skipped > self._skipped:
             self._progress.say(f"the loss or its gradient is not finite: {skipped} updates in a row were left out")
+        self._skipped = skipped
         if skipped >= self._config.max_skipped_steps:
             self.resume.checkpoints.wait()
             latest = self.resume.checkpoints.latest()
@@ -264,15 +268,18 @@ class Training:
         scale = config.adapter.scale if config.adapter else 1.0
         ema = self.state.ema
         saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
+        shutil.copy(config.path, self._run / name)
         self._progress.say(f"saved {saved}")
         for old in rotate(self._run, config.max_checkpoints):
             self._progress.say(f"deleted {self._run / old}")
         return saved
 
-    def _save_checkpoint(self, step: int, *, wait: bool) -> None:
+    def _save_checkpoint(self, step: int, *, wait: bool) -> bool:
         self._progress.flush()
-        if self.resume.save(step, self.state, wait=wait):
+        kept = self.resume.save(step, self.state, wait=wait)
+        if kept:
             self._progress.say(f"checkpoint of step {step} in {self.resume.checkpoints.folder}")
+        return kept
 
     def _evaluation_due(self, step: int, epochs: tuple[int, ...]) -> bool:
         config = self._config

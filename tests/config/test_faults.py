@@ -213,7 +213,7 @@ DATASET_FAULTS = [
     ({"resolutions": [-512]}, "resolutions[0]: found -512, expected a side in pixels or [width, height]"),
     (
         {"resolutions": [[8, 512]]},
-        "resolutions[0]: found [8, 512], expected a side in pixels or [width, height], 16 or",
+        "resolutions[0]: found [8, 512], expected a side in pixels or [width, height], 16 to",
     ),
     ({"resolutions": [[1, 2, 3]]}, "resolutions[0]: found [1, 2, 3], expected a side in pixels or [width, height]"),
     (
