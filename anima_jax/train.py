@@ -29,7 +29,7 @@ from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
 from anima_jax.training.resume import find_run
-from anima_jax.training.state import dit_config
+from anima_jax.training.state import Trained, dit_config
 
 SWITCHES = {
     "regenerate_cache": "encode everything again",
@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
-    optimizers.build(optimizer_config(config), ())  # a wrong name or argument shows before anything is read
     use_compilation_cache(config.compilation_cache_dir)
     for line in (*flag_notes(arguments), *config.notes, *start_up_words(config)):
         print(line)
@@ -60,13 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizers = load_tokenizers(config.model.tokenizer_path)
     with open_text_encoder(config.model.llm_path) as text_encoder:
         check_networks(dit_config(config), text_encoder.config, tokenizers)
+    trained = estimate.abstract_trained(config)
+    # What does not fit together is to show before hours of encoding.
+    optimizers.build(optimizer_config(config), trained.tensors)
     run = None
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
     problems = Problems(strict=config.strict_data)
     data = read_data(config, problems, keep=not arguments.dry_run)
     if arguments.dry_run:
-        dry_run(config, data, tokenizers)
+        dry_run(config, trained, data, tokenizers)
         return
     for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
         with writing_to(folder):
@@ -127,9 +129,11 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
 
 
-def dry_run(config: MainConfig, data: TrainingData, tokenizers: Tokenizers) -> None:
-    """Say what the run would be and take. Raises UserError if it does not fit the device's memory."""
-    trained = estimate.abstract_trained(config)
+def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers: Tokenizers) -> None:
+    """Say what the run would be and take; `trained` holds shapes.
+
+    Raises UserError if it does not fit the device's memory.
+    """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors)
     work = estimate.works(data, *data.text_rows(tokenizers))

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ from anima_jax.training.profiling import Profiler, watch_compilation
 from anima_jax.training.resume import Resume
 from anima_jax.training.samples import Samples
 from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
-from anima_jax.training.signals import Signals
+from anima_jax.training.signals import Request, Signals
 from anima_jax.training.state import prepare
-from anima_jax.training.step import StepConfig, compile_step, init_state
+from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
 
 
 def step_config(config: MainConfig) -> StepConfig:
@@ -103,7 +104,6 @@ class Training:
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self.state = init_state(trained.params, optimizer, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
-        self._groups = trained.groups
         work = estimate.works(data, *data.text_rows(encoders.tokenizers))
         self._flops = [
             estimate.flops(trained.config, self.state.params, each, config.remat, config.remat_every).model * each.batch
@@ -139,69 +139,70 @@ class Training:
         for note in notes:
             print(f"  {note}")
 
-    def run(self) -> pathlib.Path | None:
-        """Train to the end, or until someone asks to stop; the last file that was saved, if any was."""
+    def run(self) -> None:
+        """Train to the end, or until someone asks to stop."""
         config, start = self._config, self.resume.start
         total = self.resume.total_steps(config.epochs, config.max_steps)
-        resumed = (start.step, self._plan.position(start.data_step)) if config.resume_from_checkpoint else None
-        monitor = Monitor(self._run, config, resumed_after=resumed)
-        samples = self._samples(monitor)
-        if self._encode_text is as_it_is:
-            self._encoders.release()  # what nothing uses need not stay on the device
-        unconditional = self._encode_text(self._batches.unconditional()) if config.uncond_fraction else None
+        resumed = config.resume_from_checkpoint is not None
+        position = self._position(start.step)
         with (
             report.open_log(self._run / "metrics.jsonl", start.step) as log,
             contextlib.closing(self.resume),
-            contextlib.closing(monitor),
+            contextlib.closing(
+                Monitor(self._run, config, resumed_after=(start.step, position) if resumed else None)
+            ) as self._monitor,
             contextlib.closing(Signals(self._run)) as signals,
             contextlib.closing(self._profiler),
-            contextlib.closing(
-                report.Progress(
-                    total,
-                    log,
-                    every=config.steps_per_print,
-                    logging_steps=config.logging_steps,
-                    monitor=monitor,
-                    rates=self._rates,
-                    peak_flops=estimate.peak_flops(jax.devices()[0], config.compute_dtype),
-                    start=(
-                        start.step,
-                        self._plan.position(start.data_step),
-                        self._plan.epochs_finished(start.data_step),
-                    ),
-                )
-            ) as progress,
+            contextlib.closing(self._progress_bar(total, log)) as self._progress,
         ):
-            self._progress, self._monitor, saved = progress, monitor, None
-            if config.resume_from_checkpoint is None:
+            samples = self._samples()
+            if self._encode_text is as_it_is:
+                self._encoders.release()  # what nothing uses need not stay on the device
+            if not resumed:
                 self._before_the_first_step(samples)
-            for step, metrics in self._steps(total, unconditional):
+            for step, metrics in self._steps(total):
                 self._look_at(step, metrics)
-                asked = signals.requested()
-                epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
-                for name in exports_after(config, epochs, step, total):
-                    saved = self._save_model(name)
-                kept = False
-                if self.resume.due(step) or asked or step == total:
-                    kept = self._save_checkpoint(step, wait=asked == "save_quit")
-                if self._evaluation_due(step, epochs):
-                    self._evaluate(step)
-                if samples and samples.due(step, total, *epochs):
-                    progress.flush()
-                    progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
-                if asked == "save_quit" and kept:  # a run that cannot be saved is better off going on
-                    progress.say(
-                        f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}"
-                    )
+                if self._after(step, total, signals.requested(), samples):
                     break
-            progress.flush()
-            self._stop_if_lost(progress.last)
+            self._progress.flush()
+            self._stop_if_lost(self._progress.last)
         if isinstance(self._encode_text, OnlineText):
-            print(f"encoding text took {self._encode_text.share(progress.seconds_a_step):.0%} of a step")
-        return saved
+            print(f"encoding text took {self._encode_text.share(self._progress.seconds_a_step):.0%} of a step")
 
-    def _steps(self, total: int, unconditional) -> Iterator[tuple[int, object]]:
+    def _progress_bar(self, total: int, log: TextIO) -> report.Progress:
+        config, start = self._config, self.resume.start
+        return report.Progress(
+            total,
+            log,
+            every=config.steps_per_print,
+            logging_steps=config.logging_steps,
+            monitor=self._monitor,
+            rates=self._rates,
+            peak_flops=estimate.peak_flops(jax.devices()[0], config.compute_dtype),
+            start=(start.step, self._position(start.step), self._plan.epochs_finished(start.data_step)),
+        )
+
+    def _after(self, step: int, total: int, asked: Request | None, samples: Samples | None) -> bool:
+        """Save, evaluate and draw what is due after `step`; whether the run is to stop, as it was asked to."""
+        config, kept = self._config, False
+        epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
+        for name in exports_after(config, epochs, step, total):
+            self._save_model(name)
+        if self.resume.due(step) or asked or step == total:
+            kept = self._save_checkpoint(step, wait=asked == "save_quit")
+        if self._evaluation_due(step, epochs):
+            self._evaluate(step)
+        if samples and samples.due(step, total, *epochs):
+            self._progress.flush()
+            self._progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
+        if asked != "save_quit" or not kept:  # a run that cannot be saved is better off going on
+            return False
+        self._progress.say(f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}")
+        return True
+
+    def _steps(self, total: int) -> Iterator[tuple[int, Metrics]]:
         """Number and metrics of each step that is left, as it is handed to the device."""
+        unconditional = self._encode_text(self._batches.unconditional()) if self._config.uncond_fraction else None
         first, last = self._data_step(self.resume.start.step), self._data_step(total)
         compiled: set[tuple[int, int]] = set()
         loading = prefetched(self._batches.load, first, last, threads=self._config.map_num_proc)
@@ -240,9 +241,9 @@ class Training:
         if samples:
             samples.draw(self._all(self._best()), 0, 0)
 
-    def _look_at(self, step: int, metrics) -> None:
+    def _look_at(self, step: int, metrics: Metrics) -> None:
         """Stop a run that does not learn what it should, or whose losses are not finite any more."""
-        if step <= ATTEMPTS:
+        if step <= ATTEMPTS and metrics.norms:
             self._progress.flush()
             adapter = self._config.adapter is not None
             rates = self._config.learning_rates
@@ -262,7 +263,7 @@ class Training:
             good = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
             raise UserError(f"{self._run}: {skipped} steps in a row had no finite loss or gradient; {good}")
 
-    def _save_model(self, name: str) -> pathlib.Path:
+    def _save_model(self, name: str) -> None:
         self._progress.flush()
         config = self._config
         scale = config.adapter.scale if config.adapter else 1.0
@@ -272,7 +273,6 @@ class Training:
         self._progress.say(f"saved {saved}")
         for old in rotate(self._run, config.max_checkpoints):
             self._progress.say(f"deleted {self._run / old}")
-        return saved
 
     def _save_checkpoint(self, step: int, *, wait: bool) -> bool:
         self._progress.flush()
@@ -321,7 +321,7 @@ class Training:
         """Examples consumed after `step` steps."""
         return self._plan.position(self._data_step(step))
 
-    def _samples(self, monitor: Monitor) -> Samples | None:
+    def _samples(self) -> Samples | None:
         """What draws pictures on the way, if the configuration asks for any."""
         config, encoders = self._config, self._encoders
         if config.sample is None:
@@ -330,7 +330,7 @@ class Training:
         pipeline = AnimaPipeline(
             model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
         )
-        return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", monitor)
+        return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", self._monitor)
 
 
 def exports_after(config: MainConfig, epochs: tuple[int, ...], step: int, total_steps: int) -> list[str]:
