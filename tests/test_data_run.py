@@ -263,6 +263,26 @@ def test_a_whole_run_over_mixed_sizes_resolutions_and_masks(tmp_path, capsys, mo
     assert 10 * np.log10(255**2 / np.mean(errors)) > 25
 
 
+@pytest.mark.slow
+def test_an_epoch_of_thirteen_aspect_ratios_at_two_resolutions_is_two_programs(tmp_path, monkeypatch, capsys):
+    ratios = np.geomspace(0.25, 4.0, 13)
+    sizes = [(round(192 * ratio**0.5), round(192 / ratio**0.5)) for ratio in ratios]
+    write_pictures(tmp_path / "pictures", 26, sizes)
+    write_transformer(tmp_path / "base.safetensors")
+    run = write_config(tmp_path, tmp_path / "pictures", "epochs = 1\nmicro_batch_size_per_gpu = 4")
+    toml = tmp_path / "dataset.toml"
+    ratio_keys = "enable_ar_bucket = true\nmin_ar = 0.25\nmax_ar = 4.0\nnum_ar_buckets = 13\n"
+    toml.write_text(ratio_keys + toml.read_text().replace("[64]", "[192, 256]"))
+    traced = []
+    original = step_module.train_step
+    monkeypatch.setattr(step_module, "train_step", lambda *a, **k: (traced.append(1), original(*a, **k))[1])
+    train(["--config", str(run)])
+    said = capsys.readouterr().out
+    buckets = {part.split(":")[0] for line in said.splitlines() if "×" in line for part in line.split(",")}
+    assert len({bucket.strip() for bucket in buckets if "×" in bucket}) == 26
+    assert len(traced) == 2
+
+
 def write_video(path: pathlib.Path, frames: int) -> None:
     """A white square that moves to the right over blue, 16 frames a second."""
     av = pytest.importorskip("av")
