@@ -86,6 +86,18 @@ def test_only_what_is_new_is_encoded(run, tmp_path):
     assert added() == {}
 
 
+def test_what_changed_under_trust_is_not_cached_as_what_it_was(run, tmp_path, capsys):
+    train(["--config", str(run), "--cache_only"])
+    (tmp_path / "pictures" / "00.png").write_bytes((tmp_path / "pictures" / "01.png").read_bytes())
+    toml = tmp_path / "dataset.toml"
+    toml.write_text(toml.read_text().replace("[64]", "[48]"))
+    before = set(records(cache_of(run)))
+    train(["--config", str(run), "--cache_only", "--trust_cache"])
+    assert "00.png: changed since it was looked at" in capsys.readouterr().err
+    new = {key: record for key, record in records(cache_of(run)).items() if key not in before}
+    assert kinds(new) == {"latents": 9}
+
+
 def test_a_mask_is_encoded_apart_from_its_picture(run, tmp_path):
     train(["--config", str(run), "--cache_only"])
     before = records(cache_of(run))

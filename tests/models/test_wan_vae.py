@@ -145,8 +145,7 @@ def peer():
 
 @pytest.mark.parametrize("frames", [1, 9])
 def test_equals_diffusers_on_random_weights_of_another_form(frames):
-    import torch
-
+    torch = pytest.importorskip("torch")
     model, ours = peer()
     rng = np.random.default_rng(frames)
     pixels = rng.uniform(-1, 1, (1, frames, 24, 16, 3)).astype(np.float32)
