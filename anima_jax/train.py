@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = {each.name: read_data(config, problems, evaluated=each.data) for each in config.eval_datasets}
     encoders = Encoders(config, tokenizers)
     for each in (data, *evaluated.values()):
+        each.open_cache(encoders)
+    for each in (data, *evaluated.values()):
         each.encode(encoders, problems)
     if arguments.dump_dataset:
         folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)

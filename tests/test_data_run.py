@@ -355,6 +355,8 @@ def test_captions_that_are_too_long_are_counted_and_cut(run, tmp_path, capsys):
     config = load_config(run, ["model.max_caption_tokens=64"])
     tokenizers = load_tokenizers(config.model.tokenizer_path)
     data = read_data(config, Problems())
-    data.encode(Encoders(config, tokenizers), Problems())
+    encoders = Encoders(config, tokenizers)
+    data.open_cache(encoders)
+    data.encode(encoders, Problems())
     (example,) = (e for e in data.examples if e.entry.media.name.endswith("00.png"))
     assert [len(array) for array in data.cache.text(example.captions[0])] == [64, 64]

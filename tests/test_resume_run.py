@@ -131,7 +131,8 @@ def test_evaluation_monitoring_and_exports_of_a_whole_run(config, tmp_path, caps
     (tmp_path / "eval.toml").write_text((tmp_path / "dataset.toml").read_text())
     more = f"eval_datasets = [{{name = 'held_out', config = '{tmp_path / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
     config.write_text(more + config.read_text())
-    train(["--config", str(config), "--set", "save_every_n_epochs=1", "--profile", "3:5"])
+    options = ["--regenerate_cache", "--profile", "3:5"]  # both data sets share one cache
+    train(["--config", str(config), "--set", "save_every_n_epochs=1", *options])
     out = capsys.readouterr().out
     assert "the LLM adapter is trained too" in out.replace("The LLM", "the LLM")
     run = run_of(tmp_path / "runs")

@@ -88,6 +88,25 @@ class Encoders:
             dtype=self._config.compute_dtype,
         )
 
+    @functools.cached_property
+    def vae_fingerprint(self) -> bytes:
+        """What decides the latents of a clip besides the clip."""
+        config = self._config
+        return _hash(fingerprint(config.model.vae_path), config.compute_dtype, config.cached_dtype)
+
+    @functools.cached_property
+    def text_fingerprint(self) -> bytes:
+        """What decides the states of a caption besides the caption."""
+        config, model = self._config, self._config.model
+        return _hash(
+            fingerprint(model.llm_path),
+            self.tokenizers.fingerprint,
+            model.max_caption_tokens,
+            config.compute_dtype,
+            config.cached_dtype,
+            model.text_encoder_storage,
+        )
+
     def release(self) -> None:
         """Forget all of it; whoever still uses a network keeps it."""
         for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
@@ -100,18 +119,9 @@ class Cache:
     Reading is safe from several threads.
     """
 
-    def __init__(self, config: MainConfig, stores: Sequence[Store], tokenizers: Tokenizers):
-        model = config.model
+    def __init__(self, config: MainConfig, stores: Sequence[Store], encoders: Encoders):
         self._config, self._stores = config, stores
-        self._vae = _hash(fingerprint(model.vae_path), config.compute_dtype, config.cached_dtype)
-        self._text = _hash(
-            fingerprint(model.llm_path),
-            tokenizers.fingerprint,
-            model.max_caption_tokens,
-            config.compute_dtype,
-            config.cached_dtype,
-            model.text_encoder_storage,
-        )
+        self._vae, self._text = encoders.vae_fingerprint, encoders.text_fingerprint
         self._resident: dict[bytes, dict[str, np.ndarray]] = {}
         self._room, self._lock = RESIDENT_BYTES, threading.Lock()
 

@@ -18,6 +18,7 @@ from anima_jax.data.plan import Plan, describe, make_tiers
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store
 from anima_jax.data.tfds_source import TfdsSplit
+from anima_jax.encode import rounded_up
 from anima_jax.errors import UserError
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.cache import Cache, Encoders
@@ -72,7 +73,7 @@ class TrainingData:
     """The examples of a run. After `encode`, those that cannot be encoded are gone and the rest are in `cache`."""
 
     cache: Cache
-    """There after `encode`."""
+    """There after `open_cache`."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class TrainingData:
         batch_size_of: Callable[[Size], int],
     ):
         self._config, self._folders, self._groups, self._batch_size_of = config, folders, groups, batch_size_of
+        self._lengths: np.ndarray | None = None
 
     @functools.cached_property
     def examples(self) -> list[Example]:
@@ -113,16 +115,22 @@ class TrainingData:
         """Whether any example has a mask."""
         return any(example.entry.mask is not None for example in self.examples)
 
-    def encode(self, encoders: Encoders, problems: Problems) -> None:
-        """Put into the cache what is not there yet. Raises UserError if nothing is left to train on."""
-        config, folders = self._config, list(dict.fromkeys(self._folders))
-        stores = {folder: Store(folder, local_dir=self._local(folder)) for folder in folders}
-        self.cache = Cache(config, [stores[folder] for folder in self._folders], encoders.tokenizers)
-        if config.regenerate_cache:
+    def open_cache(self, encoders: Encoders) -> None:
+        """Look into the cache, or empty it if all is to be encoded anew.
+
+        Data sets of a run may share one: open them all before any is encoded.
+        """
+        stores = {folder: Store(folder, local_dir=self._local(folder)) for folder in dict.fromkeys(self._folders)}
+        self.cache = Cache(self._config, [stores[folder] for folder in self._folders], encoders)
+        if self._config.regenerate_cache:
             self.cache.clear()
+
+    def encode(self, encoders: Encoders, problems: Problems) -> None:
+        """Put into the cache, which is open, what is not there yet. Raises UserError if nothing is left to train on."""
         self.cache.fill(self._groups, encoders, problems)
         before = len(self.examples)
         self._groups = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]
+        self._lengths = None
         for name in ("examples", "plan", "accumulations", "captions", "masked"):
             self.__dict__.pop(name, None)
         if problems.count:
@@ -156,10 +164,11 @@ class TrainingData:
         if any(example.options.shuffle_anew for example in self.examples):
             # In another order tags can take some tokens more.
             longest = np.minimum(longest + longest // 4 + TEXT_ROW_STEP, self._config.model.max_caption_tokens)
-        source, target = (-(-int(n) // TEXT_ROW_STEP) * TEXT_ROW_STEP for n in longest)
-        return max(source, TEXT_ROW_STEP), max(target, TEXT_ROW_STEP)
+        source, target = (rounded_up(int(n), TEXT_ROW_STEP) for n in longest)
+        return source, target
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - the data of a run live as long as the run
     def caption_lengths(self, tokenizers: Tokenizers) -> np.ndarray:
         """Tokens (Qwen's, T5's) of each of `captions` before any is cut, int64 (n, 2)."""
-        return tokenizers.lengths(self.captions)
+        if self._lengths is None:
+            self._lengths = tokenizers.lengths(self.captions)
+        return self._lengths
