@@ -146,12 +146,12 @@ class Training:
         resumed = config.resume_from_checkpoint is not None
         position = self._position(start.step)
         with (
+            contextlib.closing(Signals(self._run)) as signals,
             report.open_log(self._run / "metrics.jsonl", start.step) as log,
             contextlib.closing(self.resume),
             contextlib.closing(
                 Monitor(self._run, config, resumed_after=(start.step, position) if resumed else None)
             ) as self._monitor,
-            contextlib.closing(Signals(self._run)) as signals,
             contextlib.closing(self._profiler),
             contextlib.closing(self._progress_bar(total, log)) as self._progress,
         ):
