@@ -11,8 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from anima_jax.models.dit import patchify
@@ -20,6 +18,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
+from anima_jax.parallel.mesh import everywhere, local_mesh, over_batch, put_batch
 from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
 
 LENGTH_STEP = 64
@@ -40,11 +39,10 @@ def clip_encoder(
     devices the next is read. Each size compiles a program, once.
     """
     graphdef, params = split(vae)
-    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    rows, everywhere = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
-    params = jax.device_put(params, everywhere)
+    mesh = local_mesh()
+    params = jax.device_put(params, everywhere(mesh))
 
-    @functools.partial(jax.jit, out_shardings=rows)
+    @functools.partial(jax.jit, out_shardings=over_batch(mesh, mesh.size))
     def encode(params, pixels_btyxc):
         pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
         return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
@@ -52,7 +50,8 @@ def clip_encoder(
     def encode_all(clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         pending: tuple[jax.Array, int] | None = None
         for batch, real in _batches(clips, batch_size * mesh.size):
-            latents = encode(params, jax.device_put(np.stack(batch), rows))
+            with jax.set_mesh(mesh):
+                latents = encode(params, put_batch(np.stack(batch), len(batch)))
             if pending:
                 yield from np.asarray(pending[0])[: pending[1]]
             pending = latents, real
@@ -63,7 +62,10 @@ def clip_encoder(
 
 
 def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-    """A jitted (ids_bn, mask_bn) → Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0."""
+    """A jitted (ids_bn, mask_bn) → Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0.
+
+    It runs where the parameters of `qwen` lie, on the mesh that is set.
+    """
     graphdef, params = split(qwen)
     run = jax.jit(lambda params, ids_bn, mask_bn: merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype))
     return lambda ids_bn, mask_bn: run(params, ids_bn, mask_bn)
@@ -79,13 +81,19 @@ class EncodedText(NamedTuple):
 def caption_encoder(
     qwen: Qwen3, tokenizers: Tokenizers, *, batch_size: int = 8, max_tokens: int = TRAINING_LENGTH, dtype: DTypeLike
 ) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
-    """A function that encodes captions as in training: the text as it is, cut at `max_tokens` tokens of either kind."""
-    run = encode_tokens(qwen, dtype)
+    """A function that encodes captions as in training: the text as it is, cut at `max_tokens` tokens of either kind.
+
+    Each local device takes `batch_size` captions at a time.
+    """
+    mesh = local_mesh()
+    graphdef, params = split(qwen)
+    run = encode_tokens(merge(graphdef, jax.device_put(params, everywhere(mesh))), dtype)
 
     def encode_all(captions: Iterable[str]) -> Iterator[EncodedText]:
-        for batch, real in _batches(captions, batch_size):
+        for batch, real in _batches(captions, batch_size * mesh.size):
             ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
-            states_bnd = np.asarray(run(ids.qwen_ids, ids.qwen_mask))
+            with jax.set_mesh(mesh):
+                states_bnd = np.asarray(run(*put_batch((ids.qwen_ids, ids.qwen_mask), len(batch))))
             for row in range(real):
                 states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
                 yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())

@@ -19,6 +19,8 @@ from anima_jax.config.main import MainConfig
 from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line
+from anima_jax.parallel import hosts
+from anima_jax.parallel.mesh import make_mesh, replicas
 from anima_jax.pipeline import check_networks
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training import estimate, optimizers, report
@@ -28,7 +30,7 @@ from anima_jax.training.dump import dump_dataset
 from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
-from anima_jax.training.resume import find_run
+from anima_jax.training.resume import find_run, replicas_of
 from anima_jax.training.state import Trained, dit_config
 
 SWITCHES = {
@@ -50,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(
         arguments.config, overrides(arguments), i_know_what_i_am_doing=arguments.i_know_what_i_am_doing
     )
+    hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+    with hosts.one_run():
+        mesh = make_mesh(config.mesh.sizes)
+        with jax.set_mesh(mesh):
+            train(config.model_copy(update={"replicas": replicas(mesh.shape)}), arguments)
+
+
+def train(config: MainConfig, arguments: argparse.Namespace) -> None:
+    """The run, on the mesh that is set."""
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
     use_compilation_cache(config.compilation_cache_dir)
@@ -65,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = None
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
+        config = config.model_copy(update={"kept_replicas": replicas_of(run)})
     problems = Problems(strict=config.strict_data)
     data = read_data(config, problems, keep=not arguments.dry_run)
     if arguments.dry_run:
@@ -79,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         each.open_cache(encoders)
     for each in (data, *evaluated.values()):
         each.encode(encoders, problems)
-    if arguments.dump_dataset:
+    if arguments.dump_dataset and hosts.is_first():
         folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
         print(f"wrote the data set, as the VAE gives it back, to {folder}")
+    hosts.meet("the data are encoded")
     if arguments.cache_only or arguments.dump_dataset:
         return
     run = run_folder(config, run)
@@ -113,6 +126,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
     )
+    for flag, kind, what in (
+        ("coordinator_address", str, "HOST:PORT of the first of several processes"),
+        ("num_processes", int, "how many there are; 1 joins no others"),
+        ("process_id", int, "number of this one, from 0"),
+    ):
+        parser.add_argument(f"--{flag}", type=kind, help=f"{what}; found by itself on SLURM, GKE, Cloud TPU and MPI")
     for flag in foreign.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -147,8 +166,10 @@ def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers
 def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path:
     """The folder of the run that is resumed, or a new one in `output_dir`, named by the time (UTC).
 
-    The TOMLs are copied into it.
+    The TOMLs are copied into it. Of the run's processes the first one makes it.
     """
+    if not hosts.is_first():
+        return pathlib.Path(hosts.from_first(""))
     run = resumed or new_folder(pathlib.Path(config.output_dir))
     used: set[str] = set()
     for path in (config.path, config.dataset, *(each.path for each in config.eval_datasets)):
@@ -157,7 +178,7 @@ def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path
             name = f"dataset_{name}"
         used.add(name)
         shutil.copy(path, run / name)
-    return run
+    return pathlib.Path(hosts.from_first(str(run)))
 
 
 def new_folder(root: pathlib.Path) -> pathlib.Path:

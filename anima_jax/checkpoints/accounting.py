@@ -25,9 +25,9 @@ class Source:
     def tensor(self) -> Tensor:
         return self.file.tensors[self.key]
 
-    def read(self):
-        """The stored array."""
-        return self.file.read(self.key)
+    def read(self, rows: slice | None = None):
+        """The stored array, or these rows of its first axis."""
+        return self.file.read(self.key, rows)
 
 
 def find(network: Network, file: SafetensorsFile) -> Location:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from anima_jax.checkpoints import accounting, copying, safetensors
+from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, file_tensors
 from anima_jax.checkpoints.names.adapters import LORA_RULES
@@ -75,11 +75,11 @@ def save_lora(path: PathLike, params: Params, ranks: Ranks, *, dtype: DTypeLike 
 
     def array_of(name: str) -> np.ndarray:
         tensor, shape = entries[name]
-        values = copying.cast(np.asarray(params[tensor.path][tensor.layer]), stored_dtype(tensor), name)
+        values = copying.cast(gathered.on_host(params[tensor.path][tensor.layer]), stored_dtype(tensor), name)
         return copying.contiguous(tensor.layout.to_file(values)[tuple(map(slice, shape))])
 
     listed = [safetensors.Tensor(name, stored_dtype(tensor), shape) for name, (tensor, shape) in entries.items()]
-    safetensors.write(path, listed, array_of, {"format": "pt"})
+    gathered.write(path, listed, array_of, {"format": "pt"})
 
 
 def ranks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:

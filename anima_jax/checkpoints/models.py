@@ -9,16 +9,17 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from anima_jax.checkpoints import accounting, copying, safetensors
+from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.accounting import Source
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, Rule, dit, file_tensors, prefixes, qwen3, wan_vae
@@ -31,6 +32,7 @@ from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
+from anima_jax.parallel import rules
 
 DTypes = DTypeLike | Mapping[str, DTypeLike] | None
 """One dtype for all parameters, or one a parameter path; None (or a path not named) keeps the file's."""
@@ -62,18 +64,44 @@ class Checkpoint:
         one parameter at a time. UserError if a value overflows in `dtype` or the file is cut off meanwhile.
         """
         return {
-            path: _place(self._read(path, list(tensors), dtype), (shardings or {}).get(path))
+            path: self._place(path, list(tensors), dtype, (shardings or {}).get(path))
             for path, tensors in itertools.groupby(self.tensors, key=lambda tensor: tensor.path)
         }
 
-    def _read(self, path: str, tensors: Sequence[FileTensor], dtype: DTypes) -> np.ndarray:
+    def _place(self, path: str, tensors: Sequence[FileTensor], dtype: DTypes, sharding: Sharding | None) -> jax.Array:
+        """One parameter on its devices; when this returns nothing of it is left on the host.
+
+        Of each layer's tensor a process reads the rows that its own devices need, and keeps their parts alone.
+        """
+        shape = self.abstract[path].shape
         wanted = dtype.get(path) if isinstance(dtype, Mapping) else dtype
-        host = np.empty(self.abstract[path].shape, self.abstract[path].dtype if wanted is None else np.dtype(wanted))
+        stored = self.abstract[path].dtype if wanted is None else np.dtype(wanted)
+        place = sharding or SingleDeviceSharding(jax.local_devices()[0])
+        indices = place.addressable_devices_indices_map(shape).values()
+        parts = {_bounds(index, shape): np.empty(_size(index, shape), stored) for index in indices}
+        layered = tensors[0].layer is not None
+        rows = _rows_of(tensors[0], [bounds[1:] if layered else bounds for bounds in parts])
         for tensor in tensors:
-            source = self.sources[tensor.name]
-            values = copying.cast(source.read(), host.dtype, source.key)
-            copying.copy_into(host if tensor.layer is None else host[tensor.layer], tensor.layout.to_model(values))
-        return host
+            layer = self._read(tensor, rows, stored)
+            for bounds, part in parts.items():
+                inside = tuple(slice(*each) for each in (bounds[1:] if layered else bounds))
+                copying.copy_into(part[tensor.layer] if layered else part, layer[inside])
+            del layer
+        if sharding is None:
+            placed = jax.device_put(*parts.values())
+        else:
+            placed = jax.make_array_from_callback(shape, sharding, lambda index: parts[_bounds(index, shape)])
+        return placed.block_until_ready()
+
+    def _read(self, tensor: FileTensor, rows: slice | None, dtype: np.dtype) -> np.ndarray:
+        """One tensor as the model has it; `rows` alone of the file's are filled in."""
+        source = self.sources[tensor.name]
+        values = copying.cast(source.read(rows), dtype, source.key)
+        if rows is not None:
+            whole = np.empty(tensor.shape, dtype)  # memory that is not written to is not taken
+            whole[rows] = values
+            values = whole
+        return tensor.layout.to_model(values)
 
 
 def load_dit(
@@ -81,28 +109,32 @@ def load_dit(
     dtype: DTypes = None,
     *,
     adapter_path: PathLike | None = None,
-    shardings: Mapping[str, Sharding] | None = None,
 ) -> AnimaDiT:
     """The transformer in a file of any known dialect, with its text adapter if the file or `adapter_path` has one.
 
-    `dtype` None keeps the stored dtypes; sizes are read from the file. UserError for whatever does not fit.
+    `dtype` None keeps the stored dtypes; sizes are read from the file. On the mesh that is set (`jax.set_mesh`) the
+    parameters lie as its rules say (parallel/rules.py). UserError for whatever does not fit.
     """
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
-        return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
+        return _load(checkpoint, dtype)
 
 
-def load_text_encoder(
-    path: PathLike, dtype: DTypes = None, *, shardings: Mapping[str, Sharding] | None = None
-) -> Qwen3:
+def load_text_encoder(path: PathLike, dtype: DTypes = None) -> Qwen3:
     """The Qwen3 text encoder in a file of Hugging Face's names or an all-in-one file. As `load_dit`."""
     with open_text_encoder(path) as checkpoint:
-        return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
+        return _load(checkpoint, dtype)
 
 
-def load_vae(path: PathLike, dtype: DTypes = None, *, shardings: Mapping[str, Sharding] | None = None) -> WanVAE:
+def load_vae(path: PathLike, dtype: DTypes = None) -> WanVAE:
     """The Wan 2.1 VAE in a file of the original names or an all-in-one file. As `load_dit`."""
     with open_vae(path) as checkpoint:
-        return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
+        return _load(checkpoint, dtype)
+
+
+def _load(checkpoint: Checkpoint, dtype: DTypes) -> Any:
+    mesh = jax.sharding.get_mesh()
+    shardings = None if mesh.empty else rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
+    return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
 
 
 def save_dit(
@@ -250,16 +282,26 @@ def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
     return max(a, b, key=lambda dtype: dtype.itemsize) if a.itemsize != b.itemsize else np.dtype(np.float32)
 
 
-def _place(host: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """`host` on its devices; when this returns it is not needed any more.
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First and last (exclusive) of a shard on each axis."""
+    return tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
 
-    With several processes each hands over only what its own devices hold.
-    """
-    if sharding is None:
-        placed = jax.device_put(host)
-    else:
-        placed = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    return placed.block_until_ready()
+
+def _size(index: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(last - first for first, last in _bounds(index, shape))
+
+
+def _rows_of(tensor: FileTensor, parts: Sequence[tuple[tuple[int, int], ...]]) -> slice | None:
+    """The rows of a tensor's first axis in the file that hold these parts of it in the model; None for all of them."""
+    if not tensor.shape or all(
+        math.prod(last - first for first, last in part) == math.prod(tensor.shape) for part in parts
+    ):
+        return None
+    numbers = np.arange(tensor.shape[0], dtype=np.int32).reshape(-1, *[1] * (len(tensor.shape) - 1))
+    of_element = tensor.layout.to_model(np.broadcast_to(numbers, tensor.shape))
+    needed = [of_element[tuple(slice(*each) for each in part)] for part in parts]
+    first, last = min(int(each.min()) for each in needed), max(int(each.max()) for each in needed) + 1
+    return None if (first, last) == (0, tensor.shape[0]) else slice(first, last)
 
 
 def _save(
@@ -270,7 +312,10 @@ def _save(
     prefix: str,
     metadata: Mapping[str, str] | None,
 ) -> None:
-    """Write every tensor of `params` that the rules name, one layer at a time."""
+    """Write every tensor of `params` that the rules name, one layer at a time.
+
+    Of several processes, all of which must call this, the first one writes what they gather.
+    """
     tensors = {prefix + tensor.name: tensor for tensor in file_tensors(rules, params)}
 
     def stored_dtype(tensor: FileTensor) -> np.dtype:
@@ -279,8 +324,8 @@ def _save(
     def array_of(key: str) -> np.ndarray:
         tensor = tensors[key]
         leaf = params[tensor.path]
-        values = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        values = gathered.on_host(leaf if tensor.layer is None else leaf[tensor.layer])
         return copying.contiguous(tensor.layout.to_file(copying.cast(values, stored_dtype(tensor), key)))
 
     listed = [safetensors.Tensor(key, stored_dtype(tensor), tensor.shape) for key, tensor in tensors.items()]
-    safetensors.write(path, listed, array_of, {"format": "pt"} if metadata is None else metadata)
+    gathered.write(path, listed, array_of, {"format": "pt"} if metadata is None else metadata)

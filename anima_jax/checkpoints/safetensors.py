@@ -48,11 +48,13 @@ class SafetensorsFile:
         """Free the descriptor."""
         self._file.close()
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name` in memory of its own, in its stored dtype."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor `name`, or these rows of its first axis, in memory of its own, in its stored dtype."""
         tensor = self.tensors[name]
-        array = np.empty(tensor.shape, tensor.dtype)
-        _read_exactly(self.path, self._file, tensor.start, _bytes_of(array))
+        first, last, _ = (rows or slice(None)).indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
+        array = np.empty((last - first, *tensor.shape[1:]) if tensor.shape else (), tensor.dtype)
+        row_bytes = array.nbytes // max(1, last - first)
+        _read_exactly(self.path, self._file, tensor.start + first * row_bytes, _bytes_of(array))
         return array
 
 
@@ -68,7 +70,7 @@ def write(
     name only when it is complete; whatever goes wrong, a file already there stays as it was. UserError for a full disk,
     a missing folder and the like.
     """
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # every tensor lies aligned; ties keep order
+    ordered = in_file_order(tensors)
     header = safetensors_header.build(ordered, metadata)
     with locations.replacing(path) as file:
         _write_all(path, file, memoryview(header))
@@ -78,6 +80,11 @@ def write(
                 raise ValueError(f"{tensor}: announced, {array.dtype} {array.shape} given")
             _write_all(path, file, _bytes_of(np.ascontiguousarray(array)))
             del array
+
+
+def in_file_order(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as `write` asks for them: in such an order that each lies aligned; ties keep theirs."""
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -33,6 +33,7 @@ from anima_jax.config.schema import (
 from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
+from anima_jax.errors import UserError
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
@@ -331,6 +332,10 @@ class MainConfig(MainFile):
     """The main TOML's own absolute path."""
     notes: tuple[str, ...] = ()
     """A line for each key of diffusion-pipe whose job something else does here, and for each value that was rounded."""
+    replicas: int = 1
+    """Devices (or groups of devices) that take different examples, once the mesh is known."""
+    kept_replicas: int | None = None
+    """Those that a resumed run began with, whose batches it keeps."""
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -372,13 +377,30 @@ class MainConfig(MainFile):
         entries = self.eval_micro_batch_size_per_gpu if own is None else own
         return self.micro_batch(size) if entries is None else _nearest(entries, size)
 
+    def eval_batch(self, size: Size) -> int:
+        """Examples of this size that all devices evaluate at once."""
+        return self.eval_micro_batch(size) * self.replicas
+
     def global_batch(self, size: Size) -> int:
         """Examples in one optimizer step on examples of this size."""
-        return self.global_batch_size or self.micro_batch(size) * self.gradient_accumulation_steps
+        own = self.micro_batch(size) * self.gradient_accumulation_steps
+        return self.global_batch_size or own * (self.kept_replicas or self.replicas)
 
     def accumulation_of(self, size: Size) -> int:
-        """Micro-batches in one optimizer step on examples of this size."""
-        return self.global_batch(size) // self.micro_batch(size)
+        """Micro-batches in one optimizer step on examples of this size, each no larger than `micro_batch`.
+
+        Raises UserError if the replicas cannot have equally many of the step's examples.
+        """
+        total, replicas = self.global_batch(size), self.replicas
+        own, left = divmod(total, replicas)
+        if left:
+            fit = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+            kept = "the run began with it" if self.kept_replicas and not self.global_batch_size else "global_batch_size"
+            raise UserError(
+                f"[mesh] data × fsdp = {replicas}: a step of {total} examples ({kept}) cannot be shared out equally; "
+                f"expected data × fsdp = one of {fit}"
+            )
+        return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= self.micro_batch(size))
 
     @property
     def save_every_steps(self) -> int | None:

@@ -19,7 +19,6 @@ from anima_jax.config.schema import (
     Section,
     Words,
     fault,
-    not_yet,
 )
 
 TorchSeed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**64), Words("whole number ≥ 0 and < 2⁶⁴")]
@@ -54,22 +53,24 @@ class SampleConfig(Section):
         return height
 
 
-def _one_device(size: int) -> int:
-    if size not in {-1, 1}:
-        raise fault(f"found {size}, expected 1, or -1 for what is left; {not_yet('more than one device')}")
+def _some_devices(size: int) -> int:
+    if size < 1 and size != -1:
+        raise fault(f"found {size}, expected a number of devices, or -1 for what is left")
     return size
 
 
-AxisSize = Annotated[int, AfterValidator(_one_device)]
+AxisSize = Annotated[int, AfterValidator(_some_devices), Words("number of devices, or -1")]
 
 
 class MeshConfig(Section):
     """Ours: how many devices each axis of the mesh has. One axis may be -1: the devices that are left."""
 
     data: AxisSize = Field(-1, description="replicas that share nothing but gradients")
-    fsdp: AxisSize = Field(1, description="replicas that share the parameters out")
-    tensor: AxisSize = Field(1, description="devices that split each layer")
-    context: AxisSize = Field(1, validate_default=True, description="devices that split each sequence")
+    fsdp: AxisSize = Field(1, description="replicas that share the parameters out: each device keeps its part of them")
+    tensor: AxisSize = Field(1, description="devices that split each layer's heads and hidden features")
+    context: AxisSize = Field(
+        1, validate_default=True, description="devices that split each example's tokens, for large pictures and videos"
+    )
 
     @field_validator("context")
     @classmethod
@@ -77,6 +78,11 @@ class MeshConfig(Section):
         if [*info.data.values(), context].count(-1) > 1:
             raise fault("at most one of data, fsdp, tensor and context may be -1 (data is, unless set)")
         return context
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → number of devices, -1 for what is left."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
 
 
 class MonitoringConfig(Section):

@@ -51,13 +51,9 @@ class PlannedBatch(NamedTuple):
     indices: np.ndarray
     epochs: np.ndarray
 
-    def of_process(self, index: int, count: int) -> "PlannedBatch":
-        """The consecutive rows that process `index` of `count` reads; ValueError if they cannot be equally many."""
-        rows, left = divmod(len(self.indices), count)
-        if left:
-            raise ValueError(f"a batch of {len(self.indices)} examples cannot be split among {count} processes")
-        own = slice(index * rows, (index + 1) * rows)
-        return self._replace(indices=self.indices[own], epochs=self.epochs[own])
+    def take(self, rows: np.ndarray) -> "PlannedBatch":
+        """These rows of the batch alone, as one of several processes reads them."""
+        return self._replace(indices=self.indices[rows], epochs=self.epochs[rows])
 
 
 class _Epoch(NamedTuple):

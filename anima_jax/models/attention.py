@@ -4,22 +4,32 @@
 and its backward is written out (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32
 and every product has operands of one dtype and a float32 result, the fast path of 16-bit products everywhere.
 `cudnn` is NVIDIA's fused kernel; padding is expressed to it by lengths, never by a mask, which it would materialise.
+`splash` is JAX's Pallas kernel for TPUs, with lengths as segment ids.
+
+On a mesh each device attends for its own examples and heads (`jax.shard_map`). Where tokens are shared out over the
+context axis, they are exchanged for heads before and after (all-to-all, arXiv 2309.14509).
 
 Axes: b batch, l queries, n keys, h heads (g key/value heads, h = g · r), k head size.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+from anima_jax.models.constraints import PLACES, active_mesh, constrain, place
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 _SCORE_BYTES = 16 * 2**20
 """Float32 scores that one block of queries may occupy."""
+
+TILE = 128
+"""Tokens, the step of lengths that a TPU's kernel takes."""
 
 _FLOOR = -1e30
 """A finite stand-in for the maximum over no keys at all: exp(−inf − floor) is 0, not NaN."""
@@ -34,6 +44,7 @@ def attention(
     key_mask_bn: Array | None = None,
     causal: bool = False,
     zero_keys: int = 0,
+    spread: str = "",
     implementation: str = "auto",
 ) -> Array:
     """softmax(q·kᵀ / sqrt(k)) · v, shaped and typed as `q_blhk`.
@@ -42,6 +53,7 @@ def attention(
     and keys where `key_mask_bn` is false take no part; a query without any key gives 0. `causal` lets query l see
     keys 0…l. `zero_keys` more keys and values of zeros take part in the softmax without being stored.
 
+    `spread` says which tokens lie over a mesh's context axis: none, the queries ("q") or queries and keys ("qk").
     Raises ValueError for an unknown or unsuitable `implementation`.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -49,11 +61,49 @@ def attention(
     if q_blhk.shape[2] % k_bnhk.shape[2]:
         raise ValueError(f"{q_blhk.shape[2]} query heads do not divide into {k_bnhk.shape[2]} key heads")
     if implementation == "auto":
-        implementation = "cudnn" if key_mask_bn is None and _cudnn_takes(q_blhk) else "xla"
-    if implementation == "cudnn":
-        if key_mask_bn is not None or (zero_keys and key_lengths_b is not None):
-            raise ValueError("cudnn attention takes key lengths: no mask, and no zero keys behind them")
-        return _cudnn(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
+        implementation = _best(q_blhk, k_bnhk, key_mask_bn)
+    if implementation in _FUSED and (key_mask_bn is not None or (zero_keys and key_lengths_b is not None)):
+        raise ValueError(f"{implementation} attention takes key lengths: no mask, and no zero keys behind them")
+    run = functools.partial(_local, causal=causal, zero_keys=zero_keys, implementation=implementation)
+    mesh = active_mesh()
+    if mesh is None:
+        return run(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn)
+    queries, keys = ("blhk" if spread else "bnhk"), ("blhk" if spread == "qk" else "bnhk")
+    arrays = (constrain(q_blhk, queries), constrain(k_bnhk, keys), constrain(v_bnhk, keys), key_lengths_b, key_mask_bn)
+    letters = _letters(k_bnhk.shape[2], spread, mesh)
+    specs = tuple(x if x is None else place(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=True))
+    # check_vma has no rule for kernels; without it the gradients of what is whole on several devices are summed.
+    out_blhk = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    return constrain(out_blhk, queries)
+
+
+def _letters(key_heads: int, spread: str, mesh: Any) -> tuple[str, ...]:
+    """Axes, as in constraints.py, of queries, keys, values, lengths and mask while each device attends."""
+
+    def fit(letter: str) -> bool:
+        return key_heads % math.prod(mesh.shape[name] for name in PLACES[letter][0]) == 0
+
+    if spread == "qk" and fit("H"):
+        queries = keys = "bnHk"
+    else:
+        heads = "h" if fit("h") else "n"
+        queries, keys = f"b{'l' if spread else 'n'}{heads}k", f"bn{heads}k"
+    return queries, keys, keys, "b", "bn"
+
+
+def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
+    """The back end that `auto` stands for."""
+    if key_mask_bn is None and _cudnn_takes(q_blhk):
+        return "cudnn"
+    if key_mask_bn is None and jax.default_backend() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
+        return "splash"
+    return "xla"
+
+
+def _local(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn, *, causal, zero_keys, implementation) -> Array:
+    """Attention on one device."""
+    if implementation in _FUSED:
+        return _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
     batch, keys = k_bnhk.shape[:2]
     if key_lengths_b is not None:
         within_bn = jnp.arange(keys) < key_lengths_b[:, None]
@@ -63,6 +113,12 @@ def attention(
     q_bhlk, k_bgnk, v_bgnk = (x.swapaxes(1, 2) for x in (q_blhk, k_bnhk, v_bnhk))
     out_bhlk: Array = _xla(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys)
     return out_bhlk.swapaxes(1, 2)
+
+
+def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array, Array]:
+    """Keys and values with zeros stored behind them, for kernels that know no others."""
+    padding = ((0, 0), (0, zero_keys), (0, 0), (0, 0))
+    return jnp.pad(k_bnhk, padding), jnp.pad(v_bnhk, padding)
 
 
 # NVIDIA
@@ -80,14 +136,69 @@ def _cudnn_takes(q_blhk: Array) -> bool:
 
 
 def _cudnn(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
-    if zero_keys:
-        k_bnhk, v_bnhk = (jnp.pad(x, ((0, 0), (0, zero_keys), (0, 0), (0, 0))) for x in (k_bnhk, v_bnhk))
+    k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
     lengths = {}
     if key_lengths_b is not None:
         every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
         lengths = {"key_value_seq_lengths": key_lengths_b.astype(jnp.int32), "query_seq_lengths": every_query_b}
     out_blhk = jax.nn.dot_product_attention(q_blhk, k_bnhk, v_bnhk, is_causal=causal, implementation="cudnn", **lengths)
     return checkpoint_name(out_blhk, "attention_out")
+
+
+# TPU
+
+
+def _splash(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
+    queries, heads, keys = *q_blhk.shape[1:3], k_bnhk.shape[1]
+    q_bhlk, k_bhnk, v_bhnk = (
+        _whole_tiles(x.swapaxes(1, 2)) for x in (q_blhk * q_blhk.shape[-1] ** -0.5, k_bnhk, v_bnhk)
+    )
+    shape = (q_bhlk.shape[2], k_bhnk.shape[2])
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=_splash_blocks(*shape),
+        residual_checkpoint_name="attention_out",
+        interpret=jax.default_backend() != "tpu",
+    )
+    # Keys beyond an example's own are another segment than every query.
+    lengths_b = jnp.full(k_bhnk.shape[:1], keys) if key_lengths_b is None else key_lengths_b
+    beyond_bn = (jnp.arange(shape[1]) >= lengths_b[:, None]).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros((len(beyond_bn), shape[0]), jnp.int32), beyond_bn)
+    out_bhlk: Any = jax.vmap(kernel)(q_bhlk, k_bhnk, v_bhnk, segments)
+    return out_bhlk[:, :, :queries].swapaxes(1, 2)
+
+
+def _whole_tiles(x_bhlk: Array) -> Array:
+    """Zeros behind the tokens, up to a multiple of `TILE`."""
+    return jnp.pad(x_bhlk, ((0, 0), (0, 0), (0, -x_bhlk.shape[2] % TILE), (0, 0)))
+
+
+def _splash_blocks(queries: int, keys: int) -> Any:
+    """Tokens that the kernel takes at once: the largest blocks up to 1024 that fill whole ones."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+
+    def largest(length: int) -> int:
+        return max(size for size in range(TILE, 1024 + 1, TILE) if length % size == 0)
+
+    q, kv = largest(queries), largest(keys)
+    return BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )
+
+
+_FUSED = {"cudnn": _cudnn, "splash": _splash}
+"""Kernels that take lengths and no mask."""
 
 
 # Everywhere

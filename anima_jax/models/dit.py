@@ -18,6 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from anima_jax.models.attention import attention
+from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
 from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
 
@@ -180,8 +181,8 @@ class AnimaDiT(nnx.Module):
 
         times_bt = times_b[:, None] if times_b.ndim == 1 else times_b
         features_btd = timestep_features(times_bt, self.config.width)
-        shared_btd = self.t_embedder(features_btd)
-        emb_btd = jax.nn.silu(self.t_embedding_norm(features_btd))
+        shared_btd = constrain(self.t_embedder(features_btd), "btd")
+        emb_btd = constrain(jax.nn.silu(self.t_embedding_norm(features_btd)), "btd")
         frame_bl = None
         if times_bt.shape[1] > 1:
             frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length)).clip(max=times_bt.shape[1] - 1)
@@ -189,14 +190,14 @@ class AnimaDiT(nnx.Module):
         context_bnd = context_bnd.astype(dtype)
 
         condition = (emb_btd, shared_btd, frame_bl)
-        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b}
-        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context}
+        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "spread": "qk"}
+        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "spread": "q"}
         for options in (self_options, cross_options):
             options["implementation"] = attention_implementation
 
         def run_block(x_bld, block):
-            x_bld = checkpoint_name(x_bld, "block_input")
-            return block(x_bld, condition, context_bnd, self_options, cross_options), None
+            x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
+            return constrain(block(x_bld, condition, context_bnd, self_options, cross_options), "bld"), None
 
         if REMAT_POLICIES[remat] is not None:
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -204,7 +205,7 @@ class AnimaDiT(nnx.Module):
         def run_blocks(x_bld, blocks):
             return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
 
-        x_bld = self.x_embedder(self._with_padding_mask(latents_blc))
+        x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc)), "bld")
         if remat_every == 1:
             x_bld, _ = run_blocks(x_bld, self.blocks)
         else:
@@ -247,7 +248,8 @@ class Modulation(nnx.Module):
         """`parts` arrays (b, 1 or l, d). `condition` is (SiLU of the embedding, shared term, frame of each token)."""
         emb_btd, shared_btd, frame_bl = condition
         width = emb_btd.shape[-1]
-        values = self.linear_2(self.linear_1(emb_btd)) + shared_btd[..., : self.parts * width]
+        low_btr = constrain(self.linear_1(emb_btd), "btf")
+        values = constrain(self.linear_2(low_btr), "btd") + shared_btd[..., : self.parts * width]
         if frame_bl is not None:
             values = jnp.take_along_axis(values, frame_bl[..., None], axis=1)
         return jnp.split(values, self.parts, axis=-1)
@@ -319,7 +321,7 @@ class MLP(nnx.Module):
         self.layer2 = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.layer2(jax.nn.gelu(self.layer1(x), approximate=False))
+        return self.layer2(constrain(jax.nn.gelu(self.layer1(x), approximate=False), "blf"))
 
 
 class FinalLayer(nnx.Module):

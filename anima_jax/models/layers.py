@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from anima_jax.models.constraints import constrain
 from anima_jax.models.quantised import Quantised
 
 
@@ -100,7 +101,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         table = self.embedding[...]
-        return table.take(ids) if isinstance(table, Quantised) else jnp.take(table, ids, axis=0)
+        if isinstance(table, Quantised):
+            return table.take(ids)
+        # Whole on each device: from a part of it, XLA would look up the whole batch everywhere.
+        return jnp.take(constrain(table, "vd"), ids, axis=0)
 
 
 def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.models.attention import attention
+from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
 
 ROTARY_THETA = 10000.0
@@ -67,7 +68,7 @@ class LLMAdapter(nnx.Module):
         """
         masks = [None if mask is None else mask.astype(bool) for mask in (source_mask_bn, target_mask_bm)]
         source_mask_bn, target_mask_bm = masks
-        x_bmd = self.embed(target_ids_bm).astype(source_bnd.dtype)
+        x_bmd = constrain(self.embed(target_ids_bm).astype(source_bnd.dtype), "bnd")
         if self.in_proj is not None:
             x_bmd = self.in_proj(x_bmd)
         head_size = self.config.width // self.config.heads
@@ -76,7 +77,8 @@ class LLMAdapter(nnx.Module):
         )
 
         def run_block(x_bmd, block):
-            return block(x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn), None
+            x_bmd = block(x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn)
+            return constrain(x_bmd, "bnd"), None
 
         x_bmd, _ = jax.lax.scan(jax.checkpoint(run_block, prevent_cse=False), x_bmd, self.blocks)
         context_bmd = self.norm(self.out_proj(x_bmd))
@@ -129,4 +131,4 @@ class AdapterMLP(nnx.Module):
         self.layer2 = Linear(hidden, width, use_bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.layer2(jax.nn.gelu(self.layer1(x), approximate=False))
+        return self.layer2(constrain(jax.nn.gelu(self.layer1(x), approximate=False), "bnf"))

@@ -34,12 +34,14 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Par
     return split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
 
-def initial(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[nnx.GraphDef, Params]:
-    """`split(build(rngs))` of a fresh model, drawn from `seed` in one compiled program."""
+def initial(
+    build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings: Params | None = None
+) -> tuple[nnx.GraphDef, Params]:
+    """`split(build(rngs))` of a fresh model, drawn from `seed` in one compiled program, where `shardings` say."""
     # It runs once: on a CPU the compiler's full effort would take longer than the drawing.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
-    draw = jax.jit(lambda: split(build(nnx.Rngs(seed)))[1], compiler_options=options)
+    draw = jax.jit(lambda: split(build(nnx.Rngs(seed)))[1], compiler_options=options, out_shardings=shardings)
     return abstract(build)[0], draw()
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.models.attention import attention
+from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
 
 ROTARY_THETA = 1e6
@@ -45,7 +46,7 @@ class Qwen3(nnx.Module):
         `dtype` is the compute dtype and that of the result; by default the embedding table's.
         """
         x_bnd = self.embed_tokens(ids_bn)
-        x_bnd = x_bnd if dtype is None else x_bnd.astype(dtype)
+        x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")
         mask_bn = None if mask_bn is None else mask_bn.astype(bool)
         angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
         x_bnd, _ = jax.lax.scan(lambda x, layer: (layer(x, angles_1ni, mask_bn), None), x_bnd, self.layers)
@@ -64,7 +65,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None) -> Array:
         x_bnd += self.self_attn(self.input_layernorm(x_bnd), angles_1ni, mask_bn)
-        return x_bnd + self.mlp(self.post_attention_layernorm(x_bnd))
+        return constrain(x_bnd + self.mlp(self.post_attention_layernorm(x_bnd)), "bnd")
 
 
 class CausalAttention(nnx.Module):
@@ -99,4 +100,4 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "bnf"))

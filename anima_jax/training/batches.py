@@ -20,6 +20,7 @@ from anima_jax.diffusion.randomness import split_ids
 from anima_jax.encode import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
+from anima_jax.parallel.mesh import current_mesh, put_rows, put_whole, rows_of_process
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.data import TEXT_ROW_STEP, TrainingData
 from anima_jax.training.evaluate import filled
@@ -35,24 +36,37 @@ class Loaded(NamedTuple):
 
 
 class Batches:
-    """What each step of a plan is given. All batches of a tier have one shape."""
+    """What each step of a plan is given. All batches of a tier have one shape.
+
+    A process reads the rows that its own devices of the mesh take; `put` brings what all have read onto the mesh.
+    """
 
     def __init__(self, config: MainConfig, data: TrainingData, tokenizers: Tokenizers):
         self._config, self._data, self._tokenizers = config, data, tokenizers
+        self._mesh = current_mesh()
+        self._rows = [rows_of_process(self._mesh, tier.batch_size) for tier in data.plan.tiers]
         self._ids_n2 = split_ids(np.array([example.id for example in data.examples], np.uint64))
         self._source_length, self._target_length = data.text_rows(tokenizers)
 
     def load(self, step: int) -> Loaded:
         """What the plan's step number `step` (from 0) is given, in host memory."""
-        planned = self._data.plan.batch(step).of_process(jax.process_index(), jax.process_count())
-        batch = self._batch(planned.tier, planned.indices, planned.epochs)
-        return Loaded(batch, self._data.accumulations[planned.tier], planned.tier)
+        planned = self._data.plan.batch(step)
+        own = planned.take(self._rows[planned.tier])
+        return Loaded(self._batch(own.tier, own.indices, own.epochs), self._data.accumulations[own.tier], own.tier)
+
+    def put(self, batch: Batch, tier: int) -> Batch:
+        """A batch of this tier on the devices."""
+        return put_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
 
     def evaluated(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Every example once, in batches of one size a tier, and the examples' weights: 0 for what fills the last."""
+        """Every example once, in batches of one size a tier, and the examples' weights: 0 for what fills the last.
+
+        The batches are on the devices.
+        """
         for number, tier in enumerate(self._data.plan.tiers):
             for rows, weights in filled(len(tier.indices), tier.batch_size):
-                yield self._batch(number, tier.indices[rows], np.zeros(len(rows), np.int64)), weights
+                indices = tier.indices[rows[self._rows[number]]]
+                yield self.put(self._batch(number, indices, np.zeros(len(indices), np.int64)), number), weights
 
     def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> Batch:
         cache, length = self._data.cache, self._data.plan.tiers[tier].tokens
@@ -69,8 +83,8 @@ class Batches:
         )
 
     def unconditional(self) -> Text:
-        """The empty caption, with a batch axis of 1."""
-        return self._text([""])
+        """The empty caption, with a batch axis of 1, on every device."""
+        return put_whole(self._text([""]), self._mesh)
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
         weights_blp = np.ones((len(examples), length, PIXELS), np.float32)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from einops import rearrange
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from anima_jax import encode
@@ -36,6 +36,8 @@ from anima_jax.models.dit import PATCH
 from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
+from anima_jax.parallel.hosts import meet
+from anima_jax.parallel.mesh import local_mesh
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training import report
 
@@ -59,19 +61,28 @@ def encoded_frames(size: Size) -> int:
 
 
 class Encoders:
-    """The VAE and the text encoder of a run, loaded when something needs them; `release` gives them up."""
+    """The VAE and the text encoder of a run, loaded when something needs them; `release` gives them up.
 
-    def __init__(self, config: MainConfig, tokenizers: Tokenizers):
-        self._config, self.tokenizers = config, tokenizers
+    They lie on `mesh`: a process's own devices, where each process encodes for itself, or those of all.
+    """
+
+    def __init__(self, config: MainConfig, tokenizers: Tokenizers, mesh: Mesh | None = None):
+        self._config, self.tokenizers, self._mesh = config, tokenizers, mesh or local_mesh()
+
+    def on(self, mesh: Mesh) -> "Encoders":
+        """The same on another mesh."""
+        return self if mesh == self._mesh else Encoders(self._config, self.tokenizers, mesh)
 
     @functools.cached_property
     def vae(self) -> WanVAE:
-        return load_vae(self._config.model.vae_path, self._config.compute_dtype)
+        with jax.set_mesh(self._mesh):
+            return load_vae(self._config.model.vae_path, self._config.compute_dtype)
 
     @functools.cached_property
     def text_encoder(self) -> Qwen3:
         model = self._config.model
-        loaded = load_text_encoder(model.llm_path, self._config.compute_dtype)
+        with jax.set_mesh(self._mesh):
+            loaded = load_text_encoder(model.llm_path, self._config.compute_dtype)
         return quantise_text_encoder(loaded, model.text_encoder_storage) if model.text_encoder_storage else loaded
 
     @functools.cached_property
@@ -188,7 +199,7 @@ class Cache:
         if jax.process_index() == 0:
             for store in self._stores:
                 store.clear()
-        _meet("the cache is cleared")
+        meet("the cache is cleared")
         for store in self._stores:
             store.refresh()
 
@@ -211,13 +222,13 @@ class Cache:
         for store, *lists in work:
             if any(lists):
                 store.prepare()
-        _meet("the missing parts are counted")
+        meet("the missing parts are counted")
         with logging_redirect_tqdm([report.LOGGER]):
             for store, masks, latents, captions in work:
                 self._fill_masks(store, masks, problems)
                 self._fill_latents(store, latents, encoders, problems)
                 self._fill_text(store, captions, encoders)
-        _meet("the cache is filled")
+        meet("the cache is filled")
         for store in self._stores:
             store.refresh()
 
@@ -334,12 +345,6 @@ def _own_parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     starts = range(0, len(items), size)
     for start in starts[jax.process_index() :: jax.process_count()]:
         yield items[start : start + size]
-
-
-def _meet(what: str) -> None:
-    """Wait for the run's other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

@@ -48,7 +48,7 @@ def read_data(
         if memo not in memos:
             memos[memo] = Memo(memo, keep=keep, trust=config.trust_cache)
         sources.append(Source(place, options, memos[memo]))
-    batch_size_of = config.eval_micro_batch if evaluated else config.global_batch
+    batch_size_of = config.eval_batch if evaluated else config.global_batch
     groups = read_examples(sources, problems, threads=config.map_num_proc, prepare=keep)
     return TrainingData(config, folders, groups, batch_size_of)
 

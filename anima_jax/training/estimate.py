@@ -26,6 +26,7 @@ from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.parallel.mesh import current_mesh
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Work, flops
@@ -63,22 +64,23 @@ WORKSPACE = 64 * 2**20
 """Bytes that a block of attention takes whatever the sizes: scores, weights and both their gradients, 16 MiB each."""
 
 
-def peak_flops(device: Device, dtype: Any) -> float | None:
-    """FLOPs a second that this device can do at most; None for an unknown one, or for a dtype of more than 16 bits."""
+def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
+    """FLOPs a second that these can do at most; None for an unknown kind, or for a dtype of more than 16 bits."""
     if jnp.dtype(dtype).itemsize > 2:
         return None
-    return next((peak for kind, peak in PEAK_FLOPS if re.search(kind, device.device_kind)), None)
+    kind = devices[0].device_kind
+    return next((len(devices) * peak for pattern, peak in PEAK_FLOPS if re.search(pattern, kind)), None)
 
 
 def abstract_trained(config: MainConfig) -> Trained:
     """What `prepare` would give, with shapes in place of arrays: of a file the header alone is read."""
     sizes = NetworkSizes.model_validate(dataclasses.asdict(dit_config(config)))
     model = config.model.model_copy(update={"transformer_path": None, "llm_adapter_path": None, "config": sizes})
-    prepared: list[Trained] = []
+    prepared, mesh = list[Trained](), current_mesh()
 
     def arrays() -> tuple[Params, Params]:
         with jax.disable_jit():  # a jit with options for its compiler cannot be traced
-            prepared.append(prepare(config.model_copy(update={"model": model})))
+            prepared.append(prepare(config.model_copy(update={"model": model}), mesh))
         return prepared[0].params, prepared[0].frozen
 
     params, frozen = jax.eval_shape(arrays)
@@ -158,7 +160,8 @@ def memory(
 
     `measure` compiles the step for this back end, to be exact; unset, where that back end is no CPU.
     """
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings), trained.params)
+    mesh = current_mesh()
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), trained.params)
     batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked)
     moments, on_host = num_bytes(state.opt_state), {}
     rows = {

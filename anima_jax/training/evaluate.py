@@ -16,6 +16,7 @@ from jax import Array
 
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal
 from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.parallel.mesh import current_mesh, everywhere
 from anima_jax.training.step import Batch, StepConfig, losses
 
 Item = TypeVar("Item")
@@ -49,7 +50,7 @@ class Evaluation:
 
             return jax.lax.map(at, jnp.array(QUANTILES, jnp.float32))
 
-        self._losses = jax.jit(losses_of)
+        self._losses = jax.jit(losses_of, out_shardings=everywhere(current_mesh()))
 
     def __call__(self, params: Params, batches: Iterable[tuple[Batch, np.ndarray]]) -> dict[str, float]:
         """`loss_quantile_0.10` … `loss_quantile_0.90`, each the mean over the examples, and `loss`, the mean of those.

@@ -17,7 +17,7 @@ from anima_jax.models.parameters import Params
 _SILENT = re.compile(
     r"path|notes|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
     r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
-    r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples"
+    r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples|(kept_)?replicas"
 )
 
 _MOST_SETTINGS = 12
@@ -25,10 +25,19 @@ _MOST_SETTINGS = 12
 
 
 def facts_of(
-    params: Params, groups: Mapping[str, str], plan: Plan, ids: np.ndarray, settings: Mapping[str, Any]
+    params: Params,
+    groups: Mapping[str, str],
+    plan: Plan,
+    ids: np.ndarray,
+    settings: Mapping[str, Any],
+    replicas: int = 1,
 ) -> dict[str, Any]:
-    """What a checkpoint knows of a run besides its state, for `resume.Resume`; `settings` from `settings_of`."""
+    """What a checkpoint knows of a run besides its state, for `resume.Resume`; `settings` from `settings_of`.
+
+    `replicas` are those that its batches were made for.
+    """
     return {
+        "replicas": replicas,
         "model": model_fingerprint(params, groups),
         "data": data_fingerprint(plan, ids),
         "settings": dict(settings),

@@ -19,6 +19,8 @@ from anima_jax.data.plan import Plan
 from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge
+from anima_jax.parallel.hosts import Agreement, is_first
+from anima_jax.parallel.mesh import current_mesh
 from anima_jax.pipeline import AnimaPipeline
 from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.batches import Batches, OnlineText, as_it_is
@@ -33,7 +35,7 @@ from anima_jax.training.profiling import Profiler, watch_compilation
 from anima_jax.training.resume import Resume
 from anima_jax.training.samples import Samples
 from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
-from anima_jax.training.signals import Request, Signals
+from anima_jax.training.signals import REQUESTS, Request, Signals
 from anima_jax.training.state import prepare
 from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
 
@@ -91,6 +93,8 @@ class Training:
         profile: range | None = None,
     ):
         self._config, self._data, self._plan, self._run = config, data, data.plan, run
+        self._mesh = current_mesh()
+        encoders = encoders.on(self._mesh)
         self._batches = Batches(config, data, encoders.tokenizers)
         self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
         cached = config.model.cache_text_embeddings
@@ -100,9 +104,10 @@ class Training:
         trained = prepare(config)
         print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
         optimizer = optimizers.build(shape, trained.tensors)
-        self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups)
-        self._evaluation = Evaluation(trained.graphdef, self._settings)
         self.state = init_state(trained.params, optimizer, self._settings)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups, places)
+        self._evaluation = Evaluation(trained.graphdef, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
         work = estimate.works(data, *data.text_rows(encoders.tokenizers))
         self._flops = [
@@ -110,7 +115,8 @@ class Training:
             for each in work
         ]
         ids = np.array([example.id for example in data.examples], np.uint64)
-        facts = facts_of(self.state.params, trained.groups, data.plan, ids, settings_of(config.model_dump(mode="json")))
+        settings, replicas = settings_of(config.model_dump(mode="json")), config.kept_replicas or config.replicas
+        facts = facts_of(self.state.params, trained.groups, data.plan, ids, settings, replicas)
         self.resume = Resume(
             run,
             data.plan,
@@ -160,9 +166,10 @@ class Training:
                 self._encoders.release()  # what nothing uses need not stay on the device
             if not resumed:
                 self._before_the_first_step(samples)
+            agreed = Agreement(self._mesh)
             for step, metrics in self._steps(total):
                 self._look_at(step, metrics)
-                if self._after(step, total, signals.requested(), samples):
+                if self._after(step, total, REQUESTS[agreed(self._asked(signals))], samples):
                     break
             self._progress.flush()
             self._stop_if_lost(self._progress.last)
@@ -178,9 +185,14 @@ class Training:
             logging_steps=config.logging_steps,
             monitor=self._monitor,
             rates=self._rates,
-            peak_flops=estimate.peak_flops(jax.devices()[0], config.compute_dtype),
+            peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
             start=(start.step, self._position(start.step), self._plan.epochs_finished(start.data_step)),
         )
+
+    def _asked(self, signals: Signals) -> int:
+        """What is asked of this process, by its number in `REQUESTS`: a checkpoint that is overdue too."""
+        asked = REQUESTS.index(signals.requested())
+        return max(asked, REQUESTS.index("save")) if is_first() and self.resume.overdue() else asked
 
     def _after(self, step: int, total: int, asked: Request | None, samples: Samples | None) -> bool:
         """Save, evaluate and draw what is due after `step`; whether the run is to stop, as it was asked to."""
@@ -212,7 +224,7 @@ class Training:
                 host_batch, accumulation, tier = next(loaded)
                 waited = time.monotonic() - waiting
                 # This is handed to the device while it is still busy with the step before.
-                batch = jax.device_put(host_batch)
+                batch = self._batches.put(host_batch, tier)
                 batch = batch._replace(text=self._encode_text(batch.text))
                 arguments = (self.state, self._trained.frozen, batch, unconditional, accumulation)
                 program = (self._plan.tiers[tier].tokens, self._plan.tiers[tier].batch_size)
@@ -269,10 +281,11 @@ class Training:
         scale = config.adapter.scale if config.adapter else 1.0
         ema = self.state.ema
         saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
-        shutil.copy(config.path, self._run / name)
         self._progress.say(f"saved {saved}")
-        for old in rotate(self._run, config.max_checkpoints):
-            self._progress.say(f"deleted {self._run / old}")
+        if is_first():
+            shutil.copy(config.path, self._run / name)
+            for old in rotate(self._run, config.max_checkpoints):
+                self._progress.say(f"deleted {self._run / old}")
 
     def _save_checkpoint(self, step: int, *, wait: bool) -> bool:
         self._progress.flush()
@@ -297,8 +310,9 @@ class Training:
             self._progress.say(f"evaluation after step {step}: {name} {figures[f'{name}/loss']:.4f}")
         figures["eval/eval_time_sec"] = time.monotonic() - began
         self._monitor.scalars(step, self._position(step), figures)
-        with open(self._run / "evaluations.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **figures}) + "\n")
+        if is_first():
+            with open(self._run / "evaluations.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **figures}) + "\n")
 
     # ---- weights and positions ------------------------------------------------------------------------------------
 

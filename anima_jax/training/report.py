@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params
+from anima_jax.parallel.hosts import is_first
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.optimizers import GROUPS, group_of
 from anima_jax.training.state import Trained
@@ -85,7 +87,7 @@ class Bar:
     """A progress bar of `total` items; none if there are none. It ends where its block ends, also by an error."""
 
     def __init__(self, total: int, unit: str):
-        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total)
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_first())
 
     def __enter__(self) -> "Bar":
         return self
@@ -133,7 +135,9 @@ class Progress:
         start: tuple[int, int, int] = (0, 0, 0),
     ):
         first, self._examples, self._epoch = start
-        self._bar = tqdm(total=total_steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._bar = tqdm(
+            total=total_steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not is_first()
+        )
         self._log, self._every, self._logging_steps = log, every, logging_steps
         self._monitor, self._rates, self._peak = monitor, rates, peak_flops
         self._pending: _Started | None = None
@@ -226,7 +230,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(line)
+        if is_first():
+            self._bar.write(line)
 
     def close(self) -> None:
         """Report what is pending and leave the bar as it is."""
@@ -275,8 +280,10 @@ def device_memory() -> dict[str, float]:
 def open_log(path: pathlib.Path, after_step: int) -> TextIO:
     """`metrics.jsonl`, to be written on from `after_step`: what an earlier attempt wrote beyond that step is dropped.
 
-    So is a line that a kill left unfinished.
+    So is a line that a kill left unfinished. Of a run's processes only the first one writes it.
     """
+    if not is_first():
+        return open(os.devnull, "a", encoding="utf-8")
     kept = []
     if path.exists():
         for line in path.read_text("utf-8").splitlines():

@@ -138,10 +138,12 @@ class Resume:
         return state, notes
 
     def due(self, step: int) -> bool:
-        """Whether the configuration wants a checkpoint now that `step` steps of the run are finished."""
+        """Whether the configuration wants a checkpoint after `step` steps of the run, by the epochs finished then."""
         before, after = (self._plan.epochs_finished(self.start.at(n).data_step) for n in (step - 1, step))
-        if passes(self._epochs, before, after):
-            return True
+        return passes(self._epochs, before, after)
+
+    def overdue(self) -> bool:
+        """Whether it wants one because so many minutes are over, by this process's clock."""
         return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> bool:
@@ -205,6 +207,13 @@ def find_run(output_dir: str | os.PathLike[str], which: str) -> pathlib.Path:
             raise UserError(f"resume_from_checkpoint: {folder} has no checkpoint (expected {folder / FOLDER}/<step>)")
     near = did_you_mean(which, [match[0] for match in runs])
     raise UserError(f"resume_from_checkpoint: found {which}, expected the name of a run in {root} or its path{near}")
+
+
+def replicas_of(run: pathlib.Path) -> int:
+    """The replicas that a run's batches were made for. Raises UserError if its newest checkpoint cannot be read."""
+    checkpoints = RunCheckpoints(run / FOLDER, keep=None)
+    step = checkpoints.latest()
+    return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
 
 
 def _counters(state: TrainState) -> dict[str, Any]:

@@ -5,7 +5,12 @@ import pathlib
 import signal
 from typing import Literal
 
+from anima_jax.parallel.hosts import is_first
+
 Request = Literal["save", "save_quit"]
+
+REQUESTS: tuple[Request | None, ...] = (None, "save", "save_quit")
+"""By their numbers, of which the largest of several counts."""
 
 FILES: tuple[Request, ...] = ("save_quit", "save")
 """Empty files of these names in the run's folder are requests; the first that is there counts."""
@@ -24,11 +29,14 @@ class Signals:
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def requested(self) -> Request | None:
-        """What is asked for since the last call, None if nothing is. The file that asked for it is removed."""
+        """What is asked of this process since the last call, None if nothing is.
+
+        Of a run's processes the first looks for files; the one that asked for something is removed.
+        """
         if self._terminated:
             self._terminated = False
             return "save_quit"
-        for name in FILES:
+        for name in FILES if is_first() else ():
             path = self._folder / name
             if path.is_file():
                 # Another program's file, or a folder that became read-only, asks again and again but stops nothing.

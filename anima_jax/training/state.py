@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from anima_jax.checkpoints.adapters import ranks_of
 from anima_jax.checkpoints.models import open_dit
@@ -18,6 +19,8 @@ from anima_jax.models import lora, parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.parameters import Params
+from anima_jax.parallel import rules
+from anima_jax.parallel.mesh import current_mesh
 from anima_jax.training.optimizers import groups_by_path
 
 
@@ -44,13 +47,15 @@ class Trained:
         return groups_by_path(self.tensors)
 
 
-def prepare(config: MainConfig) -> Trained:
+def prepare(config: MainConfig, mesh: Mesh | None = None) -> Trained:
     """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
 
+    They lie on `mesh` (by default the one that is set) as its rules say; no device or host ever has more of them.
     Raises UserError for a file that does not fit, when nothing would be trained, when `transformer_dtype` would round
     what is trained, and for a `remat_every` that does not divide the number of blocks.
     """
-    model_config, graphdef, base = _base(config)
+    mesh = mesh or current_mesh()
+    model_config, graphdef, base = _base(config, mesh)
     if model_config.blocks % config.remat_every:
         divisors = [n for n in range(1, model_config.blocks + 1) if model_config.blocks % n == 0]
         raise UserError(
@@ -72,7 +77,9 @@ def prepare(config: MainConfig) -> Trained:
         return model
 
     graphdef, abstract = parameters.abstract(build)
-    params = lora.initial(abstract, jax.random.key(config.seed))
+    adapters = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
+    draw = jax.jit(lambda key: lora.initial(abstract, key), out_shardings=rules.shardings(adapters, adapters, mesh))
+    params = draw(jax.random.key(config.seed))
     ranks = ranks_of(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return Trained(model_config, graphdef, params, base, file_tensors(LORA_RULES, params), ranks)
 
@@ -96,23 +103,25 @@ def model_config_of(config: MainConfig) -> DiTConfig | None:
     return DiTConfig(**{**table, "adapter": AdapterConfig(**table["adapter"])})
 
 
-def _base(config: MainConfig) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+def _base(config: MainConfig, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:
     """The transformer without adapter: frozen parameters as they are stored, those to be trained in float32."""
     fresh = model_config_of(config)
     if fresh is not None:
-        graphdef, base = parameters.initial(lambda rngs: AnimaDiT(fresh, rngs=rngs), config.seed)
+        graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(fresh, rngs=rngs))
+        shardings = rules.shardings(shapes, shapes, mesh)
+        base = parameters.initial(lambda rngs: AnimaDiT(fresh, rngs=rngs), config.seed, shardings)[1]
         trained = _trained_in_base(config, base)
-        return fresh, graphdef, {p: v if p in trained else _frozen(config, p, v) for p, v in base.items()}
+        return fresh, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
     path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
     assert path is not None
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
         trained = _trained_in_base(config, checkpoint.abstract)
-        base = {}
+        base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
         # One parameter at a time: what is quantised is never on the device as a whole before.
         for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
             dtype = jnp.float32 if name in trained else _read_dtype(config, name)
-            value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype)[name]
-            base[name] = value if name in trained else _frozen(config, name, value)
+            value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype, shardings)[name]
+            base[name] = value if name in trained else _frozen(config, name, value, mesh)
         return checkpoint.config, checkpoint.graphdef, base
 
 
@@ -124,10 +133,13 @@ def _read_dtype(config: MainConfig, path: str) -> Any:
     return jnp.dtype(own)
 
 
-def _frozen(config: MainConfig, path: str, value: jax.Array) -> Any:
+def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
     """A frozen parameter as it is stored: in the compute dtype, or as `transformer_dtype` says."""
     storage, value = config.model.transformer_dtype, value.astype(_read_dtype(config, path))
-    return quantised.quantise_transformer(path, value, storage) if storage in quantised.STORED else value
+    if storage not in quantised.STORED:
+        return value
+    stored = quantised.quantise_transformer(path, value, storage)
+    return jax.device_put(stored, rules.shardings({path: stored}, {path: value}, mesh)[path])
 
 
 def _trained_in_base(config: MainConfig, base: Params) -> set[str]:

@@ -13,15 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.parallel import rules
+from anima_jax.parallel.mesh import current_mesh, everywhere
 from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
@@ -88,13 +92,30 @@ class StepConfig:
     scan_unroll: int = 1
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, config: StepConfig) -> TrainState:
-    """The state before the first step. `params` are the parameters to train; they are stored in `param_dtype`."""
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first step. `params` are the parameters to train; they are stored in `param_dtype`.
+
+    What is made of a parameter lies on the mesh (by default the one that is set) as the parameter does.
+    """
+    mesh = mesh or current_mesh()
     params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-    zero = jnp.zeros((), jnp.int32)
+    step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, everywhere(mesh))
     # Moments take the dtype of what they are made for: float32 whatever the parameters are stored in.
-    return TrainState(zero, params, optimizer.init(as_float32(params)), ema, jnp.copy(zero), jnp.copy(zero))
+    return TrainState(step, params, _init_optimizer(optimizer, as_float32(params), mesh), ema, skipped, total_skipped)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
+    """The optimizer's fresh state, each leaf made where it is to lie: in the host's memory too."""
+    jaxpr, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
+    places, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
+    places = [
+        place.with_memory_kind("pinned_host") if leaf.memory_space == jax.memory.Space.Host else place
+        for place, leaf in zip(places, jaxpr.out_avals, strict=True)
+    ]
+    return jax.jit(optimizer.init, out_shardings=jax.tree.unflatten(treedef, places))(params)
 
 
 def as_float32(params: Params) -> Params:
@@ -266,15 +287,18 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
+    shardings: Any = None,
 ):
     """`train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
-    The old state is donated. A new shape of batch, or another accumulation, compiles a new program. With `groups`, the
-    trained parameters' by path, every step measures their norms.
+    The old state is donated; `shardings` are those of its leaves, which the new one keeps. A new shape of batch, or
+    another accumulation, compiles a new program. With `groups`, the trained parameters' by path, every step measures
+    their norms.
     """
     run = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
 
     def step(state, frozen, batch, unconditional, accumulation=1):
         return run(state, frozen, batch, unconditional, accumulation=accumulation)
 
-    return jax.jit(step, donate_argnums=0, static_argnums=4)
+    places = None if shardings is None else (shardings, everywhere(shardings.step.mesh))
+    return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=places)

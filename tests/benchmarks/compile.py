@@ -54,6 +54,7 @@ def lowered_and_compiled(width: int, heads: int, blocks: int, tokens: int, text_
     from anima_jax.checkpoints.names import dit, file_tensors
     from anima_jax.models import parameters
     from anima_jax.models.dit import AnimaDiT, DiTConfig
+    from anima_jax.parallel.mesh import current_mesh
     from anima_jax.training import optimizers
     from anima_jax.training.step import StepConfig, compile_step, init_state
 
@@ -62,7 +63,8 @@ def lowered_and_compiled(width: int, heads: int, blocks: int, tokens: int, text_
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
     optimizer = optimizers.build(optimizers.OptimizerConfig(rates), file_tensors(dit.RULES, params))
     settings = StepConfig(compute_dtype=jnp.bfloat16, remat="full")
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings), params)
+    mesh = current_mesh()
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)
     assert config.adapter is not None
     batch = abstract_batch(tokens, text_rows, config.adapter.source_width)
     started = time.perf_counter()

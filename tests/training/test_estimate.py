@@ -173,8 +173,8 @@ def test_peaks_are_known_by_the_kind_of_device():
 
     kinds = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12}
     for kind, peak in {**kinds, "TPU v6 lite": 918e12, "NVIDIA A100-SXM4-80GB": 312e12, "cpu": None}.items():
-        assert estimate.peak_flops(Device(kind), jnp.bfloat16) == peak
-    assert estimate.peak_flops(Device("TPU v4"), jnp.float32) is None
+        assert estimate.peak_flops([Device(kind)], jnp.bfloat16) == peak
+    assert estimate.peak_flops([Device("TPU v4")], jnp.float32) is None
 
 
 def test_time_quantiles_are_one_row_or_one_for_each_size():

@@ -201,7 +201,8 @@ def test_losses_are_chosen_by_the_configuration():
     assert float(loss_and_gradients(batch(), config=huber)[0]) < float(loss_and_gradients(batch())[0])
 
 
-TOY = {"a": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.array([0.25, 2.0])}
+A, B = "x_embedder.kernel", "t_embedding_norm.scale"
+TOY = {A: jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), B: jnp.array([0.25, 2.0])}
 """Parameters on which the update alone is tried: no network, no compiler to wait for."""
 
 
@@ -221,7 +222,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counters(
     config, optimizer = StepConfig(ema_decay=0.9), optax.adamw(1e-2)
     ones = jax.tree.map(jnp.ones_like, TOY)
     state, _ = updated(init_state(TOY, optimizer, config), 1.0, ones, optimizer, config)
-    after, metrics = updated(state, loss, ones | {"b": jnp.array([1.0, gradient])}, optimizer, config)
+    after, metrics = updated(state, loss, ones | {B: jnp.array([1.0, gradient])}, optimizer, config)
     good = bool(np.isfinite(loss) and np.isfinite(gradient))
     kept = (state.params, state.opt_state, state.ema)
     if good:
@@ -264,7 +265,7 @@ def test_one_broken_example_costs_one_update_and_training_goes_on():
 def test_bfloat16_parameters_move_on_average_as_float32_ones_by_steps_far_below_their_spacing():
     config = StepConfig(param_dtype=jnp.bfloat16, ema_decay=0.5)
     optimizer, steps, rate = optax.sgd(1.0, momentum=0.0), 100, 1e-4
-    state = init_state({"a": jnp.ones(20_000), "b": jnp.ones(20_000)}, optimizer, config)
+    state = init_state({A: jnp.ones(20_000), B: jnp.ones(20_000)}, optimizer, config)
     grads = {path: jnp.full_like(value, rate, jnp.float32) for path, value in state.params.items()}
 
     def step(state, _):
@@ -283,11 +284,11 @@ def test_bfloat16_parameters_move_on_average_as_float32_ones_by_steps_far_below_
 
 def test_rounding_is_a_function_of_seed_step_and_parameter():
     config, optimizer = StepConfig(param_dtype=jnp.bfloat16), optax.sgd(1.0)
-    start = init_state({"a": jnp.ones(500)}, optimizer, config)
-    grads = {"a": jnp.full(500, 1e-3)}
+    start = init_state({A: jnp.ones(500)}, optimizer, config)
+    grads = {A: jnp.full(500, 1e-3)}
 
     def after(state=start, config=config):
-        return np.asarray(updated(state, 1.0, grads, optimizer, config)[0].params["a"])
+        return np.asarray(updated(state, 1.0, grads, optimizer, config)[0].params[A])
 
     assert np.array_equal(after(), after())
     assert not np.array_equal(after(), after(config=dataclasses.replace(config, seed=1)))

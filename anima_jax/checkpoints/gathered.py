@@ -1,0 +1,31 @@
+"""Files written from arrays that lie on the devices of several processes: all of them gather, the first one writes."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from anima_jax.checkpoints import safetensors
+from anima_jax.checkpoints.locations import PathLike
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array in host memory. All processes must ask for it if none has all of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def write(
+    path: PathLike,
+    tensors: Iterable[safetensors.Tensor],
+    array_of: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`safetensors.write` by the first process; the others take part in what `array_of` gathers."""
+    if jax.process_index() == 0:
+        safetensors.write(path, tensors, array_of, metadata)
+        return
+    for tensor in safetensors.in_file_order(tensors):
+        array_of(tensor.name)

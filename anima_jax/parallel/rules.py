@@ -1,0 +1,95 @@
+"""How parameters lie on a mesh: one table, parameter path → which mesh axes share out which of its axes.
+
+Matrices are shared out twice: over `fsdp`, whose devices fetch a layer's weights when its turn comes, and over
+`tensor`, whose devices keep their part: the columns of what leads into heads or hidden features, the rows of what leads
+out (arXiv 1909.08053). The layer axis of stacked blocks is never shared out. What a run derives from a parameter
+(gradient, moments, averages) lies as the parameter does.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from anima_jax.models.parameters import Params
+
+AXES = ("data", "fsdp", "tensor", "context")
+"""Axes of a mesh, the slowest links first."""
+
+_LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
+_LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
+_STACK = r"(llm_adapter\.)?(blocks|layers)\."
+
+RULES: tuple[tuple[str, P], ...] = (
+    (rf"{_STACK}({_LEADS_IN})\.kernel", P(None, "fsdp", "tensor")),
+    (rf"{_STACK}({_LEADS_OUT})\.kernel", P(None, "tensor", "fsdp")),
+    (rf"{_STACK}({_LEADS_IN})\.lora_a", P(None, "fsdp", None)),
+    (rf"{_STACK}({_LEADS_IN})\.lora_b", P(None, None, "tensor")),
+    (rf"{_STACK}({_LEADS_OUT})\.lora_a", P(None, "tensor", None)),
+    (rf"{_STACK}({_LEADS_OUT})\.lora_b", P(None, None, "fsdp")),
+    (rf"{_STACK}\w+(\.\w+)*\.(scale|bias)", P()),
+    (r"x_embedder\.kernel", P(None, "fsdp")),
+    (r"t_embedder\.linear_\d\.kernel", P("fsdp", None)),
+    (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
+    (r"llm_adapter\.(in_proj|out_proj)\.kernel", P("fsdp", None)),
+    (r"llm_adapter\.(in_proj|out_proj)\.bias", P()),
+    (r"(llm_adapter\.embed|embed_tokens)\.embedding", P(None, "fsdp")),
+    (r"t_embedding_norm\.scale|(llm_adapter\.)?norm\.scale", P()),
+    # The VAE is small, and convolves one picture a device.
+    (r"(encoder|decoder)\.\w+(\.\w+)*\.(kernel|bias|scale)|(post_)?quant\.(kernel|bias)", P()),
+)
+"""Every parameter of the networks and of their adapters matches exactly one row."""
+
+
+def spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    """Where the parameter at `path` lies on a mesh with axes of these sizes.
+
+    An axis that cannot be shared out equally is whole everywhere. Raises LookupError unless exactly one rule matches.
+    """
+    matches = [rule for pattern, rule in RULES if re.fullmatch(pattern, path)]
+    if len(matches) != 1:
+        raise LookupError(f"parameter {path} matches {len(matches)} rules of sharding, not one")
+    return _fitted(matches[0], shape, sizes)
+
+
+def _fitted(rule: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    return P(*(name if name and size % sizes[name] == 0 else None for name, size in zip(rule, shape, strict=False)))
+
+
+def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
+    """The spec of every leaf of `tree`: parameters, or whatever holds a leaf or several under a parameter's path.
+
+    A leaf with as many axes as the parameter lies as it does; counters and factors of moments are whole everywhere.
+    `params` may hold shapes.
+    """
+
+    def of_leaf(keys: Sequence[Any], leaf: Any) -> P:
+        path = next((key.key for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
+        if path is None or leaf.ndim != params[path].ndim:
+            return P()
+        return spec(path, leaf.shape, sizes)
+
+    return jax.tree.map_with_path(of_leaf, tree)
+
+
+def shardings(tree: Any, params: Params, mesh: Mesh) -> Any:
+    """`specs` as shardings on `mesh`."""
+    return jax.tree.map(
+        lambda one: NamedSharding(mesh, one), specs(tree, params, mesh.shape), is_leaf=lambda one: isinstance(one, P)
+    )
+
+
+def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
+    """Bytes of `tree`, arrays or shapes, that one device of such a mesh holds."""
+
+    def of_leaf(leaf: Any, one: P) -> int:
+        parts = 1
+        for name in filter(None, one):
+            parts *= sizes[name]
+        return leaf.size * leaf.dtype.itemsize // parts
+
+    is_spec = lambda one: isinstance(one, P)  # noqa: E731
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, specs(tree, params, sizes), is_leaf=is_spec)))
