@@ -78,14 +78,19 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
         config = config.model_copy(update={"kept_replicas": replicas_of(run)})
     problems = Problems(strict=config.strict_data)
-    data = read_data(config, problems, keep=not arguments.dry_run)
+    with hosts.in_turn():
+        data = read_data(config, problems, keep=hosts.is_first() and not arguments.dry_run)
     if arguments.dry_run:
         dry_run(config, trained, data, tokenizers)
         return
     for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
         with writing_to(folder):
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    evaluated = {each.name: read_data(config, problems, evaluated=each.data) for each in config.eval_datasets}
+    with hosts.in_turn():
+        evaluated = {
+            each.name: read_data(config, problems, evaluated=each.data, keep=hosts.is_first())
+            for each in config.eval_datasets
+        }
     encoders = Encoders(config, tokenizers)
     for each in (data, *evaluated.values()):
         each.open_cache(encoders)

@@ -32,10 +32,18 @@ TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
 LAYER_NORM_EPS = 1e-6
 
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's forward kernel: the statistics that its backward wants are no output that could be given a name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("attention_out"), _is_cudnn_attention
+    ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input"],

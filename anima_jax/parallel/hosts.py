@@ -6,6 +6,7 @@ does; what all must decide alike (when to save, when to stop) they exchange.
 
 import contextlib
 import os
+import subprocess
 import sys
 import traceback
 import warnings
@@ -65,6 +66,16 @@ def meet(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """The first process goes through the block before the others: what it writes there they find."""
+    if not is_first():
+        meet("the first process has gone ahead")
+    yield
+    if is_first():
+        meet("the first process has gone ahead")
+
+
 def from_first(text: str) -> str:
     """The text that the first process has."""
     if jax.process_count() == 1:
@@ -99,22 +110,39 @@ class Agreement:
 def one_run() -> Iterator[None]:
     """What several processes do as one: the first alone prints, and an error in any of them ends all.
 
-    The process with the error ends at once instead of waiting for the others; they end within `HEARTBEAT_S`, and where
-    JAX tells them of the loss, with a line that says what to do.
+    The process with the error ends at once instead of waiting for the others; JAX ends those when `HEARTBEAT_S` are
+    over. Each leaves a last line that says what to do.
     """
+    if jax.process_count() == 1:
+        yield
+        return
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_epitaph())
             if not is_first():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
     except BaseException as error:
-        if jax.process_count() == 1:
-            raise
         code = _report(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@contextlib.contextmanager
+def _epitaph() -> Iterator[None]:
+    """A line on stderr should this process be killed, or be ended by JAX, whose own words are many."""
+    line = (
+        f"error: process {jax.process_index()} of {jax.process_count()} was ended, or ended because another one was; "
+        "start all of them again with --resume_from_checkpoint"
+    )
+    # The end of the pipe without a line in it is the end of this process.
+    waiting = subprocess.Popen(["sh", "-c", 'read -r line || echo "$0" >&2', line], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        waiting.communicate(b"\n")
 
 
 def _report(error: BaseException) -> int:

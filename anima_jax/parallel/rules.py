@@ -6,6 +6,7 @@ out (arXiv 1909.08053). The layer axis of stacked blocks is never shared out. Wh
 (gradient, moments, averages) lies as the parameter does.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,18 +24,20 @@ _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adal
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
 _STACK = r"(llm_adapter\.)?(blocks|layers)\."
 
+BOTH = ("tensor", "fsdp")
+
 RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_IN})\.kernel", P(None, "fsdp", "tensor")),
     (rf"{_STACK}({_LEADS_OUT})\.kernel", P(None, "tensor", "fsdp")),
     (rf"{_STACK}({_LEADS_IN})\.lora_a", P(None, "fsdp", None)),
-    (rf"{_STACK}({_LEADS_IN})\.lora_b", P(None, None, "tensor")),
-    (rf"{_STACK}({_LEADS_OUT})\.lora_a", P(None, "tensor", None)),
+    (rf"{_STACK}({_LEADS_IN})\.lora_b", P(None, None, BOTH)),
+    (rf"{_STACK}({_LEADS_OUT})\.lora_a", P(None, BOTH, None)),
     (rf"{_STACK}({_LEADS_OUT})\.lora_b", P(None, None, "fsdp")),
     (rf"{_STACK}\w+(\.\w+)*\.(scale|bias)", P()),
-    (r"x_embedder\.kernel", P(None, "fsdp")),
-    (r"t_embedder\.linear_\d\.kernel", P("fsdp", None)),
+    # Not over `tensor`: what follows of the residual stream's features would be shared out in the blocks too.
+    (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
-    (r"llm_adapter\.(in_proj|out_proj)\.kernel", P("fsdp", None)),
+    (r"llm_adapter\.(in_proj|out_proj)\.kernel", P(None, "fsdp")),
     (r"llm_adapter\.(in_proj|out_proj)\.bias", P()),
     (r"(llm_adapter\.embed|embed_tokens)\.embedding", P(None, "fsdp")),
     (r"t_embedding_norm\.scale|(llm_adapter\.)?norm\.scale", P()),
@@ -56,7 +59,13 @@ def spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def _fitted(rule: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    return P(*(name if name and size % sizes[name] == 0 else None for name, size in zip(rule, shape, strict=False)))
+    return P(*(axes if size % parts(axes, sizes) == 0 else None for axes, size in zip(rule, shape, strict=False)))
+
+
+def parts(axes: Any, sizes: Mapping[str, int]) -> int:
+    """Into how many parts an entry of a spec (a mesh axis, several, or None) cuts an axis."""
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(sizes[name] for name in names if name)
 
 
 def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
@@ -86,10 +95,7 @@ def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
     """Bytes of `tree`, arrays or shapes, that one device of such a mesh holds."""
 
     def of_leaf(leaf: Any, one: P) -> int:
-        parts = 1
-        for name in filter(None, one):
-            parts *= sizes[name]
-        return leaf.size * leaf.dtype.itemsize // parts
+        return leaf.size * leaf.dtype.itemsize // math.prod(parts(axes, sizes) for axes in one)
 
     is_spec = lambda one: isinstance(one, P)  # noqa: E731
     return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, specs(tree, params, sizes), is_leaf=is_spec)))

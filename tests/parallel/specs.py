@@ -1,0 +1,53 @@
+"""specs.txt: where every parameter of the released networks lies on each mesh, for the eyes of a reviewer.
+
+python -m tests.parallel.specs > tests/parallel/specs.txt
+"""
+
+import textwrap
+
+from anima_jax.models import lora, parameters
+from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
+from anima_jax.parallel import rules
+from tests.parallel.meshes import MESHES, name
+
+
+def _transformer(rngs) -> AnimaDiT:
+    """With a LoRA of rank 32 on every layer that takes one."""
+    model = AnimaDiT(DiTConfig(), rngs=rngs)
+    lora.attach(model, {path: [32] * layer.kernel.shape[0] for path, layer in lora.target_modules(model).items()})
+    return model
+
+
+NETWORKS = {
+    "transformer": _transformer,
+    "text encoder": lambda rngs: Qwen3(Qwen3Config(), rngs=rngs),
+    "VAE": lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs),
+}
+
+
+def table() -> str:
+    """A line for each parameter that is shared out: its shape, spec, and a device's part on each of `MESHES`."""
+    lines = [f"meshes ({', '.join(rules.AXES)}): {', '.join(map(name, MESHES))}"]
+    for network, build in NETWORKS.items():
+        whole = []
+        lines += ["", f"# {network}"]
+        for path, leaf in sorted(parameters.abstract(build)[1].items()):
+            (spec,) = {rules.spec(path, leaf.shape, sizes) for sizes in MESHES}
+            if not any(spec):
+                whole.append(path)
+                continue
+            parts = [
+                [size // rules.parts(axes, sizes) for size, axes in zip(leaf.shape, spec, strict=True)]
+                for sizes in MESHES
+            ]
+            shapes = ["×".join(map(str, shape)) for shape in (leaf.shape, *parts)]
+            axes = ", ".join("+".join(axes) if isinstance(axes, tuple) else axes or "-" for axes in spec)
+            lines.append(f"{path} {shapes[0]} ({axes}): {' '.join(shapes[1:])}")
+        lines += ["whole everywhere:", *textwrap.wrap(", ".join(whole), 110, break_long_words=False)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,88 @@
+"""Meshes of devices and the rows of a batch that each takes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from anima_jax.errors import UserError
+from anima_jax.parallel import mesh as module
+from anima_jax.parallel.mesh import filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
+from tests.parallel.meshes import MESHES
+
+
+def sizes(**given):
+    return {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **given}
+
+
+def test_one_axis_takes_the_devices_that_are_left():
+    assert filled(sizes(data=-1, fsdp=4), 32) == sizes(data=8, fsdp=4)
+    assert filled(sizes(fsdp=-1, tensor=2), 2) == sizes(fsdp=1, tensor=2)
+    assert replicas(sizes(data=4, fsdp=2, tensor=8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "found"),
+    [
+        (sizes(data=-1, fsdp=3), 8, r"data -1 × fsdp 3 × tensor 1 × context 1: expected a product of 8"),
+        (sizes(data=4), 8, r"axes may have 1, 2, 4, 8"),
+        (sizes(data=-1, tensor=16), 8, "expected a product of 8"),
+    ],
+)
+def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
+    with pytest.raises(UserError, match=found):
+        filled(given, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a TPU with several slices, as far as a mesh looks at it."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "TPU"
+
+    @property
+    def process_index(self):
+        return self.id // 4
+
+
+def test_data_runs_across_slices_and_the_other_axes_stay_inside(monkeypatch):
+    monkeypatch.setattr(module, "Mesh", lambda grid, *_, **__: grid)
+    chips = [Chip(id, id // 8) for id in range(16)]
+    grid = make_mesh(sizes(data=-1, fsdp=4, tensor=2), chips)
+    assert grid.shape == (2, 4, 2, 1)
+    assert [{chip.slice_index for chip in row.flat} for row in grid] == [{0}, {1}]
+    with pytest.raises(UserError, match="data 1: expected a multiple of 2, the number of slices"):
+        make_mesh(sizes(fsdp=16), chips)
+
+
+def batches_on(mesh_sizes):
+    mesh = make_mesh(mesh_sizes)
+    found = {}
+    for size in (8, 4, 3):
+        rows = rows_of_process(mesh, size)
+        batch = put_rows({"x": np.arange(2 * size).reshape(size, 2)[rows]}, mesh, rows, size)["x"]
+        parts = {shard.index[0].indices(size)[:2] for shard in batch.addressable_shards}
+        found[size] = (rows.tolist(), np.asarray(batch).tolist(), sorted(parts))
+    whole = put_whole({"x": np.arange(3)}, mesh)["x"]
+    assert whole.is_fully_replicated
+    return found
+
+
+@pytest.mark.parametrize("mesh_sizes", MESHES)
+def test_a_batch_is_shared_out_over_data_and_fsdp_where_it_divides(on_eight, mesh_sizes):
+    found, groups = on_eight(batches_on, mesh_sizes), replicas(mesh_sizes)
+    for size, (rows, values, parts) in found.items():
+        assert rows == list(range(size))
+        assert values == np.arange(2 * size).reshape(size, 2).tolist()
+        own = next(n for n in (groups, mesh_sizes["data"], mesh_sizes["fsdp"], 1) if size % n == 0)
+        assert parts == [(i * size // own, (i + 1) * size // own) for i in range(own)]
+
+
+def test_without_a_mesh_the_first_device_is_one():
+    assert module.current_mesh().size == 1
+    with jax.set_mesh(make_mesh(sizes())) as _:
+        assert module.current_mesh().axis_names == ("data", "fsdp", "tensor", "context")
