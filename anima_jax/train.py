@@ -18,9 +18,11 @@ from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
-from anima_jax.errors import ArgumentParser, UserError, command_line
+from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
 from anima_jax.parallel import hosts
-from anima_jax.parallel.mesh import make_mesh, replicas
+from anima_jax.parallel.devices import KINDS, Kind, local_kind, named
+from anima_jax.parallel.mesh import current_mesh, filled, make_mesh, replicas
+from anima_jax.parallel.rules import AXES
 from anima_jax.pipeline import check_networks
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training import estimate, optimizers, report
@@ -54,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.one_run():
-        mesh = make_mesh(config.mesh.sizes)
+        # A dry run for other devices needs none of them.
+        mesh = (
+            make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]) if arguments.devices else make_mesh(config.mesh.sizes)
+        )
+        sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else mesh.shape
         with jax.set_mesh(mesh):
-            train(config.model_copy(update={"replicas": replicas(mesh.shape)}), arguments)
+            train(config.model_copy(update={"replicas": replicas(sizes)}), arguments)
 
 
 def train(config: MainConfig, arguments: argparse.Namespace) -> None:
@@ -81,7 +87,7 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
     with hosts.in_turn():
         data = read_data(config, problems, keep=hosts.is_first() and not arguments.dry_run)
     if arguments.dry_run:
-        dry_run(config, trained, data, tokenizers)
+        dry_run(config, trained, data, tokenizers, arguments)
         return
     for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
         with writing_to(folder):
@@ -127,6 +133,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dump_dataset", metavar="DIR", help="fill the cache, write its pictures as the VAE gives them back, and stop"
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained; nothing is written")
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry_run: on N devices, whatever is here")
+    parser.add_argument("--device_kind", metavar="KIND", help="with --dry_run: of this kind, as in 'TPU v5p' or 'H100'")
     parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
     parser.add_argument(
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
@@ -155,17 +163,38 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
 
 
-def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers: Tokenizers) -> None:
+def dry_run(
+    config: MainConfig, trained: Trained, data: TrainingData, tokenizers: Tokenizers, arguments: argparse.Namespace
+) -> None:
     """Say what the run would be and take; `trained` holds shapes.
 
-    Raises UserError if it does not fit the device's memory.
+    Raises UserError if it does not fit the devices' memory.
     """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors)
     work = estimate.works(data, *data.text_rows(tokenizers))
-    found = estimate.estimate(config, step_config(config), trained, optimizer, work, masked=data.masked)
+    kind, limit, called = devices_of(arguments)
+    sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else None
+    found = estimate.estimate(
+        config, step_config(config), trained, optimizer, work, sizes=sizes, kind=kind, masked=data.masked
+    )
+    print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, called))
     print(found)
-    estimate.check_memory(found.memory.total, jax.devices()[0])
+    estimate.check_memory(found.memory.total, limit, called)
+
+
+def devices_of(arguments: argparse.Namespace) -> tuple[Kind | None, float | None, str]:
+    """The kind of the devices that a dry run is for, what memory each has, and what they are called."""
+    if arguments.device_kind:
+        kind = named(arguments.device_kind)
+        if kind is None:
+            known = [kind.name for kind in KINDS]
+            near = did_you_mean(arguments.device_kind, known)
+            raise UserError(f"--device_kind {arguments.device_kind}: expected one of {', '.join(known)}{near}")
+        return kind, kind.memory, kind.name
+    device = jax.local_devices()[0]
+    limit = None if arguments.devices and device.platform == "cpu" else estimate.device_bytes(device)
+    return local_kind(device), limit, device.device_kind
 
 
 def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path:

@@ -8,9 +8,10 @@ Axes: b batch, l image tokens, n source and m target text tokens, d features.
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,39 +27,19 @@ from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
-from anima_jax.parallel.mesh import current_mesh
+from anima_jax.parallel import rules
+from anima_jax.parallel.devices import Kind, local_kind
+from anima_jax.parallel.mesh import current_mesh, everywhere, over_batch, replicas
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Work, flops
+from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
 from anima_jax.training.state import Trained, dit_config, prepare
-from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state
+from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, optimizer_places
 
 GIB = 2**30
 
 Device = Any  # jax.Device, which type checkers do not take for a class
-
-PEAK_FLOPS = (
-    (r"B200|GB200", 2250e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100|H200|GH200", 989e12),
-    (r"A100|A800", 312e12),
-    (r"L40S", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"RTX 5090", 209.5e12),
-    (r"RTX 4090", 165.2e12),
-    (r"RTX 3090", 71e12),
-    (r"TPU7x", 2307e12),
-    (r"TPU v6", 918e12),
-    (r"TPU v5p|TPU v5$", 459e12),
-    (r"TPU v5", 197e12),
-    (r"TPU v4", 275e12),
-    (r"TPU v3", 61.5e12),
-    (r"TPU v2", 22.5e12),
-)
-"""Dense 16-bit FLOPs a second with float32 sums, from the makers' data sheets, by `device_kind`: the first that fits.
-
-A device of JAX is one core on TPU v2 and v3, half a chip.
-"""
 
 WORKSPACE = 64 * 2**20
 """Bytes that a block of attention takes whatever the sizes: scores, weights and both their gradients, 16 MiB each."""
@@ -66,10 +47,8 @@ WORKSPACE = 64 * 2**20
 
 def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
     """FLOPs a second that these can do at most; None for an unknown kind, or for a dtype of more than 16 bits."""
-    if jnp.dtype(dtype).itemsize > 2:
-        return None
-    kind = devices[0].device_kind
-    return next((len(devices) * peak for pattern, peak in PEAK_FLOPS if re.search(pattern, kind)), None)
+    kind = local_kind(devices[0])
+    return None if kind is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * kind.flops
 
 
 def abstract_trained(config: MainConfig) -> Trained:
@@ -130,7 +109,7 @@ def _abstract_text(work: Work, size: int, config: DiTConfig, dtype: Any) -> Text
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device by what they are for, and those that wait in the host's memory.
+    """Bytes on each device by what they are for, and those that wait in its host's memory.
 
     `measured` says that the activations are those of the compiled program.
     """
@@ -141,7 +120,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
+        """Bytes on a device."""
         return sum(self.rows.values())
 
 
@@ -152,43 +131,64 @@ def memory(
     work: Work,
     dtype: Any,
     *,
+    sizes: Mapping[str, int] | None = None,
     masked: bool = False,
     moments_on_host: bool = False,
     measure: bool | None = None,
 ) -> Memory:
     """Bytes of a run whose largest step is `work`. `trained` may hold shapes; `dtype` is that of cached examples.
 
-    `measure` compiles the step for this back end, to be exact; unset, where that back end is no CPU.
+    `sizes` are those of the mesh, by default of the one that is set. `measure` compiles the step for this back end and
+    the mesh that is set, to be exact; unset, where that back end is no CPU.
     """
     mesh = current_mesh()
+    measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
+    sizes = sizes or mesh.shape
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), trained.params)
     batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked)
-    moments, on_host = num_bytes(state.opt_state), {}
+    held = functools.partial(rules.shard_bytes, params=trained.params, sizes=sizes)
+    moments, on_host = held(state.opt_state), {}
+    gradients = held({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()})
+    examples = -(-work.micro_batch // replicas(sizes))
     rows = {
-        "trained parameters": num_bytes(state.params),
-        "frozen parameters": num_bytes(trained.frozen),
-        "gradients": 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "trained parameters": held(state.params),
+        "frozen parameters": rules.shard_bytes(trained.frozen, trained.frozen, sizes),
+        "gradients": gradients,
         "optimizer": 0 if moments_on_host else moments,
-        "moving average": num_bytes(state.ema),
-        "a batch": num_bytes(batch),
+        "moving average": 0 if state.ema is None else held(state.ema),
+        "a batch": num_bytes(batch) // replicas(sizes),
     }
+    inputs = _block_inputs_bytes(trained, settings, work) // sizes["context"]
     if moments_on_host:
         on_host["optimizer"] = moments
     if settings.remat == "offload":
-        on_host["inputs of blocks"] = work.micro_batch * _block_inputs_bytes(trained, settings, work)
-    if measure is None:
-        measure = jax.default_backend() != "cpu"
+        on_host["inputs of blocks"] = examples * inputs
     if measure and (temporary := _compiled_bytes(trained, optimizer, settings, work, batch, state)) is not None:
-        return Memory(rows | {"activations": max(0, temporary - rows["gradients"])}, on_host, measured=True)
+        return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     if work.accumulation > 1:
         rows["gradients"] *= 2  # the sum so far, and a micro-batch's own
     copies = jax.eval_shape(lambda params: compute_copy(params, settings.compute_dtype), state.params)
-    rows["compute copies"] = sum(
-        num_bytes(copy) for path, copy in copies.items() if copy.dtype != state.params[path].dtype
+    rows["compute copies"] = held(
+        {path: copy for path, copy in copies.items() if copy.dtype != state.params[path].dtype}
     )
-    kept = activation_bytes(trained, settings, work, dtype, masked=masked)
-    rows["activations"] = WORKSPACE + work.micro_batch * kept
+    if sizes["fsdp"] > 1:
+        rows["gathered weights"] = _gathered_bytes(trained, settings, sizes)
+    kept = activation_bytes(trained, settings, work, dtype, masked=masked) // sizes["context"]
+    # Between blocks every device of the tensor axis has all features, inside them its part.
+    between = 0 if settings.remat == "offload" else min(kept, inputs)
+    rows["activations"] = WORKSPACE + examples * (between + (kept - between) // sizes["tensor"])
     return Memory(rows, on_host)
+
+
+def _gathered_bytes(trained: Trained, settings: StepConfig, sizes: Mapping[str, int]) -> int:
+    """Bytes of two blocks' weights, whole but for `tensor`: the one that is computed and the one that comes next."""
+    weights: Params = {**trained.frozen, **trained.params}
+    block = {
+        path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), settings.compute_dtype)
+        for path, leaf in weights.items()
+        if path.startswith("blocks.")
+    }
+    return 2 * rules.shard_bytes(block, block, {**sizes, "fsdp": 1})
 
 
 def activation_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, *, masked: bool = False) -> int:
@@ -236,11 +236,24 @@ def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, 
 
 
 def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | None:
-    """Bytes that the compiled step needs beside its arguments; None if the back end does not say."""
-    dtype = batch.text.source_bnd.dtype
+    """Bytes that the compiled step needs on a device beside its arguments; None if the back end does not say."""
+    dtype, mesh = batch.text.source_bnd.dtype, current_mesh()
     unconditional = _abstract_text(work, 1, trained.config, dtype) if settings.uncond_fraction else None
-    step = compile_step(trained.graphdef, optimizer, settings)
-    found = step.lower(state, trained.frozen, batch, unconditional, work.accumulation).compile().memory_analysis()
+
+    def placed(tree: Any, places: Any) -> Any:
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+    wide = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()}
+    places = rules.shardings(state, trained.params, mesh)
+    places = places._replace(opt_state=optimizer_places(optimizer, wide, mesh))
+    step = compile_step(trained.graphdef, optimizer, settings, shardings=places)
+    arguments = (
+        placed(state, places),
+        placed(trained.frozen, rules.shardings(trained.frozen, trained.frozen, mesh)),
+        placed(batch, jax.tree.map(lambda _: over_batch(mesh, work.batch), batch)),
+        placed(unconditional, jax.tree.map(lambda _: everywhere(mesh), unconditional)),
+    )
+    found = step.lower(*arguments, work.accumulation).compile().memory_analysis()
     if found is None:
         return None
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -262,14 +275,13 @@ def device_bytes(device: Device) -> int | None:
     return min(limits)
 
 
-def check_memory(total: int, device: Device) -> None:
-    """Raise UserError if `total` bytes are more than the device has."""
-    limit = device_bytes(device)
+def check_memory(total: int, limit: float | None, device_kind: str) -> None:
+    """Raise UserError if `total` bytes are more than the `limit` of a device (None: not known)."""
     if limit is not None and total > limit:
         raise UserError(
-            f"the run needs about {total / GIB:.1f} GiB of memory, {device.device_kind} has {limit / GIB:.1f} GiB; "
-            "activation_checkpointing = true, a smaller micro_batch_size_per_gpu, an [adapter] or "
-            "an optimizer of 8 bits need less"
+            f"the run needs about {total / GIB:.1f} GiB of memory on each device, {device_kind} has "
+            f"{limit / GIB:.1f} GiB; activation_checkpointing = true, a smaller micro_batch_size_per_gpu, an "
+            "[adapter], an optimizer of 8 bits or a larger fsdp in [mesh] need less"
         )
 
 
@@ -278,14 +290,19 @@ def check_memory(total: int, device: Device) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a run will take: memory (of its largest step), each tier's work, and the quantiles of its times."""
+    """What a run will take: memory (of its largest step), each tier's work, and the quantiles of its times.
+
+    On several devices also what each of them sends in a step of each tier, and how long that step should take.
+    """
 
     memory: Memory
     flops: Mapping[Work, Flops]
     times: Mapping[str, Sequence[float]]
+    traffic: Mapping[str, Traffic]
+    seconds: Mapping[str, Seconds]
 
     def __str__(self) -> str:
-        lines = [f"{'memory':<22} {'GiB':>10}"]
+        lines = [f"{'memory of a device':<22} {'GiB':>10}"]
         lines += [f"{name:<22} {size / GIB:>10.3f}" for name, size in self.memory.rows.items() if size]
         origin = "as compiled" if self.memory.measured else "counted from shapes"
         lines.append(f"{'total':<22} {self.memory.total / GIB:>10.3f}  ({origin})")
@@ -295,6 +312,16 @@ class Estimate:
         for work, one in self.flops.items():
             parts = [work.batch * part / 1e12 for part in one]
             lines.append(f"{work.tier:<22} " + " ".join(f"{part:>10.4g}" for part in [*parts, sum(parts)]))
+        if self.traffic:
+            heads = [f"{axis:>10}" for axis in (*Traffic._fields, "all")]
+            lines += ["", f"{'GB sent by a device':<22} {' '.join(heads)}"]
+            for tier, sent in self.traffic.items():
+                lines.append(f"{tier:<22} " + " ".join(f"{size / 1e9:>10.3f}" for size in [*sent, sent.total]))
+        for tier, each in self.seconds.items():
+            parts = ", ".join(f"{name} {value:.3g}" for name, value in each._asdict().items() if value)
+            lines.append(
+                f"{tier}: {each.least:.3g} to {each.most:.3g} s a step (seconds of {parts}; see docs/scaling.md)"
+            )
         lines += ["", "t at quantile          " + " ".join(f"{q:>5.1f}" for q in QUANTILES)]
         lines += [f"{name:<22} " + " ".join(f"{t:>5.3f}" for t in times) for name, times in self.times.items()]
         return "\n".join(lines)
@@ -307,17 +334,31 @@ def estimate(
     optimizer: optax.GradientTransformation,
     tiers: Sequence[Work],
     *,
+    sizes: Mapping[str, int] | None = None,
+    kind: Kind | None = None,
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
-    """What the run will take; `trained` may hold shapes instead of arrays."""
+    """What the run will take; `trained` may hold shapes instead of arrays.
+
+    `sizes` are those of a mesh that need not be here, by default of the one that is set; `kind` is its devices'.
+    """
     largest = max(tiers, key=lambda work: work.micro_batch * work.tokens)
     on_host = config.optimizer.type == "offload" and jax.default_backend() != "cpu"
     dtype, options = jnp.dtype(config.cached_dtype), {"masked": masked, "moments_on_host": on_host, "measure": measure}
+    counted = {
+        work: flops(trained.config, trained.params, work, settings.remat, settings.remat_every) for work in tiers
+    }
+    mesh, sent = sizes or current_mesh().shape, {}
+    if math.prod(mesh.values()) > 1:
+        weights, itemsize = (trained.config, trained.params, trained.frozen), jnp.dtype(settings.compute_dtype).itemsize
+        sent = {work: traffic(*weights, mesh, work, remat=settings.remat, itemsize=itemsize) for work in tiers}
     return Estimate(
-        memory(trained, optimizer, settings, largest, dtype, **options),
-        {work: flops(trained.config, trained.params, work, settings.remat, settings.remat_every) for work in tiers},
+        memory(trained, optimizer, settings, largest, dtype, sizes=sizes, **options),
+        counted,
         time_quantiles(settings, tiers),
+        {work.tier: each for work, each in sent.items()},
+        {work.tier: step_seconds(kind, mesh, work, counted[work], each) for work, each in sent.items() if kind},
     )
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params
+from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_first
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.optimizers import GROUPS, group_of
@@ -80,6 +81,22 @@ def parameter_table(trained: Trained, learning_rates: Mapping[str, float]) -> st
         frozen: Params = {path: value for path, value in trained.frozen.items() if group_of(path) == group}
         lines.append(row(group, learned, frozen, f"{learning_rates[group]:g}" if learned else "frozen"))
     lines.append(row("total", trained.params, trained.frozen, ""))
+    return "\n".join(lines)
+
+
+def mesh_table(sizes: Mapping[str, int], trained: Trained, learning_rates: Mapping[str, float], device: str) -> str:
+    """The mesh, and for each parameter: its shape, where it lies, and the learning rate (frozen: 0)."""
+    words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    lines = [f"mesh of {math.prod(sizes.values())} devices ({device}): {words}"]
+    if math.prod(sizes.values()) == 1:
+        return lines[0]
+    lines.append(f"{'parameter':<52} {'shape':>16} {'shared out over':>24} {'learning rate':>14}")
+    for path, leaf in sorted({**trained.frozen, **trained.params}.items()):
+        spec = rules.spec(path, leaf.shape, sizes)
+        over = ", ".join("+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec)
+        rate = learning_rates[trained.groups[path]] if path in trained.params else 0.0
+        shape = "×".join(map(str, leaf.shape))
+        lines.append(f"{path:<52} {shape:>16} {over or 'whole':>24} {rate:>14g}")
     return "\n".join(lines)
 
 

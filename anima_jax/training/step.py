@@ -104,18 +104,20 @@ def init_state(
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, everywhere(mesh))
     # Moments take the dtype of what they are made for: float32 whatever the parameters are stored in.
-    return TrainState(step, params, _init_optimizer(optimizer, as_float32(params), mesh), ema, skipped, total_skipped)
+    wide = as_float32(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=optimizer_places(optimizer, wide, mesh))(wide)
+    return TrainState(step, params, opt_state, ema, skipped, total_skipped)
 
 
-def _init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
-    """The optimizer's fresh state, each leaf made where it is to lie: in the host's memory too."""
+def optimizer_places(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
+    """Where the optimizer's state of float32 parameters (or their shapes) lies: in the host's memory too."""
     jaxpr, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
     places, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
     places = [
         place.with_memory_kind("pinned_host") if leaf.memory_space == jax.memory.Space.Host else place
         for place, leaf in zip(places, jaxpr.out_avals, strict=True)
     ]
-    return jax.jit(optimizer.init, out_shardings=jax.tree.unflatten(treedef, places))(params)
+    return jax.tree.unflatten(treedef, places)
 
 
 def as_float32(params: Params) -> Params:

@@ -1,6 +1,7 @@
 """`attention` against its definition in float64 numpy, values and gradients."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from anima_jax.models import attention as module
 from anima_jax.models.attention import attention
+from anima_jax.models.dit import REMAT_POLICIES
 
 
 def reference(q, k, v, mask, zero_keys=0):
@@ -123,7 +125,58 @@ def test_temporaries_stay_below_400_mb_at_4096_tokens(backward):
 
 def test_unknown_and_unsuitable_back_ends_are_refused():
     q, k, v = random_qkv()
-    with pytest.raises(ValueError, match="expected one of auto, xla, cudnn"):
+    with pytest.raises(ValueError, match="expected one of auto, xla, cudnn, splash"):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="no mask"):
         attention(q, k, v, key_mask_bn=jnp.ones((2, 29), bool), implementation="cudnn")
+
+
+# Splash works in blocks of 128 with other sums: 5e-6 of the largest value.
+@pytest.mark.parametrize(
+    "options",
+    [{"key_lengths_b": jnp.array([150, 33])}, {"zero_keys": 40}, {"causal": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_splash_equals_xla_in_the_interpreter_forward_and_backward(options):
+    q, k, v = random_qkv(queries=200, keys=150, size=64)
+    target = np.random.default_rng(1).normal(size=q.shape)
+
+    def loss(q, k, v, implementation):
+        return jnp.sum(attention(q, k, v, implementation=implementation, **options) * target)
+
+    out, expected = (attention(q, k, v, implementation=name, **options) for name in ("splash", "xla"))
+    np.testing.assert_allclose(out, expected, atol=5e-6 * np.abs(expected).max())
+    found, exact = (jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)(q, k, v, name) for name in ("splash", "xla"))
+    for grad, other in zip(found, exact, strict=True):
+        np.testing.assert_allclose(grad, other, atol=5e-6 * np.abs(other).max())
+
+
+def calls_of_kernels(monkeypatch, implementation, policy):
+    """How often a block's forward and backward kernels stand in the program of a gradient, lowered for their device."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *_, **__: 91000)  # there is no such device to ask
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_, **__: True)
+    platform, forward, backward = {
+        "cudnn": ("cuda", r"fmhaSoftmax\b(?!Backward)", r"fmhaSoftmaxBackward"),
+        "splash": ("tpu", r"splash_mha_fwd", r"splash_mha_dkv"),
+    }[implementation]
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+    def loss(w, lengths):
+        def block(x, _):
+            y = x * w
+            return attention(y, y, y, key_lengths_b=lengths, implementation=implementation) + x, None
+
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+        return jnp.sum(jax.lax.scan(block, w, None, length=3)[0].astype(jnp.float32))
+
+    x, lengths = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    text = jax.jit(jax.grad(loss)).trace(x, lengths).lower(lowering_platforms=(platform,)).as_text()
+    return len(re.findall(forward, text)), len(re.findall(backward, text))
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
+def test_the_forward_kernel_runs_once_a_layer_under_the_attention_policy(monkeypatch, implementation):
+    assert calls_of_kernels(monkeypatch, implementation, "full") == (2, 1)
+    assert calls_of_kernels(monkeypatch, implementation, "attention") == (1, 1)

@@ -21,6 +21,8 @@ from anima_jax.training import estimate
 from anima_jax.training.estimate import Work, abstract_batch, abstract_trained, flops, memory
 from anima_jax.training.state import Trained, prepare
 from anima_jax.training.step import StepConfig, batch_loss, init_state
+from tests.parallel.meshes import MESHES
+from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
 
 CONFIG = DiTConfig(128, 4, 2, 512, 64, 16, adapter=AdapterConfig(64, 2, 2, 128, 64, 64, 512))
@@ -159,11 +161,26 @@ def test_what_does_not_fit_is_an_error_with_the_numbers():
     device = jax.devices()[0]
     limit = estimate.device_bytes(device)
     assert limit > 2**28
-    estimate.check_memory(limit, device)
+    estimate.check_memory(limit, limit, "cpu")
+    estimate.check_memory(2**40, None, "cpu")
     with pytest.raises(
-        UserError, match=rf"needs about 1024\.0 GiB of memory, .* has {limit / 2**30:.1f} GiB; .*adapter"
+        UserError, match=r"needs about 1024\.0 GiB of memory on each device, cpu has 2\.0 GiB; .*adapter"
     ):
-        estimate.check_memory(2**40, device)
+        estimate.check_memory(2**40, 2**31, "cpu")
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=mesh_name)
+def test_a_device_of_a_mesh_holds_its_part(sizes):
+    """Of the state about what fsdp × tensor leave of it, and of activations one replica's, split by tokens at least."""
+    one = memory(full(), optax.adamw(1e-3), FLOAT32, WORK, jnp.float32, measure=False)
+    work = WORK._replace(batch=WORK.batch * sizes["data"] * sizes["fsdp"])
+    found = memory(full(), optax.adamw(1e-3), FLOAT32, work, jnp.float32, sizes=sizes, measure=False)
+    parts = sizes["fsdp"] * sizes["tensor"]
+    for row in ("trained parameters", "gradients", "optimizer"):
+        assert one.rows[row] / parts <= found.rows[row] <= 2 * one.rows[row] / parts
+    assert found.rows["a batch"] == one.rows["a batch"]
+    beyond, of_one = (each.rows["activations"] - estimate.WORKSPACE for each in (found, one))
+    assert of_one / sizes["context"] / sizes["tensor"] * 0.99 <= beyond <= of_one / sizes["context"]
 
 
 def test_peaks_are_known_by_the_kind_of_device():

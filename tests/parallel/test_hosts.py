@@ -1,0 +1,53 @@
+"""What several processes agree on, as far as one process can show it; tests/test_two_processes.py has two."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from anima_jax.errors import UserError
+from anima_jax.parallel import hosts
+from anima_jax.parallel.mesh import current_mesh
+
+
+def test_a_process_alone_joins_no_others_and_decides_for_itself():
+    hosts.join()
+    hosts.join(processes=1)
+    assert jax.process_count() == 1
+    assert hosts.is_first()
+    assert hosts.from_first("what I say") == "what I say"
+    agreed = hosts.Agreement(current_mesh())
+    assert [agreed(number) for number in (0, 2, 1)] == [0, 2, 1]
+
+
+def test_half_of_the_flags_is_a_mistake():
+    with pytest.raises(UserError, match=r"--num_processes, --process_id: missing, expected all of"):
+        hosts.join("localhost:1234")
+
+
+JOIN = """
+import jax
+from anima_jax.parallel import hosts
+hosts.join()
+print("joined", jax.process_count(), jax.distributed.is_initialized())
+"""
+
+
+def test_slurm_is_recognised():
+    """As `srun` sets the environment of a single task."""
+    task = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        environment = os.environ | task | {"JAX_COORDINATOR_PORT": str(free.getsockname()[1])}
+    found = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, env=environment, check=False)
+    assert "joined 1 True" in found.stdout, found.stderr
