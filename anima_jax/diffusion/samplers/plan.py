@@ -128,14 +128,14 @@ class Plan(NamedTuple):
     both: bool
 
 
-Sampler = Callable[[Trace], Vector]
+Formulas = Callable[[Trace], Vector]
 """A sampler's formulas: from `trace.start`, through evaluations, to the result."""
 
 
-def plan(sampler: Sampler, sigmas: np.ndarray, shift: float) -> Plan:
+def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> Plan:
     """Run the sampler's formulas along `sigmas`, which descend and hold at least two levels."""
     trace = Trace(sigmas, shift)
-    trace.keep(result := sampler(trace))
+    trace.keep(result := formulas(trace))
     evaluations = trace.evaluations
     carried = _carried(evaluations, next(iter(result.terms)))
     used = {source for evaluation in evaluations for terms in evaluation.made.values() for source in terms}
