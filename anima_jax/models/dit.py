@@ -293,7 +293,7 @@ def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
 
 
 def into_stream(layer: Callable[..., Array], x: Array, stream_dtype: DTypeLike) -> Array:
-    """`layer(x)`, in the dtype of the residual stream if that is a wider one and the layer can say more than `x` can."""
+    """`layer(x)`, in the residual stream's dtype if that is wider than `x`'s and the layer is a plain one."""
     if stream_dtype == x.dtype or not isinstance(layer, Linear):
         return layer(x)
     return layer(x, out_dtype=stream_dtype)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from anima_jax.diffusion.samplers import ode, sde
-from anima_jax.diffusion.samplers.plan import Draw, Formulas, Plan, make_plan
+from anima_jax.diffusion.samplers.plan import Formulas, Plan, make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,9 @@ def follow(
         guided, unconditional = denoise(carried[0], row)
         at_hand = [*carried, guided, *([unconditional] if both else []), *map(draw, row.noises_nq)]
         # Not a matrix product: those are not float32 everywhere.
-        sums = [sum(factor * array for factor, array in zip(factors, at_hand, strict=True)) for factors in row.factors_nkj]
+        sums = [
+            sum(factor * array for factor, array in zip(factors, at_hand, strict=True)) for factors in row.factors_nkj
+        ]
         return (sums, guided), None
 
     return jax.lax.scan(step, (list(carried), carried[0]), rows)[0]
@@ -106,7 +108,7 @@ def follow(
 
 def first_arrays(plan: Plan, x: Array) -> list[Array]:
     """What is carried into the first evaluation."""
-    return [x, *[jnp.zeros_like(x)] * (plan.factors_nkj.shape[1] - 1)]
+    return [x, *[jnp.zeros_like(x) for _ in range(plan.factors_nkj.shape[1] - 1)]]
 
 
 def sample(

@@ -191,7 +191,7 @@ def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
 
 
 def _uni_pc_factors(levels: Sequence[float], after: float, scale: Callable[[float], float]):
-    """Factors of the estimates at `levels`, newest first, in the predictor; and in the corrector, the new one's last."""
+    """Factors of the estimates at `levels`, newest first: the predictor's; the corrector's, and last the new one's."""
     order = len(levels)
     h = math.log(after / levels[0])
     ratios = np.array([math.log(level / levels[0]) / h for level in levels[1:]] + [1.0])

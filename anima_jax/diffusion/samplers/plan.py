@@ -179,4 +179,3 @@ def _spelled_out(made: dict[int, dict[int, float]], number: int) -> dict[int, fl
         for deeper, value in _spelled_out(made, source).items():
             total[deeper] = total.get(deeper, 0.0) + factor * value
     return {source: factor for source, factor in total.items() if factor}
-

@@ -270,14 +270,12 @@ def sa_solver(trace: Trace) -> Vector:
         estimates = [trace.denoise(point, sigma), *estimates[:3]]
         if after == 0:
             return estimates[0]
-
-        def adams(x: Vector, start: float, end: float, order: int) -> Vector:
-            return _stochastic_adams(x, start, end, estimates, levels[index::-1][:order], tau)
-
+        known = levels[index::-1]
         if before is not None:
-            x = trace.keep(adams(x, before, sigma, min(index + 1, 4, count - index)) + noise)
+            order = min(index + 1, 4, count - index)
+            x = trace.keep(_stochastic_adams(x, before, sigma, estimates, known[:order], tau) + noise)
         tau, before = float(last <= after <= first), sigma
-        point = adams(x, sigma, after, min(index + 1, 3, count - 1 - index))
+        point = _stochastic_adams(x, sigma, after, estimates, known[: min(index + 1, 3, count - 1 - index)], tau)
         if tau:
             h = _snr(after) - _snr(sigma)
             noise = trace.keep(after * math.sqrt(-math.expm1(-2 * tau**2 * h)) * trace.noise(sigma, after))
