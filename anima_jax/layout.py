@@ -7,6 +7,7 @@ Axes: b batch, l tokens, c the 64 values of a token; one picture's latents are (
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,16 +31,16 @@ class Layout:
         self.grid_b3 = np.array([(t, y // PATCH, x // PATCH) for t, y, x in sizes], np.int32)
         self.length = token_budget(int(self.grid_b3.prod(axis=1).max()))
 
-    def pack(self, latents: Sequence[np.ndarray]) -> np.ndarray:
+    def pack(self, latents: Sequence[Any]) -> np.ndarray:
         """Tokens (b, l, c), float32, of each picture's latents."""
         features = PATCH * PATCH * latents[0].shape[-1]
         tokens_blc = np.zeros((len(latents), self.length, features), np.float32)
         for row, picture in zip(tokens_blc, latents, strict=True):
-            patches = patchify(np.asarray(picture)[None])[0]
+            patches = patchify(picture[None])[0]
             row[: len(patches)] = patches
         return tokens_blc
 
-    def unpack(self, tokens_blc: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `pack`."""
-        pairs = zip(np.asarray(tokens_blc), self.grid_b3.tolist(), strict=True)
+    def unpack(self, tokens_blc: Any) -> list[Any]:
+        """The inverse of `pack`, on the host."""
+        pairs: Any = zip(np.asarray(tokens_blc), self.grid_b3.tolist(), strict=True)
         return [unpatchify(row[None, : math.prod(grid)], *grid)[0] for row, grid in pairs]

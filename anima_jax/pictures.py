@@ -5,12 +5,15 @@ Both are written into the text chunks of its PNG, from which it can be drawn aga
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from anima_jax.checkpoints.locations import writing_to
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
@@ -88,6 +91,30 @@ class Settings:
         NoiseKind.parse(self.noise)
 
 
+def save_picture(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with these text chunks; it appears under its name only when it is whole."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)  # the international kind: UTF-8
+    with writing_to(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        image.save(temporary, format="PNG", pnginfo=chunks)
+        temporary.replace(path)
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture, turned as its camera says. Raises UserError for what is none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a picture: {error}") from None
+
+
 def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:
     """Pictures of the first frames of (t, y, x, 3); cut off at [−1, 1] and rounded down, as ComfyUI does."""
     return [Image.fromarray(np.clip((x[0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)) for x in pixels]
@@ -104,12 +131,13 @@ def latent_mask(mask: Image.Image) -> np.ndarray:
     White is drawn anew; of a picture with transparency what is transparent, as of ComfyUI's Load Image. As in its
     SetLatentNoiseMask, a latent pixel has the bilinear value at its centre: the mean of the four pixels there.
     """
-    transparency = "A" in mask.getbands()
-    values = np.asarray(mask.getchannel("A") if transparency else mask.convert("L"), np.float32) / 255.0
-    values = 1.0 - values if transparency else values
+    if mask.has_transparency_data:
+        values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
+    else:
+        values = np.asarray(mask.convert("L"), np.float32)
     step, middle = PIXELS_PER_LATENT, PIXELS_PER_LATENT // 2
     corners = [values[y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]
-    return np.mean(corners, axis=0, dtype=np.float32)[None, ..., None]
+    return (np.stack(corners).mean(axis=0) / 255.0)[None, ..., None]
 
 
 def _nearest(size: int) -> str:
@@ -138,7 +166,7 @@ def to_text(picture: Picture, settings: Settings) -> dict[str, str]:
 
 
 def from_text(path: str, text: Mapping[str, str]) -> tuple[Picture, Settings]:
-    """The inverse of `to_text`; what a chunk does not say is the default. Raises UserError that names the file."""
+    """The inverse of `to_text`; what no chunk says is the default. Raises UserError that names the file `path`."""
     if "prompt" not in text or "seed" not in text:
         raise UserError(f"{path}: holds no settings in its text chunks, expected a PNG that anima_jax.generate wrote")
     found = []
@@ -153,13 +181,3 @@ def from_text(path: str, text: Mapping[str, str]) -> tuple[Picture, Settings]:
         found.append(kind(**values))
         found[-1].check()
     return found[0], found[1]
-
-
-def read_text(path: str) -> dict[str, str]:
-    """The text chunks of a PNG file. Raises UserError if there is none or it is no PNG."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return dict(getattr(image, "text", {}))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture: {error}") from None

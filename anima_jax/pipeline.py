@@ -18,7 +18,6 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
-from tqdm import tqdm
 
 from anima_jax import sampling
 from anima_jax.checkpoints.adapters import load_lora
@@ -39,6 +38,7 @@ from anima_jax.sampling import Batch, Context, Kept
 from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.tiles import in_tiles
+from anima_jax.watching import ProgressBar
 
 UNTILED_PIXELS = 1_500_000
 """Larger pictures pass the VAE in tiles."""
@@ -123,7 +123,7 @@ class AnimaPipeline:
         """
         pictures = arranged(prompt, width, height, seed, batch_size)
         chosen = Settings(negative_prompt, **settings)
-        return self.draw(pictures, chosen, image=image, mask=mask, watch=progress_bar() if progress else None)
+        return self.draw(pictures, chosen, image=image, mask=mask, watch=ProgressBar() if progress else None)
 
     def draw(
         self,
@@ -138,7 +138,7 @@ class AnimaPipeline:
         settings.check()
         check_sources(pictures, settings, image, mask)
         original = None if image is None else self.encode_image(to_pixels(image))
-        if settings.denoise == 0:
+        if original is not None and settings.denoise == 0:
             return to_images(self.decode([original] * len(pictures)))
         sampler = samplers.SAMPLERS[settings.sampler]
         sigmas = schedules.sigmas(
@@ -319,20 +319,6 @@ def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokeni
             raise UserError(
                 f"the tokenizer has {ids} tokens, the {what} table only {rows} rows: they do not belong together"
             )
-
-
-def progress_bar() -> Watch:
-    """A bar that counts evaluations of the network, and how many there are in a second."""
-    bars: list[tqdm] = []
-
-    def show(done: int, total: int, _) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, unit="it", dynamic_ncols=True))
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return show
 
 
 def joined(*contexts: Context) -> Context:

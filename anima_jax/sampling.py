@@ -114,7 +114,7 @@ def advance(
     grids = jnp.concatenate([batch.grid_b3, batch.grid_b3])
 
     def velocity(x_blc: Array, sigma: Array, prompts: slice) -> Array:
-        rows_bnd, lengths_b = (None if part is None else part[prompts] for part in batch.context)
+        rows_bnd, lengths_b = jax.tree.map(lambda part: part[prompts], batch.context)
         times_b = jnp.full(len(x_blc), sigma)
         return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, rows_bnd, context_lengths_b=lengths_b)
 

@@ -32,15 +32,13 @@ def in_tiles(
     rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
     high, wide = min(tile, rows), min(tile, columns)
     weight_yx1 = _ramp(high, overlap, unit_out)[:, None, None] * _ramp(wide, overlap, unit_out)[:, None]
-    total = weights = None
+    total, weights = np.zeros(()), np.zeros((rows * unit_out, columns * unit_out, 1), np.float32)
     for top in _starts(rows, high, overlap):
         for left in _starts(columns, wide, overlap):
             y, x = slice(top * unit_in, (top + high) * unit_in), slice(left * unit_in, (left + wide) * unit_in)
             result = np.asarray(run(array_btyxc[:, :, y, x]), np.float32)
-            if total is None:
-                shape = (rows * unit_out, columns * unit_out)
-                total = np.zeros((*result.shape[:2], *shape, result.shape[-1]), np.float32)
-                weights = np.zeros((*shape, 1), np.float32)
+            if not total.shape:
+                total = np.zeros((*result.shape[:2], *weights.shape[:2], result.shape[-1]), np.float32)
             y, x = slice(top * unit_out, (top + high) * unit_out), slice(left * unit_out, (left + wide) * unit_out)
             total[:, :, y, x] += weight_yx1 * result
             weights[y, x] += weight_yx1

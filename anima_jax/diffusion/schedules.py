@@ -6,6 +6,7 @@ the number of steps and the shift, and gives the levels without the closing 0.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
@@ -21,8 +22,8 @@ FULL_DENOISE = 0.9999
 """Above it, denoising counts as complete."""
 
 
-def shifted(times: np.ndarray | float, shift: float) -> np.ndarray | float:
-    """s·t / (1 + (s − 1)·t): more steps at high noise for s > 1."""
+def shifted(times: Any, shift: float) -> Any:
+    """s·t / (1 + (s − 1)·t) of a number or an array: more steps at high noise for s > 1."""
     return shift * times / (1.0 + (shift - 1.0) * times)
 
 

@@ -6,6 +6,8 @@ Axes: n evaluations of the network, k arrays carried between them, j arrays at h
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,15 +100,16 @@ def follow(
         guided, unconditional = denoise(carried[0], row)
         at_hand = [*carried, guided, *([unconditional] if both else []), *map(draw, row.noises_nq)]
         # Not a matrix product: those are not float32 everywhere.
-        sums = [
-            sum(factor * array for factor, array in zip(factors, at_hand, strict=True)) for factors in row.factors_nkj
+        carried = [
+            functools.reduce(operator.add, (factor * array for factor, array in zip(factors, at_hand, strict=True)))
+            for factors in row.factors_nkj
         ]
-        return (sums, guided), None
+        return (carried, guided), None
 
     return jax.lax.scan(step, (list(carried), carried[0]), rows)[0]
 
 
-def first_arrays(plan: Plan, x: Array) -> list[Array]:
+def first_arrays(plan: Plan, x: Any) -> list[Any]:
     """What is carried into the first evaluation."""
     return [x, *[jnp.zeros_like(x) for _ in range(plan.factors_nkj.shape[1] - 1)]]
 
@@ -118,7 +121,7 @@ def sample(
     sigmas: np.ndarray,
     *,
     shift: float = 3.0,
-    step_noise: np.ndarray | None = None,
+    step_noise: Sequence[np.ndarray] | np.ndarray = (),
 ) -> Array:
     """Follow `velocity(x, σ)` from `x` at sigmas[0] to sigmas[-1] with the sampler of this name, in float32.
 
@@ -138,6 +141,6 @@ def sample(
     return follow(denoise, first_arrays(plan, x.astype(jnp.float32)), rows, both=plan.both)[0][0]
 
 
-def start(noise: Array, sigma: Array, latents: Array | float = 0.0) -> Array:
+def start(noise: Any, sigma: Any, latents: Any = 0.0) -> Any:
     """Where sampling begins: the point at `sigma` on the line from `latents` to `noise`."""
     return sigma * noise + (1.0 - sigma) * latents

@@ -21,6 +21,12 @@ class Vector:
     def __init__(self, terms: dict[int, float]):
         self.terms = terms
 
+    @property
+    def number(self) -> int:
+        """Of a vector that is an array of its own: which."""
+        (number,) = self.terms
+        return number
+
     def __add__(self, other: "Vector") -> "Vector":
         numbers = self.terms.keys() | other.terms.keys()
         return Vector({number: self.terms.get(number, 0.0) + other.terms.get(number, 0.0) for number in numbers})
@@ -89,22 +95,21 @@ class Trace:
         """The guided estimate, and that of the negative prompt alone."""
         point = self.keep(x) if self.evaluations else x
         guided, unconditional = self._new(), self._new()
-        numbers = (next(iter(vector.terms)) for vector in (point, guided, unconditional))
-        self.evaluations.append(_Evaluation(sigma, *numbers))
+        self.evaluations.append(_Evaluation(sigma, point.number, guided.number, unconditional.number))
         return guided, unconditional
 
     def noise(self, sigma: float, next_sigma: float) -> Vector:
         """The next standard normal noise, for the path from `sigma` to `next_sigma`."""
         drawn = self._new()
         self.draws.append(Draw(sigma, next_sigma))
-        self.evaluations[-1].noises.append(next(iter(drawn.terms)))
+        self.evaluations[-1].noises.append(drawn.number)
         return drawn
 
     def keep(self, x: Vector) -> Vector:
         """`x`, from now on an array of its own: what follows needs nothing of which it is the sum."""
         terms = x.terms
         x.terms = self._new().terms
-        self.evaluations[-1].made[next(iter(x.terms))] = terms
+        self.evaluations[-1].made[x.number] = terms
         return x
 
 
@@ -137,7 +142,7 @@ def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> Plan:
     trace = Trace(sigmas, shift)
     trace.keep(result := formulas(trace))
     evaluations = trace.evaluations
-    carried = _carried(evaluations, next(iter(result.terms)))
+    carried = _carried(evaluations, result.number)
     used = {source for evaluation in evaluations for terms in evaluation.made.values() for source in terms}
     both = any(evaluation.unconditional in used for evaluation in evaluations)
     fresh = max(len(evaluation.noises) for evaluation in evaluations)
