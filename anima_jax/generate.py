@@ -110,9 +110,11 @@ def sampling_settings(arguments: argparse.Namespace, config: MainConfig | None, 
 
 
 def text_of(path: str) -> dict[str, str]:
-    """The text chunks of a PNG."""
+    """The text chunks of a picture's PNG. Raises UserError if they do not say how it was made."""
     info = read_picture(path).info
-    return {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
+    text = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
+    from_text(path, text)
+    return text
 
 
 def described(
@@ -212,8 +214,9 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
 def files_text(files: Mapping, arguments: argparse.Namespace, like: Mapping[str, str]) -> dict[str, str]:
     """Text chunks that say which files a picture was made from, as they were given."""
     sources = {name: getattr(arguments, name) or like.get(name) for name in ("image", "mask")}
-    named = {name: str(value) for name, value in {**files, **sources}.items() if value and name != "loras"}
-    return named | {"lora": "\n".join(f"{path}:{weight}" for path, weight in files["loras"])}
+    loras = "\n".join(f"{path}:{weight}" for path, weight in files["loras"])
+    named = {**files, **sources, "lora": loras}
+    return {name: str(value) for name, value in named.items() if value and name != "loras"}
 
 
 @contextlib.contextmanager

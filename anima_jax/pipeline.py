@@ -135,11 +135,23 @@ class AnimaPipeline:
         watch: Watch | None = None,
     ) -> list[Image.Image]:
         """These pictures, in one batch. Raises UserError for what cannot be drawn."""
+        return to_images(self.decode(self.draw_latents(pictures, settings, image=image, mask=mask, watch=watch)))
+
+    def draw_latents(
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        *,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        watch: Watch | None = None,
+    ) -> list[np.ndarray]:
+        """The pictures' normalised latents, each (t, y, x, c)."""
         settings.check()
         check_sources(pictures, settings, image, mask)
         original = None if image is None else self.encode_image(to_pixels(image))
         if original is not None and settings.denoise == 0:
-            return to_images(self.decode([original] * len(pictures)))
+            return [original] * len(pictures)
         sampler = samplers.SAMPLERS[settings.sampler]
         sigmas = schedules.sigmas(
             settings.schedule,
@@ -148,7 +160,7 @@ class AnimaPipeline:
             denoise=settings.denoise,
             without_penultimate=sampler.without_penultimate,
         )
-        latents = self.sample(
+        return self.sample(
             self.encode([picture.prompt for picture in pictures]),
             self.encode([settings.negative_prompt] * len(pictures)),
             BatchNoise(pictures, settings.noise, sampler, sigmas),
@@ -158,7 +170,6 @@ class AnimaPipeline:
             mask=None if mask is None else latent_mask(mask),
             watch=watch,
         )
-        return to_images(self.decode(latents))
 
     def encode(self, prompts: Sequence[str]) -> Context:
         """Context rows of prompts with ComfyUI's weights: Qwen3's states through the transformer's adapter.
@@ -179,7 +190,7 @@ class AnimaPipeline:
         # float16 cannot hold the largest of Qwen3's activations.
         dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
         states_bnd = text_states(text_params, source_bn, source_mask_bn, graphdef=self._text_graphdef, dtype=dtype)
-        rows_bmd = _adapt(
+        rows_bmd = context_rows(
             self.dit_params,
             states_bnd,
             source_mask_bn,
@@ -233,11 +244,11 @@ class AnimaPipeline:
 
     def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
         """Normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; of large pictures in blended tiles."""
-        return np.asarray(_whole_or_tiled(self._vae(_encode), pixels_tyxc[None], PIXELS_PER_LATENT, 1)[0])
+        return np.asarray(_whole_or_tiled(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1)[0])
 
     def decode(self, latents: Iterable[np.ndarray]) -> list[np.ndarray]:
         """Pixels (t, y, x, 3) in about [−1, 1], float32, one picture at a time; large ones in blended tiles."""
-        run = self._vae(_decode)
+        run = self._vae(decode_latents)
         return [np.asarray(_whole_or_tiled(run, np.asarray(x)[None], 1, PIXELS_PER_LATENT)[0]) for x in latents]
 
     def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
@@ -333,7 +344,7 @@ def joined(*contexts: Context) -> Context:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _adapt(
+def context_rows(
     params: Params,
     states_bnd: Array,
     source_mask_bn: Array,
@@ -348,10 +359,10 @@ def _adapt(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _encode(params: Params, pixels_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
+def encode_pixels(params: Params, pixels_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
     return merge(graphdef, params).encode(pixels_btyxc.astype(dtype)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _decode(params: Params, latents_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
+def decode_latents(params: Params, latents_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
     return merge(graphdef, params).decode(latents_btyxc.astype(dtype)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""torch's noise streams: as recorded from torch (golden), torch itself, published vectors of Philox, and XLA's Philox."""
+"""torch's noise streams: as recorded from torch (golden), torch itself, Philox's published answers and XLA's."""
 
 import math
 
@@ -60,7 +60,20 @@ def test_philox_is_xlas():
 
 def test_the_cuda_stream_begins_as_torchs_does():
     # What `torch.manual_seed(0); torch.randn(12, device="cuda")` prints on any GPU.
-    expected = [-0.9247, -0.4253, -2.6438, 0.1452, -0.1209, -0.5797, -0.6229, -0.3284, -1.0745, -0.3631, -1.6711, 2.2655]
+    expected = [
+        -0.9247,
+        -0.4253,
+        -2.6438,
+        0.1452,
+        -0.1209,
+        -0.5797,
+        -0.6229,
+        -0.3284,
+        -1.0745,
+        -0.3631,
+        -1.6711,
+        2.2655,
+    ]
     for device in CUDA_DEVICES.values():
         np.testing.assert_allclose(CUDAStream(0, device).randn((3, 4)).ravel(), expected, atol=6e-5)
 
