@@ -4,6 +4,7 @@ Both are written into the text chunks of its PNG, from which it can be drawn aga
 """
 
 import dataclasses
+import io
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
@@ -93,14 +94,14 @@ class Settings:
 
 def save_picture(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with these text chunks; it appears under its name only when it is whole."""
-    chunks = PngInfo()
+    chunks, data = PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)  # the international kind: UTF-8
+    image.save(data, format="PNG", pnginfo=chunks)
     with writing_to(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        image.save(temporary, format="PNG", pnginfo=chunks)
-        temporary.replace(path)
+    with replacing(path) as file:
+        file.write(data.getbuffer())
 
 
 def read_picture(path: str) -> Image.Image:

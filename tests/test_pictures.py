@@ -22,9 +22,9 @@ def test_a_png_carries_its_text_and_gives_it_back(tmp_path):
     assert Image.open(path).text["vae"] == "x.safetensors"
     assert Image.open(path).getpixel((3, 3)) == (255, 0, 0)
     assert [file.name for file in path.parent.iterdir()] == ["b.png"]
-    for kind, given in ((Picture("", batch_index=-1), PICTURE), (Settings(), SETTINGS)):
+    for kind, changed in ((Picture(""), PICTURE), (Settings(), SETTINGS)):
         defaults = dataclasses.asdict(kind)
-        assert all(value != defaults[name] for name, value in dataclasses.asdict(given).items())
+        assert all(value != defaults[name] for name, value in dataclasses.asdict(changed).items())
 
 
 @given(st.floats(0.001, 1.0), st.text(), st.integers(0, 2**64 - 1))
