@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = sampling_settings(arguments, config, like)
     image, mask = sources(arguments, like)
     pictures = described(arguments, config, like, image)
-    settings.check()
     check_sources(pictures, settings, image, mask)
     paths = output_paths(pathlib.Path(arguments.output), len(pictures))
     files = networks(arguments, config, like)

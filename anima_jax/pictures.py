@@ -126,19 +126,26 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), np.float32)[None] / 127.5 - 1.0
 
 
-def latent_mask(mask: Image.Image) -> np.ndarray:
-    """A mask over latents, (1, y, x, 1) in [0, 1]: where a new picture is drawn, and how much.
+def mask_values(mask: Image.Image) -> np.ndarray:
+    """Where a new picture is drawn, and how much, (1, y, x, 1) in [0, 1], float32.
 
-    White is drawn anew; of a picture with transparency what is transparent, as of ComfyUI's Load Image. As in its
-    SetLatentNoiseMask, a latent pixel has the bilinear value at its centre: the mean of the four pixels there.
+    White is drawn anew; of a picture with transparency what is transparent, as of ComfyUI's Load Image.
     """
     if mask.has_transparency_data:
         values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
     else:
         values = np.asarray(mask.convert("L"), np.float32)
+    return values[None, ..., None] / np.float32(255.0)
+
+
+def latent_mask(values_1yx1: np.ndarray) -> np.ndarray:
+    """`mask_values` over latents: the bilinear value at the centre of each, as in ComfyUI's SetLatentNoiseMask.
+
+    It is the mean of the four pixels there.
+    """
     step, middle = PIXELS_PER_LATENT, PIXELS_PER_LATENT // 2
-    corners = [values[y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]
-    return (np.stack(corners).mean(axis=0) / 255.0)[None, ..., None]
+    corners = [values_1yx1[:, y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]
+    return np.stack(corners).mean(axis=0)
 
 
 def _nearest(size: int) -> str:

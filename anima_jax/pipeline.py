@@ -33,7 +33,7 @@ from anima_jax.models.parameters import Params, compute_copy, merge, split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.noise import BatchNoise
-from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, to_images, to_pixels
+from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.sampling import Batch, Context, Kept
 from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
@@ -134,22 +134,35 @@ class AnimaPipeline:
         mask: Image.Image | None = None,
         watch: Watch | None = None,
     ) -> list[Image.Image]:
-        """These pictures, in one batch. Raises UserError for what cannot be drawn."""
-        return to_images(self.decode(self.draw_latents(pictures, settings, image=image, mask=mask, watch=watch)))
+        """These pictures, in one batch. Raises UserError for what cannot be drawn.
+
+        With a mask, pixels where it is black are the VAE's reconstruction of the image, whatever is beside them.
+        """
+        check_sources(pictures, settings, image, mask)
+        original = None if image is None else self.encode_image(to_pixels(image))
+        area = None if mask is None else mask_values(mask)
+        latents = self.draw_latents(
+            pictures, settings, original=original, mask=None if area is None else latent_mask(area), watch=watch
+        )
+        pixels = self.decode(latents)
+        if area is not None and original is not None:
+            (kept,) = self.decode([original])
+            pixels = [area * drawn + (1.0 - area) * kept for drawn in pixels]
+        return to_images(pixels)
 
     def draw_latents(
         self,
         pictures: Sequence[Picture],
         settings: Settings,
         *,
-        image: Image.Image | None = None,
-        mask: Image.Image | None = None,
+        original: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
         watch: Watch | None = None,
     ) -> list[np.ndarray]:
-        """The pictures' normalised latents, each (t, y, x, c)."""
-        settings.check()
-        check_sources(pictures, settings, image, mask)
-        original = None if image is None else self.encode_image(to_pixels(image))
+        """The pictures' normalised latents, each (t, y, x, c), from noise or from `original` latents.
+
+        They stay `original` where `mask` (1, y, x, 1) is 0.
+        """
         if original is not None and settings.denoise == 0:
             return [original] * len(pictures)
         sampler = samplers.SAMPLERS[settings.sampler]
@@ -167,7 +180,7 @@ class AnimaPipeline:
             sigmas,
             settings,
             original=original,
-            mask=None if mask is None else latent_mask(mask),
+            mask=mask,
             watch=watch,
         )
 
@@ -293,7 +306,8 @@ def arranged(
 def check_sources(
     pictures: Sequence[Picture], settings: Settings, image: Image.Image | None, mask: Image.Image | None
 ) -> None:
-    """Raise UserError for pictures that cannot be, or that cannot come from `image` and `mask`."""
+    """Raise UserError for pictures and settings that cannot be, or that do not go with `image` and `mask`."""
+    settings.check()
     for picture in pictures:
         picture.check()
     if image is None:

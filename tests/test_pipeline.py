@@ -17,7 +17,7 @@ from anima_jax.encode import padded
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.noise import BatchNoise
-from anima_jax.pictures import Picture, Settings, latent_mask, to_images, to_pixels
+from anima_jax.pictures import Picture, Settings, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.pipeline import arranged, context_rows
 from anima_jax.sampling import Context
 from anima_jax.text.prompts import spans
@@ -278,7 +278,7 @@ def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
     apart = []
     for amount in (0.2, 0.6, 1.0):
         settings = Settings(steps=5, denoise=amount)
-        (found,) = pipeline.draw_latents([Picture("x", 32, 48)], settings, image=image, watch=unwatched)
+        (found,) = pipeline.draw_latents([Picture("x", 32, 48)], settings, original=start, watch=unwatched)
         apart.append(np.abs(found - start).mean())
     assert 0 < apart[0] < apart[1] < apart[2]
 
@@ -287,14 +287,23 @@ def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
 def test_inpainting_keeps_the_latents_where_the_mask_is_black(pipeline, sampler):
     image, mask = picture(), Image.new("L", (32, 48))
     mask.paste(255, (16, 0, 32, 48))
-    original = pipeline.encode_image(to_pixels(image))
     pictures, settings = [Picture("x", 32, 48, 1)], Settings(sampler=sampler, steps=5)
-    (found,) = pipeline.draw_latents(pictures, settings, image=image, mask=mask, watch=unwatched)
-    np.testing.assert_array_equal(found[:, :, :2], original[:, :, :2])
-    assert np.abs(found[:, :, 2:] - original[:, :, 2:]).min(axis=-1).max() > 1e-3
+    latents, area = pipeline.encode_image(to_pixels(image)), latent_mask(mask_values(mask))
+    (found,) = pipeline.draw_latents(pictures, settings, original=latents, mask=area, watch=unwatched)
+    np.testing.assert_array_equal(found[:, :, :2], latents[:, :, :2])
+    assert np.abs(found[:, :, 2:] - latents[:, :, 2:]).min(axis=-1).max() > 1e-3
     # What is drawn anew fits what is kept: it is not what would be drawn alone.
     (alone,) = latents_of(pipeline, ("x", 32, 48, 1), sampler=sampler)
     assert relative_error(found[:, :, 2:], alone[:, :, 2:]) > 1e-2
+
+
+def test_inpainting_keeps_the_pixels_where_the_mask_is_black(pipeline):
+    image, mask = picture(), Image.new("L", (32, 48))
+    mask.paste(255, (13, 0, 32, 48))
+    kept = np.asarray(pipeline("x", **SETTINGS, image=image, denoise=0.0)[0])
+    found = np.asarray(pipeline("x", **SETTINGS, image=image, mask=mask)[0])
+    np.testing.assert_array_equal(found[:, :13], kept[:, :13])
+    assert np.all(np.any(found[:, 13:] != kept[:, 13:], axis=(0, 2)))
 
 
 def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
@@ -307,11 +316,11 @@ def test_a_mask_is_white_or_transparent_where_the_picture_is_new_and_scaled_as_t
     torch = pytest.importorskip("torch")
     values = np.random.default_rng(0).integers(0, 256, (48, 32), np.uint8)
     expected = torch.nn.functional.interpolate(torch.from_numpy(values / 255.0)[None, None], (6, 4), mode="bilinear")
-    found = latent_mask(Image.fromarray(values))
+    found = latent_mask(mask_values(Image.fromarray(values)))
     np.testing.assert_allclose(found[0, :, :, 0], expected[0, 0], atol=1e-6)
     transparent = Image.new("RGBA", (32, 48), "red")
     transparent.putalpha(Image.fromarray(255 - values))
-    np.testing.assert_allclose(latent_mask(transparent), found, atol=1e-6)
+    np.testing.assert_allclose(latent_mask(mask_values(transparent)), found, atol=1e-6)
 
 
 def test_large_pictures_pass_the_vae_in_tiles(pipeline, monkeypatch):
