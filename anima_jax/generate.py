@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(pictures, settings, image, mask)
     paths = output_paths(pathlib.Path(arguments.output), len(pictures))
     files = networks(arguments, config, like)
-    use_compilation_cache(None)
+    use_compilation_cache(config.compilation_cache_dir if config else None)
     pipeline = AnimaPipeline.load(**files, offload=arguments.offload)
     text = files_text(files, arguments, like)
     for first in range(0, len(pictures), arguments.at_once):

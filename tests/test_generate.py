@@ -18,11 +18,6 @@ def networks(tmp_path_factory):
     return [word for name, file in files.items() for word in (f"--{name}", str(file))] + ["--dtype", "float32"]
 
 
-@pytest.fixture(autouse=True)
-def without_the_users_cache(monkeypatch):
-    monkeypatch.setattr(generate, "use_compilation_cache", lambda folder: None)
-
-
 SMALL = ["--width", "32", "--height", "48", "--steps", "4"]
 
 
