@@ -127,8 +127,10 @@ def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipel
     assert before.shape == (48, 32, 3)
     model = load_dit(transformer)
     save_dit(tmp_path / "again.safetensors", parameters.split(model)[1])
-    again = load(tmp_path / "again.safetensors", offload=True)("a red circle", **SETTINGS)[0]
-    np.testing.assert_array_equal(np.asarray(again), before)
+    offloaded = load(tmp_path / "again.safetensors", offload=True)
+    np.testing.assert_array_equal(np.asarray(offloaded("a red circle", **SETTINGS)[0]), before)
+    resting = [*offloaded._vae_params.values(), *offloaded._text_params.values()]
+    assert all(isinstance(array, np.ndarray) for array in resting)
     direct = AnimaPipeline(
         model,
         load_vae(ASSETS / "tiny_vae.safetensors", jnp.float32),
