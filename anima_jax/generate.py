@@ -21,6 +21,8 @@ from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
 from anima_jax.watching import Previews, ProgressBar
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = sampling_settings(arguments, config, like)
     image, mask = sources(arguments, like)
     pictures = described(arguments, config, like, image)
+    image, mask = (fitted(part, pictures[0]) for part in (image, mask))
     check_sources(pictures, settings, image, mask)
     paths = output_paths(pathlib.Path(arguments.output), len(pictures))
     files = networks(arguments, config, like)
@@ -64,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
     add("--lora", metavar="FILE[:WEIGHT]", help="a LoRA in the trainer's format")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the configuration's, or bfloat16")
+    add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
     add("--offload", action="store_true", help="keep text encoder and VAE in host memory while they do not work")
 
     add("--width", type=int, nargs="+", metavar="PIXELS", help="several, with as many heights: pictures of each size")
@@ -113,6 +116,8 @@ def text_of(path: str) -> dict[str, str]:
     info = read_picture(path).info
     text = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
     from_text(path, text)
+    if text.get("dtype", DTYPES[0]) not in DTYPES:
+        raise UserError(f"{path}: dtype '{text['dtype']}' in its text chunks, expected one of {', '.join(DTYPES)}")
     return text
 
 
@@ -158,17 +163,18 @@ def read_prompts(path: str) -> list[str]:
 
 
 def sources(arguments: argparse.Namespace, like: Mapping[str, str]) -> tuple[Image.Image | None, Image.Image | None]:
-    """The image to start from and the mask, cut and scaled to the one size that flags ask for, if they do."""
-    found = []
-    for name in ("image", "mask"):
-        path = getattr(arguments, name) or like.get(name)
-        found.append(read_picture(path) if path else None)
-    image, mask = found
+    """The image to start from and the mask, as they are. Raises UserError unless they are of one size."""
+    paths = [getattr(arguments, name) or like.get(name) for name in ("image", "mask")]
+    image, mask = (read_picture(path) if path else None for path in paths)
     check_sources([], Settings(), image, mask)
-    if image and arguments.width and arguments.height:
-        size = (arguments.width[0], arguments.height[0])
-        found = [part and ImageOps.fit(part, size, Image.Resampling.LANCZOS) for part in found]
-    return found[0], found[1]
+    return image, mask
+
+
+def fitted(part: Image.Image | None, picture: Picture) -> Image.Image | None:
+    """An image or a mask, cut and scaled to the size of `picture`."""
+    picture.check()
+    size = picture.width, picture.height
+    return part if part is None or part.size == size else ImageOps.fit(part, size, Image.Resampling.LANCZOS)
 
 
 def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
@@ -206,7 +212,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
         "tokenizers": arguments.tokenizers or (model and model.tokenizer_path) or like.get("tokenizers"),
         "adapter": adapter,
         "loras": loras,
-        "dtype": jnp.dtype(arguments.dtype or (config.compute_dtype if config else like.get("dtype", "bfloat16"))),
+        "dtype": jnp.dtype(arguments.dtype or (config.compute_dtype if config else like.get("dtype", DTYPES[0]))),
     }
 
 

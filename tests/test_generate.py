@@ -91,6 +91,8 @@ def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networ
     np.testing.assert_array_equal(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "kept.png"))
     run(*networks, *flags, "--width", 48, "--height", 32, "--denoise", 0, "-o", tmp_path / "turned.png")
     assert Image.open(tmp_path / "turned.png").size == (48, 32)
+    run("--like", tmp_path / "turned.png", "-o", tmp_path / "again.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "turned.png"))
 
 
 @pytest.mark.parametrize(
