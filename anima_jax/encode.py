@@ -6,16 +6,17 @@ c the 64 values of a token.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import merge, split
+from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel.mesh import everywhere, local_mesh, over_batch, put_batch
@@ -62,13 +63,15 @@ def clip_encoder(
 
 
 def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-    """A jitted (ids_bn, mask_bn) → Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0.
-
-    It runs where the parameters of `qwen` lie, on the mesh that is set.
-    """
+    """`text_states` of this encoder: (ids_bn, mask_bn) → (b, n, d), where its parameters lie."""
     graphdef, params = split(qwen)
-    run = jax.jit(lambda params, ids_bn, mask_bn: merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype))
-    return lambda ids_bn, mask_bn: run(params, ids_bn, mask_bn)
+    return lambda ids_bn, mask_bn: text_states(params, ids_bn, mask_bn, graphdef=graphdef, dtype=jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def text_states(params: Params, ids_bn, mask_bn, *, graphdef: nnx.GraphDef, dtype: Any) -> jax.Array:
+    """Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0."""
+    return merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype)
 
 
 class EncodedText(NamedTuple):

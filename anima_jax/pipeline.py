@@ -1,12 +1,16 @@
 """From prompts to pictures: encode, sample, decode.
 
 The same pipeline serves `python -m anima_jax.generate`, Python users and the samples that a training run draws.
-Axes: b batch, l image tokens, n text tokens, d features, c the 64 values of a token.
+Axes: b batch, t frames, y rows, x columns, c channels; n source (Qwen3) tokens, m target (T5) tokens, d features.
+Latents of one picture are (t, y, x, c): pictures of a batch may differ in size.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +20,42 @@ from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
 
+from anima_jax import sampling
 from anima_jax.checkpoints.adapters import load_lora
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
-from anima_jax.diffusion import samplers, schedules
-from anima_jax.diffusion.torch_random import randn
-from anima_jax.encode import encode_tokens, padded, rounded_up
-from anima_jax.errors import UserError, did_you_mean
-from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, PATCH, AnimaDiT, DiTConfig, patchify, unpatchify
+from anima_jax.diffusion import guidance, samplers, schedules
+from anima_jax.diffusion.samplers.plan import make_plan
+from anima_jax.encode import padded, rounded_up, text_states
+from anima_jax.errors import UserError
+from anima_jax.layout import Layout
+from anima_jax.models.constraints import constrain
+from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params, compute_copy, merge, split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
+from anima_jax.noise import BatchNoise
+from anima_jax.parallel import rules
+from anima_jax.parallel.mesh import current_mesh, put_batch, put_whole, replicas
+from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, mask_values, to_images, to_pixels
+from anima_jax.sampling import Batch, Context, Kept
+from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
+from anima_jax.tiles import in_tiles
+from anima_jax.watching import ProgressBar
 
-PIXELS_PER_LATENT = 8
-SIZE_STEP = PIXELS_PER_LATENT * PATCH
+UNTILED_PIXELS = 1_500_000
+"""Larger pictures pass the VAE in tiles."""
 
-
-class Context(NamedTuple):
-    """Prompts as the transformer takes them. `lengths_b` is None unless one is longer than 512 tokens."""
-
-    rows_bnd: Array
-    lengths_b: Array | None
+Watch = Callable[[int, int, Callable[[], list[np.ndarray]]], None]
+"""Told how many evaluations are done, of how many, and what gives each picture's clean latents as last estimated."""
 
 
 class AnimaPipeline:
     """A transformer, a VAE, a text encoder and tokenizers. Calling it draws pictures.
 
-    `dit_params` may be replaced by others of the same structure, as training does with its averaged parameters.
+    `dit_params` may be replaced by others of the same structure, as training does with its averaged parameters. With
+    `offload` the text encoder and the VAE stay in host memory, and are on the device only while they work.
     """
 
     def __init__(
@@ -54,14 +66,17 @@ class AnimaPipeline:
         tokenizers: Tokenizers,
         *,
         dtype: DTypeLike = jnp.bfloat16,
+        offload: bool = False,
     ):
         check_networks(dit.config, text_encoder.config, tokenizers)
-        self.dtype = dtype
+        self.dtype = jnp.dtype(dtype)
         self.tokenizers = tokenizers
         self.dit_graphdef, params = split(dit)
         self.dit_params = compute_copy(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
-        self._encode_tokens = encode_tokens(text_encoder, dtype)
+        self._text_graphdef, self._text_params = split(text_encoder)
+        if offload:
+            self._vae_params, self._text_params = jax.device_get((self._vae_params, self._text_params))
 
     @classmethod
     def load(
@@ -74,6 +89,7 @@ class AnimaPipeline:
         adapter: PathLike | None = None,
         loras: Sequence[tuple[PathLike, float]] = (),
         dtype: DTypeLike = jnp.bfloat16,
+        offload: bool = False,
     ) -> "AnimaPipeline":
         """Load everything from files; `tokenizers` is a folder with `qwen/` and `t5/`, or None for the hub's.
 
@@ -84,90 +100,253 @@ class AnimaPipeline:
             raise UserError(f"{len(loras)} LoRAs at once, but this version takes one; merge them first")
         for path, weight in loras:
             load_lora(path, dit, weight)
-        return cls(
-            dit, load_vae(vae, dtype), load_text_encoder(text_encoder, dtype), load_tokenizers(tokenizers), dtype=dtype
-        )
+        networks = load_vae(vae, dtype), load_text_encoder(text_encoder, dtype)
+        return cls(dit, *networks, load_tokenizers(tokenizers), dtype=dtype, offload=offload)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str = "",
         *,
-        width: int = 1024,
-        height: int = 1024,
-        steps: int = 30,
-        guidance_scale: float = 4.0,
-        sampler: str = "euler",
-        schedule: str = "simple",
-        shift: float = 3.0,
-        seed: int = 0,
+        width: int | Sequence[int] = 1024,
+        height: int | Sequence[int] = 1024,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 1,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        progress: bool = False,
+        **settings: Any,
     ) -> list[Image.Image]:
-        """`batch_size` pictures of one prompt, or one picture of each of several.
+        """One picture of each prompt, size and seed given, in one batch, or `batch_size` pictures of one of each.
 
-        Sizes are in pixels, multiples of 16. The noise of the whole batch is torch's for `seed`. With `guidance_scale`
-        1 the negative prompt is not evaluated. Raises UserError for a value out of range or an unknown name.
+        Sizes are in pixels, multiples of 16. One seed is the whole batch's, as in ComfyUI: it gives each picture other
+        noise. Of several seeds each gives its picture the noise that it has alone. `image` is what pictures start from
+        (with `denoise` below 1) and what stays where `mask` is black. `settings` are the fields of `Settings`: steps,
+        guidance_scale, sampler, schedule, shift, denoise, noise and others. `progress` shows a bar.
+        Raises UserError for a value out of range or an unknown name.
         """
-        check_settings(width, height, steps, sampler, schedule)
-        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
-        sigmas = schedules.SCHEDULES[schedule](steps, shift)
-        latents = self.sample(
-            self.encode(prompts),
-            None if guidance_scale == 1.0 else self.encode([negative_prompt] * len(prompts)),
-            initial_noise(seed, len(prompts), width, height),
-            sigmas,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
+        pictures = arranged(prompt, width, height, seed, batch_size)
+        chosen = Settings(negative_prompt, **settings)
+        return self.draw(pictures, chosen, image=image, mask=mask, watch=ProgressBar() if progress else None)
+
+    def draw(
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        *,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        watch: Watch | None = None,
+    ) -> list[Image.Image]:
+        """These pictures, in one batch. Raises UserError for what cannot be drawn.
+
+        With a mask, pixels where it is black are the VAE's reconstruction of the image, whatever is beside them.
+        """
+        check_sources(pictures, settings, image, mask)
+        original = None if image is None else self.encode_image(to_pixels(image))
+        area = None if mask is None else mask_values(mask)
+        latents = self.draw_latents(
+            pictures, settings, original=original, mask=None if area is None else latent_mask(area), watch=watch
         )
-        return to_images(self.decode(latents))
+        pixels = self.decode(latents)
+        if area is not None and original is not None:
+            (kept,) = self.decode([original])
+            pixels = [area * drawn + (1.0 - area) * kept for drawn in pixels]
+        return to_images(pixels)
+
+    def draw_latents(
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        *,
+        original: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        watch: Watch | None = None,
+    ) -> list[np.ndarray]:
+        """The pictures' normalised latents, each (t, y, x, c), from noise or from `original` latents.
+
+        They stay `original` where `mask` (1, y, x, 1) is 0.
+        """
+        if original is not None and settings.denoise == 0:
+            return [original] * len(pictures)
+        sampler = samplers.SAMPLERS[settings.sampler]
+        sigmas = schedules.sigmas(
+            settings.schedule,
+            settings.steps,
+            settings.shift,
+            denoise=settings.denoise,
+            without_penultimate=sampler.without_penultimate,
+        )
+        return self.sample(
+            self.encode([picture.prompt for picture in pictures]),
+            self.encode([settings.negative_prompt] * len(pictures)),
+            BatchNoise(pictures, settings.noise, sampler, sigmas),
+            sigmas,
+            settings,
+            original=original,
+            mask=mask,
+            watch=watch,
+        )
 
     def encode(self, prompts: Sequence[str]) -> Context:
-        """Context rows of prompts: Qwen3's states through the transformer's adapter.
+        """Context rows of prompts with ComfyUI's weights: Qwen3's states through the transformer's adapter.
 
-        Token lists are padded and masked, which leaves real rows what they would be alone; a few lengths serve all.
+        Token lists are padded to a multiple of 512 and masked, which leaves real rows what they would be alone.
         """
-        ids = [self.tokenizers.prompt_ids(prompt) for prompt in prompts]
-        (source_bn, source_mask_bn), (target_bm, target_mask_bm) = (
-            padded(rows, rounded_up(max(map(len, rows)))) for rows in zip(*ids, strict=True)
+        params = _on_devices(self._text_params)
+        found = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
+        return joined(*(found[prompt] for prompt in prompts))
+
+    def _encode_prompt(self, text_params: Params, prompt: str) -> Context:
+        source_n, target_m, weights_m = self.tokenizers.prompt_ids(spans(prompt))
+        if not np.isfinite(weights_m).all():
+            raise UserError(f"prompt '{prompt}': a weight is not a finite number")
+        source_bn, source_mask_bn = padded([source_n], rounded_up(len(source_n), CONTEXT_ROWS))
+        target_bm, target_mask_bm = padded([target_m], rounded_up(len(target_m), CONTEXT_ROWS))
+        weights_bm, _ = padded([weights_m], target_bm.shape[1])
+        inputs = (source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm)
+        source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm = put_whole(inputs)
+        # float16 cannot hold the largest of Qwen3's activations.
+        dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
+        states_bnd = text_states(text_params, source_bn, source_mask_bn, graphdef=self._text_graphdef, dtype=dtype)
+        rows_bmd = context_rows(
+            self.dit_params,
+            states_bnd,
+            source_mask_bn,
+            target_bm,
+            target_mask_bm,
+            weights_bm,
+            graphdef=self.dit_graphdef,
         )
-        states_bnd = self._encode_tokens(source_bn, source_mask_bn)
-        rows_bmd = _adapt(self.dit_params, states_bnd, target_bm, source_mask_bn, target_mask_bm, self.dit_graphdef)
-        longer = rows_bmd.shape[1] > CONTEXT_ROWS
-        return Context(rows_bmd, jnp.maximum(target_mask_bm.sum(1), CONTEXT_ROWS) if longer else None)
+        length = max(len(target_m), CONTEXT_ROWS)
+        return Context(rows_bmd, np.array([length], np.int32) if rows_bmd.shape[1] > CONTEXT_ROWS else None)
 
     def sample(
         self,
         positive: Context,
-        negative: Context | None,
-        noise_btyxc: np.ndarray,
+        negative: Context,
+        noise: BatchNoise,
         sigmas: np.ndarray,
+        settings: Settings,
         *,
-        guidance_scale: float = 4.0,
-        sampler: str = "euler",
-    ) -> Array:
-        """Normalised latents (b, t, y, x, 16), float32, from `noise_btyxc` along `sigmas`.
+        original: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        watch: Watch | None = None,
+    ) -> list[np.ndarray]:
+        """Each picture's normalised latents (t, y, x, c), float32, along `sigmas`.
 
-        Without `negative` there is no guidance.
+        They begin at `noise`, or at the first level between it and `original`, and stay `original` where `mask`
+        (1, y, x, 1) is 0.
         """
-        context = positive if negative is None else _joined(negative, positive)
-        _, frames, rows, columns, _ = noise_btyxc.shape
-        return _sample(
+        sampler = samplers.SAMPLERS[settings.sampler]
+        plan = make_plan(sampler.formulas, sigmas, settings.shift)
+        layout = Layout([array.shape[:3] for array in noise.start])
+        latents = [np.zeros_like(array) if original is None else original for array in noise.start]
+        kept = None
+        if mask is not None:
+            masks = [np.broadcast_to(mask, array.shape) for array in latents]
+            kept = Kept(*map(layout.pack, (masks, latents, noise.outside_mask)))
+        start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, latents, strict=True)]
+        tokens_blc = sampling.sample(
             self.dit_params,
-            jnp.asarray(noise_btyxc, jnp.float32),
-            jnp.asarray(sigmas, jnp.float32),
-            context,
-            jnp.float32(guidance_scale),
-            graphdef=self.dit_graphdef,
-            sampler=sampler,
-            grid=(frames, rows // PATCH, columns // PATCH),
-            guided=negative is not None,
-            dtype=jnp.dtype(self.dtype),
+            self.dit_graphdef,
+            self.dtype,
+            plan,
+            layout.pack(start),
+            Batch(layout.grid_b3, joined(negative, positive), settings.cfg_zero_star, kept, noise.keys_b3),
+            guidance.scales(plan.sigmas_n, settings.guidance_scale, settings.guidance_interval, settings.shift),
+            None if noise.keys_b3 is not None else lambda draw: layout.pack(noise.step(draw)),
+            watch and (lambda done, total, x_blc: watch(done, total, lambda: layout.unpack(x_blc))),
         )
+        results = [x / np.float32(1.0 - sampler.ends_at) for x in layout.unpack(tokens_blc)]
+        return results if mask is None else [mask * x + (1.0 - mask) * latents[0] for x in results]
 
-    def decode(self, latents_btyxc: Array) -> np.ndarray:
-        """Pixels (b, t, y, x, 3) in about [−1, 1], float32, one example at a time."""
-        examples = (latents_btyxc[i : i + 1].astype(self.dtype) for i in range(len(latents_btyxc)))
-        return np.concatenate([np.asarray(_decode(self._vae_params, x, self._vae_graphdef)) for x in examples])
+    def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
+        """Normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; of large pictures in blended tiles."""
+        return np.asarray(_whole_or_tiled(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1)[0])
+
+    def decode(self, latents: Iterable[np.ndarray]) -> list[np.ndarray]:
+        """Pixels (t, y, x, 3) in about [−1, 1], float32; large pictures in blended tiles.
+
+        Each device takes one picture at a time, those of one size together.
+        """
+        run, together = self._vae(decode_latents), replicas(current_mesh().shape)
+        found: list[np.ndarray] = []
+        for _, alike in itertools.groupby(map(np.asarray, latents), key=np.shape):
+            pictures = list(alike)
+            for first in range(0, len(pictures), together):
+                batch_btyxc = np.stack(pictures[first : first + together])
+                found += list(np.asarray(_whole_or_tiled(run, batch_btyxc, 1, PIXELS_PER_LATENT)))
+        return found
+
+    def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
+        """`run` with the VAE, which is on the device as long as the result exists."""
+        params = _on_devices(self._vae_params)
+
+        def run_on_mesh(array_btyxc: np.ndarray) -> Array:
+            batch = put_batch(array_btyxc, len(array_btyxc))
+            return run(params, batch, graphdef=self._vae_graphdef, dtype=self.dtype)
+
+        return run_on_mesh
+
+
+def _on_devices(params: Params) -> Params:
+    """Parameters that may wait in host memory."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
+
+
+def _whole_or_tiled(run: Callable, array_btyxc: np.ndarray, unit_in: int, unit_out: int):
+    """`run` of one picture; a latent pixel's side in argument and result are `unit_in` and `unit_out`."""
+    pixels = math.prod(size // unit_in * PIXELS_PER_LATENT for size in array_btyxc.shape[2:4])
+    return run(array_btyxc) if pixels <= UNTILED_PIXELS else in_tiles(run, array_btyxc, unit_in, unit_out)
+
+
+def arranged(
+    prompt: str | Sequence[str],
+    width: int | Sequence[int],
+    height: int | Sequence[int],
+    seed: int | Sequence[int],
+    batch_size: int,
+) -> list[Picture]:
+    """The pictures that these describe. Raises UserError for several numbers of them."""
+    columns = [
+        [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
+        for values in (prompt, width, height, seed)
+    ]
+    count = max(batch_size, *map(len, columns))
+    for name, values in zip(("prompts", "widths", "heights", "seeds"), columns, strict=True):
+        if len(values) not in (1, count):
+            raise UserError(f"{len(values)} {name} for {count} pictures, expected one or as many")
+    rows = zip(*(values if len(values) == count else values * count for values in columns), strict=True)
+    pictures = [Picture(*row) for row in rows]
+    if len(columns[-1]) > 1:
+        return pictures
+    sizes = [picture.latent_size for picture in pictures]
+    return [
+        dataclasses.replace(picture, batch_size=sizes.count(size), batch_index=sizes[:index].count(size))
+        for index, (picture, size) in enumerate(zip(pictures, sizes, strict=True))
+    ]
+
+
+def check_sources(
+    pictures: Sequence[Picture], settings: Settings, image: Image.Image | None, mask: Image.Image | None
+) -> None:
+    """Raise UserError for pictures and settings that cannot be, or that do not go with `image` and `mask`."""
+    settings.check()
+    for picture in pictures:
+        picture.check()
+    if image is None:
+        if mask is not None:
+            raise UserError("a mask without an image: nothing says what is kept where it is black")
+        if settings.denoise < 1:
+            raise UserError(f"denoise {settings.denoise} needs an image to start from; without one it is 1")
+        return
+    for picture in pictures:
+        if image.size != (picture.width, picture.height):
+            raise UserError(f"the image is {image.width}×{image.height}, expected {picture.width}×{picture.height}")
+    if mask is not None and mask.size != image.size:
+        raise UserError(f"the mask is {mask.width}×{mask.height}, expected the image's {image.width}×{image.height}")
 
 
 def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokenizers) -> None:
@@ -193,84 +372,37 @@ def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokeni
             )
 
 
-def check_settings(width: int, height: int, steps: int, sampler: str, schedule: str) -> None:
-    """Raise UserError for sizes, steps or names that cannot be sampled."""
-    for name, size in (("width", width), ("height", height)):
-        if size < SIZE_STEP or size % SIZE_STEP:
-            raise UserError(f"{name} {size}, expected a positive multiple of {SIZE_STEP}")
-    if steps < 1:
-        raise UserError(f"steps {steps}, expected at least 1")
-    for what, name, table in (("sampler", sampler, samplers.SAMPLERS), ("schedule", schedule, schedules.SCHEDULES)):
-        if name not in table:
-            raise UserError(f"{what} '{name}', expected one of {', '.join(table)}{did_you_mean(name, table)}")
-
-
-def initial_noise(seed: int, batch: int, width: int, height: int) -> np.ndarray:
-    """Torch's CPU noise for `seed`, (b, 1, y, x, 16), drawn for the whole batch at once, as ComfyUI does."""
-    shape = (batch, OUT_CHANNELS, 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
-    return np.moveaxis(randn(shape, seed), 1, -1)
-
-
-def to_images(pixels_btyxc: np.ndarray) -> list[Image.Image]:
-    """Pictures of the first frames; values are cut off at [−1, 1] and rounded down, as ComfyUI does."""
-    levels = np.clip((pixels_btyxc[:, 0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)
-    return [Image.fromarray(picture) for picture in levels]
-
-
-def _joined(first: Context, second: Context) -> Context:
-    """Both contexts in one batch. Rows of zeros are appended to the shorter, and not seen beyond its own length."""
-    length = max(first.rows_bnd.shape[1], second.rows_bnd.shape[1])
-    rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in (first, second)]
+def joined(*contexts: Context) -> Context:
+    """All in one batch. Rows of zeros are appended to the shorter ones, and not seen beyond their own lengths."""
+    length = max(context.rows_bnd.shape[1] for context in contexts)
+    rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in contexts]
     lengths = None
     if length > CONTEXT_ROWS:
-        lengths = jnp.concatenate(
-            [
-                jnp.full(len(x.rows_bnd), CONTEXT_ROWS, jnp.int32) if x.lengths_b is None else x.lengths_b
-                for x in (first, second)
-            ]
-        )
-    return Context(jnp.concatenate(rows), lengths)
+        short = [np.full(len(x.rows_bnd), CONTEXT_ROWS, np.int32) for x in contexts]
+        lengths = [own if x.lengths_b is None else x.lengths_b for x, own in zip(contexts, short, strict=True)]
+    return Context(jnp.concatenate(rows), None if lengths is None else np.concatenate(lengths))
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _adapt(params: Params, states_bnd, target_bm, source_mask_bn, target_mask_bm, graphdef: nnx.GraphDef) -> Array:
-    return merge(graphdef, params).llm_adapter(states_bnd, target_bm, source_mask_bn, target_mask_bm)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _decode(params: Params, latents_btyxc: Array, graphdef: nnx.GraphDef) -> Array:
-    return merge(graphdef, params).decode(latents_btyxc).astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampler", "grid", "guided", "dtype"))
-def _sample(
+@functools.partial(jax.jit, static_argnames="graphdef")
+def context_rows(
     params: Params,
-    noise_btyxc: Array,
-    sigmas: Array,
-    context: Context,
-    guidance_scale: Array,
+    states_bnd: Array,
+    source_mask_bn: Array,
+    target_bm: Array,
+    target_mask_bm: Array,
+    weights_bm: Array,
     *,
     graphdef: nnx.GraphDef,
-    sampler: str,
-    grid: tuple[int, int, int],
-    guided: bool,
-    dtype: Any,
 ) -> Array:
-    model: AnimaDiT = merge(graphdef, params)
-    options = {
-        "context_lengths_b": context.lengths_b,
-        "zero_context": max(0, CONTEXT_ROWS - context.rows_bnd.shape[1]),
-    }
+    rows_bmd = merge(graphdef, params).llm_adapter(states_bnd, target_bm, source_mask_bn, target_mask_bm)
+    return constrain(rows_bmd * weights_bm[..., None].astype(rows_bmd.dtype), "nnn")
 
-    def velocity(x_blc: Array, sigma: Array) -> Array:
-        # One evaluation serves both halves of the guidance.
-        both = jnp.concatenate([x_blc, x_blc]) if guided else x_blc
-        times_b = jnp.full(both.shape[:1], sigma)
-        out = model.velocity(both.astype(dtype), grid, times_b, context.rows_bnd, **options)
-        if not guided:
-            return out
-        negative, positive = jnp.split(out, 2)
-        return samplers.guided(positive, negative, guidance_scale)
 
-    start = samplers.start(patchify(noise_btyxc), sigmas[0])
-    return unpatchify(samplers.sample(sampler, velocity, start, sigmas), *grid)
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def encode_pixels(params: Params, pixels_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
+    return constrain(merge(graphdef, params).encode(pixels_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def decode_latents(params: Params, latents_btyxc: Array, *, graphdef: nnx.GraphDef, dtype: Any) -> Array:
+    return constrain(merge(graphdef, params).decode(latents_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")

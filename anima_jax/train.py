@@ -139,12 +139,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
     )
-    for flag, kind, what in (
-        ("coordinator_address", str, "HOST:PORT of the first of several processes"),
-        ("num_processes", int, "how many there are; 1 joins no others"),
-        ("process_id", int, "number of this one, from 0"),
-    ):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{what}; found by itself on SLURM, GKE, Cloud TPU and MPI")
+    hosts.add_flags(parser)
     for flag in foreign.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -1,17 +1,29 @@
-"""The pipeline: ComfyUI's own sampling of the golden model, and what must not change a picture."""
+"""The pipeline: ComfyUI's own sampling of the golden model, what must not change a picture, what compiles nothing."""
 
+import contextlib
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae
+from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae, sampling
 from anima_jax.checkpoints.models import save_dit
-from anima_jax.diffusion.torch_random import randn
+from anima_jax.diffusion.schedules import sigmas
+from anima_jax.diffusion.torch_random import CPUStream, randn
+from anima_jax.encode import padded
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
-from anima_jax.pipeline import Context, initial_noise, to_images
+from anima_jax.noise import BatchNoise
+from anima_jax.pictures import Picture, Settings, latent_mask, mask_values, to_images, to_pixels
+from anima_jax.pipeline import arranged, context_rows
+from anima_jax.sampling import Context
+from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import load_tokenizers
-from tests.golden_files import GOLDEN, channel_last, golden, relative_error
+from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
+from tests.models.networks import normal
 from tests.small_run import ASSETS, write_transformer
 
 SETTINGS = {"width": 32, "height": 48, "steps": 3, "seed": 5}
@@ -24,13 +36,14 @@ def transformer(tmp_path_factory):
     return path
 
 
-def load(transformer, dtype=jnp.float32):
+def load(transformer, dtype=jnp.float32, **options):
     return AnimaPipeline.load(
         transformer=transformer,
         vae=ASSETS / "tiny_vae.safetensors",
         text_encoder=ASSETS / "tiny_qwen3.safetensors",
         tokenizers=ASSETS / "tokenizers",
         dtype=dtype,
+        **options,
     )
 
 
@@ -39,25 +52,74 @@ def pipeline(transformer):
     return load(transformer)
 
 
+@dataclasses.dataclass
+class Recorded:
+    """Noise as the goldens hold it: (b, c, t, y, x)."""
+
+    start: np.ndarray
+    steps: list[np.ndarray]
+    keys_b3 = None
+
+    def step(self, draw):
+        return self.steps.pop(0)
+
+
 @pytest.mark.parametrize("schedule", ["simple.12", "beta.8"])
-def test_euler_with_guidance_gives_comfyuis_latents(pipeline, schedule):
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "heun", "er_sde"])
+def test_the_pipeline_gives_comfyuis_latents(sampler, schedule):
     data = golden("pipeline")
     pipeline = AnimaPipeline.__new__(AnimaPipeline)
-    pipeline.dtype = jnp.float32
+    pipeline.dtype = jnp.dtype(jnp.float32)
     pipeline.dit_graphdef, pipeline.dit_params = parameters.split(load_dit(GOLDEN / "dit_image.model.safetensors"))
     positive, negative = (Context(jnp.asarray(data[f"context_{name}"]), None) for name in ("pos", "neg"))
-    noise, sigmas = channel_last(data["noise"]), data[f"sigmas.{schedule}"]
-    latents = pipeline.sample(positive, negative, noise, sigmas, guidance_scale=float(data["guidance"][0]))
+    steps = [channel_last(noise) for noise in data.get(f"{sampler}.{schedule}.step_noise", [])]
+    # Watched, runs of all lengths share a program; one sampler's runs at once.
+    (latents,) = pipeline.sample(
+        positive,
+        negative,
+        Recorded(channel_last(data["noise"]), steps),  # type: ignore[arg-type]
+        data[f"sigmas.{schedule}"],
+        Settings(guidance_scale=float(data["guidance"][0]), sampler=sampler),
+        watch=None if sampler == "euler" else unwatched,
+    )
+    assert not steps
     # REFERENCE asks for 1e-3: a random network amplifies rounding.
-    assert relative_error(latents, channel_last(data[f"euler.{schedule}"])) < 1e-3
+    assert relative_error(latents, channel_last(data[f"{sampler}.{schedule}"])[0]) < 1e-3
 
 
-def test_the_starting_noise_is_torchs_for_the_seed():
+@pytest.mark.parametrize("name", ["pos", "neg"])
+def test_context_rows_are_weighted_as_comfyuis(name):
     data = golden("pipeline")
-    noise = initial_noise(int(data["seed"][0]), 1, 96, 64)
-    np.testing.assert_allclose(noise, channel_last(data["noise"]), atol=1e-6)
-    assert not np.array_equal(initial_noise(1, 2, 16, 16)[1], initial_noise(1, 2, 16, 16)[0])
-    np.testing.assert_array_equal(initial_noise(1, 1, 16, 16).ravel()[::16], randn((1, 16, 1, 2, 2), 1).ravel()[:4])
+    graphdef, params = parameters.split(load_dit(GOLDEN / "dit_image.model.safetensors"))
+    (source, source_mask), (ids, mask), (weights, _) = (
+        padded([data[f"{key}_{name}"][0]], length)
+        for key, length in (("qwen", 16), ("t5_ids", 512), ("t5_weights", 512))
+    )
+    rows = context_rows(params, source, source_mask, ids, mask, weights, graphdef=graphdef)
+    assert relative_error(rows, data[f"context_{name}"]) < VALUE_TOLERANCE
+
+
+def test_a_batchs_noise_is_torchs_for_its_one_seed_and_that_of_several_seeds_is_each_ones_own():
+    data = golden("pipeline")
+    levels, sampler = sigmas("simple", 4), sampling.samplers.SAMPLERS["euler_ancestral"]
+    draw = sampling.Draw(1.0, 0.9)
+
+    def noise(*arguments):
+        return BatchNoise(arranged("x", *arguments), "torch-cpu", sampler, levels)
+
+    np.testing.assert_allclose(noise(96, 64, 42, 1).start[0], channel_last(data["noise"])[0], atol=1e-6)
+    together, torchs = noise(32, 16, 7, 3), randn((3, 16, 1, 2, 4), 7)
+    np.testing.assert_array_equal(together.start, channel_last(torchs))
+    stream = CPUStream(8)
+    for _ in range(2):
+        np.testing.assert_array_equal(together.step(draw), channel_last(stream.randn((3, 16, 1, 2, 4))))
+    several = noise(32, 16, [7, 8], 1)
+    np.testing.assert_array_equal(several.start[1], noise(32, 16, 8, 1).start[0])
+    np.testing.assert_array_equal(several.step(draw)[0], noise(32, 16, 7, 1).step(draw)[0])
+    # Of several sizes each is a batch of its own.
+    sizes = noise([32, 16, 32], [16, 16, 16], 7, 1)
+    np.testing.assert_array_equal(sizes.start[2], noise(32, 16, 7, 2).start[1])
+    np.testing.assert_array_equal(sizes.start[1], noise(16, 16, 7, 1).start[0])
 
 
 def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipeline, transformer, tmp_path):
@@ -65,8 +127,10 @@ def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipel
     assert before.shape == (48, 32, 3)
     model = load_dit(transformer)
     save_dit(tmp_path / "again.safetensors", parameters.split(model)[1])
-    again = load(tmp_path / "again.safetensors")("a red circle", **SETTINGS)[0]
-    np.testing.assert_array_equal(np.asarray(again), before)
+    offloaded = load(tmp_path / "again.safetensors", offload=True)
+    np.testing.assert_array_equal(np.asarray(offloaded("a red circle", **SETTINGS)[0]), before)
+    resting = [*offloaded._vae_params.values(), *offloaded._text_params.values()]
+    assert all(isinstance(array, np.ndarray) for array in resting)
     direct = AnimaPipeline(
         model,
         load_vae(ASSETS / "tiny_vae.safetensors", jnp.float32),
@@ -85,9 +149,84 @@ def test_prompt_and_negative_prompt_change_the_picture_and_guidance_one_ignores_
 
     base = draw("a red circle")
     assert np.any(draw("a green square") != base)
+    assert np.any(draw("a (red:1.5) circle") != base)
     assert np.any(draw("a red circle", "a green square") != base)
+    assert np.any(draw("a red circle", cfg_zero_star=True) != base)
     plain = draw("a red circle", guidance_scale=1.0)
     np.testing.assert_array_equal(draw("a red circle", "a green square", guidance_scale=1.0), plain)
+    np.testing.assert_array_equal(draw("a red circle", "x", guidance_interval=(1.0, 1.0)), plain)
+
+
+@contextlib.contextmanager
+def compilations():
+    """The programs that are compiled in the block, by the names of their functions."""
+    names = []
+
+    def listen(event, _, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_prompt_seed_guidance_levels_and_parameters_compile_nothing(pipeline):
+    pipeline("a red circle", **SETTINGS)
+    params = pipeline.dit_params
+    others = {path: value * 1.01 for path, value in params.items()}
+    with compilations() as names:
+        pipeline("x " * 200, "a green square", **(SETTINGS | {"seed": 2**63}))
+        for changes in ({"guidance_scale": 1.0}, {"guidance_interval": (0.2, 0.8)}, {"cfg_zero_star": True}):
+            pipeline("a red circle", **SETTINGS, **changes)
+        pipeline("a red circle", **SETTINGS, shift=1.0, schedule="karras")
+        pipeline.dit_params = others
+        pipeline("a red circle", **SETTINGS)
+    pipeline.dit_params = params
+    assert names == []
+
+
+def unwatched(done, total, latents):
+    """Watches without looking: evaluations then run one by one, in a program that runs of all lengths share."""
+
+
+def latents_of(pipeline, *pictures, watch=unwatched, **settings):
+    pictures = [Picture(prompt, *rest) for prompt, *rest in pictures]
+    return pipeline.draw_latents(pictures, Settings(**({"steps": 5} | settings)), watch=watch)
+
+
+def test_sizes_within_a_budget_share_the_samplers_program_and_watched_so_do_all_lengths(pipeline):
+    latents_of(pipeline, ("x", 32, 48), watch=None)
+    latents_of(pipeline, ("x", 32, 48))
+    with compilations() as names:
+        latents_of(pipeline, ("x", 48, 32), watch=None)
+        latents_of(pipeline, ("x", 64, 64), watch=None)
+        latents_of(pipeline, ("x", 16, 64), steps=9)
+    assert "jit(advance)" not in names
+    with compilations() as names:
+        latents_of(pipeline, ("x", 64, 80))
+    assert "jit(advance)" in names
+
+
+def test_pictures_of_several_sizes_in_one_batch_are_those_that_each_is_alone(pipeline):
+    pictures = [("a red circle", 32, 48, 5), ("x", 64, 32, 6)]
+    for found, picture in zip(latents_of(pipeline, *pictures), pictures, strict=True):
+        (alone,) = latents_of(pipeline, picture)
+        assert found.shape == alone.shape == (1, picture[2] // 8, picture[1] // 8, 16)
+        assert relative_error(found, alone) < 1e-4  # a random network amplifies rounding
+
+
+def test_jaxs_noise_is_each_pictures_own_whatever_the_batch(pipeline):
+    pictures = [("x", 32, 48, 5), ("x", 64, 64, 6)]
+    together, other = latents_of(pipeline, *pictures, noise="jax")
+    (alone,) = latents_of(pipeline, pictures[0], noise="jax")
+    assert relative_error(together, alone) < 1e-4
+    # Beyond its own noise a picture owes nothing to the batch, nor to torch.
+    assert relative_error(latents_of(pipeline, pictures[0])[0], alone) > 1e-2
+    assert relative_error(latents_of(pipeline, ("x", 32, 48, 5, 2, 1), noise="jax")[0], alone) > 1e-2
+    assert np.isfinite(other).all()
 
 
 def test_prompts_in_a_batch_give_the_context_that_each_has_alone(pipeline):
@@ -104,17 +243,135 @@ def test_a_prompt_longer_than_512_tokens_is_used_whole_and_leaves_others_as_they
     assert int(lengths[1]) == len(pipeline.tokenizers.prompt_ids(long)[1]) > 512
 
     def draw(prompts):
-        noise = np.tile(initial_noise(5, 1, 32, 48), (len(prompts), 1, 1, 1, 1))
-        return pipeline.sample(pipeline.encode(prompts), pipeline.encode([""] * len(prompts)), noise, [1.0, 0.5, 0.0])
+        noise = Recorded(np.tile(normal(1, 1, 6, 4, 16), (len(prompts), 1, 1, 1, 1)), [])
+        levels, settings = np.array([1.0, 0.5, 0.0], np.float32), Settings(sampler="euler")
+        return pipeline.sample(pipeline.encode(prompts), pipeline.encode([""] * len(prompts)), noise, levels, settings)
 
     together, alone = draw(["a red circle", long]), draw(["a red circle"])
-    assert relative_error(together[:1], alone) < 1e-4
-    assert relative_error(together[1:], alone) > 1e-3
+    assert relative_error(together[0], alone[0]) < 1e-4
+    assert relative_error(together[1], alone[0]) > 1e-3
+
+
+def test_a_weight_that_is_no_number_is_refused(pipeline):
+    assert spans("(a:nan)")[0].text == "a"
+    with pytest.raises(UserError, match=r"prompt '\(a:nan\)': a weight is not a finite number"):
+        pipeline.encode(["(a:nan)"])
+
+
+# From pictures
+
+
+def picture(width=32, height=48, seed=0):
+    """A smooth random picture."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_denoising_nothing_gives_the_vaes_reconstruction(pipeline):
+    image = picture()
+    (expected,) = to_images(pipeline.decode([pipeline.encode_image(to_pixels(image))]))
+    (found,) = pipeline("a red circle", **SETTINGS, image=image, denoise=0.0)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
+    image = picture()
+    start = pipeline.encode_image(to_pixels(image))
+    apart = []
+    for amount in (0.2, 0.6, 1.0):
+        settings = Settings(steps=5, denoise=amount)
+        (found,) = pipeline.draw_latents([Picture("x", 32, 48)], settings, original=start, watch=unwatched)
+        apart.append(np.abs(found - start).mean())
+    assert 0 < apart[0] < apart[1] < apart[2]
+
+
+@pytest.mark.parametrize("sampler", ["er_sde", "uni_pc"])
+def test_inpainting_keeps_the_latents_where_the_mask_is_black(pipeline, sampler):
+    image, mask = picture(), Image.new("L", (32, 48))
+    mask.paste(255, (16, 0, 32, 48))
+    pictures, settings = [Picture("x", 32, 48, 1)], Settings(sampler=sampler, steps=5)
+    latents, area = pipeline.encode_image(to_pixels(image)), latent_mask(mask_values(mask))
+    (found,) = pipeline.draw_latents(pictures, settings, original=latents, mask=area, watch=unwatched)
+    np.testing.assert_array_equal(found[:, :, :2], latents[:, :, :2])
+    assert np.abs(found[:, :, 2:] - latents[:, :, 2:]).min(axis=-1).max() > 1e-3
+    # What is drawn anew fits what is kept: it is not what would be drawn alone.
+    (alone,) = latents_of(pipeline, ("x", 32, 48, 1), sampler=sampler)
+    assert relative_error(found[:, :, 2:], alone[:, :, 2:]) > 1e-2
+
+
+def test_inpainting_keeps_the_pixels_where_the_mask_is_black(pipeline):
+    image, mask = picture(), Image.new("L", (32, 48))
+    mask.paste(255, (13, 0, 32, 48))
+    kept = np.asarray(pipeline("x", **SETTINGS, image=image, denoise=0.0)[0])
+    found = np.asarray(pipeline("x", **SETTINGS, image=image, mask=mask)[0])
+    np.testing.assert_array_equal(found[:, :13], kept[:, :13])
+    assert np.all(np.any(found[:, 13:] != kept[:, 13:], axis=(0, 2)))
+
+
+def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
+    kept = BatchNoise([Picture("x", 32, 48, 1)], "torch-cpu", sampling.samplers.SAMPLERS["ddim"], sigmas("simple", 3))
+    np.testing.assert_array_equal(kept.start[0], channel_last(randn((1, 16, 1, 6, 4), 1))[0])
+    np.testing.assert_array_equal(kept.outside_mask[0], channel_last(randn((1, 16, 1, 6, 4), 2))[0])
+
+
+def test_a_mask_is_white_or_transparent_where_the_picture_is_new_and_scaled_as_torch_does():
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).integers(0, 256, (48, 32), np.uint8)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(values / 255.0)[None, None], (6, 4), mode="bilinear")
+    found = latent_mask(mask_values(Image.fromarray(values)))
+    np.testing.assert_allclose(found[0, :, :, 0], expected[0, 0], atol=1e-6)
+    transparent = Image.new("RGBA", (32, 48), "red")
+    transparent.putalpha(Image.fromarray(255 - values))
+    np.testing.assert_allclose(latent_mask(mask_values(transparent)), found, atol=1e-6)
+
+
+def test_large_pictures_pass_the_vae_in_tiles(pipeline, monkeypatch):
+    pixels = to_pixels(picture())
+    latents = pipeline.encode_image(pixels)
+    whole = pipeline.decode([latents])[0]
+    monkeypatch.setattr("anima_jax.pipeline.in_tiles", lambda run, x, *units: run(x) + sum(units))
+    np.testing.assert_array_equal(pipeline.decode([latents])[0], whole)
+    monkeypatch.setattr("anima_jax.pipeline.UNTILED_PIXELS", 32 * 48 - 1)
+    np.testing.assert_allclose(pipeline.decode([latents])[0], whole + 9.0, atol=1e-5)
+    np.testing.assert_allclose(pipeline.encode_image(pixels), latents + 9.0, atol=1e-5)
 
 
 def test_pixels_are_cut_off_and_rounded_down():
     pixels = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 7.0], np.float32).reshape(1, 1, 1, 2, 3)
     assert np.asarray(to_images(pixels)[0]).ravel().tolist() == [0, 0, 127, 254, 255, 255]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "eulr"}, r"sampler 'eulr', expected one of .*\(did you mean 'euler'\?\)"),
+        ({"schedule": "bta"}, r"schedule 'bta', expected one of .*\(did you mean 'beta'\?\)"),
+        ({"noise": "torch-gpu"}, "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
+        ({"width": 40}, r"width 40, expected a positive multiple of 16 \(nearest: 32 and 48\)"),
+        ({"height": 0}, "height 0, expected a positive multiple of 16"),
+        ({"steps": -3}, "steps -3, expected 1 to 1000"),
+        ({"shift": 0.0}, "shift 0.0, expected a number above 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan, expected a finite number"),
+        ({"guidance_interval": (0.6, 0.4)}, "guidance_interval 0.6 0.4, expected two ascending numbers from 0 to 1"),
+        ({"denoise": 1.5}, "denoise 1.5, expected 0, or 0.001 to 1"),
+        ({"denoise": 0.5}, "denoise 0.5 needs an image to start from"),
+        ({"seed": 2**64}, "seed 18446744073709551616, expected a whole number ≥ 0 and < 2⁶⁴"),
+        ({"seed": [1, 2, 3], "width": [32, 48]}, "2 widths for 3 pictures, expected one or as many"),
+        ({"mask": Image.new("L", (32, 48))}, "a mask without an image"),
+        ({"image": Image.new("RGB", (32, 32))}, "the image is 32×32, expected 32×48"),
+        (
+            {"image": Image.new("RGB", (32, 48)), "mask": Image.new("L", (48, 32))},
+            "the mask is 48×32, expected the image's 32×48",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(pipeline, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pipeline("x", **(SETTINGS | changes))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_networks_that_do_not_fit_each_other_are_refused(transformer):

@@ -1,18 +1,29 @@
-"""Noise levels (sigmas) to sample at, from 1 (noise) down to 0, by ComfyUI's names.
+"""Noise levels (sigmas) to sample at, from noise (about 1) down to 0, by ComfyUI's names.
 
-Source: ComfyUI comfy/samplers.py and `ModelSamplingDiscreteFlow` in comfy/model_sampling.py. Computed in float64 on the
-host; there are only a few.
+Source: ComfyUI comfy/samplers.py, comfy/k_diffusion/sampling.py and `ModelSamplingDiscreteFlow` in
+comfy/model_sampling.py; beta57 is RES4LYF's. Computed in float64 on the host; there are only a few. A schedule takes
+the number of steps and the shift, and gives the levels without the closing 0.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from scipy.special import betaincinv
 
 TABLE_SIZE = 1000
 
+LINEAR_END = 0.025
+"""`linear_quadratic`: how much noise is taken away by the first half of the steps."""
 
-def shifted(times: np.ndarray, shift: float) -> np.ndarray:
-    """s·t / (1 + (s − 1)·t): more steps at high noise for s > 1."""
+KARRAS_RHO = 7.0
+
+FULL_DENOISE = 0.9999
+"""Above it, denoising counts as complete."""
+
+
+def shifted(times: Any, shift: float) -> Any:
+    """s·t / (1 + (s − 1)·t) of a number or an array: more steps at high noise for s > 1."""
     return shift * times / (1.0 + (shift - 1.0) * times)
 
 
@@ -24,8 +35,92 @@ def sigma_table(shift: float) -> np.ndarray:
 def simple(steps: int, shift: float) -> np.ndarray:
     """Every (1000 / steps)-th level of the table, from the top."""
     picked = [-(1 + int(i * TABLE_SIZE / steps)) for i in range(steps)]
-    return np.append(sigma_table(shift)[picked], 0.0)
+    return sigma_table(shift)[picked]
 
 
-SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {"simple": simple}
-"""Name → (steps, shift) → steps + 1 sigmas, descending to 0."""
+def sgm_uniform(steps: int, shift: float) -> np.ndarray:
+    """Evenly from the largest level to before the smallest, then shifted; the ends are levels, so shifted twice."""
+    return shifted(np.linspace(1.0, sigma_table(shift)[0], steps + 1)[:-1], shift)
+
+
+def normal(steps: int, shift: float) -> np.ndarray:
+    """As `sgm_uniform`, with the smallest level as the last."""
+    return shifted(np.linspace(1.0, sigma_table(shift)[0], steps), shift)
+
+
+def karras(steps: int, shift: float) -> np.ndarray:
+    """Even in the seventh root (Karras et al., arXiv 2206.00364)."""
+    last = sigma_table(shift)[0]
+    return np.linspace(1.0, last ** (1.0 / KARRAS_RHO), steps) ** KARRAS_RHO
+
+
+def exponential(steps: int, shift: float) -> np.ndarray:
+    """Even in the logarithm."""
+    return np.exp(np.linspace(0.0, np.log(sigma_table(shift)[0]), steps))
+
+
+def ddim_uniform(steps: int, shift: float) -> np.ndarray:
+    """Every ⌊1000 / steps⌋-th level of the table from the second up: often one more than `steps`."""
+    return sigma_table(shift)[1 :: max(TABLE_SIZE // steps, 1)][::-1]
+
+
+def beta(steps: int, shift: float, a: float = 0.6, b: float = 0.6) -> np.ndarray:
+    """Levels at quantiles of the beta distribution (arXiv 2407.12173); those that fall together count once."""
+    quantiles = betaincinv(a, b, 1.0 - np.linspace(0.0, 1.0, steps, endpoint=False))
+    picked = np.rint(quantiles * (TABLE_SIZE - 1)).astype(int)
+    return sigma_table(shift)[picked[np.diff(picked, prepend=-1) != 0]]
+
+
+def beta57(steps: int, shift: float) -> np.ndarray:
+    """`beta` with the parameters 0.5 and 0.7."""
+    return beta(steps, shift, 0.5, 0.7)
+
+
+def linear_quadratic(steps: int, shift: float) -> np.ndarray:
+    """Half the steps a straight line of little slope, then the parabola that continues it to 0; not shifted."""
+    line = steps // 2
+    if line == 0:
+        return np.ones(1)
+    slope, rest = LINEAR_END / line, steps - line
+    bend = (1.0 - LINEAR_END - slope * rest) / rest**2
+    beyond = np.arange(rest)
+    return 1.0 - np.concatenate([slope * np.arange(line), LINEAR_END + slope * beyond + bend * beyond**2])
+
+
+def kl_optimal(steps: int, shift: float) -> np.ndarray:
+    """Even in the arc tangent (Align Your Steps, arXiv 2404.14507)."""
+    return np.tan(np.linspace(np.arctan(1.0), np.arctan(sigma_table(shift)[0]), steps))
+
+
+SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
+    schedule.__name__: schedule
+    for schedule in (
+        simple,
+        sgm_uniform,
+        normal,
+        karras,
+        exponential,
+        ddim_uniform,
+        beta,
+        beta57,
+        linear_quadratic,
+        kl_optimal,
+    )
+}
+"""Name → (steps, shift) → sigmas, descending, without the closing 0."""
+
+
+def sigmas(
+    schedule: str, steps: int, shift: float = 3.0, *, denoise: float = 1.0, without_penultimate: bool = False
+) -> np.ndarray:
+    """The levels to sample at, float32, strictly descending to 0; for most schedules `steps` + 1 of them.
+
+    `denoise` in (0, 1] takes the last `steps` of the steps / denoise that a picture from pure noise would have. A
+    sampler that does `without_penultimate` takes one level more and leaves out the last above 0.
+    """
+    partial = denoise <= FULL_DENOISE
+    levels = SCHEDULES[schedule]((int(steps / denoise) if partial else steps) + without_penultimate, shift)
+    levels = np.append(levels[:-1] if without_penultimate else levels, 0.0).astype(np.float32)
+    if partial:
+        levels = levels[-(steps + 1) :]
+    return levels[np.diff(levels, prepend=np.inf) != 0]

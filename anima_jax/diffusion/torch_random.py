@@ -1,54 +1,162 @@
-"""The normal numbers of `torch.manual_seed(seed); torch.randn(shape)` on a CPU, without torch.
+"""Torch's streams of normal numbers, without torch: `randn` on a CPU, and on a CUDA device.
 
-ComfyUI starts every picture from them, so the same seed must give them here. Source: at::normal_fill and
-at::CPUGeneratorImpl. Torch's vectorised sine and cosine round differently, so numbers agree to about 5e-7.
+ComfyUI starts every picture from the CPU's stream, and draws the noise of a step from that of the device it runs on; so
+the same seed must give the same numbers here. Sources: at::normal_fill and at::CPUGeneratorImpl; ATen's
+native/cuda/DistributionTemplates.h with cuRAND's Philox generator. Torch's vectorised sine, cosine and logarithm round
+differently, so numbers agree to about 5e-7.
 """
 
+import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 
 _BLOCK = 16
-"""Torch fills tensors of at least this many elements in blocks: Box-Muller pairs element i with element i + 8."""
+"""Torch fills CPU tensors of at least this many elements in blocks: Box-Muller pairs element i with element i + 8."""
+
+
+class Stream(Protocol):
+    """A generator that was seeded once; every call goes on where the last one ended."""
+
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal numbers, float32: the stream's next."""
+        ...
 
 
 def randn(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Standard normal numbers, float32, that a fresh torch generator of this seed (64 bits) gives first."""
-    # The Mersenne Twister takes the low 32 bits of the seed, as torch's does.
-    generator = np.random.RandomState(seed & 0xFFFFFFFF)
-    size = math.prod(shape)
-    if size < _BLOCK:
-        return _pairs(generator, size).reshape(shape)
-    uniforms = _uniform24(generator, size)
-    whole = size - size % _BLOCK
-    normals = np.empty(size, np.float32)
-    normals[:whole] = _box_muller(uniforms[:whole])
-    if whole < size:
-        # A tail that is no whole block: the last sixteen numbers are drawn anew.
-        normals[-_BLOCK:] = _box_muller(_uniform24(generator, _BLOCK))
-    return normals.reshape(shape)
+    """Standard normal numbers, float32, that a fresh CPU generator of this seed (64 bits) gives first."""
+    return CPUStream(seed).randn(shape)
 
 
-def _words(generator: np.random.RandomState, count: int) -> np.ndarray:
-    return generator.randint(0, 2**32, count, dtype=np.uint32)
+class CPUStream:
+    """`torch.Generator("cpu").manual_seed(seed)`."""
+
+    def __init__(self, seed: int):
+        # The Mersenne Twister takes the low 32 bits of the seed, as torch's does.
+        self._generator = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._kept: float | None = None
+
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal numbers, float32: the stream's next."""
+        size = math.prod(shape)
+        if size < _BLOCK:
+            return np.array([self._next() for _ in range(size)], np.float32).reshape(shape)
+        uniforms = self._uniform24(size)
+        whole = size - size % _BLOCK
+        normals = np.empty(size, np.float32)
+        normals[:whole] = _box_muller_blocks(uniforms[:whole])
+        if whole < size:
+            # A tail that is no whole block: the last sixteen numbers are drawn anew.
+            normals[-_BLOCK:] = _box_muller_blocks(self._uniform24(_BLOCK))
+        return normals.reshape(shape)
+
+    def _words(self, count: int) -> np.ndarray:
+        return self._generator.randint(0, 2**32, count, dtype=np.uint32)
+
+    def _uniform24(self, count: int) -> np.ndarray:
+        return (self._words(count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
+
+    def _next(self) -> float:
+        """Small tensors: number by number in double precision, cosine first, its sine kept for the next."""
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            return kept
+        words = self._words(4).astype(np.uint64).reshape(2, 2)
+        first, second = ((words[:, 0] << np.uint64(32) | words[:, 1]) & np.uint64(2**53 - 1)) * 2.0**-53
+        radius, angle = math.sqrt(-2.0 * math.log1p(-second)), 2.0 * math.pi * first
+        self._kept = radius * math.sin(angle)
+        return radius * math.cos(angle)
 
 
-def _uniform24(generator: np.random.RandomState, count: int) -> np.ndarray:
-    return (_words(generator, count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
-
-
-def _box_muller(uniforms: np.ndarray) -> np.ndarray:
+def _box_muller_blocks(uniforms: np.ndarray) -> np.ndarray:
     first, second = np.split(uniforms.reshape(-1, _BLOCK), 2, axis=1)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - first))
     angle = np.float32(2 * math.pi) * second
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
 
 
-def _pairs(generator: np.random.RandomState, count: int) -> np.ndarray:
-    """Small tensors: number by number in double precision, cosine first, its sine kept for the next."""
-    words = _words(generator, 2 * (count + count % 2)).astype(np.uint64).reshape(-1, 2, 2)
-    bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
-    first, second = np.moveaxis(bits.astype(np.float64) * 2.0**-53, 1, 0)
-    radius = np.sqrt(-2.0 * np.log1p(-second))
-    angle = 2.0 * math.pi * first
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()[:count].astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class CUDADevice:
+    """What of an NVIDIA GPU decides the order of `torch.cuda.randn`: how many threads it can hold at once."""
+
+    multiprocessors: int
+    threads_per_multiprocessor: int
+
+
+CUDA_DEVICES = {
+    "rtx2080ti": CUDADevice(68, 1024),
+    "rtx3060": CUDADevice(28, 1536),
+    "rtx3070": CUDADevice(46, 1536),
+    "rtx3080": CUDADevice(68, 1536),
+    "rtx3090": CUDADevice(82, 1536),
+    "rtx4060ti": CUDADevice(34, 1536),
+    "rtx4070": CUDADevice(46, 1536),
+    "rtx4080": CUDADevice(76, 1536),
+    "rtx4090": CUDADevice(128, 1536),
+    "rtx5070ti": CUDADevice(70, 1536),
+    "rtx5080": CUDADevice(84, 1536),
+    "rtx5090": CUDADevice(170, 1536),
+    "t4": CUDADevice(40, 1024),
+    "v100": CUDADevice(80, 2048),
+    "a100": CUDADevice(108, 2048),
+    "h100": CUDADevice(132, 2048),
+}
+"""From NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities."""
+
+_THREADS_A_BLOCK = 256
+_PER_CALL = 4
+"""Numbers that one Philox call makes; a thread puts them a whole grid apart."""
+
+
+class CUDAStream:
+    """`torch.Generator("cuda").manual_seed(seed)` on this device.
+
+    Thread i of the grid has the Philox counter's high half to itself; its low half counts the calls. Tensors of more
+    elements than the device has threads are filled by several numbers of each thread, so that their order depends on
+    the device.
+    """
+
+    def __init__(self, seed: int, device: CUDADevice):
+        self._key = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32)
+        self._device = device
+        self._calls = 0
+
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal numbers, float32: the stream's next."""
+        size = math.prod(shape)
+        if size == 0:
+            return np.empty(shape, np.float32)
+        device = self._device
+        resident = device.multiprocessors * (device.threads_per_multiprocessor // _THREADS_A_BLOCK)
+        threads = min(resident, -(-size // _THREADS_A_BLOCK)) * _THREADS_A_BLOCK
+        rounds = -(-size // (threads * _PER_CALL))
+        normals = np.empty((rounds, _PER_CALL, threads), np.float32)
+        for index in range(rounds):
+            counter = np.zeros((4, threads), np.uint32)
+            counter[0], counter[1] = self._calls & 0xFFFFFFFF, self._calls >> 32
+            counter[2] = np.arange(threads)
+            normals[index] = _box_muller_pairs(philox4x32(counter, self._key))
+            self._calls += 1
+        return normals.ravel()[:size].reshape(shape)
+
+
+def philox4x32(counter_4n: np.ndarray, key_2: np.ndarray, rounds: int = 10) -> np.ndarray:
+    """Philox 4×32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four uint32 a counter."""
+    a, b, c, d = (word.astype(np.uint64) for word in counter_4n)
+    key_0, key_1 = (int(word) for word in key_2)
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(rounds):
+        product_a, product_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, c = product_c >> np.uint64(32) ^ b ^ np.uint64(key_0), product_a >> np.uint64(32) ^ d ^ np.uint64(key_1)
+        b, d = product_c & low, product_a & low
+        key_0, key_1 = (key_0 + 0x9E3779B9) & 0xFFFFFFFF, (key_1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([a, b, c, d]).astype(np.uint32)
+
+
+def _box_muller_pairs(words_4n: np.ndarray) -> np.ndarray:
+    """Words 0 and 1 make numbers 0 and 1, words 2 and 3 the others; sine first."""
+    unit, turn = np.float32(2.0**-32), np.float32(2.0**-32 * 2.0 * math.pi)
+    radius = np.sqrt(np.float32(-2) * np.log(words_4n[::2].astype(np.float32) * unit + unit / 2))
+    angle = words_4n[1::2].astype(np.float32) * turn + turn / 2
+    return np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=1).reshape(4, -1)

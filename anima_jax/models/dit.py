@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
@@ -213,13 +214,15 @@ class AnimaDiT(nnx.Module):
         def run_blocks(x_bld, blocks):
             return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
 
-        x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc)), "bld")
+        # float16 holds no more than 65504, which the sum over the blocks exceeds: the residual stream is float32 then.
+        stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
+        x_bld = constrain(into_stream(self.x_embedder, self._with_padding_mask(latents_blc), stream_dtype), "bld")
         if remat_every == 1:
             x_bld, _ = run_blocks(x_bld, self.blocks)
         else:
             run_group = jax.checkpoint(lambda x, group: (run_blocks(x, group)[0], None), prevent_cse=False)
             x_bld, _ = jax.lax.scan(run_group, x_bld, self._grouped_blocks(remat_every))
-        return self.final_layer(x_bld, condition).astype(jnp.float32)
+        return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def _grouped_blocks(self, size: int) -> Any:
         """The blocks with one more axis in front: (groups, `size`, …)."""
@@ -263,12 +266,12 @@ class Modulation(nnx.Module):
         return jnp.split(values, self.parts, axis=-1)
 
 
-def modulate(x_bld: Array, shift: Array, scale: Array) -> Array:
-    """LayerNorm(x) · (1 + scale) + shift, in float32, returned in the dtype of `x_bld`."""
+def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
+    """LayerNorm(x) · (1 + scale) + shift, in float32, returned in `dtype`."""
     x32 = x_bld.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
-    return (normed * (1.0 + scale) + shift).astype(x_bld.dtype)
+    return (normed * (1.0 + scale) + shift).astype(dtype)
 
 
 class Block(nnx.Module):
@@ -283,19 +286,27 @@ class Block(nnx.Module):
         self.mlp = MLP(config.width, config.mlp_width, rngs=rngs)
 
     def __call__(self, x_bld: Array, condition, context_bnd: Array, self_options, cross_options) -> Array:
+        dtype = context_bnd.dtype
         shift, scale, gate = self.adaln_modulation_self_attn(condition)
-        normed = modulate(x_bld, shift, scale)
-        x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, **self_options))
+        normed = modulate(x_bld, shift, scale, dtype)
+        x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, x_bld.dtype, **self_options))
         shift, scale, gate = self.adaln_modulation_cross_attn(condition)
-        normed = modulate(x_bld, shift, scale)
-        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, context_bnd, **cross_options))
+        normed = modulate(x_bld, shift, scale, dtype)
+        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, context_bnd, x_bld.dtype, **cross_options))
         shift, scale, gate = self.adaln_modulation_mlp(condition)
-        return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale)))
+        return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale, dtype), x_bld.dtype))
 
 
 def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
-    """x + gate · update: the sum in float32, the residual stream in the compute dtype."""
+    """x + gate · update: the sum in float32, the result in the dtype of the residual stream `x_bld`."""
     return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
+
+
+def into_stream(layer: Callable[..., Array], x: Array, stream_dtype: DTypeLike) -> Array:
+    """`layer(x)`, in the residual stream's dtype if that is wider than `x`'s and the layer is a plain one."""
+    if stream_dtype == x.dtype or not isinstance(layer, Linear):
+        return layer(x)
+    return layer(x, out_dtype=stream_dtype)
 
 
 class Attention(nnx.Module):
@@ -310,7 +321,9 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
 
-    def __call__(self, x_bld: Array, memory_bnd: Array, angles_bli: Array | None = None, **options) -> Array:
+    def __call__(
+        self, x_bld: Array, memory_bnd: Array, stream_dtype: DTypeLike, angles_bli: Array | None = None, **options
+    ) -> Array:
         q_blhk, k_bnhk, v_bnhk = (
             projected.reshape(*projected.shape[:2], self.heads, -1)
             for projected in (self.q_proj(x_bld), self.k_proj(memory_bnd), self.v_proj(memory_bnd))
@@ -318,7 +331,8 @@ class Attention(nnx.Module):
         q_blhk, k_bnhk = self.q_norm(q_blhk), self.k_norm(k_bnhk)
         if angles_bli is not None:
             q_blhk, k_bnhk = apply_rotary(q_blhk, angles_bli), apply_rotary(k_bnhk, angles_bli)
-        return self.output_proj(attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape))
+        out_bld = attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape)
+        return into_stream(self.output_proj, out_bld, stream_dtype)
 
 
 class MLP(nnx.Module):
@@ -328,8 +342,9 @@ class MLP(nnx.Module):
         self.layer1 = Linear(width, hidden, rngs=rngs)
         self.layer2 = Linear(hidden, width, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.layer2(constrain(jax.nn.gelu(self.layer1(x), approximate=False), "blf"))
+    def __call__(self, x: Array, stream_dtype: DTypeLike) -> Array:
+        hidden = constrain(jax.nn.gelu(self.layer1(x), approximate=False), "blf")
+        return into_stream(self.layer2, hidden, stream_dtype)
 
 
 class FinalLayer(nnx.Module):
@@ -339,6 +354,6 @@ class FinalLayer(nnx.Module):
         self.adaln_modulation = Modulation(config.width, config.adaln_rank, 2, rngs=rngs)
         self.linear = Linear(config.width, PATCH * PATCH * OUT_CHANNELS, zero=True, rngs=rngs)
 
-    def __call__(self, x_bld: Array, condition) -> Array:
+    def __call__(self, x_bld: Array, condition, dtype: DTypeLike) -> Array:
         shift, scale = self.adaln_modulation(condition)
-        return self.linear(modulate(x_bld, shift, scale))
+        return self.linear(modulate(x_bld, shift, scale, dtype))

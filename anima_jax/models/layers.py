@@ -12,30 +12,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from anima_jax.models.constraints import constrain
 from anima_jax.models.quantised import Quantised
 
 
-def linear(x: Array, kernel_io: Array | Quantised, bias_o: Array | None = None) -> Array:
+def linear(
+    x: Array, kernel_io: Array | Quantised, bias_o: Array | None = None, *, out_dtype: DTypeLike | None = None
+) -> Array:
     """x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
 
-    `x` is (…, i); the result is (…, o).
+    `x` is (…, i); the result is (…, o), in `out_dtype` if given: float32 keeps what the dtype of `x` cannot hold.
     """
     if isinstance(kernel_io, Quantised):
         # Without the checkpoint the backward would keep every layer's values, which is what quantising is to save.
-        return jax.checkpoint(_linear_quantised, prevent_cse=False)(x, kernel_io, bias_o)
+        run = functools.partial(_linear_quantised, out_dtype=out_dtype)
+        return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
     kernel_io = kernel_io.astype(x.dtype)
-    if x.dtype == jnp.float32 or jax.default_backend() != "cpu":
+    if out_dtype is not None and out_dtype != x.dtype:
+        out = jnp.matmul(x, kernel_io, preferred_element_type=out_dtype)
+    elif x.dtype == jnp.float32 or jax.default_backend() != "cpu":
         # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast form.
         out = x @ kernel_io
     else:
         out = _matmul_16bit_cpu(x, kernel_io)
-    return out if bias_o is None else out + bias_o.astype(x.dtype)
+    return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
-def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None) -> Array:
-    return linear(x, kernel_io.astype(x.dtype).values(), bias_o)
+def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_dtype: DTypeLike | None) -> Array:
+    return linear(x, kernel_io.astype(x.dtype).values(), bias_o, out_dtype=out_dtype)
 
 
 @jax.custom_vjp
@@ -76,8 +82,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros(shape) if zero else normal(shape) / math.sqrt(features_in))
         self.bias = nnx.Param(jnp.zeros(features_out)) if use_bias else None
 
-    def __call__(self, x: Array) -> Array:
-        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x: Array, *, out_dtype: DTypeLike | None = None) -> Array:
+        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...], out_dtype=out_dtype)
 
 
 class RMSNorm(nnx.Module):

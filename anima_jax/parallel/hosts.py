@@ -4,6 +4,7 @@ Every process runs the same program on its own devices. What only one may do (wr
 does; what all must decide alike (when to save, when to stop) they exchange.
 """
 
+import argparse
 import contextlib
 import os
 import subprocess
@@ -25,6 +26,16 @@ HEARTBEAT_S = 30
 
 ALONE = "coordinator_address should be defined"
 """What JAX says where it finds no cluster."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say who is who among several processes, for `join`."""
+    for flag, kind, what in (
+        ("coordinator_address", str, "HOST:PORT of the first of several processes"),
+        ("num_processes", int, "how many there are; 1 joins no others"),
+        ("process_id", int, "number of this one, from 0"),
+    ):
+        parser.add_argument(f"--{flag}", type=kind, help=f"{what}; found by itself on SLURM, GKE, Cloud TPU and MPI")
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -55,6 +66,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise UserError(f"cannot join the run's other processes: {reason}; --num_processes 1 runs alone") from error
 
 
+def is_alone() -> bool:
+    """Whether the run has no other processes."""
+    return jax.process_count() == 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
@@ -62,7 +78,7 @@ def is_first() -> bool:
 
 def meet(what: str) -> None:
     """Wait for the run's other processes."""
-    if jax.process_count() > 1:
+    if not is_alone():
         multihost_utils.sync_global_devices(what)
 
 
@@ -78,7 +94,7 @@ def in_turn() -> Iterator[None]:
 
 def from_first(text: str) -> str:
     """The text that the first process has."""
-    if jax.process_count() == 1:
+    if is_alone():
         return text
     data = text.encode()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
@@ -98,7 +114,7 @@ class Agreement:
         self._under_way: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        if jax.process_count() == 1:
+        if is_alone():
             return number
         before, shape = self._under_way, (self._sharding.mesh.size,)
         own = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, number, np.int32))
@@ -113,7 +129,7 @@ def one_run() -> Iterator[None]:
     The process with the error ends at once instead of waiting for the others; JAX ends those when `HEARTBEAT_S` are
     over. Each leaves a last line that says what to do.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         yield
         return
     try:

@@ -108,11 +108,17 @@ def put_batch(tree: Tree, size: int) -> Tree:
     return tree if mesh.empty else put_rows(tree, mesh, np.arange(size), size)
 
 
-def put_whole(tree: Tree, mesh: Mesh) -> Tree:
-    """The arrays of `tree`, equal in every process, whole on every device."""
+def put_whole(tree: Tree) -> Tree:
+    """The arrays of `tree`, equal in every process, whole on every device of the mesh that is set.
 
-    def put(array: Any) -> jax.Array:
+    Arrays that are on devices already stay where they are, and so do all if no mesh is set.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def put(array: Any) -> Any:
+        if isinstance(array, jax.Array):
+            return array
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, everywhere(mesh), lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+    return tree if mesh.empty else jax.tree.map(put, tree)

@@ -14,11 +14,12 @@ import os
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from anima_jax.errors import UserError
+from anima_jax.text.prompts import Span
 
 SMALL_TOKENIZERS = pathlib.Path(__file__).parent.parent / "assets" / "tokenizers"
 """Folder of the quick start's tokenizers (`assets/build_tokenizers.py`)."""
@@ -63,6 +64,14 @@ class TextIds:
     qwen_mask: np.ndarray
     t5_ids: np.ndarray
     t5_mask: np.ndarray
+
+
+class PromptIds(NamedTuple):
+    """One prompt: int32 (n,) and (m,), and the weight of each T5 token, float32 (m,). Qwen's tokens have none."""
+
+    qwen_ids: np.ndarray
+    t5_ids: np.ndarray
+    t5_weights: np.ndarray
 
 
 class Tokenizers:
@@ -111,14 +120,25 @@ class Tokenizers:
             ]
         return np.array([list(map(len, ids)) for ids in encoded], np.int64).reshape(2, -1).T
 
-    def prompt_ids(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        """(Qwen ids, T5 ids) of one prompt, int32 (n,), uncut and unpadded, as at inference.
+    def prompt_ids(self, prompt: str | Sequence[Span]) -> PromptIds:
+        """Ids of one prompt, uncut and unpadded, as at inference: each span by itself, then T5's end token.
 
-        The empty prompt is Qwen's pad token and T5's end token.
+        A string is one span of weight 1, in which nothing is parsed. The empty prompt is Qwen's pad token and T5's end
+        token.
         """
-        qwen_ids = self._qwen(prompt, verbose=False)["input_ids"] or [self._qwen.pad_token_id]
-        t5_ids = self._t5(prompt, verbose=False)["input_ids"]
-        return np.array(qwen_ids, np.int32), np.array(t5_ids, np.int32)
+        spans = [Span(prompt, 1.0)] if isinstance(prompt, str) else prompt
+        (end,) = self._t5("", verbose=False)["input_ids"]
+        qwen_ids, t5_ids, t5_weights = [], [], []
+        for text, weight in spans:
+            qwen_ids += self._qwen(text, verbose=False)["input_ids"]
+            words = self._t5(text, verbose=False)["input_ids"][:-1]
+            t5_ids += words
+            t5_weights += [weight] * len(words)
+        return PromptIds(
+            np.array(qwen_ids or [self._qwen.pad_token_id], np.int32),
+            np.array([*t5_ids, end], np.int32),
+            np.array([*t5_weights, 1.0], np.float32),
+        )
 
 
 def load_tokenizers(folder: str | os.PathLike | None) -> Tokenizers:

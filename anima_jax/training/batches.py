@@ -84,7 +84,7 @@ class Batches:
 
     def unconditional(self) -> Text:
         """The empty caption, with a batch axis of 1, on every device."""
-        return put_whole(self._text([""]), self._mesh)
+        return put_whole(self._text([""]))
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
         weights_blp = np.ones((len(examples), length, PIXELS), np.float32)

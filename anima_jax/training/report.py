@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 import jax
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
@@ -329,14 +328,3 @@ def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns:
         for number, line in enumerate(lines):
             pen.text((x + 2, y + height + _LINE * number), line, fill="black", font=font)
     return grid
-
-
-def save_picture(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with these text chunks; it appears under its name only when it is whole."""
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_itxt(key, value)  # the international kind: UTF-8
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    image.save(temporary, format="PNG", pnginfo=chunks)
-    temporary.replace(path)

@@ -5,6 +5,7 @@ import pathlib
 from anima_jax.config.main import SampleConfig
 from anima_jax.models.parameters import Params, compute_copy
 from anima_jax.parallel.hosts import is_first
+from anima_jax.pictures import save_picture
 from anima_jax.pipeline import AnimaPipeline
 from anima_jax.training import report
 from anima_jax.training.intervals import passes
@@ -67,7 +68,7 @@ class Samples:
             "parameters": f"steps {settings.steps}, guidance_scale {settings.guidance_scale}, shift {settings.shift}",
         }
         if is_first():
-            report.save_picture(grid, path, text)
+            save_picture(grid, path, text)
         if self._monitor:
             self._monitor.pictures(step, TAG, grid, examples)
         return path

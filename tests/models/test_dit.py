@@ -16,7 +16,7 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig, patchify, unpatchify
 from anima_jax.models.llm_adapter import AdapterConfig
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden, relative_error
-from tests.models.networks import adapter_context, normal, quick_jit, random_model, velocity
+from tests.models.networks import adapter_context, normal, quick_jit, random_model, random_params, velocity
 
 SMALL = DiTConfig(
     width=48,
@@ -263,3 +263,23 @@ def test_the_released_model_has_its_published_number_of_bytes():
 def test_odd_sides_and_wrong_channels_are_refused(shape):
     with pytest.raises(ValueError, match="expected even sides and 16 channels"):
         small_model()(jnp.zeros(shape), jnp.zeros(1), jnp.zeros((1, 3, 24)))
+
+
+@pytest.mark.parametrize("width", [256, pytest.param(2048, marks=pytest.mark.slow)])
+def test_activations_beyond_float16_leave_its_velocity_right(width):
+    config = DiTConfig(width, 2, width // 128, 4 * width, 1024, 32, adapter=None)
+    graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
+    params = random_params(shapes)
+    # The residual stream reaches 10⁵ at once, and what the blocks add to it does too; float16 ends at 65504.
+    params["x_embedder.kernel"] *= 3e4
+    for path in ("mlp.layer2", "self_attn.output_proj", "cross_attn.output_proj"):
+        params[f"blocks.{path}.kernel"] *= 1e5
+
+    def run(dtype):
+        inputs = (random(1, 1, 8, 8, 16).astype(dtype), jnp.array([0.4]), random(1, 16, 1024, seed=1).astype(dtype))
+        model = parameters.merge(graphdef, parameters.compute_copy(params, dtype))
+        return velocity(model, *inputs)
+
+    exact, rounded = run(jnp.float32), run(jnp.float16)
+    assert np.isfinite(rounded).all()
+    assert relative_error(rounded, exact) < 5e-3  # eleven bits, after two blocks

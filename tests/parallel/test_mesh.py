@@ -67,7 +67,8 @@ def batches_on(mesh_sizes):
         batch = put_rows({"x": np.arange(2 * size).reshape(size, 2)[rows]}, mesh, rows, size)["x"]
         parts = {shard.index[0].indices(size)[:2] for shard in batch.addressable_shards}
         found[size] = (rows.tolist(), np.asarray(batch).tolist(), sorted(parts))
-    whole = put_whole({"x": np.arange(3)}, mesh)["x"]
+    with jax.set_mesh(mesh):
+        whole = put_whole({"x": np.arange(3)})["x"]
     assert whole.is_fully_replicated
     return found
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from anima_jax.assets import build_tokenizers
 from anima_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, scenes
 from anima_jax.errors import UserError
+from anima_jax.text.prompts import Span, spans
 from anima_jax.text.tokenizers import SMALL_TOKENIZERS, Tokenizers, load_tokenizers
 from tests.golden_files import GOLDEN
 
@@ -47,13 +48,21 @@ def test_real_tokenizers_give_the_references_training_ids():
 @pytest.mark.skipif(REAL_TOKENIZERS is None, reason="ANIMA_TOKENIZERS names no folder with the real tokenizers")
 def test_real_tokenizers_give_the_references_prompt_ids():
     real = load_tokenizers(REAL_TOKENIZERS)
-    cases = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
-    plain = [case for case in cases if [case["prompt"]] == [text for text, _ in case["parsed"]] or not case["prompt"]]
-    assert len(plain) >= 3  # the others have weights, which are parsed before
-    for case in plain:
-        qwen_ids, t5_ids = real.prompt_ids(case["prompt"])
+    for case in json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8")):
+        qwen_ids, t5_ids, t5_weights = real.prompt_ids(spans(case["prompt"]))
         assert qwen_ids.tolist() == case["qwen_ids"]
         assert t5_ids.tolist() == case["t5_ids"]
+        np.testing.assert_allclose(t5_weights, case["t5_weights"], rtol=1e-7)
+
+
+def test_spans_are_tokenised_one_by_one_and_only_t5s_tokens_carry_their_weights(small):
+    pieces = [Span("a red", 1.3), Span(" circle", 0.5)]
+    together, alone = small.prompt_ids(pieces), [small.prompt_ids(text) for text, _ in pieces]
+    np.testing.assert_array_equal(together.qwen_ids, np.concatenate([ids.qwen_ids for ids in alone]))
+    first, second = (ids.t5_ids[:-1] for ids in alone)
+    np.testing.assert_array_equal(together.t5_ids, [*first, *second, 1])
+    weights = [1.3] * len(first) + [0.5] * len(second) + [1.0]
+    np.testing.assert_array_equal(together.t5_weights, np.array(weights, np.float32))
 
 
 def test_an_empty_caption_is_all_padding_for_qwen_and_one_end_token_for_t5(small):
@@ -66,14 +75,14 @@ def test_an_empty_caption_is_all_padding_for_qwen_and_one_end_token_for_t5(small
 
 
 def test_an_empty_prompt_is_qwens_pad_and_t5s_end_token(small):
-    qwen_ids, t5_ids = small.prompt_ids("")
+    qwen_ids, t5_ids, _ = small.prompt_ids("")
     assert (qwen_ids.tolist(), t5_ids.tolist()) == ([small.qwen_vocabulary - 1], [1])
     assert qwen_ids.dtype == t5_ids.dtype == np.int32
 
 
 def test_a_long_caption_is_cut_but_keeps_t5s_end_token(small):
     caption = "an orange triangle on a pink background " * 100
-    text, (qwen_ids, t5_ids) = small.training_ids([caption]), small.prompt_ids(caption)
+    text, (qwen_ids, t5_ids, _) = small.training_ids([caption]), small.prompt_ids(caption)
     assert text.qwen_ids.shape == text.t5_ids.shape == (1, 512)
     np.testing.assert_array_equal(text.qwen_ids[0], qwen_ids[:512])
     np.testing.assert_array_equal(text.t5_ids[0], [*t5_ids[:511], 1])
@@ -84,7 +93,7 @@ def test_a_long_caption_is_cut_but_keeps_t5s_end_token(small):
 @given(st.text(max_size=60))
 def test_any_text_has_ids_within_the_vocabularies_and_training_pads_the_prompts_ids(text):
     small = load_tokenizers_once()
-    batch, (qwen_ids, t5_ids) = small.training_ids([text], 300), small.prompt_ids(text)
+    batch, (qwen_ids, t5_ids, _) = small.training_ids([text], 300), small.prompt_ids(text)
     assert 0 <= qwen_ids.min() <= qwen_ids.max() < small.qwen_vocabulary
     assert 0 <= t5_ids.min() <= t5_ids.max() < small.t5_vocabulary
     assert t5_ids[-1] == 1
@@ -113,7 +122,7 @@ def test_small_bpe_loses_nothing_of_a_text(small):
 def test_every_word_of_the_shapes_is_one_token_of_its_own(small):
     seen = {}
     for word in (*SHAPES, *COLOURS, *BACKGROUNDS, "background"):
-        qwen_ids, t5_ids = small.prompt_ids(f" {word}")
+        qwen_ids, t5_ids, _ = small.prompt_ids(f" {word}")
         assert (len(qwen_ids), len(t5_ids)) == (1, 2), word
         seen[word] = (int(qwen_ids[0]), int(t5_ids[0]))
     assert len(set(seen.values())) == len(seen)

@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from anima_jax.config.load import load_config
 from anima_jax.training import report
@@ -154,14 +153,6 @@ def test_the_table_counts_quantised_weights_as_the_weights_they_stand_for(config
     for before, after in zip(plain[1:], small[1:], strict=True):
         assert before.split()[:3] == after.split()[:3]
     assert "int8" in small[4]  # the MLPs'
-
-
-def test_pictures_carry_their_text(tmp_path):
-    text = {"prompt": "a cat\n猫", "step": "500"}
-    report.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "a" / "b.png", text)
-    picture = Image.open(tmp_path / "a" / "b.png")
-    assert picture.text == text
-    assert picture.getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_an_interval_is_due_when_a_multiple_of_it_is_reached():

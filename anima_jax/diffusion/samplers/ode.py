@@ -1,0 +1,253 @@
+"""Samplers without noise of their own, on the ODE dx/dσ = d = (x − D)/σ, D being the network's clean estimate.
+
+Source: ComfyUI comfy/k_diffusion/sampling.py and comfy/k_diffusion/deis.py. The multistep methods integrate the
+polynomial through the last derivatives (Adams-Bashforth).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from anima_jax.diffusion.samplers.plan import Trace, Vector
+
+UNI_PC_LAST = 0.001
+
+_QUADRATURE = np.polynomial.legendre.leggauss(64)
+"""Points in [−1, 1] and weights of Gauss and Legendre: exact to rounding for all that is integrated here."""
+
+
+def euler(trace: Trace) -> Vector:
+    """x + (σ' − σ)·d."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        x = x + (after - sigma) * derivative(trace, x, sigma)
+    return x
+
+
+def heun(trace: Trace) -> Vector:
+    """Euler's step with the mean of the derivatives at both ends (Karras et al., arXiv 2206.00364, algorithm 2)."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        d = derivative(trace, x, sigma)
+        if after > 0:
+            d = (d + derivative(trace, x + (after - sigma) * d, after)) / 2
+        x = x + (after - sigma) * d
+    return x
+
+
+def dpm_2(trace: Trace) -> Vector:
+    """Euler's step with the derivative at the geometric mean of both levels (DPM-Solver-2)."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        x = midpoint_step(trace, x, sigma, after)
+    return x
+
+
+def midpoint_step(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
+    """One step of `dpm_2`."""
+    d = derivative(trace, x, sigma)
+    if after > 0:
+        middle = math.sqrt(sigma * after)
+        d = derivative(trace, x + (middle - sigma) * d, middle)
+    return x + (after - sigma) * d
+
+
+def dpmpp_2m(trace: Trace) -> Vector:
+    """DPM-Solver++(2M), arXiv 2211.01095, with t = −ln σ: D is extrapolated from the last two estimates."""
+    x, before = trace.start, None
+    for sigma, after in trace.steps:
+        now = denoised = trace.denoise(x, sigma)
+        if before and after > 0:
+            earlier, earlier_sigma = before
+            half = math.log(sigma / after) / (2 * math.log(earlier_sigma / sigma))
+            denoised = now + half * (now - earlier)
+        x = (after / sigma) * x + (1 - after / sigma) * denoised
+        before = now, sigma
+    return x
+
+
+def gradient_estimation(trace: Trace, gamma: float = 2.0) -> Vector:
+    """Euler's step with the derivative extrapolated by `gamma` from the last one (arXiv 2306.04848)."""
+    x, before = trace.start, None
+    for sigma, after in trace.steps:
+        d = mean = trace.keep(derivative(trace, x, sigma))
+        if before and after > 0:
+            mean = before + gamma * (d - before)
+        x = x + (after - sigma) * mean
+        before = d
+    return x
+
+
+def res_multistep(trace: Trace) -> Vector:
+    """A second-order exponential multistep method, t = −ln σ (arXiv 2308.02157)."""
+    x, before = trace.start, None
+    for sigma, after in trace.steps:
+        denoised = trace.denoise(x, sigma)
+        x = res_step(x, sigma, after, denoised, before)
+        before = denoised, sigma, after
+    return x
+
+
+def res_step(
+    x: Vector, sigma: float, after: float, denoised: Vector, before: tuple[Vector, float, float] | None
+) -> Vector:
+    """One step of `res_multistep`. `before` is the last estimate, its level, and that to which it was stepped."""
+    if before is None or after == 0:
+        return (after / sigma) * x + (1 - after / sigma) * denoised
+    earlier, earlier_sigma, reached = before
+    h = math.log(sigma / after)
+    place = math.log(reached / earlier_sigma) / h
+    phi_1 = -math.expm1(-h) / h
+    phi_2 = (1 - phi_1) / h
+    return math.exp(-h) * x + h * ((phi_1 - phi_2 / place) * denoised + (phi_2 / place) * earlier)
+
+
+def lms(trace: Trace) -> Vector:
+    """Adams-Bashforth of order 4 on the levels as they are."""
+    return _multistep(trace, 4, lambda levels, after: lagrange_integrals(levels, levels[0], after))
+
+
+def deis(trace: Trace) -> Vector:
+    """DEIS (arXiv 2204.13902), 'tab' of order 3: d is a polynomial of the VP diffusion's time, integrated over σ."""
+    return _multistep(trace, 3, lambda levels, after: lagrange_integrals(levels, levels[0], after, of=_vp_time))
+
+
+def _vp_time(sigma: np.ndarray) -> np.ndarray:
+    """When the variance-preserving diffusion has this level, if it has 0.002 at 0.001 and 80 at 1."""
+    first, last = (math.log1p(level**2) for level in (0.002, 80.0))
+    slope = 2 * (first / 1e-3 - last) / (1e-3 - 1)
+    start = last - slope / 2
+    return (np.sqrt(start**2 + 2 * slope * np.log1p(sigma**2)) - start) / slope
+
+
+def ipndm(trace: Trace) -> Vector:
+    """Adams-Bashforth of order 4 with the factors of evenly spaced levels (arXiv 2202.09778)."""
+    even = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    return _multistep(trace, 4, lambda levels, after: (after - levels[0]) * np.array(even[len(levels) - 1]))
+
+
+def ipndm_v(trace: Trace) -> Vector:
+    """Adams-Bashforth of order 4 for uneven levels, nearly: three terms are ComfyUI's, and exact for no levels or few.
+
+    They are the second share, the sign of `bend` in the third, and the last factor, whose ratio should be h2 / h3.
+    """
+
+    def weights(levels: list[float], after: float) -> np.ndarray:
+        gaps = -np.diff([after, *levels])
+        h, h1, h2, h3 = [*gaps, *[math.nan] * 3][:4]
+        ratio, wide = h1 / h2, h1 * (h1 + h2) / (h2 * (h2 + h3))
+        # Newton's form: divided differences as factors of the derivatives, and the share of each in the step.
+        differences = (
+            (1, 0, 0, 0),
+            (1, -1, 0, 0),
+            (1, -1 - ratio, ratio, 0),
+            (1, -1 - ratio - wide, ratio + wide * (1 + h2 / h3), -wide * ratio),
+        )
+        slope = (1 - h / (3 * (h + h1))) / 2
+        bend = (1 - h / (2 * (h + h1))) * h / (6 * (h + h1 + h2))
+        shares = (
+            1,
+            h / (2 * h1),
+            (1 - h**2 / (3 * h1 * (h1 + h2))) / 2,
+            (slope + bend) * h * (h + h1) * (h + h1 + h2) / (h1 * (h1 + h2) * (h1 + h2 + h3)),
+        )
+        order = len(levels)
+        return h * sum(share * np.array(row[:order]) for share, row in zip(shares[:order], differences, strict=False))
+
+    return _multistep(trace, 4, weights)
+
+
+def uni_pc(trace: Trace) -> Vector:
+    """UniPC of order 3 (arXiv 2302.04867), B(h) = h."""
+    return _uni_pc(trace, lambda h: h)
+
+
+def uni_pc_bh2(trace: Trace) -> Vector:
+    """UniPC of order 3, B(h) = eʰ − 1."""
+    return _uni_pc(trace, math.expm1)
+
+
+def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
+    """A predictor on t = −ln σ, and a corrector that uses the estimate at the predicted point; `scale` is B(h).
+
+    A last level of 0 is taken for 0.001.
+    """
+    levels = [*trace.sigmas[:-1], trace.sigmas[-1] or UNI_PC_LAST]
+    count = len(levels) - 1
+    x = point = trace.start
+    estimates: list[Vector] = []
+    corrector = None
+    for index in range(count):
+        new = trace.denoise(point, levels[index])
+        if corrector is not None:
+            x = trace.keep((levels[index] / levels[index - 1]) * x + weighted(corrector, [*estimates, new]))
+        order = min(index + 1, max(1, min(3, count - 1)), count - index)
+        estimates = [new, *estimates][:order]
+        past = levels[index::-1][:order]
+        predictor, corrector = _uni_pc_factors(past, levels[index + 1], scale)
+        point = (levels[index + 1] / levels[index]) * x + weighted(predictor, estimates)
+    return point
+
+
+def _uni_pc_factors(levels: Sequence[float], after: float, scale: Callable[[float], float]):
+    """Factors of the estimates at `levels`, newest first: the predictor's; the corrector's, and last the new one's."""
+    order = len(levels)
+    h = math.log(after / levels[0])
+    ratios = np.array([math.log(level / levels[0]) / h for level in levels[1:]] + [1.0])
+    wanted, phi = [], math.expm1(h) / h - 1
+    for power in range(1, order + 1):
+        wanted.append(phi * math.factorial(power) / scale(h))
+        phi = phi / h - 1 / math.factorial(power + 1)
+    powers = ratios ** np.arange(order)[:, None]
+    factors = []
+    for size in (order - 1, order):
+        shares = np.linalg.solve(powers[:size, :size], wanted[:size]) if size != 1 else np.array([0.5])
+        others = -scale(h) * shares / ratios[:size]
+        factors.append([-math.expm1(h) - others.sum(), *others])
+    return factors
+
+
+def weighted(factors: Iterable[float], vectors: Iterable[Vector]) -> Vector:
+    """Σ factor · vector."""
+    total = Vector({})
+    for factor, vector in zip(factors, vectors, strict=True):
+        total = total + factor * vector
+    return total
+
+
+def _multistep(trace: Trace, order: int, weights) -> Vector:
+    """x + Σ wᵢ·dᵢ over up to `order` derivatives, newest first: `weights` of their levels and the next level."""
+    x, history = trace.start, []
+    for sigma, after in trace.steps:
+        history = [(trace.keep(derivative(trace, x, sigma)), sigma), *history[: order - 1]]
+        if after == 0:
+            history = history[:1]
+        factors = weights([level for _, level in history], after)
+        x = x + weighted(factors, [d for d, _ in history])
+    return x
+
+
+def derivative(trace: Trace, x: Vector, sigma: float) -> Vector:
+    """(x − D)/σ at a new evaluation."""
+    denoised = trace.denoise(x, sigma)
+    return (x - denoised) / sigma
+
+
+def lagrange_integrals(
+    nodes: Sequence[float],
+    start: float,
+    end: float,
+    *,
+    of: Callable[[np.ndarray], np.ndarray] = lambda level: level,
+    weight: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+) -> np.ndarray:
+    """∫ from `start` to `end` of `weight` times each node's Lagrange polynomial, a polynomial in `of`."""
+    points = start + (end - start) * (_QUADRATURE[0] + 1) / 2
+    shares = (end - start) / 2 * _QUADRATURE[1] * weight(points)
+    places, at = of(np.array(nodes)), of(points)
+    integrals = []
+    for index, place in enumerate(places):
+        others = np.delete(places, index)[:, None]
+        integrals.append(np.sum(shares * np.prod((at - others) / (place - others), axis=0)))
+    return np.array(integrals)

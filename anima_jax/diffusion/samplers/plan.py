@@ -1,0 +1,186 @@
+"""From a sampler's formulas to numbers for one compiled step.
+
+Whatever a sampler does between two evaluations of the network is linear: it adds up points, estimates and noises with
+factors that depend on the noise levels alone. So its formulas are run once on the host, in float64, on `Vector`s, which
+know of what they are the sum; the outcome is a `Plan`: for each evaluation the noise level, and the factors that turn
+what is at hand into what the next one needs. One step function then serves every sampler, and no program is compiled
+anew when noise levels change.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Vector:
+    """A sum of arrays that exist only on the device: `terms` gives each one's factor, by its number in the trace."""
+
+    def __init__(self, terms: dict[int, float]):
+        self.terms = terms
+
+    @property
+    def number(self) -> int:
+        """Of a vector that is an array of its own: which."""
+        (number,) = self.terms
+        return number
+
+    def __add__(self, other: "Vector") -> "Vector":
+        numbers = self.terms.keys() | other.terms.keys()
+        return Vector({number: self.terms.get(number, 0.0) + other.terms.get(number, 0.0) for number in numbers})
+
+    def __mul__(self, factor: float) -> "Vector":
+        return Vector({number: float(factor) * value for number, value in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Vector":
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> "Vector":
+        return self * -1.0
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return self + -other
+
+
+class Draw(NamedTuple):
+    """A noise array that a sampler uses: it stands for the path between two noise levels, from the higher one."""
+
+    sigma: float
+    next_sigma: float
+
+
+@dataclasses.dataclass
+class _Evaluation:
+    """One call of the network and what was made of it before the next."""
+
+    sigma: float
+    point: int
+    denoised: int
+    unconditional: int
+    noises: list[int] = dataclasses.field(default_factory=list)
+    made: dict[int, dict[int, float]] = dataclasses.field(default_factory=dict)
+
+
+class Trace:
+    """What a sampler's formulas are run on.
+
+    `sigmas` are Python floats, descending; `shift` is the schedule's; `start` is the point at the first level.
+    """
+
+    def __init__(self, sigmas: np.ndarray, shift: float):
+        self.sigmas = [float(sigma) for sigma in np.asarray(sigmas, np.float32)]
+        self.shift = shift
+        self._numbers = itertools.count()
+        self.start = self._new()
+        self.draws: list[Draw] = []
+        self.evaluations: list[_Evaluation] = []
+
+    def _new(self) -> Vector:
+        return Vector({next(self._numbers): 1.0})
+
+    @property
+    def steps(self) -> Iterator[tuple[float, float]]:
+        """Each noise level and the next."""
+        return itertools.pairwise(self.sigmas)
+
+    def denoise(self, x: Vector, sigma: float) -> Vector:
+        """The network's estimate of the clean latents from the point `x` at this noise level."""
+        return self.denoise_both(x, sigma)[0]
+
+    def denoise_both(self, x: Vector, sigma: float) -> tuple[Vector, Vector]:
+        """The guided estimate, and that of the negative prompt alone."""
+        point = self.keep(x) if self.evaluations else x
+        guided, unconditional = self._new(), self._new()
+        self.evaluations.append(_Evaluation(sigma, point.number, guided.number, unconditional.number))
+        return guided, unconditional
+
+    def noise(self, sigma: float, next_sigma: float) -> Vector:
+        """The next standard normal noise, for the path from `sigma` to `next_sigma`."""
+        drawn = self._new()
+        self.draws.append(Draw(sigma, next_sigma))
+        self.evaluations[-1].noises.append(drawn.number)
+        return drawn
+
+    def keep(self, x: Vector) -> Vector:
+        """`x`, from now on an array of its own: what follows needs nothing of which it is the sum."""
+        terms = x.terms
+        x.terms = self._new().terms
+        self.evaluations[-1].made[x.number] = terms
+        return x
+
+
+class Plan(NamedTuple):
+    """A sampler's run, for n evaluations with k arrays carried between them.
+
+    An evaluation has at hand the k arrays, the estimate, the negative prompt's estimate if `both`, and `draws` new
+    noises. Array 0 is the point at which the network is evaluated, in the end the result.
+    """
+
+    sigmas_n: np.ndarray
+    """Noise level of each evaluation, float32."""
+
+    factors_nkj: np.ndarray
+    """The next k arrays as sums of the j at hand, float32."""
+
+    noises_nq: np.ndarray
+    """Which of `draws` are new at each evaluation, int; −1 for none."""
+
+    draws: tuple[Draw, ...]
+    both: bool
+
+
+Formulas = Callable[[Trace], Vector]
+"""A sampler's formulas: from `trace.start`, through evaluations, to the result."""
+
+
+def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> Plan:
+    """Run the sampler's formulas along `sigmas`, which descend and hold at least two levels."""
+    trace = Trace(sigmas, shift)
+    trace.keep(result := formulas(trace))
+    evaluations = trace.evaluations
+    carried = _carried(evaluations, result.number)
+    used = {source for evaluation in evaluations for terms in evaluation.made.values() for source in terms}
+    both = any(evaluation.unconditional in used for evaluation in evaluations)
+    fresh = max(len(evaluation.noises) for evaluation in evaluations)
+    count = max(map(len, carried))
+    factors = np.zeros((len(evaluations), count, count + 1 + both + fresh))
+    noises = np.full((len(evaluations), fresh), -1)
+    drawn = 0
+    for index, evaluation in enumerate(evaluations):
+        columns = {number: column for column, number in enumerate(carried[index])}
+        columns[evaluation.denoised] = count
+        if both:
+            columns[evaluation.unconditional] = count + 1
+        columns |= {number: count + 1 + both + place for place, number in enumerate(evaluation.noises)}
+        for row, number in enumerate(carried[index + 1]):
+            for source, factor in _spelled_out(evaluation.made, number).items():
+                factors[index, row, columns[source]] = factor
+        noises[index, : len(evaluation.noises)] = drawn + np.arange(len(evaluation.noises))
+        drawn += len(evaluation.noises)
+    levels = np.array([evaluation.sigma for evaluation in evaluations], np.float32)
+    return Plan(levels, factors.astype(np.float32), noises, tuple(trace.draws), both)
+
+
+def _carried(evaluations: list[_Evaluation], result: int) -> list[list[int]]:
+    """Which arrays exist at each evaluation, and after the last: the point first, then what later ones still need."""
+    carried = [[result]]
+    for evaluation in reversed(evaluations):
+        sources = {source for number in carried[-1] for source in _spelled_out(evaluation.made, number)}
+        new = {evaluation.point, evaluation.denoised, evaluation.unconditional, *evaluation.noises}
+        carried.append([evaluation.point, *sorted(sources - new)])
+    return carried[::-1]
+
+
+def _spelled_out(made: dict[int, dict[int, float]], number: int) -> dict[int, float]:
+    """An array as the sum of what was there before this evaluation's results were put together."""
+    if number not in made:
+        return {number: 1.0}
+    total: dict[int, float] = {}
+    for source, factor in made[number].items():
+        for deeper, value in _spelled_out(made, source).items():
+            total[deeper] = total.get(deeper, 0.0) + factor * value
+    return {source: factor for source, factor in total.items() if factor}

@@ -1,0 +1,332 @@
+"""Samplers that add noise at every step.
+
+Source: ComfyUI comfy/k_diffusion/sampling.py and sa_solver.py, in the forms for flow models: a point at level σ is
+(1 − σ)·D + σ·noise. Most work on the half log-SNR λ = ln((1 − σ)/σ); α is 1 − σ. n is standard normal noise.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from anima_jax.diffusion.samplers.ode import lagrange_integrals, midpoint_step, res_step, weighted
+from anima_jax.diffusion.samplers.plan import Trace, Vector
+from anima_jax.diffusion.schedules import shifted
+
+ER_POINTS = 200
+
+SA_NOISY = (0.2, 0.8)
+"""Between which shares of the sampling SA-Solver adds noise."""
+
+
+def euler_ancestral(trace: Trace) -> Vector:
+    """Euler's step below the next level, and noise up to it."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        denoised = trace.denoise(x, sigma)
+        down = _level_below(sigma, after)
+        x = (down / sigma) * x + (1 - down / sigma) * denoised
+        x = _noised_again(trace, x, sigma, after)
+    return x
+
+
+def dpm_2_ancestral(trace: Trace) -> Vector:
+    """`dpm_2` below the next level, and noise up to it."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        x = midpoint_step(trace, x, sigma, _level_below(sigma, after))
+        x = _noised_again(trace, x, sigma, after)
+    return x
+
+
+def dpmpp_2s_ancestral(trace: Trace) -> Vector:
+    """DPM-Solver++(2S) below the next level, and noise up to it."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        denoised, down = trace.denoise(x, sigma), _level_below(sigma, after)
+        if down > 0:
+            middle = 0.9999 if sigma == 1 else _sigma((_snr(sigma) + _snr(down)) / 2)
+            denoised = trace.denoise((middle / sigma) * x + (1 - middle / sigma) * denoised, middle)
+        x = (down / sigma) * x + (1 - down / sigma) * denoised
+        x = _noised_again(trace, x, sigma, after)
+    return x
+
+
+def res_multistep_ancestral(trace: Trace) -> Vector:
+    """`res_multistep` below the next level, and noise up to it, as if the data were not scaled down by noise."""
+    x, before = trace.start, None
+    for sigma, after in trace.steps:
+        denoised = trace.denoise(x, sigma)
+        down, up = split_variance(sigma, after)
+        x = res_step(x, sigma, down, denoised, before)
+        if after > 0:
+            x = x + up * trace.noise(sigma, after)
+        before = denoised, sigma, down
+    return x
+
+
+def lcm(trace: Trace) -> Vector:
+    """σ'·n + (1 − σ')·D: each estimate with new noise (latent consistency models, arXiv 2310.04378)."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        x = (1 - after) * trace.denoise(x, sigma)
+        if after > 0:
+            x = x + after * trace.noise(sigma, after)
+    return x
+
+
+def euler_cfg_pp(trace: Trace) -> Vector:
+    """CFG++ (arXiv 2406.08070): Euler's step from the guided estimate along the negative prompt's noise."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        denoised, unconditional = trace.denoise_both(x, sigma)
+        x = (1 - after) * denoised + (after / sigma) * (x - (1 - sigma) * unconditional)
+    return x
+
+
+def euler_ancestral_cfg_pp(trace: Trace) -> Vector:
+    """`euler_cfg_pp` to below the next σ/α, and noise up to it; from σ = 1, where σ/α is infinite, all noise is new."""
+    x = trace.start
+    for sigma, after in trace.steps:
+        denoised, unconditional = trace.denoise_both(x, sigma)
+        if after == 0:
+            return denoised
+        ratio = sigma / (1 - sigma) if sigma < 1 else math.inf
+        down, up = split_variance(ratio, after / (1 - after))
+        x = (1 - after) * (denoised + (down / sigma) * (x - (1 - sigma) * unconditional))
+        x = x + (1 - after) * up * trace.noise(sigma, after)
+    return x
+
+
+def dpmpp_2m_sde(trace: Trace) -> Vector:
+    """SDE-DPM-Solver++(2M), arXiv 2211.01095, midpoint form."""
+    return _multistep_sde(trace, 2, lambda h: (-math.expm1(-h) / 2, 0.0))
+
+
+def dpmpp_2m_sde_heun(trace: Trace) -> Vector:
+    """SDE-DPM-Solver++(2M), Heun's form."""
+    return _multistep_sde(trace, 2, _phi_2_3)
+
+
+def dpmpp_3m_sde(trace: Trace) -> Vector:
+    """SDE-DPM-Solver++(3M)."""
+    return _multistep_sde(trace, 3, _phi_2_3)
+
+
+def _phi_2_3(h: float) -> tuple[float, float]:
+    """φ₂ and φ₃ of an exponential integrator over a step of −h."""
+    phi_2 = math.expm1(-h) / h + 1
+    return phi_2, phi_2 / h - 0.5
+
+
+def _multistep_sde(trace: Trace, order: int, shares: Callable[[float], tuple[float, float]]) -> Vector:
+    """An exponential integrator in λ with up to two differences of estimates, whose `shares` follow from the step."""
+    x, history = trace.start, []
+    for sigma, after in itertools.pairwise(_finite_levels(trace)):
+        now = trace.denoise(x, sigma)
+        if after == 0:
+            return now
+        h = _snr(after) - _snr(sigma)
+        x = (after / sigma) * math.exp(-h) * x - (1 - after) * math.expm1(-2 * h) * now
+        history = [(now, _snr(sigma)), *history[: order - 1]]
+        slope, bend = _differences(history, h)
+        first, second = shares(2 * h)
+        x = x + (1 - after) * (first * slope - second * bend)
+        x = x + after * math.sqrt(-math.expm1(-2 * h)) * trace.noise(sigma, after)
+    return x
+
+
+def _differences(history: list[tuple[Vector, float]], h: float) -> tuple[Vector, Vector]:
+    """First and second derivative of the estimate in λ / h, as far as the history (newest first) goes."""
+    none = Vector({})
+    if len(history) == 1:
+        return none, none
+    slopes, gaps = [], []
+    for (newer, snr), (older, earlier_snr) in itertools.pairwise(history):
+        gaps.append((snr - earlier_snr) / h)
+        slopes.append((newer - older) / gaps[-1])
+    if len(history) == 2:
+        return slopes[0], none
+    bend = (slopes[0] - slopes[1]) / sum(gaps)
+    return slopes[0] + gaps[0] * bend, bend
+
+
+def dpmpp_sde(trace: Trace) -> Vector:
+    """SDE-DPM-Solver++ of second order with a stage in the middle, each an ancestral step on e^−λ = σ/α."""
+    x = trace.start
+    for sigma, after in itertools.pairwise(_finite_levels(trace)):
+        denoised = trace.denoise(x, sigma)
+        if after == 0:
+            return denoised
+        middle = _sigma((_snr(sigma) + _snr(after)) / 2)
+        denoised = trace.denoise(_ancestral_sde(trace, x, denoised, sigma, middle), middle)
+        x = _ancestral_sde(trace, x, denoised, sigma, after)
+    return x
+
+
+def _ancestral_sde(trace: Trace, x: Vector, denoised: Vector, sigma: float, after: float) -> Vector:
+    """From `sigma` towards `denoised` to below `after`, and noise up to it."""
+    alpha, ratio = 1 - after, sigma / (1 - sigma)
+    down, up = split_variance(ratio, after / alpha)
+    return alpha * (down / ratio / (1 - sigma) * x + (1 - down / ratio) * denoised + up * trace.noise(sigma, after))
+
+
+def seeds_2(trace: Trace) -> Vector:
+    """SEEDS-2 (arXiv 2305.14267), its stage in the middle."""
+    x = trace.start
+    for sigma, after in itertools.pairwise(_finite_levels(trace)):
+        denoised = trace.denoise(x, sigma)
+        if after == 0:
+            return denoised
+        path = _Path(trace, x, sigma, after)
+        stage, middle = path.to(1 / 2)
+        estimate = trace.denoise(stage - (1 - middle) * math.expm1(-path.h) * denoised, middle)
+        end, _ = path.to(1)
+        x = end - (1 - after) * math.expm1(-2 * path.h) * estimate
+    return x
+
+
+def seeds_3(trace: Trace) -> Vector:
+    """SEEDS-3 (arXiv 2305.14267), its stages at a third and at two thirds."""
+    x = trace.start
+    for sigma, after in itertools.pairwise(_finite_levels(trace)):
+        denoised = trace.denoise(x, sigma)
+        if after == 0:
+            return denoised
+        path = _Path(trace, x, sigma, after)
+        start, level = path.to(1 / 3)
+        estimate = trace.denoise(start - (1 - level) * math.expm1(-2 / 3 * path.h) * denoised, level)
+        for place, weight in ((2 / 3, 2), (1, 3 / 2)):
+            h = 2 * place * path.h
+            share = weight * ((math.expm1(-h) + h) / h)
+            start, level = path.to(place)
+            x = start + (1 - level) * ((-math.expm1(-h) - share) * denoised + share * estimate)
+            if place < 1:
+                estimate = trace.denoise(x, level)
+    return x
+
+
+class _Path:
+    """The linear part of one step of SEEDS: `x` and the noise that gathers on its way from `sigma` to `after`."""
+
+    def __init__(self, trace: Trace, x: Vector, sigma: float, after: float):
+        self._trace, self._x, self._sigma = trace, x, sigma
+        self._snr, self._place, self._noise = _snr(sigma), 0.0, Vector({})
+        self.h = _snr(after) - _snr(sigma)
+
+    def to(self, place: float) -> tuple[Vector, float]:
+        """Where `place` of the step (0 to 1) is reached, and its level. Places come in ascending order."""
+        before, level = (_sigma(self._snr + share * self.h) for share in (self._place, place))
+        h = (place - self._place) * self.h
+        drawn = self._trace.noise(before, level)
+        self._noise = math.exp(-h) * self._noise + math.sqrt(-math.expm1(-2 * h)) * drawn
+        self._place = place
+        return level / self._sigma * math.exp(-place * self.h) * self._x + level * self._noise, level
+
+
+def er_sde(trace: Trace) -> Vector:
+    """ER-SDE-3 (arXiv 2309.06169) on ℓ = σ/α, its integrals as sums of 200 terms."""
+    x, history, slope_before = trace.start, [], None
+    for sigma, after in itertools.pairwise(_finite_levels(trace)):
+        denoised = trace.denoise(x, sigma)
+        if after == 0:
+            return denoised
+        alpha, start, end = 1 - after, sigma / (1 - sigma), after / (1 - after)
+        step, scale = end - start, _er_scale(end)
+        kept = scale / _er_scale(start)
+        x = alpha * (kept / (1 - sigma) * x + (1 - kept) * denoised)
+        places = end - step / ER_POINTS * np.arange(ER_POINTS)
+        shares = -step / ER_POINTS / _er_scale(places)
+        if history:
+            slope = trace.keep((denoised - history[0][0]) / (start - history[0][1]))
+            x = x + alpha * (step + scale * np.sum(shares)) * slope
+            if slope_before is not None:
+                bend = (slope - slope_before) / ((start - history[1][1]) / 2)
+                x = x + alpha * (step**2 / 2 + scale * np.sum(shares * (places - start))) * bend
+            slope_before = slope
+        history = [(denoised, start), *history[:1]]
+        x = x + alpha * math.sqrt(max(0.0, end**2 - (start * kept) ** 2)) * trace.noise(sigma, after)
+    return x
+
+
+def _er_scale(ratio):
+    """g(ℓ), the noise scale that ER-SDE's authors found best."""
+    return ratio * (np.exp(ratio**0.3) + 10)
+
+
+def sa_solver(trace: Trace) -> Vector:
+    """SA-Solver (arXiv 2309.05019): stochastic Adams predictor of order 3, corrector of order 4.
+
+    Noise is added (τ = 1) where a fifth to four fifths of the sampling are done.
+    """
+    levels = _finite_levels(trace)
+    count = len(levels) - 1
+    first, last = (shifted(1 - done, trace.shift) for done in SA_NOISY)
+    x = point = trace.start
+    noise, before, tau = Vector({}), None, 0.0
+    estimates: list[Vector] = []
+    for index, (sigma, after) in enumerate(itertools.pairwise(levels)):
+        estimates = [trace.denoise(point, sigma), *estimates[:3]]
+        if after == 0:
+            return estimates[0]
+        known = levels[index::-1]
+        if before is not None:
+            order = min(index + 1, 4, count - index)
+            x = trace.keep(_stochastic_adams(x, before, sigma, estimates, known[:order], tau) + noise)
+        tau, before = float(last <= after <= first), sigma
+        point = _stochastic_adams(x, sigma, after, estimates, known[: min(index + 1, 3, count - 1 - index)], tau)
+        if tau:
+            h = _snr(after) - _snr(sigma)
+            noise = trace.keep(after * math.sqrt(-math.expm1(-2 * tau**2 * h)) * trace.noise(sigma, after))
+        else:
+            noise = Vector({})
+        point = point + noise
+    return x
+
+
+def _stochastic_adams(
+    x: Vector, start: float, end: float, estimates: list[Vector], levels: list[float], tau: float
+) -> Vector:
+    """From level `start` to `end` along the polynomial in λ through the newest estimates, those at `levels`."""
+    growth, snr = 1 + tau**2, _snr(end)
+    factors = lagrange_integrals(
+        [_snr(level) for level in levels], _snr(start), snr, weight=lambda at: growth * np.exp(growth * (at - snr))
+    )
+    x = end / start * math.exp(-(tau**2) * (snr - _snr(start))) * x
+    return x + (1 - end) * weighted(factors, estimates[: len(levels)])
+
+
+def split_variance(sigma: float, after: float) -> tuple[float, float]:
+    """A level below `after`, and how much noise leads from there to it, if both are parts of one ancestral step."""
+    return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
+
+
+def _level_below(sigma: float, after: float) -> float:
+    """Where an ancestral step of a flow model ends before it adds noise."""
+    return after**2 / sigma
+
+
+def _noised_again(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
+    """From the level below up to `after`; nothing at the end."""
+    if after == 0:
+        return x
+    down = _level_below(sigma, after)
+    ratio = (1 - after) / (1 - down)
+    return ratio * x + math.sqrt(after**2 - (down * ratio) ** 2) * trace.noise(sigma, after)
+
+
+def _finite_levels(trace: Trace) -> list[float]:
+    """The levels, the first a little below 1 if it is 1, where λ is infinite."""
+    first, *rest = trace.sigmas
+    return [float(np.float32(shifted(1 - 1e-4, trace.shift))) if first >= 1 else first, *rest]
+
+
+def _snr(sigma: float) -> float:
+    """λ = ln(α / σ)."""
+    return math.log((1 - sigma) / sigma)
+
+
+def _sigma(snr: float) -> float:
+    """The level of a λ."""
+    return 1 / (1 + math.exp(snr))

@@ -1,0 +1,81 @@
+"""The noise of a picture: where it starts, and what a sampler adds at its steps.
+
+ComfyUI starts from the CPU's stream for the seed, drawn for a whole batch at once, on every machine. The steps' noise
+comes from the device that it samples on: on a GPU from the CUDA stream for the seed, on a CPU from a stream for the
+seed + 1 (`default_noise_sampler` in comfy/k_diffusion/sampling.py), and the dpmpp SDE samplers' from a Brownian path.
+Arrays have torch's layout, (b, c, t, y, x).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from anima_jax.diffusion.brownian_tree import BrownianTree
+from anima_jax.diffusion.samplers import Sampler
+from anima_jax.diffusion.samplers.plan import Draw
+from anima_jax.diffusion.torch_random import CUDA_DEVICES, CPUStream, CUDADevice, CUDAStream
+from anima_jax.errors import UserError, did_you_mean
+
+KINDS = ("torch-cpu", "torch-cuda", "jax")
+
+_LIKELY_GPU = "rtx4090"
+"""Whose order of numbers `torch-cuda` takes where no GPU is named or found."""
+
+_FEWER_THREADS = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "12.0": 1536, "12.1": 1536}
+"""Threads that a multiprocessor holds, by compute capability, where it is not 2048."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseKind:
+    """A stream of step noise: one of `KINDS`, and for `torch-cuda` the GPU that it is torch's on."""
+
+    kind: str
+    gpu: CUDADevice | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "NoiseKind":
+        """`torch-cpu`, `torch-cuda`, `torch-cuda:GPU` or `jax`. Raises UserError for another word."""
+        kind, colon, gpu = text.partition(":")
+        if kind not in KINDS or (colon and kind != "torch-cuda"):
+            raise UserError(f"noise '{text}', expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        if colon and gpu not in CUDA_DEVICES:
+            raise UserError(f"noise '{text}', expected torch-cuda:GPU with one of {', '.join(CUDA_DEVICES)}")
+        if kind != "torch-cuda":
+            return cls(kind)
+        return cls(kind, CUDA_DEVICES[gpu] if colon else local_gpu() or CUDA_DEVICES[_LIKELY_GPU])
+
+
+def local_gpu() -> CUDADevice | None:
+    """The first GPU of this machine, if it has an NVIDIA one."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return None
+    return CUDADevice(device.core_count, _FEWER_THREADS.get(str(device.compute_capability), 2048))
+
+
+def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What a batch of this shape starts from, float32."""
+    return CPUStream(seed).randn(shape)
+
+
+class StepNoise:
+    """A batch's noises in the order in which `sampler` uses them, from torch's streams, each float32 of `shape`.
+
+    `sigmas` are the levels that are sampled at. `kind` is not "jax": that noise is drawn on the device.
+    """
+
+    def __init__(self, kind: NoiseKind, seed: int, shape: tuple[int, ...], sampler: Sampler, sigmas: np.ndarray):
+        self._shape, self._path = shape, None
+        on_gpu = functools.partial(CUDAStream, device=kind.gpu) if kind.gpu else None
+        if sampler.path:
+            stream = CPUStream if on_gpu is None or sampler.path == "cpu" else on_gpu
+            first, last = float(np.max(sigmas)), float(np.min(sigmas[sigmas > 0]))
+            self._path = BrownianTree(seed, last, first, shape, stream)
+        else:
+            self._stream = on_gpu(seed) if on_gpu else CPUStream(seed + 1)
+
+    def next(self, draw: Draw) -> np.ndarray:
+        """The next noise, which stands for the path of `draw`."""
+        return self._path(*draw) if self._path else self._stream.randn(self._shape)

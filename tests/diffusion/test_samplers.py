@@ -1,0 +1,131 @@
+"""Samplers against ComfyUI's (golden/samplers), the formulas of those without a record, and what a plan promises."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anima_jax.diffusion import samplers
+from anima_jax.diffusion.samplers import SAMPLERS, Rows, first_arrays, follow, sample
+from anima_jax.diffusion.samplers.plan import make_plan
+from anima_jax.diffusion.schedules import sigmas
+from tests.golden_files import VALUE_TOLERANCE, golden, relative_error
+
+DATA = golden("samplers")
+RECORDED = [key for key in DATA if key.split(".")[0] in SAMPLERS and not key.endswith("step_noise")]
+
+
+def field(x, sigma):
+    """The velocity field that the goldens were sampled on (REFERENCE)."""
+    return jnp.tanh(1.3 * x + 0.2) * (0.7 + 0.3 * sigma) - 0.4 * x * jnp.cos(2 * sigma) + 0.1
+
+
+@pytest.mark.parametrize("key", RECORDED)
+def test_samplers_equal_comfyuis(key):
+    sampler, schedule, steps = key.split(".")
+    levels, noise = DATA[f"sigmas.{schedule}.{steps}"], DATA.get(f"{key}.step_noise", [])
+    result = sample(sampler, field, jnp.asarray(DATA["noise"]), levels, step_noise=noise)
+    assert relative_error(result, DATA[key]) < VALUE_TOLERANCE
+    assert len(make_plan(SAMPLERS[sampler].formulas, levels, 3.0).draws) == len(noise)
+
+
+def test_every_sampler_is_recorded_but_cfg_pp_and_those_that_share_formulas():
+    recorded = {SAMPLERS[key.split(".")[0]].formulas for key in RECORDED}
+    others = {name for name, row in SAMPLERS.items() if row.formulas not in recorded}
+    assert others == {"euler_cfg_pp", "euler_ancestral_cfg_pp"}
+
+
+def on_host(name, levels, noises, x, estimates):
+    """The plan of `name` followed in float64; `estimates(x, σ)` are the guided one and the negative prompt's."""
+    plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
+    arrays = [x, *[np.zeros_like(x)] * (plan.factors_nkj.shape[1] - 1)]
+    for sigma, factors, drawn in zip(plan.sigmas_n, plan.factors_nkj, plan.noises_nq, strict=True):
+        guided, negative = estimates(arrays[0], float(sigma))
+        fresh = [noises[number] if number >= 0 else 0 * x for number in drawn]
+        at_hand = [*arrays, guided, *([negative] if plan.both else []), *fresh]
+        arrays = [sum(f * array for f, array in zip(row, at_hand, strict=True)) for row in factors.astype(np.float64)]
+    return arrays[0]
+
+
+def two_fields(x, sigma):
+    """Estimates of a prompt and a negative prompt with different velocities."""
+    return x - sigma * np.asarray(field(x, sigma), np.float64), x - sigma**2 * np.cos(x)
+
+
+def test_cfg_pp_of_euler_is_its_formula():
+    x = expected = DATA["noise"].astype(np.float64)
+    levels = sigmas("simple", 6).astype(np.float64)
+    for sigma, after in itertools.pairwise(levels):
+        guided, negative = two_fields(expected, sigma)
+        expected = (1 - after) * guided + after * (expected - (1 - sigma) * negative) / sigma
+    found = on_host("euler_cfg_pp", levels, [], x, two_fields)
+    assert relative_error(found, expected) < VALUE_TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0.9, 1.0])
+def test_ancestral_cfg_pp_splits_sigma_over_alpha(first):
+    x = expected = DATA["noise"].astype(np.float64)
+    levels, noises = np.array([first, 0.8, 0.55, 0.2, 0.0]), DATA["er_sde.simple.10.step_noise"].astype(np.float64)
+    for index, (sigma, after) in enumerate(itertools.pairwise(levels)):
+        guided, negative = two_fields(expected, sigma)
+        if after == 0:
+            expected = guided
+            continue
+        # From σ = 1 the ratio is infinite: in the limit all noise is new.
+        ratio, target = (np.inf if sigma == 1 else sigma / (1 - sigma)), after / (1 - after)
+        up = target if sigma == 1 else np.sqrt(target**2 * (ratio**2 - target**2) / ratio**2)
+        down = np.sqrt(target**2 - up**2)
+        direction = (expected - (1 - sigma) * negative) / sigma
+        expected = (1 - after) * (guided + down * direction + up * noises[index])
+    found = on_host("euler_ancestral_cfg_pp", levels, noises, x, two_fields)
+    assert relative_error(found, expected) < VALUE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_reaches_what_the_network_is_sure_of(name):
+    """If every estimate is the same picture, that is the result, whatever noise was added on the way."""
+    noise = np.random.default_rng(0).standard_normal((40, 3, 2))
+    target = noise[-1]
+    result = on_host(name, sigmas("beta", 7), noise, noise[-2], lambda x, sigma: (target, target))
+    # Factors are float32; UniPC stops at a level of 0.001.
+    assert np.abs(result - target).max() < (5e-3 if SAMPLERS[name].ends_at else 2e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_enough_for_any_sampler(name, steps):
+    levels = sigmas("simple", steps, without_penultimate=SAMPLERS[name].without_penultimate)
+    plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
+    assert np.isfinite(plan.factors_nkj).all()
+    assert steps <= len(plan.sigmas_n) <= 3 * steps
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_3m_sde", "uni_pc"])
+def test_a_run_in_parts_is_the_run_at_once(name):
+    plan = make_plan(SAMPLERS[name].formulas, DATA["sigmas.beta.10"], 3.0)
+    noise = np.random.default_rng(1).standard_normal((*plan.noises_nq.shape, 4), np.float32)
+    rows, x = Rows(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
+
+    def denoise(x, row):
+        return (x - row.sigmas_n * field(x, row.sigmas_n),) * 2
+
+    whole, estimate = follow(denoise, first_arrays(plan, x), rows, both=False)
+    arrays = first_arrays(plan, x)
+    for part in (slice(0, 4), slice(4, 5), slice(5, None)):
+        arrays, last = follow(denoise, arrays, jax.tree.map(lambda leaf, part=part: leaf[part], rows), both=False)
+    np.testing.assert_allclose(arrays[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(last, estimate, rtol=1e-6)
+
+
+def test_other_levels_of_one_sampler_have_a_plan_of_the_same_shape():
+    shapes = set()
+    for schedule, shift in (("simple", 3.0), ("beta", 1.0), ("karras", 6.0)):
+        plan = make_plan(SAMPLERS["er_sde"].formulas, sigmas(schedule, 20, shift), shift)
+        shapes.add(tuple(array.shape for array in plan[:3]))
+    assert len(shapes) == 1
+
+
+def test_sampling_starts_between_the_picture_and_noise():
+    np.testing.assert_allclose(samplers.start(np.array(2.0), 0.75, np.array(-4.0)), 0.5)

@@ -1,0 +1,144 @@
+"""The command line: what it draws, what it writes beside the pixels, and how it answers mistakes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anima_jax import generate
+from anima_jax.pictures import from_text
+from tests.small_run import ASSETS, write_transformer
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "base.safetensors"
+    write_transformer(path)
+    files = {"transformer": path, "vae": ASSETS / "tiny_vae.safetensors"}
+    files |= {"text_encoder": ASSETS / "tiny_qwen3.safetensors", "tokenizers": ASSETS / "tokenizers"}
+    return [word for name, file in files.items() for word in (f"--{name}", str(file))] + ["--dtype", "float32"]
+
+
+SMALL = ["--width", "32", "--height", "48", "--steps", "4"]
+
+
+def run(*arguments: object) -> None:
+    generate.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line that these arguments are answered with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    return line.removeprefix("error: ")
+
+
+def test_a_picture_is_drawn_again_from_what_its_file_says(networks, tmp_path, capsys):
+    first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    flags = ["--negative_prompt", "ugly", "--guidance_scale", "2.5", "--sampler", "heun", "--schedule", "beta"]
+    flags += ["--shift", "1.7", "--guidance_interval", "0.1", "0.9", "--cfg_zero_star", "--noise", "jax"]
+    run(*networks, *SMALL, *flags, "--prompt", "a (red:1.3) circle", "--seed", 2**63 + 1, "-o", first, "--preview", 3)
+    run("--like", first, "-o", again)
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    assert Image.open(again).text == Image.open(first).text
+    run("--like", first, "-o", other, "--seed", 4, "--no-cfg_zero_star")
+    assert np.any(np.asarray(Image.open(other)) != np.asarray(Image.open(first)))
+    picture, settings = from_text("c.png", Image.open(other).text)
+    assert (picture.seed, settings.cfg_zero_star, settings.shift) == (4, False, 1.7)
+    assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
+    # Four steps of Heun are seven evaluations; the last is the picture itself.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.png",
+        "a.step003.png",
+        "a.step006.png",
+        "b.png",
+        "c.png",
+    ]
+    assert Image.open(tmp_path / "a.step006.png").size == (32, 48)
+
+
+def test_every_prompt_is_drawn_in_every_size_with_every_seed(networks, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffa red circle\r\n\r\n  猫 \r\n".encode())
+    flags = ["--width", 32, 48, "--height", 48, 32, "--seed", 1, 2, "--steps", 1, "--sampler", "euler", "--at_once", 8]
+    run(*networks, "--prompts", prompts, *flags, "-o", tmp_path / "x.png")
+    found = [from_text("x", Image.open(tmp_path / f"x_{index}.png").text)[0] for index in range(1, 9)]
+    expected = [(p, w, h, s) for p in ("a red circle", "猫") for w, h in ((32, 48), (48, 32)) for s in (1, 2)]
+    assert [(x.prompt, x.width, x.height, x.seed) for x in found] == expected
+    assert len({np.asarray(Image.open(tmp_path / f"x_{index}.png")).tobytes() for index in range(1, 9)}) == 8
+
+
+def test_a_picture_of_a_batch_is_drawn_again_alone(networks, tmp_path):
+    run(*networks, *SMALL, "--prompt", "x", "--batch_size", 2, "-o", tmp_path / "a.png")
+    run("--like", tmp_path / "a_2.png", "-o", tmp_path / "b.png")
+    first, second, again = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("a_1", "a_2", "b"))
+    # Sums over a batch are rounded otherwise; a random network amplifies it to a level.
+    assert np.abs(again - second).max() <= 1 < np.abs(again - first).max()
+
+
+def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networks, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (3, 2, 3), np.uint8)
+    Image.fromarray(small).resize((32, 48)).save(tmp_path / "image.png")
+    Image.new("L", (32, 48)).save(tmp_path / "mask.png")
+    flags = ["--prompt", "x", "--steps", 4, "--image", tmp_path / "image.png"]
+    run(*networks, *flags, "--denoise", 0, "-o", tmp_path / "vae.png")
+    run(*networks, *flags, "--mask", tmp_path / "mask.png", "-o", tmp_path / "kept.png")
+    # Nothing is white in this mask: what comes out is the VAE's reconstruction.
+    np.testing.assert_array_equal(Image.open(tmp_path / "kept.png"), Image.open(tmp_path / "vae.png"))
+    run("--like", tmp_path / "kept.png", "-o", tmp_path / "again.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "kept.png"))
+    run(*networks, *flags, "--width", 48, "--height", 32, "--denoise", 0, "-o", tmp_path / "turned.png")
+    assert Image.open(tmp_path / "turned.png").size == (48, 32)
+    run("--like", tmp_path / "turned.png", "-o", tmp_path / "again.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "turned.png"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler", "eulr"], "sampler 'eulr', expected one of euler, "),
+        (["--steps", "-3"], "steps -3, expected 1 to 1000"),
+        (["--width", "40", "--height", "48"], "width 40, expected a positive multiple of 16 (nearest: 32 and 48)"),
+        (
+            ["--width", "32", "48", "64", "--height", "32", "48"],
+            "3 values of --width, 2 of --height, expected one or as many",
+        ),
+        (["--seed", "-1"], "seed -1, expected a whole number ≥ 0"),
+        (["--denoise", "0.5"], "denoise 0.5 needs an image to start from"),
+        (["--noise", "torch-gpu"], "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
+        (["--batch_size", "0"], "--batch_size 0, expected at least 1"),
+        (["--image", "missing.png"], "missing.png: no such file"),
+        (["--transformer", "hf://owner/repo"], "hf://owner/repo: expected hf://owner/repo/file"),
+        (["--like", "missing.png"], "missing.png: no such file"),
+        (["--prompts", "a.txt"], "argument --prompts: not allowed with argument --prompt"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(networks, tmp_path, capsys, flags, message):
+    line = refused(capsys, *networks, "--prompt", "x", "-o", tmp_path / "x.png", *flags)
+    assert line.startswith(message), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
+    output = ["-o", tmp_path / "x.png"]
+    (tmp_path / "latin1.txt").write_bytes("a cat\nein Kätzchen\n".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("RGB", (32, 48)).save(tmp_path / "image.png")
+    Image.new("L", (48, 32)).save(tmp_path / "mask.png")
+    image = ["--prompt", "x", "--image", tmp_path / "image.png"]
+    for flags, message in (
+        (["--prompts", tmp_path / "latin1.txt"], "latin1.txt: line 2 is not UTF-8 (byte 0xe4)"),
+        (["--prompts", tmp_path / "empty.txt"], "empty.txt: holds no prompt, expected one on each line"),
+        (["--prompts", tmp_path / "none.txt"], "none.txt: cannot be read: No such file or directory"),
+        (["--like", tmp_path / "words.png"], "words.png: cannot be read as a picture"),
+        (["--like", tmp_path / "image.png"], "image.png: holds no settings in its text chunks"),
+        ([*image, "--mask", tmp_path / "mask.png"], "the mask is 48×32, expected the image's 32×48"),
+        (["--prompt", "x", "--mask", tmp_path / "mask.png"], "a mask without an image"),
+    ):
+        assert message in refused(capsys, *networks, *output, *flags)
+    assert "one of --prompt, --prompts and --like is required" in refused(capsys, *networks, *output)
+    assert "expected a .png file in a folder that exists" in refused(capsys, *networks, "--prompt", "x", "-o", "x.jpg")
+    assert "give --transformer, --vae, --text_encoder, or --config" in refused(capsys, "--prompt", "x", *output)

@@ -1,0 +1,76 @@
+"""The VAE in tiles. Oracle: the same VAE on the whole picture."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from anima_jax.checkpoints.models import load_vae
+from anima_jax.data.shapes import draw, scenes
+from anima_jax.models import parameters
+from anima_jax.pipeline import UNTILED_PIXELS, decode_latents, encode_pixels
+from anima_jax.tiles import in_tiles
+from tests.models.networks import normal
+from tests.small_run import ASSETS
+
+
+def test_what_looks_at_no_neighbours_is_the_same_in_tiles():
+    array = normal(1, 2, 33, 50, 4)
+    for tile, overlap in ((16, 4), (20, 0), (40, 12), (64, 8)):
+        enlarged = in_tiles(lambda x: 2 * x.repeat(3, 2).repeat(3, 3), array, 1, 3, tile=tile, overlap=overlap)
+        np.testing.assert_allclose(enlarged, 2 * array.repeat(3, 2).repeat(3, 3), rtol=1e-6)
+        reduced = in_tiles(lambda x: x[:, :, ::3, ::3], enlarged, 3, 1, tile=tile, overlap=overlap)
+        np.testing.assert_allclose(reduced, 2 * array, rtol=1e-6)
+
+
+def test_tiles_are_of_one_size_and_blend_from_one_to_the_next():
+    seen = []
+
+    def run(x):
+        seen.append(x.shape[2:4])
+        return np.full_like(x, len(seen))
+
+    out = in_tiles(run, np.zeros((1, 1, 8, 40, 1), np.float32), 1, 1, tile=24, overlap=8)[0, 0, 0, :, 0]
+    assert seen == [(8, 24), (8, 24)]
+    np.testing.assert_array_equal(out[:16], 1.0)
+    np.testing.assert_array_equal(out[24:], 2.0)
+    np.testing.assert_allclose(out[16:24], 1.0 + (np.arange(8) + 0.5) / 8, atol=1e-6)
+
+
+@functools.cache
+def vae_calls():
+    graphdef, params = parameters.split(load_vae(ASSETS / "tiny_vae.safetensors", jnp.float32))
+    options = {"graphdef": graphdef, "dtype": jnp.dtype("float32")}
+    return [functools.partial(run, params, **options) for run in (encode_pixels, decode_latents)]
+
+
+def shapes_picture(side: int) -> np.ndarray:
+    """Sixteen of the quick start's scenes as one picture (1, 1, y, x, 3)."""
+    tiles = [draw(scene, (32.0, 32.0), 18.0) for scene in scenes(held_out=True)]
+    picture = np.concatenate([np.concatenate(tiles[row : row + 4], 1) for row in range(0, 16, 4)])
+    enlarged = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+    return enlarged[None, None].astype(np.float32) / 127.5 - 1.0
+
+
+def levels_apart(first, second) -> float:
+    """Mean difference of two pictures in levels of 255."""
+    return float(np.mean(np.abs(np.clip(first, -1, 1) - np.clip(second, -1, 1))) * 127.5)
+
+
+def test_the_vae_in_tiles_is_within_a_level_of_the_whole():
+    encode, decode = vae_calls()
+    latents = np.asarray(encode(shapes_picture(256)))
+    assert levels_apart(in_tiles(decode, latents, 1, 8, tile=24, overlap=8), decode(latents)) < 1.0
+
+
+@pytest.mark.slow
+def test_the_vae_in_its_own_tiles_is_within_a_level_at_1024():
+    assert UNTILED_PIXELS > 1024**2
+    encode, decode = vae_calls()
+    pixels = shapes_picture(1024)
+    latents = np.asarray(encode(pixels))
+    whole = decode(latents)
+    assert levels_apart(in_tiles(decode, latents, 1, 8), whole) < 1.0
+    assert levels_apart(decode(in_tiles(encode, pixels, 8, 1)), whole) < 1.0

@@ -1,0 +1,62 @@
+"""Prompt weights. Oracles: what ComfyUI's parser gave (golden/tokens.json), and the syntax's own promises."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anima_jax.text.prompts import spans
+from tests.golden_files import GOLDEN
+
+CASES = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["prompt"] for case in CASES])
+def test_spans_are_comfyuis(case):
+    # The file holds escaped parentheses as ComfyUI does while it parses.
+    parsed = [(text.replace("\0\1", ")").replace("\0\2", "("), weight) for text, weight in case["parsed"]]
+    assert spans(case["prompt"]) == parsed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("(a)", [("a", 1.1)]),
+        ("(((a)))", [("a", 1.1**3)]),
+        ("((a:1.3))", [("a", 1.3)]),
+        ("((a):1.5)", [("a", 1.1 * 1.5)]),
+        ("(a:b:2)", [("a:b", 2.0)]),
+        ("(a: -.5 )", [("a", -0.5)]),
+        ("(a:)", [("a:", 1.1)]),
+        ("(:2)", [(":2", 1.1)]),
+        ("()", []),
+        ("a) (b)", [("a) (b)", 1.0)]),
+        ("a)((b)", [("a)(", 1.0), ("b", 1.1)]),
+        ("(a (b)", [("a ", 1.1), ("(b", 1.1)]),
+        ("(a (b", [("(a (b", 1.0)]),
+        (r"(a \(b\):1.2)", [("a (b)", 1.2)]),
+        (r"\\(a)", [("\\(a)", 1.0)]),
+    ],
+)
+def test_weights_nest_numbers_stand_for_themselves_and_the_unclosed_is_text(prompt, expected):
+    found = spans(prompt)
+    assert [text for text, _ in found] == [text for text, _ in expected]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+@given(st.text(st.characters(exclude_characters="()\\\0")))
+def test_text_without_parentheses_is_one_span_as_it_stands(text):
+    assert spans(text) == ([(text, 1.0)] if text else [])
+
+
+@given(st.text(st.sampled_from("()\\:.1a ,"), max_size=40))
+def test_no_text_outside_of_parentheses_and_weights_is_lost(prompt):
+    kept = [character for character in prompt if character in "a,"]
+    assert [character for text, _ in spans(prompt) for character in text if character in "a,"] == kept
+
+
+def test_nesting_may_be_deep():
+    (span,) = spans("(" * 2000 + "a" + ")" * 2000)
+    assert span.text == "a"
+    assert span.weight == pytest.approx(1.1**2000, rel=1e-9)
