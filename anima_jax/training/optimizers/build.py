@@ -19,7 +19,10 @@ from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_
 from anima_jax.training.optimizers.rates import schedule
 from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find
 
-WITHOUT_EFFECT = ("fused", "foreach", "capturable", "differentiable", "triton", "kahan_sum", "is_paged", "compile")
+WITHOUT_EFFECT = (
+    *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "kahan_sum", "compile"),
+    *("is_paged", "block_wise", "fsdp_in_use"),
+)
 """Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
 
 UNAVAILABLE = {
@@ -29,8 +32,13 @@ UNAVAILABLE = {
     "decouple_lr": "weight decay is multiplied by the learning rate",
     "dampening": "leave it at 0",
     "cpu_offload": "take type = 'offload'",
+    "relative_step": "the learning rate is lr's, shaped by lr_scheduler",
+    "warmup_init": "warmup_steps is the warmup",
 }
 """Arguments that are accepted only if they are off, and what to do instead."""
+
+ALWAYS = ("decouple", "weight_decouple")
+"""Arguments that are accepted only if they are on: no weight decay but sgd's is part of the gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +157,9 @@ def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
         elif key in UNAVAILABLE and key not in row.options:
             if value:
                 faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; {UNAVAILABLE[key]}")
+        elif key in ALWAYS and name != "sgd":
+            if value is not True:
+                faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; weight decay is decoupled here")
         elif key not in WITHOUT_EFFECT:
             near = did_you_mean(key, [*row.options, *row.renamed])
             arguments = ", ".join(sorted(row.options)) or "none but lr and weight_decay"
