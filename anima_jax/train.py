@@ -16,6 +16,7 @@ from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.config import foreign
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.log_to_console()
     arguments = parse_arguments(argv)
     config = load_config(
-        arguments.config, overrides(arguments), i_know_what_i_am_doing=arguments.i_know_what_i_am_doing
+        arguments.config,
+        overrides(arguments),
+        i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
+        check_optimizer=check_optimizer,
     )
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
@@ -129,6 +133,20 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
     which = arguments.resume_from_checkpoint
     return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
+
+
+def check_optimizer(given: OptimizerConfig) -> None:
+    """Raise UserError for a name or arguments that no optimizer has."""
+    optimizers.check(
+        optimizers.OptimizerConfig(
+            {},
+            type=given.type,
+            betas=given.betas,
+            eps=given.eps,
+            options=given.options,
+            beta2_half_life=given.beta2_half_life,
+        )
+    )
 
 
 def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers: Tokenizers) -> None:

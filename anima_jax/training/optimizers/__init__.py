@@ -1,6 +1,6 @@
 """Parameter groups, learning rates and optimizers: `build` makes the one that a configuration names."""
 
-from anima_jax.training.optimizers.build import OptimizerConfig, averaged, build
+from anima_jax.training.optimizers.build import OptimizerConfig, averaged, build, check
 from anima_jax.training.optimizers.groups import (
     GROUPS,
     NEVER_DECAYED,
@@ -19,6 +19,7 @@ __all__ = [
     "OptimizerConfig",
     "averaged",
     "build",
+    "check",
     "decayed_paths",
     "group_of",
     "groups_by_path",

@@ -25,6 +25,9 @@ WITHOUT_EFFECT = (
 )
 """Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
 
+COMMON = ("lr", "betas", "weight_decay", "eps", "beta2_half_life")
+"""Keys of `[optimizer]` that are fields of `OptimizerConfig`."""
+
 UNAVAILABLE = {
     "amsgrad": "take type = 'amsgrad'",
     "maximize": "losses are made small here",
@@ -61,6 +64,11 @@ class OptimizerConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     global_batch: int = 1
     beta2_half_life: float | None = None
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raise UserError for a name that is not known and for arguments that it does not take, all of them at once."""
+    _options(config, *find(config.type))
 
 
 def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.GradientTransformation:
@@ -161,7 +169,7 @@ def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
             if value is not True:
                 faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; weight decay is decoupled here")
         elif key not in WITHOUT_EFFECT:
-            near = did_you_mean(key, [*row.options, *row.renamed])
+            near = did_you_mean(key, [*row.options, *row.renamed, *COMMON])
             arguments = ", ".join(sorted(row.options)) or "none but lr and weight_decay"
             faults.append(f"[optimizer] {key}: not an argument of '{name}'{near}; it takes {arguments}")
     if config.eps is not None:
