@@ -1,6 +1,7 @@
 """python -m anima_jax.train --config FILE.toml"""
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import pathlib
@@ -26,10 +27,11 @@ from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData, read_data
 from anima_jax.training.dump import dump_dataset
+from anima_jax.training.export import find_export
 from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
-from anima_jax.training.resume import find_run
+from anima_jax.training.resume import alone_in, find_run
 from anima_jax.training.state import Trained, dit_config
 
 SWITCHES = {
@@ -88,9 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote the data set, as the VAE gives it back, to {folder}")
     if arguments.cache_only or arguments.dump_dataset:
         return
-    run = run_folder(config, run)
-    Training(config, data, evaluated, encoders, run, profile).run()
-    print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
+    run = run or new_folder(pathlib.Path(config.output_dir))
+    with alone_in(run):
+        copy_configuration(config, run)
+        Training(config, data, evaluated, encoders, run, profile).run()
+    with contextlib.suppress(UserError):  # a run that was stopped early has saved no model yet
+        find_export(run)
+        print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,23 +168,20 @@ def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers
     estimate.check_memory(found.memory.total, jax.devices()[0])
 
 
-def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path:
-    """The folder of the run that is resumed, or a new one in `output_dir`, named by the time (UTC).
-
-    The TOMLs are copied into it.
-    """
-    run = resumed or new_folder(pathlib.Path(config.output_dir))
+def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
+    """Put copies of the TOMLs into the run's folder."""
     used: set[str] = set()
     for path in (config.path, config.dataset, *(each.path for each in config.eval_datasets)):
         name = pathlib.Path(path).name
         while name in used:
             name = f"dataset_{name}"
         used.add(name)
-        shutil.copy(path, run / name)
-    return run
+        with writing_to(str(run / name)):
+            shutil.copy(path, run / name)
 
 
 def new_folder(root: pathlib.Path) -> pathlib.Path:
+    """A new run's folder in `root`, named by the time (UTC)."""
     name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         try:

@@ -269,7 +269,11 @@ class MainFile(Section):
         None, description="the same for pictures; unset: eval_micro_batch_size_per_gpu"
     )
 
-    steps_per_print: Count = Field(1, description="a line is printed after every so many steps")
+    steps_per_print: Count = Field(
+        1,
+        description="after every so many steps the progress bar has new figures, or a line of them is printed where no "
+        "terminal shows a bar",
+    )
     logging_steps: Count = Field(1, description="figures are reported after every so many steps; see [monitoring]")
     x_axis_examples: bool = Field(False, description="report figures by the number of examples instead of steps")
     compilation_cache_dir: Annotated[str, AfterValidator(_off_or_folder), Words("folder")] | None = Field(

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from anima_jax import encode
 from anima_jax.checkpoints.locations import fingerprint
@@ -106,6 +105,14 @@ class Encoders:
             config.cached_dtype,
             model.text_encoder_storage,
         )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Both, in hexadecimal, by what they decide."""
+        return {
+            "what the VAE makes of pictures": self.vae_fingerprint.hex(),
+            "what the text encoder makes of captions": self.text_fingerprint.hex(),
+        }
 
     def release(self) -> None:
         """Forget all of it; whoever still uses a network keeps it."""
@@ -212,11 +219,10 @@ class Cache:
             if any(lists):
                 store.prepare()
         _meet("the missing parts are counted")
-        with logging_redirect_tqdm([report.LOGGER]):
-            for store, masks, latents, captions in work:
-                self._fill_masks(store, masks, problems)
-                self._fill_latents(store, latents, encoders, problems)
-                self._fill_text(store, captions, encoders)
+        for store, masks, latents, captions in work:
+            self._fill_masks(store, masks, problems)
+            self._fill_latents(store, latents, encoders, problems)
+            self._fill_text(store, captions, encoders)
         _meet("the cache is filled")
         for store in self._stores:
             store.refresh()

@@ -5,16 +5,20 @@ position in the data, and what the model, the data set and the configuration wer
 order of the data are functions of the seed, the epoch and the step, nothing else is part of a run's state.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import re
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.orbax import RunCheckpoints, flat
 from anima_jax.data.plan import Plan
 from anima_jax.errors import UserError, did_you_mean
@@ -26,7 +30,7 @@ from anima_jax.training.step import TrainState
 FOLDER = "checkpoints"
 """Where a run's folder keeps them."""
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the format of a checkpoint's items and metadata."""
 
 _RUN_NAME = re.compile(r"(\d{8}_\d{2}-\d{2}-\d{2})(.*)")
@@ -205,6 +209,28 @@ def find_run(output_dir: str | os.PathLike[str], which: str) -> pathlib.Path:
             raise UserError(f"resume_from_checkpoint: {folder} has no checkpoint (expected {folder / FOLDER}/<step>)")
     near = did_you_mean(which, [match[0] for match in runs])
     raise UserError(f"resume_from_checkpoint: found {which}, expected the name of a run in {root} or its path{near}")
+
+
+@contextlib.contextmanager
+def alone_in(run: pathlib.Path) -> Iterator[None]:
+    """No other process trains the run in this folder while the block is under way; one that ends in any way lets go.
+
+    Raises UserError if another one does already. A file system without locks lets everyone in.
+    """
+    with writing_to(os.fspath(run)):
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise UserError(f"{run}: is being trained by {who or 'another process'}") from None
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _counters(state: TrainState) -> dict[str, Any]:

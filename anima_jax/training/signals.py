@@ -3,12 +3,17 @@
 import contextlib
 import pathlib
 import signal
+from collections.abc import Callable
 from typing import Literal
 
 Request = Literal["save", "save_quit"]
 
 FILES: tuple[Request, ...] = ("save_quit", "save")
 """Empty files of these names in the run's folder are requests; the first that is there counts."""
+
+
+class _CutShort(BaseException):
+    """Ends what `Signals.cut_short` runs. No Exception: libraries take those for their own."""
 
 
 class Signals:
@@ -20,7 +25,7 @@ class Signals:
 
     def __init__(self, run_folder: pathlib.Path):
         self._folder = run_folder
-        self._terminated = False
+        self._terminated = self._cutting = False
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def requested(self) -> Request | None:
@@ -37,6 +42,19 @@ class Signals:
                 return name
         return None
 
+    def cut_short(self, action: Callable[[], None]) -> None:
+        """Do what may take long and can be made up for later: SIGTERM ends it on the spot, or it does not begin."""
+        if self._terminated:
+            return
+        try:
+            self._cutting = True
+            action()
+            self._cutting = False
+        except _CutShort:
+            pass
+        finally:
+            self._cutting = False
+
     def close(self) -> None:
         """SIGTERM means again what it did before."""
         signal.signal(signal.SIGTERM, self._before)
@@ -44,3 +62,6 @@ class Signals:
     def _on_sigterm(self, number: int, frame: object) -> None:
         self._terminated = True
         signal.signal(number, self._before)
+        if self._cutting:
+            self._cutting = False
+            raise _CutShort

@@ -113,7 +113,7 @@ def by_torch(make):
             {"options": {"momentum": 0.9, "nesterov": True}},
             lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
-        # torch's factors every matrix, and names the decay by its exponent; its eps is inside the root, which leaves gradients of 0.1 alone.
+        # torch's factors every matrix; its eps is inside the root, which leaves gradients of 0.1 alone.
         (
             "adafactor",
             {"options": {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1}},
@@ -186,7 +186,7 @@ def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_c
     same_way = [START] * 8  # so that the estimate grows
     ours = to_file(train(optimizer, START, same_way)[0])
     start = {name: value.astype(np.float64) for name, value in to_file(START).items()}
-    x, (m, v, s) = dict(start), ({name: 0.0 for name in start} for _ in range(3))
+    x, (m, v, s) = dict(start), (dict.fromkeys(start, 0.0) for _ in range(3))
     d, r, b1, b2, b3 = 1e-3, 0.0, 0.9, 0.999, math.sqrt(0.999)
     for t, grads in enumerate(same_way, start=1):
         g = to_file(grads)
@@ -197,9 +197,9 @@ def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_c
             v[n] = b2 * v[n] + (1 - b2) * d * d * g[n].astype(np.float64) ** 2
             s[n] = b3 * s[n] + d / 1e-3 * rate * g[n]
         d = max(d, r / sum(np.abs(one).sum() for one in s.values()))
-        for n in x:
+        for n, value in x.items():
             decay = 0.1 if decayed(n) else 0.0
-            x[n] = x[n] - rate * (decay * x[n] + m[n] / (np.sqrt(v[n]) + d * 1e-8))
+            x[n] = value - rate * (decay * value + m[n] / (np.sqrt(v[n]) + d * 1e-8))
     assert d > 2e-3
     assert_same(ours, x, rtol=1e-4, atol=1e-5)
 

@@ -370,6 +370,4 @@ def find(name: str) -> tuple[str, Row]:
             assert row is not None
             return known, row
     near = did_you_mean(name.lower(), [*names(), *(other for other, why in REFUSED.items() if why != NEEDS_MORE)])
-    raise UserError(
-        f"[optimizer] type = '{name}' is not known{near}; there are {', '.join(ROWS)} and all of optax's"
-    )
+    raise UserError(f"[optimizer] type = '{name}' is not known{near}; there are {', '.join(ROWS)} and all of optax's")
