@@ -352,11 +352,6 @@ class MainConfig(MainFile):
         """Of latents and text states in the cache."""
         return self.cache_dtype or self.model.dtype
 
-    @property
-    def source_options(self) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
-        """Each source of the dataset TOML, and how it becomes examples in this run."""
-        return self.options_of(self.data)
-
     def options_of(self, data: DatasetConfig) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
         """Each source of a data set, and how it becomes examples in this run."""
         anew = not self.model.cache_text_embeddings
