@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import itertools
+import json
 import pathlib
 import shlex
 import shutil
@@ -138,7 +139,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     """The keys that the command line sets."""
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
     which = arguments.resume_from_checkpoint
-    return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
+    return keys if which is None else [*keys, f"resume_from_checkpoint={json.dumps(which) if which else 'true'}"]
 
 
 def check_optimizer(given: OptimizerConfig) -> None:

@@ -126,7 +126,9 @@ LossParameter = Annotated[Positive, AfterValidator(_only_loss)]
 class MainFile(Section):
     """The keys of a main TOML."""
 
-    output_dir: OutputFolder = Field(description="folder in which every run makes a folder of its own")
+    output_dir: Annotated[OutputFolder, AfterValidator(_on_this_machine)] = Field(
+        description="folder on this machine in which every run makes a folder of its own"
+    )
     dataset: LocalFile = Field(description="the dataset TOML")
     eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(names_differ)] = Field(
         (), description="data sets that are evaluated: {name = …, config = …} each, or the path of a dataset TOML"

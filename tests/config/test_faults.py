@@ -118,6 +118,7 @@ MAIN_FAULTS = [
     ),
     ({"output_dir": "dit.safetensors"}, "/dit.safetensors is a file, expected a folder to write to"),
     ({"output_dir": "hf://owner/repo"}, "output_dir: found hf://owner/repo, expected a local folder or gs://"),
+    ({"output_dir": "gs://bucket/runs"}, "output_dir: found gs://bucket/runs, expected a folder on this machine"),
     ({"dataset": "no.toml"}, "dataset: a file is expected, but none is at "),
     ({"dataset": "gs://bucket/d.toml"}, "dataset: found gs://bucket/d.toml, expected a file on this machine"),
     # keys that depend on each other

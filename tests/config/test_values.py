@@ -237,11 +237,11 @@ def test_a_dataset_in_another_folder_names_its_own_neighbours(load, tmp_path):
 
 
 def test_addresses_pass_through(load):
-    addresses = {"model.transformer_path": "hf://owner/repo/dit.safetensors", "output_dir": "gs://bucket/runs"}
-    config = load({**addresses, "model.vae_path": "gs://bucket/vae.safetensors"})
+    addresses = {"model.transformer_path": "hf://owner/repo/dit.safetensors", "cache_dir": "gs://bucket/cache"}
+    config = load({**addresses, "model.vae_path": "gs://bucket/vae.safetensors", "cache_local_dir": "copies"})
     assert config.model.transformer_path == "hf://owner/repo/dit.safetensors"
     assert config.model.vae_path == "gs://bucket/vae.safetensors"
-    assert config.output_dir == "gs://bucket/runs"
+    assert config.cache_dir == "gs://bucket/cache"
 
 
 def test_overrides_are_toml_or_bare_words(load):
