@@ -33,6 +33,7 @@ from anima_jax.config.schema import (
 from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
+from anima_jax.errors import did_you_mean
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
@@ -86,7 +87,8 @@ ACTIVATION_CHECKPOINTING: dict[bool | str, Remat] = {False: "none", True: "full"
 
 def _activation_checkpointing(found: Any) -> Any:
     if type(found) is not bool and found != "unsloth":
-        raise fault(f"found {found!r}, expected false, true or 'unsloth'")
+        near = did_you_mean(found, ["unsloth"]) if isinstance(found, str) else ""
+        raise fault(f"found {found!r}, expected false, true or 'unsloth'{near}")
     return found
 
 
