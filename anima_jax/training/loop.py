@@ -168,9 +168,11 @@ class Training:
             ) as self._monitor,
             contextlib.closing(self._profiler),
             contextlib.closing(self._progress_bar(total, metrics_log)) as self._progress,
+            contextlib.ExitStack() as opened,
         ):
             if self._evaluated:
-                self._evaluations = Lines(self._run / "evaluations.jsonl", start.step)
+                evaluations = contextlib.closing(Lines(self._run / "evaluations.jsonl", start.step))
+                self._evaluations = opened.enter_context(evaluations)
             samples = self._samples()
             if self._encode_text is as_it_is:
                 self._encoders.release()  # what nothing uses need not stay on the device
@@ -327,7 +329,7 @@ class Training:
             return config.eval_before_first_step
         return passes(config.eval_every_steps, step - 1, step) or passes(config.eval_every_n_epochs, *epochs)
 
-    def _evaluate(self, step: int, log: Lines) -> None:
+    def _evaluate(self, step: int, lines: Lines) -> None:
         """The losses of each data set at the nine times, with the trained weights (averaged ones of schedule-free)."""
         self._progress.flush()
         params, began, figures = self._all(self._weights()), time.monotonic(), {}
@@ -337,7 +339,7 @@ class Training:
             self._progress.say(f"evaluation after step {step}: {name} {figures[f'{name}/loss']:.4f}")
         figures["eval/eval_time_sec"] = time.monotonic() - began
         self._monitor.scalars(step, self._position(step), figures)
-        log.add(step, figures)
+        lines.add(step, figures)
 
     # ---- weights and positions ------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class _Patiently:
 
     @staticmethod
     def open(path: str) -> PatientFile:
-        return PatientFile(_path(path))
+        return PatientFile(_path(path), "ab")
 
 
 def _path(path: str) -> str:

@@ -49,7 +49,7 @@ class Signals:
         try:
             self._cutting = True
             action()
-            self._cutting = False
+            self._cutting = False  # here, where a signal until now is still caught
         except _CutShort:
             pass
         finally:
