@@ -27,7 +27,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, whose complaints are a `UserError` too: one line, without the usage."""
+    """argparse, whose complaints are a `UserError` too: one line, without the usage, with the nearest flag."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does, but an unknown flag is answered with the one that may be meant."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = did_you_mean(flag, [name for action in self._actions for name in action.option_strings])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

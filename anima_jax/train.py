@@ -1,8 +1,10 @@
 """python -m anima_jax.train --config FILE.toml"""
 
 import argparse
+import contextlib
 import datetime
 import itertools
+import json
 import pathlib
 import shlex
 import shutil
@@ -16,6 +18,7 @@ from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.config import foreign
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
@@ -29,10 +32,11 @@ from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData, read_data
 from anima_jax.training.dump import dump_dataset
+from anima_jax.training.export import find_export
 from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
-from anima_jax.training.resume import find_run, replicas_of
+from anima_jax.training.resume import alone_in, find_run, replicas_of
 from anima_jax.training.state import Trained, dit_config
 
 SWITCHES = {
@@ -52,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.log_to_console()
     arguments = parse_arguments(argv)
     config = load_config(
-        arguments.config, overrides(arguments), i_know_what_i_am_doing=arguments.i_know_what_i_am_doing
+        arguments.config,
+        overrides(arguments),
+        i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
+        check_optimizer=check_optimizer,
     )
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.one_run():
@@ -108,9 +115,13 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
     hosts.meet("the data are encoded")
     if arguments.cache_only or arguments.dump_dataset:
         return
-    run = run_folder(config, run)
-    Training(config, data, evaluated, encoders, run, profile).run()
-    print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
+    run = hosts.from_first(lambda: run or new_folder(pathlib.Path(config.output_dir)))
+    with alone_in(run):
+        copy_configuration(config, run)
+        Training(config, data, evaluated, encoders, run, profile).run()
+    with contextlib.suppress(UserError):  # a run that was stopped early has saved no model yet
+        find_export(run)
+        print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -155,7 +166,21 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     """The keys that the command line sets."""
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
     which = arguments.resume_from_checkpoint
-    return keys if which is None else [*keys, f"resume_from_checkpoint={which or 'true'}"]
+    return keys if which is None else [*keys, f"resume_from_checkpoint={json.dumps(which) if which else 'true'}"]
+
+
+def check_optimizer(given: OptimizerConfig) -> None:
+    """Raise UserError for a name or arguments that no optimizer has."""
+    optimizers.check(
+        optimizers.OptimizerConfig(
+            {},
+            type=given.type,
+            betas=given.betas,
+            eps=given.eps,
+            options=given.options,
+            beta2_half_life=given.beta2_half_life,
+        )
+    )
 
 
 def dry_run(
@@ -192,25 +217,20 @@ def devices_of(arguments: argparse.Namespace) -> tuple[Kind | None, float | None
     return local_kind(device), limit, device.device_kind
 
 
-def run_folder(config: MainConfig, resumed: pathlib.Path | None) -> pathlib.Path:
-    """The folder of the run that is resumed, or a new one in `output_dir`, named by the time (UTC).
-
-    The TOMLs are copied into it. Of the run's processes the first one makes it.
-    """
-    if not hosts.is_first():
-        return pathlib.Path(hosts.from_first(""))
-    run = resumed or new_folder(pathlib.Path(config.output_dir))
+def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
+    """Put copies of the TOMLs into the run's folder."""
     used: set[str] = set()
     for path in (config.path, config.dataset, *(each.path for each in config.eval_datasets)):
         name = pathlib.Path(path).name
         while name in used:
             name = f"dataset_{name}"
         used.add(name)
-        shutil.copy(path, run / name)
-    return pathlib.Path(hosts.from_first(str(run)))
+        with writing_to(str(run / name)):
+            shutil.copy(path, run / name)
 
 
 def new_folder(root: pathlib.Path) -> pathlib.Path:
+    """A new run's folder in `root`, named by the time (UTC)."""
     name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         try:

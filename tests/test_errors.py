@@ -2,7 +2,7 @@
 
 import pytest
 
-from anima_jax.errors import UserError, command_line, did_you_mean
+from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_each_mistake_is_one_line_and_the_exit_code_is_2(capsys, error, lines):
 def test_the_nearest_name_is_suggested_and_a_far_one_is_not():
     assert did_you_mean("optimiser", ["adapter", "optimizer"]) == " (did you mean 'optimizer'?)"
     assert did_you_mean("zzz", ["adapter", "optimizer"]) == ""
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest():
+    parser = ArgumentParser(prog="train")
+    parser.add_argument("--trust_cache", action="store_true")
+    assert parser.parse_args(["--trust_cache"]).trust_cache
+    with pytest.raises(UserError, match=r"--trust_cash=1 \(did you mean '--trust_cache'\?\) \(see train --help\)"):
+        parser.parse_args(["--trust_cash=1"])

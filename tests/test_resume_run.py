@@ -1,6 +1,8 @@
 """A run that is stopped and goes on, by its command line: bit for bit the run that was never stopped."""
 
+import itertools
 import json
+import os
 import pathlib
 import random
 import signal
@@ -14,7 +16,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.train import main as train
+from anima_jax.training.evaluate import Evaluation
 from tests.small_run import write_config, write_transformer
+from tests.training.test_figures import no_file_longer_than
+from tests.training.test_monitor import scalars
 
 MAIN = (
     "epochs = 4\nmicro_batch_size_per_gpu = 2\nema_decay = 0.9\nsave_dtype = 'float32'\nuncond_fraction = 0.2\n"
@@ -111,12 +116,70 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_identical(config, tmp_path)
     check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
 
 
+@pytest.fixture
+def evaluated(config, tmp_path):
+    """The same run, evaluated before its first step and after each second epoch."""
+    (tmp_path / "eval.toml").write_text((tmp_path / "dataset.toml").read_text())
+    more = f"eval_datasets = [{{name = 'held_out', config = '{tmp_path / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
+    config.write_text(more + config.read_text())
+    return config
+
+
+def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(evaluated, tmp_path, monkeypatch, capsys):
+    sets = ("checkpoint_every_n_epochs=100", "eval_every_n_steps=7", "max_steps=9")  # 7: in the second epoch
+    arguments = ["--config", str(evaluated), *(word for key in sets for word in ("--set", key))]
+    train([*arguments, "--set", f"output_dir={tmp_path / 'one'}"])
+    whole, calls = Evaluation.__call__, []
+
+    def disturbed(*given):
+        calls.append(given)
+        if len(calls) in {1, 3}:  # before the first step, and after step 7
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*given)
+
+    monkeypatch.setattr(Evaluation, "__call__", disturbed)
+    arguments += ["--set", f"output_dir={tmp_path / 'two'}"]
+    capsys.readouterr()
+    train(arguments)
+    out = capsys.readouterr().out
+    assert "stopped after step 0" in out
+    assert "sample with" not in out  # nothing is saved yet
+    train([*arguments, "--resume_from_checkpoint"])
+    assert "stopped after step 7" in capsys.readouterr().out
+    train([*arguments, "--resume_from_checkpoint"])
+    assert "sample with" in capsys.readouterr().out
+    two, one = run_of(tmp_path / "two"), run_of(tmp_path / "one")
+    check_equal(two, one)
+    lines = [[json.loads(x) for x in (run / "evaluations.jsonl").read_text().splitlines()] for run in (two, one)]
+    for line in itertools.chain(*lines):
+        line.pop("eval/eval_time_sec")
+    assert [line["step"] for line in lines[0]] == [0, 7, 9]
+    assert lines[0] == lines[1]
+    assert scalars(one)["train/epoch_loss"][1][0] == 2  # ended after step 9, and begun before the stop
+    assert dict(scalars(two)["train/epoch_loss"]) == dict(scalars(one)["train/epoch_loss"])
+
+
+def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_saved(config, tmp_path, capsys):
+    arguments = ["--config", str(config), "--set", "save_every_n_epochs=1"]
+    with no_file_longer_than(200_000), pytest.raises(SystemExit) as exit_:
+        train([*arguments, "--set", "max_steps=7"])
+    assert exit_.value.code == 2
+    run, err = run_of(tmp_path / "runs"), capsys.readouterr().err
+    assert "epoch1/model.safetensors: cannot be written: File too large; the run goes on" in err
+    assert f"{run}/step7: the model could not be saved" in err
+    assert "the checkpoint of step 5 could not be saved" in err
+    assert len(losses_of(run)) == 7
+
+
 def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path, capsys):
     arguments = ["--config", str(config)]
     train([*arguments, "--set", "max_steps=3"])
     capsys.readouterr()
     train([*arguments, "--resume_from_checkpoint", "--set", "max_steps=4", "--set", "optimizer.lr=5e-4"])
     assert "optimizer.lr was 0.001, now 0.0005" in capsys.readouterr().out
+    (tmp_path / "pictures" / "3.txt").write_text("an edited caption")
+    train([*arguments, "--resume_from_checkpoint", "--set", "max_steps=5"])
+    assert "captions of tier 64 changed" in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_:
         train([*arguments, "--resume_from_checkpoint", "--set", "micro_batch_size_per_gpu=3"])
     assert exit_.value.code == 2
@@ -126,13 +189,9 @@ def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path,
     assert exit_.value.code == 2
 
 
-def test_evaluation_monitoring_and_exports_of_a_whole_run(config, tmp_path, capsys):
-    pytest.importorskip("tensorboardX")
-    (tmp_path / "eval.toml").write_text((tmp_path / "dataset.toml").read_text())
-    more = f"eval_datasets = [{{name = 'held_out', config = '{tmp_path / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
-    config.write_text(more + config.read_text())
+def test_evaluation_monitoring_and_exports_of_a_whole_run(evaluated, tmp_path, capsys):
     options = ["--regenerate_cache", "--profile", "3:5"]  # both data sets share one cache
-    train(["--config", str(config), "--set", "save_every_n_epochs=1", *options])
+    train(["--config", str(evaluated), "--set", "save_every_n_epochs=1", *options])
     out = capsys.readouterr().out
     assert "the LLM adapter is trained too" in out.replace("The LLM", "the LLM")
     run = run_of(tmp_path / "runs")
@@ -154,5 +213,6 @@ def test_a_run_whose_losses_stay_infinite_stops_and_names_its_last_checkpoint(co
         train(["--config", str(config), *options, "--set", "checkpoint_every_n_minutes=0.0001"])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
-    assert "3 steps in a row had no finite loss or gradient; the last checkpoint is that of step" in said
+    assert "3 steps in a row had no finite loss or gradient; the last good checkpoint is that of step 1\n" in said
+    assert [path.name for path in (run_of(tmp_path / "runs") / "checkpoints").iterdir()] == ["1"]
     assert len(losses_of(run_of(tmp_path / "runs"))) < 10

@@ -12,6 +12,8 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +40,16 @@ _NO_ROOM = (
 
 # Orbax logs each error with a traceback from every one of its threads; what it raises is reported here, once.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _unraisable(told: Any, before=sys.unraisablehook) -> None:
+    # TensorStore's threads have news for an event loop that Orbax gave up when the disk was full.
+    if str(told.exc_value) != "Event loop is closed":
+        before(told)
+
+
+sys.unraisablehook = _unraisable
+warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)  # likewise
 
 
 class RunCheckpoints:

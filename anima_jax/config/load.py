@@ -1,9 +1,10 @@
 """Read a main TOML and the dataset TOML that it names; every fault of both in one error."""
 
+import contextlib
 import datetime
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from anima_jax.config import foreign
 from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.faults import File, Place
 from anima_jax.config.main import EVAL_EVERY, MainConfig, MainFile
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
 from anima_jax.config.sections import EvalDataset
 from anima_jax.errors import UserError
@@ -21,13 +23,18 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, i_know_what_i_am_doing: bool = False
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    *,
+    i_know_what_i_am_doing: bool = False,
+    check_optimizer: Callable[[OptimizerConfig], None] = lambda _: None,
 ) -> MainConfig:
     """The configuration in the main TOML at `path` and in the dataset TOML that it names.
 
     `overrides` are `key.sub=value` as `--set` gives them: the value is TOML, or else a plain string. Relative paths are
     looked up from the current directory, then from the folder of the TOML that names them; input files must exist.
-    `i_know_what_i_am_doing` allows any number of resolutions, as the flag of that name does.
+    `i_know_what_i_am_doing` allows any number of resolutions, as the flag of that name does. `check_optimizer` raises
+    UserError for what the optimizer itself does not take.
     Raises UserError with one line a fault, all faults of both files at once.
     """
     name = os.fspath(path)
@@ -41,6 +48,11 @@ def load_config(
         except UserError as error:
             faults += error.faults
     main = _main_file(name, table, given, faults, notes)
+    with contextlib.suppress(ValidationError):  # whose faults are among those of the whole file
+        try:
+            check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
+        except UserError as error:
+            faults += [f"{name}: {fault}" for fault in error.faults]
     model = table.get("model")
     settings = {
         "i_know_what_i_am_doing": i_know_what_i_am_doing,

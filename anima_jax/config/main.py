@@ -33,7 +33,7 @@ from anima_jax.config.schema import (
 from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
 from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, did_you_mean
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
@@ -87,7 +87,8 @@ ACTIVATION_CHECKPOINTING: dict[bool | str, Remat] = {False: "none", True: "full"
 
 def _activation_checkpointing(found: Any) -> Any:
     if type(found) is not bool and found != "unsloth":
-        raise fault(f"found {found!r}, expected false, true or 'unsloth'")
+        near = did_you_mean(found, ["unsloth"]) if isinstance(found, str) else ""
+        raise fault(f"found {found!r}, expected false, true or 'unsloth'{near}")
     return found
 
 
@@ -127,7 +128,9 @@ LossParameter = Annotated[Positive, AfterValidator(_only_loss)]
 class MainFile(Section):
     """The keys of a main TOML."""
 
-    output_dir: OutputFolder = Field(description="folder in which every run makes a folder of its own")
+    output_dir: Annotated[OutputFolder, AfterValidator(_on_this_machine)] = Field(
+        description="folder on this machine in which every run makes a folder of its own"
+    )
     dataset: LocalFile = Field(description="the dataset TOML")
     eval_datasets: Annotated[tuple[EvalFile, ...], Listed, AfterValidator(names_differ)] = Field(
         (), description="data sets that are evaluated: {name = …, config = …} each, or the path of a dataset TOML"
@@ -270,7 +273,11 @@ class MainFile(Section):
         None, description="the same for pictures; unset: eval_micro_batch_size_per_gpu"
     )
 
-    steps_per_print: Count = Field(1, description="a line is printed after every so many steps")
+    steps_per_print: Count = Field(
+        1,
+        description="after every so many steps the progress bar has new figures, or a line of them is printed where no "
+        "terminal shows a bar",
+    )
     logging_steps: Count = Field(1, description="figures are reported after every so many steps; see [monitoring]")
     x_axis_examples: bool = Field(False, description="report figures by the number of examples instead of steps")
     compilation_cache_dir: Annotated[str, AfterValidator(_off_or_folder), Words("folder")] | None = Field(
@@ -352,11 +359,6 @@ class MainConfig(MainFile):
     def cached_dtype(self) -> Dtype:
         """Of latents and text states in the cache."""
         return self.cache_dtype or self.model.dtype
-
-    @property
-    def source_options(self) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
-        """Each source of the dataset TOML, and how it becomes examples in this run."""
-        return self.options_of(self.data)
 
     def options_of(self, data: DatasetConfig) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
         """Each source of a data set, and how it becomes examples in this run."""

@@ -58,7 +58,7 @@ class OptimizerConfig(Section):
     weight_decay: NotNegative | None = Field(
         None,
         description="decoupled weight decay; 1-D parameters and the adapter's token table have none; unset: the "
-        "optimizer's own, 0.01 for 'adamw' and 0 for 'adamw_optimi'",
+        "optimizer's own, 0.01 for 'adamw' and 'adamw_optimi'",
     )
     eps: Positive | None = Field(
         None,

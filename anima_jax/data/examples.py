@@ -91,11 +91,6 @@ class Example:
     """One, or those to choose from; prefix in front, and shuffled unless `options.shuffle_anew`."""
     options: SourceOptions
 
-    @property
-    def every_caption(self) -> tuple[str, ...]:
-        """All captions that this example can show where text is cached."""
-        return self.captions
-
     def caption(self, seed: int, epoch: int) -> str:
         """The caption of this epoch: the one drawn, its tags shuffled and some of them left out as the options say.
 

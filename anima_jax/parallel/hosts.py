@@ -7,11 +7,12 @@ does; what all must decide alike (when to save, when to stop) they exchange.
 import argparse
 import contextlib
 import os
+import pathlib
 import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -92,14 +93,14 @@ def in_turn() -> Iterator[None]:
         meet("the first process has gone ahead")
 
 
-def from_first(text: str) -> str:
-    """The text that the first process has."""
+def from_first(make: Callable[[], pathlib.Path]) -> pathlib.Path:
+    """The path that the first process makes."""
     if is_alone():
-        return text
-    data = text.encode()
+        return make()
+    data = os.fsencode(make()) if is_first() else b""
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.frombuffer(data[:length].ljust(length, b"\0"), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
+    return pathlib.Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))))
 
 
 class Agreement:

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from anima_jax import encode
 from anima_jax.checkpoints.locations import fingerprint
@@ -117,6 +116,14 @@ class Encoders:
             config.cached_dtype,
             model.text_encoder_storage,
         )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Both, in hexadecimal, by what they decide."""
+        return {
+            "what the VAE makes of pictures": self.vae_fingerprint.hex(),
+            "what the text encoder makes of captions": self.text_fingerprint.hex(),
+        }
 
     def release(self) -> None:
         """Forget all of it; whoever still uses a network keeps it."""
@@ -223,11 +230,10 @@ class Cache:
             if any(lists):
                 store.prepare()
         meet("the missing parts are counted")
-        with logging_redirect_tqdm([report.LOGGER]):
-            for store, masks, latents, captions in work:
-                self._fill_masks(store, masks, problems)
-                self._fill_latents(store, latents, encoders, problems)
-                self._fill_text(store, captions, encoders)
+        for store, masks, latents, captions in work:
+            self._fill_masks(store, masks, problems)
+            self._fill_latents(store, latents, encoders, problems)
+            self._fill_text(store, captions, encoders)
         meet("the cache is filled")
         for store in self._stores:
             store.refresh()

@@ -2,14 +2,16 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.checkpoints.accounting import shorten
 from anima_jax.checkpoints.orbax import layout_differences, layout_of
+from anima_jax.data.examples import Example
 from anima_jax.data.plan import Plan
 from anima_jax.models.parameters import Params
 
@@ -19,6 +21,9 @@ _SILENT = re.compile(
     r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
     r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples|(kept_)?replicas"
 )
+
+CONTENTS = ("captions", "masks")
+"""What of examples can change while they stay the same ones."""
 
 _MOST_SETTINGS = 12
 """No more changed keys than these are named."""
@@ -30,16 +35,22 @@ def facts_of(
     plan: Plan,
     ids: np.ndarray,
     settings: Mapping[str, Any],
+    *,
+    contents: Mapping[str, np.ndarray] = {},
+    files: Mapping[str, str] = {},
     replicas: int = 1,
 ) -> dict[str, Any]:
-    """What a checkpoint knows of a run besides its state, for `resume.Resume`; `settings` from `settings_of`.
+    """What a checkpoint knows of a run besides its state, for `resume.Resume`.
 
-    `replicas` are those that its batches were made for.
+    `contents` as in `data_fingerprint`, `settings` from `settings_of`. `files` are fingerprints of what the run was
+    made with and does not train, by the words that tell a person what it is. `replicas` are those that its batches were
+    made for.
     """
     return {
         "replicas": replicas,
         "model": model_fingerprint(params, groups),
-        "data": data_fingerprint(plan, ids),
+        "files": dict(files),
+        "data": data_fingerprint(plan, ids, contents),
         "settings": dict(settings),
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
@@ -50,15 +61,45 @@ def model_fingerprint(params: Params, groups: Mapping[str, str]) -> dict[str, di
     return {path: {"group": groups[path], "array": array} for path, array in layout_of(params).items()}
 
 
-def data_fingerprint(plan: Plan, ids: np.ndarray) -> dict[str, Any]:
+def frozen_fingerprint(frozen: Params) -> dict[str, str]:
+    """A checksum of frozen weights, bit for bit as they are stored, on whatever devices they are; none of none."""
+    return {"the frozen weights": f"{int(_sum_of_bits(frozen)):x}"} if frozen else {}
+
+
+@jax.jit
+def _sum_of_bits(params: Params) -> jax.Array:
+    def bits(leaf: jax.Array) -> jax.Array:
+        whole = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        return jnp.sum(whole.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return sum(map(bits, jax.tree.leaves(params)), jnp.uint32(0))
+
+
+def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """What an example's id does not tell, by its name in messages: hashes (n,) of its captions and of its mask."""
+
+    def hashes(values: Iterable[bytes]) -> np.ndarray:
+        digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
+        return np.frombuffer(b"".join(digests), "<u8")
+
+    return {
+        "captions": hashes("\0".join(example.captions).encode() for example in examples),
+        "masks": hashes(example.entry.mask_digest or b"" for example in examples),
+    }
+
+
+def data_fingerprint(plan: Plan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
     """The seed, and for each tier how many examples and which, in which order, and how many in a step.
 
-    `ids[i]` is the id of example i.
+    `ids[i]` is the id of example i, `contents` more that is known of it, from `contents_of`.
     """
     tiers = {}
     for tier in plan.tiers:
         own = np.asarray(ids)[tier.indices].astype("<u8")
-        digests = {name: hashlib.sha256(array.tobytes()) for name, array in (("set", np.sort(own)), ("order", own))}
+        arrays = {"set": np.sort(own), "order": own}
+        for name, values in contents.items():
+            arrays[name] = values[tier.indices][np.lexsort((values[tier.indices], own))]
+        digests = {name: hashlib.sha256(array.tobytes()) for name, array in arrays.items()}
         tiers[tier.name] = {
             "examples": len(own),
             "batch": tier.batch_size,
@@ -75,6 +116,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for everything in which two runs' facts (or a checkpoint's metadata and a run's facts) differ."""
     lines = [*_model_changes(old["model"], new["model"]), *_data_changes(old["data"], new["data"])]
+    lines += [f"{what} changed" for what, own in new["files"].items() if old["files"].get(what, own) != own]
     settings, now = old["settings"], new["settings"]
     different = [key for key in sorted(settings.keys() | now.keys()) if settings.get(key) != now.get(key)]
     lines += [
@@ -176,6 +218,8 @@ def _data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             lines.append(f"the {before_after[0]} examples of tier {name} are not those that they were")
         elif tier["order"] != now["order"]:
             lines.append(f"the examples of tier {name} are the same in another order")
+        if tier and now and tier["set"] == now["set"]:
+            lines += [f"{what} of tier {name} changed" for what in CONTENTS if tier.get(what) != now.get(what)]
         if tier and now and tier["batch"] != now["batch"]:
             lines.append(f"a step of tier {name} took {tier['batch']} examples, now {now['batch']}")
     return lines

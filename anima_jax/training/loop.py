@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
+import logging
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import export, rotate
-from anima_jax.training.fingerprints import facts_of, settings_of
+from anima_jax.training.figures import Lines
+from anima_jax.training.fingerprints import contents_of, facts_of, frozen_fingerprint, settings_of
 from anima_jax.training.intervals import passes
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.profiling import Profiler, watch_compilation
@@ -38,6 +38,8 @@ from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
 from anima_jax.training.signals import REQUESTS, Request, Signals
 from anima_jax.training.state import prepare
 from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
+
+log = logging.getLogger(__name__)
 
 
 def step_config(config: MainConfig) -> StepConfig:
@@ -93,8 +95,9 @@ class Training:
         profile: range | None = None,
     ):
         self._config, self._data, self._plan, self._run = config, data, data.plan, run
-        self._mesh = current_mesh()
-        encoders = encoders.on(self._mesh)
+        mesh = current_mesh()
+        self._agreed = Agreement(mesh)
+        encoders = encoders.on(mesh)
         self._batches = Batches(config, data, encoders.tokenizers)
         self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
         cached = config.model.cache_text_embeddings
@@ -115,8 +118,16 @@ class Training:
             for each in work
         ]
         ids = np.array([example.id for example in data.examples], np.uint64)
-        settings, replicas = settings_of(config.model_dump(mode="json")), config.kept_replicas or config.replicas
-        facts = facts_of(self.state.params, trained.groups, data.plan, ids, settings, replicas)
+        facts = facts_of(
+            self.state.params,
+            trained.groups,
+            data.plan,
+            ids,
+            settings_of(config.model_dump(mode="json")),
+            contents=contents_of(data.examples),
+            files=encoders.fingerprints | frozen_fingerprint(trained.frozen),
+            replicas=config.kept_replicas or config.replicas,
+        )
         self.resume = Resume(
             run,
             data.plan,
@@ -130,7 +141,8 @@ class Training:
         self._rates = lambda step: optimizers.learning_rate(shape, self.resume.start.at(step).optimizer_step)
         self._profiler = Profiler(profile, run / "profile")
         self._encoders = encoders
-        self._skipped = 0
+        self._skipped, self._saved, self._unsaved = 0, -1, ""
+        self._evaluations: Lines | None = None
 
     def _go_on(self, optimizer) -> None:
         config = self._config
@@ -151,63 +163,89 @@ class Training:
         total = self.resume.total_steps(config.epochs, config.max_steps)
         resumed = config.resume_from_checkpoint is not None
         position = self._position(start.step)
+        epoch_begins = start.step - start.data_step + self._plan.steps_for(self._plan.epochs_finished(start.data_step))
         with (
             contextlib.closing(Signals(self._run)) as signals,
-            report.open_log(self._run / "metrics.jsonl", start.step) as log,
+            contextlib.closing(
+                Lines(self._run / "metrics.jsonl", start.step, remembered=epoch_begins + 1)
+            ) as metrics_log,
             contextlib.closing(self.resume),
             contextlib.closing(
                 Monitor(self._run, config, resumed_after=(start.step, position) if resumed else None)
             ) as self._monitor,
             contextlib.closing(self._profiler),
-            contextlib.closing(self._progress_bar(total, log)) as self._progress,
+            contextlib.closing(self._progress_bar(total, metrics_log)) as self._progress,
+            contextlib.ExitStack() as opened,
         ):
+            if self._evaluated:
+                evaluations = contextlib.closing(Lines(self._run / "evaluations.jsonl", start.step))
+                self._evaluations = opened.enter_context(evaluations)
             samples = self._samples()
             if self._encode_text is as_it_is:
                 self._encoders.release()  # what nothing uses need not stay on the device
-            if not resumed:
-                self._before_the_first_step(samples)
-            agreed = Agreement(self._mesh)
-            for step, metrics in self._steps(total):
-                self._look_at(step, metrics)
-                if self._after(step, total, REQUESTS[agreed(self._asked(signals))], samples):
-                    break
-            self._progress.flush()
-            self._stop_if_lost(self._progress.last)
+            if not self._show_and_heed(start.step, total, signals, samples):
+                for step, metrics in self._steps(total):
+                    self._look_at(step, metrics)
+                    if self._after(step, total, signals, samples):
+                        break
+                else:
+                    self._progress.flush()
+                    self._stop_if_lost(self._progress.last)
+                    if self._unsaved:
+                        raise UserError(self._unsaved)
         if isinstance(self._encode_text, OnlineText):
             print(f"encoding text took {self._encode_text.share(self._progress.seconds_a_step):.0%} of a step")
 
-    def _progress_bar(self, total: int, log: TextIO) -> report.Progress:
+    def _progress_bar(self, total: int, metrics_log: Lines) -> report.Progress:
         config, start = self._config, self.resume.start
         return report.Progress(
             total,
-            log,
+            metrics_log,
             every=config.steps_per_print,
             logging_steps=config.logging_steps,
             monitor=self._monitor,
             rates=self._rates,
             peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
             start=(start.step, self._position(start.step), self._plan.epochs_finished(start.data_step)),
+            epoch_losses=[line["loss"] for line in metrics_log.kept if line.get("loss") is not None],
         )
 
-    def _asked(self, signals: Signals) -> int:
-        """What is asked of this process, by its number in `REQUESTS`: a checkpoint that is overdue too."""
-        asked = REQUESTS.index(signals.requested())
-        return max(asked, REQUESTS.index("save")) if is_first() and self.resume.overdue() else asked
+    def _asked(self, signals: Signals) -> Request | None:
+        """What any of the run's processes is asked for; a checkpoint that is overdue too."""
+        number = REQUESTS.index(signals.requested())
+        if is_first() and self.resume.overdue() and self._updated():
+            number = max(number, REQUESTS.index("save"))
+        return REQUESTS[self._agreed(number)]
 
-    def _after(self, step: int, total: int, asked: Request | None, samples: Samples | None) -> bool:
+    def _after(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
         """Save, evaluate and draw what is due after `step`; whether the run is to stop, as it was asked to."""
-        config, kept = self._config, False
-        epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
-        for name in exports_after(config, epochs, step, total):
+        for name in exports_after(self._config, self._epochs_at(step), step, total):
             self._save_model(name)
-        if self.resume.due(step) or asked or step == total:
-            kept = self._save_checkpoint(step, wait=asked == "save_quit")
-        if self._evaluation_due(step, epochs):
-            self._evaluate(step)
-        if samples and samples.due(step, total, *epochs):
+        if step == total or (self.resume.due(step) and self._updated()):
+            self._save_checkpoint(step)
+        return self._heeded(self._asked(signals), step) or self._show_and_heed(step, total, signals, samples)
+
+    def _show_and_heed(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
+        """Evaluate and draw what is due after `step` until someone asks to stop; whether the run is to."""
+        signals.cut_short(lambda: self._show(step, total, samples))
+        return self._heeded(self._asked(signals), step)
+
+    def _show(self, step: int, total: int, samples: Samples | None) -> None:
+        """Evaluate and draw what is due after `step`; where a resumed run goes on, what it was stopped before."""
+        goes_on, epochs = step == self.resume.start.step, self._epochs_at(step)
+        if goes_on and step and self._config.reset_dataloader:
+            return
+        if self._evaluations and self._evaluation_due(step, epochs) and not (goes_on and self._evaluations.kept):
+            self._evaluate(step, self._evaluations)
+        if samples and samples.due(step, total, *epochs) and not (goes_on and step and samples.path(step).exists()):
             self._progress.flush()
-            self._progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
-        if asked != "save_quit" or not kept:  # a run that cannot be saved is better off going on
+            with _going_on():
+                self._progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
+
+    def _heeded(self, asked: Request | None, step: int) -> bool:
+        """Save if that is asked for; whether the run is to stop. One that cannot be saved is better off going on."""
+        kept = bool(asked) and self._save_checkpoint(step, wait=asked == "save_quit")
+        if asked != "save_quit" or not kept:
             return False
         self._progress.say(f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}")
         return True
@@ -247,20 +285,16 @@ class Training:
 
     # ---- what happens at steps ------------------------------------------------------------------------------------
 
-    def _before_the_first_step(self, samples: Samples | None) -> None:
-        if self._evaluated and self._config.eval_before_first_step:
-            self._evaluate(0)
-        if samples:
-            samples.draw(self._all(self._best()), 0, 0)
-
     def _look_at(self, step: int, metrics: Metrics) -> None:
         """Stop a run that does not learn what it should, or whose losses are not finite any more."""
-        if step <= ATTEMPTS and metrics.norms:
+        attempt = step - self.resume.start.step
+        if attempt <= ATTEMPTS and metrics.norms:
             self._progress.flush()
             adapter = self._config.adapter is not None
             rates = self._config.learning_rates
             loss = self._progress.last["loss"]
-            if self_check(metrics.norms, rates, step=step, loss=loss, adapter=adapter) and step == 1:
+            well = self_check(metrics.norms, rates, step=step, attempt=attempt, loss=loss, adapter=adapter)
+            if well and attempt == 1:
                 self._progress.say(describe(metrics.norms))
         self._stop_if_lost(self._progress.last)
 
@@ -272,35 +306,45 @@ class Training:
         if skipped >= self._config.max_skipped_steps:
             self.resume.checkpoints.wait()
             latest = self.resume.checkpoints.latest()
-            good = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
+            good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
             raise UserError(f"{self._run}: {skipped} steps in a row had no finite loss or gradient; {good}")
+
+    def _updated(self) -> bool:
+        """Whether the newest step changed the weights: while updates are left out, the checkpoint before them stays."""
+        self._progress.flush()
+        return not self._progress.last.get("skipped")
 
     def _save_model(self, name: str) -> None:
         self._progress.flush()
         config = self._config
         scale = config.adapter.scale if config.adapter else 1.0
         ema = self.state.ema
-        saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
-        self._progress.say(f"saved {saved}")
-        if is_first():
-            shutil.copy(config.path, self._run / name)
-            for old in rotate(self._run, config.max_checkpoints):
-                self._progress.say(f"deleted {self._run / old}")
+        self._unsaved = f"{self._run / name}: the model could not be saved"
+        with _going_on():
+            saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
+            if is_first():
+                shutil.copy(config.path, self._run / name)
+            self._progress.say(f"saved {saved}")
+            self._unsaved = ""
+        for old in rotate(self._run, config.max_checkpoints) if is_first() else ():
+            self._progress.say(f"deleted {self._run / old}")
 
-    def _save_checkpoint(self, step: int, *, wait: bool) -> bool:
+    def _save_checkpoint(self, step: int, *, wait: bool = False) -> bool:
         self._progress.flush()
         kept = self.resume.save(step, self.state, wait=wait)
-        if kept:
-            self._progress.say(f"checkpoint of step {step} in {self.resume.checkpoints.folder}")
+        if kept and step != self._saved:
+            self._saved = step
+            done = "wrote" if wait else "writing"
+            self._progress.say(f"{done} the checkpoint of step {step} to {self.resume.checkpoints.folder}")
         return kept
 
     def _evaluation_due(self, step: int, epochs: tuple[int, ...]) -> bool:
         config = self._config
-        return bool(self._evaluated) and (
-            passes(config.eval_every_steps, step - 1, step) or passes(config.eval_every_n_epochs, *epochs)
-        )
+        if step == 0:
+            return config.eval_before_first_step
+        return passes(config.eval_every_steps, step - 1, step) or passes(config.eval_every_n_epochs, *epochs)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, lines: Lines) -> None:
         """The losses of each data set at the nine times, with the trained weights (averaged ones of schedule-free)."""
         self._progress.flush()
         params, began, figures = self._all(self._weights()), time.monotonic(), {}
@@ -310,9 +354,7 @@ class Training:
             self._progress.say(f"evaluation after step {step}: {name} {figures[f'{name}/loss']:.4f}")
         figures["eval/eval_time_sec"] = time.monotonic() - began
         self._monitor.scalars(step, self._position(step), figures)
-        if is_first():
-            with open(self._run / "evaluations.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **figures}) + "\n")
+        lines.add(step, figures)
 
     # ---- weights and positions ------------------------------------------------------------------------------------
 
@@ -331,6 +373,11 @@ class Training:
     def _data_step(self, step: int) -> int:
         return self.resume.start.at(step).data_step
 
+    def _epochs_at(self, step: int) -> tuple[int, int]:
+        """Epochs finished before and after `step`."""
+        before, after = (self._plan.epochs_finished(max(0, self._data_step(n))) for n in (step - 1, step))
+        return before, after
+
     def _position(self, step: int) -> int:
         """Examples consumed after `step` steps."""
         return self._plan.position(self._data_step(step))
@@ -345,6 +392,15 @@ class Training:
             model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
         )
         return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", self._monitor)
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """What cannot be written in the block is said, and the run goes on."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        log.warning(f"{error}; the run goes on")
 
 
 def exports_after(config: MainConfig, epochs: tuple[int, ...], step: int, total_steps: int) -> list[str]:

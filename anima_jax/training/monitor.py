@@ -5,7 +5,9 @@ Tags are diffusion-pipe's (train.py): `train/loss`, `train/grad_norm`, `train/ep
 """
 
 import importlib.util
+import logging
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,9 @@ from PIL import Image
 
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
+from anima_jax.training.figures import PatientFile
+
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # the run itself says what is not finite
 
 
 def check_monitoring(config: MainConfig) -> None:
@@ -25,6 +30,25 @@ def check_monitoring(config: MainConfig) -> None:
             f"{config.path}: [monitoring] enable_wandb = true, but wandb is not installed "
             "(pip install wandb, or set it to false)"
         )
+
+
+_PATIENTLY = "patiently"
+
+
+class _Patiently:
+    """How tensorboardX opens files whose path begins with `_PATIENTLY` and a colon."""
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        os.makedirs(_path(path), exist_ok=True)
+
+    @staticmethod
+    def open(path: str) -> PatientFile:
+        return PatientFile(_path(path), "ab")
+
+
+def _path(path: str) -> str:
+    return path.removeprefix(f"{_PATIENTLY}:")
 
 
 class Monitor:
@@ -41,10 +65,11 @@ class Monitor:
         if jax.process_index():
             return
         if config.monitoring.enable_tensorboard:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter, record_writer
 
+            record_writer.register_writer_factory(_PATIENTLY, _Patiently)
             purged = None if resumed_after is None else self._x(*resumed_after) + 1
-            self._writer = SummaryWriter(str(folder), purge_step=purged, flush_secs=10)
+            self._writer = SummaryWriter(f"{_PATIENTLY}:{folder}", purge_step=purged, flush_secs=10)
         if config.monitoring.enable_wandb:
             self._wandb = _start_wandb(folder, config)
 

@@ -1,18 +1,15 @@
 """What a person sees of a run: a table before it, a progress bar during it, grids of samples, and a log of figures."""
 
-import contextlib
 import dataclasses
 import io
-import json
 import logging
 import math
 import os
-import pathlib
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +19,7 @@ from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_first
+from anima_jax.training.figures import Lines
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.optimizers import GROUPS, group_of
 from anima_jax.training.state import Trained
@@ -33,12 +31,19 @@ LOGGER = logging.getLogger("anima_jax")
 _MIN_TILE, _MARGIN, _LINE = 128, 4, 12
 
 
+class _AboveBars(logging.Handler):
+    """Writes to stderr, above the progress bars that are there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def log_to_console() -> None:
     """This package's log goes to stderr, a line a message, whatever handlers other libraries have installed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
-    handler = logging.StreamHandler()
+    handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)
@@ -57,20 +62,23 @@ def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:
     start = "a fresh network" if config.model.config else config.model.transformer_path
     parts = {
         "model": f"{start}\n{sizes}\n{what}, computed in {config.compute_dtype}",
-        "parameters": parameter_table(trained, config.learning_rates),
+        "parameters": parameter_table(trained, config.learning_rates, config.param_dtype),
         "data": data,
     }
     return "\n".join(f"{name}\n{textwrap.indent(text, '  ')}" for name, text in parts.items())
 
 
-def parameter_table(trained: Trained, learning_rates: Mapping[str, float]) -> str:
-    """For each group: parameters, how many of them are trained and at what rate, and the dtypes that hold them."""
+def parameter_table(trained: Trained, learning_rates: Mapping[str, float], param_dtype: str = "float32") -> str:
+    """For each group: parameters, how many of them are trained and at what rate, and the dtypes that hold them.
+
+    Those that are trained are in `param_dtype` while they are.
+    """
     lines = [f"{'group':<12} {'parameters':>14} {'trained':>14} {'learning rate':>14}  dtype"]
 
     def row(name: str, learned: Params, frozen: Params, rate: str) -> str:
         # Of quantised weights the first leaf is the codes, beside their scales.
-        dtypes = [str(jax.tree.leaves(value)[0].dtype) for value in (*learned.values(), *frozen.values())]
-        held = ", ".join(dict.fromkeys(dtypes))
+        dtypes = [str(jax.tree.leaves(value)[0].dtype) for value in frozen.values()]
+        held = ", ".join(dict.fromkeys([*([param_dtype] if learned else []), *dtypes]))
         trainable, fixed = (sum(math.prod(value.shape) for value in part.values()) for part in (learned, frozen))
         return f"{name:<12} {trainable + fixed:>14,} {trainable:>14,} {rate:>14}  {held}".rstrip()
 
@@ -133,15 +141,16 @@ class Progress:
     """Tells how a run goes: a progress bar, a line of JSON a step in `log`, and a monitor's scalars.
 
     Figures are fetched one step late, so that no step waits. `start` is where the run goes on: steps, examples and
-    epochs behind it. `rates` gives each group's learning rate at a step (from 0); `peak_flops` is what all devices
-    could do in a second, if that is known. The bar is redrawn every `every` steps, the monitor told every
-    `logging_steps`.
+    epochs behind it, and `epoch_losses` those of the epoch that is under way there. `rates` gives each group's learning
+    rate at a step (from 0); `peak_flops` is what all devices could do in a second, if that is known. Every `every`
+    steps the bar has new figures, or a line of them is printed where no terminal shows it; every `logging_steps` the
+    monitor is told.
     """
 
     def __init__(
         self,
         total_steps: int,
-        log: TextIO,
+        log: Lines,
         *,
         every: int = 1,
         logging_steps: int = 1,
@@ -149,18 +158,20 @@ class Progress:
         rates: Callable[[int], Mapping[str, float]] = lambda _: {},
         peak_flops: float | None = None,
         start: tuple[int, int, int] = (0, 0, 0),
+        epoch_losses: Iterable[float] = (),
     ):
         first, self._examples, self._epoch = start
-        self._bar = tqdm(
-            total=total_steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not is_first()
-        )
+        silent = not is_first() or not sys.stderr.isatty()
+        self._silence = open(os.devnull, "w") if silent else None  # noqa: SIM115 - `close` closes it
+        bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
+        self._bar = tqdm(total=total_steps, initial=first, file=self._silence, **bar)
         self._log, self._every, self._logging_steps = log, every, logging_steps
         self._monitor, self._rates, self._peak = monitor, rates, peak_flops
         self._pending: _Started | None = None
         self._clock = 0.0  # when the device was known to begin the pending step
         self._spans: list[float] = []  # seconds of every step but the first, which may wait for more than itself
         self._window = _Window()
-        self._epoch_losses: list[float] = []
+        self._epoch_losses = list(epoch_losses)
         self._average: float | None = None
         self._speed = ""
         self.last: dict[str, float] = {}
@@ -214,12 +225,14 @@ class Progress:
             self._tell(done, values, rates, speeds)
         if done.epoch > self._epoch:
             self._tell_epoch(done)
-        line = {"step": done.step, **values, **speeds}
-        # JSON knows no NaN.
-        self._log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+        self._log.add(done.step, {**values, **speeds})
+        if len(self._spans) == 1:
+            self._bar.unpause()  # what was compiled and drawn before is no step's time
         self._bar.update()
         if done.step % self._every == 0:
             self._bar.set_postfix_str(self._postfix(rates, speeds), refresh=False)
+            if self._silence:
+                print(self._bar, file=sys.stderr)
 
     def _tell(self, done: _Started, values: dict, rates: Mapping[str, float], speeds: dict) -> None:
         if self._monitor:
@@ -241,7 +254,8 @@ class Progress:
         if rates:
             parts.append(f"lr {max(rates.values()):.3g}")
         if speeds.get("images_per_second"):
-            self._speed = f"{speeds['images_per_second']:.3g} images/s"
+            speed = speeds["images_per_second"]
+            self._speed = f"{speed:,.{0 if speed >= 100 else 2}f} images/s"
         return ", ".join([*parts, *([self._speed] if self._speed else [])])
 
     def say(self, line: str) -> None:
@@ -253,7 +267,8 @@ class Progress:
         """Report what is pending and leave the bar as it is."""
         self.flush()
         self._bar.close()
-        self._log.flush()
+        if self._silence:
+            self._silence.close()
 
 
 @dataclasses.dataclass
@@ -291,25 +306,6 @@ def device_memory() -> dict[str, float]:
     found = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device/memory_gib", "peak_bytes_in_use": "device/peak_memory_gib"}
     return {tag: found[name] / 2**30 for name, tag in names.items() if name in found}
-
-
-def open_log(path: pathlib.Path, after_step: int) -> TextIO:
-    """`metrics.jsonl`, to be written on from `after_step`: what an earlier attempt wrote beyond that step is dropped.
-
-    So is a line that a kill left unfinished. Of a run's processes only the first one writes it.
-    """
-    if not is_first():
-        return open(os.devnull, "a", encoding="utf-8")
-    kept = []
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= after_step:
-                    kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept), "utf-8")
-    temporary.replace(path)
-    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:

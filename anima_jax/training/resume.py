@@ -5,20 +5,25 @@ position in the data, and what the model, the data set and the configuration wer
 order of the data are functions of the seed, the epoch and the step, nothing else is part of a run's state.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import re
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.orbax import RunCheckpoints, flat
 from anima_jax.data.plan import Plan
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
+from anima_jax.parallel.hosts import is_first
 from anima_jax.training.fingerprints import changes, data_faults, model_faults, optimizer_faults
 from anima_jax.training.intervals import passes
 from anima_jax.training.step import TrainState
@@ -26,7 +31,7 @@ from anima_jax.training.step import TrainState
 FOLDER = "checkpoints"
 """Where a run's folder keeps them."""
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the format of a checkpoint's items and metadata."""
 
 _RUN_NAME = re.compile(r"(\d{8}_\d{2}-\d{2}-\d{2})(.*)")
@@ -143,8 +148,11 @@ class Resume:
         return passes(self._epochs, before, after)
 
     def overdue(self) -> bool:
-        """Whether it wants one because so many minutes are over, by this process's clock."""
-        return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
+        """Whether it wants one because so many minutes are over, by this process's clock; said once."""
+        if self._minutes is None or self._clock() - self._saved_at < 60 * self._minutes:
+            return False
+        self._saved_at = self._clock()
+        return True
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> bool:
         """Begin to write a checkpoint of the state after `step` steps; `state` may be donated when this returns.
@@ -214,6 +222,32 @@ def replicas_of(run: pathlib.Path) -> int:
     checkpoints = RunCheckpoints(run / FOLDER, keep=None)
     step = checkpoints.latest()
     return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
+
+
+@contextlib.contextmanager
+def alone_in(run: pathlib.Path) -> Iterator[None]:
+    """No other run trains in this folder while the block is under way; one that ends in any way lets go.
+
+    Of a run's processes the first one sees to it. Raises UserError if another run is there already. A file system
+    without locks lets everyone in.
+    """
+    if not is_first():
+        yield
+        return
+    with writing_to(os.fspath(run)):
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise UserError(f"{run}: is being trained by {who or 'another process'}") from None
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _counters(state: TrainState) -> dict[str, Any]:

@@ -30,13 +30,20 @@ class Samples:
         self._monitor = monitor
 
     def due(self, step: int, total_steps: int, epochs_before: int = 0, epochs_after: int = 0) -> bool:
-        """Whether samples are drawn after `step` (from 1) steps; the last took finished epochs from before to after."""
+        """Whether samples are drawn after `step` steps, the last of which took finished epochs from before to after.
+
+        They are at the start and the end in any case.
+        """
         settings = self._settings
         return (
             passes(settings.every_n_steps, step - 1, step)
             or passes(settings.every_n_epochs, epochs_before, epochs_after)
-            or step == total_steps
+            or step in {0, total_steps}
         )
+
+    def path(self, step: int) -> pathlib.Path:
+        """The grid drawn after `step` steps."""
+        return self._folder / f"step{step:06d}.png"
 
     def draw(self, params: Params, step: int, examples: int | None = None) -> pathlib.Path:
         """Draw with these parameters of the transformer; they are not kept.
@@ -60,7 +67,7 @@ class Samples:
         self._pipeline.dit_params = {}
         tiles = [(prompt, seed) for seed in settings.seeds for prompt in settings.prompts]
         grid = report.sample_grid(images, [prompt for prompt, _ in tiles])
-        path = self._folder / f"step{step:06d}.png"
+        path = self.path(step)
         text = {
             "prompt": "\n".join(prompt for prompt, _ in tiles),
             "seed": "\n".join(str(seed) for _, seed in tiles),

@@ -1,4 +1,4 @@
-"""Does every parameter group learn that should, and does none move that should not? Asked once, at a run's start.
+"""Does every parameter group learn that should, and does none move that should not? Asked whenever a run starts.
 
 A group without any gradient trains for days without a word: a text adapter whose output never reaches the network, a
 layer that the adapter's file has under another name. The step measures, `self_check` judges.
@@ -37,12 +37,15 @@ def group_norms(values: Params, groups: Mapping[str, str]) -> dict[str, Array]:
     }
 
 
-def self_check(norms: GroupNorms, rates: Mapping[str, float], *, step: int, loss: float, adapter: bool) -> bool:
+def self_check(
+    norms: GroupNorms, rates: Mapping[str, float], *, step: int, attempt: int, loss: float, adapter: bool
+) -> bool:
     """Whether the run has shown that all is well; if not, the next step is to be measured too.
 
-    `rates` are the groups' learning rates, 0 for frozen; `step` counts from 1 and `loss` is its loss. An `adapter` has
-    no parameters in the group `base`. Raises UserError with the groups' names if one is frozen and moved, or should
-    learn and had no gradient in step `ATTEMPTS`. A step whose loss is 0 (all of it masked) or not finite shows nothing.
+    `rates` are the groups' learning rates, 0 for frozen; `step` is the run's, the `attempt`-th since it started (from
+    1), and `loss` its loss. An `adapter` has no parameters in the group `base`. Raises UserError with the groups' names
+    if one is frozen and moved, or should learn and had no gradient in attempt `ATTEMPTS`. A step whose loss is 0 (all
+    of it masked) or not finite shows nothing.
     """
     moved = [group for group, norm in norms.update.items() if not rates[group] and float(norm) > 0]
     if moved:
@@ -52,7 +55,7 @@ def self_check(norms: GroupNorms, rates: Mapping[str, float], *, step: int, loss
         return False
     learning = [group for group, rate in rates.items() if rate > 0 and not (adapter and group == "base")]
     still = [group for group in learning if not float(norms.gradient.get(group, 0.0))]
-    if still and step >= ATTEMPTS:
+    if still and attempt >= ATTEMPTS:
         found = "no parameters" if all(group not in norms.gradient for group in still) else "no gradient"
         raise UserError(
             f"self-check: {_keys(still)} should learn, but had {found} in step {step}; "

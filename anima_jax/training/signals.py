@@ -3,9 +3,10 @@
 import contextlib
 import pathlib
 import signal
+from collections.abc import Callable
 from typing import Literal
 
-from anima_jax.parallel.hosts import is_first
+from anima_jax.parallel.hosts import is_alone, is_first
 
 Request = Literal["save", "save_quit"]
 
@@ -14,6 +15,10 @@ REQUESTS: tuple[Request | None, ...] = (None, "save", "save_quit")
 
 FILES: tuple[Request, ...] = ("save_quit", "save")
 """Empty files of these names in the run's folder are requests; the first that is there counts."""
+
+
+class _CutShort(BaseException):
+    """Ends what `Signals.cut_short` runs. No Exception: libraries take those for their own."""
 
 
 class Signals:
@@ -25,7 +30,7 @@ class Signals:
 
     def __init__(self, run_folder: pathlib.Path):
         self._folder = run_folder
-        self._terminated = False
+        self._terminated = self._cutting = False
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def requested(self) -> Request | None:
@@ -45,6 +50,22 @@ class Signals:
                 return name
         return None
 
+    def cut_short(self, action: Callable[[], None]) -> None:
+        """Do what may take long and can be made up for later: SIGTERM ends it on the spot, or it does not begin.
+
+        Where several processes do it together it goes on to its end: one alone cannot leave.
+        """
+        if self._terminated and is_alone():
+            return
+        try:
+            self._cutting = is_alone()
+            action()
+            self._cutting = False  # here, where a signal until now is still caught
+        except _CutShort:
+            pass
+        finally:
+            self._cutting = False
+
     def close(self) -> None:
         """SIGTERM means again what it did before."""
         signal.signal(signal.SIGTERM, self._before)
@@ -52,3 +73,6 @@ class Signals:
     def _on_sigterm(self, number: int, frame: object) -> None:
         self._terminated = True
         signal.signal(number, self._before)
+        if self._cutting:
+            self._cutting = False
+            raise _CutShort

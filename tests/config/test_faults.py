@@ -10,6 +10,7 @@ from anima_jax.config.foreign import SECTIONS
 from anima_jax.config.main import MainFile
 from anima_jax.config.schema import key_table
 from anima_jax.errors import UserError
+from anima_jax.train import main as train
 from tests.config.files import REMOVE, changed, write
 
 
@@ -117,6 +118,7 @@ MAIN_FAULTS = [
     ),
     ({"output_dir": "dit.safetensors"}, "/dit.safetensors is a file, expected a folder to write to"),
     ({"output_dir": "hf://owner/repo"}, "output_dir: found hf://owner/repo, expected a local folder or gs://"),
+    ({"output_dir": "gs://bucket/runs"}, "output_dir: found gs://bucket/runs, expected a folder on this machine"),
     ({"dataset": "no.toml"}, "dataset: a file is expected, but none is at "),
     ({"dataset": "gs://bucket/d.toml"}, "dataset: found gs://bucket/d.toml, expected a file on this machine"),
     # keys that depend on each other
@@ -312,6 +314,19 @@ def test_all_faults_of_both_files_come_at_once(faults):
         "resolutions[0]",
     }
     assert len(found) == 8
+
+
+def test_what_the_optimizer_does_not_take_comes_with_the_other_faults(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"epochs": 0, "optimizer.weight_dcay": 0.1, "optimizer.nesterof": True})
+    with pytest.raises(SystemExit):
+        train(["--config", "main.toml"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("error: main.toml: ") for line in lines)
+    assert "epochs" in lines[0]
+    assert "weight_dcay: not an argument of 'adamw_optimi' (did you mean 'weight_decay'?)" in lines[1]
+    assert "nesterof" in lines[2]
 
 
 def test_faults_of_an_evaluated_data_set_come_with_the_others(faults, tmp_path):

@@ -45,7 +45,7 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (config.model.transformer_dtype, config.model.text_encoder_fp8) == (None, False)
     assert (config.monitoring.enable_wandb, config.model.text_encoder_nf4) == (False, False)
     assert config.notes == ()
-    ((source, options),) = config.source_options
+    ((source, options),) = config.options_of(config.data)
     assert source is config.data.directory[0]
     assert options == SourceOptions(Bucketing((512,), (1,), (1,)))
     assert (options.delimiter, options.skip_empty_caption, options.shuffle_copies) == (", ", True, 0)
@@ -237,11 +237,11 @@ def test_a_dataset_in_another_folder_names_its_own_neighbours(load, tmp_path):
 
 
 def test_addresses_pass_through(load):
-    addresses = {"model.transformer_path": "hf://owner/repo/dit.safetensors", "output_dir": "gs://bucket/runs"}
-    config = load({**addresses, "model.vae_path": "gs://bucket/vae.safetensors"})
+    addresses = {"model.transformer_path": "hf://owner/repo/dit.safetensors", "cache_dir": "gs://bucket/cache"}
+    config = load({**addresses, "model.vae_path": "gs://bucket/vae.safetensors", "cache_local_dir": "copies"})
     assert config.model.transformer_path == "hf://owner/repo/dit.safetensors"
     assert config.model.vae_path == "gs://bucket/vae.safetensors"
-    assert config.output_dir == "gs://bucket/runs"
+    assert config.cache_dir == "gs://bucket/cache"
 
 
 def test_overrides_are_toml_or_bare_words(load):
@@ -372,17 +372,20 @@ def test_caption_and_mask_keys_become_options(load, tmp_path):
         dataclasses.replace(common, caption_prefix="b "),
     ]
     config = load(dataset=shared | sources)
-    assert [options for _, options in config.source_options] == expected
-    assert [source for source, _ in config.source_options] == list(config.data.sources)
+    found = config.options_of(config.data)
+    assert [options for _, options in found] == expected
+    assert [source for source, _ in found] == list(config.data.sources)
 
 
 @pytest.mark.parametrize(
     ("keys", "anew"), [({}, False), ({"shuffle_tags": True}, True), ({"cache_shuffle_num": 2}, True)]
 )
 def test_tags_are_shuffled_and_left_out_anew_where_text_is_encoded_anew(load, keys, anew):
-    ((_, options),) = load({"model.cache_text_embeddings": False}, {"tag_dropout": 0.25, **keys}).source_options
+    config = load({"model.cache_text_embeddings": False}, {"tag_dropout": 0.25, **keys})
+    ((_, options),) = config.options_of(config.data)
     assert (options.shuffle_anew, options.tag_dropout) == (anew, 0.25)
-    ((_, cached),) = load({}, keys).source_options
+    config = load({}, keys)
+    ((_, cached),) = config.options_of(config.data)
     assert (cached.shuffle_anew, cached.shuffle_copies) == (False, options.shuffle_copies)
 
 

@@ -150,7 +150,7 @@ def test_shuffled_copies_take_the_captions_place():
 def test_a_choice_is_one_example_and_shows_every_caption_equally_often():
     captions = ("one", "two", "three")
     (example,) = made([entry(0, *captions)], caption_choice="random", caption_prefix="> ")
-    assert example.every_caption == ("> one", "> two", "> three")
+    assert example.captions == ("> one", "> two", "> three")
     counts = collections.Counter(example.caption(seed=1, epoch=epoch) for epoch in range(3000))
     assert counts.keys() == set(example.captions)
     # Binomial: 1000 ± 26; five deviations.

@@ -1,6 +1,7 @@
 """What several processes agree on, as far as one process can show it; tests/test_two_processes.py has two."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def test_a_process_alone_joins_no_others_and_decides_for_itself():
     hosts.join(processes=1)
     assert jax.process_count() == 1
     assert hosts.is_first()
-    assert hosts.from_first("what I say") == "what I say"
+    assert hosts.from_first(lambda: pathlib.Path("here")) == pathlib.Path("here")
     agreed = hosts.Agreement(current_mesh())
     assert [agreed(number) for number in (0, 2, 1)] == [0, 2, 1]
 

@@ -5,6 +5,7 @@ import pathlib
 import struct
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
 from anima_jax.training.monitor import Monitor, check_monitoring
 from tests.small_run import write_config, write_transformer
+from tests.training.test_figures import no_file_longer_than
 
 RECORDER = """
     log_of_calls = []
@@ -91,6 +93,18 @@ def test_a_resumed_run_hides_what_was_written_beyond_the_step_it_goes_on_from(tm
     Monitor(tmp_path, configured(), resumed_after=(7, 56)).close()
     # TensorBoard drops the points from the step on that a session's first event names.
     assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [8]
+
+
+def test_tensorboard_outlives_a_full_disk_without_a_broken_record(tmp_path, configured):
+    monitor = Monitor(tmp_path, configured())
+    with no_file_longer_than(200):
+        for step in range(50):
+            monitor.scalars(step, step, {"train/loss": 1.0})
+        time.sleep(0.2)  # for the thread that writes
+        monitor._writer.flush()
+        assert next(tmp_path.glob("events.*")).stat().st_size == 200
+    monitor.close()
+    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(50))
 
 
 def test_nothing_is_written_where_tensorboard_is_turned_off(tmp_path, configured):

@@ -114,7 +114,11 @@ def by_torch(make):
             lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
         # torch's factors every matrix; its eps is inside the root, which leaves gradients of 0.1 alone.
-        ("adafactor", {"options": {"min_dim_size_to_factor": 1}}, lambda t, p: t.Adafactor(p, lr=1e-2)),
+        (
+            "adafactor",
+            {"options": {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1}},
+            lambda t, p: t.Adafactor(p, lr=1e-2, beta2_decay=-0.7, d=1.1),
+        ),
     ],
 )
 def test_numbers_are_torchs_on_the_files_tensors(name, options, make):
@@ -141,6 +145,7 @@ SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg")
 def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
     function = getattr(optax, name, None) or getattr(optax.contrib, name)
     options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
+    own = {"use_bias_correction": True} if name == "prodigy" else options
     rates = dict.fromkeys(GROUPS, 1.0 if name in SHARED else 1e-2)
     peer = (
         optax.chain(function(), optax.scale_by_learning_rate(1e-2))
@@ -148,7 +153,7 @@ def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
         else function(learning_rate=rates["base"], **options)
     )
     expected, _ = train(peer, to_file(START), [to_file(grads) for grads in GRADIENTS])
-    ours = trained(name, rates=rates, weight_decay=0.0, options=options)
+    ours = trained(name, rates=rates, weight_decay=0.0, options=own)
     moved = max(float(np.abs(np.asarray(expected[n]) - v).max()) for n, v in to_file(START).items())
     assert moved > 1e-6
     assert_same(ours, expected, rtol=1e-4, atol=1e-5 * max(moved, 0.1))
@@ -163,11 +168,40 @@ def test_shared_estimates_decay_what_may_decay(name):
     with_decay, without = (
         train(function(1.0, weight_decay=w, estim_lr0=0.1), to_file(START), steps)[0] for w in (0.3, 0.0)
     )
+    options = {"d0": 0.1} | ({"bias_correction": True} if name == "prodigy" else {})
     optimizer = optimizers.build(
-        config(name, rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.3, options={"d0": 0.1}), TENSORS
+        config(name, rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.3, options=options), TENSORS
     )
     ours = to_file(train(optimizer, START, GRADIENTS[:1])[0])
     assert_same(ours, {n: with_decay[n] if decayed(n) else without[n] for n in ours})
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_correction):
+    """arXiv 2306.06101, algorithm 4, with the defaults of prodigyopt, diffusion-pipe's: all tensors, in float64."""
+    options = {"d0": 1e-3, "use_bias_correction": bias_correction}
+    optimizer = optimizers.build(
+        config("Prodigy", rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.1, options=options), TENSORS
+    )
+    same_way = [START] * 8  # so that the estimate grows
+    ours = to_file(train(optimizer, START, same_way)[0])
+    start = {name: value.astype(np.float64) for name, value in to_file(START).items()}
+    x, (m, v, s) = dict(start), (dict.fromkeys(start, 0.0) for _ in range(3))
+    d, r, b1, b2, b3 = 1e-3, 0.0, 0.9, 0.999, math.sqrt(0.999)
+    for t, grads in enumerate(same_way, start=1):
+        g = to_file(grads)
+        rate = d * (math.sqrt(1 - b2**t) / (1 - b1**t) if bias_correction else 1.0)
+        r = b3 * r + d / 1e-3 * rate * sum(np.sum(g[n] * (start[n] - x[n])) for n in x)
+        for n in x:
+            m[n] = b1 * m[n] + (1 - b1) * d * g[n]
+            v[n] = b2 * v[n] + (1 - b2) * d * d * g[n].astype(np.float64) ** 2
+            s[n] = b3 * s[n] + d / 1e-3 * rate * g[n]
+        d = max(d, r / sum(np.abs(one).sum() for one in s.values()))
+        for n, value in x.items():
+            decay = 0.1 if decayed(n) else 0.0
+            x[n] = value - rate * (decay * value + m[n] / (np.sqrt(v[n]) + d * 1e-8))
+    assert d > 2e-3
+    assert_same(ours, x, rtol=1e-4, atol=1e-5)
 
 
 def test_prodigy_shares_one_estimate_and_groups_differ_in_proportion():
@@ -321,6 +355,9 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("sgd", {"eps": 1e-8}, "eps: not an argument of 'sgd'"),
         ("sgd", {"options": {"nesterov": True}}, "needs a momentum"),
         ("sgd", {"options": {"momentum": "much"}}, "momentum = 'much': a number is expected"),
+        ("AdamWScheduleFree", {}, "did you mean 'schedule_free_"),
+        ("prodigy", {"options": {"decouple": False}}, "weight decay is decoupled"),
+        ("adafactor", {"options": {"relative_step": True}}, "lr_scheduler"),
         ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
         ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' takes 2"),
         ("sm3", {"schedule": "cosine"}, "one learning rate"),
@@ -340,6 +377,12 @@ def test_all_faults_are_listed_at_once():
     with pytest.raises(UserError) as caught:
         optimizers.build(config("sgd", eps=1e-8, options={"momentun": 0.9, "nesterov": "yes"}), TENSORS)
     assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize("name", ["adamw_optimi", "stableadamw"])
+def test_what_optimi_decays_unless_it_is_told_otherwise(name):
+    """torch-optimi 0.2 and 0.3: weight_decay = 1e-2."""
+    assert_same(trained(name), trained(name, weight_decay=1e-2), rtol=0, atol=0)
 
 
 def test_switches_of_other_implementations_are_accepted():

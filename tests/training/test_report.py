@@ -1,6 +1,5 @@
 """What a person sees: the bar's figures, the log of a resumed run, tables, and pictures that say what they show."""
 
-import io
 import json
 import time
 
@@ -10,6 +9,7 @@ import pytest
 from anima_jax.config.load import load_config
 from anima_jax.training import report
 from anima_jax.training.estimate import abstract_trained
+from anima_jax.training.figures import Lines
 from anima_jax.training.intervals import passes
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.state import prepare
@@ -26,12 +26,20 @@ def config(tmp_path):
     )
 
 
-def lines_of(log: io.StringIO) -> list[dict]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in log.getvalue().splitlines()]
+@pytest.fixture
+def log(tmp_path):
+    lines = Lines(tmp_path / "log.jsonl", 0)
+    yield lines
+    lines.close()
 
 
-def test_figures_reach_the_monitor_under_the_trainers_names(tmp_path, config):
-    monitor, log = Monitor(tmp_path, config()), io.StringIO()
+def lines_of(folder) -> list[dict]:
+    text = (folder / "log.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def test_figures_reach_the_monitor_under_the_trainers_names(tmp_path, config, log):
+    monitor = Monitor(tmp_path, config())
     progress = report.Progress(
         6,
         log,
@@ -61,39 +69,49 @@ def test_figures_reach_the_monitor_under_the_trainers_names(tmp_path, config):
         speeds["speed/images_per_second"], np.multiply(speeds["speed/steps_per_second"], 8), 1e-5
     )
     np.testing.assert_allclose(speeds["speed/mfu"], np.multiply(speeds["speed/steps_per_second"], 1e-3), 1e-5)
-    lines = lines_of(log)
+    lines = lines_of(tmp_path)
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(n, n, 2.0) for n in range(3, 7)]
     assert ["images_per_second" in line for line in lines] == [False, True, False, True]
 
 
-def test_a_step_reports_one_step_late_and_what_is_not_finite_is_null_and_outside_the_mean(capsys):
-    log = io.StringIO()
+def test_a_step_reports_one_step_late_and_what_is_not_finite_is_null_and_outside_the_mean(capsys, tmp_path, log):
     progress = report.Progress(3, log)
     progress.step(1, {"loss": 1.0, "grad_norm": 1.0})
-    assert not log.getvalue()
+    assert not lines_of(tmp_path)
     progress.step(2, {"loss": float("nan"), "grad_norm": float("inf")})
-    assert [line["step"] for line in lines_of(log)] == [1]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
     progress.step(3, {"loss": 1.0, "grad_norm": 1.0})
     assert np.isnan(progress.last["loss"])
     progress.close()
-    assert [line["loss"] for line in lines_of(log)] == [1.0, None, 1.0]
+    assert [line["loss"] for line in lines_of(tmp_path)] == [1.0, None, 1.0]
     assert "loss 1.0000" in capsys.readouterr().err
 
 
-def test_the_bar_shows_loss_rate_speed_and_the_time_that_is_left(capsys):
-    progress = report.Progress(10, io.StringIO(), rates=lambda step: {"mlp": 0.0, "base": 2e-5})
+def test_the_bar_shows_loss_rate_speed_and_the_time_that_is_left(capsys, log):
+    progress = report.Progress(10, log, rates=lambda step: {"mlp": 0.0, "base": 2e-5})
     for step in range(1, 4):
         progress.step(step, {"loss": 0.5}, examples=4 * step)
     progress.close()
-    last = capsys.readouterr().err.strip().split("\r")[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
     assert "3/10" in last
+    assert "step" in last
     assert "loss 0.5000, lr 2e-05" in last
     assert "images/s" in last
     assert "<" in last  # elapsed<remaining
 
 
-def test_time_between_steps_is_no_steps_time():
-    progress = report.Progress(4, io.StringIO())
+def test_where_no_terminal_shows_a_bar_every_so_many_steps_are_a_line(capsys, log):
+    progress = report.Progress(6, log, every=2)
+    for step in range(1, 6):
+        progress.step(step, {"loss": 0.5})
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("|")[-1].split()[0] for line in lines] == ["2/6", "4/6"]
+    assert all("loss 0.5000" in line for line in lines)
+
+
+def test_time_between_steps_is_no_steps_time(log):
+    progress = report.Progress(4, log)
     for step in (1, 2):
         progress.step(step, {"loss": 0.5})
     progress.flush()
@@ -102,18 +120,6 @@ def test_time_between_steps_is_no_steps_time():
         progress.step(step, {"loss": 0.5})
     progress.close()
     assert progress.seconds_a_step < 0.05
-
-
-def test_a_resumed_log_drops_what_lies_beyond_the_checkpoint_and_a_line_that_a_kill_cut_off(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with report.open_log(path, 0) as log:
-        log.write(
-            "".join(json.dumps({"step": step, "loss": 0.1 * step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
-        )
-    with report.open_log(path, 2) as log:
-        log.write('{"step": 3, "loss": 9.0}\n')
-    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.1, 0.2, 9.0]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_table_counts_each_groups_parameters(config):
@@ -128,6 +134,8 @@ def test_the_table_counts_each_groups_parameters(config):
     adapter = sum(value.size for path, value in everything.items() if path.startswith("llm_adapter."))
     assert rows["llm_adapter"][1:] == [f"{adapter:,}", f"{adapter:,}", "0.001", "float32"]
     total = sum(value.size for value in everything.values())
+    halves = report.parameter_table(trained, settings.learning_rates, "bfloat16").splitlines()
+    assert halves[1].split() == [*rows["llm_adapter"][:4], "bfloat16"]
     assert rows["total"][1:3] == [f"{total:,}", f"{total - mlp:,}"]
     assert "2 blocks of width 64" in text
     assert "8 pictures" in text

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import time
 
@@ -13,8 +14,9 @@ import pytest
 
 from anima_jax.data.plan import Plan, Tier
 from anima_jax.errors import UserError
-from anima_jax.training.fingerprints import changes, facts_of, settings_of
-from anima_jax.training.resume import Position, Resume, find_run
+from anima_jax.models.quantised import quantise
+from anima_jax.training.fingerprints import changes, facts_of, frozen_fingerprint, settings_of
+from anima_jax.training.resume import Position, Resume, alone_in, find_run
 from anima_jax.training.step import TrainState
 from tests.training import killed_run
 from tests.training.killed_run import GROUPS, IDS, OPTIMIZER, PLAN, SHAPES, STEPS, fresh_state, resumable
@@ -205,6 +207,29 @@ def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     (fault,) = refusal(tmp_path, facts(plan=other), other)
     assert "the data set had 10 examples in tier 64, now 0" in fault
     assert f"begins after {position} examples" in fault
+
+
+def test_captions_masks_and_frozen_weights_that_changed_are_named():
+    contents = {"captions": np.arange(17, dtype=np.uint64), "masks": np.zeros(17, np.uint64)}
+    frozen = {"blocks.mlp.kernel": jnp.ones((4, 8), jnp.bfloat16), "x": quantise(jnp.ones((64, 8)), "int8")}
+    old = facts_of(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=contents, files=frozen_fingerprint(frozen))
+    assert changes(old, old) == []
+    edited = {**contents, "captions": contents["captions"] + (np.arange(17) == 12)}
+    touched = {**frozen, "blocks.mlp.kernel": frozen["blocks.mlp.kernel"].at[2, 3].set(1.01)}
+    new = facts_of(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=edited, files=frozen_fingerprint(touched))
+    assert changes(old, new) == ["captions of tier 96 changed", "the frozen weights changed"]
+    assert frozen_fingerprint({}) == {}
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    with (
+        alone_in(tmp_path),
+        pytest.raises(UserError, match=rf"{tmp_path}: is being trained by process {os.getpid()} on "),
+        alone_in(tmp_path),
+    ):
+        pass
+    with alone_in(tmp_path):
+        pass
 
 
 def test_a_changed_model_is_refused_group_by_group_and_new_groups_can_start_with_a_fresh_optimizer(tmp_path):

@@ -12,7 +12,7 @@ WELL = {"llm_adapter": 0.3, "mlp": 2.0, "base": 1.0}
 
 
 def check(gradient=WELL, update=WELL, rates=RATES, *, step=1, loss=1.0, adapter=False):
-    return self_check(GroupNorms(gradient, update), rates, step=step, loss=loss, adapter=adapter)
+    return self_check(GroupNorms(gradient, update), rates, step=step, attempt=step, loss=loss, adapter=adapter)
 
 
 def test_norms_are_those_of_all_a_groups_parameters_together():

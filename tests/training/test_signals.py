@@ -46,6 +46,24 @@ def test_sigterm_asks_to_save_and_quit_once_and_means_what_it_did_afterwards(tmp
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_cuts_short_what_can_be_made_up_for_and_nothing_else(signals):
+    done = []
+
+    def evaluation():
+        done.append("begun")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("ended")
+        except Exception:  # as libraries have it
+            done.append("swallowed")
+
+    signals.cut_short(lambda: done.append("undisturbed"))
+    signals.cut_short(evaluation)
+    signals.cut_short(lambda: done.append("after the signal"))
+    assert done == ["undisturbed", "begun"]
+    assert signals.requested() == "save_quit"
+
+
 # What a training loop is, without the training: it is asked, and takes a while.
 LOOP = """
     import pathlib, sys, time

@@ -365,5 +365,7 @@ def test_a_fresh_network_is_seen_to_learn_in_its_second_step():
     for number in (1, 2):
         state, metrics = step(state, {}, batch(), None)
         rates = dict.fromkeys(PARTS, 0.5)
-        verdicts.append(self_check(metrics.norms, rates, step=number, loss=float(metrics.loss), adapter=False))
+        verdicts.append(
+            self_check(metrics.norms, rates, step=number, attempt=number, loss=float(metrics.loss), adapter=False)
+        )
     assert verdicts == [False, True]

@@ -19,8 +19,14 @@ from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_
 from anima_jax.training.optimizers.rates import schedule
 from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find
 
-WITHOUT_EFFECT = ("fused", "foreach", "capturable", "differentiable", "triton", "kahan_sum", "is_paged", "compile")
+WITHOUT_EFFECT = (
+    *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "kahan_sum", "compile"),
+    *("is_paged", "block_wise", "fsdp_in_use"),
+)
 """Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
+
+COMMON = ("lr", "betas", "weight_decay", "eps", "beta2_half_life")
+"""Keys of `[optimizer]` that are fields of `OptimizerConfig`."""
 
 UNAVAILABLE = {
     "amsgrad": "take type = 'amsgrad'",
@@ -29,8 +35,13 @@ UNAVAILABLE = {
     "decouple_lr": "weight decay is multiplied by the learning rate",
     "dampening": "leave it at 0",
     "cpu_offload": "take type = 'offload'",
+    "relative_step": "the learning rate is lr's, shaped by lr_scheduler",
+    "warmup_init": "warmup_steps is the warmup",
 }
 """Arguments that are accepted only if they are off, and what to do instead."""
+
+ALWAYS = ("decouple", "weight_decouple")
+"""Arguments that are accepted only if they are on: no weight decay but sgd's is part of the gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +64,11 @@ class OptimizerConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     global_batch: int = 1
     beta2_half_life: float | None = None
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raise UserError for a name that is not known and for arguments that it does not take, all of them at once."""
+    _options(config, *find(config.type))
 
 
 def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.GradientTransformation:
@@ -149,8 +165,11 @@ def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
         elif key in UNAVAILABLE and key not in row.options:
             if value:
                 faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; {UNAVAILABLE[key]}")
+        elif key in ALWAYS and name != "sgd":
+            if value is not True:
+                faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; weight decay is decoupled here")
         elif key not in WITHOUT_EFFECT:
-            near = did_you_mean(key, [*row.options, *row.renamed])
+            near = did_you_mean(key, [*row.options, *row.renamed, *COMMON])
             arguments = ", ".join(sorted(row.options)) or "none but lr and weight_decay"
             faults.append(f"[optimizer] {key}: not an argument of '{name}'{near}; it takes {arguments}")
     if config.eps is not None:

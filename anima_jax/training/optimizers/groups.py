@@ -38,8 +38,3 @@ def groups_by_path(tensors: Sequence[FileTensor]) -> dict[str, str]:
 def is_decayed(tensor: FileTensor) -> bool:
     """Whether weight decay applies to it: neither 1-D in the file nor the adapter's embedding table."""
     return len(tensor.shape) > 1 and NEVER_DECAYED not in tensor.name
-
-
-def decayed_paths(tensors: Sequence[FileTensor]) -> set[str]:
-    """Parameters that weight decay applies to."""
-    return {tensor.path for tensor in tensors if is_decayed(tensor)}

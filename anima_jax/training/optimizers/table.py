@@ -112,7 +112,7 @@ def _adafactor(
     transform = optax.adafactor(
         p.rate,
         min_dim_size_to_factor,
-        decay_rate,
+        abs(decay_rate),  # torch and transformers give it as the exponent itself, -0.8
         decay_offset,
         multiply_by_parameter_scale,
         clipping_threshold or None,
@@ -192,6 +192,28 @@ def _schedule_free_sgd(p: Parameter, *, b1=0.9, weight_lr_power=2.0):
     return _schedule_free(optax.identity(), p, b1, weight_lr_power)
 
 
+def _prodigy(
+    ps: Mapping[str, Parameter],
+    rate: Any,
+    *,
+    betas=(0.9, 0.999),
+    beta3=None,
+    eps=1e-8,
+    d0=1e-6,
+    d_coef=1.0,
+    safeguard_warmup=False,
+    use_bias_correction=False,
+) -> optax.GradientTransformation:
+    """optax's, whose estimate counts on Adam's bias correction, which is off unless it is asked for."""
+    shaped = rate if use_bias_correction else lambda step: rate(step) / _bias_correction(step + 1, betas)
+    return optax.contrib.prodigy(shaped, betas, beta3, eps, d0, d_coef, safeguard_warmup=safeguard_warmup)
+
+
+def _bias_correction(step: Any, betas: tuple[float, float]) -> Any:
+    """What Adam's update without bias correction is multiplied by in this step, from 1."""
+    return jnp.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+
+
 def _options(function: Callable) -> dict[str, Any]:
     """Arguments with a plain default, which a TOML can give."""
     return {
@@ -209,7 +231,7 @@ def _row(make: Make, weight_decay: float = 0.0, **more: Any) -> Row:
 
 ROWS: dict[str, Row] = {
     "adamw": _row(_adamw, 0.01, elementwise=True),
-    "adamw_optimi": _row(_adamw_optimi, elementwise=True),
+    "adamw_optimi": _row(_adamw_optimi, 0.01, elementwise=True),
     "stableadamw": _row(_stable_adamw, 0.01),
     "adamw8bit": _row(_adamw_8bit, 0.01),
     "adamw8bitkahan": _row(_adamw_8bit_kahan, 0.01),
@@ -219,24 +241,30 @@ ROWS: dict[str, Row] = {
         renamed={
             "d": "clipping_threshold",
             "clip_threshold": "clipping_threshold",
+            "beta2_decay": "decay_rate",
+            "beta1": "momentum",
             "scale_parameter": "multiply_by_parameter_scale",
         },
     ),
     "lion": _row(_lion, elementwise=True),
     "sgd": _row(_sgd, elementwise=True),
     "muon": _row(_muon, renamed={"momentum": "beta"}),
+    "prodigy": _row(
+        _prodigy,
+        shared=True,
+        renamed={"bias_correction": "use_bias_correction", "estim_lr0": "d0", "estim_lr_coef": "d_coef"},
+    ),
     "schedule_free_adamw": _row(_schedule_free_adamw, elementwise=True),
     "schedule_free_sgd": _row(_schedule_free_sgd, elementwise=True),
 }
 
-SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg", "noisy_sgd")
+SHARED = ("dadapt_adamw", "dog", "dowg", "noisy_sgd")
 """Transformations of optax that have one estimate (or source of noise) for all parameters."""
 
 FIXED_RATE = ("rprop", "scale_by_rprop", "sm3", "optimistic_adam")
 """Those whose learning rate is a number."""
 
 RENAMED = {
-    "prodigy": {"d0": "estim_lr0", "d_coef": "estim_lr_coef"},
     "dadapt_adamw": {"d0": "estim_lr0"},
     "rmsprop": {"alpha": "decay"},
 }
@@ -307,14 +335,15 @@ def _make_shared(function: Callable, ps: Mapping[str, Parameter], rate: Any, **o
 
 def decay_strength(name: str, rate: Any, options: Mapping[str, Any]) -> Callable[[Any], Any] | None:
     """For Prodigy and D-Adaptation: what multiplies the weight decay, from the state before the update (in the papers
-    d · rate · √(1 − β2^t) / (1 − β1^t)). None for the rest."""
+    d · rate, times the bias correction if there is one). None for the rest."""
     if name not in ("prodigy", "dadapt_adamw"):
         return None
-    b1, b2 = options.get("betas", (0.9, 0.999))
+    betas = options.get("betas", (0.9, 0.999))
+    corrected = name != "prodigy" or options.get("use_bias_correction", False)
 
     def strength(state):
-        done = state.count + 1
-        return state.estim_lr * rate(state.count) * jnp.sqrt(1.0 - b2**done) / (1.0 - b1**done)
+        correction = _bias_correction(state.count + 1, betas) if corrected else 1.0
+        return state.estim_lr * rate(state.count) * correction
 
     return strength
 
@@ -340,7 +369,5 @@ def find(name: str) -> tuple[str, Row]:
             row = ROWS.get(known) or _from_optax(known)
             assert row is not None
             return known, row
-    near = did_you_mean(name.lower(), [*names(), *REFUSED])
-    raise UserError(
-        f"[optimizer] type = '{name}' is not known{near}; there are {', '.join(ROWS)}, prodigy and all of optax's"
-    )
+    near = did_you_mean(name.lower(), [*names(), *(other for other, why in REFUSED.items() if why != NEEDS_MORE)])
+    raise UserError(f"[optimizer] type = '{name}' is not known{near}; there are {', '.join(ROWS)} and all of optax's")
