@@ -210,10 +210,10 @@ class Training:
             epoch_losses=[line["loss"] for line in metrics_log.kept if line.get("loss") is not None],
         )
 
-    def _asked(self, signals: Signals) -> Request | None:
-        """What any of the run's processes is asked for; a checkpoint that is overdue too."""
+    def _asked(self, signals: Signals, *, after_step: bool = False) -> Request | None:
+        """What any of the run's processes is asked for; after a step also a checkpoint that is overdue."""
         number = REQUESTS.index(signals.requested())
-        if is_first() and self.resume.overdue() and self._updated():
+        if after_step and is_first() and self._updated() and self.resume.overdue():
             number = max(number, REQUESTS.index("save"))
         return REQUESTS[self._agreed(number)]
 
@@ -223,7 +223,8 @@ class Training:
             self._save_model(name)
         if step == total or (self.resume.due(step) and self._updated()):
             self._save_checkpoint(step)
-        return self._heeded(self._asked(signals), step) or self._show_and_heed(step, total, signals, samples)
+        asked = self._asked(signals, after_step=True)
+        return self._heeded(asked, step) or self._show_and_heed(step, total, signals, samples)
 
     def _show_and_heed(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
         """Evaluate and draw what is due after `step` until someone asks to stop; whether the run is to."""
