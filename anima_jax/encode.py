@@ -62,11 +62,23 @@ def clip_encoder(
     return encode_all
 
 
-def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-    """A jitted (ids_bn, mask_bn) → Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0."""
-    graphdef, params = split(qwen)
-    run = jax.jit(lambda params, ids_bn, mask_bn: merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype))
-    return lambda ids_bn, mask_bn: run(params, ids_bn, mask_bn)
+class TokenEncoder:
+    """A jitted (ids_bn, mask_bn) → Qwen3's states (b, n, d) in `dtype`, computed in it; padded rows are 0.
+
+    `params` may be replaced by others of the same structure.
+    """
+
+    def __init__(self, qwen: Qwen3, dtype: DTypeLike):
+        graphdef, self.params = split(qwen)
+        self._run = jax.jit(lambda params, ids_bn, mask_bn: merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype))
+
+    def __call__(self, ids_bn: np.ndarray, mask_bn: np.ndarray) -> jax.Array:
+        return self._run(self.params, ids_bn, mask_bn)
+
+
+def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> TokenEncoder:
+    """What encodes token ids with this text encoder."""
+    return TokenEncoder(qwen, dtype)
 
 
 class EncodedText(NamedTuple):

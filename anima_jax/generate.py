@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from anima_jax.checkpoints.merging import weighted
+from anima_jax.checkpoints.names.parts import adapter_kind
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
@@ -57,7 +59,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae", metavar="FILE", help="qwen_image_vae.safetensors")
     parser.add_argument("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
     parser.add_argument("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
-    parser.add_argument("--lora", metavar="FILE[:WEIGHT]", help="a LoRA in the trainer's format")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter of any kind; may be repeated"
+    )
+    parser.add_argument("--allow_unused", action="store_true", help="go on if keys of an adapter fit no module")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: the configuration's, or bfloat16"
     )
@@ -93,10 +98,10 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None) -> dict:
     model = config.model if config else None
     transformer = arguments.transformer or (model and model.transformer_path)
     adapter = None if arguments.transformer else (model and model.llm_adapter_path)
-    loras: list[tuple[str | pathlib.Path, float]] = [parse_lora(arguments.lora)] if arguments.lora else []
+    loras: list[tuple[str | pathlib.Path, float]] = [weighted(one) for one in arguments.lora]
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
-        if is_lora_file(file):
+        if is_adapter_file(file):
             loras.append((file, 1.0))
         else:
             transformer, adapter = file, None
@@ -113,25 +118,15 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None) -> dict:
         "tokenizers": arguments.tokenizers or (model and model.tokenizer_path),
         "adapter": adapter,
         "loras": loras,
+        "allow_unused": arguments.allow_unused,
         "dtype": jnp.dtype(arguments.dtype or (config.compute_dtype if config else "bfloat16")),
     }
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE:WEIGHT`. Raises UserError for a weight that is no number."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or pathlib.Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise UserError(f"--lora {text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'") from None
-
-
-def is_lora_file(path: pathlib.Path) -> bool:
-    """Whether a safetensors file holds a LoRA and not a model."""
+def is_adapter_file(path: pathlib.Path) -> bool:
+    """Whether a safetensors file holds an adapter and not a model."""
     with SafetensorsFile(path) as file:
-        return any(".lora_" in name for name in file.tensors)
+        return adapter_kind(file.tensors) is not None
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_networks(dit_config(config), text_encoder.config, tokenizers)
     trained = estimate.abstract_trained(config)
     # What does not fit together is to show before hours of encoding.
-    optimizers.build(optimizer_config(config), trained.tensors)
+    optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
     run = None
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
@@ -137,7 +137,7 @@ def dry_run(config: MainConfig, trained: Trained, data: TrainingData, tokenizers
     Raises UserError if it does not fit the device's memory.
     """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
-    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors)
+    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
     work = estimate.works(data, *data.text_rows(tokenizers))
     found = estimate.estimate(config, step_config(config), trained, optimizer, work, masked=data.masked)
     print(found)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from anima_jax.checkpoints.names import FileTensor
-from anima_jax.checkpoints.names.prefixes import NETWORKS, QUANTISED, Location, Network, locate, low_rank_kind
+from anima_jax.checkpoints.names.parts import TITLES, adapter_kind
+from anima_jax.checkpoints.names.prefixes import NETWORKS, QUANTISED, Location, Network, locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import Tensor
 from anima_jax.errors import UserError, did_you_mean
@@ -32,7 +33,7 @@ class Source:
 
 def find(network: Network, file: SafetensorsFile) -> Location:
     """Where `network` is in `file`. UserError if it is not there or its weights are no plain floating-point numbers."""
-    location = None if low_rank_kind(file.tensors) else locate(network, file.tensors)
+    location = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if location is None:
         raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors)}")
     mine = [*location.keys.values(), *location.unknown]
@@ -51,8 +52,8 @@ def find(network: Network, file: SafetensorsFile) -> Location:
 def looks_like(keys: Iterable[str]) -> str:
     """What a file with these keys seems to be, for a message."""
     keys = list(keys)
-    if kind := low_rank_kind(keys):
-        return f"it looks like: {kind}"
+    if kind := adapter_kind(keys):
+        return f"it looks like: {TITLES[kind]}"
     titles = [network.title for network in NETWORKS if locate(network, keys)]
     return f"it looks like: {' and '.join(titles)}" if titles else f"it holds {len(keys)} tensors: {shorten(keys)}"
 

@@ -13,7 +13,13 @@ from flax import nnx
 Params = dict[str, Any]
 """Parameter path → array (or anything that stands for one: a shape, a gradient, a moment, a sharding)."""
 
-MATRICES = (".kernel", ".embedding", ".lora_a", ".lora_b")
+MATRICES = (
+    ".kernel",
+    ".embedding",
+    *(".lora_a", ".lora_b"),
+    *(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b"),
+    *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+)
 """How the paths of parameters end that take part in matrix products."""
 
 

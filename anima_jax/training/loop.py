@@ -25,7 +25,7 @@ from anima_jax.training.batches import Batches, OnlineText, as_it_is
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import Evaluation
-from anima_jax.training.export import export, rotate
+from anima_jax.training.export import about_adapter, export, rotate
 from anima_jax.training.fingerprints import facts_of, settings_of
 from anima_jax.training.intervals import passes
 from anima_jax.training.monitor import Monitor
@@ -50,6 +50,8 @@ def step_config(config: MainConfig) -> StepConfig:
         seed=config.seed,
         uncond_fraction=config.uncond_fraction,
         ema_decay=config.ema_decay,
+        dropout=config.adapter.dropout if config.adapter else 0.0,
+        rank_dropout=config.adapter.rank_dropout if config.adapter else 0.0,
         remat=config.remat,
         remat_every=config.remat_every,
         scan_unroll=config.scan_unroll,
@@ -93,13 +95,14 @@ class Training:
         self._config, self._data, self._plan, self._run = config, data, data.plan, run
         self._batches = Batches(config, data, encoders.tokenizers)
         self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
-        cached = config.model.cache_text_embeddings
-        self._encode_text = as_it_is if cached else OnlineText(encoders.text_encoder, config)
+        # A text encoder that is trained runs inside the step.
+        ready = config.model.cache_text_embeddings or config.trains_text_encoder
+        self._encode_text = as_it_is if ready else OnlineText(encoders.text_encoder, config)
 
         self._settings, shape = step_config(config), optimizer_config(config, data.plan)
-        trained = prepare(config)
+        trained = prepare(config, lambda: encoders.text_encoder)
         print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
-        optimizer = optimizers.build(shape, trained.tensors)
+        optimizer = optimizers.build(shape, trained.tensors, trained.rates)
         self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups)
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self.state = init_state(trained.params, optimizer, self._settings)
@@ -187,7 +190,7 @@ class Training:
         config, kept = self._config, False
         epochs = tuple(self._plan.epochs_finished(self._data_step(n)) for n in (step - 1, step))
         for name in exports_after(config, epochs, step, total):
-            self._save_model(name)
+            self._save_model(name, step)
         if self.resume.due(step) or asked or step == total:
             kept = self._save_checkpoint(step, wait=asked == "save_quit")
         if self._evaluation_due(step, epochs):
@@ -247,6 +250,8 @@ class Training:
             self._progress.flush()
             adapter = self._config.adapter is not None
             rates = self._config.learning_rates
+            if adapter:  # which groups it has is the configuration's to choose
+                rates = {group: rates[group] for group in self._trained.groups.values()}
             loss = self._progress.last["loss"]
             if self_check(metrics.norms, rates, step=step, loss=loss, adapter=adapter) and step == 1:
                 self._progress.say(describe(metrics.norms))
@@ -263,12 +268,11 @@ class Training:
             good = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
             raise UserError(f"{self._run}: {skipped} steps in a row had no finite loss or gradient; {good}")
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, step: int) -> None:
         self._progress.flush()
         config = self._config
-        scale = config.adapter.scale if config.adapter else 1.0
-        ema = self.state.ema
-        saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
+        about, ema = about_adapter(config, self._trained, step), self.state.ema
+        saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, about, ema=ema)
         shutil.copy(config.path, self._run / name)
         self._progress.say(f"saved {saved}")
         for old in rotate(self._run, config.max_checkpoints):
@@ -327,9 +331,8 @@ class Training:
         if config.sample is None:
             return None
         model = merge(self._trained.graphdef, self._all(self.state.params))
-        pipeline = AnimaPipeline(
-            model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
-        )
+        text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
+        pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
         return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", self._monitor)
 
 

@@ -38,14 +38,21 @@ def low_rank(adapter: bool) -> Trained:
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
-        layers = {path: linear.kernel.shape[0] for path, linear in lora.target_modules(model).items()}
-        chosen = {path: [8] * n for path, n in layers.items() if adapter or not path.startswith("llm_adapter.")}
-        lora.attach(model, chosen)
+        shapes = lora.target_shapes(model)
+        chosen = {path: shape for path, shape in shapes.items() if adapter or not path.startswith("llm_adapter.")}
+        lora.attach(model, {path: lora.slot("lora", shape, [8] * shape[0]) for path, shape in chosen.items()})
         return model
 
     graphdef, params = parameters.abstract(build)
     frozen = {path: leaf for path, leaf in params.items() if not lora.is_lora(path)}
-    return Trained(CONFIG, graphdef, {p: v for p, v in params.items() if lora.is_lora(p)}, frozen, [], {"": (8,)})
+    return Trained(
+        CONFIG,
+        graphdef,
+        {p: v for p, v in params.items() if lora.is_lora(p)},
+        frozen,
+        [],
+        {"": lora.Slot("lora", {}, (8,))},
+    )
 
 
 def gradient_of(trained: Trained, settings: StepConfig):
