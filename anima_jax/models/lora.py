@@ -308,7 +308,7 @@ def drop(model: nnx.Module, keys_b: Array, dropout: float, rank_dropout: float) 
     fold_nb = jax.vmap(fold_b, (None, 0))
     for path, module in adapted(model):
         keys_nb = fold_nb(fold_b(keys_b, jnp.uint32(zlib.crc32(path.encode()))), jnp.arange(len(module.ranks)))
-        module.keys = nnx.Param(keys_nb)
+        module.keys = nnx.data(nnx.Param(keys_nb))
         module.dropout, module.rank_dropout = dropout, rank_dropout
 
 

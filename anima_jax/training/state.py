@@ -89,7 +89,7 @@ def _with_adapter(
     def bare(rngs) -> AnimaDiT:
         model = AnimaDiT(model_config, rngs=rngs)
         if qwen is not None:
-            model.text_encoder = Qwen3(qwen.config, rngs=rngs)
+            model.text_encoder = nnx.data(Qwen3(qwen.config, rngs=rngs))
         return model
 
     slots, rates = adapters.plan(config, lora.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0)))))

@@ -177,7 +177,7 @@ MAIN_FAULTS = [
         {"adapter": {"type": "lokra", "rank": 4}},
         "adapter.type: found 'lokra', expected 'lora', 'lokr', 'loha' or 'dora'",
     ),
-    ({"adapter": ADAPTER | {"dropout": 1.0}}, "adapter.dropout: found 1.0 (a number), expected a number < 1.0"),
+    ({"adapter": ADAPTER | {"dropout": 1.0}}, "adapter.dropout: found 1.0 (a number), expected less than 1.0"),
     (
         {"adapter": ADAPTER | {"exclude_modules": "blocks.("}},
         "adapter.exclude_modules: 'blocks.(' is no regular expression",
