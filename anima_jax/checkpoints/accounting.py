@@ -7,7 +7,17 @@ from typing import Any
 
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.parts import TITLES, adapter_kind
-from anima_jax.checkpoints.names.prefixes import NETWORKS, QUANTISED, Location, Network, locate
+from anima_jax.checkpoints.names.prefixes import (
+    ADAPTER,
+    DIT,
+    NETWORKS,
+    QUANTISED,
+    QWEN3,
+    TEXT_ENCODER,
+    Location,
+    Network,
+    locate,
+)
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import Tensor
 from anima_jax.errors import UserError, did_you_mean
@@ -47,6 +57,19 @@ def find(network: Network, file: SafetensorsFile) -> Location:
     if integers:
         raise UserError(f"{file.path}: {shorten(integers)}: integers, expected floating-point weights")
     return location
+
+
+def original_names(file: SafetensorsFile) -> dict[str, str]:
+    """Original name → key of each tensor of the transformer, or of its text adapter alone, and of the text encoder.
+
+    The text encoder's names have `text_encoder.` before. UserError for weights that are no plain numbers.
+    """
+    found: dict[str, str] = {}
+    whole = DIT if locate(DIT, file.tensors) else ADAPTER
+    for network, before in ((whole, ""), (QWEN3, TEXT_ENCODER)):
+        if locate(network, file.tensors):
+            found |= {before + name: key for name, key in find(network, file).keys.items()}
+    return found
 
 
 def looks_like(keys: Iterable[str]) -> str:

@@ -41,6 +41,10 @@ ALPHA_IS_RANK = "alpha_is_rank"
 """Key of the metadata of a file whose alphas were added because its dialect wants them, and say nothing."""
 
 
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"
+"""Key of the metadata under which diffusers keeps PEFT's settings."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """What an adapter file holds: module → patch, and the keys that are no part of any module of Anima's.
@@ -82,7 +86,7 @@ def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adap
     belong together.
     """
     with SafetensorsFile(_file_of(path)) as file:
-        adapter = _read(file)
+        adapter = read_adapter(file)
         adapter.require_all_used(allow_unused=allow_unused)
         for module, patch in adapter.patches.items():
             if fault := patch.fault():
@@ -147,10 +151,12 @@ def write_adapter(
                 lost.setdefault(part, []).append(module)
     if lost:
         listed = "; ".join(f"{part} of {len(of)} modules ({_listed(of, 3)})" for part, of in lost.items())
-        raise UserError(f"{path}: {dialect.title} files have no place for {listed}")
+        raise UserError(f"{path}: files of {dialect.title} have no place for {listed}")
+    if folded:
+        metadata.pop("alpha", None)
     listed = [safetensors.Tensor(key, part.dtype, part.shape) for key, part in parts.items()]
     safetensors.write(path, listed, lambda key: copying.contiguous(parts[key].read()), metadata)
-    note = f"alpha / rank of {folded} modules was multiplied into lora_B, as {dialect.title} files have no alpha"
+    note = f"alpha / rank of {folded} modules was multiplied into lora_B, as files of {dialect.title} have no alpha"
     return [note] if folded else []
 
 
@@ -298,7 +304,8 @@ def _file_of(path: PathLike) -> PathLike:
     return files[0]
 
 
-def _read(file: SafetensorsFile) -> Adapter:
+def read_adapter(file: SafetensorsFile) -> Adapter:
+    """The adapter in an open file, whatever is left over and whether its parts belong together or not."""
     keys = {key: split for key in file.tensors if (split := split_key(key))}
     modules = adapters.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
     parts: dict[str, dict[str, Part]] = {}
@@ -316,7 +323,7 @@ def _read(file: SafetensorsFile) -> Adapter:
     patches = {module: Patch(own) for module, own in parts.items()}
     if any(spelling.startswith(adapters.PEFT_PREFIXES) for spelling in modules):
         patches = _with_alphas(patches, _peft_config(file))
-    metadata = dict(file.metadata)
+    metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
     if metadata.pop(ALPHA_IS_RANK, None):
         patches = {module: _without_alpha(patch) for module, patch in patches.items()}
     return Adapter(file.path, patches, metadata, tuple(unused))
@@ -326,9 +333,10 @@ def _peft_config(file: SafetensorsFile) -> dict[str, Any]:
     """The settings of PEFT's that come with a file: in its metadata as diffusers has them, or in a JSON beside it."""
     beside = pathlib.Path(file.path).with_name("adapter_config.json")
     try:
-        if "lora_adapter_metadata" in file.metadata:
-            return json.loads(file.metadata["lora_adapter_metadata"])
-        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        if DIFFUSERS_SETTINGS in file.metadata:
+            return json.loads(file.metadata[DIFFUSERS_SETTINGS])
+        is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
+        return json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{file.path}: its PEFT settings (adapter_config.json) cannot be read: {error}") from error
 

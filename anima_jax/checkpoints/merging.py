@@ -98,8 +98,10 @@ def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
     return found
 
 
-def merged(name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]]) -> np.ndarray:
-    """The tensor `name` of a file with all of `patches` applied to it, in its dtype."""
+def merged(
+    name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
+) -> np.ndarray:
+    """The tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
     weight = values.astype(FLOAT32)
     for patch, strength in patches:
         if strength == 0.0:
@@ -108,7 +110,7 @@ def merged(name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]]
             weight = weight + np.float32(strength) * patch.parts["diff_b"].float32()
         else:
             weight = patch.applied(weight, strength)
-    return copying.cast(weight, values.dtype, name)
+    return copying.cast(weight, values.dtype if dtype is None else dtype, name)
 
 
 class AdapterStack:

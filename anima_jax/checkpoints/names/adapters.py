@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from anima_jax.checkpoints.names import LINEAR, Layout, Rule, diffusers, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.parts import PARTS
-from anima_jax.checkpoints.names.prefixes import DIT, QWEN3
+from anima_jax.checkpoints.names.prefixes import DIT, QWEN3, TEXT_ENCODER
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.lora import FACTORS
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-
-TEXT_ENCODER = "text_encoder."
-"""What names of the text encoder's modules, and paths of its parameters, begin with where both networks meet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +75,7 @@ COMFYUI = Dialect("ComfyUI", _dotted("diffusion_model.", "text_encoders.qwen3_06
 DIALECTS = {
     "comfyui": COMFYUI,
     "kohya": Dialect(
-        "kohya (sd-scripts)",
+        "kohya's sd-scripts",
         _flat("lora_unet_", "lora_te_"),
         {**_COMFYUI_PARTS, "lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight"},
     ),

@@ -71,6 +71,9 @@ WAN_VAE = Network(
 )
 NETWORKS = (DIT, ADAPTER, QWEN3, WAN_VAE)
 
+TEXT_ENCODER = "text_encoder."
+"""What names of the text encoder's modules, and paths of its parameters, begin with where both networks meet."""
+
 BUNDLED = ("model.diffusion_model.", "text_encoders.", "first_stage_model.", "vae.")
 """What the names of each network begin with where one file holds several."""
 
