@@ -108,10 +108,7 @@ class Training:
         self.state = init_state(trained.params, optimizer, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
         work = estimate.works(data, *data.text_rows(encoders.tokenizers))
-        self._flops = [
-            estimate.flops(trained.config, self.state.params, each, config.remat, config.remat_every).model * each.batch
-            for each in work
-        ]
+        self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
         ids = np.array([example.id for example in data.examples], np.uint64)
         facts = facts_of(self.state.params, trained.groups, data.plan, ids, settings_of(config.model_dump(mode="json")))
         self.resume = Resume(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from anima_jax.checkpoints.models import load_text_encoder, open_dit
+from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.adapters import ADAPTER_RULES, TEXT_ENCODER
 from anima_jax.config.main import MainConfig
@@ -48,6 +48,11 @@ class Trained:
     def groups(self) -> dict[str, str]:
         """Parameter group of each parameter that is trained."""
         return groups_by_path(self.tensors)
+
+    @property
+    def text_ids(self) -> bool:
+        """Whether the step takes token ids in place of text states, because it trains the text encoder."""
+        return any(path.startswith(TEXT_ENCODER) for path in self.params)
 
     @property
     def ranks(self) -> dict[str, tuple[int, ...]] | None:
@@ -111,8 +116,19 @@ def _with_adapter(
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:
-    loaded, storage = load_text_encoder(config.model.llm_path, config.compute_dtype), config.model.text_encoder_storage
-    return quantised.quantise_text_encoder(loaded, storage) if storage else loaded
+    return _stored_text(config, load_text_encoder(config.model.llm_path, config.compute_dtype))
+
+
+def blank_text_encoder(config: MainConfig) -> Qwen3:
+    """The text encoder with zeros for weights: of its file the header alone is read."""
+    with open_text_encoder(config.model.llm_path) as checkpoint:
+        zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
+        return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
+
+
+def _stored_text(config: MainConfig, model: Qwen3) -> Qwen3:
+    storage = config.model.text_encoder_storage
+    return quantised.quantise_text_encoder(model, storage) if storage else model
 
 
 def dit_config(config: MainConfig) -> DiTConfig:

@@ -33,14 +33,14 @@ def full() -> Trained:
     return Trained(CONFIG, graphdef, params, {}, [], None)
 
 
-def low_rank(adapter: bool) -> Trained:
-    """A LoRA on every layer that takes one, or on those outside the LLM adapter."""
+def low_rank(adapter: bool, kind: str = "lora") -> Trained:
+    """An adapter on every layer that takes one, or on those outside the LLM adapter."""
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
         shapes = lora.target_shapes(model)
         chosen = {path: shape for path, shape in shapes.items() if adapter or not path.startswith("llm_adapter.")}
-        lora.attach(model, {path: lora.slot("lora", shape, [8] * shape[0]) for path, shape in chosen.items()})
+        lora.attach(model, {path: lora.slot(kind, shape, [8] * shape[0]) for path, shape in chosen.items()})
         return model
 
     graphdef, params = parameters.abstract(build)
@@ -88,8 +88,11 @@ def products(jaxpr) -> float:
         (full, {"remat": "full", "remat_every": 2}),
         (lambda: low_rank(True), {"remat": "full"}),
         (lambda: low_rank(False), {"remat": "none"}),
+        (lambda: low_rank(True, "lokr"), {"remat": "none"}),
+        (lambda: low_rank(True, "loha"), {"remat": "full"}),
+        (lambda: low_rank(True, "dora"), {"remat": "full"}),
     ],
-    ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter"],
+    ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter", "lokr", "loha", "dora"],
 )
 def test_flops_are_those_of_the_programs_matrix_products(trained, options):
     trained, settings = trained(), StepConfig(compute_dtype=jnp.float32, **options)
