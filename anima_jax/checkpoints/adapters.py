@@ -85,13 +85,18 @@ def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adap
     Raises UserError for keys that belong to no module of Anima's, unless they are allowed, and for parts that do not
     belong together.
     """
-    with SafetensorsFile(_file_of(path)) as file:
-        adapter = read_adapter(file)
-        adapter.require_all_used(allow_unused=allow_unused)
-        for module, patch in adapter.patches.items():
-            if fault := patch.fault():
-                raise UserError(f"{file.path}: {module} {fault}")
-        yield adapter
+    with SafetensorsFile(file_of(path)) as file:
+        yield adapter_in(file, allow_unused=allow_unused)
+
+
+def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
+    """As `open_adapter`, of a file that is open already."""
+    adapter = read_adapter(file)
+    adapter.require_all_used(allow_unused=allow_unused)
+    for module, patch in adapter.patches.items():
+        if fault := patch.fault():
+            raise UserError(f"{file.path}: {module} {fault}")
+    return adapter
 
 
 def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
@@ -294,7 +299,7 @@ def _stacked(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _file_of(path: PathLike) -> PathLike:
+def file_of(path: PathLike) -> PathLike:
     """The one safetensors file in a folder, as the trainer writes them; any other path as it is."""
     if locations.is_remote(path) or not os.path.isdir(path):
         return path

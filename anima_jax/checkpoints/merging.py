@@ -4,23 +4,23 @@ All arithmetic is in float32 from the base's values, one weight at a time, round
 does it; so a merged file and a base with its adapters loaded are the same numbers.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from anima_jax.checkpoints import copying
-from anima_jax.checkpoints.adapters import Adapter, fitted, open_adapter
+from anima_jax.checkpoints.adapters import Adapter, adapter_in, file_of, fitted
 from anima_jax.checkpoints.fingerprints import another_base
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
 from anima_jax.checkpoints.patches import FLOAT32, Patch
+from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
 
@@ -62,27 +62,25 @@ def _same(wanted: str, name: str) -> bool:
     return wanted == name
 
 
-@contextlib.contextmanager
-def opened(
-    paths: Sequence[PathLike],
+def matched(
+    files: Sequence[SafetensorsFile],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     base: PathLike | None = None,
     allow_unused: bool = False,
-) -> Iterator[list[Adapter]]:
-    """The adapters in files, as far as they change tensors of these shapes, readable while this is open.
+) -> list[Adapter]:
+    """The adapters in open files, as far as they change tensors of these shapes.
 
     Tensors are named as in the original files, the text encoder's after `text_encoder.`. Says how many modules matched,
     and warns of an adapter that was trained on another model than the file `base`.
     """
-    with contextlib.ExitStack() as stack:
-        adapters = []
-        for path in paths:
-            adapter = stack.enter_context(open_adapter(path, allow_unused=allow_unused))
-            adapters.append(fitted(adapter, shapes, allow_unused=allow_unused))
-            if base is not None and (warning := another_base(adapter.path, adapter.metadata, base)):
-                print(warning, file=sys.stderr)
-        yield adapters
+    adapters = []
+    for file in files:
+        adapter = fitted(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
+        adapters.append(adapter)
+        if base is not None and (warning := another_base(adapter.path, adapter.metadata, base)):
+            print(warning, file=sys.stderr)
+    return adapters
 
 
 def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
@@ -102,7 +100,7 @@ def merged(
     name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
 ) -> np.ndarray:
     """The tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
-    weight = values.astype(FLOAT32)
+    weight = copying.contiguous(values).astype(FLOAT32)
     for patch, strength in patches:
         if strength == 0.0:
             continue
@@ -136,8 +134,8 @@ class AdapterStack:
                 dataclasses.replace(tensor, name=TEXT_ENCODER + tensor.name, path=TEXT_ENCODER + tensor.path)
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        self._files = contextlib.ExitStack()
-        self._adapters = self._files.enter_context(opened(paths, shapes, base=base, allow_unused=allow_unused))
+        files = [SafetensorsFile(file_of(path)) for path in paths]
+        self._adapters = matched(files, shapes, base=base, allow_unused=allow_unused)
         touched = changes(self._adapters, [1.0] * len(paths))
         self._tensors: dict[str, list[FileTensor]] = {}
         for tensor in tensors:
