@@ -55,6 +55,10 @@ def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str
             lost.add(int(number))
     if lost:
         named = ", ".join(map(str, sorted(lost)))
-        why = f"a model of {target} blocks has not" if max(lost) < source else f"a model of {source} has not either"
+        why = (
+            f"a model of {target} blocks has not"
+            if max(lost) < source
+            else f"a model of {source} blocks has not either"
+        )
         raise UserError(f"the adapter changes blocks {named}, which {why}")
     return found
