@@ -325,7 +325,9 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
                 raise UserError(f"{file.path}: {key}: a second {name} of {module}")
             tensor = file.tensors[key]
             own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key))
-    patches = {module: Patch(own) for module, own in parts.items()}
+    idle = {module for module, own in parts.items() if own.keys() <= {"alpha", "dora_scale"}}
+    unused += [key for key, (spelling, _) in keys.items() if modules.get(spelling, "").removesuffix(".bias") in idle]
+    patches = {module: Patch(own) for module, own in parts.items() if module not in idle}
     if any(spelling.startswith(adapters.PEFT_PREFIXES) for spelling in modules):
         patches = _with_alphas(patches, _peft_config(file))
     metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
