@@ -281,7 +281,7 @@ def _stacked(
             factors.setdefault(factor, {})[layer] = array.reshape(-1) if factor == "lora_magnitude" else array.T
     stacked, shapes = {}, {}
     for factor, arrays in factors.items():
-        shape = tuple(np.max([array.shape for array in arrays.values()], axis=0))
+        shape = tuple(map(max, zip(*(array.shape for array in arrays.values()), strict=True)))
         rank_axis = lora.FACTORS[factor].rank_axis
         if any(size != shape[axis] for a in arrays.values() for axis, size in enumerate(a.shape) if axis != rank_axis):
             raise UserError(f"{label}: {path}: {factor} differs in shape between blocks; merge the file instead")

@@ -111,9 +111,9 @@ Rate = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
 class AdapterConfig(TypedSection):
     """A few trained numbers beside the linear layers of the blocks. Without this table every weight is trained.
 
-    Patterns are regular expressions that fit the end of a module's name from a dot on, or all of it. Names are those of
-    the original files (`blocks.0.self_attn.q_proj`, `llm_adapter.blocks.0.mlp.0`), for the text encoder's behind
-    `text_encoder.` (`text_encoder.layers.0.mlp.up_proj`).
+    Patterns are regular expressions that fit a module's name, or a part of it from one dot to another: `self_attn`,
+    `mlp.layer1`, `blocks\\.[0-9]`. Names are those of the original files (`blocks.0.self_attn.q_proj`,
+    `llm_adapter.blocks.0.mlp.0`), of the text encoder behind `text_encoder.` (`text_encoder.layers.0.mlp.up_proj`).
     """
 
     TYPES = ("lora", "lokr", "loha", "dora")

@@ -263,6 +263,11 @@ class Slot(NamedTuple):
     shapes: Shapes
     ranks: Sequence[int]
 
+    @property
+    def ranked(self) -> bool:
+        """Whether there is a rank: not in a LoKr of two whole factors."""
+        return any(FACTORS[factor].rank_axis is not None for factor in self.shapes)
+
 
 def slot(kind: str, kernel: tuple[int, ...], ranks: Sequence[int], decompose_factor: int = -1) -> Slot:
     """A fresh adapter for a kernel of this shape (n, i, o)."""
@@ -329,11 +334,11 @@ def initial(params: Params, slots: Mapping[str, Slot], key: Array) -> Params:
 def _initial(path: str, params: Params, slots: Mapping[str, Slot], key: Array) -> Array:
     module, _, name = path.rpartition(".")
     shape, (rank_axis, zero) = params[path].shape, FACTORS[name]
+    ranks_n11 = jnp.asarray(slots[module].ranks)[:, None, None]
     if name == "lora_magnitude":
-        return column_norms(params[f"{module}.kernel"])
+        return jnp.where(ranks_n11[..., 0] > 0, column_norms(params[f"{module}.kernel"]), 0.0)
     if zero:
         return jnp.zeros(shape)
-    ranks_n11 = jnp.asarray(slots[module].ranks)[:, None, None]
     bound = 1.0 / jnp.sqrt(jnp.maximum(ranks_n11, 1) if rank_axis == 0 else shape[1])
     drawn = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, minval=-1.0) * bound
     if rank_axis is None:

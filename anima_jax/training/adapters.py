@@ -8,6 +8,7 @@ import numpy as np
 
 from anima_jax.checkpoints.adapters import factors_of, module_names, open_adapter
 from anima_jax.checkpoints.fingerprints import another_base
+from anima_jax.checkpoints.names.parts import TITLES
 from anima_jax.config.main import MainConfig
 from anima_jax.config.optimizer import AdapterConfig
 from anima_jax.errors import UserError, did_you_mean
@@ -64,8 +65,7 @@ def scales(config: MainConfig, slots: Mapping[str, lora.Slot]) -> Params:
     assert config.adapter is not None
     alpha, found = config.adapter.alpha, {}
     for path, slot in slots.items():
-        ranked = alpha is not None and any(lora.FACTORS[factor].rank_axis is not None for factor in slot.shapes)
-        values = [(alpha / rank if alpha and ranked else 1.0) if rank else 0.0 for rank in slot.ranks]
+        values = [(alpha / rank if alpha and slot.ranked else 1.0) if rank else 0.0 for rank in slot.ranks]
         found[f"{path}.{lora.SCALE}"] = jnp.asarray(values, jnp.float32)
     return found
 
@@ -75,48 +75,55 @@ def existing(
 ) -> tuple[Params, list[str]]:
     """The factors of `init_from_existing`, in place of fresh ones, and what is to be said of it.
 
-    Modules that its file leaves out begin fresh.
-
-    Where the file's scale is another than the run's, the factor that would start at zero makes up for it. Raises
-    UserError for a file of another kind or rank, or one that changes modules that are not trained.
+    Modules that its file leaves out begin fresh. Where the file's scale is another than the run's, the factor that
+    would start at zero makes up for it. Raises UserError for a file of another kind or rank, or one that changes
+    modules that are not trained.
     """
     adapter = config.adapter
     assert adapter is not None
     assert adapter.init_from_existing is not None
     names = module_names({path: len(slot.ranks) for path, slot in slots.items()})
-    trained = {name: (path, layer, (0, 0)) for name, (path, layer) in names.items() if slots[path].ranks[layer]}
+    trained = {name for name, (path, layer) in names.items() if slots[path].ranks[layer]}
     with open_adapter(adapter.init_from_existing) as found:
-        label = f"{config.path}: init_from_existing"
+        label = f"{config.path}: init_from_existing: {found.path}"
         if strangers := [name for name in found.patches if name not in trained]:
             raise UserError(
-                f"{label}: {found.path} changes {len(strangers)} modules that get no adapter in this run, as "
-                f"{strangers[0]}"
+                f"{label} changes {len(strangers)} modules that get no adapter in this run, as {strangers[0]}"
             )
-        for name, patch in found.patches.items():
-            path = trained[name][0]
-            if patch.kind != slots[path].kind:
-                raise UserError(f"{label}: {found.path} is a {patch.kind}, and type is '{slots[path].kind}'")
+        if kinds := {patch.kind for patch in found.patches.values()} - {adapter.type}:
+            raise UserError(f"{label} is a {TITLES[kinds.pop()]}, and type is '{adapter.type}'")
         notes = [f"{len(found.patches)} of {len(trained)} modules begin from {found.path} ({found.summary})"]
         base = config.model.transformer_path
         if base is not None and (warning := another_base(found.path, found.metadata, base)):
             notes.append(warning)
-        theirs, values = factors_of(found, trained)
+        theirs, values = factors_of(found, {name: (*place, ()) for name, place in names.items()})
     result: Params = {}
     for path, slot in theirs.items():
-        mine = slots[path]
-        layers = np.flatnonzero(values[f"{path}.{lora.SCALE}"])
+        if not _begins(slots[path], slot):
+            raise UserError(
+                f"{label}: {path} has rank {max(slot.ranks)}, expected {max(slots[path].ranks)}; its factors are "
+                f"{slot.shapes}, this run's {slots[path].shapes}; `python -m convert resize` changes a LoRA's rank"
+            )
+        layers, own = np.flatnonzero(slot.ranks), own_scales[f"{path}.{lora.SCALE}"]
+        ratio = values[f"{path}.{lora.SCALE}"] / jnp.where(own == 0, 1.0, own)
         for factor, shape in slot.shapes.items():
-            if mine.shapes.get(factor) != shape or any(slot.ranks[n] != mine.ranks[n] for n in map(int, layers)):
-                raise UserError(
-                    f"{label}: {found.path}: {path} has rank {max(slot.ranks)} ({factor} {shape}), expected "
-                    f"{max(mine.ranks)} ({mine.shapes.get(factor)}); `python -m convert resize` changes a LoRA's rank"
-                )
             value = values[f"{path}.{factor}"].astype(np.float32)
             if lora.FACTORS[factor].zero:
-                own = own_scales[f"{path}.{lora.SCALE}"]
-                value = value * (values[f"{path}.{lora.SCALE}"] / jnp.where(own == 0, 1.0, own))[:, None, None]
-            result[f"{path}.{factor}"] = fresh[f"{path}.{factor}"].at[layers].set(value[layers])
+                value = value * ratio[:, None, None]
+            rows = (layers, *map(slice, shape))
+            result[f"{path}.{factor}"] = fresh[f"{path}.{factor}"].at[rows].set(value[layers])
     return result, notes
+
+
+def _begins(mine: lora.Slot, theirs: lora.Slot) -> bool:
+    """Whether the factors of a file can be the beginning of a run's: of the same sizes, and ranks where it has any."""
+    if mine.shapes.keys() != theirs.shapes.keys():
+        return False
+    for factor, shape in theirs.shapes.items():
+        rank_axis = lora.FACTORS[factor].rank_axis
+        if any(a != b for axis, (a, b) in enumerate(zip(shape, mine.shapes[factor], strict=True)) if axis != rank_axis):
+            return False
+    return not mine.ranked or all(rank in {0, own} for rank, own in zip(theirs.ranks, mine.ranks, strict=True))
 
 
 def _require_patterns_fit(config: MainConfig, adapter: AdapterConfig, names: Iterable[str]) -> None:
@@ -131,8 +138,8 @@ def _require_patterns_fit(config: MainConfig, adapter: AdapterConfig, names: Ite
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of the patterns fits all of the name, or its end from a dot on."""
-    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
+    """Whether one of the patterns fits the name, or a part of it from one dot to another."""
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in patterns)
 
 
 def _first(values: Mapping[str, float], name: str, default: float) -> float:

@@ -76,8 +76,7 @@ def peft_config(config: MainConfig, slots: Mapping[str, lora.Slot]) -> dict[str,
     ranks = {name: rank for name, rank in ranks.items() if rank and not name.startswith(TEXT_ENCODER)}
     alphas = {name: adapter.alpha or rank for name, rank in ranks.items()}
     for name in alphas:
-        slot = slots[names[name][0]]
-        if all(lora.FACTORS[factor].rank_axis is None for factor in slot.shapes):
+        if not slots[names[name][0]].ranked:
             alphas[name] = ranks[name]  # PEFT multiplies by alpha / rank even where there is no rank
     alpha = adapter.alpha or adapter.rank
     shared = {
