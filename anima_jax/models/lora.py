@@ -15,10 +15,11 @@ Axes: n layers, b batch, i and o features in and out, r rank; of LoKr i = m · p
 Kernels and factors are stored as (…, in, out), the transpose of what files have.
 """
 
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.models.layers import Linear, linear
-from anima_jax.models.parameters import Params
+from anima_jax.models.parameters import Params, quick_jit
 from anima_jax.models.quantised import Quantised
 
 STACKS = ("blocks.", "llm_adapter.blocks.", "layers.", "text_encoder.layers.")
@@ -328,15 +329,35 @@ def initial(params: Params, slots: Mapping[str, Slot], key: Array) -> Params:
     What does not start at zero is uniform within ±1/sqrt(fan in) (Kaiming with a = sqrt(5)), as PEFT draws it. A fresh
     magnitude is the norm of the frozen weight: `params` has to hold the module's kernel.
     """
-    return {path: _initial(path, params, slots, key) for path in sorted(params) if is_lora(path)}
+    fresh = tuple(
+        _Fresh(path, leaf.shape, tuple(slots[path.rpartition(".")[0]].ranks))
+        for path, leaf in sorted(params.items())
+        if is_lora(path)
+    )
+    dora = (one.path for one in fresh if one.path.endswith(".lora_magnitude"))
+    return _drawing(fresh)(key, {path: params[f"{path.rpartition('.')[0]}.kernel"] for path in dora})
 
 
-def _initial(path: str, params: Params, slots: Mapping[str, Slot], key: Array) -> Array:
-    module, _, name = path.rpartition(".")
-    shape, (rank_axis, zero) = params[path].shape, FACTORS[name]
-    ranks_n11 = jnp.asarray(slots[module].ranks)[:, None, None]
-    if name == "lora_magnitude":
-        return jnp.where(ranks_n11[..., 0] > 0, column_norms(params[f"{module}.kernel"]), 0.0)
+class _Fresh(NamedTuple):
+    """A parameter to draw: its path and shape, and its module's rank in each layer."""
+
+    path: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _drawing(fresh: tuple[_Fresh, ...]) -> Callable[[Array, Params], Params]:
+    """A program that draws the parameters; it takes a key, and the kernels whose norms are magnitudes."""
+    return quick_jit(lambda key, kernels: {one.path: _initial(one, kernels.get(one.path), key) for one in fresh})
+
+
+def _initial(fresh: _Fresh, kernel: Any, key: Array) -> Array:
+    path, shape, ranks = fresh
+    rank_axis, zero = FACTORS[path.rpartition(".")[2]]
+    ranks_n11 = jnp.asarray(ranks)[:, None, None]
+    if kernel is not None:
+        return jnp.where(ranks_n11[..., 0] > 0, column_norms(kernel), 0.0)
     if zero:
         return jnp.zeros(shape)
     bound = 1.0 / jnp.sqrt(jnp.maximum(ranks_n11, 1) if rank_axis == 0 else shape[1])

@@ -42,11 +42,14 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Par
 
 def initial(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> tuple[nnx.GraphDef, Params]:
     """`split(build(rngs))` of a fresh model, drawn from `seed` in one compiled program."""
-    # It runs once: on a CPU the compiler's full effort would take longer than the drawing.
+    return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1])()
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a program that runs once, for whose sake the compiler makes little effort."""
+    # On a CPU its full effort would take longer than what is run.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = quick if jax.default_backend() == "cpu" else None
-    draw = jax.jit(lambda: split(build(nnx.Rngs(seed)))[1], compiler_options=options)
-    return abstract(build)[0], draw()
+    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
 def compute_copy(params: Params, dtype: Any) -> Params:

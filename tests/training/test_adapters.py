@@ -339,7 +339,7 @@ def test_what_an_existing_adapter_leaves_out_begins_fresh(folder, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("type = 'lora'\nrank = 8", "has rank 4 .*expected 8 .*resize"),
+        ("type = 'lora'\nrank = 8", "has rank 4, expected 8; .*resize"),
         ("type = 'dora'\nrank = 4", "is a LoRA, and type is 'dora'"),
         (
             "type = 'lora'\nrank = 4\nexclude_modules = '.*mlp.*'",
