@@ -1,9 +1,6 @@
 """The quick start, as the README gives it: after it the model draws what captions say that it has never seen."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +17,8 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 
 @pytest.mark.slow
-def test_the_quick_start_learns_to_draw_held_out_captions(tmp_path):
-    environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path / "data")}
-    command = [sys.executable, "-m", "anima_jax.train", "--config", str(CONFIG), "--set", f"output_dir={tmp_path}/runs"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    (run,) = (tmp_path / "runs").iterdir()
+def test_the_quick_start_learns_to_draw_held_out_captions(quick_start):
+    run, said = quick_start
     model = find_export(run)
     if f"--checkpoint {run}" not in said or not all(name.startswith("net.") for name in load_file(model)):
         pytest.fail(f"{model} is not what the run promises: {said}")
