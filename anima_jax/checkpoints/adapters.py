@@ -40,7 +40,6 @@ UNUSED_SHOWN = 20
 ALPHA_IS_RANK = "alpha_is_rank"
 """Key of the metadata of a file whose alphas were added because its dialect wants them, and say nothing."""
 
-
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"
 """Key of the metadata under which diffusers keeps PEFT's settings."""
 
@@ -111,11 +110,14 @@ def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_un
             raise UserError(f"{adapter.path}: {module} {fault}")
     print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
     absent = [
-        f"{COMFYUI.module(module)}{COMFYUI.parts[part]}"
+        part.key
         for module, patch in adapter.patches.items()
         if module not in found
-        for part in patch.parts
+        for part in patch.parts.values()
+        if part.key
     ]
+    if not found:
+        raise UserError(f"{adapter.path}: changes nothing that the model has: {_listed(absent)}")
     dataclasses.replace(adapter, unused=absent).require_all_used(allow_unused=allow_unused)
     return dataclasses.replace(adapter, patches=found)
 
@@ -269,6 +271,8 @@ def _stacked(
     kinds = {patch.kind for patch in patches.values()}
     names = {frozenset(patch.parts) - {"alpha"} for patch in patches.values()}
     unfit = [name for one in names for name in one if name not in _FACTOR_OF_PART]
+    if any(patch.kind == "dora" and patch.parts["dora_scale"].shape[0] == 1 for patch in patches.values()):
+        unfit.append("dora_scale for each input")
     (parts, *others) = names
     if unfit or others or kinds == {"diff"} or ("dora_scale" in parts and kinds != {"dora"}):
         kind = f"{unfit[0]}" if unfit else " and ".join(sorted({", ".join(sorted(one)) for one in names}))
@@ -324,7 +328,7 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
             if name in own:
                 raise UserError(f"{file.path}: {key}: a second {name} of {module}")
             tensor = file.tensors[key]
-            own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key))
+            own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key), key)
     idle = {module for module, own in parts.items() if own.keys() <= {"alpha", "dora_scale"}}
     unused += [key for key, (spelling, _) in keys.items() if modules.get(spelling, "").removesuffix(".bias") in idle]
     patches = {module: Patch(own) for module, own in parts.items() if module not in idle}

@@ -24,11 +24,12 @@ FLOAT32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of an adapter, read when it is needed."""
+    """One tensor of an adapter, read when it is needed. `key` is its name in its file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    key: str = ""
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Part":

@@ -293,7 +293,7 @@ def test_a_model_is_no_adapter(tmp_path):
         updates(DIT_FILE)
 
 
-@pytest.mark.parametrize("kind", ["diff", "loha dora"])
+@pytest.mark.parametrize("kind", ["diff", "loha dora", "dora by input"])
 def test_what_only_merging_can_do_is_not_kept_beside_a_model(model, tmp_path, kind):
     save_file({f"diffusion_model.{Q_PROJ}.{n}": a for n, a in random_parts(kind).items()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="merge the file instead"):

@@ -88,6 +88,8 @@ DIALECTS = {
 }
 """Every dialect that can be written."""
 
+_TEXT_ENCODER_PREFIXES = (TEXT_ENCODER, "text_encoder.model.", "base_model.model.model.")
+
 SPELLINGS: tuple[Callable[[str], str | None], ...] = (
     *(dialect.module for dialect in DIALECTS.values()),
     _flat("lora_prior_unet_", "lora_te1_"),
@@ -95,7 +97,7 @@ SPELLINGS: tuple[Callable[[str], str | None], ...] = (
     _flat_diffusers,
     *(_dotted(prefix) for prefix in (*DIT.prefixes, "transformer.")),
     _dotted("base_model.model.", "base_model.model."),
-    *(_dotted(None, prefix) for prefix in (*QWEN3.prefixes, "text_encoder.", "text_encoder.model.")),
+    *(_dotted(None, prefix) for prefix in (*QWEN3.prefixes, *_TEXT_ENCODER_PREFIXES)),
     functools.partial(_diffusers, "", "text_conditioner."),
     functools.partial(_diffusers, "base_model.model.", "base_model.model.text_conditioner."),
 )
