@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import load_lora, open_adapter
+from anima_jax.checkpoints.adapters import open_adapter
 from anima_jax.checkpoints.models import load_dit
 from convert.__main__ import main
-from tests.checkpoints.adapter_files import LOKR, LORA, lora_as, split
+from tests.checkpoints.adapter_files import LOKR, LORA, lora_as
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models import dit_peer
 from tests.models.networks import normal, quick_jit
@@ -366,12 +366,3 @@ def test_diffusers_loads_a_lora_that_is_written_for_it_and_gives_the_references_
         latents, times = (torch.from_numpy(inputs[key]) for key in ("x_t", "t"))
         found = dit_peer.velocity_tensor(transformer, latents, times, rows)
     assert relative_error(found, expected["velocity"]) < VALUE_TOLERANCE
-
-
-def test_the_golden_lora_beside_a_model_of_a_diffusers_file(tmp_path):
-    """Adapter names of diffusers' on the model whose weights came from diffusers' folder."""
-    convert("lora", LORA, tmp_path / "lora.safetensors", "--to", "diffusers")
-    model = load_dit(DIT_FILE)
-    load_lora(tmp_path / "lora.safetensors", model)
-    assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
-    assert {split(name)[1] for name in load_file(LORA)} == {"A", "B"}

@@ -16,12 +16,10 @@ from anima_jax.checkpoints.names import adapters as names
 from anima_jax.checkpoints.names.adapters import DIALECTS
 from anima_jax.checkpoints.patches import Part, Patch, truncated
 from anima_jax.errors import UserError
-from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from tests.checkpoints.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import normal, quick_jit, random_model
-from tests.small_run import CONFIG
 
 DIT_FILE = GOLDEN / "dit_image.model.safetensors"
 
@@ -107,9 +105,15 @@ def test_names_of_the_text_encoder():
 
 @pytest.mark.parametrize("alpha", [None, 1.0, 6.0])
 @pytest.mark.parametrize("dialect", SPELLINGS)
-def test_every_dialect_of_a_lora_gives_the_references_velocity(model, tmp_path, capsys, dialect, alpha):
-    path = lora_as(dialect, tmp_path / "lora.safetensors", alpha)
-    load_lora(path, model)
+def test_every_dialect_of_a_lora_makes_the_same_updates(tmp_path, dialect, alpha):
+    same_updates(lora_as(dialect, tmp_path / "lora.safetensors", alpha), updates(LORA))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "alpha"), [("trainer", None), ("up and down", 1.0), ("kohya", 6.0), ("diffusers", 2.0)]
+)
+def test_a_lora_gives_the_references_velocity_whichever_dialect_it_came_in(model, tmp_path, capsys, dialect, alpha):
+    load_lora(lora_as(dialect, tmp_path / "lora.safetensors", alpha), model)
     assert "68 of 68 modules matched (LoRA of rank 4)" in capsys.readouterr().out
     assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
 
@@ -423,7 +427,7 @@ def test_an_adapter_is_moved_without_its_text_side_and_back_if_nothing_is_lost()
 # ---- singular values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(700, 900), (900, 700), (60, 40)])
+@pytest.mark.parametrize("shape", [(530, 560), (560, 530), (60, 40)])
 def test_truncation_keeps_what_the_best_one_keeps(shape):
     """Against LAPACK's exact decomposition, for a spectrum that falls slowly, which is the hard case."""
     u, _, vt = np.linalg.svd(normal(*shape), full_matrices=False)
@@ -436,6 +440,5 @@ def test_truncation_keeps_what_the_best_one_keeps(shape):
     assert 1 - left == pytest.approx(best, rel=1e-3)
 
 
-def test_fresh_models_have_no_adapters_left_over():
+def test_what_is_no_module_has_no_spelling():
     assert not list(names.modules_by_spelling(["lora_unet_blocks_0_self", "blocks_0_mlp", ""]))
-    assert random_model(AnimaDiT, CONFIG).text_encoder is None

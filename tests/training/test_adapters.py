@@ -1,5 +1,6 @@
 """`[adapter]` on a network: which modules, ranks and rates; what is written, read again, and trained on."""
 
+import functools
 import json
 
 import jax
@@ -7,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import load_lora, open_adapter
+from anima_jax.checkpoints.adapters import load_lora, module_names, open_adapter
 from anima_jax.checkpoints.fingerprints import fingerprint
 from anima_jax.checkpoints.locations import fingerprint as sha256
 from anima_jax.checkpoints.models import load_dit, load_text_encoder
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
 from anima_jax.models import lora, parameters
+from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.training import optimizers
+from anima_jax.training import adapters, optimizers
 from anima_jax.training.export import about_adapter, export
 from anima_jax.training.loop import optimizer_config, step_config
 from anima_jax.training.state import prepare
@@ -44,13 +47,23 @@ def prepared(folder, adapter, *overrides, **tables):
     return prepare(configured(folder, adapter, *overrides, **tables))
 
 
-def names(trained) -> dict[str, int]:
-    """Name in files → rank of every module that has an adapter."""
-    from anima_jax.checkpoints.adapters import module_names
+@functools.cache
+def targets() -> dict[str, tuple[int, ...]]:
+    return lora.target_shapes(nnx.eval_shape(lambda: AnimaDiT(CONFIG, rngs=nnx.Rngs(0))))
 
-    ranks = trained.ranks
-    found = module_names({path: len(own) for path, own in ranks.items()})
-    return {name: ranks[path][layer] for name, (path, layer) in found.items() if ranks[path][layer]}
+
+def planned(folder, adapter, *overrides):
+    """Slots, relative rates and scales, without drawing anything."""
+    config = configured(folder, adapter, *overrides)
+    slots, rates = adapters.plan(config, targets())
+    return slots, rates, adapters.scales(config, slots)
+
+
+def names(slots) -> dict[str, int]:
+    """Name in files → rank of every module that has an adapter."""
+    found = module_names({path: len(slot.ranks) for path, slot in slots.items()})
+    ranks = {name: slots[path].ranks[layer] for name, (path, layer) in found.items()}
+    return {name: rank for name, rank in ranks.items() if rank}
 
 
 # ---- which modules, ranks and rates ----------------------------------------------------------------------------------
@@ -58,14 +71,11 @@ def names(trained) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", lora.KINDS)
 def test_every_linear_of_the_blocks_and_of_the_adapters_blocks_gets_one(folder, kind):
-    trained = prepared(folder, f"type = '{kind}'\nrank = 2")
-    found = names(trained)
+    found = names(planned(folder, f"type = '{kind}'\nrank = 2")[0])
     # ECOSYSTEM 1.4: 16 a block of the transformer, 10 a block of the LLM adapter, and nothing else.
     assert len(found) == 16 * CONFIG.blocks + 10 * CONFIG.adapter.blocks
     assert {name.split(".")[0] for name in found} == {"blocks", "llm_adapter"}
     assert not any(part in name for name in found for part in ("norm", "embed"))
-    assert all(lora.is_lora(path) for path in trained.params)
-    assert not any(lora.is_lora(path) for path in trained.frozen)
 
 
 def test_patterns_choose_modules_ranks_and_rates(folder):
@@ -82,7 +92,9 @@ def test_patterns_choose_modules_ranks_and_rates(folder):
     )
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
-    assert names(trained) == expected | {"blocks.1.mlp.layer1": 4}
+    assert names(trained.slots) == expected | {"blocks.1.mlp.layer1": 4}
+    assert all(lora.is_lora(path) for path in trained.params)
+    assert not any(lora.is_lora(path) for path in trained.frozen)
     assert trained.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
     assert trained.params["blocks.self_attn.q_proj.lora_a"].shape == (2, 64, 4)
     assert not np.any(trained.params["blocks.self_attn.q_proj.lora_a"][0, :, 2:])
@@ -94,10 +106,10 @@ def test_exclude_modules_is_pefts(folder):
     """Against the modules that PEFT itself chooses for the same pattern and list."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    everything = names(prepared(folder, "type = 'lora'\nrank = 2"))
+    everything = names(planned(folder, "type = 'lora'\nrank = 2")[0])
     for given in (r".*mlp.*", [r"mlp.layer1", "mlp.2"], r".*\.blocks\.0\.self_attn\..*"):
         quoted = f"'{given}'" if isinstance(given, str) else "[" + ", ".join(f"'{one}'" for one in given) + "]"
-        found = names(prepared(folder, f"type = 'lora'\nrank = 2\nexclude_modules = {quoted}"))
+        found = names(planned(folder, f"type = 'lora'\nrank = 2\nexclude_modules = {quoted}")[0])
         peer = torch.nn.Module()
         for name in everything:
             parent = peer
@@ -123,7 +135,7 @@ def test_exclude_modules_is_pefts(folder):
 )
 def test_what_would_train_nothing_is_refused(folder, keys, message):
     with pytest.raises(UserError, match=message):
-        prepared(folder, f"type = 'lora'\nrank = 2\n{keys}")
+        planned(folder, f"type = 'lora'\nrank = 2\n{keys}")
 
 
 @pytest.mark.parametrize(
@@ -133,14 +145,15 @@ def test_the_scale_is_alpha_over_the_modules_own_rank(folder, kind, alpha, scale
     keys = f"type = '{kind}'\nrank = 2\nrank_pattern = {{ 'mlp\\.layer1' = 8 }}" + (
         f"\nalpha = {alpha}" if alpha else ""
     )
-    trained = prepared(folder, keys)
-    assert float(trained.frozen["blocks.self_attn.q_proj.lora_scale"][0]) == scales[0]
+    found = planned(folder, keys)[2]
+    assert float(found["blocks.self_attn.q_proj.lora_scale"][0]) == scales[0]
     # Of LoKr's second factor at rank 8, (16, 8), PEFT makes a whole matrix: it has no rank, and alpha no meaning.
-    assert float(trained.frozen["blocks.mlp.layer1.lora_scale"][0]) == scales[1]
+    assert float(found["blocks.mlp.layer1.lora_scale"][0]) == scales[1]
 
 
 def test_a_layers_own_rate_is_the_groups_rate_times_its_share(folder):
-    config = configured(folder, "type = 'lora'\nrank = 2\nlr_pattern = { 'blocks\\.1\\.mlp\\..*' = 1e-4 }")
+    two = "type = 'lora'\nrank = 2\ntarget_modules = ['blocks.*self_attn.q_proj', 'blocks.*mlp.layer1']\n"
+    config = configured(folder, f"{two}lr_pattern = {{ 'blocks\\.1\\.mlp' = 1e-4 }}")
     trained = prepare(config)
     build = optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
     plain = optimizers.build(optimizer_config(config), trained.tensors)
@@ -151,16 +164,14 @@ def test_a_layers_own_rate_is_the_groups_rate_times_its_share(folder):
         np.testing.assert_allclose(
             found[path][1], update[1] * (0.1 if path.startswith("blocks.mlp.") else 1.0), rtol=1e-5
         )
-    config = configured(
-        folder, "type = 'lora'\nrank = 2\nlr_pattern = { '.*mlp.*' = 1e-4 }", "optimizer.type=schedule_free_adamw"
-    )
+    config = configured(folder, f"{two}lr_pattern = {{ 'mlp' = 1e-4 }}", "optimizer.type=schedule_free_adamw")
     trained = prepare(config)
     with pytest.raises(UserError, match="no \\[adapter\\] lr_pattern"):
         optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
 
 
 def test_magnitudes_and_norms_have_no_weight_decay(folder):
-    config = configured(folder, "type = 'dora'\nrank = 2", "optimizer.weight_decay=0.5")
+    config = configured(folder, "type = 'dora'\nrank = 2\ntarget_modules = 'mlp.layer1'", "optimizer.weight_decay=0.5")
     trained = prepare(config)
     tx = optimizers.build(optimizer_config(config), trained.tensors)
     zeros = jax.tree.map(jnp.zeros_like, trained.params)
@@ -195,15 +206,20 @@ def velocity_of(model):
     return velocity(model, jnp.asarray(normal(2, 1, 8, 8, 16)), jnp.array([0.2, 0.9]), jnp.asarray(normal(2, 6, 32)))
 
 
+FEW = "target_modules = ['self_attn.q_proj', 'mlp.layer1', 'mlp.0', 'adaln_modulation_mlp']"
+"""Kinds of modules enough: of each shape and group, and with a bias."""
+
 EXPORTED = {
-    "lora": "rank = 4\nalpha = 6.0\nrank_pattern = { 'blocks\\.0\\..*' = 2 }",
-    "dora": "rank = 4\nexclude_modules = 'blocks\\.1\\.mlp.*'",
-    "lokr": "rank = 2\nalpha = 3.0\nrank_pattern = { 'mlp\\.layer1' = 8 }",
-    "loha": "rank = 2\nalpha = 1.0",
+    "lora": FEW + "\nrank = 4\nalpha = 6.0\nrank_pattern = { 'blocks\\.0\\..*' = 2 }",
+    "dora": FEW + "\nrank = 4\nexclude_modules = 'blocks\\.1\\.mlp.*'",
+    "lokr": FEW + "\nrank = 2\nalpha = 3.0\nrank_pattern = { 'mlp\\.layer1' = 8 }",
+    "loha": FEW + "\nrank = 2\nalpha = 1.0",
 }
 
 
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize(
+    "kind", ["lora", "lokr", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "loha"))]
+)
 def test_what_is_exported_does_what_was_trained_and_can_be_trained_on(folder, tmp_path, kind):
     config = configured(folder, f"type = '{kind}'\n{EXPORTED[kind]}", "save_dtype=float32")
     trained = prepare(config)
@@ -225,7 +241,7 @@ def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
     trained = prepare(config)
     path = export(tmp_path / "epoch1", trained, randomised(trained), "bfloat16", about_adapter(config, trained, 12))
     assert {file.name for file in path.parent.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained) for x in "AB"}
+    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.slots) for x in "AB"}
     with safe_open(path, "np") as file:
         assert set(file.keys()) == expected  # no alpha, no llm_adapter (ECOSYSTEM 1.4)
         metadata = file.metadata()
@@ -245,14 +261,14 @@ def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
 
 
 def test_alphas_are_written_only_where_they_say_something(folder, tmp_path):
-    config = configured(folder, "type = 'lora'\nrank = 4\nalpha = 2.0\nrank_pattern = { '.*mlp.*' = 2 }")
+    config = configured(folder, f"{FEW}\ntype = 'lora'\nrank = 4\nalpha = 2.0\nrank_pattern = {{ '.*mlp.*' = 2 }}")
     trained = prepare(config)
     path = export(tmp_path / "x", trained, randomised(trained), "float32", about_adapter(config, trained, 1))
     alphas = {key: float(array) for key, array in load_file(path).items() if key.endswith(".alpha")}
     assert alphas
     assert set(alphas.values()) == {2.0}
     assert {key.removesuffix(".alpha") for key in alphas} == {
-        f"diffusion_model.{name}" for name, rank in names(trained).items() if rank == 4
+        f"diffusion_model.{name}" for name, rank in names(trained.slots).items() if rank == 4
     }
 
 
@@ -300,7 +316,7 @@ def test_peft_reads_the_settings_and_the_weights_and_gives_the_same_update(folde
 
 
 def test_going_on_from_a_file_of_another_dialect_and_scale_begins_with_the_same_function(folder, tmp_path):
-    config = configured(folder, "type = 'lora'\nrank = 4")
+    config = configured(folder, f"type = 'lora'\nrank = 4\n{FEW}")
     trained = prepare(config)
     params = randomised(trained)
     path = export(tmp_path / "first", trained, params, "float32", about_adapter(config, trained, 7))
@@ -312,7 +328,7 @@ def test_going_on_from_a_file_of_another_dialect_and_scale_begins_with_the_same_
     metadata = {"ss_new_sd_model_hash": "cd" * 32, "ss_sd_model_name": "anima-preview.safetensors"}
     save_file(kohya, tmp_path / "kohya.safetensors", metadata)
     again = prepared(
-        folder, f"type = 'lora'\nrank = 4\nalpha = 8.0\ninit_from_existing = '{tmp_path}/kohya.safetensors'"
+        folder, f"{FEW}\ntype = 'lora'\nrank = 4\nalpha = 8.0\ninit_from_existing = '{tmp_path}/kohya.safetensors'"
     )
     for name, value in params.items():
         factor = 0.125 if name.endswith("lora_b") else 1.0  # scale 1/4 in the file, 2 in the run
@@ -324,7 +340,7 @@ def test_going_on_from_a_file_of_another_dialect_and_scale_begins_with_the_same_
 
 
 def test_what_an_existing_adapter_leaves_out_begins_fresh(folder, tmp_path):
-    keys = "type = 'lora'\nrank = 2\nrank_pattern = { 'blocks\\.1' = 4, 'llm_adapter' = 0 }"
+    keys = FEW + "\ntype = 'lora'\nrank = 2\nrank_pattern = { 'blocks\\.1' = 4, 'llm_adapter' = 0 }"
     config = configured(folder, keys)
     trained = prepare(config)
     params = randomised(trained)
@@ -343,16 +359,16 @@ def test_what_an_existing_adapter_leaves_out_begins_fresh(folder, tmp_path):
         ("type = 'dora'\nrank = 4", "is a LoRA, and type is 'dora'"),
         (
             "type = 'lora'\nrank = 4\nexclude_modules = '.*mlp.*'",
-            "changes 10 modules that get no adapter in this run, as blocks.0.adaln_modulation_mlp.1",
+            "changes 7 modules that get no adapter in this run, as blocks.0.adaln_modulation_mlp.1",
         ),
     ],
 )
 def test_an_existing_adapter_that_is_another_one_is_refused(folder, tmp_path, keys, message):
-    config = configured(folder, "type = 'lora'\nrank = 4")
+    config = configured(folder, f"type = 'lora'\nrank = 4\n{FEW}")
     trained = prepare(config)
     path = export(tmp_path / "first", trained, randomised(trained), "float32", about_adapter(config, trained, 7))
     with pytest.raises(UserError, match=message):
-        prepared(folder, f"{keys}\ninit_from_existing = '{path}'")
+        prepared(folder, f"{FEW}\n{keys}\ninit_from_existing = '{path}'")
 
 
 def test_a_folder_must_hold_one_adapter(folder, tmp_path):
@@ -363,6 +379,7 @@ def test_a_folder_must_hold_one_adapter(folder, tmp_path):
 # ---- the text encoder ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(folder):
     keys = "type = 'lora'\nrank = 2\ntext_encoder_lr = 1e-3"
     config = configured(folder, keys, model="cache_text_embeddings = false\n")
