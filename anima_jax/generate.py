@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from PIL import Image, ImageOps
 
+from anima_jax.checkpoints.merging import weighted
+from anima_jax.checkpoints.names.parts import adapter_kind
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
@@ -76,7 +78,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vae", metavar="FILE", help="qwen_image_vae.safetensors")
     add("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
-    add("--lora", metavar="FILE[:WEIGHT]", help="a LoRA in the trainer's format")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter; may be repeated")
+    add("--allow_unused", action="store_true", help="go on if keys of an adapter fit no module")
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
     add("--offload", action="store_true", help="keep text encoder and VAE in host memory while they do not work")
 
@@ -221,16 +224,16 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
     model = config.model if config else None
     transformer = arguments.transformer or (model and model.transformer_path)
     adapter = None if arguments.transformer else (model and model.llm_adapter_path)
-    loras: list[tuple[str | pathlib.Path, float]] = [parse_lora(arguments.lora)] if arguments.lora else []
+    loras: list[tuple[str | pathlib.Path, float]] = [weighted(one) for one in arguments.lora]
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
-        if is_lora_file(file):
+        if is_adapter_file(file):
             loras.append((file, 1.0))
         else:
             transformer, adapter = file, None
     if like and not transformer:
         transformer, adapter = like.get("transformer"), like.get("adapter")
-        loras = loras or [parse_lora(line) for line in like.get("lora", "").splitlines()]
+        loras = loras or [weighted(line) for line in like.get("lora", "").splitlines()]
     files = {
         "transformer": transformer,
         "vae": arguments.vae or (model and model.vae_path) or like.get("vae"),
@@ -244,6 +247,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
         "tokenizers": arguments.tokenizers or (model and model.tokenizer_path) or like.get("tokenizers"),
         "adapter": adapter,
         "loras": loras,
+        "allow_unused": arguments.allow_unused,
         "dtype": jnp.dtype(arguments.dtype or (config.compute_dtype if config else like.get("dtype", DTYPES[0]))),
     }
 
@@ -253,7 +257,7 @@ def files_text(files: Mapping, arguments: argparse.Namespace, like: Mapping[str,
     sources = {name: getattr(arguments, name) or like.get(name) for name in ("image", "mask")}
     loras = "\n".join(f"{path}:{weight}" for path, weight in files["loras"])
     named = {**files, **sources, "lora": loras}
-    return {name: str(value) for name, value in named.items() if value and name != "loras"}
+    return {name: str(value) for name, value in named.items() if value and name not in {"loras", "allow_unused"}}
 
 
 @contextlib.contextmanager
@@ -273,21 +277,10 @@ def watching(pipeline: AnimaPipeline, paths: Sequence[pathlib.Path], every: int 
             previews.close()
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE:WEIGHT`. Raises UserError for a weight that is no number."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or pathlib.Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise UserError(f"--lora {text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'") from None
-
-
-def is_lora_file(path: pathlib.Path) -> bool:
-    """Whether a safetensors file holds a LoRA and not a model."""
+def is_adapter_file(path: pathlib.Path) -> bool:
+    """Whether a safetensors file holds an adapter and not a model."""
     with SafetensorsFile(path) as file:
-        return any(".lora_" in name for name in file.tensors)
+        return adapter_kind(file.tensors) is not None
 
 
 if __name__ == "__main__":

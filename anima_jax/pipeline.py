@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from anima_jax import sampling
-from anima_jax.checkpoints.adapters import load_lora
 from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.merging import AdapterStack, Weight
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers, schedules
 from anima_jax.diffusion.samplers.plan import make_plan
@@ -54,8 +54,9 @@ Watch = Callable[[int, int, Callable[[], list[np.ndarray]]], None]
 class AnimaPipeline:
     """A transformer, a VAE, a text encoder and tokenizers. Calling it draws pictures.
 
-    `dit_params` may be replaced by others of the same structure, as training does with its averaged parameters. With
-    `offload` the text encoder and the VAE stay in host memory, and are on the device only while they work.
+    `dit_params` and `text_encoder_params` may be replaced by others of the same structure, as training does with its
+    averaged parameters and `set_lora_weights` with merged ones. With `offload` the text encoder and the VAE stay in
+    host memory, and are on the device only while they work.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class AnimaPipeline:
         self.dit_graphdef, params = split(dit)
         self.dit_params = compute_copy(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
-        self._text_graphdef, self._text_params = split(text_encoder)
+        self._text_graphdef, self.text_encoder_params = split(text_encoder)
+        self._loras: AdapterStack | None = None
         if offload:
-            self._vae_params, self._text_params = jax.device_get((self._vae_params, self._text_params))
+            self._vae_params, self.text_encoder_params = jax.device_get((self._vae_params, self.text_encoder_params))
 
     @classmethod
     def load(
@@ -87,21 +89,39 @@ class AnimaPipeline:
         text_encoder: PathLike,
         tokenizers: str | None = None,
         adapter: PathLike | None = None,
-        loras: Sequence[tuple[PathLike, float]] = (),
+        loras: Sequence[tuple[PathLike, Weight]] = (),
+        allow_unused: bool = False,
         dtype: DTypeLike = jnp.bfloat16,
         offload: bool = False,
     ) -> "AnimaPipeline":
         """Load everything from files; `tokenizers` is a folder with `qwen/` and `t5/`, or None for the hub's.
 
-        Raises UserError for whatever is missing or does not fit.
+        `loras` are adapters of any kind and dialect, each with its weight: a number, or one for each part of the
+        network (`{"blocks.0-9": 0.5}`). With `allow_unused`, keys of theirs that fit no module are not an error. Raises
+        UserError for whatever is missing or does not fit.
         """
-        dit = load_dit(transformer, dtype, adapter_path=adapter)
-        if len(loras) > 1:
-            raise UserError(f"{len(loras)} LoRAs at once, but this version takes one; merge them first")
-        for path, weight in loras:
-            load_lora(path, dit, weight)
-        networks = load_vae(vae, dtype), load_text_encoder(text_encoder, dtype)
-        return cls(dit, *networks, load_tokenizers(tokenizers), dtype=dtype, offload=offload)
+        networks = load_dit(transformer, dtype, adapter_path=adapter), load_vae(vae, dtype)
+        pipeline = cls(
+            *networks, load_text_encoder(text_encoder, dtype), load_tokenizers(tokenizers), dtype=dtype, offload=offload
+        )
+        if loras:
+            params = pipeline.dit_params, pipeline.text_encoder_params
+            paths = [path for path, _ in loras]
+            pipeline._loras = AdapterStack(paths, *params, base=transformer, allow_unused=allow_unused)
+            pipeline.set_lora_weights([weight for _, weight in loras])
+        return pipeline
+
+    def set_lora_weights(self, weights: Sequence[Weight]) -> None:
+        """Give the adapters that the pipeline was loaded with other weights, one for each, in their order.
+
+        Nothing compiles anew, and the base's own values are where each change begins. Raises UserError for another
+        number of weights.
+        """
+        if self._loras is None:
+            raise UserError(f"found {len(weights)} weights, but the pipeline was loaded without LoRAs")
+        transformer, text_encoder = self._loras.at(weights)
+        self.dit_params = self.dit_params | transformer
+        self.text_encoder_params = self.text_encoder_params | text_encoder
 
     def __call__(
         self,
@@ -193,7 +213,7 @@ class AnimaPipeline:
 
         Token lists are padded to a multiple of 512 and masked, which leaves real rows what they would be alone.
         """
-        params = _on_devices(self._text_params)
+        params = _on_devices(self.text_encoder_params)
         found = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
         return joined(*(found[prompt] for prompt in prompts))
 

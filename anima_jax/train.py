@@ -85,7 +85,7 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
         check_networks(dit_config(config), text_encoder.config, tokenizers)
     trained = estimate.abstract_trained(config)
     # What does not fit together is to show before hours of encoding.
-    optimizers.build(optimizer_config(config), trained.tensors)
+    optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
     run = None
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
@@ -191,7 +191,7 @@ def dry_run(
     Raises UserError if it does not fit the devices' memory.
     """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
-    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors)
+    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
     work = estimate.works(data, *data.text_rows(tokenizers))
     kind, limit, called = devices_of(arguments)
     sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else None

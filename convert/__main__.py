@@ -4,9 +4,17 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from anima_jax.errors import ArgumentParser, command_line
-from convert import checkpoint, inspect
+from convert import checkpoint, diff, extract, inspect, lora, merge, resize
 
-COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "checkpoint": checkpoint}
+COMMANDS: dict[str, ModuleType] = {
+    "inspect": inspect,
+    "checkpoint": checkpoint,
+    "lora": lora,
+    "merge": merge,
+    "extract": extract,
+    "diff": diff,
+    "resize": resize,
+}
 """Each module has `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
 
 

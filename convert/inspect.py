@@ -4,12 +4,16 @@ import argparse
 import collections
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from anima_jax.checkpoints.accounting import shorten
+from anima_jax.checkpoints.adapters import read_adapter
 from anima_jax.checkpoints.models import OPENERS
-from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, LOW_RANK, QWEN3, WAN_VAE, Network, locate, low_rank_kind
+from anima_jax.checkpoints.names.adapters import DIALECTS, modules_by_spelling
+from anima_jax.checkpoints.names.parts import TITLES, adapter_kind, split_key
+from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, TEXT_ENCODER, WAN_VAE, Network, locate
+from anima_jax.checkpoints.patches import Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
@@ -22,16 +26,6 @@ SUMMARY = "say what a file is"
 Row = tuple[str, str]
 
 METADATA_SHOWN = 20
-
-LOW_RANK_DIALECTS = (
-    ("diffusion_model.", "the trainer's and ComfyUI's"),
-    ("lora_unet_", "kohya's sd-scripts"),
-    ("transformer.", "diffusers'"),
-    ("net.", "original names"),
-)
-_ANIMA_MODULE = re.compile(
-    r"(llm_adapter[._])?(blocks[._]\d+[._](self_attn|cross_attn|mlp|adaln_modulation)|transformer_blocks\.\d+\.)"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _contents(file: SafetensorsFile) -> Iterator[Row]:
-    if low_rank_kind(file.tensors):
-        yield from _low_rank(file)
+    if adapter_kind(file.tensors):
+        yield from _adapter(file)
         return
     networks = [network for network in OPENERS if locate(network, file.tensors)]
     if DIT in networks and ADAPTER in networks:
@@ -122,36 +116,54 @@ def _vae_sizes(config: WanVAEConfig) -> Iterator[Row]:
 SIZES: dict[Network, Any] = {DIT: _dit_sizes, ADAPTER: _adapter_sizes, QWEN3: _qwen3_sizes, WAN_VAE: _vae_sizes}
 
 
-def _low_rank(file: SafetensorsFile) -> Iterator[Row]:
-    """A LoRA, LoKr or LoHa: its dialect, ranks, and the modules that it changes."""
-    kind = low_rank_kind(file.tensors)
-    endings = [LOW_RANK[kind], re.compile(r"\.(alpha|dora_scale)$")] if kind else []
-    modules: dict[str, list[Tensor]] = collections.defaultdict(list)
-    unknown = []
-    for key, tensor in file.tensors.items():
-        match = next((match for ending in endings if (match := ending.search(key))), None)
-        if match:
-            modules[key[: match.start()]].append(tensor)
-        else:
-            unknown.append(key)
-    prefix, dialect = next((row for row in LOW_RANK_DIALECTS if any(m.startswith(row[0]) for m in modules)), ("", ""))
-    yield "kind", f"{kind} (adapter)"
-    yield "prefix", f"{prefix} ({dialect} names)" if prefix else "none"
-    ranks = sorted({min(t.shape) for tensors in modules.values() for t in tensors if _carries_rank(t)})
-    yield "sizes", f"{len(modules)} modules, rank {', '.join(map(str, ranks)) or 'full'}, {_alpha(file.tensors)}"
-    inside = sum("llm_adapter" in module or "text_conditioner" in module for module in modules)
-    yield "changes", f"{len(modules) - inside} modules of the transformer, {inside} of the text adapter"
-    unknown += [module for module in modules if not _ANIMA_MODULE.search(module)]
-    if unknown:
-        yield "unknown", f"{len(unknown)} names that are not Anima's: {shorten(unknown)}"
+def _adapter(file: SafetensorsFile) -> Iterator[Row]:
+    """An adapter: its kind, dialect and ranks, and how much it changes in each block."""
+    adapter = read_adapter(file)
+    kinds = collections.Counter(TITLES[patch.kind] for patch in adapter.patches.values())
+    yield "kind", f"{' and '.join(kinds) or TITLES[adapter_kind(file.tensors) or 'lora']} (adapter)"
+    yield "prefix", ", ".join(_dialects(file)) or "unknown"
+    ranks = sorted({patch.rank for patch in adapter.patches.values() if patch.rank})
+    scales = sorted({patch.scale for patch in adapter.patches.values()})
+    alpha = "no alpha (scale 1)"
+    if any("alpha" in patch.parts for patch in adapter.patches.values()):
+        alpha = f"with alpha (scale {', '.join(f'{scale:g}' for scale in scales[:4])}{' …' if scales[4:] else ''})"
+    yield "sizes", f"{len(adapter.patches)} modules, rank {', '.join(map(str, ranks)) or 'full'}, {alpha}"
+    inside = sum(module.startswith("llm_adapter.") for module in adapter.patches)
+    text = sum(module.startswith(TEXT_ENCODER) for module in adapter.patches)
+    changed = f"{len(adapter.patches) - inside - text} modules of the transformer, {inside} of the text adapter"
+    yield "changes", changed + (f", {text} of the text encoder" if text else "")
+    faults = [f"{module} {fault}" for module, patch in adapter.patches.items() if (fault := patch.fault())]
+    yield from (("problem", fault) for fault in faults)
+    if adapter.unused:
+        yield "unknown", f"{len(adapter.unused)} names that are not Anima's: {shorten(adapter.unused)}"
+    if not faults:
+        yield from _norms(adapter.patches)
 
 
-def _carries_rank(tensor: Tensor) -> bool:
-    return len(tensor.shape) == 2 and not re.search(r"\.lokr_w[12]$|\.dora_scale$", tensor.name)
+def _dialects(file: SafetensorsFile) -> list[str]:
+    """What the names begin with, and whose they are."""
+    modules = modules_by_spelling(split[0] for key in file.tensors if (split := split_key(key)))
+    found: dict[str, str] = {}
+    for spelling, module in modules.items():
+        prefix = re.match(r"(.*?)(transformer_)?(llm_adapter[._])?(blocks|layers)[._]\d", spelling)
+        titles = [dialect.title for dialect in DIALECTS.values() if dialect.module(module) == spelling]
+        if prefix:
+            found[prefix[1]] = f" (names of {titles[0]})" if titles else ""
+    return [f"{prefix or 'none'}{whose}" for prefix, whose in found.items()]
 
 
-def _alpha(names: Iterable[str]) -> str:
-    return "with alpha" if any(name.endswith(".alpha") for name in names) else "no alpha (scale 1)"
+def _norms(patches: Mapping[str, Patch]) -> Iterator[Row]:
+    """‖ΔW‖ of each block's modules together."""
+    squares: dict[str, float] = collections.defaultdict(float)
+    for module, patch in patches.items():
+        squares[block_of(module)] += patch.norm() ** 2
+    yield from (("norm", f"{block:<24} {square**0.5:.4g}") for block, square in squares.items())
+
+
+def block_of(name: str) -> str:
+    """The block that a module or a tensor belongs to, or the part of the network outside of blocks."""
+    match = re.match(r"(.*?\b(blocks|layers)\.\d+)\.", name)
+    return match[1] if match else name.split(".", maxsplit=1)[0]
 
 
 def _totals(tensors: Iterable[Tensor]) -> Iterator[Row]:

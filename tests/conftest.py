@@ -2,8 +2,13 @@
 
 import atexit
 import os
+import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +17,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="anima_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def quick_start(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The folder of a run of configs/shapes.toml, which takes minutes, and what it said; one for the whole session.
+
+    With `QUICK_START_RUN` set it is that folder, and nothing is trained.
+    """
+    if "QUICK_START_RUN" in os.environ:
+        run = pathlib.Path(os.environ["QUICK_START_RUN"])
+        return run, f"--checkpoint {run}"
+    folder = tmp_path_factory.mktemp("quick_start")
+    config = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
+    command = [sys.executable, "-m", "anima_jax.train", "--config", str(config), "--set", f"output_dir={folder}/runs"]
+    environment = os.environ | {"TFDS_DATA_DIR": str(folder / "data")}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    (run,) = (folder / "runs").iterdir()
+    return run, said

@@ -74,6 +74,22 @@ def test_a_shipped_configuration_dry_runs(folder, name, monkeypatch, capsys, tmp
     assert gib > 4 if name != "shapes" else gib < 1
 
 
+@pytest.mark.parametrize(
+    ("storage", "limit"),
+    [("int8", 7.0), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("bfloat16", 9.0), ("float8", 7.0)))],
+)
+def test_a_lora_of_rank_32_on_every_block_fits_a_small_gpu(folder, storage, limit, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    keys = (f"model.tokenizer_path={ASSETS / 'tokenizers'}", f"model.transformer_dtype={storage}")
+    keys += ("model.llm_adapter_lr=1e-5", "adapter.rank=32")
+    train(["--config", str(CONFIGS / "anima_lora.toml"), "--dry_run", *(x for key in keys for x in ("--set", key))])
+    out = capsys.readouterr().out
+    assert "LoRA of rank 32 on 508 modules" in out
+    assert "4,112" in out  # tokens of 1024 × 1024 pixels, and a few of padding
+    # What the estimate counts is compared with a compiled program's in tests/training/test_estimate.py.
+    assert 3.0 < float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1]) < limit
+
+
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(estimate, "device_bytes", lambda _: 8 * 2**30)

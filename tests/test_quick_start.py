@@ -1,9 +1,6 @@
 """The quick start, as the README gives it: after it the model draws what captions say that it has never seen."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +18,9 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(quick_start):
     """What a run of the quick start leaves: its configuration and a pipeline."""
-    folder = tmp_path_factory.mktemp("quick_start")
-    environment = os.environ | {"TFDS_DATA_DIR": str(folder / "data")}
-    command = [sys.executable, "-m", "anima_jax.train", "--config", str(CONFIG), "--set", f"output_dir={folder}/runs"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    (run,) = (folder / "runs").iterdir()
+    run, said = quick_start
     model = find_export(run)
     if f"--checkpoint {run}" not in said or not all(name.startswith("net.") for name in load_file(model)):
         pytest.fail(f"{model} is not what the run promises: {said}")

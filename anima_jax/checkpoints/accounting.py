@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from anima_jax.checkpoints.names import FileTensor
-from anima_jax.checkpoints.names.prefixes import NETWORKS, QUANTISED, Location, Network, locate, low_rank_kind
+from anima_jax.checkpoints.names.parts import TITLES, adapter_kind
+from anima_jax.checkpoints.names.prefixes import (
+    ADAPTER,
+    DIT,
+    NETWORKS,
+    QUANTISED,
+    QWEN3,
+    TEXT_ENCODER,
+    Location,
+    Network,
+    locate,
+)
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import Tensor
 from anima_jax.errors import UserError, did_you_mean
@@ -32,7 +43,7 @@ class Source:
 
 def find(network: Network, file: SafetensorsFile) -> Location:
     """Where `network` is in `file`. UserError if it is not there or its weights are no plain floating-point numbers."""
-    location = None if low_rank_kind(file.tensors) else locate(network, file.tensors)
+    location = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if location is None:
         raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors)}")
     mine = [*location.keys.values(), *location.unknown]
@@ -48,11 +59,24 @@ def find(network: Network, file: SafetensorsFile) -> Location:
     return location
 
 
+def original_names(file: SafetensorsFile) -> dict[str, str]:
+    """Original name → key of each tensor of the transformer, or of its text adapter alone, and of the text encoder.
+
+    The text encoder's names have `text_encoder.` before. UserError for weights that are no plain numbers.
+    """
+    found: dict[str, str] = {}
+    whole = DIT if locate(DIT, file.tensors) else ADAPTER
+    for network, before in ((whole, ""), (QWEN3, TEXT_ENCODER)):
+        if locate(network, file.tensors):
+            found |= {before + name: key for name, key in find(network, file).keys.items()}
+    return found
+
+
 def looks_like(keys: Iterable[str]) -> str:
     """What a file with these keys seems to be, for a message."""
     keys = list(keys)
-    if kind := low_rank_kind(keys):
-        return f"it looks like: {kind}"
+    if kind := adapter_kind(keys):
+        return f"it looks like: {TITLES[kind]}"
     titles = [network.title for network in NETWORKS if locate(network, keys)]
     return f"it looks like: {' and '.join(titles)}" if titles else f"it holds {len(keys)} tensors: {shorten(keys)}"
 

@@ -1,138 +1,419 @@
-"""Adapter files in the trainer's format.
+"""Adapter files of every dialect, into one form and out of it, and onto models.
 
-`diffusion_model.<module>.lora_A.weight` is (rank, in), `….lora_B.weight` (out, rank).
-There is no alpha tensor: alpha is the rank, the scale 1.
+`open_adapter` gives an `Adapter`: the name of each module that a file changes, and its `Patch`. `write_adapter` spells
+it in the dialect that is asked for. `load_lora` puts a file's factors beside the weights of a model, `save_lora` writes
+such factors as the trainer does: `diffusion_model.<module>.lora_A.weight` (rank, in), `….lora_B.weight` (out, rank),
+and an alpha only where the scale is not 1.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from anima_jax.checkpoints import accounting, copying, gathered, safetensors
+from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.names import FileTensor, file_tensors
-from anima_jax.checkpoints.names.adapters import LORA_RULES
+from anima_jax.checkpoints.names import adapters, file_tensors
+from anima_jax.checkpoints.names.adapters import COMFYUI, DIALECTS, Dialect
+from anima_jax.checkpoints.names.parts import TITLES, split_key
+from anima_jax.checkpoints.patches import FLOAT32, Part, Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import lora, parameters
-from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params
 
 Ranks = Mapping[str, Sequence[int]]
 """Module path → rank of its adapter in each layer, 0 for none."""
 
+UNUSED_SHOWN = 20
+
+ALPHA_IS_RANK = "alpha_is_rank"
+"""Key of the metadata of a file whose alphas were added because its dialect wants them, and say nothing."""
+
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"
+"""Key of the metadata under which diffusers keeps PEFT's settings."""
+
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Where one tensor of an adapter file belongs: a module's A or B in one layer."""
+class Adapter:
+    """What an adapter file holds: module → patch, and the keys that are no part of any module of Anima's.
 
-    module: str
-    layer: int
-    rank_axis: int
-    other_size: int
-
-
-def load_lora(path: PathLike, model: AnimaDiT, weight: float = 1.0) -> None:
-    """Put the LoRA in a file on `model`, in place, times `weight`, in the file's dtype. Other modules stay bare.
-
-    Raises UserError if a tensor of the file has no place in the model, or A and B do not belong together.
+    Modules are named as in the original files, the text encoder's with `text_encoder.` before.
     """
-    slots = _slots(model)
-    with SafetensorsFile(path) as file:
-        ranks = _ranks(file, slots, model)
-        lora.attach(model, ranks, scale=weight)
+
+    path: str
+    patches: Mapping[str, Patch]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: Sequence[str] = ()
+
+    @property
+    def summary(self) -> str:
+        """Kinds and ranks, for a person."""
+        kinds = sorted({patch.kind for patch in self.patches.values()})
+        ranks = sorted({patch.rank for patch in self.patches.values() if patch.rank})
+        span = f" of rank {ranks[0]}" if ranks else ""
+        return " and ".join(TITLES[kind] for kind in kinds) + span + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+
+    def require_all_used(self, *, allow_unused: bool) -> None:
+        """Say what is left over on stderr if that is allowed, else raise UserError."""
+        if not self.patches:
+            what = accounting.looks_like(self.unused)
+            raise UserError(f"{self.path}: holds no adapter of Anima's; {what}")
+        if not self.unused:
+            return
+        text = f"{self.path}: {len(self.unused)} keys are unused: {_listed(self.unused)}"
+        if not allow_unused:
+            raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
+        print(f"warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adapter]:
+    """The adapter in a file of any dialect, or in a folder that holds one; its parts can be read while it is open.
+
+    Raises UserError for keys that belong to no module of Anima's, unless they are allowed, and for parts that do not
+    belong together.
+    """
+    with SafetensorsFile(file_of(path)) as file:
+        yield adapter_in(file, allow_unused=allow_unused)
+
+
+def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
+    """As `open_adapter`, of a file that is open already."""
+    adapter = read_adapter(file)
+    adapter.require_all_used(allow_unused=allow_unused)
+    for module, patch in adapter.patches.items():
+        if fault := patch.fault():
+            raise UserError(f"{file.path}: {module} {fault}")
+    return adapter
+
+
+def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
+    """The part of an adapter that changes one of `weights`, tensors' names (`….weight`) and shapes; says how many.
+
+    Raises UserError, with the names of the modules, for what changes none, unless that is allowed, and for a patch of
+    another shape.
+    """
+    found = {module: patch for module, patch in adapter.patches.items() if _has(weights, module, patch)}
+    for module, patch in found.items():
+        if fault := patch.fault(weights.get(f"{module}.weight", patch.update_shape)):
+            raise UserError(f"{adapter.path}: {module} {fault}")
+    print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
+    absent = [
+        part.key
+        for module, patch in adapter.patches.items()
+        if module not in found
+        for part in patch.parts.values()
+        if part.key
+    ]
+    if not found:
+        raise UserError(f"{adapter.path}: changes nothing that the model has: {_listed(absent)}")
+    dataclasses.replace(adapter, unused=absent).require_all_used(allow_unused=allow_unused)
+    return dataclasses.replace(adapter, patches=found)
+
+
+def write_adapter(
+    path: PathLike,
+    patches: Mapping[str, Patch],
+    dialect: Dialect = COMFYUI,
+    *,
+    dtype: DTypeLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write an adapter in a dialect, `dtype` None keeping each part's; the lines say what had to be written otherwise.
+
+    Where the dialect has no place for a scale (alpha / rank), it is multiplied into lora_B. The file appears whole or
+    not at all. Raises UserError, naming the modules, for what the dialect cannot express.
+    """
+    parts: dict[str, Part] = {}
+    lost: dict[str, list[str]] = {}
+    folded, metadata = 0, dict(metadata or {}) or {"format": "pt"}
+    if dialect is DIALECTS["kohya"] and not any("alpha" in patch.parts for patch in patches.values()):
+        patches = {module: _with_alpha(patch) for module, patch in patches.items()}
+        metadata[ALPHA_IS_RANK] = "true"
+    for module, patch in patches.items():
+        spelling, written = dialect.module(module), dict(patch.parts)
+        if spelling is None:
+            lost.setdefault("text encoder", []).append(module)
+            continue
+        if not dialect.alpha and "alpha" in written and written.keys() >= {"lora_B"}:
+            del written["alpha"]
+            if patch.scale != 1.0:
+                written["lora_B"] = _scaled(written["lora_B"], patch.scale)
+                folded += 1
+        for part, value in written.items():
+            if part in dialect.parts:
+                parts[spelling + dialect.parts[part]] = value if dtype is None else _cast(value, part, np.dtype(dtype))
+            else:
+                lost.setdefault(part, []).append(module)
+    if lost:
+        listed = "; ".join(f"{part} of {len(of)} modules ({_listed(of, 3)})" for part, of in lost.items())
+        raise UserError(f"{path}: files of {dialect.title} have no place for {listed}")
+    if folded:
+        metadata.pop("alpha", None)
+    listed = [safetensors.Tensor(key, part.dtype, part.shape) for key, part in parts.items()]
+    gathered.write(path, listed, lambda key: copying.contiguous(parts[key].read()), metadata)
+    note = f"alpha / rank of {folded} modules was multiplied into lora_B, as files of {dialect.title} have no alpha"
+    return [note] if folded else []
+
+
+def load_lora(path: PathLike, model: nnx.Module, weight: float = 1.0, *, allow_unused: bool = False) -> None:
+    """Put the adapter in a file on `model`, in place, times `weight`, in the file's dtype. Other modules stay bare.
+
+    `model` is a transformer or a text encoder, the file a LoRA, LoKr, LoHa or DoRA of any dialect. Raises UserError for
+    what has no place in the model, and for differences of whole weights, which only merging can apply.
+    """
+    tensors = module_tensors(model)
+    shapes = {f"{name}.weight": shape for name, (_, _, shape) in tensors.items()}
+    with open_adapter(path, allow_unused=allow_unused) as found:
+        adapter = fitted(found, shapes, allow_unused=allow_unused)
+        slots, values = factors_of(adapter, tensors)
+        if weight != 1.0 and any(one.kind == "dora" for one in slots.values()):
+            raise UserError(f"{adapter.path}: a DoRA at weight {weight}: beside a model's weights it has weight 1")
+        lora.attach(model, slots)
         graphdef, params = parameters.split(model)
-        tensors = [tensor for tensor in file_tensors(LORA_RULES, _adapter_only(params)) if tensor.name in file.tensors]
-        dtype = np.result_type(*(file.tensors[tensor.name].dtype for tensor in tensors))
-        filled = {path: np.zeros(leaf.shape, dtype) for path, leaf in _adapter_only(params).items()}
-        for tensor in tensors:
-            values = tensor.layout.to_model(copying.cast(file.read(tensor.name), dtype, tensor.name))
-            filled[tensor.path][tensor.layer][tuple(slice(size) for size in values.shape)] = values
-    nnx.update(model, nnx.state(parameters.merge(graphdef, params | jax.tree.map(jnp.asarray, filled))))
+        values |= {name: np.float32(weight) * value for name, value in values.items() if name.endswith(lora.SCALE)}
+        filled = {name: jnp.asarray(value) for name, value in values.items()}
+    nnx.update(model, nnx.state(parameters.merge(graphdef, params | filled)))
 
 
-def save_lora(path: PathLike, params: Params, ranks: Ranks, *, dtype: DTypeLike | None = None) -> None:
-    """Write the adapter's parameters among `params`; `dtype` None keeps theirs. The file appears whole or not at all.
+def save_lora(
+    path: PathLike,
+    params: Params,
+    ranks: Ranks,
+    *,
+    dtype: DTypeLike | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the adapters among `params` as the trainer does; `dtype` None keeps theirs.
 
-    Layers of rank 0 are left out, and so is what lies beyond a layer's own rank.
+    Layers of rank 0 are left out, and so is what lies beyond a layer's own rank. The file appears whole or not at all.
     """
-    entries: dict[str, tuple[FileTensor, tuple[int, ...]]] = {}
-    for tensor in file_tensors(LORA_RULES, _adapter_only(params)):
-        module, _, part = tensor.path.rpartition(".")
-        assert tensor.layer is not None
-        rank = ranks[module][tensor.layer]
-        if rank:
-            shape = (rank, tensor.shape[1]) if part == "lora_a" else (tensor.shape[0], rank)
-            entries[tensor.name] = (tensor, shape)
+    write_adapter(path, patches_of(params, ranks), dtype=dtype, metadata=metadata)
 
-    def stored_dtype(tensor: FileTensor) -> np.dtype:
-        return np.dtype(params[tensor.path].dtype if dtype is None else dtype)
 
-    def array_of(name: str) -> np.ndarray:
-        tensor, shape = entries[name]
-        values = copying.cast(gathered.on_host(params[tensor.path][tensor.layer]), stored_dtype(tensor), name)
-        return copying.contiguous(tensor.layout.to_file(values)[tuple(map(slice, shape))])
-
-    listed = [safetensors.Tensor(name, stored_dtype(tensor), shape) for name, (tensor, shape) in entries.items()]
-    gathered.write(path, listed, array_of, {"format": "pt"})
+def patches_of(params: Params, ranks: Ranks) -> dict[str, Patch]:
+    """The adapters among a model's parameters."""
+    parts: dict[str, dict[str, Part]] = {}
+    for module, (path, layer) in module_names({path: len(layers) for path, layers in ranks.items()}).items():
+        if not ranks[path][layer]:
+            continue
+        scale = float(params[f"{path}.{lora.SCALE}"][layer])
+        own = parts.setdefault(module, {})
+        for factor, name in adapters.PART_OF_FACTOR.items():
+            if f"{path}.{factor}" in params:
+                own[name] = _layer_part(params[f"{path}.{factor}"], factor, layer, ranks[path][layer])
+        rank = Patch(own).rank
+        if rank is not None and scale != 1.0:
+            own["alpha"] = Part.of(np.asarray(scale * rank, FLOAT32))
+    return {module: Patch(own) for module, own in parts.items()}
 
 
 def ranks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The ranks of the adapters on `model` (abstract or not)."""
-    modules = nnx.iter_modules(model)
-    return {".".join(map(str, path)): module.ranks for path, module in modules if isinstance(module, lora.LoRALinear)}
+    return {path: module.ranks for path, module in lora.adapted(model)}
 
 
-def _adapter_only(params: Params) -> Params:
-    return {path: leaf for path, leaf in params.items() if lora.is_lora(path)}
+def module_names(layers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    """Name in files of each layer of stacked modules → the module's path, and the layer. `layers` says how many."""
+    abstract = {path: np.broadcast_to(np.uint8(0), (count, 1, 1)) for path, count in layers.items()}
+    tensors = file_tensors(adapters.MODULE_RULES, abstract)
+    return {tensor.name: (tensor.path, tensor.layer) for tensor in tensors if tensor.layer is not None}
 
 
-def _slots(model: AnimaDiT) -> dict[str, _Slot]:
-    """Every tensor that an adapter file for `model` could have, by name."""
-    slots = {}
-    for module, base in lora.target_modules(model).items():
-        layers, features_in, features_out = base.kernel.shape
-        shapes = {
-            f"{module}.lora_a": jax.ShapeDtypeStruct((layers, features_in, 1), np.float32),
-            f"{module}.lora_b": jax.ShapeDtypeStruct((layers, 1, features_out), np.float32),
-        }
-        for tensor in file_tensors(LORA_RULES, shapes):
-            assert tensor.layer is not None
-            is_a = tensor.path.endswith("lora_a")
-            slots[tensor.name] = _Slot(module, tensor.layer, 0 if is_a else 1, features_in if is_a else features_out)
-    return slots
+def module_tensors(model: nnx.Module) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Name in files of every linear layer of `model` that takes an adapter → its path, layer and weight's shape."""
+    kernels = lora.target_shapes(model)
+    inside = any(path.startswith(("blocks.", adapters.TEXT_ENCODER)) for path in kernels)
+    # A text encoder alone has the paths that it has inside a model without their beginning.
+    full = kernels if inside else {adapters.TEXT_ENCODER + path: shape for path, shape in kernels.items()}
+    cut = 0 if inside else len(adapters.TEXT_ENCODER)
+    names = module_names({path: shape[0] for path, shape in full.items()})
+    return {name: (path[cut:], layer, full[path][:0:-1]) for name, (path, layer) in names.items()}
 
 
-def _ranks(file: SafetensorsFile, slots: Mapping[str, _Slot], model: AnimaDiT) -> dict[str, list[int]]:
-    unknown = [name for name in file.tensors if name not in slots]
-    if unknown:
-        raise UserError(
-            f"{file.path}: {len(unknown)} of {len(file.tensors)} tensors have no place in the model as a LoRA in the "
-            f"trainer's format (diffusion_model.<module>.lora_A.weight): {accounting.shorten(unknown)}"
-        )
-    if not file.tensors:
-        raise UserError(f"{file.path}: holds no tensors, expected a LoRA")
-    layers = {module: base.kernel.shape[0] for module, base in lora.target_modules(model).items()}
-    found: dict[tuple[str, int], set[int]] = {}
-    for name, tensor in file.tensors.items():
-        slot = slots[name]
-        if len(tensor.shape) != 2 or tensor.shape[1 - slot.rank_axis] != slot.other_size or 0 in tensor.shape:
-            expected = ("rank", slot.other_size) if slot.rank_axis == 0 else (slot.other_size, "rank")
-            raise UserError(f"{file.path}: {name} is {tensor.shape}, expected ({expected[0]}, {expected[1]})")
-        partner = name.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.").replace(".lora_?.", ".lora_B.")
-        if partner not in file.tensors:
-            raise UserError(f"{file.path}: has {name} but not {partner}")
-        found.setdefault((slot.module, slot.layer), set()).add(tensor.shape[slot.rank_axis])
-    ranks: dict[str, list[int]] = {}
-    for (module, layer), sizes in found.items():
-        if len(sizes) > 1:
-            raise UserError(
-                f"{file.path}: A and B of {module}, block {layer}, have ranks {sorted(sizes)}, expected one"
-            )
-        ranks.setdefault(module, [0] * layers[module])[layer] = sizes.pop()
-    return ranks
+def factors_of(
+    adapter: Adapter, tensors: Mapping[str, tuple[str, int, tuple[int, ...]]]
+) -> tuple[dict[str, lora.Slot], dict[str, np.ndarray]]:
+    """An adapter as factors of stacked modules: what to attach, and the values of all its parameters, scales included.
+
+    `tensors` is what `module_tensors` gives. Raises UserError where the layers of a module differ in more than rank.
+    """
+    by_path: dict[str, dict[int, Patch]] = {}
+    for module, patch in adapter.patches.items():
+        path, layer, _ = tensors[module]
+        by_path.setdefault(path, {})[layer] = patch
+    layers = {path: 1 + max(layer for p, layer, _ in tensors.values() if p == path) for path in by_path}
+    slots, values = {}, {}
+    for path, patches in by_path.items():
+        slots[path], own = _stacked(adapter.path, path, patches, layers[path])
+        values |= {f"{path}.{name}": value for name, value in own.items()}
+    return slots, values
+
+
+_FACTOR_OF_PART = {part: factor for factor, part in adapters.PART_OF_FACTOR.items()}
+
+
+def _stacked(
+    label: str, path: str, patches: Mapping[int, Patch], layers: int
+) -> tuple[lora.Slot, dict[str, np.ndarray]]:
+    """One module's patches, by layer, as arrays with a layer axis in front."""
+    kinds = {patch.kind for patch in patches.values()}
+    names = {frozenset(patch.parts) - {"alpha"} for patch in patches.values()}
+    unfit = [name for one in names for name in one if name not in _FACTOR_OF_PART]
+    if any(patch.kind == "dora" and patch.parts["dora_scale"].shape[0] == 1 for patch in patches.values()):
+        unfit.append("dora_scale for each input")
+    (parts, *others) = names
+    if unfit or others or kinds == {"diff"} or ("dora_scale" in parts and kinds != {"dora"}):
+        kind = f"{unfit[0]}" if unfit else " and ".join(sorted({", ".join(sorted(one)) for one in names}))
+        raise UserError(f"{label}: {path}: {kind} cannot be trained on or kept beside a model; merge the file instead")
+    factors: dict[str, dict[int, np.ndarray]] = {}
+    for layer, patch in patches.items():
+        for name in parts:
+            factor = _FACTOR_OF_PART[name]
+            array = patch.parts[name].read()
+            factors.setdefault(factor, {})[layer] = array.reshape(-1) if factor == "lora_magnitude" else array.T
+    stacked, shapes = {}, {}
+    for factor, arrays in factors.items():
+        shape = tuple(map(max, zip(*(array.shape for array in arrays.values()), strict=True)))
+        rank_axis = lora.FACTORS[factor].rank_axis
+        if any(size != shape[axis] for a in arrays.values() for axis, size in enumerate(a.shape) if axis != rank_axis):
+            raise UserError(f"{label}: {path}: {factor} differs in shape between blocks; merge the file instead")
+        dtype = np.result_type(*(array.dtype for array in arrays.values()))
+        shapes[factor], stacked[factor] = shape, np.zeros((layers, *shape), dtype)
+        for layer, array in arrays.items():
+            stacked[factor][layer][tuple(map(slice, array.shape))] = array
+    scales, ranks = np.zeros(layers, FLOAT32), [0] * layers
+    for layer, patch in patches.items():
+        # A LoKr of two whole factors has no rank; 1 says that there is an adapter.
+        scales[layer], ranks[layer] = patch.scale, patch.rank or 1
+    return lora.Slot(kinds.pop(), shapes, ranks), {**stacked, lora.SCALE: scales}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def file_of(path: PathLike) -> PathLike:
+    """The one safetensors file in a folder, as the trainer writes them; any other path as it is."""
+    if locations.is_remote(path) or not os.path.isdir(path):
+        return path
+    files = sorted(pathlib.Path(path).glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{path}: holds {len(files)} .safetensors files, expected one adapter")
+    return files[0]
+
+
+def read_adapter(file: SafetensorsFile) -> Adapter:
+    """The adapter in an open file, whatever is left over and whether its parts belong together or not."""
+    keys = {key: split for key in file.tensors if (split := split_key(key))}
+    modules = adapters.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
+    parts: dict[str, dict[str, Part]] = {}
+    unused = [key for key in file.tensors if key not in keys or keys[key][0] not in modules]
+    for key, (spelling, part) in keys.items():
+        if spelling in modules:
+            module, name = modules[spelling], part
+            if module.endswith(".bias"):  # ComfyUI's way to name a bias's difference
+                module, name = module.removesuffix(".bias"), "diff_b" if part == "diff" else part
+            own = parts.setdefault(module, {})
+            if name in own:
+                raise UserError(f"{file.path}: {key}: a second {name} of {module}")
+            tensor = file.tensors[key]
+            own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key), key)
+    idle = {module for module, own in parts.items() if own.keys() <= {"alpha", "dora_scale"}}
+    unused += [key for key, (spelling, _) in keys.items() if modules.get(spelling, "").removesuffix(".bias") in idle]
+    patches = {module: Patch(own) for module, own in parts.items() if module not in idle}
+    if any(spelling.startswith(adapters.PEFT_PREFIXES) for spelling in modules):
+        patches = _with_alphas(patches, _peft_config(file))
+    metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
+    if metadata.pop(ALPHA_IS_RANK, None):
+        patches = {module: _without_alpha(patch) for module, patch in patches.items()}
+    return Adapter(file.path, patches, metadata, tuple(unused))
+
+
+def _peft_config(file: SafetensorsFile) -> dict[str, Any]:
+    """The settings of PEFT's that come with a file: in its metadata as diffusers has them, or in a JSON beside it."""
+    beside = pathlib.Path(file.path).with_name("adapter_config.json")
+    try:
+        if DIFFUSERS_SETTINGS in file.metadata:
+            return json.loads(file.metadata[DIFFUSERS_SETTINGS])
+        is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
+        return json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file.path}: its PEFT settings (adapter_config.json) cannot be read: {error}") from error
+
+
+def _with_alphas(patches: Mapping[str, Patch], config: Mapping[str, Any]) -> dict[str, Patch]:
+    """The patches with the alphas that PEFT's settings give them; those of diffusers have the component before."""
+    found = {}
+    for module, patch in patches.items():
+        spelled = DIALECTS["diffusers"].module(module) or module
+        component, _, name = spelled.partition(".")
+        own = {key.removeprefix(f"{component}."): value for key, value in config.items()}
+        alpha = own.get("lora_alpha", own.get("alpha"))
+        for pattern, value in (own.get("alpha_pattern") or {}).items():
+            matched = re.compile(rf"(.*\.)?({pattern.removeprefix('^')})")
+            alpha = value if any(map(matched.fullmatch, (name, module, spelled))) else alpha
+        rank = patch.rank
+        if alpha is not None and rank is not None and "alpha" not in patch.parts:
+            alpha = float(alpha) * rank**0.5 if own.get("use_rslora") else float(alpha)
+            if alpha != rank:
+                patch = Patch({**patch.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})  # noqa: PLW2901
+        found[module] = patch
+    return found
+
+
+def _with_alpha(patch: Patch) -> Patch:
+    """With an alpha that is the rank."""
+    return Patch({**patch.parts, "alpha": Part.of(np.asarray(patch.rank, FLOAT32))}) if patch.rank else patch
+
+
+def _without_alpha(patch: Patch) -> Patch:
+    return Patch({name: part for name, part in patch.parts.items() if name != "alpha" or patch.scale != 1.0})
+
+
+# ---- single parts ----------------------------------------------------------------------------------------------------
+
+
+def _has(weights: Mapping[str, Any], module: str, patch: Patch) -> bool:
+    needed = {f"{module}.{'bias' if part == 'diff_b' else 'weight'}" for part in patch.parts if part != "alpha"}
+    return needed <= weights.keys()
+
+
+def _cast(part: Part, name: str, dtype: np.dtype) -> Part:
+    return part if name == "alpha" else Part(part.shape, dtype, lambda: copying.cast(part.read(), dtype, name))
+
+
+def _scaled(part: Part, scale: float) -> Part:
+    return dataclasses.replace(
+        part, read=lambda: copying.cast(part.float32() * np.float32(scale), part.dtype, "lora_B")
+    )
+
+
+def _listed(names: Sequence[str], shown: int = UNUSED_SHOWN) -> str:
+    text = ", ".join(ascii(name)[1:-1][:200] for name in names[:shown])
+    return text + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _layer_part(stacked: Any, factor: str, layer: int, rank: int) -> Part:
+    """One layer's own rows of a stacked factor, as a file has it."""
+    rank_axis = lora.FACTORS[factor].rank_axis
+    shape = list(stacked.shape[1:])
+    if rank_axis is not None:
+        shape[rank_axis] = rank
+    file_shape = (shape[0], 1) if len(shape) == 1 else (shape[1], shape[0])
+
+    def read() -> np.ndarray:
+        values = gathered.on_host(stacked[layer])[tuple(map(slice, shape))]
+        return values.reshape(-1, 1) if values.ndim == 1 else values.T
+
+    return Part(file_shape, np.dtype(stacked.dtype), read)

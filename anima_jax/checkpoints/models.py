@@ -186,28 +186,28 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
             sources |= {name: Source(adapter_file, key) for name, key in adapter.keys.items()}
             unknown += adapter.unknown
             label = f"{file.path} with {adapter_file.path}"
-        yield _fit(prefixes.DIT, AnimaDiT, label, file, location, sources, unknown)
+        yield fit(prefixes.DIT, label, file, location, sources, unknown)
 
 
 @contextlib.contextmanager
 def open_adapter(path: PathLike) -> Iterator[Checkpoint]:
     """The text adapter alone, in a file of its own or inside a transformer's; its paths begin `llm_adapter.`."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.ADAPTER, _AdapterAlone, file)
+        yield _open(prefixes.ADAPTER, file)
 
 
 @contextlib.contextmanager
 def open_text_encoder(path: PathLike) -> Iterator[Checkpoint]:
     """The Qwen3 text encoder in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.QWEN3, Qwen3, file)
+        yield _open(prefixes.QWEN3, file)
 
 
 @contextlib.contextmanager
 def open_vae(path: PathLike) -> Iterator[Checkpoint]:
     """The Wan VAE in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.WAN_VAE, WanVAE, file)
+        yield _open(prefixes.WAN_VAE, file)
 
 
 OPENERS = {
@@ -225,21 +225,23 @@ class _AdapterAlone(nnx.Module):
         self.llm_adapter = LLMAdapter(config, rngs=rngs)
 
 
+MODULES = {prefixes.DIT: AnimaDiT, prefixes.ADAPTER: _AdapterAlone, prefixes.QWEN3: Qwen3, prefixes.WAN_VAE: WanVAE}
+
+
 @functools.lru_cache(maxsize=8)
 def _abstract(module: Callable[..., nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
     """`parameters.abstract` of a module, which traces all of it, once for a config."""
     return parameters.abstract(lambda rngs: module(config, rngs=rngs))
 
 
-def _open(network: Network, module: Callable[..., nnx.Module], file: SafetensorsFile) -> Checkpoint:
+def _open(network: Network, file: SafetensorsFile) -> Checkpoint:
     location = accounting.find(network, file)
     sources = {name: Source(file, key) for name, key in location.keys.items()}
-    return _fit(network, module, file.path, file, location, sources, location.unknown)
+    return fit(network, file.path, file, location, sources, location.unknown)
 
 
-def _fit(
+def fit(
     network: Network,
-    module: Callable[..., nnx.Module],
     label: str,
     file: SafetensorsFile,
     location: Location,
@@ -249,7 +251,7 @@ def _fit(
     """The checkpoint, once every tensor of the file and every parameter of the model has found the other."""
     config = accounting.sizes(network, label, {name: source.tensor.shape for name, source in sources.items()})
     try:
-        graphdef, abstract = _abstract(module, config)
+        graphdef, abstract = _abstract(MODULES[network], config)
         tensors = tuple(file_tensors(network.rules(config), abstract))
     except (ValueError, TypeError, IndexError, ArithmeticError, OverflowError) as error:
         raise UserError(f"{label}: no {network.title} has sizes {config}: {error}") from error

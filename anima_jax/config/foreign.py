@@ -1,20 +1,17 @@
-"""Keys of diffusion-pipe that are no keys of ours: something else does their job, they mean nothing here, or they are
-still to come.
+"""Keys of diffusion-pipe that are no keys of ours: something else does their job, or they mean nothing here.
 
-One table for each TOML section. A row answers a key: `elsewhere` with a note, `refused` with a fault, `not_yet` with a
-fault too, unless the value is one of the harmless ones that ask for nothing (the default, mostly).
+One table for each TOML section. A row answers a key: `elsewhere` with a note, unless the value is one of the harmless
+ones that ask for nothing (the default, mostly), `refused` with a fault.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-NOT_YET = "a known key that this version does not carry out yet"
-
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """How a key is answered: by `note`, by the fault `refusal`, or by a fault, unless its value is among `harmless`.
+    """How a key is answered: by `note`, unless its value is among `harmless`, or by the fault `refusal`.
 
     A key with `renamed` is another spelling of that one.
     """
@@ -35,10 +32,6 @@ def elsewhere(note: str, *harmless: Any) -> Foreign:
 
 def refused(refusal: str) -> Foreign:
     return Foreign(refusal=refusal)
-
-
-def not_yet(*harmless: Any) -> Foreign:
-    return Foreign(harmless=harmless)
 
 
 def spelling_of(key: str) -> Foreign:
@@ -78,10 +71,6 @@ OPTIMIZER: Mapping[str, Foreign] = {
 }
 
 ADAPTER: Mapping[str, Foreign] = {
-    "exclude_modules": not_yet([], ""),
-    "init_from_existing": not_yet(),
-    "rank_dropout": not_yet(0.0),
-    "decompose_factor": not_yet(-1),
     "fuse_adapters": refused("belongs to Flux and Chroma; give [model] transformer_path a file with them merged in"),
 }
 
@@ -131,4 +120,4 @@ def set_aside(table: dict[str, Any], rows: Mapping[str, Foreign]) -> Iterable[tu
         elif row.note:
             yield key, f"does nothing here: {row.note}", False
         else:
-            yield key, row.refusal or NOT_YET, True
+            yield key, row.refusal, True

@@ -312,6 +312,17 @@ class MainFile(Section):
                     )
         return size
 
+    @field_validator("adapter")
+    @classmethod
+    def _trained_text_is_not_cached(cls, adapter: AdapterConfig | None, info: ValidationInfo) -> AdapterConfig | None:
+        model = info.data.get("model")
+        if adapter and adapter.text_encoder_lr and model and model.cache_text_embeddings:
+            raise fault(
+                "a trained text encoder's states cannot be cached, expected cache_text_embeddings = false in [model]",
+                key="text_encoder_lr",
+            )
+        return adapter
+
     @field_validator("cache_local_dir")
     @classmethod
     def _an_address_is_copied(cls, folder: str | None, info: ValidationInfo) -> str | None:
@@ -435,11 +446,18 @@ class MainConfig(MainFile):
         return Schedule(self.lr_scheduler, self.warmup_steps)
 
     @property
+    def trains_text_encoder(self) -> bool:
+        """Whether an adapter on the text encoder is trained."""
+        return self.adapter is not None and self.adapter.text_encoder_lr > 0
+
+    @property
     def learning_rates(self) -> dict[str, float]:
-        """Group → learning rate, for `GROUPS` and `base`; 0 is frozen."""
+        """Group → learning rate, for `GROUPS` and `base`, and `text_encoder` if it is trained; 0 is frozen."""
         own = {group: getattr(self.model, f"{group}_lr") for group in GROUPS}
         rates = {group: self.optimizer.lr if rate is None else rate for group, rate in own.items()}
         rates["base"] = self.optimizer.lr
+        if self.adapter and self.adapter.text_encoder_lr:
+            rates["text_encoder"] = self.adapter.text_encoder_lr
         forced = self.force_constant_lr
         return rates if forced is None else {group: forced if rate else 0.0 for group, rate in rates.items()}
 

@@ -1,9 +1,11 @@
 """`[optimizer]` and `[adapter]`: how weights move, and which ones if not all of them."""
 
+import os
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from anima_jax.config.schema import (
     Count,
@@ -14,8 +16,10 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     TypedSection,
+    Whole,
+    Words,
+    existing,
     fault,
-    not_yet,
 )
 
 Beta = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
@@ -72,23 +76,79 @@ class OptimizerConfig(Section):
         return dict(self.model_extra or {})
 
 
-def _no_dropout(dropout: float) -> float:
-    if dropout:
-        raise fault(not_yet(f"dropout = {dropout}", "leave it at 0.0"))
-    return dropout
+def _patterns(found: Any) -> Any:
+    """One regular expression or several, each of them valid."""
+    patterns = [found] if isinstance(found, str) else found
+    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) for one in patterns):
+        raise fault(f"found {found!r}, expected a regular expression on names of modules, or a list of them")
+    for pattern in patterns:
+        _compiled(pattern)
+    return tuple(pattern for pattern in patterns if pattern)
+
+
+def _compiled(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise fault(f"'{pattern}' is no regular expression: {error}") from error
+
+
+def _pattern_keys(found: dict[str, Any]) -> dict[str, Any]:
+    for pattern in found:
+        _compiled(pattern)
+    return found
+
+
+def _adapter_path(path: str, info: ValidationInfo) -> str:
+    return existing(path, info, os.path.exists, "an adapter's .safetensors file, or the folder that holds it")
+
+
+AdapterPath = Annotated[str, AfterValidator(_adapter_path), Words("file or folder")]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, Words("regex or [regex, …]")]
+Rate = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
 
 
 class AdapterConfig(TypedSection):
-    """A low-rank adapter on the linear layers of the blocks. Without this table every weight is trained."""
+    """A few trained numbers beside the linear layers of the blocks. Without this table every weight is trained.
 
-    TYPES = ("lora",)
-    NOT_YET_TYPES = ("lokr",)
+    Patterns are regular expressions that fit a module's name, or a part of it from one dot to another: `self_attn`,
+    `mlp.layer1`, `blocks\\.[0-9]`. Names are those of the original files (`blocks.0.self_attn.q_proj`,
+    `llm_adapter.blocks.0.mlp.0`), of the text encoder behind `text_encoder.` (`text_encoder.layers.0.mlp.up_proj`).
+    """
 
-    type: Literal["lora"] = Field(description="'lora'")
-    rank: Count = Field(description="rank of the two factors")
+    TYPES = ("lora", "lokr", "loha", "dora")
+
+    type: Literal["lora", "lokr", "loha", "dora"] = Field(description="'lora' or 'lokr'; ours: 'loha', 'dora'")
+    rank: Count = Field(description="rank of the factors")
     alpha: Positive | None = Field(None, description="ours; the update is scaled by alpha / rank; unset: alpha = rank")
-    dropout: Annotated[NotNegative, AfterValidator(_no_dropout)] = Field(0.0, description="only 0.0")
+    dropout: Rate = Field(0.0, description="fraction of its inputs that an adapter does not see")
+    rank_dropout: Rate = Field(
+        0.0, description="fraction of its ranks ('lora', 'dora') or of its outputs ('lokr', 'loha') that it leaves out"
+    )
+    decompose_factor: Annotated[int, annotated_types.Ge(-1)] = Field(
+        -1, description="'lokr': the smaller of the two factors of a layer's width; -1: the nearest to its root"
+    )
     dtype: Dtype | None = Field(None, description="dtype of the saved file; unset: [model] dtype")
+    target_modules: Patterns = Field(
+        (), description="ours; modules that get an adapter; unset: every linear layer of the blocks"
+    )
+    exclude_modules: Patterns = Field((), description="modules that get none")
+    rank_pattern: Annotated[dict[str, Whole], AfterValidator(_pattern_keys), Words("{regex = rank, …}")] = Field(
+        {}, description="ours; another rank for some modules, 0 for none; the first pattern that fits counts"
+    )
+    lr_pattern: Annotated[dict[str, NotNegative], AfterValidator(_pattern_keys), Words("{regex = rate, …}")] = Field(
+        {},
+        description="ours; another learning rate for some modules, 0 to leave them out; the first pattern that fits "
+        "counts; the rates of [model] and [optimizer] are for the others",
+    )
+    text_encoder_lr: NotNegative = Field(
+        0.0,
+        description="ours; learning rate of an adapter on the text encoder, which needs cache_text_embeddings = false; "
+        "0: it gets none",
+    )
+    init_from_existing: AdapterPath | None = Field(
+        None, description="a saved adapter to go on from: its file, or the folder that holds it"
+    )
 
     @property
     def scale(self) -> float:

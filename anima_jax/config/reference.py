@@ -139,7 +139,7 @@ def _answer(row: foreign.Foreign) -> str:
         return f"another spelling of `{row.renamed}`"
     if row.note:
         return f"does nothing here: {row.note}"
-    return f"refused: {row.refusal or foreign.NOT_YET}"
+    return f"refused: {row.refusal}"
 
 
 def _table(rows: Iterable[str]) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if field.is_required():
         return "required"
-    if value is PydanticUndefined or value is None or value == ():
+    if value is PydanticUndefined or value is None or value in ((), {}):
         return "–"
     return f"`{_toml(value)}`"
 

@@ -43,8 +43,6 @@ class TypedSection(Section):
     """A table whose `type` decides what its other keys mean: with a wrong one nothing else is looked at."""
 
     TYPES: ClassVar[tuple[str, ...]]
-    NOT_YET_TYPES: ClassVar[tuple[str, ...]] = ()
-    """Types of diffusion-pipe that this version knows of but does not carry out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,10 +50,8 @@ class TypedSection(Section):
         found = table.get("type") if isinstance(table, Mapping) else None
         if not isinstance(found, str):
             return table
-        if found.lower() in cls.NOT_YET_TYPES:
-            raise fault(not_yet(f"type '{found}' of diffusion-pipe", f"expected {choices(cls.TYPES)}"), key="type")
         if found.lower() not in cls.TYPES:
-            hint = did_you_mean(found, (*cls.TYPES, *cls.NOT_YET_TYPES))
+            hint = did_you_mean(found, cls.TYPES)
             raise fault(f"found '{found}', expected {choices(cls.TYPES)}{hint}", key="type")
         return {**table, "type": found.lower()}
 

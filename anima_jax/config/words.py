@@ -13,6 +13,9 @@ PARTS = {
 }
 """Groups of the transformer's parameters; the LLM adapter has a sentence of its own."""
 
+KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
+"""`[adapter] type` as it is spelt."""
+
 
 def start_up_words(config: MainConfig) -> list[str]:
     """Sentences: what is trained at which learning rate and what stays as it is; last, the LLM adapter."""
@@ -26,20 +29,28 @@ def start_up_words(config: MainConfig) -> list[str]:
     ]
     what = f"Training {_subject(config)} with {config.optimizer.type}: {_and(trained)}" if trained else ""
     stays = f"Frozen: {_and(frozen)}" if frozen else ""
-    return [f"{words}." for words in (what, stays, _llm_adapter(config)) if words]
+    return [f"{words}." for words in (what, stays, _text_encoder(config), _llm_adapter(config)) if words]
 
 
 def _subject(config: MainConfig) -> str:
     if config.adapter:
-        return f"a LoRA of rank {config.adapter.rank} on the blocks' linear layers, all else frozen,"
+        kind = KINDS[config.adapter.type]
+        return f"a {kind} of rank {config.adapter.rank} on the blocks' linear layers, all else frozen,"
     if config.model.transformer_path is None:
         return "a fresh transformer"
     return f"the weights of {os.path.basename(config.model.transformer_path)}"
 
 
+def _text_encoder(config: MainConfig) -> str:
+    if not config.adapter or not config.adapter.text_encoder_lr:
+        return ""
+    kind, rate = KINDS[config.adapter.type], config.adapter.text_encoder_lr
+    return f"A {kind} on the text encoder is trained at {_rate(rate)}"
+
+
 def _llm_adapter(config: MainConfig) -> str:
     rate, own = config.learning_rates["llm_adapter"], config.model.llm_adapter_lr
-    what = "A LoRA on the LLM adapter" if config.adapter else "The LLM adapter"
+    what = f"A {KINDS[config.adapter.type]} on the LLM adapter" if config.adapter else "The LLM adapter"
     if own is not None:
         return f"{what} is trained at {_rate(rate)}" if rate else "The LLM adapter is frozen: llm_adapter_lr = 0"
     if not rate:

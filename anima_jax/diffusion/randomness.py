@@ -20,6 +20,7 @@ class Purpose(enum.IntEnum):
     NOISE = 1
     CAPTION_DROPOUT = 2
     EVALUATION_NOISE = 3
+    ADAPTER_DROPOUT = 4
 
 
 def split_ids(ids: np.ndarray) -> np.ndarray:

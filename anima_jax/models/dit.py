@@ -132,7 +132,10 @@ def timestep_features(times: Array, width: int) -> Array:
 
 
 class AnimaDiT(nnx.Module):
-    """Velocity of latents at a time, given context rows. `llm_adapter` makes the context rows from text."""
+    """Velocity of latents at a time, given context rows. `llm_adapter` makes the context rows from text.
+
+    `text_encoder` is None unless one is set, to be trained with the rest.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -142,6 +145,7 @@ class AnimaDiT(nnx.Module):
         self.blocks = jax.vmap(lambda layer: Block(config, rngs=layer))(rngs.split(config.blocks))
         self.final_layer = FinalLayer(config, rngs=rngs)
         self.llm_adapter = LLMAdapter(config.adapter, rngs=rngs) if config.adapter else None
+        self.text_encoder: nnx.Module | None = None
 
     def __call__(self, latents_btyxc: Array, times_b: Array, context_bnd: Array, **options) -> Array:
         """Velocity (b, t, y, x, 16), float32. `times_b` in [0, 1] is (b,) or, per latent frame, (b, t).

@@ -13,7 +13,13 @@ from flax import nnx
 Params = dict[str, Any]
 """Parameter path → array (or anything that stands for one: a shape, a gradient, a moment, a sharding)."""
 
-MATRICES = (".kernel", ".embedding", ".lora_a", ".lora_b")
+MATRICES = (
+    ".kernel",
+    ".embedding",
+    *(".lora_a", ".lora_b"),
+    *(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b"),
+    *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+)
 """How the paths of parameters end that take part in matrix products."""
 
 
@@ -38,11 +44,18 @@ def initial(
     build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings: Params | None = None
 ) -> tuple[nnx.GraphDef, Params]:
     """`split(build(rngs))` of a fresh model, drawn from `seed` in one compiled program, where `shardings` say."""
-    # It runs once: on a CPU the compiler's full effort would take longer than the drawing.
+    return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1], shardings)()
+
+
+def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
+    """`function` as a program that runs once, for whose sake the compiler makes little effort.
+
+    `shardings` say where its results lie.
+    """
+    # On a CPU its full effort would take longer than what is run.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
-    draw = jax.jit(lambda: split(build(nnx.Rngs(seed)))[1], compiler_options=options, out_shardings=shardings)
-    return abstract(build)[0], draw()
+    return jax.jit(function, compiler_options=options, out_shardings=shardings)
 
 
 def compute_copy(params: Params, dtype: Any) -> Params:

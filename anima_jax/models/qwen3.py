@@ -49,7 +49,11 @@ class Qwen3(nnx.Module):
         x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")
         mask_bn = None if mask_bn is None else mask_bn.astype(bool)
         angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
-        x_bnd, _ = jax.lax.scan(lambda x, layer: (layer(x, angles_1ni, mask_bn), None), x_bnd, self.layers)
+
+        def run_layer(x_bnd, layer):
+            return layer(x_bnd, angles_1ni, mask_bn), None
+
+        x_bnd, _ = jax.lax.scan(jax.checkpoint(run_layer, prevent_cse=False), x_bnd, self.layers)
         x_bnd = self.norm(x_bnd)
         return x_bnd if mask_bn is None else x_bnd * mask_bn[..., None]
 

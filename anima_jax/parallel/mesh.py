@@ -108,12 +108,12 @@ def put_batch(tree: Tree, size: int) -> Tree:
     return tree if mesh.empty else put_rows(tree, mesh, np.arange(size), size)
 
 
-def put_whole(tree: Tree) -> Tree:
-    """The arrays of `tree`, equal in every process, whole on every device of the mesh that is set.
+def put_whole(tree: Tree, mesh: Mesh | None = None) -> Tree:
+    """The arrays of `tree`, equal in every process, whole on every device of the mesh, by default of the one set.
 
-    Arrays that are on devices already stay where they are, and so do all if no mesh is set.
+    Arrays that are on devices already stay where they are, and so do all if there is no mesh.
     """
-    mesh = jax.sharding.get_mesh()
+    mesh = mesh or jax.sharding.get_mesh()
 
     def put(array: Any) -> Any:
         if isinstance(array, jax.Array):

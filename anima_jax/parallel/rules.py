@@ -22,25 +22,28 @@ AXES = ("data", "fsdp", "tensor", "context")
 
 _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
-_STACK = r"(llm_adapter\.)?(blocks|layers)\."
+_STACK = r"(llm_adapter\.|text_encoder\.)?(blocks|layers)\."
+
+_INNER, _OUTER = r"(lora_a|hada_w[12]_b)", r"(lora_b|hada_w[12]_a)"
+"""Factors of adapters, (in, rank) and (rank, out)."""
 
 BOTH = ("tensor", "fsdp")
 
 RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_IN})\.kernel", P(None, "fsdp", "tensor")),
     (rf"{_STACK}({_LEADS_OUT})\.kernel", P(None, "tensor", "fsdp")),
-    (rf"{_STACK}({_LEADS_IN})\.lora_a", P(None, "fsdp", None)),
-    (rf"{_STACK}({_LEADS_IN})\.lora_b", P(None, None, BOTH)),
-    (rf"{_STACK}({_LEADS_OUT})\.lora_a", P(None, BOTH, None)),
-    (rf"{_STACK}({_LEADS_OUT})\.lora_b", P(None, None, "fsdp")),
-    (rf"{_STACK}\w+(\.\w+)*\.(scale|bias)", P()),
+    (rf"{_STACK}({_LEADS_IN})\.{_INNER}", P(None, "fsdp", None)),
+    (rf"{_STACK}({_LEADS_IN})\.{_OUTER}", P(None, None, BOTH)),
+    (rf"{_STACK}({_LEADS_OUT})\.{_INNER}", P(None, BOTH, None)),
+    (rf"{_STACK}({_LEADS_OUT})\.{_OUTER}", P(None, None, "fsdp")),
+    (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|lora_scale|lora_magnitude|lokr_w[12](_[ab])?)", P()),
     # Not over `tensor`: what follows of the residual stream's features would be shared out in the blocks too.
     (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
     (r"llm_adapter\.(in_proj|out_proj)\.kernel", P(None, "fsdp")),
     (r"llm_adapter\.(in_proj|out_proj)\.bias", P()),
-    (r"(llm_adapter\.embed|embed_tokens)\.embedding", P(None, "fsdp")),
-    (r"t_embedding_norm\.scale|(llm_adapter\.)?norm\.scale", P()),
+    (r"(llm_adapter\.embed|(text_encoder\.)?embed_tokens)\.embedding", P(None, "fsdp")),
+    (r"t_embedding_norm\.scale|(llm_adapter\.|text_encoder\.)?norm\.scale", P()),
     # The VAE is small, and convolves one picture a device.
     (r"(encoder|decoder)\.\w+(\.\w+)*\.(kernel|bias|scale)|(post_)?quant\.(kernel|bias)", P()),
 )

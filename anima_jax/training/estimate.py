@@ -34,7 +34,7 @@ from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Work, flops
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
-from anima_jax.training.state import Trained, dit_config, prepare
+from anima_jax.training.state import Trained, blank_text_encoder, dit_config, prepare
 from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, optimizer_places
 
 GIB = 2**30
@@ -59,7 +59,8 @@ def abstract_trained(config: MainConfig) -> Trained:
 
     def arrays() -> tuple[Params, Params]:
         with jax.disable_jit():  # a jit with options for its compiler cannot be traced
-            prepared.append(prepare(config.model_copy(update={"model": model}), mesh))
+            abstract = config.model_copy(update={"model": model})
+            prepared.append(prepare(abstract, lambda: blank_text_encoder(config), mesh))
         return prepared[0].params, prepared[0].frozen
 
     params, frozen = jax.eval_shape(arrays)
@@ -67,6 +68,11 @@ def abstract_trained(config: MainConfig) -> Trained:
 
 
 # The work of a step
+
+
+def trained_flops(trained: Trained, settings: StepConfig, work: Work) -> Flops:
+    """FLOPs of one example of `work` in this run."""
+    return flops(trained.config, trained.params, work, settings.remat, settings.remat_every, trained.frozen)
 
 
 def works(data: TrainingData, source_rows: int, target_rows: int) -> list[Work]:
@@ -79,8 +85,10 @@ def works(data: TrainingData, source_rows: int, target_rows: int) -> list[Work]:
     return found
 
 
-def abstract_batch(work: Work, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False) -> Batch:
-    """Shapes of `size` examples; latents and text states in `dtype`."""
+def abstract_batch(
+    work: Work, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False, text_ids: bool = False
+) -> Batch:
+    """Shapes of `size` examples; latents and text states in `dtype`. With `text_ids`, ids stand for text states."""
 
     def shape(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((size, *sizes), dtype)
@@ -90,16 +98,17 @@ def abstract_batch(work: Work, size: int, config: DiTConfig, dtype: Any, *, mask
         grid_b3=shape(jnp.int32, 3),
         ids_b2=shape(jnp.uint32, 2),
         epochs_b=shape(jnp.int32),
-        text=_abstract_text(work, size, config, dtype),
+        text=_abstract_text(work, size, config, dtype, text_ids),
         mask_blp=shape(jnp.float32, work.tokens, PIXELS) if masked else None,
     )
 
 
-def _abstract_text(work: Work, size: int, config: DiTConfig, dtype: Any) -> Text:
+def _abstract_text(work: Work, size: int, config: DiTConfig, dtype: Any, ids: bool) -> Text:
     assert config.adapter is not None
     source, target = (size, work.source_rows), (size, work.target_rows)
+    states = jax.ShapeDtypeStruct((*source, config.adapter.source_width), dtype)
     return Text(
-        jax.ShapeDtypeStruct((*source, config.adapter.source_width), dtype),
+        jax.ShapeDtypeStruct(source, jnp.int32) if ids else states,
         *(jax.ShapeDtypeStruct(rows, jnp.int32) for rows in (source, target, target)),
     )
 
@@ -145,7 +154,7 @@ def memory(
     measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
     sizes = sizes or mesh.shape
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), trained.params)
-    batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked)
+    batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked, text_ids=trained.text_ids)
     held = functools.partial(rules.shard_bytes, params=trained.params, sizes=sizes)
     moments, on_host = held(state.opt_state), {}
     gradients = held({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()})
@@ -227,7 +236,7 @@ def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, 
             backward,
             trained.params,
             trained.frozen,
-            abstract_batch(work, size, trained.config, dtype, masked=masked),
+            abstract_batch(work, size, trained.config, dtype, masked=masked, text_ids=trained.text_ids),
         )
         for size in (1, 2)
     )
@@ -237,8 +246,10 @@ def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, 
 
 def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | None:
     """Bytes that the compiled step needs on a device beside its arguments; None if the back end does not say."""
-    dtype, mesh = batch.text.source_bnd.dtype, current_mesh()
-    unconditional = _abstract_text(work, 1, trained.config, dtype) if settings.uncond_fraction else None
+    dtype, mesh = batch.latents_blc.dtype, current_mesh()
+    unconditional = (
+        _abstract_text(work, 1, trained.config, dtype, trained.text_ids) if settings.uncond_fraction else None
+    )
 
     def placed(tree: Any, places: Any) -> Any:
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
@@ -346,9 +357,7 @@ def estimate(
     largest = max(tiers, key=lambda work: work.micro_batch * work.tokens)
     on_host = config.optimizer.type == "offload" and jax.default_backend() != "cpu"
     dtype, options = jnp.dtype(config.cached_dtype), {"masked": masked, "moments_on_host": on_host, "measure": measure}
-    counted = {
-        work: flops(trained.config, trained.params, work, settings.remat, settings.remat_every) for work in tiers
-    }
+    counted = {work: trained_flops(trained, settings, work) for work in tiers}
     mesh, sent = sizes or current_mesh().shape, {}
     if math.prod(mesh.values()) > 1:
         weights, itemsize = (trained.config, trained.params, trained.frozen), jnp.dtype(settings.compute_dtype).itemsize

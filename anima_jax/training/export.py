@@ -1,21 +1,32 @@
 """What a run writes for others: models and adapters in diffusion-pipe's layout, the newest of which sampling takes."""
 
+import importlib.metadata
+import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from anima_jax.checkpoints.adapters import save_lora
+from anima_jax.checkpoints.adapters import module_names, save_lora
+from anima_jax.checkpoints.fingerprints import fingerprint
+from anima_jax.checkpoints.locations import replacing
 from anima_jax.checkpoints.models import save_dit
+from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
+from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
+from anima_jax.models import lora
 from anima_jax.models.parameters import Params
+from anima_jax.parallel.hosts import is_first
 from anima_jax.training.state import Trained
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
 
 EMA_FOLDER = "ema"
 """Where the averaged weights lie in an export's folder: beside the trained ones, and a folder of their own because
@@ -27,27 +38,95 @@ _DELETED = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.old")
 log = logging.getLogger(__name__)
 
 
+class AboutAdapter(NamedTuple):
+    """What is told with a saved adapter: the metadata of its file, and PEFT's settings beside it."""
+
+    metadata: Mapping[str, str]
+    peft: Mapping[str, Any]
+
+
+def about_adapter(config: MainConfig, trained: Trained, step: int) -> AboutAdapter | None:
+    """What a run's adapter is; None if it trains none. The base model's file is read whole, once."""
+    adapter, base = config.adapter, config.model.transformer_path
+    if adapter is None or trained.slots is None:
+        return None
+    metadata = {
+        "format": "pt",
+        "rank": str(adapter.rank),
+        "alpha": f"{adapter.rank if adapter.alpha is None else adapter.alpha:g}",
+        "step": str(step),
+        "version": f"anima_jax {_version()}",
+        **(fingerprint(base).metadata if base else {}),
+    }
+    return AboutAdapter(metadata, peft_config(config, trained.slots))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("anima-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        return "of no release"
+
+
+def peft_config(config: MainConfig, slots: Mapping[str, lora.Slot]) -> dict[str, Any]:
+    """PEFT's settings for the transformer's modules, whose names they have as in the original files."""
+    adapter = config.adapter
+    assert adapter is not None
+    names = module_names({path: len(slot.ranks) for path, slot in slots.items()})
+    ranks = {name: slots[path].ranks[layer] for name, (path, layer) in names.items()}
+    ranks = {name: rank for name, rank in ranks.items() if rank and not name.startswith(TEXT_ENCODER)}
+    alphas = {name: adapter.alpha or rank for name, rank in ranks.items()}
+    for name in alphas:
+        if not slots[names[name][0]].ranked:
+            alphas[name] = ranks[name]  # PEFT multiplies by alpha / rank even where there is no rank
+    alpha = adapter.alpha or adapter.rank
+    shared = {
+        "base_model_name_or_path": config.model.transformer_path,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != adapter.rank},
+        "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
+    }
+    if adapter.type in {"lora", "dora"}:
+        own = {"lora_alpha": alpha, "lora_dropout": adapter.dropout, "bias": "none", "use_dora": adapter.type == "dora"}
+        return {"peft_type": "LORA", **shared, **own}
+    own = {"alpha": alpha, "rank_dropout": adapter.rank_dropout}
+    if adapter.type == "lokr":
+        own["decompose_factor"] = adapter.decompose_factor
+    return {"peft_type": adapter.type.upper(), **shared, **own}
+
+
 def export(
-    folder: pathlib.Path, trained: Trained, params: Params, dtype: str, scale: float = 1.0, *, ema: Params | None = None
+    folder: pathlib.Path,
+    trained: Trained,
+    params: Params,
+    dtype: str,
+    about: AboutAdapter | None = None,
+    *,
+    ema: Params | None = None,
 ) -> pathlib.Path:
     """Write `params` in place of the trained parameters into `folder`: the whole model, or the adapter alone.
 
-    Averaged weights go into `folder/ema`. The format of adapters has no scale, so a `scale` (alpha / rank) other than 1
-    is multiplied into B. Returns the file with the best weights, the averaged if there are any.
+    Averaged weights go into `folder/ema`. Returns the file with the best weights, the averaged if there are any.
     """
-    path = _write(folder, trained, params, dtype, scale)
-    return path if ema is None else _write(folder / EMA_FOLDER, trained, ema, dtype, scale)
+    path = _write(folder, trained, params, dtype, about)
+    return path if ema is None else _write(folder / EMA_FOLDER, trained, ema, dtype, about)
 
 
-def _write(folder: pathlib.Path, trained: Trained, params: Params, dtype: str, scale: float) -> pathlib.Path:
+def _write(
+    folder: pathlib.Path, trained: Trained, params: Params, dtype: str, about: AboutAdapter | None
+) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     if trained.ranks is None:
         path = folder / MODEL_FILE
         save_dit(path, trained.frozen | params, dtype=jnp.dtype(dtype))
         return path
     path = folder / ADAPTER_FILE
-    scaled = {name: value * scale if name.endswith(".lora_b") else value for name, value in params.items()}
-    save_lora(path, scaled, trained.ranks, dtype=jnp.dtype(dtype))
+    save_lora(path, trained.frozen | params, trained.ranks, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
+    if about and is_first():
+        with replacing(folder / PEFT_FILE) as file:
+            file.write(json.dumps(about.peft, indent=2).encode())
     return path
 
 

@@ -26,7 +26,7 @@ from anima_jax.training.batches import Batches, OnlineText, as_it_is
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import Evaluation
-from anima_jax.training.export import export, rotate
+from anima_jax.training.export import about_adapter, export, rotate
 from anima_jax.training.figures import Lines
 from anima_jax.training.fingerprints import contents_of, facts_of, frozen_fingerprint, settings_of
 from anima_jax.training.intervals import passes
@@ -54,6 +54,8 @@ def step_config(config: MainConfig) -> StepConfig:
         seed=config.seed,
         uncond_fraction=config.uncond_fraction,
         ema_decay=config.ema_decay,
+        dropout=config.adapter.dropout if config.adapter else 0.0,
+        rank_dropout=config.adapter.rank_dropout if config.adapter else 0.0,
         remat=config.remat,
         remat_every=config.remat_every,
         scan_unroll=config.scan_unroll,
@@ -100,23 +102,21 @@ class Training:
         encoders = encoders.on(mesh)
         self._batches = Batches(config, data, encoders.tokenizers)
         self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
-        cached = config.model.cache_text_embeddings
-        self._encode_text = as_it_is if cached else OnlineText(encoders.text_encoder, config)
+        # A text encoder that is trained runs inside the step.
+        ready = config.model.cache_text_embeddings or config.trains_text_encoder
+        self._encode_text = as_it_is if ready else OnlineText(encoders.text_encoder, config)
 
         self._settings, shape = step_config(config), optimizer_config(config, data.plan)
-        trained = prepare(config)
+        trained = prepare(config, lambda: encoders.text_encoder)
         print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
-        optimizer = optimizers.build(shape, trained.tensors)
+        optimizer = optimizers.build(shape, trained.tensors, trained.rates)
         self.state = init_state(trained.params, optimizer, self._settings)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups, places)
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
         work = estimate.works(data, *data.text_rows(encoders.tokenizers))
-        self._flops = [
-            estimate.flops(trained.config, self.state.params, each, config.remat, config.remat_every).model * each.batch
-            for each in work
-        ]
+        self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
         ids = np.array([example.id for example in data.examples], np.uint64)
         facts = facts_of(
             self.state.params,
@@ -220,7 +220,7 @@ class Training:
     def _after(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
         """Save, evaluate and draw what is due after `step`; whether the run is to stop, as it was asked to."""
         for name in exports_after(self._config, self._epochs_at(step), step, total):
-            self._save_model(name)
+            self._save_model(name, step)
         if step == total or (self.resume.due(step) and self._updated()):
             self._save_checkpoint(step)
         asked = self._asked(signals, after_step=True)
@@ -293,6 +293,8 @@ class Training:
             self._progress.flush()
             adapter = self._config.adapter is not None
             rates = self._config.learning_rates
+            if adapter:  # which groups it has is the configuration's to choose
+                rates = {group: rates[group] for group in self._trained.groups.values()}
             loss = self._progress.last["loss"]
             well = self_check(metrics.norms, rates, step=step, attempt=attempt, loss=loss, adapter=adapter)
             if well and attempt == 1:
@@ -315,14 +317,13 @@ class Training:
         self._progress.flush()
         return not self._progress.last.get("skipped")
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, step: int) -> None:
         self._progress.flush()
         config = self._config
-        scale = config.adapter.scale if config.adapter else 1.0
-        ema = self.state.ema
+        about, ema = about_adapter(config, self._trained, step), self.state.ema
         self._unsaved = f"{self._run / name}: the model could not be saved"
         with _going_on():
-            saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, scale, ema=ema)
+            saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, about, ema=ema)
             if is_first():
                 shutil.copy(config.path, self._run / name)
             self._progress.say(f"saved {saved}")
@@ -389,9 +390,8 @@ class Training:
         if config.sample is None:
             return None
         model = merge(self._trained.graphdef, self._all(self.state.params))
-        pipeline = AnimaPipeline(
-            model, encoders.vae, encoders.text_encoder, encoders.tokenizers, dtype=config.compute_dtype
-        )
+        text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
+        pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
         return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", self._monitor)
 
 

@@ -15,7 +15,9 @@ import jax
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from anima_jax.checkpoints.names.parts import TITLES
 from anima_jax.config.main import MainConfig
+from anima_jax.models.lora import Slot
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_first
@@ -57,15 +59,23 @@ def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:
     if model.adapter:
         sizes += f"; LLM adapter: {model.adapter.blocks} blocks of width {model.adapter.width:,}"
     what = "full training"
-    if trained.ranks is not None:
-        what = f"adapter of rank {max(map(max, trained.ranks.values()))} on {len(trained.ranks)} linear layers a block"
+    if trained.slots is not None:
+        what = "\n".join([adapter_line(trained.slots), *trained.notes])
     start = "a fresh network" if config.model.config else config.model.transformer_path
     parts = {
-        "model": f"{start}\n{sizes}\n{what}, computed in {config.compute_dtype}",
+        "model": f"{start}\n{sizes}\ncomputed in {config.compute_dtype}\n{what}",
         "parameters": parameter_table(trained, config.learning_rates, config.param_dtype),
         "data": data,
     }
     return "\n".join(f"{name}\n{textwrap.indent(text, '  ')}" for name, text in parts.items())
+
+
+def adapter_line(slots: Mapping[str, Slot]) -> str:
+    """What adapters there are: their kind, ranks and number."""
+    ranks = [rank for slot in slots.values() for rank in slot.ranks if rank]
+    span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
+    kind = TITLES[next(iter(slots.values())).kind]
+    return f"{kind} of rank {span} on {len(ranks)} modules, {len(slots)} linear layers a block"
 
 
 def parameter_table(trained: Trained, learning_rates: Mapping[str, float], param_dtype: str = "float32") -> str:
@@ -86,6 +96,8 @@ def parameter_table(trained: Trained, learning_rates: Mapping[str, float], param
         learned: Params = {path: value for path, value in trained.params.items() if trained.groups[path] == group}
         # Paths contain the words that tell groups apart, as the names in files do.
         frozen: Params = {path: value for path, value in trained.frozen.items() if group_of(path) == group}
+        if group == "text_encoder" and not frozen:
+            continue
         lines.append(row(group, learned, frozen, f"{learning_rates[group]:g}" if learned else "frozen"))
     lines.append(row("total", trained.params, trained.frozen, ""))
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
 from anima_jax.config.main import SampleConfig
 from anima_jax.models.parameters import Params, compute_copy
 from anima_jax.parallel.hosts import is_first
@@ -53,6 +54,9 @@ class Samples:
         """
         settings, (width, height) = self._settings, self._size_wh
         self._pipeline.dit_params = compute_copy(params, self._pipeline.dtype)
+        own = {path.removeprefix(TEXT_ENCODER): one for path, one in params.items() if path.startswith(TEXT_ENCODER)}
+        if own:
+            self._pipeline.text_encoder_params = own
         images = []
         for seed in settings.seeds:
             images += self._pipeline(

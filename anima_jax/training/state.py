@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,18 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from anima_jax.checkpoints.adapters import ranks_of
-from anima_jax.checkpoints.models import open_dit
+from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
-from anima_jax.checkpoints.names.adapters import LORA_RULES
+from anima_jax.checkpoints.names.adapters import ADAPTER_RULES, TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
 from anima_jax.models import lora, parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.parameters import Params
+from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh
+from anima_jax.parallel.mesh import current_mesh, put_whole
+from anima_jax.training import adapters
 from anima_jax.training.optimizers import groups_by_path
 
 
@@ -31,7 +33,9 @@ class Trained:
     Frozen parameters have the compute dtype, or are stored as `[model] transformer_dtype` says, some `Quantised`.
 
     `params` are the values that training starts from.
-    `tensors` are the trained parameters' tensors in an exported file; `ranks` those of a LoRA, None in full training.
+    `tensors` are the trained parameters' tensors in an exported file; `slots` the adapters by module path, None in full
+    training. `rates` are learning rates relative to the group's, one for each layer, of parameters that have their own.
+    `notes` are to be told.
     """
 
     config: DiTConfig
@@ -39,20 +43,33 @@ class Trained:
     params: Params
     frozen: Params
     tensors: list[FileTensor]
-    ranks: dict[str, tuple[int, ...]] | None
+    slots: Mapping[str, lora.Slot] | None
+    rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def groups(self) -> dict[str, str]:
         """Parameter group of each parameter that is trained."""
         return groups_by_path(self.tensors)
 
+    @property
+    def text_ids(self) -> bool:
+        """Whether the step takes token ids in place of text states, because it trains the text encoder."""
+        return any(path.startswith(TEXT_ENCODER) for path in self.params)
 
-def prepare(config: MainConfig, mesh: Mesh | None = None) -> Trained:
+    @property
+    def ranks(self) -> dict[str, tuple[int, ...]] | None:
+        """Ranks of the adapters, by module path; None in full training."""
+        return None if self.slots is None else {path: tuple(slot.ranks) for path, slot in self.slots.items()}
+
+
+def prepare(config: MainConfig, text_encoder: Callable[[], Qwen3] | None = None, mesh: Mesh | None = None) -> Trained:
     """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
 
     They lie on `mesh` (by default the one that is set) as its rules say; no device or host ever has more of them.
-    Raises UserError for a file that does not fit, when nothing would be trained, when `transformer_dtype` would round
-    what is trained, and for a `remat_every` that does not divide the number of blocks.
+    `text_encoder` loads the text encoder, if an adapter on it is trained; by default from its file. Raises UserError
+    for a file that does not fit, when nothing would be trained, when `transformer_dtype` would round what is trained,
+    and for a `remat_every` that does not divide the number of blocks.
     """
     mesh = mesh or current_mesh()
     model_config, graphdef, base = _base(config, mesh)
@@ -62,26 +79,62 @@ def prepare(config: MainConfig, mesh: Mesh | None = None) -> Trained:
             f"{config.path}: remat_every = {config.remat_every}, expected a divisor of the transformer's "
             f"{model_config.blocks} blocks: {', '.join(map(str, divisors))}"
         )
-    trained, adapter = _trained_paths(config, base), config.adapter
-    if adapter is None:
+    if config.adapter is None:
+        trained = _trained_paths(config, base)
         tensors = [tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in trained]
         params = {path: base[path].astype(jnp.float32) for path in base if path in trained}
         frozen = {path: value for path, value in base.items() if path not in trained}
         return Trained(model_config, graphdef, params, frozen, tensors, None)
+    return _with_adapter(config, model_config, base, text_encoder or (lambda: _text_encoder(config)), mesh)
 
-    def build(rngs: nnx.Rngs) -> AnimaDiT:
+
+def _with_adapter(
+    config: MainConfig, model_config: DiTConfig, base: Params, load_text_encoder: Callable[[], Qwen3], mesh: Mesh
+) -> Trained:
+    """All of the base frozen, and adapters that are trained."""
+    qwen = load_text_encoder() if config.trains_text_encoder else None
+    if qwen is not None:
+        base = base | {TEXT_ENCODER + path: value for path, value in parameters.split(qwen)[1].items()}
+
+    def bare(rngs) -> AnimaDiT:
         model = AnimaDiT(model_config, rngs=rngs)
-        layers = {path: linear.kernel.shape[0] for path, linear in lora.target_modules(model).items()}
-        ranks = {path: [adapter.rank] * count for path, count in layers.items() if f"{path}.kernel" in trained}
-        lora.attach(model, ranks, scale=adapter.scale)
+        if qwen is not None:
+            model.text_encoder = nnx.data(Qwen3(qwen.config, rngs=rngs))
+        return model
+
+    slots, rates = adapters.plan(config, lora.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0)))))
+
+    def build(rngs) -> AnimaDiT:
+        model = bare(rngs)
+        lora.attach(model, slots)
         return model
 
     graphdef, abstract = parameters.abstract(build)
-    adapters = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
-    draw = jax.jit(lambda key: lora.initial(abstract, key), out_shardings=rules.shardings(adapters, adapters, mesh))
-    params = draw(jax.random.key(config.seed))
-    ranks = ranks_of(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return Trained(model_config, graphdef, params, base, file_tensors(LORA_RULES, params), ranks)
+    fresh = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
+    key, places = jax.random.key(config.seed), rules.shardings(fresh, fresh, mesh)
+    params, scales = lora.initial(abstract | base, slots, key, places), adapters.scales(config, slots)
+    notes: list[str] = []
+    if config.adapter and config.adapter.init_from_existing:
+        begun, notes = adapters.existing(config, slots, scales, params)
+        params |= begun
+    tensors = file_tensors(ADAPTER_RULES, params)
+    return Trained(model_config, graphdef, params, base | put_whole(scales, mesh), tensors, slots, rates, notes)
+
+
+def _text_encoder(config: MainConfig) -> Qwen3:
+    return _stored_text(config, load_text_encoder(config.model.llm_path, config.compute_dtype))
+
+
+def blank_text_encoder(config: MainConfig) -> Qwen3:
+    """The text encoder with zeros for weights: of its file the header alone is read."""
+    with open_text_encoder(config.model.llm_path) as checkpoint:
+        zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
+        return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
+
+
+def _stored_text(config: MainConfig, model: Qwen3) -> Qwen3:
+    storage = config.model.text_encoder_storage
+    return quantised.quantise_text_encoder(model, storage) if storage else model
 
 
 def dit_config(config: MainConfig) -> DiTConfig:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
+from anima_jax.models import lora
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
@@ -87,6 +88,8 @@ class StepConfig:
     seed: int = 0
     uncond_fraction: float = 0.0
     ema_decay: float | None = None
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
     remat: str = "full"
     remat_every: int = 1
     scan_unroll: int = 1
@@ -138,6 +141,10 @@ def losses(
     if unconditional is not None and config.uncond_fraction > 0:
         dropped_b = uniform(_keys(batch, Purpose.CAPTION_DROPOUT, config)) < config.uncond_fraction
         text = jax.tree.map(functools.partial(_dropped, dropped_b), unconditional, text)
+    if model.text_encoder is not None:
+        # It is trained: what stands in the place of its states are token ids.
+        states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=config.compute_dtype)
+        text = text._replace(source_bnd=states_bnd)
     assert model.llm_adapter is not None
     context_bmd = model.llm_adapter(
         text.source_bnd.astype(config.compute_dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
@@ -163,6 +170,8 @@ def _dropped(dropped_b: Array, empty: Array, given: Array) -> Array:
 
 def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
     """Mean loss of a batch, every random number drawn from its examples' ids. `unconditional` as in `losses`."""
+    if config.dropout or config.rank_dropout:
+        lora.drop(model, _keys(batch, Purpose.ADAPTER_DROPOUT, config), config.dropout, config.rank_dropout)
     times_b = config.times.times(uniform(_keys(batch, Purpose.TIME, config)), batch.grid_b3)
     noise_blc = normal(_keys(batch, Purpose.NOISE, config), batch.latents_blc.shape[1:])
     return batch_mean(losses(model, batch, unconditional, noise_blc, times_b, config))

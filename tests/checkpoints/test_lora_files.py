@@ -1,4 +1,4 @@
-"""LoRA files in the trainer's format on the golden model: what peft computes with them, and back to the same bytes."""
+"""Files in the trainer's format on the golden model: what peft computes with them, and back to the same bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,13 @@ from safetensors.numpy import load_file, save_file
 from anima_jax.checkpoints.adapters import load_lora, ranks_of, save_lora
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.checkpoints.names import file_tensors
-from anima_jax.checkpoints.names.adapters import LORA_RULES
+from anima_jax.checkpoints.names.adapters import ADAPTER_RULES
 from anima_jax.errors import UserError
 from anima_jax.models import lora, parameters
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden, relative_error
 
 LORA = GOLDEN / "lora_rank4.safetensors"
+LOKR = GOLDEN / "lokr_rank4.safetensors"
 
 
 @pytest.fixture
@@ -22,10 +23,11 @@ def model():
     return load_dit(GOLDEN / "dit_image.model.safetensors")
 
 
-def test_velocity_loss_and_adapter_gradients_equal_the_reference(model):
-    load_lora(LORA, model)
+@pytest.mark.parametrize("path", [LORA, LOKR], ids=["lora", "lokr"])
+def test_velocity_loss_and_adapter_gradients_equal_the_reference(model, path):
+    load_lora(path, model)
     graphdef, params = parameters.split(model)
-    inputs, expected = golden("dit_image.io"), golden("lora_rank4.io")
+    inputs, expected = golden("dit_image.io"), golden(f"{path.stem}.io")
     text = [jnp.asarray(inputs[key]) for key in ("qwen", "t5_ids", "qwen_mask", "t5_mask")]
 
     def loss_of(adapter):
@@ -39,7 +41,7 @@ def test_velocity_loss_and_adapter_gradients_equal_the_reference(model):
     assert relative_error(velocity, channel_last(expected["velocity"])) < VALUE_TOLERANCE
     assert relative_error(context, expected["context_train"]) < VALUE_TOLERANCE
     assert float(loss) == pytest.approx(expected["loss"][0], rel=VALUE_TOLERANCE)
-    tensors = file_tensors(LORA_RULES, adapter)
+    tensors = file_tensors(ADAPTER_RULES, adapter)
     assert len(tensors) == sum(name.startswith("grad.") for name in expected)
     for tensor in tensors:
         grad = tensor.layout.to_file(np.asarray(grads[tensor.path][tensor.layer]))
@@ -51,9 +53,10 @@ def saved(model, path):
     return load_file(path)
 
 
-def test_loading_and_saving_gives_the_same_tensors(model, tmp_path):
-    load_lora(LORA, model)
-    original, again = load_file(LORA), saved(model, tmp_path / "again.safetensors")
+@pytest.mark.parametrize("path", [LORA, LOKR], ids=["lora", "lokr"])
+def test_loading_and_saving_gives_the_same_tensors(model, tmp_path, path):
+    load_lora(path, model)
+    original, again = load_file(path), saved(model, tmp_path / "again.safetensors")
     assert original.keys() == again.keys()
     for name, array in original.items():
         assert array.dtype == again[name].dtype
@@ -76,12 +79,18 @@ def test_modules_and_layers_that_a_file_leaves_out_stay_out_and_ranks_may_differ
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"diffusion_model.blocks.9.mlp.layer1.lora_A.weight": np.zeros((4, 64), "f4")}, "blocks.9"),
+        (lambda t: t | {"diffusion_model.blocks.9.mlp.layer9.lora_A.weight": np.zeros((4, 64), "f4")}, "blocks.9"),
         (lambda t: {k: v for k, v in t.items() if k != next(iter(t))}, "but not"),
-        (lambda t: {k: v[:, :-1].copy() if ".lora_A." in k else v for k, v in t.items()}, r"expected \(rank, 64\)"),
-        (lambda t: {k: v[:3] if "2.mlp.layer1.lora_A" in k else v for k, v in t.items()}, r"ranks \[3, 4\]"),
-        (lambda t: {"lora_unet_blocks_0.alpha": np.ones(1, "f4")}, "trainer's format"),
-        (lambda t: {}, "no tensors"),
+        (
+            lambda t: {k: v[:, :-1].copy() if ".lora_A." in k else v for k, v in t.items()},
+            r"a weight of shape \(16, 63\), the model's is \(16, 64\)",
+        ),
+        (
+            lambda t: {k: v[:3] if "2.mlp.layer1.lora_A" in k else v for k, v in t.items()},
+            r"expected \(out, rank\) and \(rank, in\)",
+        ),
+        (lambda t: {"lora_unet_blocks_0.alpha": np.ones(1, "f4")}, "holds no adapter of Anima's"),
+        (lambda t: {}, "holds no adapter of Anima's"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(model, tmp_path, change, message):

@@ -174,11 +174,26 @@ MAIN_FAULTS = [
         SIZES | {"model.config": {"adapter": {"width": 9, "heads": 3}}},
         "model.config.adapter.heads: 3 heads of width = 9",
     ),
-    # known, but still to come
-    ({"adapter": {"type": "lokr", "rank": 4}}, "adapter.type: type 'lokr' of diffusion-pipe is not carried out yet"),
-    ({"adapter": ADAPTER | {"dropout": 0.1}}, "adapter.dropout: dropout = 0.1 is not carried out yet by this version"),
+    # adapters
+    (
+        {"adapter": {"type": "lokra", "rank": 4}},
+        "adapter.type: found 'lokra', expected 'lora', 'lokr', 'loha' or 'dora'",
+    ),
+    ({"adapter": ADAPTER | {"dropout": 1.0}}, "adapter.dropout: found 1.0 (a number), expected less than 1.0"),
+    (
+        {"adapter": ADAPTER | {"exclude_modules": "blocks.("}},
+        "adapter.exclude_modules: 'blocks.(' is no regular expression",
+    ),
+    (
+        {"adapter": ADAPTER | {"init_from_existing": "absent"}},
+        "adapter.init_from_existing: an adapter's .safetensors file, or the folder that holds it is expected",
+    ),
+    (
+        {"adapter": ADAPTER | {"text_encoder_lr": 1e-5}},
+        "adapter.text_encoder_lr: a trained text encoder's states cannot be cached",
+    ),
+    # devices
     ({"mesh": {"fsdp": 0}}, "mesh.fsdp: found 0, expected a number of devices, or -1 for what is left"),
-    ({"adapter": ADAPTER | {"init_from_existing": "pictures"}}, "adapter.init_from_existing: a known key that this ve"),
     # another model's, or too much
     (
         {"model.t5_path": "dit.safetensors"},

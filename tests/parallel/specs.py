@@ -3,6 +3,7 @@
 python -m tests.parallel.specs > tests/parallel/specs.txt
 """
 
+import itertools
 import textwrap
 
 from anima_jax.models import lora, parameters
@@ -14,9 +15,10 @@ from tests.parallel.meshes import MESHES, name
 
 
 def _transformer(rngs) -> AnimaDiT:
-    """With a LoRA of rank 32 on every layer that takes one."""
-    model = AnimaDiT(DiTConfig(), rngs=rngs)
-    lora.attach(model, {path: [32] * layer.kernel.shape[0] for path, layer in lora.target_modules(model).items()})
+    """With an adapter of rank 32 on every layer that takes one, each kind somewhere."""
+    model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(lora.KINDS)
+    slots = lora.target_shapes(model).items()
+    lora.attach(model, {path: lora.slot(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
     return model
 
 

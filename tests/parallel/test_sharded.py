@@ -1,5 +1,6 @@
 """One training step on meshes of eight devices: the numbers of one device, its bytes shared out, and what is sent."""
 
+import itertools
 import math
 import re
 
@@ -26,9 +27,10 @@ def transformer(rngs) -> AnimaDiT:
     return AnimaDiT(CONFIG, rngs=rngs)
 
 
-def with_lora(rngs) -> AnimaDiT:
+def with_adapters(rngs) -> AnimaDiT:
     model = AnimaDiT(CONFIG, rngs=rngs)
-    lora.attach(model, {path: [4] * layer.kernel.shape[0] for path, layer in lora.target_modules(model).items()})
+    kinds, slots = itertools.cycle(lora.KINDS), lora.target_shapes(model).items()
+    lora.attach(model, {path: lora.slot(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
     return model
 
 
@@ -63,7 +65,7 @@ def on_mesh(sizes, build):
 def step_on(sizes, build=transformer, accumulation=1):
     """Loss and gradients on a mesh, and the transfers inside the loops over blocks of the compiled program."""
     mesh, graphdef, params, batch = on_mesh(sizes, build)
-    frozen = {path: value for path, value in params.items() if build is with_lora and not lora.is_lora(path)}
+    frozen = {path: value for path, value in params.items() if build is with_adapters and not lora.is_lora(path)}
     trained = {path: value for path, value in params.items() if path not in frozen}
 
     def of(trained, frozen, batch):
@@ -99,7 +101,7 @@ ONE = dict.fromkeys(rules.AXES, 1)
 @pytest.fixture(scope="module")
 def alone():
     """Steps on one device."""
-    return {build: step_on(ONE, build) for build in (transformer, with_lora)}
+    return {build: step_on(ONE, build) for build in (transformer, with_adapters)}
 
 
 def assert_equal(found, expected):
@@ -132,8 +134,8 @@ def test_a_step_has_the_numbers_of_one_device_and_sends_weights_and_tokens_alone
     assert max(moved, default=0) <= max(map(np.prod, layers))
 
 
-def test_a_lora_in_micro_batches_has_the_gradients_of_one_device(on_eight, alone):
-    assert_equal(on_eight(step_on, MESHES[4], with_lora, 2), alone[with_lora])
+def test_adapters_of_every_kind_in_micro_batches_have_the_gradients_of_one_device(on_eight, alone):
+    assert_equal(on_eight(step_on, MESHES[4], with_adapters, 2), alone[with_adapters])
 
 
 def state_bytes_on(sizes, step):

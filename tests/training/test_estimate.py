@@ -35,19 +35,26 @@ def full() -> Trained:
     return Trained(CONFIG, graphdef, params, {}, [], None)
 
 
-def low_rank(adapter: bool) -> Trained:
-    """A LoRA on every layer that takes one, or on those outside the LLM adapter."""
+def low_rank(adapter: bool, kind: str = "lora") -> Trained:
+    """An adapter on every layer that takes one, or on those outside the LLM adapter."""
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
-        layers = {path: linear.kernel.shape[0] for path, linear in lora.target_modules(model).items()}
-        chosen = {path: [8] * n for path, n in layers.items() if adapter or not path.startswith("llm_adapter.")}
-        lora.attach(model, chosen)
+        shapes = lora.target_shapes(model)
+        chosen = {path: shape for path, shape in shapes.items() if adapter or not path.startswith("llm_adapter.")}
+        lora.attach(model, {path: lora.slot(kind, shape, [8] * shape[0]) for path, shape in chosen.items()})
         return model
 
     graphdef, params = parameters.abstract(build)
     frozen = {path: leaf for path, leaf in params.items() if not lora.is_lora(path)}
-    return Trained(CONFIG, graphdef, {p: v for p, v in params.items() if lora.is_lora(p)}, frozen, [], {"": (8,)})
+    return Trained(
+        CONFIG,
+        graphdef,
+        {p: v for p, v in params.items() if lora.is_lora(p)},
+        frozen,
+        [],
+        {"": lora.Slot("lora", {}, (8,))},
+    )
 
 
 def gradient_of(trained: Trained, settings: StepConfig):
@@ -83,8 +90,11 @@ def products(jaxpr) -> float:
         (full, {"remat": "full", "remat_every": 2}),
         (lambda: low_rank(True), {"remat": "full"}),
         (lambda: low_rank(False), {"remat": "none"}),
+        (lambda: low_rank(True, "lokr"), {"remat": "none"}),
+        (lambda: low_rank(True, "loha"), {"remat": "full"}),
+        (lambda: low_rank(True, "dora"), {"remat": "full"}),
     ],
-    ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter"],
+    ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter", "lokr", "loha", "dora"],
 )
 def test_flops_are_those_of_the_programs_matrix_products(trained, options):
     trained, settings = trained(), StepConfig(compute_dtype=jnp.float32, **options)

@@ -71,18 +71,14 @@ WAN_VAE = Network(
 )
 NETWORKS = (DIT, ADAPTER, QWEN3, WAN_VAE)
 
+TEXT_ENCODER = "text_encoder."
+"""What names of the text encoder's modules, and paths of its parameters, begin with where both networks meet."""
+
 BUNDLED = ("model.diffusion_model.", "text_encoders.", "first_stage_model.", "vae.")
 """What the names of each network begin with where one file holds several."""
 
 QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|scaled_fp8)$")
 """Names that say that the weights beside them are not plain numbers."""
-
-LOW_RANK = {
-    "LoRA": re.compile(r"\.(lora_[AB](\.default)?|lora_(down|up))\.weight$|\.lora_[AB]$"),
-    "LoKr": re.compile(r"\.lokr_(w[12](_[ab])?|t2)$"),
-    "LoHa": re.compile(r"\.hada_(w[12]_[ab]|t[12])$"),
-}
-"""Kinds of adapter files: how the names of their weights end, after the name of the module that they change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +120,6 @@ def locate(network: Network, file_keys: Iterable[str]) -> Location | None:
         else:
             unknown.append(key)
     return Location(prefix, keys, tuple(skipped), tuple(elsewhere), tuple(unknown))
-
-
-def low_rank_kind(file_keys: Iterable[str]) -> str | None:
-    """Which of `LOW_RANK` a file with these keys is; None if it is none."""
-    file_keys = list(file_keys)
-    return next((kind for kind, ending in LOW_RANK.items() if any(map(ending.search, file_keys))), None)
 
 
 def _is_elsewhere(network: Network, prefix: str, key: str) -> bool:

@@ -15,7 +15,7 @@ from anima_jax.checkpoints.names import FileTensor
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 from anima_jax.training.optimizers.groups import group_of, groups_by_path, is_decayed
-from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, together
+from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, layer_rates, together
 from anima_jax.training.optimizers.rates import schedule
 from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find
 
@@ -71,10 +71,13 @@ def check(config: OptimizerConfig) -> None:
     _options(config, *find(config.type))
 
 
-def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig, tensors: Sequence[FileTensor], rates: Mapping[str, Sequence[float]] | None = None
+) -> optax.GradientTransformation:
     """The optimizer of the parameters that `tensors` hold, after clipping the gradients' global norm.
 
-    Raises UserError for a name or an argument that is not known or not fit.
+    `rates` are learning rates relative to the group's, one for each layer, of stacked parameters with their own. Raises
+    UserError for a name or an argument that is not known or not fit.
     """
     name, row = find(config.type)
     options = _options(config, name, row)
@@ -94,7 +97,12 @@ def build(config: OptimizerConfig, tensors: Sequence[FileTensor]) -> optax.Gradi
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     try:
         main = _shared(config, name, row, parameters, options) if row.shared else _separate(row, parameters, options)
-        optimizer = in_float32(optax.chain(clip, _on_host(main) if row.on_host else main))
+        steps = [clip, _on_host(main) if row.on_host else main]
+        if rates:
+            if name.startswith("schedule_free"):
+                raise UserError(f"[optimizer] type = '{name}' averages over all of its steps: no [adapter] lr_pattern")
+            steps.append(layer_rates(rates))
+        optimizer = in_float32(optax.chain(*steps))
         # Some arguments are looked at only in a step: trace one.
         params = _abstract(tensors)
         jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)

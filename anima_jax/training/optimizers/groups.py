@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from anima_jax.checkpoints.names import FileTensor
 
 GROUPS = (
+    ("text_encoder", "text_encoder"),
     ("llm_adapter", "llm_adapter"),
     ("self_attn", ".self_attn"),
     ("cross_attn", ".cross_attn"),
@@ -16,9 +17,13 @@ GROUPS = (
     ("mod", ".adaln_modulation"),
     ("base", ""),
 )
-"""(group, what its parameters' names contain): the first that fits. The configuration's key is `<group>_lr`."""
+"""(group, what its parameters' names contain): the first that fits. The configuration's key is `<group>_lr`.
 
-NEVER_DECAYED = "llm_adapter.embed"
+The text encoder's parameters are in no group of diffusion-pipe's, which does not train it.
+"""
+
+NEVER_DECAYED = ("llm_adapter.embed", "dora_scale")
+"""Parts of the names of tensors without weight decay, although some files have them with two axes."""
 
 
 def group_of(name: str) -> str:
@@ -36,5 +41,5 @@ def groups_by_path(tensors: Sequence[FileTensor]) -> dict[str, str]:
 
 
 def is_decayed(tensor: FileTensor) -> bool:
-    """Whether weight decay applies to it: neither 1-D in the file nor the adapter's embedding table."""
-    return len(tensor.shape) > 1 and NEVER_DECAYED not in tensor.name
+    """Whether weight decay applies to it: not where it is 1-D, nor the adapter's table, nor a DoRA's magnitudes."""
+    return len(tensor.shape) > 1 and not any(part in tensor.name for part in NEVER_DECAYED)

@@ -6,7 +6,7 @@ transposed) changes nothing: norms, Newton-Schulz and factored moments of a tran
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,17 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
         return out, jax.tree.unflatten(treedef, new)
 
     return transformation(init, update)
+
+
+def layer_rates(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
+    """Updates of the parameters in `rates` times a number for each layer of theirs; the others as they are."""
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        del params
+        own = {path: jnp.asarray(rate).reshape(-1, *[1] * (updates[path].ndim - 1)) for path, rate in rates.items()}
+        return updates | {path: updates[path] * rate for path, rate in own.items()}, state
+
+    return transformation(lambda params: optax.EmptyState(), update)
 
 
 def together(

@@ -1,0 +1,64 @@
+"""Adapters between models of different depths, which others have made of Anima by putting new blocks between its own.
+
+28 blocks are Anima, 40 Anima-2.9B, 52 Anima-3.8B. An adapter's blocks keep to the blocks that they were trained on,
+wherever those are now.
+"""
+
+from collections.abc import Mapping
+
+from anima_jax.checkpoints.patches import Patch
+from anima_jax.errors import UserError
+
+INSERTED = {
+    40: (2, 5, 8, 11, 14, 17, 21, 24, 27, 30, 33, 36),
+    52: (3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47),
+}
+"""Depth → the numbers of its new blocks; the others are those of the depth before."""
+
+DEPTHS = (28, *INSERTED)
+
+_BLOCKS = "blocks."
+
+
+def depth_map(source: int, target: int) -> dict[int, int]:
+    """Number of a block in a model of `source` blocks → its number in one of `target`; new blocks have none.
+
+    Raises UserError for a depth that is not known.
+    """
+    for depth in (source, target):
+        if depth not in DEPTHS:
+            raise UserError(f"{depth} blocks: expected one of {', '.join(map(str, DEPTHS))}")
+    if source > target:
+        return {there: here for here, there in depth_map(target, source).items()}
+    found = {number: number for number in range(source)}
+    for depth, inserted in INSERTED.items():
+        if source < depth <= target:
+            kept = [number for number in range(depth) if number not in inserted]
+            found = {number: kept[there] for number, there in found.items()}
+    return found
+
+
+def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str, Patch]:
+    """The patches of a model of `source` blocks for one of `target`.
+
+    Raises UserError, naming the blocks, for those that the target does not have.
+    """
+    numbers, found, lost = depth_map(source, target), {}, set()
+    for module, patch in patches.items():
+        if not module.startswith(_BLOCKS):
+            found[module] = patch
+            continue
+        number, _, rest = module.removeprefix(_BLOCKS).partition(".")
+        if int(number) in numbers:
+            found[f"{_BLOCKS}{numbers[int(number)]}.{rest}"] = patch
+        else:
+            lost.add(int(number))
+    if lost:
+        named = ", ".join(map(str, sorted(lost)))
+        why = (
+            f"a model of {target} blocks has not"
+            if max(lost) < source
+            else f"a model of {source} blocks has not either"
+        )
+        raise UserError(f"the adapter changes blocks {named}, which {why}")
+    return found

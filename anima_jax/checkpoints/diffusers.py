@@ -1,0 +1,216 @@
+"""Folders as diffusers has them: a folder for each network, with its settings, and an index.
+
+Both directions keep every value as it is stored. Nothing of diffusers is needed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from anima_jax.checkpoints.accounting import Source, shorten
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.models import Checkpoint, fit
+from anima_jax.checkpoints.names import diffusers as names
+from anima_jax.checkpoints.names import dit, file_tensors, wan_vae
+from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, WAN_VAE, Location, Network
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.errors import UserError
+from anima_jax.models import parameters
+from anima_jax.models.dit import OUT_CHANNELS, PATCH, AnimaDiT, DiTConfig
+from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
+from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
+
+VERSION = "0.42.0"
+"""Of diffusers, whose settings these are."""
+
+INDEX = "modular_model_index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A network's folder: the class that loads it, the file of its weights, and its settings, given the sizes."""
+
+    network: Network
+    library: str
+    loaded_by: str
+    weights: str
+    settings: Callable[[Any], dict[str, Any]]
+
+
+def _transformer_settings(config: DiTConfig) -> dict[str, Any]:
+    stretch = 4.0 if config.latent_channels == OUT_CHANNELS else 3.0
+    return {
+        "in_channels": config.latent_channels,
+        "out_channels": OUT_CHANNELS,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_size,
+        "num_layers": config.blocks,
+        "mlp_ratio": config.mlp_width / config.width,
+        "text_embed_dim": config.context_width,
+        "adaln_lora_dim": config.adaln_rank,
+        "max_size": [128, 240, 240],
+        "patch_size": [1, PATCH, PATCH],
+        "rope_scale": [1.0, stretch, stretch],
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": None,
+    }
+
+
+def _text_conditioner_settings(config: AdapterConfig) -> dict[str, Any]:
+    return {
+        "source_dim": config.source_width,
+        "target_dim": config.target_width,
+        "model_dim": config.width,
+        "num_layers": config.blocks,
+        "num_attention_heads": config.heads,
+        "mlp_ratio": config.mlp_width / config.width,
+        "target_vocab_size": config.vocabulary,
+        "use_self_attention": True,
+        "use_layer_norm": False,
+        "min_sequence_length": 512,
+    }
+
+
+def _text_encoder_settings(config: Qwen3Config) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3Model"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": ROTARY_THETA,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+
+
+def _vae_settings(config: WanVAEConfig) -> dict[str, Any]:
+    return {
+        "base_dim": config.base_width,
+        "z_dim": config.latent_channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.blocks_per_level,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_down),
+        "dropout": 0.0,
+        "latents_mean": list(config.latent_mean),
+        "latents_std": list(config.latent_deviation),
+    }
+
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMPONENTS = {
+    "transformer": Component(DIT, "diffusers", "CosmosTransformer3DModel", _WEIGHTS, _transformer_settings),
+    "text_conditioner": Component(ADAPTER, "diffusers", "AnimaTextConditioner", _WEIGHTS, _text_conditioner_settings),
+    "text_encoder": Component(QWEN3, "transformers", "Qwen3Model", "model.safetensors", _text_encoder_settings),
+    "vae": Component(WAN_VAE, "diffusers", "AutoencoderKLQwenImage", _WEIGHTS, _vae_settings),
+}
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+_OTHERS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+    "t5_tokenizer": ("transformers", "T5Tokenizer"),
+}
+
+
+def spelled(component: str, name: str, config: Any) -> str:
+    """The name in a component's folder of a tensor of the original file."""
+    if component == "vae":
+        return names.vae(name, config.blocks_per_level)
+    return {"transformer": names.transformer, "text_conditioner": names.text_conditioner}.get(component, str)(name)
+
+
+def settings(component: str, config: Any) -> dict[str, Any]:
+    """What a component's `config.json` says of a network of these sizes."""
+    row = COMPONENTS[component]
+    header = {} if row.library == "transformers" else {"_class_name": row.loaded_by, "_diffusers_version": VERSION}
+    return header | row.settings(config)
+
+
+def index(folder: PathLike, components: Mapping[str, Any] | list[str]) -> dict[str, Any]:
+    """What the index of a folder with these components says."""
+    found: dict[str, Any] = {
+        "_blocks_class_name": "AnimaAutoBlocks",
+        "_class_name": "AnimaModularPipeline",
+        "_diffusers_version": VERSION,
+    }
+    for name in sorted(components):
+        row = COMPONENTS.get(name)
+        library, loaded_by = (row.library, row.loaded_by) if row else _OTHERS[name]
+        where = {"pretrained_model_name_or_path": str(folder), "subfolder": name, "revision": None, "variant": None}
+        found[name] = [library, loaded_by, {**where, "type_hint": [library, loaded_by]}]
+    return found
+
+
+def components_in(folder: PathLike) -> list[str]:
+    """The networks that a folder of diffusers' holds. UserError if it has no transformer."""
+    found = [name for name in COMPONENTS if (pathlib.Path(folder) / name).is_dir()]
+    if "transformer" not in found:
+        raise UserError(f"{folder}: is a folder without transformer/, expected one of diffusers', or a file")
+    return found
+
+
+@contextlib.contextmanager
+def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
+    """A network in a folder of diffusers', under its original names; several files of weights are one."""
+    root = pathlib.Path(folder) / component
+    paths = sorted(root.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{root}: holds no .safetensors file")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
+        keys = {key: Source(file, key) for file in files for key in file.tensors}
+        original = _original_names(component, root, keys)
+        sources = {original[key]: source for key, source in keys.items() if key in original}
+        unknown = [key for key in keys if key not in original]
+        if unknown:
+            raise UserError(f"{root}: {len(unknown)} tensors are none of a {component}: {shorten(unknown)}")
+        location = Location("", {}, (), (), ())
+        yield fit(COMPONENTS[component].network, str(root), files[0], location, sources, [])
+
+
+def _original_names(component: str, root: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the folder → name in the original file, for every tensor that such a network may have."""
+    if component == "vae":
+        config = _vae_config(root)
+        tensors = file_tensors(wan_vae.rules(config), _shapes(lambda rngs: WanVAE(config, rngs=rngs)))
+        return {spelled(component, tensor.name, config): tensor.name for tensor in tensors}
+    if component == "text_encoder":
+        return {key: key.removeprefix("model.") for key in keys}
+    blocks = max(1, dit.count_blocks(keys, "transformer_blocks." if component == "transformer" else "blocks."))
+    sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=AdapterConfig(8, blocks, 1, 8, 8, 4, 4))
+    tensors = file_tensors(dit.RULES, _shapes(lambda rngs: AnimaDiT(sizes, rngs=rngs)))
+    inside = component == "text_conditioner"
+    own = [tensor.name for tensor in tensors if tensor.name.startswith(dit.ADAPTER) == inside]
+    return {spelled(component, name, sizes): name for name in own}
+
+
+def _vae_config(root: pathlib.Path) -> WanVAEConfig:
+    path = root / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return WanVAEConfig(
+            base_width=found["base_dim"],
+            multipliers=tuple(found["dim_mult"]),
+            blocks_per_level=found["num_res_blocks"],
+            temporal_down=tuple(found["temperal_downsample"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: says not what the VAE is: {error}") from error
+
+
+def _shapes(build: Callable) -> parameters.Params:
+    return parameters.abstract(build)[1]

@@ -1,0 +1,187 @@
+"""Adapters multiplied into weights: into a checkpoint's tensors, or into a model's parameters.
+
+All arithmetic is in float32 from the base's values, one weight at a time, rounded once to the base's dtype, as ComfyUI
+does it; so a merged file and a base with its adapters loaded are the same numbers.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from anima_jax.checkpoints import copying, gathered
+from anima_jax.checkpoints.adapters import Adapter, adapter_in, file_of, fitted
+from anima_jax.checkpoints.fingerprints import another_base
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
+from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
+from anima_jax.checkpoints.patches import FLOAT32, Patch
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.errors import UserError
+from anima_jax.models.parameters import Params
+
+Weight = float | Mapping[str, float]
+"""An adapter's weight: one for all of it, or one for each part of the network, by the beginning of its modules' names.
+
+`blocks.0-9` are ten blocks, `blocks.3.mlp` is a part of one, `llm_adapter` and `text_encoder` are what they are; the
+longest beginning that fits a module counts, and what none fits has the weight of `""`, or 1.
+"""
+
+Changes = Mapping[str, Sequence[tuple[Patch, float]]]
+"""Tensor → what changes it, in this order, each at a strength."""
+
+
+def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
+    """Module → strength. Raises UserError for a part of the network in which the adapter has no module."""
+    if not isinstance(weight, Mapping):
+        return dict.fromkeys(adapter.patches, float(weight))
+    parts = sorted(weight, key=lambda part: part.count(".") if part else -1)
+    for part in parts:
+        if part and not any(_within(part, module) for module in adapter.patches):
+            raise UserError(f"{adapter.path}: weight of '{part}': the adapter has no such module, as in 'blocks.0-9'")
+    found = {}
+    for module in adapter.patches:
+        fitting = [weight[part] for part in parts if not part or _within(part, module)]
+        found[module] = float(fitting[-1]) if fitting else 1.0
+    return found
+
+
+def _within(part: str, module: str) -> bool:
+    """Whether `module` begins with `part`, whose numbers may be ranges."""
+    wanted, names = part.split("."), module.split(".")
+    return len(wanted) <= len(names) and all(map(_same, wanted, names))
+
+
+def _same(wanted: str, name: str) -> bool:
+    if span := re.fullmatch(r"(\d+)-(\d+)", wanted):
+        return name.isdigit() and int(span[1]) <= int(name) <= int(span[2])
+    return wanted == name
+
+
+def matched(
+    files: Sequence[SafetensorsFile],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    base: PathLike | None = None,
+    allow_unused: bool = False,
+) -> list[Adapter]:
+    """The adapters in open files, as far as they change tensors of these shapes.
+
+    Tensors are named as in the original files, the text encoder's after `text_encoder.`. Says how many modules matched,
+    and warns of an adapter that was trained on another model than the file `base`.
+    """
+    adapters = []
+    for file in files:
+        adapter = fitted(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
+        adapters.append(adapter)
+        if base is not None and (warning := another_base(adapter.path, adapter.metadata, base)):
+            print(warning, file=sys.stderr)
+    return adapters
+
+
+def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
+    """What the adapters change at these weights, one for each."""
+    found: dict[str, list[tuple[Patch, float]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module, strength in strengths(adapter, weight).items():
+            patch = adapter.patches[module]
+            if patch.update_shape is not None:
+                found.setdefault(f"{module}.weight", []).append((patch, strength))
+            if "diff_b" in patch.parts:
+                found.setdefault(f"{module}.bias", []).append((patch, strength))
+    return found
+
+
+def merged(
+    name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
+) -> np.ndarray:
+    """The tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
+    weight = copying.contiguous(values).astype(FLOAT32)
+    for patch, strength in patches:
+        if strength == 0.0:
+            continue
+        if name.endswith(".bias"):
+            weight = weight + np.float32(strength) * patch.parts["diff_b"].float32()
+        else:
+            weight = patch.applied(weight, strength)
+    return copying.cast(weight, values.dtype if dtype is None else dtype, name)
+
+
+class AdapterStack:
+    """Adapters on the parameters of a transformer and of a text encoder, whose weights can be changed.
+
+    The values that the parameters have without adapters stay in host memory, so that every change begins at them. The
+    files stay open.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[PathLike],
+        transformer: Params,
+        text_encoder: Params,
+        *,
+        base: PathLike | None = None,
+        allow_unused: bool = False,
+    ):
+        params = transformer | {TEXT_ENCODER + path: value for path, value in text_encoder.items()}
+        tensors = [*file_tensors(dit.RULES, transformer)]
+        for tensor in file_tensors(qwen3.RULES, text_encoder):
+            tensors.append(
+                dataclasses.replace(tensor, name=TEXT_ENCODER + tensor.name, path=TEXT_ENCODER + tensor.path)
+            )
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        files = [SafetensorsFile(file_of(path)) for path in paths]
+        self._adapters = matched(files, shapes, base=base, allow_unused=allow_unused)
+        touched = changes(self._adapters, [1.0] * len(paths))
+        self._tensors: dict[str, list[FileTensor]] = {}
+        for tensor in tensors:
+            if tensor.name in touched:
+                self._tensors.setdefault(tensor.path, []).append(tensor)
+        self._base = {path: gathered.on_host(params[path]) for path in self._tensors}
+        self._shardings = {path: getattr(params[path], "sharding", None) for path in self._tensors}
+
+    def at(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
+        """The changed parameters at these weights, one for each adapter: the transformer's and the text encoder's.
+
+        Raises UserError for another number of weights, or a part of the network that an adapter does not change.
+        """
+        if len(weights) != len(self._adapters):
+            raise UserError(f"found {len(weights)} weights, expected one for each of {len(self._adapters)} LoRAs")
+        found = changes(self._adapters, weights)
+        params = {path: self._placed(path, self._merged(path, found)) for path in self._base}
+        own = {path for path in params if path.startswith(TEXT_ENCODER)}
+        return (
+            {path: value for path, value in params.items() if path not in own},
+            {path.removeprefix(TEXT_ENCODER): params[path] for path in own},
+        )
+
+    def _placed(self, path: str, values: np.ndarray) -> Any:
+        """Where the parameter was, which may be the host's memory."""
+        sharding = self._shardings[path]
+        if sharding is None:
+            return values
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    def _merged(self, path: str, found: Changes) -> np.ndarray:
+        out = self._base[path].copy()
+        for tensor in self._tensors[path]:
+            own = out if tensor.layer is None else out[tensor.layer]
+            values = merged(tensor.name, tensor.layout.to_file(own), found[tensor.name])
+            copying.copy_into(own, tensor.layout.to_model(values))
+        return out
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE:WEIGHT` as a path and a weight, 1 by default. Raises UserError for a weight that is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text) or weight.startswith("//"):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UserError(f"{text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'") from None

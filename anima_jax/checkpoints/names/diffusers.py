@@ -1,0 +1,73 @@
+"""Names of diffusers' folders, each built forward from the original files' names.
+
+Source: `scripts/convert_anima_to_diffusers.py` and the models themselves (CosmosTransformer3DModel,
+AnimaTextConditioner, AutoencoderKLQwenImage) in diffusers 0.42.
+"""
+
+import re
+from collections.abc import Sequence
+
+from anima_jax.checkpoints.names.dit import ADAPTER
+
+_TRANSFORMER = (
+    (r"^blocks\.", "transformer_blocks."),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.([qkv])_proj(?=\.|$)", r".to_\1"),
+    (r"\.output_proj(?=\.|$)", ".to_out.0"),
+    (r"\.([qk])_norm(?=\.|$)", r".norm_\1"),
+    (r"\.mlp\.layer1(?=\.|$)", ".ff.net.0.proj"),
+    (r"\.mlp\.layer2(?=\.|$)", ".ff.net.2"),
+    (r"\.adaln_modulation_self_attn\.", ".norm1.linear_"),
+    (r"\.adaln_modulation_cross_attn\.", ".norm2.linear_"),
+    (r"\.adaln_modulation_mlp\.", ".norm3.linear_"),
+    (r"^final_layer\.adaln_modulation\.", "norm_out.linear_"),
+    (r"^final_layer\.linear(?=\.|$)", "proj_out"),
+    (r"^t_embedder\.1\.", "time_embed.t_embedder."),
+    (r"^t_embedding_norm(?=\.|$)", "time_embed.norm"),
+    (r"^x_embedder\.proj\.1(?=\.|$)", "patch_embed.proj"),
+)
+
+_VAE = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(\w+)\.conv1\.", r"\1.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.downsamples\.", ".down_blocks."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+
+
+def _renamed(name: str, rows: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rows:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def transformer(name: str) -> str:
+    """The name in `transformer/` of a tensor, or a module, of the original transformer."""
+    return _renamed(name, _TRANSFORMER)
+
+
+def text_conditioner(name: str) -> str:
+    """The name in `text_conditioner/` of a tensor, or a module, of the LLM adapter."""
+    return name.removeprefix(ADAPTER)
+
+
+def vae(name: str, blocks_per_level: int) -> str:
+    """The name in `vae/` of a tensor of the original VAE, whose encoder has so many residual blocks a level."""
+
+    def upsampling(match: re.Match[str]) -> str:
+        level, block = divmod(int(match[1]), blocks_per_level + 2)
+        part = "upsamplers.0" if block == blocks_per_level + 1 else f"resnets.{block}"
+        return f"decoder.up_blocks.{level}.{part}."
+
+    return _renamed(re.sub(r"^decoder\.upsamples\.(\d+)\.", upsampling, name), _VAE)

@@ -1,0 +1,102 @@
+"""How two models, or two adapters, differ: which tensors, and how far, block by block."""
+
+import argparse
+import collections
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from anima_jax.checkpoints.accounting import shorten
+from anima_jax.checkpoints.adapters import open_adapter
+from anima_jax.checkpoints.names.parts import adapter_kind
+from anima_jax.checkpoints.patches import Patch
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.errors import UserError
+from convert.extract import opened_both
+from convert.inspect import block_of
+
+SUMMARY = "say how two models, or two adapters, differ"
+
+
+class Pair(NamedTuple):
+    """A tensor, or an adapter's update of a module, in both files; None where one has none."""
+
+    name: str
+    first: np.ndarray | None
+    second: np.ndarray | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("first", metavar="A", help="a model's or an adapter's .safetensors")
+    parser.add_argument("second", metavar="B", help="another one of its kind")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what is only in one, what is equal, and ‖B − A‖ / ‖A‖ of each block with a difference."""
+    kinds = []
+    for path in (arguments.first, arguments.second):
+        with SafetensorsFile(path) as file:
+            kinds.append(adapter_kind(file.tensors) is not None)
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{arguments.second}: one of the two is an adapter, the other is a model")
+    pairs = adapters(arguments.first, arguments.second) if kinds[0] else models(arguments.first, arguments.second)
+    for line in report(pairs, "modules" if kinds[0] else "tensors"):
+        print(line)
+
+
+def models(first: str, second: str) -> Iterator[Pair]:
+    """Every tensor of two models."""
+    with opened_both(first, second) as files:
+        for name in dict.fromkeys([*files[0], *files[1]]):
+            arrays = (file[name].read().astype(np.float32) if name in file else None for file in files)
+            yield Pair(name, *arrays)
+
+
+def adapters(first: str, second: str) -> Iterator[Pair]:
+    """The update of every module of two adapters, whatever their kinds and dialects."""
+    with open_adapter(first) as one, open_adapter(second) as other:
+        for name in dict.fromkeys([*one.patches, *other.patches]):
+            yield Pair(name, _update(one.patches.get(name)), _update(other.patches.get(name)))
+
+
+def _update(patch: Patch | None) -> np.ndarray | None:
+    if patch is None:
+        return None
+    parts = [patch.update()] if patch.update_shape is not None else []
+    parts += [patch.parts[name].float32() for name in ("diff_b", "dora_scale") if name in patch.parts]
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def report(pairs: Iterable[Pair], what: str) -> Iterator[str]:
+    """The lines to print."""
+    alone: dict[str, list[str]] = {"A": [], "B": []}
+    misshapen, equal, count = [], 0, 0
+    squares: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    largest = ("", 0.0)
+    for name, first, second in pairs:
+        if first is None or second is None:
+            alone["B" if first is None else "A"].append(name)
+        elif first.shape != second.shape:
+            misshapen.append(f"{name} {first.shape} and {second.shape}")
+        elif np.array_equal(first, second):
+            equal += 1
+        else:
+            count += 1
+            change, size = (float(np.sum(np.square(x), dtype=np.float64)) for x in (second - first, first))
+            squares[block_of(name)][0] += change
+            squares[block_of(name)][1] += size
+            relative = (change / size) ** 0.5 if size else float("inf")
+            largest = max(largest, (name, relative), key=lambda pair: pair[1])
+    for file, names in alone.items():
+        if names:
+            yield f"only in {file}: {len(names)} {what}: {shorten(names)}"
+    if misshapen:
+        yield f"of another shape: {len(misshapen)} {what}: {shorten(misshapen)}"
+    yield f"equal: {equal} {what}; different: {count}"
+    if count:
+        yield f"{'':<24} ‖B − A‖ / ‖A‖"
+        for block, (change, size) in squares.items():
+            yield f"{block:<24} {(change / size) ** 0.5 if size else float('inf'):.3e}"
+        yield f"most: {largest[0]} {largest[1]:.3e}"

@@ -1,0 +1,82 @@
+"""What a fine-tune changed, as a LoRA: the leading singular vectors of each weight's difference."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from anima_jax.checkpoints.accounting import Source, looks_like, original_names, shorten
+from anima_jax.checkpoints.adapters import write_adapter
+from anima_jax.checkpoints.fingerprints import fingerprint
+from anima_jax.checkpoints.patches import Part, Patch, truncated
+from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
+from anima_jax.errors import UserError
+from convert import outputs
+
+SUMMARY = "make a LoRA of the difference between a model and its fine-tune"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("base", metavar="BASE", help="the model's .safetensors")
+    parser.add_argument("tuned", metavar="TUNED", help="the same model after its training")
+    parser.add_argument("output", metavar="OUT", help="the adapter to write")
+    parser.add_argument("--rank", type=outputs.positive, required=True, help="of every weight's factors, at most")
+    outputs.add_arguments(parser, dtype="by default f32")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write OUT and say how much of the change it holds. Norms and biases, which have no rank, are kept whole."""
+    outputs.check(arguments.output, arguments.base, arguments.tuned, force=arguments.force)
+    dtype = outputs.OUTPUT_DTYPES.get(arguments.dtype, DTYPES["F32"])
+    parts: dict[str, dict[str, Part]] = {}
+    total = kept = 0.0
+    for name, difference in differences(arguments.base, arguments.tuned):
+        energy = float(np.sum(np.square(difference), dtype=np.float64))
+        module, _, kind = name.rpartition(".")
+        own = parts.setdefault(module, {})
+        if difference.ndim == 2:
+            own["lora_B"], own["lora_A"], share = factors(difference, arguments.rank, dtype)
+        else:
+            own["diff_b" if kind == "bias" else "diff"], share = Part.of(difference.astype(dtype)), 1.0
+        total, kept = total + energy, kept + share * energy
+    if not parts:
+        raise UserError(f"{arguments.tuned}: has the same values as {arguments.base}")
+    metadata = {"format": "pt", "rank": str(arguments.rank), **fingerprint(arguments.base).metadata}
+    write_adapter(arguments.output, {module: Patch(own) for module, own in parts.items()}, metadata=metadata)
+    print(f"{arguments.output}: {len(parts)} modules, rank {arguments.rank}, {kept / total:.2%} of the energy kept")
+
+
+def factors(difference: np.ndarray, rank: int, dtype: np.dtype) -> tuple[Part, Part, float]:
+    """B, A and the share of the energy that they keep."""
+    b, a, share = truncated(difference, rank)
+    return Part.of(b.astype(dtype)), Part.of(a.astype(dtype)), share
+
+
+def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Original name and TUNED − BASE, float32, of every tensor that differs. UserError if they are not one model."""
+    with opened_both(base, tuned) as (mine, theirs):
+        alone = sorted(mine.keys() ^ theirs.keys())
+        if alone:
+            raise UserError(f"{tuned}: {len(alone)} tensors are only in one of it and {base}: {shorten(alone)}")
+        for name, source in mine.items():
+            if source.tensor.shape != theirs[name].tensor.shape:
+                raise UserError(f"{tuned}: {name} is {theirs[name].tensor.shape}, in {base} {source.tensor.shape}")
+            difference = theirs[name].read().astype(np.float32) - source.read().astype(np.float32)
+            if np.any(difference):
+                yield name, difference
+
+
+@contextlib.contextmanager
+def opened_both(*paths: str) -> Iterator[list[dict[str, Source]]]:
+    """Original name → tensor of each file's transformer and text encoder. UserError for a file that has none."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for path in paths:
+            file = stack.enter_context(SafetensorsFile(path))
+            names = original_names(file)
+            if not names:
+                raise UserError(f"{path}: holds neither a transformer nor a text encoder; {looks_like(file.tensors)}")
+            found.append({name: Source(file, key) for name, key in names.items()})
+        yield found

@@ -1,0 +1,46 @@
+"""Write an adapter of any dialect in another one, or for a model of another depth."""
+
+import argparse
+
+from anima_jax.checkpoints.adapters import open_adapter, write_adapter
+from anima_jax.checkpoints.depths import remapped
+from anima_jax.checkpoints.names.adapters import DIALECTS
+from anima_jax.errors import UserError
+from convert import outputs
+
+SUMMARY = "write an adapter (LoRA, LoKr, LoHa, DoRA) in another dialect"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("input", metavar="IN", help="an adapter's .safetensors of any dialect, or its folder")
+    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument("--to", required=True, choices=DIALECTS, help="the dialect; comfyui is diffusion-pipe's too")
+    parser.add_argument(
+        "--remap", metavar="FROM:TO", help="move it between models of 28, 40 and 52 blocks, as in --remap 28:40"
+    )
+    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that are no module of Anima's")
+    outputs.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert IN to OUT and say what was done to the numbers, if anything."""
+    outputs.check(arguments.output, arguments.input, force=arguments.force)
+    depths = parse_remap(arguments.remap) if arguments.remap else None
+    dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)
+    with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
+        patches = remapped(adapter.patches, *depths) if depths else adapter.patches
+        notes = write_adapter(arguments.output, patches, dialect, dtype=dtype, metadata=adapter.metadata)
+        print(
+            f"{arguments.output}: {len(patches)} modules matched ({adapter.summary}), in the names of {dialect.title}"
+        )
+    for note in notes:
+        print(note)
+
+
+def parse_remap(text: str) -> tuple[int, int]:
+    """`28:40` as two numbers of blocks. Raises UserError for anything else."""
+    source, colon, target = text.partition(":")
+    if not (colon and source.isdigit() and target.isdigit()):
+        raise UserError(f"--remap {text}: expected two numbers of blocks, as in 28:40")
+    return int(source), int(target)

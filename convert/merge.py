@@ -1,0 +1,53 @@
+"""Multiply adapters into the weights of a model, one tensor at a time."""
+
+import argparse
+import contextlib
+
+import numpy as np
+
+from anima_jax.checkpoints import safetensors
+from anima_jax.checkpoints.accounting import looks_like, original_names
+from anima_jax.checkpoints.adapters import file_of
+from anima_jax.checkpoints.copying import cast
+from anima_jax.checkpoints.merging import changes, matched, merged, weighted
+from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
+from anima_jax.errors import UserError
+from convert import outputs
+
+SUMMARY = "multiply adapters into the weights of a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("base", metavar="BASE", help="a transformer's, a text encoder's or an all-in-one .safetensors")
+    parser.add_argument("loras", metavar="LORA[:WEIGHT]", nargs="+", help="adapters of any kind, and their weights")
+    parser.add_argument("output", metavar="OUT", help="the file to write, with BASE's names")
+    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that fit no module of BASE")
+    outputs.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merge into OUT; what the adapters do not change is copied as it is."""
+    paths, weights = zip(*map(weighted, arguments.loras), strict=True)
+    outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(SafetensorsFile(arguments.base))
+        names = {key: name for name, key in original_names(file).items()}
+        if not names:
+            raise UserError(f"{file.path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
+        shapes = {name: file.tensors[key].shape for key, name in names.items()}
+        files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
+        changed = changes(matched(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused), weights)
+
+        def stored_dtype(key: str) -> np.dtype:
+            return outputs.OUTPUT_DTYPES.get(arguments.dtype, file.tensors[key].dtype)
+
+        def array_of(key: str) -> np.ndarray:
+            values, name = file.read(key), names.get(key, key)
+            if name not in changed:
+                return cast(values, stored_dtype(key), key)
+            return merged(name, values, changed[name], stored_dtype(key))
+
+        tensors = [Tensor(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
+        safetensors.write(arguments.output, tensors, array_of, file.metadata)
+    print(f"{arguments.output}: {len(changed)} of {len(tensors)} tensors changed")

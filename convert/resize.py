@@ -1,0 +1,34 @@
+"""Give an adapter a lower rank, or turn a LoKr or LoHa into a LoRA."""
+
+import argparse
+
+from anima_jax.checkpoints.adapters import open_adapter, write_adapter
+from anima_jax.checkpoints.patches import resized
+from convert import outputs
+
+SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("input", metavar="LORA", help="an adapter's .safetensors of any dialect and kind")
+    parser.add_argument("output", metavar="OUT", help="the adapter to write, in ComfyUI's names")
+    parser.add_argument("--rank", type=outputs.positive, required=True, help="of every module, at most")
+    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that are no module of Anima's")
+    outputs.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write OUT and say how much of the adapter it holds. Alphas are multiplied in where a rank changes."""
+    outputs.check(arguments.output, arguments.input, force=arguments.force)
+    with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
+        patches, total, kept = {}, 0.0, 0.0
+        for module, patch in adapter.patches.items():
+            patches[module], before, after = resized(patch, arguments.rank)
+            total, kept = total + before, kept + after
+        metadata = {**adapter.metadata, "rank": str(arguments.rank)}
+        metadata.pop("alpha", None)
+        dtype = outputs.OUTPUT_DTYPES.get(arguments.dtype)
+        write_adapter(arguments.output, patches, dtype=dtype, metadata=metadata)
+    share = kept / total if total else 1.0
+    print(f"{arguments.output}: {len(patches)} modules, rank {arguments.rank}, {share:.2%} of the energy kept")

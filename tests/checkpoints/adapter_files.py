@@ -1,0 +1,81 @@
+"""Adapter files for tests: the golden LoRA in every dialect, and random adapters of every kind."""
+
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests.golden_files import GOLDEN
+
+LORA = GOLDEN / "lora_rank4.safetensors"
+LOKR = GOLDEN / "lokr_rank4.safetensors"
+
+TO_DIFFUSERS = (
+    ("blocks.", "transformer_blocks."),
+    (".self_attn.output_proj", ".attn1.to_out.0"),
+    (".cross_attn.output_proj", ".attn2.to_out.0"),
+    *((f".self_attn.{x}_proj", f".attn1.to_{x}") for x in "qkv"),
+    *((f".cross_attn.{x}_proj", f".attn2.to_{x}") for x in "qkv"),
+    (".mlp.layer1", ".ff.net.0.proj"),
+    (".mlp.layer2", ".ff.net.2"),
+    (".adaln_modulation_self_attn.", ".norm1.linear_"),
+    (".adaln_modulation_cross_attn.", ".norm2.linear_"),
+    (".adaln_modulation_mlp.", ".norm3.linear_"),
+)
+"""ECOSYSTEM 3, the native ↔ diffusers name map, for the modules of blocks."""
+
+
+def split(key: str) -> tuple[str, str]:
+    """The module and the part of a key of the trainer's."""
+    for part in (".lora_A.weight", ".lora_B.weight"):
+        if key.endswith(part):
+            return key.removeprefix("diffusion_model.").removesuffix(part), part[6]
+    module, _, part = key.removeprefix("diffusion_model.").rpartition(".")
+    return module, part
+
+
+def diffusers_name(module: str) -> str:
+    if module.startswith("llm_adapter."):
+        return "text_conditioner." + module.removeprefix("llm_adapter.")
+    for original, peer in TO_DIFFUSERS:
+        module = module.replace(original, peer)
+    return "transformer." + module
+
+
+def flat(module: str) -> str:
+    return "lora_unet_" + module.replace(".", "_")
+
+
+SPELLINGS = {
+    "trainer": (lambda m: f"diffusion_model.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "up and down": (lambda m: f"diffusion_model.{m}", ".lora_down.weight", ".lora_up.weight"),
+    "kohya": (flat, ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": (diffusers_name, ".lora_A.weight", ".lora_B.weight"),
+    "peft": (lambda m: f"base_model.model.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "peft of diffusers": (
+        lambda m: "base_model.model." + diffusers_name(m).removeprefix("transformer."),
+        ".lora_A.default.weight",
+        ".lora_B.default.weight",
+    ),
+    "net": (lambda m: f"net.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "bare": (lambda m: m, ".lora_A.weight", ".lora_B.weight"),
+}
+"""How each dialect spells a module, and what it calls A and B."""
+
+
+def lora_as(dialect: str, path: pathlib.Path, alpha: float | None = None) -> pathlib.Path:
+    """The golden LoRA in another dialect. With `alpha`, its B is larger by rank / alpha, so that it does the same."""
+    spell, a, b = SPELLINGS[dialect]
+    tensors = {}
+    for key, array in load_file(LORA).items():
+        module, part = split(key)
+        tensors[spell(module) + (a if part == "A" else b)] = array if part == "A" or not alpha else array * (4 / alpha)
+        if alpha:
+            tensors[spell(module) + ".alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path, {"format": "pt"})
+    return path
+
+
+def peft_config(path: pathlib.Path, **values) -> None:
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, **values}))

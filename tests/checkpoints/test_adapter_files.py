@@ -1,0 +1,444 @@
+"""Adapter files of every dialect and kind: the same numbers whichever they come in, and nothing lost on the way."""
+
+import itertools
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from anima_jax.checkpoints.adapters import load_lora, open_adapter, write_adapter
+from anima_jax.checkpoints.depths import depth_map, remapped
+from anima_jax.checkpoints.models import load_dit
+from anima_jax.checkpoints.names import adapters as names
+from anima_jax.checkpoints.names.adapters import DIALECTS
+from anima_jax.checkpoints.patches import Part, Patch, truncated
+from anima_jax.errors import UserError
+from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from tests.checkpoints.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split
+from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
+from tests.models.networks import normal, quick_jit, random_model
+
+DIT_FILE = GOLDEN / "dit_image.model.safetensors"
+
+
+@pytest.fixture
+def model():
+    return load_dit(DIT_FILE)
+
+
+@quick_jit
+def reference_velocity(model, inputs):
+    context = model.llm_adapter(inputs["qwen"], inputs["t5_ids"], inputs["qwen_mask"], inputs["t5_mask"])
+    return model(inputs["x_t"], inputs["t"], context)
+
+
+def velocity(model) -> np.ndarray:
+    inputs = golden("dit_image.io")
+    inputs["x_t"] = channel_last(inputs["x_t"])
+    wanted = ("qwen", "t5_ids", "qwen_mask", "t5_mask", "x_t", "t")
+    return np.asarray(reference_velocity(model, {key: jnp.asarray(inputs[key]) for key in wanted}))
+
+
+def updates(path) -> dict[str, np.ndarray]:
+    with open_adapter(path) as adapter:
+        return {module: patch.update() for module, patch in adapter.patches.items()}
+
+
+def same_updates(path, expected, tolerance=1e-6):
+    found = updates(path)
+    assert found.keys() == expected.keys()
+    for module, update in expected.items():
+        assert relative_error(found[module], update) < tolerance, module
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_modules_have_one_spelling():
+    with_blocks = names._all_spellings(3)
+    modules = set(with_blocks.values())
+    for spell in names.SPELLINGS:
+        spelled = [spelling for module in modules if (spelling := spell(module)) is not None]
+        assert len(spelled) == len(set(spelled))
+    # The first spelling of a module is that of its own, not of another that came before.
+    for module in modules:
+        assert with_blocks[names.COMFYUI.module(module)] == module
+
+
+@pytest.mark.parametrize("dialect", ["comfyui", "kohya"])
+@pytest.mark.parametrize("file", [LORA, LOKR])
+def test_comfyui_accepts_every_key_that_is_written_for_the_weight_that_it_means(dialect, file, tmp_path):
+    accepted = json.loads((GOLDEN / "comfyui_lora_keys.json").read_text())["accepted"]
+    with open_adapter(file) as adapter:
+        write_adapter(tmp_path / "out.safetensors", adapter.patches, DIALECTS[dialect])
+        modules = set(adapter.patches)
+    found = set()
+    for key in load_file(tmp_path / "out.safetensors"):
+        module = key.split(".lora_")[0].split(".lokr_")[0].removesuffix(".alpha")
+        assert module in accepted, key
+        found.add(accepted[module].removeprefix("diffusion_model.").removesuffix(".weight"))
+    assert found == modules
+
+
+def test_every_name_that_comfyui_accepts_is_read_as_the_weight_that_it_patches():
+    accepted = json.loads((GOLDEN / "comfyui_lora_keys.json").read_text())["accepted"]
+    found = names.modules_by_spelling(accepted)
+    assert len(found) == len(accepted)
+    for spelling, weight in accepted.items():
+        assert f"diffusion_model.{found[spelling]}" == weight.removesuffix(".weight")
+
+
+def test_names_of_the_text_encoder():
+    spellings = (
+        "text_encoders.qwen3_06b.transformer.model.layers.1.self_attn.q_proj",
+        "lora_te_layers_1_self_attn_q_proj",
+        "text_encoder.layers.1.self_attn.q_proj",
+    )
+    assert set(names.modules_by_spelling(spellings).values()) == {"text_encoder.layers.1.self_attn.q_proj"}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 6.0])
+@pytest.mark.parametrize("dialect", SPELLINGS)
+def test_every_dialect_of_a_lora_makes_the_same_updates(tmp_path, dialect, alpha):
+    same_updates(lora_as(dialect, tmp_path / "lora.safetensors", alpha), updates(LORA))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "alpha"), [("trainer", None), ("up and down", 1.0), ("kohya", 6.0), ("diffusers", 2.0)]
+)
+def test_a_lora_gives_the_references_velocity_whichever_dialect_it_came_in(model, tmp_path, capsys, dialect, alpha):
+    load_lora(lora_as(dialect, tmp_path / "lora.safetensors", alpha), model)
+    assert "68 of 68 modules matched (LoRA of rank 4)" in capsys.readouterr().out
+    assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
+
+
+def test_a_lokr_gives_the_references_velocity(model):
+    load_lora(LOKR, model)
+    assert relative_error(velocity(model), channel_last(golden("lokr_rank4.io")["velocity"])) < VALUE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("dialect", "beside", "metadata", "scale"),
+    [
+        ("peft", {"lora_alpha": 8}, {}, 2.0),
+        ("peft", {"lora_alpha": 8, "use_rslora": True}, {}, 4.0),
+        ("peft", {"lora_alpha": 4, "alpha_pattern": {"blocks.0.mlp.layer1": 2}}, {}, {"blocks.0.mlp.layer1": 0.5}),
+        ("diffusers", {"lora_alpha": 8}, {}, 1.0),
+        ("diffusers", {}, {"transformer.lora_alpha": 8, "text_conditioner.lora_alpha": 2}, 2.0),
+        ("trainer", {"lora_alpha": 8}, {}, 1.0),
+    ],
+)
+def test_pefts_alpha_counts_in_pefts_files_and_diffusers_in_theirs(tmp_path, dialect, beside, metadata, scale):
+    path = lora_as(dialect, tmp_path / "adapter_model.safetensors")
+    if beside:
+        peft_config(tmp_path / "adapter_config.json", **beside)
+    if metadata:
+        save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(metadata)})
+    with open_adapter(path) as adapter:
+        scales = {module: patch.scale for module, patch in adapter.patches.items()}
+    if isinstance(scale, dict):
+        assert {module for module, one in scales.items() if one != 1.0} == set(scale)
+        assert scales | scale == scales
+    else:
+        assert {one for module, one in scales.items() if module.startswith("blocks.")} == {scale}
+    if metadata:
+        assert {one for module, one in scales.items() if module.startswith("llm_adapter.")} == {0.5}
+
+
+Q_PROJ = "blocks.1.self_attn.q_proj"
+
+
+def random_parts(kind: str, out: int = 64, into: int = 64) -> dict[str, np.ndarray]:
+    """Parts of a random adapter of one module, by ComfyUI's names."""
+    shapes = {
+        "lora": {"lora_A": (3, into), "lora_B": (out, 3)},
+        "loha": {"hada_w1_a": (out, 3), "hada_w1_b": (3, into), "hada_w2_a": (out, 3), "hada_w2_b": (3, into)},
+        "lokr whole": {"lokr_w1": (4, 8), "lokr_w2": (out // 4, into // 8)},
+        "lokr both": {
+            "lokr_w1_a": (4, 2),
+            "lokr_w1_b": (2, 8),
+            "lokr_w2_a": (out // 4, 2),
+            "lokr_w2_b": (2, into // 8),
+        },
+        "diff": {"diff": (out, into)},
+    }
+    plain = {"dora": "lora", "dora by input": "lora", "loha dora": "loha"}.get(kind, kind)
+    parts = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes[plain].items())}
+    if "dora" in kind:
+        parts["dora_scale"] = np.abs(normal(*((1, into) if "input" in kind else (out, 1)), seed=9))
+    if plain != "diff":
+        parts["alpha"] = np.array(2.0, np.float32)
+    return parts
+
+
+def expected_weight(weight: np.ndarray, parts: dict[str, np.ndarray], strength: float) -> np.ndarray:
+    """The mathematics of each kind, in double precision, written out."""
+    p = {name: array.astype(np.float64) for name, array in parts.items()}
+    weight = weight.astype(np.float64)
+    if "lora_A" in p:
+        update = p["lora_B"] @ p["lora_A"] * p["alpha"] / 3
+    elif "hada_w1_a" in p:
+        update = (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * p["alpha"] / 3
+    elif "lokr_w1" in p:
+        update = np.kron(p["lokr_w1"], p["lokr_w2"])  # no rank: an alpha says nothing
+    elif "lokr_w1_a" in p:
+        update = np.kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"]) * p["alpha"] / 2
+    else:
+        update = p["diff"]
+    if "dora_scale" not in p:
+        return weight + strength * update
+    turned = weight + update
+    axis = 1 if p["dora_scale"].shape[1] == 1 else 0
+    turned *= p["dora_scale"] / np.linalg.norm(turned, axis=axis, keepdims=True)
+    return weight + strength * (turned - weight)
+
+
+KINDS = ("lora", "dora", "dora by input", "loha", "loha dora", "lokr whole", "lokr both", "diff")
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -0.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_changes_a_weight_as_its_paper_says(tmp_path, kind, strength):
+    parts = random_parts(kind)
+    written = {f"{flat(Q_PROJ)}.{name}{'.weight' if 'lora_' in name else ''}": a for name, a in parts.items()}
+    save_file(written, tmp_path / "one.safetensors")
+    weight = normal(64, 64, seed=50)
+    with open_adapter(tmp_path / "one.safetensors") as adapter:
+        (patch,) = adapter.patches.values()
+        found = patch.applied(weight, strength)
+        assert patch.fault((64, 64)) is None
+        if "dora" not in kind:
+            assert patch.norm() == pytest.approx(np.linalg.norm(expected_weight(0 * weight, parts, 1.0)), rel=1e-5)
+    assert found.dtype == np.float32
+    assert relative_error(found, expected_weight(weight, parts, strength)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr both"])
+def test_beside_a_models_weights_a_file_does_what_it_does_merged_into_them(tmp_path, kind):
+    """The networks' own layers against the arithmetic on files."""
+    parts = random_parts(kind)
+    save_file(
+        {
+            f"diffusion_model.{Q_PROJ}.{n}{'.weight' if 'lora_' in n else ''}": 0.5 * a if n != "alpha" else a
+            for n, a in parts.items()
+        },
+        tmp_path / "one.safetensors",
+    )
+    beside, merged = load_dit(DIT_FILE), load_dit(DIT_FILE)
+    load_lora(tmp_path / "one.safetensors", beside)
+    kernel = merged.blocks.self_attn.q_proj.kernel
+    with open_adapter(tmp_path / "one.safetensors") as adapter:
+        weight = adapter.patches[Q_PROJ].applied(np.asarray(kernel[...][1]).T, 1.0)
+    kernel.set_value(kernel[...].at[1].set(weight.T))
+    plain = velocity(load_dit(DIT_FILE))
+    assert relative_error(velocity(beside), velocity(merged)) < VALUE_TOLERANCE
+    assert relative_error(velocity(merged), plain) > 1e-3
+
+
+def test_a_text_encoder_takes_adapters_too(tmp_path):
+    config = Qwen3Config(width=64, layers=3, heads=4, key_heads=2, head_size=16, mlp_width=96, vocabulary=50)
+    qwen = random_model(Qwen3, config)
+    before = np.asarray(qwen(jnp.arange(6)[None]))
+    parts = random_parts("lora")
+    save_file(
+        {f"lora_te_layers_1_self_attn_q_proj.{n}{'.weight' if 'lora_' in n else ''}": a for n, a in parts.items()},
+        tmp_path / "te.safetensors",
+    )
+    load_lora(tmp_path / "te.safetensors", qwen)
+    found = np.asarray(qwen(jnp.arange(6)[None]))
+    assert relative_error(found, before) > 1e-3
+    layer = qwen.layers.self_attn.q_proj
+    assert layer.ranks == (0, 3, 0)
+    np.testing.assert_allclose(layer.lora_scale[...], [0, 2 / 3, 0], rtol=1e-6)
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def changed(tmp_path, change):
+    save_file(change(load_file(LORA)), tmp_path / "changed.safetensors")
+    return tmp_path / "changed.safetensors"
+
+
+STRAY = "diffusion_model.blocks.0.self_attn.qkv.lora_A.weight"
+
+
+def test_keys_that_belong_nowhere_are_listed_and_can_be_left_out(model, tmp_path, capsys):
+    path = changed(tmp_path, lambda t: t | {STRAY: np.zeros((4, 64), "f4"), "extra.moe.router": np.zeros(3, "f4")})
+    with pytest.raises(UserError, match="2 keys are unused") as error:
+        load_lora(path, model)
+    assert STRAY in str(error.value)
+    assert "extra.moe.router" in str(error.value)
+    load_lora(path, model, allow_unused=True)
+    assert "warning: " in capsys.readouterr().err
+    assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
+
+
+def test_blocks_that_the_model_has_not_are_unused(model, tmp_path):
+    moved = lambda t: {k.replace("n_model.blocks.2.", "n_model.blocks.30."): a for k, a in t.items()}  # noqa: E731
+    with pytest.raises(UserError, match=r"32 keys are unused: diffusion_model.blocks.30"):
+        load_lora(changed(tmp_path, moved), model)
+
+
+def test_a_part_that_is_there_twice_is_refused(tmp_path):
+    twice = lambda t: t | {k.replace("lora_A", "lora_down"): a for k, a in t.items() if "lora_A" in k}  # noqa: E731
+    with pytest.raises(UserError, match="a second lora_A of"):
+        updates(changed(tmp_path, twice))
+
+
+def test_a_model_is_no_adapter(tmp_path):
+    with pytest.raises(UserError, match="holds no adapter of Anima's; it looks like: Anima transformer"):
+        updates(DIT_FILE)
+
+
+@pytest.mark.parametrize("kind", ["diff", "loha dora", "dora by input"])
+def test_what_only_merging_can_do_is_not_kept_beside_a_model(model, tmp_path, kind):
+    save_file({f"diffusion_model.{Q_PROJ}.{n}": a for n, a in random_parts(kind).items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="merge the file instead"):
+        load_lora(tmp_path / "x.safetensors", model)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def converted(source, target, dialect):
+    with open_adapter(source) as adapter:
+        return write_adapter(target, adapter.patches, DIALECTS[dialect], metadata=adapter.metadata)
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(DIALECTS, 2))
+def test_there_and_back_gives_the_same_bytes(tmp_path, first, second):
+    start, there, back = (tmp_path / f"{name}.safetensors" for name in ("start", "there", "back"))
+    save_file(
+        {k: a.astype(ml_dtypes.bfloat16) for k, a in load_file(LORA).items()},
+        tmp_path / "lora.safetensors",
+        {"format": "pt", "title": "x"},
+    )
+    converted(tmp_path / "lora.safetensors", start, first)
+    converted(start, there, second)
+    converted(there, back, first)
+    assert back.read_bytes() == start.read_bytes()
+    same_updates(there, updates(tmp_path / "lora.safetensors"), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "diff"])
+def test_all_that_comfyui_knows_kohyas_names_carry_too(tmp_path, kind):
+    written = {
+        f"diffusion_model.{Q_PROJ}.{n}{'.weight' if 'lora_' in n else ''}": a for n, a in random_parts(kind).items()
+    }
+    written["text_encoders.qwen3_06b.transformer.model.layers.0.mlp.up_proj.diff"] = normal(3, 4)
+    written["diffusion_model.llm_adapter.blocks.0.mlp.0.diff_b"] = normal(192)
+    written["diffusion_model.blocks.0.self_attn.q_norm.diff"] = normal(16)
+    start, there, back = (tmp_path / f"{name}.safetensors" for name in ("start", "there", "back"))
+    save_file(written, start, {"format": "pt"})
+    converted(start, there, "kohya")
+    assert all(key.startswith(("lora_unet_", "lora_te_")) for key in load_file(there))
+    converted(there, back, "comfyui")
+    found = load_file(back)
+    assert found.keys() == written.keys()
+    for key, array in written.items():
+        np.testing.assert_array_equal(found[key], array)
+
+
+def test_kohya_gets_alphas_which_are_the_ranks(tmp_path):
+    converted(LORA, tmp_path / "kohya.safetensors", "kohya")
+    tensors = load_file(tmp_path / "kohya.safetensors")
+    assert len(tensors) == 3 * 68
+    assert {float(array) for key, array in tensors.items() if key.endswith(".alpha")} == {4.0}
+
+
+@pytest.mark.parametrize(("alpha", "exact"), [(2.0, True), (3.0, False)])
+def test_diffusers_has_alpha_multiplied_into_b_and_is_told_so(tmp_path, alpha, exact):
+    start = lora_as("kohya", tmp_path / "start.safetensors", alpha)
+    (note,) = converted(start, tmp_path / "out.safetensors", "diffusers")
+    assert "68 modules was multiplied into lora_B" in note
+    out, original = load_file(tmp_path / "out.safetensors"), load_file(LORA)
+    assert all(key.startswith(("transformer.transformer_blocks.", "text_conditioner.blocks.")) for key in out)
+    assert len(out) == 2 * 68
+    spell = SPELLINGS["diffusers"][0]
+    for key, array in original.items():
+        module, part = split(key)
+        found = out[f"{spell(module)}.lora_{part}.weight"]
+        if part == "A" or exact:
+            np.testing.assert_array_equal(found, array)
+        else:
+            np.testing.assert_allclose(found, array, rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("key", "array", "named"),
+    [
+        (f"diffusion_model.{Q_PROJ}.dora_scale", np.ones((64, 1), "f4"), "dora_scale of 1 modules"),
+        ("lora_te_layers_0_mlp_up_proj.diff", np.ones((3, 4), "f4"), "text encoder of 1 modules"),
+        ("diffusion_model.llm_adapter.blocks.0.mlp.0.diff_b", np.ones(192, "f4"), "diff_b of 1 modules"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused_by_name(tmp_path, key, array, named):
+    path = changed(tmp_path, lambda t: t | {key: array})
+    with pytest.raises(UserError, match="files of diffusers have no place for") as error:
+        converted(path, tmp_path / "out.safetensors", "diffusers")
+    assert named in str(error.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_diffusers_takes_no_lokr(tmp_path):
+    with pytest.raises(UserError, match="lokr_w1 of 68 modules"):
+        converted(LOKR, tmp_path / "out.safetensors", "diffusers")
+
+
+# ---- depths ----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_move_as_the_community_moved_them():
+    # ECOSYSTEM 3.
+    assert {n: depth_map(28, 40)[n] for n in (0, 2, 14, 18, 27)} == {0: 0, 2: 3, 14: 20, 18: 26, 27: 39}
+    for source, target in ((28, 40), (40, 52), (28, 52)):
+        there = depth_map(source, target)
+        assert sorted(there) == list(range(source))
+        assert list(there.values()) == sorted(set(there.values()))
+        assert depth_map(target, source) == {new: old for old, new in there.items()}
+    assert depth_map(28, 52) == {n: depth_map(40, 52)[m] for n, m in depth_map(28, 40).items()}
+    with pytest.raises(UserError, match="36 blocks: expected one of 28, 40, 52"):
+        depth_map(28, 36)
+
+
+def test_an_adapter_is_moved_without_its_text_side_and_back_if_nothing_is_lost():
+    patch = Patch({"diff": Part.of(np.ones(1))})
+    patches = {
+        "blocks.18.mlp.layer1": patch,
+        "llm_adapter.blocks.5.mlp.0": patch,
+        "text_encoder.layers.27.mlp.up_proj": patch,
+    }
+    there = remapped(patches, 28, 40)
+    assert set(there) == {"blocks.26.mlp.layer1", "llm_adapter.blocks.5.mlp.0", "text_encoder.layers.27.mlp.up_proj"}
+    assert remapped(there, 40, 28) == patches
+    with pytest.raises(UserError, match="changes blocks 2, which a model of 28 blocks has not"):
+        remapped({"blocks.2.mlp.layer1": patch}, 40, 28)
+    with pytest.raises(UserError, match="changes blocks 30, which a model of 28 blocks has not either"):
+        remapped({"blocks.30.mlp.layer1": patch}, 28, 40)
+
+
+# ---- singular values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(530, 560), (560, 530), (60, 40)])
+def test_truncation_keeps_what_the_best_one_keeps(shape):
+    """Against LAPACK's exact decomposition, for a spectrum that falls slowly, which is the hard case."""
+    u, _, vt = np.linalg.svd(normal(*shape), full_matrices=False)
+    spectrum = 1.0 / np.sqrt(1.0 + np.arange(len(vt)))
+    matrix = ((u * spectrum) @ vt).astype(np.float32)
+    b, a, share = truncated(matrix, 16)
+    best = np.sum(spectrum[:16] ** 2) / np.sum(spectrum**2)
+    assert share == pytest.approx(best, rel=1e-3)
+    left = np.sum((matrix - b @ a) ** 2) / np.sum(matrix**2)
+    assert 1 - left == pytest.approx(best, rel=1e-3)
+
+
+def test_what_is_no_module_has_no_spelling():
+    assert not list(names.modules_by_spelling(["lora_unet_blocks_0_self", "blocks_0_mlp", ""]))

@@ -1,0 +1,164 @@
+"""Adapters in the pipeline: any number of them, at weights that can be changed, exactly back and without compiling."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from anima_jax import AnimaPipeline
+from anima_jax.checkpoints.models import load_dit
+from anima_jax.errors import UserError
+from anima_jax.generate import main as generate
+from anima_jax.models import parameters
+from anima_jax.training.profiling import watch_compilation
+from convert.__main__ import main as convert
+from tests.models.networks import normal
+from tests.small_run import ASSETS, write_config, write_transformer
+
+SETTINGS = {"width": 32, "height": 48, "steps": 2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A transformer in bfloat16, a kohya LoRA on it and on the text encoder, and a LoKr in ComfyUI's names."""
+    folder = tmp_path_factory.mktemp("loras")
+    write_transformer(folder / "base.safetensors")
+    base = {name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(folder / "base.safetensors").items()}
+    save_file(base, folder / "base.safetensors")
+    tensors = {}
+    for seed, module in enumerate(("blocks_0_self_attn_q_proj", "blocks_1_mlp_layer1", "blocks_1_cross_attn_v_proj")):
+        out, into = {"mlp_layer1": (128, 64), "cross_attn_v_proj": (64, 32)}.get(module[9:], (64, 64))
+        tensors[f"lora_unet_{module}.lora_down.weight"] = 0.2 * normal(3, into, seed=seed)
+        tensors[f"lora_unet_{module}.lora_up.weight"] = normal(out, 3, seed=seed + 10)
+        tensors[f"lora_unet_{module}.alpha"] = np.array(2.0, np.float32)
+    tensors["lora_te_layers_0_self_attn_v_proj.lora_down.weight"] = normal(3, 64, seed=20)
+    tensors["lora_te_layers_0_self_attn_v_proj.lora_up.weight"] = normal(32, 3, seed=21)
+    save_file(tensors, folder / "style.safetensors")
+    lokr = {"lokr_w1": normal(4, 4, seed=30), "lokr_w2": 0.1 * normal(32, 16, seed=31)}
+    save_file({f"diffusion_model.blocks.0.mlp.layer1.{n}": a for n, a in lokr.items()}, folder / "lokr.safetensors")
+    return folder
+
+
+def load(files, base="base", dtype=jnp.bfloat16, **options):
+    return AnimaPipeline.load(
+        transformer=files / f"{base}.safetensors",
+        vae=ASSETS / "tiny_vae.safetensors",
+        text_encoder=ASSETS / "tiny_qwen3.safetensors",
+        tokenizers=ASSETS / "tokenizers",
+        dtype=dtype,
+        **options,
+    )
+
+
+def both(files, *weights):
+    return load(files, loras=list(zip((files / "style.safetensors", files / "lokr.safetensors"), weights, strict=True)))
+
+
+def all_params(pipeline):
+    return {**pipeline.dit_params, **{f"text_encoder.{p}": v for p, v in pipeline.text_encoder_params.items()}}
+
+
+def different(first, second):
+    first, second = all_params(first), all_params(second)
+    assert first.keys() == second.keys()
+    return {path for path in first if not np.array_equal(np.asarray(first[path]), np.asarray(second[path]))}
+
+
+TOUCHED = {
+    "blocks.self_attn.q_proj.kernel",
+    "blocks.mlp.layer1.kernel",
+    "blocks.cross_attn.v_proj.kernel",
+    "text_encoder.layers.self_attn.v_proj.kernel",
+}
+
+
+def test_weights_add_up_in_float32_and_are_rounded_once(files):
+    plain, found = load(files), both(files, 0.8, -0.5)
+    assert different(plain, found) == TOUCHED
+    style, lokr = load_file(files / "style.safetensors"), load_file(files / "lokr.safetensors")
+    kernel = np.asarray(plain.dit_params["blocks.mlp.layer1.kernel"], np.float64)
+    name = "lora_unet_blocks_1_mlp_layer1"
+    kernel[1] += 0.8 * 2 / 3 * (style[f"{name}.lora_up.weight"] @ style[f"{name}.lora_down.weight"]).T
+    kernel[0] -= 0.5 * np.kron(*(lokr[f"diffusion_model.blocks.0.mlp.layer1.lokr_{w}"] for w in ("w1", "w2"))).T
+    got = np.asarray(found.dit_params["blocks.mlp.layer1.kernel"])
+    expected = kernel.astype(np.float32).astype(ml_dtypes.bfloat16)
+    assert np.mean(got != expected) < 1e-3  # bfloat16's last bit where the sum lies at a boundary
+
+
+def test_weights_are_changed_and_changed_back_without_a_trace_or_a_program(files):
+    plain, pipeline = load(files), both(files, 0.8, -0.5)
+    first = np.asarray(pipeline("a red circle", **SETTINGS)[0])
+    with watch_compilation() as compilation:
+        pipeline.set_lora_weights([0.3, 1.0])
+        other = np.asarray(pipeline("a red circle", **SETTINGS)[0])
+        pipeline.set_lora_weights([0.0, 0.0])
+        assert different(plain, pipeline) == set()
+        bare = np.asarray(pipeline("a red circle", **SETTINGS)[0])
+        pipeline.set_lora_weights([0.8, -0.5])
+        again = np.asarray(pipeline("a red circle", **SETTINGS)[0])
+    assert compilation.asked == 0
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(bare, np.asarray(plain("a red circle", **SETTINGS)[0]))
+    assert np.any(first != other)
+    assert np.any(first != bare)
+    with pytest.raises(UserError, match="found 1 weights, expected one for each of 2 LoRAs"):
+        pipeline.set_lora_weights([1.0])
+    with pytest.raises(UserError, match="the pipeline was loaded without LoRAs"):
+        plain.set_lora_weights([1.0])
+
+
+def test_each_block_can_have_its_weight(files):
+    weights = {"blocks.0-9": 0.5, "blocks.1": 0.0, "blocks.1.cross_attn": 2.0, "text_encoder": 0.25}
+    by_block = load(files, loras=[(files / "style.safetensors", weights)])
+    plain = load(files)
+    factors = {
+        "blocks.self_attn.q_proj.kernel": (0, 0.5),
+        "blocks.cross_attn.v_proj.kernel": (1, 2.0),
+        "text_encoder.layers.self_attn.v_proj.kernel": (0, 0.25),
+    }
+    assert different(plain, by_block) == set(factors)
+    for path, (layer, factor) in factors.items():
+        alone = all_params(load(files, loras=[(files / "style.safetensors", factor)]))[path]
+        np.testing.assert_array_equal(np.asarray(all_params(by_block)[path][layer]), np.asarray(alone[layer]))
+    rest = load(files, loras=[(files / "style.safetensors", {"blocks.0": 0.0})])
+    full = load(files, loras=[(files / "style.safetensors", 1.0)])
+    assert different(rest, full) == {"blocks.self_attn.q_proj.kernel"}
+    with pytest.raises(UserError, match=r"weight of 'blocks.7-9': the adapter has no such module"):
+        load(files, loras=[(files / "style.safetensors", {"blocks.7-9": 0.5})])
+
+
+def test_merging_is_loading(files, tmp_path):
+    style = {key: array for key, array in load_file(files / "style.safetensors").items() if "lora_te" not in key}
+    save_file(style, tmp_path / "style.safetensors")
+    arguments = [files / "base.safetensors", f"{tmp_path / 'style.safetensors'}:0.8", files / "lokr.safetensors"]
+    convert(["merge", *map(str, arguments), str(tmp_path / "merged.safetensors")])
+    loaded = load(files, loras=[(tmp_path / "style.safetensors", 0.8), (files / "lokr.safetensors", 1.0)])
+    merged = parameters.split(load_dit(tmp_path / "merged.safetensors"))[1]
+    for path, value in loaded.dit_params.items():
+        np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(merged[path], np.float32), err_msg=path)
+
+
+def test_the_base_is_kept_once_where_memory_is_the_hosts(files):
+    pipeline = load(files, loras=[(files / "style.safetensors", 0.0)])
+    assert jax.default_backend() == "cpu"
+    assert pipeline._loras is not None
+    assert all(not base.flags.owndata for base in pipeline._loras._base.values())
+
+
+def test_generate_takes_several_and_names_what_it_cannot_use(files, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    config = write_config(files, tmp_path / "pictures", "epochs = 1\nsave_every_n_epochs = 1")
+    command = ["--config", str(config), "--prompt", "a red circle", "--width", "32", "--height", "32", "--steps", "1"]
+    loras = ["--lora", f"{files / 'style.safetensors'}:0.8", "--lora", str(files / "lokr.safetensors")]
+    generate([*command, *loras, "-o", str(tmp_path / "out.png")])
+    said = capsys.readouterr().out
+    assert "style.safetensors: 4 of 4 modules matched (LoRA of rank 3)" in said
+    assert "lokr.safetensors: 1 of 1 modules matched (LoKr)" in said
+    stray = load_file(files / "style.safetensors") | {"lora_unet_blocks_7_mlp_layer1.alpha": np.ones(1, np.float32)}
+    save_file(stray, tmp_path / "stray.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        generate([*command, "--lora", str(tmp_path / "stray.safetensors"), "-o", str(tmp_path / "no.png")])
+    assert stopped.value.code == 2
+    assert "lora_unet_blocks_7" in capsys.readouterr().err or not (tmp_path / "no.png").exists()
