@@ -73,6 +73,8 @@ class AdaptedLinear(nnx.Module):
     """
 
     kind: ClassVar[str]
+    _prefixes: ClassVar[tuple[str, ...]]
+    """What the names of the kind's factors begin with."""
 
     def __init__(self, base: Linear, shapes: Shapes, ranks: Sequence[int]):
         layers = base.kernel.shape[0]
@@ -86,8 +88,6 @@ class AdaptedLinear(nnx.Module):
         self.ranks = tuple(ranks)
         self.dropout = self.rank_dropout = 0.0
         self.keys: nnx.Param | None = None
-
-    _prefixes: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def shapes(rank: int, features_in: int, features_out: int, decompose_factor: int) -> Shapes:
@@ -166,7 +166,8 @@ class DoRALinear(LoRALinear):
         kernel, scale = self.kernel[...], self.lora_scale[...]
         norm_o = jax.checkpoint(_norm, prevent_cse=False)(kernel, self.lora_a[...], self.lora_b[...], scale)
         turned = linear(x, kernel) + self._update(self._dropped(x))
-        magnitude_o = jnp.where(scale == 0, 1.0, self.lora_magnitude[...] / jnp.where(scale == 0, 1.0, norm_o))
+        divisor_o = jnp.where((scale == 0) | (norm_o == 0), 1.0, norm_o)
+        magnitude_o = jnp.where(scale == 0, 1.0, self.lora_magnitude[...] / divisor_o)
         out = (turned.astype(jnp.float32) * magnitude_o).astype(x.dtype)
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
