@@ -68,7 +68,7 @@ def test_lora_moves_between_depths(tmp_path, capsys):
     convert("lora", LORA, tmp_path / "deep.safetensors", "--to", "kohya", "--remap", "28:52")
     deep = load_file(tmp_path / "deep.safetensors")
     numbers = {int(name.split("_")[3]) for name in deep if name.startswith("lora_unet_blocks_")}
-    assert numbers == {0, 1, 4}  # blocks 0, 1 and 2 of 28 are 0, 1 and 3 of 40 (ECOSYSTEM 3), and 3 of 40 is 4 of 52
+    assert numbers == {0, 1, 4}  # blocks 0, 1 and 2 of 28 are 0, 1 and 3 of 40, and 3 of 40 is 4 of 52
     convert("lora", tmp_path / "deep.safetensors", tmp_path / "back.safetensors", "--to", "comfyui", "--remap", "52:28")
     original, back = load_file(LORA), load_file(tmp_path / "back.safetensors")
     assert original.keys() == back.keys()

@@ -74,6 +74,26 @@ def test_a_shipped_configuration_dry_runs(folder, name, monkeypatch, capsys, tmp
     assert gib > 4 if name != "shapes" else gib < 1
 
 
+def test_the_shipped_pod_is_256_chips_of_which_each_has_its_eighth(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    devices = ["--devices", "256", "--device_kind", "TPU v5p"]
+    options = ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}"]
+    train(["--config", str(CONFIGS / "pod.toml"), "--dry_run", *devices, *options])
+    out = capsys.readouterr().out
+    assert "data 32, fsdp 8" in out
+    gib = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1])
+    # Parameters, their average and two moments in float32, an eighth of each; what a step of 2 examples takes.
+    assert 16 * 2.09e9 / 8 / 2**30 < gib < 16
+    # 2.09 billion weights in bfloat16: each eighth's gradient is summed over 32 replicas, and over 8 neighbours weights
+    # are gathered twice and gradients scattered once.
+    sent = re.search(r"^GB sent by a device.*\n1024 +([\d.]+) +([\d.]+) ", out, re.MULTILINE)
+    assert sent is not None
+    data, fsdp = map(float, sent.groups())
+    assert data == pytest.approx(2 * 31 / 32 * 2 * 2.09 / 8, rel=0.01)
+    assert fsdp == pytest.approx(3 * 7 / 8 * 2 * 2.09, rel=0.01)
+    assert re.search(r"^1024: [\d.]+ to [\d.]+ s a step", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("storage", "limit"),
     [("int8", 7.0), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("bfloat16", 9.0), ("float8", 7.0)))],

@@ -129,7 +129,7 @@ def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipel
     save_dit(tmp_path / "again.safetensors", parameters.split(model)[1])
     offloaded = load(tmp_path / "again.safetensors", offload=True)
     np.testing.assert_array_equal(np.asarray(offloaded("a red circle", **SETTINGS)[0]), before)
-    resting = [*offloaded._vae_params.values(), *offloaded._text_params.values()]
+    resting = [*offloaded._vae_params.values(), *offloaded.text_encoder_params.values()]
     assert all(isinstance(array, np.ndarray) for array in resting)
     direct = AnimaPipeline(
         model,

@@ -23,7 +23,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -325,9 +324,7 @@ def is_lora(path: str) -> bool:
     return path.rpartition(".")[2] in FACTORS
 
 
-def initial(
-    params: Params, slots: Mapping[str, Slot], key: Array, shardings: Mapping[str, Any] | None = None
-) -> Params:
+def initial(params: Params, slots: Mapping[str, Slot], seed: int, shardings: Mapping[str, Any] | None = None) -> Params:
     """Fresh values, float32, of the adapters' trained parameters among `params`; together they change nothing.
 
     What does not start at zero is uniform within ±1/sqrt(fan in) (Kaiming with a = sqrt(5)), as PEFT draws it. A fresh
@@ -340,7 +337,7 @@ def initial(
     )
     dora = (one.path for one in fresh if one.path.endswith(".lora_magnitude"))
     kernels = {path: params[f"{path.rpartition('.')[0]}.kernel"] for path in dora}
-    return _drawing(fresh, tuple((shardings or {}).items()))(np.asarray(jax.random.key_data(key)), kernels)
+    return _drawing(fresh, seed, tuple((shardings or {}).items()))(kernels)
 
 
 class _Fresh(NamedTuple):
@@ -352,11 +349,11 @@ class _Fresh(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _drawing(fresh: tuple[_Fresh, ...], shardings: tuple) -> Callable[[Any, Params], Params]:
-    """A program that draws the parameters; it takes a key's data, and the kernels whose norms are magnitudes."""
+def _drawing(fresh: tuple[_Fresh, ...], seed: int, shardings: tuple) -> Callable[[Params], Params]:
+    """A program that draws the parameters; it takes the kernels whose norms are magnitudes."""
 
-    def draw(key_data: Array, kernels: Params) -> Params:
-        key = jax.random.wrap_key_data(key_data)
+    def draw(kernels: Params) -> Params:
+        key = jax.random.key(seed)
         return {one.path: _initial(one, kernels.get(one.path), key) for one in fresh}
 
     return quick_jit(draw, dict(shardings) or None)

@@ -111,8 +111,8 @@ def _with_adapter(
 
     graphdef, abstract = parameters.abstract(build)
     fresh = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
-    key, places = jax.random.key(config.seed), rules.shardings(fresh, fresh, mesh)
-    params, scales = lora.initial(abstract | base, slots, key, places), adapters.scales(config, slots)
+    params = lora.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
+    scales = adapters.scales(config, slots)
     notes: list[str] = []
     if config.adapter and config.adapter.init_from_existing:
         begun, notes = adapters.existing(config, slots, scales, params)

@@ -23,7 +23,7 @@ TO_DIFFUSERS = (
     (".adaln_modulation_cross_attn.", ".norm2.linear_"),
     (".adaln_modulation_mlp.", ".norm3.linear_"),
 )
-"""ECOSYSTEM 3, the native ↔ diffusers name map, for the modules of blocks."""
+"""Name of a module of a block in the original files → in diffusers."""
 
 
 def split(key: str) -> tuple[str, str]:

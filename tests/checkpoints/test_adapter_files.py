@@ -396,7 +396,6 @@ def test_diffusers_takes_no_lokr(tmp_path):
 
 
 def test_blocks_move_as_the_community_moved_them():
-    # ECOSYSTEM 3.
     assert {n: depth_map(28, 40)[n] for n in (0, 2, 14, 18, 27)} == {0: 0, 2: 3, 14: 20, 18: 26, 27: 39}
     for source, target in ((28, 40), (40, 52), (28, 52)):
         there = depth_map(source, target)

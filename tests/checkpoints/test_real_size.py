@@ -1,9 +1,10 @@
-"""The released model's sizes (4.2 GB of bfloat16): what loading and renaming cost in private memory.
+"""The released model's sizes (4.2 GB of bfloat16): what loading, renaming and merging cost in private memory.
 
 Linux only: private memory is `RssAnon`, sampled every 5 ms in the process that does the work.
 """
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.checkpoints.names.adapters import COMFYUI
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor, write
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
@@ -25,6 +27,8 @@ MEASURE = """
 import re, sys, threading, time
 import jax
 from anima_jax.checkpoints import models
+from anima_jax.parallel import hosts, rules
+from anima_jax.parallel.mesh import make_mesh
 from convert.__main__ import main
 
 def private():
@@ -35,23 +39,34 @@ def watch():
     while not done.wait(0.005):
         peaks.append(private())
 
+if len(sys.argv) > 3:
+    hosts.join(sys.argv[3], 2, int(sys.argv[4]))
 jax.devices()
 done, peaks = threading.Event(), [private()]
 threading.Thread(target=watch, daemon=True).start()
 def run(source, target):
     {body}
-run(*sys.argv[1:])
+run(*sys.argv[1:3])
 done.set()
 print(max(peaks))
 """
 
 
-def peak_private_memory(body, *arguments):
-    """Bytes, of a fresh process that runs `body` with `source` and `target`."""
+def start(body, *arguments):
+    """A fresh process that runs `body` with `source` and `target`; what follows them joins it to another one."""
     command = [sys.executable, "-c", MEASURE.replace("{body}", body), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return int(result.stdout.splitlines()[-1])
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def peak_of(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    return int(out.splitlines()[-1])
+
+
+def peak_private_memory(body, source, target):
+    """Bytes, of a fresh process that runs `body`."""
+    return peak_of(start(body, source, target))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +110,56 @@ def test_file_to_parameters_to_file_keeps_every_byte(full_size_file, tmp_path):
     target = tmp_path / "copy.safetensors"
     body = "with models.open_dit(source) as c: models.save_dit(target, c.load(), metadata=c.metadata)"
     assert peak_private_memory(body, full_size_file, target) < 1.5 * full_size_file.stat().st_size
-    with open(full_size_file, "rb") as before, open(target, "rb") as after:
+    assert_same_bytes(full_size_file, target)
+
+
+def test_of_two_processes_that_share_it_out_neither_holds_the_whole_model(full_size_file, tmp_path):
+    target = tmp_path / "copy.safetensors"
+    body = """
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 1, "context": 1})
+    with models.open_dit(source) as c:
+        params = c.load(None, rules.shardings(c.abstract, c.abstract, mesh))
+        models.save_dit(target, params, metadata=c.metadata)
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [start(body, full_size_file, target, address, number) for number in range(2)]
+    # Half of the model, and half of the largest stacked parameter (0.94 GB) while it is put in place.
+    assert max(map(peak_of, processes)) < 0.75 * full_size_file.stat().st_size
+    assert_same_bytes(full_size_file, target)
+
+
+def test_merging_needs_less_than_one_and_a_half_gigabytes(full_size_file, tmp_path):
+    adapter, target, rank = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors", 32
+    with SafetensorsFile(full_size_file) as file:
+        blocks = {name: tensor.shape for name, tensor in file.tensors.items() if name.startswith("net.blocks.")}
+    weights = {name: shape for name, shape in blocks.items() if len(shape) == 2}
+    factors = {}
+    for name, (out, inside) in weights.items():
+        spelled = COMFYUI.module(name.removeprefix("net.").removesuffix(".weight"))
+        factors[f"{spelled}.lora_A.weight"] = (rank, inside)
+        factors[f"{spelled}.lora_B.weight"] = (out, rank)
+    rng = np.random.default_rng(1)
+    listed = [Tensor(key, np.dtype(np.float32), shape) for key, shape in factors.items()]
+    write(adapter, listed, lambda key: rng.normal(size=factors[key]).astype(np.float32))
+    body = 'main(["merge", source, target.replace("merged", "lora") + ":0.5", target])'
+    assert peak_private_memory(body, full_size_file, target) < 1.5e9
+    with SafetensorsFile(full_size_file) as before, SafetensorsFile(target) as after, SafetensorsFile(adapter) as lora:
+        changed = [name for name in before.tensors if after.read(name).tobytes() != before.read(name).tobytes()]
+        assert changed == list(weights)
+        name = changed[-1]
+        module = COMFYUI.module(name.removeprefix("net.").removesuffix(".weight"))
+        a, b = (lora.read(f"{module}.lora_{side}.weight").astype(float) for side in "AB")
+        expected = before.read(name).astype(float) + 0.5 * b @ a
+        # Float32 sums, and one rounding to 8 bits.
+        np.testing.assert_allclose(after.read(name).astype(float), expected, rtol=2**-8, atol=1e-4)
+    target.unlink()
+
+
+def assert_same_bytes(source, target):
+    """Of two files; the second one is removed."""
+    with open(source, "rb") as before, open(target, "rb") as after:
         while chunk := before.read(2**24):
             assert after.read(2**24) == chunk
         assert not after.read(1)

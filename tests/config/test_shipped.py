@@ -64,7 +64,7 @@ def test_every_key_that_a_shipped_configuration_comments_out_is_a_key(name):
 
 
 def test_there_is_one_configuration_for_each_use():
-    uses = {"shapes", "anima_full", "anima_lora", "anima_video", "dataset", "video_dataset"}
+    uses = {"shapes", "anima_full", "anima_lora", "anima_video", "pod", "dataset", "video_dataset"}
     assert {*MAIN_FILES, *DATASETS} >= {f"{use}.toml" for use in uses}
 
 

@@ -255,7 +255,7 @@ def test_sizes_follow_from_the_shapes_in_a_file(width, head_size, blocks, heads)
 
 def test_the_released_model_has_its_published_number_of_bytes():
     _, abstract = parameters.abstract(lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs))
-    # ECOSYSTEM section 4: the base model is a bfloat16 file of 4,182,218,328 bytes; its header is some 70 kB.
+    # The released base model is a bfloat16 file of 4,182,218,328 bytes; its header is some 70 kB.
     assert 0 < 4_182_218_328 - 2 * parameters.count(abstract) < 200_000
 
 

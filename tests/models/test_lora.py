@@ -144,7 +144,7 @@ def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_
 def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, factor):
     slots = {"blocks.one": lora.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
     graphdef, params = adapted(kind, (RANK, 2, 0), factor)
-    fresh = lora.initial(params, slots, jax.random.key(0))
+    fresh = lora.initial(params, slots, 0)
     assert fresh.keys() == divided(params)[0].keys()
     x = jnp.asarray(normal(5, WIDTH_IN, seed=100))
     out = run(graphdef, params | fresh, x)[0]

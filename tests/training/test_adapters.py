@@ -72,7 +72,7 @@ def names(slots) -> dict[str, int]:
 @pytest.mark.parametrize("kind", lora.KINDS)
 def test_every_linear_of_the_blocks_and_of_the_adapters_blocks_gets_one(folder, kind):
     found = names(planned(folder, f"type = '{kind}'\nrank = 2")[0])
-    # ECOSYSTEM 1.4: 16 a block of the transformer, 10 a block of the LLM adapter, and nothing else.
+    # As in diffusion-pipe: 16 a block of the transformer, 10 a block of the LLM adapter, and nothing else.
     assert len(found) == 16 * CONFIG.blocks + 10 * CONFIG.adapter.blocks
     assert {name.split(".")[0] for name in found} == {"blocks", "llm_adapter"}
     assert not any(part in name for name in found for part in ("norm", "embed"))
@@ -243,7 +243,7 @@ def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
     assert {file.name for file in path.parent.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.slots) for x in "AB"}
     with safe_open(path, "np") as file:
-        assert set(file.keys()) == expected  # no alpha, no llm_adapter (ECOSYSTEM 1.4)
+        assert set(file.keys()) == expected  # no alpha, no llm_adapter, as in diffusion-pipe
         metadata = file.metadata()
         assert {file.get_slice(key).get_dtype() for key in expected} == {"BF16"}
     base = folder / "base.safetensors"

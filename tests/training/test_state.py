@@ -48,7 +48,7 @@ def test_a_lora_trains_its_factors_alone_and_leaves_frozen_groups_out(files):
     trained = prepare(configured(folder, "model.llm_adapter_lr=0", adapter="type = 'lora'\nrank = 4\nalpha = 8.0"))
     assert {path for path in trained.frozen if not path.endswith(".lora_scale")} == params.keys()
     assert all(lora.is_lora(path) and path.startswith("blocks.") for path in trained.params)
-    assert len(trained.ranks) == 16  # linear layers of a block (ECOSYSTEM 1.4)
+    assert len(trained.ranks) == 16  # linear layers of a block
     assert set(trained.ranks.values()) == {(4, 4)}
     for path, value in trained.params.items():
         if path.endswith("lora_b"):
@@ -88,7 +88,7 @@ def test_frozen_matrices_of_the_blocks_are_stored_in_eight_bits(files, storage):
     folder, params = files
     trained = prepare(configured(folder, f"model.transformer_dtype={storage}", adapter=LORA))
     small = {path for path, value in trained.frozen.items() if isinstance(value, Quantised)}
-    # ECOSYSTEM 1.3: what is not 1-D, but for x_embedder, t_embedder, t_embedding_norm and final_layer.
+    # As in diffusion-pipe: what is not 1-D, but for x_embedder, t_embedder, t_embedding_norm and final_layer.
     assert small == {
         path
         for path in params

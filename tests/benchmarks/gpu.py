@@ -1,0 +1,493 @@
+"""What this program does on the GPU at hand, in one table: `python -m tests.benchmarks.gpu`, under nine minutes.
+
+Every row is measured in a process of its own, so that its peak of memory is its own, at the released sizes with random
+weights, pictures of 1024². MFU is of the ceiling that the first row finds for bfloat16 products. A row whose time is up
+is left out and named. The table is printed and appended to RESULTS.md with the device and the date.
+
+`--small` runs every row in a moment on a CPU, to see that they all run.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+TOTAL_SECONDS = 9 * 60
+ROW_SECONDS = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the networks and of what passes through them."""
+
+    small: bool = False
+
+    @property
+    def side(self) -> int:
+        """Of pictures, in pixels."""
+        return 64 if self.small else 1024
+
+    @property
+    def tokens(self) -> int:
+        return (self.side // 16) ** 2
+
+    @property
+    def steps(self) -> int:
+        return 3 if self.small else 30
+
+    def transformer(self):
+        from anima_jax.models.dit import DiTConfig
+        from anima_jax.models.llm_adapter import AdapterConfig
+
+        if not self.small:
+            return DiTConfig()
+        return DiTConfig(64, 2, 4, 128, 32, 8, adapter=AdapterConfig(32, 1, 2, 64, 64, 32, 512))
+
+    def vae(self):
+        from anima_jax.models.wan_vae import WanVAEConfig
+
+        return WanVAEConfig(width=16) if self.small else WanVAEConfig()
+
+
+Found = dict[str, Any]
+"""What a row found: `seconds`, `images`, `tflops` of one run, `peak_gib`, `note`; each may be missing."""
+
+
+def ceiling(sizes: Sizes) -> Found:
+    """The speed of bfloat16 products alone, the largest of a few sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    best = 0.0
+    for n in (256,) if sizes.small else (4096, 8192, 16384):
+        a, b = (jnp.ones((n, n), jnp.bfloat16) for _ in range(2))
+        seconds = timed(jax.jit(lambda a, b: a @ b), a, b)
+        best = max(best, 2.0 * n**3 / seconds / 1e12)
+    return {"note": f"{best:.4g} TFLOP/s", "ceiling": best}
+
+
+def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Found:
+    """The transformer's velocity of a batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.models.parameters import compute_copy, merge
+    from anima_jax.training.flops import Work, flops
+
+    graphdef, params = random_transformer(sizes)
+    params = compute_copy(params, jnp.bfloat16)
+    latents, times, context = inputs(sizes, batch)
+    grid = (1, sizes.side // 16, sizes.side // 16)
+
+    @jax.jit
+    def run(params, latents_blc, times_b, context_bnd):
+        model = merge(graphdef, params)
+        return model.velocity(latents_blc, grid, times_b, context_bnd, attention_implementation=implementation)
+
+    config = sizes.transformer()
+    work = Work("", batch, 1, sizes.tokens, grid, 64, 512)
+    one = flops(config, params, work, "none")
+    seconds = timed(run, params, latents, times, context)
+    return {"seconds": seconds, "images": batch, "tflops": batch * one.forward / 1e12}
+
+
+def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None = None) -> Found:
+    """An optimizer step: AdamW on every weight, or on a LoRA of rank 32 beside frozen weights in bfloat16 or 8 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.checkpoints.names import dit, file_tensors
+    from anima_jax.models.parameters import abstract
+    from anima_jax.models.quantised import quantise_transformer
+    from anima_jax.training import optimizers
+    from anima_jax.training.estimate import abstract_batch
+    from anima_jax.training.flops import Work, flops
+    from anima_jax.training.step import StepConfig, compile_step, init_state
+
+    config = sizes.transformer()
+    graphdef, params = random_transformer(sizes)
+    frozen: dict = {}
+    rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
+    if kind == "lora":
+        graphdef, trained, tensors = with_lora(config)
+        frozen = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
+        if storage:
+            frozen = {path: quantise_transformer(path, value, storage) for path, value in frozen.items()}
+        frozen |= {path: jnp.ones(leaf.shape) for path, leaf in abstract(lora_builder(config))[1].items()
+                   if path.endswith(".lora_scale")}  # fmt: skip
+        params = trained
+    else:
+        tensors = file_tensors(dit.RULES, params)
+    optimizer = optimizers.build(optimizers.OptimizerConfig(rates), tensors)
+    settings = StepConfig(remat=remat)
+    state = init_state(params, optimizer, settings)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = compile_step(graphdef, optimizer, settings, shardings=places)
+    grid = (1, sizes.side // 16, sizes.side // 16)
+    work = Work("", batch, 1, sizes.tokens, grid, 128, 128)
+    examples = zeros_like(abstract_batch(work, batch, config, jnp.bfloat16))
+    examples = examples._replace(grid_b3=jnp.array([grid] * batch, jnp.int32))
+    one = flops(config, params, work, remat)
+    del params  # the step gives their memory to the new ones
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, frozen, examples, None)
+        return metrics.loss
+
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    first = time.perf_counter() - began
+    seconds = timed(run)
+    tflops = batch * one.model / 1e12
+    return {"seconds": seconds, "images": batch, "tflops": tflops, "note": f"first step {first:.1f} s"}
+
+
+def sample(sizes: Sizes) -> Found:
+    """30 steps with guidance, both halves in one evaluation; the VAE not included."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from anima_jax import sampling
+    from anima_jax.diffusion import samplers, schedules
+    from anima_jax.diffusion.samplers.plan import make_plan
+    from anima_jax.models.parameters import compute_copy
+    from anima_jax.sampling import Batch, Context
+
+    graphdef, params = random_transformer(sizes)
+    params = compute_copy(params, jnp.bfloat16)
+    _, _, context = inputs(sizes, 2)
+    sigmas = schedules.sigmas("simple", sizes.steps, 3.0)
+    plan = make_plan(samplers.SAMPLERS["euler"].formulas, sigmas, 3.0)
+    start = np.random.default_rng(0).normal(size=(1, sizes.tokens, 64)).astype(np.float32)
+    batch = Batch(np.array([[1, sizes.side // 16, sizes.side // 16]], np.int32), Context(context, None), False)
+    scales = np.full(len(plan.sigmas_n), 4.0, np.float32)
+
+    def run():
+        return sampling.sample(params, graphdef, jnp.dtype("bfloat16"), plan, start, batch, scales)
+
+    run()
+    seconds = timed(run)
+    return {"seconds": seconds, "images": 1, "note": f"{sizes.steps / seconds:.3g} it/s"}
+
+
+def vae(sizes: Sizes, decode: bool) -> Found:
+    """One picture through the VAE in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.models.parameters import initial, merge
+    from anima_jax.models.wan_vae import WanVAE
+
+    config = sizes.vae()
+    graphdef, params = initial(lambda rngs: WanVAE(config, rngs=rngs), 0)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    side = sizes.side // 8 if decode else sizes.side
+    given = jnp.zeros((1, 1, side, side, 16 if decode else 3), jnp.bfloat16)
+    run = jax.jit(lambda params, x: merge(graphdef, params).decode(x) if decode else merge(graphdef, params).encode(x))
+    return {"seconds": timed(run, params, given), "images": 1}
+
+
+def compilation(sizes: Sizes) -> Found:
+    """The full train step, compiled and then found in the cache, each in a process of its own."""
+    code = f"from tests.benchmarks import gpu; print(gpu.seconds_to_compile(gpu.Sizes({sizes.small})))"
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        command, environment = [sys.executable, "-c", code], os.environ | cache
+        runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    cold, warm = (float(run.stdout.split()[-1]) for run in runs)
+    return {"note": f"cold {cold:.1f} s, from the cache {warm:.1f} s"}
+
+
+def seconds_to_compile(sizes: Sizes) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.checkpoints.names import dit, file_tensors
+    from anima_jax.models.dit import AnimaDiT
+    from anima_jax.models.parameters import abstract
+    from anima_jax.parallel.mesh import current_mesh
+    from anima_jax.training import optimizers
+    from anima_jax.training.estimate import abstract_batch
+    from anima_jax.training.flops import Work
+    from anima_jax.training.step import StepConfig, compile_step, init_state
+
+    config = sizes.transformer()
+    graphdef, params = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
+    rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
+    optimizer = optimizers.build(optimizers.OptimizerConfig(rates), file_tensors(dit.RULES, params))
+    settings, mesh = StepConfig(), current_mesh()
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)
+    batch = abstract_batch(Work("", 1, 1, sizes.tokens, (1, 1, 1), 128, 128), 1, config, jnp.bfloat16)
+    began = time.perf_counter()
+    compile_step(graphdef, optimizer, settings).lower(state, {}, batch, None).compile()
+    return time.perf_counter() - began
+
+
+def parity(sizes: Sizes) -> Found:
+    """cuDNN's attention against ours, forward and backward: the largest difference over the largest value."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.models.attention import attention
+
+    if jax.default_backend() != "gpu":
+        return {"note": "no GPU"}
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, target = (jax.random.normal(key, (2, 1024, 16, 128), jnp.bfloat16) for key in keys)
+    lengths = jnp.array([1024, 700])
+
+    def loss(q, k, v, name):
+        out = attention(q, k, v, key_lengths_b=lengths, implementation=name)
+        return jnp.sum(out.astype(jnp.float32) * target), out
+
+    of = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+    (grads, out), (others, other) = (of(q, k, v, name) for name in ("cudnn", "xla"))
+    far = [
+        float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        for a, b in zip((out, *grads), (other, *others), strict=True)
+    ]
+    return {"note": "out {:.1e}, gradients of q {:.1e}, k {:.1e}, v {:.1e}".format(*far)}
+
+
+def torch_noise(sizes: Sizes) -> Found:
+    """Our CUDA stream of normal numbers against torch.cuda's own, several draws of several shapes."""
+    import numpy as np
+
+    torch = peer("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {"note": "no torch with CUDA"}
+    from anima_jax.diffusion.torch_random import CUDAStream
+
+    worst = 0.0
+    for seed in (0, 2**40 + 7):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        stream = CUDAStream(seed)
+        for shape in ((1, 16, 1, 128, 128), (2, 3), (4, 16, 1, 160, 96), (1, 1)):
+            theirs = torch.randn(shape, generator=generator, device="cuda").cpu().numpy()
+            worst = max(worst, float(np.abs(stream.randn(shape) - theirs).max()))
+    return {"note": f"largest difference {worst:.1e}"}
+
+
+def diffusers(sizes: Sizes, batch: int = 4) -> Found:
+    """The same transformer in diffusers, bfloat16 and torch.compile."""
+    torch = peer("torch")
+    if torch is None or peer("diffusers") is None or (not sizes.small and not torch.cuda.is_available()):
+        return {"note": "no torch with CUDA, or no diffusers"}
+    from tests.models import dit_peer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device), torch.no_grad():
+        model = dit_peer.transformer(dataclasses.replace(sizes.transformer(), adapter=None)).to(torch.bfloat16)
+        run = torch.compile(model) if device == "cuda" else model
+        side = sizes.side // 8
+        latents = torch.randn(batch, 16, 1, side, side, dtype=torch.bfloat16)
+        context = torch.randn(batch, 512, sizes.transformer().context_width, dtype=torch.bfloat16)
+
+        def call():
+            dit_peer.velocity_tensor(run, latents, torch.full((batch,), 0.5, dtype=torch.bfloat16), context)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        call()
+        seconds = timed(call)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    return {"seconds": seconds, "images": batch, "peak_gib": peak}
+
+
+ROWS: dict[str, Callable[[Sizes], Found]] = {
+    "bfloat16 products, ceiling": ceiling,
+    "transformer forward, 4 pictures": forward,
+    "transformer forward, attention of xla": lambda sizes: forward(sizes, implementation="xla"),
+    "diffusers forward, torch.compile": diffusers,
+    "train step, every weight, full remat, 4": lambda sizes: train(sizes, "full", "full", 4),
+    "train step, every weight, attention remat, 4": lambda sizes: train(sizes, "full", "attention", 4),
+    "train step, every weight, no remat, 1": lambda sizes: train(sizes, "full", "none", 1),
+    "train step, LoRA 32, full remat, 1": lambda sizes: train(sizes, "lora", "full", 1),
+    "train step, LoRA 32, full remat, 1, float8 base": lambda sizes: train(sizes, "lora", "full", 1, "float8"),
+    "train step, LoRA 32, no remat, 1": lambda sizes: train(sizes, "lora", "none", 1),
+    "sampling, 30 steps with guidance": sample,
+    "VAE encode": lambda sizes: vae(sizes, False),
+    "VAE decode": lambda sizes: vae(sizes, True),
+    "compilation of the train step": compilation,
+    "cuDNN's attention against xla": parity,
+    "CUDA noise against torch": torch_noise,
+}
+"""In the order of their worth: what time does not allow is left out from the end."""
+
+
+# What the rows share
+
+
+def peer(name: str):
+    """A library to compare with, None if it is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def timed(run: Callable, *arguments, runs: int = 5) -> float:
+    """Seconds of a run: the median, after one that compiles."""
+    import statistics
+
+    import jax
+
+    jax.block_until_ready(run(*arguments))
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - began)
+        if sum(seconds) > 20:
+            break
+    return statistics.median(seconds)
+
+
+def random_transformer(sizes: Sizes):
+    """Graph and float32 parameters of a fresh network."""
+    from anima_jax.models.dit import AnimaDiT
+    from anima_jax.models.parameters import initial
+
+    config = sizes.transformer()
+    return initial(lambda rngs: AnimaDiT(config, rngs=rngs), 0)
+
+
+def inputs(sizes: Sizes, batch: int):
+    """Tokens, times and context rows in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(0))
+    latents = jax.random.normal(keys[0], (batch, sizes.tokens, 64), jnp.bfloat16)
+    context = jax.random.normal(keys[1], (batch, 512, sizes.transformer().context_width), jnp.bfloat16)
+    return latents, jnp.full(batch, 0.5), context
+
+
+def zeros_like(tree):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def lora_builder(config):
+    """A transformer with a LoRA of rank 32 on every layer that takes one."""
+    from anima_jax.models import lora
+    from anima_jax.models.dit import AnimaDiT
+
+    def build(rngs):
+        model = AnimaDiT(config, rngs=rngs)
+        shapes = lora.target_shapes(model)
+        lora.attach(model, {path: lora.slot("lora", shape, [32] * shape[0]) for path, shape in shapes.items()})
+        return model
+
+    return build
+
+
+def with_lora(config):
+    """Graph, fresh adapter parameters, and their tensors in a file."""
+
+    from anima_jax.checkpoints.names import file_tensors
+    from anima_jax.checkpoints.names.adapters import ADAPTER_RULES
+    from anima_jax.models import lora
+    from anima_jax.models.parameters import abstract
+
+    graphdef, shapes = abstract(lora_builder(config))
+    modules = [path.removesuffix(".lora_a") for path in shapes if path.endswith(".lora_a")]
+    kernels = {path: shapes[f"{path}.kernel"].shape for path in modules}
+    slots = {path: lora.slot("lora", kernel, [32] * kernel[0]) for path, kernel in kernels.items()}
+    params = lora.initial(shapes, slots, 0)
+    return graphdef, params, file_tensors(ADAPTER_RULES, params)
+
+
+# The table
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.row:
+        print(json.dumps(measured(options.row, Sizes(options.small))))
+        return
+    lines, device = [], ""
+    peak = None
+    for name, found in rows(options):
+        device = found.pop("device", device)
+        peak = found.pop("ceiling", peak)
+        lines.append(line(name, found, peak))
+        print(lines[-1], flush=True)
+    table = f"\n## {device}, {datetime.date.today()}\n\n{HEAD}\n" + "\n".join(lines) + "\n"
+    if options.results:
+        with open(options.results, "a", encoding="utf-8") as file:
+            file.write(table)
+
+
+HEAD = "| `python -m tests.benchmarks.gpu` | seconds | images/s | TFLOP/s | MFU | peak memory | |\n" + 7 * "|---" + "|"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure on the GPU at hand.")
+    parser.add_argument("--small", action="store_true", help="small networks, to see that every row runs")
+    parser.add_argument("--row", choices=list(ROWS), help="this row alone, as JSON")
+    parser.add_argument("--results", default=str(RESULTS), metavar="FILE", help="file to append to; empty: none")
+    return parser.parse_args()
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, Found]]:
+    """Each row's findings, or a note why there are none."""
+    print(HEAD, flush=True)
+    ends = time.monotonic() + TOTAL_SECONDS
+    for name in ROWS:
+        left = min(ROW_SECONDS, ends - time.monotonic())
+        if left < 5:
+            yield name, {"note": "no time left"}
+            continue
+        command = [sys.executable, "-m", "tests.benchmarks.gpu", "--row", name, *(["--small"] if options.small else [])]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            yield name, {"note": f"took more than {left:.0f} s"}
+            continue
+        if run.returncode:
+            reason = (run.stderr.strip() or "no word").splitlines()[-1]
+            yield name, {"note": f"failed: {reason[:150]}"}
+        else:
+            yield name, json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def measured(name: str, sizes: Sizes) -> Found:
+    import jax
+
+    device = jax.devices()[0]
+    found = ROWS[name](sizes)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {"device": f"{device.device_kind}, jax {jax.__version__}", "peak_gib": peak and peak / 2**30, **found}
+
+
+def line(name: str, found: Found, ceiling: float | None) -> str:
+    seconds, images, tflops = (found.get(key) for key in ("seconds", "images", "tflops"))
+    speed = tflops / seconds if tflops and seconds else None
+    cells = [
+        f"{seconds:.4g}" if seconds else "",
+        f"{images / seconds:.3g}" if images and seconds else "",
+        f"{speed:.4g}" if speed else "",
+        f"{speed / ceiling:.0%}" if speed and ceiling else "",
+        f"{found['peak_gib']:.1f} GiB" if found.get("peak_gib") else "",
+        found.get("note", ""),
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
