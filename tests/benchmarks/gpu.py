@@ -55,7 +55,7 @@ class Sizes:
     def vae(self):
         from anima_jax.models.wan_vae import WanVAEConfig
 
-        return WanVAEConfig(width=16) if self.small else WanVAEConfig()
+        return WanVAEConfig(base_width=8) if self.small else WanVAEConfig()
 
 
 Found = dict[str, Any]
