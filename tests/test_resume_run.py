@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.train import main as train
+from anima_jax.training import report
 from anima_jax.training.evaluate import Evaluation
 from tests.small_run import write_config, write_transformer
 from tests.training.test_figures import no_file_longer_than
@@ -205,6 +206,22 @@ def test_evaluation_monitoring_and_exports_of_a_whole_run(evaluated, tmp_path, c
     assert list(run.glob("events.out.tfevents.*"))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert {path.name for path in run.glob("*.toml")} == {"main.toml", "dataset.toml", "eval.toml"}
+
+
+def test_a_step_is_handed_over_before_the_one_before_is_computed(config, tmp_path, monkeypatch):
+    """What a step found is read when the next one is under way, unless something that is due needs it."""
+    read, flush = [], report.Progress.flush
+
+    def noted(progress):
+        if progress._pending is not None and sys._getframe(1).f_code is not report.Progress.step.__code__:
+            read.append(progress._pending.step)
+        flush(progress)
+
+    monkeypatch.setattr(report.Progress, "flush", noted)
+    train(["--config", str(config), "--set", "checkpoint_every_n_minutes=60", "--set", "checkpoint_every_n_epochs=100"])
+    steps = len(losses_of(run_of(tmp_path / "runs")))
+    assert steps > 5
+    assert set(read) <= {1, 2, steps}  # the self-check, and the end
 
 
 def test_a_run_whose_losses_stay_infinite_stops_and_names_its_last_checkpoint(config, tmp_path, capsys):

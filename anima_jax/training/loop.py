@@ -213,7 +213,8 @@ class Training:
     def _asked(self, signals: Signals, *, after_step: bool = False) -> Request | None:
         """What any of the run's processes is asked for; after a step also a checkpoint that is overdue."""
         number = REQUESTS.index(signals.requested())
-        if after_step and is_first() and self._updated() and self.resume.overdue():
+        if after_step and is_first() and self.resume.overdue() and self._updated():
+            self.resume.postpone()
             number = max(number, REQUESTS.index("save"))
         return REQUESTS[self._agreed(number)]
 

@@ -148,11 +148,12 @@ class Resume:
         return passes(self._epochs, before, after)
 
     def overdue(self) -> bool:
-        """Whether it wants one because so many minutes are over, by this process's clock; said once."""
-        if self._minutes is None or self._clock() - self._saved_at < 60 * self._minutes:
-            return False
+        """Whether it wants one because so many minutes are over, by this process's clock."""
+        return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
+
+    def postpone(self) -> None:
+        """Begin the minutes anew: a checkpoint is asked for, which the processes agree on a step later."""
         self._saved_at = self._clock()
-        return True
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> bool:
         """Begin to write a checkpoint of the state after `step` steps; `state` may be donated when this returns.
