@@ -6,7 +6,7 @@ import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -229,20 +229,28 @@ class Training:
 
     def _show_and_heed(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
         """Evaluate and draw what is due after `step` until someone asks to stop; whether the run is to."""
-        signals.cut_short(lambda: self._show(step, total, samples))
+        due = self._shown_after(step, total, samples)
+        if not due and step > self.resume.start.step:
+            return False  # to ask a second time would be to wait for the step
+
+        def show() -> None:
+            for one in due:
+                one()
+
+        signals.cut_short(show)
         return self._heeded(self._asked(signals), step)
 
-    def _show(self, step: int, total: int, samples: Samples | None) -> None:
-        """Evaluate and draw what is due after `step`; where a resumed run goes on, what it was stopped before."""
-        goes_on, epochs = step == self.resume.start.step, self._epochs_at(step)
+    def _shown_after(self, step: int, total: int, samples: Samples | None) -> list[Callable[[], None]]:
+        """The evaluation and pictures due after `step`; where a resumed run goes on, what it was stopped before."""
+        goes_on, epochs, due = step == self.resume.start.step, self._epochs_at(step), list[Callable[[], None]]()
         if goes_on and step and self._config.reset_dataloader:
-            return
-        if self._evaluations and self._evaluation_due(step, epochs) and not (goes_on and self._evaluations.kept):
-            self._evaluate(step, self._evaluations)
+            return due
+        evaluations = self._evaluations
+        if evaluations and self._evaluation_due(step, epochs) and not (goes_on and evaluations.kept):
+            due.append(lambda: self._evaluate(step, evaluations))
         if samples and samples.due(step, total, *epochs) and not (goes_on and step and samples.path(step).exists()):
-            self._progress.flush()
-            with _going_on():
-                self._progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
+            due.append(lambda: self._draw(step, samples))
+        return due
 
     def _heeded(self, asked: Request | None, step: int) -> bool:
         """Save if that is asked for; whether the run is to stop. One that cannot be saved is better off going on."""
@@ -358,6 +366,11 @@ class Training:
         figures["eval/eval_time_sec"] = time.monotonic() - began
         self._monitor.scalars(step, self._position(step), figures)
         lines.add(step, figures)
+
+    def _draw(self, step: int, samples: Samples) -> None:
+        self._progress.flush()
+        with _going_on():
+            self._progress.say(f"drew {samples.draw(self._all(self._best()), step, self._position(step))}")
 
     # ---- weights and positions ------------------------------------------------------------------------------------
 
