@@ -126,6 +126,7 @@ def evaluated(config, tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(evaluated, tmp_path, monkeypatch, capsys):
     sets = ("checkpoint_every_n_epochs=100", "eval_every_n_steps=7", "max_steps=9")  # 7: in the second epoch
     arguments = ["--config", str(evaluated), *(word for key in sets for word in ("--set", key))]
