@@ -81,8 +81,11 @@ def test_lora_says_what_it_did_and_what_it_refuses(tmp_path, capsys):
     assert "was multiplied into lora_B" in capsys.readouterr().out
     assert {array.dtype for array in load_file(tmp_path / "out.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert "have no place for lokr_w1" in refusal(capsys, "lora", LOKR, tmp_path / "no", "--to", "diffusers")
-    assert "expected two numbers" in refusal(capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "28")
-    assert "a model of 28 blocks has not" in refusal(
+    for wrong in ("28", "28:41"):
+        assert "expected two numbers of blocks, as in 28:40, of 28, 40, 52" in refusal(
+            capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", wrong
+        )
+    assert "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks has not" in refusal(
         capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "40:28"
     )
     stray = load_file(LORA) | {"lora_unet_blocks_0_self_attn_qkv.lora_down.weight": np.zeros((4, 64), np.float32)}
@@ -138,6 +141,10 @@ def test_merge_refuses_what_the_base_has_not(tmp_path, capsys):
     convert(*arguments, "--allow_unused")
     assert "48 of 68 modules matched" in capsys.readouterr().out
     save_file(dict(golden("vae.model")), tmp_path / "vae.safetensors")
+    for number in ("nan", "inf", "much"):
+        assert "expected FILE or FILE:WEIGHT with a number" in refusal(
+            capsys, "merge", DIT_FILE, f"{LORA}:{number}", tmp_path / "no"
+        )
     assert "it looks like: Wan VAE" in refusal(capsys, "merge", tmp_path / "vae.safetensors", LORA, tmp_path / "no")
 
 

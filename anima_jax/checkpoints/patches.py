@@ -8,10 +8,12 @@ lokr   ΔW = s · lokr_w1 ⊗ lokr_w2                                  either on
 diff   ΔW = diff, of any shape; and `diff_b` for the bias
 
 s is alpha / r, and 1 without alpha or without r. `dora_scale`, (o, 1) or (1, i), is the norm that W + ΔW is given along
-the other axis (arXiv 2402.09353).
+the other axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead where it is (o, 1), so
+that such a file does a little more or less there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -83,7 +85,7 @@ class Patch:
         """Why these parts are no adapter, or none for a weight of this shape; None if they are one."""
         if incomplete := self._incomplete():
             return incomplete
-        if "alpha" in self.parts and self.parts["alpha"].shape not in {(), (1,)}:
+        if "alpha" in self.parts and math.prod(self.parts["alpha"].shape) != 1:
             return f"alpha is {self.parts['alpha'].shape}, expected one number"
         found = self.update_shape
         if weight_shape is None or found is None:
