@@ -108,17 +108,17 @@ def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_un
     UserError, with the names of the modules, for what changes none, unless that is allowed, and for a patch of
     another shape.
     """
-    found = {module: patch for module, patch in adapter.patches.items() if _has(weights, module, patch)}
+    found = {module: _present(weights, module, patch) for module, patch in adapter.patches.items()}
+    found = {module: patch for module, patch in found.items() if patch.parts}
     for module, patch in found.items():
-        if fault := patch.fault(weights.get(f"{module}.weight", patch.update_shape)):
+        if fault := patch.fault(weights.get(f"{module}.weight"), weights.get(f"{module}.bias")):
             raise UserError(f"{adapter.path}: {module} {fault}")
     print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
     absent = [
         part.key
         for module, patch in adapter.patches.items()
-        if module not in found
-        for part in patch.parts.values()
-        if part.key
+        for name, part in patch.parts.items()
+        if part.key and (module not in found or name not in found[module].parts)
     ]
     if not found:
         raise UserError(f"{adapter.path}: changes nothing that the model has: {_listed(absent)}")
@@ -392,9 +392,10 @@ def _without_alpha(patch: Patch) -> Patch:
 # ---- single parts ----------------------------------------------------------------------------------------------------
 
 
-def _has(weights: Mapping[str, Any], module: str, patch: Patch) -> bool:
-    needed = {f"{module}.{'bias' if part == 'diff_b' else 'weight'}" for part in patch.parts if part != "alpha"}
-    return needed <= weights.keys()
+def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:
+    """The parts that change a weight or a bias that there is."""
+    has = {name: f"{module}.{'bias' if name == 'diff_b' else 'weight'}" in weights for name in patch.parts}
+    return Patch({name: part for name, part in patch.parts.items() if has[name]})
 
 
 def _cast(part: Part, name: str, dtype: np.dtype) -> Part:
