@@ -3,7 +3,7 @@
 import argparse
 
 from anima_jax.checkpoints.adapters import open_adapter, write_adapter
-from anima_jax.checkpoints.depths import remapped
+from anima_jax.checkpoints.depths import DEPTHS, remapped
 from anima_jax.checkpoints.names.adapters import DIALECTS
 from anima_jax.errors import UserError
 from convert import outputs
@@ -29,7 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     depths = parse_remap(arguments.remap) if arguments.remap else None
     dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)
     with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
-        patches = remapped(adapter.patches, *depths) if depths else adapter.patches
+        try:
+            patches = remapped(adapter.patches, *depths) if depths else adapter.patches
+        except UserError as error:
+            raise UserError(f"{adapter.path}: {error}") from error
         notes = write_adapter(arguments.output, patches, dialect, dtype=dtype, metadata=adapter.metadata)
         print(
             f"{arguments.output}: {len(patches)} modules matched ({adapter.summary}), in the names of {dialect.title}"
@@ -40,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def parse_remap(text: str) -> tuple[int, int]:
     """`28:40` as two numbers of blocks. Raises UserError for anything else."""
-    source, colon, target = text.partition(":")
-    if not (colon and source.isdigit() and target.isdigit()):
-        raise UserError(f"--remap {text}: expected two numbers of blocks, as in 28:40")
-    return int(source), int(target)
+    depths = {str(depth): depth for depth in DEPTHS}
+    source, _, target = text.partition(":")
+    if source not in depths or target not in depths:
+        raise UserError(f"--remap {text}: expected two numbers of blocks, as in 28:40, of {', '.join(depths)}")
+    return depths[source], depths[target]

@@ -2,11 +2,12 @@
 
 import argparse
 import contextlib
+import sys
 
 import numpy as np
 
 from anima_jax.checkpoints import safetensors
-from anima_jax.checkpoints.accounting import looks_like, original_names
+from anima_jax.checkpoints.accounting import looks_like, original_names, shorten
 from anima_jax.checkpoints.adapters import file_of
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.merging import changes, matched, merged, weighted
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
         changed = changes(matched(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused), weights)
 
+        broken: list[str] = []
+
         def stored_dtype(key: str) -> np.dtype:
             return outputs.OUTPUT_DTYPES.get(arguments.dtype, file.tensors[key].dtype)
 
@@ -46,8 +49,16 @@ def run(arguments: argparse.Namespace) -> None:
             values, name = file.read(key), names.get(key, key)
             if name not in changed:
                 return cast(values, stored_dtype(key), key)
-            return merged(name, values, changed[name], stored_dtype(key))
+            out = merged(name, values, changed[name], stored_dtype(key))
+            if not np.isfinite(out).all():
+                broken.append(key)
+            return out
 
         tensors = [Tensor(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
+    if broken:
+        print(
+            f"warning: {arguments.output}: NaN or infinite values in {len(broken)} tensors: {shorten(broken)}",
+            file=sys.stderr,
+        )
     print(f"{arguments.output}: {len(changed)} of {len(tensors)} tensors changed")

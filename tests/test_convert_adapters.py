@@ -81,8 +81,11 @@ def test_lora_says_what_it_did_and_what_it_refuses(tmp_path, capsys):
     assert "was multiplied into lora_B" in capsys.readouterr().out
     assert {array.dtype for array in load_file(tmp_path / "out.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert "have no place for lokr_w1" in refusal(capsys, "lora", LOKR, tmp_path / "no", "--to", "diffusers")
-    assert "expected two numbers" in refusal(capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "28")
-    assert "a model of 28 blocks has not" in refusal(
+    for wrong in ("28", "28:41"):
+        assert "expected two numbers of blocks, as in 28:40, of 28, 40, 52" in refusal(
+            capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", wrong
+        )
+    assert "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks has not" in refusal(
         capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "40:28"
     )
     stray = load_file(LORA) | {"lora_unet_blocks_0_self_attn_qkv.lora_down.weight": np.zeros((4, 64), np.float32)}
@@ -138,7 +141,38 @@ def test_merge_refuses_what_the_base_has_not(tmp_path, capsys):
     convert(*arguments, "--allow_unused")
     assert "48 of 68 modules matched" in capsys.readouterr().out
     save_file(dict(golden("vae.model")), tmp_path / "vae.safetensors")
+    for number in ("nan", "inf", "much"):
+        assert "expected FILE or FILE:WEIGHT with a number" in refusal(
+            capsys, "merge", DIT_FILE, f"{LORA}:{number}", tmp_path / "no"
+        )
+    biased = "diffusion_model.llm_adapter.blocks.0.mlp.0.diff_b"
+    save_file({biased: np.ones(1, "f4")}, tmp_path / "bias.safetensors")
+    arguments = ("merge", DIT_FILE, tmp_path / "bias.safetensors", tmp_path / "no")
+    assert "mlp.0 changes a bias of shape (1,), the model's is (192,)" in refusal(capsys, *arguments)
     assert "it looks like: Wan VAE" in refusal(capsys, "merge", tmp_path / "vae.safetensors", LORA, tmp_path / "no")
+
+
+def test_merge_leaves_out_no_more_than_what_the_base_has_not(tmp_path, capsys):
+    module = "diffusion_model.blocks.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": normal(2, 64), f"{module}.lora_B.weight": normal(64, 2)}
+    save_file(factors | {f"{module}.diff_b": normal(64)}, tmp_path / "lora.safetensors")
+    arguments = ("merge", DIT_FILE, tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    assert f"1 keys are unused: {module}.diff_b;" in refusal(capsys, *arguments)
+    convert(*arguments, "--allow_unused")
+    a, b = factors.values()
+    name = "net.blocks.0.self_attn.q_proj.weight"
+    expected = golden("dit_image.model")[name] + b @ a
+    np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")[name], expected, atol=1e-6)
+
+
+def test_merge_warns_of_an_adapter_that_breaks_the_model(tmp_path, capsys):
+    broken = {
+        key: array * np.float32("nan") if "blocks.1.mlp.layer1" in key else array
+        for key, array in load_file(LORA).items()
+    }
+    save_file(broken, tmp_path / "lora.safetensors")
+    convert("merge", DIT_FILE, tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    assert "NaN or infinite values in 1 tensors: net.blocks.1.mlp.layer1.weight" in capsys.readouterr().err
 
 
 def test_an_adapter_that_was_trained_on_another_model_is_named_with_both(tmp_path, capsys):

@@ -22,10 +22,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
+from anima_jax.checkpoints.depths import another_depth
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import adapters, file_tensors
 from anima_jax.checkpoints.names.adapters import COMFYUI, DIALECTS, Dialect
-from anima_jax.checkpoints.names.parts import TITLES, split_key
+from anima_jax.checkpoints.names.parts import TITLES, adapter_kind, split_key
 from anima_jax.checkpoints.patches import FLOAT32, Part, Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
@@ -64,14 +65,16 @@ class Adapter:
         span = f" of rank {ranks[0]}" if ranks else ""
         return " and ".join(TITLES[kind] for kind in kinds) + span + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
-    def require_all_used(self, *, allow_unused: bool) -> None:
-        """Say what is left over on stderr if that is allowed, else raise UserError."""
+    def require_all_used(self, *, allow_unused: bool, advice: str = "") -> None:
+        """Say on stderr what is left over if that is allowed, else raise UserError. `advice` is on the cause."""
         if not self.patches:
             what = accounting.looks_like(self.unused)
-            raise UserError(f"{self.path}: holds no adapter of Anima's; {what}")
+            listed = f", with the keys {_listed(self.unused)}" if adapter_kind(self.unused) else ""
+            raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:
             return
-        text = f"{self.path}: {len(self.unused)} keys are unused: {_listed(self.unused)}"
+        near = adapters.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
+        text = f"{self.path}: {len(self.unused)} keys are unused: {_listed(self.unused)}{near}"
         if not allow_unused:
             raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
         print(f"warning: {text}", file=sys.stderr)
@@ -101,24 +104,29 @@ def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
 def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
     """The part of an adapter that changes one of `weights`, tensors' names (`….weight`) and shapes; says how many.
 
-    Raises UserError, with the names of the modules, for what changes none, unless that is allowed, and for a patch of
+    Warns of an adapter that seems made for fewer blocks than there are, which fits and is at the wrong ones. Raises
+    UserError, with the names of the modules, for what changes none, unless that is allowed, and for a patch of
     another shape.
     """
-    found = {module: patch for module, patch in adapter.patches.items() if _has(weights, module, patch)}
+    found = {module: _present(weights, module, patch) for module, patch in adapter.patches.items()}
+    found = {module: patch for module, patch in found.items() if patch.parts}
     for module, patch in found.items():
-        if fault := patch.fault(weights.get(f"{module}.weight", patch.update_shape)):
+        if fault := patch.fault(weights.get(f"{module}.weight"), weights.get(f"{module}.bias")):
             raise UserError(f"{adapter.path}: {module} {fault}")
     print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
     absent = [
         part.key
         for module, patch in adapter.patches.items()
-        if module not in found
-        for part in patch.parts.values()
-        if part.key
+        for name, part in patch.parts.items()
+        if part.key and (module not in found or name not in found[module].parts)
     ]
     if not found:
         raise UserError(f"{adapter.path}: changes nothing that the model has: {_listed(absent)}")
-    dataclasses.replace(adapter, unused=absent).require_all_used(allow_unused=allow_unused)
+    depths = another_depth(adapter.patches, weights)
+    advice = f"it seems {depths}" if depths else ""
+    if advice and not absent:
+        print(f"warning: {adapter.path}: {advice}", file=sys.stderr)
+    dataclasses.replace(adapter, unused=absent).require_all_used(allow_unused=allow_unused, advice=advice)
     return dataclasses.replace(adapter, patches=found)
 
 
@@ -384,9 +392,10 @@ def _without_alpha(patch: Patch) -> Patch:
 # ---- single parts ----------------------------------------------------------------------------------------------------
 
 
-def _has(weights: Mapping[str, Any], module: str, patch: Patch) -> bool:
-    needed = {f"{module}.{'bias' if part == 'diff_b' else 'weight'}" for part in patch.parts if part != "alpha"}
-    return needed <= weights.keys()
+def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:
+    """The parts that change a weight or a bias that there is."""
+    has = {name: f"{module}.{'bias' if name == 'diff_b' else 'weight'}" in weights for name in patch.parts}
+    return Patch({name: part for name, part in patch.parts.items() if has[name]})
 
 
 def _cast(part: Part, name: str, dtype: np.dtype) -> Part:

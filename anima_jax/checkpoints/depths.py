@@ -4,7 +4,7 @@
 wherever those are now.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from anima_jax.checkpoints.patches import Patch
 from anima_jax.errors import UserError
@@ -38,6 +38,23 @@ def depth_map(source: int, target: int) -> dict[int, int]:
     return found
 
 
+def another_depth(modules: Iterable[str], weights: Iterable[str]) -> str | None:
+    """What to say of an adapter's modules that end with the blocks of another model's depth than `weights` have.
+
+    None where they do not: an adapter may leave the last blocks out, but seldom all that one of the models has more.
+    """
+    source, target = (1 + max(map(_number, names), default=-1) for names in (modules, weights))
+    if source == target or not {source, target} <= set(DEPTHS):
+        return None
+    return f"made for {source} blocks, and the model has {target}; `python -m convert lora --remap {source}:{target}`"
+
+
+def _number(module: str) -> int:
+    """Number of the transformer's block that a module or a weight is in, −1 outside of them."""
+    number = module.removeprefix(_BLOCKS).partition(".")[0] if module.startswith(_BLOCKS) else ""
+    return int(number) if number else -1
+
+
 def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str, Patch]:
     """The patches of a model of `source` blocks for one of `target`.
 
@@ -48,11 +65,11 @@ def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str
         if not module.startswith(_BLOCKS):
             found[module] = patch
             continue
-        number, _, rest = module.removeprefix(_BLOCKS).partition(".")
-        if int(number) in numbers:
-            found[f"{_BLOCKS}{numbers[int(number)]}.{rest}"] = patch
+        number = _number(module)
+        if number in numbers:
+            found[f"{_BLOCKS}{numbers[number]}{module.removeprefix(f'{_BLOCKS}{number}')}"] = patch
         else:
-            lost.add(int(number))
+            lost.add(number)
     if lost:
         named = ", ".join(map(str, sorted(lost)))
         why = (

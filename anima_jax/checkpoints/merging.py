@@ -4,7 +4,9 @@ All arithmetic is in float32 from the base's values, one weight at a time, round
 does it; so a merged file and a base with its adapters loaded are the same numbers.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -181,7 +183,7 @@ def weighted(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text) or weight.startswith("//"):
         return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        raise UserError(f"{text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(weight)):
+            return path, number
+    raise UserError(f"{text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'")

@@ -8,11 +8,13 @@ lokr   ΔW = s · lokr_w1 ⊗ lokr_w2                                  either on
 diff   ΔW = diff, of any shape; and `diff_b` for the bias
 
 s is alpha / r, and 1 without alpha or without r. `dora_scale`, (o, 1) or (1, i), is the norm that W + ΔW is given along
-the other axis (arXiv 2402.09353).
+the other axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead where it is (o, 1), so
+that such a file does a little more or less there.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -79,21 +81,28 @@ class Patch:
             return 1.0
         return float(self.parts["alpha"].float32().reshape(())) / self.rank
 
-    def fault(self, weight_shape: tuple[int, ...] | None = None) -> str | None:
-        """Why these parts are no adapter, or none for a weight of this shape; None if they are one."""
-        if incomplete := self._incomplete():
-            return incomplete
-        if "alpha" in self.parts and self.parts["alpha"].shape not in {(), (1,)}:
-            return f"alpha is {self.parts['alpha'].shape}, expected one number"
-        found = self.update_shape
+    def fault(
+        self, weight_shape: tuple[int, ...] | None = None, bias_shape: tuple[int, ...] | None = None
+    ) -> str | None:
+        """Why these parts are no adapter, or none for a weight and a bias of these shapes; None if they are one."""
+        return self._incomplete() or next(self._misfits(weight_shape, bias_shape), None)
+
+    def _misfits(self, weight_shape: tuple[int, ...] | None, bias_shape: tuple[int, ...] | None) -> Iterator[str]:
+        """Whatever is of a wrong shape though it multiplies."""
+        shapes, found = {name: part.shape for name, part in self.parts.items()}, self.update_shape
+        if math.prod(shapes.get("alpha", ())) != 1:
+            yield f"alpha is {shapes['alpha']}, expected one number"
+        if found is None and self.kind != "diff":
+            yield "has two products of different shapes"
+        if bias_shape is not None and shapes.get("diff_b", bias_shape) != bias_shape:
+            yield f"changes a bias of shape {shapes['diff_b']}, the model's is {bias_shape}"
         if weight_shape is None or found is None:
-            return None
+            return
         if found != weight_shape:
-            return f"changes a weight of shape {found}, the model's is {weight_shape}"
-        scale = self.parts.get("dora_scale")
-        if scale and scale.shape not in {weight_shape[:1], (*weight_shape[:1], 1), (1, *weight_shape[1:])}:
-            return f"dora_scale is {scale.shape}, the weight {weight_shape}"
-        return None
+            yield f"changes a weight of shape {found}, the model's is {weight_shape}"
+        norms = {weight_shape[:1], (*weight_shape[:1], 1), (1, *weight_shape[1:])}
+        if "dora_scale" in shapes and shapes["dora_scale"] not in norms:
+            yield f"dora_scale is {shapes['dora_scale']}, the weight {weight_shape}"
 
     def _incomplete(self) -> str | None:
         """What is missing, too much, or of a shape that does not multiply."""

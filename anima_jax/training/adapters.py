@@ -1,5 +1,6 @@
 """`[adapter]` on a particular network: which modules get one, of which rank and at which rate, and where they begin."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -54,6 +55,16 @@ def plan(
         for factor in slot.shapes
         if set(own_rates[path]) != {1.0}
     }
+
+
+def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is to be said of `exclude_modules` that exclude nothing: it may be a slip, or other models' modules."""
+    assert config.adapter is not None
+    names = list(module_names({path: shape[0] for path, shape in targets.items()}))
+    idle = [one for one in config.adapter.exclude_modules if not any(_any([one], name) for name in names)]
+    return [
+        f"warning: {config.path}: adapter.exclude_modules: '{one}' fits no module{_near(one, names)}" for one in idle
+    ]
 
 
 def scales(config: MainConfig, slots: Mapping[str, lora.Slot]) -> Params:
@@ -132,8 +143,15 @@ def _require_patterns_fit(config: MainConfig, adapter: AdapterConfig, names: Ite
             if not any(_any([pattern], name) for name in names):
                 raise UserError(
                     f"{config.path}: adapter.{key}: '{pattern}' fits none of the {len(names)} modules, as "
-                    f"{names[0]}{did_you_mean(pattern, names)}"
+                    f"{names[0]}{_near(pattern, names)}"
                 )
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    """The name, or the part of one from one dot to another, that a pattern may mean."""
+    words = [name.split(".") for name in names]
+    parts = {".".join(w[i:j]) for w in words for i, j in itertools.combinations(range(len(w) + 1), 2)}
+    return did_you_mean(pattern, sorted(parts))
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:

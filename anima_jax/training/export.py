@@ -17,9 +17,9 @@ from anima_jax.checkpoints.fingerprints import fingerprint
 from anima_jax.checkpoints.locations import replacing
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
+from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
-from anima_jax.models import lora
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.hosts import is_first
 from anima_jax.training.state import Trained
@@ -58,7 +58,7 @@ def about_adapter(config: MainConfig, trained: Trained, step: int) -> AboutAdapt
         "version": f"anima_jax {_version()}",
         **(fingerprint(base).metadata if base else {}),
     }
-    return AboutAdapter(metadata, peft_config(config, trained.slots))
+    return AboutAdapter(metadata, peft_config(config, trained))
 
 
 def _version() -> str:
@@ -68,10 +68,11 @@ def _version() -> str:
         return "of no release"
 
 
-def peft_config(config: MainConfig, slots: Mapping[str, lora.Slot]) -> dict[str, Any]:
+def peft_config(config: MainConfig, trained: Trained) -> dict[str, Any]:
     """PEFT's settings for the transformer's modules, whose names they have as in the original files."""
-    adapter = config.adapter
+    adapter, slots = config.adapter, trained.slots
     assert adapter is not None
+    assert slots is not None
     names = module_names({path: len(slot.ranks) for path, slot in slots.items()})
     ranks = {name: slots[path].ranks[layer] for name, (path, layer) in names.items()}
     ranks = {name: rank for name, rank in ranks.items() if rank and not name.startswith(TEXT_ENCODER)}
@@ -80,11 +81,16 @@ def peft_config(config: MainConfig, slots: Mapping[str, lora.Slot]) -> dict[str,
         if not slots[names[name][0]].ranked:
             alphas[name] = ranks[name]  # PEFT multiplies by alpha / rank even where there is no rank
     alpha = adapter.alpha or adapter.rank
+    # PEFT takes every module whose name ends like a target, and the LLM adapter's attention ends as the transformer's.
+    inside = trained.config.adapter.blocks if trained.config.adapter else 0
+    alike = re.compile(r"blocks\.(\d+)\.\w+_attn\.[qkv]_proj")
+    taken = {ADAPTER + name for name in ranks if (match := alike.fullmatch(name)) and int(match[1]) < inside}
     shared = {
         "base_model_name_or_path": config.model.transformer_path,
         "inference_mode": True,
         "r": adapter.rank,
         "target_modules": sorted(ranks),
+        "exclude_modules": sorted(taken - ranks.keys()) or None,
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != adapter.rank},
         "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
     }

@@ -102,7 +102,8 @@ def _with_adapter(
             model.text_encoder = nnx.data(Qwen3(qwen.config, rngs=rngs))
         return model
 
-    slots, rates = adapters.plan(config, lora.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0)))))
+    targets = lora.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
+    slots, rates = adapters.plan(config, targets)
 
     def build(rngs) -> AnimaDiT:
         model = bare(rngs)
@@ -113,10 +114,11 @@ def _with_adapter(
     fresh = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
     params = lora.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
     scales = adapters.scales(config, slots)
-    notes: list[str] = []
+    notes = adapters.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
-        begun, notes = adapters.existing(config, slots, scales, params)
+        begun, told = adapters.existing(config, slots, scales, params)
         params |= begun
+        notes += told
     tensors = file_tensors(ADAPTER_RULES, params)
     return Trained(model_config, graphdef, params, base | put_whole(scales, mesh), tensors, slots, rates, notes)
 

@@ -59,6 +59,8 @@ SPELLINGS = {
         ".lora_B.default.weight",
     ),
     "net": (lambda m: f"net.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "net of ComfyUI": (lambda m: f"diffusion_model.net.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "net of kohya": (lambda m: flat(f"net.{m}"), ".lora_down.weight", ".lora_up.weight"),
     "bare": (lambda m: m, ".lora_A.weight", ".lora_B.weight"),
 }
 """How each dialect spells a module, and what it calls A and B."""

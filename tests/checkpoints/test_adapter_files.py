@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import load_lora, open_adapter, write_adapter
+from anima_jax.checkpoints.adapters import fitted, load_lora, open_adapter, write_adapter
 from anima_jax.checkpoints.depths import depth_map, remapped
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.checkpoints.names import adapters as names
@@ -95,6 +95,7 @@ def test_names_of_the_text_encoder():
     spellings = (
         "text_encoders.qwen3_06b.transformer.model.layers.1.self_attn.q_proj",
         "lora_te_layers_1_self_attn_q_proj",
+        "lora_te_model_layers_1_self_attn_q_proj",
         "text_encoder.layers.1.self_attn.q_proj",
     )
     assert set(names.modules_by_spelling(spellings).values()) == {"text_encoder.layers.1.self_attn.q_proj"}
@@ -274,6 +275,7 @@ def test_keys_that_belong_nowhere_are_listed_and_can_be_left_out(model, tmp_path
     with pytest.raises(UserError, match="2 keys are unused") as error:
         load_lora(path, model)
     assert STRAY in str(error.value)
+    assert "did you mean 'diffusion_model.blocks.0.self_attn." in str(error.value)
     assert "extra.moe.router" in str(error.value)
     load_lora(path, model, allow_unused=True)
     assert "warning: " in capsys.readouterr().err
@@ -295,6 +297,13 @@ def test_a_part_that_is_there_twice_is_refused(tmp_path):
 def test_a_model_is_no_adapter(tmp_path):
     with pytest.raises(UserError, match="holds no adapter of Anima's; it looks like: Anima transformer"):
         updates(DIT_FILE)
+
+
+def test_a_lora_of_another_family_is_told_by_its_keys(tmp_path):
+    other = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{x}.weight": np.ones((4, 4), "f4") for x in ("up", "down")}
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="it looks like: LoRA, with the keys lora_unet_double_blocks_0_img_attn_qkv"):
+        updates(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["diff", "loha dora", "dora by input"])
@@ -421,6 +430,22 @@ def test_an_adapter_is_moved_without_its_text_side_and_back_if_nothing_is_lost()
         remapped({"blocks.2.mlp.layer1": patch}, 40, 28)
     with pytest.raises(UserError, match="changes blocks 30, which a model of 28 blocks has not either"):
         remapped({"blocks.30.mlp.layer1": patch}, 28, 40)
+
+
+@pytest.mark.parametrize(("blocks", "depth"), [(28, 40), (40, 28), (28, 28), (27, 40)])
+def test_an_adapter_that_ends_with_another_models_blocks_is_pointed_out(tmp_path, capsys, blocks, depth):
+    patch = {"diff": Part.of(np.ones((2, 2), "f4"))}
+    patches = {f"blocks.{n}.mlp.layer1": Patch(patch) for n in range(blocks)}
+    write_adapter(tmp_path / "lora.safetensors", patches)
+    weights = {f"blocks.{n}.mlp.layer1.weight": (2, 2) for n in range(depth)}
+    with open_adapter(tmp_path / "lora.safetensors") as adapter:
+        if blocks > depth:
+            with pytest.raises(UserError, match=r"12 keys are unused: .*; it seems made for 40.* lora --remap 40:28`"):
+                fitted(adapter, weights)
+        else:
+            fitted(adapter, weights)
+    advice = "made for 28 blocks, and the model has 40; `python -m convert lora --remap 28:40`"
+    assert (advice in capsys.readouterr().err) == ((blocks, depth) == (28, 40))
 
 
 # ---- singular values -------------------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ def test_modules_and_layers_that_a_file_leaves_out_stay_out_and_ranks_may_differ
         np.testing.assert_array_equal(array, again[name], err_msg=name)
 
 
+def mismatched_loha():
+    names, shapes = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ((64, 2), (2, 64), (1, 2), (2, 64))
+    module = "diffusion_model.blocks.0.self_attn.q_proj"
+    return {f"{module}.{name}": np.ones(shape, "f4") for name, shape in zip(names, shapes, strict=True)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -91,6 +97,7 @@ def test_modules_and_layers_that_a_file_leaves_out_stay_out_and_ranks_may_differ
         ),
         (lambda t: {"lora_unet_blocks_0.alpha": np.ones(1, "f4")}, "holds no adapter of Anima's"),
         (lambda t: {}, "holds no adapter of Anima's"),
+        (lambda t: mismatched_loha(), "has two products of different shapes"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(model, tmp_path, change, message):

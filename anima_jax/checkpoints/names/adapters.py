@@ -9,11 +9,12 @@ guessed.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from anima_jax.checkpoints.names import LINEAR, Layout, Rule, diffusers, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.parts import PARTS
+from anima_jax.checkpoints.names.parts import PARTS, split_key
 from anima_jax.checkpoints.names.prefixes import DIT, QWEN3, TEXT_ENCODER
+from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
@@ -94,8 +95,9 @@ SPELLINGS: tuple[Callable[[str], str | None], ...] = (
     *(dialect.module for dialect in DIALECTS.values()),
     _flat("lora_prior_unet_", "lora_te1_"),
     _flat("lycoris_", "lycoris_text_encoder_"),
+    _flat("lora_unet_net_", "lora_te_model_"),
     _flat_diffusers,
-    *(_dotted(prefix) for prefix in (*DIT.prefixes, "transformer.")),
+    *(_dotted(prefix) for prefix in (*DIT.prefixes, "diffusion_model.net.", "transformer.")),
     _dotted("base_model.model.", "base_model.model."),
     *(_dotted(None, prefix) for prefix in (*QWEN3.prefixes, *_TEXT_ENCODER_PREFIXES)),
     functools.partial(_diffusers, "", "text_conditioner."),
@@ -110,10 +112,24 @@ PEFT_PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
 def modules_by_spelling(spellings: Iterable[str]) -> dict[str, str]:
     """Spelling → module, for those of `spellings` that are modules of an Anima of any depth."""
     spellings = list(spellings)
+    known = _known_beside(spellings)
+    return {spelling: known[spelling] for spelling in spellings if spelling in known}
+
+
+def nearest_spelling(key: str) -> str:
+    """`" (did you mean '…'?)"` with the module that is spelled most like that of a key, if it is none itself."""
+    if not (split := split_key(key)):
+        return ""
+    spelling, known = split[0], _known_beside(split[:1])
+    alike = (one for one in known if one[:4] == spelling[:4])
+    return "" if spelling in known else did_you_mean(spelling, alike)
+
+
+def _known_beside(spellings: Sequence[str]) -> dict[str, str]:
+    """Every spelling of every module of networks as deep as the numbers in `spellings` say."""
     numbered = re.compile(r"(?:blocks|layers)[._](\d{1,3})(?!\d)")
     numbers = {int(number) for spelling in spellings for number in numbered.findall(spelling)}
-    known = _all_spellings(1 + max(numbers, default=0))
-    return {spelling: known[spelling] for spelling in spellings if spelling in known}
+    return _all_spellings(1 + max(numbers, default=0))
 
 
 @functools.lru_cache(maxsize=4)
