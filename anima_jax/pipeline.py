@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, put_batch, put_whole, replicas
 from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.sampling import Batch, Context, Kept
-from anima_jax.text.prompts import spans
+from anima_jax.text.prompts import embeddings, spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.tiles import in_tiles
 from anima_jax.watching import ProgressBar
@@ -219,6 +220,8 @@ class AnimaPipeline:
 
     def _encode_prompt(self, text_params: Params, prompt: str) -> Context:
         source_n, target_m, weights_m = self.tokenizers.prompt_ids(spans(prompt))
+        for name in embeddings(prompt):
+            print(f"prompt '{prompt}': embedding:{name} is left out: there are none for Anima", file=sys.stderr)
         if not np.isfinite(weights_m).all():
             raise UserError(f"prompt '{prompt}': a weight is not a finite number")
         source_bn, source_mask_bn = padded([source_n], rounded_up(len(source_n), CONTEXT_ROWS))
