@@ -24,6 +24,9 @@ from anima_jax.models.dit import PATCH
 PIXELS_PER_LATENT = 8
 SIZE_STEP = PIXELS_PER_LATENT * PATCH
 
+MAX_SIZE = 16384
+"""Pixels of a side at most, as in ComfyUI's nodes."""
+
 MIN_DENOISE = 0.001
 
 
@@ -49,6 +52,8 @@ class Picture:
             size = getattr(self, name)
             if size < SIZE_STEP or size % SIZE_STEP:
                 raise UserError(f"{name} {size}, expected a positive multiple of {SIZE_STEP}{_nearest(size)}")
+            if size > MAX_SIZE:
+                raise UserError(f"{name} {size}, expected at most {MAX_SIZE}")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed {self.seed}, expected a whole number ≥ 0 and < 2⁶⁴")
         if self.batch_size < 1:

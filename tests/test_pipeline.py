@@ -351,6 +351,7 @@ def test_pixels_are_cut_off_and_rounded_down():
         ({"schedule": "bta"}, r"schedule 'bta', expected one of .*\(did you mean 'beta'\?\)"),
         ({"noise": "torch-gpu"}, "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
         ({"width": 40}, r"width 40, expected a positive multiple of 16 \(nearest: 32 and 48\)"),
+        ({"width": 10**12}, "width 1000000000000, expected at most 16384"),
         ({"height": 0}, "height 0, expected a positive multiple of 16"),
         ({"steps": -3}, "steps -3, expected 1 to 1000"),
         ({"shift": 0.0}, "shift 0.0, expected a number above 0"),
