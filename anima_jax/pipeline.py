@@ -172,7 +172,7 @@ class AnimaPipeline:
         pixels = self.decode(latents)
         if area is not None and original is not None:
             (kept,) = self.decode([original])
-            pixels = [area * drawn + (1.0 - area) * kept for drawn in pixels]
+            pixels = [np.where(area > 0.0, drawn, kept) for drawn in pixels]
         return to_images(pixels)
 
     def draw_latents(
@@ -282,7 +282,8 @@ class AnimaPipeline:
             watch and (lambda done, total, x_blc: watch(done, total, lambda: layout.unpack(x_blc))),
         )
         results = [x / np.float32(1.0 - sampler.ends_at) for x in layout.unpack(tokens_blc)]
-        return results if mask is None else [mask * x + (1.0 - mask) * latents[0] for x in results]
+        # Where the mask is grey, the last estimate is already a mixture.
+        return results if mask is None else [np.where(mask > 0.0, x, latents[0]) for x in results]
 
     def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
         """Normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; of large pictures in blended tiles."""
