@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from anima_jax.checkpoints.locations import replacing, writing_to
+from anima_jax.data.media import eight_bit
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
@@ -114,7 +115,7 @@ def read_picture(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return eight_bit(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
