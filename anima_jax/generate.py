@@ -106,6 +106,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not (arguments.prompt is not None or arguments.prompts or arguments.like):
         parser.error("one of --prompt, --prompts and --like is required")
+    if arguments.set and not arguments.config:
+        parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
     for flag in ("at_once", "preview", "batch_size"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -216,7 +218,10 @@ def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
     """The files to write. Raises UserError unless `output` is a PNG in a folder that exists."""
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: expected a .png file in a folder that exists")
-    return [output] if count == 1 else [output.with_stem(f"{output.stem}_{index + 1}") for index in range(count)]
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}_{index + 1}") for index in range(count)]
+    if folder := next((path for path in paths if path.is_dir()), None):
+        raise UserError(f"--output {output}: {folder} is a folder, expected a .png file")
+    return paths
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]) -> dict:

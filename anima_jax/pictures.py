@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from anima_jax.checkpoints.locations import replacing, writing_to
+from anima_jax.data.media import eight_bit
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
@@ -23,6 +24,9 @@ from anima_jax.models.dit import PATCH
 
 PIXELS_PER_LATENT = 8
 SIZE_STEP = PIXELS_PER_LATENT * PATCH
+
+MAX_SIZE = 16384
+"""Pixels of a side at most, as in ComfyUI's nodes."""
 
 MIN_DENOISE = 0.001
 
@@ -49,6 +53,8 @@ class Picture:
             size = getattr(self, name)
             if size < SIZE_STEP or size % SIZE_STEP:
                 raise UserError(f"{name} {size}, expected a positive multiple of {SIZE_STEP}{_nearest(size)}")
+            if size > MAX_SIZE:
+                raise UserError(f"{name} {size}, expected at most {MAX_SIZE}")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed {self.seed}, expected a whole number ≥ 0 and < 2⁶⁴")
         if self.batch_size < 1:
@@ -109,7 +115,7 @@ def read_picture(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return eight_bit(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, put_batch, put_whole, replicas
 from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.sampling import Batch, Context, Kept
-from anima_jax.text.prompts import spans
+from anima_jax.text.prompts import embeddings, spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.tiles import in_tiles
 from anima_jax.watching import ProgressBar
@@ -171,7 +172,7 @@ class AnimaPipeline:
         pixels = self.decode(latents)
         if area is not None and original is not None:
             (kept,) = self.decode([original])
-            pixels = [area * drawn + (1.0 - area) * kept for drawn in pixels]
+            pixels = [np.where(area > 0.0, drawn, kept) for drawn in pixels]
         return to_images(pixels)
 
     def draw_latents(
@@ -219,6 +220,8 @@ class AnimaPipeline:
 
     def _encode_prompt(self, text_params: Params, prompt: str) -> Context:
         source_n, target_m, weights_m = self.tokenizers.prompt_ids(spans(prompt))
+        for name in embeddings(prompt):
+            print(f"prompt '{prompt}': embedding:{name} is left out: there are none for Anima", file=sys.stderr)
         if not np.isfinite(weights_m).all():
             raise UserError(f"prompt '{prompt}': a weight is not a finite number")
         source_bn, source_mask_bn = padded([source_n], rounded_up(len(source_n), CONTEXT_ROWS))
@@ -279,7 +282,8 @@ class AnimaPipeline:
             watch and (lambda done, total, x_blc: watch(done, total, lambda: layout.unpack(x_blc))),
         )
         results = [x / np.float32(1.0 - sampler.ends_at) for x in layout.unpack(tokens_blc)]
-        return results if mask is None else [mask * x + (1.0 - mask) * latents[0] for x in results]
+        # Where the mask is grey, the last estimate is already a mixture.
+        return results if mask is None else [np.where(mask > 0.0, x, latents[0]) for x in results]
 
     def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
         """Normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; of large pictures in blended tiles."""

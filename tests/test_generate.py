@@ -108,6 +108,7 @@ def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networ
         (["--seed", "-1"], "seed -1, expected a whole number ≥ 0"),
         (["--denoise", "0.5"], "denoise 0.5 needs an image to start from"),
         (["--noise", "torch-gpu"], "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
+        (["--set", "model.dtype=x"], "--set model.dtype=x: without --config there is no key to replace"),
         (["--batch_size", "0"], "--batch_size 0, expected at least 1"),
         (["--image", "missing.png"], "missing.png: no such file"),
         (["--transformer", "hf://owner/repo"], "hf://owner/repo: expected hf://owner/repo/file"),
@@ -141,4 +142,7 @@ def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
         assert message in refused(capsys, *networks, *output, *flags)
     assert "one of --prompt, --prompts and --like is required" in refused(capsys, *networks, *output)
     assert "expected a .png file in a folder that exists" in refused(capsys, *networks, "--prompt", "x", "-o", "x.jpg")
+    (tmp_path / "x_2.png").mkdir()
+    batch = ["--prompt", "x", "--batch_size", 2]
+    assert "x_2.png is a folder, expected a .png file" in refused(capsys, *networks, *output, *batch)
     assert "give --transformer, --vae, --text_encoder, or --config" in refused(capsys, "--prompt", "x", *output)

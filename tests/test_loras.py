@@ -105,6 +105,9 @@ def test_weights_are_changed_and_changed_back_without_a_trace_or_a_program(files
     assert np.any(first != bare)
     with pytest.raises(UserError, match="found 1 weights, expected one for each of 2 LoRAs"):
         pipeline.set_lora_weights([1.0])
+    for weight in (float("nan"), {"blocks.0": float("inf")}):
+        with pytest.raises(UserError, match=r"style\.safetensors: weight (nan|inf), expected a finite number"):
+            pipeline.set_lora_weights([weight, 1.0])
     with pytest.raises(UserError, match="the pipeline was loaded without LoRAs"):
         plain.set_lora_weights([1.0])
 

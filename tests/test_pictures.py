@@ -56,6 +56,11 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     np.testing.assert_array_equal(read_picture(str(tmp_path / "a.png")), np.rot90(np.asarray(image), -1))
 
 
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_picture(str(tmp_path / "a.png")), [[0, 1, 128, 255]])
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

@@ -308,6 +308,17 @@ def test_inpainting_keeps_the_pixels_where_the_mask_is_black(pipeline):
     assert np.all(np.any(found[:, 13:] != kept[:, 13:], axis=(0, 2)))
 
 
+def test_a_grey_mask_mixes_the_estimate_with_the_image_once(pipeline):
+    # One step of Euler from pure noise: the result is the estimate, of which ComfyUI's wrapper keeps the mask's share.
+    options = {"steps": 1, "sampler": "euler"}
+    original, area = normal(1, 6, 4, 16), np.linspace(0, 1, 24, dtype=np.float32).reshape(1, 6, 4, 1)
+    (alone,) = latents_of(pipeline, ("x", 32, 48, 1), **options)
+    (found,) = pipeline.draw_latents(
+        [Picture("x", 32, 48, 1)], Settings(**options), original=original, mask=area, watch=unwatched
+    )
+    assert relative_error(found, area * alone + (1 - area) * original) < 1e-5
+
+
 def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
     kept = BatchNoise([Picture("x", 32, 48, 1)], "torch-cpu", sampling.samplers.SAMPLERS["ddim"], sigmas("simple", 3))
     np.testing.assert_array_equal(kept.start[0], channel_last(randn((1, 16, 1, 6, 4), 1))[0])
@@ -351,6 +362,7 @@ def test_pixels_are_cut_off_and_rounded_down():
         ({"schedule": "bta"}, r"schedule 'bta', expected one of .*\(did you mean 'beta'\?\)"),
         ({"noise": "torch-gpu"}, "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
         ({"width": 40}, r"width 40, expected a positive multiple of 16 \(nearest: 32 and 48\)"),
+        ({"width": 10**12}, "width 1000000000000, expected at most 16384"),
         ({"height": 0}, "height 0, expected a positive multiple of 16"),
         ({"steps": -3}, "steps -3, expected 1 to 1000"),
         ({"shift": 0.0}, "shift 0.0, expected a number above 0"),

@@ -167,9 +167,10 @@ def _from_hub(address: str) -> str:
     owner, repo, filename = parts
     repo, _, revision = repo.partition("@")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, logging
     except ImportError as error:
         raise UserError(f"{address}: needs the package huggingface_hub (pip install huggingface_hub)") from error
+    logging.set_verbosity_error()  # without a network it warns of every retry; the error below says all of it once
     try:
         return hf_hub_download(f"{owner}/{repo}", filename, revision=revision or None)
     except Exception as error:  # the client raises types of its own and of whichever HTTP library it uses

@@ -39,7 +39,10 @@ Changes = Mapping[str, Sequence[tuple[Patch, float]]]
 
 
 def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
-    """Module → strength. Raises UserError for a part of the network in which the adapter has no module."""
+    """Module → strength. Raises UserError for a part in which the adapter has no module, and what is no number."""
+    for value in weight.values() if isinstance(weight, Mapping) else [weight]:
+        if not math.isfinite(value):
+            raise UserError(f"{adapter.path}: weight {value}, expected a finite number")
     if not isinstance(weight, Mapping):
         return dict.fromkeys(adapter.patches, float(weight))
     parts = sorted(weight, key=lambda part: part.count(".") if part else -1)

@@ -109,7 +109,7 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
         if mask.size != tuple(media_wh):
             found, expected = ("{}×{}".format(*size) for size in (mask.size, media_wh))
             raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its picture")
-        red = _eight_bit(mask).convert("RGB").getchannel("R")
+        red = eight_bit(mask).convert("RGB").getchannel("R")
         return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
 
 
@@ -150,7 +150,7 @@ def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
 
 def over_white(image: Image.Image) -> Image.Image:
     """A picture of any mode as 8-bit RGB, what is transparent over white."""
-    image = _eight_bit(image)
+    image = eight_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -212,7 +212,7 @@ def _upright(image: Image.Image, data: bytes) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey, v/257. PIL would clip it at 255 instead of scaling it."""
     if not image.mode.startswith("I"):
         return image

@@ -34,8 +34,9 @@ def sigma_table(shift: float) -> np.ndarray:
 
 def simple(steps: int, shift: float) -> np.ndarray:
     """Every (1000 / steps)-th level of the table, from the top."""
-    picked = [-(1 + int(i * TABLE_SIZE / steps)) for i in range(steps)]
-    return sigma_table(shift)[picked]
+    # A rounded quotient, as there: half of 38 steps is level 499 and not 500.
+    stride = TABLE_SIZE / steps
+    return sigma_table(shift)[[-(1 + int(i * stride)) for i in range(steps)]]
 
 
 def sgm_uniform(steps: int, shift: float) -> np.ndarray:

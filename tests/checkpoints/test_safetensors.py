@@ -234,10 +234,11 @@ def test_file_cut_off_while_it_is_read_is_an_error(tmp_path):
             opened.read("a")
 
 
-def test_hub_address_without_network_says_where_to_put_the_file(monkeypatch, tmp_path):
+def test_hub_address_without_network_says_once_where_to_put_the_file(monkeypatch, caplog):
     hub = pytest.importorskip("huggingface_hub")
 
     def offline(*_args, **_kwargs):
+        hub.logging.get_logger("huggingface_hub.utils").warning("Retrying in 1s")
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
@@ -245,6 +246,7 @@ def test_hub_address_without_network_says_where_to_put_the_file(monkeypatch, tmp
         UserError, match=r"no route.*fetch some/file\.safetensors from https://huggingface\.co/owner/repo"
     ):
         SafetensorsFile("hf://owner/repo/some/file.safetensors")
+    assert not caplog.records
     with pytest.raises(UserError, match="expected hf://owner/repo/file"):
         SafetensorsFile("hf://owner/repo")
 

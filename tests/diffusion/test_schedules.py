@@ -64,6 +64,11 @@ def test_levels_fall_from_noise_to_nothing(schedule, steps, options):
     assert len(found) == steps + 1 or steps == 1000 or schedule == "ddim_uniform"
 
 
+def test_simple_steps_by_a_rounded_quotient_as_comfyui_does():
+    # int(19 · (1000 / 38)) is 499 in double precision: the 500th level from the top.
+    assert sigmas("simple", 38, 1.0)[19] == np.float32(0.501)
+
+
 def test_denoising_in_part_takes_the_last_steps_of_a_longer_schedule():
     np.testing.assert_array_equal(sigmas("karras", 8, denoise=0.4), sigmas("karras", 20)[-9:])
     np.testing.assert_array_equal(sigmas("karras", 8, denoise=0.99995), sigmas("karras", 8))

@@ -1,12 +1,13 @@
 """Prompt weights. Oracles: what ComfyUI's parser gave (golden/tokens.json), and the syntax's own promises."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anima_jax.text.prompts import spans
+from anima_jax.text.prompts import embeddings, spans
 from tests.golden_files import GOLDEN
 
 CASES = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
@@ -45,7 +46,24 @@ def test_weights_nest_numbers_stand_for_themselves_and_the_unclosed_is_text(prom
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
 
 
-@given(st.text(st.characters(exclude_characters="()\\\0")))
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        # What ComfyUI tokenises where it finds no embedding of that name.
+        ("embedding:bad", []),
+        ("a, embedding:bad, b  c", ["a,", ", b c"]),
+        ("(a embedding:bad:1.2)\nembedding:worse d", ["a", "d"]),
+        ("a,embedding:bad", ["a,embedding:bad"]),
+        ("a embedding:bad,", ["a", ", "]),
+        ("embedding:", ["embedding:"]),
+    ],
+)
+def test_embeddings_are_left_out_as_comfyui_leaves_out_those_it_does_not_find(prompt, texts):
+    assert [span.text for span in spans(prompt)] == texts
+    assert embeddings(prompt) == re.findall(r"(?<!,)embedding:(bad|worse)", prompt)
+
+
+@given(st.text(st.characters(exclude_characters="()\\\0")).filter(lambda text: "embedding:" not in text))
 def test_text_without_parentheses_is_one_span_as_it_stands(text):
     assert spans(text) == ([(text, 1.0)] if text else [])
 
