@@ -23,7 +23,7 @@ from anima_jax.errors import ArgumentParser, UserError, command_line
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import make_mesh, replicas
 from anima_jax.parallel.rules import AXES
-from anima_jax.pictures import Picture, Settings, from_text, read_picture, save_picture, to_text
+from anima_jax.pictures import SIZE_STEP, Picture, Settings, from_text, read_picture, save_picture, to_text
 from anima_jax.pipeline import AnimaPipeline, Watch, check_sources
 from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
@@ -163,6 +163,10 @@ def described(
 ) -> list[Picture]:
     """Every prompt in every size with every seed."""
     size = image.size if image else config.sample_size_wh if config else (Picture.width, Picture.height)
+    sized = like or (arguments.width and arguments.height)
+    if image and not sized and any(side % SIZE_STEP for side in size):
+        found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP}"
+        raise UserError(f"{arguments.image}: {found}; --width and --height say to what size it is cut and scaled")
     base = from_text(arguments.like, like)[0] if like else Picture("", *size)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else [arguments.prompt]
     widths, heights = arguments.width or [base.width], arguments.height or [base.height]

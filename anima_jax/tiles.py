@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-TILE = 96
-"""Side of a tile in latent pixels: 768 pixels."""
+TILE = 128
+"""Side of a tile in latent pixels: 1,024 pixels, which take no more memory than what passes at once."""
 
 OVERLAP = 24
 """By how many latent pixels neighbours overlap at least."""

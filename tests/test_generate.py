@@ -129,6 +129,7 @@ def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
     (tmp_path / "words.png").write_text("no picture")
     Image.new("RGB", (32, 48)).save(tmp_path / "image.png")
     Image.new("L", (48, 32)).save(tmp_path / "mask.png")
+    Image.new("RGB", (70, 50)).save(tmp_path / "odd.png")
     image = ["--prompt", "x", "--image", tmp_path / "image.png"]
     for flags, message in (
         (["--prompts", tmp_path / "latin1.txt"], "latin1.txt: line 2 is not UTF-8 (byte 0xe4)"),
@@ -138,6 +139,10 @@ def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
         (["--like", tmp_path / "image.png"], "image.png: holds no settings in its text chunks"),
         ([*image, "--mask", tmp_path / "mask.png"], "the mask is 48×32, expected the image's 32×48"),
         (["--prompt", "x", "--mask", tmp_path / "mask.png"], "a mask without an image"),
+        (
+            ["--prompt", "x", "--image", tmp_path / "odd.png"],
+            "odd.png: 70×50 pixels, expected multiples of 16; ",
+        ),
     ):
         assert message in refused(capsys, *networks, *output, *flags)
     assert "one of --prompt, --prompts and --like is required" in refused(capsys, *networks, *output)
