@@ -331,6 +331,7 @@ def test_videos_and_pictures_are_trained_in_tiers_of_their_own(run, tmp_path, ca
     assert len((made / "metrics.jsonl").read_text().splitlines()) == 5 + 2
 
 
+@pytest.mark.slow
 def test_uncached_text_is_what_cached_text_would_be(run):
     """Step by step the same loss, whether the states come from the cache or from the encoder."""
 

@@ -66,8 +66,9 @@ def test_sigterm_cuts_short_what_can_be_made_up_for_and_nothing_else(signals):
 
 # What a training loop is, without the training: it is asked, and takes a while.
 LOOP = """
-    import pathlib, sys, time
+    import pathlib, signal, sys, time
     from anima_jax.training.signals import Signals
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signals = Signals(pathlib.Path(sys.argv[1]))
     print("ready", flush=True)
     while not (found := signals.requested()):
