@@ -2,7 +2,6 @@
 
 import json
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 from anima_jax.checkpoints.adapters import open_adapter
 from anima_jax.checkpoints.models import load_dit
 from convert.__main__ import main
-from tests.checkpoints.adapter_files import LOKR, LORA, lora_as
+from tests.checkpoints.adapter_files import LOKR, LORA, lora_as, updates, velocity
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models import dit_peer
-from tests.models.networks import normal, quick_jit
+from tests.models.networks import normal
 
 DIT_FILE = GOLDEN / "dit_image.model.safetensors"
 
@@ -31,24 +30,6 @@ def refusal(capsys, *arguments) -> str:
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
-
-
-def updates(path) -> dict[str, np.ndarray]:
-    with open_adapter(path) as adapter:
-        return {module: patch.update() for module, patch in adapter.patches.items()}
-
-
-@quick_jit
-def reference_velocity(model, inputs):
-    context = model.llm_adapter(inputs["qwen"], inputs["t5_ids"], inputs["qwen_mask"], inputs["t5_mask"])
-    return model(inputs["x_t"], inputs["t"], context)
-
-
-def velocity(model) -> np.ndarray:
-    inputs = golden("dit_image.io")
-    inputs["x_t"] = channel_last(inputs["x_t"])
-    wanted = ("qwen", "t5_ids", "qwen_mask", "t5_mask", "x_t", "t")
-    return np.asarray(reference_velocity(model, {key: jnp.asarray(inputs[key]) for key in wanted}))
 
 
 # ---- lora ------------------------------------------------------------------------------------------------------------

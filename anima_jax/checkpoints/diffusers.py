@@ -19,7 +19,7 @@ from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, WAN_VAE, L
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
-from anima_jax.models.dit import OUT_CHANNELS, PATCH, AnimaDiT, DiTConfig
+from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -186,16 +186,15 @@ def _original_names(component: str, root: pathlib.Path, keys: Mapping[str, Any])
     """Name in the folder → name in the original file, for every tensor that such a network may have."""
     if component == "vae":
         config = _vae_config(root)
-        tensors = file_tensors(wan_vae.rules(config), _shapes(lambda rngs: WanVAE(config, rngs=rngs)))
-        return {spelled(component, tensor.name, config): tensor.name for tensor in tensors}
+        _, shapes = parameters.abstract(lambda rngs: WanVAE(config, rngs=rngs))
+        own = [tensor.name for tensor in file_tensors(wan_vae.rules(config), shapes)]
+        return {spelled(component, name, config): name for name in own}
     if component == "text_encoder":
         return {key: key.removeprefix("model.") for key in keys}
     blocks = max(1, dit.count_blocks(keys, "transformer_blocks." if component == "transformer" else "blocks."))
-    sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=AdapterConfig(8, blocks, 1, 8, 8, 4, 4))
-    tensors = file_tensors(dit.RULES, _shapes(lambda rngs: AnimaDiT(sizes, rngs=rngs)))
     inside = component == "text_conditioner"
-    own = [tensor.name for tensor in tensors if tensor.name.startswith(dit.ADAPTER) == inside]
-    return {spelled(component, name, sizes): name for name in own}
+    own = [name for name in dit.tensor_names(blocks) if name.startswith(dit.ADAPTER) == inside]
+    return {spelled(component, name, None): name for name in own}
 
 
 def _vae_config(root: pathlib.Path) -> WanVAEConfig:
@@ -210,7 +209,3 @@ def _vae_config(root: pathlib.Path) -> WanVAEConfig:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: says not what the VAE is: {error}") from error
-
-
-def _shapes(build: Callable) -> parameters.Params:
-    return parameters.abstract(build)[1]

@@ -3,10 +3,13 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.golden_files import GOLDEN
+from anima_jax.checkpoints.adapters import open_adapter
+from tests.golden_files import GOLDEN, channel_last, golden
+from tests.models.networks import quick_jit
 
 LORA = GOLDEN / "lora_rank4.safetensors"
 LOKR = GOLDEN / "lokr_rank4.safetensors"
@@ -81,3 +84,23 @@ def lora_as(dialect: str, path: pathlib.Path, alpha: float | None = None) -> pat
 
 def peft_config(path: pathlib.Path, **values) -> None:
     path.write_text(json.dumps({"peft_type": "LORA", "r": 4, **values}))
+
+
+@quick_jit
+def reference_velocity(model, inputs):
+    context = model.llm_adapter(inputs["qwen"], inputs["t5_ids"], inputs["qwen_mask"], inputs["t5_mask"])
+    return model(inputs["x_t"], inputs["t"], context)
+
+
+def velocity(model) -> np.ndarray:
+    """A model's for the inputs of the golden picture."""
+    inputs = golden("dit_image.io")
+    inputs["x_t"] = channel_last(inputs["x_t"])
+    wanted = ("qwen", "t5_ids", "qwen_mask", "t5_mask", "x_t", "t")
+    return np.asarray(reference_velocity(model, {key: jnp.asarray(inputs[key]) for key in wanted}))
+
+
+def updates(path) -> dict[str, np.ndarray]:
+    """Module → ΔW of an adapter's file."""
+    with open_adapter(path) as adapter:
+        return {module: patch.update() for module, patch in adapter.patches.items()}

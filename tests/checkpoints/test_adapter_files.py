@@ -17,9 +17,9 @@ from anima_jax.checkpoints.names.adapters import DIALECTS
 from anima_jax.checkpoints.patches import Part, Patch, truncated
 from anima_jax.errors import UserError
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-from tests.checkpoints.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split
+from tests.checkpoints.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split, updates, velocity
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
-from tests.models.networks import normal, quick_jit, random_model
+from tests.models.networks import normal, random_model
 
 DIT_FILE = GOLDEN / "dit_image.model.safetensors"
 
@@ -27,24 +27,6 @@ DIT_FILE = GOLDEN / "dit_image.model.safetensors"
 @pytest.fixture
 def model():
     return load_dit(DIT_FILE)
-
-
-@quick_jit
-def reference_velocity(model, inputs):
-    context = model.llm_adapter(inputs["qwen"], inputs["t5_ids"], inputs["qwen_mask"], inputs["t5_mask"])
-    return model(inputs["x_t"], inputs["t"], context)
-
-
-def velocity(model) -> np.ndarray:
-    inputs = golden("dit_image.io")
-    inputs["x_t"] = channel_last(inputs["x_t"])
-    wanted = ("qwen", "t5_ids", "qwen_mask", "t5_mask", "x_t", "t")
-    return np.asarray(reference_velocity(model, {key: jnp.asarray(inputs[key]) for key in wanted}))
-
-
-def updates(path) -> dict[str, np.ndarray]:
-    with open_adapter(path) as adapter:
-        return {module: patch.update() for module, patch in adapter.patches.items()}
 
 
 def same_updates(path, expected, tolerance=1e-6):

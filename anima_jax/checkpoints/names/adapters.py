@@ -16,8 +16,6 @@ from anima_jax.checkpoints.names.parts import PARTS, split_key
 from anima_jax.checkpoints.names.prefixes import DIT, QWEN3, TEXT_ENCODER
 from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
-from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.lora import FACTORS
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 
@@ -135,15 +133,9 @@ def _known_beside(spellings: Sequence[str]) -> dict[str, str]:
 @functools.lru_cache(maxsize=4)
 def _all_spellings(blocks: int) -> dict[str, str]:
     """Every spelling of every module of networks with so many blocks in each stack."""
-    dit_config = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=AdapterConfig(8, blocks, 1, 8, 8, 4, 4))
-    qwen_config = Qwen3Config(8, blocks, 1, 1, 8, 8, 4)
-    names = [
-        *((tensor.name) for tensor in file_tensors(dit.RULES, _shapes(lambda rngs: AnimaDiT(dit_config, rngs=rngs)))),
-        *(
-            TEXT_ENCODER + tensor.name
-            for tensor in file_tensors(qwen3.RULES, _shapes(lambda rngs: Qwen3(qwen_config, rngs=rngs)))
-        ),
-    ]
+    sizes = Qwen3Config(8, blocks, 1, 1, 8, 8, 4)
+    _, text_encoder = parameters.abstract(lambda rngs: Qwen3(sizes, rngs=rngs))
+    names = dit.tensor_names(blocks) + [TEXT_ENCODER + one.name for one in file_tensors(qwen3.RULES, text_encoder)]
     known: dict[str, str] = {}
     for module in (name.removesuffix(".weight") for name in names):
         for spell in SPELLINGS:
@@ -151,10 +143,6 @@ def _all_spellings(blocks: int) -> dict[str, str]:
             if spelling is not None:
                 known.setdefault(spelling, module)
     return known
-
-
-def _shapes(build: Callable) -> parameters.Params:
-    return parameters.abstract(build)[1]
 
 
 # ---- parameters of attached adapters -------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from anima_jax.checkpoints.names import LINEAR, Layout, Rule
-from anima_jax.models.dit import PATCH, DiTConfig
+from anima_jax.checkpoints.names import LINEAR, Layout, Rule, file_tensors
+from anima_jax.models import parameters
+from anima_jax.models.dit import PATCH, AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 
 ADAPTER = "llm_adapter."
@@ -93,3 +94,10 @@ def count_blocks(names: Mapping[str, object], prefix: str) -> int:
     """Number of different N in names that begin `<prefix>N.`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in names if (match := pattern.match(name))})
+
+
+def tensor_names(blocks: int) -> list[str]:
+    """Names of all tensors of a network, its adapter's among them, with so many blocks in each stack."""
+    sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=AdapterConfig(8, blocks, 1, 8, 8, 4, 4))
+    _, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
+    return [tensor.name for tensor in file_tensors(RULES, shapes)]
