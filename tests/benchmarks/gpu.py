@@ -106,7 +106,6 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     import jax.numpy as jnp
 
     from anima_jax.checkpoints.names import dit, file_tensors
-    from anima_jax.models.parameters import abstract
     from anima_jax.models.quantised import quantise_transformer
     from anima_jax.training import optimizers
     from anima_jax.training.estimate import abstract_batch
@@ -118,12 +117,11 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     frozen: dict = {}
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
     if kind == "lora":
-        graphdef, trained, tensors = with_lora(config)
+        graphdef, trained, scales, tensors = with_lora(config)
         frozen = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
         if storage:
             frozen = {path: quantise_transformer(path, value, storage) for path, value in frozen.items()}
-        frozen |= {path: jnp.ones(leaf.shape) for path, leaf in abstract(lora_builder(config))[1].items()
-                   if path.endswith(".lora_scale")}  # fmt: skip
+        frozen |= scales
         params = trained
     else:
         tensors = file_tensors(dit.RULES, params)
@@ -382,34 +380,29 @@ def zeros_like(tree):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
-def lora_builder(config):
-    """A transformer with a LoRA of rank 32 on every layer that takes one."""
-    from anima_jax.models import lora
-    from anima_jax.models.dit import AnimaDiT
-
-    def build(rngs):
-        model = AnimaDiT(config, rngs=rngs)
-        shapes = lora.target_shapes(model)
-        lora.attach(model, {path: lora.slot("lora", shape, [32] * shape[0]) for path, shape in shapes.items()})
-        return model
-
-    return build
-
-
 def with_lora(config):
-    """Graph, fresh adapter parameters, and their tensors in a file."""
+    """Graph of a transformer with a LoRA of rank 32 wherever one goes, its fresh parameters, scales and tensors."""
+    import jax.numpy as jnp
+    from flax import nnx
 
     from anima_jax.checkpoints.names import file_tensors
     from anima_jax.checkpoints.names.adapters import ADAPTER_RULES
     from anima_jax.models import lora
+    from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract
 
-    graphdef, shapes = abstract(lora_builder(config))
-    modules = [path.removesuffix(".lora_a") for path in shapes if path.endswith(".lora_a")]
-    kernels = {path: shapes[f"{path}.kernel"].shape for path in modules}
-    slots = {path: lora.slot("lora", kernel, [32] * kernel[0]) for path, kernel in kernels.items()}
+    bare = nnx.eval_shape(lambda: AnimaDiT(config, rngs=nnx.Rngs(0)))
+    slots = {path: lora.slot("lora", shape, [32] * shape[0]) for path, shape in lora.target_shapes(bare).items()}
+
+    def build(rngs):
+        model = AnimaDiT(config, rngs=rngs)
+        lora.attach(model, slots)
+        return model
+
+    graphdef, shapes = abstract(build)
     params = lora.initial(shapes, slots, 0)
-    return graphdef, params, file_tensors(ADAPTER_RULES, params)
+    scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(lora.SCALE)}
+    return graphdef, params, scales, file_tensors(ADAPTER_RULES, params)
 
 
 # The table
