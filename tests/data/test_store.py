@@ -1,5 +1,6 @@
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -275,18 +276,27 @@ def test_two_processes_fill_one_folder(tmp_path, undisturbed):
     assert contents(tmp_path) == undisturbed[0]
 
 
+def locked(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def test_a_living_writers_file_is_left_alone(tmp_path, undisturbed):
     process = start(tmp_path)
     try:
-        while not any(name.endswith(".tmp") for name in os.listdir(tmp_path)):
+        # Between its creation and its lock a file looks abandoned; its writer, which then finds it gone, makes another.
+        while not (unfinished := [path for path in tmp_path.glob(".*.tmp") if locked(path)]):
             process.send_signal(signal.SIGCONT)
             time.sleep(0.003)
             process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             assert process.poll() is None
-        time.sleep(0.05)  # stopped, by now
-        unfinished = {path.name for path in tmp_path.glob(".*.tmp")}
         Store(tmp_path).write_part(some_records("a"))
-        assert {path.name for path in tmp_path.glob(".*.tmp")} == unfinished
+        assert list(tmp_path.glob(".*.tmp")) == unfinished
     finally:
         process.send_signal(signal.SIGCONT)
     assert process.wait() == 0
