@@ -100,9 +100,11 @@ def test_tensorboard_outlives_a_full_disk_without_a_broken_record(tmp_path, conf
     with no_file_longer_than(200):
         for step in range(50):
             monitor.scalars(step, step, {"train/loss": 1.0})
-        time.sleep(0.2)  # for the thread that writes
-        monitor._writer.flush()
-        assert next(tmp_path.glob("events.*")).stat().st_size == 200
+        file, deadline = next(tmp_path.glob("events.*")), time.monotonic() + 60
+        while file.stat().st_size < 200 and time.monotonic() < deadline:  # a thread writes
+            time.sleep(0.01)
+            monitor._writer.flush()
+        assert file.stat().st_size == 200
     monitor.close()
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(50))
 
