@@ -1,7 +1,7 @@
-"""Keys of diffusion-pipe that are no keys of ours: something else does their job, or they mean nothing here.
+"""Keys of diffusion-pipe and its forks that are no keys of ours: others do their job, or they mean nothing here.
 
 One table for each TOML section. A row answers a key: `elsewhere` with a note, unless the value is one of the harmless
-ones that ask for nothing (the default, mostly), `refused` with a fault.
+ones that ask for nothing (the default, mostly), `refused` with a fault, again unless it is harmless.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ def elsewhere(note: str, *harmless: Any) -> Foreign:
     return Foreign(note=note, harmless=harmless)
 
 
-def refused(refusal: str) -> Foreign:
-    return Foreign(refusal=refusal)
+def refused(refusal: str, *harmless: Any) -> Foreign:
+    return Foreign(refusal=refusal, harmless=harmless)
 
 
 def spelling_of(key: str) -> Foreign:
@@ -40,6 +40,7 @@ def spelling_of(key: str) -> Foreign:
 
 _MESH = "layers are never split between devices; [mesh] shards every one of them"
 _SWAP = "activation_checkpointing = 'unsloth' and [model] transformer_dtype are what saves memory"
+_TAGS = "is a key of the dataset TOML here, at its top or in a [[directory]]"
 _UPLOAD = "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that"
 
 MAIN: Mapping[str, Foreign] = {
@@ -61,6 +62,18 @@ MAIN: Mapping[str, Foreign] = {
 MODEL: Mapping[str, Foreign] = {
     "t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
     "merge_adapters": refused("belongs to other models; give transformer_path a file with the adapters merged in"),
+    # Of forks that trained Anima before diffusion-pipe did.
+    "qwen_path": spelling_of("llm_path"),
+    "qwen_nf4": spelling_of("text_encoder_nf4"),
+    "train_self_attn": refused("expected self_attn_lr = 0", True),
+    "train_cross_attn": refused("expected cross_attn_lr = 0", True),
+    "train_mlp": refused("expected mlp_lr = 0", True),
+    "train_adaln": refused("expected mod_lr = 0", True),
+    "train_llm_adapter": refused("expected llm_adapter_lr = 0", True),
+    "shuffle_tags": refused(_TAGS, False),
+    "tag_delimiter": refused(f"{_TAGS}, as cache_shuffle_delimiter", ", "),
+    "tag_dropout_percent": refused(f"{_TAGS}, as tag_dropout", 0),
+    "caption_dropout_percent": refused("expected uncond_fraction, at the top of this file", 0),
 }
 
 OPTIMIZER: Mapping[str, Foreign] = {

@@ -3,6 +3,7 @@
 python -m anima_jax.config.reference > docs/configuration.md
 """
 
+import json
 import re
 import types
 import typing
@@ -122,7 +123,7 @@ def _dataset() -> Iterator[str]:
 
 
 def _foreign() -> Iterator[str]:
-    yield "## Keys and flags of diffusion-pipe with another answer"
+    yield "## Keys and flags of diffusion-pipe and its forks with another answer"
     yield "They are accepted with a note that says what does their job here, or refused with the reason."
     tables = {**{name or "main": rows for name, rows in foreign.SECTIONS.items()}, "dataset": foreign.DATASET}
     rows = [
@@ -139,7 +140,8 @@ def _answer(row: foreign.Foreign) -> str:
         return f"another spelling of `{row.renamed}`"
     if row.note:
         return f"does nothing here: {row.note}"
-    return f"refused: {row.refusal}"
+    unless = f", unless it is {', '.join(f'`{json.dumps(value)}`' for value in row.harmless)}" if row.harmless else ""
+    return f"refused{unless}: {row.refusal}"
 
 
 def _table(rows: Iterable[str]) -> Iterator[str]:

@@ -199,6 +199,9 @@ MAIN_FAULTS = [
         {"model.t5_path": "dit.safetensors"},
         "model.t5_path: belongs to Cosmos-Predict2; Anima's text encoder is llm_path",
     ),
+    ({"model.train_mlp": False}, "model.train_mlp: expected mlp_lr = 0"),
+    ({"model.caption_dropout_percent": 0.1}, "model.caption_dropout_percent: expected uncond_fraction, at the top of"),
+    ({"model.shuffle_tags": True}, "model.shuffle_tags: is a key of the dataset TOML here"),
     ({"adapter": ADAPTER | {"fuse_adapters": []}}, "adapter.fuse_adapters: belongs to Flux and Chroma"),
     (
         {"model.text_encoder_fp8": True, "model.text_encoder_nf4": True},

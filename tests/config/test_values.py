@@ -478,3 +478,12 @@ def test_notes_name_the_file_the_key_and_what_does_its_job(load):
     (note,) = load({"blocks_to_swap": 20}).notes
     assert "main.toml: blocks_to_swap: " in note
     assert "activation_checkpointing" in note
+
+
+def test_forks_spellings_are_taken_and_what_asks_for_nothing_there_is_none(load):
+    fork = {"model.llm_path": REMOVE, "model.qwen_path": "llm.safetensors", "model.qwen_nf4": True}
+    asks_for_nothing = {"train_mlp": True, "shuffle_tags": False, "tag_delimiter": ", ", "tag_dropout_percent": 0.0}
+    config = load(fork | {f"model.{key}": value for key, value in asks_for_nothing.items()})
+    assert config.notes == ()
+    assert config.model.text_encoder_nf4
+    assert config.model.llm_path.endswith("llm.safetensors")
