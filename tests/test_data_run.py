@@ -135,6 +135,8 @@ def test_what_cannot_be_decoded_is_named_and_left_out(run, tmp_path, capsys):
     broken = tmp_path / "pictures" / "04.png"
     broken.write_bytes(broken.read_bytes()[:400])
     (tmp_path / "pictures" / "05.txt").write_bytes(b"caf\xe9")
+    train(["--config", str(run), "--dry_run"])
+    assert "1 file was skipped" in capsys.readouterr().out  # pictures are not decoded yet
     train(["--config", str(run), "--cache_only"])
     said = capsys.readouterr()
     named = [line for line in said.err.replace("\r", "\n").splitlines() if line.startswith("skipped: ")]

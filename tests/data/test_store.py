@@ -411,7 +411,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/cache: cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"file/cache: cannot be written: Not a directory; set cache_dir "):
         Store(tmp_path / "file" / "cache").write_part(some_records("a"))
     with pytest.raises(UserError, match=r"file: cannot be read: Not a directory"):
         len(Store(tmp_path / "file"))
@@ -423,7 +423,8 @@ def test_a_read_only_folder_can_be_read(tmp_path):
     tmp_path.chmod(0o555)
     store = Store(tmp_path)
     assert store.read(key("a 0")) == some_records("a")[0][1]
-    with pytest.raises(UserError, match=rf"^{tmp_path}: cannot be written: Permission denied$"):
+    denied = "cannot be written: Permission denied; set cache_dir to a folder that can"
+    with pytest.raises(UserError, match=rf"^{tmp_path}: {denied}$"):
         store.write_part(some_records("b"))
 
 
