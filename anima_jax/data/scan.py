@@ -222,10 +222,11 @@ def _of_tar(
     except UserError as error:
         problems.skip(error)
         return
+    texts = {_stem(name): member for name, member in members.items() if _kind(posixpath.basename(name)) == ".txt"}
     for name, member in members.items():
         base = posixpath.basename(name)
         if (kind := _kind(base)) == "media":
-            text = None if inside else members.get(f"{posixpath.splitext(name)[0]}.txt")
+            text = None if inside else texts.get(_stem(name))
             tables = [table, *inside] if table else inside
             yield Found(member, functools.partial(_of_member, name, tables, text), masks(base))
         elif not kind:
@@ -264,7 +265,7 @@ def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Probl
     """The entries with the captions that captions.json holds now."""
     path = os.path.join(directory.path, CAPTIONS_JSON)
     table = CaptionTable(read_file(path, MAX_BYTES), path)
-    renewed = []
+    renewed, lacking = [], []
     for entry in entries:
         media = entry.media
         name = media.member if isinstance(media, TarMember) else posixpath.basename(media.name)
@@ -275,6 +276,9 @@ def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Probl
             continue
         if texts or not directory.skip_empty_caption:
             renewed.append(dataclasses.replace(entry, captions=texts or ("",)))
+        else:
+            lacking.append(media.name)
+    count(Counts(), f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
     return renewed
 
 

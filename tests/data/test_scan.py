@@ -304,6 +304,11 @@ def test_pictures_in_a_tar_are_read_in_place(folder):
     assert sorted(folder.iterdir()) == before
 
 
+def test_suffixes_of_any_case_are_recognised_in_a_tar(tmp_path):
+    put_tar(tmp_path / "T.TAR", {"x/A.PNG": encoded(), "x/A.TXT": b"shouted", "A.txt": b"of another folder"})
+    assert [entry.captions for entry in read(tmp_path)[0]] == [("shouted",)]
+
+
 @pytest.mark.parametrize("where", ["beside", "inside", "both"])
 def test_captions_json_beside_a_tar_or_inside_names_members_by_path_or_base_name(folder, where):
     members = {"x/p.png": encoded(1), "x/p.txt": b"text", "y/p.png": encoded(2), "y/q.png": encoded(3)}
