@@ -1,10 +1,13 @@
 """What a user sees of a mistake: one line a fault and exit code 2, never a traceback."""
 
+import _thread
 import argparse
+import contextlib
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -51,7 +54,8 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         try:
-            main(*args, **kwargs)
+            with _no_interrupt_lost():
+                main(*args, **kwargs)
         except UserError as error:
             for fault in error.faults:
                 print(f"error: {fault}", file=sys.stderr)
@@ -61,3 +65,25 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise an interrupt from the keyboard again where Python has dropped it.
+
+    It drops what comes out of a callback of C code, as jax has one for each collection of garbage: an interrupt during
+    a compilation, which is C code itself, often ends there.
+    """
+    before = sys.unraisablehook
+
+    def again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # from here it would be dropped too
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

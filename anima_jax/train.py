@@ -94,6 +94,8 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
     with hosts.in_turn():
         data = read_data(config, problems, keep=hosts.is_first() and not arguments.dry_run)
     if arguments.dry_run:
+        if problems.count:
+            print(problems.summary())
         dry_run(config, trained, data, tokenizers, arguments)
         return
     for folder in filter(None, [config.output_dir, arguments.dump_dataset]):

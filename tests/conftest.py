@@ -1,4 +1,4 @@
-"""What holds for every test: the CPU, no network, and compiled programs shared by the tests of one session alone."""
+"""What holds for every test: the CPU, no network, no clock, and compiled programs that the tests of a session share."""
 
 import atexit
 import os
@@ -9,6 +9,11 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is no property of the code: other programs may have the machine.
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

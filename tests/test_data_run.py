@@ -5,6 +5,7 @@ import contextlib
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,8 @@ def test_what_cannot_be_decoded_is_named_and_left_out(run, tmp_path, capsys):
     broken = tmp_path / "pictures" / "04.png"
     broken.write_bytes(broken.read_bytes()[:400])
     (tmp_path / "pictures" / "05.txt").write_bytes(b"caf\xe9")
+    train(["--config", str(run), "--dry_run"])
+    assert "1 file was skipped" in capsys.readouterr().out  # pictures are not decoded yet
     train(["--config", str(run), "--cache_only"])
     said = capsys.readouterr()
     named = [line for line in said.err.replace("\r", "\n").splitlines() if line.startswith("skipped: ")]
@@ -161,9 +164,14 @@ main(["--config", sys.argv[1], "--cache_only"])
 
 
 def cache_with(config: pathlib.Path, devices: int, *distributed) -> subprocess.Popen:
-    """`--cache_only` in a process of its own with so many devices."""
+    """`--cache_only` in a process of its own with so many devices, which writes to `said_by`'s file."""
     command = [sys.executable, "-c", COUNTED, str(config), str(devices), *map(str, distributed)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with said_by(config).open("a") as log:  # a pipe that nobody reads stops its writer when it is full
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def said_by(config: pathlib.Path) -> pathlib.Path:
+    return config.with_name("said.log")
 
 
 def latents_of(found: dict[bytes, bytes]) -> dict[bytes, np.ndarray]:
@@ -180,12 +188,12 @@ def check_equal(found: dict[bytes, bytes], expected: dict[bytes, bytes]) -> None
 
 def test_eight_devices_share_a_batch_and_encode_the_same(run):
     with cache_with(run, 1) as one:
-        assert one.wait() == 0
+        assert one.wait() == 0, said_by(run).read_text()
     alone = records(cache_of(run))
     for file in cache_of(run).iterdir():
         file.unlink()
     with cache_with(run, 8) as eight:
-        assert eight.wait() == 0
+        assert eight.wait() == 0, said_by(run).read_text()
     check_equal(records(cache_of(run)), alone)
 
 
@@ -195,13 +203,15 @@ def test_two_processes_fill_disjoint_parts_of_one_cache(tmp_path):
     write_transformer(tmp_path / "base.safetensors")
     run = write_config(tmp_path, tmp_path / "pictures", "epochs = 1\ncaching_batch_size = 8")
     with cache_with(run, 1) as one:
-        assert one.wait() == 0
+        assert one.wait() == 0, said_by(run).read_text()
     alone = records(cache_of(run))
     for file in cache_of(run).iterdir():
         file.unlink()
-    port = random.randrange(20000, 40000)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     with cache_with(run, 1, port, 0) as first, cache_with(run, 1, port, 1) as second:
-        assert (first.wait(), second.wait()) == (0, 0), first.communicate()[0] + second.communicate()[0]
+        assert (first.wait(), second.wait()) == (0, 0), said_by(run).read_text()
     check_equal(records(cache_of(run)), alone)
     parts = [Store(cache_of(run)).keys()]
     assert len(list(parts[0])) == len(alone)
@@ -214,7 +224,7 @@ def test_caching_killed_at_ten_random_moments_goes_on_and_ends_as_if_it_had_not_
     run = write_config(tmp_path, tmp_path / "pictures", "epochs = 1\ncaching_batch_size = 4")
     began = time.monotonic()
     with cache_with(run, 1) as undisturbed:
-        assert undisturbed.wait() == 0
+        assert undisturbed.wait() == 0, said_by(run).read_text()
     took = time.monotonic() - began
     files = {file.name: file.read_bytes() for file in cache_of(run).iterdir() if file.suffix != ".jsonl"}
     expected = records(cache_of(run))
@@ -227,7 +237,7 @@ def test_caching_killed_at_ten_random_moments_goes_on_and_ends_as_if_it_had_not_
                 process.wait(moments.uniform(0.2, 1.1) * took)
             process.send_signal(signal.SIGKILL)
     with cache_with(run, 1) as process:
-        assert process.wait() == 0, process.communicate()[0]
+        assert process.wait() == 0, said_by(run).read_text()
     assert records(cache_of(run)) == expected
     assert {file.name: file.read_bytes() for file in cache_of(run).iterdir() if file.suffix != ".jsonl"} == files
 

@@ -1,5 +1,8 @@
 """What leaves a command line when the user made a mistake."""
 
+import signal
+import time
+
 import pytest
 
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
@@ -22,6 +25,33 @@ def test_each_mistake_is_one_line_and_the_exit_code_is_2(capsys, error, lines):
         main()
     assert left.value.code == 2
     assert capsys.readouterr() == ("", lines)
+
+
+class Collected:
+    """What C code destroys: Python drops whatever this raises."""
+
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_comes_in_a_callback_of_c_code_is_not_lost(capsys):
+    @command_line
+    def main():
+        Collected()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            pass
+        print("went on")
+
+    # A job in the background ignores interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_the_nearest_name_is_suggested_and_a_far_one_is_not():

@@ -14,7 +14,7 @@ MAX_BYTES = 2**20
 
 
 def read_caption(path: str | os.PathLike) -> str:
-    """The stripped text of a caption file: UTF-8, with or without a byte order mark.
+    """The stripped text of a caption file: UTF-8, with or without a byte order mark. Lines end in any system's way.
 
     Raises UserError for another encoding, or for a file of more than `MAX_BYTES`, which cannot be a caption.
     """
@@ -22,8 +22,8 @@ def read_caption(path: str | os.PathLike) -> str:
 
 
 def decode_caption(data: bytes, name: str) -> str:
-    """Stripped text of UTF-8 bytes; `name` says in an error whose they are."""
-    return _decode(data, name).strip()
+    """Stripped text of UTF-8 bytes, its lines ended by "\\n"; `name` says in an error whose they are."""
+    return _decode(data, name).replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 class CaptionTable:

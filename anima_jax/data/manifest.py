@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from anima_jax.checkpoints.locations import replacing
+from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.data.buckets import Size
 from anima_jax.data.media import Stamp, label_of, probe, read_file, stamp_of
 from anima_jax.errors import UserError
@@ -237,7 +237,8 @@ class Memo:
         if self._path is None or not self._keep:
             return
         try:
-            epath.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            with writing_to(self._path):
+                epath.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as file:
                 for rows in _in_chunks(itertools.chain(self._others(about), _rows(about, facts, entries, summary))):
                     file.write(rows)

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,13 @@ from anima_jax.data.media import MAX_BYTES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, re
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
 """Suffixes that diffusion-pipe passes over: such files lie beside pictures for good reasons."""
+
+NAMED = 3
+"""So many of what is passed over are named; of all of it the number is told."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,7 +85,7 @@ def read_directory(
     if table is not None:
         counts[f"names in {CAPTIONS_JSON} without a picture"] = table.unused()
     if directory.mask_path and not directory.default_mask_file:
-        counts["without a mask"] = sum(entry.mask is None for entry in entries)
+        count(counts, "without a mask", [entry.media.name for entry in entries if entry.mask is None])
     masks_inside = directory.mask_path and os.path.dirname(os.path.normpath(directory.mask_path))
     counts["folders in it not looked into"] = folders - (masks_inside == os.path.normpath(directory.path))
     skipped = tuple(problems.lines[before:])
@@ -93,15 +99,26 @@ def look_at(
     found: Sequence[Found], skip_empty_caption: bool, memo: Memo, problems: Problems, counts: Counts, *, threads: int
 ) -> list[Entry]:
     """The entries of what can be used, in order; the rest go to `problems` or, for want of a caption, to `counts`."""
-    entries = []
-    for result, note in in_threads(lambda each: _look(each, memo, skip_empty_caption), found, threads):
+    entries, noted = [], collections.defaultdict[str, list[str]](list)
+    looked_at = in_threads(lambda each: _look(each, memo, skip_empty_caption), found, threads)
+    for each, (result, note) in zip(found, looked_at, strict=True):
         if note:
-            counts[note] += 1
+            noted[note].append(each.media.name)
         if isinstance(result, UserError):
             problems.skip(result)
         elif result is not None:
             entries.append(result)
+    for note, names in noted.items():
+        count(counts, note, names)
     return entries
+
+
+def count(counts: Counts, what: str, names: Sequence[str]) -> None:
+    """Count what is passed over, and say which come first."""
+    counts[what] = len(names)
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        log.info("%s: %s%s", what, ", ".join(names[:NAMED]), more)
 
 
 def summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
@@ -170,7 +187,7 @@ def _gather(
         path = os.path.join(folder, file)
         if (kind := _kind(file)) == "media":
             if table:
-                read = functools.partial(table.of, file)
+                read = functools.partial(table.of, *_names(file))
             elif text := texts.get(_stem(file)):
                 read = functools.partial(_text, os.path.join(folder, text))
             else:
@@ -179,9 +196,10 @@ def _gather(
         elif kind == "tar":
             found += _of_tar(path, table, masks, problems, ignored)
         elif not kind:
-            ignored[os.path.splitext(file)[1] or file] += 1
+            ignored[_as_ignored(file)] += 1
     stems = {_stem(file) for file in files if _kind(file) == "media"}
-    counts["captions without a picture"] = len(texts.keys() - stems)
+    orphans = [os.path.join(folder, text) for stem, text in texts.items() if stem not in stems]
+    count(counts, "captions without a picture", orphans)
     counts[f"other files ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
     return found
 
@@ -204,19 +222,20 @@ def _of_tar(
     except UserError as error:
         problems.skip(error)
         return
+    texts = {_stem(name): member for name, member in members.items() if _kind(posixpath.basename(name)) == ".txt"}
     for name, member in members.items():
         base = posixpath.basename(name)
         if (kind := _kind(base)) == "media":
-            text = None if inside else members.get(f"{posixpath.splitext(name)[0]}.txt")
+            text = None if inside else texts.get(_stem(name))
             tables = [table, *inside] if table else inside
             yield Found(member, functools.partial(_of_member, name, tables, text), masks(base))
         elif not kind:
-            ignored[posixpath.splitext(base)[1] or base] += 1
+            ignored[_as_ignored(base)] += 1
 
 
 def _of_member(name: str, tables: Sequence[CaptionTable], text: TarMember | None) -> tuple[str, ...] | None:
     for table in tables:
-        if (found := table.of(name, posixpath.basename(name))) is not None:
+        if (found := table.of(*_names(name))) is not None:
             return found
     if text is None:
         return None
@@ -246,17 +265,20 @@ def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Probl
     """The entries with the captions that captions.json holds now."""
     path = os.path.join(directory.path, CAPTIONS_JSON)
     table = CaptionTable(read_file(path, MAX_BYTES), path)
-    renewed = []
+    renewed, lacking = [], []
     for entry in entries:
         media = entry.media
         name = media.member if isinstance(media, TarMember) else posixpath.basename(media.name)
         try:
-            texts = table.of(name, posixpath.basename(name)) or ()
+            texts = table.of(*_names(name)) or ()
         except UserError as error:
             problems.skip(error)
             continue
         if texts or not directory.skip_empty_caption:
             renewed.append(dataclasses.replace(entry, captions=texts or ("",)))
+        else:
+            lacking.append(media.name)
+    count(Counts(), f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
     return renewed
 
 
@@ -292,6 +314,17 @@ def _listing(folder: str, expected: str) -> tuple[list[str], int]:
     except OSError as error:
         raise UserError(f"{folder}: the folder cannot be read: {error.strerror or error}") from None
     return sorted(files), folders
+
+
+def _names(path: str) -> tuple[str, ...]:
+    """What a captions.json may call a file: by its place in a tar, by its name, and by either up to the suffix."""
+    base = posixpath.basename(path)
+    return path, base, _stem(path), _stem(base)
+
+
+def _as_ignored(file: str) -> str:
+    """How a file that is not read is listed: "hidden", or its suffix, or its name if it has none."""
+    return "hidden" if file.startswith(".") else os.path.splitext(file)[1] or file
 
 
 def _stem(file: str) -> str:

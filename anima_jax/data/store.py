@@ -10,6 +10,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -170,10 +171,13 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folders to write to. Raises UserError where that cannot be, before anything is worth writing."""
-        for folder in filter(None, [self._local, None if is_remote(self.folder) else pathlib.Path(self.folder)]):
-            self._prepare(folder)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"{folder}: cannot be written; set cache_dir to a folder that can")
+        own = None if is_remote(self.folder) else pathlib.Path(self.folder)
+        for folder, key in ((self._local, "cache_local_dir"), (own, "cache_dir")):
+            if folder is not None:
+                with _told(folder, "be written", f"; set {key} to a folder that can"):
+                    self._prepare(folder)
+                    if not os.access(folder, os.W_OK | os.X_OK):
+                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Write some (key, record) as one part, which is then there for all. A part that is there already is kept."""
@@ -283,7 +287,7 @@ class Store:
 
     def _prepare(self, folder: pathlib.Path) -> None:
         """Make a folder of this machine and, once, remove what killed processes have left in it."""
-        with self._lock, _told(folder, "be written"):
+        with self._lock:
             if folder not in self._swept:
                 folder.mkdir(parents=True, exist_ok=True)
                 _sweep(folder, orphans=folder != self._local)
@@ -410,14 +414,14 @@ def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
 
 
 @contextlib.contextmanager
-def _told(place: object, what: str) -> Iterator[None]:
-    """Turn what goes wrong into one line: `place: cannot <what>: reason`."""
+def _told(place: object, what: str, remedy: str = "") -> Iterator[None]:
+    """Turn what goes wrong into one line: `place: cannot <what>: reason`, and what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # OSError, ArrayRecord's RuntimeError; the clients of object stores have their own
-        raise UserError(f"{place}: cannot {what}: {_reason(error)}") from error
+        raise UserError(f"{place}: cannot {what}: {_reason(error)}{remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

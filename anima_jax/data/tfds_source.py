@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -174,19 +175,39 @@ def _builder(name: str, data_dir: str | os.PathLike | None, prepare: bool) -> An
     if (epath.Path(name) / "dataset_info.json").exists():
         builder = tfds.builder_from_directory(name)
     else:
-        try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except Exception as error:  # no such name, no such version, a module that it lacks: tfds raises many types
-            # Without the community's data sets, whose list lies on the network.
-            hint = did_you_mean(name, [SHAPES, *tfds.list_builders(with_community_datasets=False)])
-            expected = f"a directory with dataset_info.json, or a name that tfds knows{hint}"
-            raise UserError(f"tfds data set {name!r}: expected {expected}; {_first_line(error)}") from None
+        builder = _from_files(name, data_dir) or _from_code(name, data_dir)
     if not builder.info.splits:
         raise UserError(f"tfds data set {name!r} is not prepared: expected its records in {builder.data_path}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         found = builder.info.file_format.value
         raise UserError(f"tfds data set {name!r}: its records are {found}, expected array_record")
     return builder
+
+
+def _from_files(name: str, data_dir: str | os.PathLike | None) -> Any:
+    """A builder of what lies prepared under a name, or None. Not by its code, which may need TensorFlow."""
+    from tensorflow_datasets.core import naming, read_only_builder
+
+    try:
+        parsed, kwargs = naming.parse_builder_name_kwargs(name, data_dir=data_dir)
+        return read_only_builder.builder_from_files(str(parsed), **kwargs)
+    except Exception:  # tfds raises many types; what is wrong with the name, `_from_code` says
+        return None
+
+
+def _from_code(name: str, data_dir: str | os.PathLike | None) -> Any:
+    tfds = _tfds()
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # no such name, no such version, a module that it lacks: tfds raises many types
+        # Without the community's data sets, whose list lies on the network.
+        known = [SHAPES, *tfds.list_builders(with_community_datasets=False)]
+        if (base := re.split("[/:]", name)[0]) in known:
+            place = data_dir or tfds.core.constants.DATA_DIR
+            found = f"nothing of this version and configuration is prepared in {place}"
+            raise UserError(f"tfds data set {name!r}: {found}; {_first_line(error)}") from None
+        expected = f"a directory with dataset_info.json, or a name that tfds knows{did_you_mean(base, known)}"
+        raise UserError(f"tfds data set {name!r}: expected {expected}; {_first_line(error)}") from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,9 +1,11 @@
-"""A process that fills a store, for the tests to kill: `python -m tests.data.store_killed FOLDER TURN OF`.
+"""A process that fills a store, for the tests to kill: `python -m tests.data.store_killed FOLDER TURN OF [MOST]`.
 
-It writes the parts whose turn it is among `OF` processes, of those that are not there.
+It writes the parts whose turn it is among `OF` processes, of those that are not there. After `MOST` it waits to be
+killed.
 """
 
 import hashlib
+import signal
 import sys
 
 import numpy as np
@@ -23,12 +25,15 @@ def records_of(part: int) -> list[tuple[bytes, bytes]]:
 
 
 def main() -> None:
-    folder, turn, of = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder, turn, of, most = sys.argv[1], *map(int, [*sys.argv[2:], PARTS][:3])
     store = Store(folder)
     for part in range(turn, PARTS, of):
         records = records_of(part)
         if records[0][0] not in store:
+            if not most:
+                signal.pause()
             store.write_part(records)
+            most -= 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ def test_caption_is_utf8_with_or_without_a_byte_order_mark(tmp_path, encoding):
     assert read_caption(tmp_path / "c.txt") == "ein Bär, 熊 🐻"
 
 
+def test_a_caption_of_several_lines_is_the_same_from_every_system(tmp_path):
+    (tmp_path / "c.txt").write_bytes(b"one\r\ntwo\rthree\nfour\r\n")
+    assert read_caption(tmp_path / "c.txt") == "one\ntwo\nthree\nfour"
+
+
 @pytest.mark.parametrize(
     ("content", "byte"),
     [

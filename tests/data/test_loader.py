@@ -91,6 +91,8 @@ def test_no_more_than_a_few_results_are_alive():
 
     most = 0
     for taken, batch in enumerate(prefetched(lambda step: Batch(), 0, 30, threads=2, ahead=ahead)):
+        if not taken:
+            wait_until(lambda: len(alive) > ahead)
         time.sleep(0.01)  # the threads could run far ahead
         most = max(most, len(alive))
         assert batch in alive, taken

@@ -1,6 +1,7 @@
 """The memo: unchanged files are not read again, changed ones are, and damage only costs time."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -84,16 +85,18 @@ def test_with_trust_no_file_is_looked_at(folder):
     assert problems.count == 0
 
 
-def test_with_trust_and_online_captions_the_captions_alone_are_new(folder):
+def test_with_trust_and_online_captions_the_captions_alone_are_new(folder, caplog):
     (folder / "captions.json").write_text(json.dumps({f"{name}.png": ["old"] for name in "abcd"}))
     before, _, _ = read(folder, online_captions=True)
     (folder / "captions.json").write_text(json.dumps({"a.png": ["new", "more"], "d.png": "new", "b.png": [7]}))
     for path in folder.glob("*.png"):
         path.unlink()
-    after, _, problems = read(folder, trust=True, online_captions=True)
+    with caplog.at_level(logging.INFO):
+        after, _, problems = read(folder, trust=True, online_captions=True)
     assert [entry.captions for entry in after] == [("new", "more"), ("new",)]
     assert [entry.digest for entry in after] == [before[0].digest, before[3].digest]
-    assert problems.count == 1  # b.png, whose captions are a number; c.png is named no more
+    assert problems.count == 1  # b.png, whose captions are a number
+    assert f"left out without a caption in captions.json (skip_empty_caption): {folder}/c.png" in caplog.messages
 
 
 def test_what_was_skipped_is_told_again_or_looked_at_again_if_strict(folder):

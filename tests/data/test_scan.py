@@ -82,11 +82,26 @@ def test_everything_passed_over_is_counted(folder):
     entries, line, problems = read(folder)
     assert shown(entries) == {"b.png": ("picture b",)}
     assert line == (
-        f"{folder}: 1 pictures, 1 captions without a picture, 2 other files ignored (.png, .tiff), "
+        f"{folder}: 1 pictures, 1 captions without a picture, 2 other files ignored (.tiff, hidden), "
         "1 left out with an empty caption (skip_empty_caption), 1 left out without a caption (skip_empty_caption), "
         "1 folders in it not looked into"
     )
     assert problems.count == 0
+
+
+def test_what_is_passed_over_for_a_missing_partner_is_named_as_far_as_a_line_holds(folder, tmp_path, caplog):
+    for number in range(4):
+        (folder / f"bare{number}.png").write_bytes(encoded())
+    (folder / "orphan.txt").write_text("a caption of nothing")
+    (tmp_path / "masks").mkdir()
+    with caplog.at_level(logging.INFO):
+        read(folder, mask_path=str(tmp_path / "masks"))
+    without = ", ".join(f"{folder}/bare{number}.png" for number in range(3))
+    assert caplog.messages == [
+        f"captions without a picture: {folder}/orphan.txt",
+        f"left out without a caption (skip_empty_caption): {without} and 1 more",
+        f"without a mask: {folder}/C.webp, {folder}/a.jpg, {folder}/b.png",
+    ]
 
 
 def test_pictures_without_a_caption_are_kept_on_request_and_counted(folder):
@@ -162,6 +177,14 @@ def test_captions_json_takes_the_place_of_all_text_files(folder):
     entries, line, _ = read(folder)
     assert shown(entries) == {"a.jpg": ("one", "two"), "b.png": ("alone",)}
     assert "1 left out without a caption" in line  # C.webp, in spite of C.txt
+    assert "1 names in captions.json without a picture" in line
+
+
+def test_captions_json_may_leave_the_suffix_out(folder):
+    (folder / "captions.json").write_text(json.dumps({"a": ["stem"], "b": "stem", "b.png": "name", "p": ["in a tar"]}))
+    put_tar(folder / "t.tar", {"x/p.png": encoded(1)})
+    entries, line, _ = read(folder)
+    assert shown(entries) == {"a.jpg": ("stem",), "b.png": ("name",), "t.tar/x/p.png": ("in a tar",)}
     assert "1 names in captions.json without a picture" in line
 
 
@@ -276,9 +299,14 @@ def test_pictures_in_a_tar_are_read_in_place(folder):
     assert [entry.captions for entry in in_tar] == [("in the tar",), ("dotted",)]
     assert [entry.media.read() for entry in in_tar] == [inside["x/p.png"], inside["./r.png"]]
     assert in_tar[0].digest == hashlib.sha256(inside["x/p.png"]).digest()
-    assert "2 other files ignored (.pdf, .png), 1 left out without a caption" in line
+    assert "2 other files ignored (.pdf, hidden), 1 left out without a caption" in line
     assert problems.count == 0
     assert sorted(folder.iterdir()) == before
+
+
+def test_suffixes_of_any_case_are_recognised_in_a_tar(tmp_path):
+    put_tar(tmp_path / "T.TAR", {"x/A.PNG": encoded(), "x/A.TXT": b"shouted", "A.txt": b"of another folder"})
+    assert [entry.captions for entry in read(tmp_path)[0]] == [("shouted",)]
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "both"])

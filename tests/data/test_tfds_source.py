@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -156,11 +157,14 @@ def test_drawing_is_silent_and_reproducible(tmp_path, train):
 
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory):
-    """A data set that is not ours: grey pictures, a number, several captions, and faults in single records."""
+    """A data set that is not ours: grey pictures, a number, several captions, and faults in single records.
+
+    It lies where tfds keeps one that it knows by name, whose code needs TensorFlow.
+    """
     import tensorflow_datasets as tfds
 
-    directory = tmp_path_factory.mktemp("other") / "1.0.0"
-    directory.mkdir()
+    directory = tmp_path_factory.mktemp("other") / "coco_captions" / "2014" / "1.0.0"
+    directory.mkdir(parents=True)
     identity = tfds.core.DatasetIdentity(name="other", version="1.0.0", data_dir=str(directory), module_name="")
     features = tfds.features.FeaturesDict(
         {
@@ -298,3 +302,16 @@ def test_an_unknown_or_unprepared_data_set_is_named(tmp_path):
         read(in_dir(tmp_path, name="anima_shape"))
     with pytest.raises(UserError, match="'mnist' is not prepared"):
         read(in_dir(tmp_path, name="mnist"))
+
+
+@pytest.mark.parametrize("name", ["coco_captions", "coco_captions/2014", "coco_captions/2014:1.0.0"])
+def test_what_is_prepared_is_found_by_name_without_its_code(other_dir, name):
+    data_dir = pathlib.Path(other_dir).parents[2]
+    entries, _, _ = read(in_dir(data_dir, name=name, image="photo", caption="text"))
+    assert [entry.captions for entry in entries] == [("a grey square",)]
+
+
+def test_a_known_name_that_is_not_prepared_is_told_where_it_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match=rf"'coco_captions/2014': .* prepared in {tmp_path}; ") as caught:
+        read(in_dir(tmp_path, name="coco_captions/2014"))
+    assert "did you mean" not in str(caught.value)
