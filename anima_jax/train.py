@@ -217,28 +217,33 @@ def dry_run(
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
     work = estimate.works(data, *data.text_rows(tokenizers))
-    kind, limit, called = devices_of(arguments)
+    kinds, limit, called = devices_of(arguments)
     sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(
-        config, step_config(config), trained, optimizer, work, sizes=sizes, kind=kind, masked=data.masked
+        config, step_config(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
     )
     print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, called))
     print(found)
     estimate.check_memory(found.memory.total, limit, called)
 
 
-def devices_of(arguments: argparse.Namespace) -> tuple[Kind | None, float | None, str]:
-    """The kind of the devices that a dry run is for, what memory each has, and what they are called."""
+def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[Kind], float | None, str]:
+    """The kind of the devices that a dry run is for, what memory each has, and what they are called.
+
+    Devices that are not here and of which no kind is given may be of every kind.
+    """
     if arguments.device_kind:
         kind = named(arguments.device_kind)
         if kind is None:
             known = [kind.name for kind in KINDS]
             near = did_you_mean(arguments.device_kind, known)
             raise UserError(f"--device_kind {arguments.device_kind}: expected one of {', '.join(known)}{near}")
-        return kind, kind.memory, kind.name
+        return [kind], kind.memory, kind.name
     device = jax.local_devices()[0]
-    limit = None if arguments.devices and device.platform == "cpu" else estimate.device_bytes(device)
-    return local_kind(device), limit, device.device_kind
+    if arguments.devices and device.platform == "cpu":
+        return KINDS, None, "of any kind; --device_kind names one"
+    kind = local_kind(device)
+    return [kind] if kind else [], estimate.device_bytes(device), device.device_kind
 
 
 def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:

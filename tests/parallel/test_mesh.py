@@ -8,7 +8,7 @@ import pytest
 
 from anima_jax.errors import UserError
 from anima_jax.parallel import mesh as module
-from anima_jax.parallel.mesh import filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
+from anima_jax.parallel.mesh import check_mesh, filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
 from tests.parallel.meshes import MESHES
 
 
@@ -33,6 +33,20 @@ def test_one_axis_takes_the_devices_that_are_left():
 def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
     with pytest.raises(UserError, match=found):
         filled(given, devices)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (sizes(tensor=4, context=8), r"tensor × context = 32: the transformer's heads, 16, .* one of 1, 2, 4, 8, 16$"),
+        (sizes(fsdp=3), r"fsdp = 3: the transformer's width, 2048, .* one of 1, 2, 4, 8, "),
+        (sizes(fsdp=4096), "fsdp = 4096"),
+    ],
+)
+def test_an_axis_that_would_share_out_nothing_is_refused(given, found):
+    check_mesh(sizes(data=3, fsdp=8, tensor=4, context=4), 2048, 16)
+    with pytest.raises(UserError, match=found):
+        check_mesh(given, 2048, 16)
 
 
 @dataclasses.dataclass(frozen=True)
