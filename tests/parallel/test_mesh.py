@@ -55,8 +55,10 @@ class Chip:
 
     id: int
     slice_index: int
+    coords: tuple[int, ...] = ()
     platform: str = "cpu"
     device_kind: str = "TPU"
+    core_on_chip: int = 0
 
     @property
     def process_index(self):
@@ -71,6 +73,17 @@ def test_data_runs_across_slices_and_the_other_axes_stay_inside(monkeypatch):
     assert [{chip.slice_index for chip in row.flat} for row in grid] == [{0}, {1}]
     with pytest.raises(UserError, match="data 1: expected a multiple of 2, the number of slices"):
         make_mesh(sizes(fsdp=16), chips)
+
+
+def test_an_axis_may_take_part_of_a_slices_torus_axis(monkeypatch):
+    """Two slices of 4 × 4 × 4 chips, eight neighbours each: no axis of the torus, nor several, has eight."""
+    monkeypatch.setattr(module, "Mesh", lambda grid, *_, **__: grid)
+    places = [(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
+    chips = [Chip(id, id // 64, places[id % 64], "tpu", "TPU v5p") for id in range(128)]
+    grid = make_mesh(sizes(data=-1, fsdp=8), chips)
+    assert grid.shape == (16, 8, 1, 1)
+    assert all(len({chip.slice_index for chip in row.flat}) == 1 for row in grid)
+    assert {chip.id for chip in grid.flat} == set(range(128))
 
 
 def batches_on(mesh_sizes):
