@@ -33,6 +33,9 @@ STEPS = 48
 # A process that notices late would do so after JAX's heartbeat, 30 s; the rest is for a busy machine.
 A_MINUTE = 60
 
+HANGS = 900
+"""Seconds after which what does not happen is taken for something that never will, on however busy a machine."""
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -114,8 +117,8 @@ def alone(config):
     return output
 
 
-def wait_for(condition, seconds=300) -> None:
-    ends = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    ends = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < ends, "nothing happened"
         time.sleep(0.05)
@@ -145,7 +148,7 @@ def test_two_processes_are_one_run_also_after_one_is_killed(config, alone, tmp_p
 def test_sigterm_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     output = tmp_path / "run"
     processes = start_two(config, output, "--set", "mesh.context=2")
-    wait_for(lambda: len(lines_of(output)) >= 5)
+    wait_for(lambda: len(lines_of(output)) >= 5 or processes[0].poll() is not None)
     processes[1].send_signal(signal.SIGTERM)
     said = finished(*processes)
     done = len(lines_of(output))
@@ -160,7 +163,7 @@ def test_a_mistake_that_one_process_finds_is_one_line_and_ends_both(config, tmp_
     bad = tmp_path / "output"
     bad.write_text("not a folder")
     processes = start_two(config, bad)
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    said = [process.communicate(timeout=HANGS)[0] for process in processes]
     assert processes[0].returncode == 2
     assert [line for line in said[0].splitlines() if "error: " in line]
     assert processes[1].returncode != 0
@@ -176,7 +179,7 @@ def test_processes_that_were_started_differently_say_in_what_and_end(config, tmp
         (tmp_path / "other.toml").write_text(f"resolutions = [64]\n[[directory]]\npath = '{fewer}'\n")
         other = ("--set", f"dataset={tmp_path / 'other.toml'}")
     processes = start_two(config, output, each=((), other))
-    said = [process.communicate(timeout=2 * A_MINUTE)[0] for process in processes]
+    said = [process.communicate(timeout=HANGS)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     fact = "optimizer.lr is 0.01, not 0.001" if what != "dataset" else "how many examples of tier 64 is 23, not 24"
     for each in said:

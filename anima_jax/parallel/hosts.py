@@ -62,9 +62,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise UserError(f"{', '.join(missing)}: missing, expected all of {', '.join(given)} or none")
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise UserError(f"--coordinator_address {coordinator}: expected HOST:PORT of the first process")
+    if process is not None and not (processes and 0 <= process < processes):
+        raise UserError(
+            f"--process_id {process}, --num_processes {processes}: expected a process from 0, below the number"
+        )
     where = f" at {coordinator}" if coordinator else ""
-    if coordinator:
-        print(f"process {process} of {processes}: waiting for the others{where}", file=sys.stderr)
     # JAX's own handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     last = (
@@ -74,6 +76,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     try:
         with _epitaph(last), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Kubernetes without its package is no cluster to join
+            if coordinator:
+                print(f"process {process} of {processes}: waiting for the others{where}", file=sys.stderr)
             jax.distributed.initialize(
                 coordinator,
                 processes,

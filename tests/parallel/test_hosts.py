@@ -34,6 +34,12 @@ def test_a_coordinator_without_a_port_is_a_mistake():
         hosts.join("localhost", 2, 0)
 
 
+@pytest.mark.parametrize(("process", "processes"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_process_beyond_their_number_is_a_mistake(process, processes):
+    with pytest.raises(UserError, match=f"--process_id {process}, --num_processes {processes}: expected"):
+        hosts.join("localhost:1234", processes, process)
+
+
 def test_a_process_that_is_ended_before_it_met_the_others_says_what_to_look_for():
     with socket.socket() as free:
         free.bind(("localhost", 0))
