@@ -71,7 +71,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     jax.config.update("jax_enable_preemption_service", False)
     last = (
         f"error: ended before all processes had met{where}: are all of them started, with the same "
-        f"--coordinator_address, within {JOINING_MINUTES} minutes, and is its port open to them?"
+        f"--coordinator_address and each its own --process_id, within {JOINING_MINUTES} minutes, and is the port open?"
     )
     try:
         with _epitaph(last), warnings.catch_warnings():
