@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.merging import weighted
+from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.names.parts import adapter_kind
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
@@ -21,7 +22,7 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser, UserError, command_line
 from anima_jax.parallel import hosts
-from anima_jax.parallel.mesh import make_mesh, replicas
+from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
 from anima_jax.parallel.rules import AXES
 from anima_jax.pictures import SIZE_STEP, Picture, Settings, from_text, read_picture, save_picture, to_text
 from anima_jax.pipeline import AnimaPipeline, Watch, check_sources
@@ -36,6 +37,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw pictures from prompts with the networks that flags, a training configuration or an older picture name."""
     arguments = parse_arguments(argv)
+    hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+    with hosts.one_run():
+        draw(arguments)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """The pictures that the flags describe, on the mesh that they or the configuration name."""
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
     like = text_of(arguments.like) if arguments.like else {}
     settings = sampling_settings(arguments, config, like)
@@ -46,9 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = output_paths(pathlib.Path(arguments.output), len(pictures))
     files = networks(arguments, config, like)
     text = files_text(files, arguments, like)
+    mesh = make_mesh(sizes := mesh_sizes(arguments, config))
+    with open_dit(files["transformer"], adapter_path=files["adapter"]) as checkpoint:
+        check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
+    flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
+    shown = {f"picture {number}": str(picture) for number, picture in enumerate(pictures, 1)}
+    hosts.check_alike(lambda: {"jax": jax.__version__, **flags, **dataclasses.asdict(settings), **shown})
     use_compilation_cache(config.compilation_cache_dir if config else None)
-    hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    with hosts.one_run(), jax.set_mesh(mesh := make_mesh(mesh_sizes(arguments, config))):
+    with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, offload=arguments.offload)
         at_once = arguments.at_once * replicas(mesh.shape)
         for first in range(0, len(pictures), at_once):

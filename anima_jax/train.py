@@ -10,6 +10,7 @@ import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -24,7 +25,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import KINDS, Kind, local_kind, named
-from anima_jax.parallel.mesh import current_mesh, filled, make_mesh, replicas
+from anima_jax.parallel.mesh import check_mesh, current_mesh, filled, make_mesh, replicas
 from anima_jax.parallel.rules import AXES
 from anima_jax.pipeline import check_networks
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
@@ -33,6 +34,7 @@ from anima_jax.training.cache import Encoders
 from anima_jax.training.data import TrainingData, read_data
 from anima_jax.training.dump import dump_dataset
 from anima_jax.training.export import find_export
+from anima_jax.training.fingerprints import shared_settings
 from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
@@ -49,25 +51,31 @@ SWITCHES = {
 }
 """Flags that set a key of the configuration to true."""
 
+FLAGS_IN_COMMON = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "profile")
+"""Flags besides those that set keys, which all processes of a run must have alike."""
+
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the configuration says: read and encode the data, then load and train."""
     report.log_to_console()
     arguments = parse_arguments(argv)
-    config = load_config(
-        arguments.config,
-        overrides(arguments),
-        i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
-        check_optimizer=check_optimizer,
-    )
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.one_run():
+        config = load_config(
+            arguments.config,
+            overrides(arguments),
+            i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
+            check_optimizer=check_optimizer,
+        )
+        hosts.check_alike(lambda: in_common(config, arguments))
         # A dry run for other devices needs none of them.
         mesh = (
             make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]) if arguments.devices else make_mesh(config.mesh.sizes)
         )
         sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else mesh.shape
+        network = dit_config(config)
+        check_mesh(sizes, network.width, network.heads)
         with jax.set_mesh(mesh):
             train(config.model_copy(update={"replicas": replicas(sizes)}), arguments)
 
@@ -93,6 +101,7 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
     problems = Problems(strict=config.strict_data)
     with hosts.in_turn():
         data = read_data(config, problems, keep=hosts.is_first() and not arguments.dry_run)
+    hosts.check_alike(data.facts)
     if arguments.dry_run:
         if problems.count:
             print(problems.summary())
@@ -107,10 +116,13 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
             for each in config.eval_datasets
         }
     encoders = Encoders(config, tokenizers)
+    hosts.check_alike(lambda: encoders.fingerprints)
     for each in (data, *evaluated.values()):
+        hosts.check_alike(each.facts)
         each.open_cache(encoders)
     for each in (data, *evaluated.values()):
         each.encode(encoders, problems)
+        hosts.check_alike(each.facts)
     if arguments.dump_dataset and hosts.is_first():
         folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
         print(f"wrote the data set, as the VAE gives it back, to {folder}")
@@ -155,7 +167,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     hosts.add_flags(parser)
     for flag in foreign.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for flag in ("devices", "device_kind"):
+        if getattr(arguments, flag) is not None and not arguments.dry_run:
+            parser.error(f"--{flag}: is for --dry_run; a run takes the devices that are here")
+    if arguments.devices is not None and arguments.devices < 1:
+        parser.error(f"--devices {arguments.devices}: expected at least 1")
+    return arguments
 
 
 def flag_notes(arguments: argparse.Namespace) -> list[str]:
@@ -169,6 +187,12 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
     which = arguments.resume_from_checkpoint
     return keys if which is None else [*keys, f"resume_from_checkpoint={json.dumps(which) if which else 'true'}"]
+
+
+def in_common(config: MainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all processes of a run must have been given."""
+    flags = {f"--{flag}": getattr(arguments, flag) for flag in FLAGS_IN_COMMON}
+    return {"jax": jax.__version__, **flags, **shared_settings(config.model_dump(mode="json"))}
 
 
 def check_optimizer(given: OptimizerConfig) -> None:
@@ -195,28 +219,33 @@ def dry_run(
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
     work = estimate.works(data, *data.text_rows(tokenizers))
-    kind, limit, called = devices_of(arguments)
+    kinds, limit, called = devices_of(arguments)
     sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(
-        config, step_config(config), trained, optimizer, work, sizes=sizes, kind=kind, masked=data.masked
+        config, step_config(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
     )
     print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, called))
     print(found)
     estimate.check_memory(found.memory.total, limit, called)
 
 
-def devices_of(arguments: argparse.Namespace) -> tuple[Kind | None, float | None, str]:
-    """The kind of the devices that a dry run is for, what memory each has, and what they are called."""
+def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[Kind], float | None, str]:
+    """The kind of the devices that a dry run is for, what memory each has, and what they are called.
+
+    Devices that are not here and of which no kind is given may be of every kind.
+    """
     if arguments.device_kind:
         kind = named(arguments.device_kind)
         if kind is None:
             known = [kind.name for kind in KINDS]
             near = did_you_mean(arguments.device_kind, known)
             raise UserError(f"--device_kind {arguments.device_kind}: expected one of {', '.join(known)}{near}")
-        return kind, kind.memory, kind.name
+        return [kind], kind.memory, kind.name
     device = jax.local_devices()[0]
-    limit = None if arguments.devices and device.platform == "cpu" else estimate.device_bytes(device)
-    return local_kind(device), limit, device.device_kind
+    if arguments.devices and device.platform == "cpu":
+        return KINDS, None, "of any kind; --device_kind names one"
+    kind = local_kind(device)
+    return [kind] if kind else [], estimate.device_bytes(device), device.device_kind
 
 
 def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:

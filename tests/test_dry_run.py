@@ -14,6 +14,7 @@ from anima_jax.checkpoints.safetensors_header import Tensor, build
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from anima_jax.parallel.devices import KINDS
 from anima_jax.train import main as train
 from anima_jax.training import estimate
 from tests.small_run import ASSETS
@@ -92,6 +93,33 @@ def test_the_shipped_pod_is_256_chips_of_which_each_has_its_eighth(folder, monke
     assert data == pytest.approx(2 * 31 / 32 * 2 * 2.09 / 8, rel=0.01)
     assert fsdp == pytest.approx(3 * 7 / 8 * 2 * 2.09, rel=0.01)
     assert re.search(r"^1024: [\d.]+ to [\d.]+ s a step", out, re.MULTILINE)
+
+
+def test_devices_of_no_kind_are_timed_as_each_kind_that_has_the_memory(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    options = ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}", "--set", "mesh.fsdp=2"]
+    train(["--config", str(CONFIGS / "pod.toml"), "--dry_run", "--devices", "64", *options])
+    out = capsys.readouterr().out
+    assert "mesh of 64 devices (of any kind; --device_kind names one)" in out
+    need = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1]) * 2**30
+    timed = re.findall(r"^1024: [\d.]+ to [\d.]+ s a step on (.*) \(seconds", out, re.MULTILINE)
+    assert timed == [kind.name for kind in KINDS if kind.memory > need]
+    assert 0 < len(timed) < len(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--devices", "8"], "--devices: is for --dry_run"),
+        (["--device_kind", "H100"], "--device_kind: is for --dry_run"),
+        (["--dry_run", "--devices", "0"], "--devices 0: expected at least 1"),
+    ],
+)
+def test_devices_that_are_not_here_are_for_a_dry_run(flags, found, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(["--config", "none.toml", *flags])
+    assert exit_.value.code == 2
+    assert found in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ STEPS = 48
 # A process that notices late would do so after JAX's heartbeat, 30 s; the rest is for a busy machine.
 A_MINUTE = 60
 
+HANGS = 900
+"""Seconds after which what does not happen is taken for something that never will, on however busy a machine."""
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -56,12 +59,15 @@ def start(config, output, *arguments, devices=8, cluster=()) -> subprocess.Popen
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def start_two(config, output, *arguments) -> list[subprocess.Popen]:
+def start_two(config, output, *arguments, each=((), ())) -> list[subprocess.Popen]:
+    """Both with `arguments`, and each with its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = ("--coordinator_address", address, "--num_processes", 2, "--process_id")
-    return [start(config, output, *arguments, devices=4, cluster=(*flags, index)) for index in range(2)]
+    return [
+        start(config, output, *arguments, *own, devices=4, cluster=(*flags, index)) for index, own in enumerate(each)
+    ]
 
 
 def finished(*processes) -> list[str]:
@@ -111,8 +117,8 @@ def alone(config):
     return output
 
 
-def wait_for(condition, seconds=300) -> None:
-    ends = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    ends = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < ends, "nothing happened"
         time.sleep(0.05)
@@ -142,7 +148,7 @@ def test_two_processes_are_one_run_also_after_one_is_killed(config, alone, tmp_p
 def test_sigterm_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     output = tmp_path / "run"
     processes = start_two(config, output, "--set", "mesh.context=2")
-    wait_for(lambda: len(lines_of(output)) >= 5)
+    wait_for(lambda: len(lines_of(output)) >= 5 or processes[0].poll() is not None)
     processes[1].send_signal(signal.SIGTERM)
     said = finished(*processes)
     done = len(lines_of(output))
@@ -157,10 +163,29 @@ def test_a_mistake_that_one_process_finds_is_one_line_and_ends_both(config, tmp_
     bad = tmp_path / "output"
     bad.write_text("not a folder")
     processes = start_two(config, bad)
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    said = [process.communicate(timeout=HANGS)[0] for process in processes]
     assert processes[0].returncode == 2
     assert [line for line in said[0].splitlines() if "error: " in line]
     assert processes[1].returncode != 0
+
+
+@pytest.mark.parametrize("what", ["optimizer.lr=1e-2", "dataset"])
+def test_processes_that_were_started_differently_say_in_what_and_end(config, tmp_path, what):
+    """Each with its own rate they would train on, and the weights' parts would drift apart."""
+    output, other = tmp_path / "run", ("--set", what)
+    if what == "dataset":
+        fewer = tmp_path / "fewer"
+        shutil.copytree(config.parent / "pictures", fewer, ignore=shutil.ignore_patterns("7.png", "7.txt", "cache"))
+        (tmp_path / "other.toml").write_text(f"resolutions = [64]\n[[directory]]\npath = '{fewer}'\n")
+        other = ("--set", f"dataset={tmp_path / 'other.toml'}")
+    processes = start_two(config, output, each=((), other))
+    said = [process.communicate(timeout=HANGS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    fact = "optimizer.lr is 0.01, not 0.001" if what != "dataset" else "how many examples of tier 64 is 23, not 24"
+    for each in said:
+        assert f"error: process 1 of 2 has not what process 0 has: {fact}" in each
+        assert "Traceback" not in each
+    assert not output.exists() or not list(output.glob("*/metrics.jsonl"))
 
 
 def test_a_run_of_eight_devices_goes_on_with_four_two_and_two_processes(config, alone, tmp_path):

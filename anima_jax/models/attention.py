@@ -103,7 +103,9 @@ def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
 def _local(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn, *, causal, zero_keys, implementation) -> Array:
     """Attention on one device."""
     if implementation in _FUSED:
-        return _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
+        out_blhk = _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
+        # Of no keys at all the kernels give a mean of what they were to leave out.
+        return out_blhk if key_lengths_b is None else jnp.where(key_lengths_b[:, None, None, None] > 0, out_blhk, 0)
     batch, keys = k_bnhk.shape[:2]
     if key_lengths_b is not None:
         within_bn = jnp.arange(keys) < key_lengths_b[:, None]

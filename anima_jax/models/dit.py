@@ -258,6 +258,7 @@ class Modulation(nnx.Module):
         self.parts = parts
         self.linear_1 = Linear(width, rank, rngs=rngs)
         self.linear_2 = Linear(rank, parts * width, zero=True, rngs=rngs)
+        self.linear_1.kernel_axes, self.linear_2.kernel_axes = "if", "fo"
 
     def __call__(self, condition) -> list[Array]:
         """`parts` arrays (b, 1 or l, d). `condition` is (SiLU of the embedding, shared term, frame of each token)."""

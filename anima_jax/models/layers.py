@@ -19,16 +19,25 @@ from anima_jax.models.quantised import Quantised
 
 
 def linear(
-    x: Array, kernel_io: Array | Quantised, bias_o: Array | None = None, *, out_dtype: DTypeLike | None = None
+    x: Array,
+    kernel_io: Array | Quantised,
+    bias_o: Array | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
+    kernel_axes: str = "io",
 ) -> Array:
     """x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
 
     `x` is (…, i); the result is (…, o), in `out_dtype` if given: float32 keeps what the dtype of `x` cannot hold.
+    `kernel_axes` are the letters (constraints.py) of a kernel that is stored in less than the dtype of `x`.
     """
     if isinstance(kernel_io, Quantised):
         # Without the checkpoint the backward would keep every layer's values, which is what quantising is to save.
         run = functools.partial(_linear_quantised, out_dtype=out_dtype)
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
+    if kernel_io.dtype.itemsize < x.dtype.itemsize:
+        # Devices that share the weight out are to send it as it is, not as the wider numbers that it becomes.
+        kernel_io = constrain(kernel_io, kernel_axes)
     kernel_io = kernel_io.astype(x.dtype)
     if out_dtype is not None and out_dtype != x.dtype:
         out = jnp.matmul(x, kernel_io, preferred_element_type=out_dtype)
@@ -74,6 +83,9 @@ _matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
 class Linear(nnx.Module):
     """Linear map with `kernel` (i, o), of deviation 1/sqrt(i) or zeros when fresh, and, if asked for, `bias` (o)."""
 
+    kernel_axes = "io"
+    """As `linear` takes them."""
+
     def __init__(
         self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs
     ):
@@ -83,7 +95,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features_out)) if use_bias else None
 
     def __call__(self, x: Array, *, out_dtype: DTypeLike | None = None) -> Array:
-        return linear(x, self.kernel[...], None if self.bias is None else self.bias[...], out_dtype=out_dtype)
+        bias_o = None if self.bias is None else self.bias[...]
+        return linear(x, self.kernel[...], bias_o, out_dtype=out_dtype, kernel_axes=self.kernel_axes)
 
 
 class RMSNorm(nnx.Module):

@@ -77,7 +77,7 @@ class AdaptedLinear(nnx.Module):
 
     def __init__(self, base: Linear, shapes: Shapes, ranks: Sequence[int]):
         layers = base.kernel.shape[0]
-        self.kernel, self.bias = base.kernel, base.bias
+        self.kernel, self.bias, self.kernel_axes = base.kernel, base.bias, base.kernel_axes
         for name, factor in FACTORS.items():
             if name.startswith(self._prefixes):
                 shape = shapes.get(name)
@@ -94,7 +94,9 @@ class AdaptedLinear(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Array) -> Array:
-        return linear(x, self.kernel[...], _value(self.bias)) + self._update(self._dropped(x))
+        return linear(x, self.kernel[...], _value(self.bias), kernel_axes=self.kernel_axes) + self._update(
+            self._dropped(x)
+        )
 
     def _update(self, x: Array) -> Array:
         """What the adapter adds."""
@@ -164,7 +166,7 @@ class DoRALinear(LoRALinear):
     def __call__(self, x: Array) -> Array:
         kernel, scale = self.kernel[...], self.lora_scale[...]
         norm_o = jax.checkpoint(_norm, prevent_cse=False)(kernel, self.lora_a[...], self.lora_b[...], scale)
-        turned = linear(x, kernel) + self._update(self._dropped(x))
+        turned = linear(x, kernel, kernel_axes=self.kernel_axes) + self._update(self._dropped(x))
         divisor_o = jnp.where((scale == 0) | (norm_o == 0), 1.0, norm_o)
         magnitude_o = jnp.where(scale == 0, 1.0, self.lora_magnitude[...] / divisor_o)
         out = (turned.astype(jnp.float32) * magnitude_o).astype(x.dtype)

@@ -6,13 +6,16 @@ does; what all must decide alike (when to save, when to stop) they exchange.
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +27,12 @@ from anima_jax.errors import UserError
 
 HEARTBEAT_S = 30
 """Seconds after which a silent process is taken for dead, and all others end."""
+
+JOINING_MINUTES = 5
+"""How long a process waits for the others at the beginning."""
+
+_MOST_FACTS = 3
+"""No more differences between processes than these are named."""
 
 ALONE = "coordinator_address should be defined"
 """What JAX says where it finds no cluster."""
@@ -51,13 +60,31 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     missing = [flag for flag, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise UserError(f"{', '.join(missing)}: missing, expected all of {', '.join(given)} or none")
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise UserError(f"--coordinator_address {coordinator}: expected HOST:PORT of the first process")
+    if process is not None and not (processes and 0 <= process < processes):
+        raise UserError(
+            f"--process_id {process}, --num_processes {processes}: expected a process from 0, below the number"
+        )
+    where = f" at {coordinator}" if coordinator else ""
     # JAX's own handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
+    last = (
+        f"error: ended before all processes had met{where}: are all of them started, with the same "
+        f"--coordinator_address and each its own --process_id, within {JOINING_MINUTES} minutes, and is the port open?"
+    )
     try:
-        with warnings.catch_warnings():
+        with _epitaph(last), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Kubernetes without its package is no cluster to join
+            if coordinator:
+                print(f"process {process} of {processes}: waiting for the others{where}", file=sys.stderr)
             jax.distributed.initialize(
-                coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=60
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=60 * JOINING_MINUTES,
+                heartbeat_timeout_seconds=HEARTBEAT_S,
+                shutdown_timeout_seconds=60,
             )
     except (RuntimeError, ValueError) as error:
         found_none = ALONE in str(error) or "must be called before" in str(error)
@@ -103,6 +130,31 @@ def from_first(make: Callable[[], pathlib.Path]) -> pathlib.Path:
     return pathlib.Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))))
 
 
+def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise UserError in every process unless all have the same `facts`, values of JSON by a person's words."""
+    if is_alone():
+        return
+    own = json.dumps(facts(), default=str).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.int32(len(own)))))
+    rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(length), np.uint8))
+    first, *others = (json.loads(bytes(row)) for row in np.asarray(rows))
+    for number, other in enumerate(others, 1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            shown = (
+                f"{name} is {_shown(other.get(name))}, not {_shown(first.get(name))}" for name in names[:_MOST_FACTS]
+            )
+            more = f", and {len(names) - _MOST_FACTS} more" if len(names) > _MOST_FACTS else ""
+            raise UserError(
+                f"process {number} of {jax.process_count()} has not what process 0 has: {'; '.join(shown)}{more}; "
+                "expected one configuration, the same flags and the same files in all processes"
+            )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}…"
+
+
 class Agreement:
     """The largest number that any process gave a step ago; a process that is alone has its own at once.
 
@@ -135,7 +187,12 @@ def one_run() -> Iterator[None]:
         return
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_epitaph())
+            stack.enter_context(
+                _epitaph(
+                    f"error: process {jax.process_index()} of {jax.process_count()} was ended, or ended because "
+                    "another one was; start all of them again with --resume_from_checkpoint"
+                )
+            )
             if not is_first():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -148,12 +205,8 @@ def one_run() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _epitaph() -> Iterator[None]:
-    """A line on stderr should this process be killed, or be ended by JAX, whose own words are many."""
-    line = (
-        f"error: process {jax.process_index()} of {jax.process_count()} was ended, or ended because another one was; "
-        "start all of them again with --resume_from_checkpoint"
-    )
+def _epitaph(line: str) -> Iterator[None]:
+    """`line` on stderr should this process be killed in the block, or be ended by JAX, whose own words are many."""
     # The end of the pipe without a line in it is the end of this process.
     waiting = subprocess.Popen(["sh", "-c", 'read -r line || echo "$0" >&2', line], stdin=subprocess.PIPE)
     try:

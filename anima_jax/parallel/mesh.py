@@ -36,6 +36,24 @@ def filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     return found
 
 
+def check_mesh(sizes: Mapping[str, int], width: int, heads: int) -> None:
+    """Raise UserError for axes that would share out nothing of a transformer of this width and so many heads.
+
+    Each device attends for heads of its own, over `tensor` and `context`; `fsdp` shares out the width of the weights.
+    """
+    shared = (
+        ("tensor × context", sizes["tensor"] * sizes["context"], "heads", heads),
+        ("fsdp", sizes["fsdp"], "width", width),
+    )
+    for axes, size, what, whole in shared:
+        if whole % size:
+            fit = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+            raise UserError(
+                f"[mesh] {axes} = {size}: the transformer's {what}, {whole}, cannot be shared out equally; "
+                f"expected one of {fit}"
+            )
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, or of these; one of `sizes` may be -1.
 
@@ -49,7 +67,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         if full["data"] % slices:
             raise UserError(f"[mesh] data {full['data']}: expected a multiple of {slices}, the number of slices")
         inside = (full["data"] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+        across = (slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -22,6 +22,7 @@ from anima_jax.encode import rounded_up
 from anima_jax.errors import UserError
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.cache import Cache, Encoders
+from anima_jax.training.fingerprints import contents_of, data_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,17 @@ class TrainingData:
     def masked(self) -> bool:
         """Whether any example has a mask."""
         return any(example.entry.mask is not None for example in self.examples)
+
+    def facts(self) -> dict[str, int | str]:
+        """Hashes of which examples each tier has, in which order, and of what they are, by a person's words."""
+        ids = np.array([example.id for example in self.examples], np.uint64)
+        tiers = data_fingerprint(self.plan, ids, contents_of(self.examples))["tiers"]
+        words = {"examples": "how many examples", "batch": "the examples in a step", "set": "which examples"}
+        return {
+            f"{words.get(name, name)} of tier {tier}": value
+            for tier, each in tiers.items()
+            for name, value in each.items()
+        }
 
     def open_cache(self, encoders: Encoders) -> None:
         """Look into the cache, or empty it if all is to be encoded anew.

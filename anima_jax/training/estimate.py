@@ -303,14 +303,15 @@ def check_memory(total: int, limit: float | None, device_kind: str) -> None:
 class Estimate:
     """What a run will take: memory (of its largest step), each tier's work, and the quantiles of its times.
 
-    On several devices also what each of them sends in a step of each tier, and how long that step should take.
+    On several devices also what each of them sends in a step of each tier, and how long that step should take on each
+    kind of device, by tier and kind.
     """
 
     memory: Memory
     flops: Mapping[Work, Flops]
     times: Mapping[str, Sequence[float]]
     traffic: Mapping[str, Traffic]
-    seconds: Mapping[str, Seconds]
+    seconds: Mapping[tuple[str, str], Seconds]
 
     def __str__(self) -> str:
         lines = [f"{'memory of a device':<22} {'GiB':>10}"]
@@ -328,10 +329,11 @@ class Estimate:
             lines += ["", f"{'GB sent by a device':<22} {' '.join(heads)}"]
             for tier, sent in self.traffic.items():
                 lines.append(f"{tier:<22} " + " ".join(f"{size / 1e9:>10.3f}" for size in [*sent, sent.total]))
-        for tier, each in self.seconds.items():
+        for (tier, kind), each in self.seconds.items():
             parts = ", ".join(f"{name} {value:.3g}" for name, value in each._asdict().items() if value)
             lines.append(
-                f"{tier}: {each.least:.3g} to {each.most:.3g} s a step (seconds of {parts}; see docs/scaling.md)"
+                f"{tier}: {each.least:.3g} to {each.most:.3g} s a step on {kind} (seconds of {parts}; see "
+                "docs/scaling.md)"
             )
         lines += ["", "t at quantile          " + " ".join(f"{q:>5.1f}" for q in QUANTILES)]
         lines += [f"{name:<22} " + " ".join(f"{t:>5.3f}" for t in times) for name, times in self.times.items()]
@@ -346,13 +348,14 @@ def estimate(
     tiers: Sequence[Work],
     *,
     sizes: Mapping[str, int] | None = None,
-    kind: Kind | None = None,
+    kinds: Sequence[Kind] = (),
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
     """What the run will take; `trained` may hold shapes instead of arrays.
 
-    `sizes` are those of a mesh that need not be here, by default of the one that is set; `kind` is its devices'.
+    `sizes` are those of a mesh that need not be here, by default of the one that is set; `kinds` are what its devices
+    may be: those that have the memory are timed.
     """
     largest = max(tiers, key=lambda work: work.micro_batch * work.tokens)
     on_host = config.optimizer.type == "offload" and jax.default_backend() != "cpu"
@@ -362,12 +365,18 @@ def estimate(
     if math.prod(mesh.values()) > 1:
         weights, itemsize = (trained.config, trained.params, trained.frozen), jnp.dtype(settings.compute_dtype).itemsize
         sent = {work: traffic(*weights, mesh, work, remat=settings.remat, itemsize=itemsize) for work in tiers}
+    held = memory(trained, optimizer, settings, largest, dtype, sizes=sizes, **options)
     return Estimate(
-        memory(trained, optimizer, settings, largest, dtype, sizes=sizes, **options),
+        held,
         counted,
         time_quantiles(settings, tiers),
         {work.tier: each for work, each in sent.items()},
-        {work.tier: step_seconds(kind, mesh, work, counted[work], each) for work, each in sent.items() if kind},
+        {
+            (work.tier, kind.name): step_seconds(kind, mesh, work, counted[work], each)
+            for work, each in sent.items()
+            for kind in kinds
+            if kind.memory >= held.total
+        },
     )
 
 

@@ -22,6 +22,12 @@ _SILENT = re.compile(
     r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples|(kept_)?replicas"
 )
 
+# Keys whose values each host may have for itself. What lies at a path is compared instead.
+_OF_A_HOST = re.compile(
+    r"(\w+\.)*(\w*path|dataset|config)|notes|cache_local_dir|compilation_cache_dir|map_num_proc|(kept_)?replicas"
+    r"|monitoring\.\w+"
+)
+
 CONTENTS = ("captions", "masks")
 """What of examples can change while they stay the same ones."""
 
@@ -111,6 +117,11 @@ def data_fingerprint(plan: Plan, ids: np.ndarray, contents: Mapping[str, np.ndar
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key → value of what matters to training in a configuration's table (`model_dump(mode="json")`)."""
     return _dotted({key: value for key, value in config.items() if not _SILENT.fullmatch(key)})
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key → value of what the processes of a run have in common, as `settings_of`."""
+    return {key: value for key, value in _dotted(config).items() if not _OF_A_HOST.fullmatch(key)}
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -134,8 +134,13 @@ def test_unknown_and_unsuitable_back_ends_are_refused():
 # Splash works in blocks of 128 with other sums: 5e-6 of the largest value.
 @pytest.mark.parametrize(
     "options",
-    [{"key_lengths_b": jnp.array([150, 33])}, {"zero_keys": 40}, {"causal": True}],
-    ids=lambda options: next(iter(options)),
+    [
+        {"key_lengths_b": jnp.array([150, 33])},
+        {"key_lengths_b": jnp.array([0, 33])},
+        {"zero_keys": 40},
+        {"causal": True},
+    ],
+    ids=["lengths", "no keys", "zero keys", "causal"],
 )
 def test_splash_equals_xla_in_the_interpreter_forward_and_backward(options):
     q, k, v = random_qkv(queries=200, keys=150, size=64)

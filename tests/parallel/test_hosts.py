@@ -29,6 +29,30 @@ def test_half_of_the_flags_is_a_mistake():
         hosts.join("localhost:1234")
 
 
+def test_a_coordinator_without_a_port_is_a_mistake():
+    with pytest.raises(UserError, match=r"--coordinator_address localhost: expected HOST:PORT"):
+        hosts.join("localhost", 2, 0)
+
+
+@pytest.mark.parametrize(("process", "processes"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_process_beyond_their_number_is_a_mistake(process, processes):
+    with pytest.raises(UserError, match=f"--process_id {process}, --num_processes {processes}: expected"):
+        hosts.join("localhost:1234", processes, process)
+
+
+def test_a_process_that_is_ended_before_it_met_the_others_says_what_to_look_for():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = f"from anima_jax.parallel import hosts; hosts.join({address!r}, 2, 1)"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert f"process 1 of 2: waiting for the others at {address}" in process.stderr.readline()
+    process.kill()
+    assert f"error: ended before all processes had met at {address}" in process.stderr.read()
+    process.wait()
+
+
 JOIN = """
 import jax
 from anima_jax.parallel import hosts

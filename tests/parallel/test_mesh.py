@@ -8,7 +8,7 @@ import pytest
 
 from anima_jax.errors import UserError
 from anima_jax.parallel import mesh as module
-from anima_jax.parallel.mesh import filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
+from anima_jax.parallel.mesh import check_mesh, filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
 from tests.parallel.meshes import MESHES
 
 
@@ -35,14 +35,30 @@ def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
         filled(given, devices)
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (sizes(tensor=4, context=8), r"tensor × context = 32: the transformer's heads, 16, .* one of 1, 2, 4, 8, 16$"),
+        (sizes(fsdp=3), r"fsdp = 3: the transformer's width, 2048, .* one of 1, 2, 4, 8, "),
+        (sizes(fsdp=4096), "fsdp = 4096"),
+    ],
+)
+def test_an_axis_that_would_share_out_nothing_is_refused(given, found):
+    check_mesh(sizes(data=3, fsdp=8, tensor=4, context=4), 2048, 16)
+    with pytest.raises(UserError, match=found):
+        check_mesh(given, 2048, 16)
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """A device of a TPU with several slices, as far as a mesh looks at it."""
 
     id: int
     slice_index: int
+    coords: tuple[int, ...] = ()
     platform: str = "cpu"
     device_kind: str = "TPU"
+    core_on_chip: int = 0
 
     @property
     def process_index(self):
@@ -57,6 +73,17 @@ def test_data_runs_across_slices_and_the_other_axes_stay_inside(monkeypatch):
     assert [{chip.slice_index for chip in row.flat} for row in grid] == [{0}, {1}]
     with pytest.raises(UserError, match="data 1: expected a multiple of 2, the number of slices"):
         make_mesh(sizes(fsdp=16), chips)
+
+
+def test_an_axis_may_take_part_of_a_slices_torus_axis(monkeypatch):
+    """Two slices of 4 × 4 × 4 chips, eight neighbours each: no axis of the torus, nor several, has eight."""
+    monkeypatch.setattr(module, "Mesh", lambda grid, *_, **__: grid)
+    places = [(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
+    chips = [Chip(id, id // 64, places[id % 64], "tpu", "TPU v5p") for id in range(128)]
+    grid = make_mesh(sizes(data=-1, fsdp=8), chips)
+    assert grid.shape == (16, 8, 1, 1)
+    assert all(len({chip.slice_index for chip in row.flat}) == 1 for row in grid)
+    assert {chip.id for chip in grid.flat} == set(range(128))
 
 
 def batches_on(mesh_sizes):

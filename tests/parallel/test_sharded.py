@@ -189,12 +189,13 @@ def gathered_dtypes(sizes, folder):
     return folder
 
 
-def test_weights_are_gathered_in_bfloat16_where_they_are_used_in_it(on_eight, tmp_path):
+def test_what_blocks_gather_is_bfloat16_where_they_compute_in_it(on_eight, tmp_path):
+    """The modulations too, which compute in float32 what they make of the weights."""
     on_eight(gathered_dtypes, MESHES[1], str(tmp_path))
     (dump,) = tmp_path.glob("*jit_of*after_spmd-partitioning*.txt")
-    params = parameters.abstract(transformer)[1]
-    # Timesteps are computed in float32, and so are the products of their modulations.
-    kernels = {path: leaf for path, leaf in params.items() if path.endswith(".kernel") and "blocks." in path}
-    used = {leaf.shape[1:] for path, leaf in kernels.items() if "adaln" not in path}
-    arrays = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", dump.read_text())
-    assert {kind for kind, shape in arrays if tuple(map(int, shape.split(","))) in used - {(64, 64)}} == {"bf16"}
+    in_loops = (line for line in dump.read_text().splitlines() if "while/body" in line)
+    gathered = [match[1] for line in in_loops if (match := re.search(r"= (\w+)\[[\d,]+\]\S* all-gather\(", line))]
+    paths = parameters.abstract(transformer)[1]
+    # Forward and backward.
+    assert len(gathered) == 2 * sum("blocks." in path and path.endswith(".kernel") for path in paths)
+    assert set(gathered) == {"bf16"}
