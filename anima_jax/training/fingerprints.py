@@ -22,7 +22,7 @@ _SILENT = re.compile(
     r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples|(kept_)?replicas"
 )
 
-# Keys whose values each host may have for itself. What lies at a path is compared instead.
+# Keys whose values each host may have for itself. Of what lies at paths, data and encoders are compared by their bytes.
 _OF_A_HOST = re.compile(
     r"(\w+\.)*(\w*path|dataset|config)|notes|cache_local_dir|compilation_cache_dir|map_num_proc|(kept_)?replicas"
     r"|monitoring\.\w+"
