@@ -2,9 +2,11 @@
 
 import _thread
 import argparse
+import atexit
 import contextlib
 import difflib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +47,19 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+_INTERRUPTED = 130
+_interrupted = threading.Event()
+
+
+@atexit.register
+def _end_interrupted() -> None:
+    """Leave the interpreter as it is: after an interrupted compilation jaxlib crashes when it is taken down."""
+    if _interrupted.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_INTERRUPTED)
+
+
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
     """Turn a `UserError` that leaves `main` into its lines on stderr, `error: …` each, and exit code 2.
 
@@ -62,7 +77,8 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            _interrupted.set()
+            sys.exit(_INTERRUPTED)
 
     return wrapped
 

@@ -1,7 +1,7 @@
 """What leaves a command line when the user made a mistake."""
 
-import signal
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -27,31 +27,39 @@ def test_each_mistake_is_one_line_and_the_exit_code_is_2(capsys, error, lines):
     assert capsys.readouterr() == ("", lines)
 
 
-class Collected:
-    """What C code destroys: Python drops whatever this raises."""
+INTERRUPTED = """
+import signal, time
+from anima_jax.errors import command_line
 
+class Collected:
+    "What C code destroys: Python drops whatever this raises."
     def __del__(self):
         raise KeyboardInterrupt
 
+class Kept:
+    "What the interpreter takes down last of all."
+    def __del__(self):
+        print("taken down")
 
-def test_an_interrupt_that_comes_in_a_callback_of_c_code_is_not_lost(capsys):
-    @command_line
-    def main():
-        Collected()
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            pass
-        print("went on")
+kept = Kept()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores interrupts
 
-    # A job in the background ignores interrupts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as left:
-            main()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert left.value.code == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+@command_line
+def main():
+    print("begins")
+    Collected()
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        pass
+    print("goes on")
+
+main()
+"""
+
+
+def test_an_interrupt_in_a_callback_of_c_code_ends_the_process_at_once():
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "begins\n", "interrupted\n")
 
 
 def test_the_nearest_name_is_suggested_and_a_far_one_is_not():
