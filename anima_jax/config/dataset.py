@@ -131,7 +131,9 @@ class Source(Section):
     )
     caption_prefix: str = Field("", description="put before every caption")
     skip_empty_caption: bool = Field(
-        True, description="leave out pictures and clips without a caption (false: train them with an empty one)"
+        True,
+        description="leave out pictures and clips without a caption, or with an empty one, which diffusion-pipe would "
+        "train (false: train them all, with an empty one)",
     )
     caption_choice: Literal["each", "random"] = Field(
         "each",
