@@ -23,6 +23,7 @@ from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.words import start_up_words
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
+from anima_jax.models.dit import DiTConfig
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import KINDS, Kind, local_kind, named
 from anima_jax.parallel.mesh import check_mesh, current_mesh, filled, make_mesh, replicas
@@ -77,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = dit_config(config)
         check_mesh(sizes, network.width, network.heads)
         with jax.set_mesh(mesh):
-            train(config.model_copy(update={"replicas": replicas(sizes)}), arguments)
+            train(config.model_copy(update={"replicas": replicas(sizes)}), network, arguments)
 
 
-def train(config: MainConfig, arguments: argparse.Namespace) -> None:
-    """The run, on the mesh that is set."""
+def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace) -> None:
+    """The run of a transformer of these sizes, on the mesh that is set."""
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
     use_compilation_cache(config.compilation_cache_dir)
@@ -90,7 +91,7 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
 
     tokenizers = load_tokenizers(config.model.tokenizer_path)
     with open_text_encoder(config.model.llm_path) as text_encoder:
-        check_networks(dit_config(config), text_encoder.config, tokenizers)
+        check_networks(network, text_encoder.config, tokenizers)
     trained = estimate.abstract_trained(config)
     # What does not fit together is to show before hours of encoding.
     optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
@@ -115,10 +116,11 @@ def train(config: MainConfig, arguments: argparse.Namespace) -> None:
             each.name: read_data(config, problems, evaluated=each.data, keep=hosts.is_first())
             for each in config.eval_datasets
         }
+    for each in evaluated.values():
+        hosts.check_alike(each.facts)
     encoders = Encoders(config, tokenizers)
     hosts.check_alike(lambda: encoders.fingerprints)
     for each in (data, *evaluated.values()):
-        hosts.check_alike(each.facts)
         each.open_cache(encoders)
     for each in (data, *evaluated.values()):
         each.encode(encoders, problems)

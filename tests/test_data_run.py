@@ -5,7 +5,6 @@ import contextlib
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from anima_jax.train import main as train
 from anima_jax.training import step as step_module
 from anima_jax.training.cache import Encoders
 from anima_jax.training.data import read_data
+from tests.ports import free_port
 from tests.small_run import ASSETS, write_config, write_transformer
 
 
@@ -207,9 +207,7 @@ def test_two_processes_fill_disjoint_parts_of_one_cache(tmp_path):
     alone = records(cache_of(run))
     for file in cache_of(run).iterdir():
         file.unlink()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with cache_with(run, 1, port, 0) as first, cache_with(run, 1, port, 1) as second:
         assert (first.wait(), second.wait()) == (0, 0), said_by(run).read_text()
     check_equal(records(cache_of(run)), alone)

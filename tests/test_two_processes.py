@@ -9,7 +9,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from tests.ports import free_port
 from tests.small_run import write_config, write_transformer
 
 pytestmark = pytest.mark.slow
@@ -61,9 +61,7 @@ def start(config, output, *arguments, devices=8, cluster=()) -> subprocess.Popen
 
 def start_two(config, output, *arguments, each=((), ())) -> list[subprocess.Popen]:
     """Both with `arguments`, and each with its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     flags = ("--coordinator_address", address, "--num_processes", 2, "--process_id")
     return [
         start(config, output, *arguments, *own, devices=4, cluster=(*flags, index)) for index, own in enumerate(each)

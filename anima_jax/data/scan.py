@@ -114,8 +114,13 @@ def look_at(
 
 
 def count(counts: Counts, what: str, names: Sequence[str]) -> None:
-    """Count what is passed over, and say which come first."""
+    """Count what is passed over, and name it."""
     counts[what] = len(names)
+    name_first(what, names)
+
+
+def name_first(what: str, names: Sequence[str]) -> None:
+    """Log the first of `names`, if there are any, and how many more."""
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         log.info("%s: %s%s", what, ", ".join(names[:NAMED]), more)
@@ -278,7 +283,7 @@ def _recaptioned(entries: Sequence[Entry], directory: Directory, problems: Probl
             renewed.append(dataclasses.replace(entry, captions=texts or ("",)))
         else:
             lacking.append(media.name)
-    count(Counts(), f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
+    name_first(f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
     return renewed
 
 

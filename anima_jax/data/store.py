@@ -171,13 +171,10 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folders to write to. Raises UserError where that cannot be, before anything is worth writing."""
-        own = None if is_remote(self.folder) else pathlib.Path(self.folder)
-        for folder, key in ((self._local, "cache_local_dir"), (own, "cache_dir")):
-            if folder is not None:
-                with _told(folder, "be written", f"; set {key} to a folder that can"):
-                    self._prepare(folder)
-                    if not os.access(folder, os.W_OK | os.X_OK):
-                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if self._local is not None:
+            self._prepare(self._local, "cache_local_dir")
+        if not is_remote(self.folder):
+            self._prepare(pathlib.Path(self.folder), "cache_dir")
 
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Write some (key, record) as one part, which is then there for all. A part that is there already is kept."""
@@ -275,7 +272,7 @@ class Store:
                 assert self._local is not None
                 local, origin = self._local / (part.name + _RECORDS), _path(self.folder) / (part.name + _RECORDS)
                 if _size(local) != part.size:
-                    self._prepare(self._local)
+                    self._prepare(self._local, "cache_local_dir")
                     with _told(origin, f"be copied to {self._local}"), _replacing(local) as path:
                         _copy(origin, path)
                         if _size(path) != part.size:
@@ -285,13 +282,15 @@ class Store:
                 part.path = str(local)
             return part.path
 
-    def _prepare(self, folder: pathlib.Path) -> None:
-        """Make a folder of this machine and, once, remove what killed processes have left in it."""
-        with self._lock:
+    def _prepare(self, folder: pathlib.Path, key: str) -> None:
+        """Make a folder of this machine, which `key` sets, and, once, remove what killed processes have left in it."""
+        with self._lock, _told(folder, "be written", f"; set {key} to a folder that can"):
             if folder not in self._swept:
                 folder.mkdir(parents=True, exist_ok=True)
                 _sweep(folder, orphans=folder != self._local)
                 self._swept.add(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @functools.lru_cache(OPEN_READERS)
@@ -352,7 +351,7 @@ def _size(path: Any) -> int | None:
     try:
         # etils' own stat of a local file fails for an owner without a name.
         return os.stat(path).st_size if isinstance(path, pathlib.Path) else path.stat().length
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -45,7 +45,7 @@ class Batches:
         self._config, self._data, self._tokenizers = config, data, tokenizers
         self._mesh = current_mesh()
         self._rows = [rows_of_process(self._mesh, tier.batch_size) for tier in data.plan.tiers]
-        self._ids_n2 = split_ids(np.array([example.id for example in data.examples], np.uint64))
+        self._ids_n2 = split_ids(data.ids)
         self._source_length, self._target_length = data.text_rows(tokenizers)
 
     def load(self, step: int) -> Loaded:

@@ -91,6 +91,11 @@ class TrainingData:
         """All of them; a plan's indices count in this list."""
         return [example for group in self._groups for example in group]
 
+    @property
+    def ids(self) -> np.ndarray:
+        """(n,) uint64: each example's."""
+        return np.array([example.id for example in self.examples], np.uint64)
+
     @functools.cached_property
     def plan(self) -> Plan:
         """Which step sees which examples."""
@@ -118,8 +123,7 @@ class TrainingData:
 
     def facts(self) -> dict[str, int | str]:
         """Hashes of which examples each tier has, in which order, and of what they are, by a person's words."""
-        ids = np.array([example.id for example in self.examples], np.uint64)
-        tiers = data_fingerprint(self.plan, ids, contents_of(self.examples))["tiers"]
+        tiers = data_fingerprint(self.plan, self.ids, contents_of(self.examples))["tiers"]
         words = {"examples": "how many examples", "batch": "the examples in a step", "set": "which examples"}
         return {
             f"{words.get(name, name)} of tier {tier}": value

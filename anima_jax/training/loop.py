@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.loader import prefetched
@@ -117,12 +116,11 @@ class Training:
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
         work = estimate.works(data, *data.text_rows(encoders.tokenizers))
         self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
-        ids = np.array([example.id for example in data.examples], np.uint64)
         facts = facts_of(
             self.state.params,
             trained.groups,
             data.plan,
-            ids,
+            data.ids,
             settings_of(config.model_dump(mode="json")),
             contents=contents_of(data.examples),
             files=encoders.fingerprints | frozen_fingerprint(trained.frozen),

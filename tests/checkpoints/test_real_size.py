@@ -4,7 +4,6 @@ Linux only: private memory is `RssAnon`, sampled every 5 ms in the process that 
 """
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from anima_jax.checkpoints.names.adapters import COMFYUI
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor, write
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -121,9 +121,7 @@ def test_of_two_processes_that_share_it_out_neither_holds_the_whole_model(full_s
         params = c.load(None, rules.shardings(c.abstract, c.abstract, mesh))
         models.save_dit(target, params, metadata=c.metadata)
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     processes = [start(body, full_size_file, target, address, number) for number in range(2)]
     # Half of the model, and half of the largest stacked parameter (0.94 GB) while it is put in place.
     assert max(map(peak_of, processes)) < 0.75 * full_size_file.stat().st_size

@@ -453,6 +453,13 @@ def test_a_copy_that_was_cut_off_or_is_of_another_part_is_replaced(tmp_path):
     assert contents(near).items() < contents(far).items()
 
 
+def test_a_place_for_copies_that_cannot_be_is_named_when_one_is_read(tmp_path):
+    Store(tmp_path / "far").write_part(some_records("a"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/near: cannot be written: Not a directory; set cache_local_dir to"):
+        Store(tmp_path / "far", local_dir=tmp_path / "file" / "near").read(key("a 0"))
+
+
 def test_an_old_copy_stays(tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
     Store(far, local_dir=near).write_part(some_records("a"))

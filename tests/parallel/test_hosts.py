@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from anima_jax.errors import UserError
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import current_mesh
+from tests.ports import free_port
 
 
 def test_a_process_alone_joins_no_others_and_decides_for_itself():
@@ -41,9 +41,7 @@ def test_a_process_beyond_their_number_is_a_mistake(process, processes):
 
 
 def test_a_process_that_is_ended_before_it_met_the_others_says_what_to_look_for():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     code = f"from anima_jax.parallel import hosts; hosts.join({address!r}, 2, 1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -71,8 +69,6 @@ def test_slurm_is_recognised():
         "SLURM_LOCALID": "0",
         "SLURM_STEP_NUM_NODES": "1",
     }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        environment = os.environ | task | {"JAX_COORDINATOR_PORT": str(free.getsockname()[1])}
+    environment = os.environ | task | {"JAX_COORDINATOR_PORT": str(free_port())}
     found = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, env=environment, check=False)
     assert "joined 1 True" in found.stdout, found.stderr

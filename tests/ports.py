@@ -1,0 +1,10 @@
+"""Ports for the processes that tests start."""
+
+import socket
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
