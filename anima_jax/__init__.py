@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
-    from anima_jax.pipeline import AnimaPipeline
+    from anima_jax.sampling.pipeline import AnimaPipeline
 
 __all__ = ["AnimaPipeline", "load_dit", "load_text_encoder", "load_vae"]
 
 _HOMES = {
-    "AnimaPipeline": "anima_jax.pipeline",
+    "AnimaPipeline": "anima_jax.sampling.pipeline",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",
     "load_vae": "anima_jax.checkpoints.models",

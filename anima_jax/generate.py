@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from PIL import Image, ImageOps
 
-from anima_jax.checkpoints.merging import weighted
+from anima_jax.adapters.kinds import adapter_kind
+from anima_jax.adapters.merge import weighted
 from anima_jax.checkpoints.models import open_dit
-from anima_jax.checkpoints.names.parts import adapter_kind
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
@@ -24,11 +24,11 @@ from anima_jax.errors import ArgumentParser, UserError, command_line
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
 from anima_jax.parallel.rules import AXES
-from anima_jax.pictures import SIZE_STEP, Picture, Settings, from_text, read_picture, save_picture, to_text
-from anima_jax.pipeline import AnimaPipeline, Watch, check_sources
+from anima_jax.sampling.callbacks import Previews, ProgressBar
+from anima_jax.sampling.pipeline import AnimaPipeline, Watch, check_sources
+from anima_jax.sampling.request import SIZE_STEP, Picture, Settings, from_text, read_picture, save_picture, to_text
 from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
-from anima_jax.watching import Previews, ProgressBar
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -16,11 +16,14 @@ import jax
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.models import open_text_encoder
-from anima_jax.config import foreign
+from anima_jax.config import unsupported_keys
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
-from anima_jax.config.words import start_up_words
+from anima_jax.config.summary import start_up_words
+from anima_jax.data.cache import Encoders
+from anima_jax.data.dataset import TrainingData, read_data
+from anima_jax.data.dump import dump_dataset
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
 from anima_jax.models.dit import DiTConfig
@@ -28,12 +31,9 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import KINDS, Kind, local_kind, named
 from anima_jax.parallel.mesh import check_mesh, current_mesh, filled, make_mesh, replicas
 from anima_jax.parallel.rules import AXES
-from anima_jax.pipeline import check_networks
+from anima_jax.sampling.pipeline import check_networks
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training import estimate, optimizers, report
-from anima_jax.training.cache import Encoders
-from anima_jax.training.data import TrainingData, read_data
-from anima_jax.training.dump import dump_dataset
 from anima_jax.training.export import find_export
 from anima_jax.training.fingerprints import shared_settings
 from anima_jax.training.loop import Training, optimizer_config, step_config
@@ -167,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
     )
     hosts.add_flags(parser)
-    for flag in foreign.FLAGS:
+    for flag in unsupported_keys.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for flag in ("devices", "device_kind"):
@@ -180,8 +180,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def flag_notes(arguments: argparse.Namespace) -> list[str]:
     """A line for each flag of diffusion-pipe that cannot apply."""
-    given = (flag for flag in foreign.FLAGS if getattr(arguments, flag) is not None)
-    return [f"--{flag}: does nothing here: {foreign.FLAGS[flag]}" for flag in given]
+    given = (flag for flag in unsupported_keys.FLAGS if getattr(arguments, flag) is not None)
+    return [f"--{flag}: does nothing here: {unsupported_keys.FLAGS[flag]}" for flag in given]
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anima_jax.adapters.file import open_adapter
+from anima_jax.adapters.kinds import adapter_kind
+from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.accounting import shorten
-from anima_jax.checkpoints.adapters import open_adapter
-from anima_jax.checkpoints.names.parts import adapter_kind
-from anima_jax.checkpoints.patches import Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from convert.extract import opened_both

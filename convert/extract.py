@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from anima_jax.adapters.base_model import fingerprint
+from anima_jax.adapters.file import write_adapter
+from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.accounting import Source, looks_like, original_names, shorten
-from anima_jax.checkpoints.adapters import write_adapter
-from anima_jax.checkpoints.fingerprints import fingerprint
-from anima_jax.checkpoints.patches import Part, Patch, truncated
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
 from anima_jax.errors import UserError
 from convert import outputs

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from anima_jax.adapters.dialects import DIALECTS, modules_by_spelling
+from anima_jax.adapters.file import read_adapter
+from anima_jax.adapters.kinds import TITLES, adapter_kind, split_key
+from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.accounting import shorten
-from anima_jax.checkpoints.adapters import read_adapter
 from anima_jax.checkpoints.models import OPENERS
-from anima_jax.checkpoints.names.adapters import DIALECTS, modules_by_spelling
-from anima_jax.checkpoints.names.parts import TITLES, adapter_kind, split_key
 from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, TEXT_ENCODER, WAN_VAE, Network, locate
-from anima_jax.checkpoints.patches import Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig

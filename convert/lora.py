@@ -2,9 +2,9 @@
 
 import argparse
 
-from anima_jax.checkpoints.adapters import open_adapter, write_adapter
-from anima_jax.checkpoints.depths import DEPTHS, remapped
-from anima_jax.checkpoints.names.adapters import DIALECTS
+from anima_jax.adapters.depths import DEPTHS, remapped
+from anima_jax.adapters.dialects import DIALECTS
+from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.errors import UserError
 from convert import outputs
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from anima_jax.checkpoints.adapters import open_adapter, write_adapter
-from anima_jax.checkpoints.patches import resized
+from anima_jax.adapters.file import open_adapter, write_adapter
+from anima_jax.adapters.patch import resized
 from convert import outputs
 
 SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"

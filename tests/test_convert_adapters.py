@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import open_adapter
+from anima_jax.adapters.file import open_adapter
 from anima_jax.checkpoints.models import load_dit
 from convert.__main__ import main
-from tests.checkpoints.adapter_files import LOKR, LORA, lora_as, updates, velocity
+from tests.adapters.adapter_files import LOKR, LORA, lora_as, updates, velocity
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models import dit_peer
 from tests.models.networks import normal

@@ -17,6 +17,8 @@ from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.models import load_vae, save_vae
 from anima_jax.config.load import load_config
+from anima_jax.data.cache import Encoders
+from anima_jax.data.dataset import read_data
 from anima_jax.data.problems import Problems
 from anima_jax.data.shapes import draw, sample_placement, scenes
 from anima_jax.data.store import Store, unpack
@@ -24,8 +26,6 @@ from anima_jax.models.parameters import split
 from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.train import main as train
 from anima_jax.training import step as step_module
-from anima_jax.training.cache import Encoders
-from anima_jax.training.data import read_data
 from tests.ports import free_port
 from tests.small_run import ASSETS, write_config, write_transformer
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from anima_jax import generate
-from anima_jax.pictures import from_text
+from anima_jax.sampling.request import from_text
 from tests.small_run import ASSETS, write_transformer
 
 

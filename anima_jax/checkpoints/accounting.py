@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from anima_jax.adapters.kinds import TITLES, adapter_kind
 from anima_jax.checkpoints.names import FileTensor
-from anima_jax.checkpoints.names.parts import TITLES, adapter_kind
 from anima_jax.checkpoints.names.prefixes import (
     ADAPTER,
     DIT,

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from anima_jax.config import dataset as dataset_file
-from anima_jax.config import foreign
+from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import DatasetConfig
-from anima_jax.config.faults import File, Place
+from anima_jax.config.errors import File, Place
 from anima_jax.config.main import EVAL_EVERY, MainConfig, MainFile
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
@@ -111,9 +111,9 @@ def read_toml(path: str) -> dict[str, Any]:
 def _main_file(
     name: str, table: dict[str, Any], given: list[str], faults: list[str], notes: list[str]
 ) -> MainFile | None:
-    known = [f"{section}.{key}".lstrip(".") for section, rows in foreign.SECTIONS.items() for key in rows]
+    known = [f"{section}.{key}".lstrip(".") for section, rows in unsupported_keys.SECTIONS.items() for key in rows]
     file = File(name, MainFile, known, given)
-    for section, rows in foreign.SECTIONS.items():
+    for section, rows in unsupported_keys.SECTIONS.items():
         inner = table.get(section) if section else table
         if isinstance(inner, dict):
             _set_aside(file, inner, rows, (section,) if section else (), faults, notes)
@@ -150,14 +150,21 @@ def _dataset_file(name: str, settings: dict[str, bool], faults: list[str], notes
                 return place if key in table[kind][index] else (key, *rest)
         return place
 
-    known = [*foreign.DATASET, *dataset_file.SHARED_KEYS]
-    known += [f"{kind}.{key}" for kind in dataset_file.SOURCES for key in foreign.DATASET]
+    known = [*unsupported_keys.DATASET, *dataset_file.SHARED_KEYS]
+    known += [f"{kind}.{key}" for kind in dataset_file.SOURCES for key in unsupported_keys.DATASET]
     file = File(name, DatasetConfig, known, rename=place_in_file)
     # Without a single [[directory]] nothing at the top can be for one.
-    _set_aside(file, table, foreign.DATASET | ({} if "directory" in table else foreign.TFDS), (), faults, notes)
+    _set_aside(
+        file,
+        table,
+        unsupported_keys.DATASET | ({} if "directory" in table else unsupported_keys.TFDS),
+        (),
+        faults,
+        notes,
+    )
     for kind in dataset_file.SOURCES:
         entries = table.get(kind)
-        rows = foreign.DATASET | (foreign.TFDS if kind == "tfds" else {})
+        rows = unsupported_keys.DATASET | (unsupported_keys.TFDS if kind == "tfds" else {})
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
                 _set_aside(file, entry, rows, (kind, index), faults, notes)
@@ -184,7 +191,7 @@ def _remarks(file: File, config: DatasetConfig) -> Iterable[str]:
 
 
 def _set_aside(file: File, table: dict[str, Any], rows: Any, above: Place, faults: list[str], notes: list[str]) -> None:
-    for key, answer, is_fault in foreign.set_aside(table, rows):
+    for key, answer, is_fault in unsupported_keys.set_aside(table, rows):
         (faults if is_fault else notes).append(file.line((*above, key), answer))
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from anima_jax.config import foreign
+from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import DirectorySource, Source, TfdsSource
 from anima_jax.config.main import MainFile
 from anima_jax.config.model import ModelConfig
@@ -125,17 +125,20 @@ def _dataset() -> Iterator[str]:
 def _foreign() -> Iterator[str]:
     yield "## Keys and flags of diffusion-pipe and its forks with another answer"
     yield "They are accepted with a note that says what does their job here, or refused with the reason."
-    tables = {**{name or "main": rows for name, rows in foreign.SECTIONS.items()}, "dataset": foreign.DATASET}
+    tables = {
+        **{name or "main": rows for name, rows in unsupported_keys.SECTIONS.items()},
+        "dataset": unsupported_keys.DATASET,
+    }
     rows = [
         f"| `{key if name in {'main', 'dataset'} else f'{name}.{key}'}` | {_answer(row)} |"
         for name, keys in tables.items()
         for key, row in keys.items()
     ]
-    rows += [f"| `--{flag}` | does nothing here: {note} |" for flag, note in foreign.FLAGS.items()]
+    rows += [f"| `--{flag}` | does nothing here: {note} |" for flag, note in unsupported_keys.FLAGS.items()]
     yield "\n".join(["| key or flag | answer |", "| --- | --- |", *rows])
 
 
-def _answer(row: foreign.Foreign) -> str:
+def _answer(row: unsupported_keys.Foreign) -> str:
     if row.renamed:
         return f"another spelling of `{row.renamed}`"
     if row.note:

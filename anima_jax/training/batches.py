@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.config.main import MainConfig
+from anima_jax.data.dataset import TEXT_ROW_STEP, TrainingData
+from anima_jax.data.encode import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.data.examples import Example
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.diffusion.randomness import split_ids
-from anima_jax.encode import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel.mesh import current_mesh, put_rows, put_whole, rows_of_process
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training.data import TEXT_ROW_STEP, TrainingData
 from anima_jax.training.evaluate import filled
 from anima_jax.training.step import Batch
 

@@ -22,6 +22,7 @@ import optax
 
 from anima_jax.config.main import MainConfig
 from anima_jax.config.network import NetworkSizes
+from anima_jax.data.dataset import TrainingData
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
@@ -30,7 +31,6 @@ from anima_jax.models.parameters import Params, compute_copy, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import Kind, local_kind
 from anima_jax.parallel.mesh import current_mesh, everywhere, over_batch, replicas
-from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Work, flops
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from anima_jax.checkpoints.adapters import module_names, save_lora
-from anima_jax.checkpoints.fingerprints import fingerprint
+from anima_jax.adapters.base_model import fingerprint
+from anima_jax.adapters.dialects import TEXT_ENCODER
+from anima_jax.adapters.file import module_names, save_lora
 from anima_jax.checkpoints.locations import replacing
 from anima_jax.checkpoints.models import save_dit
-from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from anima_jax.config.main import MainConfig
+from anima_jax.data.cache import Encoders
+from anima_jax.data.dataset import TrainingData
 from anima_jax.data.loader import prefetched
 from anima_jax.data.plan import Plan
 from anima_jax.diffusion.objective import Loss, TimeDistribution
@@ -19,11 +21,9 @@ from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.hosts import Agreement, is_first
 from anima_jax.parallel.mesh import current_mesh
-from anima_jax.pipeline import AnimaPipeline
+from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.batches import Batches, OnlineText, as_it_is
-from anima_jax.training.cache import Encoders
-from anima_jax.training.data import TrainingData
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
 from anima_jax.training.figures import Lines

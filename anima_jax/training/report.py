@@ -15,9 +15,9 @@ import jax
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from anima_jax.checkpoints.names.parts import TITLES
+from anima_jax.adapters.kinds import TITLES
+from anima_jax.adapters.modules import Slot
 from anima_jax.config.main import MainConfig
-from anima_jax.models.lora import Slot
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_first

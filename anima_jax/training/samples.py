@@ -2,12 +2,12 @@
 
 import pathlib
 
-from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
+from anima_jax.adapters.dialects import TEXT_ENCODER
 from anima_jax.config.main import SampleConfig
 from anima_jax.models.parameters import Params, compute_copy
 from anima_jax.parallel.hosts import is_first
-from anima_jax.pictures import save_picture
-from anima_jax.pipeline import AnimaPipeline
+from anima_jax.sampling.pipeline import AnimaPipeline
+from anima_jax.sampling.request import save_picture
 from anima_jax.training import report
 from anima_jax.training.intervals import passes
 from anima_jax.training.monitor import Monitor

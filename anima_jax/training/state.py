@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from anima_jax.adapters import modules, training
+from anima_jax.adapters.dialects import ADAPTER_RULES, TEXT_ENCODER
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
-from anima_jax.checkpoints.names.adapters import ADAPTER_RULES, TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters, quantised
+from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, put_whole
-from anima_jax.training import adapters
 from anima_jax.training.optimizers import groups_by_path
 
 
@@ -43,7 +43,7 @@ class Trained:
     params: Params
     frozen: Params
     tensors: list[FileTensor]
-    slots: Mapping[str, lora.Slot] | None
+    slots: Mapping[str, modules.Slot] | None
     rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -102,21 +102,21 @@ def _with_adapter(
             model.text_encoder = nnx.data(Qwen3(qwen.config, rngs=rngs))
         return model
 
-    targets = lora.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
-    slots, rates = adapters.plan(config, targets)
+    targets = modules.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
+    slots, rates = training.plan(config, targets)
 
     def build(rngs) -> AnimaDiT:
         model = bare(rngs)
-        lora.attach(model, slots)
+        modules.attach(model, slots)
         return model
 
     graphdef, abstract = parameters.abstract(build)
-    fresh = {path: leaf for path, leaf in abstract.items() if lora.is_lora(path)}
-    params = lora.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
-    scales = adapters.scales(config, slots)
-    notes = adapters.idle_exclusions(config, targets)
+    fresh = {path: leaf for path, leaf in abstract.items() if modules.is_lora(path)}
+    params = modules.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
+    scales = training.scales(config, slots)
+    notes = training.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
-        begun, told = adapters.existing(config, slots, scales, params)
+        begun, told = training.existing(config, slots, scales, params)
         params |= begun
         notes += told
     tensors = file_tensors(ADAPTER_RULES, params)

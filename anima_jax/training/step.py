@@ -19,9 +19,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from anima_jax.adapters import modules
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
-from anima_jax.models import lora
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, compute_copy, merge
@@ -171,7 +171,7 @@ def _dropped(dropped_b: Array, empty: Array, given: Array) -> Array:
 def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
     """Mean loss of a batch, every random number drawn from its examples' ids. `unconditional` as in `losses`."""
     if config.dropout or config.rank_dropout:
-        lora.drop(model, _keys(batch, Purpose.ADAPTER_DROPOUT, config), config.dropout, config.rank_dropout)
+        modules.drop(model, _keys(batch, Purpose.ADAPTER_DROPOUT, config), config.dropout, config.rank_dropout)
     times_b = config.times.times(uniform(_keys(batch, Purpose.TIME, config)), batch.grid_b3)
     noise_blc = normal(_keys(batch, Purpose.NOISE, config), batch.latents_blc.shape[1:])
     return batch_mean(losses(model, batch, unconditional, noise_blc, times_b, config))

@@ -155,11 +155,11 @@ def sample(sizes: Sizes) -> Found:
     import jax.numpy as jnp
     import numpy as np
 
-    from anima_jax import sampling
     from anima_jax.diffusion import samplers, schedules
     from anima_jax.diffusion.samplers.plan import make_plan
     from anima_jax.models.parameters import compute_copy
-    from anima_jax.sampling import Batch, Context
+    from anima_jax.sampling import program
+    from anima_jax.sampling.program import Batch, Context
 
     graphdef, params = random_transformer(sizes)
     params = compute_copy(params, jnp.bfloat16)
@@ -171,7 +171,7 @@ def sample(sizes: Sizes) -> Found:
     scales = np.full(len(plan.sigmas_n), 4.0, np.float32)
 
     def run():
-        return sampling.sample(params, graphdef, jnp.dtype("bfloat16"), plan, start, batch, scales)
+        return program.sample(params, graphdef, jnp.dtype("bfloat16"), plan, start, batch, scales)
 
     run()
     seconds = timed(run)
@@ -385,23 +385,23 @@ def with_lora(config):
     import jax.numpy as jnp
     from flax import nnx
 
+    from anima_jax.adapters import modules
+    from anima_jax.adapters.dialects import ADAPTER_RULES
     from anima_jax.checkpoints.names import file_tensors
-    from anima_jax.checkpoints.names.adapters import ADAPTER_RULES
-    from anima_jax.models import lora
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract
 
     bare = nnx.eval_shape(lambda: AnimaDiT(config, rngs=nnx.Rngs(0)))
-    slots = {path: lora.slot("lora", shape, [32] * shape[0]) for path, shape in lora.target_shapes(bare).items()}
+    slots = {path: modules.slot("lora", shape, [32] * shape[0]) for path, shape in modules.target_shapes(bare).items()}
 
     def build(rngs):
         model = AnimaDiT(config, rngs=rngs)
-        lora.attach(model, slots)
+        modules.attach(model, slots)
         return model
 
     graphdef, shapes = abstract(build)
-    params = lora.initial(shapes, slots, 0)
-    scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(lora.SCALE)}
+    params = modules.initial(shapes, slots, 0)
+    scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(modules.SCALE)}
     return graphdef, params, scales, file_tensors(ADAPTER_RULES, params)
 
 

@@ -68,23 +68,23 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     import jax.numpy as jnp
     import numpy as np
 
-    from anima_jax import sampling
     from anima_jax.diffusion.samplers import SAMPLERS
     from anima_jax.diffusion.samplers.plan import make_plan
-    from anima_jax.layout import Layout
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract, compute_copy
+    from anima_jax.sampling import program
+    from anima_jax.sampling.packing import Layout
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = compute_copy({path: jnp.asarray(value) for path, value in params.items()}, dtype)
     noise, contexts, levels = inputs(options, config.context_width)
     layout = Layout([noise.shape[1:4]])
     plan = make_plan(SAMPLERS["euler"].formulas, levels, 3.0)
-    batch = sampling.Batch(layout.grid_b3, sampling.Context(jax.device_put(contexts), None), False)
+    batch = program.Batch(layout.grid_b3, program.Context(jax.device_put(contexts), None), False)
     scales = np.full(options.steps, GUIDANCE_SCALE, np.float32)
 
     def run(watch=None):
-        out = sampling.sample(
+        out = program.sample(
             params, graphdef, jnp.dtype(dtype), plan, layout.pack(list(noise)), batch, scales, watch=watch
         )
         return layout.unpack(out)[0][None]

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from anima_jax.adapters.dialects import COMFYUI
 from anima_jax.checkpoints.names import dit, file_tensors
-from anima_jax.checkpoints.names.adapters import COMFYUI
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor, write
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 
+from anima_jax.adapters import modules
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.checkpoints.names import dit, file_tensors
-from anima_jax.models import lora, parameters, quantised
+from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.quantised import Quantised, quantise
@@ -111,8 +112,8 @@ def base() -> tuple[object, dict]:
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
-        shapes = lora.target_shapes(model)
-        lora.attach(model, {path: lora.slot("lora", shape, [4] * shape[0]) for path, shape in shapes.items()})
+        shapes = modules.target_shapes(model)
+        modules.attach(model, {path: modules.slot("lora", shape, [4] * shape[0]) for path, shape in shapes.items()})
         return model
 
     graphdef, shapes = parameters.abstract(build)
@@ -134,7 +135,7 @@ def adapter_gradients(adapter, frozen):
 
 def divided(storage=None):
     params = base()[1]
-    adapter = {path: value.astype(jnp.float32) for path, value in params.items() if lora.is_lora(path)}
+    adapter = {path: value.astype(jnp.float32) for path, value in params.items() if modules.is_lora(path)}
     frozen = {path: value for path, value in params.items() if path not in adapter}
     if storage:
         frozen = {p: quantised.quantise_transformer(p, v, storage) for p, v in frozen.items()}
@@ -151,7 +152,7 @@ def test_diffusion_pipes_exceptions_stay_as_they_are():
 
 
 def test_a_saved_transformer_holds_the_values_that_its_codes_stand_for(tmp_path):
-    frozen = {path: value for path, value in divided("float8")[1].items() if not path.endswith(lora.SCALE)}
+    frozen = {path: value for path, value in divided("float8")[1].items() if not path.endswith(modules.SCALE)}
     save_dit(tmp_path / "model.safetensors", frozen)
     written = load_file(tmp_path / "model.safetensors")
     for tensor in file_tensors(dit.RULES, frozen):

@@ -6,7 +6,8 @@ python -m tests.parallel.specs > tests/parallel/specs.txt
 import itertools
 import textwrap
 
-from anima_jax.models import lora, parameters
+from anima_jax.adapters import modules
+from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -16,9 +17,9 @@ from tests.parallel.meshes import MESHES, name
 
 def _transformer(rngs) -> AnimaDiT:
     """With an adapter of rank 32 on every layer that takes one, each kind somewhere."""
-    model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(lora.KINDS)
-    slots = lora.target_shapes(model).items()
-    lora.attach(model, {path: lora.slot(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
+    model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(modules.KINDS)
+    slots = modules.target_shapes(model).items()
+    modules.attach(model, {path: modules.slot(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
     return model
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from anima_jax import AnimaPipeline, load_text_encoder, load_vae
-from anima_jax.encode import caption_encoder, clip_encoder
+from anima_jax.data.encode import caption_encoder, clip_encoder
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
-from anima_jax.pictures import Settings
-from anima_jax.pipeline import arranged
+from anima_jax.sampling.pipeline import arranged
+from anima_jax.sampling.request import Settings
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.parallel.meshes import MESHES, name
 from tests.small_run import ASSETS, write_transformer

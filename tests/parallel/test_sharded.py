@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from anima_jax.models import lora, parameters
+from anima_jax.adapters import modules
+from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import Text
 from anima_jax.parallel import rules
@@ -30,8 +31,8 @@ def transformer(rngs) -> AnimaDiT:
 
 def with_adapters(rngs) -> AnimaDiT:
     model = AnimaDiT(CONFIG, rngs=rngs)
-    kinds, slots = itertools.cycle(lora.KINDS), lora.target_shapes(model).items()
-    lora.attach(model, {path: lora.slot(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
+    kinds, slots = itertools.cycle(modules.KINDS), modules.target_shapes(model).items()
+    modules.attach(model, {path: modules.slot(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
     return model
 
 
@@ -66,7 +67,7 @@ def on_mesh(sizes, build):
 def step_on(sizes, build=transformer, accumulation=1):
     """Loss and gradients on a mesh, and the transfers inside the loops over blocks of the compiled program."""
     mesh, graphdef, params, batch = on_mesh(sizes, build)
-    frozen = {path: value for path, value in params.items() if build is with_adapters and not lora.is_lora(path)}
+    frozen = {path: value for path, value in params.items() if build is with_adapters and not modules.is_lora(path)}
     trained = {path: value for path, value in params.items() if path not in frozen}
 
     def of(trained, frozen, batch):

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from anima_jax.adapters import modules
 from anima_jax.config.load import load_config
 from anima_jax.diffusion.objective import TimeDistribution
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters
+from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import AdapterConfig
 from anima_jax.models.parameters import merge
@@ -40,20 +41,20 @@ def low_rank(adapter: bool, kind: str = "lora") -> Trained:
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
-        shapes = lora.target_shapes(model)
+        shapes = modules.target_shapes(model)
         chosen = {path: shape for path, shape in shapes.items() if adapter or not path.startswith("llm_adapter.")}
-        lora.attach(model, {path: lora.slot(kind, shape, [8] * shape[0]) for path, shape in chosen.items()})
+        modules.attach(model, {path: modules.slot(kind, shape, [8] * shape[0]) for path, shape in chosen.items()})
         return model
 
     graphdef, params = parameters.abstract(build)
-    frozen = {path: leaf for path, leaf in params.items() if not lora.is_lora(path)}
+    frozen = {path: leaf for path, leaf in params.items() if not modules.is_lora(path)}
     return Trained(
         CONFIG,
         graphdef,
-        {p: v for p, v in params.items() if lora.is_lora(p)},
+        {p: v for p, v in params.items() if modules.is_lora(p)},
         frozen,
         [],
-        {"": lora.Slot("lora", {}, (8,))},
+        {"": modules.Slot("lora", {}, (8,))},
     )
 
 

@@ -12,9 +12,9 @@ import optax
 import optax.contrib
 
 from anima_jax.checkpoints.names import FileTensor
+from anima_jax.checkpoints.names.groups import group_of, groups_by_path, is_decayed
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
-from anima_jax.training.optimizers.groups import group_of, groups_by_path, is_decayed
 from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, layer_rates, together
 from anima_jax.training.optimizers.rates import schedule
 from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find

@@ -17,9 +17,9 @@ import optax
 import optax.contrib
 
 from anima_jax.checkpoints.names import FileTensor
+from anima_jax.checkpoints.names.groups import is_decayed
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.training.optimizers import adam
-from anima_jax.training.optimizers.groups import is_decayed
 from anima_jax.training.optimizers.layers import transformation
 
 MUON_SMALLEST_SIDE = 32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anima_jax.watching import Previews, reduced
+from anima_jax.sampling.callbacks import Previews, reduced
 from tests.models.networks import normal
 
 

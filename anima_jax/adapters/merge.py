@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from anima_jax.adapters.base_model import another_base
+from anima_jax.adapters.dialects import TEXT_ENCODER
+from anima_jax.adapters.file import Adapter, adapter_in, file_of, fitted
+from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints import copying, gathered
-from anima_jax.checkpoints.adapters import Adapter, adapter_in, file_of, fitted
-from anima_jax.checkpoints.fingerprints import another_base
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.adapters import TEXT_ENCODER
-from anima_jax.checkpoints.patches import FLOAT32, Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params

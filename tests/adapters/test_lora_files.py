@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import load_lora, ranks_of, save_lora
+from anima_jax.adapters import modules
+from anima_jax.adapters.dialects import ADAPTER_RULES
+from anima_jax.adapters.file import load_lora, ranks_of, save_lora
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.checkpoints.names import file_tensors
-from anima_jax.checkpoints.names.adapters import ADAPTER_RULES
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters
+from anima_jax.models import parameters
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden, relative_error
 
 LORA = GOLDEN / "lora_rank4.safetensors"
@@ -36,7 +37,7 @@ def test_velocity_loss_and_adapter_gradients_equal_the_reference(model, path):
         velocity = model(jnp.asarray(channel_last(inputs["x_t"])), jnp.asarray(inputs["t"]), context)
         return jnp.mean((velocity - channel_last(inputs["target"])) ** 2), (velocity, context)
 
-    adapter = {path: value for path, value in params.items() if lora.is_lora(path)}
+    adapter = {path: value for path, value in params.items() if modules.is_lora(path)}
     (loss, (velocity, context)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(adapter)
     assert relative_error(velocity, channel_last(expected["velocity"])) < VALUE_TOLERANCE
     assert relative_error(context, expected["context_train"]) < VALUE_TOLERANCE

@@ -12,13 +12,13 @@ from PIL import Image
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.data.buckets import Size
+from anima_jax.data.cache import Cache
 from anima_jax.data.examples import Example
 from anima_jax.data.video import FRAME_RATE
 from anima_jax.models.dit import PATCH, unpatchify
 from anima_jax.models.parameters import merge, split
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.training import report
-from anima_jax.training.cache import Cache
 
 
 def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: WanVAE, dtype: DTypeLike) -> pathlib.Path:

@@ -6,7 +6,7 @@ wherever those are now.
 
 from collections.abc import Iterable, Mapping
 
-from anima_jax.checkpoints.patches import Patch
+from anima_jax.adapters.patch import Patch
 from anima_jax.errors import UserError
 
 INSERTED = {

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import fitted, load_lora, open_adapter, write_adapter
-from anima_jax.checkpoints.depths import depth_map, remapped
+from anima_jax.adapters import dialects as names
+from anima_jax.adapters.depths import depth_map, remapped
+from anima_jax.adapters.dialects import DIALECTS
+from anima_jax.adapters.file import fitted, load_lora, open_adapter, write_adapter
+from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.models import load_dit
-from anima_jax.checkpoints.names import adapters as names
-from anima_jax.checkpoints.names.adapters import DIALECTS
-from anima_jax.checkpoints.patches import Part, Patch, truncated
 from anima_jax.errors import UserError
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-from tests.checkpoints.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split, updates, velocity
+from tests.adapters.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split, updates, velocity
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import normal, random_model
 

@@ -20,16 +20,16 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
-from anima_jax import encode
 from anima_jax.checkpoints.locations import fingerprint
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.config.main import MainConfig
+from anima_jax.data import encode
 from anima_jax.data.buckets import Size
+from anima_jax.data.encode import EncodedText
 from anima_jax.data.examples import Example, Media, content_digest
 from anima_jax.data.media import read_clip, read_mask
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
-from anima_jax.encode import EncodedText
 from anima_jax.errors import UserError
 from anima_jax.models.dit import PATCH
 from anima_jax.models.quantised import quantise_text_encoder

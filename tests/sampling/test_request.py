@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anima_jax.errors import UserError
-from anima_jax.pictures import Picture, Settings, from_text, read_picture, save_picture, to_text
+from anima_jax.sampling.request import Picture, Settings, from_text, read_picture, save_picture, to_text
 
 PICTURE = Picture("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
 SETTINGS = Settings("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))

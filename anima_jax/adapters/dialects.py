@@ -11,12 +11,12 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from anima_jax.adapters.kinds import PARTS, split_key
+from anima_jax.adapters.modules import FACTORS
 from anima_jax.checkpoints.names import LINEAR, Layout, Rule, diffusers, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.parts import PARTS, split_key
 from anima_jax.checkpoints.names.prefixes import DIT, QWEN3, TEXT_ENCODER
 from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
-from anima_jax.models.lora import FACTORS
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 
 

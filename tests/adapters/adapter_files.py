@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import open_adapter
+from anima_jax.adapters.file import open_adapter
 from tests.golden_files import GOLDEN, channel_last, golden
 from tests.models.networks import quick_jit
 

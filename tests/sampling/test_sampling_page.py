@@ -8,10 +8,10 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.diffusion.schedules import SCHEDULES, sigmas
 from anima_jax.diffusion.step_noise import KINDS
-from anima_jax.pictures import Picture, Settings
-from anima_jax.tiles import OVERLAP, TILE
+from anima_jax.sampling.request import Picture, Settings
+from anima_jax.sampling.tiles import OVERLAP, TILE
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "sampling.md").read_text("utf-8")
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "sampling.md").read_text("utf-8")
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
 NAMED = {name: row for row in ROWS for name in re.findall(r"`([a-z0-9_-]+)`", row[0])}
 

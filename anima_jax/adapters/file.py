@@ -21,16 +21,17 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from anima_jax.adapters import dialects, modules
+from anima_jax.adapters.depths import another_depth
+from anima_jax.adapters.dialects import COMFYUI, DIALECTS, Dialect
+from anima_jax.adapters.kinds import TITLES, adapter_kind, split_key
+from anima_jax.adapters.patch import FLOAT32, Part, Patch
 from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
-from anima_jax.checkpoints.depths import another_depth
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.names import adapters, file_tensors
-from anima_jax.checkpoints.names.adapters import COMFYUI, DIALECTS, Dialect
-from anima_jax.checkpoints.names.parts import TITLES, adapter_kind, split_key
-from anima_jax.checkpoints.patches import FLOAT32, Part, Patch
+from anima_jax.checkpoints.names import file_tensors
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters
+from anima_jax.models import parameters
 from anima_jax.models.parameters import Params
 
 Ranks = Mapping[str, Sequence[int]]
@@ -73,7 +74,7 @@ class Adapter:
             raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:
             return
-        near = adapters.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
+        near = dialects.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
         text = f"{self.path}: {len(self.unused)} keys are unused: {_listed(self.unused)}{near}"
         if not allow_unused:
             raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
@@ -188,9 +189,9 @@ def load_lora(path: PathLike, model: nnx.Module, weight: float = 1.0, *, allow_u
         slots, values = factors_of(adapter, tensors)
         if weight != 1.0 and any(one.kind == "dora" for one in slots.values()):
             raise UserError(f"{adapter.path}: a DoRA at weight {weight}: beside a model's weights it has weight 1")
-        lora.attach(model, slots)
+        modules.attach(model, slots)
         graphdef, params = parameters.split(model)
-        values |= {name: np.float32(weight) * value for name, value in values.items() if name.endswith(lora.SCALE)}
+        values |= {name: np.float32(weight) * value for name, value in values.items() if name.endswith(modules.SCALE)}
         filled = {name: jnp.asarray(value) for name, value in values.items()}
     nnx.update(model, nnx.state(parameters.merge(graphdef, params | filled)))
 
@@ -216,9 +217,9 @@ def patches_of(params: Params, ranks: Ranks) -> dict[str, Patch]:
     for module, (path, layer) in module_names({path: len(layers) for path, layers in ranks.items()}).items():
         if not ranks[path][layer]:
             continue
-        scale = float(params[f"{path}.{lora.SCALE}"][layer])
+        scale = float(params[f"{path}.{modules.SCALE}"][layer])
         own = parts.setdefault(module, {})
-        for factor, name in adapters.PART_OF_FACTOR.items():
+        for factor, name in dialects.PART_OF_FACTOR.items():
             if f"{path}.{factor}" in params:
                 own[name] = _layer_part(params[f"{path}.{factor}"], factor, layer, ranks[path][layer])
         rank = Patch(own).rank
@@ -229,30 +230,30 @@ def patches_of(params: Params, ranks: Ranks) -> dict[str, Patch]:
 
 def ranks_of(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The ranks of the adapters on `model` (abstract or not)."""
-    return {path: module.ranks for path, module in lora.adapted(model)}
+    return {path: module.ranks for path, module in modules.adapted(model)}
 
 
 def module_names(layers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
     """Name in files of each layer of stacked modules → the module's path, and the layer. `layers` says how many."""
     abstract = {path: np.broadcast_to(np.uint8(0), (count, 1, 1)) for path, count in layers.items()}
-    tensors = file_tensors(adapters.MODULE_RULES, abstract)
+    tensors = file_tensors(dialects.MODULE_RULES, abstract)
     return {tensor.name: (tensor.path, tensor.layer) for tensor in tensors if tensor.layer is not None}
 
 
 def module_tensors(model: nnx.Module) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     """Name in files of every linear layer of `model` that takes an adapter → its path, layer and weight's shape."""
-    kernels = lora.target_shapes(model)
-    inside = any(path.startswith(("blocks.", adapters.TEXT_ENCODER)) for path in kernels)
+    kernels = modules.target_shapes(model)
+    inside = any(path.startswith(("blocks.", dialects.TEXT_ENCODER)) for path in kernels)
     # A text encoder alone has the paths that it has inside a model without their beginning.
-    full = kernels if inside else {adapters.TEXT_ENCODER + path: shape for path, shape in kernels.items()}
-    cut = 0 if inside else len(adapters.TEXT_ENCODER)
+    full = kernels if inside else {dialects.TEXT_ENCODER + path: shape for path, shape in kernels.items()}
+    cut = 0 if inside else len(dialects.TEXT_ENCODER)
     names = module_names({path: shape[0] for path, shape in full.items()})
     return {name: (path[cut:], layer, full[path][:0:-1]) for name, (path, layer) in names.items()}
 
 
 def factors_of(
     adapter: Adapter, tensors: Mapping[str, tuple[str, int, tuple[int, ...]]]
-) -> tuple[dict[str, lora.Slot], dict[str, np.ndarray]]:
+) -> tuple[dict[str, modules.Slot], dict[str, np.ndarray]]:
     """An adapter as factors of stacked modules: what to attach, and the values of all its parameters, scales included.
 
     `tensors` is what `module_tensors` gives. Raises UserError where the layers of a module differ in more than rank.
@@ -269,12 +270,12 @@ def factors_of(
     return slots, values
 
 
-_FACTOR_OF_PART = {part: factor for factor, part in adapters.PART_OF_FACTOR.items()}
+_FACTOR_OF_PART = {part: factor for factor, part in dialects.PART_OF_FACTOR.items()}
 
 
 def _stacked(
     label: str, path: str, patches: Mapping[int, Patch], layers: int
-) -> tuple[lora.Slot, dict[str, np.ndarray]]:
+) -> tuple[modules.Slot, dict[str, np.ndarray]]:
     """One module's patches, by layer, as arrays with a layer axis in front."""
     kinds = {patch.kind for patch in patches.values()}
     names = {frozenset(patch.parts) - {"alpha"} for patch in patches.values()}
@@ -294,7 +295,7 @@ def _stacked(
     stacked, shapes = {}, {}
     for factor, arrays in factors.items():
         shape = tuple(map(max, zip(*(array.shape for array in arrays.values()), strict=True)))
-        rank_axis = lora.FACTORS[factor].rank_axis
+        rank_axis = modules.FACTORS[factor].rank_axis
         if any(size != shape[axis] for a in arrays.values() for axis, size in enumerate(a.shape) if axis != rank_axis):
             raise UserError(f"{label}: {path}: {factor} differs in shape between blocks; merge the file instead")
         dtype = np.result_type(*(array.dtype for array in arrays.values()))
@@ -305,7 +306,7 @@ def _stacked(
     for layer, patch in patches.items():
         # A LoKr of two whole factors has no rank; 1 says that there is an adapter.
         scales[layer], ranks[layer] = patch.scale, patch.rank or 1
-    return lora.Slot(kinds.pop(), shapes, ranks), {**stacked, lora.SCALE: scales}
+    return modules.Slot(kinds.pop(), shapes, ranks), {**stacked, modules.SCALE: scales}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -324,12 +325,12 @@ def file_of(path: PathLike) -> PathLike:
 def read_adapter(file: SafetensorsFile) -> Adapter:
     """The adapter in an open file, whatever is left over and whether its parts belong together or not."""
     keys = {key: split for key in file.tensors if (split := split_key(key))}
-    modules = adapters.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
+    known = dialects.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
     parts: dict[str, dict[str, Part]] = {}
-    unused = [key for key in file.tensors if key not in keys or keys[key][0] not in modules]
+    unused = [key for key in file.tensors if key not in keys or keys[key][0] not in known]
     for key, (spelling, part) in keys.items():
-        if spelling in modules:
-            module, name = modules[spelling], part
+        if spelling in known:
+            module, name = known[spelling], part
             if module.endswith(".bias"):  # ComfyUI's way to name a bias's difference
                 module, name = module.removesuffix(".bias"), "diff_b" if part == "diff" else part
             own = parts.setdefault(module, {})
@@ -338,9 +339,9 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
             tensor = file.tensors[key]
             own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key), key)
     idle = {module for module, own in parts.items() if own.keys() <= {"alpha", "dora_scale"}}
-    unused += [key for key, (spelling, _) in keys.items() if modules.get(spelling, "").removesuffix(".bias") in idle]
+    unused += [key for key, (spelling, _) in keys.items() if known.get(spelling, "").removesuffix(".bias") in idle]
     patches = {module: Patch(own) for module, own in parts.items() if module not in idle}
-    if any(spelling.startswith(adapters.PEFT_PREFIXES) for spelling in modules):
+    if any(spelling.startswith(dialects.PEFT_PREFIXES) for spelling in known):
         patches = _with_alphas(patches, _peft_config(file))
     metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
     if metadata.pop(ALPHA_IS_RANK, None):
@@ -415,7 +416,7 @@ def _listed(names: Sequence[str], shown: int = UNUSED_SHOWN) -> str:
 
 def _layer_part(stacked: Any, factor: str, layer: int, rank: int) -> Part:
     """One layer's own rows of a stacked factor, as a file has it."""
-    rank_axis = lora.FACTORS[factor].rank_axis
+    rank_axis = modules.FACTORS[factor].rank_axis
     shape = list(stacked.shape[1:])
     if rank_axis is not None:
         shape[rank_axis] = rank

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae, sampling
+from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae
 from anima_jax.checkpoints.models import save_dit
+from anima_jax.data.encode import padded
 from anima_jax.diffusion.schedules import sigmas
 from anima_jax.diffusion.torch_random import CPUStream, randn
-from anima_jax.encode import padded
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
-from anima_jax.noise import BatchNoise
-from anima_jax.pictures import Picture, Settings, latent_mask, mask_values, to_images, to_pixels
-from anima_jax.pipeline import arranged, context_rows
-from anima_jax.sampling import Context
+from anima_jax.sampling import program
+from anima_jax.sampling.noise import BatchNoise
+from anima_jax.sampling.pipeline import arranged, context_rows
+from anima_jax.sampling.program import Context
+from anima_jax.sampling.request import Picture, Settings, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
@@ -101,8 +102,8 @@ def test_context_rows_are_weighted_as_comfyuis(name):
 
 def test_a_batchs_noise_is_torchs_for_its_one_seed_and_that_of_several_seeds_is_each_ones_own():
     data = golden("pipeline")
-    levels, sampler = sigmas("simple", 4), sampling.samplers.SAMPLERS["euler_ancestral"]
-    draw = sampling.Draw(1.0, 0.9)
+    levels, sampler = sigmas("simple", 4), program.samplers.SAMPLERS["euler_ancestral"]
+    draw = program.Draw(1.0, 0.9)
 
     def noise(*arguments):
         return BatchNoise(arranged("x", *arguments), "torch-cpu", sampler, levels)
@@ -320,7 +321,7 @@ def test_a_grey_mask_mixes_the_estimate_with_the_image_once(pipeline):
 
 
 def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
-    kept = BatchNoise([Picture("x", 32, 48, 1)], "torch-cpu", sampling.samplers.SAMPLERS["ddim"], sigmas("simple", 3))
+    kept = BatchNoise([Picture("x", 32, 48, 1)], "torch-cpu", program.samplers.SAMPLERS["ddim"], sigmas("simple", 3))
     np.testing.assert_array_equal(kept.start[0], channel_last(randn((1, 16, 1, 6, 4), 1))[0])
     np.testing.assert_array_equal(kept.outside_mask[0], channel_last(randn((1, 16, 1, 6, 4), 2))[0])
 
@@ -340,9 +341,9 @@ def test_large_pictures_pass_the_vae_in_tiles(pipeline, monkeypatch):
     pixels = to_pixels(picture())
     latents = pipeline.encode_image(pixels)
     whole = pipeline.decode([latents])[0]
-    monkeypatch.setattr("anima_jax.pipeline.in_tiles", lambda run, x, *units: run(x) + sum(units))
+    monkeypatch.setattr("anima_jax.sampling.pipeline.in_tiles", lambda run, x, *units: run(x) + sum(units))
     np.testing.assert_array_equal(pipeline.decode([latents])[0], whole)
-    monkeypatch.setattr("anima_jax.pipeline.UNTILED_PIXELS", 32 * 48 - 1)
+    monkeypatch.setattr("anima_jax.sampling.pipeline.UNTILED_PIXELS", 32 * 48 - 1)
     np.testing.assert_allclose(pipeline.decode([latents])[0], whole + 9.0, atol=1e-5)
     np.testing.assert_allclose(pipeline.encode_image(pixels), latents + 9.0, atol=1e-5)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anima_jax.parallel.hosts import is_first
-from anima_jax.pictures import save_picture, to_images
+from anima_jax.sampling.request import save_picture, to_images
 
 Latents = Callable[[], list[np.ndarray]]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anima_jax.layout import Layout, token_budget
+from anima_jax.sampling.packing import Layout, token_budget
 from tests.models.networks import normal
 
 

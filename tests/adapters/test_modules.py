@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from anima_jax.models import lora, parameters
+from anima_jax.adapters import modules
+from anima_jax.models import parameters
 from anima_jax.models.layers import Linear
 from tests.golden_files import GRADIENT_TOLERANCE, VALUE_TOLERANCE, relative_error
 from tests.models.networks import normal, quick_jit
@@ -38,14 +39,14 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
 
     def build(rngs):
         model = Stack(rngs=rngs)
-        lora.attach(model, slots)
+        modules.attach(model, slots)
         return model
 
-    slots = {"blocks.one": lora.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
+    slots = {"blocks.one": modules.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
     graphdef, shapes = parameters.abstract(build)
     params = {path: jnp.asarray(normal(*leaf.shape, seed=seed)) for seed, (path, leaf) in enumerate(shapes.items())}
-    for path in filter(lora.is_lora, params):
-        axis = lora.FACTORS[path.rpartition(".")[2]].rank_axis
+    for path in filter(modules.is_lora, params):
+        axis = modules.FACTORS[path.rpartition(".")[2]].rank_axis
         for layer, rank in enumerate(ranks):
             beyond = (slice(rank, None),) if axis == 0 else (slice(None), slice(rank, None))
             if axis is not None:
@@ -56,7 +57,7 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
 
 
 def divided(params):
-    trained = {path: value for path, value in params.items() if lora.is_lora(path)}
+    trained = {path: value for path, value in params.items() if modules.is_lora(path)}
     return trained, {path: value for path, value in params.items() if path not in trained}
 
 
@@ -112,7 +113,7 @@ def test_values_and_gradients_are_pefts(kind, factor):
             peer.one.get_base_layer().bias.copy_(torch.from_numpy(own["bias"].copy()))
         for name, parameter in peer.named_parameters():
             factor_name = next((f for f in own if f".{NAMES.get(f, f)}." in f"{name}."), None)
-            if factor_name and lora.is_lora(factor_name):
+            if factor_name and modules.is_lora(factor_name):
                 assert tuple(parameter.shape) == own[factor_name].T.shape, name
                 parameter.data = torch.from_numpy(own[factor_name].T.copy())
                 found[factor_name] = parameter.requires_grad_(True)
@@ -124,7 +125,7 @@ def test_values_and_gradients_are_pefts(kind, factor):
             assert relative_error(grads[name][layer].T, parameter.grad) < GRADIENT_TOLERANCE, name
 
 
-@pytest.mark.parametrize("kind", lora.KINDS)
+@pytest.mark.parametrize("kind", modules.KINDS)
 def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_it(kind):
     ranks = (RANK, 2, 0)
     graphdef, params = adapted(kind, ranks)
@@ -134,17 +135,17 @@ def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_
     np.testing.assert_array_equal(out[2], plain)
     for name, grad in grads.items():
         assert not np.any(grad[2]), name
-        axis = lora.FACTORS[name].rank_axis
+        axis = modules.FACTORS[name].rank_axis
         if axis is not None:
             assert not np.any(np.take(grad[1], range(2, RANK), axis=axis)), name
             assert np.any(np.take(grad[1], range(2), axis=axis)), name
 
 
-@pytest.mark.parametrize(("kind", "factor"), [*((kind, -1) for kind in lora.KINDS), ("lokr", 1)])
+@pytest.mark.parametrize(("kind", "factor"), [*((kind, -1) for kind in modules.KINDS), ("lokr", 1)])
 def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, factor):
-    slots = {"blocks.one": lora.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
+    slots = {"blocks.one": modules.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
     graphdef, params = adapted(kind, (RANK, 2, 0), factor)
-    fresh = lora.initial(params, slots, 0)
+    fresh = modules.initial(params, slots, 0)
     assert fresh.keys() == divided(params)[0].keys()
     x = jnp.asarray(normal(5, WIDTH_IN, seed=100))
     out = run(graphdef, params | fresh, x)[0]
@@ -154,7 +155,7 @@ def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, facto
     assert moving  # it can learn
     for path, value in fresh.items():
         name = path.rpartition(".")[2]
-        axis, zero = lora.FACTORS[name]
+        axis, zero = modules.FACTORS[name]
         if zero:
             assert not np.any(value)
         elif axis is not None:
@@ -167,7 +168,7 @@ def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, facto
 def dropped(kind, keys_b, x, dropout=0.0, rank_dropout=0.0):
     graphdef, params = adapted(kind)
     model = parameters.merge(graphdef, params)
-    lora.drop(model, keys_b, dropout, rank_dropout)
+    modules.drop(model, keys_b, dropout, rank_dropout)
     return np.asarray(call(model, x))
 
 

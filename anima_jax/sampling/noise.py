@@ -8,7 +8,7 @@ from anima_jax.diffusion.samplers import Sampler
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.step_noise import NoiseKind, StepNoise, initial_noise
 from anima_jax.models.dit import OUT_CHANNELS
-from anima_jax.pictures import Picture
+from anima_jax.sampling.request import Picture
 
 
 class BatchNoise:

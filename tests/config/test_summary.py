@@ -3,7 +3,7 @@
 import pytest
 
 from anima_jax.config import load_config
-from anima_jax.config.words import start_up_words
+from anima_jax.config.summary import start_up_words
 from tests.config.files import REMOVE, write
 
 LORA = {"adapter": {"type": "lora", "rank": 8}}

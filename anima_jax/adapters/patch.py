@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from anima_jax.checkpoints.names.parts import TITLES, kind_of
+from anima_jax.adapters.kinds import TITLES, kind_of
 from anima_jax.errors import UserError
 
 FLOAT32 = np.dtype(np.float32)

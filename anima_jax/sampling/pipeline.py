@@ -21,29 +21,37 @@ from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
 
-from anima_jax import sampling
+from anima_jax.adapters.merge import AdapterStack, Weight
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.merging import AdapterStack, Weight
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+from anima_jax.data.encode import padded, rounded_up, text_states
 from anima_jax.diffusion import guidance, samplers, schedules
 from anima_jax.diffusion.samplers.plan import make_plan
-from anima_jax.encode import padded, rounded_up, text_states
 from anima_jax.errors import UserError
-from anima_jax.layout import Layout
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params, compute_copy, merge, split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.noise import BatchNoise
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, put_batch, put_whole, replicas
-from anima_jax.pictures import PIXELS_PER_LATENT, Picture, Settings, latent_mask, mask_values, to_images, to_pixels
-from anima_jax.sampling import Batch, Context, Kept
+from anima_jax.sampling import program
+from anima_jax.sampling.callbacks import ProgressBar
+from anima_jax.sampling.noise import BatchNoise
+from anima_jax.sampling.packing import Layout
+from anima_jax.sampling.program import Batch, Context, Kept
+from anima_jax.sampling.request import (
+    PIXELS_PER_LATENT,
+    Picture,
+    Settings,
+    latent_mask,
+    mask_values,
+    to_images,
+    to_pixels,
+)
+from anima_jax.sampling.tiles import in_tiles
 from anima_jax.text.prompts import embeddings, spans
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
-from anima_jax.tiles import in_tiles
-from anima_jax.watching import ProgressBar
 
 UNTILED_PIXELS = 1_500_000
 """Larger pictures pass the VAE in tiles."""
@@ -270,7 +278,7 @@ class AnimaPipeline:
             masks = [np.broadcast_to(mask, array.shape) for array in latents]
             kept = Kept(*map(layout.pack, (masks, latents, noise.outside_mask)))
         start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, latents, strict=True)]
-        tokens_blc = sampling.sample(
+        tokens_blc = program.sample(
             self.dit_params,
             self.dit_graphdef,
             self.dtype,

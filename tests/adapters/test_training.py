@@ -12,16 +12,17 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.checkpoints.adapters import load_lora, module_names, open_adapter
-from anima_jax.checkpoints.fingerprints import fingerprint
+from anima_jax.adapters import modules, training
+from anima_jax.adapters.base_model import fingerprint
+from anima_jax.adapters.file import load_lora, module_names, open_adapter
 from anima_jax.checkpoints.locations import fingerprint as sha256
 from anima_jax.checkpoints.models import load_dit, load_text_encoder
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
-from anima_jax.models import lora, parameters
+from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.training import adapters, optimizers
+from anima_jax.training import optimizers
 from anima_jax.training.export import about_adapter, export
 from anima_jax.training.loop import optimizer_config, step_config
 from anima_jax.training.state import prepare
@@ -49,14 +50,14 @@ def prepared(folder, adapter, *overrides, **tables):
 
 @functools.cache
 def targets() -> dict[str, tuple[int, ...]]:
-    return lora.target_shapes(nnx.eval_shape(lambda: AnimaDiT(CONFIG, rngs=nnx.Rngs(0))))
+    return modules.target_shapes(nnx.eval_shape(lambda: AnimaDiT(CONFIG, rngs=nnx.Rngs(0))))
 
 
 def planned(folder, adapter, *overrides):
     """Slots, relative rates and scales, without drawing anything."""
     config = configured(folder, adapter, *overrides)
-    slots, rates = adapters.plan(config, targets())
-    return slots, rates, adapters.scales(config, slots)
+    slots, rates = training.plan(config, targets())
+    return slots, rates, training.scales(config, slots)
 
 
 def names(slots) -> dict[str, int]:
@@ -69,7 +70,7 @@ def names(slots) -> dict[str, int]:
 # ---- which modules, ranks and rates ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", lora.KINDS)
+@pytest.mark.parametrize("kind", modules.KINDS)
 def test_every_linear_of_the_blocks_and_of_the_adapters_blocks_gets_one(folder, kind):
     found = names(planned(folder, f"type = '{kind}'\nrank = 2")[0])
     # As in diffusion-pipe: 16 a block of the transformer, 10 a block of the LLM adapter, and nothing else.
@@ -93,8 +94,8 @@ def test_patterns_choose_modules_ranks_and_rates(folder):
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
     assert names(trained.slots) == expected | {"blocks.1.mlp.layer1": 4}
-    assert all(lora.is_lora(path) for path in trained.params)
-    assert not any(lora.is_lora(path) for path in trained.frozen)
+    assert all(modules.is_lora(path) for path in trained.params)
+    assert not any(modules.is_lora(path) for path in trained.frozen)
     assert trained.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
     assert trained.params["blocks.self_attn.q_proj.lora_a"].shape == (2, 64, 4)
     assert not np.any(trained.params["blocks.self_attn.q_proj.lora_a"][0, :, 2:])
@@ -134,7 +135,7 @@ def adapted_by_peft(peer) -> set[str]:
 
 def test_an_exclusion_that_excludes_nothing_is_told(folder):
     keys = "type = 'lora'\nrank = 2\nexclude_modules = ['self_atn', 'v_proj', 'llm_adapter']"
-    (note,) = adapters.idle_exclusions(configured(folder, keys, "model.llm_adapter_lr=0"), targets())
+    (note,) = training.idle_exclusions(configured(folder, keys, "model.llm_adapter_lr=0"), targets())
     assert note.endswith("adapter.exclude_modules: 'self_atn' fits no module (did you mean 'self_attn'?)")
 
 
@@ -203,7 +204,7 @@ def randomised(trained):
     values = {}
     for seed, (path, leaf) in enumerate(trained.params.items()):
         module, _, name = path.rpartition(".")
-        value, axis = normal(*leaf.shape, seed=seed) * 0.3, lora.FACTORS[name].rank_axis
+        value, axis = normal(*leaf.shape, seed=seed) * 0.3, modules.FACTORS[name].rank_axis
         for layer, rank in enumerate(trained.ranks[module]):
             keep = rank if axis is not None else (leaf.shape[1] if rank else 0)
             value[layer][(slice(keep, None),) if axis in {0, None} else (slice(None), slice(keep, None))] = 0.0

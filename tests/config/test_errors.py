@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anima_jax.config import load_config
-from anima_jax.config.faults import File
-from anima_jax.config.foreign import SECTIONS
+from anima_jax.config.errors import File
 from anima_jax.config.main import MainFile
 from anima_jax.config.schema import key_table
+from anima_jax.config.unsupported_keys import SECTIONS
 from anima_jax.errors import UserError
 from anima_jax.train import main as train
 from tests.config.files import REMOVE, changed, write

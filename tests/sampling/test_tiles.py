@@ -10,8 +10,8 @@ from PIL import Image
 from anima_jax.checkpoints.models import load_vae
 from anima_jax.data.shapes import draw, scenes
 from anima_jax.models import parameters
-from anima_jax.pipeline import UNTILED_PIXELS, decode_latents, encode_pixels
-from anima_jax.tiles import TILE, in_tiles
+from anima_jax.sampling.pipeline import UNTILED_PIXELS, decode_latents, encode_pixels
+from anima_jax.sampling.tiles import TILE, in_tiles
 from tests.models.networks import normal
 from tests.small_run import ASSETS
 

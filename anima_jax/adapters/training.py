@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from anima_jax.checkpoints.adapters import factors_of, module_names, open_adapter
-from anima_jax.checkpoints.fingerprints import another_base
-from anima_jax.checkpoints.names.parts import TITLES
+from anima_jax.adapters import modules
+from anima_jax.adapters.base_model import another_base
+from anima_jax.adapters.file import factors_of, module_names, open_adapter
+from anima_jax.adapters.kinds import TITLES
 from anima_jax.config.main import MainConfig
 from anima_jax.config.optimizer import AdapterConfig
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.models import lora
 from anima_jax.models.parameters import Params
 from anima_jax.training.optimizers import group_of
 
 
 def plan(
     config: MainConfig, targets: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, lora.Slot], dict[str, tuple[float, ...]]]:
+) -> tuple[dict[str, modules.Slot], dict[str, tuple[float, ...]]]:
     """Adapters by module path, and the rates of their parameters, relative to their group's, where they have their own.
 
     `targets` are the shapes (layers, in, out) of the blocks' linear layers. Raises UserError for a pattern that fits
@@ -43,7 +43,7 @@ def plan(
             ranks[path][layer] = int(_first(adapter.rank_pattern, name, adapter.rank))
             own_rates[path][layer] = rate / rates[name]
     slots = {
-        path: lora.slot(adapter.type, targets[path], ranks[path], adapter.decompose_factor)
+        path: modules.slot(adapter.type, targets[path], ranks[path], adapter.decompose_factor)
         for path in targets
         if any(ranks[path])
     }
@@ -67,7 +67,7 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
     ]
 
 
-def scales(config: MainConfig, slots: Mapping[str, lora.Slot]) -> Params:
+def scales(config: MainConfig, slots: Mapping[str, modules.Slot]) -> Params:
     """The adapters' scales by parameter path: alpha / rank in each layer, 0 where there is no adapter.
 
     A LoKr of two whole factors has no rank, and the scale 1: in its files an alpha has no meaning.
@@ -76,12 +76,12 @@ def scales(config: MainConfig, slots: Mapping[str, lora.Slot]) -> Params:
     alpha, found = config.adapter.alpha, {}
     for path, slot in slots.items():
         values = [(alpha / rank if alpha and slot.ranked else 1.0) if rank else 0.0 for rank in slot.ranks]
-        found[f"{path}.{lora.SCALE}"] = np.asarray(values, np.float32)
+        found[f"{path}.{modules.SCALE}"] = np.asarray(values, np.float32)
     return found
 
 
 def existing(
-    config: MainConfig, slots: Mapping[str, lora.Slot], own_scales: Params, fresh: Params
+    config: MainConfig, slots: Mapping[str, modules.Slot], own_scales: Params, fresh: Params
 ) -> tuple[Params, list[str]]:
     """The factors of `init_from_existing`, in place of fresh ones, and what is to be said of it.
 
@@ -114,23 +114,23 @@ def existing(
                 f"{label}: {path} has rank {max(slot.ranks)}, expected {max(slots[path].ranks)}; its factors are "
                 f"{slot.shapes}, this run's {slots[path].shapes}; `python -m convert resize` changes a LoRA's rank"
             )
-        layers, own = np.flatnonzero(slot.ranks), own_scales[f"{path}.{lora.SCALE}"]
-        ratio = values[f"{path}.{lora.SCALE}"] / np.where(own == 0, np.float32(1.0), own)
+        layers, own = np.flatnonzero(slot.ranks), own_scales[f"{path}.{modules.SCALE}"]
+        ratio = values[f"{path}.{modules.SCALE}"] / np.where(own == 0, np.float32(1.0), own)
         for factor, shape in slot.shapes.items():
             value = values[f"{path}.{factor}"].astype(np.float32)
-            if lora.FACTORS[factor].zero:
+            if modules.FACTORS[factor].zero:
                 value = value * ratio[:, None, None]
             rows = (layers, *map(slice, shape))
             result[f"{path}.{factor}"] = fresh[f"{path}.{factor}"].at[rows].set(value[layers])
     return result, notes
 
 
-def _begins(mine: lora.Slot, theirs: lora.Slot) -> bool:
+def _begins(mine: modules.Slot, theirs: modules.Slot) -> bool:
     """Whether the factors of a file can be the beginning of a run's: of the same sizes, and ranks where it has any."""
     if mine.shapes.keys() != theirs.shapes.keys():
         return False
     for factor, shape in theirs.shapes.items():
-        rank_axis = lora.FACTORS[factor].rank_axis
+        rank_axis = modules.FACTORS[factor].rank_axis
         if any(a != b for axis, (a, b) in enumerate(zip(shape, mine.shapes[factor], strict=True)) if axis != rank_axis):
             return False
     return not mine.ranked or all(rank in {0, own} for rank, own in zip(theirs.ranks, mine.ranks, strict=True))
