@@ -25,8 +25,16 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
 from anima_jax.parallel.rules import AXES
 from anima_jax.sampling.callbacks import Previews, ProgressBar
-from anima_jax.sampling.pipeline import AnimaPipeline, Watch, check_sources
-from anima_jax.sampling.request import SIZE_STEP, Picture, Settings, from_text, read_picture, save_picture, to_text
+from anima_jax.sampling.pipeline import AnimaPipeline, ProgressCallback, check_sources
+from anima_jax.sampling.request import (
+    SIZE_STEP,
+    ImageRequest,
+    SamplingParams,
+    from_text,
+    read_picture,
+    save_picture,
+    to_text,
+)
 from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
 
@@ -38,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw pictures from prompts with the networks that flags, a training configuration or an older picture name."""
     arguments = parse_arguments(argv)
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    with hosts.one_run():
+    with hosts.abort_all_on_error():
         draw(arguments)
 
 
@@ -59,7 +67,9 @@ def draw(arguments: argparse.Namespace) -> None:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
     shown = {f"picture {number}": str(picture) for number, picture in enumerate(pictures, 1)}
-    hosts.check_alike(lambda: {"jax": jax.__version__, **flags, **dataclasses.asdict(settings), **shown})
+    hosts.assert_same_on_all_processes(
+        lambda: {"jax": jax.__version__, **flags, **dataclasses.asdict(settings), **shown}
+    )
     use_compilation_cache(config.compilation_cache_dir if config else None)
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, offload=arguments.offload)
@@ -69,7 +79,7 @@ def draw(arguments: argparse.Namespace) -> None:
             with watching(pipeline, paths[some], arguments.preview) as watch:
                 images = pipeline.draw(pictures[some], settings, image=image, mask=mask, watch=watch)
             for drawn, picture, path in zip(images, pictures[some], paths[some], strict=True):
-                if hosts.is_first():
+                if hosts.is_process_0():
                     save_picture(drawn, path, to_text(picture, settings) | text)
                 print(path)
 
@@ -133,7 +143,7 @@ def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict
 
     Raises UserError for what is no axis and number, and for previews in several processes.
     """
-    if arguments.preview and not hosts.is_alone():
+    if arguments.preview and not hosts.is_single_process():
         raise UserError("--preview: works in one process, here are several")
     if arguments.mesh is None:
         return config.mesh.sizes if config else MeshConfig.model_validate({}).sizes
@@ -148,14 +158,16 @@ def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict
     return sizes
 
 
-def sampling_settings(arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]) -> Settings:
+def sampling_settings(
+    arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]
+) -> SamplingParams:
     """From flags, else from the older picture, else from the configuration, else the usual ones."""
-    settings = Settings()
+    settings = SamplingParams()
     if like:
         settings = from_text(arguments.like, like)[1]
     elif config and (sample := config.sample):
-        settings = Settings(steps=sample.steps, guidance_scale=sample.guidance_scale, shift=sample.shift)
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
+        settings = SamplingParams(steps=sample.steps, guidance_scale=sample.guidance_scale, shift=sample.shift)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)}
     if given["guidance_interval"]:
         given["guidance_interval"] = tuple(given["guidance_interval"])
     return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
@@ -173,14 +185,14 @@ def text_of(path: str) -> dict[str, str]:
 
 def described(
     arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str], image: Image.Image | None
-) -> list[Picture]:
+) -> list[ImageRequest]:
     """Every prompt in every size with every seed."""
-    size = image.size if image else config.sample_size_wh if config else (Picture.width, Picture.height)
+    size = image.size if image else config.sample_size_wh if config else (ImageRequest.width, ImageRequest.height)
     sized = like or (arguments.width and arguments.height)
     if image and not sized and any(side % SIZE_STEP for side in size):
         found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP}"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size it is cut and scaled")
-    base = from_text(arguments.like, like)[0] if like else Picture("", *size)
+    base = from_text(arguments.like, like)[0] if like else ImageRequest("", *size)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else [arguments.prompt]
     widths, heights = arguments.width or [base.width], arguments.height or [base.height]
     if len({len(widths), len(heights)} - {1}) > 1:
@@ -192,7 +204,7 @@ def described(
     if arguments.batch_size is None and arguments.seed is None:
         places = [(base.batch_size, base.batch_index)]
     return [
-        Picture(base.prompt if prompt is None else prompt, *size, seed, *place)
+        ImageRequest(base.prompt if prompt is None else prompt, *size, seed, *place)
         for prompt in prompts
         for size in sizes
         for seed in arguments.seed or [base.seed]
@@ -220,11 +232,11 @@ def sources(arguments: argparse.Namespace, like: Mapping[str, str]) -> tuple[Ima
     """The image to start from and the mask, as they are. Raises UserError unless they are of one size."""
     paths = [getattr(arguments, name) or like.get(name) for name in ("image", "mask")]
     image, mask = (read_picture(path) if path else None for path in paths)
-    check_sources([], Settings(), image, mask)
+    check_sources([], SamplingParams(), image, mask)
     return image, mask
 
 
-def fitted(part: Image.Image | None, picture: Picture) -> Image.Image | None:
+def fitted(part: Image.Image | None, picture: ImageRequest) -> Image.Image | None:
     """An image or a mask, cut and scaled to the size of `picture`."""
     picture.check()
     size = picture.width, picture.height
@@ -283,7 +295,7 @@ def files_text(files: Mapping, arguments: argparse.Namespace, like: Mapping[str,
 
 
 @contextlib.contextmanager
-def watching(pipeline: AnimaPipeline, paths: Sequence[pathlib.Path], every: int | None) -> Iterator[Watch]:
+def watching(pipeline: AnimaPipeline, paths: Sequence[pathlib.Path], every: int | None) -> Iterator[ProgressCallback]:
     """What is told of evaluations: a bar, and previews beside `paths` if asked for."""
     bar, previews = ProgressBar(), Previews(pipeline.decode, paths, every) if every else None
 

@@ -28,8 +28,8 @@ from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
 from anima_jax.models.dit import DiTConfig
 from anima_jax.parallel import hosts
-from anima_jax.parallel.devices import KINDS, Kind, local_kind, named
-from anima_jax.parallel.mesh import check_mesh, current_mesh, filled, make_mesh, replicas
+from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, find_device_spec, local_device_spec
+from anima_jax.parallel.mesh import check_mesh, current_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
 from anima_jax.sampling.pipeline import check_networks
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
@@ -40,7 +40,7 @@ from anima_jax.training.loop import Training, optimizer_config, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
 from anima_jax.training.resume import alone_in, find_run, replicas_of
-from anima_jax.training.state import Trained, dit_config
+from anima_jax.training.state import ParamPartition, dit_config
 
 SWITCHES = {
     "regenerate_cache": "encode everything again",
@@ -62,19 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.log_to_console()
     arguments = parse_arguments(argv)
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    with hosts.one_run():
+    with hosts.abort_all_on_error():
         config = load_config(
             arguments.config,
             overrides(arguments),
             i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
             check_optimizer=check_optimizer,
         )
-        hosts.check_alike(lambda: in_common(config, arguments))
+        hosts.assert_same_on_all_processes(lambda: in_common(config, arguments))
         # A dry run for other devices needs none of them.
         mesh = (
             make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]) if arguments.devices else make_mesh(config.mesh.sizes)
         )
-        sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else mesh.shape
+        sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else mesh.shape
         network = dit_config(config)
         check_mesh(sizes, network.width, network.heads)
         with jax.set_mesh(mesh):
@@ -100,9 +100,9 @@ def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace)
         run = find_run(config.output_dir, config.resume_from_checkpoint)
         config = config.model_copy(update={"kept_replicas": replicas_of(run)})
     problems = Problems(strict=config.strict_data)
-    with hosts.in_turn():
-        data = read_data(config, problems, keep=hosts.is_first() and not arguments.dry_run)
-    hosts.check_alike(data.facts)
+    with hosts.process_0_first():
+        data = read_data(config, problems, keep=hosts.is_process_0() and not arguments.dry_run)
+    hosts.assert_same_on_all_processes(data.facts)
     if arguments.dry_run:
         if problems.count:
             print(problems.summary())
@@ -111,27 +111,27 @@ def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace)
     for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
         with writing_to(folder):
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    with hosts.in_turn():
+    with hosts.process_0_first():
         evaluated = {
-            each.name: read_data(config, problems, evaluated=each.data, keep=hosts.is_first())
+            each.name: read_data(config, problems, evaluated=each.data, keep=hosts.is_process_0())
             for each in config.eval_datasets
         }
     for each in evaluated.values():
-        hosts.check_alike(each.facts)
+        hosts.assert_same_on_all_processes(each.facts)
     encoders = Encoders(config, tokenizers)
-    hosts.check_alike(lambda: encoders.fingerprints)
+    hosts.assert_same_on_all_processes(lambda: encoders.fingerprints)
     for each in (data, *evaluated.values()):
         each.open_cache(encoders)
     for each in (data, *evaluated.values()):
         each.encode(encoders, problems)
-        hosts.check_alike(each.facts)
-    if arguments.dump_dataset and hosts.is_first():
+        hosts.assert_same_on_all_processes(each.facts)
+    if arguments.dump_dataset and hosts.is_process_0():
         folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
         print(f"wrote the data set, as the VAE gives it back, to {folder}")
-    hosts.meet("the data are encoded")
+    hosts.barrier("the data are encoded")
     if arguments.cache_only or arguments.dump_dataset:
         return
-    run = hosts.from_first(lambda: run or new_folder(pathlib.Path(config.output_dir)))
+    run = hosts.from_process_0(lambda: run or new_folder(pathlib.Path(config.output_dir)))
     with alone_in(run):
         copy_configuration(config, run)
         Training(config, data, evaluated, encoders, run, profile).run()
@@ -212,7 +212,11 @@ def check_optimizer(given: OptimizerConfig) -> None:
 
 
 def dry_run(
-    config: MainConfig, trained: Trained, data: TrainingData, tokenizers: Tokenizers, arguments: argparse.Namespace
+    config: MainConfig,
+    trained: ParamPartition,
+    data: TrainingData,
+    tokenizers: Tokenizers,
+    arguments: argparse.Namespace,
 ) -> None:
     """Say what the run would be and take; `trained` holds shapes.
 
@@ -220,9 +224,9 @@ def dry_run(
     """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
-    work = estimate.works(data, *data.text_rows(tokenizers))
+    work = estimate.step_workloads(data, *data.text_rows(tokenizers))
     kinds, limit, called = devices_of(arguments)
-    sizes = filled(config.mesh.sizes, arguments.devices) if arguments.devices else None
+    sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(
         config, step_config(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
     )
@@ -231,22 +235,22 @@ def dry_run(
     estimate.check_memory(found.memory.total, limit, called)
 
 
-def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[Kind], float | None, str]:
+def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[DeviceSpec], float | None, str]:
     """The kind of the devices that a dry run is for, what memory each has, and what they are called.
 
     Devices that are not here and of which no kind is given may be of every kind.
     """
     if arguments.device_kind:
-        kind = named(arguments.device_kind)
+        kind = find_device_spec(arguments.device_kind)
         if kind is None:
-            known = [kind.name for kind in KINDS]
+            known = [kind.name for kind in DEVICE_SPECS]
             near = did_you_mean(arguments.device_kind, known)
             raise UserError(f"--device_kind {arguments.device_kind}: expected one of {', '.join(known)}{near}")
         return [kind], kind.memory, kind.name
     device = jax.local_devices()[0]
     if arguments.devices and device.platform == "cpu":
-        return KINDS, None, "of any kind; --device_kind names one"
-    kind = local_kind(device)
+        return DEVICE_SPECS, None, "of any kind; --device_kind names one"
+    kind = local_device_spec(device)
     return [kind] if kind else [], estimate.device_bytes(device), device.device_kind
 
 

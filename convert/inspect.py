@@ -17,7 +17,7 @@ from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, TEXT_ENCOD
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import Qwen3Config
 from anima_jax.models.wan_vae import WanVAEConfig
 
@@ -89,7 +89,7 @@ def _dit_sizes(config: DiTConfig) -> Iterator[Row]:
         yield from (("adapter", text) for _, text in _adapter_sizes(config.adapter))
 
 
-def _adapter_sizes(config: AdapterConfig) -> Iterator[Row]:
+def _adapter_sizes(config: LLMAdapterConfig) -> Iterator[Row]:
     yield (
         "sizes",
         (

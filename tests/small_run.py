@@ -7,12 +7,12 @@ from anima_jax import assets
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from tests.models.networks import random_params
 
 ASSETS = pathlib.Path(assets.__file__).parent
 
-CONFIG = DiTConfig(64, 2, 4, 128, 32, 8, adapter=AdapterConfig(32, 1, 2, 64, 64, 32, 512))
+CONFIG = DiTConfig(64, 2, 4, 128, 32, 8, adapter=LLMAdapterConfig(32, 1, 2, 64, 64, 32, 512))
 
 
 def write_transformer(path: pathlib.Path) -> dict:

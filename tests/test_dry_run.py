@@ -14,7 +14,7 @@ from anima_jax.checkpoints.safetensors_header import Tensor, build
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-from anima_jax.parallel.devices import KINDS
+from anima_jax.parallel.devices import DEVICE_SPECS
 from anima_jax.train import main as train
 from anima_jax.training import estimate
 from tests.small_run import ASSETS
@@ -103,8 +103,8 @@ def test_devices_of_no_kind_are_timed_as_each_kind_that_has_the_memory(folder, m
     assert "mesh of 64 devices (of any kind; --device_kind names one)" in out
     need = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1]) * 2**30
     timed = re.findall(r"^1024: [\d.]+ to [\d.]+ s a step on (.*) \(seconds", out, re.MULTILINE)
-    assert timed == [kind.name for kind in KINDS if kind.memory > need]
-    assert 0 < len(timed) < len(KINDS)
+    assert timed == [kind.name for kind in DEVICE_SPECS if kind.memory > need]
+    assert 0 < len(timed) < len(DEVICE_SPECS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.config.load import load_config
-from anima_jax.data.plan import Plan, Tier
+from anima_jax.data.plan import BatchPlan, Tier
 from anima_jax.generate import main as generate
 from anima_jax.train import main as train
 from anima_jax.training.loop import exports_after
@@ -101,7 +101,7 @@ def test_training_on_photographs_lowers_the_loss_and_what_it_saves_can_be_sample
 def test_models_are_saved_after_the_epochs_and_steps_that_the_configuration_names(tmp_path, pictures):
     write_transformer(tmp_path / "base.safetensors")
     config = write_config(tmp_path, pictures, "epochs = 4\nsave_every_n_epochs = 2\nsave_every_n_steps = 5")
-    plan = Plan([Tier("64", np.arange(10), 16, 4)], seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
+    plan = BatchPlan([Tier("64", np.arange(10), 16, 4)], seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
     config = load_config(config, ["micro_batch_size_per_gpu=4"])
     epochs = {step: (plan.epochs_finished(step - 1), plan.epochs_finished(step)) for step in range(1, 11)}
     names = {step: exports_after(config, epochs[step], step, 10) for step in range(1, 11)}

@@ -253,7 +253,7 @@ def module_tensors(model: nnx.Module) -> dict[str, tuple[str, int, tuple[int, ..
 
 def factors_of(
     adapter: Adapter, tensors: Mapping[str, tuple[str, int, tuple[int, ...]]]
-) -> tuple[dict[str, modules.Slot], dict[str, np.ndarray]]:
+) -> tuple[dict[str, modules.AdapterSpec], dict[str, np.ndarray]]:
     """An adapter as factors of stacked modules: what to attach, and the values of all its parameters, scales included.
 
     `tensors` is what `module_tensors` gives. Raises UserError where the layers of a module differ in more than rank.
@@ -275,7 +275,7 @@ _FACTOR_OF_PART = {part: factor for factor, part in dialects.PART_OF_FACTOR.item
 
 def _stacked(
     label: str, path: str, patches: Mapping[int, Patch], layers: int
-) -> tuple[modules.Slot, dict[str, np.ndarray]]:
+) -> tuple[modules.AdapterSpec, dict[str, np.ndarray]]:
     """One module's patches, by layer, as arrays with a layer axis in front."""
     kinds = {patch.kind for patch in patches.values()}
     names = {frozenset(patch.parts) - {"alpha"} for patch in patches.values()}
@@ -306,7 +306,7 @@ def _stacked(
     for layer, patch in patches.items():
         # A LoKr of two whole factors has no rank; 1 says that there is an adapter.
         scales[layer], ranks[layer] = patch.scale, patch.rank or 1
-    return modules.Slot(kinds.pop(), shapes, ranks), {**stacked, modules.SCALE: scales}
+    return modules.AdapterSpec(kinds.pop(), shapes, ranks), {**stacked, modules.SCALE: scales}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ KINDS: dict[str, type[AdaptedLinear]] = {one.kind: one for one in (LoRALinear, D
 """Every kind of adapter by its name in `[adapter] type`."""
 
 
-class Slot(NamedTuple):
+class AdapterSpec(NamedTuple):
     """What an adapter on one module is: its kind, its factors' shapes, and its rank in each layer."""
 
     kind: str
@@ -273,9 +273,9 @@ class Slot(NamedTuple):
         return any(FACTORS[factor].rank_axis is not None for factor in self.shapes)
 
 
-def slot(kind: str, kernel: tuple[int, ...], ranks: Sequence[int], decompose_factor: int = -1) -> Slot:
+def adapter_spec(kind: str, kernel: tuple[int, ...], ranks: Sequence[int], decompose_factor: int = -1) -> AdapterSpec:
     """A fresh adapter for a kernel of this shape (n, i, o)."""
-    return Slot(kind, KINDS[kind].shapes(max(ranks), kernel[1], kernel[2], decompose_factor), tuple(ranks))
+    return AdapterSpec(kind, KINDS[kind].shapes(max(ranks), kernel[1], kernel[2], decompose_factor), tuple(ranks))
 
 
 def target_modules(model: nnx.Module) -> dict[str, Linear]:
@@ -297,7 +297,7 @@ def adapted(model: nnx.Module) -> Iterator[tuple[str, AdaptedLinear]]:
             yield ".".join(map(str, path)), module
 
 
-def attach(model: nnx.Module, slots: Mapping[str, Slot]) -> None:
+def attach(model: nnx.Module, slots: Mapping[str, AdapterSpec]) -> None:
     """Put an adapter that changes nothing yet on each module of `slots`, by path, in place.
 
     Works on an abstract model too. Raises KeyError for a path that takes no adapter.
@@ -321,12 +321,14 @@ def drop(model: nnx.Module, keys_b: Array, dropout: float, rank_dropout: float) 
         module.dropout, module.rank_dropout = dropout, rank_dropout
 
 
-def is_lora(path: str) -> bool:
+def is_factor(path: str) -> bool:
     """Whether the parameter at `path` is an adapter's to train."""
     return path.rpartition(".")[2] in FACTORS
 
 
-def initial(params: Params, slots: Mapping[str, Slot], seed: int, shardings: Mapping[str, Any] | None = None) -> Params:
+def initial(
+    params: Params, slots: Mapping[str, AdapterSpec], seed: int, shardings: Mapping[str, Any] | None = None
+) -> Params:
     """Fresh values, float32, of the adapters' trained parameters among `params`; together they change nothing.
 
     What does not start at zero is uniform within ±1/sqrt(fan in) (Kaiming with a = sqrt(5)), as PEFT draws it. A fresh
@@ -335,7 +337,7 @@ def initial(params: Params, slots: Mapping[str, Slot], seed: int, shardings: Map
     fresh = tuple(
         _Fresh(path, leaf.shape, tuple(slots[path.rpartition(".")[0]].ranks))
         for path, leaf in sorted(params.items())
-        if is_lora(path)
+        if is_factor(path)
     )
     dora = (one.path for one in fresh if one.path.endswith(".lora_magnitude"))
     kernels = {path: params[f"{path.rpartition('.')[0]}.kernel"] for path in dora}

@@ -19,7 +19,7 @@ from anima_jax.training.optimizers import group_of
 
 def plan(
     config: MainConfig, targets: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, modules.Slot], dict[str, tuple[float, ...]]]:
+) -> tuple[dict[str, modules.AdapterSpec], dict[str, tuple[float, ...]]]:
     """Adapters by module path, and the rates of their parameters, relative to their group's, where they have their own.
 
     `targets` are the shapes (layers, in, out) of the blocks' linear layers. Raises UserError for a pattern that fits
@@ -43,7 +43,7 @@ def plan(
             ranks[path][layer] = int(_first(adapter.rank_pattern, name, adapter.rank))
             own_rates[path][layer] = rate / rates[name]
     slots = {
-        path: modules.slot(adapter.type, targets[path], ranks[path], adapter.decompose_factor)
+        path: modules.adapter_spec(adapter.type, targets[path], ranks[path], adapter.decompose_factor)
         for path in targets
         if any(ranks[path])
     }
@@ -67,7 +67,7 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
     ]
 
 
-def scales(config: MainConfig, slots: Mapping[str, modules.Slot]) -> Params:
+def scales(config: MainConfig, slots: Mapping[str, modules.AdapterSpec]) -> Params:
     """The adapters' scales by parameter path: alpha / rank in each layer, 0 where there is no adapter.
 
     A LoKr of two whole factors has no rank, and the scale 1: in its files an alpha has no meaning.
@@ -81,7 +81,7 @@ def scales(config: MainConfig, slots: Mapping[str, modules.Slot]) -> Params:
 
 
 def existing(
-    config: MainConfig, slots: Mapping[str, modules.Slot], own_scales: Params, fresh: Params
+    config: MainConfig, slots: Mapping[str, modules.AdapterSpec], own_scales: Params, fresh: Params
 ) -> tuple[Params, list[str]]:
     """The factors of `init_from_existing`, in place of fresh ones, and what is to be said of it.
 
@@ -125,7 +125,7 @@ def existing(
     return result, notes
 
 
-def _begins(mine: modules.Slot, theirs: modules.Slot) -> bool:
+def _begins(mine: modules.AdapterSpec, theirs: modules.AdapterSpec) -> bool:
     """Whether the factors of a file can be the beginning of a run's: of the same sizes, and ranks where it has any."""
     if mine.shapes.keys() != theirs.shapes.keys():
         return False

@@ -20,7 +20,7 @@ from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 
@@ -60,7 +60,7 @@ def _transformer_settings(config: DiTConfig) -> dict[str, Any]:
     }
 
 
-def _text_conditioner_settings(config: AdapterConfig) -> dict[str, Any]:
+def _text_conditioner_settings(config: LLMAdapterConfig) -> dict[str, Any]:
     return {
         "source_dim": config.source_width,
         "target_dim": config.target_width,

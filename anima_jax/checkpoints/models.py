@@ -28,7 +28,7 @@ from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
-from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
+from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -190,7 +190,7 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def open_adapter(path: PathLike) -> Iterator[Checkpoint]:
+def open_llm_adapter(path: PathLike) -> Iterator[Checkpoint]:
     """The text adapter alone, in a file of its own or inside a transformer's; its paths begin `llm_adapter.`."""
     with SafetensorsFile(path) as file:
         yield _open(prefixes.ADAPTER, file)
@@ -212,7 +212,7 @@ def open_vae(path: PathLike) -> Iterator[Checkpoint]:
 
 OPENERS = {
     prefixes.DIT: open_dit,
-    prefixes.ADAPTER: open_adapter,
+    prefixes.ADAPTER: open_llm_adapter,
     prefixes.QWEN3: open_text_encoder,
     prefixes.WAN_VAE: open_vae,
 }
@@ -221,7 +221,7 @@ OPENERS = {
 class _AdapterAlone(nnx.Module):
     """The adapter under the paths that it has inside a transformer."""
 
-    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
         self.llm_adapter = LLMAdapter(config, rngs=rngs)
 
 

@@ -35,7 +35,7 @@ from anima_jax.models.dit import PATCH
 from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.parallel.hosts import meet
+from anima_jax.parallel.hosts import barrier
 from anima_jax.parallel.mesh import local_mesh
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training import report
@@ -206,7 +206,7 @@ class Cache:
         if jax.process_index() == 0:
             for store in self._stores:
                 store.clear()
-        meet("the cache is cleared")
+        barrier("the cache is cleared")
         for store in self._stores:
             store.refresh()
 
@@ -229,12 +229,12 @@ class Cache:
         for store, *lists in work:
             if any(lists):
                 store.prepare()
-        meet("the missing parts are counted")
+        barrier("the missing parts are counted")
         for store, masks, latents, captions in work:
             self._fill_masks(store, masks, problems)
             self._fill_latents(store, latents, encoders, problems)
             self._fill_text(store, captions, encoders)
-        meet("the cache is filled")
+        barrier("the cache is filled")
         for store in self._stores:
             store.refresh()
 

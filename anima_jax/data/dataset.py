@@ -16,7 +16,7 @@ from anima_jax.data.cache import Cache, Encoders
 from anima_jax.data.encode import rounded_up
 from anima_jax.data.examples import Example, Source, read_examples
 from anima_jax.data.manifest import Memo
-from anima_jax.data.plan import Plan, describe, make_tiers
+from anima_jax.data.plan import BatchPlan, describe, make_tiers
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store
 from anima_jax.data.tfds_source import TfdsSplit
@@ -97,10 +97,10 @@ class TrainingData:
         return np.array([example.id for example in self.examples], np.uint64)
 
     @functools.cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> BatchPlan:
         """Which step sees which examples."""
         tiers = make_tiers([example.bucket for example in self.examples], self._batch_size_of)
-        return Plan(tiers, self._config.seed)
+        return BatchPlan(tiers, self._config.seed)
 
     @functools.cached_property
     def accumulations(self) -> list[int]:

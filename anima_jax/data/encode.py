@@ -19,7 +19,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.parallel.mesh import everywhere, local_mesh, over_batch, put_batch
+from anima_jax.parallel.mesh import batch_sharding, local_mesh, replicated, shard_batch
 from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
 
 LENGTH_STEP = 64
@@ -41,9 +41,9 @@ def clip_encoder(
     """
     graphdef, params = split(vae)
     mesh = local_mesh()
-    params = jax.device_put(params, everywhere(mesh))
+    params = jax.device_put(params, replicated(mesh))
 
-    @functools.partial(jax.jit, out_shardings=over_batch(mesh, mesh.size))
+    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, mesh.size))
     def encode(params, pixels_btyxc):
         pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
         return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
@@ -52,7 +52,7 @@ def clip_encoder(
         pending: tuple[jax.Array, int] | None = None
         for batch, real in _batches(clips, batch_size * mesh.size):
             with jax.set_mesh(mesh):
-                latents = encode(params, put_batch(np.stack(batch), len(batch)))
+                latents = encode(params, shard_batch(np.stack(batch), len(batch)))
             if pending:
                 yield from np.asarray(pending[0])[: pending[1]]
             pending = latents, real
@@ -90,13 +90,13 @@ def caption_encoder(
     """
     mesh = local_mesh()
     graphdef, params = split(qwen)
-    run = encode_tokens(merge(graphdef, jax.device_put(params, everywhere(mesh))), dtype)
+    run = encode_tokens(merge(graphdef, jax.device_put(params, replicated(mesh))), dtype)
 
     def encode_all(captions: Iterable[str]) -> Iterator[EncodedText]:
         for batch, real in _batches(captions, batch_size * mesh.size):
             ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
             with jax.set_mesh(mesh):
-                states_bnd = np.asarray(run(*put_batch((ids.qwen_ids, ids.qwen_mask), len(batch))))
+                states_bnd = np.asarray(run(*shard_batch((ids.qwen_ids, ids.qwen_mask), len(batch))))
             for row in range(real):
                 states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
                 yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())

@@ -64,7 +64,7 @@ class _Epoch(NamedTuple):
     consumed: np.ndarray  # (s + 1,), counted from the epoch's first step
 
 
-class Plan:
+class BatchPlan:
     """The batches of all tiers, step by step from 0. The number of examples consumed is the whole state of a run."""
 
     def __init__(self, tiers: Sequence[Tier], seed: int):

@@ -29,7 +29,7 @@ _FEWER_THREADS = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "12.0": 15
 
 @dataclasses.dataclass(frozen=True)
 class NoiseKind:
-    """A stream of step noise: one of `KINDS`, and for `torch-cuda` the GPU that it is torch's on."""
+    """A stream of step noise: one of `DEVICE_SPECS`, and for `torch-cuda` the GPU that it is torch's on."""
 
     kind: str
     gpu: CUDADevice | None = None

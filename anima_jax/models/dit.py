@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
-from anima_jax.models.llm_adapter import AdapterConfig, LLMAdapter
+from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 
 PATCH = 2
 OUT_CHANNELS = 16
@@ -73,7 +73,7 @@ class DiTConfig:
     context_width: int = 1024
     adaln_rank: int = 256
     latent_channels: int = 16
-    adapter: AdapterConfig | None = AdapterConfig()
+    adapter: LLMAdapterConfig | None = LLMAdapterConfig()
 
     @property
     def head_size(self) -> int:

@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig:
+class LLMAdapterConfig:
     """Sizes; the defaults are the released model's. `target_width` is the width of the table and of the result."""
 
     width: int = 1024
@@ -45,7 +45,7 @@ class AdapterConfig:
 class LLMAdapter(nnx.Module):
     """(source states, target ids) → context rows for the diffusion transformer."""
 
-    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.vocabulary, config.target_width, rngs=rngs)
         projects = config.width != config.target_width
@@ -88,7 +88,7 @@ class LLMAdapter(nnx.Module):
 class AdapterBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and MLP, each added to its input."""
 
-    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
         self.norm_self_attn = RMSNorm(config.width)
         self.self_attn = AdapterAttention(config.width, config.width, config.heads, rngs=rngs)
         self.norm_cross_attn = RMSNorm(config.width)

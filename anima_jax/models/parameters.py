@@ -58,7 +58,7 @@ def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[.
     return jax.jit(function, compiler_options=options, out_shardings=shardings)
 
 
-def compute_copy(params: Params, dtype: Any) -> Params:
+def cast_to_compute(params: Params, dtype: Any) -> Params:
     """Matrices in the compute dtype; norm scales and biases as they are."""
     return {path: value.astype(dtype) if path.endswith(MATRICES) else value for path, value in params.items()}
 

@@ -8,7 +8,7 @@ GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class DeviceSpec:
     """A kind of device. Rates are a second's, those of links in one direction.
 
     `flops` are dense 16-bit ones with float32 sums. `near` is what one device sends to those around it, of which there
@@ -25,40 +25,42 @@ class Kind:
     far: float
 
 
-KINDS = (
-    Kind("B200", r"B200|GB200", 2250e12, 180 * GB, 900 * GB, 8, 50 * GB),
-    Kind("H100 PCIe", r"H100 PCIe", 756e12, 80 * GB, 64 * GB, 8, 25 * GB),
-    Kind("H200", r"H200|GH200", 989e12, 141 * GB, 450 * GB, 8, 50 * GB),
-    Kind("H100", r"H100", 989e12, 80 * GB, 450 * GB, 8, 50 * GB),
-    Kind("A100", r"A100|A800", 312e12, 80 * GB, 300 * GB, 8, 25 * GB),
-    Kind("L40S", r"L40S", 362e12, 48 * GB, 32 * GB, 8, 12.5 * GB),
-    Kind("L4", r"\bL4\b", 121e12, 24 * GB, 32 * GB, 8, 12.5 * GB),
-    Kind("RTX 5090", r"RTX 5090", 209.5e12, 32 * GB, 64 * GB, 4, 1.25 * GB),
-    Kind("RTX 4090", r"RTX 4090", 165.2e12, 24 * GB, 32 * GB, 4, 1.25 * GB),
-    Kind("RTX 3090", r"RTX 3090", 71e12, 24 * GB, 32 * GB, 4, 1.25 * GB),
-    Kind("TPU7x", r"TPU7x", 2307e12, 192 * GB, 200 * GB, 9216, 12.5 * GB),
-    Kind("TPU v6e", r"TPU v6", 918e12, 32 * GB, 180 * GB, 256, 6.25 * GB),
-    Kind("TPU v5p", r"TPU v5p|TPU v5$", 459e12, 95 * GB, 180 * GB, 8960, 6.25 * GB),
-    Kind("TPU v5e", r"TPU v5", 197e12, 16 * GB, 90 * GB, 256, 6.25 * GB),
-    Kind("TPU v4", r"TPU v4", 275e12, 32 * GB, 90 * GB, 4096, 6.25 * GB),
+DEVICE_SPECS = (
+    DeviceSpec("B200", r"B200|GB200", 2250e12, 180 * GB, 900 * GB, 8, 50 * GB),
+    DeviceSpec("H100 PCIe", r"H100 PCIe", 756e12, 80 * GB, 64 * GB, 8, 25 * GB),
+    DeviceSpec("H200", r"H200|GH200", 989e12, 141 * GB, 450 * GB, 8, 50 * GB),
+    DeviceSpec("H100", r"H100", 989e12, 80 * GB, 450 * GB, 8, 50 * GB),
+    DeviceSpec("A100", r"A100|A800", 312e12, 80 * GB, 300 * GB, 8, 25 * GB),
+    DeviceSpec("L40S", r"L40S", 362e12, 48 * GB, 32 * GB, 8, 12.5 * GB),
+    DeviceSpec("L4", r"\bL4\b", 121e12, 24 * GB, 32 * GB, 8, 12.5 * GB),
+    DeviceSpec("RTX 5090", r"RTX 5090", 209.5e12, 32 * GB, 64 * GB, 4, 1.25 * GB),
+    DeviceSpec("RTX 4090", r"RTX 4090", 165.2e12, 24 * GB, 32 * GB, 4, 1.25 * GB),
+    DeviceSpec("RTX 3090", r"RTX 3090", 71e12, 24 * GB, 32 * GB, 4, 1.25 * GB),
+    DeviceSpec("TPU7x", r"TPU7x", 2307e12, 192 * GB, 200 * GB, 9216, 12.5 * GB),
+    DeviceSpec("TPU v6e", r"TPU v6", 918e12, 32 * GB, 180 * GB, 256, 6.25 * GB),
+    DeviceSpec("TPU v5p", r"TPU v5p|TPU v5$", 459e12, 95 * GB, 180 * GB, 8960, 6.25 * GB),
+    DeviceSpec("TPU v5e", r"TPU v5", 197e12, 16 * GB, 90 * GB, 256, 6.25 * GB),
+    DeviceSpec("TPU v4", r"TPU v4", 275e12, 32 * GB, 90 * GB, 4096, 6.25 * GB),
     # A device of JAX is one core of these, half a chip.
-    Kind("TPU v3", r"TPU v3", 61.5e12, 16 * GB, 70 * GB, 1024, 3 * GB),
-    Kind("TPU v2", r"TPU v2", 22.5e12, 8 * GB, 62 * GB, 256, 3 * GB),
+    DeviceSpec("TPU v3", r"TPU v3", 61.5e12, 16 * GB, 70 * GB, 1024, 3 * GB),
+    DeviceSpec("TPU v2", r"TPU v2", 22.5e12, 8 * GB, 62 * GB, 256, 3 * GB),
 )
 """By `device_kind`: the first whose pattern is found in it."""
 
 
-def kind_of(device_kind: str) -> Kind | None:
+def device_spec(device_kind: str) -> DeviceSpec | None:
     """The row of a device's `device_kind`, None for one that is not known."""
-    return next((kind for kind in KINDS if re.search(kind.pattern, device_kind)), None)
+    return next((kind for kind in DEVICE_SPECS if re.search(kind.pattern, device_kind)), None)
 
 
-def named(name: str) -> Kind | None:
+def find_device_spec(name: str) -> DeviceSpec | None:
     """The row that a person means by `name`: with or without the maker's word, in any case."""
     plain = name.lower().replace(" ", "").removeprefix("tpu")
-    return next((kind for kind in KINDS if plain == kind.name.lower().replace(" ", "").removeprefix("tpu")), None)
+    return next(
+        (kind for kind in DEVICE_SPECS if plain == kind.name.lower().replace(" ", "").removeprefix("tpu")), None
+    )
 
 
-def local_kind(device: Any) -> Kind | None:
+def local_device_spec(device: Any) -> DeviceSpec | None:
     """The row of one of JAX's devices."""
-    return kind_of(device.device_kind)
+    return device_spec(device.device_kind)

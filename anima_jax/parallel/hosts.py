@@ -94,45 +94,45 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise UserError(f"cannot join the run's other processes: {reason}; --num_processes 1 runs alone") from error
 
 
-def is_alone() -> bool:
+def is_single_process() -> bool:
     """Whether the run has no other processes."""
     return jax.process_count() == 1
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Wait for the run's other processes."""
-    if not is_alone():
+    if not is_single_process():
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
+def process_0_first() -> Iterator[None]:
     """The first process goes through the block before the others: what it writes there they find."""
-    if not is_first():
-        meet("the first process has gone ahead")
+    if not is_process_0():
+        barrier("the first process has gone ahead")
     yield
-    if is_first():
-        meet("the first process has gone ahead")
+    if is_process_0():
+        barrier("the first process has gone ahead")
 
 
-def from_first(make: Callable[[], pathlib.Path]) -> pathlib.Path:
+def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
     """The path that the first process makes."""
-    if is_alone():
+    if is_single_process():
         return make()
-    data = os.fsencode(make()) if is_first() else b""
+    data = os.fsencode(make()) if is_process_0() else b""
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.frombuffer(data[:length].ljust(length, b"\0"), np.uint8)
     return pathlib.Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))))
 
 
-def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
+def assert_same_on_all_processes(facts: Callable[[], Mapping[str, Any]]) -> None:
     """Raise UserError in every process unless all have the same `facts`, values of JSON by a person's words."""
-    if is_alone():
+    if is_single_process():
         return
     own = json.dumps(facts(), default=str).encode()
     length = int(np.max(multihost_utils.process_allgather(np.int32(len(own)))))
@@ -155,7 +155,7 @@ def _shown(value: Any) -> str:
     return "not set" if value is None else str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}…"
 
 
-class Agreement:
+class Consensus:
     """The largest number that any process gave a step ago; a process that is alone has its own at once.
 
     What is exchanged at one step is read at the next, so that no step waits for it.
@@ -167,7 +167,7 @@ class Agreement:
         self._under_way: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
-        if is_alone():
+        if is_single_process():
             return number
         before, shape = self._under_way, (self._sharding.mesh.size,)
         own = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, number, np.int32))
@@ -176,13 +176,13 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def one_run() -> Iterator[None]:
+def abort_all_on_error() -> Iterator[None]:
     """What several processes do as one: the first alone prints, and an error in any of them ends all.
 
     The process with the error ends at once instead of waiting for the others; JAX ends those when `HEARTBEAT_S` are
     over. Each leaves a last line that says what to do.
     """
-    if is_alone():
+    if is_single_process():
         yield
         return
     try:
@@ -193,7 +193,7 @@ def one_run() -> Iterator[None]:
                     "another one was; start all of them again with --resume_from_checkpoint"
                 )
             )
-            if not is_first():
+            if not is_process_0():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield

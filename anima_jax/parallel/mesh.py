@@ -21,7 +21,7 @@ from anima_jax.parallel.rules import AXES
 Tree = TypeVar("Tree")
 
 
-def filled(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """The axes' sizes with -1 replaced by the devices that are left. Raises UserError unless they take all devices."""
     given = math.prod(size for size in sizes.values() if size != -1)
     rest = devices // given if devices % given == 0 else 0
@@ -60,7 +60,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     On several slices of a TPU `data` runs across them. Raises UserError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    full = filled(sizes, len(devices))
+    full = resolve_sizes(sizes, len(devices))
     shape = tuple(full[name] for name in AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
@@ -90,25 +90,25 @@ def replicas(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in BATCH[0])
 
 
-def over_batch(mesh: Mesh, size: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     """Where an array lies whose first axis is a batch of this size: shared out if that divides it equally."""
     return NamedSharding(mesh, place((size,), "b", mesh))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Where an array lies that every device has whole."""
     return NamedSharding(mesh, P())
 
 
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
     """The rows of a batch of `size` that this process's devices take, ascending."""
-    parts = over_batch(mesh, size).addressable_devices_indices_map((size,)).values()
+    parts = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[part] for part in parts if part is not None]))
 
 
-def put_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tree:
+def shard_local_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tree:
     """A batch of `size` on the devices. The arrays of `tree` are in host memory and hold its `rows` alone."""
-    sharding = over_batch(mesh, size)
+    sharding = batch_sharding(mesh, size)
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
@@ -121,13 +121,13 @@ def put_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tree:
     return jax.tree.map(put, tree)
 
 
-def put_batch(tree: Tree, size: int) -> Tree:
+def shard_batch(tree: Tree, size: int) -> Tree:
     """A batch of `size`, whole in every process, on the mesh that is set; as it is if none is."""
     mesh = jax.sharding.get_mesh()
-    return tree if mesh.empty else put_rows(tree, mesh, np.arange(size), size)
+    return tree if mesh.empty else shard_local_rows(tree, mesh, np.arange(size), size)
 
 
-def put_whole(tree: Tree, mesh: Mesh | None = None) -> Tree:
+def replicate(tree: Tree, mesh: Mesh | None = None) -> Tree:
     """The arrays of `tree`, equal in every process, whole on every device of the mesh, by default of the one set.
 
     Arrays that are on devices already stay where they are, and so do all if there is no mesh.
@@ -138,6 +138,6 @@ def put_whole(tree: Tree, mesh: Mesh | None = None) -> Tree:
         if isinstance(array, jax.Array):
             return array
         host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, everywhere(mesh), lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
 
     return tree if mesh.empty else jax.tree.map(put, tree)

@@ -1,6 +1,6 @@
 """What is shown of a picture while it is being drawn: a bar, and intermediate pictures.
 
-Both are told of an evaluation of the network while the next one runs; see `pipeline.Watch`.
+Both are told of an evaluation of the network while the next one runs; see `pipeline.ProgressCallback`.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from anima_jax.parallel.hosts import is_first
+from anima_jax.parallel.hosts import is_process_0
 from anima_jax.sampling.request import save_picture, to_images
 
 Latents = Callable[[], list[np.ndarray]]
@@ -28,7 +28,7 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, latents: Latents) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="it", dynamic_ncols=True, disable=not is_first())
+            self._bar = tqdm(total=total, unit="it", dynamic_ncols=True, disable=not is_process_0())
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()

@@ -8,13 +8,13 @@ from anima_jax.diffusion.samplers import Sampler
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.step_noise import NoiseKind, StepNoise, initial_noise
 from anima_jax.models.dit import OUT_CHANNELS
-from anima_jax.sampling.request import Picture
+from anima_jax.sampling.request import ImageRequest
 
 
 class BatchNoise:
     """Arrays (t, y, x, c), float32, one a picture. Pictures of one seed, size and batch share what is drawn."""
 
-    def __init__(self, pictures: Sequence[Picture], kind: str, sampler: Sampler, sigmas: np.ndarray):
+    def __init__(self, pictures: Sequence[ImageRequest], kind: str, sampler: Sampler, sigmas: np.ndarray):
         self._pictures = pictures
         self.start = self._arrays(lambda picture: initial_noise(picture.seed, _shape(picture)))
         """Where sampling begins."""
@@ -39,7 +39,7 @@ class BatchNoise:
         """The next of the sampler's noises, from torch's streams."""
         return self._arrays(lambda picture: self._streams[_group(picture)].next(draw))
 
-    def _arrays(self, batch_noise: Callable[[Picture], np.ndarray]) -> list[np.ndarray]:
+    def _arrays(self, batch_noise: Callable[[ImageRequest], np.ndarray]) -> list[np.ndarray]:
         drawn: dict[tuple, np.ndarray] = {}
         for picture in self._pictures:
             if _group(picture) not in drawn:
@@ -47,9 +47,9 @@ class BatchNoise:
         return [drawn[_group(picture)][picture.batch_index] for picture in self._pictures]
 
 
-def _group(picture: Picture) -> tuple:
+def _group(picture: ImageRequest) -> tuple:
     return picture.seed, picture.latent_size, picture.batch_size
 
 
-def _shape(picture: Picture) -> tuple[int, ...]:
+def _shape(picture: ImageRequest) -> tuple[int, ...]:
     return picture.batch_size, OUT_CHANNELS, 1, *picture.latent_size

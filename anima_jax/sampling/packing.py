@@ -24,7 +24,7 @@ def token_budget(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-class Layout:
+class TokenPacking:
     """Where pictures of these latent sizes (t, y, x) lie: `grid_b3` in patches, and `length` tokens for each."""
 
     def __init__(self, sizes: Sequence[tuple[int, int, int]]):

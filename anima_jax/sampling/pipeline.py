@@ -30,20 +30,20 @@ from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.errors import UserError
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
-from anima_jax.models.parameters import Params, compute_copy, merge, split
+from anima_jax.models.parameters import Params, cast_to_compute, merge, split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, put_batch, put_whole, replicas
+from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch
 from anima_jax.sampling import program
 from anima_jax.sampling.callbacks import ProgressBar
 from anima_jax.sampling.noise import BatchNoise
-from anima_jax.sampling.packing import Layout
-from anima_jax.sampling.program import Batch, Context, Kept
+from anima_jax.sampling.packing import TokenPacking
+from anima_jax.sampling.program import Context, InpaintMask, SharedInputs
 from anima_jax.sampling.request import (
     PIXELS_PER_LATENT,
-    Picture,
-    Settings,
+    ImageRequest,
+    SamplingParams,
     latent_mask,
     mask_values,
     to_images,
@@ -56,7 +56,7 @@ from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 UNTILED_PIXELS = 1_500_000
 """Larger pictures pass the VAE in tiles."""
 
-Watch = Callable[[int, int, Callable[[], list[np.ndarray]]], None]
+ProgressCallback = Callable[[int, int, Callable[[], list[np.ndarray]]], None]
 """Told how many evaluations are done, of how many, and what gives each picture's clean latents as last estimated."""
 
 
@@ -82,7 +82,7 @@ class AnimaPipeline:
         self.dtype = jnp.dtype(dtype)
         self.tokenizers = tokenizers
         self.dit_graphdef, params = split(dit)
-        self.dit_params = compute_copy(params, dtype)
+        self.dit_params = cast_to_compute(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
@@ -150,22 +150,22 @@ class AnimaPipeline:
 
         Sizes are in pixels, multiples of 16. One seed is the whole batch's, as in ComfyUI: it gives each picture other
         noise. Of several seeds each gives its picture the noise that it has alone. `image` is what pictures start from
-        (with `denoise` below 1) and what stays where `mask` is black. `settings` are the fields of `Settings`: steps,
-        guidance_scale, sampler, schedule, shift, denoise, noise and others. `progress` shows a bar.
+        (with `denoise` below 1) and what stays where `mask` is black. `settings` are the fields of `SamplingParams`:
+        steps, guidance_scale, sampler, schedule, shift, denoise, noise and others. `progress` shows a bar.
         Raises UserError for a value out of range or an unknown name.
         """
         pictures = arranged(prompt, width, height, seed, batch_size)
-        chosen = Settings(negative_prompt, **settings)
+        chosen = SamplingParams(negative_prompt, **settings)
         return self.draw(pictures, chosen, image=image, mask=mask, watch=ProgressBar() if progress else None)
 
     def draw(
         self,
-        pictures: Sequence[Picture],
-        settings: Settings,
+        pictures: Sequence[ImageRequest],
+        settings: SamplingParams,
         *,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> list[Image.Image]:
         """These pictures, in one batch. Raises UserError for what cannot be drawn.
 
@@ -185,12 +185,12 @@ class AnimaPipeline:
 
     def draw_latents(
         self,
-        pictures: Sequence[Picture],
-        settings: Settings,
+        pictures: Sequence[ImageRequest],
+        settings: SamplingParams,
         *,
         original: np.ndarray | None = None,
         mask: np.ndarray | None = None,
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """The pictures' normalised latents, each (t, y, x, c), from noise or from `original` latents.
 
@@ -236,7 +236,7 @@ class AnimaPipeline:
         target_bm, target_mask_bm = padded([target_m], rounded_up(len(target_m), CONTEXT_ROWS))
         weights_bm, _ = padded([weights_m], target_bm.shape[1])
         inputs = (source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm)
-        source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm = put_whole(inputs)
+        source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm = replicate(inputs)
         # float16 cannot hold the largest of Qwen3's activations.
         dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
         states_bnd = text_states(text_params, source_bn, source_mask_bn, graphdef=self._text_graphdef, dtype=dtype)
@@ -258,11 +258,11 @@ class AnimaPipeline:
         negative: Context,
         noise: BatchNoise,
         sigmas: np.ndarray,
-        settings: Settings,
+        settings: SamplingParams,
         *,
         original: np.ndarray | None = None,
         mask: np.ndarray | None = None,
-        watch: Watch | None = None,
+        watch: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Each picture's normalised latents (t, y, x, c), float32, along `sigmas`.
 
@@ -271,12 +271,12 @@ class AnimaPipeline:
         """
         sampler = samplers.SAMPLERS[settings.sampler]
         plan = make_plan(sampler.formulas, sigmas, settings.shift)
-        layout = Layout([array.shape[:3] for array in noise.start])
+        layout = TokenPacking([array.shape[:3] for array in noise.start])
         latents = [np.zeros_like(array) if original is None else original for array in noise.start]
         kept = None
         if mask is not None:
             masks = [np.broadcast_to(mask, array.shape) for array in latents]
-            kept = Kept(*map(layout.pack, (masks, latents, noise.outside_mask)))
+            kept = InpaintMask(*map(layout.pack, (masks, latents, noise.outside_mask)))
         start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, latents, strict=True)]
         tokens_blc = program.sample(
             self.dit_params,
@@ -284,7 +284,7 @@ class AnimaPipeline:
             self.dtype,
             plan,
             layout.pack(start),
-            Batch(layout.grid_b3, joined(negative, positive), settings.cfg_zero_star, kept, noise.keys_b3),
+            SharedInputs(layout.grid_b3, joined(negative, positive), settings.cfg_zero_star, kept, noise.keys_b3),
             guidance.scales(plan.sigmas_n, settings.guidance_scale, settings.guidance_interval, settings.shift),
             None if noise.keys_b3 is not None else lambda draw: layout.pack(noise.step(draw)),
             watch and (lambda done, total, x_blc: watch(done, total, lambda: layout.unpack(x_blc))),
@@ -316,7 +316,7 @@ class AnimaPipeline:
         params = _on_devices(self._vae_params)
 
         def run_on_mesh(array_btyxc: np.ndarray) -> Array:
-            batch = put_batch(array_btyxc, len(array_btyxc))
+            batch = shard_batch(array_btyxc, len(array_btyxc))
             return run(params, batch, graphdef=self._vae_graphdef, dtype=self.dtype)
 
         return run_on_mesh
@@ -340,7 +340,7 @@ def arranged(
     height: int | Sequence[int],
     seed: int | Sequence[int],
     batch_size: int,
-) -> list[Picture]:
+) -> list[ImageRequest]:
     """The pictures that these describe. Raises UserError for several numbers of them."""
     columns = [
         [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ def arranged(
         if len(values) not in (1, count):
             raise UserError(f"{len(values)} {name} for {count} pictures, expected one or as many")
     rows = zip(*(values if len(values) == count else values * count for values in columns), strict=True)
-    pictures = [Picture(*row) for row in rows]
+    pictures = [ImageRequest(*row) for row in rows]
     if len(columns[-1]) > 1:
         return pictures
     sizes = [picture.latent_size for picture in pictures]
@@ -362,7 +362,7 @@ def arranged(
 
 
 def check_sources(
-    pictures: Sequence[Picture], settings: Settings, image: Image.Image | None, mask: Image.Image | None
+    pictures: Sequence[ImageRequest], settings: SamplingParams, image: Image.Image | None, mask: Image.Image | None
 ) -> None:
     """Raise UserError for pictures and settings that cannot be, or that do not go with `image` and `mask`."""
     settings.check()

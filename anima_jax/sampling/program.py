@@ -16,12 +16,12 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.diffusion import guidance, samplers
-from anima_jax.diffusion.samplers import Rows
+from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, Plan
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params, merge
-from anima_jax.parallel.mesh import put_whole
+from anima_jax.parallel.mesh import replicate
 
 
 class Context(NamedTuple):
@@ -31,14 +31,14 @@ class Context(NamedTuple):
     lengths_b: Any
 
 
-class Guided(NamedTuple):
+class GuidanceInputs(NamedTuple):
     """Of an evaluation: the guidance scale, and whether the negative prompt takes part."""
 
     scale: Any
     both: Any
 
 
-class Kept(NamedTuple):
+class InpaintMask(NamedTuple):
     """Inpainting: latents that stay where the mask is 0, and the noise that goes with them."""
 
     mask_blc: Any
@@ -46,7 +46,7 @@ class Kept(NamedTuple):
     noise_blc: Any
 
 
-class Batch(NamedTuple):
+class SharedInputs(NamedTuple):
     """What all evaluations share. The contexts are the negative prompts' and then the prompts': 2b of them.
 
     `noise_keys_b3` (uint32) is what JAX's noise is drawn from; None for noise that comes with the rows.
@@ -55,11 +55,11 @@ class Batch(NamedTuple):
     grid_b3: Any
     context: Context
     zero_star: Any
-    kept: Kept | None = None
+    kept: InpaintMask | None = None
     noise_keys_b3: Any = None
 
 
-Watch = Callable[[int, int, Array], None]
+StepCallback = Callable[[int, int, Array], None]
 """Told how many evaluations are done, of how many, and the clean estimate (b, l, c) of the last."""
 
 
@@ -69,23 +69,23 @@ def sample(
     dtype: Any,
     plan: Plan,
     start_blc: np.ndarray,
-    batch: Batch,
+    batch: SharedInputs,
     scale_n: np.ndarray,
     noise: Callable[[Draw], np.ndarray] | None = None,
-    watch: Watch | None = None,
+    watch: StepCallback | None = None,
 ) -> np.ndarray:
     """The plan's result (b, l, c), float32. `noise` gives each of its draws, (b, l, c), in order.
 
     Nothing waits for the host, unless `watch` is given: then it is told of every evaluation while the next one runs.
     """
     count = len(plan.sigmas_n)
-    carried = put_whole(samplers.first_arrays(plan, start_blc))
-    batch = put_whole(batch)
+    carried = replicate(samplers.initial_carry(plan, start_blc))
+    batch = replicate(batch)
     running = start_blc
     for first in range(count) if watch else [0]:
         rows = _rows(plan, slice(first, first + 1 if watch else count), start_blc.shape, scale_n, noise)
         carried, estimate = advance(
-            params, carried, put_whole(rows), batch, graphdef=graphdef, both=plan.both, dtype=dtype
+            params, carried, replicate(rows), batch, graphdef=graphdef, both=plan.both, dtype=dtype
         )
         if watch:
             watch(first, count, jax.block_until_ready(running))
@@ -95,7 +95,7 @@ def sample(
     return np.asarray(carried[0])
 
 
-def _rows(plan: Plan, part: slice, shape: tuple[int, ...], scale_n: np.ndarray, noise) -> Rows:
+def _rows(plan: Plan, part: slice, shape: tuple[int, ...], scale_n: np.ndarray, noise) -> StepInputs:
     """These evaluations' rows, with their noises, or with the numbers of those that the program draws itself."""
     noises_nq = plan.noises_nq[part]
     if noise is not None:
@@ -103,13 +103,20 @@ def _rows(plan: Plan, part: slice, shape: tuple[int, ...], scale_n: np.ndarray, 
         for place, number in np.ndenumerate(numbers):
             if number >= 0:
                 noises_nq[place] = noise(plan.draws[number])
-    guided = Guided(scale_n[part], (scale_n[part] != 1.0) | plan.both)
-    return Rows(plan.sigmas_n[part], plan.factors_nkj[part], noises_nq, guided)
+    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
+    return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nq, guided)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carried",))
 def advance(
-    params: Params, carried: list[Array], rows: Rows, batch: Batch, *, graphdef: nnx.GraphDef, both: bool, dtype: Any
+    params: Params,
+    carried: list[Array],
+    rows: StepInputs,
+    batch: SharedInputs,
+    *,
+    graphdef: nnx.GraphDef,
+    both: bool,
+    dtype: Any,
 ) -> tuple[list[Array], Array]:
     """The evaluations of `rows`: what is carried on, and the last clean estimate."""
     model: AnimaDiT = merge(graphdef, params)
@@ -122,7 +129,7 @@ def advance(
         times_b = jnp.full(len(x_blc), sigma)
         return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, rows_bnd, context_lengths_b=lengths_b)
 
-    def estimates(x_blc: Array, row: Rows) -> tuple[Array, Array]:
+    def estimates(x_blc: Array, row: StepInputs) -> tuple[Array, Array]:
         """With the prompt and with the negative one, in one evaluation; or with the prompt alone, for both."""
 
         def pair(x_blc):
@@ -137,7 +144,7 @@ def advance(
         positive_blc, negative_blc = (x_blc - row.sigmas_n * real_bl1 * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
-    def denoise(x_blc: Array, row: Rows) -> tuple[Array, Array]:
+    def denoise(x_blc: Array, row: StepInputs) -> tuple[Array, Array]:
         kept = batch.kept
         if kept is not None:
             noisy_blc = samplers.start(kept.noise_blc, row.sigmas_n, kept.latents_blc)
@@ -155,7 +162,7 @@ def advance(
 
     # On a mesh the network shares out pictures and tokens; what it gives every device has whole.
     return jax.tree.map(
-        lambda x_blc: constrain(x_blc, "nnn"), samplers.follow(denoise, carried, rows, both=both, draw=draw)
+        lambda x_blc: constrain(x_blc, "nnn"), samplers.run_scan(denoise, carried, rows, both=both, draw=draw)
     )
 
 

@@ -32,7 +32,7 @@ MIN_DENOISE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ImageRequest:
     """One picture. Its noise is row `batch_index` of what `seed` gives for `batch_size` pictures, as in ComfyUI."""
 
     prompt: str
@@ -64,7 +64,7 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamplingParams:
     """How pictures are sampled; docs/sampling.md explains each."""
 
     negative_prompt: str = ""
@@ -173,18 +173,18 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
-def to_text(picture: Picture, settings: Settings) -> dict[str, str]:
+def to_text(picture: ImageRequest, settings: SamplingParams) -> dict[str, str]:
     """Text chunks of a PNG that say how the picture was made; numbers in full."""
     values = dataclasses.asdict(picture) | dataclasses.asdict(settings)
     return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in values.items()}
 
 
-def from_text(path: str, text: Mapping[str, str]) -> tuple[Picture, Settings]:
+def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
     """The inverse of `to_text`; what no chunk says is the default. Raises UserError that names the file `path`."""
     if "prompt" not in text or "seed" not in text:
         raise UserError(f"{path}: holds no settings in its text chunks, expected a PNG that anima_jax.generate wrote")
     found = []
-    for kind in (Picture, Settings):
+    for kind in (ImageRequest, SamplingParams):
         values = {}
         for field in dataclasses.fields(kind):
             if field.name in text:

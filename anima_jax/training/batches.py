@@ -21,16 +21,16 @@ from anima_jax.diffusion.objective import PIXELS
 from anima_jax.diffusion.randomness import split_ids
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
-from anima_jax.parallel.mesh import current_mesh, put_rows, put_whole, rows_of_process
+from anima_jax.parallel.mesh import current_mesh, replicate, rows_of_process, shard_local_rows
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.evaluate import filled
-from anima_jax.training.step import Batch
+from anima_jax.training.step import TrainBatch
 
 
 class Loaded(NamedTuple):
     """A step's batch, in how many micro-batches it is taken, and the number of its tier."""
 
-    batch: Batch
+    batch: TrainBatch
     accumulation: int
     tier: int
 
@@ -54,11 +54,11 @@ class Batches:
         own = planned.take(self._rows[planned.tier])
         return Loaded(self._batch(own.tier, own.indices, own.epochs), self._data.accumulations[own.tier], own.tier)
 
-    def put(self, batch: Batch, tier: int) -> Batch:
+    def put(self, batch: TrainBatch, tier: int) -> TrainBatch:
         """A batch of this tier on the devices."""
-        return put_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
+        return shard_local_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
 
-    def evaluated(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def evaluated(self) -> Iterator[tuple[TrainBatch, np.ndarray]]:
         """Every example once, in batches of one size a tier, and the examples' weights: 0 for what fills the last.
 
         The batches are on the devices.
@@ -68,12 +68,12 @@ class Batches:
                 indices = tier.indices[rows[self._rows[number]]]
                 yield self.put(self._batch(number, indices, np.zeros(len(indices), np.int64)), number), weights
 
-    def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+    def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> TrainBatch:
         cache, length = self._data.cache, self._data.plan.tiers[tier].tokens
         examples = [self._data.examples[index] for index in indices]
         seed = self._config.seed
         captions = [example.caption(seed, int(epoch)) for example, epoch in zip(examples, epochs, strict=True)]
-        return Batch(
+        return TrainBatch(
             latents_blc=padded([cache.latents(example) for example in examples], length)[0],
             grid_b3=np.array([example.bucket.size.grid for example in examples], np.int32),
             ids_b2=self._ids_n2[indices],
@@ -84,7 +84,7 @@ class Batches:
 
     def unconditional(self) -> Text:
         """The empty caption, with a batch axis of 1, on every device."""
-        return put_whole(self._text([""]))
+        return replicate(self._text([""]))
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
         weights_blp = np.ones((len(examples), length, PIXELS), np.float32)

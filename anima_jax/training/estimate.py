@@ -27,15 +27,15 @@ from anima_jax.diffusion.objective import PIXELS
 from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
-from anima_jax.parallel.devices import Kind, local_kind
-from anima_jax.parallel.mesh import current_mesh, everywhere, over_batch, replicas
+from anima_jax.parallel.devices import DeviceSpec, local_device_spec
+from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
 from anima_jax.training.evaluate import QUANTILES
-from anima_jax.training.flops import Flops, Work, flops
+from anima_jax.training.flops import Flops, Workload, flops
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
-from anima_jax.training.state import Trained, blank_text_encoder, dit_config, prepare
-from anima_jax.training.step import Batch, StepConfig, batch_loss, compile_step, init_state, optimizer_places
+from anima_jax.training.state import ParamPartition, blank_text_encoder, dit_config, prepare
+from anima_jax.training.step import StepConfig, TrainBatch, batch_loss, compile_step, init_state, optimizer_places
 
 GIB = 2**30
 
@@ -47,15 +47,15 @@ WORKSPACE = 64 * 2**20
 
 def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
     """FLOPs a second that these can do at most; None for an unknown kind, or for a dtype of more than 16 bits."""
-    kind = local_kind(devices[0])
+    kind = local_device_spec(devices[0])
     return None if kind is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * kind.flops
 
 
-def abstract_trained(config: MainConfig) -> Trained:
+def abstract_trained(config: MainConfig) -> ParamPartition:
     """What `prepare` would give, with shapes in place of arrays: of a file the header alone is read."""
     sizes = NetworkSizes.model_validate(dataclasses.asdict(dit_config(config)))
     model = config.model.model_copy(update={"transformer_path": None, "llm_adapter_path": None, "config": sizes})
-    prepared, mesh = list[Trained](), current_mesh()
+    prepared, mesh = list[ParamPartition](), current_mesh()
 
     def arrays() -> tuple[Params, Params]:
         with jax.disable_jit():  # a jit with options for its compiler cannot be traced
@@ -70,30 +70,30 @@ def abstract_trained(config: MainConfig) -> Trained:
 # The work of a step
 
 
-def trained_flops(trained: Trained, settings: StepConfig, work: Work) -> Flops:
+def trained_flops(trained: ParamPartition, settings: StepConfig, work: Workload) -> Flops:
     """FLOPs of one example of `work` in this run."""
     return flops(trained.config, trained.params, work, settings.remat, settings.remat_every, trained.frozen)
 
 
-def works(data: TrainingData, source_rows: int, target_rows: int) -> list[Work]:
+def step_workloads(data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
     """The work of each tier of a plan; captions are padded to these rows."""
     found = []
     for tier, accumulation in zip(data.plan.tiers, data.accumulations, strict=True):
         sizes = (data.examples[index].bucket.size for index in tier.indices)
         grid = max(sizes, key=lambda size: size.tokens).grid
-        found.append(Work(tier.name, tier.batch_size, accumulation, tier.tokens, grid, source_rows, target_rows))
+        found.append(Workload(tier.name, tier.batch_size, accumulation, tier.tokens, grid, source_rows, target_rows))
     return found
 
 
 def abstract_batch(
-    work: Work, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False, text_ids: bool = False
-) -> Batch:
+    work: Workload, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False, text_ids: bool = False
+) -> TrainBatch:
     """Shapes of `size` examples; latents and text states in `dtype`. With `text_ids`, ids stand for text states."""
 
     def shape(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((size, *sizes), dtype)
 
-    return Batch(
+    return TrainBatch(
         latents_blc=shape(dtype, work.tokens, PIXELS * OUT_CHANNELS),
         grid_b3=shape(jnp.int32, 3),
         ids_b2=shape(jnp.uint32, 2),
@@ -103,7 +103,7 @@ def abstract_batch(
     )
 
 
-def _abstract_text(work: Work, size: int, config: DiTConfig, dtype: Any, ids: bool) -> Text:
+def _abstract_text(work: Workload, size: int, config: DiTConfig, dtype: Any, ids: bool) -> Text:
     assert config.adapter is not None
     source, target = (size, work.source_rows), (size, work.target_rows)
     states = jax.ShapeDtypeStruct((*source, config.adapter.source_width), dtype)
@@ -134,10 +134,10 @@ class Memory:
 
 
 def memory(
-    trained: Trained,
+    trained: ParamPartition,
     optimizer: optax.GradientTransformation,
     settings: StepConfig,
-    work: Work,
+    work: Workload,
     dtype: Any,
     *,
     sizes: Mapping[str, int] | None = None,
@@ -176,7 +176,7 @@ def memory(
         return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     if work.accumulation > 1:
         rows["gradients"] *= 2  # the sum so far, and a micro-batch's own
-    copies = jax.eval_shape(lambda params: compute_copy(params, settings.compute_dtype), state.params)
+    copies = jax.eval_shape(lambda params: cast_to_compute(params, settings.compute_dtype), state.params)
     rows["compute copies"] = held(
         {path: copy for path, copy in copies.items() if copy.dtype != state.params[path].dtype}
     )
@@ -189,7 +189,7 @@ def memory(
     return Memory(rows, on_host)
 
 
-def _gathered_bytes(trained: Trained, settings: StepConfig, sizes: Mapping[str, int]) -> int:
+def _gathered_bytes(trained: ParamPartition, settings: StepConfig, sizes: Mapping[str, int]) -> int:
     """Bytes of two blocks' weights, whole but for `tensor`: the one that is computed and the one that comes next."""
     weights: Params = {**trained.frozen, **trained.params}
     block = {
@@ -200,7 +200,9 @@ def _gathered_bytes(trained: Trained, settings: StepConfig, sizes: Mapping[str, 
     return 2 * rules.shard_bytes(block, block, {**sizes, "fsdp": 1})
 
 
-def activation_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, *, masked: bool = False) -> int:
+def activation_bytes(
+    trained: ParamPartition, settings: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
+) -> int:
     """Bytes that the backward pass keeps of one example, and of the blocks that it computes again at a time."""
 
     def kept(**changes: Any) -> int:
@@ -216,17 +218,17 @@ def activation_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: 
     return found
 
 
-def _block_inputs_bytes(trained: Trained, settings: StepConfig, work: Work) -> int:
+def _block_inputs_bytes(trained: ParamPartition, settings: StepConfig, work: Workload) -> int:
     """Bytes of one example's tokens before each block, which "offload" moves to the host."""
     return trained.config.blocks * work.tokens * trained.config.width * jnp.dtype(settings.compute_dtype).itemsize
 
 
-def _kept_bytes(trained: Trained, settings: StepConfig, work: Work, dtype: Any, masked: bool) -> int:
+def _kept_bytes(trained: ParamPartition, settings: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
     """What the backward pass keeps of one example: what two examples keep beyond one, which leaves out the weights."""
 
-    def backward(params: Params, frozen: Params, batch: Batch) -> Any:
+    def backward(params: Params, frozen: Params, batch: TrainBatch) -> Any:
         def loss_of(params: Params):
-            model = merge(trained.graphdef, compute_copy(frozen | params, settings.compute_dtype))
+            model = merge(trained.graphdef, cast_to_compute(frozen | params, settings.compute_dtype))
             return batch_loss(model, batch, None, settings)
 
         return jax.vjp(loss_of, params)[1]
@@ -261,8 +263,8 @@ def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | N
     arguments = (
         placed(state, places),
         placed(trained.frozen, rules.shardings(trained.frozen, trained.frozen, mesh)),
-        placed(batch, jax.tree.map(lambda _: over_batch(mesh, work.batch), batch)),
-        placed(unconditional, jax.tree.map(lambda _: everywhere(mesh), unconditional)),
+        placed(batch, jax.tree.map(lambda _: batch_sharding(mesh, work.batch), batch)),
+        placed(unconditional, jax.tree.map(lambda _: replicated(mesh), unconditional)),
     )
     found = step.lower(*arguments, work.accumulation).compile().memory_analysis()
     if found is None:
@@ -308,7 +310,7 @@ class Estimate:
     """
 
     memory: Memory
-    flops: Mapping[Work, Flops]
+    flops: Mapping[Workload, Flops]
     times: Mapping[str, Sequence[float]]
     traffic: Mapping[str, Traffic]
     seconds: Mapping[tuple[str, str], Seconds]
@@ -343,12 +345,12 @@ class Estimate:
 def estimate(
     config: MainConfig,
     settings: StepConfig,
-    trained: Trained,
+    trained: ParamPartition,
     optimizer: optax.GradientTransformation,
-    tiers: Sequence[Work],
+    tiers: Sequence[Workload],
     *,
     sizes: Mapping[str, int] | None = None,
-    kinds: Sequence[Kind] = (),
+    kinds: Sequence[DeviceSpec] = (),
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
@@ -380,7 +382,7 @@ def estimate(
     )
 
 
-def time_quantiles(settings: StepConfig, tiers: Sequence[Work]) -> dict[str, list[float]]:
+def time_quantiles(settings: StepConfig, tiers: Sequence[Workload]) -> dict[str, list[float]]:
     """Training times at the nine quantiles; for each tier where they depend on the size."""
     by_size = settings.times.flux_shift and settings.times.shift is None
     shown = {work.tier: work.grid for work in tiers} if by_size else {"every size": tiers[0].grid}

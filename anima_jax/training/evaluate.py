@@ -15,9 +15,9 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal
-from anima_jax.models.parameters import Params, compute_copy, merge
-from anima_jax.parallel.mesh import current_mesh, everywhere
-from anima_jax.training.step import Batch, StepConfig, losses
+from anima_jax.models.parameters import Params, cast_to_compute, merge
+from anima_jax.parallel.mesh import current_mesh, replicated
+from anima_jax.training.step import StepConfig, TrainBatch, losses
 
 Item = TypeVar("Item")
 
@@ -37,9 +37,9 @@ class Evaluation:
     """One jitted program for all nine times; a new shape of batch compiles another."""
 
     def __init__(self, graphdef: nnx.GraphDef, config: StepConfig):
-        def losses_of(params: Params, batch: Batch) -> Array:
+        def losses_of(params: Params, batch: TrainBatch) -> Array:
             """Losses (q, b) of each example at each quantile's time."""
-            model = merge(graphdef, compute_copy(params, config.compute_dtype))
+            model = merge(graphdef, cast_to_compute(params, config.compute_dtype))
             first_epoch_b = jnp.zeros(batch.ids_b2.shape[0], jnp.int32)
             keys_b = example_keys(NOISE_SEED, first_epoch_b, batch.ids_b2, Purpose.EVALUATION_NOISE)
             noise_blc = normal(keys_b, batch.latents_blc.shape[1:])
@@ -50,9 +50,9 @@ class Evaluation:
 
             return jax.lax.map(at, jnp.array(QUANTILES, jnp.float32))
 
-        self._losses = jax.jit(losses_of, out_shardings=everywhere(current_mesh()))
+        self._losses = jax.jit(losses_of, out_shardings=replicated(current_mesh()))
 
-    def __call__(self, params: Params, batches: Iterable[tuple[Batch, np.ndarray]]) -> dict[str, float]:
+    def __call__(self, params: Params, batches: Iterable[tuple[TrainBatch, np.ndarray]]) -> dict[str, float]:
         """`loss_quantile_0.10` … `loss_quantile_0.90`, each the mean over the examples, and `loss`, the mean of those.
 
         `params` are all parameters, trained and frozen. Each batch comes with its examples' weights (b,): those of

@@ -21,8 +21,8 @@ from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
-from anima_jax.parallel.hosts import is_first
-from anima_jax.training.state import Trained
+from anima_jax.parallel.hosts import is_process_0
+from anima_jax.training.state import ParamPartition
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -45,7 +45,7 @@ class AboutAdapter(NamedTuple):
     peft: Mapping[str, Any]
 
 
-def about_adapter(config: MainConfig, trained: Trained, step: int) -> AboutAdapter | None:
+def about_adapter(config: MainConfig, trained: ParamPartition, step: int) -> AboutAdapter | None:
     """What a run's adapter is; None if it trains none. The base model's file is read whole, once."""
     adapter, base = config.adapter, config.model.transformer_path
     if adapter is None or trained.slots is None:
@@ -68,7 +68,7 @@ def _version() -> str:
         return "of no release"
 
 
-def peft_config(config: MainConfig, trained: Trained) -> dict[str, Any]:
+def peft_config(config: MainConfig, trained: ParamPartition) -> dict[str, Any]:
     """PEFT's settings for the transformer's modules, whose names they have as in the original files."""
     adapter, slots = config.adapter, trained.slots
     assert adapter is not None
@@ -105,7 +105,7 @@ def peft_config(config: MainConfig, trained: Trained) -> dict[str, Any]:
 
 def export(
     folder: pathlib.Path,
-    trained: Trained,
+    trained: ParamPartition,
     params: Params,
     dtype: str,
     about: AboutAdapter | None = None,
@@ -121,7 +121,7 @@ def export(
 
 
 def _write(
-    folder: pathlib.Path, trained: Trained, params: Params, dtype: str, about: AboutAdapter | None
+    folder: pathlib.Path, trained: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
 ) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     if trained.ranks is None:
@@ -130,7 +130,7 @@ def _write(
         return path
     path = folder / ADAPTER_FILE
     save_lora(path, trained.frozen | params, trained.ranks, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
-    if about and is_first():
+    if about and is_process_0():
         with replacing(folder / PEFT_FILE) as file:
             file.write(json.dumps(about.peft, indent=2).encode())
     return path

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_jax.checkpoints.locations import writing_to
-from anima_jax.parallel.hosts import is_first
+from anima_jax.parallel.hosts import is_process_0
 
 log = logging.getLogger(__name__)
 
 
-class PatientFile:
+class RetryingFile:
     """A file to write to. What the disk has no room for waits in memory for the next `flush`; it is said once."""
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "wb"):
@@ -44,7 +44,7 @@ class PatientFile:
             self._file.close()
 
 
-class Lines(PatientFile):
+class JsonlWriter(RetryingFile):
     """A file of JSON lines, `{"step": …}` and the figures of that step, written on from `after_step`.
 
     What an earlier attempt wrote beyond that step is dropped, and so is a line that a kill left unfinished. Of the rest
@@ -56,7 +56,7 @@ class Lines(PatientFile):
         self.kept: list[dict[str, Any]] = []
         with writing_to(os.fspath(path)):
             if path.exists():
-                temporary = path.with_name(path.name + ".partial") if is_first() else pathlib.Path(os.devnull)
+                temporary = path.with_name(path.name + ".partial") if is_process_0() else pathlib.Path(os.devnull)
                 with open(path, "rb") as old, open(temporary, "wb") as new:
                     for line in old:
                         found = _figures(line)
@@ -64,9 +64,9 @@ class Lines(PatientFile):
                             new.write(line)
                             if found["step"] >= (after_step if remembered is None else remembered):
                                 self.kept.append(found)
-                if is_first():
+                if is_process_0():
                     temporary.replace(path)
-            super().__init__(path if is_first() else os.devnull, "ab")
+            super().__init__(path if is_process_0() else os.devnull, "ab")
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """A line; null stands for figures that are not finite, which JSON does not know."""

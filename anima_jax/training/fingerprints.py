@@ -12,7 +12,7 @@ import numpy as np
 from anima_jax.checkpoints.accounting import shorten
 from anima_jax.checkpoints.orbax import layout_differences, layout_of
 from anima_jax.data.examples import Example
-from anima_jax.data.plan import Plan
+from anima_jax.data.plan import BatchPlan
 from anima_jax.models.parameters import Params
 
 # Keys of the configuration that do not change what is trained.
@@ -38,7 +38,7 @@ _MOST_SETTINGS = 12
 def facts_of(
     params: Params,
     groups: Mapping[str, str],
-    plan: Plan,
+    plan: BatchPlan,
     ids: np.ndarray,
     settings: Mapping[str, Any],
     *,
@@ -94,7 +94,7 @@ def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     }
 
 
-def data_fingerprint(plan: Plan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
+def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
     """The seed, and for each tier how many examples and which, in which order, and how many in a step.
 
     `ids[i]` is the id of example i, `contents` more that is known of it, from `contents_of`.
@@ -171,7 +171,7 @@ def optimizer_faults(
     return [f"the optimizer keeps another state{what}: {shorten(different)}; --reset_optimizer begins it anew"]
 
 
-def data_faults(old: Mapping[str, Any], new: Mapping[str, Any], plan: Plan) -> list[str]:
+def data_faults(old: Mapping[str, Any], new: Mapping[str, Any], plan: BatchPlan) -> list[str]:
     """Why the position of a checkpoint (`old` is its metadata) is none of this plan's, each with what to do."""
     tiers, again = old["data"]["tiers"], f"or --reset_dataloader to begin epoch {old['epoch'] + 1} anew"
     faults = [

@@ -12,7 +12,7 @@ ATTENTION_BACKWARD = 4 / 2
 """Products in attention's backward to those of its forward; it computes the scores once more besides."""
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What the step of one tier takes: a batch of examples in so many micro-batches, and the rows of each example."""
 
     tier: str
@@ -60,7 +60,7 @@ _BEHIND_ANOTHER_FACTOR = (".lora_b", ".lokr_w1", ".lokr_w2_a")
 
 
 def flops(
-    config: DiTConfig, trained: Params, work: Work, remat: str, remat_every: int = 1, frozen: Params | None = None
+    config: DiTConfig, trained: Params, work: Workload, remat: str, remat_every: int = 1, frozen: Params | None = None
 ) -> Flops:
     """FLOPs of one example of `work`. `trained` are the parameters that are trained, an adapter's factors among them.
 
@@ -117,7 +117,7 @@ def _product(path: str, leaf: Any, trained: Params, rows: int) -> float:
     return 2.0 * leaf.size * rows
 
 
-def _rows(path: str, work: Work) -> int:
+def _rows(path: str, work: Workload) -> int:
     """Rows of one example that the matrix at `path` is multiplied with."""
     if path.startswith(TEXT_ENCODER):
         return work.source_rows
@@ -137,7 +137,7 @@ def _needs_input_gradient(path: str, adapts: bool) -> bool:
     return True
 
 
-def _attention_products(config: DiTConfig, work: Work) -> list[tuple[bool, float]]:
+def _attention_products(config: DiTConfig, work: Workload) -> list[tuple[bool, float]]:
     """(whether in the LLM adapter, FLOPs of q·kᵀ and of the weighted sum of values) of each kind of attention."""
     assert config.adapter is not None
     of_dit = 4.0 * config.blocks * config.width * work.tokens

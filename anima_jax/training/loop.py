@@ -15,20 +15,20 @@ from anima_jax.config.main import MainConfig
 from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData
 from anima_jax.data.loader import prefetched
-from anima_jax.data.plan import Plan
+from anima_jax.data.plan import BatchPlan
 from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge
-from anima_jax.parallel.hosts import Agreement, is_first
+from anima_jax.parallel.hosts import Consensus, is_process_0
 from anima_jax.parallel.mesh import current_mesh
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.batches import Batches, OnlineText, as_it_is
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
-from anima_jax.training.figures import Lines
+from anima_jax.training.figures import JsonlWriter
 from anima_jax.training.fingerprints import contents_of, facts_of, frozen_fingerprint, settings_of
-from anima_jax.training.intervals import passes
+from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.profiling import Profiler, watch_compilation
 from anima_jax.training.resume import Resume
@@ -61,7 +61,7 @@ def step_config(config: MainConfig) -> StepConfig:
     )
 
 
-def optimizer_config(config: MainConfig, plan: Plan | None = None) -> optimizers.OptimizerConfig:
+def optimizer_config(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.OptimizerConfig:
     """The part of the configuration that shapes the optimizer; schedules run over all epochs, whatever `max_steps`.
 
     Without a plan it is good for checking the optimizer's name and arguments, not for training.
@@ -97,7 +97,7 @@ class Training:
     ):
         self._config, self._data, self._plan, self._run = config, data, data.plan, run
         mesh = current_mesh()
-        self._agreed = Agreement(mesh)
+        self._agreed = Consensus(mesh)
         encoders = encoders.on(mesh)
         self._batches = Batches(config, data, encoders.tokenizers)
         self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
@@ -114,7 +114,7 @@ class Training:
         self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups, places)
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
-        work = estimate.works(data, *data.text_rows(encoders.tokenizers))
+        work = estimate.step_workloads(data, *data.text_rows(encoders.tokenizers))
         self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
         facts = facts_of(
             self.state.params,
@@ -140,7 +140,7 @@ class Training:
         self._profiler = Profiler(profile, run / "profile")
         self._encoders = encoders
         self._skipped, self._saved, self._unsaved = 0, -1, ""
-        self._evaluations: Lines | None = None
+        self._evaluations: JsonlWriter | None = None
 
     def _go_on(self, optimizer) -> None:
         config = self._config
@@ -165,7 +165,7 @@ class Training:
         with (
             contextlib.closing(Signals(self._run)) as signals,
             contextlib.closing(
-                Lines(self._run / "metrics.jsonl", start.step, remembered=epoch_begins + 1)
+                JsonlWriter(self._run / "metrics.jsonl", start.step, remembered=epoch_begins + 1)
             ) as metrics_log,
             contextlib.closing(self.resume),
             contextlib.closing(
@@ -176,7 +176,7 @@ class Training:
             contextlib.ExitStack() as opened,
         ):
             if self._evaluated:
-                evaluations = contextlib.closing(Lines(self._run / "evaluations.jsonl", start.step))
+                evaluations = contextlib.closing(JsonlWriter(self._run / "evaluations.jsonl", start.step))
                 self._evaluations = opened.enter_context(evaluations)
             samples = self._samples()
             if self._encode_text is as_it_is:
@@ -194,7 +194,7 @@ class Training:
         if isinstance(self._encode_text, OnlineText):
             print(f"encoding text took {self._encode_text.share(self._progress.seconds_a_step):.0%} of a step")
 
-    def _progress_bar(self, total: int, metrics_log: Lines) -> report.Progress:
+    def _progress_bar(self, total: int, metrics_log: JsonlWriter) -> report.Progress:
         config, start = self._config, self.resume.start
         return report.Progress(
             total,
@@ -211,7 +211,7 @@ class Training:
     def _asked(self, signals: Signals, *, after_step: bool = False) -> Request | None:
         """What any of the run's processes is asked for; after a step also a checkpoint that is overdue."""
         number = REQUESTS.index(signals.requested())
-        if after_step and is_first() and self.resume.overdue() and self._updated():
+        if after_step and is_process_0() and self.resume.overdue() and self._updated():
             self.resume.postpone()
             number = max(number, REQUESTS.index("save"))
         return REQUESTS[self._agreed(number)]
@@ -331,11 +331,11 @@ class Training:
         self._unsaved = f"{self._run / name}: the model could not be saved"
         with _going_on():
             saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, about, ema=ema)
-            if is_first():
+            if is_process_0():
                 shutil.copy(config.path, self._run / name)
             self._progress.say(f"saved {saved}")
             self._unsaved = ""
-        for old in rotate(self._run, config.max_checkpoints) if is_first() else ():
+        for old in rotate(self._run, config.max_checkpoints) if is_process_0() else ():
             self._progress.say(f"deleted {self._run / old}")
 
     def _save_checkpoint(self, step: int, *, wait: bool = False) -> bool:
@@ -351,9 +351,11 @@ class Training:
         config = self._config
         if step == 0:
             return config.eval_before_first_step
-        return passes(config.eval_every_steps, step - 1, step) or passes(config.eval_every_n_epochs, *epochs)
+        return crosses_multiple(config.eval_every_steps, step - 1, step) or crosses_multiple(
+            config.eval_every_n_epochs, *epochs
+        )
 
-    def _evaluate(self, step: int, lines: Lines) -> None:
+    def _evaluate(self, step: int, lines: JsonlWriter) -> None:
         """The losses of each data set at the nine times, with the trained weights (averaged ones of schedule-free)."""
         self._progress.flush()
         params, began, figures = self._all(self._weights()), time.monotonic(), {}
@@ -421,7 +423,7 @@ def exports_after(config: MainConfig, epochs: tuple[int, ...], step: int, total_
 
     `epochs` are the numbers of finished epochs before and after the step.
     """
-    names = [f"epoch{epochs[1]}"] if passes(config.save_every_n_epochs, *epochs) else []
-    if passes(config.save_every_steps, step - 1, step) or (step == total_steps and not names):
+    names = [f"epoch{epochs[1]}"] if crosses_multiple(config.save_every_n_epochs, *epochs) else []
+    if crosses_multiple(config.save_every_steps, step - 1, step) or (step == total_steps and not names):
         names.append(f"step{step}")
     return names

@@ -18,7 +18,7 @@ from PIL import Image
 
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
-from anima_jax.training.figures import PatientFile
+from anima_jax.training.figures import RetryingFile
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # the run itself says what is not finite
 
@@ -43,8 +43,8 @@ class _Patiently:
         os.makedirs(_path(path), exist_ok=True)
 
     @staticmethod
-    def open(path: str) -> PatientFile:
-        return PatientFile(_path(path), "ab")
+    def open(path: str) -> RetryingFile:
+        return RetryingFile(_path(path), "ab")
 
 
 def _path(path: str) -> str:

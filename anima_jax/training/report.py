@@ -16,15 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from anima_jax.adapters.kinds import TITLES
-from anima_jax.adapters.modules import Slot
+from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
-from anima_jax.parallel.hosts import is_first
-from anima_jax.training.figures import Lines
+from anima_jax.parallel.hosts import is_process_0
+from anima_jax.training.figures import JsonlWriter
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.optimizers import GROUPS, group_of
-from anima_jax.training.state import Trained
+from anima_jax.training.state import ParamPartition
 
 Item = TypeVar("Item")
 
@@ -52,7 +52,7 @@ def log_to_console() -> None:
     LOGGER.propagate = False
 
 
-def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:
+def start_up_table(config: MainConfig, trained: ParamPartition, data: str) -> str:
     """What a run is about to do: the model, its parameters by group, and the data (their plan, as `data` says it)."""
     model = trained.config
     sizes = f"{model.blocks} blocks of width {model.width:,}, {model.heads} heads, MLP {model.mlp_width:,}"
@@ -70,7 +70,7 @@ def start_up_table(config: MainConfig, trained: Trained, data: str) -> str:
     return "\n".join(f"{name}\n{textwrap.indent(text, '  ')}" for name, text in parts.items())
 
 
-def adapter_line(slots: Mapping[str, Slot]) -> str:
+def adapter_line(slots: Mapping[str, AdapterSpec]) -> str:
     """What adapters there are: their kind, ranks and number."""
     ranks = [rank for slot in slots.values() for rank in slot.ranks if rank]
     span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
@@ -78,7 +78,7 @@ def adapter_line(slots: Mapping[str, Slot]) -> str:
     return f"{kind} of rank {span} on {len(ranks)} modules, {len(slots)} linear layers a block"
 
 
-def parameter_table(trained: Trained, learning_rates: Mapping[str, float], param_dtype: str = "float32") -> str:
+def parameter_table(trained: ParamPartition, learning_rates: Mapping[str, float], param_dtype: str = "float32") -> str:
     """For each group: parameters, how many of them are trained and at what rate, and the dtypes that hold them.
 
     Those that are trained are in `param_dtype` while they are.
@@ -103,7 +103,9 @@ def parameter_table(trained: Trained, learning_rates: Mapping[str, float], param
     return "\n".join(lines)
 
 
-def mesh_table(sizes: Mapping[str, int], trained: Trained, learning_rates: Mapping[str, float], device: str) -> str:
+def mesh_table(
+    sizes: Mapping[str, int], trained: ParamPartition, learning_rates: Mapping[str, float], device: str
+) -> str:
     """The mesh, and for each parameter: its shape, where it lies, and the learning rate (frozen: 0)."""
     words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     lines = [f"mesh of {math.prod(sizes.values())} devices ({device}): {words}"]
@@ -123,7 +125,7 @@ class Bar:
     """A progress bar of `total` items; none if there are none. It ends where its block ends, also by an error."""
 
     def __init__(self, total: int, unit: str):
-        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_first())
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
 
     def __enter__(self) -> "Bar":
         return self
@@ -162,7 +164,7 @@ class Progress:
     def __init__(
         self,
         total_steps: int,
-        log: Lines,
+        log: JsonlWriter,
         *,
         every: int = 1,
         logging_steps: int = 1,
@@ -173,7 +175,7 @@ class Progress:
         epoch_losses: Iterable[float] = (),
     ):
         first, self._examples, self._epoch = start
-        silent = not is_first() or not sys.stderr.isatty()
+        silent = not is_process_0() or not sys.stderr.isatty()
         self._silence = open(os.devnull, "w") if silent else None  # noqa: SIM115 - `close` closes it
         bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
         self._bar = tqdm(total=total_steps, initial=first, file=self._silence, **bar)
@@ -272,7 +274,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if is_first():
+        if is_process_0():
             self._bar.write(line)
 
     def close(self) -> None:

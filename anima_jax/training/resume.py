@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.orbax import RunCheckpoints, flat
-from anima_jax.data.plan import Plan
+from anima_jax.data.plan import BatchPlan
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
-from anima_jax.parallel.hosts import is_first
+from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.fingerprints import changes, data_faults, model_faults, optimizer_faults
-from anima_jax.training.intervals import passes
+from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -63,7 +63,7 @@ class Resume:
     def __init__(
         self,
         run: pathlib.Path,
-        plan: Plan,
+        plan: BatchPlan,
         facts: Mapping[str, Any],
         *,
         keep: int | None = None,
@@ -145,7 +145,7 @@ class Resume:
     def due(self, step: int) -> bool:
         """Whether the configuration wants a checkpoint after `step` steps of the run, by the epochs finished then."""
         before, after = (self._plan.epochs_finished(self.start.at(n).data_step) for n in (step - 1, step))
-        return passes(self._epochs, before, after)
+        return crosses_multiple(self._epochs, before, after)
 
     def overdue(self) -> bool:
         """Whether it wants one because so many minutes are over, by this process's clock."""
@@ -232,7 +232,7 @@ def alone_in(run: pathlib.Path) -> Iterator[None]:
     Of a run's processes the first one sees to it. Raises UserError if another run is there already. A file system
     without locks lets everyone in.
     """
-    if not is_first():
+    if not is_process_0():
         yield
         return
     with writing_to(os.fspath(run)):

@@ -4,12 +4,12 @@ import pathlib
 
 from anima_jax.adapters.dialects import TEXT_ENCODER
 from anima_jax.config.main import SampleConfig
-from anima_jax.models.parameters import Params, compute_copy
-from anima_jax.parallel.hosts import is_first
+from anima_jax.models.parameters import Params, cast_to_compute
+from anima_jax.parallel.hosts import is_process_0
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.request import save_picture
 from anima_jax.training import report
-from anima_jax.training.intervals import passes
+from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
 
 TAG = "samples"
@@ -37,8 +37,8 @@ class Samples:
         """
         settings = self._settings
         return (
-            passes(settings.every_n_steps, step - 1, step)
-            or passes(settings.every_n_epochs, epochs_before, epochs_after)
+            crosses_multiple(settings.every_n_steps, step - 1, step)
+            or crosses_multiple(settings.every_n_epochs, epochs_before, epochs_after)
             or step in {0, total_steps}
         )
 
@@ -53,7 +53,7 @@ class Samples:
         the sampler's settings.
         """
         settings, (width, height) = self._settings, self._size_wh
-        self._pipeline.dit_params = compute_copy(params, self._pipeline.dtype)
+        self._pipeline.dit_params = cast_to_compute(params, self._pipeline.dtype)
         own = {path.removeprefix(TEXT_ENCODER): one for path, one in params.items() if path.startswith(TEXT_ENCODER)}
         if own:
             self._pipeline.text_encoder_params = own
@@ -78,7 +78,7 @@ class Samples:
             "step": str(step),
             "parameters": f"steps {settings.steps}, guidance_scale {settings.guidance_scale}, shift {settings.shift}",
         }
-        if is_first():
+        if is_process_0():
             save_picture(grid, path, text)
         if self._monitor:
             self._monitor.pictures(step, TAG, grid, examples)

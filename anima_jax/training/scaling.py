@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.parameters import Params
-from anima_jax.parallel.devices import Kind
+from anima_jax.parallel.devices import DeviceSpec
 from anima_jax.parallel.rules import AXES, parts, spec
-from anima_jax.training.flops import RECOMPUTED, Flops, Work
+from anima_jax.training.flops import RECOMPUTED, Flops, Workload
 
 EFFICIENCY = 0.5
 """Share of a device's peak at which the products run: what good programs of this shape reach."""
@@ -41,7 +41,7 @@ def traffic(
     params: Params,
     frozen: Params,
     sizes: Mapping[str, int],
-    work: Work,
+    work: Workload,
     *,
     remat: str,
     itemsize: int,
@@ -76,7 +76,7 @@ def traffic(
     return Traffic(data, fsdp, tensor, context)
 
 
-def rates(kind: Kind, sizes: Mapping[str, int]) -> dict[str, float]:
+def rates(kind: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     """Bytes a second that a device sends over each axis: near while it stays among neighbours, else far."""
     inside, found = 1, {}
     for axis in reversed(AXES):
@@ -105,7 +105,7 @@ class Seconds(NamedTuple):
         return sum(self)
 
 
-def step_seconds(kind: Kind, sizes: Mapping[str, int], work: Work, one: Flops, sent: Traffic) -> Seconds:
+def step_seconds(kind: DeviceSpec, sizes: Mapping[str, int], work: Workload, one: Flops, sent: Traffic) -> Seconds:
     """How long a step takes; `one` are the FLOPs of one example."""
     rate = rates(kind, sizes)
     compute = work.batch * sum(one) / math.prod(sizes.values()) / (EFFICIENCY * kind.flops)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import Literal
 
-from anima_jax.parallel.hosts import is_alone, is_first
+from anima_jax.parallel.hosts import is_process_0, is_single_process
 
 Request = Literal["save", "save_quit"]
 
@@ -41,7 +41,7 @@ class Signals:
         if self._terminated:
             self._terminated = False
             return "save_quit"
-        for name in FILES if is_first() else ():
+        for name in FILES if is_process_0() else ():
             path = self._folder / name
             if path.is_file():
                 # Another program's file, or a folder that became read-only, asks again and again but stops nothing.
@@ -55,10 +55,10 @@ class Signals:
 
         Where several processes do it together it goes on to its end: one alone cannot leave.
         """
-        if self._terminated and is_alone():
+        if self._terminated and is_single_process():
             return
         try:
-            self._cutting = is_alone()
+            self._cutting = is_single_process()
             action()
             self._cutting = False  # here, where a signal until now is still caught
         except _CutShort:

@@ -18,16 +18,16 @@ from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
 from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, put_whole
+from anima_jax.parallel.mesh import current_mesh, replicate
 from anima_jax.training.optimizers import groups_by_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class ParamPartition:
     """A transformer, its parameters divided into those to train (float32) and frozen ones.
 
     Frozen parameters have the compute dtype, or are stored as `[model] transformer_dtype` says, some `Quantised`.
@@ -43,7 +43,7 @@ class Trained:
     params: Params
     frozen: Params
     tensors: list[FileTensor]
-    slots: Mapping[str, modules.Slot] | None
+    slots: Mapping[str, modules.AdapterSpec] | None
     rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -63,7 +63,9 @@ class Trained:
         return None if self.slots is None else {path: tuple(slot.ranks) for path, slot in self.slots.items()}
 
 
-def prepare(config: MainConfig, text_encoder: Callable[[], Qwen3] | None = None, mesh: Mesh | None = None) -> Trained:
+def prepare(
+    config: MainConfig, text_encoder: Callable[[], Qwen3] | None = None, mesh: Mesh | None = None
+) -> ParamPartition:
     """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
 
     They lie on `mesh` (by default the one that is set) as its rules say; no device or host ever has more of them.
@@ -84,13 +86,13 @@ def prepare(config: MainConfig, text_encoder: Callable[[], Qwen3] | None = None,
         tensors = [tensor for tensor in file_tensors(dit.RULES, base) if tensor.path in trained]
         params = {path: base[path].astype(jnp.float32) for path in base if path in trained}
         frozen = {path: value for path, value in base.items() if path not in trained}
-        return Trained(model_config, graphdef, params, frozen, tensors, None)
+        return ParamPartition(model_config, graphdef, params, frozen, tensors, None)
     return _with_adapter(config, model_config, base, text_encoder or (lambda: _text_encoder(config)), mesh)
 
 
 def _with_adapter(
     config: MainConfig, model_config: DiTConfig, base: Params, load_text_encoder: Callable[[], Qwen3], mesh: Mesh
-) -> Trained:
+) -> ParamPartition:
     """All of the base frozen, and adapters that are trained."""
     qwen = load_text_encoder() if config.trains_text_encoder else None
     if qwen is not None:
@@ -111,7 +113,7 @@ def _with_adapter(
         return model
 
     graphdef, abstract = parameters.abstract(build)
-    fresh = {path: leaf for path, leaf in abstract.items() if modules.is_lora(path)}
+    fresh = {path: leaf for path, leaf in abstract.items() if modules.is_factor(path)}
     params = modules.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
     scales = training.scales(config, slots)
     notes = training.idle_exclusions(config, targets)
@@ -120,7 +122,7 @@ def _with_adapter(
         params |= begun
         notes += told
     tensors = file_tensors(ADAPTER_RULES, params)
-    return Trained(model_config, graphdef, params, base | put_whole(scales, mesh), tensors, slots, rates, notes)
+    return ParamPartition(model_config, graphdef, params, base | replicate(scales, mesh), tensors, slots, rates, notes)
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:
@@ -155,7 +157,7 @@ def model_config_of(config: MainConfig) -> DiTConfig | None:
     if sizes is None:
         return None
     table = sizes.model_dump()
-    return DiTConfig(**{**table, "adapter": AdapterConfig(**table["adapter"])})
+    return DiTConfig(**{**table, "adapter": LLMAdapterConfig(**table["adapter"])})
 
 
 def _base(config: MainConfig, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:

@@ -24,9 +24,9 @@ from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, in
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import Params, compute_copy, merge
+from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, everywhere
+from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
@@ -34,7 +34,7 @@ _ROUNDING = zlib.crc32(b"stochastic rounding")
 """What sets the keys of rounding apart from those of examples, whose first number is an epoch."""
 
 
-class Batch(NamedTuple):
+class TrainBatch(NamedTuple):
     """Examples of one step, NumPy or JAX arrays.
 
     Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `mask_blp` weights the loss of each of a
@@ -105,7 +105,7 @@ def init_state(
     mesh = mesh or current_mesh()
     params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-    step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, everywhere(mesh))
+    step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, replicated(mesh))
     # Moments take the dtype of what they are made for: float32 whatever the parameters are stored in.
     wide = as_float32(params)
     opt_state = jax.jit(optimizer.init, out_shardings=optimizer_places(optimizer, wide, mesh))(wide)
@@ -129,7 +129,7 @@ def as_float32(params: Params) -> Params:
 
 
 def losses(
-    model: AnimaDiT, batch: Batch, unconditional: Text | None, noise_blc: Array, times_b: Array, config: StepConfig
+    model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, noise_blc: Array, times_b: Array, config: StepConfig
 ) -> Array:
     """Loss of each example, (b,), at these times and with this noise.
 
@@ -168,7 +168,7 @@ def _dropped(dropped_b: Array, empty: Array, given: Array) -> Array:
     return jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
 
 
-def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config: StepConfig) -> Array:
+def batch_loss(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, config: StepConfig) -> Array:
     """Mean loss of a batch, every random number drawn from its examples' ids. `unconditional` as in `losses`."""
     if config.dropout or config.rank_dropout:
         modules.drop(model, _keys(batch, Purpose.ADAPTER_DROPOUT, config), config.dropout, config.rank_dropout)
@@ -177,14 +177,14 @@ def batch_loss(model: AnimaDiT, batch: Batch, unconditional: Text | None, config
     return batch_mean(losses(model, batch, unconditional, noise_blc, times_b, config))
 
 
-def _keys(batch: Batch, purpose: Purpose, config: StepConfig) -> Array:
+def _keys(batch: TrainBatch, purpose: Purpose, config: StepConfig) -> Array:
     return example_keys(config.seed, batch.epochs_b, batch.ids_b2, purpose)
 
 
 def train_step(
     state: TrainState,
     frozen: Params,
-    batch: Batch,
+    batch: TrainBatch,
     unconditional: Text | None,
     *,
     graphdef: nnx.GraphDef,
@@ -203,7 +203,7 @@ def train_step(
 def loss_and_gradients(
     params: Params,
     frozen: Params,
-    batch: Batch,
+    batch: TrainBatch,
     unconditional: Text | None,
     *,
     graphdef: nnx.GraphDef,
@@ -212,9 +212,9 @@ def loss_and_gradients(
 ) -> tuple[Array, Params]:
     """Mean loss of a batch and its gradients, float32, in `accumulation` micro-batches."""
 
-    def loss_of(params: Params, micro_batch: Batch) -> Array:
+    def loss_of(params: Params, micro_batch: TrainBatch) -> Array:
         # Frozen weights stay as they are stored: the linear operation makes them numbers, a layer at a time.
-        model = merge(graphdef, frozen | compute_copy(params, config.compute_dtype))
+        model = merge(graphdef, frozen | cast_to_compute(params, config.compute_dtype))
         return batch_loss(model, micro_batch, unconditional, config)
 
     params = as_float32(params)
@@ -311,5 +311,5 @@ def compile_step(
     def step(state, frozen, batch, unconditional, accumulation=1):
         return run(state, frozen, batch, unconditional, accumulation=accumulation)
 
-    places = None if shardings is None else (shardings, everywhere(shardings.step.mesh))
+    places = None if shardings is None else (shardings, replicated(shardings.step.mesh))
     return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=places)

@@ -37,7 +37,7 @@ def test_velocity_loss_and_adapter_gradients_equal_the_reference(model, path):
         velocity = model(jnp.asarray(channel_last(inputs["x_t"])), jnp.asarray(inputs["t"]), context)
         return jnp.mean((velocity - channel_last(inputs["target"])) ** 2), (velocity, context)
 
-    adapter = {path: value for path, value in params.items() if modules.is_lora(path)}
+    adapter = {path: value for path, value in params.items() if modules.is_factor(path)}
     (loss, (velocity, context)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(adapter)
     assert relative_error(velocity, channel_last(expected["velocity"])) < VALUE_TOLERANCE
     assert relative_error(context, expected["context_train"]) < VALUE_TOLERANCE

@@ -42,10 +42,10 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
         modules.attach(model, slots)
         return model
 
-    slots = {"blocks.one": modules.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
+    slots = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
     graphdef, shapes = parameters.abstract(build)
     params = {path: jnp.asarray(normal(*leaf.shape, seed=seed)) for seed, (path, leaf) in enumerate(shapes.items())}
-    for path in filter(modules.is_lora, params):
+    for path in filter(modules.is_factor, params):
         axis = modules.FACTORS[path.rpartition(".")[2]].rank_axis
         for layer, rank in enumerate(ranks):
             beyond = (slice(rank, None),) if axis == 0 else (slice(None), slice(rank, None))
@@ -57,7 +57,7 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
 
 
 def divided(params):
-    trained = {path: value for path, value in params.items() if modules.is_lora(path)}
+    trained = {path: value for path, value in params.items() if modules.is_factor(path)}
     return trained, {path: value for path, value in params.items() if path not in trained}
 
 
@@ -113,7 +113,7 @@ def test_values_and_gradients_are_pefts(kind, factor):
             peer.one.get_base_layer().bias.copy_(torch.from_numpy(own["bias"].copy()))
         for name, parameter in peer.named_parameters():
             factor_name = next((f for f in own if f".{NAMES.get(f, f)}." in f"{name}."), None)
-            if factor_name and modules.is_lora(factor_name):
+            if factor_name and modules.is_factor(factor_name):
                 assert tuple(parameter.shape) == own[factor_name].T.shape, name
                 parameter.data = torch.from_numpy(own[factor_name].T.copy())
                 found[factor_name] = parameter.requires_grad_(True)
@@ -143,7 +143,7 @@ def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_
 
 @pytest.mark.parametrize(("kind", "factor"), [*((kind, -1) for kind in modules.KINDS), ("lokr", 1)])
 def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, factor):
-    slots = {"blocks.one": modules.slot(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
+    slots = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
     graphdef, params = adapted(kind, (RANK, 2, 0), factor)
     fresh = modules.initial(params, slots, 0)
     assert fresh.keys() == divided(params)[0].keys()

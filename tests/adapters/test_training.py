@@ -26,7 +26,7 @@ from anima_jax.training import optimizers
 from anima_jax.training.export import about_adapter, export
 from anima_jax.training.loop import optimizer_config, step_config
 from anima_jax.training.state import prepare
-from anima_jax.training.step import Batch, losses
+from anima_jax.training.step import TrainBatch, losses
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
 
@@ -94,8 +94,8 @@ def test_patterns_choose_modules_ranks_and_rates(folder):
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
     assert names(trained.slots) == expected | {"blocks.1.mlp.layer1": 4}
-    assert all(modules.is_lora(path) for path in trained.params)
-    assert not any(modules.is_lora(path) for path in trained.frozen)
+    assert all(modules.is_factor(path) for path in trained.params)
+    assert not any(modules.is_factor(path) for path in trained.frozen)
     assert trained.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
     assert trained.params["blocks.self_attn.q_proj.lora_a"].shape == (2, 64, 4)
     assert not np.any(trained.params["blocks.self_attn.q_proj.lora_a"][0, :, 2:])
@@ -408,7 +408,7 @@ def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(
     ids, mask = np.arange(14).reshape(2, 7) + 5, np.array([[1] * 7, [1] * 4 + [0] * 3])
     target = np.arange(10).reshape(2, 5)
     text = Text(ids, mask, target, np.ones((2, 5), np.int32))
-    batch = Batch(
+    batch = TrainBatch(
         normal(2, 16, 64), np.array([[1, 4, 4]] * 2), np.zeros((2, 2), np.uint32), np.zeros(2, np.int32), text
     )
     settings, noise, times = step_config(config), jnp.asarray(normal(2, 16, 64, seed=1)), jnp.array([0.3, 0.8])

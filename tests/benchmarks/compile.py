@@ -80,12 +80,12 @@ def abstract_batch(tokens: int, text_rows: int, source_width: int):
     import jax.numpy as jnp
 
     from anima_jax.models.llm_adapter import Text
-    from anima_jax.training.step import Batch
+    from anima_jax.training.step import TrainBatch
 
     def shape(dtype, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
 
-    return Batch(
+    return TrainBatch(
         latents_blc=shape(jnp.float32, tokens, 64),
         grid_b3=shape(jnp.int32, 3),
         ids_b2=shape(jnp.uint32, 2),

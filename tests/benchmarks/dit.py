@@ -82,10 +82,10 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     import jax.numpy as jnp
 
     from anima_jax.models.dit import AnimaDiT
-    from anima_jax.models.parameters import abstract, compute_copy, merge
+    from anima_jax.models.parameters import abstract, cast_to_compute, merge
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    params = compute_copy({path: jnp.asarray(value) for path, value in params.items()}, dtype)
+    params = cast_to_compute({path: jnp.asarray(value) for path, value in params.items()}, dtype)
     latents, times, context = (jnp.asarray(x) for x in inputs(options, config.context_width))
     latents, context = latents.astype(dtype), context.astype(dtype)
 

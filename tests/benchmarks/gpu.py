@@ -46,11 +46,11 @@ class Sizes:
 
     def transformer(self):
         from anima_jax.models.dit import DiTConfig
-        from anima_jax.models.llm_adapter import AdapterConfig
+        from anima_jax.models.llm_adapter import LLMAdapterConfig
 
         if not self.small:
             return DiTConfig()
-        return DiTConfig(64, 2, 4, 128, 32, 8, adapter=AdapterConfig(32, 1, 2, 64, 64, 32, 512))
+        return DiTConfig(64, 2, 4, 128, 32, 8, adapter=LLMAdapterConfig(32, 1, 2, 64, 64, 32, 512))
 
     def vae(self):
         from anima_jax.models.wan_vae import WanVAEConfig
@@ -80,11 +80,11 @@ def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Found
     import jax
     import jax.numpy as jnp
 
-    from anima_jax.models.parameters import compute_copy, merge
-    from anima_jax.training.flops import Work, flops
+    from anima_jax.models.parameters import cast_to_compute, merge
+    from anima_jax.training.flops import Workload, flops
 
     graphdef, params = random_transformer(sizes)
-    params = compute_copy(params, jnp.bfloat16)
+    params = cast_to_compute(params, jnp.bfloat16)
     latents, times, context = inputs(sizes, batch)
     grid = (1, sizes.side // 16, sizes.side // 16)
 
@@ -94,7 +94,7 @@ def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Found
         return model.velocity(latents_blc, grid, times_b, context_bnd, attention_implementation=implementation)
 
     config = sizes.transformer()
-    work = Work("", batch, 1, sizes.tokens, grid, 64, 512)
+    work = Workload("", batch, 1, sizes.tokens, grid, 64, 512)
     one = flops(config, params, work, "none")
     seconds = timed(run, params, latents, times, context)
     return {"seconds": seconds, "images": batch, "tflops": batch * one.forward / 1e12}
@@ -109,7 +109,7 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     from anima_jax.models.quantised import quantise_transformer
     from anima_jax.training import optimizers
     from anima_jax.training.estimate import abstract_batch
-    from anima_jax.training.flops import Work, flops
+    from anima_jax.training.flops import Workload, flops
     from anima_jax.training.step import StepConfig, compile_step, init_state
 
     config = sizes.transformer()
@@ -131,7 +131,7 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = compile_step(graphdef, optimizer, settings, shardings=places)
     grid = (1, sizes.side // 16, sizes.side // 16)
-    work = Work("", batch, 1, sizes.tokens, grid, 128, 128)
+    work = Workload("", batch, 1, sizes.tokens, grid, 128, 128)
     examples = zeros_like(abstract_batch(work, batch, config, jnp.bfloat16))
     examples = examples._replace(grid_b3=jnp.array([grid] * batch, jnp.int32))
     one = flops(config, params, work, remat)
@@ -157,17 +157,17 @@ def sample(sizes: Sizes) -> Found:
 
     from anima_jax.diffusion import samplers, schedules
     from anima_jax.diffusion.samplers.plan import make_plan
-    from anima_jax.models.parameters import compute_copy
+    from anima_jax.models.parameters import cast_to_compute
     from anima_jax.sampling import program
-    from anima_jax.sampling.program import Batch, Context
+    from anima_jax.sampling.program import Context, SharedInputs
 
     graphdef, params = random_transformer(sizes)
-    params = compute_copy(params, jnp.bfloat16)
+    params = cast_to_compute(params, jnp.bfloat16)
     _, _, context = inputs(sizes, 2)
     sigmas = schedules.sigmas("simple", sizes.steps, 3.0)
     plan = make_plan(samplers.SAMPLERS["euler"].formulas, sigmas, 3.0)
     start = np.random.default_rng(0).normal(size=(1, sizes.tokens, 64)).astype(np.float32)
-    batch = Batch(np.array([[1, sizes.side // 16, sizes.side // 16]], np.int32), Context(context, None), False)
+    batch = SharedInputs(np.array([[1, sizes.side // 16, sizes.side // 16]], np.int32), Context(context, None), False)
     scales = np.full(len(plan.sigmas_n), 4.0, np.float32)
 
     def run():
@@ -216,7 +216,7 @@ def seconds_to_compile(sizes: Sizes) -> float:
     from anima_jax.parallel.mesh import current_mesh
     from anima_jax.training import optimizers
     from anima_jax.training.estimate import abstract_batch
-    from anima_jax.training.flops import Work
+    from anima_jax.training.flops import Workload
     from anima_jax.training.step import StepConfig, compile_step, init_state
 
     config = sizes.transformer()
@@ -225,7 +225,7 @@ def seconds_to_compile(sizes: Sizes) -> float:
     optimizer = optimizers.build(optimizers.OptimizerConfig(rates), file_tensors(dit.RULES, params))
     settings, mesh = StepConfig(), current_mesh()
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)
-    batch = abstract_batch(Work("", 1, 1, sizes.tokens, (1, 1, 1), 128, 128), 1, config, jnp.bfloat16)
+    batch = abstract_batch(Workload("", 1, 1, sizes.tokens, (1, 1, 1), 128, 128), 1, config, jnp.bfloat16)
     began = time.perf_counter()
     compile_step(graphdef, optimizer, settings).lower(state, {}, batch, None).compile()
     return time.perf_counter() - began
@@ -392,7 +392,10 @@ def with_lora(config):
     from anima_jax.models.parameters import abstract
 
     bare = nnx.eval_shape(lambda: AnimaDiT(config, rngs=nnx.Rngs(0)))
-    slots = {path: modules.slot("lora", shape, [32] * shape[0]) for path, shape in modules.target_shapes(bare).items()}
+    slots = {
+        path: modules.adapter_spec("lora", shape, [32] * shape[0])
+        for path, shape in modules.target_shapes(bare).items()
+    }
 
     def build(rngs):
         model = AnimaDiT(config, rngs=rngs)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from anima_jax.data.loader import prefetched
-from anima_jax.data.plan import Plan, Tier
+from anima_jax.data.plan import BatchPlan, Tier
 from anima_jax.data.store import Store, pack, unpack
 
 THREADS = 2
@@ -35,7 +35,7 @@ def main() -> None:
     options = arguments.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     print(f"load average {os.getloadavg()[0]:.1f}, {THREADS} cores, {options.threads} threads")
-    plan = Plan([Tier("1024", np.arange(options.examples), TOKENS, options.batch)], seed=0)
+    plan = BatchPlan([Tier("1024", np.arange(options.examples), TOKENS, options.batch)], seed=0)
     steps = plan.steps_for(options.epochs)
     with tempfile.TemporaryDirectory() as folder:
         readers = write(pathlib.Path(folder), options.examples)
@@ -68,7 +68,7 @@ def write(folder: pathlib.Path, count: int) -> dict[str, Callable[[int], np.ndar
     }
 
 
-def assembled(plan: Plan, read: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+def assembled(plan: BatchPlan, read: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
     """What training does: the planned examples in one array, padded to the tier's tokens."""
 
     def load(step: int) -> np.ndarray:

@@ -71,16 +71,16 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     from anima_jax.diffusion.samplers import SAMPLERS
     from anima_jax.diffusion.samplers.plan import make_plan
     from anima_jax.models.dit import AnimaDiT
-    from anima_jax.models.parameters import abstract, compute_copy
+    from anima_jax.models.parameters import abstract, cast_to_compute
     from anima_jax.sampling import program
-    from anima_jax.sampling.packing import Layout
+    from anima_jax.sampling.packing import TokenPacking
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    params = compute_copy({path: jnp.asarray(value) for path, value in params.items()}, dtype)
+    params = cast_to_compute({path: jnp.asarray(value) for path, value in params.items()}, dtype)
     noise, contexts, levels = inputs(options, config.context_width)
-    layout = Layout([noise.shape[1:4]])
+    layout = TokenPacking([noise.shape[1:4]])
     plan = make_plan(SAMPLERS["euler"].formulas, levels, 3.0)
-    batch = program.Batch(layout.grid_b3, program.Context(jax.device_put(contexts), None), False)
+    batch = program.SharedInputs(layout.grid_b3, program.Context(jax.device_put(contexts), None), False)
     scales = np.full(options.steps, GUIDANCE_SCALE, np.float32)
 
     def run(watch=None):

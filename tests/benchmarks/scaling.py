@@ -42,17 +42,17 @@ def predict(kind_name: str, sizes: dict[str, int], batch: int):
     from anima_jax.models import parameters
     from anima_jax.models.dit import AnimaDiT, DiTConfig
     from anima_jax.parallel import rules
-    from anima_jax.parallel.devices import named
-    from anima_jax.training.flops import Work, flops
+    from anima_jax.parallel.devices import find_device_spec
+    from anima_jax.training.flops import Workload, flops
     from anima_jax.training.scaling import step_seconds, traffic
 
     config = DiTConfig()
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     replicas = sizes["data"] * sizes["fsdp"]
     accumulation = max(1, batch // (replicas * BATCH_A_DEVICE))
-    work = Work("", batch, accumulation, **SHAPE)
+    work = Workload("", batch, accumulation, **SHAPE)
     sent = traffic(config, params, {}, sizes, work, remat=REMAT, itemsize=jnp.dtype("bfloat16").itemsize)
-    kind = named(kind_name)
+    kind = find_device_spec(kind_name)
     assert kind is not None
     seconds = step_seconds(kind, sizes, work, flops(config, params, work, REMAT), sent)
     return seconds, sent, 3 * rules.shard_bytes(params, params, sizes)
@@ -108,9 +108,9 @@ def compiled(sizes: dict[str, int]) -> str:
     from anima_jax.models import parameters
     from anima_jax.models.dit import AnimaDiT, DiTConfig
     from anima_jax.parallel import rules
-    from anima_jax.parallel.mesh import make_mesh, over_batch
+    from anima_jax.parallel.mesh import batch_sharding, make_mesh
     from anima_jax.training.estimate import abstract_batch
-    from anima_jax.training.flops import Work
+    from anima_jax.training.flops import Workload
     from anima_jax.training.step import StepConfig, loss_and_gradients
 
     config = DiTConfig()
@@ -118,8 +118,8 @@ def compiled(sizes: dict[str, int]) -> str:
     mesh = make_mesh(sizes)
     places = rules.shardings(params, params, mesh)
     placed = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=places[p]) for p, x in params.items()}
-    batch = abstract_batch(Work("", 8, 1, **SHAPE), 8, config, jnp.bfloat16)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_batch(mesh, 8)), batch)
+    batch = abstract_batch(Workload("", 8, 1, **SHAPE), 8, config, jnp.bfloat16)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, 8)), batch)
     settings = StepConfig(remat=REMAT)
 
     def gradients(params, batch):
@@ -189,8 +189,8 @@ def _group(line: str) -> int:
     """Devices that exchange with each other, of the forms in which a program says so."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
+        find_device_spec = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in find_device_spec)
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(tiled[1])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)

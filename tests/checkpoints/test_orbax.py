@@ -16,7 +16,7 @@ from anima_jax.checkpoints.orbax import RunCheckpoints
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.training import optimizers
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "int8", "uint8", "int32", "uint32"]
@@ -82,7 +82,7 @@ def test_every_dtype_and_container_comes_back_bit_by_bit(checkpoints):
     )
 
 
-CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=AdapterConfig(16, 1, 1, 32, 16, 16, 10))
+CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=LLMAdapterConfig(16, 1, 1, 32, 16, 16, 10))
 
 
 PATHS = [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anima_jax.data.buckets import Bucket, Bucketing, Size, spaced_ratios
-from anima_jax.data.plan import Plan, Tier, describe, make_tiers, padding
+from anima_jax.data.plan import BatchPlan, Tier, describe, make_tiers, padding
 from tests.golden_files import GOLDEN
 
 seeds = st.integers(0, 2**63 - 1)
@@ -29,12 +29,12 @@ def several_tiers(draw) -> list[Tier]:
     return [tier(*size, f"tier {k}", int(firsts[k])) for k, size in enumerate(sizes)]
 
 
-plans = st.builds(Plan, several_tiers(), seeds)
-single_tier_plans = st.builds(Plan, st.tuples(st.builds(tier, st.integers(1, 40), st.integers(1, 90))), seeds)
+plans = st.builds(BatchPlan, several_tiers(), seeds)
+single_tier_plans = st.builds(BatchPlan, st.tuples(st.builds(tier, st.integers(1, 40), st.integers(1, 90))), seeds)
 relaxed = settings(deadline=None)  # busy machines are slow, not wrong
 
 
-def streams(plan: Plan, steps: int) -> list[list[tuple[int, int]]]:
+def streams(plan: BatchPlan, steps: int) -> list[list[tuple[int, int]]]:
     """Of each tier, (epoch, example) of all its batches among the first steps, one after the other."""
     pairs: list[list[tuple[int, int]]] = [[] for _ in plan.tiers]
     for step in range(steps):
@@ -100,14 +100,14 @@ def test_a_position_within_a_step_is_refused_with_the_nearest_good_ones(plan, po
 @given(several_tiers(), seeds, st.integers(0, 3), st.integers(1, 3))
 def test_other_tiers_never_change_the_order_of_one(tiers, seed, which, epochs):
     which %= len(tiers)
-    alone, together = Plan([tiers[which]], seed), Plan(tiers, seed)
+    alone, together = BatchPlan([tiers[which]], seed), BatchPlan(tiers, seed)
     assert streams(together, together.steps_for(epochs))[which] == streams(alone, alone.steps_for(epochs))[0]
 
 
 @relaxed
 @given(plans, st.integers(0, 200))
 def test_a_step_is_the_same_whatever_was_asked_before(plan, step):
-    fresh = Plan(plan.tiers, plan.seed).batch(step)
+    fresh = BatchPlan(plan.tiers, plan.seed).batch(step)
     for other in (step + 7, 0, step // 2):
         plan.batch(other)
     for found, expected in zip(plan.batch(step), fresh, strict=True):
@@ -118,7 +118,7 @@ def test_a_step_is_the_same_whatever_was_asked_before(plan, step):
 @given(single_tier_plans, st.integers(1, 90), st.integers(0, 200))
 def test_the_order_does_not_depend_on_the_batch_size(plan, other_size, count):
     examples = len(plan.tiers[0].indices)
-    other = Plan([tier(examples, other_size)], plan.seed)
+    other = BatchPlan([tier(examples, other_size)], plan.seed)
     ours, theirs = (streams(one, -(-count // one.tiers[0].batch_size))[0][:count] for one in (plan, other))
     assert ours == theirs
 
@@ -143,7 +143,7 @@ def test_what_the_processes_read_is_the_plan(plan, step, processes):
 
 def test_order_differs_between_epochs_seeds_and_tiers():
     orders = {
-        tuple(Plan([tier(100, 100, name)], seed).batch(epoch).indices.tolist())
+        tuple(BatchPlan([tier(100, 100, name)], seed).batch(epoch).indices.tolist())
         for seed in range(4)
         for epoch in range(4)
         for name in ("512", "1024")
@@ -152,7 +152,7 @@ def test_order_differs_between_epochs_seeds_and_tiers():
 
 
 def test_places_are_uniform_over_epochs():
-    plan = Plan([tier(10, 10)], seed=3)
+    plan = BatchPlan([tier(10, 10)], seed=3)
     counts = np.zeros((10, 10))
     for epoch in range(2000):
         counts[plan.batch(epoch).indices, np.arange(10)] += 1
@@ -161,7 +161,7 @@ def test_places_are_uniform_over_epochs():
 
 
 def test_tiers_are_mixed_evenly_over_an_epoch():
-    plan = Plan([tier(200, 1, "512"), tier(200, 1, "1024")], seed=5)
+    plan = BatchPlan([tier(200, 1, "512"), tier(200, 1, "1024")], seed=5)
     counts = np.zeros(400)
     for epoch in range(100):
         counts += [plan.batch(400 * epoch + place).tier for place in range(400)]
@@ -171,10 +171,10 @@ def test_tiers_are_mixed_evenly_over_an_epoch():
 
 def test_the_order_never_changes():
     # Written down once: with another order a resumed run would repeat some examples and skip others.
-    batch = Plan([tier(7, 5)], seed=11).batch(1)
+    batch = BatchPlan([tier(7, 5)], seed=11).batch(1)
     assert batch.indices.tolist() == [6, 3, 3, 0, 5]
     assert batch.epochs.tolist() == [0, 0, 1, 1, 1]
-    plan = Plan([tier(7, 5, "512"), tier(4, 2, "1024", first=7)], seed=11)
+    plan = BatchPlan([tier(7, 5, "512"), tier(4, 2, "1024", first=7)], seed=11)
     assert [(plan.batch(step).tier, plan.batch(step).indices.tolist()) for step in range(4)] == [
         (1, [8, 10]),
         (0, [1, 4, 6, 2, 0]),
@@ -185,7 +185,7 @@ def test_the_order_never_changes():
 
 def test_a_step_in_the_billions_costs_no_more_than_one_epoch():
     sizes = (1_000_000, 8), (1000, 1)
-    plan = Plan([tier(*sizes[0], "512"), tier(*sizes[1], "1024")], seed=1)
+    plan = BatchPlan([tier(*sizes[0], "512"), tier(*sizes[1], "1024")], seed=1)
     begun = time.process_time()
     position = plan.position(5_000_000_000)
     batch = plan.batch(5_000_000_000)
@@ -202,9 +202,9 @@ def test_a_plan_without_examples_batches_or_tiers_is_refused():
             tier(*sizes)
     for tiers in [[], [tier(1, 1, "512"), tier(2, 2, "512")]]:
         with pytest.raises(ValueError, match="different names"):
-            Plan(tiers, seed=0)
+            BatchPlan(tiers, seed=0)
     with pytest.raises(ValueError, match="not -1"):
-        Plan([tier(1, 1)], seed=0).batch(-1)
+        BatchPlan([tier(1, 1)], seed=0).batch(-1)
 
 
 def sized(width: int, height: int, frames: int = 1, resolution: float | None = None) -> Bucket:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anima_jax.diffusion import samplers
-from anima_jax.diffusion.samplers import SAMPLERS, Rows, first_arrays, follow, sample
+from anima_jax.diffusion.samplers import SAMPLERS, StepInputs, initial_carry, run_scan, sample
 from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.diffusion.schedules import sigmas
 from tests.golden_files import VALUE_TOLERANCE, golden, relative_error
@@ -106,15 +106,15 @@ def test_few_steps_are_enough_for_any_sampler(name, steps):
 def test_a_run_in_parts_is_the_run_at_once(name):
     plan = make_plan(SAMPLERS[name].formulas, DATA["sigmas.beta.10"], 3.0)
     noise = np.random.default_rng(1).standard_normal((*plan.noises_nq.shape, 4), np.float32)
-    rows, x = Rows(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
+    rows, x = StepInputs(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
 
     def denoise(x, row):
         return (x - row.sigmas_n * field(x, row.sigmas_n),) * 2
 
-    whole, estimate = follow(denoise, first_arrays(plan, x), rows, both=False)
-    arrays = first_arrays(plan, x)
+    whole, estimate = run_scan(denoise, initial_carry(plan, x), rows, both=False)
+    arrays = initial_carry(plan, x)
     for part in (slice(0, 4), slice(4, 5), slice(5, None)):
-        arrays, last = follow(denoise, arrays, jax.tree.map(lambda leaf, part=part: leaf[part], rows), both=False)
+        arrays, last = run_scan(denoise, arrays, jax.tree.map(lambda leaf, part=part: leaf[part], rows), both=False)
     np.testing.assert_allclose(arrays[0], whole[0], rtol=1e-6)
     np.testing.assert_allclose(last, estimate, rtol=1e-6)
 

@@ -14,7 +14,7 @@ from anima_jax.checkpoints.names import file_tensors
 from anima_jax.models import dit as module
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig, patchify, unpatchify
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import adapter_context, normal, quick_jit, random_model, random_params, velocity
 
@@ -25,7 +25,7 @@ SMALL = DiTConfig(
     mlp_width=64,
     context_width=24,
     adaln_rank=8,
-    adapter=AdapterConfig(24, 2, 2, 32, 20, 24, 50),
+    adapter=LLMAdapterConfig(24, 2, 2, 32, 20, 24, 50),
 )
 
 
@@ -124,7 +124,7 @@ def test_an_empty_caption_gives_the_references_context_and_gradients():
 def test_bfloat16_stays_near_float32(case):
     model, io = case
     graphdef, params = parameters.split(model)
-    rounded = parameters.merge(graphdef, parameters.compute_copy(params, jnp.bfloat16))
+    rounded = parameters.merge(graphdef, parameters.cast_to_compute(params, jnp.bfloat16))
     source, *rest = training_text(io)
     context = adapter_context(rounded, source.astype(jnp.bfloat16), *rest)
     out = velocity(rounded, jnp.asarray(channel_last(io["x_t"]), jnp.bfloat16), jnp.asarray(io["t"]), context)
@@ -277,7 +277,7 @@ def test_activations_beyond_float16_leave_its_velocity_right(width):
 
     def run(dtype):
         inputs = (random(1, 1, 8, 8, 16).astype(dtype), jnp.array([0.4]), random(1, 16, 1024, seed=1).astype(dtype))
-        model = parameters.merge(graphdef, parameters.compute_copy(params, dtype))
+        model = parameters.merge(graphdef, parameters.cast_to_compute(params, dtype))
         return velocity(model, *inputs)
 
     exact, rounded = run(jnp.float32), run(jnp.float16)

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file, save_file
 from anima_jax.checkpoints.models import load_dit, save_dit
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from tests.golden_files import VALUE_TOLERANCE, channel_last, relative_error
 from tests.models import dit_peer
 from tests.models.networks import adapter_context, normal, random_model, randomise, velocity
 
-ADAPTER = AdapterConfig(width=36, blocks=2, heads=3, mlp_width=72, source_width=20, target_width=28, vocabulary=60)
+ADAPTER = LLMAdapterConfig(width=36, blocks=2, heads=3, mlp_width=72, source_width=20, target_width=28, vocabulary=60)
 
 
 class Case(NamedTuple):
@@ -116,7 +116,7 @@ def test_bfloat16_stays_near_float32_eight_blocks_deep():
     config = DiTConfig(width=256, blocks=8, heads=4, mlp_width=1024, context_width=64, adaln_rank=32, adapter=None)
     model = random_model(AnimaDiT, config)
     graphdef, params = parameters.split(model)
-    rounded = parameters.merge(graphdef, parameters.compute_copy(params, jnp.bfloat16))
+    rounded = parameters.merge(graphdef, parameters.cast_to_compute(params, jnp.bfloat16))
     latents, times, context = jnp.asarray(normal(2, 1, 16, 16, 16)), np.array([0.3, 0.8]), normal(2, 32, 64, seed=2)
     expected = np.asarray(velocity(model, latents, times, context))
     found = np.asarray(velocity(rounded, latents.astype(jnp.bfloat16), times, context))

@@ -17,12 +17,12 @@ from anima_jax.checkpoints.models import save_dit
 from anima_jax.checkpoints.names import dit, file_tensors
 from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.quantised import Quantised, quantise
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from tests.models.networks import normal, quick_jit, random_model, random_params
 
-CONFIG = DiTConfig(64, 4, 2, 128, 32, 16, adapter=AdapterConfig(32, 1, 2, 64, 24, 32, 40))
+CONFIG = DiTConfig(64, 4, 2, 128, 32, 16, adapter=LLMAdapterConfig(32, 1, 2, 64, 24, 32, 40))
 
 RMS_ERROR = {"float8": 0.03, "float8_e5m2": 0.06, "int8": 0.01, "nf4": 0.11}
 """Of normal weights. A spacing / √12: 2^-3 and 2^-2 of a mantissa in [1, 2) for float8, a 127th of a peak of two to
@@ -113,11 +113,13 @@ def base() -> tuple[object, dict]:
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
         shapes = modules.target_shapes(model)
-        modules.attach(model, {path: modules.slot("lora", shape, [4] * shape[0]) for path, shape in shapes.items()})
+        modules.attach(
+            model, {path: modules.adapter_spec("lora", shape, [4] * shape[0]) for path, shape in shapes.items()}
+        )
         return model
 
     graphdef, shapes = parameters.abstract(build)
-    return graphdef, parameters.compute_copy(random_params(shapes), jnp.bfloat16)
+    return graphdef, parameters.cast_to_compute(random_params(shapes), jnp.bfloat16)
 
 
 def loss(adapter, frozen, dtype, remat="full"):
@@ -135,7 +137,7 @@ def adapter_gradients(adapter, frozen):
 
 def divided(storage=None):
     params = base()[1]
-    adapter = {path: value.astype(jnp.float32) for path, value in params.items() if modules.is_lora(path)}
+    adapter = {path: value.astype(jnp.float32) for path, value in params.items() if modules.is_factor(path)}
     frozen = {path: value for path, value in params.items() if path not in adapter}
     if storage:
         frozen = {p: quantised.quantise_transformer(p, v, storage) for p, v in frozen.items()}

@@ -1,7 +1,7 @@
 """The meshes of eight devices that tests run on, and a small transformer whose every axis they divide."""
 
 from anima_jax.models.dit import DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.parallel.rules import AXES
 
 MESHES = [
@@ -9,7 +9,7 @@ MESHES = [
     for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2))
 ]
 
-CONFIG = DiTConfig(64, 3, 8, 128, 32, 16, adapter=AdapterConfig(32, 2, 4, 64, 64, 32, 512))
+CONFIG = DiTConfig(64, 3, 8, 128, 32, 16, adapter=LLMAdapterConfig(32, 2, 4, 64, 64, 32, 512))
 
 
 def name(sizes: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ def _transformer(rngs) -> AnimaDiT:
     """With an adapter of rank 32 on every layer that takes one, each kind somewhere."""
     model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(modules.KINDS)
     slots = modules.target_shapes(model).items()
-    modules.attach(model, {path: modules.slot(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
+    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
     return model
 
 

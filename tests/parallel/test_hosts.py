@@ -18,9 +18,9 @@ def test_a_process_alone_joins_no_others_and_decides_for_itself():
     hosts.join()
     hosts.join(processes=1)
     assert jax.process_count() == 1
-    assert hosts.is_first()
-    assert hosts.from_first(lambda: pathlib.Path("here")) == pathlib.Path("here")
-    agreed = hosts.Agreement(current_mesh())
+    assert hosts.is_process_0()
+    assert hosts.from_process_0(lambda: pathlib.Path("here")) == pathlib.Path("here")
+    agreed = hosts.Consensus(current_mesh())
     assert [agreed(number) for number in (0, 2, 1)] == [0, 2, 1]
 
 

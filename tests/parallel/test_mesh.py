@@ -8,7 +8,15 @@ import pytest
 
 from anima_jax.errors import UserError
 from anima_jax.parallel import mesh as module
-from anima_jax.parallel.mesh import check_mesh, filled, make_mesh, put_rows, put_whole, replicas, rows_of_process
+from anima_jax.parallel.mesh import (
+    check_mesh,
+    make_mesh,
+    replicas,
+    replicate,
+    resolve_sizes,
+    rows_of_process,
+    shard_local_rows,
+)
 from tests.parallel.meshes import MESHES
 
 
@@ -17,8 +25,8 @@ def sizes(**given):
 
 
 def test_one_axis_takes_the_devices_that_are_left():
-    assert filled(sizes(data=-1, fsdp=4), 32) == sizes(data=8, fsdp=4)
-    assert filled(sizes(fsdp=-1, tensor=2), 2) == sizes(fsdp=1, tensor=2)
+    assert resolve_sizes(sizes(data=-1, fsdp=4), 32) == sizes(data=8, fsdp=4)
+    assert resolve_sizes(sizes(fsdp=-1, tensor=2), 2) == sizes(fsdp=1, tensor=2)
     assert replicas(sizes(data=4, fsdp=2, tensor=8)) == 8
 
 
@@ -32,7 +40,7 @@ def test_one_axis_takes_the_devices_that_are_left():
 )
 def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
     with pytest.raises(UserError, match=found):
-        filled(given, devices)
+        resolve_sizes(given, devices)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +99,11 @@ def batches_on(mesh_sizes):
     found = {}
     for size in (8, 4, 3):
         rows = rows_of_process(mesh, size)
-        batch = put_rows({"x": np.arange(2 * size).reshape(size, 2)[rows]}, mesh, rows, size)["x"]
+        batch = shard_local_rows({"x": np.arange(2 * size).reshape(size, 2)[rows]}, mesh, rows, size)["x"]
         parts = {shard.index[0].indices(size)[:2] for shard in batch.addressable_shards}
         found[size] = (rows.tolist(), np.asarray(batch).tolist(), sorted(parts))
     with jax.set_mesh(mesh):
-        whole = put_whole({"x": np.arange(3)})["x"]
+        whole = replicate({"x": np.arange(3)})["x"]
     assert whole.is_fully_replicated
     return found
 

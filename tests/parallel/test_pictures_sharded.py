@@ -10,13 +10,13 @@ from anima_jax.data.encode import caption_encoder, clip_encoder
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
 from anima_jax.sampling.pipeline import arranged
-from anima_jax.sampling.request import Settings
+from anima_jax.sampling.request import SamplingParams
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.parallel.meshes import MESHES, name
 from tests.small_run import ASSETS, write_transformer
 
 ONE = dict.fromkeys(rules.AXES, 1)
-SETTINGS = Settings(steps=3, sampler="er_sde")
+SETTINGS = SamplingParams(steps=3, sampler="er_sde")
 LARGE = {"width": 128, "height": 96, "seed": 3}
 SIZES = {"width": [64, 48] * 4, "height": [64, 80] * 4, "seed": 5}
 

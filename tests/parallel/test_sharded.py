@@ -16,8 +16,8 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import Text
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import make_mesh, put_rows, rows_of_process
-from anima_jax.training.step import Batch, StepConfig, compile_step, init_state, loss_and_gradients
+from anima_jax.parallel.mesh import make_mesh, rows_of_process, shard_local_rows
+from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_and_gradients
 from tests.models.networks import random_params
 from tests.parallel.meshes import CONFIG, MESHES, name
 
@@ -32,16 +32,16 @@ def transformer(rngs) -> AnimaDiT:
 def with_adapters(rngs) -> AnimaDiT:
     model = AnimaDiT(CONFIG, rngs=rngs)
     kinds, slots = itertools.cycle(modules.KINDS), modules.target_shapes(model).items()
-    modules.attach(model, {path: modules.slot(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
+    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
     return model
 
 
-def examples() -> Batch:
+def examples() -> TrainBatch:
     """Two aspect ratios, some captions shorter than others."""
     rng = np.random.default_rng(0)
     lengths = np.arange(ROWS - BATCH, ROWS)[:, None]
     mask = (np.arange(ROWS) < lengths).astype(np.int32)
-    return Batch(
+    return TrainBatch(
         rng.normal(size=(BATCH, TOKENS, 64)).astype(np.float32),
         np.array([[1, 8, 8], [1, 7, 9]] * (BATCH // 2), np.int32),
         rng.integers(0, 2**31, (BATCH, 2)).astype(np.uint32),
@@ -61,13 +61,13 @@ def on_mesh(sizes, build):
     graphdef, abstract = parameters.abstract(build)
     params = random_params(abstract)
     placed = jax.device_put(params, rules.shardings(params, params, mesh))
-    return mesh, graphdef, placed, put_rows(examples(), mesh, rows_of_process(mesh, BATCH), BATCH)
+    return mesh, graphdef, placed, shard_local_rows(examples(), mesh, rows_of_process(mesh, BATCH), BATCH)
 
 
 def step_on(sizes, build=transformer, accumulation=1):
     """Loss and gradients on a mesh, and the transfers inside the loops over blocks of the compiled program."""
     mesh, graphdef, params, batch = on_mesh(sizes, build)
-    frozen = {path: value for path, value in params.items() if build is with_adapters and not modules.is_lora(path)}
+    frozen = {path: value for path, value in params.items() if build is with_adapters and not modules.is_factor(path)}
     trained = {path: value for path, value in params.items() if path not in frozen}
 
     def of(trained, frozen, batch):

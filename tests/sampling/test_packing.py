@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anima_jax.sampling.packing import Layout, token_budget
+from anima_jax.sampling.packing import TokenPacking, token_budget
 from tests.models.networks import normal
 
 
@@ -21,7 +21,7 @@ def test_one_megapixel_in_the_usual_shapes_is_one_budget():
 
 def test_pictures_come_back_as_they_were_packed_and_the_rest_is_zero():
     latents = [normal(1, 4, 6, 16, seed=1), normal(1, 8, 2, 16, seed=2), normal(2, 2, 2, 16, seed=3)]
-    layout = Layout([array.shape[:3] for array in latents])
+    layout = TokenPacking([array.shape[:3] for array in latents])
     tokens = layout.pack(latents)
     assert layout.grid_b3.tolist() == [[1, 2, 3], [1, 4, 1], [2, 1, 1]]
     assert tokens.shape == (3, 16, 64)

@@ -20,7 +20,7 @@ from anima_jax.sampling import program
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.pipeline import arranged, context_rows
 from anima_jax.sampling.program import Context
-from anima_jax.sampling.request import Picture, Settings, latent_mask, mask_values, to_images, to_pixels
+from anima_jax.sampling.request import ImageRequest, SamplingParams, latent_mask, mask_values, to_images, to_pixels
 from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
@@ -80,7 +80,7 @@ def test_the_pipeline_gives_comfyuis_latents(sampler, schedule):
         negative,
         Recorded(channel_last(data["noise"]), steps),  # type: ignore[arg-type]
         data[f"sigmas.{schedule}"],
-        Settings(guidance_scale=float(data["guidance"][0]), sampler=sampler),
+        SamplingParams(guidance_scale=float(data["guidance"][0]), sampler=sampler),
         watch=None if sampler == "euler" else unwatched,
     )
     assert not steps
@@ -194,8 +194,8 @@ def unwatched(done, total, latents):
 
 
 def latents_of(pipeline, *pictures, watch=unwatched, **settings):
-    pictures = [Picture(prompt, *rest) for prompt, *rest in pictures]
-    return pipeline.draw_latents(pictures, Settings(**({"steps": 5} | settings)), watch=watch)
+    pictures = [ImageRequest(prompt, *rest) for prompt, *rest in pictures]
+    return pipeline.draw_latents(pictures, SamplingParams(**({"steps": 5} | settings)), watch=watch)
 
 
 def test_sizes_within_a_budget_share_the_samplers_program_and_watched_so_do_all_lengths(pipeline):
@@ -245,7 +245,7 @@ def test_a_prompt_longer_than_512_tokens_is_used_whole_and_leaves_others_as_they
 
     def draw(prompts):
         noise = Recorded(np.tile(normal(1, 1, 6, 4, 16), (len(prompts), 1, 1, 1, 1)), [])
-        levels, settings = np.array([1.0, 0.5, 0.0], np.float32), Settings(sampler="euler")
+        levels, settings = np.array([1.0, 0.5, 0.0], np.float32), SamplingParams(sampler="euler")
         return pipeline.sample(pipeline.encode(prompts), pipeline.encode([""] * len(prompts)), noise, levels, settings)
 
     together, alone = draw(["a red circle", long]), draw(["a red circle"])
@@ -280,8 +280,8 @@ def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
     start = pipeline.encode_image(to_pixels(image))
     apart = []
     for amount in (0.2, 0.6, 1.0):
-        settings = Settings(steps=5, denoise=amount)
-        (found,) = pipeline.draw_latents([Picture("x", 32, 48)], settings, original=start, watch=unwatched)
+        settings = SamplingParams(steps=5, denoise=amount)
+        (found,) = pipeline.draw_latents([ImageRequest("x", 32, 48)], settings, original=start, watch=unwatched)
         apart.append(np.abs(found - start).mean())
     assert 0 < apart[0] < apart[1] < apart[2]
 
@@ -290,7 +290,7 @@ def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
 def test_inpainting_keeps_the_latents_where_the_mask_is_black(pipeline, sampler):
     image, mask = picture(), Image.new("L", (32, 48))
     mask.paste(255, (16, 0, 32, 48))
-    pictures, settings = [Picture("x", 32, 48, 1)], Settings(sampler=sampler, steps=5)
+    pictures, settings = [ImageRequest("x", 32, 48, 1)], SamplingParams(sampler=sampler, steps=5)
     latents, area = pipeline.encode_image(to_pixels(image)), latent_mask(mask_values(mask))
     (found,) = pipeline.draw_latents(pictures, settings, original=latents, mask=area, watch=unwatched)
     np.testing.assert_array_equal(found[:, :, :2], latents[:, :, :2])
@@ -315,13 +315,15 @@ def test_a_grey_mask_mixes_the_estimate_with_the_image_once(pipeline):
     original, area = normal(1, 6, 4, 16), np.linspace(0, 1, 24, dtype=np.float32).reshape(1, 6, 4, 1)
     (alone,) = latents_of(pipeline, ("x", 32, 48, 1), **options)
     (found,) = pipeline.draw_latents(
-        [Picture("x", 32, 48, 1)], Settings(**options), original=original, mask=area, watch=unwatched
+        [ImageRequest("x", 32, 48, 1)], SamplingParams(**options), original=original, mask=area, watch=unwatched
     )
     assert relative_error(found, area * alone + (1 - area) * original) < 1e-5
 
 
 def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
-    kept = BatchNoise([Picture("x", 32, 48, 1)], "torch-cpu", program.samplers.SAMPLERS["ddim"], sigmas("simple", 3))
+    kept = BatchNoise(
+        [ImageRequest("x", 32, 48, 1)], "torch-cpu", program.samplers.SAMPLERS["ddim"], sigmas("simple", 3)
+    )
     np.testing.assert_array_equal(kept.start[0], channel_last(randn((1, 16, 1, 6, 4), 1))[0])
     np.testing.assert_array_equal(kept.outside_mask[0], channel_last(randn((1, 16, 1, 6, 4), 2))[0])
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anima_jax.errors import UserError
-from anima_jax.sampling.request import Picture, Settings, from_text, read_picture, save_picture, to_text
+from anima_jax.sampling.request import ImageRequest, SamplingParams, from_text, read_picture, save_picture, to_text
 
-PICTURE = Picture("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
-SETTINGS = Settings("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))
+PICTURE = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
+SETTINGS = SamplingParams("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))
 
 
 def test_a_png_carries_its_text_and_gives_it_back(tmp_path):
@@ -22,19 +22,22 @@ def test_a_png_carries_its_text_and_gives_it_back(tmp_path):
     assert Image.open(path).text["vae"] == "x.safetensors"
     assert Image.open(path).getpixel((3, 3)) == (255, 0, 0)
     assert [file.name for file in path.parent.iterdir()] == ["b.png"]
-    for kind, changed in ((Picture(""), PICTURE), (Settings(), SETTINGS)):
+    for kind, changed in ((ImageRequest(""), PICTURE), (SamplingParams(), SETTINGS)):
         defaults = dataclasses.asdict(kind)
         assert all(value != defaults[name] for name, value in dataclasses.asdict(changed).items())
 
 
 @given(st.floats(0.001, 1.0), st.text(), st.integers(0, 2**64 - 1))
 def test_numbers_and_words_survive_exactly(number, words, seed):
-    picture, settings = Picture(words, seed=seed), Settings(words, shift=number, guidance_interval=(0.0, number))
+    picture, settings = (
+        ImageRequest(words, seed=seed),
+        SamplingParams(words, shift=number, guidance_interval=(0.0, number)),
+    )
     assert from_text("x", to_text(picture, settings)) == (picture, settings)
 
 
 def test_what_a_png_does_not_say_is_the_default_and_what_it_says_wrong_is_refused():
-    assert from_text("x.png", {"prompt": "a", "seed": "3"}) == (Picture("a", seed=3), Settings())
+    assert from_text("x.png", {"prompt": "a", "seed": "3"}) == (ImageRequest("a", seed=3), SamplingParams())
     for text, message in (
         ({}, "x.png: holds no settings in its text chunks"),
         ({"seed": "1\n2"}, "x.png: seed '1\n2' in its text chunks"),
@@ -71,5 +74,5 @@ def test_every_setting_is_a_flag():
     from anima_jax.generate import parse_arguments
 
     arguments = parse_arguments(["--prompt", "x", "-o", "x.png"])
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(SamplingParams):
         assert getattr(arguments, field.name) is None

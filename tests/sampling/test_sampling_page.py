@@ -8,7 +8,7 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.diffusion.schedules import SCHEDULES, sigmas
 from anima_jax.diffusion.step_noise import KINDS
-from anima_jax.sampling.request import Picture, Settings
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.sampling.tiles import OVERLAP, TILE
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "sampling.md").read_text("utf-8")
@@ -17,7 +17,7 @@ NAMED = {name: row for row in ROWS for name in re.findall(r"`([a-z0-9_-]+)`", ro
 
 
 def test_every_sampler_schedule_noise_and_setting_has_its_row():
-    settings = {field.name for kind in (Picture, Settings) for field in dataclasses.fields(kind)}
+    settings = {field.name for kind in (ImageRequest, SamplingParams) for field in dataclasses.fields(kind)}
     samplers = {name for name in SAMPLERS if not name.endswith("_gpu")}
     for name in {*samplers, *SCHEDULES, *KINDS, *settings} - {"batch_index"}:
         assert name in NAMED, name

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from anima_jax.data.plan import Plan, Tier
+from anima_jax.data.plan import BatchPlan, Tier
 from anima_jax.training.fingerprints import facts_of
 from anima_jax.training.resume import Resume
 from anima_jax.training.step import TrainState
 
 STEPS = 60
-PLAN = Plan([Tier("64", np.arange(10), 16, 4), Tier("96", np.arange(10, 17), 36, 2)], seed=3)
+PLAN = BatchPlan([Tier("64", np.arange(10), 16, 4), Tier("96", np.arange(10, 17), 36, 2)], seed=3)
 IDS = np.arange(17) * 1000 + 7
 SHAPES = {"blocks.mlp.kernel": (4, 64, 256), "blocks.self_attn.kernel": (4, 64, 128), "x_embedder.kernel": (64, 128)}
 GROUPS = dict(zip(SHAPES, ("mlp", "self_attn", "base"), strict=True))

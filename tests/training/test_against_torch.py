@@ -13,7 +13,7 @@ from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training import optimizers
 from anima_jax.training.optimizers import OptimizerConfig
-from anima_jax.training.step import Batch, StepConfig, apply_gradients, init_state, losses
+from anima_jax.training.step import StepConfig, TrainBatch, apply_gradients, init_state, losses
 from tests.golden_files import GOLDEN, channel_last, golden
 from tests.models import dit_peer
 from tests.models.networks import quick_jit
@@ -99,7 +99,7 @@ def our_losses() -> list[float]:
         return patchify(jnp.asarray(channel_last(array)))
 
     unused = np.zeros((len(grid), 2), np.uint32), np.zeros(len(grid), np.int32)
-    batch = Batch(tokens(io["x0"]), grid, *unused, text)
+    batch = TrainBatch(tokens(io["x0"]), grid, *unused, text)
 
     @quick_jit
     def step(state, noise_blc, times_b):

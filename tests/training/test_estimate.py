@@ -16,49 +16,51 @@ from anima_jax.diffusion.objective import TimeDistribution
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
 from anima_jax.training import estimate
 from anima_jax.training.estimate import Work, abstract_batch, abstract_trained, flops, memory
-from anima_jax.training.state import Trained, prepare
+from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, batch_loss, init_state
 from tests.parallel.meshes import MESHES
 from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
 
-CONFIG = DiTConfig(128, 4, 2, 512, 64, 16, adapter=AdapterConfig(64, 2, 2, 128, 64, 64, 512))
+CONFIG = DiTConfig(128, 4, 2, 512, 64, 16, adapter=LLMAdapterConfig(64, 2, 2, 128, 64, 64, 512))
 WORK = Work("256", 4, 2, 256, (1, 16, 16), 32, 48)
 FLOAT32 = StepConfig(compute_dtype=jnp.float32)
 
 
-def full() -> Trained:
+def full() -> ParamPartition:
     graphdef, params = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))
-    return Trained(CONFIG, graphdef, params, {}, [], None)
+    return ParamPartition(CONFIG, graphdef, params, {}, [], None)
 
 
-def low_rank(adapter: bool, kind: str = "lora") -> Trained:
+def low_rank(adapter: bool, kind: str = "lora") -> ParamPartition:
     """An adapter on every layer that takes one, or on those outside the LLM adapter."""
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
         shapes = modules.target_shapes(model)
         chosen = {path: shape for path, shape in shapes.items() if adapter or not path.startswith("llm_adapter.")}
-        modules.attach(model, {path: modules.slot(kind, shape, [8] * shape[0]) for path, shape in chosen.items()})
+        modules.attach(
+            model, {path: modules.adapter_spec(kind, shape, [8] * shape[0]) for path, shape in chosen.items()}
+        )
         return model
 
     graphdef, params = parameters.abstract(build)
-    frozen = {path: leaf for path, leaf in params.items() if not modules.is_lora(path)}
-    return Trained(
+    frozen = {path: leaf for path, leaf in params.items() if not modules.is_factor(path)}
+    return ParamPartition(
         CONFIG,
         graphdef,
-        {p: v for p, v in params.items() if modules.is_lora(p)},
+        {p: v for p, v in params.items() if modules.is_factor(p)},
         frozen,
         [],
-        {"": modules.Slot("lora", {}, (8,))},
+        {"": modules.AdapterSpec("lora", {}, (8,))},
     )
 
 
-def gradient_of(trained: Trained, settings: StepConfig):
+def gradient_of(trained: ParamPartition, settings: StepConfig):
     """A function of shapes: the gradient of one example's loss."""
 
     def loss(params, frozen, batch):

@@ -17,7 +17,7 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training.evaluate import QUANTILES, Evaluation, filled
-from anima_jax.training.step import Batch, StepConfig
+from anima_jax.training.step import StepConfig, TrainBatch
 from tests.models.networks import quick_jit, random_params
 from tests.small_run import CONFIG
 
@@ -47,7 +47,7 @@ def examples():
         np.ones((count, 4), np.int32),
     )
     latents = rng.normal(size=(count, 6, 64)).astype(np.float32)
-    return Batch(latents, GRIDS, split_ids(rng.integers(0, 2**62, count)), np.zeros(count, np.int32), text)
+    return TrainBatch(latents, GRIDS, split_ids(rng.integers(0, 2**62, count)), np.zeros(count, np.int32), text)
 
 
 def evaluate(config, batch_size, change=lambda batch: batch):

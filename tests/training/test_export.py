@@ -12,7 +12,7 @@ from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.training.export import export, find_export, rotate
-from anima_jax.training.state import Trained
+from anima_jax.training.state import ParamPartition
 from tests.models.networks import random_params
 from tests.small_run import CONFIG
 
@@ -29,7 +29,7 @@ def exported(folder, names):
 def test_averaged_weights_lie_beside_the_trained_ones_and_are_those_to_draw_with(tmp_path):
     graphdef, abstract = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))
     params = random_params(abstract)
-    trained = Trained(CONFIG, graphdef, {}, {}, [], None)
+    trained = ParamPartition(CONFIG, graphdef, {}, {}, [], None)
     averaged = jax.tree.map(lambda x: 2 * x, params)
     path = export(tmp_path / "step7", trained, params, "float32", ema=averaged)
     assert path == tmp_path / "step7" / "ema" / "model.safetensors"

@@ -6,7 +6,7 @@ import resource
 import signal
 
 from anima_jax.training import figures
-from anima_jax.training.figures import Lines, PatientFile
+from anima_jax.training.figures import JsonlWriter, RetryingFile
 
 
 @contextlib.contextmanager
@@ -23,12 +23,12 @@ def no_file_longer_than(size: int):
 
 def test_a_resumed_log_drops_what_lies_beyond_the_checkpoint_and_a_line_that_a_kill_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = Lines(path, 0)
+    log = JsonlWriter(path, 0)
     for step in (1, 2, 3):
         log.add(step, {"loss": 0.1 * step})
     log.write(b'{"step": 4, "lo')
     log.close()
-    log = Lines(path, 2, remembered=2)
+    log = JsonlWriter(path, 2, remembered=2)
     assert log.kept == [{"step": 2, "loss": 0.2}]
     log.add(3, {"loss": 9.0})
     log.close()
@@ -39,7 +39,7 @@ def test_a_resumed_log_drops_what_lies_beyond_the_checkpoint_and_a_line_that_a_k
 def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(figures.log, "warning", said.append)
-    file = PatientFile(tmp_path / "figures")
+    file = RetryingFile(tmp_path / "figures")
     file.write(b"one\n")
     file.flush()
     with no_file_longer_than(6):

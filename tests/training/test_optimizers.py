@@ -8,13 +8,13 @@ import pytest
 from anima_jax.checkpoints.names import dit, file_tensors
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.training import optimizers
 from anima_jax.training.optimizers import OptimizerConfig
 
 RATES = {"llm_adapter": 1e-4, "self_attn": 2e-4, "cross_attn": 3e-4, "mlp": 4e-4, "mod": 5e-4, "base": 6e-4}
 
-CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=AdapterConfig(16, 1, 1, 32, 16, 16, 10))
+CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=LLMAdapterConfig(16, 1, 1, 32, 16, 16, 10))
 TENSORS = file_tensors(dit.RULES, parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
 
 

@@ -9,8 +9,8 @@ import pytest
 from anima_jax.config.load import load_config
 from anima_jax.training import report
 from anima_jax.training.estimate import abstract_trained
-from anima_jax.training.figures import Lines
-from anima_jax.training.intervals import passes
+from anima_jax.training.figures import JsonlWriter
+from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.state import prepare
 from tests.small_run import write_config, write_transformer
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    lines = Lines(tmp_path / "log.jsonl", 0)
+    lines = JsonlWriter(tmp_path / "log.jsonl", 0)
     yield lines
     lines.close()
 
@@ -164,7 +164,7 @@ def test_the_table_counts_quantised_weights_as_the_weights_they_stand_for(config
 
 
 def test_an_interval_is_due_when_a_multiple_of_it_is_reached():
-    assert [n for n in range(1, 10) if passes(3, n - 1, n)] == [3, 6, 9]
-    assert passes(3, 1, 7)
-    assert not passes(3, 3, 5)
-    assert not passes(None, 0, 100)
+    assert [n for n in range(1, 10) if crosses_multiple(3, n - 1, n)] == [3, 6, 9]
+    assert crosses_multiple(3, 1, 7)
+    assert not crosses_multiple(3, 3, 5)
+    assert not crosses_multiple(None, 0, 100)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from anima_jax.data.plan import Plan, Tier
+from anima_jax.data.plan import BatchPlan, Tier
 from anima_jax.errors import UserError
 from anima_jax.models.quantised import quantise
 from anima_jax.training.fingerprints import changes, facts_of, frozen_fingerprint, settings_of
@@ -182,7 +182,7 @@ def test_an_average_can_begin_and_end_with_a_resume(tmp_path):
 
 def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     advanced(tmp_path, 9)
-    larger = Plan([Tier("64", np.arange(11), 16, 4), Tier("96", np.arange(11, 18), 36, 2)], seed=4)
+    larger = BatchPlan([Tier("64", np.arange(11), 16, 4), Tier("96", np.arange(11, 18), 36, 2)], seed=4)
     said = changes(facts(), facts(plan=larger, ids=np.arange(18) * 1000 + 7))
     assert said == [
         "seed was 3, now 4",
@@ -194,7 +194,7 @@ def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     assert changes(facts(), facts(ids=shuffled)) == ["the examples of tier 64 are the same in another order"]
 
     position = PLAN.position(9)
-    one_tier = Plan([Tier("64", np.arange(17), 16, 2)], seed=3)
+    one_tier = BatchPlan([Tier("64", np.arange(17), 16, 2)], seed=3)
     resume = Resume(tmp_path, one_tier, facts(plan=one_tier))
     (fault,) = refusal(tmp_path, facts(plan=one_tier), one_tier)
     assert "a step of tier 64 took 4 examples, now 2" in fault
@@ -203,7 +203,7 @@ def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     assert "a step of tier 64 took 4 examples, now 2" in notes
     assert resume.start.data_step == one_tier.steps_for(1)
 
-    other = Plan([Tier("128", np.arange(17), 64, 2 * position)], seed=3)
+    other = BatchPlan([Tier("128", np.arange(17), 64, 2 * position)], seed=3)
     (fault,) = refusal(tmp_path, facts(plan=other), other)
     assert "the data set had 10 examples in tier 64, now 0" in fault
     assert f"begins after {position} examples" in fault

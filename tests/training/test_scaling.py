@@ -5,13 +5,13 @@ import pytest
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.parallel import rules
-from anima_jax.parallel.devices import KINDS, kind_of, named
-from anima_jax.training.flops import Flops, Work
+from anima_jax.parallel.devices import DEVICE_SPECS, device_spec, find_device_spec
+from anima_jax.training.flops import Flops, Workload
 from anima_jax.training.scaling import EFFICIENCY, rates, step_seconds, traffic
 
 CONFIG = DiTConfig(64, 3, 8, 128, 32, 16, adapter=None)
 PARAMS = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
-WORK = Work("512", 16, 1, 256, (1, 16, 16), 32, 32)
+WORK = Workload("512", 16, 1, 256, (1, 16, 16), 32, 32)
 
 
 def sizes(**given):
@@ -55,7 +55,7 @@ def test_tokens_are_exchanged_for_heads_and_summed_over_features():
 
 
 def test_an_axis_is_near_while_it_stays_among_neighbours():
-    h100 = kind_of("NVIDIA H100 80GB HBM3")
+    h100 = device_spec("NVIDIA H100 80GB HBM3")
     assert rates(h100, sizes(data=4, fsdp=8)) == {"data": 50e9, "fsdp": 450e9, "tensor": 450e9, "context": 450e9}
     assert rates(h100, sizes(fsdp=16))["fsdp"] == 50e9
     mesh, one = sizes(data=2, fsdp=8), Flops(1e12, 2e12, 1e12)
@@ -67,7 +67,7 @@ def test_an_axis_is_near_while_it_stays_among_neighbours():
 
 def test_kinds_are_found_by_jax_s_word_and_by_a_person_s():
     for found, expected in {"NVIDIA H100 PCIe": "H100 PCIe", "TPU v5 lite": "TPU v5e", "TPU v5p": "TPU v5p"}.items():
-        assert kind_of(found).name == expected
-    assert kind_of("cpu") is None
-    assert named("v5p") is named("TPU V5P") is kind_of("TPU v5")
-    assert {named(kind.name) for kind in KINDS} == set(KINDS)
+        assert device_spec(found).name == expected
+    assert device_spec("cpu") is None
+    assert find_device_spec("v5p") is find_device_spec("TPU V5P") is device_spec("TPU v5")
+    assert {find_device_spec(kind.name) for kind in DEVICE_SPECS} == set(DEVICE_SPECS)

@@ -13,11 +13,11 @@ from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, split_ids, uniform
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig, Text
+from anima_jax.models.llm_adapter import LLMAdapterConfig, Text
 from anima_jax.training.selfcheck import self_check
 from anima_jax.training.step import (
-    Batch,
     StepConfig,
+    TrainBatch,
     apply_gradients,
     batch_loss,
     compile_step,
@@ -27,7 +27,7 @@ from anima_jax.training.step import (
 )
 from tests.models.networks import quick_jit, random_params
 
-CONFIG = DiTConfig(32, 2, 2, 64, 16, 4, adapter=AdapterConfig(16, 1, 2, 32, 12, 16, 30))
+CONFIG = DiTConfig(32, 2, 2, 64, 16, 4, adapter=LLMAdapterConfig(16, 1, 2, 32, 12, 16, 30))
 FLOAT32 = StepConfig(compute_dtype=jnp.float32, seed=3)
 
 
@@ -47,7 +47,7 @@ def batch(size=4, length=6):
     )
     latents = rng.normal(size=(size, length, 64)).astype(np.float32)
     ids = split_ids(rng.integers(0, 2**62, size))
-    return Batch(latents, np.tile([[1, 2, 3]], (size, 1)), ids, np.zeros(size, np.int32), text)
+    return TrainBatch(latents, np.tile([[1, 2, 3]], (size, 1)), ids, np.zeros(size, np.int32), text)
 
 
 def take(batch, rows):

@@ -8,7 +8,7 @@ import numpy as np
 from anima_jax.checkpoints.names import LINEAR, Layout, Rule, file_tensors
 from anima_jax.models import parameters
 from anima_jax.models.dit import PATCH, AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import AdapterConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 
 ADAPTER = "llm_adapter."
 
@@ -76,10 +76,10 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
     )
 
 
-def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> AdapterConfig:
+def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdapterConfig:
     """Sizes of the adapter in a file that holds one, its names beginning `llm_adapter.`. Raises KeyError likewise."""
     target_width, width = shapes[f"{ADAPTER}out_proj.weight"]
-    return AdapterConfig(
+    return LLMAdapterConfig(
         width=width,
         blocks=count_blocks(shapes, f"{ADAPTER}blocks."),
         heads=width // shapes[f"{ADAPTER}blocks.0.self_attn.q_norm.weight"][0],
@@ -98,6 +98,6 @@ def count_blocks(names: Mapping[str, object], prefix: str) -> int:
 
 def tensor_names(blocks: int) -> list[str]:
     """Names of all tensors of a network, its adapter's among them, with so many blocks in each stack."""
-    sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=AdapterConfig(8, blocks, 1, 8, 8, 4, 4))
+    sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=LLMAdapterConfig(8, blocks, 1, 8, 8, 4, 4))
     _, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
     return [tensor.name for tensor in file_tensors(RULES, shapes)]

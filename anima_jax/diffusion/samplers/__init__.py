@@ -74,7 +74,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-class Rows(NamedTuple):
+class StepInputs(NamedTuple):
     """What the step function takes at each of n evaluations."""
 
     sigmas_n: Any
@@ -86,16 +86,21 @@ class Rows(NamedTuple):
     """Whatever else the network's evaluation needs to know, if anything."""
 
 
-Denoise = Callable[[Array, Rows], tuple[Array, Array]]
+Denoise = Callable[[Array, StepInputs], tuple[Array, Array]]
 """(x, the evaluation's row) → the guided estimate of the clean latents, and that of the negative prompt alone."""
 
 
-def follow(
-    denoise: Denoise, carried: Sequence[Array], rows: Rows, *, both: bool, draw: Callable[[Any], Array] = jnp.asarray
+def run_scan(
+    denoise: Denoise,
+    carried: Sequence[Array],
+    rows: StepInputs,
+    *,
+    both: bool,
+    draw: Callable[[Any], Array] = jnp.asarray,
 ) -> tuple[list[Array], Array]:
     """Take the evaluations of `rows`: the arrays that are carried on, the point first, and the last estimate."""
 
-    def step(state, row: Rows):
+    def step(state, row: StepInputs):
         carried, _ = state
         guided, unconditional = denoise(carried[0], row)
         at_hand = [*carried, guided, *([unconditional] if both else []), *map(draw, row.noises_nq)]
@@ -109,7 +114,7 @@ def follow(
     return jax.lax.scan(step, (list(carried), carried[0]), rows)[0]
 
 
-def first_arrays(plan: Plan, x: Any) -> list[Any]:
+def initial_carry(plan: Plan, x: Any) -> list[Any]:
     """What is carried into the first evaluation."""
     return [x, *[np.zeros(x.shape, np.float32) for _ in range(plan.factors_nkj.shape[1] - 1)]]
 
@@ -129,7 +134,7 @@ def sample(
     """
     plan = make_plan(SAMPLERS[sampler].formulas, sigmas, shift)
 
-    def denoise(x: Array, row: Rows) -> tuple[Array, Array]:
+    def denoise(x: Array, row: StepInputs) -> tuple[Array, Array]:
         estimate = x - row.sigmas_n * velocity(x, row.sigmas_n)
         return estimate, estimate
 
@@ -137,8 +142,8 @@ def sample(
     for place, number in np.ndenumerate(plan.noises_nq):
         if number >= 0:
             noises[place] = step_noise[number]
-    rows = Rows(plan.sigmas_n, plan.factors_nkj, noises)
-    return follow(denoise, first_arrays(plan, x.astype(jnp.float32)), rows, both=plan.both)[0][0]
+    rows = StepInputs(plan.sigmas_n, plan.factors_nkj, noises)
+    return run_scan(denoise, initial_carry(plan, x.astype(jnp.float32)), rows, both=plan.both)[0][0]
 
 
 def start(noise: Any, sigma: Any, latents: Any = 0.0) -> Any:
