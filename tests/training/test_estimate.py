@@ -19,7 +19,8 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
 from anima_jax.training import estimate
-from anima_jax.training.estimate import Work, abstract_batch, abstract_trained, flops, memory
+from anima_jax.training.estimate import abstract_batch, abstract_trained, flops, memory
+from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, batch_loss, init_state
 from tests.parallel.meshes import MESHES
@@ -27,7 +28,7 @@ from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
 
 CONFIG = DiTConfig(128, 4, 2, 512, 64, 16, adapter=LLMAdapterConfig(64, 2, 2, 128, 64, 64, 512))
-WORK = Work("256", 4, 2, 256, (1, 16, 16), 32, 48)
+WORK = Workload("256", 4, 2, 256, (1, 16, 16), 32, 48)
 FLOAT32 = StepConfig(compute_dtype=jnp.float32)
 
 
@@ -120,7 +121,7 @@ def test_flops_are_those_of_xlas_cost_analysis():
 def test_the_released_models_forward_takes_two_flops_a_weight_and_token():
     config = DiTConfig()
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
-    work = Work("1024", 1, 1, 4096, (1, 64, 64), 512, 512)
+    work = Workload("1024", 1, 1, 4096, (1, 64, 64), 512, 512)
     weights = sum(
         leaf.size for path, leaf in params.items() if re.match(r"blocks\.(self_attn|cross_attn\.[qo]|mlp)", path)
     )
@@ -152,7 +153,7 @@ def test_memory_is_what_the_state_takes_and_falls_with_the_micro_batch():
 @pytest.mark.parametrize("remat", ["none", "full", "attention"])
 def test_activations_are_about_what_the_compiled_program_takes(remat):
     settings = StepConfig(compute_dtype=jnp.float32, remat=remat)
-    work = Work("1024", 2, 1, 1024, (1, 32, 32), 16, 16)
+    work = Workload("1024", 2, 1, 1024, (1, 32, 32), 16, 16)
     counted, compiled = (
         memory(full(), optax.adamw(1e-3), settings, work, jnp.float32, measure=measure) for measure in (False, True)
     )
