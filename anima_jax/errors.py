@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: one line a fault and exit code 2, never a traceback."""
+"""How a user's mistake is reported: one line per error and exit code 2, never a traceback."""
 
 import _thread
 import argparse
@@ -9,33 +9,60 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """A user's mistake, or several: one argument and one line each (file or key, what was found, what was expected)."""
+    """One or more mistakes of the user: one argument each, which names the file or key, what was found and expected."""
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        """Each mistake on one line."""
-        return tuple(" ".join(str(fault).split()) for fault in self.args)
+    def messages(self) -> tuple[str, ...]:
+        """The mistakes, each on one line."""
+        return tuple(" ".join(str(message).split()) for message in self.args)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'optimizer'?)"` for the nearest of `known`, or the empty string if none is near."""
+    """Return `" (did you mean 'optimizer'?)"` for the name in `known` nearest to `word`, or "" if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def shorten(items: Sequence[str], limit: int = 4) -> str:
+    """Join the first `limit` items with commas and say how many more there are.
+
+    Items come from files: each is cut to 200 characters and its control characters are escaped.
+    """
+    shown = ", ".join(ascii(item)[1:-1][:200] for item in items[:limit])
+    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def show_value(value: Any) -> str:
+    """Return a setting's value for a message: "not set" for None, at most 80 characters."""
+    if value is None:
+        return "not set"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error message, or the error's type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def os_reason(error: BaseException) -> object:
+    """Return what an `OSError` says without its number and file name; any other error as it is."""
+    return getattr(error, "strerror", None) or error
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, whose complaints are a `UserError` too: one line, without the usage, with the nearest flag."""
+    """An argparse parser that reports a wrong command line as a `UserError`: one line, with the nearest flag."""
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse does, but an unknown flag is answered with the one that may be meant."""
+        """Parse as argparse does. Raises UserError with the nearest known flag for an unknown one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -47,58 +74,63 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-_INTERRUPTED = 130
-_interrupted = threading.Event()
-
-
-@atexit.register
-def _end_interrupted() -> None:
-    """Leave the interpreter as it is: after an interrupted compilation jaxlib crashes when it is taken down."""
-    if _interrupted.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_INTERRUPTED)
+INTERRUPTED = 130
+"""Exit code of a process that the keyboard interrupted, as shells report it."""
 
 
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn a `UserError` that leaves `main` into its lines on stderr, `error: …` each, and exit code 2.
+    """Decorate the `main` of a program so that it ends without a traceback.
 
-    An interrupt from the keyboard ends in one line too, with the shell's code for it, 130.
+    A `UserError` becomes its lines on stderr, `error: …` each, and exit code 2. A keyboard interrupt becomes one line
+    and exit code 130.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
+        # Registered before anything `main` registers, so it runs after all of that.
+        atexit.register(_exit_without_teardown)
+        interrupted = False
         try:
-            with _no_interrupt_lost():
+            with _interrupts_raised_again():
                 main(*args, **kwargs)
         except UserError as error:
-            for fault in error.faults:
-                print(f"error: {fault}", file=sys.stderr)
+            for message in error.messages:
+                print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
+            interrupted = True
             print("interrupted", file=sys.stderr)
-            _interrupted.set()
-            sys.exit(_INTERRUPTED)
+            sys.exit(INTERRUPTED)
+        finally:
+            if not interrupted:
+                atexit.unregister(_exit_without_teardown)
 
     return wrapped
 
 
-@contextlib.contextmanager
-def _no_interrupt_lost() -> Iterator[None]:
-    """Raise an interrupt from the keyboard again where Python has dropped it.
+def _exit_without_teardown() -> None:
+    """End the process without taking down the interpreter: after an interrupted compilation jaxlib can crash there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
-    It drops what comes out of a callback of C code, as jax has one for each collection of garbage: an interrupt during
-    a compilation, which is C code itself, often ends there.
+
+@contextlib.contextmanager
+def _interrupts_raised_again() -> Iterator[None]:
+    """Raise a keyboard interrupt again where Python has dropped it.
+
+    Python drops exceptions raised in callbacks from C code. JAX registers such a callback for garbage collection, and
+    an interrupt during a compilation, which is C code itself, often arrives there.
     """
     before = sys.unraisablehook
 
-    def again(unraisable: "sys.UnraisableHookArgs") -> None:
+    def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # from here it would be dropped too
+            threading.Timer(0.05, _thread.interrupt_main).start()  # raised here it would be dropped again
         else:
             before(unraisable)
 
-    sys.unraisablehook = again
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:

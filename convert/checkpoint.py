@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from anima_jax.checkpoints import copying, diffusers, safetensors
-from anima_jax.checkpoints.accounting import Source, shorten
+from anima_jax.checkpoints.accounting import Source
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.models import open_dit, open_text_encoder, open_vae
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.prefixes import QWEN3, WAN_VAE, locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from convert import outputs
 
 SUMMARY = "write a model under another prefix, in another dtype, or as a folder of diffusers' and back"

@@ -10,9 +10,8 @@ import numpy as np
 from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.patch import Patch
-from anima_jax.checkpoints.accounting import shorten
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from convert.extract import opened_both
 from convert.inspect import block_of
 

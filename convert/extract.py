@@ -9,9 +9,9 @@ import numpy as np
 from anima_jax.adapters.base_model import fingerprint
 from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
-from anima_jax.checkpoints.accounting import Source, looks_like, original_names, shorten
+from anima_jax.checkpoints.accounting import Source, looks_like, original_names
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from convert import outputs
 
 SUMMARY = "make a LoRA of the difference between a model and its fine-tune"

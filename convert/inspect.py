@@ -11,11 +11,10 @@ from anima_jax.adapters.dialects import DIALECTS, modules_by_spelling
 from anima_jax.adapters.file import read_adapter
 from anima_jax.adapters.kinds import TITLES, adapter_kind, split_key
 from anima_jax.adapters.patch import Patch
-from anima_jax.checkpoints.accounting import shorten
 from anima_jax.checkpoints.models import OPENERS
 from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, TEXT_ENCODER, WAN_VAE, Network, locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import Qwen3Config
@@ -67,7 +66,7 @@ def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
             if checkpoint.elsewhere:
                 yield "weights", _dtypes(source.tensor for source in checkpoint.sources.values())
     except UserError as error:
-        yield from (("problem", fault.removeprefix(f"{file.path}: ")) for fault in error.faults)
+        yield from (("problem", fault.removeprefix(f"{file.path}: ")) for fault in error.messages)
     if location.skipped:
         yield "skipped", f"{len(location.skipped)} known extra buffers: {shorten(location.skipped)}"
     if location.unknown:

@@ -9,10 +9,10 @@ import numpy as np
 from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import changes, matched, merged, weighted
 from anima_jax.checkpoints import safetensors
-from anima_jax.checkpoints.accounting import looks_like, original_names, shorten
+from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from convert import outputs
 
 SUMMARY = "multiply adapters into the weights of a model"

@@ -30,7 +30,7 @@ from anima_jax.checkpoints import accounting, copying, gathered, locations, safe
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import file_tensors
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from anima_jax.models import parameters
 from anima_jax.models.parameters import Params
 
@@ -70,12 +70,12 @@ class Adapter:
         """Say on stderr what is left over if that is allowed, else raise UserError. `advice` is on the cause."""
         if not self.patches:
             what = accounting.looks_like(self.unused)
-            listed = f", with the keys {_listed(self.unused)}" if adapter_kind(self.unused) else ""
+            listed = f", with the keys {shorten(self.unused, UNUSED_SHOWN)}" if adapter_kind(self.unused) else ""
             raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:
             return
         near = dialects.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
-        text = f"{self.path}: {len(self.unused)} keys are unused: {_listed(self.unused)}{near}"
+        text = f"{self.path}: {len(self.unused)} keys are unused: {shorten(self.unused, UNUSED_SHOWN)}{near}"
         if not allow_unused:
             raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
         print(f"warning: {text}", file=sys.stderr)
@@ -122,7 +122,7 @@ def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_un
         if part.key and (module not in found or name not in found[module].parts)
     ]
     if not found:
-        raise UserError(f"{adapter.path}: changes nothing that the model has: {_listed(absent)}")
+        raise UserError(f"{adapter.path}: changes nothing that the model has: {shorten(absent, UNUSED_SHOWN)}")
     depths = another_depth(adapter.patches, weights)
     advice = f"it seems {depths}" if depths else ""
     if advice and not absent:
@@ -166,7 +166,7 @@ def write_adapter(
             else:
                 lost.setdefault(part, []).append(module)
     if lost:
-        listed = "; ".join(f"{part} of {len(of)} modules ({_listed(of, 3)})" for part, of in lost.items())
+        listed = "; ".join(f"{part} of {len(of)} modules ({shorten(of, 3)})" for part, of in lost.items())
         raise UserError(f"{path}: files of {dialect.title} have no place for {listed}")
     if folded:
         metadata.pop("alpha", None)
@@ -407,11 +407,6 @@ def _scaled(part: Part, scale: float) -> Part:
     return dataclasses.replace(
         part, read=lambda: copying.cast(part.float32() * np.float32(scale), part.dtype, "lora_B")
     )
-
-
-def _listed(names: Sequence[str], shown: int = UNUSED_SHOWN) -> str:
-    text = ", ".join(ascii(name)[1:-1][:200] for name in names[:shown])
-    return text + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _layer_part(stacked: Any, factor: str, layer: int, rank: int) -> Part:

@@ -20,9 +20,7 @@ from anima_jax.checkpoints.names.prefixes import (
 )
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import Tensor
-from anima_jax.errors import UserError, did_you_mean
-
-_SHOWN = 4
+from anima_jax.errors import UserError, did_you_mean, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +109,6 @@ def require_match(
     listed = [f"{len(items)} {what}: {shorten(items)}" for what, items in faults.items() if items]
     if listed:
         raise UserError(f"{path}: does not fit the {title}; {'; '.join(listed)}")
-
-
-def shorten(items: Sequence[str]) -> str:
-    """The first few, and how many more there are. Control characters in names from a file stay escaped."""
-    shown = ", ".join(ascii(item)[1:-1][:200] for item in items[:_SHOWN])
-    return shown + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
 def _require_whole_stacks(path: str, stacks: Iterable[tuple[str, str]], names: Iterable[str]) -> None:

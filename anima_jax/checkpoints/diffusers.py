@@ -10,14 +10,14 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from anima_jax.checkpoints.accounting import Source, shorten
+from anima_jax.checkpoints.accounting import Source
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import Checkpoint, fit
 from anima_jax.checkpoints.names import diffusers as names
 from anima_jax.checkpoints.names import dit, file_tensors, wan_vae
 from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, WAN_VAE, Location, Network
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 from anima_jax.models import parameters
 from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from anima_jax.checkpoints.accounting import shorten
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 
 log = logging.getLogger(__name__)
 

@@ -46,13 +46,13 @@ def load_config(
         try:
             given.append(_override(table, override))
         except UserError as error:
-            faults += error.faults
+            faults += error.messages
     main = _main_file(name, table, given, faults, notes)
     with contextlib.suppress(ValidationError):  # whose faults are among those of the whole file
         try:
             check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
         except UserError as error:
-            faults += [f"{name}: {fault}" for fault in error.faults]
+            faults += [f"{name}: {fault}" for fault in error.messages]
     model = table.get("model")
     settings = {
         "i_know_what_i_am_doing": i_know_what_i_am_doing,
@@ -140,7 +140,7 @@ def _dataset_file(name: str, settings: dict[str, bool], faults: list[str], notes
     try:
         table = read_toml(name)
     except UserError as error:
-        faults += error.faults
+        faults += error.messages
         return None
 
     def place_in_file(place: Place) -> Place:

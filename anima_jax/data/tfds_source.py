@@ -21,7 +21,7 @@ from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary
 from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.data.scan import Counts, Found, look_at, summary_line
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import UserError, did_you_mean, first_line
 
 SHAPES = "anima_shapes"
 """The data set of the quick start, drawn on first use (`shapes_builder`)."""
@@ -99,7 +99,7 @@ def read_split(
     try:
         number = len(_records(builder_dir, source.split, source.image))
     except Exception as error:  # a slice that tfds cannot parse or that holds nothing, shards that are missing
-        raise UserError(f"{name}: {_first_line(error)}") from None
+        raise UserError(f"{name}: {first_line(error)}") from None
     mask = FileMedia(*os.path.split(default_mask_file)) if default_mask_file else None
     found = []
     for index in range(number):
@@ -125,7 +125,7 @@ def _record(media: RecordMedia) -> dict[str, Any]:
     try:
         return _records(media.builder_dir, media.split, media.image_feature)[media.index]
     except Exception as error:  # damaged shards: array_record, protobuf and tfds each raise types of their own
-        raise UserError(f"{media.name}: the record cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{media.name}: the record cannot be read: {first_line(error)}") from None
 
 
 def _check_features(source: TfdsSplit, builder: Any) -> None:
@@ -205,9 +205,9 @@ def _from_code(name: str, data_dir: str | os.PathLike | None) -> Any:
         if (base := re.split("[/:]", name)[0]) in known:
             place = data_dir or tfds.core.constants.DATA_DIR
             found = f"nothing of this version and configuration is prepared in {place}"
-            raise UserError(f"tfds data set {name!r}: {found}; {_first_line(error)}") from None
+            raise UserError(f"tfds data set {name!r}: {found}; {first_line(error)}") from None
         expected = f"a directory with dataset_info.json, or a name that tfds knows{did_you_mean(base, known)}"
-        raise UserError(f"tfds data set {name!r}: expected {expected}; {_first_line(error)}") from None
+        raise UserError(f"tfds data set {name!r}: expected {expected}; {first_line(error)}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -215,10 +215,6 @@ def _records(builder_dir: str, split: str, image_feature: str) -> Any:
     tfds = _tfds()
     builder = tfds.builder_from_directory(builder_dir)
     return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _expect(name: str, kind: str, found: str, known: Any) -> None:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, show_value
 
 HEARTBEAT_S = 30
 """Seconds after which a silent process is taken for dead, and all others end."""
@@ -142,17 +142,14 @@ def assert_same_on_all_processes(facts: Callable[[], Mapping[str, Any]]) -> None
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
             shown = (
-                f"{name} is {_shown(other.get(name))}, not {_shown(first.get(name))}" for name in names[:_MOST_FACTS]
+                f"{name} is {show_value(other.get(name))}, not {show_value(first.get(name))}"
+                for name in names[:_MOST_FACTS]
             )
             more = f", and {len(names) - _MOST_FACTS} more" if len(names) > _MOST_FACTS else ""
             raise UserError(
                 f"process {number} of {jax.process_count()} has not what process 0 has: {'; '.join(shown)}{more}; "
                 "expected one configuration, the same flags and the same files in all processes"
             )
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}…"
 
 
 class Consensus:
@@ -219,7 +216,7 @@ def _report(error: BaseException) -> int:
     """Say what ends this process; its exit code."""
     which = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, UserError):
-        for fault in error.faults:
+        for fault in error.messages:
             print(f"error: {fault}", file=sys.stderr)
         return 2
     if isinstance(error, jax.errors.JaxRuntimeError):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, first_line
 from anima_jax.text.prompts import Span
 
 SMALL_TOKENIZERS = pathlib.Path(__file__).parent.parent / "assets" / "tokenizers"
@@ -163,7 +163,7 @@ def _load(source: _Source, folder: str | os.PathLike | None) -> Any:
             import transformers
         tokenizer = getattr(transformers, form.class_name).from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and its parsers raise whatever a broken file leads them to
-        raise UserError(f"{path / form.files[0]}: the tokenizer cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{path / form.files[0]}: the tokenizer cannot be read: {first_line(error)}") from None
     return _checked(tokenizer, source, path)
 
 
@@ -196,7 +196,7 @@ def _hub_folder(source: _Source) -> pathlib.Path:
                 source.hub_name, allow_patterns=wanted, local_files_only=local_files_only
             )
         except Exception as error:  # no cache, no network, a proxy's odd answer: all the same to the user
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             if _form(source, pathlib.Path(path)):
                 return pathlib.Path(path)
@@ -208,10 +208,6 @@ def _hub_folder(source: _Source) -> pathlib.Path:
 
 def _expected(source: _Source) -> str:
     return ", or ".join(" and ".join(form.files) for form in source.forms)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

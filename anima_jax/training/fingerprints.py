@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anima_jax.checkpoints.accounting import shorten
 from anima_jax.checkpoints.orbax import layout_differences, layout_of
 from anima_jax.data.examples import Example
 from anima_jax.data.plan import BatchPlan
+from anima_jax.errors import shorten, show_value
 from anima_jax.models.parameters import Params
 
 # Keys of the configuration that do not change what is trained.
@@ -131,7 +131,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     settings, now = old["settings"], new["settings"]
     different = [key for key in sorted(settings.keys() | now.keys()) if settings.get(key) != now.get(key)]
     lines += [
-        f"{key} was {_shown(settings.get(key))}, now {_shown(now.get(key))}" for key in different[:_MOST_SETTINGS]
+        f"{key} was {show_value(settings.get(key))}, now {show_value(now.get(key))}"
+        for key in different[:_MOST_SETTINGS]
     ]
     if len(different) > _MOST_SETTINGS:
         lines.append(f"{len(different) - _MOST_SETTINGS} more keys of the configuration differ")
@@ -166,7 +167,7 @@ def optimizer_faults(
     different = layout_differences(layout, layout_of(opt_state))
     if not different:
         return []
-    types = [_shown(facts["settings"].get("optimizer.type")) for facts in (old, new)]
+    types = [show_value(facts["settings"].get("optimizer.type")) for facts in (old, new)]
     what = f" (it was {types[0]}, now {types[1]})" if types[0] != types[1] else ""
     return [f"the optimizer keeps another state{what}: {shorten(different)}; --reset_optimizer begins it anew"]
 
@@ -234,10 +235,6 @@ def _data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if tier and now and tier["batch"] != now["batch"]:
             lines.append(f"a step of tier {name} took {tier['batch']} examples, now {now['batch']}")
     return lines
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}…"
 
 
 def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:

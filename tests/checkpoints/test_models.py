@@ -195,7 +195,7 @@ def test_extra_buffers_of_old_files_are_skipped(tmp_path, dit_params):
 def refusal(path, load=anima_jax.load_dit):
     with pytest.raises(UserError) as caught:
         load(path)
-    (line,) = caught.value.faults
+    (line,) = caught.value.messages
     assert str(path) in line
     assert len(line) < 1500
     return line

@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_one_before(checkpo
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(UserError) as refused:
         saver.restore(2, state)
-    assert len(refused.value.faults) == 1
+    assert len(refused.value.messages) == 1
     assert "goes on from step 1" in str(refused.value)
 
 

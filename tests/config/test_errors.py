@@ -22,8 +22,8 @@ def faults(tmp_path, monkeypatch):
     def lines(changes=None, dataset=None, overrides=()):
         with pytest.raises(UserError) as caught:
             load_config(write(tmp_path, changes, dataset).name, overrides)
-        assert str(caught.value).splitlines() == list(caught.value.faults)
-        return caught.value.faults
+        assert str(caught.value).splitlines() == list(caught.value.messages)
+        return caught.value.messages
 
     return lines
 
@@ -434,7 +434,7 @@ def test_a_broken_file_is_one_line_with_its_place(tmp_path, monkeypatch, name, c
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_config(path.name)
-    (found,) = caught.value.faults
+    (found,) = caught.value.messages
     assert line.removeprefix("main.toml") in found
     assert name in found
 

@@ -125,8 +125,8 @@ def test_wandb_that_is_not_installed_is_an_error_of_one_line(tmp_path, configure
     for refuse in (lambda: check_monitoring(config), lambda: Monitor(tmp_path, config)):
         with pytest.raises(UserError, match="enable_wandb = true, but wandb is not installed") as error:
             refuse()
-        assert len(error.value.faults) == 1
-        assert config.path in error.value.faults[0]
+        assert len(error.value.messages) == 1
+        assert config.path in error.value.messages[0]
 
 
 @pytest.fixture

@@ -368,7 +368,7 @@ def test_parameters_and_state_can_be_donated_together(name):
 def test_mistakes_are_one_line_that_names_the_key(name, more, message):
     with pytest.raises(UserError) as caught:
         optimizers.build(config(name, **more), TENSORS)
-    (line,) = caught.value.faults
+    (line,) = caught.value.messages
     assert line.startswith("[optimizer] ")
     assert message in line
 
@@ -376,7 +376,7 @@ def test_mistakes_are_one_line_that_names_the_key(name, more, message):
 def test_all_faults_are_listed_at_once():
     with pytest.raises(UserError) as caught:
         optimizers.build(config("sgd", eps=1e-8, options={"momentun": 0.9, "nesterov": "yes"}), TENSORS)
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.messages) == 3
 
 
 @pytest.mark.parametrize("name", ["adamw_optimi", "stableadamw"])

@@ -106,8 +106,8 @@ def facts(params=None, groups=GROUPS, plan=PLAN, ids=IDS, **settings) -> dict:
 def refusal(folder, new_facts, plan=PLAN, state=None, **options) -> list[str]:
     with pytest.raises(UserError) as refused:
         Resume(folder, plan, new_facts).restore(state or fresh_state(), OPTIMIZER.init, **options)
-    assert all(str(folder) in fault for fault in refused.value.faults)
-    return list(refused.value.faults)
+    assert all(str(folder) in fault for fault in refused.value.messages)
+    return list(refused.value.messages)
 
 
 def test_the_state_and_the_position_come_back_and_nothing_is_said_when_nothing_changed(tmp_path):
