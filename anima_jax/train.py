@@ -19,7 +19,6 @@ from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.config import unsupported_keys
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
-from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.summary import start_up_words
 from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData, read_data
@@ -36,7 +35,7 @@ from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.export import find_export
 from anima_jax.training.fingerprints import shared_settings
-from anima_jax.training.loop import Training, optimizer_config, step_config
+from anima_jax.training.loop import Training, build_optimizer, step_config
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
 from anima_jax.training.resume import alone_in, find_run, replicas_of
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.config,
             overrides(arguments),
             i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
-            check_optimizer=check_optimizer,
+            check_optimizer=optimizers.check,
         )
         hosts.assert_same_on_all_processes(lambda: in_common(config, arguments))
         # A dry run for other devices needs none of them.
@@ -94,7 +93,7 @@ def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace)
         check_networks(network, text_encoder.config, tokenizers)
     trained = estimate.abstract_trained(config)
     # What does not fit together is to show before hours of encoding.
-    optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
+    build_optimizer(config, trained)
     run = None
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
         run = find_run(config.output_dir, config.resume_from_checkpoint)
@@ -197,20 +196,6 @@ def in_common(config: MainConfig, arguments: argparse.Namespace) -> dict[str, An
     return {"jax": jax.__version__, **flags, **shared_settings(config.model_dump(mode="json"))}
 
 
-def check_optimizer(given: OptimizerConfig) -> None:
-    """Raise UserError for a name or arguments that no optimizer has."""
-    optimizers.check(
-        optimizers.OptimizerConfig(
-            {},
-            type=given.type,
-            betas=given.betas,
-            eps=given.eps,
-            options=given.options,
-            beta2_half_life=given.beta2_half_life,
-        )
-    )
-
-
 def dry_run(
     config: MainConfig,
     trained: ParamPartition,
@@ -223,7 +208,7 @@ def dry_run(
     Raises UserError if it does not fit the devices' memory.
     """
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
-    optimizer = optimizers.build(optimizer_config(config, data.plan), trained.tensors, trained.rates)
+    optimizer = build_optimizer(config, trained, data.plan)
     work = estimate.step_workloads(data, *data.text_rows(tokenizers))
     kinds, limit, called = devices_of(arguments)
     sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else None

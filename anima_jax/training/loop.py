@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.cache import Encoders
@@ -35,7 +36,7 @@ from anima_jax.training.resume import Resume
 from anima_jax.training.samples import Samples
 from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
 from anima_jax.training.signals import REQUESTS, Request, Signals
-from anima_jax.training.state import prepare
+from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
 
 log = logging.getLogger(__name__)
@@ -61,25 +62,27 @@ def step_config(config: MainConfig) -> StepConfig:
     )
 
 
-def optimizer_config(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.OptimizerConfig:
-    """The part of the configuration that shapes the optimizer; schedules run over all epochs, whatever `max_steps`.
+def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.LearningRates:
+    """The learning rates of a run. Schedules run over all epochs, whatever `max_steps` is.
 
-    Without a plan it is good for checking the optimizer's name and arguments, not for training.
+    Without a plan the number of steps is not known: enough to check the optimizer, not to train.
     """
-    given = config.optimizer
-    return optimizers.OptimizerConfig(
-        type=given.type,
-        learning_rates=config.learning_rates,
-        betas=given.betas,
-        eps=given.eps,
-        weight_decay=given.weight_decay,
-        options=given.options,
-        beta2_half_life=given.beta2_half_life,
-        global_batch=max(tier.batch_size for tier in plan.tiers) if plan else 1,
-        schedule=config.schedule.shape,
-        warmup_steps=config.schedule.warmup_steps,
-        total_steps=plan.steps_for(config.epochs) if plan else 1,
+    schedule = config.schedule
+    steps = plan.steps_for(config.epochs) if plan else 1
+    return optimizers.LearningRates(config.learning_rates, schedule.shape, schedule.warmup_steps, steps)
+
+
+def build_optimizer(
+    config: MainConfig, trained: ParamPartition, plan: BatchPlan | None = None
+) -> optax.GradientTransformation:
+    """Build the optimizer of a run; without a plan it is only good for checking the configuration."""
+    return optimizers.build(
+        config.optimizer,
+        learning_rates(config, plan),
+        trained.tensors,
         clip_norm=config.gradient_clipping,
+        global_batch=max(tier.batch_size for tier in plan.tiers) if plan else 1,
+        layer_rates=trained.rates,
     )
 
 
@@ -105,10 +108,10 @@ class Training:
         ready = config.model.cache_text_embeddings or config.trains_text_encoder
         self._encode_text = as_it_is if ready else OnlineText(encoders.text_encoder, config)
 
-        self._settings, shape = step_config(config), optimizer_config(config, data.plan)
+        self._settings = step_config(config)
         trained = prepare(config, lambda: encoders.text_encoder)
         print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
-        optimizer = optimizers.build(shape, trained.tensors, trained.rates)
+        optimizer = build_optimizer(config, trained, data.plan)
         self.state = init_state(trained.params, optimizer, self._settings)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups, places)
@@ -136,7 +139,8 @@ class Training:
         )
         if config.resume_from_checkpoint is not None:
             self._go_on(optimizer)
-        self._rates = lambda step: optimizers.learning_rate(shape, self.resume.start.at(step).optimizer_step)
+        rates = learning_rates(config, data.plan)
+        self._rates = lambda step: rates.at(self.resume.start.at(step).optimizer_step)
         self._profiler = Profiler(profile, run / "profile")
         self._encoders = encoders
         self._skipped, self._saved, self._unsaved = 0, -1, ""

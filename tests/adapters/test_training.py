@@ -1,5 +1,6 @@
 """`[adapter]` on a network: which modules, ranks and rates; what is written, read again, and trained on."""
 
+import dataclasses
 import functools
 import json
 
@@ -22,9 +23,8 @@ from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.training import optimizers
 from anima_jax.training.export import about_adapter, export
-from anima_jax.training.loop import optimizer_config, step_config
+from anima_jax.training.loop import build_optimizer, step_config
 from anima_jax.training.state import prepare
 from anima_jax.training.step import TrainBatch, losses
 from tests.models.networks import normal, quick_jit
@@ -170,8 +170,8 @@ def test_a_layers_own_rate_is_the_groups_rate_times_its_share(folder):
     two = "type = 'lora'\nrank = 2\ntarget_modules = ['blocks.*self_attn.q_proj', 'blocks.*mlp.layer1']\n"
     config = configured(folder, f"{two}lr_pattern = {{ 'blocks\\.1\\.mlp' = 1e-4 }}")
     trained = prepare(config)
-    build = optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
-    plain = optimizers.build(optimizer_config(config), trained.tensors)
+    build = build_optimizer(config, trained)
+    plain = build_optimizer(config, dataclasses.replace(trained, rates={}))
     grads = {path: jnp.asarray(normal(*value.shape, seed=1)) for path, value in trained.params.items()}
     found, expected = (tx.update(grads, tx.init(trained.params), trained.params)[0] for tx in (build, plain))
     for path, update in expected.items():
@@ -182,13 +182,13 @@ def test_a_layers_own_rate_is_the_groups_rate_times_its_share(folder):
     config = configured(folder, f"{two}lr_pattern = {{ 'mlp' = 1e-4 }}", "optimizer.type=schedule_free_adamw")
     trained = prepare(config)
     with pytest.raises(UserError, match="no \\[adapter\\] lr_pattern"):
-        optimizers.build(optimizer_config(config), trained.tensors, trained.rates)
+        build_optimizer(config, trained)
 
 
 def test_magnitudes_and_norms_have_no_weight_decay(folder):
     config = configured(folder, "type = 'dora'\nrank = 2\ntarget_modules = 'mlp.layer1'", "optimizer.weight_decay=0.5")
     trained = prepare(config)
-    tx = optimizers.build(optimizer_config(config), trained.tensors)
+    tx = build_optimizer(config, trained)
     zeros = jax.tree.map(jnp.zeros_like, trained.params)
     updates = tx.update(zeros, tx.init(trained.params), trained.params)[0]
     moved = {path.rpartition(".")[2] for path, update in updates.items() if np.any(update)}

@@ -52,6 +52,7 @@ def lowered_and_compiled(width: int, heads: int, blocks: int, tokens: int, text_
     import jax.numpy as jnp
 
     from anima_jax.checkpoints.names import dit, file_tensors
+    from anima_jax.config.optimizer import OptimizerConfig
     from anima_jax.models import parameters
     from anima_jax.models.dit import AnimaDiT, DiTConfig
     from anima_jax.parallel.mesh import current_mesh
@@ -60,8 +61,8 @@ def lowered_and_compiled(width: int, heads: int, blocks: int, tokens: int, text_
 
     config = DiTConfig(width=width, heads=heads, blocks=blocks, mlp_width=4 * width)
     graphdef, params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
-    optimizer = optimizers.build(optimizers.OptimizerConfig(rates), file_tensors(dit.RULES, params))
+    rates = optimizers.LearningRates(dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5))
+    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=1e-5), rates, file_tensors(dit.RULES, params))
     settings = StepConfig(compute_dtype=jnp.bfloat16, remat="full")
     mesh = current_mesh()
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)

@@ -106,6 +106,7 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     import jax.numpy as jnp
 
     from anima_jax.checkpoints.names import dit, file_tensors
+    from anima_jax.config.optimizer import OptimizerConfig
     from anima_jax.models.quantised import quantise_transformer
     from anima_jax.training import optimizers
     from anima_jax.training.estimate import abstract_batch
@@ -115,7 +116,7 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     config = sizes.transformer()
     graphdef, params = random_transformer(sizes)
     frozen: dict = {}
-    rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
+    rates = optimizers.LearningRates(dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5))
     if kind == "lora":
         graphdef, trained, scales, tensors = with_lora(config)
         frozen = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
@@ -125,7 +126,7 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
         params = trained
     else:
         tensors = file_tensors(dit.RULES, params)
-    optimizer = optimizers.build(optimizers.OptimizerConfig(rates), tensors)
+    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=1e-5), rates, tensors)
     settings = StepConfig(remat=remat)
     state = init_state(params, optimizer, settings)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -211,6 +212,7 @@ def seconds_to_compile(sizes: Sizes) -> float:
     import jax.numpy as jnp
 
     from anima_jax.checkpoints.names import dit, file_tensors
+    from anima_jax.config.optimizer import OptimizerConfig
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract
     from anima_jax.parallel.mesh import current_mesh
@@ -221,8 +223,8 @@ def seconds_to_compile(sizes: Sizes) -> float:
 
     config = sizes.transformer()
     graphdef, params = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5)
-    optimizer = optimizers.build(optimizers.OptimizerConfig(rates), file_tensors(dit.RULES, params))
+    rates = optimizers.LearningRates(dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5))
+    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=1e-5), rates, file_tensors(dit.RULES, params))
     settings, mesh = StepConfig(), current_mesh()
     state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)
     batch = abstract_batch(Workload("", 1, 1, sizes.tokens, (1, 1, 1), 128, 128), 1, config, jnp.bfloat16)

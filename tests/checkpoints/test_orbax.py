@@ -13,6 +13,7 @@ import pytest
 
 from anima_jax.checkpoints.names import dit, file_tensors
 from anima_jax.checkpoints.orbax import RunCheckpoints
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
@@ -97,8 +98,9 @@ PATHS = [
 def test_an_optimizers_state_comes_back_and_steps_on_as_if_nothing_had_happened(checkpoints, wrap):
     abstract = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
     params = {path: jnp.ones(abstract[path].shape) for path in PATHS}
-    config = optimizers.OptimizerConfig({group: 1e-3 for group, _ in optimizers.GROUPS}, total_steps=10)
-    optimizer = wrap(optimizers.build(config, file_tensors(dit.RULES, params)))
+    rates = optimizers.LearningRates({group: 1e-3 for group, _ in optimizers.GROUPS}, total_steps=10)
+    config = OptimizerConfig(type="adamw", lr=1e-3)
+    optimizer = wrap(optimizers.build(config, rates, file_tensors(dit.RULES, params)))
 
     @jax.jit
     def step(params, state):

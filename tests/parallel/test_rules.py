@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.quantised import quantise
@@ -50,7 +51,8 @@ def test_what_an_optimizer_keeps_lies_as_its_parameter_does(kind):
     config = DiTConfig(64, 2, 8, 128, 32, 16, adapter=None)
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-3)
-    build = optimizers.build(optimizers.OptimizerConfig(rates, type=kind), file_tensors(dit.RULES, params))
+    rates = optimizers.LearningRates(rates)
+    build = optimizers.build(OptimizerConfig(type=kind, lr=1e-3), rates, file_tensors(dit.RULES, params))
     state = jax.eval_shape(build.init, params)
     sizes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
     found = jax.tree.leaves_with_path(rules.specs(state, params, sizes), is_leaf=lambda leaf: isinstance(leaf, P))

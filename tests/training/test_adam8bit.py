@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.training import optimizers
-from anima_jax.training.optimizers import OptimizerConfig, adam
+from anima_jax.training.optimizers import LearningRates, adam
 
 KEY = jax.random.key(0)
 decode = jax.jit(adam.decode)
@@ -74,7 +75,8 @@ TENSORS = file_tensors(dit.RULES, {path: np.broadcast_to(np.float32(0), shape) f
 
 def optimizer(name: str, **more):
     rates = {group: 1e-2 for group, _ in optimizers.GROUPS}
-    return optimizers.build(OptimizerConfig(rates, type=name, clip_norm=0.0, weight_decay=0.0, **more), TENSORS)
+    config = OptimizerConfig(type=name, lr=0.0, weight_decay=0.0, **more)
+    return optimizers.build(config, LearningRates(rates), TENSORS, clip_norm=0.0)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "AdamW8bitKahan"])

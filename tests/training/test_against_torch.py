@@ -8,11 +8,12 @@ from safetensors.numpy import load_file
 
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.models import parameters
 from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training import optimizers
-from anima_jax.training.optimizers import OptimizerConfig
+from anima_jax.training.optimizers import LearningRates
 from anima_jax.training.step import StepConfig, TrainBatch, apply_gradients, init_state, losses
 from tests.golden_files import GOLDEN, channel_last, golden
 from tests.models import dit_peer
@@ -86,8 +87,10 @@ def our_losses() -> list[float]:
     graphdef, params = parameters.split(load_dit(MODEL))
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), RATE) | {"llm_adapter": ADAPTER_RATE}
     optimizer = optimizers.build(
-        OptimizerConfig(rates, betas=BETAS, eps=EPS, weight_decay=DECAY, clip_norm=CLIP),
+        OptimizerConfig(type="adamw", lr=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY),
+        LearningRates(rates),
         file_tensors(dit.RULES, params),
+        clip_norm=CLIP,
     )
     config = StepConfig(compute_dtype=jnp.float32)
     io = golden("dit_image.io")

@@ -11,9 +11,10 @@ import optax.contrib
 import pytest
 
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError
 from anima_jax.training import optimizers
-from anima_jax.training.optimizers import OptimizerConfig
+from anima_jax.training.optimizers import LearningRates
 from anima_jax.training.optimizers.layers import in_host_memory
 
 SHAPES = {
@@ -51,8 +52,11 @@ def to_file(params) -> dict[str, np.ndarray]:
     }
 
 
-def config(name: str, rates=SAME_RATES, clip_norm: float = 0.0, **more) -> OptimizerConfig:
-    return OptimizerConfig(rates, type=name, clip_norm=clip_norm, **more)
+def build(name: str, rates: Any = SAME_RATES, tensors=TENSORS, *, clip_norm=0.0, global_batch=1, **config):
+    """The optimizer of a configuration, without clipping unless it is asked for; `rates` by group."""
+    rates = rates if isinstance(rates, LearningRates) else LearningRates(rates)
+    config = OptimizerConfig(type=name, lr=0.0, **config)
+    return optimizers.build(config, rates, tensors, clip_norm=clip_norm, global_batch=global_batch)
 
 
 def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:
@@ -68,7 +72,7 @@ def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:
 
 def trained(name: str, **more):
     """The file's tensors after training with our optimizer."""
-    return to_file(train(optimizers.build(config(name, **more), TENSORS), START, GRADIENTS)[0])
+    return to_file(train(build(name, **more), START, GRADIENTS)[0])
 
 
 def decayed(name: str) -> bool:
@@ -107,16 +111,16 @@ def by_torch(make):
         ("adamw", {"betas": (0.8, 0.95)}, lambda t, p: t.AdamW(p, lr=1e-2, betas=(0.8, 0.95))),
         ("offload", {}, lambda t, p: t.AdamW(p, lr=1e-2)),
         ("sgd", {}, lambda t, p: t.SGD(p, lr=1e-2)),
-        ("sgd", {"options": {"momentum": 0.9}}, lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9)),
+        ("sgd", {"momentum": 0.9}, lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9)),
         (
             "sgd",
-            {"options": {"momentum": 0.9, "nesterov": True}},
+            {"momentum": 0.9, "nesterov": True},
             lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
         # torch's factors every matrix; its eps is inside the root, which leaves gradients of 0.1 alone.
         (
             "adafactor",
-            {"options": {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1}},
+            {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1},
             lambda t, p: t.Adafactor(p, lr=1e-2, beta2_decay=-0.7, d=1.1),
         ),
     ],
@@ -153,7 +157,7 @@ def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
         else function(learning_rate=rates["base"], **options)
     )
     expected, _ = train(peer, to_file(START), [to_file(grads) for grads in GRADIENTS])
-    ours = trained(name, rates=rates, weight_decay=0.0, options=own)
+    ours = trained(name, rates=rates, weight_decay=0.0, **own)
     moved = max(float(np.abs(np.asarray(expected[n]) - v).max()) for n, v in to_file(START).items())
     assert moved > 1e-6
     assert_same(ours, expected, rtol=1e-4, atol=1e-5 * max(moved, 0.1))
@@ -169,9 +173,7 @@ def test_shared_estimates_decay_what_may_decay(name):
         train(function(1.0, weight_decay=w, estim_lr0=0.1), to_file(START), steps)[0] for w in (0.3, 0.0)
     )
     options = {"d0": 0.1} | ({"bias_correction": True} if name == "prodigy" else {})
-    optimizer = optimizers.build(
-        config(name, rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.3, options=options), TENSORS
-    )
+    optimizer = build(name, rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.3, **options)
     ours = to_file(train(optimizer, START, GRADIENTS[:1])[0])
     assert_same(ours, {n: with_decay[n] if decayed(n) else without[n] for n in ours})
 
@@ -180,9 +182,7 @@ def test_shared_estimates_decay_what_may_decay(name):
 def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_correction):
     """arXiv 2306.06101, algorithm 4, with the defaults of prodigyopt, diffusion-pipe's: all tensors, in float64."""
     options = {"d0": 1e-3, "use_bias_correction": bias_correction}
-    optimizer = optimizers.build(
-        config("Prodigy", rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.1, options=options), TENSORS
-    )
+    optimizer = build("Prodigy", rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.1, **options)
     same_way = [START] * 8  # so that the estimate grows
     ours = to_file(train(optimizer, START, same_way)[0])
     start = {name: value.astype(np.float64) for name, value in to_file(START).items()}
@@ -206,8 +206,8 @@ def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_c
 
 def test_prodigy_shares_one_estimate_and_groups_differ_in_proportion():
     rates = {**dict.fromkeys(GROUPS, 1.0), "mlp": 0.25}
-    optimizer = optimizers.build(config("prodigy", rates=rates), TENSORS)
-    equal = optimizers.build(config("prodigy", rates=dict.fromkeys(GROUPS, 1.0)), TENSORS)
+    optimizer = build("prodigy", rates=rates)
+    equal = build("prodigy", rates=dict.fromkeys(GROUPS, 1.0))
     ours, state = train(optimizer, START, GRADIENTS[:1])
     peer, peer_state = train(equal, START, GRADIENTS[:1])
     assert state[1].estim_lr.shape == ()
@@ -228,7 +228,7 @@ def newton_schulz(matrix: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("rms", [0.2, 0.0])
 def test_muon_makes_each_layers_momentum_orthogonal_and_leaves_the_rest_to_adamw(rms):
-    ours = trained("muon", weight_decay=0.1, options={"nesterov": False, "consistent_rms": rms})
+    ours = trained("muon", weight_decay=0.1, nesterov=False, consistent_rms=rms)
     adamw = trained("adamw", weight_decay=0.1)
     gradients = [to_file(grads) for grads in GRADIENTS]
     for name, start in to_file(START).items():
@@ -249,7 +249,7 @@ def test_muon_leaves_matrices_of_low_rank_to_adamw():
     shapes = {"blocks.mlp.layer1.kernel": (2, 40, 31)}
     tensors = file_tensors(dit.RULES, {path: np.broadcast_to(np.float32(0), s) for path, s in shapes.items()})
     state = jax.eval_shape(
-        optimizers.build(config("muon"), tensors).init,
+        build("muon", tensors=tensors).init,
         {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in shapes.items()},
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 2 * 40 * 31
@@ -270,7 +270,7 @@ def test_lion_is_its_formula():
 def test_stable_adamw_divides_each_tensors_update_by_its_excess():
     """arXiv 2304.13013, algorithm 2, with a gradient that grows so that the clipping matters."""
     gradients = [{path: 4.0**n * g for path, g in grads.items()} for n, grads in enumerate(GRADIENTS)]
-    optimizer = optimizers.build(config("StableAdamW", betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1), TENSORS)
+    optimizer = build("StableAdamW", betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
     ours = to_file(train(optimizer, START, gradients)[0])
     clipped = False
     for name, start in to_file(START).items():
@@ -288,8 +288,8 @@ def test_stable_adamw_divides_each_tensors_update_by_its_excess():
 
 def test_schedule_free_is_its_formula_and_averages():
     """arXiv 2405.15682: y between z and x; x the mean of z weighted by the squared largest rate so far."""
-    rates = {**SAME_RATES, "mlp": 5e-3}
-    optimizer = optimizers.build(config("ScheduleFreeAdamW", rates=rates, weight_decay=0.1, warmup_steps=3), TENSORS)
+    rates = LearningRates({**SAME_RATES, "mlp": 5e-3}, warmup_steps=3)
+    optimizer = build("ScheduleFreeAdamW", rates=rates, weight_decay=0.1)
     params, state = train(optimizer, START, GRADIENTS)
     average = optimizers.averaged(state, params)
     assert average is not None
@@ -308,20 +308,19 @@ def test_schedule_free_is_its_formula_and_averages():
             y = 0.1 * z + 0.9 * x
         np.testing.assert_allclose(ours_y[name], y, rtol=1e-5, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(ours_x[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert optimizers.averaged(train(optimizers.build(config("adamw"), TENSORS), START, [])[1], params) is None
+    assert optimizers.averaged(train(build("adamw"), START, [])[1], params) is None
 
 
 def test_beta2_half_life_halves_a_gradients_weight_after_so_many_examples():
-    half_life = config("adamw", betas=(0.9, 0.5), beta2_half_life=1000, global_batch=100)
-    same = config("adamw", betas=(0.9, 0.5 ** (100 / 1000)))
-    ours, peer = (to_file(train(optimizers.build(c, TENSORS), START, GRADIENTS)[0]) for c in (half_life, same))
+    ours = trained("adamw", betas=(0.9, 0.5), beta2_half_life=1000.0, global_batch=100)
+    peer = trained("adamw", betas=(0.9, 0.5 ** (100 / 1000)))
     assert_same(ours, peer, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", optimizers.names())
 def test_every_name_trains_every_parameter_with_float32_moments(name):
     """Traced, not run: the step gives gradients and parameters, the state keeps its structure and Orbax can save it."""
-    optimizer = optimizers.build(config(name, clip_norm=1.0), TENSORS)
+    optimizer = build(name, clip_norm=1.0)
     params = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in SHAPES.items()}
     state = jax.eval_shape(optimizer.init, params)
     updates, new = jax.eval_shape(optimizer.update, params, state, params)
@@ -333,7 +332,7 @@ def test_every_name_trains_every_parameter_with_float32_moments(name):
 
 @pytest.mark.parametrize("name", ["prodigy", "dog", "schedule_free_adamw", "adamw8bit"])
 def test_parameters_and_state_can_be_donated_together(name):
-    optimizer = optimizers.build(config(name), TENSORS)
+    optimizer = build(name)
     params = jax.tree.map(jnp.asarray, START)
     state = optimizer.init(params)
     step = jax.jit(lambda p, s, g: optimizer.update(g, s, p), donate_argnums=(0, 1))
@@ -348,26 +347,26 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("automagic", {}, "nearest is 'prodigy'"),
         ("GenericOptim", {}, "'muon'"),
         ("lbfgs", {}, "needs more than gradients"),
-        ("adamw", {"options": {"nesterof": True}}, "nesterof: not an argument of 'adamw' (did you mean 'nesterov'?)"),
-        ("adamw", {"options": {"amsgrad": True}}, "take type = 'amsgrad'"),
-        ("adamw", {"options": {"nesterov": 1.5}}, "true or false is expected"),
+        ("adamw", {"nesterof": True}, "nesterof: not an argument of 'adamw' (did you mean 'nesterov'?)"),
+        ("adamw", {"amsgrad": True}, "take type = 'amsgrad'"),
+        ("adamw", {"nesterov": 1.5}, "true or false is expected"),
         ("sgd", {"betas": (0.9, 0.99)}, "betas"),
         ("sgd", {"eps": 1e-8}, "eps: not an argument of 'sgd'"),
-        ("sgd", {"options": {"nesterov": True}}, "needs a momentum"),
-        ("sgd", {"options": {"momentum": "much"}}, "momentum = 'much': a number is expected"),
+        ("sgd", {"nesterov": True}, "needs a momentum"),
+        ("sgd", {"momentum": "much"}, "momentum = 'much': a number is expected"),
         ("AdamWScheduleFree", {}, "did you mean 'schedule_free_"),
-        ("prodigy", {"options": {"decouple": False}}, "weight decay is decoupled"),
-        ("adafactor", {"options": {"relative_step": True}}, "lr_scheduler"),
+        ("prodigy", {"decouple": False}, "weight decay is decoupled"),
+        ("adafactor", {"relative_step": True}, "lr_scheduler"),
         ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
         ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' takes 2"),
-        ("sm3", {"schedule": "cosine"}, "one learning rate"),
+        ("sm3", {"rates": LearningRates(SAME_RATES, "cosine")}, "one learning rate"),
         ("schedule_free_adamw", {"betas": (0.0, 0.99)}, "first beta above 0"),
-        ("muon", {"options": {"preconditioning": "none"}}, "preconditioning"),
+        ("muon", {"preconditioning": "none"}, "preconditioning"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(name, more, message):
     with pytest.raises(UserError) as caught:
-        optimizers.build(config(name, **more), TENSORS)
+        build(name, **more)
     (line,) = caught.value.messages
     assert line.startswith("[optimizer] ")
     assert message in line
@@ -375,7 +374,7 @@ def test_mistakes_are_one_line_that_names_the_key(name, more, message):
 
 def test_all_faults_are_listed_at_once():
     with pytest.raises(UserError) as caught:
-        optimizers.build(config("sgd", eps=1e-8, options={"momentun": 0.9, "nesterov": "yes"}), TENSORS)
+        build("sgd", eps=1e-8, momentun=0.9, nesterov="yes")
     assert len(caught.value.messages) == 3
 
 
@@ -387,12 +386,12 @@ def test_what_optimi_decays_unless_it_is_told_otherwise(name):
 
 def test_switches_of_other_implementations_are_accepted():
     options = {"fused": True, "foreach": False, "amsgrad": False}
-    assert_same(trained("AdamW", options=options), trained("adamw"), rtol=0, atol=0)
+    assert_same(trained("AdamW", **options), trained("adamw"), rtol=0, atol=0)
 
 
 def test_offloaded_moments_lie_in_host_memory_and_train_the_same():
     """On a CPU `offload` itself moves nothing, so what it does on other devices is called here."""
-    inner = optimizers.build(config("adamw"), TENSORS)
+    inner = build("adamw")
     outer = in_host_memory(inner)
     params, grads = jax.tree.map(jnp.asarray, START), jax.tree.map(jnp.asarray, GRADIENTS[0])
     state = outer.init(params)
@@ -409,7 +408,7 @@ def test_offloaded_moments_lie_in_host_memory_and_train_the_same():
 @pytest.mark.parametrize("name", ["adamw8bit", "muon", "prodigy", "schedule_free_adamw", "noisy_sgd"])
 def test_orbax_saves_and_restores_the_state(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint.experimental.v1")
-    _, state = train(optimizers.build(config(name, rates=dict.fromkeys(GROUPS, 1e-2)), TENSORS), START, GRADIENTS[:1])
+    _, state = train(build(name, rates=dict.fromkeys(GROUPS, 1e-2)), START, GRADIENTS[:1])
     ocp.save(tmp_path / "state", state)
     restored = ocp.load(tmp_path / "state", jax.tree.map(abstract, state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)

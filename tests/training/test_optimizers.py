@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from anima_jax.checkpoints.names import dit, file_tensors
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.training import optimizers
-from anima_jax.training.optimizers import OptimizerConfig
+from anima_jax.training.optimizers import LearningRates
 
 RATES = {"llm_adapter": 1e-4, "self_attn": 2e-4, "cross_attn": 3e-4, "mlp": 4e-4, "mod": 5e-4, "base": 6e-4}
 
@@ -71,18 +72,18 @@ def test_learning_rates_are_torchs(kind, warmup):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         main.step()
-    config = OptimizerConfig({"base": rate}, schedule=kind, warmup_steps=warmup, total_steps=total)
-    schedule = optimizers.schedule(config, "base")
+    rates = LearningRates({"base": rate}, kind, warmup_steps=warmup, total_steps=total)
+    schedule = rates.of("base")
     np.testing.assert_allclose(
         [np.asarray(schedule(jnp.array(n))) for n in range(total)], expected, rtol=1e-5, atol=1e-12
     )
-    reported = [optimizers.learning_rate(config, n)["base"] for n in range(total)]
+    reported = [rates.at(n)["base"] for n in range(total)]
     np.testing.assert_allclose(reported, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_frozen_groups_rate_stays_0():
-    config = OptimizerConfig({"mlp": 1e-3, "mod": 0.0}, schedule="cosine", total_steps=10)
-    assert [optimizers.learning_rate(config, step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
+    rates = LearningRates({"mlp": 1e-3, "mod": 0.0}, "cosine", total_steps=10)
+    assert [rates.at(step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
 
 
 def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
@@ -99,8 +100,8 @@ def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
     start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     gradients = [{path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()} for _ in range(5)]
 
-    config = OptimizerConfig(RATES, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, clip_norm=1.0)
-    optimizer = optimizers.build(config, tensors)
+    config = OptimizerConfig(type="adamw", lr=0.0, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    optimizer = optimizers.build(config, LearningRates(RATES), tensors, clip_norm=1.0)
     params = jax.tree.map(jnp.asarray, start)
     state = optimizer.init(params)
 
@@ -129,7 +130,7 @@ def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
 
 def test_frozen_groups_have_no_optimizer_state():
     trained = [tensor for tensor in TENSORS if "llm_adapter" not in tensor.name]
-    optimizer = optimizers.build(OptimizerConfig(RATES), trained)
+    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=0.0), LearningRates(RATES), trained)
     shapes = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
     params = {tensor.path: shapes[tensor.path] for tensor in trained}
     state = jax.eval_shape(optimizer.init, params)

@@ -1,20 +1,18 @@
 """Parameter groups, learning rates and optimizers: `build` makes the one that a configuration names."""
 
 from anima_jax.checkpoints.names.groups import GROUPS, group_of, groups_by_path, is_decayed
-from anima_jax.training.optimizers.build import OptimizerConfig, averaged, build, check
-from anima_jax.training.optimizers.rates import learning_rate, schedule
+from anima_jax.training.optimizers.build import averaged, build, check
+from anima_jax.training.optimizers.rates import LearningRates
 from anima_jax.training.optimizers.table import names
 
 __all__ = [
     "GROUPS",
-    "OptimizerConfig",
+    "LearningRates",
     "averaged",
     "build",
     "check",
     "group_of",
     "groups_by_path",
     "is_decayed",
-    "learning_rate",
     "names",
-    "schedule",
 ]

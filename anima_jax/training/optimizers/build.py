@@ -1,7 +1,6 @@
 """From the configuration to the optimizer: whatever its name, groups, rates and weight decay are the same."""
 
 import collections
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ import optax.contrib
 
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.groups import group_of, groups_by_path, is_decayed
+from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
-from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, layer_rates, together
-from anima_jax.training.optimizers.rates import schedule
+from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, scale_layers, together
+from anima_jax.training.optimizers.rates import LearningRates
 from anima_jax.training.optimizers.table import Parameter, Row, decay_strength, find
 
 WITHOUT_EFFECT = (
@@ -24,9 +24,6 @@ WITHOUT_EFFECT = (
     *("is_paged", "block_wise", "fsdp_in_use"),
 )
 """Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
-
-COMMON = ("lr", "betas", "weight_decay", "eps", "beta2_half_life")
-"""Keys of `[optimizer]` that are fields of `OptimizerConfig`."""
 
 UNAVAILABLE = {
     "amsgrad": "take type = 'amsgrad'",
@@ -44,64 +41,50 @@ ALWAYS = ("decouple", "weight_decouple")
 """Arguments that are accepted only if they are on: no weight decay but sgd's is part of the gradient."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimizer's name and hyper-parameters, and what shapes its learning rates over `total_steps`.
-
-    What is None has the default of the library that the name is known from. `options` are all further arguments.
-    `beta2_half_life` gives β2 = 0.5^(global_batch / beta2_half_life): examples after which a gradient counts half.
-    """
-
-    learning_rates: Mapping[str, float]
-    betas: Sequence[float] | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    total_steps: int = 1
-    clip_norm: float = 1.0
-    type: str = "adamw"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    global_batch: int = 1
-    beta2_half_life: float | None = None
-
-
 def check(config: OptimizerConfig) -> None:
-    """Raise UserError for a name that is not known and for arguments that it does not take, all of them at once."""
+    """Raise UserError if the name is not known, or with every argument that the optimizer does not have."""
     _options(config, *find(config.type))
 
 
 def build(
-    config: OptimizerConfig, tensors: Sequence[FileTensor], rates: Mapping[str, Sequence[float]] | None = None
+    config: OptimizerConfig,
+    rates: LearningRates,
+    tensors: Sequence[FileTensor],
+    *,
+    clip_norm: float = 1.0,
+    global_batch: int = 1,
+    layer_rates: Mapping[str, Sequence[float]] | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of the parameters that `tensors` hold, after clipping the gradients' global norm.
+    """Build the optimizer of the parameters in `tensors`.
 
-    `rates` are learning rates relative to the group's, one for each layer, of stacked parameters with their own. Raises
-    UserError for a name or an argument that is not known or not fit.
+    It first clips the gradients' global norm to `clip_norm` (0: no clipping). `global_batch` (examples in a step) turns
+    `beta2_half_life` into β₂ = 0.5^(global_batch / beta2_half_life). `layer_rates` are factors of the learning rate,
+    one for each layer, of the stacked parameters that have their own.
+    Raises UserError if the optimizer or one of its arguments is not known or not valid.
     """
     name, row = find(config.type)
-    options = _options(config, name, row)
-    if row.fixed_rate and (config.schedule != "constant" or config.warmup_steps):
+    options = _options(config, name, row, global_batch)
+    if row.fixed_rate and (rates.schedule != "constant" or rates.warmup_steps):
         raise UserError(f"[optimizer] type = '{name}' takes one learning rate: no lr_scheduler, no warmup_steps")
     first = {tensor.path: tensor for tensor in reversed(tensors)}
     groups = groups_by_path(tensors)
     decay = row.weight_decay if config.weight_decay is None else config.weight_decay
     parameters = {
         path: Parameter(
-            config.learning_rates[groups[path]] if row.fixed_rate else schedule(config, groups[path]),
+            rates.by_group[groups[path]] if row.fixed_rate else rates.of(groups[path]),
             decay if is_decayed(tensor) else 0.0,
             tensor,
         )
         for path, tensor in first.items()
     }
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     try:
-        main = _shared(config, name, row, parameters, options) if row.shared else _separate(row, parameters, options)
+        main = _shared(rates, name, row, parameters, options) if row.shared else _separate(row, parameters, options)
         steps = [clip, _on_host(main) if row.on_host else main]
-        if rates:
+        if layer_rates:
             if name.startswith("schedule_free"):
                 raise UserError(f"[optimizer] type = '{name}' averages over all of its steps: no [adapter] lr_pattern")
-            steps.append(layer_rates(rates))
+            steps.append(scale_layers(layer_rates))
         optimizer = in_float32(optax.chain(*steps))
         # Some arguments are looked at only in a step: trace one.
         params = _abstract(tensors)
@@ -137,14 +120,12 @@ def _separate(row: Row, parameters: Mapping[str, Parameter], options: Mapping[st
     return by_tensor({path: row.make(one, **options) for path, one in parameters.items()}, stacked)
 
 
-def _shared(
-    config: OptimizerConfig, name: str, row: Row, parameters: Mapping[str, Parameter], options: Mapping[str, Any]
-):
+def _shared(rates: LearningRates, name: str, row: Row, parameters: Mapping[str, Parameter], options: Mapping[str, Any]):
     """One transformation at the rate of the fastest group; the other groups' updates are smaller in proportion."""
     groups = {path: group_of(one.tensor.name) for path, one in parameters.items()}
-    fastest = max(groups.values(), key=config.learning_rates.__getitem__)
-    rate = schedule(config, fastest)
-    relative = {path: config.learning_rates[group] / config.learning_rates[fastest] for path, group in groups.items()}
+    fastest = max(groups.values(), key=rates.by_group.__getitem__)
+    rate = rates.of(fastest)
+    relative = {path: rates.by_group[group] / rates.by_group[fastest] for path, group in groups.items()}
     decay = {path: one.weight_decay for path, one in parameters.items()}
     return together(row.make(parameters, rate, **options), relative, decay, decay_strength(name, rate, options))
 
@@ -163,7 +144,7 @@ def _on_host(main: optax.GradientTransformation) -> optax.GradientTransformation
     return in_host_memory(main)
 
 
-def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
+def _options(config: OptimizerConfig, name: str, row: Row, global_batch: int = 1) -> dict[str, Any]:
     """The arguments of the row's `make`, under its names and checked. Raises UserError, all faults at once."""
     found, faults = {}, []
     for key, value in config.options.items():
@@ -177,7 +158,9 @@ def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
             if value is not True:
                 faults.append(f"[optimizer] {key} = {value!r}: not with '{name}'; weight decay is decoupled here")
         elif key not in WITHOUT_EFFECT:
-            near = did_you_mean(key, [*row.options, *row.renamed, *COMMON])
+            near = did_you_mean(
+                key, [*row.options, *row.renamed, *(key for key in OptimizerConfig.model_fields if key != "type")]
+            )
             arguments = ", ".join(sorted(row.options)) or "none but lr and weight_decay"
             faults.append(f"[optimizer] {key}: not an argument of '{name}'{near}; it takes {arguments}")
     if config.eps is not None:
@@ -185,7 +168,7 @@ def _options(config: OptimizerConfig, name: str, row: Row) -> dict[str, Any]:
             found["eps"] = config.eps
         else:
             faults.append(f"[optimizer] eps: not an argument of '{name}'")
-    found |= _betas(config, name, row, faults)
+    found |= _betas(config, name, row, global_batch, faults)
     if faults:
         raise UserError(*faults)
     return found
@@ -201,7 +184,7 @@ def _checked(key: str, value: Any, default: Any, faults: list[str]) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _betas(config: OptimizerConfig, name: str, row: Row, faults: list[str]) -> dict[str, Any]:
+def _betas(config: OptimizerConfig, name: str, row: Row, global_batch: int, faults: list[str]) -> dict[str, Any]:
     """torch's `betas` as b1, b2, …, with the second from its half-life if that is given."""
     own = ["betas"] if "betas" in row.options else [key for key in ("b1", "b2", "b3") if key in row.options]
     defaults = row.options["betas"] if own == ["betas"] else tuple(row.options[key] for key in own)
@@ -216,5 +199,5 @@ def _betas(config: OptimizerConfig, name: str, row: Row, faults: list[str]) -> d
         if len(betas) < 2:
             faults.append(f"[optimizer] beta2_half_life: '{name}' has no second beta")
             return {}
-        betas[1] = 0.5 ** (config.global_batch / config.beta2_half_life)
+        betas[1] = 0.5 ** (global_batch / config.beta2_half_life)
     return {"betas": tuple(betas)} if own == ["betas"] else dict(zip(own, betas, strict=False))

@@ -80,7 +80,7 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
     return transformation(init, update)
 
 
-def layer_rates(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
+def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
     """Updates of the parameters in `rates` times a number for each layer of theirs; the others as they are."""
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:

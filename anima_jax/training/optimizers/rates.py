@@ -1,9 +1,10 @@
-"""Learning rates: one for each group, shaped over the run by a warmup and a schedule, as diffusion-pipe's train.py."""
+"""Learning rates: one for each parameter group, shaped by a warmup and a schedule, as in diffusion-pipe's train.py."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,35 +23,27 @@ SCHEDULES: dict[str, Callable[[float, Any, ModuleType], Any]] = {
 """Name → the rate at a progress in [0, 1]; `xp` is numpy or jax.numpy."""
 
 
-class Shape(Protocol):
-    """What shapes the learning rates; `OptimizerConfig` is one."""
+@dataclasses.dataclass(frozen=True)
+class LearningRates:
+    """The learning rate of each parameter group (0: frozen) and how it changes over `total_steps`."""
 
-    @property
-    def learning_rates(self) -> Mapping[str, float]: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def total_steps(self) -> int: ...
+    by_group: Mapping[str, float]
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
 
+    def of(self, group: str) -> optax.Schedule:
+        """The group's rate as a function of the number of steps done."""
+        return lambda step: jnp.asarray(self._rate(group, step, jnp), jnp.float32)
 
-def _rate(config: Shape, group: str, step: Any, xp: ModuleType) -> Any:
-    """A linear warmup from 1 / `warmup_steps`, then the schedule from its beginning."""
-    rate, warmup = config.learning_rates[group], config.warmup_steps
-    main = SCHEDULES[config.schedule](rate, xp.clip((step - warmup) / config.total_steps, 0.0, 1.0), xp)
-    if not warmup:
-        return main
-    return xp.where(step < warmup, rate * (1.0 / warmup + (1.0 - 1.0 / warmup) * step / warmup), main)
+    def at(self, step: int) -> dict[str, float]:
+        """Return each group's rate after `step` steps. Computed on the host, so that it does not wait for a device."""
+        return {group: float(self._rate(group, step, np)) if rate else 0.0 for group, rate in self.by_group.items()}
 
-
-def schedule(config: Shape, group: str) -> optax.Schedule:
-    """The group's rate as a function of the number of steps done."""
-    return lambda step: jnp.asarray(_rate(config, group, step, jnp), jnp.float32)
-
-
-def learning_rate(config: Shape, step: int) -> dict[str, float]:
-    """Each group's rate in the step after `step` others (0: frozen), without the device, which may be busy."""
-    return {
-        group: float(_rate(config, group, step, np)) if rate else 0.0 for group, rate in config.learning_rates.items()
-    }
+    def _rate(self, group: str, step: Any, xp: ModuleType) -> Any:
+        """Linear warmup from 1 / `warmup_steps`, then the schedule from its start."""
+        rate, warmup = self.by_group[group], self.warmup_steps
+        main = SCHEDULES[self.schedule](rate, xp.clip((step - warmup) / self.total_steps, 0.0, 1.0), xp)
+        if not warmup:
+            return main
+        return xp.where(step < warmup, rate * (1.0 / warmup + (1.0 - 1.0 / warmup) * step / warmup), main)
