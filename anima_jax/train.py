@@ -35,11 +35,12 @@ from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training import estimate, optimizers, report
 from anima_jax.training.export import find_export
 from anima_jax.training.fingerprints import shared_settings
-from anima_jax.training.loop import Training, build_optimizer, step_config
+from anima_jax.training.loop import Training, build_optimizer
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
 from anima_jax.training.resume import alone_in, find_run, replicas_of
 from anima_jax.training.state import ParamPartition, dit_config
+from anima_jax.training.step import StepConfig
 
 SWITCHES = {
     "regenerate_cache": "encode everything again",
@@ -213,7 +214,7 @@ def dry_run(
     kinds, limit, called = devices_of(arguments)
     sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(
-        config, step_config(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
+        config, StepConfig.of(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
     )
     print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, called))
     print(found)

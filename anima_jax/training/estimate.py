@@ -35,7 +35,7 @@ from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Workload, flops
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
 from anima_jax.training.state import ParamPartition, blank_text_encoder, dit_config, prepare
-from anima_jax.training.step import StepConfig, TrainBatch, batch_loss, compile_step, init_state, optimizer_places
+from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
 
 GIB = 2**30
 
@@ -229,7 +229,7 @@ def _kept_bytes(trained: ParamPartition, settings: StepConfig, work: Workload, d
     def backward(params: Params, frozen: Params, batch: TrainBatch) -> Any:
         def loss_of(params: Params):
             model = merge(trained.graphdef, cast_to_compute(frozen | params, settings.compute_dtype))
-            return batch_loss(model, batch, None, settings)
+            return loss_fn(model, batch, None, settings)
 
         return jax.vjp(loss_of, params)[1]
 
@@ -258,7 +258,7 @@ def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | N
 
     wide = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()}
     places = rules.shardings(state, trained.params, mesh)
-    places = places._replace(opt_state=optimizer_places(optimizer, wide, mesh))
+    places = places._replace(opt_state=opt_state_shardings(optimizer, wide, mesh))
     step = compile_step(trained.graphdef, optimizer, settings, shardings=places)
     arguments = (
         placed(state, places),

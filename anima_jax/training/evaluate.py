@@ -17,7 +17,7 @@ from jax import Array
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
-from anima_jax.training.step import StepConfig, TrainBatch, losses
+from anima_jax.training.step import StepConfig, TrainBatch, example_losses
 
 Item = TypeVar("Item")
 
@@ -46,7 +46,7 @@ class Evaluation:
 
             def at(quantile: Array) -> Array:
                 times_b = config.times.times(jnp.broadcast_to(quantile, keys_b.shape), batch.grid_b3)
-                return losses(model, batch, None, noise_blc, times_b, config)
+                return example_losses(model, batch, noise_blc, times_b, config)
 
             return jax.lax.map(at, jnp.array(QUANTILES, jnp.float32))
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from anima_jax.config.main import MainConfig
@@ -17,7 +16,6 @@ from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData
 from anima_jax.data.loader import prefetched
 from anima_jax.data.plan import BatchPlan
-from anima_jax.diffusion.objective import Loss, TimeDistribution
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.hosts import Consensus, is_process_0
@@ -40,26 +38,6 @@ from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
 
 log = logging.getLogger(__name__)
-
-
-def step_config(config: MainConfig) -> StepConfig:
-    """The part of the configuration that shapes one step."""
-    model = config.model
-    kind, parameter = config.loss
-    return StepConfig(
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        times=TimeDistribution(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift),
-        loss=Loss(kind, parameter, model.multiscale_loss_weight or 0.0),
-        seed=config.seed,
-        uncond_fraction=config.uncond_fraction,
-        ema_decay=config.ema_decay,
-        dropout=config.adapter.dropout if config.adapter else 0.0,
-        rank_dropout=config.adapter.rank_dropout if config.adapter else 0.0,
-        remat=config.remat,
-        remat_every=config.remat_every,
-        scan_unroll=config.scan_unroll,
-    )
 
 
 def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.LearningRates:
@@ -108,7 +86,7 @@ class Training:
         ready = config.model.cache_text_embeddings or config.trains_text_encoder
         self._encode_text = as_it_is if ready else OnlineText(encoders.text_encoder, config)
 
-        self._settings = step_config(config)
+        self._settings = StepConfig.of(config)
         trained = prepare(config, lambda: encoders.text_encoder)
         print(report.start_up_table(config, trained, data.describe(encoders.tokenizers)))
         optimizer = build_optimizer(config, trained, data.plan)

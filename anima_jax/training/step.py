@@ -1,6 +1,7 @@
 """One optimizer step: noising, network, loss, gradients, update, EMA. One jitted function with donated state.
 
-A step whose loss or gradient is not finite changes nothing but its counters; that is decided on the device.
+`train_step` calls `loss_fn`, in micro-batches, and `apply_gradients`. A step whose loss or gradient is not finite
+changes only its counters; the device decides that.
 
 Axes: b batch, l image tokens, n source text tokens, m target text tokens, d features, c the 64 values of a token.
 """
@@ -20,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from anima_jax.adapters import modules
+from anima_jax.config.main import MainConfig
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
@@ -31,14 +33,15 @@ from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
 _ROUNDING = zlib.crc32(b"stochastic rounding")
-"""What sets the keys of rounding apart from those of examples, whose first number is an epoch."""
+"""Separates the keys of rounding from those of examples, whose first number is an epoch."""
 
 
 class TrainBatch(NamedTuple):
-    """Examples of one step, NumPy or JAX arrays.
+    """The examples of one step, as NumPy or JAX arrays.
 
-    Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `mask_blp` weights the loss of each of a
-    token's four latent pixels; None where no example of the run has a mask.
+    Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `text.source_bnd` contains states of the
+    text encoder, or token ids (b, n) if that is trained too. `mask_blp` weights the loss of each of a token's four
+    latent pixels; None if no example of the run has a mask.
     """
 
     latents_blc: Any
@@ -50,9 +53,10 @@ class TrainBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `params` are the trained parameters only; `ema` their average in float32, or None.
+    """What a step changes. `params` are only the trained parameters; `ema` is their float32 moving average, or None.
 
-    `step` counts every step, also those whose update was left out: the last `skipped` in a row, `total_skipped` in all.
+    `step` counts every step, including those whose update was skipped: the last `skipped` in a row, `total_skipped` in
+    total.
     """
 
     step: Array
@@ -66,8 +70,8 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Loss (mean over the batch) and global gradient norm before clipping; whether both are `finite`.
 
-    `skipped` counts the updates skipped in a row, this step's included: 0 if this one was applied. `norms` are those of
-    each parameter group's gradient and update, if the groups are given.
+    `skipped` counts the updates skipped in a row up to this step: 0 if this one was applied. `norms` are those of each
+    parameter group's gradient and update, if the groups are given.
     """
 
     loss: Array
@@ -79,7 +83,7 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Everything about a step that is fixed for a run."""
+    """What the compiled step depends on: hashable, and equal for configurations that compile to the same program."""
 
     compute_dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
@@ -94,55 +98,62 @@ class StepConfig:
     remat_every: int = 1
     scan_unroll: int = 1
 
+    @classmethod
+    def of(cls, config: MainConfig) -> "StepConfig":
+        """Return what a run's configuration says about its steps."""
+        model, adapter, (loss, parameter) = config.model, config.adapter, config.loss
+        return cls(
+            compute_dtype=jnp.dtype(config.compute_dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            times=TimeDistribution(model.timestep_sample_method, model.sigmoid_scale, model.shift, model.flux_shift),
+            loss=Loss(loss, parameter, model.multiscale_loss_weight or 0.0),
+            dropout=adapter.dropout if adapter else 0.0,
+            rank_dropout=adapter.rank_dropout if adapter else 0.0,
+            **{name: getattr(config, name) for name in _SAME_NAME},
+        )
+
+
+_SAME_NAME = ("seed", "uncond_fraction", "ema_decay", "remat", "remat_every", "scan_unroll")
+"""Fields of `StepConfig` that are keys of the configuration."""
+
 
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh | None = None
 ) -> TrainState:
-    """The state before the first step. `params` are the parameters to train; they are stored in `param_dtype`.
+    """Return the state before the first step. `params` are the parameters to train, to be stored in `param_dtype`.
 
-    What is made of a parameter lies on the mesh (by default the one that is set) as the parameter does.
+    Their average and the optimizer's state are sharded as they are, on `mesh` (by default the current one).
     """
     mesh = mesh or current_mesh()
     params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, replicated(mesh))
-    # Moments take the dtype of what they are made for: float32 whatever the parameters are stored in.
+    # Moments have the dtype of the parameters that they are initialised from: always float32.
     wide = as_float32(params)
-    opt_state = jax.jit(optimizer.init, out_shardings=optimizer_places(optimizer, wide, mesh))(wide)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(optimizer, wide, mesh))(wide)
     return TrainState(step, params, opt_state, ema, skipped, total_skipped)
 
 
-def optimizer_places(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
-    """Where the optimizer's state of float32 parameters (or their shapes) lies: in the host's memory too."""
+def opt_state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
+    """Return the shardings of the optimizer's state of float32 parameters (or their shapes), some in host memory."""
     jaxpr, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
-    places, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
-    places = [
-        place.with_memory_kind("pinned_host") if leaf.memory_space == jax.memory.Space.Host else place
-        for place, leaf in zip(places, jaxpr.out_avals, strict=True)
+    shardings, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
+    shardings = [
+        sharding.with_memory_kind("pinned_host") if leaf.memory_space == jax.memory.Space.Host else sharding
+        for sharding, leaf in zip(shardings, jaxpr.out_avals, strict=True)
     ]
-    return jax.tree.unflatten(treedef, places)
+    return jax.tree.unflatten(treedef, shardings)
 
 
 def as_float32(params: Params) -> Params:
-    """The parameters in float32: themselves, unless they are stored in less."""
+    """Return the parameters in float32: themselves, unless they are stored in another dtype."""
     return {path: value.astype(jnp.float32) for path, value in params.items()}
 
 
-def losses(
-    model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, noise_blc: Array, times_b: Array, config: StepConfig
-) -> Array:
-    """Loss of each example, (b,), at these times and with this noise.
-
-    `unconditional` is the empty caption, with a batch axis of 1, shown instead of the caption to `uncond_fraction` of
-    the examples; None shows every caption.
-    """
-    x0_blc = batch.latents_blc.astype(jnp.float32)
-    text = batch.text
-    if unconditional is not None and config.uncond_fraction > 0:
-        dropped_b = uniform(_keys(batch, Purpose.CAPTION_DROPOUT, config)) < config.uncond_fraction
-        text = jax.tree.map(functools.partial(_dropped, dropped_b), unconditional, text)
-    if model.text_encoder is not None:
-        # It is trained: what stands in the place of its states are token ids.
+def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b: Array, config: StepConfig) -> Array:
+    """Return the loss of each example, (b,), at these times and with this noise."""
+    x0_blc, text = batch.latents_blc.astype(jnp.float32), batch.text
+    if model.text_encoder is not None:  # it is trained, so the batch contains its token ids
         states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=config.compute_dtype)
         text = text._replace(source_bnd=states_bnd)
     assert model.llm_adapter is not None
@@ -162,23 +173,34 @@ def losses(
     return config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp)
 
 
-def _dropped(dropped_b: Array, empty: Array, given: Array) -> Array:
-    """`empty`, padded with zeros to the rows of `given`, where `dropped_b` says so."""
-    empty = jnp.pad(empty, [(0, 0), (0, given.shape[1] - empty.shape[1]), *[(0, 0)] * (given.ndim - 2)])
-    return jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
+def loss_fn(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, config: StepConfig) -> Array:
+    """Return the mean loss of a batch, with every random number drawn from its example's id.
 
+    `unconditional` is the empty caption, with a batch axis of 1, which replaces the captions of `uncond_fraction` of
+    the examples; None drops no caption.
+    """
 
-def batch_loss(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, config: StepConfig) -> Array:
-    """Mean loss of a batch, every random number drawn from its examples' ids. `unconditional` as in `losses`."""
+    def keys_b(purpose: Purpose) -> Array:
+        return example_keys(config.seed, batch.epochs_b, batch.ids_b2, purpose)
+
     if config.dropout or config.rank_dropout:
-        modules.drop(model, _keys(batch, Purpose.ADAPTER_DROPOUT, config), config.dropout, config.rank_dropout)
-    times_b = config.times.times(uniform(_keys(batch, Purpose.TIME, config)), batch.grid_b3)
-    noise_blc = normal(_keys(batch, Purpose.NOISE, config), batch.latents_blc.shape[1:])
-    return batch_mean(losses(model, batch, unconditional, noise_blc, times_b, config))
+        modules.drop(model, keys_b(Purpose.ADAPTER_DROPOUT), config.dropout, config.rank_dropout)
+    times_b = config.times.times(uniform(keys_b(Purpose.TIME)), batch.grid_b3)
+    noise_blc = normal(keys_b(Purpose.NOISE), batch.latents_blc.shape[1:])
+    if unconditional is not None and config.uncond_fraction > 0:
+        dropped_b = uniform(keys_b(Purpose.CAPTION_DROPOUT)) < config.uncond_fraction
+        batch = batch._replace(text=_drop_captions(batch.text, dropped_b, unconditional))
+    return batch_mean(example_losses(model, batch, noise_blc, times_b, config))
 
 
-def _keys(batch: TrainBatch, purpose: Purpose, config: StepConfig) -> Array:
-    return example_keys(config.seed, batch.epochs_b, batch.ids_b2, purpose)
+def _drop_captions(text: Text, dropped_b: Array, unconditional: Text) -> Text:
+    """Return `text` with `unconditional`, padded with zeros to its length, in the rows of `dropped_b`."""
+
+    def replaced(given: Array, empty: Array) -> Array:
+        empty = jnp.pad(empty, [(0, 0), (0, given.shape[1] - empty.shape[1]), *[(0, 0)] * (given.ndim - 2)])
+        return jnp.where(dropped_b.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
+
+    return jax.tree.map(replaced, text, unconditional)
 
 
 def train_step(
@@ -186,14 +208,17 @@ def train_step(
     frozen: Params,
     batch: TrainBatch,
     unconditional: Text | None,
+    accumulation: int = 1,
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
-    accumulation: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one batch, in `accumulation` micro-batches; `frozen` are the parameters that are not trained."""
+    """Update the state with one batch, in `accumulation` micro-batches; `frozen` are the parameters not trained.
+
+    With `groups`, which maps each trained parameter's path to its group, the metrics include the groups' norms.
+    """
     loss, grads = loss_and_gradients(
         state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
     )
@@ -210,21 +235,22 @@ def loss_and_gradients(
     config: StepConfig,
     accumulation: int = 1,
 ) -> tuple[Array, Params]:
-    """Mean loss of a batch and its gradients, float32, in `accumulation` micro-batches."""
+    """Return the mean loss of a batch and its gradients, float32, computed in `accumulation` micro-batches."""
 
-    def loss_of(params: Params, micro_batch: TrainBatch) -> Array:
-        # Frozen weights stay as they are stored: the linear operation makes them numbers, a layer at a time.
+    @jax.value_and_grad
+    def value_and_grad(params: Params, micro_batch: TrainBatch) -> Array:
+        # Frozen weights keep their storage dtype: the linear operation dequantises them layer by layer.
         model = merge(graphdef, frozen | cast_to_compute(params, config.compute_dtype))
-        return batch_loss(model, micro_batch, unconditional, config)
+        return loss_fn(model, micro_batch, unconditional, config)
 
     params = as_float32(params)
     if accumulation == 1:
-        return jax.value_and_grad(loss_of)(params, batch)
-    # Examples interleave, so that each device keeps its own.
+        return value_and_grad(params, batch)
+    # Micro-batches take every n-th example, so that each device keeps its own.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro_batch):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, micro_batch)), None
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zeros, micro_batches)
@@ -240,16 +266,16 @@ def apply_gradients(
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The state after a step with this loss and these gradients: the update, or none if they are not finite."""
+    """Return the state after a step with this loss and these gradients, unchanged if they are not finite."""
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     old = as_float32(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, old)
-    params = _stored(jax.tree.map(jnp.add, old, updates), state.step, config)
+    params = _in_param_dtype(jax.tree.map(jnp.add, old, updates), state.step, config)
     ema = state.ema
     if ema is not None and config.ema_decay is not None:
         ema = update_ema(ema, as_float32(params), state.step, config.ema_decay)
-    # A select, not a branch: on an accelerator a branch would have the host wait for the condition.
+    # A select, not a branch: on an accelerator, a branch would make the host wait for the condition.
     params, opt_state, ema = jax.tree.map(
         functools.partial(_where, finite),
         (params, opt_state, ema),
@@ -259,24 +285,24 @@ def apply_gradients(
     if groups is not None:
         change = jax.tree.map(jnp.subtract, as_float32(params), old)
         norms = GroupNorms(group_norms(grads, groups), group_norms(change, groups))
-    missed = 1 - finite.astype(jnp.int32)
-    skipped = (state.skipped + 1) * missed
-    state = TrainState(state.step + 1, params, opt_state, ema, skipped, state.total_skipped + missed)
+    skipped_now = 1 - finite.astype(jnp.int32)
+    skipped = (state.skipped + 1) * skipped_now
+    state = TrainState(state.step + 1, params, opt_state, ema, skipped, state.total_skipped + skipped_now)
     return state, Metrics(loss, grad_norm, finite, skipped, norms)
 
 
 def _where(condition: Array, new: Array, old: Array) -> Array:
-    """`jnp.where`, also of moments that live in host memory: the choice is made on the device."""
+    """Return `jnp.where(condition, new, old)`, computed on the device also for moments in host memory."""
     if jax.typeof(old).memory_space != jax.memory.Space.Host:
         return jnp.where(condition, new, old)
     new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
     return jax.device_put(jnp.where(condition, new, old), jax.memory.Space.Host)
 
 
-def _stored(params: Params, step: Array, config: StepConfig) -> Params:
-    """Updated float32 parameters in the dtype that they are stored in, bfloat16 rounded at random.
+def _in_param_dtype(params: Params, step: Array, config: StepConfig) -> Params:
+    """Return updated float32 parameters in `param_dtype`, stochastically rounded to bfloat16.
 
-    To nearest, a step smaller than half of bfloat16's spacing (0.4 % of a weight) would always be lost.
+    Rounding to nearest would always lose a step smaller than half of bfloat16's spacing (0.4 % of a weight).
     """
     if jnp.dtype(config.param_dtype) == jnp.float32:
         return params
@@ -288,7 +314,7 @@ def _stored(params: Params, step: Array, config: StepConfig) -> Params:
 
 
 def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
-    """ema + (1 − d)·(params − ema), where d grows as (1 + step) / (10 + step) up to `decay`."""
+    """Return ema + (1 − d)·(params − ema), where d grows as (1 + step) / (10 + step) up to `decay`."""
     rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, params)
 
@@ -300,16 +326,11 @@ def compile_step(
     groups: Mapping[str, str] | None = None,
     shardings: Any = None,
 ):
-    """`train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
+    """Return `train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
-    The old state is donated; `shardings` are those of its leaves, which the new one keeps. A new shape of batch, or
-    another accumulation, compiles a new program. With `groups`, the trained parameters' by path, every step measures
-    their norms.
+    The old state is donated; `shardings` are those of its leaves, which the new state keeps. A new batch shape or
+    another accumulation compiles a new program.
     """
-    run = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
-
-    def step(state, frozen, batch, unconditional, accumulation=1):
-        return run(state, frozen, batch, unconditional, accumulation=accumulation)
-
-    places = None if shardings is None else (shardings, replicated(shardings.step.mesh))
-    return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=places)
+    step = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
+    out_shardings = None if shardings is None else (shardings, replicated(shardings.step.mesh))
+    return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=out_shardings)

@@ -24,9 +24,9 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training.export import about_adapter, export
-from anima_jax.training.loop import build_optimizer, step_config
+from anima_jax.training.loop import build_optimizer
 from anima_jax.training.state import prepare
-from anima_jax.training.step import TrainBatch, losses
+from anima_jax.training.step import StepConfig, TrainBatch, example_losses
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
 
@@ -411,13 +411,13 @@ def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(
     batch = TrainBatch(
         normal(2, 16, 64), np.array([[1, 4, 4]] * 2), np.zeros((2, 2), np.uint32), np.zeros(2, np.int32), text
     )
-    settings, noise, times = step_config(config), jnp.asarray(normal(2, 16, 64, seed=1)), jnp.array([0.3, 0.8])
+    settings, noise, times = StepConfig.of(config), jnp.asarray(normal(2, 16, 64, seed=1)), jnp.array([0.3, 0.8])
 
     @quick_jit
     def run(params, frozen):
         def loss(params):
             model = parameters.merge(trained.graphdef, params | frozen)
-            return jnp.sum(losses(model, batch, None, noise, times, settings))
+            return jnp.sum(example_losses(model, batch, noise, times, settings))
 
         return jax.value_and_grad(loss)(params)
 
@@ -430,7 +430,9 @@ def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(
     plain = prepared(folder, "type = 'lora'\nrank = 2", model="cache_text_embeddings = true\n")
     model = parameters.merge(plain.graphdef, plain.params | plain.frozen)
     batch = batch._replace(text=text._replace(source_bnd=states))
-    expected = jnp.sum(quick_jit(lambda model, batch: losses(model, batch, None, noise, times, settings))(model, batch))
+    expected = jnp.sum(
+        quick_jit(lambda model, batch: example_losses(model, batch, noise, times, settings))(model, batch)
+    )
     assert float(fresh) == pytest.approx(float(expected), rel=1e-5)
     assert float(value) != pytest.approx(float(fresh), rel=1e-3)
     assert json.dumps(trained.notes) == "[]"

@@ -14,7 +14,7 @@ from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training import optimizers
 from anima_jax.training.optimizers import LearningRates
-from anima_jax.training.step import StepConfig, TrainBatch, apply_gradients, init_state, losses
+from anima_jax.training.step import StepConfig, TrainBatch, apply_gradients, example_losses, init_state
 from tests.golden_files import GOLDEN, channel_last, golden
 from tests.models import dit_peer
 from tests.models.networks import quick_jit
@@ -107,7 +107,7 @@ def our_losses() -> list[float]:
     @quick_jit
     def step(state, noise_blc, times_b):
         def loss_of(params):
-            return jnp.mean(losses(parameters.merge(graphdef, params), batch, None, noise_blc, times_b, config))
+            return jnp.mean(example_losses(parameters.merge(graphdef, params), batch, noise_blc, times_b, config))
 
         return apply_gradients(state, *jax.value_and_grad(loss_of)(state.params), optimizer=optimizer, config=config)
 

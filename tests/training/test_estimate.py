@@ -22,7 +22,7 @@ from anima_jax.training import estimate
 from anima_jax.training.estimate import abstract_batch, abstract_trained, flops, memory
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition, prepare
-from anima_jax.training.step import StepConfig, batch_loss, init_state
+from anima_jax.training.step import StepConfig, init_state, loss_fn
 from tests.parallel.meshes import MESHES
 from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
@@ -65,7 +65,7 @@ def gradient_of(trained: ParamPartition, settings: StepConfig):
     """A function of shapes: the gradient of one example's loss."""
 
     def loss(params, frozen, batch):
-        return batch_loss(merge(trained.graphdef, frozen | params), batch, None, settings)
+        return loss_fn(merge(trained.graphdef, frozen | params), batch, None, settings)
 
     return jax.grad(loss), (trained.params, trained.frozen, abstract_batch(WORK, 1, CONFIG, jnp.float32))
 

@@ -19,9 +19,9 @@ from anima_jax.training.step import (
     StepConfig,
     TrainBatch,
     apply_gradients,
-    batch_loss,
     compile_step,
     init_state,
+    loss_fn,
     train_step,
     update_ema,
 )
@@ -57,7 +57,7 @@ def take(batch, rows):
 @functools.partial(quick_jit, static_argnames="config")
 def _loss_and_gradients(params, batch, unconditional, config):
     graphdef, _ = model()
-    return jax.value_and_grad(lambda p: batch_loss(parameters.merge(graphdef, p), batch, unconditional, config))(params)
+    return jax.value_and_grad(lambda p: loss_fn(parameters.merge(graphdef, p), batch, unconditional, config))(params)
 
 
 def loss_and_gradients(batch, unconditional=None, *, config=FLOAT32):
