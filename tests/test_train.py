@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.config.load import load_config
-from anima_jax.data.plan import BatchPlan, Tier
+from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.generate import main as generate
 from anima_jax.train import main as train
 from anima_jax.training.loop import exports_after

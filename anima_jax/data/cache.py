@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from anima_jax.checkpoints.locations import fingerprint
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
@@ -35,10 +36,9 @@ from anima_jax.models.dit import PATCH
 from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.parallel.hosts import barrier
+from anima_jax.parallel.hosts import barrier, is_process_0
 from anima_jax.parallel.mesh import local_mesh
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training import report
 
 log = logging.getLogger(__name__)
 
@@ -272,10 +272,10 @@ class Cache:
         by_size: dict[Size, list[tuple[bytes, Example]]] = collections.defaultdict(list)
         for key, example in missing:
             by_size[example.bucket.size].append((key, example))
-        with report.Bar(len(missing), "clip") as bar:
+        with progress_bar(len(missing), "clip") as bar:
             for size, items in sorted(by_size.items()):
                 own = [item for part in _own_parts(items, CLIPS_A_PART) for item in part]
-                _write_parts(store, bar.over(self._encoded(own, size, encoders, problems)), CLIPS_A_PART)
+                _write_parts(store, self._encoded(own, size, encoders, problems), CLIPS_A_PART, bar)
 
     def _encoded(
         self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
@@ -313,8 +313,8 @@ class Cache:
                 states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
                 yield key, pack({"caption": caption}, {"states": states_nd, "t5_ids": text.target_ids_m})
 
-        with report.Bar(len(own), "caption") as bar:
-            _write_parts(store, bar.over(records()), CAPTIONS_A_PART)
+        with progress_bar(len(own), "caption") as bar:
+            _write_parts(store, records(), CAPTIONS_A_PART, bar)
 
 
 def _unchanged(media: Media, digest: bytes | None) -> bytes:
@@ -325,10 +325,16 @@ def _unchanged(media: Media, digest: bytes | None) -> bytes:
     return data
 
 
-def _write_parts(store: Store, records: Iterable[tuple[bytes, bytes]], size: int) -> None:
+def progress_bar(total: int, unit: str) -> tqdm:
+    """Return a progress bar over `total` items, which process 0 shows if there are any."""
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
+
+
+def _write_parts(store: Store, records: Iterable[tuple[bytes, bytes]], size: int, bar: tqdm) -> None:
     """Write the records, `size` of them at a time."""
     part: list[tuple[bytes, bytes]] = []
     for record in records:
+        bar.update()
         part.append(record)
         if len(part) == size:
             store.write_part(part)

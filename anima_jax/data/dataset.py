@@ -11,18 +11,17 @@ import numpy as np
 from anima_jax.checkpoints.locations import is_remote
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.main import MainConfig
+from anima_jax.data.batch_plan import BatchPlan, data_fingerprint, describe, make_tiers
 from anima_jax.data.buckets import Size
 from anima_jax.data.cache import Cache, Encoders
 from anima_jax.data.encode import rounded_up
-from anima_jax.data.examples import Example, Source, read_examples
+from anima_jax.data.examples import Example, Source, contents_of, read_examples
 from anima_jax.data.manifest import Memo
-from anima_jax.data.plan import BatchPlan, describe, make_tiers
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store
 from anima_jax.data.tfds_source import TfdsSplit
 from anima_jax.errors import UserError
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training.fingerprints import contents_of, data_fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,12 @@ from PIL import Image
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.data.buckets import Size
-from anima_jax.data.cache import Cache
+from anima_jax.data.cache import Cache, progress_bar
 from anima_jax.data.examples import Example
 from anima_jax.data.video import FRAME_RATE
 from anima_jax.models.dit import PATCH, unpatchify
 from anima_jax.models.parameters import merge, split
 from anima_jax.models.wan_vae import WanVAE
-from anima_jax.training import report
 
 
 def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: WanVAE, dtype: DTypeLike) -> pathlib.Path:
@@ -35,8 +34,9 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
     target, used = pathlib.Path(folder), set[str]()
     with writing_to(str(target)):
         target.mkdir(parents=True, exist_ok=True)
-    with report.Bar(len(clips), "clip") as bar:
-        for (_, size), shown in bar.over(clips.items()):
+    with progress_bar(len(clips), "clip") as bar:
+        for (_, size), shown in clips.items():
+            bar.update()
             frames, rows, columns = size.grid
             latents = unpatchify(jnp.asarray(cache.latents(shown[0]))[None].astype(jnp.float32), frames, rows, columns)
             pixels_tyxc = np.asarray(decode(params, latents))[0]

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 
 CHOICE, SHUFFLE, DROPOUT, CACHED_SHUFFLE = range(4)
 """What random words are for."""
+
+
+CONTENTS = ("captions", "masks")
+"""What can change of an example while its id stays the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +184,19 @@ def examples_of(entries: Sequence[Entry], options: SourceOptions, problems: Prob
                 example = Example(_id(entry, bucket, index, 0), entry, bucket, captions, options)
                 once[bucket.resolution, bucket.size.frames].append((index, example))
     return list(itertools.chain.from_iterable(_repeated(group, options.num_repeats) for group in once.values()))
+
+
+def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Return `CONTENTS` of each example: name → hashes, uint64 (n,)."""
+
+    def hashes(values: Iterable[bytes]) -> np.ndarray:
+        digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
+        return np.frombuffer(b"".join(digests), "<u8")
+
+    return {
+        "captions": hashes("\0".join(example.captions).encode() for example in examples),
+        "masks": hashes(example.entry.mask_digest or b"" for example in examples),
+    }
 
 
 def _id(entry: Entry, bucket: Bucket, caption_index: int, repeat_index: int) -> int:

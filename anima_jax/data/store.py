@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ import numpy as np
 
 from anima_jax.checkpoints import safetensors_header
 from anima_jax.checkpoints.locations import is_remote
+from anima_jax.checkpoints.locks import lock
 from anima_jax.checkpoints.safetensors_header import HeaderError, Tensor
 from anima_jax.errors import UserError
 
@@ -380,8 +380,7 @@ def _replacing(target: Any) -> Iterator[Any]:
     while True:
         path = target.with_name(f".{target.name}.{_HOST}.{secrets.token_hex(4)}.tmp")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             break
         os.close(descriptor)  # swept before it was locked
@@ -408,7 +407,8 @@ def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
             if not old:
                 if not unfinished or unfinished[3] != _HOST:
                     continue
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer lives
+                if not lock(file.fileno(), wait=False):  # BlockingIOError while its writer lives
+                    continue
             path.unlink()
 
 

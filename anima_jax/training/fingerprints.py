@@ -1,8 +1,7 @@
 """What a run was, as its checkpoints know it, and in what another one differs: model, data set and configuration."""
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.checkpoints.orbax import layout_differences, layout_of
-from anima_jax.data.examples import Example
-from anima_jax.data.plan import BatchPlan
+from anima_jax.data.batch_plan import BatchPlan, data_fingerprint
+from anima_jax.data.examples import CONTENTS
 from anima_jax.errors import shorten, show_value
 from anima_jax.models.parameters import Params
 
@@ -27,9 +26,6 @@ _OF_A_HOST = re.compile(
     r"(\w+\.)*(\w*path|dataset|config)|notes|cache_local_dir|compilation_cache_dir|map_num_proc|(kept_)?replicas"
     r"|monitoring\.\w+"
 )
-
-CONTENTS = ("captions", "masks")
-"""What of examples can change while they stay the same ones."""
 
 _MOST_SETTINGS = 12
 """No more changed keys than these are named."""
@@ -79,39 +75,6 @@ def _sum_of_bits(params: Params) -> jax.Array:
         return jnp.sum(whole.astype(jnp.uint32), dtype=jnp.uint32)
 
     return sum(map(bits, jax.tree.leaves(params)), jnp.uint32(0))
-
-
-def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """What an example's id does not tell, by its name in messages: hashes (n,) of its captions and of its mask."""
-
-    def hashes(values: Iterable[bytes]) -> np.ndarray:
-        digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
-        return np.frombuffer(b"".join(digests), "<u8")
-
-    return {
-        "captions": hashes("\0".join(example.captions).encode() for example in examples),
-        "masks": hashes(example.entry.mask_digest or b"" for example in examples),
-    }
-
-
-def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
-    """The seed, and for each tier how many examples and which, in which order, and how many in a step.
-
-    `ids[i]` is the id of example i, `contents` more that is known of it, from `contents_of`.
-    """
-    tiers = {}
-    for tier in plan.tiers:
-        own = np.asarray(ids)[tier.indices].astype("<u8")
-        arrays = {"set": np.sort(own), "order": own}
-        for name, values in contents.items():
-            arrays[name] = values[tier.indices][np.lexsort((values[tier.indices], own))]
-        digests = {name: hashlib.sha256(array.tobytes()) for name, array in arrays.items()}
-        tiers[tier.name] = {
-            "examples": len(own),
-            "batch": tier.batch_size,
-            **{name: digest.hexdigest()[:16] for name, digest in digests.items()},
-        }
-    return {"seed": plan.seed, "tiers": tiers}
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

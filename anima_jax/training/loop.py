@@ -12,10 +12,11 @@ import jax
 import optax
 
 from anima_jax.config.main import MainConfig
+from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData
+from anima_jax.data.examples import contents_of
 from anima_jax.data.loader import prefetched
-from anima_jax.data.plan import BatchPlan
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.hosts import Consensus, is_process_0
@@ -26,7 +27,7 @@ from anima_jax.training.batches import Batches, OnlineText, as_it_is
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
 from anima_jax.training.figures import JsonlWriter
-from anima_jax.training.fingerprints import contents_of, facts_of, frozen_fingerprint, settings_of
+from anima_jax.training.fingerprints import facts_of, frozen_fingerprint, settings_of
 from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.profiling import Profiler, watch_compilation

@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -119,25 +119,6 @@ def mesh_table(
         shape = "×".join(map(str, leaf.shape))
         lines.append(f"{path:<52} {shape:>16} {over or 'whole':>24} {rate:>14g}")
     return "\n".join(lines)
-
-
-class Bar:
-    """A progress bar of `total` items; none if there are none. It ends where its block ends, also by an error."""
-
-    def __init__(self, total: int, unit: str):
-        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each counted as it comes."""
-        for item in items:
-            self._bar.update()
-            yield item
 
 
 class _Started(NamedTuple):

@@ -6,7 +6,6 @@ order of the data are functions of the seed, the epoch and the step, nothing els
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import re
@@ -19,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locks import lock
 from anima_jax.checkpoints.orbax import RunCheckpoints, flat
-from anima_jax.data.plan import BatchPlan
+from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.hosts import is_process_0
@@ -238,12 +238,12 @@ def alone_in(run: pathlib.Path) -> Iterator[None]:
     with writing_to(os.fspath(run)):
         descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        try:
+            lock(descriptor, wait=False)
+        except BlockingIOError:
+            who = os.read(descriptor, 200).decode(errors="replace").strip()
+            raise UserError(f"{run}: is being trained by {who or 'another process'}") from None
         with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                raise UserError(f"{run}: is being trained by {who or 'another process'}") from None
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

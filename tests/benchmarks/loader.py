@@ -16,8 +16,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.data.loader import prefetched
-from anima_jax.data.plan import BatchPlan, Tier
 from anima_jax.data.store import Store, pack, unpack
 
 THREADS = 2

@@ -311,7 +311,7 @@ def test_ids_never_change():
 
 def test_data_needs_neither_jax_nor_tensorflow_datasets():
     code = (
-        "import sys, anima_jax.data.examples, anima_jax.data.plan, anima_jax.data.tfds_source as t; "
+        "import sys, anima_jax.data.examples, anima_jax.data.batch_plan, anima_jax.data.tfds_source as t; "
         "print([m for m in ('jax', 'flax', 'torch', 'tensorflow_datasets') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -122,6 +122,6 @@ for step in prefetched(load, 0, 10**9, threads=4, ahead=8):
 
 
 def test_planning_and_the_loader_import_neither_jax_nor_grain():
-    code = "import sys, anima_jax.data.plan, anima_jax.data.loader; print({'jax', 'grain'} & sys.modules.keys())"
+    code = "import sys, anima_jax.data.batch_plan, anima_jax.data.loader; print({'jax', 'grain'} & sys.modules.keys())"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "set()"

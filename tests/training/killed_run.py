@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from anima_jax.data.plan import BatchPlan, Tier
+from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.training.fingerprints import facts_of
 from anima_jax.training.resume import Resume
 from anima_jax.training.step import TrainState

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from anima_jax.data.plan import BatchPlan, Tier
+from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.errors import UserError
 from anima_jax.models.quantised import quantise
 from anima_jax.training.fingerprints import changes, facts_of, frozen_fingerprint, settings_of

@@ -10,12 +10,13 @@ batches of every tier, shuffled among each other.
 import bisect
 import dataclasses
 import functools
+import hashlib
 import math
 import textwrap
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,6 +160,26 @@ def _shuffled(count: int, seed: int, name: str, epoch: int) -> np.ndarray:
     order = np.argsort(bits.random_raw(count), kind="stable")
     order.setflags(write=False)
     return order
+
+
+def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
+    """Return the seed and, for each tier, its size, batch size and hashes of its examples and their order.
+
+    `ids[i]` is example i's id; `contents` (name → uint64 (n,), from `examples.contents_of`) is hashed likewise.
+    """
+    tiers = {}
+    for tier in plan.tiers:
+        own = np.asarray(ids)[tier.indices].astype("<u8")
+        arrays = {"set": np.sort(own), "order": own}
+        for name, values in contents.items():
+            arrays[name] = values[tier.indices][np.lexsort((values[tier.indices], own))]
+        digests = {name: hashlib.sha256(array.tobytes()) for name, array in arrays.items()}
+        tiers[tier.name] = {
+            "examples": len(own),
+            "batch": tier.batch_size,
+            **{name: digest.hexdigest()[:16] for name, digest in digests.items()},
+        }
+    return {"seed": plan.seed, "tiers": tiers}
 
 
 def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) -> list[Tier]:

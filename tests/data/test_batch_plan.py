@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anima_jax.data.batch_plan import BatchPlan, Tier, describe, make_tiers, padding
 from anima_jax.data.buckets import Bucket, Bucketing, Size, spaced_ratios
-from anima_jax.data.plan import BatchPlan, Tier, describe, make_tiers, padding
 from tests.golden_files import GOLDEN
 
 seeds = st.integers(0, 2**63 - 1)
