@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from anima_jax.models.constraints import PLACES, active_mesh, constrain, place
+from anima_jax.models.constraints import MESH_AXES, active_mesh, constrain, partition_spec
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
@@ -44,7 +44,7 @@ def attention(
     key_mask_bn: Array | None = None,
     causal: bool = False,
     zero_keys: int = 0,
-    spread: str = "",
+    seq_sharded: str = "",
     implementation: str = "auto",
 ) -> Array:
     """softmax(q·kᵀ / sqrt(k)) · v, shaped and typed as `q_blhk`.
@@ -53,7 +53,7 @@ def attention(
     and keys where `key_mask_bn` is false take no part; a query without any key gives 0. `causal` lets query l see
     keys 0…l. `zero_keys` more keys and values of zeros take part in the softmax without being stored.
 
-    `spread` says which tokens lie over a mesh's context axis: none, the queries ("q") or queries and keys ("qk").
+    `seq_sharded` says which tokens lie over a mesh's context axis: none, the queries ("q") or queries and keys ("qk").
     Raises ValueError for an unknown or unsuitable `implementation`.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -68,26 +68,28 @@ def attention(
     mesh = active_mesh()
     if mesh is None:
         return run(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn)
-    queries, keys = ("blhk" if spread else "bnhk"), ("blhk" if spread == "qk" else "bnhk")
+    queries, keys = ("blhk" if seq_sharded else "bnhk"), ("blhk" if seq_sharded == "qk" else "bnhk")
     arrays = (constrain(q_blhk, queries), constrain(k_bnhk, keys), constrain(v_bnhk, keys), key_lengths_b, key_mask_bn)
-    letters = _letters(k_bnhk.shape[2], spread, mesh)
-    specs = tuple(x if x is None else place(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=True))
+    letters = _letters(k_bnhk.shape[2], seq_sharded, mesh)
+    specs = tuple(
+        x if x is None else partition_spec(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=True)
+    )
     # check_vma has no rule for kernels; without it the gradients of what is whole on several devices are summed.
     out_blhk = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
     return constrain(out_blhk, queries)
 
 
-def _letters(key_heads: int, spread: str, mesh: Any) -> tuple[str, ...]:
+def _letters(key_heads: int, seq_sharded: str, mesh: Any) -> tuple[str, ...]:
     """Axes, as in constraints.py, of queries, keys, values, lengths and mask while each device attends."""
 
     def fit(letter: str) -> bool:
-        return key_heads % math.prod(mesh.shape[name] for name in PLACES[letter][0]) == 0
+        return key_heads % math.prod(mesh.shape[name] for name in MESH_AXES[letter][0]) == 0
 
-    if spread == "qk" and fit("H"):
+    if seq_sharded == "qk" and fit("H"):
         queries = keys = "bnHk"
     else:
         heads = "h" if fit("h") else "n"
-        queries, keys = f"b{'l' if spread else 'n'}{heads}k", f"bn{heads}k"
+        queries, keys = f"b{'l' if seq_sharded else 'n'}{heads}k", f"bn{heads}k"
     return queries, keys, keys, "b", "bn"
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 BATCH = (("data", "fsdp"), ("data",), ("fsdp",))
 """Mesh axes that share out a batch: the first of these that its size divides into."""
 
-PLACES: Mapping[str, Sequence[tuple[str, ...]]] = {
+MESH_AXES: Mapping[str, Sequence[tuple[str, ...]]] = {
     "b": BATCH,
     "l": (("context",),),
     "h": (("tensor",),),
@@ -31,11 +31,11 @@ def active_mesh() -> Any:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def place(shape: Sequence[int], axes: str, mesh: Any) -> P:
+def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:
     """The spec of an array of this shape; an axis that cannot be shared out equally is whole everywhere."""
 
     def choice(size: int, letter: str) -> tuple[str, ...] | None:
-        for names in PLACES.get(letter, ()):
+        for names in MESH_AXES.get(letter, ()):
             parts = 1
             for name in names:
                 parts *= mesh.shape[name]
@@ -49,4 +49,4 @@ def place(shape: Sequence[int], axes: str, mesh: Any) -> P:
 def constrain(x: Array, axes: str) -> Array:
     """`x`, laid out over the mesh as the letters of its axes say."""
     mesh = active_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, place(x.shape, axes, mesh))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))

@@ -203,8 +203,8 @@ class AnimaDiT(nnx.Module):
         context_bnd = context_bnd.astype(dtype)
 
         condition = (emb_btd, shared_btd, frame_bl)
-        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "spread": "qk"}
-        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "spread": "q"}
+        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk"}
+        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q"}
         for options in (self_options, cross_options):
             options["implementation"] = attention_implementation
 

@@ -1,4 +1,4 @@
-"""Devices by kind, from their makers' data sheets: speed, memory, and what they can send to each other."""
+"""Kinds of devices: speed, memory and bandwidth, from their makers' data sheets."""
 
 import dataclasses
 import re
@@ -9,20 +9,20 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSpec:
-    """A kind of device. Rates are a second's, those of links in one direction.
+    """A kind of device: FLOPs and bandwidths per second, memory in bytes; bandwidths in one direction.
 
-    `flops` are dense 16-bit ones with float32 sums. `near` is what one device sends to those around it, of which there
-    are `neighbours` in all (a server of GPUs; for a TPU the slice, along one axis of its torus and both ways round);
-    `far` what it sends beyond, over the network.
+    `flops` is the dense 16-bit peak with float32 accumulation. A device sends `intra_bandwidth` to the `domain_size`
+    devices around it (a server of GPUs; for a TPU the slice, along one axis of its torus and both ways round), and
+    `inter_bandwidth` beyond them, over the network.
     """
 
     name: str
     pattern: str
     flops: float
     memory: float
-    near: float
-    neighbours: int
-    far: float
+    intra_bandwidth: float
+    domain_size: int
+    inter_bandwidth: float
 
 
 DEVICE_SPECS = (
@@ -41,26 +41,27 @@ DEVICE_SPECS = (
     DeviceSpec("TPU v5p", r"TPU v5p|TPU v5$", 459e12, 95 * GB, 180 * GB, 8960, 6.25 * GB),
     DeviceSpec("TPU v5e", r"TPU v5", 197e12, 16 * GB, 90 * GB, 256, 6.25 * GB),
     DeviceSpec("TPU v4", r"TPU v4", 275e12, 32 * GB, 90 * GB, 4096, 6.25 * GB),
-    # A device of JAX is one core of these, half a chip.
+    # One JAX device is one core of these, half a chip.
     DeviceSpec("TPU v3", r"TPU v3", 61.5e12, 16 * GB, 70 * GB, 1024, 3 * GB),
     DeviceSpec("TPU v2", r"TPU v2", 22.5e12, 8 * GB, 62 * GB, 256, 3 * GB),
 )
-"""By `device_kind`: the first whose pattern is found in it."""
+"""The first whose pattern is found in JAX's `device_kind`."""
 
 
 def device_spec(device_kind: str) -> DeviceSpec | None:
-    """The row of a device's `device_kind`, None for one that is not known."""
-    return next((kind for kind in DEVICE_SPECS if re.search(kind.pattern, device_kind)), None)
+    """Return the row of a JAX `device_kind`, None for an unknown one."""
+    return next((spec for spec in DEVICE_SPECS if re.search(spec.pattern, device_kind)), None)
 
 
 def find_device_spec(name: str) -> DeviceSpec | None:
-    """The row that a person means by `name`: with or without the maker's word, in any case."""
-    plain = name.lower().replace(" ", "").removeprefix("tpu")
-    return next(
-        (kind for kind in DEVICE_SPECS if plain == kind.name.lower().replace(" ", "").removeprefix("tpu")), None
-    )
+    """Return the row with this name, in any case and with or without "TPU"; None for an unknown one."""
+    return next((spec for spec in DEVICE_SPECS if _plain(spec.name) == _plain(name)), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "").removeprefix("tpu")
 
 
 def local_device_spec(device: Any) -> DeviceSpec | None:
-    """The row of one of JAX's devices."""
+    """Return the row of one of JAX's devices, None for an unknown one."""
     return device_spec(device.device_kind)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.errors import UserError
-from anima_jax.models.constraints import BATCH, place
+from anima_jax.models.constraints import BATCH, partition_spec
 from anima_jax.parallel.rules import AXES
 
 Tree = TypeVar("Tree")
@@ -92,7 +92,7 @@ def replicas(sizes: Mapping[str, int]) -> int:
 
 def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     """Where an array lies whose first axis is a batch of this size: shared out if that divides it equally."""
-    return NamedSharding(mesh, place((size,), "b", mesh))
+    return NamedSharding(mesh, partition_spec((size,), "b", mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

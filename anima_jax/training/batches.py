@@ -23,7 +23,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel.mesh import current_mesh, replicate, rows_of_process, shard_local_rows
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training.evaluate import filled
+from anima_jax.training.evaluate import padded_batches
 from anima_jax.training.step import TrainBatch
 
 
@@ -64,7 +64,7 @@ class Batches:
         The batches are on the devices.
         """
         for number, tier in enumerate(self._data.plan.tiers):
-            for rows, weights in filled(len(tier.indices), tier.batch_size):
+            for rows, weights in padded_batches(len(tier.indices), tier.batch_size):
                 indices = tier.indices[rows[self._rows[number]]]
                 yield self.put(self._batch(number, indices, np.zeros(len(indices), np.int64)), number), weights
 

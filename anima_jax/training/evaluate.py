@@ -26,7 +26,7 @@ QUANTILES = tuple(n / 10 for n in range(1, 10))
 NOISE_SEED = 0
 
 
-def filled(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def padded_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Numbers below `count` in batches (b,) of one size, and the weight of each; the last is filled up at weight 0."""
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)

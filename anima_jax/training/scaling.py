@@ -81,7 +81,7 @@ def rates(kind: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     inside, found = 1, {}
     for axis in reversed(AXES):
         inside *= sizes[axis]
-        found[axis] = kind.near if inside <= kind.neighbours else kind.far
+        found[axis] = kind.intra_bandwidth if inside <= kind.domain_size else kind.inter_bandwidth
     return found
 
 

@@ -189,8 +189,8 @@ def _group(line: str) -> int:
     """Devices that exchange with each other, of the forms in which a program says so."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        find_device_spec = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in find_device_spec)
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in used)
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(tiled[1])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)

@@ -16,7 +16,7 @@ from anima_jax.diffusion.randomness import Purpose, example_keys, normal, split_
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.training.evaluate import QUANTILES, Evaluation, filled
+from anima_jax.training.evaluate import QUANTILES, Evaluation, padded_batches
 from anima_jax.training.step import StepConfig, TrainBatch
 from tests.models.networks import quick_jit, random_params
 from tests.small_run import CONFIG
@@ -53,7 +53,7 @@ def examples():
 def evaluate(config, batch_size, change=lambda batch: batch):
     batches = [
         (change(jax.tree.map(lambda x, rows=rows: x[rows], examples())), weights)
-        for rows, weights in filled(len(GRIDS), batch_size)
+        for rows, weights in padded_batches(len(GRIDS), batch_size)
     ]
     return evaluation(config)(model()[1], batches)
 
@@ -134,7 +134,7 @@ def test_filler_counts_nothing_even_if_it_is_not_finite():
 
 @given(st.integers(1, 50), st.integers(1, 20))
 def test_filled_batches_hold_every_number_once(count, size):
-    batches = list(filled(count, size))
+    batches = list(padded_batches(count, size))
     assert all(len(rows) == len(weights) == size for rows, weights in batches)
     counted = np.concatenate([rows[weights == 1] for rows, weights in batches])
     np.testing.assert_array_equal(counted, np.arange(count))
