@@ -39,6 +39,7 @@ from anima_jax.training.loop import Training, build_optimizer
 from anima_jax.training.monitor import check_monitoring
 from anima_jax.training.profiling import parse_steps, use_compilation_cache
 from anima_jax.training.resume import alone_in, find_run, replicas_of
+from anima_jax.training.run import Run
 from anima_jax.training.state import ParamPartition, dit_config
 from anima_jax.training.step import StepConfig
 
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = dit_config(config)
         check_mesh(sizes, network.width, network.heads)
         with jax.set_mesh(mesh):
-            train(config.model_copy(update={"replicas": replicas(sizes)}), network, arguments)
+            train(config, replicas(sizes), network, arguments)
 
 
-def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace) -> None:
-    """The run of a transformer of these sizes, on the mesh that is set."""
+def train(config: MainConfig, replicas: int, network: DiTConfig, arguments: argparse.Namespace) -> None:
+    """Train a transformer of these sizes, on the mesh that is set."""
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
     use_compilation_cache(config.compilation_cache_dir)
@@ -95,25 +96,26 @@ def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace)
     trained = estimate.abstract_trained(config)
     # What does not fit together is to show before hours of encoding.
     build_optimizer(config, trained)
-    run = None
+    folder, run = None, Run(config, replicas)
     if config.resume_from_checkpoint is not None and not arguments.cache_only:
-        run = find_run(config.output_dir, config.resume_from_checkpoint)
-        config = config.model_copy(update={"kept_replicas": replicas_of(run)})
+        folder = find_run(config.output_dir, config.resume_from_checkpoint)
+        run = Run(config, replicas, restored_replicas=replicas_of(folder))
     problems = Problems(strict=config.strict_data)
     with hosts.process_0_first():
-        data = read_data(config, problems, keep=hosts.is_process_0() and not arguments.dry_run)
+        keep = hosts.is_process_0() and not arguments.dry_run
+        data = read_data(config, problems, batch_size_of=run.global_batch, keep=keep)
     hosts.assert_same_on_all_processes(data.facts)
     if arguments.dry_run:
         if problems.count:
             print(problems.summary())
-        dry_run(config, trained, data, tokenizers, arguments)
+        dry_run(run, trained, data, tokenizers, arguments)
         return
-    for folder in filter(None, [config.output_dir, arguments.dump_dataset]):
-        with writing_to(folder):
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for wanted in filter(None, [config.output_dir, arguments.dump_dataset]):
+        with writing_to(wanted):
+            pathlib.Path(wanted).mkdir(parents=True, exist_ok=True)
     with hosts.process_0_first():
         evaluated = {
-            each.name: read_data(config, problems, evaluated=each.data, keep=hosts.is_process_0())
+            each.name: read_data(config, problems, batch_size_of=run.eval_batch, evaluated=each.data, keep=keep)
             for each in config.eval_datasets
         }
     for each in evaluated.values():
@@ -126,18 +128,18 @@ def train(config: MainConfig, network: DiTConfig, arguments: argparse.Namespace)
         each.encode(encoders, problems)
         hosts.assert_same_on_all_processes(each.facts)
     if arguments.dump_dataset and hosts.is_process_0():
-        folder = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
-        print(f"wrote the data set, as the VAE gives it back, to {folder}")
+        dumped = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
+        print(f"wrote the data set, as the VAE gives it back, to {dumped}")
     hosts.barrier("the data are encoded")
     if arguments.cache_only or arguments.dump_dataset:
         return
-    run = hosts.from_process_0(lambda: run or new_folder(pathlib.Path(config.output_dir)))
-    with alone_in(run):
-        copy_configuration(config, run)
-        Training(config, data, evaluated, encoders, run, profile).run()
+    folder = hosts.from_process_0(lambda: folder or new_folder(pathlib.Path(config.output_dir)))
+    with alone_in(folder):
+        copy_configuration(config, folder)
+        Training(run, data, evaluated, encoders, folder, profile).run()
     with contextlib.suppress(UserError):  # a run that was stopped early has saved no model yet
-        find_export(run)
-        print(f"sample with: {sample_command(arguments, run, example_prompt(config, data))}")
+        find_export(folder)
+        print(f"sample with: {sample_command(arguments, folder, example_prompt(config, data))}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -198,7 +200,7 @@ def in_common(config: MainConfig, arguments: argparse.Namespace) -> dict[str, An
 
 
 def dry_run(
-    config: MainConfig,
+    run: Run,
     trained: ParamPartition,
     data: TrainingData,
     tokenizers: Tokenizers,
@@ -208,9 +210,10 @@ def dry_run(
 
     Raises UserError if it does not fit the devices' memory.
     """
+    config = run.config
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = build_optimizer(config, trained, data.plan)
-    work = estimate.step_workloads(data, *data.text_rows(tokenizers))
+    work = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
     kinds, limit, called = devices_of(arguments)
     sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(

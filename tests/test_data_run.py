@@ -363,7 +363,7 @@ def test_captions_that_are_too_long_are_counted_and_cut(run, tmp_path, capsys):
     assert "different captions over 64 tokens, which are cut (max_caption_tokens): 1" in capsys.readouterr().out
     config = load_config(run, ["model.max_caption_tokens=64"])
     tokenizers = load_tokenizers(config.model.tokenizer_path)
-    data = read_data(config, Problems())
+    data = read_data(config, Problems(), batch_size_of=lambda size: 1)
     encoders = Encoders(config, tokenizers)
     data.open_cache(encoders)
     data.encode(encoders, Problems())

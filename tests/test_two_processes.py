@@ -209,7 +209,7 @@ def test_a_number_of_devices_that_cannot_share_a_step_is_refused_with_those_that
     process = start(config, output, "--resume_from_checkpoint", devices=3)
     said = process.communicate()[0]
     assert process.returncode == 2
-    assert "a step of 8 examples (global_batch_size) cannot be shared out equally" in said
+    assert "[mesh] data × fsdp = 3 must divide the 8 examples of a step (global_batch_size)" in said
     assert "expected data × fsdp = one of 1, 2, 4, 8" in said
     assert "Traceback" not in said
 

@@ -5,7 +5,6 @@ from them. Keys of diffusion-pipe that are answered without a meaning here are i
 """
 
 import dataclasses
-import math
 import os
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,9 +30,8 @@ from anima_jax.config.schema import (
     output_folder,
 )
 from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
-from anima_jax.data.buckets import Size
 from anima_jax.data.examples import SourceOptions
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import did_you_mean
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 Seed = Annotated[int, annotated_types.Ge(0), annotated_types.Lt(2**32), Words("whole number ≥ 0 and < 2³²")]
@@ -71,14 +69,6 @@ def _on_this_machine(folder: str | None) -> str | None:
     if folder and is_address(folder):
         raise fault(f"found {folder}, expected a folder on this machine")
     return folder
-
-
-def _nearest(entries: int | tuple[tuple[int, int], ...], size: Size) -> int:
-    """The batch size for examples of this size."""
-    if isinstance(entries, int):
-        return entries
-    side = math.sqrt(size.width * size.height)
-    return min(entries, key=lambda entry: abs(entry[0] - side))[1]
 
 
 Remat = Literal["none", "full", "dots", "attention", "offload"]
@@ -350,10 +340,6 @@ class MainConfig(MainFile):
     """The main TOML's own absolute path."""
     notes: tuple[str, ...] = ()
     """A line for each key of diffusion-pipe whose job something else does here, and for each value that was rounded."""
-    replicas: int = 1
-    """Devices (or groups of devices) that take different examples, once the mesh is known."""
-    kept_replicas: int | None = None
-    """Those that a resumed run began with, whose batches it keeps."""
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -378,59 +364,6 @@ class MainConfig(MainFile):
             (source, dataclasses.replace(options, shuffle_anew=anew and options.shuffle_copies > 0))
             for source, options in ((source, source.options) for source in data.sources)
         ]
-
-    def micro_batch(self, size: Size) -> int:
-        """Examples of this size that one device takes through the network at once."""
-        own = self.image_micro_batch_size_per_gpu if size.frames == 1 else None
-        return _nearest(self.micro_batch_size_per_gpu if own is None else own, size)
-
-    def eval_micro_batch(self, size: Size) -> int:
-        """Examples of this size that one device evaluates at once."""
-        own = self.eval_image_micro_batch_size_per_gpu if size.frames == 1 else None
-        entries = self.eval_micro_batch_size_per_gpu if own is None else own
-        return self.micro_batch(size) if entries is None else _nearest(entries, size)
-
-    def eval_batch(self, size: Size) -> int:
-        """Examples of this size that all devices evaluate at once."""
-        return self.eval_micro_batch(size) * self.replicas
-
-    def global_batch(self, size: Size) -> int:
-        """Examples in one optimizer step on examples of this size."""
-        own = self.micro_batch(size) * self.gradient_accumulation_steps
-        return self.global_batch_size or own * (self.kept_replicas or self.replicas)
-
-    def accumulation_of(self, size: Size) -> int:
-        """Micro-batches in one optimizer step on examples of this size, each no larger than `micro_batch`.
-
-        Raises UserError if the replicas cannot have equally many of the step's examples.
-        """
-        total, replicas = self.global_batch(size), self.replicas
-        own, left = divmod(total, replicas)
-        if left:
-            fit = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-            kept = "the run began with it" if self.kept_replicas and not self.global_batch_size else "global_batch_size"
-            raise UserError(
-                f"[mesh] data × fsdp = {replicas}: a step of {total} examples ({kept}) cannot be shared out equally; "
-                f"expected data × fsdp = one of {fit}"
-            )
-        return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= self.micro_batch(size))
-
-    @property
-    def save_every_steps(self) -> int | None:
-        """Optimizer steps between two saved models, from steps or examples; None: epochs alone count."""
-        return self._steps(self.save_every_n_steps, self.save_every_n_examples)
-
-    @property
-    def eval_every_steps(self) -> int | None:
-        """Optimizer steps between two evaluations, likewise."""
-        return self._steps(self.eval_every_n_steps, self.eval_every_n_examples)
-
-    def _steps(self, steps: int | None, examples: int | None) -> int | None:
-        """Where the batch size differs by size, examples are divided by the largest."""
-        if examples is None:
-            return steps
-        sizes = [size for source in self.data.sources for size in source.bucketing.sizes]
-        return max(1, examples // max(map(self.global_batch, sizes)))
 
     @property
     def loss(self) -> tuple[str, float]:

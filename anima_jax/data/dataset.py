@@ -32,11 +32,17 @@ CACHE = os.path.join("cache", "anima_jax")
 
 
 def read_data(
-    config: MainConfig, problems: Problems, *, evaluated: DatasetConfig | None = None, keep: bool = True
+    config: MainConfig,
+    problems: Problems,
+    *,
+    batch_size_of: Callable[[Size], int],
+    evaluated: DatasetConfig | None = None,
+    keep: bool = True,
 ) -> "TrainingData":
     """The examples of every source of the dataset TOML, in its order; none of them encoded yet.
 
-    With `evaluated` they are those of that data set, in batches for evaluation. What is learned of the files is kept
+    With `evaluated` they are those of that data set. `batch_size_of` returns how many examples of a size a step has,
+    over all processes. What is learned of the files is kept
     beside the cache for the next run; without `keep` nothing is written. Raises UserError if there is nothing to train
     on.
     """
@@ -48,7 +54,6 @@ def read_data(
         if memo not in memos:
             memos[memo] = Memo(memo, keep=keep, trust=config.trust_cache)
         sources.append(Source(place, options, memos[memo]))
-    batch_size_of = config.eval_batch if evaluated else config.global_batch
     groups = read_examples(sources, problems, threads=config.map_num_proc, prepare=keep)
     return TrainingData(config, folders, groups, batch_size_of)
 
@@ -101,14 +106,13 @@ class TrainingData:
         tiers = make_tiers([example.bucket for example in self.examples], self._batch_size_of)
         return BatchPlan(tiers, self._config.seed)
 
-    @functools.cached_property
-    def accumulations(self) -> list[int]:
-        """Micro-batches of a step, for each tier."""
-        largest = (
+    @property
+    def largest_sizes(self) -> list[Size]:
+        """The size with the most tokens that occurs in each tier."""
+        return [
             max((self.examples[index].bucket.size for index in tier.indices), key=lambda size: size.tokens)
             for tier in self.plan.tiers
-        )
-        return list(map(self._config.accumulation_of, largest))
+        ]
 
     @functools.cached_property
     def captions(self) -> list[str]:
@@ -146,7 +150,7 @@ class TrainingData:
         before = len(self.examples)
         self._groups = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]
         self._lengths = None
-        for name in ("examples", "plan", "accumulations", "captions", "masked"):
+        for name in ("examples", "plan", "captions", "masked"):
             self.__dict__.pop(name, None)
         if problems.count:
             print(problems.summary())

@@ -5,6 +5,7 @@ from which `OnlineText` makes states on the device just before the step.
 Axes: b batch, l image tokens, p the 4 latent pixels of a token, n source and m target text tokens, d features.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel.mesh import current_mesh, replicate, rows_of_process, shard_local_rows
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.evaluate import padded_batches
+from anima_jax.training.run import Run
 from anima_jax.training.step import TrainBatch
 
 
@@ -41,8 +43,8 @@ class Batches:
     A process reads the rows that its own devices of the mesh take; `put` brings what all have read onto the mesh.
     """
 
-    def __init__(self, config: MainConfig, data: TrainingData, tokenizers: Tokenizers):
-        self._config, self._data, self._tokenizers = config, data, tokenizers
+    def __init__(self, run: Run, data: TrainingData, tokenizers: Tokenizers):
+        self._run, self._config, self._data, self._tokenizers = run, run.config, data, tokenizers
         self._mesh = current_mesh()
         self._rows = [rows_of_process(self._mesh, tier.batch_size) for tier in data.plan.tiers]
         self._ids_n2 = split_ids(data.ids)
@@ -52,7 +54,11 @@ class Batches:
         """What the plan's step number `step` (from 0) is given, in host memory."""
         planned = self._data.plan.batch(step)
         own = planned.take(self._rows[planned.tier])
-        return Loaded(self._batch(own.tier, own.indices, own.epochs), self._data.accumulations[own.tier], own.tier)
+        return Loaded(self._batch(own.tier, own.indices, own.epochs), self._accumulations[own.tier], own.tier)
+
+    @functools.cached_property
+    def _accumulations(self) -> list[int]:
+        return self._run.accumulations(self._data)
 
     def put(self, batch: TrainBatch, tier: int) -> TrainBatch:
         """A batch of this tier on the devices."""

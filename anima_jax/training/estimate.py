@@ -33,6 +33,7 @@ from anima_jax.parallel.devices import DeviceSpec, local_device_spec
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Workload, flops
+from anima_jax.training.run import Run
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
 from anima_jax.training.state import ParamPartition, blank_text_encoder, dit_config, prepare
 from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
@@ -75,14 +76,12 @@ def trained_flops(trained: ParamPartition, settings: StepConfig, work: Workload)
     return flops(trained.config, trained.params, work, settings.remat, settings.remat_every, trained.frozen)
 
 
-def step_workloads(data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
+def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
     """The work of each tier of a plan; captions are padded to these rows."""
-    found = []
-    for tier, accumulation in zip(data.plan.tiers, data.accumulations, strict=True):
-        sizes = (data.examples[index].bucket.size for index in tier.indices)
-        grid = max(sizes, key=lambda size: size.tokens).grid
-        found.append(Workload(tier.name, tier.batch_size, accumulation, tier.tokens, grid, source_rows, target_rows))
-    return found
+    return [
+        Workload(tier.name, tier.batch_size, accumulation, tier.tokens, size.grid, source_rows, target_rows)
+        for tier, accumulation, size in zip(data.plan.tiers, run.accumulations(data), data.largest_sizes, strict=True)
+    ]
 
 
 def abstract_batch(

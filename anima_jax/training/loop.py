@@ -32,6 +32,7 @@ from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
 from anima_jax.training.profiling import Profiler, watch_compilation
 from anima_jax.training.resume import Resume
+from anima_jax.training.run import Run
 from anima_jax.training.samples import Samples
 from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
 from anima_jax.training.signals import REQUESTS, Request, Signals
@@ -70,19 +71,20 @@ class Training:
 
     def __init__(
         self,
-        config: MainConfig,
+        run: Run,
         data: TrainingData,
         evaluated: Mapping[str, TrainingData],
         encoders: Encoders,
-        run: pathlib.Path,
+        folder: pathlib.Path,
         profile: range | None = None,
     ):
-        self._config, self._data, self._plan, self._run = config, data, data.plan, run
+        config = run.config
+        self._run, self._config, self._data, self._plan, self._folder = run, config, data, data.plan, folder
         mesh = current_mesh()
         self._agreed = Consensus(mesh)
         encoders = encoders.on(mesh)
-        self._batches = Batches(config, data, encoders.tokenizers)
-        self._evaluated = {name: Batches(config, each, encoders.tokenizers) for name, each in evaluated.items()}
+        self._batches = Batches(run, data, encoders.tokenizers)
+        self._evaluated = {name: Batches(run, each, encoders.tokenizers) for name, each in evaluated.items()}
         # A text encoder that is trained runs inside the step.
         ready = config.model.cache_text_embeddings or config.trains_text_encoder
         self._encode_text = as_it_is if ready else OnlineText(encoders.text_encoder, config)
@@ -96,7 +98,7 @@ class Training:
         self._step = compile_step(trained.graphdef, optimizer, self._settings, trained.groups, places)
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
-        work = estimate.step_workloads(data, *data.text_rows(encoders.tokenizers))
+        work = estimate.step_workloads(run, data, *data.text_rows(encoders.tokenizers))
         self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
         facts = facts_of(
             self.state.params,
@@ -106,10 +108,10 @@ class Training:
             settings_of(config.model_dump(mode="json")),
             contents=contents_of(data.examples),
             files=encoders.fingerprints | frozen_fingerprint(trained.frozen),
-            replicas=config.kept_replicas or config.replicas,
+            replicas=run.batch_replicas,
         )
         self.resume = Resume(
-            run,
+            folder,
             data.plan,
             facts,
             keep=config.max_checkpoints,
@@ -120,7 +122,7 @@ class Training:
             self._go_on(optimizer)
         rates = learning_rates(config, data.plan)
         self._rates = lambda step: rates.at(self.resume.start.at(step).optimizer_step)
-        self._profiler = Profiler(profile, run / "profile")
+        self._profiler = Profiler(profile, folder / "profile")
         self._encoders = encoders
         self._skipped, self._saved, self._unsaved = 0, -1, ""
         self._evaluations: JsonlWriter | None = None
@@ -134,7 +136,7 @@ class Training:
             reset_optimizer=config.reset_optimizer,
             reset_optimizer_params=config.reset_optimizer_params,
         )
-        print(f"resumed {self._run} after step {self.resume.start.step}")
+        print(f"resumed {self._folder} after step {self.resume.start.step}")
         for note in notes:
             print(f"  {note}")
 
@@ -146,20 +148,20 @@ class Training:
         position = self._position(start.step)
         epoch_begins = start.step - start.data_step + self._plan.steps_for(self._plan.epochs_finished(start.data_step))
         with (
-            contextlib.closing(Signals(self._run)) as signals,
+            contextlib.closing(Signals(self._folder)) as signals,
             contextlib.closing(
-                JsonlWriter(self._run / "metrics.jsonl", start.step, remembered=epoch_begins + 1)
+                JsonlWriter(self._folder / "metrics.jsonl", start.step, remembered=epoch_begins + 1)
             ) as metrics_log,
             contextlib.closing(self.resume),
             contextlib.closing(
-                Monitor(self._run, config, resumed_after=(start.step, position) if resumed else None)
+                Monitor(self._folder, config, resumed_after=(start.step, position) if resumed else None)
             ) as self._monitor,
             contextlib.closing(self._profiler),
             contextlib.closing(self._progress_bar(total, metrics_log)) as self._progress,
             contextlib.ExitStack() as opened,
         ):
             if self._evaluated:
-                evaluations = contextlib.closing(JsonlWriter(self._run / "evaluations.jsonl", start.step))
+                evaluations = contextlib.closing(JsonlWriter(self._folder / "evaluations.jsonl", start.step))
                 self._evaluations = opened.enter_context(evaluations)
             samples = self._samples()
             if self._encode_text is as_it_is:
@@ -201,7 +203,7 @@ class Training:
 
     def _after(self, step: int, total: int, signals: Signals, samples: Samples | None) -> bool:
         """Save, evaluate and draw what is due after `step`; whether the run is to stop, as it was asked to."""
-        for name in exports_after(self._config, self._epochs_at(step), step, total):
+        for name in exports_after(self._run, self._epochs_at(step), step, total):
             self._save_model(name, step)
         if step == total or (self.resume.due(step) and self._updated()):
             self._save_checkpoint(step)
@@ -238,7 +240,7 @@ class Training:
         kept = bool(asked) and self._save_checkpoint(step, wait=asked == "save_quit")
         if asked != "save_quit" or not kept:
             return False
-        self._progress.say(f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._run}")
+        self._progress.say(f"stopped after step {step}, as asked; resume with --resume_from_checkpoint {self._folder}")
         return True
 
     def _steps(self, total: int) -> Iterator[tuple[int, Metrics]]:
@@ -300,7 +302,7 @@ class Training:
             self.resume.checkpoints.wait()
             latest = self.resume.checkpoints.latest()
             good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
-            raise UserError(f"{self._run}: {skipped} steps in a row had no finite loss or gradient; {good}")
+            raise UserError(f"{self._folder}: {skipped} steps in a row had no finite loss or gradient; {good}")
 
     def _updated(self) -> bool:
         """Whether the newest step changed the weights: while updates are left out, the checkpoint before them stays."""
@@ -311,15 +313,15 @@ class Training:
         self._progress.flush()
         config = self._config
         about, ema = about_adapter(config, self._trained, step), self.state.ema
-        self._unsaved = f"{self._run / name}: the model could not be saved"
+        self._unsaved = f"{self._folder / name}: the model could not be saved"
         with _going_on():
-            saved = export(self._run / name, self._trained, self._weights(), config.export_dtype, about, ema=ema)
+            saved = export(self._folder / name, self._trained, self._weights(), config.export_dtype, about, ema=ema)
             if is_process_0():
-                shutil.copy(config.path, self._run / name)
+                shutil.copy(config.path, self._folder / name)
             self._progress.say(f"saved {saved}")
             self._unsaved = ""
-        for old in rotate(self._run, config.max_checkpoints) if is_process_0() else ():
-            self._progress.say(f"deleted {self._run / old}")
+        for old in rotate(self._folder, config.max_checkpoints) if is_process_0() else ():
+            self._progress.say(f"deleted {self._folder / old}")
 
     def _save_checkpoint(self, step: int, *, wait: bool = False) -> bool:
         self._progress.flush()
@@ -334,7 +336,7 @@ class Training:
         config = self._config
         if step == 0:
             return config.eval_before_first_step
-        return crosses_multiple(config.eval_every_steps, step - 1, step) or crosses_multiple(
+        return crosses_multiple(self._run.eval_every_steps, step - 1, step) or crosses_multiple(
             config.eval_every_n_epochs, *epochs
         )
 
@@ -389,7 +391,7 @@ class Training:
         model = merge(self._trained.graphdef, self._all(self.state.params))
         text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
         pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
-        return Samples(config.sample, config.sample_size_wh, pipeline, self._run / "samples", self._monitor)
+        return Samples(config.sample, config.sample_size_wh, pipeline, self._folder / "samples", self._monitor)
 
 
 @contextlib.contextmanager
@@ -401,12 +403,12 @@ def _going_on() -> Iterator[None]:
         log.warning(f"{error}; the run goes on")
 
 
-def exports_after(config: MainConfig, epochs: tuple[int, ...], step: int, total_steps: int) -> list[str]:
+def exports_after(run: Run, epochs: tuple[int, ...], step: int, total_steps: int) -> list[str]:
     """Names of the folders to save the model in after `step` (from 1) steps: `epochN`, `stepN`, none or both.
 
     `epochs` are the numbers of finished epochs before and after the step.
     """
-    names = [f"epoch{epochs[1]}"] if crosses_multiple(config.save_every_n_epochs, *epochs) else []
-    if crosses_multiple(config.save_every_steps, step - 1, step) or (step == total_steps and not names):
+    names = [f"epoch{epochs[1]}"] if crosses_multiple(run.config.save_every_n_epochs, *epochs) else []
+    if crosses_multiple(run.save_every_steps, step - 1, step) or (step == total_steps and not names):
         names.append(f"step{step}")
     return names

@@ -4,6 +4,7 @@ import pytest
 
 from anima_jax.config import load_config, load_dataset
 from anima_jax.data.buckets import Size
+from anima_jax.training.run import Run
 from tests.config.files import MAIN, toml, write
 
 PICTURE, CLIP = Size(512, 512, 1), Size(640, 384, 33)
@@ -199,7 +200,8 @@ def test_a_lora(load):
     config = load(LORA)
     assert config.output_dir == "/data/diffusion_pipe_training_runs/anima_test"
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (2e-5, (0.9, 0.99), 1e-8)
-    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (8, 4)
+    run = Run(config, replicas=1)
+    assert (run.global_batch(PICTURE), run.accumulation_of(PICTURE)) == (8, 4)
     assert config.schedule == ("linear", 100)
     assert (config.remat, config.model.transformer_dtype) == ("full", "float8")
     assert config.adapter is not None
@@ -215,7 +217,7 @@ def test_a_full_fine_tune(load):
     assert (config.adapter, config.max_steps, config.remat) == (None, 20000, "offload")
     assert (config.loss, config.regenerate_cache) == (("pseudo_huber_c", 0.3), True)
     assert (config.resume_from_checkpoint, config.checkpoint_every_n_epochs) == ("20260101_12-00-00", 1)
-    assert (config.save_every_steps, config.uncond_fraction) == (500, 0.1)
+    assert (Run(config, replicas=1).save_every_steps, config.uncond_fraction) == (500, 0.1)
     assert (config.optimizer.type, config.optimizer.eps) == ("adamw8bitkahan", None)
     assert config.optimizer.options == {"stabilize": False}
     rates = config.learning_rates
@@ -225,9 +227,10 @@ def test_a_full_fine_tune(load):
 
 def test_a_video_run(load):
     config = load(VIDEO)
-    assert [config.micro_batch(size) for size in (CLIP, PICTURE, Size(1024, 1024, 33))] == [2, 16, 1]
+    run = Run(config, replicas=1)
+    assert [run.micro_batch(size) for size in (CLIP, PICTURE, Size(1024, 1024, 33))] == [2, 16, 1]
     assert (config.video_clip_mode, config.map_num_proc, config.model.flux_shift) == ("single_middle", 32, True)
-    assert config.save_every_steps == 100
+    assert run.save_every_steps == 100
     optimizer = config.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("prodigy", 1.0, (0.9, 0.99), None)
     assert optimizer.options == {"d_coef": 0.5, "use_bias_correction": True}
@@ -242,8 +245,9 @@ def test_a_run_with_evaluation(load, tmp_path):
     assert (held_out.data.size_wh, trained.data) == ((256, 256), config.data)
     ((source, options),) = config.options_of(held_out.data)
     assert (source, options) == (held_out.data.directory[0], held_out.data.directory[0].options)
-    assert [config.eval_micro_batch(size) for size in (PICTURE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
-    assert config.eval_every_steps == 320 // 16
+    run = Run(config, replicas=1)
+    assert [run.eval_micro_batch(size) for size in (PICTURE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
+    assert run.eval_every_steps == 320 // 16
     assert (config.logging_steps, config.x_axis_examples, config.eval_before_first_step) == (5, True, True)
     assert config.optimizer.beta2_half_life == 1000.0
     monitoring = config.monitoring

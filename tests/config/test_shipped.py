@@ -11,6 +11,7 @@ from anima_jax.config import DatasetConfig, load_config, load_dataset
 from anima_jax.config.main import MainFile
 from anima_jax.config.schema import key_table
 from anima_jax.data.shapes import scenes
+from anima_jax.training.run import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MAIN_FILES = sorted(path.name for path in CONFIGS.glob("*.toml") if "dataset" not in path.name)
@@ -83,6 +84,7 @@ def test_clips_and_pictures_make_steps_of_one_size(configs):
     config = load_config(configs / "anima_video.toml")
     sizes = {size for source in config.data.sources for size in source.bucketing.sizes}
     assert {size.frames for size in sizes} == {1, 17, 33}
-    assert {config.global_batch(size) for size in sizes} == {16}
-    assert {config.micro_batch(size) for size in sizes if size.frames == 1} == {8, 16}
-    assert {config.micro_batch(size) for size in sizes if size.frames > 1} == {1, 2}
+    run = Run(config, replicas=1)
+    assert {run.global_batch(size) for size in sizes} == {16}
+    assert {run.micro_batch(size) for size in sizes if size.frames == 1} == {8, 16}
+    assert {run.micro_batch(size) for size in sizes if size.frames > 1} == {1, 2}

@@ -12,7 +12,6 @@ from anima_jax.data.buckets import Bucketing, Size
 from anima_jax.data.examples import SourceOptions
 from tests.config.files import REMOVE, write
 
-PICTURE = Size(512, 512, 1)
 AR_KEYS = {"min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7}
 
 
@@ -36,8 +35,7 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (config.model.cache_text_embeddings, config.model.max_caption_tokens) == (True, 512)
     assert (config.cache_dir, config.cache_local_dir, config.cached_dtype) == (None, None, "bfloat16")
     assert (config.regenerate_cache, config.trust_cache, config.strict_data) == (False, False, False)
-    assert (config.eval_datasets, config.eval_before_first_step, config.eval_every_steps) == ((), True, None)
-    assert [config.eval_micro_batch(size) for size in (PICTURE, Size(512, 512, 33))] == [1, 1]
+    assert (config.eval_datasets, config.eval_before_first_step) == ((), True)
     assert (config.steps_per_print, config.logging_steps, config.x_axis_examples) == (1, 1, False)
     assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, None)
     assert (config.resume_from_checkpoint, config.reset_dataloader) == (None, False)
@@ -94,14 +92,6 @@ def test_pictures_while_training_come_every_500_steps_or_by_epochs(load):
         assert (found.every_n_epochs, found.every_n_steps) == every
 
 
-def test_evaluation_takes_the_batches_of_the_training_unless_set(load):
-    train = {"micro_batch_size_per_gpu": 2, "image_micro_batch_size_per_gpu": 8}
-    clip = Size(512, 512, 33)
-    assert [load(train).eval_micro_batch(size) for size in (PICTURE, clip)] == [8, 2]
-    config = load(train | {"eval_micro_batch_size_per_gpu": 3})
-    assert [config.eval_micro_batch(size) for size in (PICTURE, clip)] == [3, 3]
-
-
 def test_compiled_programs_are_kept_in_a_folder_or_nowhere(load, tmp_path):
     assert load({"compilation_cache_dir": ""}).compilation_cache_dir == ""
     assert load({"compilation_cache_dir": "xla"}).compilation_cache_dir == str(tmp_path / "elsewhere" / "xla")
@@ -155,44 +145,6 @@ def test_learning_rates_of_groups(load):
     assert set(forced.learning_rates.values()) == {0.0, 3e-5}
     assert forced.learning_rates["llm_adapter"] == 0.0
     assert forced.schedule == ("constant", 0)
-
-
-def test_accumulation_follows_from_the_global_batch(load):
-    config = load({"micro_batch_size_per_gpu": 4, "global_batch_size": 32})
-    assert (config.global_batch(PICTURE), config.accumulation_of(PICTURE)) == (32, 8)
-
-
-def test_batches_are_those_of_the_nearest_side_and_of_pictures_or_clips(load):
-    config = load({"micro_batch_size_per_gpu": [[1024, 1], [512, 4]], "gradient_accumulation_steps": 3})
-    wide, large = Size(768, 432, 1), Size(1280, 720, 33)  # squares of 576 and of 960
-    assert [config.micro_batch(size) for size in (wide, large)] == [4, 1]
-    assert [config.global_batch(size) for size in (wide, large)] == [12, 3]
-    assert [config.accumulation_of(size) for size in (wide, large)] == [3, 3]
-    assert config.micro_batch(Size(768, 768, 1)) == 1  # as near to both: the first, as in diffusion-pipe
-    apart = load({"micro_batch_size_per_gpu": 2, "image_micro_batch_size_per_gpu": [[512, 8], [1024, 4]]})
-    assert [apart.micro_batch(size) for size in (wide, Size(1024, 1024, 1), large)] == [8, 4, 2]
-
-
-def test_one_global_batch_for_every_size_accumulates_as_each_needs(load):
-    config = load({"micro_batch_size_per_gpu": [[512, 8], [1024, 2]], "global_batch_size": 16})
-    small, large = Size(512, 512, 1), Size(1024, 1024, 1)
-    assert [config.global_batch(size) for size in (small, large)] == [16, 16]
-    assert [config.accumulation_of(size) for size in (small, large)] == [2, 8]
-
-
-@pytest.mark.parametrize(("examples", "steps"), [(800, 100), (3, 1), (15, 1), (16, 2)])
-def test_saving_by_examples_counts_whole_steps(load, examples, steps):
-    changes = {"save_every_n_examples": examples, "micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-    assert load(changes).save_every_steps == steps
-
-
-def test_saving_by_examples_counts_steps_of_the_largest_batch_that_the_data_can_have(load):
-    changes = {"save_every_n_examples": 240, "micro_batch_size_per_gpu": [[512, 8], [1024, 2]]}
-    assert load(changes, {"resolutions": [512, 1024]}).save_every_steps == 30
-    assert load(changes, {"resolutions": [1024]}).save_every_steps == 120
-    apart = changes | {"image_micro_batch_size_per_gpu": 3}
-    assert load(apart, {"resolutions": [1024]}).save_every_steps == 80
-    assert load(apart, {"resolutions": [512], "frame_buckets": [1, 33]}).save_every_steps == 30
 
 
 @pytest.mark.parametrize(
