@@ -141,7 +141,7 @@ def calibrate(graphdef, params: Params, pixels: np.ndarray) -> Params:
     """The same autoencoder with each channel of the normalised latents at mean 0 and variance 1 over `pixels`."""
     latents = encode_all(graphdef, params, pixels)
     shift, scale = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
-    mean, deviation = np.array(CONFIG.latent_mean), np.array(CONFIG.latent_deviation)
+    mean, deviation = np.array(CONFIG.latent_mean), np.array(CONFIG.latent_std)
     channels = CONFIG.latent_channels
     params = dict(params)
     # raw = mean + deviation · normalised, so new raw = (raw − mean − deviation · shift) / scale + mean, and back.

@@ -105,7 +105,7 @@ def _vae_settings(config: WanVAEConfig) -> dict[str, Any]:
         "temperal_downsample": list(config.temporal_down),
         "dropout": 0.0,
         "latents_mean": list(config.latent_mean),
-        "latents_std": list(config.latent_deviation),
+        "latents_std": list(config.latent_std),
     }
 
 

@@ -1,19 +1,20 @@
 """Scaled dot-product attention: one function, several back ends.
 
-`xla` runs everywhere. It works through the queries in blocks, so that the scores of all queries never exist at once,
-and its backward is written out (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32
-and every product has operands of one dtype and a float32 result, the fast path of 16-bit products everywhere.
-`cudnn` is NVIDIA's fused kernel; padding is expressed to it by lengths, never by a mask, which it would materialise.
-`splash` is JAX's Pallas kernel for TPUs, with lengths as segment ids.
+`xla` runs everywhere. It processes the queries in blocks, so that the scores of all queries never exist at once. Its
+backward pass is written by hand (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32
+and every product has operands of one dtype and a float32 result, the fast path of 16-bit products on all hardware.
+`cudnn` is NVIDIA's fused kernel. It receives padding as lengths, never as a mask, which it would materialise.
+`splash` is JAX's Pallas kernel for TPUs. It receives padding as segment ids.
 
-On a mesh each device attends for its own examples and heads (`jax.shard_map`). Where tokens are shared out over the
-context axis, they are exchanged for heads before and after (all-to-all, arXiv 2309.14509).
+On a mesh each device attends for its own examples and heads (`jax.shard_map`). Where tokens are sharded over the
+context axis, an all-to-all exchanges them for heads before and back after (arXiv 2309.14509).
 
 Axes: b batch, l queries, n keys, h heads (g key/value heads, h = g · r), k head size.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,10 +27,10 @@ from anima_jax.models.constraints import MESH_AXES, active_mesh, constrain, part
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 _SCORE_BYTES = 16 * 2**20
-"""Float32 scores that one block of queries may occupy."""
+"""Size limit of the float32 scores of one block of queries."""
 
 TILE = 128
-"""Tokens, the step of lengths that a TPU's kernel takes."""
+"""Tokens; the TPU kernel needs lengths that are multiples of this."""
 
 _FLOOR = -1e30
 """A finite stand-in for the maximum over no keys at all: exp(−inf − floor) is 0, not NaN."""
@@ -47,14 +48,14 @@ def attention(
     seq_sharded: str = "",
     implementation: str = "auto",
 ) -> Array:
-    """softmax(q·kᵀ / sqrt(k)) · v, shaped and typed as `q_blhk`.
+    """Compute softmax(q·kᵀ / sqrt(k)) · v, with the shape and dtype of `q_blhk`.
 
     Keys and values may have fewer heads than the queries (grouped-query attention). Keys at or beyond `key_lengths_b`
-    and keys where `key_mask_bn` is false take no part; a query without any key gives 0. `causal` lets query l see
-    keys 0…l. `zero_keys` more keys and values of zeros take part in the softmax without being stored.
+    and keys where `key_mask_bn` is false are excluded; the result for a query without any key is 0. `causal` lets query
+    l see keys 0…l. `zero_keys` additional keys and values of zeros enter the softmax without being stored.
 
-    `seq_sharded` says which tokens lie over a mesh's context axis: none, the queries ("q") or queries and keys ("qk").
-    Raises ValueError for an unknown or unsuitable `implementation`.
+    `seq_sharded` says which tokens are sharded over the mesh's context axis: none (""), the queries ("q") or queries
+    and keys ("qk"). Raises ValueError for an unknown or unsuitable `implementation`.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation '{implementation}', expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -63,7 +64,7 @@ def attention(
     if implementation == "auto":
         implementation = _best(q_blhk, k_bnhk, key_mask_bn)
     if implementation in _FUSED and (key_mask_bn is not None or (zero_keys and key_lengths_b is not None)):
-        raise ValueError(f"{implementation} attention takes key lengths: no mask, and no zero keys behind them")
+        raise ValueError(f"{implementation} attention accepts key lengths, but no mask and no zero keys after them")
     run = functools.partial(_local, causal=causal, zero_keys=zero_keys, implementation=implementation)
     mesh = active_mesh()
     if mesh is None:
@@ -74,39 +75,49 @@ def attention(
     specs = tuple(
         x if x is None else partition_spec(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=True)
     )
-    # check_vma has no rule for kernels; without it the gradients of what is whole on several devices are summed.
+    # check_vma has no rule for kernels. Without it, gradients of replicated inputs are summed over the devices.
     out_blhk = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
     return constrain(out_blhk, queries)
 
 
 def _letters(key_heads: int, seq_sharded: str, mesh: Any) -> tuple[str, ...]:
-    """Axes, as in constraints.py, of queries, keys, values, lengths and mask while each device attends."""
+    """Return the axes (constraints.py) of queries, keys, values, lengths and mask while each device attends."""
 
-    def fit(letter: str) -> bool:
+    def divides(letter: str) -> bool:
         return key_heads % math.prod(mesh.shape[name] for name in MESH_AXES[letter][0]) == 0
 
-    if seq_sharded == "qk" and fit("H"):
+    if seq_sharded == "qk" and divides("H"):
         queries = keys = "bnHk"
     else:
-        heads = "h" if fit("h") else "n"
+        heads = "h" if divides("h") else "n"
         queries, keys = f"b{'l' if seq_sharded else 'n'}{heads}k", f"bn{heads}k"
     return queries, keys, keys, "b", "bn"
 
 
 def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
-    """The back end that `auto` stands for."""
-    if key_mask_bn is None and _cudnn_takes(q_blhk):
+    """Return the implementation that `auto` stands for."""
+    if key_mask_bn is None and _cudnn_supports(q_blhk):
         return "cudnn"
     if key_mask_bn is None and jax.default_backend() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
         return "splash"
     return "xla"
 
 
-def _local(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn, *, causal, zero_keys, implementation) -> Array:
-    """Attention on one device."""
+def _local(
+    q_blhk: Array,
+    k_bnhk: Array,
+    v_bnhk: Array,
+    key_lengths_b: Array | None,
+    key_mask_bn: Array | None,
+    *,
+    causal: bool,
+    zero_keys: int,
+    implementation: str,
+) -> Array:
+    """Compute attention on one device."""
     if implementation in _FUSED:
         out_blhk = _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
-        # Of no keys at all the kernels give a mean of what they were to leave out.
+        # For a query without keys the kernels return a mean of the excluded values.
         return out_blhk if key_lengths_b is None else jnp.where(key_lengths_b[:, None, None, None] > 0, out_blhk, 0)
     batch, keys = k_bnhk.shape[:2]
     if key_lengths_b is not None:
@@ -120,7 +131,7 @@ def _local(q_blhk, k_bnhk, v_bnhk, key_lengths_b, key_mask_bn, *, causal, zero_k
 
 
 def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array, Array]:
-    """Keys and values with zeros stored behind them, for kernels that know no others."""
+    """Append stored zeros to keys and values, for kernels that cannot add zero keys themselves."""
     padding = ((0, 0), (0, zero_keys), (0, 0), (0, 0))
     return jnp.pad(k_bnhk, padding), jnp.pad(v_bnhk, padding)
 
@@ -128,7 +139,7 @@ def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array
 # NVIDIA
 
 
-def _cudnn_takes(q_blhk: Array) -> bool:
+def _cudnn_supports(q_blhk: Array) -> bool:
     head_size = q_blhk.shape[-1]
     return (
         jax.default_backend() == "gpu"
@@ -139,9 +150,11 @@ def _cudnn_takes(q_blhk: Array) -> bool:
     )
 
 
-def _cudnn(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
+def _cudnn(
+    q_blhk: Array, k_bnhk: Array, v_bnhk: Array, key_lengths_b: Array | None, causal: bool, zero_keys: int
+) -> Array:
     k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if key_lengths_b is not None:
         every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
         lengths = {"key_value_seq_lengths": key_lengths_b.astype(jnp.int32), "query_seq_lengths": every_query_b}
@@ -152,7 +165,9 @@ def _cudnn(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
 # TPU
 
 
-def _splash(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
+def _splash(
+    q_blhk: Array, k_bnhk: Array, v_bnhk: Array, key_lengths_b: Array | None, causal: bool, zero_keys: int
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
@@ -168,7 +183,7 @@ def _splash(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
         residual_checkpoint_name="attention_out",
         interpret=jax.default_backend() != "tpu",
     )
-    # Keys beyond an example's own are another segment than every query.
+    # Keys beyond an example's own belong to a different segment than all queries.
     lengths_b = jnp.full(k_bhnk.shape[:1], keys) if key_lengths_b is None else key_lengths_b
     beyond_bn = (jnp.arange(shape[1]) >= lengths_b[:, None]).astype(jnp.int32)
     segments = splash.SegmentIds(jnp.zeros((len(beyond_bn), shape[0]), jnp.int32), beyond_bn)
@@ -177,12 +192,12 @@ def _splash(q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys):
 
 
 def _whole_tiles(x_bhlk: Array) -> Array:
-    """Zeros behind the tokens, up to a multiple of `TILE`."""
+    """Pad the tokens with zeros at the end, up to a multiple of `TILE`."""
     return jnp.pad(x_bhlk, ((0, 0), (0, 0), (0, -x_bhlk.shape[2] % TILE), (0, 0)))
 
 
 def _splash_blocks(queries: int, keys: int) -> Any:
-    """Tokens that the kernel takes at once: the largest blocks up to 1024 that fill whole ones."""
+    """Return the kernel's block sizes in tokens: the largest up to 1024 that divide the lengths."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
     def largest(length: int) -> int:
@@ -202,27 +217,29 @@ def _splash_blocks(queries: int, keys: int) -> Any:
 
 
 _FUSED = {"cudnn": _cudnn, "splash": _splash}
-"""Kernels that take lengths and no mask."""
+"""Kernels that accept lengths but no mask."""
 
 
-# Everywhere
+# All hardware
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _xla(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys):
+def _xla(q_bhlk: Array, k_bgnk: Array, v_bgnk: Array, key_mask_bn: Array | None, causal: bool, zero_keys: int) -> Array:
     return _xla_forward(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys)[0]
 
 
-def _xla_forward(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys):
+def _xla_forward(
+    q_bhlk: Array, k_bgnk: Array, v_bgnk: Array, key_mask_bn: Array | None, causal: bool, zero_keys: int
+) -> tuple[Array, tuple[Any, ...]]:
     blocks_q, size = _query_blocks(q_bhlk, k_bgnk)
 
-    def block(q_bgmk, start):
+    def block(q_bgmk: Array, start: Any) -> tuple[Array, Array]:
         scores = _scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size)
         peak = jnp.maximum(scores.max(-1, keepdims=True), 0.0 if zero_keys else _FLOOR)
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True) + zero_keys * jnp.exp(-peak)
         out = _product("bgmn,bgnk->bgmk", weights.astype(v_bgnk.dtype), v_bgnk) / jnp.where(total > 0, total, 1.0)
-        # With no key at all the log of the total is +inf, so that the backward's weights exp(score − log total) are 0.
+        # Without any key the log of the total is +inf, so that the backward's weights exp(score − log total) are 0.
         log_total = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
         return out.astype(q_bhlk.dtype), log_total
 
@@ -232,15 +249,15 @@ def _xla_forward(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys):
     return out_bhlk, (q_bhlk, k_bgnk, v_bgnk, key_mask_bn, out_bhlk, log_total)
 
 
-def _xla_backward(causal, zero_keys, residuals, grad_bhlk):
+def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad_bhlk: Array) -> tuple[Any, ...]:
     q_bhlk, k_bgnk, v_bgnk, key_mask_bn, out_bhlk, log_total = residuals
     blocks_q, size = _query_blocks(q_bhlk, k_bgnk)
     dtype, scale = q_bhlk.dtype, 1.0 / math.sqrt(q_bhlk.shape[-1])
-    # Σ grad · out, the part of the softmax's derivative that is common to a row.
+    # Σ grad · out, the term of the softmax's derivative that all keys of a query share.
     shared_bhl1 = jnp.sum(grad_bhlk.astype(jnp.float32) * out_bhlk.astype(jnp.float32), -1, keepdims=True)
     blocks_grad, blocks_shared = (_split_blocks(x, k_bgnk.shape[1], size) for x in (grad_bhlk, shared_bhl1))
 
-    def block(carry, inputs):
+    def block(carry: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         grad_k, grad_v = carry
         q_bgmk, grad_bgmk, shared, log_total, start = inputs
         weights = jnp.exp(_scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size) - log_total)
@@ -268,8 +285,8 @@ def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size):
-    """Float32 scores of one block, −inf where a query must not look. Rows m are (r, block query), queries fastest."""
+def _scores(q_bgmk: Array, k_bgnk: Array, key_mask_bn: Array | None, causal: bool, start: Any, size: int) -> Array:
+    """Return one block's float32 scores, −inf where a key is excluded. Rows m are (r, block query), queries fastest."""
     scores = _product("bgmk,bgnk->bgmn", q_bgmk, k_bgnk) / math.sqrt(q_bgmk.shape[-1])
     if key_mask_bn is not None:
         scores = jnp.where(key_mask_bn[:, None, None], scores, -jnp.inf)
@@ -280,7 +297,7 @@ def _scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size):
 
 
 def _query_blocks(q_bhlk: Array, k_bgnk: Array) -> tuple[Array, int]:
-    """Queries in blocks (blocks, b, g, r · size, k), padded at the end, and the block size."""
+    """Return the queries in blocks (blocks, b, g, r · size, k), padded at the end, and the block size."""
     batch, heads, length, _ = q_bhlk.shape
     limit = max(16, _SCORE_BYTES // (4 * batch * heads * k_bgnk.shape[2]))
     count = -(-length // limit)
@@ -303,7 +320,7 @@ def _join_blocks(blocks: Array, like_bhlk: Array) -> Array:
     return x.reshape(batch, heads, -1, features)[:, :, :length]
 
 
-def _map_blocks(block, blocks: Array, size: int):
+def _map_blocks(block: Callable[[Array, Any], Any], blocks: Array, size: int) -> Any:
     if blocks.shape[0] == 1:
         return jax.tree.map(lambda x: x[None], block(blocks[0], 0))
     return jax.lax.map(lambda args: block(*args), (blocks, jnp.arange(blocks.shape[0]) * size))

@@ -1,10 +1,12 @@
-"""Where activations lie on a mesh of devices: the axes that their names carry → axes of the mesh.
+"""Sharding of activations: the letters of an array's axes → axes of the device mesh.
 
-Networks know no mesh; they say what an array's axes are, and where a mesh is set (`jax.set_mesh`, with axes of Auto
-type called data, fsdp, tensor and context) that decides its place. Without one nothing happens.
-Letters: b batch, l tokens, h heads, f features that tensor parallelism splits; any other axis is whole everywhere.
+Networks do not know the mesh. They name the axes of an array, and where a mesh is set (`jax.set_mesh`, with axes of
+type Auto called data, fsdp, tensor and context), `MESH_AXES` says how the array is sharded on it. Without a mesh
+nothing happens.
+Letters: b batch, l tokens, h heads, f features that tensor parallelism splits; any other axis is replicated.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,41 +14,36 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-BATCH = (("data", "fsdp"), ("data",), ("fsdp",))
-"""Mesh axes that share out a batch: the first of these that its size divides into."""
+BATCH_AXES = (("data", "fsdp"), ("data",), ("fsdp",))
+"""Mesh axes that can shard a batch: the first entry whose number of devices divides the batch is used."""
 
 MESH_AXES: Mapping[str, Sequence[tuple[str, ...]]] = {
-    "b": BATCH,
+    "b": BATCH_AXES,
     "l": (("context",),),
     "h": (("tensor",),),
     "f": (("tensor",),),
-    # Heads where every device of the context axis sees all tokens, and so has heads of its own.
+    # Heads during attention, where each device of the context axis has all tokens of some of the heads.
     "H": (("tensor", "context"),),
 }
 
 
 def active_mesh() -> Any:
-    """The mesh that is set, None if there is none or it is of one device."""
+    """Return the mesh that is set, or None if there is none or it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:
-    """The spec of an array of this shape; an axis that cannot be shared out equally is whole everywhere."""
+    """Return the spec of an array of this shape. An axis whose size the devices do not divide is replicated."""
 
-    def choice(size: int, letter: str) -> tuple[str, ...] | None:
-        for names in MESH_AXES.get(letter, ()):
-            parts = 1
-            for name in names:
-                parts *= mesh.shape[name]
-            if size % parts == 0:
-                return names
-        return None
+    def mesh_axes(size: int, letter: str) -> tuple[str, ...] | None:
+        choices = MESH_AXES.get(letter, ())
+        return next((names for names in choices if size % math.prod(mesh.shape[name] for name in names) == 0), None)
 
-    return P(*map(choice, shape, axes))
+    return P(*map(mesh_axes, shape, axes))
 
 
 def constrain(x: Array, axes: str) -> Array:
-    """`x`, laid out over the mesh as the letters of its axes say."""
+    """Return `x`, sharded over the mesh that is set as the letters of its axes say."""
     mesh = active_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))

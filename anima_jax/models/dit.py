@@ -1,13 +1,13 @@
 """Anima's diffusion transformer: Cosmos-Predict2's MiniTrainDIT with the LLM adapter.
 
 Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on *tokens*, so that
-pictures of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in
-the order (y, x, channel), and `grid_b3` says how many frames, rows and columns of patches each example has.
+images of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in the
+order (y, x, channel), and `grid_b3` is the number of frames, rows and columns of patches of each example.
 Axes: b batch, l image tokens, n text tokens, d width, h heads, k head size, c channels, t frames, y rows, x columns.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
@@ -27,15 +28,22 @@ PATCH = 2
 OUT_CHANNELS = 16
 
 CONTEXT_ROWS = 512
-"""Context rows in training: those that a caption leaves are zeros, and take part in cross-attention."""
+"""Context rows in training. Rows beyond a caption's own are zeros, and take part in cross-attention."""
 
 TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
 LAYER_NORM_EPS = 1e-6
 
 
+Condition = tuple[Array, Array, Array | None]
+"""SiLU of the timestep embedding (b, t, d), the AdaLN term shared by all blocks (b, t, 3d), frame of each token (b, l).
+
+t is 1, or the number of frames where each has its own time; only then are the tokens' frames given.
+"""
+
+
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """cuDNN's forward kernel: the statistics that its backward wants are no output that could be given a name."""
+    """Match cuDNN's forward kernel, whose softmax statistics are not an output that could be named."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -53,15 +61,15 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     ),
     "none": None,
 }
-"""What the backward keeps of a block, besides its input, instead of computing it again; None keeps all.
+"""What the backward keeps of a block, besides its input, instead of recomputing it; None keeps everything.
 
-"offload" keeps nothing on the device: the blocks' inputs wait in host memory.
+"offload" keeps nothing on the device: the blocks' inputs are moved to host memory.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes; the defaults are the released 2B model's.
+    """Sizes. The defaults are the released 2B model's.
 
     `latent_channels` is 16, or 17 where the last channel is a conditioning mask (video-to-world models).
     """
@@ -81,24 +89,31 @@ class DiTConfig:
 
     @property
     def input_features(self) -> int:
-        """Rows of the patch embedding: a padding-mask channel, zero for ordinary input, follows the latent's."""
+        """Input features of the patch embedding: after the latent's channels comes a padding mask, always zero here."""
         return PATCH * PATCH * (self.latent_channels + 1)
+
+    def __str__(self) -> str:
+        return (
+            f"width {self.width}, {self.blocks} blocks, {self.heads} heads of {self.head_size}, "
+            f"MLP {self.mlp_width}, context width {self.context_width}, AdaLN rank {self.adaln_rank}, "
+            f"{self.latent_channels} latent channels"
+        )
 
 
 def patchify(latents_btyxc: Array) -> Array:
-    """Tokens (b, l, 4c) of latents (b, t, y, x, c), in row-major order of (frame, row, column)."""
+    """Return the tokens (b, l, 4c) of latents (b, t, y, x, c), in row-major order of (frame, row, column)."""
     return rearrange(latents_btyxc, "b t (y m) (x n) c -> b (t y x) (m n c)", m=PATCH, n=PATCH)
 
 
 def unpatchify(tokens_blc: Array, frames: int, rows: int, columns: int) -> Array:
-    """The inverse of `patchify`; `rows` and `columns` count patches."""
+    """Invert `patchify`; `rows` and `columns` count patches."""
     return rearrange(
         tokens_blc, "b (t y x) (m n c) -> b t (y m) (x n) c", t=frames, y=rows, x=columns, m=PATCH, n=PATCH
     )
 
 
 def token_positions(grid_b3: Array, length: int) -> Array:
-    """(frame, row, column) of each of `length` tokens, int32 (b, l, 3). Padding tokens get frames beyond the last."""
+    """Return (frame, row, column) of `length` tokens, int32 (b, l, 3). Padding tokens get frames beyond the last."""
     index_1l = jnp.arange(length, dtype=jnp.int32)[None]
     rows_b1, columns_b1 = grid_b3[:, 1:2], grid_b3[:, 2:3]
     within_bl = index_1l % (rows_b1 * columns_b1)
@@ -107,16 +122,16 @@ def token_positions(grid_b3: Array, length: int) -> Array:
 
 
 def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
-    """Angles (b, l, k/2): the first frequencies turn with time, the next with rows, the last with columns.
+    """Return angles (b, l, k/2): the first frequencies follow the frame, the next the row, the last the column.
 
-    Height and width are extrapolated (NTK) by 4, or by 3 for 17 latent channels; time is not.
+    Rows and columns are extrapolated (NTK) by 4, or by 3 for 17 latent channels; frames are not.
     """
     spatial = 2 * (config.head_size // 6)
     spatial_ratio = 3.0 if config.latent_channels == OUT_CHANNELS + 1 else 4.0
     axes = ((config.head_size - 2 * spatial, 1.0), (spatial, spatial_ratio), (spatial, spatial_ratio))
     parts = []
     for axis, (size, ratio) in enumerate(axes):
-        # With a single frequency there is nothing to stretch: it is 1 whatever theta is.
+        # A single frequency cannot be stretched: it is 1 for every theta.
         theta = ROTARY_THETA * ratio ** (size / (size - 2)) if size > 2 else ROTARY_THETA
         frequencies = theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / max(size, 1))
         parts.append(positions_bl3[..., axis, None].astype(jnp.float32) * frequencies)
@@ -124,7 +139,7 @@ def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
 
 
 def timestep_features(times: Array, width: int) -> Array:
-    """[cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 to 1/10000."""
+    """Return [cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 to 1/10000."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(TIMESTEP_MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = times.astype(jnp.float32)[..., None] * frequencies
@@ -132,9 +147,10 @@ def timestep_features(times: Array, width: int) -> Array:
 
 
 class AnimaDiT(nnx.Module):
-    """Velocity of latents at a time, given context rows. `llm_adapter` makes the context rows from text.
+    """Anima's transformer: predicts the velocity of latents at a time, given context rows.
 
-    `text_encoder` is None unless one is set, to be trained with the rest.
+    `llm_adapter` computes the context rows from text, None if the model has no adapter. `text_encoder` is None unless
+    one is set to be trained with the rest.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
@@ -147,11 +163,17 @@ class AnimaDiT(nnx.Module):
         self.llm_adapter = LLMAdapter(config.adapter, rngs=rngs) if config.adapter else None
         self.text_encoder: nnx.Module | None = None
 
-    def __call__(self, latents_btyxc: Array, times_b: Array, context_bnd: Array, **options) -> Array:
-        """Velocity (b, t, y, x, 16), float32. `times_b` in [0, 1] is (b,) or, per latent frame, (b, t).
+    def __repr__(self) -> str:
+        sizes = f"{self.config}, {'with' if self.llm_adapter else 'without'} adapter"
+        return f"AnimaDiT({sizes}; {parameters.describe(self)})"
 
-        The dtype of `latents_btyxc` is the compute dtype. `options` are those of `velocity`. Raises ValueError for odd
-        sides or a wrong number of channels.
+    def __call__(self, latents_btyxc: Array, times_b: Array, context_bnd: Array, **options: Any) -> Array:
+        """Predict the velocity (noise − data), float32 (b, t, y, x, 16).
+
+        `latents_btyxc` are normalised latents (b, t, y, x, latent channels) with even y and x; their dtype is the
+        compute dtype. `times_b` in [0, 1] (0 data, 1 noise) is (b,) or, per latent frame, (b, t). `context_bnd` are the
+        context rows (b, n, context width). `options` are those of `velocity`. Raises ValueError for odd sides or a
+        wrong number of channels.
         """
         _, frames, rows, columns, channels = latents_btyxc.shape
         if channels != self.config.latent_channels or rows % PATCH or columns % PATCH:
@@ -176,14 +198,14 @@ class AnimaDiT(nnx.Module):
         scan_unroll: int = 1,
         attention_implementation: str = "auto",
     ) -> Array:
-        """Velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels); the core of the network.
+        """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
 
         `grid` is (frames, rows, columns) in patches: an int array (b, 3), where tokens beyond an example's own are
-        padding that no token sees; or one tuple for all, and then no token is padding. Every context row takes part in
-        the softmax, rows of zeros too, up to `context_lengths_b` if given; `zero_context` says how many rows of zeros
-        follow those of `context_bnd`. `remat` is one of `REMAT_POLICIES`; with `remat_every` n the backward keeps the
-        input of every n-th block only, and computes n blocks again from it as `remat` says. Raises ValueError if n does
-        not divide the number of blocks.
+        padding that no token sees; or one tuple for the batch, without padding. Every context row takes part in the
+        softmax, rows of zeros too, up to `context_lengths_b` if given; `zero_context` is the number of rows of zeros
+        that follow those of `context_bnd`. `remat` is a key of `REMAT_POLICIES`; with `remat_every` n the backward
+        keeps only the input of every n-th block and recomputes n blocks from it under that policy. Raises ValueError if
+        n does not divide the number of blocks.
         """
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
@@ -203,22 +225,21 @@ class AnimaDiT(nnx.Module):
         context_bnd = context_bnd.astype(dtype)
 
         condition = (emb_btd, shared_btd, frame_bl)
-        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk"}
-        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q"}
-        for options in (self_options, cross_options):
-            options["implementation"] = attention_implementation
+        shared = {"implementation": attention_implementation}
+        self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
+        cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q", **shared}
 
-        def run_block(x_bld, block):
+        def run_block(x_bld: Array, block: Block) -> tuple[Array, None]:
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             return constrain(block(x_bld, condition, context_bnd, self_options, cross_options), "bld"), None
 
         if REMAT_POLICIES[remat] is not None:
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
-        def run_blocks(x_bld, blocks):
+        def run_blocks(x_bld: Array, blocks: Block) -> tuple[Array, None]:
             return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
 
-        # float16 holds no more than 65504, which the sum over the blocks exceeds: the residual stream is float32 then.
+        # float16 ends at 65504, which the sum over the blocks exceeds: there the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(into_stream(self.x_embedder, self._with_padding_mask(latents_blc), stream_dtype), "bld")
         if remat_every == 1:
@@ -229,19 +250,19 @@ class AnimaDiT(nnx.Module):
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def _grouped_blocks(self, size: int) -> Any:
-        """The blocks with one more axis in front: (groups, `size`, …)."""
+        """Return the blocks with one more leading axis: (groups, `size`, …)."""
         if self.config.blocks % size:
             raise ValueError(f"remat_every is {size}, expected a divisor of {self.config.blocks}, the number of blocks")
         return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), self.blocks)
 
     def _with_padding_mask(self, latents_blc: Array) -> Array:
-        """Append the padding-mask channel, zeros, to each of a token's four pixels."""
+        """Append the padding-mask channel (zeros) to each of a token's four pixels."""
         pixels = latents_blc.reshape(*latents_blc.shape[:2], PATCH * PATCH, self.config.latent_channels)
         return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
 
 
 class TimestepEmbedder(nnx.Module):
-    """The AdaLN term that all blocks share: linear, SiLU, linear to 3d, in float32."""
+    """The AdaLN term shared by all blocks: linear, SiLU, linear to 3d, in float32."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(width, width, rngs=rngs)
@@ -252,7 +273,7 @@ class TimestepEmbedder(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """AdaLN-LoRA: a low-rank map of the timestep embedding, added to the term that all blocks share, in float32."""
+    """AdaLN-LoRA: a low-rank map of the timestep embedding, added to the term shared by all blocks, in float32."""
 
     def __init__(self, width: int, rank: int, parts: int, *, rngs: nnx.Rngs):
         self.parts = parts
@@ -260,8 +281,8 @@ class Modulation(nnx.Module):
         self.linear_2 = Linear(rank, parts * width, zero=True, rngs=rngs)
         self.linear_1.kernel_axes, self.linear_2.kernel_axes = "if", "fo"
 
-    def __call__(self, condition) -> list[Array]:
-        """`parts` arrays (b, 1 or l, d). `condition` is (SiLU of the embedding, shared term, frame of each token)."""
+    def __call__(self, condition: Condition) -> list[Array]:
+        """Return `parts` arrays (b, 1 or l, d)."""
         emb_btd, shared_btd, frame_bl = condition
         width = emb_btd.shape[-1]
         low_btr = constrain(self.linear_1(emb_btd), "btf")
@@ -272,7 +293,7 @@ class Modulation(nnx.Module):
 
 
 def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
-    """LayerNorm(x) · (1 + scale) + shift, in float32, returned in `dtype`."""
+    """Compute LayerNorm(x) · (1 + scale) + shift in float32 and return it in `dtype`."""
     x32 = x_bld.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
@@ -280,7 +301,7 @@ def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Arra
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and MLP, each modulated before and gated after by the timestep."""
+    """Self-attention, cross-attention and MLP, each with AdaLN modulation before and a gate after it."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.adaln_modulation_self_attn = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
@@ -290,7 +311,14 @@ class Block(nnx.Module):
         self.adaln_modulation_mlp = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
         self.mlp = MLP(config.width, config.mlp_width, rngs=rngs)
 
-    def __call__(self, x_bld: Array, condition, context_bnd: Array, self_options, cross_options) -> Array:
+    def __call__(
+        self,
+        x_bld: Array,
+        condition: Condition,
+        context_bnd: Array,
+        self_options: Mapping[str, Any],
+        cross_options: Mapping[str, Any],
+    ) -> Array:
         dtype = context_bnd.dtype
         shift, scale, gate = self.adaln_modulation_self_attn(condition)
         normed = modulate(x_bld, shift, scale, dtype)
@@ -303,12 +331,12 @@ class Block(nnx.Module):
 
 
 def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
-    """x + gate · update: the sum in float32, the result in the dtype of the residual stream `x_bld`."""
+    """Compute x + gate · update in float32; the result has the dtype of the residual stream `x_bld`."""
     return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
 
 
 def into_stream(layer: Callable[..., Array], x: Array, stream_dtype: DTypeLike) -> Array:
-    """`layer(x)`, in the residual stream's dtype if that is wider than `x`'s and the layer is a plain one."""
+    """Apply `layer`. The result has the residual stream's dtype if `layer` is a plain `Linear` (not an adapted one)."""
     if stream_dtype == x.dtype or not isinstance(layer, Linear):
         return layer(x)
     return layer(x, out_dtype=stream_dtype)
@@ -327,7 +355,12 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(width // heads)
 
     def __call__(
-        self, x_bld: Array, memory_bnd: Array, stream_dtype: DTypeLike, angles_bli: Array | None = None, **options
+        self,
+        x_bld: Array,
+        memory_bnd: Array,
+        stream_dtype: DTypeLike,
+        angles_bli: Array | None = None,
+        **options: Any,
     ) -> Array:
         q_blhk, k_bnhk, v_bnhk = (
             projected.reshape(*projected.shape[:2], self.heads, -1)
@@ -353,12 +386,12 @@ class MLP(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Modulated LayerNorm and the map to the patches' values."""
+    """Modulated LayerNorm and the linear map to the patches' values."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.adaln_modulation = Modulation(config.width, config.adaln_rank, 2, rngs=rngs)
         self.linear = Linear(config.width, PATCH * PATCH * OUT_CHANNELS, zero=True, rngs=rngs)
 
-    def __call__(self, x_bld: Array, condition, dtype: DTypeLike) -> Array:
+    def __call__(self, x_bld: Array, condition: Condition, dtype: DTypeLike) -> Array:
         shift, scale = self.adaln_modulation(condition)
         return self.linear(modulate(x_bld, shift, scale, dtype))

@@ -1,6 +1,6 @@
 """The layers that the networks share: one linear operation, RMS norm, rotary embedding, embedding table.
 
-The compute dtype of a layer is the dtype of the activations that it is given; parameters are cast to it on use.
+A layer computes in the dtype of its input activations; parameters are cast to it on use.
 Norm statistics, rotary tables and softmax are float32 throughout.
 Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 """
@@ -26,23 +26,23 @@ def linear(
     out_dtype: DTypeLike | None = None,
     kernel_axes: str = "io",
 ) -> Array:
-    """x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
+    """Compute x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
 
-    `x` is (…, i); the result is (…, o), in `out_dtype` if given: float32 keeps what the dtype of `x` cannot hold.
-    `kernel_axes` are the letters (constraints.py) of a kernel that is stored in less than the dtype of `x`.
+    `x` is (…, i), the result (…, o), in `out_dtype` if given: float32 keeps values beyond the range of the dtype of
+    `x`. `kernel_axes` are the kernel's axes (constraints.py), needed where it is stored narrower than `x`.
     """
     if isinstance(kernel_io, Quantised):
-        # Without the checkpoint the backward would keep every layer's values, which is what quantising is to save.
+        # Without the checkpoint the backward would keep every layer's dequantised values, undoing the saving.
         run = functools.partial(_linear_quantised, out_dtype=out_dtype)
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
     if kernel_io.dtype.itemsize < x.dtype.itemsize:
-        # Devices that share the weight out are to send it as it is, not as the wider numbers that it becomes.
+        # Devices that gather the sharded kernel should send it before the cast, in its narrower dtype.
         kernel_io = constrain(kernel_io, kernel_axes)
     kernel_io = kernel_io.astype(x.dtype)
     if out_dtype is not None and out_dtype != x.dtype:
         out = jnp.matmul(x, kernel_io, preferred_element_type=out_dtype)
     elif x.dtype == jnp.float32 or jax.default_backend() != "cpu":
-        # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast form.
+        # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast path.
         out = x @ kernel_io
     else:
         out = _matmul_16bit_cpu(x, kernel_io)
@@ -55,25 +55,25 @@ def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_
 
 @jax.custom_vjp
 def _matmul_16bit_cpu(x: Array, kernel_io: Array) -> Array:
-    """On a CPU only a product that asks for a float32 result takes the fast matrix units.
+    """Compute a 16-bit product on a CPU, which uses its fast matrix units only for a float32 result.
 
-    The backward is written out because the cotangent would otherwise arrive in float32 and drag both of its products
-    onto the slow path.
+    The backward pass is written by hand because the cotangent would otherwise be float32, and both of its products
+    would take the slow path.
     """
     return _contract(x, kernel_io, ((x.ndim - 1,), (0,)))
 
 
-def _matmul_16bit_cpu_forward(x, kernel_io):
+def _matmul_16bit_cpu_forward(x: Array, kernel_io: Array) -> tuple[Array, tuple[Array, Array]]:
     return _matmul_16bit_cpu(x, kernel_io), (x, kernel_io)
 
 
-def _matmul_16bit_cpu_backward(residuals, grad_out):
+def _matmul_16bit_cpu_backward(residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
     x, kernel_io = residuals
     rows = tuple(range(x.ndim - 1))
     return _contract(grad_out, kernel_io, ((x.ndim - 1,), (1,))), _contract(x, grad_out, (rows, rows))
 
 
-def _contract(a: Array, b: Array, axes) -> Array:
+def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
 
 
@@ -81,10 +81,10 @@ _matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
 
 
 class Linear(nnx.Module):
-    """Linear map with `kernel` (i, o), of deviation 1/sqrt(i) or zeros when fresh, and, if asked for, `bias` (o)."""
+    """Linear map with `kernel` (i, o), initialised with std 1/sqrt(i) or zeros, and an optional `bias` (o) of zeros."""
 
     kernel_axes = "io"
-    """As `linear` takes them."""
+    """The argument of `linear`."""
 
     def __init__(
         self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs
@@ -113,7 +113,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Table (vocabulary, features); ids pick rows."""
+    """Table (vocabulary, features) whose rows are looked up by id."""
 
     def __init__(self, vocabulary: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocabulary, features)))
@@ -122,12 +122,12 @@ class Embedding(nnx.Module):
         table = self.embedding[...]
         if isinstance(table, Quantised):
             return table.take(ids)
-        # Whole on each device: from a part of it, XLA would look up the whole batch everywhere.
+        # Replicated: with a sharded table, XLA would look up the full batch on every device.
         return jnp.take(constrain(table, "vd"), ids, axis=0)
 
 
 def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:
-    """Angles (…, k/2), float32, of positions (…): position · theta^(−2i/k)."""
+    """Return the angles (…, k/2), float32, of positions (…): position · theta^(−2i/k)."""
     exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
     return positions[..., None].astype(jnp.float32) * theta**-exponents
 

@@ -1,7 +1,8 @@
-"""The adapter that joins Qwen3's hidden states to T5 token ids: T5's ids are the queries, Qwen3's states the memory.
+"""The LLM adapter: T5 token ids attend to Qwen3's hidden states and become the transformer's context rows.
 
-Source: `LLMAdapter` in diffusion-pipe's models/llm_adapter.py. Target tokens pass through an embedding table of the
-adapter's own, then blocks of bidirectional self-attention, cross-attention to the source, and an MLP.
+Source: `LLMAdapter` in diffusion-pipe's models/llm_adapter.py. The target tokens (T5's ids) pass through the adapter's
+own embedding table, then through blocks of bidirectional self-attention, cross-attention to the source (Qwen3's
+states), and an MLP.
 Axes: b batch, m target tokens, n source tokens, d features, h heads, k head size.
 """
 
@@ -21,7 +22,7 @@ ROTARY_THETA = 10000.0
 
 
 class Text(NamedTuple):
-    """Captions as the adapter takes them: Qwen3's states and T5's ids, padded on the right; NumPy or JAX arrays."""
+    """The adapter's input for some captions: Qwen3's states and T5's ids, padded at the end; NumPy or JAX arrays."""
 
     source_bnd: Any
     source_mask_bn: Any
@@ -31,7 +32,7 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LLMAdapterConfig:
-    """Sizes; the defaults are the released model's. `target_width` is the width of the table and of the result."""
+    """Sizes. The defaults are the released model's. `target_width` is the width of the table and of the result."""
 
     width: int = 1024
     blocks: int = 6
@@ -41,9 +42,15 @@ class LLMAdapterConfig:
     target_width: int = 1024
     vocabulary: int = 32128
 
+    def __str__(self) -> str:
+        return (
+            f"width {self.width}, {self.blocks} blocks, {self.heads} heads, MLP {self.mlp_width}, "
+            f"text states {self.source_width} -> context {self.target_width}, vocabulary {self.vocabulary}"
+        )
+
 
 class LLMAdapter(nnx.Module):
-    """(source states, target ids) → context rows for the diffusion transformer."""
+    """Maps Qwen3's hidden states and T5's token ids to context rows for the diffusion transformer."""
 
     def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -61,10 +68,11 @@ class LLMAdapter(nnx.Module):
         source_mask_bn: Array | None = None,
         target_mask_bm: Array | None = None,
     ) -> Array:
-        """Context rows (b, m, target width) in the dtype of `source_bnd`.
+        """Return context rows (b, m, target width) in the dtype of `source_bnd`.
 
-        Masks are true (or 1) on real tokens; without one every token is real. Rows of masked targets are 0. A source
-        without any real token contributes nothing, and no NaN.
+        `source_bnd` are Qwen3's hidden states, `target_ids_bm` T5's ids in [0, vocabulary). Masks are true (or 1) on
+        real tokens; without a mask every token is real. Rows of masked targets are 0. A source without any real token
+        contributes nothing (and no NaN).
         """
         masks = [None if mask is None else mask.astype(bool) for mask in (source_mask_bn, target_mask_bm)]
         source_mask_bn, target_mask_bm = masks
@@ -76,7 +84,7 @@ class LLMAdapter(nnx.Module):
             rotary_angles(jnp.arange(x.shape[1]), head_size, ROTARY_THETA)[None] for x in (x_bmd, source_bnd)
         )
 
-        def run_block(x_bmd, block):
+        def run_block(x_bmd: Array, block: AdapterBlock) -> tuple[Array, None]:
             x_bmd = block(x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn)
             return constrain(x_bmd, "bnd"), None
 
@@ -96,7 +104,15 @@ class AdapterBlock(nnx.Module):
         self.norm_mlp = RMSNorm(config.width)
         self.mlp = AdapterMLP(config.width, config.mlp_width, rngs=rngs)
 
-    def __call__(self, x_bmd, source_bnd, angles_1mi, angles_1ni, target_mask_bm, source_mask_bn):
+    def __call__(
+        self,
+        x_bmd: Array,
+        source_bnd: Array,
+        angles_1mi: Array,
+        angles_1ni: Array,
+        target_mask_bm: Array | None,
+        source_mask_bn: Array | None,
+    ) -> Array:
         normed_bmd = self.norm_self_attn(x_bmd)
         x_bmd += self.self_attn(normed_bmd, normed_bmd, angles_1mi, angles_1mi, target_mask_bm)
         x_bmd += self.cross_attn(self.norm_cross_attn(x_bmd), source_bnd, angles_1mi, angles_1ni, source_mask_bn)
@@ -104,7 +120,7 @@ class AdapterBlock(nnx.Module):
 
 
 class AdapterAttention(nnx.Module):
-    """Attention with RMS-normed, rotated queries and keys. Queries and keys each turn by their own positions."""
+    """Attention with RMS-normed, rotated queries and keys, each rotated by their own positions."""
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -115,11 +131,15 @@ class AdapterAttention(nnx.Module):
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
 
-    def __call__(self, x_bmd, memory_bnd, angles_q, angles_k, memory_mask_bn):
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        q_bmhk = apply_rotary(self.q_norm(split(self.q_proj(x_bmd))), angles_q)
-        k_bnhk = apply_rotary(self.k_norm(split(self.k_proj(memory_bnd))), angles_k)
-        out_bmhk = attention(q_bmhk, k_bnhk, split(self.v_proj(memory_bnd)), key_mask_bn=memory_mask_bn)
+    def __call__(
+        self, x_bmd: Array, memory_bnd: Array, angles_q: Array, angles_k: Array, memory_mask_bn: Array | None
+    ) -> Array:
+        def split_heads(projected: Array) -> Array:
+            return projected.reshape(*projected.shape[:2], self.heads, -1)
+
+        q_bmhk = apply_rotary(self.q_norm(split_heads(self.q_proj(x_bmd))), angles_q)
+        k_bnhk = apply_rotary(self.k_norm(split_heads(self.k_proj(memory_bnd))), angles_k)
+        out_bmhk = attention(q_bmhk, k_bnhk, split_heads(self.v_proj(memory_bnd)), key_mask_bn=memory_mask_bn)
         return self.o_proj(out_bmhk.reshape(x_bmd.shape))
 
 

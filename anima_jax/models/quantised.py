@@ -1,12 +1,12 @@
-"""Frozen weights in 8 or 4 bits, made numbers again one layer at a time, inside the scan over a network's blocks.
+"""Frozen weights in 8 or 4 bits, dequantised one layer at a time inside the scan over a network's blocks.
 
-`Quantised` stands in a `Params` dictionary and in an `nnx.Param` where an array would: it is sliced with its layer, and
-the linear operation (layers.py) and the embedding table ask for its values. Three forms of storage:
+`Quantised` takes the place of an array in a `Params` dictionary and in an `nnx.Param`: the scan slices it per layer,
+and the linear operation (layers.py) and the embedding table dequantise it. There are three kinds of storage:
 
-float8   8-bit floats times a power of two for each output channel, which moves the channel into the range where they
-         have all their bits. Values that were float8 before stay exactly what they were.
-int8     whole numbers in ±127 times the channel's peak / 127.
-nf4      4-bit NormalFloat (arXiv 2305.14314): two codes a byte, a float32 peak for each 64 consecutive inputs.
+float8   8-bit floats times a power of two per output channel, which moves the channel into the range where float8 has
+         its full precision. Values that were float8 before are stored exactly.
+int8     integers in ±127 times the channel's peak / 127.
+nf4      4-bit NormalFloat (arXiv 2305.14314): two codes per byte, a float32 peak per 64 consecutive inputs.
 
 Axes: n layers, i features in, o features out.
 """
@@ -30,7 +30,7 @@ STORED = {
     "int8": jnp.int8,
     "nf4": jnp.uint8,
 }
-"""Storage by its configured name → dtype of the codes."""
+"""Configured name of the storage → dtype of the codes."""
 
 KEPT_IN_TRANSFORMER = ("x_embedder", "t_embedder", "t_embedding_norm", "final_layer")
 """Parts that keep their dtype: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's models/cosmos_predict2.py."""
@@ -65,10 +65,10 @@ NF4_LEVELS = np.array(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Weights as `codes` and `scales`, which stand for an array of `dtype`.
+    """Weights stored as `codes` and `scales`; to the code that uses them they are an array of `dtype`.
 
-    Kernels (…, i, o): scales are (…, 1, o), of nf4 (…, i / 64, o), and its codes (…, i / 2, o); `rows` is i, which may
-    fill the last block of 64 only in part. Tables of rows (v, o): a scale for each row, (v, 1).
+    Kernels (…, i, o): scales are (…, 1, o), for nf4 (…, i / 64, o) with codes (…, i / 2, o); `rows` is i, which may
+    fill the last block of 64 only in part. Embedding tables (v, o): one scale per row, (v, 1).
     """
 
     codes: Array
@@ -78,7 +78,7 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that this stands for."""
+        """Shape of the dequantised array."""
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
 
     @property
@@ -92,26 +92,26 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that codes and scales take."""
+        """Bytes of codes and scales."""
         return self.codes.size * self.codes.dtype.itemsize + self.scales.size * self.scales.dtype.itemsize
 
     def astype(self, dtype: Any) -> "Quantised":
-        """The same codes, for values in another dtype."""
+        """Return the same codes with another dtype of the values."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def __getitem__(self, layer: Any) -> "Quantised":
-        """A layer of stacked kernels, still quantised; `[...]` is all of it."""
+        """Return a layer of stacked kernels, still quantised; `[...]` returns all of it."""
         if layer is Ellipsis:
             return self
         return dataclasses.replace(self, codes=self.codes[layer], scales=self.scales[layer])
 
     def take(self, ids: Array) -> Array:
-        """Values (…, o) of a table's rows."""
+        """Return the values (…, o) of a table's rows."""
         scales = jnp.take(self.scales, ids, axis=0)
         return (jnp.take(self.codes, ids, axis=0).astype(jnp.float32) * scales).astype(self.dtype)
 
     def values(self) -> Array:
-        """The array that this stands for."""
+        """Return the dequantised array."""
         if self.codes.dtype != STORED["nf4"]:
             return (self.codes.astype(jnp.float32) * self.scales).astype(self.dtype)
         *stack, packed, features_out = self.codes.shape
@@ -126,9 +126,9 @@ class Quantised:
 
 
 def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
-    """`values`, kernels (…, i, o) or a `table` of rows (v, o), stored as `storage`, one of `STORED`.
+    """Quantise `values`, kernels (…, i, o) or an embedding `table` (v, o), as `storage`, a key of `STORED`.
 
-    It stands for an array of the dtype of `values`. Raises ValueError for a table in nf4.
+    The result keeps the dtype of `values`. Raises ValueError for a table in nf4.
     """
     if table and storage == "nf4":
         raise ValueError("nf4 stores kernels, not tables of rows")
@@ -136,9 +136,9 @@ def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
 
 
 def quantise_transformer(path: str, values: Array, storage: str) -> Array | Quantised:
-    """A frozen parameter of the transformer: stored as `storage` where diffusion-pipe's `transformer_dtype` applies.
+    """Quantise a frozen parameter of the transformer where diffusion-pipe's `transformer_dtype` applies to it.
 
-    It applies to what is not 1-D in the file and not among `KEPT_IN_TRANSFORMER`.
+    It applies to tensors that are not 1-D in the file and not in `KEPT_IN_TRANSFORMER`.
     """
     if not in_transformer_dtype(path):
         return values
@@ -146,12 +146,12 @@ def quantise_transformer(path: str, values: Array, storage: str) -> Array | Quan
 
 
 def in_transformer_dtype(path: str) -> bool:
-    """Whether `transformer_dtype` says how this parameter of the transformer is stored."""
+    """Return whether `transformer_dtype` applies to this parameter of the transformer."""
     return path.endswith((".kernel", ".embedding")) and not any(part in path for part in KEPT_IN_TRANSFORMER)
 
 
 def quantise_text_encoder(model: nnx.Module, storage: str) -> Any:
-    """The text encoder with its linear layers stored as `storage`; its token table and norms stay as they are."""
+    """Return the text encoder with its linear layers stored as `storage`; token table and norms are unchanged."""
     graphdef, params = split(model)
     kernels: Params = {path: quantise(v, storage) for path, v in params.items() if path.endswith(".kernel")}
     return merge(graphdef, params | kernels)
@@ -165,7 +165,7 @@ def _quantise(values: Array, storage: str, axis: int) -> Quantised:
 
 
 def _peak(values: Array, axis: int) -> Array:
-    """Largest magnitude along `axis`; 1 where all is zero."""
+    """Return the largest magnitude along `axis`, or 1 where all values are zero."""
     peak = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
     return jnp.where(peak > 0, peak, 1.0)
 
@@ -176,7 +176,7 @@ def _int8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
 
 
 def _float8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
-    # ratio = mantissa · 2^exponent, mantissa in [½, 1): the smallest power of two that is not less.
+    # ratio = mantissa · 2^exponent with mantissa in [½, 1); the scale is the smallest power of two ≥ ratio.
     mantissa, exponent = jnp.frexp(_peak(values, axis) / jnp.finfo(dtype).max.astype(jnp.float32))
     scales = jnp.ldexp(jnp.ones_like(mantissa), jnp.where(mantissa == 0.5, exponent - 1, exponent))
     return (values / scales).astype(dtype), scales

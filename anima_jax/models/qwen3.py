@@ -1,4 +1,4 @@
-"""Qwen3, the text encoder: a causal decoder whose last hidden state, after the final norm, is what is used.
+"""Qwen3, the text encoder: a causal decoder, of which the last hidden states after the final norm are used.
 
 Source: `Qwen3Model` in transformers. Grouped-query attention with RMS-normed heads, rotary positions, gated SiLU MLP.
 Axes: b batch, n tokens, d width, h heads (g key/value heads), k head size.
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
+from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
@@ -20,7 +22,7 @@ ROTARY_THETA = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
-    """Sizes; the defaults are Qwen3-0.6B's."""
+    """Sizes. The defaults are Qwen3-0.6B's."""
 
     width: int = 1024
     layers: int = 28
@@ -30,9 +32,15 @@ class Qwen3Config:
     mlp_width: int = 3072
     vocabulary: int = 151936
 
+    def __str__(self) -> str:
+        return (
+            f"width {self.width}, {self.layers} layers, {self.heads} query and {self.key_heads} key heads of "
+            f"{self.head_size}, MLP {self.mlp_width}, vocabulary {self.vocabulary}"
+        )
+
 
 class Qwen3(nnx.Module):
-    """Token ids → hidden states."""
+    """The text encoder: maps token ids to hidden states."""
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -40,17 +48,21 @@ class Qwen3(nnx.Module):
         self.layers = jax.vmap(lambda layer: Layer(config, rngs=layer))(rngs.split(config.layers))
         self.norm = RMSNorm(config.width)
 
-    def __call__(self, ids_bn: Array, mask_bn: Array | None = None, *, dtype=None) -> Array:
-        """Hidden states (b, n, width); rows where the mask is false are 0, and no token sees them.
+    def __repr__(self) -> str:
+        return f"Qwen3({self.config}; {parameters.describe(self)})"
 
-        `dtype` is the compute dtype and that of the result; by default the embedding table's.
+    def __call__(self, ids_bn: Array, mask_bn: Array | None = None, *, dtype: DTypeLike | None = None) -> Array:
+        """Return the hidden states (b, n, width) of token ids in [0, vocabulary).
+
+        Where `mask_bn` is false (or 0) the result is 0 and no token sees the row. `dtype` is the dtype of computation
+        and result, by default the embedding table's.
         """
         x_bnd = self.embed_tokens(ids_bn)
         x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")
         mask_bn = None if mask_bn is None else mask_bn.astype(bool)
         angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
 
-        def run_layer(x_bnd, layer):
+        def run_layer(x_bnd: Array, layer: Layer) -> tuple[Array, None]:
             return layer(x_bnd, angles_1ni, mask_bn), None
 
         x_bnd, _ = jax.lax.scan(jax.checkpoint(run_layer, prevent_cse=False), x_bnd, self.layers)

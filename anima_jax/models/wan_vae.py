@@ -1,14 +1,14 @@
-"""Wan 2.1 VAE: pixels to latents and back, 8× in space and 4× in time, with convolutions that look only into the past.
+"""Wan 2.1 VAE: pixels to latents and back, 8× in space and 4× in time, with convolutions that are causal in time.
 
 Source: Wan 2.1 (arXiv 2503.20314), diffusion-pipe `models/wan/vae2_1.py`; the file is known as `qwen_image_vae`.
 
-A picture is a video of one frame. Longer videos run in chunks, the first frame alone and then four frames (one latent
-frame) at a time; a layer that looks back is handed the last frames it saw. One frame costs 2-D convolutions, and memory
-does not grow with the length of the video.
+An image is a video of one frame. Longer videos run in chunks: the first frame alone, then four frames (one latent
+frame) at a time. A layer that needs earlier frames gets the last ones it saw. One frame needs only 2-D convolutions,
+and memory does not grow with the length of the video.
 
 Axes: b batch, t frames, y rows, x columns, c channels; `i`, `o` channels in and out of a convolution.
 Pixels are (b, 1 + 4n, 8y, 8x, 3) in [-1, 1]; latents are (b, 1 + n, y, x, c), normalised per channel.
-Activations are computed in the dtype of the input; norms, the last layer of either side and the results are float32.
+Activations have the dtype of the input; norms, the last layer of each side and the results are float32.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.layers import Linear, linear
 
@@ -30,7 +31,7 @@ LATENT_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
 )
-LATENT_DEVIATION = (
+LATENT_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
@@ -40,9 +41,9 @@ LATENT_DEVIATION = (
 class WanVAEConfig:
     """Sizes. The defaults are the released model's.
 
-    `base_width · multipliers[i]` is the number of channels at level i, each level half as large as the one before;
-    `temporal_down[i]` says whether the step from level i to i + 1 halves the frames too. The decoder has one block more
-    a level than the encoder.
+    `base_width · multipliers[i]` is the number of channels at level i; each level has half the rows and columns of the
+    one before. `temporal_down[i]` says whether the step from level i to i + 1 halves the frames too. The decoder has
+    one more block per level than the encoder.
     """
 
     base_width: int = 96
@@ -51,12 +52,12 @@ class WanVAEConfig:
     latent_channels: int = 16
     temporal_down: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] = LATENT_MEAN
-    latent_deviation: tuple[float, ...] = LATENT_DEVIATION
+    latent_std: tuple[float, ...] = LATENT_STD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise ValueError(f"{len(self.multipliers)} levels need {len(self.multipliers) - 1} temporal_down flags")
-        if not len(self.latent_mean) == len(self.latent_deviation) == self.latent_channels:
+        if not len(self.latent_mean) == len(self.latent_std) == self.latent_channels:
             raise ValueError(f"{self.latent_channels} latent channels need as many means and deviations")
 
     @property
@@ -66,20 +67,23 @@ class WanVAEConfig:
 
     @property
     def space_factor(self) -> int:
-        """Pixels a side of one latent pixel: 8."""
+        """Pixels per latent pixel on each side: 8."""
         return 2 ** len(self.temporal_down)
 
     @property
     def time_factor(self) -> int:
-        """Frames of one latent frame after the first: 4."""
+        """Frames per latent frame after the first: 4."""
         return 2 ** sum(self.temporal_down)
+
+    def __str__(self) -> str:
+        return f"widths {', '.join(map(str, self.widths))}, {self.latent_channels} latent channels"
 
 
 class Stream:
-    """What the layers remember of the frames before a chunk: a list in the order in which the layers run.
+    """The layers' memory of the frames before a chunk: a list in the order in which the layers run.
 
-    `Stream(dtype)` stands for the first chunk, which is one frame and has no past; `Stream(dtype, memory)` continues.
-    `dtype` is that of the convolutions; the sums of residual blocks are float32 whatever it is.
+    `Stream(dtype)` is for the first chunk, which is one frame and has no past; `Stream(dtype, memory)` continues.
+    `dtype` is that of the convolutions; the sums of residual blocks are always float32.
     """
 
     def __init__(self, dtype: DTypeLike, memory: Sequence[Array] | None = None):
@@ -89,13 +93,13 @@ class Stream:
         self._seen: list[tuple[Array, int]] = []
 
     def with_past(self, x_btyxc: Array, frames: int) -> Array:
-        """The chunk with the last `frames` frames that this layer saw in front; the first chunk alone."""
+        """Return the chunk after the last `frames` frames that this layer saw; the first chunk unchanged."""
         extended = x_btyxc if self.is_first else jnp.concatenate([next(self._past), x_btyxc], axis=1)
         self._seen.append((extended, frames))
         return extended
 
     def memory(self) -> list[Array]:
-        """What the next chunk's `Stream` needs: frames before the first are zeros."""
+        """Return the memory for the next chunk's `Stream`. Frames before the first are zeros."""
         return [_last_frames(extended, frames) for extended, frames in self._seen]
 
 
@@ -108,9 +112,9 @@ def _last_frames(x_btyxc: Array, frames: int) -> Array:
 def convolve(
     x_btyxc: Array, kernel_tyxio: Array, bias_o: Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)
 ) -> Array:
-    """Convolution over frames (no padding), rows and columns (`padding` before and after, `stride`).
+    """Convolve over frames (without padding), rows and columns (with `padding` before and after, and `stride`).
 
-    A frame alone has zeros before it: only the last tap of the kernel sees it.
+    A single frame stands for one with zeros before it: only the last tap of the kernel in time is applied.
     """
     kernel = (kernel_tyxio if x_btyxc.shape[1] > 1 else kernel_tyxio[-1:]).astype(x_btyxc.dtype)
     if kernel.shape[0] == 1:
@@ -135,7 +139,10 @@ def convolve(
 
 
 class Conv(nnx.Module):
-    """Convolution with `kernel` (t, y, x, i, o) and `bias` (o), causal in time. Uniform of bound 1/sqrt(fan in)."""
+    """Convolution with `kernel` (t, y, x, i, o) and `bias` (o), causal in time.
+
+    The kernel is initialised uniformly within ±1/sqrt(fan in).
+    """
 
     def __init__(self, features_in: int, features_out: int, taps: tuple[int, int, int], *, rngs: nnx.Rngs):
         bound = 1.0 / math.sqrt(features_in * math.prod(taps))
@@ -144,25 +151,25 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features_out))
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        """Frames before the chunk come from `stream`; rows and columns are padded with zeros."""
+        """Convolve a chunk: the frames before it come from `stream`, rows and columns are padded with zeros."""
         return self.over(stream.with_past(x_btyxc, self.kernel.shape[0] - 1))
 
     def over(self, x_btyxc: Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Array:
-        """The convolution of exactly these frames."""
+        """Convolve exactly these frames."""
         return convolve(x_btyxc, self.kernel[...], self.bias[...], stride=stride, padding=padding)
 
     def over_time(self, x_btyxc: Array, *, stride: int = 1) -> Array:
-        """The same of a kernel (t, 1, 1, i, o): one matrix product over the taps' frames side by side."""
+        """Convolve with a kernel (t, 1, 1, i, o): one matrix product over the concatenated frames of all taps."""
         taps, _, _, features_in, features_out = self.kernel.shape
         starts = x_btyxc.shape[1] - taps + 1
-        beside = jnp.concatenate([x_btyxc[:, tap : tap + starts : stride] for tap in range(taps)], axis=-1)
-        return linear(beside, self.kernel[...].reshape(taps * features_in, features_out), self.bias[...])
+        of_taps = jnp.concatenate([x_btyxc[:, tap : tap + starts : stride] for tap in range(taps)], axis=-1)
+        return linear(of_taps, self.kernel[...].reshape(taps * features_in, features_out), self.bias[...])
 
 
 class ChannelNorm(nnx.Module):
     """x / max(‖x‖₂, 1e-12) · sqrt(c) · scale over the channels, then SiLU if `silu`.
 
-    In float32 throughout; the result has the dtype of `x`.
+    Computed in float32; the result has the dtype of `x`.
     """
 
     def __init__(self, features: int, *, silu: bool = False):
@@ -179,7 +186,7 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 `shortcut` where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); where the width changes, x passes through a 1×1 `shortcut`."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs):
         self.norm1 = ChannelNorm(features_in, silu=True)
@@ -197,7 +204,7 @@ class ResidualBlock(nnx.Module):
 
 
 class FrameAttention(nnx.Module):
-    """x + attention of one head over the pixels of each frame."""
+    """x + single-head attention over the pixels of each frame."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.norm = ChannelNorm(features)
@@ -225,9 +232,9 @@ class Middle(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the rows and columns by `conv`; if `temporal`, also half the frames after the first by `time_conv`.
+    """Halves rows and columns with `conv`; if `temporal`, also halves the frames after the first with `time_conv`.
 
-    The first frame passes `time_conv` unchanged; latent frame k ≥ 1 is made of frames 2k − 2, 2k − 1 and 2k.
+    The first frame bypasses `time_conv`; frame k ≥ 1 of the result is computed from frames 2k − 2, 2k − 1 and 2k.
     """
 
     def __init__(self, features: int, *, temporal: bool, rngs: nnx.Rngs):
@@ -243,10 +250,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the rows and columns (nearest, then `conv`); if `temporal`, first twice the frames after the first.
+    """Doubles rows and columns (nearest, then `conv`); if `temporal`, first doubles the frames after the first.
 
-    The first frame passes `time_conv` unchanged and unseen. For the others it doubles the channels, and the two halves
-    become two frames.
+    The first frame bypasses `time_conv` and is not part of its past. For the others `time_conv` doubles the channels,
+    and the two halves become two frames.
     """
 
     def __init__(self, features_in: int, features_out: int, *, temporal: bool, rngs: nnx.Rngs):
@@ -270,7 +277,7 @@ class Upsample(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, and the way to the next, if there is one."""
+    """Residual blocks at one resolution, then the resampling to the next, if there is one."""
 
     def __init__(self, widths: Sequence[int], resample: Downsample | Upsample | None, *, rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
@@ -284,7 +291,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A chunk of pixels → (b, t, y, x, 2 · latent channels), before the final 1×1 convolution."""
+    """Maps a chunk of pixels to (b, t, y, x, 2 · latent channels), before the final 1×1 convolution."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         widths = config.widths
@@ -308,7 +315,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """One latent frame, after the first 1×1 convolution, → its frames of pixels."""
+    """Maps one latent frame, after the first 1×1 convolution, to its frames of pixels."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         widths, temporal_up = config.widths[::-1], config.temporal_down[::-1]
@@ -316,7 +323,7 @@ class Decoder(nnx.Module):
         self.middle = Middle(widths[0], rngs=rngs)
         self.levels = nnx.List([])
         for level, width in enumerate(widths):
-            # Going up halves the channels, whatever the next level's width is.
+            # Upsampling halves the channels, independently of the next level's width.
             width_in = widths[0] if level == 0 else widths[level - 1] // 2
             last = level == len(widths) - 1
             resample = None if last else Upsample(width, width // 2, temporal=temporal_up[level], rngs=rngs)
@@ -332,10 +339,10 @@ class Decoder(nnx.Module):
 
 
 def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frames_in: int, frames_out: int) -> Array:
-    """`step(frames, stream)` over the first frame and then over each `frames_in` frames; the results joined, float32.
+    """Run `step(frames, stream)` on the first frame, then on each `frames_in` frames; join the results, float32.
 
-    The first frame gives one frame, a chunk `frames_out`. They are written in place into one array: beside it and the
-    input, memory is a chunk's.
+    The first frame yields one frame, each chunk `frames_out`. They are written in place into one array, so that beyond
+    it and the input only one chunk needs memory.
     """
     stream = Stream(x_btyxc.dtype)
     first = step(x_btyxc[:, :1], stream).astype(jnp.float32)
@@ -343,7 +350,7 @@ def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frame
     if chunks == 0:
         return first
 
-    def advance(index, carry):
+    def advance(index: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
         memory, joined = carry
         stream = Stream(x_btyxc.dtype, memory)
         chunk = jax.lax.dynamic_slice_in_dim(x_btyxc, 1 + frames_in * index, frames_in, axis=1)
@@ -355,7 +362,7 @@ def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frame
 
 
 class WanVAE(nnx.Module):
-    """The autoencoder. Call `encode` and `decode` under `jax.jit`; a new shape compiles a new program."""
+    """The autoencoder. Call `encode` and `decode` under `jax.jit`; each new shape compiles a new program."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         channels = config.latent_channels
@@ -365,27 +372,34 @@ class WanVAE(nnx.Module):
         self.post_quant = Linear(channels, channels, use_bias=True, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, pixels_btyxc: Array) -> Array:
-        """Normalised latents (b, 1 + n, y/8, x/8, c), float32, of pixels (b, 1 + 4n, y, x, 3) in [-1, 1].
+    def __repr__(self) -> str:
+        return f"WanVAE({self.config}; {parameters.describe(self)})"
 
-        They are the posterior's mean. Raises ValueError for other numbers of frames or sides that 8 does not divide.
+    def encode(self, pixels_btyxc: Array) -> Array:
+        """Return normalised latents (b, 1 + n, y/8, x/8, c), float32, of pixels (b, 1 + 4n, y, x, 3) in [-1, 1].
+
+        They are the posterior's mean. The dtype of the pixels is the compute dtype. Raises ValueError for another
+        number of frames or sides that are not multiples of 8.
         """
         self._check_pixels(pixels_btyxc)
         return _run_in_chunks(self._encode_chunk, pixels_btyxc, self.config.time_factor, 1)
 
     def _encode_chunk(self, pixels_btyxc: Array, stream: Stream) -> Array:
         mean = self.quant(self.encoder(pixels_btyxc, stream))[..., : self.config.latent_channels].astype(jnp.float32)
-        return (mean - jnp.array(self.config.latent_mean)) / jnp.array(self.config.latent_deviation)
+        return (mean - jnp.array(self.config.latent_mean)) / jnp.array(self.config.latent_std)
 
     def decode(self, latents_btyxc: Array) -> Array:
-        """Pixels (b, 1 + 4n, 8y, 8x, 3), float32 and not clipped, of normalised latents (b, 1 + n, y, x, c)."""
+        """Return pixels (b, 1 + 4n, 8y, 8x, 3), float32 and not clipped, of normalised latents (b, 1 + n, y, x, c).
+
+        The dtype of the latents is the compute dtype. Raises ValueError for another number of axes or channels.
+        """
         channels = self.config.latent_channels
         if latents_btyxc.ndim != 5 or latents_btyxc.shape[-1] != channels or not latents_btyxc.shape[1]:
             raise ValueError(f"latents must be (b, t, y, x, {channels}), not {latents_btyxc.shape}")
         return _run_in_chunks(self._decode_chunk, latents_btyxc, 1, self.config.time_factor)
 
     def _decode_chunk(self, latents_btyxc: Array, stream: Stream) -> Array:
-        raw = latents_btyxc.astype(jnp.float32) * jnp.array(self.config.latent_deviation)
+        raw = latents_btyxc.astype(jnp.float32) * jnp.array(self.config.latent_std)
         raw = (raw + jnp.array(self.config.latent_mean)).astype(latents_btyxc.dtype)
         return self.decoder(self.post_quant(raw), stream)
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.errors import UserError
-from anima_jax.models.constraints import BATCH, partition_spec
+from anima_jax.models.constraints import BATCH_AXES, partition_spec
 from anima_jax.parallel.rules import AXES
 
 Tree = TypeVar("Tree")
@@ -87,7 +87,7 @@ def current_mesh() -> Mesh:
 
 def replicas(sizes: Mapping[str, int]) -> int:
     """Devices, or groups of devices, that take different examples."""
-    return math.prod(sizes[name] for name in BATCH[0])
+    return math.prod(sizes[name] for name in BATCH_AXES[0])
 
 
 def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
