@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 Params = dict[str, Any]
 """Parameter path → array (or something in its place: a shape, a gradient, a moment, a sharding)."""
@@ -70,7 +71,7 @@ def describe(model: nnx.Module) -> str:
     params = split(model)[1]
     dtypes = sorted({str(value.dtype) for value in params.values()})
     arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
+    if any(isinstance(leaf, Tracer) for leaf in arrays):
         where = "traced"
     elif arrays:
         devices = sorted({device for leaf in arrays for device in leaf.devices()}, key=lambda device: device.id)
