@@ -1,4 +1,4 @@
-"""What holds for every test: the CPU, no network, no clock, and compiled programs that the tests of a session share."""
+"""Settings for every test: CPU only, no network, no deadlines, and a compilation cache shared by the session."""
 
 import atexit
 import os
@@ -11,7 +11,7 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes is no property of the code: other programs may have the machine.
+# An example's duration says nothing about the code: other programs may be using the machine.
 settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
@@ -26,9 +26,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 @pytest.fixture(scope="session")
 def quick_start(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """The folder of a run of configs/shapes.toml, which takes minutes, and what it said; one for the whole session.
+    """The folder of a run of configs/shapes.toml, which takes minutes, and its output; shared by the whole session.
 
-    With `QUICK_START_RUN` set it is that folder, and nothing is trained.
+    If `QUICK_START_RUN` is set, that folder is used and nothing is trained.
     """
     if "QUICK_START_RUN" in os.environ:
         run = pathlib.Path(os.environ["QUICK_START_RUN"])
@@ -37,6 +37,6 @@ def quick_start(tmp_path_factory) -> tuple[pathlib.Path, str]:
     config = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
     command = [sys.executable, "-m", "anima_jax.train", "--config", str(config), "--set", f"output_dir={folder}/runs"]
     environment = os.environ | {"TFDS_DATA_DIR": str(folder / "data")}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     (run,) = (folder / "runs").iterdir()
-    return run, said
+    return run, output

@@ -1,4 +1,4 @@
-"""What a picture of the quick start's language shows: the rendered template that is nearest to it."""
+"""Which scene an image of the quick start's language shows: the nearest rendered template."""
 
 import functools
 
@@ -12,26 +12,26 @@ CENTRES = np.arange(22.0, 43.0, 2.0)
 
 @functools.cache
 def templates() -> tuple[tuple[str, ...], np.ndarray]:
-    """The shape of each template and its coverage of each pixel, (n, 4096) in [0, 1]."""
+    """Return the shape of each template and its coverage of each pixel, (n, 4096) in [0, 1]."""
     shapes, masks = [], []
     for shape in SHAPES:
         for radius in RADII:
             for x in CENTRES:
                 for y in CENTRES:
-                    picture = draw(Scene(shape, "white", "black"), (x, y), radius)[..., 0].astype(np.float32)
+                    image = draw(Scene(shape, "white", "black"), (x, y), radius)[..., 0].astype(np.float32)
                     shapes.append(shape)
-                    masks.append((picture - picture.min()) / (picture.max() - picture.min()))
+                    masks.append((image - image.min()) / (image.max() - image.min()))
     return tuple(shapes), np.stack(masks).reshape(len(masks), -1)
 
 
-def judge(picture: np.ndarray) -> Scene:
-    """The scene whose picture, at any place and size, has the least squared error from `picture` (uint8, 64×64×3)."""
+def judge(image: np.ndarray) -> Scene:
+    """Return the scene that, at any place and size, has the least squared error from `image` (uint8, 64×64×3)."""
     shapes, masks = templates()
-    pixels = picture.reshape(-1, 3).astype(np.float32)
+    pixels = image.reshape(-1, 3).astype(np.float32)
     pairs = [(colour, background) for colour in COLOURS for background in BACKGROUNDS]
     fronts = np.array([COLOURS[colour] for colour, _ in pairs], np.float32)
     backs = np.array([BACKGROUNDS[background] for _, background in pairs], np.float32)
-    # |p − b − m (c − b)|² of every mask m with every pair of colours c and b at once.
+    # |p − b − m (c − b)|² for every mask m and every pair of colours c, b at once.
     from_back = pixels[:, None] - backs
     contrast = fronts - backs
     errors = (from_back**2).sum((0, 2)) - 2 * masks @ (from_back * contrast).sum(2)
@@ -40,9 +40,9 @@ def judge(picture: np.ndarray) -> Scene:
     return Scene(shapes[mask], *pairs[pair])
 
 
-def score(pictures: list[np.ndarray], wanted: list[Scene]) -> dict[str, float]:
-    """Share of the pictures whose shape, colour and background are those wanted."""
-    judged = [judge(picture) for picture in pictures]
+def score(images: list[np.ndarray], wanted: list[Scene]) -> dict[str, float]:
+    """Return the fractions of images with the wanted shape, colour and background."""
+    judged = [judge(image) for image in images]
     return {
         part: float(np.mean([getattr(j, part) == getattr(w, part) for j, w in zip(judged, wanted, strict=True)]))
         for part in ("shape", "colour", "background")

@@ -1,4 +1,4 @@
-"""A training run small enough for a test: real files, the quick start's VAE, text encoder and tokenizers."""
+"""A training run small enough for a test: real files, with the quick start's VAE, text encoder and tokenizers."""
 
 import pathlib
 import textwrap
@@ -16,15 +16,15 @@ CONFIG = DiTConfig(64, 2, 4, 128, 32, 8, adapter=LLMAdapterConfig(32, 1, 2, 64, 
 
 
 def write_transformer(path: pathlib.Path) -> dict:
-    """A random transformer in which nothing is zero, as `net.…` in a file; its parameters."""
+    """Write a random transformer without zeros, named `net.…`; return its parameters."""
     params = random_params(parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
     save_dit(path, params)
     return params
 
 
-def write_config(folder: pathlib.Path, pictures: pathlib.Path, main: str = "", **tables: str) -> pathlib.Path:
-    """A main and a dataset TOML in `folder`; `main` are more keys at the top, each of `tables` a table's keys."""
-    (folder / "dataset.toml").write_text(f"resolutions = [64]\n[[directory]]\npath = '{pictures}'\n")
+def write_config(folder: pathlib.Path, images: pathlib.Path, main: str = "", **tables: str) -> pathlib.Path:
+    """Write a main and a dataset TOML to `folder`; `main` is added at the top, `tables` are tables and their keys."""
+    (folder / "dataset.toml").write_text(f"resolutions = [64]\n[[directory]]\npath = '{images}'\n")
     model = f"""
         type = 'anima'
         transformer_path = '{folder / "base.safetensors"}'

@@ -1,4 +1,4 @@
-"""The quick start, as the README gives it: after it the model draws what captions say that it has never seen."""
+"""The README's quick start: after training, the model draws what captions say that it never saw."""
 
 import pathlib
 
@@ -19,11 +19,11 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
 @pytest.fixture(scope="module")
 def trained(quick_start):
-    """What a run of the quick start leaves: its configuration and a pipeline."""
-    run, said = quick_start
+    """The configuration of a finished quick-start run, and a pipeline with its model."""
+    run, output = quick_start
     model = find_export(run)
-    if f"--checkpoint {run}" not in said or not all(name.startswith("net.") for name in load_file(model)):
-        pytest.fail(f"{model} is not what the run promises: {said}")
+    if f"--checkpoint {run}" not in output or not all(name.startswith("net.") for name in load_file(model)):
+        pytest.fail(f"{model} is not what the run announced: {output}")
     config = load_config(CONFIG)
     pipeline = AnimaPipeline.load(
         transformer=model,
@@ -35,29 +35,29 @@ def trained(quick_start):
     return config, pipeline
 
 
-def drawn(trained, seed: int, **settings) -> list[np.ndarray]:
-    """A picture of each held-out caption."""
+def generate(trained, seed: int, **settings) -> list[np.ndarray]:
+    """Return an image for each held-out caption."""
     config, pipeline = trained
     sample = config.sample
     settings = {"steps": sample.steps, "guidance_scale": sample.guidance_scale, "shift": sample.shift} | settings
     captions = [scene.caption for scene in scenes(held_out=True)]
-    return [np.asarray(picture) for picture in pipeline(captions, width=64, height=64, seed=seed, **settings)]
+    return [np.asarray(image) for image in pipeline(captions, width=64, height=64, seed=seed, **settings)]
 
 
 @pytest.mark.slow
 def test_the_quick_start_learns_to_draw_held_out_captions(trained):
-    pictures = [picture for seed in range(4) for picture in drawn(trained, seed)]
-    scores = score(pictures, scenes(held_out=True) * 4)
-    assert len(pictures) == 64
+    images = [image for seed in range(4) for image in generate(trained, seed)]
+    scores = score(images, scenes(held_out=True) * 4)
+    assert len(images) == 64
     assert min(scores.values()) >= 0.9, scores
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_what_the_captions_say(trained, sampler):
-    # CFG++ guides more for the same scale.
+    # CFG++ guides more strongly at the same scale.
     scale = {"guidance_scale": 1.0} if "cfg_pp" in sampler else {}
     noise = "torch-cuda" if sampler.endswith("_gpu") else "torch-cpu"
-    scores = score(drawn(trained, 0, steps=20, sampler=sampler, noise=noise, **scale), scenes(held_out=True))
-    # Of sixteen; by chance it would be three.
+    scores = score(generate(trained, 0, steps=20, sampler=sampler, noise=noise, **scale), scenes(held_out=True))
+    # 12 of 16 images; by chance it would be 3.
     assert min(scores.values()) >= 0.75, scores

@@ -1,4 +1,4 @@
-"""The judge of the quick start's pictures is right about pictures that were drawn, blurred and shifted in colour."""
+"""The judge of the quick start's images recognises scenes that were drawn, blurred and shifted in colour."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from tests.shapes_judge import score
 def test_the_judge_recognises_every_scene_through_blur_and_noise():
     rng = np.random.default_rng(0)
     wanted = scenes(held_out=False) + scenes(held_out=True)
-    pictures = []
+    images = []
     for scene in wanted:
-        picture = draw(scene, *sample_placement(rng)).astype(np.float32)
-        blurred = (picture + np.roll(picture, 1, 0) + np.roll(picture, 1, 1) + np.roll(picture, (1, 1), (0, 1))) / 4
-        pictures.append(np.clip(blurred + rng.normal(0, 12, picture.shape) + 8, 0, 255).astype(np.uint8))
-    assert score(pictures, wanted) == {"shape": 1.0, "colour": 1.0, "background": 1.0}
+        drawn = draw(scene, *sample_placement(rng)).astype(np.float32)
+        blurred = (drawn + np.roll(drawn, 1, 0) + np.roll(drawn, 1, 1) + np.roll(drawn, (1, 1), (0, 1))) / 4
+        images.append(np.clip(blurred + rng.normal(0, 12, drawn.shape) + 8, 0, 255).astype(np.uint8))
+    assert score(images, wanted) == {"shape": 1.0, "colour": 1.0, "background": 1.0}

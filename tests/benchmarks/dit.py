@@ -1,9 +1,8 @@
 """Time of the transformer at full width, against diffusers on torch CPU: `python -m tests.benchmarks.dit`.
 
-Both run in one process on two threads, by turns, with the same weights and inputs; the median of a few runs counts.
-Prints seconds, the ratio to the peer in the same dtype, and how far the two velocities are apart. The backward is of
-the mean square of the velocity, to every parameter; neither side computes activations again unless `--remat` says so
-of ours.
+Both run in one process on two threads, taking turns, with the same weights and inputs; the median of a few runs counts.
+Prints seconds, the ratio to diffusers in the same dtype, and the difference of the two velocities. The backward pass is
+that of the mean squared velocity, for every parameter; neither side recomputes activations (ours can: `--remat`).
 """
 
 import argparse
@@ -15,7 +14,7 @@ from collections.abc import Callable
 THREADS = 2
 
 TARGETS = {("float32", "forward"): 1.1, ("float32", "forward+backward"): 1.4}
-"""Ratios that are not to be exceeded; bfloat16 is reported beside them."""
+"""Ratios that must not be exceeded; bfloat16 is reported without a target."""
 
 Calls = dict[str, Callable]
 
@@ -61,13 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="rows and columns of the latents")
     parser.add_argument("--text-rows", type=int, default=512)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--remat", default="none", help="what our backward computes again; the peer nothing")
+    parser.add_argument("--remat", default="none", help="what our backward pass recomputes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     return parser.parse_args()
 
 
 def inputs(options: argparse.Namespace, context_width: int):
-    """One picture's latents (b, t, y, x, c), its time and context rows, float32."""
+    """One image's latents (b, t, y, x, c), its time and context rows, float32."""
     import numpy as np
 
     from tests.models.networks import normal
@@ -77,7 +76,7 @@ def inputs(options: argparse.Namespace, context_width: int):
 
 
 def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
-    """Compiled calls of this package: velocity, and gradients of all parameters."""
+    """This package's compiled functions: velocity, and gradients of all parameters."""
     import jax
     import jax.numpy as jnp
 
@@ -103,7 +102,7 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
 
 
 def peer_calls(peer, dtype: str, options: argparse.Namespace) -> Calls:
-    """The same of diffusers."""
+    """The same for diffusers."""
     import torch
 
     from tests.models import dit_peer
@@ -130,7 +129,12 @@ def relative_error(found, expected) -> float:
 
 
 def medians(runs: int, *calls: Callable) -> list[float]:
-    """Seconds of each call: the median of `runs` by turns, after one run to warm up."""
+    """Median seconds of each call; see `times_by_turns`."""
+    return [statistics.median(record) for record in times_by_turns(runs, *calls)]
+
+
+def times_by_turns(runs: int, *calls: Callable) -> list[list[float]]:
+    """Seconds of `runs` runs of each call, taking turns, after one run to warm up."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -139,11 +143,11 @@ def medians(runs: int, *calls: Callable) -> list[float]:
             started = time.perf_counter()
             call()
             record.append(time.perf_counter() - started)
-    return [statistics.median(record) for record in times]
+    return times
 
 
 def report(dtype: str, name: str, ours: float, theirs: float) -> None:
-    """One line of the result."""
+    """Print one line of the result."""
     target = TARGETS.get((dtype, name))
     note = f" (target {target})" if target else ""
     print(f"{dtype} {name}: {ours:.3f} s, diffusers {theirs:.3f} s, ratio {ours / theirs:.2f}{note}", flush=True)

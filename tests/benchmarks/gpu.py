@@ -1,10 +1,10 @@
-"""What this program does on the GPU at hand, in one table: `python -m tests.benchmarks.gpu`, under nine minutes.
+"""Speed and memory on this machine's GPU, in one table: `python -m tests.benchmarks.gpu`, under nine minutes.
 
-Every row is measured in a process of its own, so that its peak of memory is its own, at the released sizes with random
-weights, pictures of 1024². MFU is of the ceiling that the first row finds for bfloat16 products. A row whose time is up
-is left out and named. The table is printed and appended to RESULTS.md with the device and the date.
+Each row runs in its own process, so that peak memory is per row, at the released sizes with random weights and images
+of 1024². MFU is relative to the bfloat16 matrix-product speed that the first row measures. A row that runs out of time
+is skipped and says so. The table is printed and appended to RESULTS.md with the device and the date.
 
-`--small` runs every row in a moment on a CPU, to see that they all run.
+`--small` runs every row within seconds on a CPU, to check that all of them run.
 """
 
 import argparse
@@ -20,20 +20,22 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.benchmarks.compile import adamw
+
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
-TOTAL_SECONDS = 9 * 60 - 20  # the rest is for starting and ending
+TOTAL_SECONDS = 9 * 60 - 20  # the rest is for startup and shutdown
 ROW_SECONDS = 150
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the networks and of what passes through them."""
+    """Sizes of the networks and of their inputs."""
 
     small: bool = False
 
     @property
     def side(self) -> int:
-        """Of pictures, in pixels."""
+        """Rows and columns of images, in pixels."""
         return 64 if self.small else 1024
 
     @property
@@ -58,12 +60,12 @@ class Sizes:
         return WanVAEConfig(base_width=8) if self.small else WanVAEConfig()
 
 
-Found = dict[str, Any]
-"""What a row found: `seconds`, `images`, `tflops` of one run, `peak_gib`, `note`; each may be missing."""
+Result = dict[str, Any]
+"""A row's results: `seconds`, `images`, `tflops` of one run, `peak_gib`, `note`; each may be missing."""
 
 
-def ceiling(sizes: Sizes) -> Found:
-    """The speed of bfloat16 products alone, the largest of a few sizes."""
+def ceiling(sizes: Sizes) -> Result:
+    """Speed of bfloat16 matrix products alone, the best of a few sizes."""
     import jax
     import jax.numpy as jnp
 
@@ -75,8 +77,8 @@ def ceiling(sizes: Sizes) -> Found:
     return {"note": f"{best:.4g} TFLOP/s", "ceiling": best}
 
 
-def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Found:
-    """The transformer's velocity of a batch."""
+def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Result:
+    """The transformer's forward pass on a batch."""
     import jax
     import jax.numpy as jnp
 
@@ -94,21 +96,19 @@ def forward(sizes: Sizes, batch: int = 4, implementation: str = "auto") -> Found
         return model.velocity(latents_blc, grid, times_b, context_bnd, attention_implementation=implementation)
 
     config = sizes.transformer()
-    work = Workload("", batch, 1, sizes.tokens, grid, 64, 512)
-    one = flops(config, params, work, "none")
+    workload = Workload("", batch, 1, sizes.tokens, grid, 64, 512)
+    per_example = flops(config, params, workload, "none")
     seconds = timed(run, params, latents, times, context)
-    return {"seconds": seconds, "images": batch, "tflops": batch * one.forward / 1e12}
+    return {"seconds": seconds, "images": batch, "tflops": batch * per_example.forward / 1e12}
 
 
-def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None = None) -> Found:
-    """An optimizer step: AdamW on every weight, or on a LoRA of rank 32 beside frozen weights in bfloat16 or 8 bits."""
+def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None = None) -> Result:
+    """An optimizer step: AdamW on every weight, or on a LoRA of rank 32 with frozen weights in bfloat16 or 8 bits."""
     import jax
     import jax.numpy as jnp
 
     from anima_jax.checkpoints.names import dit, file_tensors
-    from anima_jax.config.optimizer import OptimizerConfig
     from anima_jax.models.quantised import quantise_transformer
-    from anima_jax.training import optimizers
     from anima_jax.training.estimate import abstract_batch
     from anima_jax.training.flops import Workload, flops
     from anima_jax.training.step import StepConfig, compile_step, init_state
@@ -116,7 +116,6 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     config = sizes.transformer()
     graphdef, params = random_transformer(sizes)
     frozen: dict = {}
-    rates = optimizers.LearningRates(dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5))
     if kind == "lora":
         graphdef, trained, scales, tensors = with_lora(config)
         frozen = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
@@ -126,17 +125,16 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
         params = trained
     else:
         tensors = file_tensors(dit.RULES, params)
-    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=1e-5), rates, tensors)
-    settings = StepConfig(remat=remat)
+    optimizer, settings = adamw(tensors), StepConfig(remat=remat)
     state = init_state(params, optimizer, settings)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = compile_step(graphdef, optimizer, settings, shardings=places)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = compile_step(graphdef, optimizer, settings, shardings=shardings)
     grid = (1, sizes.side // 16, sizes.side // 16)
-    work = Workload("", batch, 1, sizes.tokens, grid, 128, 128)
-    examples = zeros_like(abstract_batch(work, batch, config, jnp.bfloat16))
+    workload = Workload("", batch, 1, sizes.tokens, grid, 128, 128)
+    examples = zeros_like(abstract_batch(workload, batch, config, jnp.bfloat16))
     examples = examples._replace(grid_b3=jnp.array([grid] * batch, jnp.int32))
-    one = flops(config, params, work, remat)
-    del params  # the step gives their memory to the new ones
+    per_example = flops(config, params, workload, remat)
+    del params  # the step donates their memory to the new ones
 
     def run():
         nonlocal state
@@ -147,12 +145,12 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
     jax.block_until_ready(run())
     first = time.perf_counter() - began
     seconds = timed(run)
-    tflops = batch * one.model / 1e12
+    tflops = batch * per_example.model / 1e12
     return {"seconds": seconds, "images": batch, "tflops": tflops, "note": f"first step {first:.1f} s"}
 
 
-def sample(sizes: Sizes) -> Found:
-    """30 steps with guidance, both halves in one evaluation; the VAE not included."""
+def sample(sizes: Sizes) -> Result:
+    """30 steps with guidance, both prompts in one evaluation; without the VAE."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -179,8 +177,8 @@ def sample(sizes: Sizes) -> Found:
     return {"seconds": seconds, "images": 1, "note": f"{sizes.steps / seconds:.3g} it/s"}
 
 
-def vae(sizes: Sizes, decode: bool) -> Found:
-    """One picture through the VAE in bfloat16."""
+def vae(sizes: Sizes, decode: bool) -> Result:
+    """One image through the VAE in bfloat16."""
     import jax
     import jax.numpy as jnp
 
@@ -196,9 +194,13 @@ def vae(sizes: Sizes, decode: bool) -> Found:
     return {"seconds": timed(run, params, given), "images": 1}
 
 
-def compilation(sizes: Sizes) -> Found:
-    """The full train step, compiled and then found in the cache, each in a process of its own."""
-    code = f"from tests.benchmarks import gpu; print(gpu.seconds_to_compile(gpu.Sizes({sizes.small})))"
+def compilation(sizes: Sizes) -> Result:
+    """The full train step, compiled and then loaded from the cache, each in its own process."""
+    code = (
+        "from tests.benchmarks import compile, gpu; "
+        f"sizes = gpu.Sizes({sizes.small}); "
+        "print(sum(compile.compile_seconds(sizes.transformer(), sizes.tokens, 128)))"
+    )
     with tempfile.TemporaryDirectory() as folder:
         cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command, environment = [sys.executable, "-c", code], os.environ | cache
@@ -207,33 +209,7 @@ def compilation(sizes: Sizes) -> Found:
     return {"note": f"cold {cold:.1f} s, from the cache {warm:.1f} s"}
 
 
-def seconds_to_compile(sizes: Sizes) -> float:
-    import jax
-    import jax.numpy as jnp
-
-    from anima_jax.checkpoints.names import dit, file_tensors
-    from anima_jax.config.optimizer import OptimizerConfig
-    from anima_jax.models.dit import AnimaDiT
-    from anima_jax.models.parameters import abstract
-    from anima_jax.parallel.mesh import current_mesh
-    from anima_jax.training import optimizers
-    from anima_jax.training.estimate import abstract_batch
-    from anima_jax.training.flops import Workload
-    from anima_jax.training.step import StepConfig, compile_step, init_state
-
-    config = sizes.transformer()
-    graphdef, params = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    rates = optimizers.LearningRates(dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-5))
-    optimizer = optimizers.build(OptimizerConfig(type="adamw", lr=1e-5), rates, file_tensors(dit.RULES, params))
-    settings, mesh = StepConfig(), current_mesh()
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), params)
-    batch = abstract_batch(Workload("", 1, 1, sizes.tokens, (1, 1, 1), 128, 128), 1, config, jnp.bfloat16)
-    began = time.perf_counter()
-    compile_step(graphdef, optimizer, settings).lower(state, {}, batch, None).compile()
-    return time.perf_counter() - began
-
-
-def parity(sizes: Sizes) -> Found:
+def parity(sizes: Sizes) -> Result:
     """cuDNN's attention against ours, forward and backward: the largest difference over the largest value."""
     import jax
     import jax.numpy as jnp
@@ -259,7 +235,7 @@ def parity(sizes: Sizes) -> Found:
     return {"note": "out {:.1e}, gradients of q {:.1e}, k {:.1e}, v {:.1e}".format(*far)}
 
 
-def torch_noise(sizes: Sizes) -> Found:
+def torch_noise(sizes: Sizes) -> Result:
     """Our CUDA stream of normal numbers against torch.cuda's own, several draws of several shapes."""
     import numpy as np
 
@@ -278,7 +254,7 @@ def torch_noise(sizes: Sizes) -> Found:
     return {"note": f"largest difference {worst:.1e}"}
 
 
-def diffusers(sizes: Sizes, batch: int = 4) -> Found:
+def diffusers(sizes: Sizes, batch: int = 4) -> Result:
     """The same transformer in diffusers, bfloat16 and torch.compile."""
     torch = peer("torch")
     if torch is None or peer("diffusers") is None or (not sizes.small and not torch.cuda.is_available()):
@@ -304,9 +280,9 @@ def diffusers(sizes: Sizes, batch: int = 4) -> Found:
     return {"seconds": seconds, "images": batch, "peak_gib": peak}
 
 
-ROWS: dict[str, Callable[[Sizes], Found]] = {
+ROWS: dict[str, Callable[[Sizes], Result]] = {
     "bfloat16 products, ceiling": ceiling,
-    "transformer forward, 4 pictures": forward,
+    "transformer forward, 4 images": forward,
     "transformer forward, attention of xla": lambda sizes: forward(sizes, implementation="xla"),
     "diffusers forward, torch.compile": diffusers,
     "train step, every weight, full remat, 4": lambda sizes: train(sizes, "full", "full", 4),
@@ -322,14 +298,14 @@ ROWS: dict[str, Callable[[Sizes], Found]] = {
     "cuDNN's attention against xla": parity,
     "CUDA noise against torch": torch_noise,
 }
-"""In the order of their worth: what time does not allow is left out from the end."""
+"""Most useful first: rows that do not fit into the time are skipped from the end."""
 
 
-# What the rows share
+# Shared by the rows
 
 
 def peer(name: str):
-    """A library to compare with, None if it is not installed."""
+    """Import a library to compare with; None if it is not installed."""
     import importlib
 
     try:
@@ -339,7 +315,7 @@ def peer(name: str):
 
 
 def timed(run: Callable, *arguments, runs: int = 5) -> float:
-    """Seconds of a run: the median, after one that compiles."""
+    """Median seconds of a run, after one run to compile."""
     import statistics
 
     import jax
@@ -356,7 +332,7 @@ def timed(run: Callable, *arguments, runs: int = 5) -> float:
 
 
 def random_transformer(sizes: Sizes):
-    """Graph and float32 parameters of a fresh network."""
+    """Graph and float32 parameters of a randomly initialised network."""
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import initial
 
@@ -383,7 +359,7 @@ def zeros_like(tree):
 
 
 def with_lora(config):
-    """Graph of a transformer with a LoRA of rank 32 wherever one goes, its fresh parameters, scales and tensors."""
+    """Graph of a transformer with a LoRA of rank 32 on every module that can have one; parameters, scales, tensors."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -394,18 +370,18 @@ def with_lora(config):
     from anima_jax.models.parameters import abstract
 
     bare = nnx.eval_shape(lambda: AnimaDiT(config, rngs=nnx.Rngs(0)))
-    slots = {
+    specs = {
         path: modules.adapter_spec("lora", shape, [32] * shape[0])
         for path, shape in modules.target_shapes(bare).items()
     }
 
     def build(rngs):
         model = AnimaDiT(config, rngs=rngs)
-        modules.attach(model, slots)
+        modules.attach(model, specs)
         return model
 
     graphdef, shapes = abstract(build)
-    params = modules.initial(shapes, slots, 0)
+    params = modules.initial(shapes, specs, 0)
     scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(modules.SCALE)}
     return graphdef, params, scales, file_tensors(ADAPTER_RULES, params)
 
@@ -420,10 +396,10 @@ def main() -> None:
         return
     lines, device = [], ""
     peak = None
-    for name, found in rows(options):
-        device = found.pop("device", device)
-        peak = found.pop("ceiling", peak)
-        lines.append(line(name, found, peak))
+    for name, result in rows(options):
+        device = result.pop("device", device)
+        peak = result.pop("ceiling", peak)
+        lines.append(line(name, result, peak))
         print(lines[-1], flush=True)
     table = f"\n## {device}, {datetime.date.today()}\n\n{HEAD}\n" + "\n".join(lines) + "\n"
     if options.results:
@@ -435,15 +411,15 @@ HEAD = "| `python -m tests.benchmarks.gpu` | seconds | images/s | TFLOP/s | MFU 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure on the GPU at hand.")
-    parser.add_argument("--small", action="store_true", help="small networks, to see that every row runs")
-    parser.add_argument("--row", choices=list(ROWS), help="this row alone, as JSON")
+    parser = argparse.ArgumentParser(description="Measure speed and memory on this machine's GPU.")
+    parser.add_argument("--small", action="store_true", help="small networks, to check that every row runs")
+    parser.add_argument("--row", choices=list(ROWS), help="run only this row, print JSON")
     parser.add_argument("--results", default=str(RESULTS), metavar="FILE", help="file to append to; empty: none")
     return parser.parse_args()
 
 
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, Found]]:
-    """Each row's findings, or a note why there are none."""
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, Result]]:
+    """Each row's result, or a note why there is none."""
     print(HEAD, flush=True)
     ends = time.monotonic() + TOTAL_SECONDS
     for name in ROWS:
@@ -458,31 +434,31 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, Found]]:
             yield name, {"note": f"took more than {left:.0f} s"}
             continue
         if run.returncode:
-            reason = (run.stderr.strip() or "no word").splitlines()[-1]
+            reason = (run.stderr.strip() or "no message").splitlines()[-1]
             yield name, {"note": f"failed: {reason[:150]}"}
         else:
             yield name, json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def measured(name: str, sizes: Sizes) -> Found:
+def measured(name: str, sizes: Sizes) -> Result:
     import jax
 
     device = jax.devices()[0]
-    found = ROWS[name](sizes)
+    result = ROWS[name](sizes)
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return {"device": f"{device.device_kind}, jax {jax.__version__}", "peak_gib": peak and peak / 2**30, **found}
+    return {"device": f"{device.device_kind}, jax {jax.__version__}", "peak_gib": peak and peak / 2**30, **result}
 
 
-def line(name: str, found: Found, ceiling: float | None) -> str:
-    seconds, images, tflops = (found.get(key) for key in ("seconds", "images", "tflops"))
+def line(name: str, result: Result, ceiling: float | None) -> str:
+    seconds, images, tflops = (result.get(key) for key in ("seconds", "images", "tflops"))
     speed = tflops / seconds if tflops and seconds else None
     cells = [
         f"{seconds:.4g}" if seconds else "",
         f"{images / seconds:.3g}" if images and seconds else "",
         f"{speed:.4g}" if speed else "",
         f"{speed / ceiling:.0%}" if speed and ceiling else "",
-        f"{found['peak_gib']:.1f} GiB" if found.get("peak_gib") else "",
-        found.get("note", ""),
+        f"{result['peak_gib']:.1f} GiB" if result.get("peak_gib") else "",
+        result.get("note", ""),
     ]
     return f"| {name} | " + " | ".join(cells) + " |"
 

@@ -1,7 +1,7 @@
-"""Whether a real run that is killed with -9 and resumed, over and over, ends bit by bit as the undisturbed one.
+"""Check that a run that is killed with SIGKILL and resumed, over and over, is bit-identical to an undisturbed one.
 
-`python -m tests.benchmarks.kill CONFIG.toml --kills 10` trains twice with the command line itself: once undisturbed,
-once killed at random moments, every other time while a checkpoint is being written. It compares every loss, the last
+`python -m tests.benchmarks.kill CONFIG.toml --kills 10` trains twice through the command line: once undisturbed, once
+killed at random moments, every other time while a checkpoint is being written. It compares every loss, the last
 checkpoint's arrays and the last exports' bytes.
 """
 
@@ -49,26 +49,26 @@ def main() -> None:
     if start(options, disturbed).wait():
         sys.exit("the last attempt failed")
     print(f"{options.kills} kills, {while_saving} of them while saving")
-    faults = differences(run, runs_of(disturbed))
-    print("\n".join(faults) or f"equal: {total} losses, the last checkpoint and the exports, bit by bit")
-    sys.exit(1 if faults else 0)
+    found = differences(run, runs_of(disturbed))
+    print("\n".join(found) or f"bit-identical: {total} losses, the last checkpoint and the exports")
+    sys.exit(1 if found else 0)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Kill a run and compare it with one that was left alone.")
+    parser = argparse.ArgumentParser(description="Kill a run repeatedly and compare it with an undisturbed one.")
     parser.add_argument("config", help="main TOML; output_dir is replaced")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=0.05, help="checkpoint_every_n_minutes")
-    parser.add_argument("--jitter", type=float, default=0.2, help="most seconds between a moment's choice and the kill")
-    parser.add_argument("--folder", help="for the runs (unset: a new one)")
+    parser.add_argument("--jitter", type=float, default=0.2, help="maximum random delay before a kill, in seconds")
+    parser.add_argument("--folder", help="folder for the runs (default: a new one)")
     parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS; other devices may sum in another order")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the moments")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of anima_jax.train")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="random seed for the moments")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for anima_jax.train")
     return parser.parse_args()
 
 
 def start(options: argparse.Namespace, output: pathlib.Path) -> subprocess.Popen:
-    """An attempt of the run in `output`, which goes on from its newest checkpoint if there is one."""
+    """Start the run in `output`, or resume it from its newest checkpoint if there is one."""
     settings = [*options.set, f"output_dir='{output}'", f"checkpoint_every_n_minutes={options.minutes}"]
     command = [sys.executable, "-m", "anima_jax.train", "--config", options.config]
     command += [word for setting in settings for word in ("--set", setting)]
@@ -79,7 +79,7 @@ def start(options: argparse.Namespace, output: pathlib.Path) -> subprocess.Popen
 
 
 def runs_of(output: pathlib.Path) -> list[pathlib.Path]:
-    """Folders of runs, oldest first: an attempt that was killed before its first checkpoint leaves one too."""
+    """Run folders, oldest first; an attempt killed before its first checkpoint leaves one too."""
     return sorted(output.iterdir()) if output.is_dir() else []
 
 
@@ -92,7 +92,7 @@ def saving(output: pathlib.Path) -> bool:
 
 
 def losses_of(runs: list[pathlib.Path]) -> dict[int, float]:
-    """Step → loss. A step that was repeated counts as the last attempt saw it; a kill may cut a line short."""
+    """Step → loss. For a repeated step the last attempt counts; a kill may truncate a line."""
     losses = {}
     for run in runs:
         log = run / "metrics.jsonl"
@@ -105,7 +105,7 @@ def losses_of(runs: list[pathlib.Path]) -> dict[int, float]:
 
 
 def arrays_of(run: pathlib.Path) -> dict[str, tuple]:
-    """Item and path → dtype, shape and bytes of everything in the run's newest checkpoint."""
+    """Item and path → dtype, shape and bytes of every array in the run's newest checkpoint."""
     import jax
     import numpy as np
 
@@ -134,7 +134,7 @@ def exports_of(run: pathlib.Path) -> dict[str, bytes]:
 
 
 def differences(one: pathlib.Path, others: list[pathlib.Path]) -> list[str]:
-    """What is not equal between the undisturbed run and the attempts of the disturbed one, the newest last."""
+    """Name what differs between the undisturbed run and the attempts of the disturbed one (newest last)."""
     last = [run for run in others if checkpoints_of(run)][-1]
     pairs = (
         (losses_of([one]), losses_of(others)),

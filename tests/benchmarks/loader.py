@@ -1,9 +1,9 @@
-"""Cached examples a second through the loader, beside plain .npy files: `python -m tests.benchmarks.loader`.
+"""Cached examples per second through the loader, against plain .npy files: `python -m tests.benchmarks.loader`.
 
 400 examples of one megapixel (latents of 4096 tokens × 64, bfloat16, 512 KiB each) in a store, read in the plan's order
-in batches, by the threads that training uses. The peer reads the same bytes from one .npy file an example in the same
-threads, so the ratio is what the store, its records' format and their check cost. Both run by turns on two cores; the
-files are in the page cache; the best of a few runs counts. Target: 700 examples a second.
+in batches, by the threads that training uses. The baseline reads the same bytes from one .npy file per example in the
+same threads, so the ratio is the cost of the store, its record format and its checksums. Both run on two cores, taking
+turns, with files in the page cache; the best of a few runs counts. Target: 700 examples per second.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     arguments.add_argument("--examples", type=int, default=400)
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--threads", type=int, default=THREADS)
-    arguments.add_argument("--epochs", type=int, default=3, help="of the data in one run")
+    arguments.add_argument("--epochs", type=int, default=3, help="epochs per run")
     arguments.add_argument("--runs", type=int, default=5)
     options = arguments.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write(folder: pathlib.Path, count: int) -> dict[str, Callable[[int], np.ndarray]]:
-    """Two forms of the same examples, each with the function that reads one: latents (l, c)."""
+    """Write the same examples in two formats; return for each the function that reads one: latents (l, c)."""
     rng = np.random.default_rng(0)
     names = [f"{index:032d}" for index in range(count)]
     store, records = Store(folder / "store"), []
@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, count: int) -> dict[str, Callable[[int], np.ndar
 
 
 def assembled(plan: BatchPlan, read: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
-    """What training does: the planned examples in one array, padded to the tier's tokens."""
+    """Return a function that assembles a step's batch as training does, padded to the tier's tokens."""
 
     def load(step: int) -> np.ndarray:
         planned = plan.batch(step)

@@ -1,8 +1,9 @@
-"""Iterations a second of sampling at full width, against diffusers on torch CPU: `python -m tests.benchmarks.sampling`.
+"""Speed of sampling at full width, against diffusers on torch CPU: `python -m tests.benchmarks.sampling`.
 
-Both run in one process on two threads, by turns, with the same weights, contexts and noise: Euler with guidance, both
-prompts in one evaluation. Ours runs at once, and watched, which the progress bar does. Prints iterations a second, the
-ratio of times to the peer in the same dtype, and how far the two latents are apart.
+Both run in one process on two threads, taking turns, with the same weights, contexts and noise: Euler with guidance,
+both prompts in one evaluation. Ours runs as one program ("at once"), and with a callback after each step ("watched"),
+as for a progress bar. Prints iterations per second, the ratio of times to diffusers in the same dtype, and the
+difference of the two latents.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def inputs(options: argparse.Namespace, context_width: int):
-    """Noise (1, t, y, x, c), contexts of both prompts (2, n, d), the negative one first, and noise levels; float32."""
+    """Noise (1, t, y, x, c), contexts of both prompts (2, n, d) with the negative one first, and sigmas; float32."""
     from anima_jax.diffusion.schedules import sigmas
     from tests.models.networks import normal
 
@@ -63,7 +64,7 @@ def inputs(options: argparse.Namespace, context_width: int):
 
 
 def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
-    """The program that the pipeline samples with, on the noise's tokens."""
+    """The pipeline's sampling program, on the noise's tokens."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -93,7 +94,7 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
 
 
 def peer_calls(peer, dtype: str, options: argparse.Namespace) -> Calls:
-    """The same loop over diffusers' transformer; latents are float32 as ours are."""
+    """The same loop over diffusers' transformer, with float32 latents as in ours."""
     import torch
 
     from tests.models import dit_peer

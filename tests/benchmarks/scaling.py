@@ -1,9 +1,9 @@
-"""The tables of docs/scaling.md: what a full fine-tune sends and how long its steps should take, on 8 to 1,024 devices.
+"""The tables of docs/scaling.md: traffic and step time of a full fine-tune on 8 to 1,024 devices.
 
 python -m tests.benchmarks.scaling [--counted]
 
 The predictions are arithmetic. With --counted, programs of the released size are compiled for eight simulated devices
-(about a minute each) and what they send is counted in the partitioned program.
+(about a minute each) and the bytes sent are counted in the partitioned program.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import pathlib
 import re
 import tempfile
 
-BATCH_A_DEVICE = 2
+BATCH_PER_DEVICE = 2
 STRONG_BATCH = 1024
 SHAPE = {"tokens": 4096, "grid": (1, 64, 64), "source_rows": 256, "target_rows": 256}
 REMAT = "attention"
@@ -28,15 +28,14 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    for kind in ("H100", "TPU v5p"):
-        weak(kind)
-        strong(kind)
+    for device in ("H100", "TPU v5p"):
+        weak_and_strong(device)
     if options.counted:
         counted()
 
 
-def predict(kind_name: str, sizes: dict[str, int], batch: int):
-    """Seconds of a step by part, the traffic, and bytes of state on a device."""
+def predict(device: str, sizes: dict[str, int], batch: int):
+    """Predict the seconds of a step by part, the traffic, and the bytes of state per device."""
     import jax.numpy as jnp
 
     from anima_jax.models import parameters
@@ -49,18 +48,20 @@ def predict(kind_name: str, sizes: dict[str, int], batch: int):
     config = DiTConfig()
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     replicas = sizes["data"] * sizes["fsdp"]
-    accumulation = max(1, batch // (replicas * BATCH_A_DEVICE))
-    work = Workload("", batch, accumulation, **SHAPE)
-    sent = traffic(config, params, {}, sizes, work, remat=REMAT, itemsize=jnp.dtype("bfloat16").itemsize)
-    kind = find_device_spec(kind_name)
-    assert kind is not None
-    seconds = step_seconds(kind, sizes, work, flops(config, params, work, REMAT), sent)
+    accumulation = max(1, batch // (replicas * BATCH_PER_DEVICE))
+    workload = Workload("", batch, accumulation, **SHAPE)
+    sent = traffic(config, params, {}, sizes, workload, remat=REMAT, itemsize=jnp.dtype("bfloat16").itemsize)
+    spec = find_device_spec(device)
+    assert spec is not None
+    seconds = step_seconds(spec, sizes, workload, flops(config, params, workload, REMAT), sent)
     return seconds, sent, 3 * rules.shard_bytes(params, params, sizes)
 
 
 def table(title: str, rows) -> None:
     print(f"\n**{title}**\n")
-    print("| devices | mesh | examples a step | state a device | sent a device | s a step | images/s | efficiency |")
+    print(
+        "| devices | mesh | examples/step | state per device | sent per device | s per step | images/s | efficiency |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for devices, sizes, batch, (seconds, sent, held) in rows:
         slow, fast = batch / seconds.most, batch / seconds.least
@@ -71,24 +72,24 @@ def table(title: str, rows) -> None:
         )
 
 
-def weak(kind: str) -> None:
-    rows = []
-    for devices in (8, 16, 32, 64, 128, 256, 512, 1024):
-        sizes = {"data": devices // 8, "fsdp": 8, "tensor": 1, "context": 1}
-        rows.append((devices, sizes, BATCH_A_DEVICE * devices, predict(kind, sizes, BATCH_A_DEVICE * devices)))
-    table(f"{kind}, weak scaling: {BATCH_A_DEVICE} examples a device", rows)
-
-
-def strong(kind: str) -> None:
-    rows = []
-    for devices in (8, 16, 32, 64, 128, 256, 512, 1024):
-        sizes = {"data": devices // 8, "fsdp": 8, "tensor": 1, "context": 1}
-        rows.append((devices, sizes, STRONG_BATCH, predict(kind, sizes, STRONG_BATCH)))
-    table(f"{kind}, strong scaling: {STRONG_BATCH:,} examples a step", rows)
+def weak_and_strong(device: str) -> None:
+    """Print both scaling tables of a kind of device, on meshes with 8-way fsdp."""
+    counts = (8, 16, 32, 64, 128, 256, 512, 1024)
+    weak = {devices: BATCH_PER_DEVICE * devices for devices in counts}
+    strong = dict.fromkeys(counts, STRONG_BATCH)
+    for title, batches in (
+        (f"weak scaling: {BATCH_PER_DEVICE} examples per device", weak),
+        (f"strong scaling: {STRONG_BATCH:,} examples per step", strong),
+    ):
+        rows = []
+        for devices, batch in batches.items():
+            sizes = {"data": devices // 8, "fsdp": 8, "tensor": 1, "context": 1}
+            rows.append((devices, sizes, batch, predict(device, sizes, batch)))
+        table(f"{device}, {title}", rows)
 
 
 def counted() -> None:
-    print("\n**Eight devices, 8 examples a step: GB that a device sends, predicted and counted**\n")
+    print("\n**Eight devices, 8 examples per step: GB sent per device, predicted and counted**\n")
     print("| mesh (data, fsdp, tensor, context) | predicted | counted | gathers | sums | exchanges | other |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for shape in MESHES:
@@ -101,7 +102,7 @@ def counted() -> None:
 
 
 def compiled(sizes: dict[str, int]) -> str:
-    """The gradients' program of the released size, as the partitioner leaves it."""
+    """Compile the gradient program of the released size; return the text that the partitioner writes."""
     import jax
     import jax.numpy as jnp
 
@@ -116,8 +117,8 @@ def compiled(sizes: dict[str, int]) -> str:
     config = DiTConfig()
     graphdef, params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     mesh = make_mesh(sizes)
-    places = rules.shardings(params, params, mesh)
-    placed = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=places[p]) for p, x in params.items()}
+    shardings = rules.shardings(params, params, mesh)
+    placed = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=shardings[p]) for p, x in params.items()}
     batch = abstract_batch(Workload("", 8, 1, **SHAPE), 8, config, jnp.bfloat16)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, 8)), batch)
     settings = StepConfig(remat=REMAT)
@@ -127,14 +128,14 @@ def compiled(sizes: dict[str, int]) -> str:
 
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        jax.jit(gradients, out_shardings=(None, places)).lower(placed, batch).compile(compiler_options=options)
+        jax.jit(gradients, out_shardings=(None, shardings)).lower(placed, batch).compile(compiler_options=options)
         (dump,) = pathlib.Path(folder).glob("*jit_gradients*after_spmd-partitioning*.txt")
         return dump.read_text()
 
 
 @dataclasses.dataclass
 class _Computation:
-    """Of a program's text: bytes sent by operation, and the loops and computations that it calls."""
+    """One computation of an HLO program: bytes sent by operation, and the loops and computations it calls."""
 
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
@@ -142,7 +143,7 @@ class _Computation:
 
 
 def count(program: str) -> dict[str, float]:
-    """Bytes that a device sends by operation, loops counted as often as they run."""
+    """Bytes sent per device by operation; a loop counts as often as it runs."""
     computations: dict[str, _Computation] = {}
     current, entry = _Computation(), ""
     for line in program.splitlines():
@@ -186,7 +187,7 @@ def _add(sent: dict[str, float], line: str) -> None:
 
 
 def _group(line: str) -> int:
-    """Devices that exchange with each other, of the forms in which a program says so."""
+    """Number of devices that exchange with each other, from any of HLO's notations for it."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])

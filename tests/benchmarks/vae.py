@@ -1,20 +1,19 @@
-"""Time of one picture through the VAE at full width, against diffusers on torch CPU: `python tests/benchmarks/vae.py`.
+"""Time of one image through the VAE at full width, against diffusers on torch CPU: `python -m tests.benchmarks.vae`.
 
-Both run in one process on two threads, by turns, random weights; the least of a few runs counts. Prints seconds and
-the ratio to the peer in the same dtype.
+Both run in one process on two threads, taking turns, with random weights; the fastest of a few runs counts. Prints
+seconds and the ratio to diffusers in the same dtype.
 """
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 
-THREADS = 2
+from tests.benchmarks.dit import THREADS, times_by_turns
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="WanVAE against diffusers' AutoencoderKLQwenImage.")
-    arguments.add_argument("--side", type=int, default=256, help="rows and columns of the picture")
+    arguments.add_argument("--side", type=int, default=256, help="rows and columns of the image")
     arguments.add_argument("--runs", type=int, default=3)
     options = arguments.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])  # before XLA starts its threads
@@ -22,12 +21,12 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         ours, theirs = our_calls(dtype, options.side), peer_calls(dtype, options.side)
         for name in ours:
-            times = least(options.runs, ours[name], theirs[name])
+            times = [min(record) for record in times_by_turns(options.runs, ours[name], theirs[name])]
             print(f"{dtype} {name}: {times[0]:.2f} s, diffusers {times[1]:.2f} s, ratio {times[0] / times[1]:.2f}")
 
 
 def our_calls(dtype: str, side: int) -> dict[str, Callable]:
-    """encode and decode of this package, compiled."""
+    """This package's encode and decode, compiled."""
     import jax
     from flax import nnx
 
@@ -47,7 +46,7 @@ def our_calls(dtype: str, side: int) -> dict[str, Callable]:
 
 
 def peer_calls(dtype: str, side: int) -> dict[str, Callable]:
-    """The same of diffusers."""
+    """The same for diffusers."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
@@ -57,19 +56,6 @@ def peer_calls(dtype: str, side: int) -> dict[str, Callable]:
     pixels = torch.rand((1, 3, 1, side, side), dtype=model.dtype) * 2.0 - 1.0
     latents = torch.randn((1, 16, 1, side // 8, side // 8), dtype=model.dtype)
     return {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(latents)}
-
-
-def least(runs: int, *calls: Callable) -> list[float]:
-    """Seconds of each call, the least of `runs` by turns after one run to warm up."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(runs):
-        for call, record in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            record.append(time.perf_counter() - started)
-    return [min(record) for record in times]
 
 
 if __name__ == "__main__":
