@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,9 +54,21 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
-def os_reason(error: BaseException) -> object:
-    """Return what an `OSError` says without its number and file name; any other error as it is."""
-    return getattr(error, "strerror", None) or error
+_DISK_ERRORS = (
+    (r"No space left|ENOSPC", "the disk is full"),
+    (r"[Qq]uota exceeded|EDQUOT", "the disk quota is used up"),
+    (r"File too large|EFBIG", "the file would be larger than this process may write (ulimit -f)"),
+)
+
+
+def os_reason(error: BaseException) -> str:
+    """Return the reason of a failed read or write on one line, without the error's number and file name.
+
+    Full disks are recognised in the messages of all libraries that write files.
+    """
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    known = (words for pattern, words in _DISK_ERRORS if re.search(pattern, text))
+    return next(known, " ".join(text.split())[:200])
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData, read_data
 from anima_jax.data.dump import dump_dataset
 from anima_jax.data.problems import Problems
-from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean
+from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean, os_reason
 from anima_jax.models.dit import DiTConfig
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, find_device_spec, local_device_spec
@@ -264,7 +264,7 @@ def new_folder(root: pathlib.Path) -> pathlib.Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"{root}: cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{root}: cannot be written: {os_reason(error)}") from error
         return root / (name + suffix)
     raise UserError(f"{root}: a hundred runs begin in this second")
 

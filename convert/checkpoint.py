@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from anima_jax.checkpoints import copying, diffusers, safetensors
-from anima_jax.checkpoints.accounting import Source
+from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.models import open_dit, open_text_encoder, open_vae
 from anima_jax.checkpoints.names.dit import ADAPTER
-from anima_jax.checkpoints.names.prefixes import QWEN3, WAN_VAE, locate
-from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
+from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE, locate
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, shorten
 from convert import outputs
 
@@ -106,7 +106,7 @@ def _to_folder(arguments: argparse.Namespace) -> None:
         print(f"without {', '.join(missing)}: IN has none, and no flag names its file")
 
 
-def _given(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Any, Mapping[str, Source]]]]:
+def _given(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Any, Mapping[str, StoredTensor]]]]:
     """Name, config and tensors (original name → source) of each network that the command line gives."""
     with open_dit(arguments.input) as checkpoint:
         inside = {name for name in checkpoint.sources if name.startswith(ADAPTER)}
@@ -125,7 +125,9 @@ def _given(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Any, Mapp
                 yield name, (checkpoint.config, {t.name: checkpoint.sources[t.name] for t in checkpoint.tensors})
 
 
-def _write_component(folder: pathlib.Path, name: str, given: tuple[Any, Mapping[str, Source]], dtype: str) -> bool:
+def _write_component(
+    folder: pathlib.Path, name: str, given: tuple[Any, Mapping[str, StoredTensor]], dtype: str
+) -> bool:
     config, tensors = given
     _write_json(folder / name / "config.json", diffusers.settings(name, config))
     sources = {diffusers.spelled(name, tensor, config): source for tensor, source in tensors.items()}
@@ -169,7 +171,7 @@ def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
             print(f"{path}: {len(sources)} tensors, from {' and '.join(filter(present.__contains__, components))}")
 
 
-def _write(target: str, sources: Mapping[str, Source], dtype: str | None, metadata: Mapping[str, str]) -> None:
+def _write(target: str, sources: Mapping[str, StoredTensor], dtype: str | None, metadata: Mapping[str, str]) -> None:
     """Write the tensors, one at a time, each in its own dtype or in the one that is asked for."""
     wanted = outputs.OUTPUT_DTYPES.get(dtype or "")
 
@@ -182,7 +184,7 @@ def _write(target: str, sources: Mapping[str, Source], dtype: str | None, metada
             _warn_of_non_finite(values, sources[key].key)
         return copying.cast(values, stored_dtype(key), sources[key].key)
 
-    tensors = [Tensor(key, stored_dtype(key), source.tensor.shape) for key, source in sources.items()]
+    tensors = [TensorInfo(key, stored_dtype(key), source.tensor.shape) for key, source in sources.items()]
     safetensors.write(target, tensors, array_of, metadata)
 
 

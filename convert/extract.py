@@ -9,7 +9,7 @@ import numpy as np
 from anima_jax.adapters.base_model import fingerprint
 from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
-from anima_jax.checkpoints.accounting import Source, looks_like, original_names
+from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
 from anima_jax.errors import UserError, shorten
 from convert import outputs
@@ -69,7 +69,7 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @contextlib.contextmanager
-def opened_both(*paths: str) -> Iterator[list[dict[str, Source]]]:
+def opened_both(*paths: str) -> Iterator[list[dict[str, StoredTensor]]]:
     """Original name → tensor of each file's transformer and text encoder. UserError for a file that has none."""
     with contextlib.ExitStack() as stack:
         found = []
@@ -78,5 +78,5 @@ def opened_both(*paths: str) -> Iterator[list[dict[str, Source]]]:
             names = original_names(file)
             if not names:
                 raise UserError(f"{path}: holds neither a transformer nor a text encoder; {looks_like(file.tensors)}")
-            found.append({name: Source(file, key) for name, key in names.items()})
+            found.append({name: StoredTensor(file, key) for name, key in names.items()})
         yield found

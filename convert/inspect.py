@@ -12,8 +12,8 @@ from anima_jax.adapters.file import read_adapter
 from anima_jax.adapters.kinds import TITLES, adapter_kind, split_key
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.models import OPENERS
-from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, TEXT_ENCODER, WAN_VAE, Network, locate
-from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
+from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, TEXT_ENCODER, WAN_VAE, Network, locate
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, shorten
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
@@ -165,12 +165,12 @@ def block_of(name: str) -> str:
     return match[1] if match else name.split(".", maxsplit=1)[0]
 
 
-def _totals(tensors: Iterable[Tensor]) -> Iterator[Row]:
+def _totals(tensors: Iterable[TensorInfo]) -> Iterator[Row]:
     tensors = list(tensors)
     yield "tensors", f"{len(tensors)}, {_size(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}"
 
 
-def _dtypes(tensors: Iterable[Tensor]) -> str:
+def _dtypes(tensors: Iterable[TensorInfo]) -> str:
     counts = collections.Counter(tensor.code for tensor in tensors)
     if len(counts) == 1:
         return next(iter(counts))

@@ -11,7 +11,7 @@ from anima_jax.adapters.merge import changes, matched, merged, weighted
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
-from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, shorten
 from convert import outputs
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
                 broken.append(key)
             return out
 
-        tensors = [Tensor(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
+        tensors = [TensorInfo(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
     if broken:
         print(

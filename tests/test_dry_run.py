@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from anima_jax.checkpoints.names import dit, file_tensors, qwen3
-from anima_jax.checkpoints.safetensors_header import Tensor, build
+from anima_jax.checkpoints.safetensors_header import TensorInfo, build
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -25,7 +25,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:
     """A file of the right names, shapes and length, whose data are a hole that takes no space on the disk."""
     _, params = parameters.abstract(build_model)
-    tensors = [Tensor(prefix + t.name, np.dtype(ml_dtypes.bfloat16), t.shape) for t in file_tensors(rules, params)]
+    tensors = [TensorInfo(prefix + t.name, np.dtype(ml_dtypes.bfloat16), t.shape) for t in file_tensors(rules, params)]
     header = build(tensors, {"format": "pt"})
     path.write_bytes(header)
     os.truncate(path, len(header) + sum(tensor.nbytes for tensor in tensors))

@@ -52,7 +52,7 @@ def fingerprint(path: PathLike) -> Fingerprint:
 @functools.lru_cache(maxsize=8)
 def _sha256(path: str, changed: int | None) -> str:
     del changed
-    return locations.fingerprint(path).hex()
+    return locations.file_sha256(path).hex()
 
 
 def another_base(adapter_path: str, metadata: Mapping[str, str], base: PathLike) -> str | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from anima_jax.adapters.kinds import PARTS, split_key
 from anima_jax.adapters.modules import FACTORS
-from anima_jax.checkpoints.names import LINEAR, Layout, Rule, diffusers, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.prefixes import DIT, QWEN3, TEXT_ENCODER
+from anima_jax.checkpoints.names import LINEAR, FileLayout, Rule, diffusers, dit, file_tensors, qwen3
+from anima_jax.checkpoints.names.networks import DIT, QWEN3, TEXT_ENCODER
 from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -148,7 +148,7 @@ def _all_spellings(blocks: int) -> dict[str, str]:
 # ---- parameters of attached adapters -------------------------------------------------------------------------------
 
 _KERNEL, _WEIGHT = r"\.kernel", ".weight"
-_COLUMN = Layout(lambda file: file.reshape(-1), lambda model: model.reshape(-1, 1))
+_COLUMN = FileLayout(lambda file: file.reshape(-1), lambda model: model.reshape(-1, 1))
 
 PART_OF_FACTOR = {
     **{name: name for name in FACTORS},

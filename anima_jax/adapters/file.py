@@ -170,7 +170,7 @@ def write_adapter(
         raise UserError(f"{path}: files of {dialect.title} have no place for {listed}")
     if folded:
         metadata.pop("alpha", None)
-    listed = [safetensors.Tensor(key, part.dtype, part.shape) for key, part in parts.items()]
+    listed = [safetensors.TensorInfo(key, part.dtype, part.shape) for key, part in parts.items()]
     gathered.write(path, listed, lambda key: copying.contiguous(parts[key].read()), metadata)
     note = f"alpha / rank of {folded} modules was multiplied into lora_B, as files of {dialect.title} have no alpha"
     return [note] if folded else []

@@ -7,31 +7,31 @@ from typing import Any
 
 from anima_jax.adapters.kinds import TITLES, adapter_kind
 from anima_jax.checkpoints.names import FileTensor
-from anima_jax.checkpoints.names.prefixes import (
+from anima_jax.checkpoints.names.networks import (
     ADAPTER,
     DIT,
     NETWORKS,
     QUANTISED,
     QWEN3,
     TEXT_ENCODER,
-    Location,
     Network,
+    NetworkKeys,
     locate,
 )
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.checkpoints.safetensors_header import Tensor
+from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.errors import UserError, did_you_mean, shorten
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """Where the values of a tensor are."""
 
     file: SafetensorsFile
     key: str
 
     @property
-    def tensor(self) -> Tensor:
+    def tensor(self) -> TensorInfo:
         return self.file.tensors[self.key]
 
     def read(self, rows: slice | None = None):
@@ -39,7 +39,7 @@ class Source:
         return self.file.read(self.key, rows)
 
 
-def find(network: Network, file: SafetensorsFile) -> Location:
+def find(network: Network, file: SafetensorsFile) -> NetworkKeys:
     """Where `network` is in `file`. UserError if it is not there or its weights are no plain floating-point numbers."""
     location = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if location is None:
@@ -94,7 +94,7 @@ def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def require_match(
-    path: str, title: str, expected: Sequence[FileTensor], sources: Mapping[str, Source], unknown: Iterable[str]
+    path: str, title: str, expected: Sequence[FileTensor], sources: Mapping[str, StoredTensor], unknown: Iterable[str]
 ) -> None:
     """UserError unless `sources` (by name) are the `expected` tensors, shapes included, and nothing is `unknown`."""
     names = {tensor.name for tensor in expected}

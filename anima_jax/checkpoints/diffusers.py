@@ -10,12 +10,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from anima_jax.checkpoints.accounting import Source
+from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import Checkpoint, fit
 from anima_jax.checkpoints.names import diffusers as names
 from anima_jax.checkpoints.names import dit, file_tensors, wan_vae
-from anima_jax.checkpoints.names.prefixes import ADAPTER, DIT, QWEN3, WAN_VAE, Location, Network
+from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError, shorten
 from anima_jax.models import parameters
@@ -172,13 +172,13 @@ def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
         raise UserError(f"{root}: holds no .safetensors file")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
-        keys = {key: Source(file, key) for file in files for key in file.tensors}
+        keys = {key: StoredTensor(file, key) for file in files for key in file.tensors}
         original = _original_names(component, root, keys)
         sources = {original[key]: source for key, source in keys.items() if key in original}
         unknown = [key for key in keys if key not in original]
         if unknown:
             raise UserError(f"{root}: {len(unknown)} tensors are none of a {component}: {shorten(unknown)}")
-        location = Location("", {}, (), (), ())
+        location = NetworkKeys("", {}, (), (), ())
         yield fit(COMPONENTS[component].network, str(root), files[0], location, sources, [])
 
 

@@ -21,7 +21,7 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def write(
     path: PathLike,
-    tensors: Iterable[safetensors.Tensor],
+    tensors: Iterable[safetensors.TensorInfo],
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:

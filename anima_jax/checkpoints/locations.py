@@ -5,7 +5,6 @@ into the hub's own cache and is local from then on.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -13,11 +12,9 @@ import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 PathLike = str | os.PathLike[str]
-
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 def resolve(path: PathLike) -> str:
@@ -45,10 +42,10 @@ def open_for_reading(path: str) -> tuple[IO[bytes], int]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path}: cannot be opened: {os_reason(error)}") from error
 
 
-def fingerprint(path: PathLike) -> bytes:
+def file_sha256(path: PathLike) -> bytes:
     """SHA-256 of a file's bytes. Raises UserError as `open_for_reading` does."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**22))
     file, _ = open_for_reading(resolve(path))
@@ -107,8 +104,7 @@ def writing_to(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: the folder {os.path.dirname(path)} does not exist") from error
     except (OSError, ValueError) as error:
-        reason = _FULL.get(getattr(error, "errno", 0) or 0) or getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written: {reason}") from error
+        raise UserError(f"{path}: cannot be written: {os_reason(error)}") from error
 
 
 def _sync_folder(folder: str) -> None:
@@ -174,8 +170,7 @@ def _from_hub(address: str) -> str:
     try:
         return hf_hub_download(f"{owner}/{repo}", filename, revision=revision or None)
     except Exception as error:  # the client raises types of its own and of whichever HTTP library it uses
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{address}: could not be downloaded and is not in the local cache ({reason.strip()}); without a network, "
-            f"fetch {filename} from https://huggingface.co/{owner}/{repo} and give its local path instead"
+            f"{address}: could not be downloaded and is not in the local cache ({first_line(error)}); without a "
+            f"network, fetch {filename} from https://huggingface.co/{owner}/{repo} and give its local path instead"
         ) from error

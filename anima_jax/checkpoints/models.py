@@ -20,10 +20,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from anima_jax.checkpoints import accounting, copying, gathered, safetensors
-from anima_jax.checkpoints.accounting import Source
+from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.names import FileTensor, Rule, dit, file_tensors, prefixes, qwen3, wan_vae
-from anima_jax.checkpoints.names.prefixes import Location, Network
+from anima_jax.checkpoints.names import FileTensor, Rule, dit, file_tensors, networks, qwen3, wan_vae
+from anima_jax.checkpoints.names.networks import Network, NetworkKeys
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -51,7 +51,7 @@ class Checkpoint:
     graphdef: nnx.GraphDef
     abstract: Params
     tensors: tuple[FileTensor, ...]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     prefix: str
     skipped: tuple[str, ...]
@@ -176,45 +176,45 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
     """The transformer in a file; an adapter in `adapter_path` takes the place of one inside the file."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(SafetensorsFile(path))
-        location = accounting.find(prefixes.DIT, file)
-        sources = {name: Source(file, key) for name, key in location.keys.items()}
+        location = accounting.find(networks.DIT, file)
+        sources = {name: StoredTensor(file, key) for name, key in location.keys.items()}
         unknown, label = list(location.unknown), file.path
         if adapter_path is not None:
             adapter_file = stack.enter_context(SafetensorsFile(adapter_path))
-            adapter = accounting.find(prefixes.ADAPTER, adapter_file)
+            adapter = accounting.find(networks.ADAPTER, adapter_file)
             sources = {name: source for name, source in sources.items() if not name.startswith(dit.ADAPTER)}
-            sources |= {name: Source(adapter_file, key) for name, key in adapter.keys.items()}
+            sources |= {name: StoredTensor(adapter_file, key) for name, key in adapter.keys.items()}
             unknown += adapter.unknown
             label = f"{file.path} with {adapter_file.path}"
-        yield fit(prefixes.DIT, label, file, location, sources, unknown)
+        yield fit(networks.DIT, label, file, location, sources, unknown)
 
 
 @contextlib.contextmanager
 def open_llm_adapter(path: PathLike) -> Iterator[Checkpoint]:
     """The text adapter alone, in a file of its own or inside a transformer's; its paths begin `llm_adapter.`."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.ADAPTER, file)
+        yield _open(networks.ADAPTER, file)
 
 
 @contextlib.contextmanager
 def open_text_encoder(path: PathLike) -> Iterator[Checkpoint]:
     """The Qwen3 text encoder in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.QWEN3, file)
+        yield _open(networks.QWEN3, file)
 
 
 @contextlib.contextmanager
 def open_vae(path: PathLike) -> Iterator[Checkpoint]:
     """The Wan VAE in a file."""
     with SafetensorsFile(path) as file:
-        yield _open(prefixes.WAN_VAE, file)
+        yield _open(networks.WAN_VAE, file)
 
 
 OPENERS = {
-    prefixes.DIT: open_dit,
-    prefixes.ADAPTER: open_llm_adapter,
-    prefixes.QWEN3: open_text_encoder,
-    prefixes.WAN_VAE: open_vae,
+    networks.DIT: open_dit,
+    networks.ADAPTER: open_llm_adapter,
+    networks.QWEN3: open_text_encoder,
+    networks.WAN_VAE: open_vae,
 }
 
 
@@ -225,7 +225,7 @@ class _AdapterAlone(nnx.Module):
         self.llm_adapter = LLMAdapter(config, rngs=rngs)
 
 
-MODULES = {prefixes.DIT: AnimaDiT, prefixes.ADAPTER: _AdapterAlone, prefixes.QWEN3: Qwen3, prefixes.WAN_VAE: WanVAE}
+MODULES = {networks.DIT: AnimaDiT, networks.ADAPTER: _AdapterAlone, networks.QWEN3: Qwen3, networks.WAN_VAE: WanVAE}
 
 
 @functools.lru_cache(maxsize=8)
@@ -236,7 +236,7 @@ def _abstract(module: Callable[..., nnx.Module], config: Any) -> tuple[nnx.Graph
 
 def _open(network: Network, file: SafetensorsFile) -> Checkpoint:
     location = accounting.find(network, file)
-    sources = {name: Source(file, key) for name, key in location.keys.items()}
+    sources = {name: StoredTensor(file, key) for name, key in location.keys.items()}
     return fit(network, file.path, file, location, sources, location.unknown)
 
 
@@ -244,8 +244,8 @@ def fit(
     network: Network,
     label: str,
     file: SafetensorsFile,
-    location: Location,
-    sources: Mapping[str, Source],
+    location: NetworkKeys,
+    sources: Mapping[str, StoredTensor],
     unknown: Sequence[str],
 ) -> Checkpoint:
     """The checkpoint, once every tensor of the file and every parameter of the model has found the other."""
@@ -329,5 +329,5 @@ def _save(
         values = gathered.on_host(leaf if tensor.layer is None else leaf[tensor.layer])
         return copying.contiguous(tensor.layout.to_file(copying.cast(values, stored_dtype(tensor), key)))
 
-    listed = [safetensors.Tensor(key, stored_dtype(tensor), tensor.shape) for key, tensor in tensors.items()]
+    listed = [safetensors.TensorInfo(key, stored_dtype(tensor), tensor.shape) for key, tensor in tensors.items()]
     gathered.write(path, listed, array_of, {"format": "pt"} if metadata is None else metadata)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from anima_jax.errors import UserError, shorten
+from anima_jax.errors import UserError, os_reason, shorten
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class RunCheckpoints:
                     # Under the name of what `_sweep` clears away: half of a checkpoint is never taken for one.
                     shutil.rmtree(path.rename(self.folder / f"{old}.old"))
                 except OSError as error:
-                    log.warning(f"{path}: cannot be deleted: {error.strerror or error}")
+                    log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
 
     def _failed(self, step: int, error: Exception) -> None:
         self._sweep()

@@ -13,10 +13,10 @@ from typing import IO
 import numpy as np
 
 from anima_jax.checkpoints import locations, safetensors_header
-from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, Tensor
-from anima_jax.errors import UserError
+from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, TensorInfo
+from anima_jax.errors import UserError, os_reason
 
-__all__ = ["CODES", "DTYPES", "SafetensorsFile", "Tensor", "write"]
+__all__ = ["CODES", "DTYPES", "SafetensorsFile", "TensorInfo", "write"]
 
 
 class SafetensorsFile:
@@ -60,7 +60,7 @@ class SafetensorsFile:
 
 def write(
     path: locations.PathLike,
-    tensors: Iterable[Tensor],
+    tensors: Iterable[TensorInfo],
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -82,7 +82,7 @@ def write(
             del array
 
 
-def in_file_order(tensors: Iterable[Tensor]) -> list[Tensor]:
+def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
     """The tensors as `write` asks for them: in such an order that each lies aligned; ties keep theirs."""
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
@@ -108,7 +108,7 @@ def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) ->
                 raise UserError(f"{path}: ends early: it was cut off while being read")
             buffer = buffer[count:]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read: {os_reason(error)}") from error
 
 
 def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:

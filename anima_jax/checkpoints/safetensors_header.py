@@ -51,7 +51,7 @@ class HeaderError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """What a header says of one tensor. `start` counts bytes from the beginning of the file."""
 
     name: str
@@ -69,7 +69,7 @@ class Tensor:
         return CODES[self.dtype]
 
 
-def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """Metadata, and name → Tensor, of a file of `file_size` bytes with this header. Raises HeaderError."""
     try:
         text = header.decode()
@@ -82,7 +82,7 @@ def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], di
     return metadata, tensors
 
 
-def build(tensors: Sequence[Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def build(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
     """The first bytes of a file whose tensors follow in this order. ValueError for names that occur twice."""
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
@@ -99,7 +99,7 @@ def build(tensors: Sequence[Tensor], metadata: Mapping[str, str] | None) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> Tensor:
+def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> TensorInfo:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         hint = did_you_mean(str(code)[:20], DTYPES)
@@ -113,7 +113,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int
         raise HeaderError(
             f"is cut off or damaged: {name!r:.200} should end at byte {data_start + end:.6g}, the file has {file_size}"
         )
-    tensor = Tensor(name, DTYPES[code], tuple(shape), data_start + begin)
+    tensor = TensorInfo(name, DTYPES[code], tuple(shape), data_start + begin)
     # The product without zeros: a zero must not excuse an absurd size beside it.
     if math.prod(filter(None, shape)) * tensor.dtype.itemsize >= 2**63 or tensor.nbytes != end - begin:
         raise HeaderError(f"{name!r:.200} is {code} {shape!r:.80} but has {end - begin} bytes")
@@ -124,7 +124,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def _check_gapless(tensors: Iterable[Tensor], data_start: int, file_size: int) -> None:
+def _check_gapless(tensors: Iterable[TensorInfo], data_start: int, file_size: int) -> None:
     """The bytes of the file belong to exactly one tensor each."""
     at, before = data_start, None
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):

@@ -17,7 +17,7 @@ from anima_jax.config.main import EVAL_EVERY, MainConfig, MainFile
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
 from anima_jax.config.sections import EvalDataset
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
@@ -101,7 +101,7 @@ def read_toml(path: str) -> dict[str, Any]:
         found = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise UserError(f"{path}: {found}, expected UTF-8 text; save the file as UTF-8") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path}: cannot be read: {os_reason(error)}") from error
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:

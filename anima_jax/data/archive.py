@@ -12,7 +12,7 @@ from etils import epath
 
 from anima_jax.data.media import MAX_BYTES, label_of, stamp_of
 from anima_jax.data.problems import Problems
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 MAX_HEADER_BYTES = 2**16
 """A long name or a pax header of more bytes is an attack, not a name."""
@@ -48,7 +48,7 @@ class TarMember:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
-            raise UserError(f"{self.name}: cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{self.name}: cannot be read: {os_reason(error)}") from None
         if len(data) != self.size:
             raise UserError(f"{self.name}: the tar ends inside it, after {len(data)} of {self.size} bytes")
         return data
@@ -80,7 +80,7 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
     except UserError as error:
         faults.append(f"{tar}: {error}")
     except OSError as error:
-        faults.append(f"{tar}: cannot be read: {error.strerror or error}")
+        faults.append(f"{tar}: cannot be read: {os_reason(error)}")
     except Exception as error:  # tarfile fails in many ways over hostile bytes
         faults.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
     problems.skip(*faults)

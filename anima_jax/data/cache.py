@@ -21,7 +21,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from anima_jax.checkpoints.locations import fingerprint
+from anima_jax.checkpoints.locations import file_sha256
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.config.main import MainConfig
 from anima_jax.data import encode
@@ -102,14 +102,14 @@ class Encoders:
     def vae_fingerprint(self) -> bytes:
         """What decides the latents of a clip besides the clip."""
         config = self._config
-        return _hash(fingerprint(config.model.vae_path), config.compute_dtype, config.cached_dtype)
+        return _hash(file_sha256(config.model.vae_path), config.compute_dtype, config.cached_dtype)
 
     @functools.cached_property
     def text_fingerprint(self) -> bytes:
         """What decides the states of a caption besides the caption."""
         config, model = self._config, self._config.model
         return _hash(
-            fingerprint(model.llm_path),
+            file_sha256(model.llm_path),
             self.tokenizers.fingerprint,
             model.max_caption_tokens,
             config.compute_dtype,

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.locations import is_remote
 from anima_jax.data.buckets import Size
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 AVIF = "AVIF" in Image.registered_extensions().values()
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
@@ -130,7 +130,7 @@ def stamp_of(path: str | os.PathLike) -> Stamp:
             return remote.length, int(remote.mtime * 10**9)
         local = os.stat(path)
     except OSError as error:
-        raise UserError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{os.fspath(path)}: cannot be read: {os_reason(error)}") from None
     if not stat.S_ISREG(local.st_mode):
         # Who opens a pipe waits for ever.
         raise UserError(f"{os.fspath(path)}: cannot be read: a folder, pipe or device, expected a file")
@@ -145,7 +145,7 @@ def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
     try:
         return epath.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{os.fspath(path)}: cannot be read: {os_reason(error)}") from None
 
 
 def over_white(image: Image.Image) -> Image.Image:

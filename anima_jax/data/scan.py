@@ -22,7 +22,7 @@ from anima_jax.data.captions import CAPTIONS_JSON, CaptionTable, decode_caption,
 from anima_jax.data.manifest import Entry, FileMedia, Media, Memo, Summary
 from anima_jax.data.media import MAX_BYTES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_file
 from anima_jax.data.problems import Problems
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ def _listing(folder: str, expected: str) -> tuple[list[str], int]:
             elif path.name != "cache" and not path.name.startswith("."):
                 folders += 1
     except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{folder}: the folder cannot be read: {os_reason(error)}") from None
     return sorted(files), folders
 
 

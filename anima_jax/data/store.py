@@ -31,7 +31,7 @@ import numpy as np
 from anima_jax.checkpoints import safetensors_header
 from anima_jax.checkpoints.locations import is_remote
 from anima_jax.checkpoints.locks import lock
-from anima_jax.checkpoints.safetensors_header import HeaderError, Tensor
+from anima_jax.checkpoints.safetensors_header import HeaderError, TensorInfo
 from anima_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
     What is no Unicode text in the header (a file name in another encoding) is written with backslashes.
     """
     ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # every array lies aligned
-    tensors = [Tensor(name, array.dtype, array.shape) for name, array in ordered]
+    tensors = [TensorInfo(name, array.dtype, array.shape) for name, array in ordered]
     metadata = {name: text.encode(errors="backslashreplace").decode() for name, text in header.items()}
     data = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered)
     return b"".join([safetensors_header.build(tensors, metadata), *data])

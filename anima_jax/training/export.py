@@ -19,7 +19,7 @@ from anima_jax.checkpoints.locations import replacing
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.config.main import MainConfig
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.state import ParamPartition
@@ -156,7 +156,7 @@ def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
                 shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
                 deleted.append(path.name)
             except OSError as error:
-                log.warning(f"{path}: cannot be deleted: {error.strerror or error}")
+                log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
     return deleted
 
 

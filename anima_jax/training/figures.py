@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_jax.checkpoints.locations import writing_to
+from anima_jax.errors import os_reason
 from anima_jax.parallel.hosts import is_process_0
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class RetryingFile:
             self._told = False
         except OSError as error:
             if not self._told:
-                log.warning(f"{self._path}: cannot be written: {error.strerror or error}; the run goes on without")
+                log.warning(f"{self._path}: cannot be written: {os_reason(error)}; the run goes on without")
             self._told = True
 
     def close(self) -> None:

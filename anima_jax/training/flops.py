@@ -3,7 +3,7 @@
 import re
 from typing import Any, NamedTuple
 
-from anima_jax.checkpoints.names.prefixes import TEXT_ENCODER
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import MATRICES, Params

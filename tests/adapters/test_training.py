@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from anima_jax.adapters import modules, training
 from anima_jax.adapters.base_model import fingerprint
 from anima_jax.adapters.file import load_lora, module_names, open_adapter
-from anima_jax.checkpoints.locations import fingerprint as sha256
+from anima_jax.checkpoints.locations import file_sha256 as sha256
 from anima_jax.checkpoints.models import load_dit, load_text_encoder
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError

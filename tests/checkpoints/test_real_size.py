@@ -13,7 +13,7 @@ import pytest
 
 from anima_jax.adapters.dialects import COMFYUI
 from anima_jax.checkpoints.names import dit, file_tensors
-from anima_jax.checkpoints.safetensors import SafetensorsFile, Tensor, write
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo, write
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from tests.ports import free_port
@@ -74,7 +74,7 @@ def full_size_file(tmp_path_factory):
     """Random finite bfloat16 numbers under the released names; removed afterwards."""
     _, params = parameters.abstract(lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs))
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
-    tensors = {f"net.{t.name}": Tensor(f"net.{t.name}", bfloat16, t.shape) for t in file_tensors(dit.RULES, params)}
+    tensors = {f"net.{t.name}": TensorInfo(f"net.{t.name}", bfloat16, t.shape) for t in file_tensors(dit.RULES, params)}
     rng = np.random.default_rng(0)
 
     def array_of(name):
@@ -139,7 +139,7 @@ def test_merging_needs_less_than_one_and_a_half_gigabytes(full_size_file, tmp_pa
         factors[f"{spelled}.lora_A.weight"] = (rank, inside)
         factors[f"{spelled}.lora_B.weight"] = (out, rank)
     rng = np.random.default_rng(1)
-    listed = [Tensor(key, np.dtype(np.float32), shape) for key, shape in factors.items()]
+    listed = [TensorInfo(key, np.dtype(np.float32), shape) for key, shape in factors.items()]
     write(adapter, listed, lambda key: rng.normal(size=factors[key]).astype(np.float32))
     body = 'main(["merge", source, target.replace("merged", "lora") + ":0.5", target])'
     assert peak_private_memory(body, full_size_file, target) < 1.5e9

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile, Tensor, write
+from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile, TensorInfo, write
 from anima_jax.errors import UserError
 
 LIBRARY_DTYPES = sorted(set(DTYPES) - {"F8_E4M3", "F8_E5M2"})  # the library's numpy side has no float8
@@ -43,7 +43,7 @@ fast = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 
 
 def write_arrays(path, arrays, metadata=None):
-    write(path, [Tensor(name, a.dtype, a.shape) for name, a in arrays.items()], arrays.__getitem__, metadata)
+    write(path, [TensorInfo(name, a.dtype, a.shape) for name, a in arrays.items()], arrays.__getitem__, metadata)
 
 
 def assert_same(actual, expected):
@@ -274,7 +274,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(old_file, failu
         return np.zeros(2, np.float32)
 
     with pytest.raises(failure):
-        write(old_file, [Tensor(name, np.dtype(np.float32), (2,)) for name in "ab"], array_of)
+        write(old_file, [TensorInfo(name, np.dtype(np.float32), (2,)) for name in "ab"], array_of)
     assert_untouched(old_file)
 
 
@@ -290,7 +290,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_file(old_file, monkeypatch):
 
 def test_array_that_is_not_as_announced_is_refused(old_file):
     with pytest.raises(ValueError, match="announced"):
-        write(old_file, [Tensor("a", np.dtype(np.float32), (2,))], lambda _: np.zeros(2, ml_dtypes.bfloat16))
+        write(old_file, [TensorInfo("a", np.dtype(np.float32), (2,))], lambda _: np.zeros(2, ml_dtypes.bfloat16))
     assert_untouched(old_file)
 
 

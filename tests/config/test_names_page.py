@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.checkpoints.names import dit, file_tensors, prefixes, qwen3
+from anima_jax.checkpoints.names import dit, file_tensors, networks, qwen3
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -63,9 +63,9 @@ def test_the_text_encoders_parameters():
     assert set(rows("Parameters of the text encoder")) == in_files(qwen3.RULES, lambda rngs: Qwen3(config, rngs=rngs))
 
 
-@pytest.mark.parametrize("network", prefixes.NETWORKS, ids=lambda network: network.title)
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.title)
 def test_every_prefix_that_is_read_is_listed(network):
     section = PAGE.split("\n## Prefixes of files\n")[1].split("\n## ")[0]
-    plain = {prefix.removesuffix(dit.ADAPTER) if network is prefixes.ADAPTER else prefix for prefix in network.prefixes}
+    plain = {prefix.removesuffix(dit.ADAPTER) if network is networks.ADAPTER else prefix for prefix in network.prefixes}
     for prefix in plain - {"", "text_encoders.qwen3_06b.transformer."}:  # the page says these in words
         assert f"`{prefix}`" in section

@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """How a file stores one parameter (of one layer). Both directions may return views."""
 
     to_model: Callable[[np.ndarray], np.ndarray]
@@ -25,13 +25,13 @@ class Layout:
         return self.to_file(np.broadcast_to(np.zeros((), np.uint8), model_shape)).shape
 
 
-def permuted(*axes: int) -> Layout:
+def permuted(*axes: int) -> FileLayout:
     """The file's axes in another order: model axis n is file axis `axes[n]`."""
     inverse = tuple(np.argsort(axes))
-    return Layout(lambda file: file.transpose(axes), lambda model: model.transpose(inverse))
+    return FileLayout(lambda file: file.transpose(axes), lambda model: model.transpose(inverse))
 
 
-SAME = Layout(lambda file: file, lambda model: model)
+SAME = FileLayout(lambda file: file, lambda model: model)
 LINEAR = permuted(1, 0)
 
 
@@ -41,7 +41,7 @@ class Rule:
 
     path: str
     name: str
-    layout: Layout = SAME
+    layout: FileLayout = SAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FileTensor:
     shape: tuple[int, ...]
     path: str
     layer: int | None
-    layout: Layout
+    layout: FileLayout
 
 
 def file_tensors(rules: Sequence[Rule], params: Mapping[str, Any]) -> list[FileTensor]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from anima_jax.checkpoints.names import LINEAR, Layout, Rule, file_tensors
+from anima_jax.checkpoints.names import LINEAR, FileLayout, Rule, file_tensors
 from anima_jax.models import parameters
 from anima_jax.models.dit import PATCH, AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
@@ -28,7 +28,7 @@ def _patches_to_file(model: np.ndarray) -> np.ndarray:
 
 
 RULES = (
-    Rule(r"x_embedder\.kernel", "x_embedder.proj.1.weight", Layout(_patches_to_model, _patches_to_file)),
+    Rule(r"x_embedder\.kernel", "x_embedder.proj.1.weight", FileLayout(_patches_to_model, _patches_to_file)),
     Rule(r"t_embedder\.(linear_\d)\.kernel", r"t_embedder.1.\1.weight", LINEAR),
     Rule(r"t_embedding_norm\.scale", "t_embedding_norm.weight"),
     Rule(r"blocks\.((self|cross)_attn\.\w+_proj)\.kernel", r"blocks.{layer}.\1.weight", LINEAR),

@@ -7,25 +7,25 @@ table depends on how many blocks a level has.
 import re
 from collections.abc import Iterator, Mapping
 
-from anima_jax.checkpoints.names import SAME, Layout, Rule, permuted
+from anima_jax.checkpoints.names import SAME, FileLayout, Rule, permuted
 from anima_jax.errors import UserError
 from anima_jax.models.wan_vae import LATENT_MEAN, WanVAEConfig
 
 _CONV = permuted(2, 3, 4, 1, 0)
 # The resampling convolution has no time axis in the file.
-_CONV_2D = Layout(lambda file: file.transpose(2, 3, 1, 0)[None], lambda model: model[0].transpose(3, 2, 0, 1))
+_CONV_2D = FileLayout(lambda file: file.transpose(2, 3, 1, 0)[None], lambda model: model[0].transpose(3, 2, 0, 1))
 
 
-def _point(axes: int) -> Layout:
+def _point(axes: int) -> FileLayout:
     """A linear map that the file stores as a convolution over `axes` axes of size 1."""
-    return Layout(
+    return FileLayout(
         lambda file: file.reshape(file.shape[:2]).T, lambda model: model.T.reshape(*model.T.shape, *(1,) * axes)
     )
 
 
-def _gamma(axes: int) -> Layout:
+def _gamma(axes: int) -> FileLayout:
     """A norm's scale, which the file stores with `axes` trailing axes of size 1."""
-    return Layout(lambda file: file.reshape(file.shape[:1]), lambda model: model.reshape(-1, *(1,) * axes))
+    return FileLayout(lambda file: file.reshape(file.shape[:1]), lambda model: model.reshape(-1, *(1,) * axes))
 
 
 # (our name, the file's name, layout), relative to the part that they belong to.

@@ -82,7 +82,7 @@ QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input
 
 
 @dataclasses.dataclass(frozen=True)
-class Location:
+class NetworkKeys:
     """Where a network is in a file.
 
     `keys` maps each name without prefix to the file's key; `skipped` are known extra buffers, `elsewhere` tensors of
@@ -96,7 +96,7 @@ class Location:
     unknown: tuple[str, ...]
 
 
-def locate(network: Network, file_keys: Iterable[str]) -> Location | None:
+def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
     """Where `network` is among the keys of a file; None if no name is typical of it."""
     file_keys = list(file_keys)
     typical = re.compile(network.typical)
@@ -119,7 +119,7 @@ def locate(network: Network, file_keys: Iterable[str]) -> Location | None:
             keys[network.rename + name] = key
         else:
             unknown.append(key)
-    return Location(prefix, keys, tuple(skipped), tuple(elsewhere), tuple(unknown))
+    return NetworkKeys(prefix, keys, tuple(skipped), tuple(elsewhere), tuple(unknown))
 
 
 def _is_elsewhere(network: Network, prefix: str, key: str) -> bool:
