@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
-from anima_jax.errors import UserError, os_reason
+from anima_jax.errors import UserError, first_line, os_reason
 
 PathLike = str | os.PathLike[str]
 

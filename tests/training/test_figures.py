@@ -47,7 +47,8 @@ def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tm
             file.write(line)
             file.flush()
     assert (tmp_path / "figures").read_bytes() == b"one\ntw"
-    assert said == [f"{tmp_path}/figures: cannot be written: File too large; the run goes on without"]
+    reason = "the file would be larger than this process may write (ulimit -f)"
+    assert said == [f"{tmp_path}/figures: cannot be written: {reason}; the run goes on without"]
     file.write(b"four\n")
     file.close()
     assert (tmp_path / "figures").read_bytes() == b"one\ntwo\nthree\nfour\n"
