@@ -1,7 +1,7 @@
-"""Losses on held-out examples at nine fixed times, with the same noise every time: what a run has learned so far.
+"""Losses on held-out examples at nine fixed times with fixed noise.
 
-As diffusion-pipe does it (train.py, `evaluate`): the times are quantiles of the distribution that training draws from.
-An example's noise depends on nothing but its id, so the losses of any two evaluations compare, whatever the run's seed,
+As in diffusion-pipe (train.py, `evaluate`): the times are quantiles of the distribution that training draws from. An
+example's noise depends only on its id, so losses of different evaluations are comparable, whatever the run's seed,
 batch size or devices. Axes: q quantiles, b batch, l image tokens.
 """
 
@@ -27,18 +27,18 @@ NOISE_SEED = 0
 
 
 def padded_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Numbers below `count` in batches (b,) of one size, and the weight of each; the last is filled up at weight 0."""
+    """Yield the numbers below `count` in batches (b,), and each number's weight: 0 for what pads the last batch."""
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
         yield np.minimum(rows, count - 1), (rows < count).astype(np.float32)
 
 
 class Evaluation:
-    """One jitted program for all nine times; a new shape of batch compiles another."""
+    """The jitted losses at all nine times; each new batch shape compiles a program."""
 
     def __init__(self, graphdef: nnx.GraphDef, config: StepConfig):
         def losses_of(params: Params, batch: TrainBatch) -> Array:
-            """Losses (q, b) of each example at each quantile's time."""
+            """Return each example's loss at each quantile's time, (q, b)."""
             model = merge(graphdef, cast_to_compute(params, config.compute_dtype))
             first_epoch_b = jnp.zeros(batch.ids_b2.shape[0], jnp.int32)
             keys_b = example_keys(NOISE_SEED, first_epoch_b, batch.ids_b2, Purpose.EVALUATION_NOISE)
@@ -53,10 +53,10 @@ class Evaluation:
         self._losses = jax.jit(losses_of, out_shardings=replicated(current_mesh()))
 
     def __call__(self, params: Params, batches: Iterable[tuple[TrainBatch, np.ndarray]]) -> dict[str, float]:
-        """`loss_quantile_0.10` … `loss_quantile_0.90`, each the mean over the examples, and `loss`, the mean of those.
+        """Return `loss_quantile_0.10` … `loss_quantile_0.90`, each a mean over the examples, and their mean, `loss`.
 
-        `params` are all parameters, trained and frozen. Each batch comes with its examples' weights (b,): those of
-        weight 0 (filler) count nothing. Raises ValueError if no example counts.
+        `params` are all parameters, trained and frozen. Each batch comes with its weights (b,): 0 for padding. Raises
+        ValueError if no example has a weight above 0.
         """
         total_q, weight = np.zeros(len(QUANTILES)), 0.0
         for losses_qb, weights_b in _one_behind((self._losses(params, batch), weights) for batch, weights in batches):
@@ -71,7 +71,7 @@ class Evaluation:
 
 
 def _one_behind(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each when the next one is under way, so that the device computes while the host reads."""
+    """Yield each item once the next one has started, so that the device computes while the host reads."""
     waiting: list[Item] = []
     for item in items:
         yield from waiting

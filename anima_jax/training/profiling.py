@@ -1,4 +1,4 @@
-"""Where a run's time goes: compiled programs kept from run to run, and xprof traces of chosen steps."""
+"""The compilation cache, and xprof traces of chosen steps."""
 
 import contextlib
 import dataclasses
@@ -18,61 +18,64 @@ Result = TypeVar("Result")
 
 
 def user_cache_folder() -> pathlib.Path:
-    """Where this user's compiled programs are kept. They are executable code: not a folder to share."""
+    """Return this user's folder of compiled programs. They are executable code, so it is not shared."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification: a relative path is to be ignored.
+    # The XDG base directory specification says to ignore a relative path.
     base = pathlib.Path(root) if os.path.isabs(root) else pathlib.Path("~/.cache").expanduser()
     return base / "anima_jax" / "xla"
 
 
 def use_compilation_cache(folder: str | None) -> str | None:
-    """Keep compiled programs in `folder` from now on; returns the folder used, or None.
+    """Keep compiled programs in `folder` from now on. Returns the folder used, None if there is no cache.
 
-    None is JAX's own setting (JAX_COMPILATION_CACHE_DIR) if there is one, else the user's cache folder, and does
-    without if that cannot be written; the empty string turns the cache off. Raises UserError for a `folder` that
-    cannot be made.
+    None means JAX's own setting (JAX_COMPILATION_CACHE_DIR), else the user's cache folder, else no cache if that cannot
+    be written. The empty string turns the cache off. Raises UserError if the given `folder` cannot be written.
     """
-    if folder is None:
+    chosen = folder
+    if chosen is None:
         own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] - made at run time
-        folder, must_work = own or str(user_cache_folder()), False
-    else:
-        must_work = True
-    if folder and "://" not in folder:
-        folder = os.path.abspath(os.path.expanduser(folder))
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            writable = os.access(folder, os.W_OK | os.X_OK)
-        except OSError:
-            writable = False
-        if not writable and must_work:
-            raise UserError(f"compilation_cache_dir = {folder}: expected a folder that can be written, or '' for none")
-        folder = folder if writable else ""
-    jax.config.update("jax_compilation_cache_dir", folder or None)
-    compilation_cache.reset_cache()  # JAX looks at the setting once, at its first compilation
-    return folder or None
+        chosen = own or str(user_cache_folder())
+    if chosen and "://" not in chosen:
+        chosen = os.path.abspath(os.path.expanduser(chosen))
+        if not _make_writable(chosen):
+            if folder is not None:
+                raise UserError(f"compilation_cache_dir = {chosen}: expected a writable folder, or '' for no cache")
+            chosen = ""
+    jax.config.update("jax_compilation_cache_dir", chosen or None)
+    compilation_cache.reset_cache()  # JAX reads the setting only at its first compilation
+    return chosen or None
+
+
+def _make_writable(folder: str) -> bool:
+    """Make `folder` if it does not exist, and return whether it can be written."""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 @dataclasses.dataclass
 class Compilation:
-    """What was compiled while it was watched: seconds, programs asked of the cache, and those found there."""
+    """A compilation: seconds, programs looked up in the cache, and programs found there."""
 
     seconds: float = 0.0
-    asked: int = 0
+    lookups: int = 0
     hits: int = 0
 
     def __str__(self) -> str:
-        if not self.asked:
+        if not self.lookups:
             return f"{self.seconds:.1f} s (no compilation cache)"
-        return f"{self.seconds:.1f} s (compilation cache: {'hit' if self.hits == self.asked else 'miss'})"
+        return f"{self.seconds:.1f} s (compilation cache: {'hit' if self.hits == self.lookups else 'miss'})"
 
 
 @contextlib.contextmanager
 def watch_compilation() -> Iterator[Compilation]:
-    """Watches what the block compiles: a jitted function's first call returns when its program is there."""
+    """Measure what the block compiles: a jitted function's first call returns once it is compiled."""
     found = Compilation()
 
     def listen(event: str, **_) -> None:
-        found.asked += event == "/jax/compilation_cache/compile_requests_use_cache"
+        found.lookups += event == "/jax/compilation_cache/compile_requests_use_cache"
         found.hits += event == "/jax/compilation_cache/cache_hits"
 
     started = time.monotonic()
@@ -85,7 +88,7 @@ def watch_compilation() -> Iterator[Compilation]:
 
 
 def parse_steps(text: str) -> range:
-    """START:STOP, the steps from START (the first is 1) up to, not including, STOP. Raises UserError otherwise."""
+    """Parse START:STOP, the steps from START (1 is the first) up to but not including STOP, or raise UserError."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match and 1 <= int(match[1]) < int(match[2]):
         return range(int(match[1]), int(match[2]))
@@ -93,14 +96,14 @@ def parse_steps(text: str) -> range:
 
 
 class Profiler:
-    """Runs steps, and writes an xprof trace of those in `steps` into `folder`. View it with `xprof FOLDER`."""
+    """Runs train steps and writes an xprof trace of those in `steps` to `folder` (`xprof FOLDER` shows it)."""
 
     def __init__(self, steps: range | None, folder: pathlib.Path):
         self._steps, self._folder = steps or range(0), folder
         self._tracing = False
 
     def run(self, number: int, step: Callable[..., Result], *arguments) -> Result:
-        """`step(*arguments)`, which is step `number` (from 1) of the run."""
+        """Return `step(*arguments)`, step `number` (from 1) of the run."""
         if number in self._steps and not self._tracing:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
@@ -111,11 +114,11 @@ class Profiler:
         return result
 
     def close(self) -> None:
-        """End a trace whose last step was not reached."""
+        """Write the trace if its last step was not reached."""
         if self._tracing:
             self._stop(None)
 
     def _stop(self, result) -> None:
-        jax.block_until_ready(result)  # steps run behind the host; the trace would lack their end
+        jax.block_until_ready(result)  # steps run asynchronously: without this the trace lacks their end
         jax.profiler.stop_trace()
         self._tracing, self._steps = False, range(0)

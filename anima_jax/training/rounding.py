@@ -1,6 +1,6 @@
 """Stochastic rounding to bfloat16: up or down at random, so that the mean is the value itself.
 
-An update smaller than half a step of bfloat16 (2^-9 of a weight) would be lost every time if rounded to nearest.
+Rounding to nearest would lose every update smaller than half a step of bfloat16 (2^-9 of a weight).
 """
 
 import jax
@@ -9,9 +9,9 @@ from jax import Array
 
 
 def stochastic_round(values: Array, key: Array) -> Array:
-    """float32 `values` as bfloat16: up with the probability of the fraction of a step that is cut off, else down.
+    """Return float32 `values` as bfloat16, rounded up with the probability of the fraction of a step that is cut off.
 
-    What bfloat16 can represent stays as it is, infinities and NaN too; no finite value becomes infinite.
+    Values that bfloat16 can represent are unchanged, infinities and NaN too; no finite value becomes infinite.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)

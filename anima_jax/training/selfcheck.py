@@ -1,7 +1,7 @@
-"""Does every parameter group learn that should, and does none move that should not? Asked whenever a run starts.
+"""A check at the start of every run: groups that should learn have gradients, and frozen groups do not move.
 
-A group without any gradient trains for days without a word: a text adapter whose output never reaches the network, a
-layer that the adapter's file has under another name. The step measures, `self_check` judges.
+Otherwise a group without gradients would go unnoticed for days, as when a text adapter's output never reaches the
+network. The train step measures the norms, `self_check` decides.
 """
 
 import math
@@ -15,22 +15,22 @@ from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
 
 ATTEMPTS = 2
-"""Steps in which a group must have shown a gradient.
+"""Steps within which a group must have a gradient.
 
-In a fresh network's first step only the output layer has one: it starts at zero, and lets nothing through before it has
-been updated once.
+In a new network only the output layer has one in the first step: it starts at zero and passes nothing on before its
+first update.
 """
 
 
 class GroupNorms(NamedTuple):
-    """By parameter group: the norm of the gradient, and the norm of what the step changed."""
+    """By parameter group: the norms of the gradient and of the update."""
 
     gradient: Mapping[str, Array | float]
     update: Mapping[str, Array | float]
 
 
 def group_norms(values: Params, groups: Mapping[str, str]) -> dict[str, Array]:
-    """Norm over each group of `values`; `groups` by parameter path."""
+    """Return the norm of each group of `values`; `groups` by parameter path."""
     return {
         group: optax.global_norm([value for path, value in values.items() if groups[path] == group])
         for group in sorted({groups[path] for path in values})
@@ -40,12 +40,12 @@ def group_norms(values: Params, groups: Mapping[str, str]) -> dict[str, Array]:
 def self_check(
     norms: GroupNorms, rates: Mapping[str, float], *, step: int, attempt: int, loss: float, adapter: bool
 ) -> bool:
-    """Whether the run has shown that all is well; if not, the next step is to be measured too.
+    """Return whether the run has passed; if not, the next step must be measured too.
 
-    `rates` are the groups' learning rates, 0 for frozen; `step` is the run's, the `attempt`-th since it started (from
-    1), and `loss` its loss. An `adapter` has no parameters in the group `base`. Raises UserError with the groups' names
-    if one is frozen and moved, or should learn and had no gradient in attempt `ATTEMPTS`. A step whose loss is 0 (all
-    of it masked) or not finite shows nothing.
+    `rates` are the groups' learning rates, 0 for frozen. `step` is the run's step, the `attempt`-th since it started
+    (from 1), with this `loss`: 0 (all masked) or one that is not finite proves nothing. An `adapter` has no parameters
+    in the group `base`. Raises UserError with the names of groups that are frozen and moved, or that should learn and
+    have no gradient in attempt `ATTEMPTS`.
     """
     moved = [group for group, norm in norms.update.items() if not rates[group] and float(norm) > 0]
     if moved:
@@ -54,18 +54,18 @@ def self_check(
     if not math.isfinite(total) or not loss or not math.isfinite(loss):
         return False
     learning = [group for group, rate in rates.items() if rate > 0 and not (adapter and group == "base")]
-    still = [group for group in learning if not float(norms.gradient.get(group, 0.0))]
-    if still and attempt >= ATTEMPTS:
-        found = "no parameters" if all(group not in norms.gradient for group in still) else "no gradient"
+    stuck = [group for group in learning if not float(norms.gradient.get(group, 0.0))]
+    if stuck and attempt >= ATTEMPTS:
+        found = "no parameters" if all(group not in norms.gradient for group in stuck) else "no gradient"
         raise UserError(
-            f"self-check: {_keys(still)} should learn, but had {found} in step {step}; "
+            f"self-check: {_keys(stuck)} should learn, but had {found} in step {step}; "
             "set the learning rate to 0 to freeze on purpose"
         )
-    return not still
+    return not stuck
 
 
 def describe(norms: GroupNorms) -> str:
-    """A line for each group: the norms of its gradient and of its update."""
+    """Return a table of the norms of each group's gradient and update."""
     lines = [f"{'group':<12} {'gradient':>12} {'update':>12}"]
     for group, norm in norms.gradient.items():
         lines.append(f"{group:<12} {float(norm):>12.3e} {float(norms.update[group]):>12.3e}")

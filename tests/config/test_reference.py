@@ -83,4 +83,4 @@ def test_what_diffusion_pipe_does_not_have_is_marked():
 def test_the_optimizers_that_are_named_can_be_built():
     rows = rows_of(PAGE.read_text(encoding="utf-8"))["`[optimizer]`"]
     named = {name.lower() for row in rows for name in re.findall(r"'(\w+)'", row[-1])}
-    assert {"adamw", "adamw8bitkahan", "muon", "prodigy"} <= named <= set(optimizers.names())
+    assert {"adamw", "adamw8bitkahan", "muon", "prodigy"} <= named <= set(optimizers.rows())

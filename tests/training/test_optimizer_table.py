@@ -317,7 +317,7 @@ def test_beta2_half_life_halves_a_gradients_weight_after_so_many_examples():
     assert_same(ours, peer, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("name", optimizers.rows())
 def test_every_name_trains_every_parameter_with_float32_moments(name):
     """Traced, not run: the step gives gradients and parameters, the state keeps its structure and Orbax can save it."""
     optimizer = build(name, clip_norm=1.0)
@@ -348,18 +348,18 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("GenericOptim", {}, "'muon'"),
         ("lbfgs", {}, "needs more than gradients"),
         ("adamw", {"nesterof": True}, "nesterof: not an argument of 'adamw' (did you mean 'nesterov'?)"),
-        ("adamw", {"amsgrad": True}, "take type = 'amsgrad'"),
-        ("adamw", {"nesterov": 1.5}, "true or false is expected"),
+        ("adamw", {"amsgrad": True}, "use type = 'amsgrad'"),
+        ("adamw", {"nesterov": 1.5}, "expected true or false"),
         ("sgd", {"betas": (0.9, 0.99)}, "betas"),
         ("sgd", {"eps": 1e-8}, "eps: not an argument of 'sgd'"),
         ("sgd", {"nesterov": True}, "needs a momentum"),
-        ("sgd", {"momentum": "much"}, "momentum = 'much': a number is expected"),
+        ("sgd", {"momentum": "much"}, "momentum = 'much': expected a number"),
         ("AdamWScheduleFree", {}, "did you mean 'schedule_free_"),
-        ("prodigy", {"decouple": False}, "weight decay is decoupled"),
+        ("prodigy", {"decouple": False}, "weight decay is always decoupled"),
         ("adafactor", {"relative_step": True}, "lr_scheduler"),
         ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
-        ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' takes 2"),
-        ("sm3", {"rates": LearningRates(SAME_RATES, "cosine")}, "one learning rate"),
+        ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' has 2"),
+        ("sm3", {"rates": LearningRates(SAME_RATES, "cosine")}, "a constant learning rate"),
         ("schedule_free_adamw", {"betas": (0.0, 0.99)}, "first beta above 0"),
         ("muon", {"preconditioning": "none"}, "preconditioning"),
     ],

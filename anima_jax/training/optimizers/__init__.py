@@ -1,9 +1,9 @@
-"""Parameter groups, learning rates and optimizers: `build` makes the one that a configuration names."""
+"""Parameter groups, learning rates and optimizers. `build` makes the optimizer of a configuration."""
 
 from anima_jax.checkpoints.names.groups import GROUPS, group_of, groups_by_path, is_decayed
 from anima_jax.training.optimizers.build import averaged, build, check
 from anima_jax.training.optimizers.rates import LearningRates
-from anima_jax.training.optimizers.table import names
+from anima_jax.training.optimizers.table import rows
 
 __all__ = [
     "GROUPS",
@@ -14,5 +14,5 @@ __all__ = [
     "group_of",
     "groups_by_path",
     "is_decayed",
-    "names",
+    "rows",
 ]

@@ -1,7 +1,7 @@
-"""AdamW with what optax's has not: moments in 8 bits, and StableAdamW's clipping of the update.
+"""AdamW with what optax's does not have: 8-bit moments, and StableAdamW's clipping of the update.
 
 8-bit moments: arXiv 2110.02861 (block-wise dynamic quantisation), 1 byte each and one float32 scale for 256 of them.
-StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v where that exceeds 1, as optimi does.
+StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v where that exceeds 1, as in optimi.
 
 The weights are float32 (or bfloat16, rounded stochastically), so they need no Kahan compensation.
 """
@@ -16,13 +16,13 @@ from jax import Array
 from anima_jax.training.optimizers.layers import transformation
 
 BLOCK = 256
-"""Values that share a scale."""
+"""Number of values that share a scale."""
 
 
 class Blocks(NamedTuple):
-    """Values in 8 bits: `codes` in their shape, `scales` with one entry for each block along the longest axis.
+    """Values in 8 bits: `codes` in their shape, `scales` with one entry per block along the longest axis.
 
-    int8 codes carry a sign, uint8 codes do not.
+    int8 codes are signed, uint8 codes are for values that are not negative.
     """
 
     codes: Array
@@ -30,9 +30,9 @@ class Blocks(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """Steps done, the mean of the gradients and that of their squares.
+    """Steps done, the running mean of the gradients and that of their squares.
 
-    In `Blocks` the latter's root is kept, which spans fewer decades.
+    `Blocks` contain the root of the latter, which spans fewer decades.
     """
 
     count: Array
@@ -41,10 +41,10 @@ class AdamState(NamedTuple):
 
 
 def _levels(codes: Array, dtype: Any) -> Array:
-    """The value in [0, 1] of a code's magnitude q: 0 for 0, else 10^(e − E) · (0.9·(q + 1) / 2^e − 0.8).
+    """Return the value in [0, 1] of a code's magnitude q: 0 for 0, else 10^(e − E) · (0.9·(q + 1) / 2^e − 0.8).
 
-    e is the position of q's highest bit, E that of the largest code's: decade e counts from the smallest and is cut
-    into 2^e equal steps. So the largest of a block is exact, and small values keep some digits.
+    e is the position of q's highest bit, E that of the largest code's: decade e, counted from the smallest, has 2^e
+    equal steps. So the largest value of a block is exact, and small values keep some digits.
     """
     top = 7 if dtype == jnp.uint8 else 6
     q = jnp.maximum(codes, 1)
@@ -55,7 +55,7 @@ def _levels(codes: Array, dtype: Any) -> Array:
 
 
 def _positions(level: Array, dtype: Any) -> Array:
-    """The inverse of `_levels`, continuous: a level between those of codes q and q + 1 is in [q, q + 1], linearly."""
+    """Invert `_levels`, interpolating linearly: a level between those of codes q and q + 1 is in [q, q + 1]."""
     top = 7 if dtype == jnp.uint8 else 6
     smallest = 10.0**-top
     decade = jnp.clip(jnp.ceil(jnp.log10(jnp.maximum(level, smallest))) + top, 0, top)
@@ -68,10 +68,10 @@ def _longest_axis(shape: tuple[int, ...]) -> int:
 
 
 def encode(values: Array, key: Array, dtype: Any = jnp.int8) -> Blocks:
-    """`values` (float32, not negative for uint8) in 8 bits, rounded up or down at random so that the mean is right.
+    """Return `values` (float32, not negative for uint8) in 8 bits, stochastically rounded so that the mean is kept.
 
-    Rounding to nearest would lose every change of a moment that is smaller than half a step, which with β2 = 0.999 is
-    nearly every one. A positive uint8 value never becomes 0, where the update would be divided by eps alone.
+    Rounding to nearest would lose every change of a moment smaller than half a step: nearly all of them at β2 = 0.999.
+    A positive uint8 value never becomes 0, where the update would be divided by eps alone.
     """
     axis = _longest_axis(values.shape)
     rows = jnp.moveaxis(values, axis, -1)
@@ -88,7 +88,7 @@ def encode(values: Array, key: Array, dtype: Any = jnp.int8) -> Blocks:
 
 
 def decode(stored: Blocks) -> Array:
-    """The values, float32."""
+    """Return the values in float32."""
     codes, scales = stored
     axis = _longest_axis(codes.shape)
     wide = codes.astype(jnp.int32)
@@ -106,7 +106,7 @@ def adamw(
     stabilize: bool = False,
     in_8_bits: bool = False,
 ) -> optax.GradientTransformation:
-    """AdamW on one tensor; see the module. `stabilize` takes its norm: stacked tensors need `layers.over_layers`."""
+    """AdamW on one tensor. `stabilize` uses the tensor's norm: stacked tensors need `layers.over_layers`."""
 
     def init(value):
         zeros = jnp.zeros(value.shape, jnp.float32)

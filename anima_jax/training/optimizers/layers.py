@@ -1,8 +1,8 @@
-"""Optimizers that see one tensor of a file at a time, although blocks are stacked.
+"""Transformations that update stacked blocks as if each layer were a tensor of its own, as it is in the file.
 
-Muon, Adafactor, LAMB and others look at a tensor's shape or norm. Stacked parameters are therefore mapped over their
-layer axis, so that the numbers are those of a run on the file's tensors. Their orientation (the file's matrices are
-transposed) changes nothing: norms, Newton-Schulz and factored moments of a transpose are the transpose of theirs.
+Muon, Adafactor, LAMB and others depend on a tensor's shape or norm, so stacked parameters are mapped over their layer
+axis. That the file's matrices are transposed changes nothing: norms, Newton-Schulz and factored moments commute with
+the transpose.
 """
 
 import math
@@ -16,20 +16,20 @@ import optax
 from anima_jax.models.parameters import Params
 
 ONE_AT_A_TIME = 2**20
-"""Layers of at least so many values are updated in turn, so that an update's working memory is one layer's."""
+"""Layers of at least this many values are updated one at a time, so that the working memory is that of one layer."""
 
 
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformation:
-    """init(params) → state and update(gradients, state, params) → (updates, state) as an optax transformation."""
+    """Make a transformation of init(params) → state and update(gradients, state, params) → (updates, state)."""
     return optax.GradientTransformation(init, update)
 
 
 def by_tensor(
     transforms: Mapping[str, optax.GradientTransformation], stacked: Collection[str]
 ) -> optax.GradientTransformation:
-    """Each parameter under the transformation of its path; the state is a dict of theirs.
+    """Update each parameter with the transformation of its path; the state is a dict of their states.
 
-    Those in `stacked` are mapped over their first axis, and so is what their state holds, except for counters.
+    Those in `stacked` are mapped over their first axis, and so are their states except for counters.
     """
     own = {path: over_layers(tx) if path in stacked else tx for path, tx in transforms.items()}
 
@@ -46,7 +46,7 @@ def by_tensor(
 
 
 def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A_TIME) -> optax.GradientTransformation:
-    """`transform` on every entry of one array's first axis; entries of at least `in_turn` values one after another."""
+    """Map `transform` over the first axis of an array; entries of at least `in_turn` values one after another."""
 
     def init(value):
         layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
@@ -81,7 +81,7 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
 
 
 def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
-    """Updates of the parameters in `rates` times a number for each layer of theirs; the others as they are."""
+    """Multiply the updates of the parameters in `rates` by one number per layer."""
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
         del params
@@ -94,30 +94,30 @@ def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransfor
 def together(
     transform: optax.GradientTransformation,
     relative: Mapping[str, float],
-    decay: Mapping[str, float],
-    decay_strength: Callable[[Any], Any] | None,
+    decay: Mapping[str, float] | None = None,
+    decay_factor: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """One transformation over all parameters, for estimates that they share (Prodigy's distance, DoG's).
+    """Apply `transform` to all parameters at once, for estimates that they share (Prodigy's distance, DoG's).
 
-    A group's updates are multiplied by its `relative` rate. `decay_strength` gives, from the state before the update,
-    what the weight decay of each path is multiplied by; None if `transform` applies the decay itself.
+    Updates are multiplied by the `relative` rate of their path. With `decay_factor`, the weights also shrink by their
+    path's `decay` times this function of the state before the update.
     """
 
     def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
         updates: Any
         updates, new = transform.update(grads, state, params)
-        if decay_strength is not None:
-            strength = decay_strength(state)
-            updates = {path: one - strength * decay[path] * params[path] for path, one in updates.items()}
+        if decay is not None and decay_factor is not None:
+            factor = decay_factor(state)
+            updates = {path: one - factor * decay[path] * params[path] for path, one in updates.items()}
         return {path: relative[path] * one for path, one in updates.items()}, new
 
     return transformation(transform.init, update)
 
 
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transform` with float32 gradients, parameters and so moments, whatever the parameters are stored in.
+    """Give `transform` float32 gradients and parameters, and so moments, whatever dtype the parameters have.
 
-    No array of its state is another one or one of the parameters, so that all can be donated.
+    No two arrays of its state and the parameters share a buffer, so that all can be donated.
     """
 
     def wide(tree):
@@ -142,7 +142,7 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def in_host_memory(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transform`, whose state lies in pinned host memory between the steps and visits the device for the update."""
+    """Keep the state of `transform` in pinned host memory between steps; it moves to the device for the update."""
 
     def moved(state, space):
         return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
