@@ -103,7 +103,7 @@ def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networ
         (["--width", "40", "--height", "48"], "width 40, expected a positive multiple of 16 (nearest: 32 and 48)"),
         (
             ["--width", "32", "48", "64", "--height", "32", "48"],
-            "3 values of --width, 2 of --height, expected one or as many",
+            "3 values of --width, 2 of --height, expected one or equally many",
         ),
         (["--seed", "-1"], "seed -1, expected a whole number ≥ 0"),
         (["--denoise", "0.5"], "denoise 0.5 needs an image to start from"),
@@ -133,10 +133,10 @@ def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
     image = ["--prompt", "x", "--image", tmp_path / "image.png"]
     for flags, message in (
         (["--prompts", tmp_path / "latin1.txt"], "latin1.txt: line 2 is not UTF-8 (byte 0xe4)"),
-        (["--prompts", tmp_path / "empty.txt"], "empty.txt: holds no prompt, expected one on each line"),
+        (["--prompts", tmp_path / "empty.txt"], "empty.txt: contains no prompt, expected one per line"),
         (["--prompts", tmp_path / "none.txt"], "none.txt: cannot be read: No such file or directory"),
-        (["--like", tmp_path / "words.png"], "words.png: cannot be read as a picture"),
-        (["--like", tmp_path / "image.png"], "image.png: holds no settings in its text chunks"),
+        (["--like", tmp_path / "words.png"], "words.png: cannot be read as an image"),
+        (["--like", tmp_path / "image.png"], "image.png: no parameters in its text chunks"),
         ([*image, "--mask", tmp_path / "mask.png"], "the mask is 48×32, expected the image's 32×48"),
         (["--prompt", "x", "--mask", tmp_path / "mask.png"], "a mask without an image"),
         (

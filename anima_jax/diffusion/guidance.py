@@ -1,4 +1,4 @@
-"""Guidance: how the estimates with the prompt and with the negative prompt make one.
+"""Guidance: one estimate from those with the prompt and with the negative prompt.
 
 Source: ComfyUI comfy/samplers.py (`cfg_function`, timestep ranges) and its CFGZeroStar node.
 Axes: b batch, l tokens, c values of a token; n evaluations.
@@ -14,23 +14,23 @@ from anima_jax.diffusion.schedules import shifted
 
 
 def guided(x_blc: Array, positive_blc: Array, negative_blc: Array, scale: Array, zero_star: Array) -> Array:
-    """Classifier-free guidance of estimates of the clean latents: negative + scale · (positive − negative).
+    """Combine estimates of the clean latents: negative + scale · (positive − negative), classifier-free guidance.
 
-    Where `zero_star` is true the negative estimate is scaled first (CFG-Zero*, arXiv 2503.18886): by the length along
-    its own direction from `x_blc` that the positive one has. Padding tokens are equal in all three.
+    Where `zero_star` is true the negative estimate is scaled first (CFG-Zero*, arXiv 2503.18886), by the projection of
+    the positive estimate's direction from `x_blc` on its own. Padding tokens are equal in all three arrays.
     """
     out_blc = negative_blc + scale * (positive_blc - negative_blc)
     to_positive, to_negative = x_blc - positive_blc, x_blc - negative_blc
     along_b11 = jnp.sum(to_positive * to_negative, (1, 2), keepdims=True)
-    share_b11 = along_b11 / (jnp.sum(to_negative**2, (1, 2), keepdims=True) + 1e-8)
-    return out_blc + jnp.where(zero_star, (share_b11 - 1.0) * (1.0 - scale), 0.0) * negative_blc
+    projection_b11 = along_b11 / (jnp.sum(to_negative**2, (1, 2), keepdims=True) + 1e-8)
+    return out_blc + jnp.where(zero_star, (projection_b11 - 1.0) * (1.0 - scale), 0.0) * negative_blc
 
 
-def scales(sigmas_n: np.ndarray, scale: float, interval: tuple[float, float], shift: float) -> np.ndarray:
-    """The guidance scale at each evaluation, float32: 1 outside of `interval`, where there is no guidance.
+def scale_schedule(sigmas_n: np.ndarray, scale: float, interval: tuple[float, float], shift: float) -> np.ndarray:
+    """Return the guidance scale at each evaluation, (n,), float32: 1, which is no guidance, outside `interval`.
 
-    `interval` are two shares of the sampling, from 0 at the beginning to 1, as ComfyUI counts them: before the shift.
+    `interval` is two fractions of the sampling, from 0 at its start to 1, counted before the shift as in ComfyUI.
     """
-    first, last = (shifted(1.0 - share, shift) for share in interval)
+    first, last = (shifted(1.0 - fraction, shift) for fraction in interval)
     first = math.inf if interval[0] == 0 else first
     return np.where((sigmas_n <= first) & (sigmas_n >= last), scale, 1.0).astype(np.float32)

@@ -17,7 +17,7 @@ from anima_jax.models.dit import PATCH
 PIXELS = PATCH * PATCH
 
 FLUX_SHIFT_LINE = ((256.0, 0.5), (4096.0, 1.15))
-"""`flux_shift`: (tokens a frame, mu) through which mu is linear."""
+"""`flux_shift`: mu is linear in the tokens per frame, through these two points (tokens, mu)."""
 
 MULTISCALE_MIN_SIDE = 0.9 * 1024.0 / 8.0
 """Latent side, sqrt(height · width), from which the multiscale term applies."""
@@ -27,7 +27,7 @@ TIME_METHODS = ("logit_normal", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class TimeDistribution:
-    """How training times are drawn. `shift` wins over `flux_shift`; None and False turn them off."""
+    """How training times are drawn. `shift` overrides `flux_shift`; None and False turn them off."""
 
     method: str = "logit_normal"
     sigmoid_scale: float = 1.0
@@ -39,17 +39,17 @@ class TimeDistribution:
             raise ValueError(f"time distribution '{self.method}', expected one of {', '.join(TIME_METHODS)}")
 
     def times(self, uniform_b: Array, grid_b3: Array) -> Array:
-        """Times in [0, 1], (b,), of numbers uniform in (0, 1): their quantiles. `grid_b3` is in patches."""
+        """Return the times in [0, 1], (b,), at quantiles `uniform_b` in (0, 1). `grid_b3` is in patches."""
         if self.method == "uniform":
             return self.shifted(uniform_b, grid_b3)
         return self.times_of_normal(jax.scipy.special.ndtri(uniform_b), grid_b3)
 
     def times_of_normal(self, normal_b: Array, grid_b3: Array) -> Array:
-        """Times of `logit_normal` from standard normal numbers."""
+        """Return the times of `logit_normal` for standard normal numbers."""
         return self.shifted(jax.nn.sigmoid(self.sigmoid_scale * normal_b), grid_b3)
 
     def shifted(self, times_b: Array, grid_b3: Array) -> Array:
-        """Times moved towards noise by `shift`, or by each example's size."""
+        """Move times towards noise by `shift`, or according to each example's size."""
         if self.shift is not None:
             return self.shift * times_b / (1.0 + (self.shift - 1.0) * times_b)
         if self.flux_shift:
@@ -61,7 +61,7 @@ class TimeDistribution:
 
 
 def interpolate(x0_blc: Array, noise_blc: Array, times_b: Array) -> Array:
-    """Point at time `times_b` in [0, 1] (0 data, 1 noise) on the line from data to noise, in float32."""
+    """Return the point at time `times_b` in [0, 1] (0 data, 1 noise) on the line from data to noise, in float32."""
     t_b11 = times_b[:, None, None]
     return (1.0 - t_b11) * x0_blc + t_b11 * noise_blc
 
@@ -82,22 +82,22 @@ ELEMENT_LOSSES: dict[str, Callable[[Array, float], Array]] = {
     "smooth_l1_beta": _smooth_l1,
     "pseudo_huber_c": lambda error, c: jnp.sqrt(error**2 + c**2) - c,
 }
-"""Loss of one element's error, by the configuration key that chooses it (mean squared error without any)."""
+"""Configuration key → loss of one element's error; without any of these keys it is "mse"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """`kind` is a key of `ELEMENT_LOSSES`, `parameter` its number; `multiscale_weight` 0 turns that term off."""
+    """The training loss. `kind` is a key of `ELEMENT_LOSSES`, `parameter` its number, and 0 turns multiscale off."""
 
     kind: str = "mse"
     parameter: float = 0.0
     multiscale_weight: float = 0.0
 
     def __call__(self, out_blc: Array, target_blc: Array, grid_b3: Array, mask_blp: Array | None = None) -> Array:
-        """Loss of each example, (b,), float32: the mean over its real elements.
+        """Return the loss of each example, (b,), float32: the mean over its real elements.
 
-        Tokens beyond an example's grid count nothing. `mask_blp` weights each latent pixel; it multiplies the loss, and
-        its area does not divide. The multiscale term, for large pictures only, compares 2×2 averages without the mask.
+        Tokens beyond an example's grid do not count. `mask_blp` weights each latent pixel; the loss is multiplied by it
+        and not divided by its area. The multiscale term, for large images only, compares 2×2 averages without the mask.
         """
         batch, length, features = out_blc.shape
         error_blpc = (out_blc.astype(jnp.float32) - target_blc.astype(jnp.float32)).reshape(batch, length, PIXELS, -1)
@@ -117,7 +117,7 @@ class Loss:
 
 
 def batch_mean(losses_b: Array, weights_b: Array | None = None) -> Array:
-    """Mean over the examples; those of weight 0 (filler) count nothing."""
+    """Return the mean over the examples; those of weight 0 (filler) do not count."""
     if weights_b is None:
         return jnp.mean(losses_b)
     return jnp.sum(losses_b * weights_b) / jnp.maximum(jnp.sum(weights_b), 1e-20)

@@ -1,11 +1,12 @@
-"""Random numbers of training: each a pure function of (seed, epoch, example id, purpose).
+"""Random numbers for training: each a pure function of (seed, epoch, example id, purpose).
 
-So a run draws the same noise, times and dropout on any number of devices and at any split into micro-batches.
+A run therefore draws the same noise, times and dropout on any number of devices and with any micro-batch size.
 Noise is drawn in token order, (l, features): the numbers of a token do not depend on how much padding follows.
 Axes: b batch, l tokens.
 """
 
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import Array
 
 
 class Purpose(enum.IntEnum):
-    """What a number is for. A new purpose takes a new value; old ones never change, or resumed runs would."""
+    """What a number is for. New purposes get new values; old values never change, or resumed runs would differ."""
 
     TIME = 0
     NOISE = 1
@@ -24,16 +25,16 @@ class Purpose(enum.IntEnum):
 
 
 def split_ids(ids: np.ndarray) -> np.ndarray:
-    """Example ids (b,) of up to 64 bits as two uint32 each, (b, 2): JAX's integers have 32 bits."""
+    """Split 64-bit example ids (b,) into two uint32 each, (b, 2): JAX's integers have 32 bits."""
     ids = np.asarray(ids, np.uint64)
     return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def example_keys(seed: Array | int, epochs_b: Array, ids_b2: Array, purpose: Purpose) -> Array:
-    """One key an example, (b,)."""
+    """Return one key per example, (b,)."""
     base = jax.random.key(seed)
 
-    def one(epoch, id_2):
+    def one(epoch: Array, id_2: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(base, epoch), id_2[0])
         return jax.random.fold_in(jax.random.fold_in(key, id_2[1]), purpose)
 
@@ -41,10 +42,10 @@ def example_keys(seed: Array | int, epochs_b: Array, ids_b2: Array, purpose: Pur
 
 
 def normal(keys_b: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal numbers (b, *shape), float32."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_b)
+    """Return standard normal numbers (b, *shape), float32."""
+    return jax.vmap(functools.partial(jax.random.normal, shape=shape, dtype=jnp.float32))(keys_b)
 
 
 def uniform(keys_b: Array) -> Array:
-    """Uniform numbers in [0, 1), (b,), float32."""
-    return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys_b)
+    """Return uniform numbers in [0, 1), (b,), float32."""
+    return jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32))(keys_b)

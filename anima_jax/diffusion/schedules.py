@@ -1,8 +1,8 @@
-"""Noise levels (sigmas) to sample at, from noise (about 1) down to 0, by ComfyUI's names.
+"""Noise levels (sigmas) to sample at, from noise (about 1) down to 0, under ComfyUI's names.
 
 Source: ComfyUI comfy/samplers.py, comfy/k_diffusion/sampling.py and `ModelSamplingDiscreteFlow` in
 comfy/model_sampling.py; beta57 is RES4LYF's. Computed in float64 on the host; there are only a few. A schedule takes
-the number of steps and the shift, and gives the levels without the closing 0.
+the number of steps and the shift, and returns the levels without the final 0.
 """
 
 from collections.abc import Callable
@@ -14,38 +14,38 @@ from scipy.special import betaincinv
 TABLE_SIZE = 1000
 
 LINEAR_END = 0.025
-"""`linear_quadratic`: how much noise is taken away by the first half of the steps."""
+"""`linear_quadratic`: how much noise the first half of the steps removes."""
 
 KARRAS_RHO = 7.0
 
 FULL_DENOISE = 0.9999
-"""Above it, denoising counts as complete."""
+"""Denoising counts as complete above this."""
 
 
 def shifted(times: Any, shift: float) -> Any:
-    """s·t / (1 + (s − 1)·t) of a number or an array: more steps at high noise for s > 1."""
+    """Return s·t / (1 + (s − 1)·t) of a number or an array: more steps at high noise for s > 1."""
     return shift * times / (1.0 + (shift - 1.0) * times)
 
 
 def sigma_table(shift: float) -> np.ndarray:
-    """The flow model's 1,000 discrete levels, ascending."""
+    """Return the flow model's 1,000 discrete levels, ascending."""
     return shifted(np.arange(1, TABLE_SIZE + 1) / TABLE_SIZE, shift)
 
 
 def simple(steps: int, shift: float) -> np.ndarray:
     """Every (1000 / steps)-th level of the table, from the top."""
-    # A rounded quotient, as there: half of 38 steps is level 499 and not 500.
+    # Rounded in floating point as in ComfyUI: half of 38 steps is level 499, not 500.
     stride = TABLE_SIZE / steps
     return sigma_table(shift)[[-(1 + int(i * stride)) for i in range(steps)]]
 
 
 def sgm_uniform(steps: int, shift: float) -> np.ndarray:
-    """Evenly from the largest level to before the smallest, then shifted; the ends are levels, so shifted twice."""
+    """Evenly from the largest level to one step before the smallest, then shifted; the ends are thus shifted twice."""
     return shifted(np.linspace(1.0, sigma_table(shift)[0], steps + 1)[:-1], shift)
 
 
 def normal(steps: int, shift: float) -> np.ndarray:
-    """As `sgm_uniform`, with the smallest level as the last."""
+    """Like `sgm_uniform`, with the smallest level as the last."""
     return shifted(np.linspace(1.0, sigma_table(shift)[0], steps), shift)
 
 
@@ -66,7 +66,7 @@ def ddim_uniform(steps: int, shift: float) -> np.ndarray:
 
 
 def beta(steps: int, shift: float, a: float = 0.6, b: float = 0.6) -> np.ndarray:
-    """Levels at quantiles of the beta distribution (arXiv 2407.12173); those that fall together count once."""
+    """Levels at quantiles of the beta distribution (arXiv 2407.12173); duplicates count once."""
     quantiles = betaincinv(a, b, 1.0 - np.linspace(0.0, 1.0, steps, endpoint=False))
     picked = np.rint(quantiles * (TABLE_SIZE - 1)).astype(int)
     return sigma_table(shift)[picked[np.diff(picked, prepend=-1) != 0]]
@@ -78,7 +78,7 @@ def beta57(steps: int, shift: float) -> np.ndarray:
 
 
 def linear_quadratic(steps: int, shift: float) -> np.ndarray:
-    """Half the steps a straight line of little slope, then the parabola that continues it to 0; not shifted."""
+    """Half the steps on a flat line, then the parabola that continues it smoothly to 0; not shifted."""
     line = steps // 2
     if line == 0:
         return np.ones(1)
@@ -108,16 +108,16 @@ SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
         kl_optimal,
     )
 }
-"""Name → (steps, shift) → sigmas, descending, without the closing 0."""
+"""Name → (steps, shift) → sigmas, descending, without the final 0."""
 
 
 def sigmas(
     schedule: str, steps: int, shift: float = 3.0, *, denoise: float = 1.0, without_penultimate: bool = False
 ) -> np.ndarray:
-    """The levels to sample at, float32, strictly descending to 0; for most schedules `steps` + 1 of them.
+    """Return the levels to sample at, float32, strictly descending to 0; for most schedules `steps` + 1 of them.
 
-    `denoise` in (0, 1] takes the last `steps` of the steps / denoise that a picture from pure noise would have. A
-    sampler that does `without_penultimate` takes one level more and leaves out the last above 0.
+    With `denoise` in (0, 1] they are the last `steps` of the steps / denoise that an image from pure noise would have.
+    `without_penultimate` computes one level more and drops the last one above 0.
     """
     partial = denoise <= FULL_DENOISE
     levels = SCHEDULES[schedule]((int(steps / denoise) if partial else steps) + without_penultimate, shift)

@@ -1,13 +1,14 @@
-"""The noise of a picture: where it starts, and what a sampler adds at its steps.
+"""The noise of an image: where sampling starts, and what a sampler adds at its steps.
 
 ComfyUI starts from the CPU's stream for the seed, drawn for a whole batch at once, on every machine. The steps' noise
-comes from the device that it samples on: on a GPU from the CUDA stream for the seed, on a CPU from a stream for the
+comes from the device it samples on: on a GPU from the CUDA stream for the seed, on a CPU from a stream for the
 seed + 1 (`default_noise_sampler` in comfy/k_diffusion/sampling.py), and the dpmpp SDE samplers' from a Brownian path.
 Arrays have torch's layout, (b, c, t, y, x).
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,22 +22,22 @@ from anima_jax.errors import UserError, did_you_mean
 KINDS = ("torch-cpu", "torch-cuda", "jax")
 
 _LIKELY_GPU = "rtx4090"
-"""Whose order of numbers `torch-cuda` takes where no GPU is named or found."""
+"""The GPU whose order of numbers `torch-cuda` uses if no GPU is named or found."""
 
 _FEWER_THREADS = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "12.0": 1536, "12.1": 1536}
-"""Threads that a multiprocessor holds, by compute capability, where it is not 2048."""
+"""Compute capability → threads per multiprocessor, where that is not 2048."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseKind:
-    """A stream of step noise: one of `DEVICE_SPECS`, and for `torch-cuda` the GPU that it is torch's on."""
+    """A stream of step noise: one of `KINDS`, and for `torch-cuda` the GPU whose order of numbers it has."""
 
     kind: str
     gpu: CUDADevice | None = None
 
     @classmethod
     def parse(cls, text: str) -> "NoiseKind":
-        """`torch-cpu`, `torch-cuda`, `torch-cuda:GPU` or `jax`. Raises UserError for another word."""
+        """Parse `torch-cpu`, `torch-cuda`, `torch-cuda:GPU` or `jax`. Raises UserError for anything else."""
         kind, colon, gpu = text.partition(":")
         if kind not in KINDS or (colon and kind != "torch-cuda"):
             raise UserError(f"noise '{text}', expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
@@ -48,22 +49,23 @@ class NoiseKind:
 
 
 def local_gpu() -> CUDADevice | None:
-    """The first GPU of this machine, if it has an NVIDIA one."""
-    device = jax.local_devices()[0]
+    """Return the first GPU of this machine, or None unless it is NVIDIA's."""
+    devices: list[Any] = jax.local_devices()
+    device = devices[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
         return None
     return CUDADevice(device.core_count, _FEWER_THREADS.get(str(device.compute_capability), 2048))
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What a batch of this shape starts from, float32."""
+    """Return the noise that a batch of this shape starts from, float32."""
     return CPUStream(seed).randn(shape)
 
 
 class StepNoise:
-    """A batch's noises in the order in which `sampler` uses them, from torch's streams, each float32 of `shape`.
+    """A batch's noise arrays in the order in which `sampler` uses them, from torch's streams, each float32 of `shape`.
 
-    `sigmas` are the levels that are sampled at. `kind` is not "jax": that noise is drawn on the device.
+    `sigmas` are the levels sampled at. `kind` is not "jax", whose noise is drawn on the device.
     """
 
     def __init__(self, kind: NoiseKind, seed: int, shape: tuple[int, ...], sampler: Sampler, sigmas: np.ndarray):
@@ -77,5 +79,5 @@ class StepNoise:
             self._stream = on_gpu(seed) if on_gpu else CPUStream(seed + 1)
 
     def next(self, draw: Draw) -> np.ndarray:
-        """The next noise, which stands for the path of `draw`."""
+        """Return the next noise, which stands for the path of `draw`."""
         return self._path(*draw) if self._path else self._stream.randn(self._shape)

@@ -1,6 +1,6 @@
-"""Torch's streams of normal numbers, without torch: `randn` on a CPU, and on a CUDA device.
+"""Torch's streams of normal numbers without torch: `torch.randn` on a CPU and on a CUDA device.
 
-ComfyUI starts every picture from the CPU's stream, and draws the noise of a step from that of the device it runs on; so
+ComfyUI starts every image from the CPU's stream and draws a step's noise from the stream of the device it runs on, so
 the same seed must give the same numbers here. Sources: at::normal_fill and at::CPUGeneratorImpl; ATen's
 native/cuda/DistributionTemplates.h with cuRAND's Philox generator. Torch's vectorised sine, cosine and logarithm round
 differently, so numbers agree to about 5e-7.
@@ -17,37 +17,32 @@ _BLOCK = 16
 
 
 class Stream(Protocol):
-    """A generator that was seeded once; every call goes on where the last one ended."""
+    """A generator that is seeded once; every call continues where the last one ended."""
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normal numbers, float32: the stream's next."""
+        """Return the stream's next standard normal numbers, float32."""
         ...
-
-
-def randn(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Standard normal numbers, float32, that a fresh CPU generator of this seed (64 bits) gives first."""
-    return CPUStream(seed).randn(shape)
 
 
 class CPUStream:
     """`torch.Generator("cpu").manual_seed(seed)`."""
 
     def __init__(self, seed: int):
-        # The Mersenne Twister takes the low 32 bits of the seed, as torch's does.
+        # The Mersenne Twister uses the low 32 bits of the seed, as torch's does.
         self._generator = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normal numbers, float32: the stream's next."""
+        """Return the stream's next standard normal numbers, float32."""
         size = math.prod(shape)
         if size < _BLOCK:
             return np.array([self._next() for _ in range(size)], np.float32).reshape(shape)
         uniforms = self._uniform24(size)
-        whole = size - size % _BLOCK
+        full = size - size % _BLOCK
         normals = np.empty(size, np.float32)
-        normals[:whole] = _box_muller_blocks(uniforms[:whole])
-        if whole < size:
-            # A tail that is no whole block: the last sixteen numbers are drawn anew.
+        normals[:full] = _box_muller_blocks(uniforms[:full])
+        if full < size:
+            # The tail is not a full block: torch draws the last sixteen numbers again.
             normals[-_BLOCK:] = _box_muller_blocks(self._uniform24(_BLOCK))
         return normals.reshape(shape)
 
@@ -58,7 +53,7 @@ class CPUStream:
         return (self._words(count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
 
     def _next(self) -> float:
-        """Small tensors: number by number in double precision, cosine first, its sine kept for the next."""
+        """Draw one number in float64, for small tensors: the cosine first, the sine kept for the next call."""
         if self._kept is not None:
             kept, self._kept = self._kept, None
             return kept
@@ -78,7 +73,7 @@ def _box_muller_blocks(uniforms: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CUDADevice:
-    """What of an NVIDIA GPU decides the order of `torch.cuda.randn`: how many threads it can hold at once."""
+    """What determines the order of `torch.cuda.randn` on an NVIDIA GPU: how many threads can be resident at once."""
 
     multiprocessors: int
     threads_per_multiprocessor: int
@@ -104,17 +99,16 @@ CUDA_DEVICES = {
 }
 """From NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities."""
 
-_THREADS_A_BLOCK = 256
-_PER_CALL = 4
-"""Numbers that one Philox call makes; a thread puts them a whole grid apart."""
+_THREADS_PER_BLOCK = 256
+_NUMBERS_PER_CALL = 4
+"""Numbers that one Philox call makes; a thread writes them one grid apart."""
 
 
 class CUDAStream:
     """`torch.Generator("cuda").manual_seed(seed)` on this device.
 
-    Thread i of the grid has the Philox counter's high half to itself; its low half counts the calls. Tensors of more
-    elements than the device has threads are filled by several numbers of each thread, so that their order depends on
-    the device.
+    The Philox counter's high half is the thread's index in the grid, its low half counts the calls. If a tensor has
+    more elements than the device has threads, each thread fills several, so their order depends on the device.
     """
 
     def __init__(self, seed: int, device: CUDADevice):
@@ -123,15 +117,15 @@ class CUDAStream:
         self._calls = 0
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normal numbers, float32: the stream's next."""
+        """Return the stream's next standard normal numbers, float32."""
         size = math.prod(shape)
         if size == 0:
             return np.empty(shape, np.float32)
         device = self._device
-        resident = device.multiprocessors * (device.threads_per_multiprocessor // _THREADS_A_BLOCK)
-        threads = min(resident, -(-size // _THREADS_A_BLOCK)) * _THREADS_A_BLOCK
-        rounds = -(-size // (threads * _PER_CALL))
-        normals = np.empty((rounds, _PER_CALL, threads), np.float32)
+        resident = device.multiprocessors * (device.threads_per_multiprocessor // _THREADS_PER_BLOCK)
+        threads = min(resident, -(-size // _THREADS_PER_BLOCK)) * _THREADS_PER_BLOCK
+        rounds = -(-size // (threads * _NUMBERS_PER_CALL))
+        normals = np.empty((rounds, _NUMBERS_PER_CALL, threads), np.float32)
         for index in range(rounds):
             counter = np.zeros((4, threads), np.uint32)
             counter[0], counter[1] = self._calls & 0xFFFFFFFF, self._calls >> 32
@@ -142,7 +136,7 @@ class CUDAStream:
 
 
 def philox4x32(counter_4n: np.ndarray, key_2: np.ndarray, rounds: int = 10) -> np.ndarray:
-    """Philox 4×32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four uint32 a counter."""
+    """Philox 4×32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four uint32 per counter."""
     a, b, c, d = (word.astype(np.uint64) for word in counter_4n)
     key_0, key_1 = (int(word) for word in key_2)
     low = np.uint64(0xFFFFFFFF)
@@ -155,7 +149,7 @@ def philox4x32(counter_4n: np.ndarray, key_2: np.ndarray, rounds: int = 10) -> n
 
 
 def _box_muller_pairs(words_4n: np.ndarray) -> np.ndarray:
-    """Words 0 and 1 make numbers 0 and 1, words 2 and 3 the others; sine first."""
+    """Make numbers 0 and 1 from words 0 and 1, numbers 2 and 3 from words 2 and 3; sine first."""
     unit, turn = np.float32(2.0**-32), np.float32(2.0**-32 * 2.0 * math.pi)
     radius = np.sqrt(np.float32(-2) * np.log(words_4n[::2].astype(np.float32) * unit + unit / 2))
     angle = words_4n[1::2].astype(np.float32) * turn + turn / 2

@@ -1,30 +1,38 @@
-"""What is shown of a picture while it is being drawn: a bar, and intermediate pictures.
-
-Both are told of an evaluation of the network while the next one runs; see `pipeline.ProgressCallback`.
-"""
+"""What is shown while sampling runs: a progress bar and previews."""
 
 import concurrent.futures
+import contextlib
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from anima_jax.parallel.hosts import is_process_0
-from anima_jax.sampling.request import save_picture, to_images
+from anima_jax.sampling.images import save_image, to_images
 
 Latents = Callable[[], list[np.ndarray]]
+
+ProgressCallback = Callable[[int, int, Latents], None]
+"""Called with the number of evaluations done, their total, and a function that returns the latest clean latents.
+
+The call for one evaluation happens while the next one runs. The latents are the network's estimate, (t, y, x, c) for
+each image.
+"""
+
+Decode = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview in latent pixels: 256 pixels."""
 
 
 class ProgressBar:
-    """Counts evaluations of the network, and how many there are in a second."""
+    """A bar that counts evaluations of the network, and evaluations per second."""
 
     def __init__(self):
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __call__(self, done: int, total: int, latents: Latents) -> None:
         if self._bar is None:
@@ -35,36 +43,52 @@ class ProgressBar:
 
 
 class Previews:
-    """Writes a small picture of the clean estimate of every `every`-th evaluation: `out.png` gets `out.step005.png`.
+    """Writes a small image of every `every`-th clean estimate: for `out.png`, `out.step005.png` and so on.
 
-    They are made in another thread, of latents averaged down to 256 pixels, so that sampling does not wait for them.
+    Another thread decodes them, from latents averaged down to 256 pixels, so that sampling does not wait.
     """
 
-    def __init__(
-        self, decode: Callable[[list[np.ndarray]], list[np.ndarray]], paths: Sequence[pathlib.Path], every: int
-    ):
+    def __init__(self, decode: Decode, paths: Sequence[pathlib.Path], every: int):
         self._decode, self._paths, self._every = decode, paths, every
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._writing: list[concurrent.futures.Future] = []
+        self._pending: list[concurrent.futures.Future[None]] = []
 
     def __call__(self, done: int, total: int, latents: Latents) -> None:
         if 0 < done < total and done % self._every == 0:
-            self._writing.append(self._thread.submit(self._write, done, [reduced(x) for x in latents()]))
+            self._pending.append(self._thread.submit(self._write, done, [downsample(x) for x in latents()]))
 
     def _write(self, done: int, latents: list[np.ndarray]) -> None:
         for image, path in zip(to_images(self._decode(latents)), self._paths, strict=True):
-            save_picture(image, path.with_suffix(f".step{done:03d}.png"))
+            save_image(image, path.with_suffix(f".step{done:03d}.png"))
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for unfinished previews, and raise the first error in writing one."""
         self._thread.shutdown()
-        for writing in self._writing:
-            writing.result()
+        for preview in self._pending:
+            preview.result()
 
 
-def reduced(latents_tyxc: np.ndarray, side: int = PREVIEW_LATENTS) -> np.ndarray:
-    """The latents averaged over squares, so that no side is longer than `side`."""
+@contextlib.contextmanager
+def progress(
+    decode: Decode, paths: Sequence[pathlib.Path], preview_every: int | None
+) -> Generator[ProgressCallback, None, None]:
+    """Yield a callback that shows a bar and, with `preview_every`, writes previews of the images at `paths`."""
+    bar = ProgressBar()
+    if preview_every is None:
+        yield bar
+        return
+    with contextlib.closing(Previews(decode, paths, preview_every)) as previews:
+
+        def callback(done: int, total: int, latents: Latents) -> None:
+            bar(done, total, latents)
+            previews(done, total, latents)
+
+        yield callback
+
+
+def downsample(latents_tyxc: np.ndarray, side: int = PREVIEW_LATENTS) -> np.ndarray:
+    """Average the latents over squares, so that no side is longer than `side`."""
     t, y, x, c = latents_tyxc.shape
     square = math.ceil(max(y, x) / side)
-    whole = latents_tyxc[:, : y - y % square, : x - x % square]
-    return whole.reshape(t, y // square, square, x // square, square, c).mean(axis=(2, 4))
+    cropped = latents_tyxc[:, : y - y % square, : x - x % square]
+    return cropped.reshape(t, y // square, square, x // square, square, c).mean(axis=(2, 4))

@@ -1,6 +1,7 @@
-"""The noise of a batch of pictures: each picture's as if its own batch of ComfyUI's were drawn alone."""
+"""The noise of a batch of images: each image gets the noise that a ComfyUI batch of its own would give it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,44 +13,44 @@ from anima_jax.sampling.request import ImageRequest
 
 
 class BatchNoise:
-    """Arrays (t, y, x, c), float32, one a picture. Pictures of one seed, size and batch share what is drawn."""
+    """One float32 array (t, y, x, c) per image. Images of the same seed, size and batch size share one draw."""
 
-    def __init__(self, pictures: Sequence[ImageRequest], kind: str, sampler: Sampler, sigmas: np.ndarray):
-        self._pictures = pictures
-        self.start = self._arrays(lambda picture: initial_noise(picture.seed, _shape(picture)))
-        """Where sampling begins."""
+    def __init__(self, requests: Sequence[ImageRequest], kind: str, sampler: Sampler, sigmas: np.ndarray):
+        self._requests = requests
+        self.start = self._per_image(lambda request: initial_noise(request.seed, _shape(request)))
+        """The noise that sampling starts from."""
         self.outside_mask = self.start
-        """What the latents that inpainting keeps are noised with."""
+        """The noise added to the latents that inpainting keeps."""
         if sampler.fresh_noise_outside_mask:
-            self.outside_mask = self._arrays(lambda picture: initial_noise(picture.seed + 1, _shape(picture)))
+            self.outside_mask = self._per_image(lambda request: initial_noise(request.seed + 1, _shape(request)))
         self.keys_b3: np.ndarray | None = None
-        """Of noise that the device draws itself, uint32: the seed's halves and the place in the batch."""
+        """Keys of noise drawn on the device, uint32: both halves of the seed and the position in the batch."""
         parsed = NoiseKind.parse(kind)
         if parsed.kind == "jax":
-            halves = [(p.seed & 0xFFFFFFFF, p.seed >> 32, p.batch_index) for p in pictures]
-            self.keys_b3 = np.array(halves, np.uint32)
+            keys = [(r.seed & 0xFFFFFFFF, r.seed >> 32, r.batch_index) for r in requests]
+            self.keys_b3 = np.array(keys, np.uint32)
         else:
-            groups = {_group(picture): picture for picture in pictures}
+            groups = {_group(request): request for request in requests}
             self._streams = {
-                group: StepNoise(parsed, picture.seed, _shape(picture), sampler, sigmas)
-                for group, picture in groups.items()
+                group: StepNoise(parsed, request.seed, _shape(request), sampler, sigmas)
+                for group, request in groups.items()
             }
 
     def step(self, draw: Draw) -> list[np.ndarray]:
-        """The next of the sampler's noises, from torch's streams."""
-        return self._arrays(lambda picture: self._streams[_group(picture)].next(draw))
+        """Return the sampler's next noise from torch's streams."""
+        return self._per_image(lambda request: self._streams[_group(request)].next(draw))
 
-    def _arrays(self, batch_noise: Callable[[ImageRequest], np.ndarray]) -> list[np.ndarray]:
-        drawn: dict[tuple, np.ndarray] = {}
-        for picture in self._pictures:
-            if _group(picture) not in drawn:
-                drawn[_group(picture)] = np.moveaxis(batch_noise(picture), 1, -1)
-        return [drawn[_group(picture)][picture.batch_index] for picture in self._pictures]
-
-
-def _group(picture: ImageRequest) -> tuple:
-    return picture.seed, picture.latent_size, picture.batch_size
+    def _per_image(self, batch_noise: Callable[[ImageRequest], np.ndarray]) -> list[np.ndarray]:
+        drawn: dict[Any, np.ndarray] = {}
+        for request in self._requests:
+            if _group(request) not in drawn:
+                drawn[_group(request)] = np.moveaxis(batch_noise(request), 1, -1)
+        return [drawn[_group(request)][request.batch_index] for request in self._requests]
 
 
-def _shape(picture: ImageRequest) -> tuple[int, ...]:
-    return picture.batch_size, OUT_CHANNELS, 1, *picture.latent_size
+def _group(request: ImageRequest) -> tuple[int, tuple[int, int], int]:
+    return request.seed, request.latent_size, request.batch_size
+
+
+def _shape(request: ImageRequest) -> tuple[int, ...]:
+    return request.batch_size, OUT_CHANNELS, 1, *request.latent_size

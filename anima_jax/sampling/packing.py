@@ -1,8 +1,8 @@
-"""Pictures of several sizes as one batch of tokens.
+"""Images of several sizes as one batch of tokens.
 
-Each picture's patches come first, zeros follow up to the token budget. Budgets are few, so that pictures of many sizes
-share a compiled program, and padding is an eighth of it at most.
-Axes: b batch, l tokens, c the 64 values of a token; one picture's latents are (t, y, x, 16).
+Each image's patches come first; zeros follow up to the token budget. There are few budgets, so that images of many
+sizes share a compiled program, and at most an eighth of the tokens is padding.
+Axes: b batch, l tokens, c the 64 values of a token; one image's latents are (t, y, x, 16).
 """
 
 import math
@@ -14,33 +14,39 @@ import numpy as np
 from anima_jax.models.dit import PATCH, patchify, unpatchify
 
 BUDGET_STEP = 16
-BUDGETS_AN_OCTAVE = 8
+BUDGETS_PER_OCTAVE = 8
 
 
 def token_budget(tokens: int) -> int:
-    """The smallest budget for so many tokens: eight between a power of two and the next, multiples of 16."""
+    """Return the smallest budget for this many tokens: 8 between two powers of two, all multiples of 16."""
     octave = 2 ** max(0, math.ceil(math.log2(tokens)) - 1)
-    step = max(BUDGET_STEP, octave // BUDGETS_AN_OCTAVE)
+    step = max(BUDGET_STEP, octave // BUDGETS_PER_OCTAVE)
     return -(-tokens // step) * step
 
 
 class TokenPacking:
-    """Where pictures of these latent sizes (t, y, x) lie: `grid_b3` in patches, and `length` tokens for each."""
+    """How latents of these sizes (t, y, x) are laid out as tokens.
 
-    def __init__(self, sizes: Sequence[tuple[int, int, int]]):
+    `grid_b3` is each image's size in patches, `length` the token budget of the largest image.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, ...]]):
         self.grid_b3 = np.array([(t, y // PATCH, x // PATCH) for t, y, x in sizes], np.int32)
         self.length = token_budget(int(self.grid_b3.prod(axis=1).max()))
 
     def pack(self, latents: Sequence[Any]) -> np.ndarray:
-        """Tokens (b, l, c), float32, of each picture's latents."""
+        """Return the tokens (b, l, c), float32, of each image's latents."""
         features = PATCH * PATCH * latents[0].shape[-1]
         tokens_blc = np.zeros((len(latents), self.length, features), np.float32)
-        for row, picture in zip(tokens_blc, latents, strict=True):
-            patches = patchify(picture[None])[0]
+        for row, image in zip(tokens_blc, latents, strict=True):
+            patches = patchify(image[None])[0]
             row[: len(patches)] = patches
         return tokens_blc
 
-    def unpack(self, tokens_blc: Any) -> list[Any]:
-        """The inverse of `pack`, on the host."""
-        pairs: Any = zip(np.asarray(tokens_blc), self.grid_b3.tolist(), strict=True)
-        return [unpatchify(row[None, : math.prod(grid)], *grid)[0] for row, grid in pairs]
+    def unpack(self, tokens_blc: Any) -> list[np.ndarray]:
+        """Return each image's latents on the host: the inverse of `pack`."""
+        rows, grids = np.asarray(tokens_blc), self.grid_b3.tolist()
+        latents: list[Any] = [
+            unpatchify(row[None, : math.prod(grid)], *grid)[0] for row, grid in zip(rows, grids, strict=True)
+        ]
+        return latents

@@ -1,12 +1,13 @@
-"""A batch of latents from noise: the transformer, guidance and a sampler in one jitted program.
+"""From noise to a batch of latents: the transformer, guidance and a sampler in one jitted program.
 
-The program depends on the number of tokens and pictures, on how much a sampler carries along and, where nobody watches,
-on the number of evaluations. All else are its arguments: prompts, sizes, noise levels, guidance, the parameters.
-Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token.
+The program depends on the number of tokens and images, on how many arrays the sampler carries between evaluations and,
+without a progress callback, on the number of evaluations. Everything else is an argument: prompts, sizes, noise levels,
+guidance, the network's parameters.
+Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token; _n in sigmas_n: evaluations.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,29 +18,25 @@ from jax import Array
 
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers import StepInputs
-from anima_jax.diffusion.samplers.plan import Draw, Plan
+from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import replicate
-
-
-class Context(NamedTuple):
-    """Prompts as the transformer takes them. `lengths_b` is None unless there are more than 512 rows."""
-
-    rows_bnd: Any
-    lengths_b: Any
+from anima_jax.sampling.callbacks import ProgressCallback
+from anima_jax.sampling.context import Context
+from anima_jax.sampling.packing import TokenPacking
 
 
 class GuidanceInputs(NamedTuple):
-    """Of an evaluation: the guidance scale, and whether the negative prompt takes part."""
+    """Guidance at one evaluation: its scale, and whether the negative prompt is evaluated."""
 
     scale: Any
     both: Any
 
 
 class InpaintMask(NamedTuple):
-    """Inpainting: latents that stay where the mask is 0, and the noise that goes with them."""
+    """Inpainting: the latents that stay where the mask is 0, and the noise added to them at each level."""
 
     mask_blc: Any
     latents_blc: Any
@@ -47,129 +44,137 @@ class InpaintMask(NamedTuple):
 
 
 class SharedInputs(NamedTuple):
-    """What all evaluations share. The contexts are the negative prompts' and then the prompts': 2b of them.
+    """What all evaluations share. The context has 2b items: the negative prompts', then the prompts'.
 
-    `noise_keys_b3` (uint32) is what JAX's noise is drawn from; None for noise that comes with the rows.
+    `noise_keys_b3` (uint32) are the keys of noise that JAX draws on the device; None if noise comes from torch's
+    streams.
     """
 
     grid_b3: Any
     context: Context
     zero_star: Any
-    kept: InpaintMask | None = None
+    inpaint: InpaintMask | None = None
     noise_keys_b3: Any = None
-
-
-StepCallback = Callable[[int, int, Array], None]
-"""Told how many evaluations are done, of how many, and the clean estimate (b, l, c) of the last."""
 
 
 def sample(
     params: Params,
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     dtype: Any,
-    plan: Plan,
-    start_blc: np.ndarray,
-    batch: SharedInputs,
+    plan: SamplerPlan,
+    packing: TokenPacking,
+    start: Sequence[np.ndarray],
+    shared: SharedInputs,
     scale_n: np.ndarray,
-    noise: Callable[[Draw], np.ndarray] | None = None,
-    watch: StepCallback | None = None,
-) -> np.ndarray:
-    """The plan's result (b, l, c), float32. `noise` gives each of its draws, (b, l, c), in order.
+    step_noise: Callable[[Draw], Sequence[np.ndarray]] | None = None,
+    callback: ProgressCallback | None = None,
+) -> list[np.ndarray]:
+    """Run the plan from `start` and return each image's latents (t, y, x, c), float32.
 
-    Nothing waits for the host, unless `watch` is given: then it is told of every evaluation while the next one runs.
+    `step_noise` returns each of the plan's draws in order, one array per image; it is not used with `noise_keys_b3`.
+    Without `callback` all evaluations are one call that never waits for the host. With it each evaluation is a call of
+    its own, and the callback for one runs while the device computes the next.
     """
-    count = len(plan.sigmas_n)
-    carried = replicate(samplers.initial_carry(plan, start_blc))
-    batch = replicate(batch)
-    running = start_blc
-    for first in range(count) if watch else [0]:
-        rows = _rows(plan, slice(first, first + 1 if watch else count), start_blc.shape, scale_n, noise)
-        carried, estimate = advance(
-            params, carried, replicate(rows), batch, graphdef=graphdef, both=plan.both, dtype=dtype
-        )
-        if watch:
-            watch(first, count, jax.block_until_ready(running))
-            running = estimate
-    if watch:
-        watch(count, count, jax.block_until_ready(running))
-    return np.asarray(carried[0])
+    total = len(plan.sigmas_n)
+    start_blc = packing.pack(start)
+
+    def step_inputs(part: slice) -> StepInputs:
+        """Return the inputs of these evaluations, with noise arrays, or the numbers of the draws made on the device."""
+        noises_nq = plan.noises_nq[part]
+        if step_noise is not None and shared.noise_keys_b3 is None:
+            numbers, noises_nq = noises_nq, np.zeros((*noises_nq.shape, *start_blc.shape), np.float32)
+            for index, number in np.ndenumerate(numbers):
+                if number >= 0:
+                    noises_nq[index] = packing.pack(step_noise(plan.draws[number]))
+        guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
+        return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nq, guided)
+
+    def run(carry: list[Any], part: slice) -> tuple[list[Array], Array]:
+        steps = replicate(step_inputs(part))
+        return advance(params, carry, steps, replicated, graphdef=graphdef, both=plan.both, dtype=dtype)
+
+    carry, replicated = replicate(samplers.initial_carry(plan, start_blc)), replicate(shared)
+    if callback is None:
+        carry, _ = run(carry, slice(0, total))
+        return packing.unpack(carry[0])
+    finished_blc: Any = start_blc
+    for index in range(total):
+        carry, estimate_blc = run(carry, slice(index, index + 1))
+        _report(callback, index, total, finished_blc, packing)
+        finished_blc = estimate_blc
+    _report(callback, total, total, finished_blc, packing)
+    return packing.unpack(carry[0])
 
 
-def _rows(plan: Plan, part: slice, shape: tuple[int, ...], scale_n: np.ndarray, noise) -> StepInputs:
-    """These evaluations' rows, with their noises, or with the numbers of those that the program draws itself."""
-    noises_nq = plan.noises_nq[part]
-    if noise is not None:
-        numbers, noises_nq = noises_nq, np.zeros((*noises_nq.shape, *shape), np.float32)
-        for place, number in np.ndenumerate(numbers):
-            if number >= 0:
-                noises_nq[place] = noise(plan.draws[number])
-    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
-    return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nq, guided)
+def _report(callback: ProgressCallback, done: int, total: int, estimate_blc: Any, packing: TokenPacking) -> None:
+    jax.block_until_ready(estimate_blc)
+    callback(done, total, lambda: packing.unpack(estimate_blc))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carried",))
+@functools.partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carry",))
 def advance(
     params: Params,
-    carried: list[Array],
-    rows: StepInputs,
-    batch: SharedInputs,
+    carry: list[Array],
+    steps: StepInputs,
+    shared: SharedInputs,
     *,
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[Any],
     both: bool,
     dtype: Any,
 ) -> tuple[list[Array], Array]:
-    """The evaluations of `rows`: what is carried on, and the last clean estimate."""
+    """Run the evaluations in `steps`. Return the arrays carried on and the last clean estimate."""
     model: AnimaDiT = merge(graphdef, params)
-    length = carried[0].shape[1]
-    real_bl1 = (jnp.arange(length) < jnp.prod(batch.grid_b3, axis=1)[:, None])[..., None]
-    grids = jnp.concatenate([batch.grid_b3, batch.grid_b3])
+    length = carry[0].shape[1]
+    real_bl1 = (jnp.arange(length) < jnp.prod(shared.grid_b3, axis=1)[:, None])[..., None]
+    grids = jnp.concatenate([shared.grid_b3, shared.grid_b3])
 
     def velocity(x_blc: Array, sigma: Array, prompts: slice) -> Array:
-        rows_bnd, lengths_b = jax.tree.map(lambda part: part[prompts], batch.context)
+        rows_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[prompts], shared.context)
         times_b = jnp.full(len(x_blc), sigma)
         return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, rows_bnd, context_lengths_b=lengths_b)
 
-    def estimates(x_blc: Array, row: StepInputs) -> tuple[Array, Array]:
-        """With the prompt and with the negative one, in one evaluation; or with the prompt alone, for both."""
+    def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
+        """Return the estimates with the prompt and with the negative one; if that is not needed, the former twice."""
 
-        def pair(x_blc):
-            negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), row.sigmas_n, slice(None)), 2)
+        def pair(x_blc: Array) -> tuple[Array, Array]:
+            negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), step.sigmas_n, slice(None)), 2)
             return positive, negative
 
-        def alone(x_blc):
-            return (velocity(x_blc, row.sigmas_n, slice(len(x_blc), None)),) * 2
+        def prompt_only(x_blc: Array) -> tuple[Array, Array]:
+            positive = velocity(x_blc, step.sigmas_n, slice(len(x_blc), None))
+            return positive, positive
 
-        velocities = jax.lax.cond(row.guidance_n.both, pair, alone, x_blc)
-        # Padding stays zero, so that sums over tokens are over a picture's own.
-        positive_blc, negative_blc = (x_blc - row.sigmas_n * real_bl1 * velocity_blc for velocity_blc in velocities)
+        velocities = jax.lax.cond(step.guidance_n.both, pair, prompt_only, x_blc)
+        # Padding stays zero, so that sums over tokens are over the image's own tokens.
+        positive_blc, negative_blc = (x_blc - step.sigmas_n * real_bl1 * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
-    def denoise(x_blc: Array, row: StepInputs) -> tuple[Array, Array]:
-        kept = batch.kept
-        if kept is not None:
-            noisy_blc = samplers.start(kept.noise_blc, row.sigmas_n, kept.latents_blc)
-            x_blc = kept.mask_blc * x_blc + (1.0 - kept.mask_blc) * noisy_blc
-        positive_blc, negative_blc = estimates(x_blc, row)
-        out_blc = guidance.guided(x_blc, positive_blc, negative_blc, row.guidance_n.scale, batch.zero_star)
-        if kept is not None:
-            out_blc = kept.mask_blc * out_blc + (1.0 - kept.mask_blc) * kept.latents_blc
+    def denoise(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
+        inpaint = shared.inpaint
+        if inpaint is not None:
+            noisy_blc = samplers.start(inpaint.noise_blc, step.sigmas_n, inpaint.latents_blc)
+            x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
+        positive_blc, negative_blc = estimates(x_blc, step)
+        out_blc = guidance.guided(x_blc, positive_blc, negative_blc, step.guidance_n.scale, shared.zero_star)
+        if inpaint is not None:
+            out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
         return out_blc, negative_blc
 
     def draw(number_or_noise: Array) -> Array:
-        if batch.noise_keys_b3 is None:
+        if shared.noise_keys_b3 is None:
             return number_or_noise
-        return real_bl1 * _jax_noise(batch.noise_keys_b3, number_or_noise, carried[0].shape[1:])
+        return real_bl1 * _jax_noise(shared.noise_keys_b3, number_or_noise, carry[0].shape[1:])
 
-    # On a mesh the network shares out pictures and tokens; what it gives every device has whole.
+    # On a mesh the network shards images and tokens; the results are replicated on every device.
     return jax.tree.map(
-        lambda x_blc: constrain(x_blc, "nnn"), samplers.run_scan(denoise, carried, rows, both=both, draw=draw)
+        lambda x_blc: constrain(x_blc, "nnn"), samplers.run_scan(denoise, carry, steps, both=both, draw=draw)
     )
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:
-    """The noise of this number, of each picture's own key: in token order, so that padding changes nothing."""
+    """Return noise (b, *shape) from each image's own key, in token order, so that padding does not change it."""
 
-    def one(key_3):
+    def one(key_3: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(key_3[0]), key_3[1]), key_3[2])
         return jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
 

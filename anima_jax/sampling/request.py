@@ -1,39 +1,37 @@
-"""What a picture is made from: its own prompt, size and seed, and the settings that it shares with others.
+"""What to sample: each image's own prompt, size and seed, and the parameters that all images of a run share.
 
-Both are written into the text chunks of its PNG, from which it can be drawn again.
+Both are written to the text chunks of the PNG, from which the image can be sampled again.
 """
 
 import dataclasses
-import io
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
-from anima_jax.checkpoints.locations import replacing, writing_to
-from anima_jax.data.media import eight_bit
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.dit import PATCH
+from anima_jax.sampling.images import PIXELS_PER_LATENT
 
-PIXELS_PER_LATENT = 8
 SIZE_STEP = PIXELS_PER_LATENT * PATCH
+"""Widths and heights are multiples of this many pixels."""
 
 MAX_SIZE = 16384
-"""Pixels of a side at most, as in ComfyUI's nodes."""
+"""Largest width and height in pixels, as in ComfyUI's nodes."""
 
 MIN_DENOISE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRequest:
-    """One picture. Its noise is row `batch_index` of what `seed` gives for `batch_size` pictures, as in ComfyUI."""
+    """One image. Its noise is item `batch_index` of what `seed` gives for `batch_size` images, as in ComfyUI."""
 
     prompt: str
     width: int = 1024
@@ -48,7 +46,7 @@ class ImageRequest:
         return self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
 
     def check(self) -> None:
-        """Raise UserError for a size, seed or place in the batch that there cannot be."""
+        """Raise UserError if the size, seed or position in the batch is out of range."""
         for name in ("width", "height"):
             size = getattr(self, name)
             if size < SIZE_STEP or size % SIZE_STEP:
@@ -65,7 +63,7 @@ class ImageRequest:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How pictures are sampled; docs/sampling.md explains each."""
+    """How images are sampled; docs/sampling.md explains each parameter."""
 
     negative_prompt: str = ""
     steps: int = 30
@@ -98,65 +96,123 @@ class SamplingParams:
         NoiseKind.parse(self.noise)
 
 
-def save_picture(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with these text chunks; it appears under its name only when it is whole."""
-    chunks, data = PngInfo(), io.BytesIO()
-    for key, value in (text or {}).items():
-        chunks.add_itxt(key, value)  # the international kind: UTF-8
-    image.save(data, format="PNG", pnginfo=chunks)
-    with writing_to(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(data.getbuffer())
+def check_requests(
+    requests: Sequence[ImageRequest], params: SamplingParams, image: Image.Image | None, mask: Image.Image | None
+) -> None:
+    """Raise UserError unless requests and parameters are valid and fit the image to start from and the mask."""
+    params.check()
+    for request in requests:
+        request.check()
+    if image is None:
+        if mask is not None:
+            raise UserError("a mask without an image: there is nothing to keep where the mask is black")
+        if params.denoise < 1:
+            raise UserError(f"denoise {params.denoise} needs an image to start from; without one it is 1")
+        return
+    for request in requests:
+        if image.size != (request.width, request.height):
+            raise UserError(f"the image is {image.width}×{image.height}, expected {request.width}×{request.height}")
+    if mask is not None and mask.size != image.size:
+        raise UserError(f"the mask is {mask.width}×{mask.height}, expected the image's {image.width}×{image.height}")
 
 
-def read_picture(path: str) -> Image.Image:
-    """A picture, turned as its camera says. Raises UserError for what is none."""
+def batch_of_requests(
+    prompt: str | Sequence[str],
+    width: int | Sequence[int],
+    height: int | Sequence[int],
+    seed: int | Sequence[int],
+    batch_size: int,
+) -> list[ImageRequest]:
+    """Return the requests of one batch, a single value being repeated for all images.
+
+    With a single seed, images of one size form a batch of ComfyUI's, whose noise is drawn together. Raises UserError if
+    the numbers of values differ.
+    """
+    columns: list[list[Any]] = [
+        [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
+        for values in (prompt, width, height, seed)
+    ]
+    count = max(batch_size, *map(len, columns))
+    for name, values in zip(("prompts", "widths", "heights", "seeds"), columns, strict=True):
+        if len(values) not in (1, count):
+            raise UserError(f"{len(values)} {name} for {count} images, expected 1 or {count}")
+    rows = zip(*(values if len(values) == count else values * count for values in columns), strict=True)
+    requests = [ImageRequest(*row) for row in rows]
+    if len(columns[-1]) > 1:
+        return requests
+    sizes = [request.latent_size for request in requests]
+    return [
+        dataclasses.replace(request, batch_size=sizes.count(size), batch_index=sizes[:index].count(size))
+        for index, (request, size) in enumerate(zip(requests, sizes, strict=True))
+    ]
+
+
+def expand_request(
+    base: ImageRequest,
+    prompts: Sequence[str] | None = None,
+    widths: Sequence[int] | None = None,
+    heights: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> list[ImageRequest]:
+    """Return `base` with every prompt, size and seed, `batch_size` images of each; None keeps base's own value.
+
+    Raises UserError unless there are as many widths as heights, or one of either.
+    """
+    widths, heights = widths or [base.width], heights or [base.height]
+    count = max(len(widths), len(heights))
+    if not {len(widths), len(heights)} <= {1, count}:
+        raise UserError(f"{len(widths)} values of --width, {len(heights)} of --height, expected one or equally many")
+    sizes = [(widths[index % len(widths)], heights[index % len(heights)]) for index in range(count)]
+    positions = [(batch_size or 1, index) for index in range(batch_size or 1)]
+    if batch_size is None and seeds is None:
+        positions = [(base.batch_size, base.batch_index)]
+    combinations = itertools.product(prompts or [base.prompt], sizes, seeds or [base.seed], positions)
+    return [ImageRequest(prompt, *size, seed, *position) for prompt, size, seed, position in combinations]
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises UserError if there are none, or it is not UTF-8."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return eight_bit(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture: {error}") from None
+        lines = pathlib.Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        data = error.object
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: contains no prompt, expected one per line")
+    return prompts
 
 
-def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:
-    """Pictures of the first frames of (t, y, x, 3); cut off at [−1, 1] and rounded down, as ComfyUI does."""
-    return [Image.fromarray(np.clip((x[0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)) for x in pixels]
+def to_text(request: ImageRequest, params: SamplingParams) -> dict[str, str]:
+    """Return text chunks of a PNG that say how the image was made; numbers in full precision."""
+    values = dataclasses.asdict(request) | dataclasses.asdict(params)
+    return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in values.items()}
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
-    """The picture as (1, y, x, 3) in [−1, 1], float32, without its transparency."""
-    return np.asarray(image.convert("RGB"), np.float32)[None] / 127.5 - 1.0
+def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
+    """Read what `to_text` wrote; a missing chunk means the default. Raises UserError that names the file `path`."""
+    if "prompt" not in text or "seed" not in text:
+        raise UserError(f"{path}: no parameters in its text chunks, expected a PNG that anima_jax.generate wrote")
+    request = ImageRequest(**_read(ImageRequest, path, text))
+    request.check()
+    params = SamplingParams(**_read(SamplingParams, path, text))
+    params.check()
+    return request, params
 
 
-def mask_values(mask: Image.Image) -> np.ndarray:
-    """Where a new picture is drawn, and how much, (1, y, x, 1) in [0, 1], float32.
-
-    White is drawn anew; of a picture with transparency what is transparent, as of ComfyUI's Load Image.
-    """
-    if mask.has_transparency_data:
-        values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
-    else:
-        values = np.asarray(mask.convert("L"), np.float32)
-    return values[None, ..., None] / np.float32(255.0)
-
-
-def latent_mask(values_1yx1: np.ndarray) -> np.ndarray:
-    """`mask_values` over latents: the bilinear value at the centre of each, as in ComfyUI's SetLatentNoiseMask.
-
-    It is the mean of the four pixels there.
-    """
-    step, middle = PIXELS_PER_LATENT, PIXELS_PER_LATENT // 2
-    corners = [values_1yx1[:, y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]
-    return np.stack(corners).mean(axis=0)
-
-
-def _nearest(size: int) -> str:
-    below = max(SIZE_STEP, size // SIZE_STEP * SIZE_STEP)
-    return f" (nearest: {below} and {below + SIZE_STEP})" if size > SIZE_STEP else ""
+def _read(kind: type[ImageRequest] | type[SamplingParams], path: str, text: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name in text:
+            try:
+                values[field.name] = _READERS[field.type](text[field.name])
+            except (ValueError, KeyError):
+                raise UserError(f"{path}: {field.name} '{text[field.name]}' in its text chunks") from None
+    return values
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -173,25 +229,6 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
-def to_text(picture: ImageRequest, settings: SamplingParams) -> dict[str, str]:
-    """Text chunks of a PNG that say how the picture was made; numbers in full."""
-    values = dataclasses.asdict(picture) | dataclasses.asdict(settings)
-    return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in values.items()}
-
-
-def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
-    """The inverse of `to_text`; what no chunk says is the default. Raises UserError that names the file `path`."""
-    if "prompt" not in text or "seed" not in text:
-        raise UserError(f"{path}: holds no settings in its text chunks, expected a PNG that anima_jax.generate wrote")
-    found = []
-    for kind in (ImageRequest, SamplingParams):
-        values = {}
-        for field in dataclasses.fields(kind):
-            if field.name in text:
-                try:
-                    values[field.name] = _READERS[field.type](text[field.name])
-                except (ValueError, KeyError):
-                    raise UserError(f"{path}: {field.name} '{text[field.name]}' in its text chunks") from None
-        found.append(kind(**values))
-        found[-1].check()
-    return found[0], found[1]
+def _nearest(size: int) -> str:
+    below = max(SIZE_STEP, size // SIZE_STEP * SIZE_STEP)
+    return f" (nearest: {below} and {below + SIZE_STEP})" if size > SIZE_STEP else ""

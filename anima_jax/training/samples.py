@@ -6,8 +6,8 @@ from anima_jax.adapters.dialects import TEXT_ENCODER
 from anima_jax.config.main import SampleConfig
 from anima_jax.models.parameters import Params, cast_to_compute
 from anima_jax.parallel.hosts import is_process_0
+from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.request import save_picture
 from anima_jax.training import report
 from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
@@ -79,7 +79,7 @@ class Samples:
             "parameters": f"steps {settings.steps}, guidance_scale {settings.guidance_scale}, shift {settings.shift}",
         }
         if is_process_0():
-            save_picture(grid, path, text)
+            save_image(grid, path, text)
         if self._monitor:
             self._monitor.pictures(step, TAG, grid, examples)
         return path

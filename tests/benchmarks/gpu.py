@@ -158,6 +158,7 @@ def sample(sizes: Sizes) -> Result:
     from anima_jax.diffusion.samplers.plan import make_plan
     from anima_jax.models.parameters import cast_to_compute
     from anima_jax.sampling import program
+    from anima_jax.sampling.packing import TokenPacking
     from anima_jax.sampling.program import Context, SharedInputs
 
     graphdef, params = random_transformer(sizes)
@@ -165,12 +166,13 @@ def sample(sizes: Sizes) -> Result:
     _, _, context = inputs(sizes, 2)
     sigmas = schedules.sigmas("simple", sizes.steps, 3.0)
     plan = make_plan(samplers.SAMPLERS["euler"].formulas, sigmas, 3.0)
-    start = np.random.default_rng(0).normal(size=(1, sizes.tokens, 64)).astype(np.float32)
-    batch = SharedInputs(np.array([[1, sizes.side // 16, sizes.side // 16]], np.int32), Context(context, None), False)
+    size = (1, sizes.side // 8, sizes.side // 8)
+    start, packing = np.random.default_rng(0).standard_normal((*size, 16), np.float32), TokenPacking([size])
+    shared = SharedInputs(packing.grid_b3, Context(context, None), False)
     scales = np.full(len(plan.sigmas_n), 4.0, np.float32)
 
     def run():
-        return program.sample(params, graphdef, jnp.dtype("bfloat16"), plan, start, batch, scales)
+        return program.sample(params, graphdef, jnp.dtype("bfloat16"), plan, packing, [start], shared, scales)
 
     run()
     seconds = timed(run)

@@ -1,9 +1,9 @@
 """Speed of sampling at full width, against diffusers on torch CPU: `python -m tests.benchmarks.sampling`.
 
 Both run in one process on two threads, taking turns, with the same weights, contexts and noise: Euler with guidance,
-both prompts in one evaluation. Ours runs as one program ("at once"), and with a callback after each step ("watched"),
-as for a progress bar. Prints iterations per second, the ratio of times to diffusers in the same dtype, and the
-difference of the two latents.
+both prompts in one evaluation. Ours runs as one program ("at once"), and with a callback after each step ("with
+callback"), as for a progress bar. Prints iterations per second, the ratio of times to diffusers in the same dtype, and
+the difference of the two latents.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def inputs(options: argparse.Namespace, context_width: int):
 
 
 def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
-    """The pipeline's sampling program, on the noise's tokens."""
+    """The pipeline's sampling program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -79,18 +79,18 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = cast_to_compute({path: jnp.asarray(value) for path, value in params.items()}, dtype)
     noise, contexts, levels = inputs(options, config.context_width)
-    layout = TokenPacking([noise.shape[1:4]])
+    packing = TokenPacking([noise.shape[1:4]])
     plan = make_plan(SAMPLERS["euler"].formulas, levels, 3.0)
-    batch = program.SharedInputs(layout.grid_b3, program.Context(jax.device_put(contexts), None), False)
+    shared = program.SharedInputs(packing.grid_b3, program.Context(jax.device_put(contexts), None), False)
     scales = np.full(options.steps, GUIDANCE_SCALE, np.float32)
 
-    def run(watch=None):
-        out = program.sample(
-            params, graphdef, jnp.dtype(dtype), plan, layout.pack(list(noise)), batch, scales, watch=watch
+    def run(callback=None):
+        latents = program.sample(
+            params, graphdef, jnp.dtype(dtype), plan, packing, list(noise), shared, scales, callback=callback
         )
-        return layout.unpack(out)[0][None]
+        return latents[0][None]
 
-    return {"at once": run, "watched": lambda: run(lambda *_: None)}
+    return {"at once": run, "with callback": lambda: run(lambda *_: None)}
 
 
 def peer_calls(peer, dtype: str, options: argparse.Namespace) -> Calls:

@@ -42,4 +42,4 @@ def test_cfg_zero_star_scales_the_negative_estimate_of_each_picture():
 )
 def test_outside_of_the_interval_there_is_no_guidance(interval, expected):
     levels = np.array([1.0, 0.9, 0.75, 0.1])
-    assert guidance.scales(levels, 4.0, interval, 3.0).tolist() == expected
+    assert guidance.scale_schedule(levels, 4.0, interval, 3.0).tolist() == expected

@@ -1,4 +1,4 @@
-"""Samplers against ComfyUI's (golden/samplers), the formulas of those without a record, and what a plan promises."""
+"""Samplers against ComfyUI's (golden/samplers), the formulas of those without a record, and properties of a plan."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anima_jax.diffusion import samplers
-from anima_jax.diffusion.samplers import SAMPLERS, StepInputs, initial_carry, run_scan, sample
+from anima_jax.diffusion.samplers import SAMPLERS, StepInputs, initial_carry, run_scan
 from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.diffusion.schedules import sigmas
 from tests.golden_files import VALUE_TOLERANCE, golden, relative_error
@@ -22,30 +22,46 @@ def field(x, sigma):
     return jnp.tanh(1.3 * x + 0.2) * (0.7 + 0.3 * sigma) - 0.4 * x * jnp.cos(2 * sigma) + 0.1
 
 
+def sample(name, x, levels, step_noise):
+    """The sampler's result on `field` from `x` along `levels`, in float32; `step_noise` are its noises in order."""
+    plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
+    noises = np.zeros((*plan.noises_nq.shape, *x.shape), np.float32)
+    for index, number in np.ndenumerate(plan.noises_nq):
+        if number >= 0:
+            noises[index] = step_noise[number]
+    steps = StepInputs(plan.sigmas_n, plan.factors_nkj, noises)
+    return run_scan(denoise, initial_carry(plan, jnp.asarray(x)), steps, both=plan.both)[0][0]
+
+
+def denoise(x, step):
+    estimate = x - step.sigmas_n * field(x, step.sigmas_n)
+    return estimate, estimate
+
+
 @pytest.mark.parametrize("key", RECORDED)
 def test_samplers_equal_comfyuis(key):
     sampler, schedule, steps = key.split(".")
     levels, noise = DATA[f"sigmas.{schedule}.{steps}"], DATA.get(f"{key}.step_noise", [])
-    result = sample(sampler, field, jnp.asarray(DATA["noise"]), levels, step_noise=noise)
+    result = sample(sampler, DATA["noise"], levels, noise)
     assert relative_error(result, DATA[key]) < VALUE_TOLERANCE
     assert len(make_plan(SAMPLERS[sampler].formulas, levels, 3.0).draws) == len(noise)
 
 
-def test_every_sampler_is_recorded_but_cfg_pp_and_those_that_share_formulas():
+def test_every_sampler_has_a_record_except_cfg_pp_and_those_that_share_formulas():
     recorded = {SAMPLERS[key.split(".")[0]].formulas for key in RECORDED}
     others = {name for name, row in SAMPLERS.items() if row.formulas not in recorded}
     assert others == {"euler_cfg_pp", "euler_ancestral_cfg_pp"}
 
 
 def on_host(name, levels, noises, x, estimates):
-    """The plan of `name` followed in float64; `estimates(x, σ)` are the guided one and the negative prompt's."""
+    """The plan of `name` run in float64; `estimates(x, σ)` are the guided one and the negative prompt's."""
     plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
     arrays = [x, *[np.zeros_like(x)] * (plan.factors_nkj.shape[1] - 1)]
     for sigma, factors, drawn in zip(plan.sigmas_n, plan.factors_nkj, plan.noises_nq, strict=True):
         guided, negative = estimates(arrays[0], float(sigma))
         fresh = [noises[number] if number >= 0 else 0 * x for number in drawn]
-        at_hand = [*arrays, guided, *([negative] if plan.both else []), *fresh]
-        arrays = [sum(f * array for f, array in zip(row, at_hand, strict=True)) for row in factors.astype(np.float64)]
+        inputs = [*arrays, guided, *([negative] if plan.both else []), *fresh]
+        arrays = [sum(f * array for f, array in zip(row, inputs, strict=True)) for row in factors.astype(np.float64)]
     return arrays[0]
 
 
@@ -54,7 +70,7 @@ def two_fields(x, sigma):
     return x - sigma * np.asarray(field(x, sigma), np.float64), x - sigma**2 * np.cos(x)
 
 
-def test_cfg_pp_of_euler_is_its_formula():
+def test_euler_cfg_pp_equals_its_formula():
     x = expected = DATA["noise"].astype(np.float64)
     levels = sigmas("simple", 6).astype(np.float64)
     for sigma, after in itertools.pairwise(levels):
@@ -84,8 +100,8 @@ def test_ancestral_cfg_pp_splits_sigma_over_alpha(first):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_reaches_what_the_network_is_sure_of(name):
-    """If every estimate is the same picture, that is the result, whatever noise was added on the way."""
+def test_a_sampler_ends_at_the_estimate_if_that_never_changes(name):
+    """If every estimate is the same image, that is the result, no matter what noise was added on the way."""
     noise = np.random.default_rng(0).standard_normal((40, 3, 2))
     target = noise[-1]
     result = on_host(name, sigmas("beta", 7), noise, noise[-2], lambda x, sigma: (target, target))
@@ -95,7 +111,7 @@ def test_a_sampler_reaches_what_the_network_is_sure_of(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_few_steps_are_enough_for_any_sampler(name, steps):
+def test_every_sampler_works_with_few_steps(name, steps):
     levels = sigmas("simple", steps, without_penultimate=SAMPLERS[name].without_penultimate)
     plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
     assert np.isfinite(plan.factors_nkj).all()
@@ -103,23 +119,20 @@ def test_few_steps_are_enough_for_any_sampler(name, steps):
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_3m_sde", "uni_pc"])
-def test_a_run_in_parts_is_the_run_at_once(name):
+def test_a_run_in_parts_equals_the_run_at_once(name):
     plan = make_plan(SAMPLERS[name].formulas, DATA["sigmas.beta.10"], 3.0)
     noise = np.random.default_rng(1).standard_normal((*plan.noises_nq.shape, 4), np.float32)
-    rows, x = StepInputs(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
+    steps, x = StepInputs(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
 
-    def denoise(x, row):
-        return (x - row.sigmas_n * field(x, row.sigmas_n),) * 2
-
-    whole, estimate = run_scan(denoise, initial_carry(plan, x), rows, both=False)
-    arrays = initial_carry(plan, x)
+    full, estimate = run_scan(denoise, initial_carry(plan, x), steps, both=False)
+    carry = initial_carry(plan, x)
     for part in (slice(0, 4), slice(4, 5), slice(5, None)):
-        arrays, last = run_scan(denoise, arrays, jax.tree.map(lambda leaf, part=part: leaf[part], rows), both=False)
-    np.testing.assert_allclose(arrays[0], whole[0], rtol=1e-6)
+        carry, last = run_scan(denoise, carry, jax.tree.map(lambda leaf, part=part: leaf[part], steps), both=False)
+    np.testing.assert_allclose(carry[0], full[0], rtol=1e-6)
     np.testing.assert_allclose(last, estimate, rtol=1e-6)
 
 
-def test_other_levels_of_one_sampler_have_a_plan_of_the_same_shape():
+def test_plans_of_one_sampler_have_the_same_shape_for_other_levels():
     shapes = set()
     for schedule, shift in (("simple", 3.0), ("beta", 1.0), ("karras", 6.0)):
         plan = make_plan(SAMPLERS["er_sde"].formulas, sigmas(schedule, 20, shift), shift)
@@ -127,5 +140,5 @@ def test_other_levels_of_one_sampler_have_a_plan_of_the_same_shape():
     assert len(shapes) == 1
 
 
-def test_sampling_starts_between_the_picture_and_noise():
+def test_sampling_starts_between_the_image_and_noise():
     np.testing.assert_allclose(samplers.start(np.array(2.0), 0.75, np.array(-4.0)), 0.5)

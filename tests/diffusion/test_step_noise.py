@@ -7,7 +7,7 @@ from anima_jax.diffusion.brownian_tree import BrownianTree
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.step_noise import NoiseKind, StepNoise, initial_noise
-from anima_jax.diffusion.torch_random import CUDA_DEVICES, CPUStream, CUDADevice, CUDAStream, randn
+from anima_jax.diffusion.torch_random import CUDA_DEVICES, CPUStream, CUDADevice, CUDAStream
 from anima_jax.errors import UserError
 from tests.golden_files import golden
 
@@ -48,7 +48,7 @@ def test_on_a_cpu_steps_take_the_next_seeds_stream_and_on_a_gpu_the_seeds_own():
     stream = CUDAStream(7, CUDA_DEVICES["rtx3060"])
     for noise in noises("torch-cuda:rtx3060", 7, "euler_ancestral"):
         np.testing.assert_array_equal(noise, stream.randn(SHAPE))
-    np.testing.assert_array_equal(initial_noise(7, SHAPE), randn(SHAPE, 7))
+    np.testing.assert_array_equal(initial_noise(7, SHAPE), CPUStream(7).randn(SHAPE))
 
 
 def test_dpmpp_sde_takes_a_path_drawn_on_the_cpu_and_its_gpu_form_one_drawn_where_it_samples():

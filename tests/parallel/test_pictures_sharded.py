@@ -9,8 +9,7 @@ from anima_jax import AnimaPipeline, load_text_encoder, load_vae
 from anima_jax.data.encode import caption_encoder, clip_encoder
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
-from anima_jax.sampling.pipeline import arranged
-from anima_jax.sampling.request import SamplingParams
+from anima_jax.sampling.request import SamplingParams, batch_of_requests
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.parallel.meshes import MESHES, name
 from tests.small_run import ASSETS, write_transformer
@@ -34,7 +33,7 @@ def pictures_on(sizes, transformer, described, offload=False):
             offload=offload,
         )
         count = len(described["width"]) if isinstance(described["width"], list) else 1
-        latents = pipeline.draw_latents(arranged("a red square", **described, batch_size=count), SETTINGS)
+        latents = pipeline.draw_latents(batch_of_requests("a red square", **described, batch_size=count), SETTINGS)
         pixels = pipeline.decode(latents)
     held = dict.fromkeys((device.id for device in mesh.devices.flat), 0)
     for leaf in pipeline.dit_params.values():

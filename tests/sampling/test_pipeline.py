@@ -1,4 +1,4 @@
-"""The pipeline: ComfyUI's own sampling of the golden model, what must not change a picture, what compiles nothing."""
+"""The pipeline: ComfyUI's own sampling of the golden model, what must not change an image, what compiles nothing."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,16 @@ from PIL import Image
 from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.data.encode import padded
+from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.schedules import sigmas
-from anima_jax.diffusion.torch_random import CPUStream, randn
+from anima_jax.diffusion.torch_random import CPUStream
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
-from anima_jax.sampling import program
+from anima_jax.sampling.context import Context, context_rows
+from anima_jax.sampling.images import latent_mask, mask_values, to_images, to_pixels
 from anima_jax.sampling.noise import BatchNoise
-from anima_jax.sampling.pipeline import arranged, context_rows
-from anima_jax.sampling.program import Context
-from anima_jax.sampling.request import ImageRequest, SamplingParams, latent_mask, mask_values, to_images, to_pixels
+from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests
 from anima_jax.text.prompts import spans
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
@@ -55,7 +56,7 @@ def pipeline(transformer):
 
 @dataclasses.dataclass
 class Recorded:
-    """Noise as the goldens hold it: (b, c, t, y, x)."""
+    """Recorded noise instead of a `BatchNoise`."""
 
     start: np.ndarray
     steps: list[np.ndarray]
@@ -67,29 +68,29 @@ class Recorded:
 
 @pytest.mark.parametrize("schedule", ["simple.12", "beta.8"])
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "heun", "er_sde"])
-def test_the_pipeline_gives_comfyuis_latents(sampler, schedule):
+def test_latents_equal_comfyuis(sampler, schedule):
     data = golden("pipeline")
     pipeline = AnimaPipeline.__new__(AnimaPipeline)
     pipeline.dtype = jnp.dtype(jnp.float32)
     pipeline.dit_graphdef, pipeline.dit_params = parameters.split(load_dit(GOLDEN / "dit_image.model.safetensors"))
     positive, negative = (Context(jnp.asarray(data[f"context_{name}"]), None) for name in ("pos", "neg"))
-    steps = [channel_last(noise) for noise in data.get(f"{sampler}.{schedule}.step_noise", [])]
-    # Watched, runs of all lengths share a program; one sampler's runs at once.
+    noises = [channel_last(noise) for noise in data.get(f"{sampler}.{schedule}.step_noise", [])]
+    # With a callback, runs of all lengths share a program; one sampler runs without, all steps at once.
     (latents,) = pipeline.sample(
         positive,
         negative,
-        Recorded(channel_last(data["noise"]), steps),  # type: ignore[arg-type]
+        Recorded(channel_last(data["noise"]), noises),  # type: ignore[arg-type]
         data[f"sigmas.{schedule}"],
         SamplingParams(guidance_scale=float(data["guidance"][0]), sampler=sampler),
-        watch=None if sampler == "euler" else unwatched,
+        callback=None if sampler == "euler" else ignore,
     )
-    assert not steps
+    assert not noises
     # REFERENCE asks for 1e-3: a random network amplifies rounding.
     assert relative_error(latents, channel_last(data[f"{sampler}.{schedule}"])[0]) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["pos", "neg"])
-def test_context_rows_are_weighted_as_comfyuis(name):
+def test_weighted_context_rows_equal_comfyuis(name):
     data = golden("pipeline")
     graphdef, params = parameters.split(load_dit(GOLDEN / "dit_image.model.safetensors"))
     (source, source_mask), (ids, mask), (weights, _) = (
@@ -100,16 +101,16 @@ def test_context_rows_are_weighted_as_comfyuis(name):
     assert relative_error(rows, data[f"context_{name}"]) < VALUE_TOLERANCE
 
 
-def test_a_batchs_noise_is_torchs_for_its_one_seed_and_that_of_several_seeds_is_each_ones_own():
+def test_a_batch_has_torchs_noise_for_its_seed_and_with_several_seeds_each_image_has_its_own():
     data = golden("pipeline")
-    levels, sampler = sigmas("simple", 4), program.samplers.SAMPLERS["euler_ancestral"]
-    draw = program.Draw(1.0, 0.9)
+    levels, sampler = sigmas("simple", 4), SAMPLERS["euler_ancestral"]
+    draw = Draw(1.0, 0.9)
 
     def noise(*arguments):
-        return BatchNoise(arranged("x", *arguments), "torch-cpu", sampler, levels)
+        return BatchNoise(batch_of_requests("x", *arguments), "torch-cpu", sampler, levels)
 
     np.testing.assert_allclose(noise(96, 64, 42, 1).start[0], channel_last(data["noise"])[0], atol=1e-6)
-    together, torchs = noise(32, 16, 7, 3), randn((3, 16, 1, 2, 4), 7)
+    together, torchs = noise(32, 16, 7, 3), CPUStream(7).randn((3, 16, 1, 2, 4))
     np.testing.assert_array_equal(together.start, channel_last(torchs))
     stream = CPUStream(8)
     for _ in range(2):
@@ -117,21 +118,21 @@ def test_a_batchs_noise_is_torchs_for_its_one_seed_and_that_of_several_seeds_is_
     several = noise(32, 16, [7, 8], 1)
     np.testing.assert_array_equal(several.start[1], noise(32, 16, 8, 1).start[0])
     np.testing.assert_array_equal(several.step(draw)[0], noise(32, 16, 7, 1).step(draw)[0])
-    # Of several sizes each is a batch of its own.
+    # Images of one size form a batch of their own.
     sizes = noise([32, 16, 32], [16, 16, 16], 7, 1)
     np.testing.assert_array_equal(sizes.start[2], noise(32, 16, 7, 2).start[1])
     np.testing.assert_array_equal(sizes.start[1], noise(16, 16, 7, 1).start[0])
 
 
-def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipeline, transformer, tmp_path):
+def test_a_seed_gives_the_same_image_before_and_after_saving_and_loading(pipeline, transformer, tmp_path):
     before = np.asarray(pipeline("a red circle", **SETTINGS)[0])
     assert before.shape == (48, 32, 3)
     model = load_dit(transformer)
     save_dit(tmp_path / "again.safetensors", parameters.split(model)[1])
     offloaded = load(tmp_path / "again.safetensors", offload=True)
     np.testing.assert_array_equal(np.asarray(offloaded("a red circle", **SETTINGS)[0]), before)
-    resting = [*offloaded._vae_params.values(), *offloaded.text_encoder_params.values()]
-    assert all(isinstance(array, np.ndarray) for array in resting)
+    idle = [*offloaded._vae_params.values(), *offloaded.text_encoder_params.values()]
+    assert all(isinstance(array, np.ndarray) for array in idle)
     direct = AnimaPipeline(
         model,
         load_vae(ASSETS / "tiny_vae.safetensors", jnp.float32),
@@ -144,7 +145,7 @@ def test_a_seed_gives_the_same_picture_before_and_after_saving_and_loading(pipel
     assert not np.array_equal(other, before)
 
 
-def test_prompt_and_negative_prompt_change_the_picture_and_guidance_one_ignores_the_negative(pipeline):
+def test_prompt_and_negative_prompt_change_the_image_and_guidance_one_ignores_the_negative(pipeline):
     def draw(*prompts, **changes):
         return np.asarray(pipeline(*prompts, **(SETTINGS | changes))[0]).astype(int)
 
@@ -160,7 +161,7 @@ def test_prompt_and_negative_prompt_change_the_picture_and_guidance_one_ignores_
 
 @contextlib.contextmanager
 def compilations():
-    """The programs that are compiled in the block, by the names of their functions."""
+    """The functions whose programs are compiled in the block."""
     names = []
 
     def listen(event, _, fun_name="", **__):
@@ -189,21 +190,21 @@ def test_prompt_seed_guidance_levels_and_parameters_compile_nothing(pipeline):
     assert names == []
 
 
-def unwatched(done, total, latents):
-    """Watches without looking: evaluations then run one by one, in a program that runs of all lengths share."""
+def ignore(done, total, latents):
+    """A callback that does nothing: evaluations run one by one, in a program that runs of all lengths share."""
 
 
-def latents_of(pipeline, *pictures, watch=unwatched, **settings):
-    pictures = [ImageRequest(prompt, *rest) for prompt, *rest in pictures]
-    return pipeline.draw_latents(pictures, SamplingParams(**({"steps": 5} | settings)), watch=watch)
+def latents_of(pipeline, *requests, callback=ignore, **params):
+    requests = [ImageRequest(*request) for request in requests]
+    return pipeline.draw_latents(requests, SamplingParams(**({"steps": 5} | params)), callback=callback)
 
 
-def test_sizes_within_a_budget_share_the_samplers_program_and_watched_so_do_all_lengths(pipeline):
-    latents_of(pipeline, ("x", 32, 48), watch=None)
+def test_sizes_within_a_budget_share_the_program_and_with_a_callback_so_do_all_lengths(pipeline):
+    latents_of(pipeline, ("x", 32, 48), callback=None)
     latents_of(pipeline, ("x", 32, 48))
     with compilations() as names:
-        latents_of(pipeline, ("x", 48, 32), watch=None)
-        latents_of(pipeline, ("x", 64, 64), watch=None)
+        latents_of(pipeline, ("x", 48, 32), callback=None)
+        latents_of(pipeline, ("x", 64, 64), callback=None)
         latents_of(pipeline, ("x", 16, 64), steps=9)
     assert "jit(advance)" not in names
     with compilations() as names:
@@ -211,33 +212,33 @@ def test_sizes_within_a_budget_share_the_samplers_program_and_watched_so_do_all_
     assert "jit(advance)" in names
 
 
-def test_pictures_of_several_sizes_in_one_batch_are_those_that_each_is_alone(pipeline):
-    pictures = [("a red circle", 32, 48, 5), ("x", 64, 32, 6)]
-    for found, picture in zip(latents_of(pipeline, *pictures), pictures, strict=True):
-        (alone,) = latents_of(pipeline, picture)
-        assert found.shape == alone.shape == (1, picture[2] // 8, picture[1] // 8, 16)
+def test_images_of_several_sizes_in_one_batch_equal_those_drawn_alone(pipeline):
+    requests = [("a red circle", 32, 48, 5), ("x", 64, 32, 6)]
+    for found, request in zip(latents_of(pipeline, *requests), requests, strict=True):
+        (alone,) = latents_of(pipeline, request)
+        assert found.shape == alone.shape == (1, request[2] // 8, request[1] // 8, 16)
         assert relative_error(found, alone) < 1e-4  # a random network amplifies rounding
 
 
-def test_jaxs_noise_is_each_pictures_own_whatever_the_batch(pipeline):
-    pictures = [("x", 32, 48, 5), ("x", 64, 64, 6)]
-    together, other = latents_of(pipeline, *pictures, noise="jax")
-    (alone,) = latents_of(pipeline, pictures[0], noise="jax")
+def test_jaxs_noise_of_an_image_does_not_depend_on_the_batch(pipeline):
+    requests = [("x", 32, 48, 5), ("x", 64, 64, 6)]
+    together, other = latents_of(pipeline, *requests, noise="jax")
+    (alone,) = latents_of(pipeline, requests[0], noise="jax")
     assert relative_error(together, alone) < 1e-4
-    # Beyond its own noise a picture owes nothing to the batch, nor to torch.
-    assert relative_error(latents_of(pipeline, pictures[0])[0], alone) > 1e-2
+    # It is not torch's noise, and another position in the batch has other noise.
+    assert relative_error(latents_of(pipeline, requests[0])[0], alone) > 1e-2
     assert relative_error(latents_of(pipeline, ("x", 32, 48, 5, 2, 1), noise="jax")[0], alone) > 1e-2
     assert np.isfinite(other).all()
 
 
-def test_prompts_in_a_batch_give_the_context_that_each_has_alone(pipeline):
+def test_prompts_in_a_batch_have_the_context_that_each_has_alone(pipeline):
     prompts = ["a red circle on a blue background", "", "x"]
     together = pipeline.encode(prompts)
     for row, prompt in enumerate(prompts):
         assert relative_error(together.rows_bnd[row : row + 1], pipeline.encode([prompt]).rows_bnd) < 2e-5
 
 
-def test_a_prompt_longer_than_512_tokens_is_used_whole_and_leaves_others_as_they_are(pipeline):
+def test_a_prompt_longer_than_512_tokens_is_used_in_full_and_does_not_change_others(pipeline):
     long = "a red circle " * 300
     lengths = pipeline.encode(["a red circle", long]).lengths_b
     assert int(lengths[0]) == 512
@@ -245,63 +246,63 @@ def test_a_prompt_longer_than_512_tokens_is_used_whole_and_leaves_others_as_they
 
     def draw(prompts):
         noise = Recorded(np.tile(normal(1, 1, 6, 4, 16), (len(prompts), 1, 1, 1, 1)), [])
-        levels, settings = np.array([1.0, 0.5, 0.0], np.float32), SamplingParams(sampler="euler")
-        return pipeline.sample(pipeline.encode(prompts), pipeline.encode([""] * len(prompts)), noise, levels, settings)
+        levels, params = np.array([1.0, 0.5, 0.0], np.float32), SamplingParams(sampler="euler")
+        return pipeline.sample(pipeline.encode(prompts), pipeline.encode([""] * len(prompts)), noise, levels, params)
 
     together, alone = draw(["a red circle", long]), draw(["a red circle"])
     assert relative_error(together[0], alone[0]) < 1e-4
     assert relative_error(together[1], alone[0]) > 1e-3
 
 
-def test_a_weight_that_is_no_number_is_refused(pipeline):
+def test_a_weight_that_is_not_finite_is_an_error(pipeline):
     assert spans("(a:nan)")[0].text == "a"
     with pytest.raises(UserError, match=r"prompt '\(a:nan\)': a weight is not a finite number"):
         pipeline.encode(["(a:nan)"])
 
 
-# From pictures
+# From images
 
 
-def picture(width=32, height=48, seed=0):
-    """A smooth random picture."""
+def random_image(width=32, height=48, seed=0):
+    """A smooth random image."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_denoising_nothing_gives_the_vaes_reconstruction(pipeline):
-    image = picture()
+def test_without_denoising_the_result_is_the_vaes_reconstruction(pipeline):
+    image = random_image()
     (expected,) = to_images(pipeline.decode([pipeline.encode_image(to_pixels(image))]))
     (found,) = pipeline("a red circle", **SETTINGS, image=image, denoise=0.0)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
-def test_the_less_is_denoised_the_nearer_the_picture_stays(pipeline):
-    image = picture()
+def test_the_less_is_denoised_the_nearer_the_image_stays(pipeline):
+    image = random_image()
     start = pipeline.encode_image(to_pixels(image))
     apart = []
     for amount in (0.2, 0.6, 1.0):
-        settings = SamplingParams(steps=5, denoise=amount)
-        (found,) = pipeline.draw_latents([ImageRequest("x", 32, 48)], settings, original=start, watch=unwatched)
+        params = SamplingParams(steps=5, denoise=amount)
+        (found,) = pipeline.draw_latents([ImageRequest("x", 32, 48)], params, original=start, callback=ignore)
         apart.append(np.abs(found - start).mean())
     assert 0 < apart[0] < apart[1] < apart[2]
 
 
 @pytest.mark.parametrize("sampler", ["er_sde", "uni_pc"])
 def test_inpainting_keeps_the_latents_where_the_mask_is_black(pipeline, sampler):
-    image, mask = picture(), Image.new("L", (32, 48))
+    image, mask = random_image(), Image.new("L", (32, 48))
     mask.paste(255, (16, 0, 32, 48))
-    pictures, settings = [ImageRequest("x", 32, 48, 1)], SamplingParams(sampler=sampler, steps=5)
+    requests, params = [ImageRequest("x", 32, 48, 1)], SamplingParams(sampler=sampler, steps=5)
     latents, area = pipeline.encode_image(to_pixels(image)), latent_mask(mask_values(mask))
-    (found,) = pipeline.draw_latents(pictures, settings, original=latents, mask=area, watch=unwatched)
+    (found,) = pipeline.draw_latents(requests, params, original=latents, mask=area, callback=ignore)
     np.testing.assert_array_equal(found[:, :, :2], latents[:, :, :2])
     assert np.abs(found[:, :, 2:] - latents[:, :, 2:]).min(axis=-1).max() > 1e-3
-    # What is drawn anew fits what is kept: it is not what would be drawn alone.
+    # The redrawn part fits the kept part: it is not what would be drawn alone.
     (alone,) = latents_of(pipeline, ("x", 32, 48, 1), sampler=sampler)
     assert relative_error(found[:, :, 2:], alone[:, :, 2:]) > 1e-2
 
 
 def test_inpainting_keeps_the_pixels_where_the_mask_is_black(pipeline):
-    image, mask = picture(), Image.new("L", (32, 48))
+    image, mask = random_image(), Image.new("L", (32, 48))
     mask.paste(255, (13, 0, 32, 48))
     kept = np.asarray(pipeline("x", **SETTINGS, image=image, denoise=0.0)[0])
     found = np.asarray(pipeline("x", **SETTINGS, image=image, mask=mask)[0])
@@ -315,20 +316,18 @@ def test_a_grey_mask_mixes_the_estimate_with_the_image_once(pipeline):
     original, area = normal(1, 6, 4, 16), np.linspace(0, 1, 24, dtype=np.float32).reshape(1, 6, 4, 1)
     (alone,) = latents_of(pipeline, ("x", 32, 48, 1), **options)
     (found,) = pipeline.draw_latents(
-        [ImageRequest("x", 32, 48, 1)], SamplingParams(**options), original=original, mask=area, watch=unwatched
+        [ImageRequest("x", 32, 48, 1)], SamplingParams(**options), original=original, mask=area, callback=ignore
     )
     assert relative_error(found, area * alone + (1 - area) * original) < 1e-5
 
 
-def test_ddim_noises_what_it_keeps_with_the_next_seeds_noise():
-    kept = BatchNoise(
-        [ImageRequest("x", 32, 48, 1)], "torch-cpu", program.samplers.SAMPLERS["ddim"], sigmas("simple", 3)
-    )
-    np.testing.assert_array_equal(kept.start[0], channel_last(randn((1, 16, 1, 6, 4), 1))[0])
-    np.testing.assert_array_equal(kept.outside_mask[0], channel_last(randn((1, 16, 1, 6, 4), 2))[0])
+def test_ddim_adds_the_next_seeds_noise_to_what_it_keeps():
+    kept = BatchNoise([ImageRequest("x", 32, 48, 1)], "torch-cpu", SAMPLERS["ddim"], sigmas("simple", 3))
+    np.testing.assert_array_equal(kept.start[0], channel_last(CPUStream(1).randn((1, 16, 1, 6, 4)))[0])
+    np.testing.assert_array_equal(kept.outside_mask[0], channel_last(CPUStream(2).randn((1, 16, 1, 6, 4)))[0])
 
 
-def test_a_mask_is_white_or_transparent_where_the_picture_is_new_and_scaled_as_torch_does():
+def test_a_mask_redraws_white_or_transparent_pixels_and_is_scaled_as_in_torch():
     torch = pytest.importorskip("torch")
     values = np.random.default_rng(0).integers(0, 256, (48, 32), np.uint8)
     expected = torch.nn.functional.interpolate(torch.from_numpy(values / 255.0)[None, None], (6, 4), mode="bilinear")
@@ -339,23 +338,23 @@ def test_a_mask_is_white_or_transparent_where_the_picture_is_new_and_scaled_as_t
     np.testing.assert_allclose(latent_mask(mask_values(transparent)), found, atol=1e-6)
 
 
-def test_large_pictures_pass_the_vae_in_tiles(pipeline, monkeypatch):
-    pixels = to_pixels(picture())
+def test_large_images_go_through_the_vae_in_tiles(pipeline, monkeypatch):
+    pixels = to_pixels(random_image())
     latents = pipeline.encode_image(pixels)
-    whole = pipeline.decode([latents])[0]
+    untiled = pipeline.decode([latents])[0]
     monkeypatch.setattr("anima_jax.sampling.pipeline.in_tiles", lambda run, x, *units: run(x) + sum(units))
-    np.testing.assert_array_equal(pipeline.decode([latents])[0], whole)
+    np.testing.assert_array_equal(pipeline.decode([latents])[0], untiled)
     monkeypatch.setattr("anima_jax.sampling.pipeline.UNTILED_PIXELS", 32 * 48 - 1)
-    np.testing.assert_allclose(pipeline.decode([latents])[0], whole + 9.0, atol=1e-5)
+    np.testing.assert_allclose(pipeline.decode([latents])[0], untiled + 9.0, atol=1e-5)
     np.testing.assert_allclose(pipeline.encode_image(pixels), latents + 9.0, atol=1e-5)
 
 
-def test_pixels_are_cut_off_and_rounded_down():
+def test_pixels_are_clipped_and_rounded_down():
     pixels = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 7.0], np.float32).reshape(1, 1, 1, 2, 3)
     assert np.asarray(to_images(pixels)[0]).ravel().tolist() == [0, 0, 127, 254, 255, 255]
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -374,7 +373,7 @@ def test_pixels_are_cut_off_and_rounded_down():
         ({"denoise": 1.5}, "denoise 1.5, expected 0, or 0.001 to 1"),
         ({"denoise": 0.5}, "denoise 0.5 needs an image to start from"),
         ({"seed": 2**64}, "seed 18446744073709551616, expected a whole number ≥ 0 and < 2⁶⁴"),
-        ({"seed": [1, 2, 3], "width": [32, 48]}, "2 widths for 3 pictures, expected one or as many"),
+        ({"seed": [1, 2, 3], "width": [32, 48]}, "2 widths for 3 images, expected 1 or 3"),
         ({"mask": Image.new("L", (32, 48))}, "a mask without an image"),
         ({"image": Image.new("RGB", (32, 32))}, "the image is 32×32, expected 32×48"),
         (
@@ -383,13 +382,13 @@ def test_pixels_are_cut_off_and_rounded_down():
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(pipeline, changes, message):
+def test_errors_are_one_line(pipeline, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         pipeline("x", **(SETTINGS | changes))
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_networks_that_do_not_fit_each_other_are_refused(transformer):
+def test_networks_that_do_not_fit_each_other_are_an_error(transformer):
     with pytest.raises(UserError, match="width of the text encoder is 48, the transformer expects 64"):
         AnimaPipeline.load(
             transformer=transformer,
@@ -397,3 +396,10 @@ def test_networks_that_do_not_fit_each_other_are_refused(transformer):
             text_encoder=GOLDEN / "qwen3.model.safetensors",
             tokenizers=ASSETS / "tokenizers",
         )
+
+
+def test_repr_names_sizes_dtype_and_devices(pipeline):
+    text = repr(pipeline)
+    assert "blocks=2, width=64, heads=4, dtype=float32" in text
+    parameters_of_dit = sum(value.size for value in pipeline.dit_params.values())
+    assert f"transformer: {parameters_of_dit:,} parameters (float32) on {jax.devices()[0]}" in text

@@ -1,4 +1,4 @@
-"""Pictures as files: what a PNG says of itself is read back as it was."""
+"""Images as files, and the parameters in their text chunks."""
 
 import dataclasses
 
@@ -9,37 +9,36 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anima_jax.errors import UserError
-from anima_jax.sampling.request import ImageRequest, SamplingParams, from_text, read_picture, save_picture, to_text
+from anima_jax.sampling.images import read_image, save_image
+from anima_jax.sampling.request import ImageRequest, SamplingParams, from_text, to_text
 
-PICTURE = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
-SETTINGS = SamplingParams("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))
+REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
+PARAMS = SamplingParams("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))
 
 
-def test_a_png_carries_its_text_and_gives_it_back(tmp_path):
+def test_a_png_keeps_its_text_chunks(tmp_path):
     path = tmp_path / "a" / "b.png"
-    save_picture(Image.new("RGB", (8, 8), "red"), path, to_text(PICTURE, SETTINGS) | {"vae": "x.safetensors"})
-    assert from_text("b.png", Image.open(path).text) == (PICTURE, SETTINGS)
+    save_image(Image.new("RGB", (8, 8), "red"), path, to_text(REQUEST, PARAMS) | {"vae": "x.safetensors"})
+    assert from_text("b.png", Image.open(path).text) == (REQUEST, PARAMS)
     assert Image.open(path).text["vae"] == "x.safetensors"
     assert Image.open(path).getpixel((3, 3)) == (255, 0, 0)
     assert [file.name for file in path.parent.iterdir()] == ["b.png"]
-    for kind, changed in ((ImageRequest(""), PICTURE), (SamplingParams(), SETTINGS)):
+    for kind, changed in ((ImageRequest(""), REQUEST), (SamplingParams(), PARAMS)):
         defaults = dataclasses.asdict(kind)
         assert all(value != defaults[name] for name, value in dataclasses.asdict(changed).items())
 
 
 @given(st.floats(0.001, 1.0), st.text(), st.integers(0, 2**64 - 1))
-def test_numbers_and_words_survive_exactly(number, words, seed):
-    picture, settings = (
-        ImageRequest(words, seed=seed),
-        SamplingParams(words, shift=number, guidance_interval=(0.0, number)),
-    )
-    assert from_text("x", to_text(picture, settings)) == (picture, settings)
+def test_numbers_and_text_survive_exactly(number, words, seed):
+    request = ImageRequest(words, seed=seed)
+    params = SamplingParams(words, shift=number, guidance_interval=(0.0, number))
+    assert from_text("x", to_text(request, params)) == (request, params)
 
 
-def test_what_a_png_does_not_say_is_the_default_and_what_it_says_wrong_is_refused():
+def test_missing_text_chunks_mean_the_default_and_wrong_ones_are_an_error():
     assert from_text("x.png", {"prompt": "a", "seed": "3"}) == (ImageRequest("a", seed=3), SamplingParams())
     for text, message in (
-        ({}, "x.png: holds no settings in its text chunks"),
+        ({}, "x.png: no parameters in its text chunks"),
         ({"seed": "1\n2"}, "x.png: seed '1\n2' in its text chunks"),
         ({"cfg_zero_star": "yes"}, "x.png: cfg_zero_star 'yes'"),
         ({"guidance_interval": "0.5"}, "x.png: guidance_interval '0.5'"),
@@ -51,26 +50,26 @@ def test_what_a_png_does_not_say_is_the_default_and_what_it_says_wrong_is_refuse
             from_text("x.png", ({"prompt": "a", "seed": "3"} | text) if text else {})
 
 
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+def test_an_image_is_rotated_by_its_exif_orientation(tmp_path):
     image = Image.fromarray(np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter
+    exif[0x0112] = 6  # rotate by 90°
     image.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(str(tmp_path / "a.png")), np.rot90(np.asarray(image), -1))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png")), np.rot90(np.asarray(image), -1))
 
 
-def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(str(tmp_path / "a.png")), [[0, 1, 128, 255]])
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png")), [[0, 1, 128, 255]])
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        save_picture(Image.new("RGB", (8, 8)), tmp_path / "file" / "a.png")
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "file" / "a.png")
 
 
-def test_every_setting_is_a_flag():
+def test_every_parameter_is_a_flag():
     from anima_jax.generate import parse_arguments
 
     arguments = parse_arguments(["--prompt", "x", "-o", "x.png"])

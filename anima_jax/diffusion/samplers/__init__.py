@@ -1,8 +1,8 @@
-"""Samplers by ComfyUI's names: each a few formulas, all run by one step function in one `lax.scan`.
+"""Samplers under ComfyUI's names: each is a few formulas, and one step function in one `lax.scan` runs them all.
 
 Source: ComfyUI comfy/k_diffusion/sampling.py, for its flow model (`CONST` in comfy/model_sampling.py): the network's
 velocity v gives the clean estimate D = x − σ·v.
-Axes: n evaluations of the network, k arrays carried between them, j arrays at hand, q new noises.
+Axes: n evaluations of the network, k arrays carried between them, j inputs of a step, q new noise arrays.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ import numpy as np
 from jax import Array
 
 from anima_jax.diffusion.samplers import ode, sde
-from anima_jax.diffusion.samplers.plan import Formulas, Plan, make_plan
+from anima_jax.diffusion.samplers.plan import Formulas, SamplerPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A row of the table: formulas, and what else is particular to a sampler."""
+    """A row of the table: a sampler's formulas and its peculiarities."""
 
     formulas: Formulas
     without_penultimate: bool = False
-    """Its schedules have a step more, and their last level above 0 is left out."""
+    """Its schedules have one step more, without the last level above 0."""
 
     path: str | None = None
-    """Its noise is a Brownian path over the levels: "cpu", or "device" where ComfyUI draws the path on the GPU."""
+    """Its noise is a Brownian path over the levels, drawn on the "cpu", or on the "device" that ComfyUI samples on."""
 
     ends_at: float = 0.0
-    """Noise level that the result is taken to hold."""
+    """Noise level that the result is assumed to have."""
 
     fresh_noise_outside_mask: bool = False
-    """When inpainting, what is kept is noised with other noise than the picture starts from."""
+    """When inpainting, the kept part is noised with other noise than the one sampling starts from."""
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -75,77 +75,50 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 class StepInputs(NamedTuple):
-    """What the step function takes at each of n evaluations."""
+    """Inputs of the step function at each of n evaluations."""
 
     sigmas_n: Any
     factors_nkj: Any
     noises_nq: Any
-    """Arrays of noise, shaped (n, q) and as the latents; or what `draw` makes noise of."""
+    """Noise arrays, (n, q, …) with the shape of the latents; or what `draw` makes noise from."""
 
     guidance_n: Any = None
-    """Whatever else the network's evaluation needs to know, if anything."""
+    """Further inputs of the network's evaluation, if any."""
 
 
 Denoise = Callable[[Array, StepInputs], tuple[Array, Array]]
-"""(x, the evaluation's row) → the guided estimate of the clean latents, and that of the negative prompt alone."""
+"""(x, the evaluation's inputs) → the guided estimate of the clean latents, and that of the negative prompt alone."""
 
 
 def run_scan(
     denoise: Denoise,
-    carried: Sequence[Array],
-    rows: StepInputs,
+    carry: Sequence[Array],
+    steps: StepInputs,
     *,
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
 ) -> tuple[list[Array], Array]:
-    """Take the evaluations of `rows`: the arrays that are carried on, the point first, and the last estimate."""
+    """Run the evaluations in `steps`. Return the arrays carried on, the point first, and the last estimate."""
 
-    def step(state, row: StepInputs):
-        carried, _ = state
-        guided, unconditional = denoise(carried[0], row)
-        at_hand = [*carried, guided, *([unconditional] if both else []), *map(draw, row.noises_nq)]
-        # Not a matrix product: those are not float32 everywhere.
-        carried = [
-            functools.reduce(operator.add, (factor * array for factor, array in zip(factors, at_hand, strict=True)))
-            for factors in row.factors_nkj
+    def step(state: tuple[list[Array], Array], inputs: StepInputs) -> tuple[tuple[list[Array], Array], None]:
+        carry, _ = state
+        guided, unconditional = denoise(carry[0], inputs)
+        arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_nq)]
+        # Not a matrix product: those are not float32 on every device.
+        carry = [
+            functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
+            for factors in inputs.factors_nkj
         ]
-        return (carried, guided), None
+        return (carry, guided), None
 
-    return jax.lax.scan(step, (list(carried), carried[0]), rows)[0]
+    return jax.lax.scan(step, (list(carry), carry[0]), steps)[0]
 
 
-def initial_carry(plan: Plan, x: Any) -> list[Any]:
-    """What is carried into the first evaluation."""
+def initial_carry(plan: SamplerPlan, x: Any) -> list[Any]:
+    """Return the arrays carried into the first evaluation."""
     return [x, *[np.zeros(x.shape, np.float32) for _ in range(plan.factors_nkj.shape[1] - 1)]]
 
 
-def sample(
-    sampler: str,
-    velocity: Callable[[Array, Array], Array],
-    x: Array,
-    sigmas: np.ndarray,
-    *,
-    shift: float = 3.0,
-    step_noise: Sequence[np.ndarray] | np.ndarray = (),
-) -> Array:
-    """Follow `velocity(x, σ)` from `x` at sigmas[0] to sigmas[-1] with the sampler of this name, in float32.
-
-    `sigmas` are concrete numbers; `step_noise` holds the sampler's noises in the order of use, each shaped as `x`.
-    """
-    plan = make_plan(SAMPLERS[sampler].formulas, sigmas, shift)
-
-    def denoise(x: Array, row: StepInputs) -> tuple[Array, Array]:
-        estimate = x - row.sigmas_n * velocity(x, row.sigmas_n)
-        return estimate, estimate
-
-    noises = np.zeros((*plan.noises_nq.shape, *x.shape), np.float32)
-    for place, number in np.ndenumerate(plan.noises_nq):
-        if number >= 0:
-            noises[place] = step_noise[number]
-    rows = StepInputs(plan.sigmas_n, plan.factors_nkj, noises)
-    return run_scan(denoise, initial_carry(plan, x.astype(jnp.float32)), rows, both=plan.both)[0][0]
-
-
 def start(noise: Any, sigma: Any, latents: Any = 0.0) -> Any:
-    """Where sampling begins: the point at `sigma` on the line from `latents` to `noise`."""
+    """Return where sampling begins: the point at `sigma` on the line from `latents` to `noise`."""
     return sigma * noise + (1.0 - sigma) * latents

@@ -1,4 +1,4 @@
-"""Samplers without noise of their own, on the ODE dx/dσ = d = (x − D)/σ, D being the network's clean estimate.
+"""Samplers that add no noise, on the ODE dx/dσ = d = (x − D)/σ, where D is the network's clean estimate.
 
 Source: ComfyUI comfy/k_diffusion/sampling.py and comfy/k_diffusion/deis.py. The multistep methods integrate the
 polynomial through the last derivatives (Adams-Bashforth).
@@ -14,7 +14,7 @@ from anima_jax.diffusion.samplers.plan import Trace, Vector
 UNI_PC_LAST = 0.001
 
 _QUADRATURE = np.polynomial.legendre.leggauss(64)
-"""Points in [−1, 1] and weights of Gauss and Legendre: exact to rounding for all that is integrated here."""
+"""Gauss-Legendre points in [−1, 1] and weights: exact up to rounding for everything integrated here."""
 
 
 def euler(trace: Trace) -> Vector:
@@ -92,19 +92,19 @@ def res_multistep(trace: Trace) -> Vector:
 def res_step(
     x: Vector, sigma: float, after: float, denoised: Vector, before: tuple[Vector, float, float] | None
 ) -> Vector:
-    """One step of `res_multistep`. `before` is the last estimate, its level, and that to which it was stepped."""
+    """One step of `res_multistep`. `before` is the last estimate, its level, and the level that step ended at."""
     if before is None or after == 0:
         return (after / sigma) * x + (1 - after / sigma) * denoised
     earlier, earlier_sigma, reached = before
     h = math.log(sigma / after)
-    place = math.log(reached / earlier_sigma) / h
+    position = math.log(reached / earlier_sigma) / h
     phi_1 = -math.expm1(-h) / h
     phi_2 = (1 - phi_1) / h
-    return math.exp(-h) * x + h * ((phi_1 - phi_2 / place) * denoised + (phi_2 / place) * earlier)
+    return math.exp(-h) * x + h * ((phi_1 - phi_2 / position) * denoised + (phi_2 / position) * earlier)
 
 
 def lms(trace: Trace) -> Vector:
-    """Adams-Bashforth of order 4 on the levels as they are."""
+    """Adams-Bashforth of order 4 on the levels themselves."""
     return _multistep(trace, 4, lambda levels, after: lagrange_integrals(levels, levels[0], after))
 
 
@@ -114,7 +114,7 @@ def deis(trace: Trace) -> Vector:
 
 
 def _vp_time(sigma: np.ndarray) -> np.ndarray:
-    """When the variance-preserving diffusion has this level, if it has 0.002 at 0.001 and 80 at 1."""
+    """Return the time at which the VP diffusion has this level, given 0.002 at time 0.001 and 80 at time 1."""
     first, last = (math.log1p(level**2) for level in (0.002, 80.0))
     slope = 2 * (first / 1e-3 - last) / (1e-3 - 1)
     start = last - slope / 2
@@ -128,12 +128,12 @@ def ipndm(trace: Trace) -> Vector:
 
 
 def ipndm_v(trace: Trace) -> Vector:
-    """Adams-Bashforth of order 4 for uneven levels, nearly: three terms are ComfyUI's, and exact for no levels or few.
+    """Adams-Bashforth of order 4 for uneven levels, except for three terms that ComfyUI has differently.
 
     They are the second share, the sign of `bend` in the third, and the last factor, whose ratio should be h2 / h3.
     """
 
-    def weights(levels: list[float], after: float) -> np.ndarray:
+    def weights(levels: Sequence[float], after: float) -> Sequence[float] | np.ndarray:
         gaps = -np.diff([after, *levels])
         h, h1, h2, h3 = [*gaps, *[math.nan] * 3][:4]
         ratio, wide = h1 / h2, h1 * (h1 + h2) / (h2 * (h2 + h3))
@@ -153,7 +153,8 @@ def ipndm_v(trace: Trace) -> Vector:
             (slope + bend) * h * (h + h1) * (h + h1 + h2) / (h1 * (h1 + h2) * (h1 + h2 + h3)),
         )
         order = len(levels)
-        return h * sum(share * np.array(row[:order]) for share, row in zip(shares[:order], differences, strict=False))
+        terms = [share * np.array(row[:order]) for share, row in zip(shares[:order], differences[:order], strict=True)]
+        return h * np.sum(terms, axis=0)
 
     return _multistep(trace, 4, weights)
 
@@ -171,7 +172,7 @@ def uni_pc_bh2(trace: Trace) -> Vector:
 def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
     """A predictor on t = −ln σ, and a corrector that uses the estimate at the predicted point; `scale` is B(h).
 
-    A last level of 0 is taken for 0.001.
+    A last level of 0 is replaced by 0.001.
     """
     levels = [*trace.sigmas[:-1], trace.sigmas[-1] or UNI_PC_LAST]
     count = len(levels) - 1
@@ -190,35 +191,45 @@ def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
     return point
 
 
-def _uni_pc_factors(levels: Sequence[float], after: float, scale: Callable[[float], float]):
-    """Factors of the estimates at `levels`, newest first: the predictor's; the corrector's, and last the new one's."""
+def _uni_pc_factors(
+    levels: Sequence[float], after: float, scale: Callable[[float], float]
+) -> tuple[list[float], list[float]]:
+    """Return the predictor's and the corrector's factors of the estimates at `levels`, newest first.
+
+    The corrector's last factor is that of the new estimate.
+    """
     order = len(levels)
     h = math.log(after / levels[0])
     ratios = np.array([math.log(level / levels[0]) / h for level in levels[1:]] + [1.0])
-    wanted, phi = [], math.expm1(h) / h - 1
+    moments: list[float] = []
+    phi = math.expm1(h) / h - 1
     for power in range(1, order + 1):
-        wanted.append(phi * math.factorial(power) / scale(h))
+        moments.append(phi * math.factorial(power) / scale(h))
         phi = phi / h - 1 / math.factorial(power + 1)
     powers = ratios ** np.arange(order)[:, None]
-    factors = []
-    for size in (order - 1, order):
-        shares = np.linalg.solve(powers[:size, :size], wanted[:size]) if size != 1 else np.array([0.5])
+
+    def solved(size: int) -> list[float]:
+        shares = np.linalg.solve(powers[:size, :size], moments[:size]) if size != 1 else np.array([0.5])
         others = -scale(h) * shares / ratios[:size]
-        factors.append([-math.expm1(h) - others.sum(), *others])
-    return factors
+        return [-math.expm1(h) - others.sum(), *others]
+
+    return solved(order - 1), solved(order)
 
 
 def weighted(factors: Iterable[float], vectors: Iterable[Vector]) -> Vector:
-    """Σ factor · vector."""
+    """Return Σ factor · vector."""
     total = Vector({})
     for factor, vector in zip(factors, vectors, strict=True):
         total = total + factor * vector
     return total
 
 
-def _multistep(trace: Trace, order: int, weights) -> Vector:
-    """x + Σ wᵢ·dᵢ over up to `order` derivatives, newest first: `weights` of their levels and the next level."""
-    x, history = trace.start, []
+def _multistep(
+    trace: Trace, order: int, weights: Callable[[Sequence[float], float], Sequence[float] | np.ndarray]
+) -> Vector:
+    """x + Σ wᵢ·dᵢ over up to `order` derivatives, newest first; `weights` maps their levels and the next one to wᵢ."""
+    x = trace.start
+    history: list[tuple[Vector, float]] = []
     for sigma, after in trace.steps:
         history = [(trace.keep(derivative(trace, x, sigma)), sigma), *history[: order - 1]]
         if after == 0:
@@ -229,7 +240,7 @@ def _multistep(trace: Trace, order: int, weights) -> Vector:
 
 
 def derivative(trace: Trace, x: Vector, sigma: float) -> Vector:
-    """(x − D)/σ at a new evaluation."""
+    """Return (x − D)/σ at a new evaluation."""
     denoised = trace.denoise(x, sigma)
     return (x - denoised) / sigma
 
@@ -242,12 +253,12 @@ def lagrange_integrals(
     of: Callable[[np.ndarray], np.ndarray] = lambda level: level,
     weight: Callable[[np.ndarray], np.ndarray] = np.ones_like,
 ) -> np.ndarray:
-    """∫ from `start` to `end` of `weight` times each node's Lagrange polynomial, a polynomial in `of`."""
+    """Return ∫ from `start` to `end` of `weight` times each node's Lagrange polynomial, a polynomial in `of`."""
     points = start + (end - start) * (_QUADRATURE[0] + 1) / 2
     shares = (end - start) / 2 * _QUADRATURE[1] * weight(points)
-    places, at = of(np.array(nodes)), of(points)
-    integrals = []
-    for index, place in enumerate(places):
-        others = np.delete(places, index)[:, None]
-        integrals.append(np.sum(shares * np.prod((at - others) / (place - others), axis=0)))
+    positions, at = of(np.array(nodes)), of(points)
+    integrals: list[float] = []
+    for index, position in enumerate(positions):
+        others = np.delete(positions, index)[:, None]
+        integrals.append(np.sum(shares * np.prod((at - others) / (position - others), axis=0)))
     return np.array(integrals)

@@ -1,10 +1,10 @@
 """From a sampler's formulas to numbers for one compiled step.
 
-Whatever a sampler does between two evaluations of the network is linear: it adds up points, estimates and noises with
-factors that depend on the noise levels alone. So its formulas are run once on the host, in float64, on `Vector`s, which
-know of what they are the sum; the outcome is a `Plan`: for each evaluation the noise level, and the factors that turn
-what is at hand into what the next one needs. One step function then serves every sampler, and no program is compiled
-anew when noise levels change.
+Between two evaluations of the network a sampler is linear: it sums points, estimates and noise with factors that
+depend on the noise levels alone. So its formulas run once on the host, in float64, on `Vector`s, which record what they
+are the sum of. The result is a `SamplerPlan`: for each evaluation the noise level, and the factors that turn the arrays
+present into those that the next evaluation needs. One step function then serves every sampler, and nothing is
+recompiled when noise levels change.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import numpy as np
 
 
 class Vector:
-    """A sum of arrays that exist only on the device: `terms` gives each one's factor, by its number in the trace."""
+    """A sum of arrays that exist only on the device: `terms` maps each one's number in the trace to its factor."""
 
     def __init__(self, terms: dict[int, float]):
         self.terms = terms
 
     @property
     def number(self) -> int:
-        """Of a vector that is an array of its own: which."""
+        """The array's number, if the vector is a single array."""
         (number,) = self.terms
         return number
 
@@ -47,7 +47,7 @@ class Vector:
 
 
 class Draw(NamedTuple):
-    """A noise array that a sampler uses: it stands for the path between two noise levels, from the higher one."""
+    """A noise array that a sampler uses, for the path from one noise level down to the next."""
 
     sigma: float
     next_sigma: float
@@ -55,18 +55,19 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass
 class _Evaluation:
-    """One call of the network and what was made of it before the next."""
+    """One call of the network and the arrays computed from it before the next call."""
 
     sigma: float
     point: int
     denoised: int
     unconditional: int
-    noises: list[int] = dataclasses.field(default_factory=list)
-    made: dict[int, dict[int, float]] = dataclasses.field(default_factory=dict)
+    noises: list[int] = dataclasses.field(default_factory=list[int])
+    sums: dict[int, dict[int, float]] = dataclasses.field(default_factory=dict[int, dict[int, float]])
+    """Array → the arrays it is a sum of, with their factors."""
 
 
 class Trace:
-    """What a sampler's formulas are run on.
+    """Records a sampler's formulas while they run.
 
     `sigmas` are Python floats, descending; `shift` is the schedule's; `start` is the point at the first level.
     """
@@ -84,50 +85,50 @@ class Trace:
 
     @property
     def steps(self) -> Iterator[tuple[float, float]]:
-        """Each noise level and the next."""
+        """Pairs of each noise level and the next."""
         return itertools.pairwise(self.sigmas)
 
     def denoise(self, x: Vector, sigma: float) -> Vector:
-        """The network's estimate of the clean latents from the point `x` at this noise level."""
+        """Return the network's estimate of the clean latents from the point `x` at this noise level."""
         return self.denoise_both(x, sigma)[0]
 
     def denoise_both(self, x: Vector, sigma: float) -> tuple[Vector, Vector]:
-        """The guided estimate, and that of the negative prompt alone."""
+        """Return the guided estimate, and that of the negative prompt alone."""
         point = self.keep(x) if self.evaluations else x
         guided, unconditional = self._new(), self._new()
         self.evaluations.append(_Evaluation(sigma, point.number, guided.number, unconditional.number))
         return guided, unconditional
 
     def noise(self, sigma: float, next_sigma: float) -> Vector:
-        """The next standard normal noise, for the path from `sigma` to `next_sigma`."""
+        """Return the next standard normal noise, for the path from `sigma` to `next_sigma`."""
         drawn = self._new()
         self.draws.append(Draw(sigma, next_sigma))
         self.evaluations[-1].noises.append(drawn.number)
         return drawn
 
     def keep(self, x: Vector) -> Vector:
-        """`x`, from now on an array of its own: what follows needs nothing of which it is the sum."""
+        """Return `x` stored as an array of its own: later formulas no longer need the arrays it is the sum of."""
         terms = x.terms
         x.terms = self._new().terms
-        self.evaluations[-1].made[x.number] = terms
+        self.evaluations[-1].sums[x.number] = terms
         return x
 
 
-class Plan(NamedTuple):
-    """A sampler's run, for n evaluations with k arrays carried between them.
+class SamplerPlan(NamedTuple):
+    """A sampler's run of n evaluations with k arrays carried between them.
 
-    An evaluation has at hand the k arrays, the estimate, the negative prompt's estimate if `both`, and `draws` new
-    noises. Array 0 is the point at which the network is evaluated, in the end the result.
+    The j inputs of a step are the k arrays, the estimate, the negative prompt's estimate if `both`, and the new noise
+    arrays. Array 0 is the point at which the network is evaluated, after the last step the result.
     """
 
     sigmas_n: np.ndarray
     """Noise level of each evaluation, float32."""
 
     factors_nkj: np.ndarray
-    """The next k arrays as sums of the j at hand, float32."""
+    """The next k arrays as sums of the j inputs, float32."""
 
     noises_nq: np.ndarray
-    """Which of `draws` are new at each evaluation, int; −1 for none."""
+    """Indices of the `draws` that are new at each evaluation, int; −1 for none."""
 
     draws: tuple[Draw, ...]
     both: bool
@@ -137,13 +138,13 @@ Formulas = Callable[[Trace], Vector]
 """A sampler's formulas: from `trace.start`, through evaluations, to the result."""
 
 
-def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> Plan:
-    """Run the sampler's formulas along `sigmas`, which descend and hold at least two levels."""
+def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> SamplerPlan:
+    """Run the sampler's formulas along `sigmas`, at least two descending levels."""
     trace = Trace(sigmas, shift)
     trace.keep(result := formulas(trace))
     evaluations = trace.evaluations
     carried = _carried(evaluations, result.number)
-    used = {source for evaluation in evaluations for terms in evaluation.made.values() for source in terms}
+    used = {source for evaluation in evaluations for terms in evaluation.sums.values() for source in terms}
     both = any(evaluation.unconditional in used for evaluation in evaluations)
     fresh = max(len(evaluation.noises) for evaluation in evaluations)
     count = max(map(len, carried))
@@ -155,32 +156,32 @@ def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> Plan:
         columns[evaluation.denoised] = count
         if both:
             columns[evaluation.unconditional] = count + 1
-        columns |= {number: count + 1 + both + place for place, number in enumerate(evaluation.noises)}
+        columns |= {number: count + 1 + both + index for index, number in enumerate(evaluation.noises)}
         for row, number in enumerate(carried[index + 1]):
-            for source, factor in _spelled_out(evaluation.made, number).items():
+            for source, factor in _expanded(evaluation.sums, number).items():
                 factors[index, row, columns[source]] = factor
         noises[index, : len(evaluation.noises)] = drawn + np.arange(len(evaluation.noises))
         drawn += len(evaluation.noises)
     levels = np.array([evaluation.sigma for evaluation in evaluations], np.float32)
-    return Plan(levels, factors.astype(np.float32), noises, tuple(trace.draws), both)
+    return SamplerPlan(levels, factors.astype(np.float32), noises, tuple(trace.draws), both)
 
 
 def _carried(evaluations: list[_Evaluation], result: int) -> list[list[int]]:
-    """Which arrays exist at each evaluation, and after the last: the point first, then what later ones still need."""
+    """Return the arrays carried into each evaluation and out of the last: the point, then what later ones need."""
     carried = [[result]]
     for evaluation in reversed(evaluations):
-        sources = {source for number in carried[-1] for source in _spelled_out(evaluation.made, number)}
+        sources = {source for number in carried[-1] for source in _expanded(evaluation.sums, number)}
         new = {evaluation.point, evaluation.denoised, evaluation.unconditional, *evaluation.noises}
         carried.append([evaluation.point, *sorted(sources - new)])
     return carried[::-1]
 
 
-def _spelled_out(made: dict[int, dict[int, float]], number: int) -> dict[int, float]:
-    """An array as the sum of what was there before this evaluation's results were put together."""
-    if number not in made:
+def _expanded(sums: dict[int, dict[int, float]], number: int) -> dict[int, float]:
+    """Return an array as a sum of arrays that are not sums themselves."""
+    if number not in sums:
         return {number: 1.0}
     total: dict[int, float] = {}
-    for source, factor in made[number].items():
-        for deeper, value in _spelled_out(made, source).items():
+    for source, factor in sums[number].items():
+        for deeper, value in _expanded(sums, source).items():
             total[deeper] = total.get(deeper, 0.0) + factor * value
     return {source: factor for source, factor in total.items() if factor}

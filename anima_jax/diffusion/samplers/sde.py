@@ -1,12 +1,13 @@
 """Samplers that add noise at every step.
 
-Source: ComfyUI comfy/k_diffusion/sampling.py and sa_solver.py, in the forms for flow models: a point at level σ is
-(1 − σ)·D + σ·noise. Most work on the half log-SNR λ = ln((1 − σ)/σ); α is 1 − σ. n is standard normal noise.
+Source: ComfyUI comfy/k_diffusion/sampling.py and sa_solver.py, in their flow-model forms: a point at level σ is
+(1 − σ)·D + σ·noise. Most integrate over the half log-SNR λ = ln((1 − σ)/σ); α is 1 − σ. n is standard normal noise.
 """
 
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,31 +18,31 @@ from anima_jax.diffusion.schedules import shifted
 ER_POINTS = 200
 
 SA_NOISY = (0.2, 0.8)
-"""Between which shares of the sampling SA-Solver adds noise."""
+"""Fractions of the sampling between which SA-Solver adds noise."""
 
 
 def euler_ancestral(trace: Trace) -> Vector:
-    """Euler's step below the next level, and noise up to it."""
+    """Euler's step to below the next level, then noise up to it."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised = trace.denoise(x, sigma)
         down = _level_below(sigma, after)
         x = (down / sigma) * x + (1 - down / sigma) * denoised
-        x = _noised_again(trace, x, sigma, after)
+        x = _renoised(trace, x, sigma, after)
     return x
 
 
 def dpm_2_ancestral(trace: Trace) -> Vector:
-    """`dpm_2` below the next level, and noise up to it."""
+    """`dpm_2` to below the next level, then noise up to it."""
     x = trace.start
     for sigma, after in trace.steps:
         x = midpoint_step(trace, x, sigma, _level_below(sigma, after))
-        x = _noised_again(trace, x, sigma, after)
+        x = _renoised(trace, x, sigma, after)
     return x
 
 
 def dpmpp_2s_ancestral(trace: Trace) -> Vector:
-    """DPM-Solver++(2S) below the next level, and noise up to it."""
+    """DPM-Solver++(2S) to below the next level, then noise up to it."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised, down = trace.denoise(x, sigma), _level_below(sigma, after)
@@ -49,12 +50,12 @@ def dpmpp_2s_ancestral(trace: Trace) -> Vector:
             middle = 0.9999 if sigma == 1 else _sigma((_snr(sigma) + _snr(down)) / 2)
             denoised = trace.denoise((middle / sigma) * x + (1 - middle / sigma) * denoised, middle)
         x = (down / sigma) * x + (1 - down / sigma) * denoised
-        x = _noised_again(trace, x, sigma, after)
+        x = _renoised(trace, x, sigma, after)
     return x
 
 
 def res_multistep_ancestral(trace: Trace) -> Vector:
-    """`res_multistep` below the next level, and noise up to it, as if the data were not scaled down by noise."""
+    """`res_multistep` to below the next level, then noise up to it, as if noise did not scale the data down."""
     x, before = trace.start, None
     for sigma, after in trace.steps:
         denoised = trace.denoise(x, sigma)
@@ -67,7 +68,7 @@ def res_multistep_ancestral(trace: Trace) -> Vector:
 
 
 def lcm(trace: Trace) -> Vector:
-    """σ'·n + (1 − σ')·D: each estimate with new noise (latent consistency models, arXiv 2310.04378)."""
+    """σ'·n + (1 − σ')·D: new noise on each estimate (latent consistency models, arXiv 2310.04378)."""
     x = trace.start
     for sigma, after in trace.steps:
         x = (1 - after) * trace.denoise(x, sigma)
@@ -86,7 +87,7 @@ def euler_cfg_pp(trace: Trace) -> Vector:
 
 
 def euler_ancestral_cfg_pp(trace: Trace) -> Vector:
-    """`euler_cfg_pp` to below the next σ/α, and noise up to it; from σ = 1, where σ/α is infinite, all noise is new."""
+    """`euler_cfg_pp` to below the next σ/α, then noise up to it; all new noise from σ = 1, where σ/α is infinite."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised, unconditional = trace.denoise_both(x, sigma)
@@ -115,14 +116,15 @@ def dpmpp_3m_sde(trace: Trace) -> Vector:
 
 
 def _phi_2_3(h: float) -> tuple[float, float]:
-    """φ₂ and φ₃ of an exponential integrator over a step of −h."""
+    """Return φ₂ and φ₃ of an exponential integrator over a step of −h."""
     phi_2 = math.expm1(-h) / h + 1
     return phi_2, phi_2 / h - 0.5
 
 
 def _multistep_sde(trace: Trace, order: int, shares: Callable[[float], tuple[float, float]]) -> Vector:
-    """An exponential integrator in λ with up to two differences of estimates, whose `shares` follow from the step."""
-    x, history = trace.start, []
+    """An exponential integrator in λ with up to two differences of estimates, weighted by `shares` of the step."""
+    x = trace.start
+    history: list[tuple[Vector, float]] = []
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         now = trace.denoise(x, sigma)
         if after == 0:
@@ -138,11 +140,12 @@ def _multistep_sde(trace: Trace, order: int, shares: Callable[[float], tuple[flo
 
 
 def _differences(history: list[tuple[Vector, float]], h: float) -> tuple[Vector, Vector]:
-    """First and second derivative of the estimate in λ / h, as far as the history (newest first) goes."""
+    """Return the estimate's first and second derivative in λ / h, 0 if the history (newest first) is too short."""
     none = Vector({})
     if len(history) == 1:
         return none, none
-    slopes, gaps = [], []
+    slopes: list[Vector] = []
+    gaps: list[float] = []
     for (newer, snr), (older, earlier_snr) in itertools.pairwise(history):
         gaps.append((snr - earlier_snr) / h)
         slopes.append((newer - older) / gaps[-1])
@@ -153,7 +156,7 @@ def _differences(history: list[tuple[Vector, float]], h: float) -> tuple[Vector,
 
 
 def dpmpp_sde(trace: Trace) -> Vector:
-    """SDE-DPM-Solver++ of second order with a stage in the middle, each an ancestral step on e^−λ = σ/α."""
+    """SDE-DPM-Solver++ of order 2 with a stage in the middle, both ancestral steps on e^−λ = σ/α."""
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -166,14 +169,14 @@ def dpmpp_sde(trace: Trace) -> Vector:
 
 
 def _ancestral_sde(trace: Trace, x: Vector, denoised: Vector, sigma: float, after: float) -> Vector:
-    """From `sigma` towards `denoised` to below `after`, and noise up to it."""
+    """Step from `sigma` towards `denoised` to below `after`, then add noise up to it."""
     alpha, ratio = 1 - after, sigma / (1 - sigma)
     down, up = split_variance(ratio, after / alpha)
     return alpha * (down / ratio / (1 - sigma) * x + (1 - down / ratio) * denoised + up * trace.noise(sigma, after))
 
 
 def seeds_2(trace: Trace) -> Vector:
-    """SEEDS-2 (arXiv 2305.14267), its stage in the middle."""
+    """SEEDS-2 (arXiv 2305.14267), with its stage in the middle."""
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -188,7 +191,7 @@ def seeds_2(trace: Trace) -> Vector:
 
 
 def seeds_3(trace: Trace) -> Vector:
-    """SEEDS-3 (arXiv 2305.14267), its stages at a third and at two thirds."""
+    """SEEDS-3 (arXiv 2305.14267), with its stages at a third and at two thirds."""
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -197,37 +200,38 @@ def seeds_3(trace: Trace) -> Vector:
         path = _Path(trace, x, sigma, after)
         start, level = path.to(1 / 3)
         estimate = trace.denoise(start - (1 - level) * math.expm1(-2 / 3 * path.h) * denoised, level)
-        for place, weight in ((2 / 3, 2), (1, 3 / 2)):
-            h = 2 * place * path.h
+        for position, weight in ((2 / 3, 2), (1, 3 / 2)):
+            h = 2 * position * path.h
             share = weight * ((math.expm1(-h) + h) / h)
-            start, level = path.to(place)
+            start, level = path.to(position)
             x = start + (1 - level) * ((-math.expm1(-h) - share) * denoised + share * estimate)
-            if place < 1:
+            if position < 1:
                 estimate = trace.denoise(x, level)
     return x
 
 
 class _Path:
-    """The linear part of one step of SEEDS: `x` and the noise that gathers on its way from `sigma` to `after`."""
+    """The linear part of one step of SEEDS: `x` and the noise accumulated on its way from `sigma` to `after`."""
 
     def __init__(self, trace: Trace, x: Vector, sigma: float, after: float):
         self._trace, self._x, self._sigma = trace, x, sigma
-        self._snr, self._place, self._noise = _snr(sigma), 0.0, Vector({})
+        self._snr, self._position, self._noise = _snr(sigma), 0.0, Vector({})
         self.h = _snr(after) - _snr(sigma)
 
-    def to(self, place: float) -> tuple[Vector, float]:
-        """Where `place` of the step (0 to 1) is reached, and its level. Places come in ascending order."""
-        before, level = (_sigma(self._snr + share * self.h) for share in (self._place, place))
-        h = (place - self._place) * self.h
+    def to(self, position: float) -> tuple[Vector, float]:
+        """Return the point at `position` in the step (0 to 1) and its level. Call in ascending order."""
+        before, level = (_sigma(self._snr + part * self.h) for part in (self._position, position))
+        h = (position - self._position) * self.h
         drawn = self._trace.noise(before, level)
         self._noise = math.exp(-h) * self._noise + math.sqrt(-math.expm1(-2 * h)) * drawn
-        self._place = place
-        return level / self._sigma * math.exp(-place * self.h) * self._x + level * self._noise, level
+        self._position = position
+        return level / self._sigma * math.exp(-position * self.h) * self._x + level * self._noise, level
 
 
 def er_sde(trace: Trace) -> Vector:
-    """ER-SDE-3 (arXiv 2309.06169) on ℓ = σ/α, its integrals as sums of 200 terms."""
-    x, history, slope_before = trace.start, [], None
+    """ER-SDE-3 (arXiv 2309.06169) on ℓ = σ/α, with its integrals as sums of 200 terms."""
+    x, slope_before = trace.start, None
+    history: list[tuple[Vector, float]] = []
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
         if after == 0:
@@ -236,29 +240,29 @@ def er_sde(trace: Trace) -> Vector:
         step, scale = end - start, _er_scale(end)
         kept = scale / _er_scale(start)
         x = alpha * (kept / (1 - sigma) * x + (1 - kept) * denoised)
-        places = end - step / ER_POINTS * np.arange(ER_POINTS)
-        shares = -step / ER_POINTS / _er_scale(places)
+        points = end - step / ER_POINTS * np.arange(ER_POINTS)
+        shares = -step / ER_POINTS / _er_scale(points)
         if history:
             slope = trace.keep((denoised - history[0][0]) / (start - history[0][1]))
             x = x + alpha * (step + scale * np.sum(shares)) * slope
             if slope_before is not None:
                 bend = (slope - slope_before) / ((start - history[1][1]) / 2)
-                x = x + alpha * (step**2 / 2 + scale * np.sum(shares * (places - start))) * bend
+                x = x + alpha * (step**2 / 2 + scale * np.sum(shares * (points - start))) * bend
             slope_before = slope
         history = [(denoised, start), *history[:1]]
         x = x + alpha * math.sqrt(max(0.0, end**2 - (start * kept) ** 2)) * trace.noise(sigma, after)
     return x
 
 
-def _er_scale(ratio):
-    """g(ℓ), the noise scale that ER-SDE's authors found best."""
+def _er_scale(ratio: Any) -> Any:
+    """Return g(ℓ), the noise scale that ER-SDE's authors found best."""
     return ratio * (np.exp(ratio**0.3) + 10)
 
 
 def sa_solver(trace: Trace) -> Vector:
     """SA-Solver (arXiv 2309.05019): stochastic Adams predictor of order 3, corrector of order 4.
 
-    Noise is added (τ = 1) where a fifth to four fifths of the sampling are done.
+    Noise is added (τ = 1) between a fifth and four fifths of the sampling.
     """
     levels = _finite_levels(trace)
     count = len(levels) - 1
@@ -288,7 +292,7 @@ def sa_solver(trace: Trace) -> Vector:
 def _stochastic_adams(
     x: Vector, start: float, end: float, estimates: list[Vector], levels: list[float], tau: float
 ) -> Vector:
-    """From level `start` to `end` along the polynomial in λ through the newest estimates, those at `levels`."""
+    """Step from level `start` to `end` along the polynomial in λ through the newest estimates, those at `levels`."""
     growth, snr = 1 + tau**2, _snr(end)
     factors = lagrange_integrals(
         [_snr(level) for level in levels], _snr(start), snr, weight=lambda at: growth * np.exp(growth * (at - snr))
@@ -298,17 +302,17 @@ def _stochastic_adams(
 
 
 def split_variance(sigma: float, after: float) -> tuple[float, float]:
-    """A level below `after`, and how much noise leads from there to it, if both are parts of one ancestral step."""
-    return after**2 / sigma, after * math.sqrt(1 - (after / sigma) ** 2)
+    """Return a level below `after` and the std of the noise from there to it: the parts of an ancestral step."""
+    return _level_below(sigma, after), after * math.sqrt(1 - (after / sigma) ** 2)
 
 
 def _level_below(sigma: float, after: float) -> float:
-    """Where an ancestral step of a flow model ends before it adds noise."""
+    """Return the level where an ancestral step of a flow model ends before it adds noise."""
     return after**2 / sigma
 
 
-def _noised_again(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
-    """From the level below up to `after`; nothing at the end."""
+def _renoised(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
+    """Add noise from the level below up to `after`; none at the last step."""
     if after == 0:
         return x
     down = _level_below(sigma, after)
@@ -317,16 +321,16 @@ def _noised_again(trace: Trace, x: Vector, sigma: float, after: float) -> Vector
 
 
 def _finite_levels(trace: Trace) -> list[float]:
-    """The levels, the first a little below 1 if it is 1, where λ is infinite."""
+    """Return the levels, the first slightly lowered if it is 1, where λ is infinite."""
     first, *rest = trace.sigmas
     return [float(np.float32(shifted(1 - 1e-4, trace.shift))) if first >= 1 else first, *rest]
 
 
 def _snr(sigma: float) -> float:
-    """λ = ln(α / σ)."""
+    """Return λ = ln(α / σ)."""
     return math.log((1 - sigma) / sigma)
 
 
 def _sigma(snr: float) -> float:
-    """The level of a λ."""
+    """Return the level σ of a λ."""
     return 1 / (1 + math.exp(snr))

@@ -1,0 +1,73 @@
+"""Images and masks: read from files, written as PNGs, converted to the arrays the networks take and back."""
+
+import io
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from anima_jax.checkpoints.locations import replacing, writing_to
+from anima_jax.data.media import eight_bit
+from anima_jax.errors import UserError
+
+PIXELS_PER_LATENT = 8
+"""Pixels along a side of one latent pixel: the VAE's downsampling factor."""
+
+
+def save_image(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with these text chunks. The file appears under its name only once it is complete."""
+    chunks, data = PngInfo(), io.BytesIO()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)  # the international kind: UTF-8
+    image.save(data, format="PNG", pnginfo=chunks)
+    with writing_to(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(data.getbuffer())
+
+
+def read_image(path: str) -> Image.Image:
+    """Read an 8-bit image, rotated according to its EXIF orientation. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return eight_bit(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+
+
+def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:
+    """Return the first frame of each (t, y, x, 3) array, clipped to [−1, 1] and rounded down as in ComfyUI."""
+    return [Image.fromarray(np.clip((x[0] + 1.0) * 127.5, 0.0, 255.0).astype(np.uint8)) for x in pixels]
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Return the image as (1, y, x, 3) in [−1, 1], float32, without transparency."""
+    return np.asarray(image.convert("RGB"), np.float32)[None] / 127.5 - 1.0
+
+
+def mask_values(mask: Image.Image) -> np.ndarray:
+    """Return how strongly each pixel is redrawn, (1, y, x, 1) in [0, 1], float32.
+
+    White is redrawn, black kept. If the mask has transparency, its transparent part is redrawn, as with ComfyUI's Load
+    Image.
+    """
+    if mask.has_transparency_data:
+        values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
+    else:
+        values = np.asarray(mask.convert("L"), np.float32)
+    return values[None, ..., None] / np.float32(255.0)
+
+
+def latent_mask(values_1yx1: np.ndarray) -> np.ndarray:
+    """Downsample `mask_values` to latents: the bilinear value at each latent's centre (ComfyUI's SetLatentNoiseMask).
+
+    This is the mean of the four pixels around the centre.
+    """
+    step, middle = PIXELS_PER_LATENT, PIXELS_PER_LATENT // 2
+    corners = [values_1yx1[:, y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]
+    return np.stack(corners).mean(axis=0)
