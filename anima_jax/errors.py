@@ -11,7 +11,9 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
@@ -74,7 +76,7 @@ def os_reason(error: BaseException) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that reports a wrong command line as a `UserError`: one line, with the nearest flag."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does. Raises UserError with the nearest known flag for an unknown one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -91,7 +93,7 @@ INTERRUPTED = 130
 """Exit code of a process that the keyboard interrupted, as shells report it."""
 
 
-def command_line(main: Callable[..., None]) -> Callable[..., None]:
+def command_line(main: Callable[P, None]) -> Callable[P, None]:
     """Decorate the `main` of a program so that it ends without a traceback.
 
     A `UserError` becomes its lines on stderr, `error: …` each, and exit code 2. A keyboard interrupt becomes one line
@@ -99,7 +101,7 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         # Registered before anything `main` registers, so it runs after all of that.
         atexit.register(_exit_without_teardown)
         interrupted = False

@@ -110,7 +110,7 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
-def resolve(path: str, folder: str | os.PathLike | None = None) -> tuple[str, ...]:
+def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
     """The absolute paths that `path` may mean: from the current directory, then from `folder` (the TOML's own)."""
     if is_address(path):
         return (path,)

@@ -13,7 +13,7 @@ MAX_BYTES = 2**20
 """A larger text file is no caption."""
 
 
-def read_caption(path: str | os.PathLike) -> str:
+def read_caption(path: str | os.PathLike[str]) -> str:
     """The stripped text of a caption file: UTF-8, with or without a byte order mark. Lines end in any system's way.
 
     Raises UserError for another encoding, or for a file of more than `MAX_BYTES`, which cannot be a caption.

@@ -122,7 +122,7 @@ def label_of(name: str) -> str:
     return re.sub(r'[\x00-\x1f\x7f<>:"\\|?*]', "_", stem) or "_"
 
 
-def stamp_of(path: str | os.PathLike) -> Stamp:
+def stamp_of(path: str | os.PathLike[str]) -> Stamp:
     """The stamp of a file. Raises UserError if there is none."""
     try:
         if is_remote(path):
@@ -137,7 +137,7 @@ def stamp_of(path: str | os.PathLike) -> Stamp:
     return local.st_size, local.st_mtime_ns
 
 
-def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file. Raises UserError if it cannot be read or has more than `max_bytes`."""
     size, _ = stamp_of(path)
     if size > max_bytes:

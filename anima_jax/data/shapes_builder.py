@@ -54,7 +54,7 @@ class AnimaShapes(tfds.core.GeneratorBasedBuilder):
             yield number, {"image": _png(draw(scene, *sample_placement(rng))), "caption": scene.caption}
 
 
-def prepared_builder(data_dir: str | os.PathLike | None = None) -> AnimaShapes:
+def prepared_builder(data_dir: str | os.PathLike[str] | None = None) -> AnimaShapes:
     """The builder with its data on disk under `data_dir` (by default tensorflow-datasets' own), drawn if need be.
 
     A data set appears under its name only when it is whole: a process that dies leaves none behind, and of two that

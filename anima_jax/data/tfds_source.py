@@ -164,7 +164,7 @@ def _scratch() -> str:
     return folder
 
 
-def _builder(name: str, data_dir: str | os.PathLike | None, prepare: bool) -> Any:
+def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) -> Any:
     """A builder whose data are on disk as array_record."""
     tfds = _tfds()
     if name == SHAPES:
@@ -184,7 +184,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None, prepare: bool) -> An
     return builder
 
 
-def _from_files(name: str, data_dir: str | os.PathLike | None) -> Any:
+def _from_files(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     """A builder of what lies prepared under a name, or None. Not by its code, which may need TensorFlow."""
     from tensorflow_datasets.core import naming, read_only_builder
 
@@ -195,7 +195,7 @@ def _from_files(name: str, data_dir: str | os.PathLike | None) -> Any:
         return None
 
 
-def _from_code(name: str, data_dir: str | os.PathLike | None) -> Any:
+def _from_code(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     tfds = _tfds()
     try:
         return tfds.builder(name, data_dir=data_dir)

@@ -141,7 +141,7 @@ class Tokenizers:
         )
 
 
-def load_tokenizers(folder: str | os.PathLike | None) -> Tokenizers:
+def load_tokenizers(folder: str | os.PathLike[str] | None) -> Tokenizers:
     """Tokenizers from `folder`, which has `qwen/` and `t5/`, or from the Hugging Face hub (its local cache first).
 
     Raises UserError that says what to put where if they are not to be had, or if a file is broken.
@@ -149,7 +149,7 @@ def load_tokenizers(folder: str | os.PathLike | None) -> Tokenizers:
     return Tokenizers(*(_load(source, folder) for source in (_QWEN, _T5)))
 
 
-def _load(source: _Source, folder: str | os.PathLike | None) -> Any:
+def _load(source: _Source, folder: str | os.PathLike[str] | None) -> Any:
     path = _hub_folder(source) if folder is None else pathlib.Path(folder) / source.folder
     form = _form(source, path)
     if form is None:
