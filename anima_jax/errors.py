@@ -76,7 +76,9 @@ def os_reason(error: BaseException) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that reports a wrong command line as a `UserError`: one line, with the nearest flag."""
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride] - argparse's has four overloads
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse as argparse does. Raises UserError with the nearest known flag for an unknown one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
