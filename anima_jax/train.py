@@ -20,9 +20,9 @@ from anima_jax.config import unsupported_keys
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.config.summary import start_up_words
-from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData, read_data
 from anima_jax.data.dump import dump_dataset
+from anima_jax.data.encoders import Encoders
 from anima_jax.data.problems import Problems
 from anima_jax.errors import ArgumentParser, UserError, command_line, did_you_mean, os_reason
 from anima_jax.models.dit import DiTConfig
@@ -104,7 +104,7 @@ def train(config: MainConfig, replicas: int, network: DiTConfig, arguments: argp
     with hosts.process_0_first():
         keep = hosts.is_process_0() and not arguments.dry_run
         data = read_data(config, problems, batch_size_of=run.global_batch, keep=keep)
-    hosts.assert_same_on_all_processes(data.facts)
+    hosts.assert_same_on_all_processes(data.described_fingerprint)
     if arguments.dry_run:
         if problems.count:
             print(problems.summary())
@@ -119,14 +119,14 @@ def train(config: MainConfig, replicas: int, network: DiTConfig, arguments: argp
             for each in config.eval_datasets
         }
     for each in evaluated.values():
-        hosts.assert_same_on_all_processes(each.facts)
+        hosts.assert_same_on_all_processes(each.described_fingerprint)
     encoders = Encoders(config, tokenizers)
     hosts.assert_same_on_all_processes(lambda: encoders.fingerprints)
     for each in (data, *evaluated.values()):
         each.open_cache(encoders)
     for each in (data, *evaluated.values()):
         each.encode(encoders, problems)
-        hosts.assert_same_on_all_processes(each.facts)
+        hosts.assert_same_on_all_processes(each.described_fingerprint)
     if arguments.dump_dataset and hosts.is_process_0():
         dumped = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
         print(f"wrote the data set, as the VAE gives it back, to {dumped}")

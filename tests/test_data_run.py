@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.models import load_vae, save_vae
 from anima_jax.config.load import load_config
-from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import read_data
+from anima_jax.data.encoders import Encoders
 from anima_jax.data.problems import Problems
 from anima_jax.data.shapes import draw, sample_placement, scenes
 from anima_jax.data.store import Store, unpack

@@ -3,7 +3,6 @@
 A key at the top holds for every source; the same key inside a `[[directory]]` or a `[[tfds]]` wins there.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -25,8 +24,7 @@ from anima_jax.config.schema import (
     fault,
     multiple_of_16,
 )
-from anima_jax.data.buckets import FRAMES_PER_LATENT, Bucketing, Size, nearest_multiple, spaced_ratios
-from anima_jax.data.examples import SourceOptions
+from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 
 SOURCES = ("directory", "tfds")
 """Tables of the file: one or more of each."""
@@ -174,41 +172,21 @@ class Source(Section):
         return dropout
 
     @property
-    def bucketing(self) -> Bucketing:
-        """The sizes of this source's examples."""
-        if self.size_buckets:
-            return Bucketing((), (), (), self.size_buckets)
-        return Bucketing(tuple(map(_side, self.resolutions)), self._ratios, self.frame_buckets)
+    def shuffled_copies(self) -> int:
+        """Copies of each caption with shuffled tags that replace the caption; 0: captions stay as they are written."""
+        return self.cache_shuffle_num or int(self.shuffle_tags)
 
     @property
-    def _ratios(self) -> tuple[float, ...]:
-        if not self.enable_ar_bucket:
-            return (1.0,)
-        if self.ar_buckets:
-            return self.ar_buckets
-        return spaced_ratios(self.min_ar or 1.0, self.max_ar or 1.0, self.num_ar_buckets or 1)
+    def sides(self) -> tuple[float, ...]:
+        """Sides in pixels of the squares that `resolutions` stand for."""
+        return tuple(map(_side, self.resolutions))
 
     @property
-    def options(self) -> SourceOptions:
-        """How this source becomes examples, as far as the dataset TOML alone decides it."""
-        return SourceOptions(
-            bucketing=self.bucketing,
-            num_repeats=self.num_repeats,
-            caption_prefix=self.caption_prefix,
-            skip_empty_caption=self.skip_empty_caption,
-            shuffle_copies=self.cache_shuffle_num or int(self.shuffle_tags),
-            delimiter=self.cache_shuffle_delimiter,
-            caption_choice=self.caption_choice,
-            subsample_ratio=self.subsample_ratio,
-            tag_dropout=self.tag_dropout,
-        )
+    def messages(self) -> dict[str, str]:
+        """Key → what its value does that a reader of the file may not expect."""
+        return dict(self._messages())
 
-    @property
-    def remarks(self) -> dict[str, str]:
-        """Key → what a reader of the file may not expect of its value."""
-        return dict(self._remarks())
-
-    def _remarks(self) -> Iterator[tuple[str, str]]:
+    def _messages(self) -> Iterator[tuple[str, str]]:
         ratio_keys = (*RATIO_SPAN, "ar_buckets")
         if self.size_buckets:
             for key in ("resolutions", "frame_buckets", *ratio_keys, *["enable_ar_bucket"] * self.enable_ar_bucket):
@@ -218,7 +196,7 @@ class Source(Section):
                 yield key, "does nothing here: enable_ar_bucket is not true"
             squares = {area: nearest_multiple(_side(area)) for area in self.resolutions}
             rounded = [
-                f"{area} is an area: pictures are {side} × {side}"
+                f"{area} is an area: images are {side} × {side}"
                 for area, side in squares.items()
                 if area not in {side, (side, side)}
             ]
@@ -227,12 +205,11 @@ class Source(Section):
         elif self.ar_buckets:
             for key in RATIO_SPAN:
                 yield key, "does nothing here: ar_buckets is set"
-        for key, lengths in (
-            ("size_buckets", [size.frames for size in self.size_buckets]),
-            ("frame_buckets", [] if self.size_buckets else self.frame_buckets),
+        for key, sizes in (
+            ("size_buckets", self.size_buckets),
+            ("frame_buckets", [] if self.size_buckets else [Size(16, 16, frames) for frames in self.frame_buckets]),
         ):
-            cut = [frames for frames in lengths if (frames - 1) % FRAMES_PER_LATENT]
-            used = [f"of {n} the first {n - (n - 1) % FRAMES_PER_LATENT}" for n in cut]
+            used = [f"of {size.frames} the first {size.encoded_frames}" for size in sizes if size.is_cut]
             if used:
                 yield key, f"the VAE takes 1 + 4n frames: {', '.join(used)}"
 
@@ -248,11 +225,6 @@ class DirectorySource(Source):
     )
     default_mask_file: InputFile | None = Field(None, description="the mask of pictures that have none in mask_path")
     online_captions: bool = Field(False, description="read captions.json anew at every start, --trust_cache or not")
-
-    @property
-    def options(self) -> SourceOptions:
-        own = {key: getattr(self, key) for key in ("mask_path", "default_mask_file", "online_captions")}
-        return dataclasses.replace(super().options, **own)
 
 
 class TfdsSource(Source):
@@ -283,8 +255,9 @@ SHARED_KEYS = tuple(key for key in DirectorySource.model_fields if key != "path"
 
 
 def _side(resolution: float | Pair) -> float:
-    """Side in pixels of the square that a resolution stands for: an *area*, as in diffusion-pipe."""
-    return math.sqrt(resolution[0] * resolution[1]) if isinstance(resolution, tuple) else resolution
+    """Return the side in pixels of the square that a resolution stands for: an *area*, as in diffusion-pipe."""
+    side = math.sqrt(resolution[0] * resolution[1]) if isinstance(resolution, tuple) else float(resolution)
+    return round(side, SIDE_DECIMALS)
 
 
 class DatasetConfig(Section):
@@ -308,14 +281,15 @@ class DatasetConfig(Section):
     @property
     def size_wh(self) -> tuple[int, int]:
         """Width and height in pixels of the largest square or size bucket of any source."""
-        return max((_largest(source.bucketing) for source in self.sources), key=math.prod)
+        return max((size for source in self.sources for size in _candidate_sizes(source)), key=math.prod)
 
 
-def _largest(bucketing: Bucketing) -> tuple[int, int]:
-    if not bucketing.size_buckets:
-        side = nearest_multiple(bucketing.resolutions[-1])
-        return side, side
-    return max(((size.width, size.height) for size in bucketing.size_buckets), key=math.prod)
+def _candidate_sizes(source: Source) -> list[tuple[int, int]]:
+    """Return width and height of a source's size buckets, or of its largest square."""
+    if source.size_buckets:
+        return [(size.width, size.height) for size in source.size_buckets]
+    side = nearest_multiple(max(source.sides))
+    return [(side, side)]
 
 
 def hand_down(table: dict[str, Any]) -> dict[str, Any]:

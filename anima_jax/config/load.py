@@ -180,10 +180,10 @@ def _remarks(file: File, config: DatasetConfig) -> Iterable[str]:
     said: dict[Place, set[str]] = {}
     for kind in dataset_file.SOURCES:
         for index, source in enumerate(getattr(config, kind)):
-            remarks = source.remarks
+            messages = source.messages
             for key in type(source).model_fields:
                 if key in source.model_fields_set:
-                    said.setdefault(file.rename((kind, index, key)), set()).add(remarks.get(key, ""))
+                    said.setdefault(file.rename((kind, index, key)), set()).add(messages.get(key, ""))
     for place, texts in said.items():
         text, *others = texts
         if text and not others:

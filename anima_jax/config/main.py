@@ -4,14 +4,13 @@
 from them. Keys of diffusion-pipe that are answered without a meaning here are in `foreign.py`.
 """
 
-import dataclasses
 import os
 from typing import Annotated, Any, Literal, NamedTuple
 
 import annotated_types
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
+from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.model import GROUPS, ModelConfig
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
 from anima_jax.config.schema import (
@@ -30,7 +29,6 @@ from anima_jax.config.schema import (
     output_folder,
 )
 from anima_jax.config.sections import EvalDataset, EvalFile, MeshConfig, MonitoringConfig, SampleConfig, names_differ
-from anima_jax.data.examples import SourceOptions
 from anima_jax.errors import did_you_mean
 
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
@@ -356,14 +354,6 @@ class MainConfig(MainFile):
     def cached_dtype(self) -> Dtype:
         """Of latents and text states in the cache."""
         return self.cache_dtype or self.model.dtype
-
-    def options_of(self, data: DatasetConfig) -> list[tuple[DirectorySource | TfdsSource, SourceOptions]]:
-        """Each source of a data set, and how it becomes examples in this run."""
-        anew = not self.model.cache_text_embeddings
-        return [
-            (source, dataclasses.replace(options, shuffle_anew=anew and options.shuffle_copies > 0))
-            for source, options in ((source, source.options) for source in data.sources)
-        ]
 
     @property
     def loss(self) -> tuple[str, float]:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from anima_jax.data.buckets import PIXEL_MULTIPLE, nearest_multiple
+from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import did_you_mean
 
 Dtype = Literal["bfloat16", "float16", "float32"]

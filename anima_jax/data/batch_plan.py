@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anima_jax.data.buckets import Bucket, Size
+from anima_jax.config.sizes import Size
+from anima_jax.data.buckets import Bucket
 
 _FULLNESS = 0.94  # explicit size buckets share a program if each fills this much of its token budget
 

@@ -1,4 +1,4 @@
-"""Size buckets: which sizes a picture or clip is trained at, by its shape and length.
+"""Size buckets: the sizes at which an image or clip is trained, by its shape and length.
 
 The choice is diffusion-pipe's (utils/dataset.py: DirectoryDataset, ARBucketDataset), number for number, with sides that
 are multiples of 16.
@@ -12,40 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-PIXEL_MULTIPLE = 16
-"""Pixels a side of one token: 8 × of the VAE times the transformer's patch of 2. Sides are multiples of it."""
-
-FRAMES_PER_LATENT = 4
-"""The VAE's first latent frame is one frame of the clip, every further one four."""
-
-DECIMALS = 3
-"""Ratios and resolutions are told apart by so many decimals."""
-
-
-class Size(NamedTuple):
-    """What the VAE sees of an example."""
-
-    width: int
-    """Pixels, a multiple of 16."""
-    height: int
-    """Pixels, a multiple of 16."""
-    frames: int
-    """1 is a picture. Of other numbers the VAE takes the first 1 + 4·((frames − 1) // 4)."""
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of the transformer's patches."""
-        frames = 1 + (self.frames - 1) // FRAMES_PER_LATENT
-        return frames, self.height // PIXEL_MULTIPLE, self.width // PIXEL_MULTIPLE
-
-    @property
-    def tokens(self) -> int:
-        """The transformer's sequence length."""
-        return math.prod(self.grid)
+from anima_jax.config.dataset import Source
+from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 
 
 class Bucket(NamedTuple):
-    """A size, and the resolution that it was made for."""
+    """A size and the resolution that it was made for."""
 
     size: Size
     resolution: float | None
@@ -54,21 +26,33 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bucketing:
-    """The buckets of one source. Ratios, resolutions and frame counts are put in order, each kept once."""
+    """The buckets of one source. Ratios, resolutions and frame counts are sorted and distinct."""
 
     resolutions: tuple[float, ...]
     """Sides of squares in pixels: each stands for an area, and every example is trained at every one."""
     aspect_ratios: tuple[float, ...]
     """Width over height."""
     frame_buckets: tuple[int, ...]
-    """Lengths in frames. 1, for pictures, is always among them."""
+    """Lengths in frames, 1 (images) always among them."""
     size_buckets: tuple[Size, ...] = ()
-    """Explicit sizes, which take the place of all the others where there are any."""
+    """Explicit sizes, which replace all of the above."""
 
     def __post_init__(self):
         object.__setattr__(self, "resolutions", _distinct(self.resolutions))
         object.__setattr__(self, "aspect_ratios", _distinct(self.aspect_ratios))
         object.__setattr__(self, "frame_buckets", tuple(sorted({1, *self.frame_buckets})))
+
+    @classmethod
+    def of(cls, source: Source) -> "Bucketing":
+        """Return the buckets that a source's keys describe."""
+        if source.size_buckets:
+            return cls((), (), (), source.size_buckets)
+        ratios = (1.0,)
+        if source.enable_ar_bucket:
+            ratios = source.ar_buckets or spaced_ratios(
+                source.min_ar or 1.0, source.max_ar or 1.0, source.num_ar_buckets or 1
+            )
+        return cls(source.sides, ratios, source.frame_buckets)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -77,9 +61,9 @@ class Bucketing:
         return self.size_buckets or tuple(dict.fromkeys(Size(*_sides(side, ratio), n) for side, ratio, n in shapes))
 
     def place(self, width: int, height: int, frames: int) -> tuple[Bucket, ...]:
-        """The buckets of a picture (frames = 1) or clip: one for each resolution, or the one size bucket.
+        """Return the buckets of an image (frames = 1) or clip: one per resolution, or the nearest size bucket.
 
-        Empty for what is too short: a clip never goes to a bucket of pictures, and a picture never to one of clips.
+        Empty for a clip that is too short: a clip never goes to a bucket of images, and an image never to one of clips.
         """
         if self.size_buckets:
             return self._size_bucket(width, height, frames)
@@ -94,17 +78,17 @@ class Bucketing:
         if not fitting:
             return ()
         fitting.sort(key=lambda size: size.frames, reverse=True)
-        distances = _distances(width, height, [round(size.width / size.height, DECIMALS) for size in fitting])
+        distances = _distances(width, height, [round(size.width / size.height, SIDE_DECIMALS) for size in fitting])
         return (Bucket(fitting[int(np.argmin(distances))], None),)
 
 
 def spaced_ratios(smallest: float, largest: float, count: int) -> tuple[float, ...]:
-    """`count` ratios from `smallest` to `largest`, each the same factor above the one before it."""
+    """Return `count` ratios from `smallest` to `largest`, evenly spaced in their logarithm."""
     return tuple(np.geomspace(smallest, largest, count).tolist())
 
 
 def _distinct(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(sorted({round(float(value), DECIMALS) for value in values}))
+    return tuple(sorted({round(float(value), SIDE_DECIMALS) for value in values}))
 
 
 def _distances(width: int, height: int, ratios: Iterable[float]) -> np.ndarray:
@@ -112,11 +96,6 @@ def _distances(width: int, height: int, ratios: Iterable[float]) -> np.ndarray:
 
 
 def _sides(resolution: float, ratio: float) -> tuple[int, int]:
-    """Width and height of about the area resolution² at this ratio."""
+    """Return width and height of about the area resolution² at this ratio."""
     width = math.sqrt(resolution**2 * ratio)
     return nearest_multiple(width), nearest_multiple(resolution**2 / width)
-
-
-def nearest_multiple(pixels: float) -> int:
-    """The multiple of 16 nearest to `pixels`, at least 16."""
-    return max(1, round(pixels / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from anima_jax.checkpoints.locations import writing_to
-from anima_jax.data.buckets import Size
+from anima_jax.config.sizes import Size
 from anima_jax.data.cache import Cache, progress_bar
 from anima_jax.data.examples import Example
 from anima_jax.data.video import FRAME_RATE

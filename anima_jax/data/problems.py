@@ -1,4 +1,4 @@
-"""Files that cannot be used: each is named once, training goes on without it, and the number is told at the end."""
+"""Files that cannot be used: each is reported once, training continues without it, and a summary counts them."""
 
 import logging
 import threading
@@ -9,36 +9,36 @@ log = logging.getLogger(__name__)
 
 
 class Problems:
-    """Counts what is skipped. With `strict` the first of them is an error. Safe to use from several threads."""
+    """Counts skipped files. With `strict` the first of them is an error. Safe to use from several threads."""
 
     def __init__(self, strict: bool = False):
         self.strict = strict
         self.lines: list[str] = []
-        """What was said of each file, again where it was met again: in a second source, or at a second size."""
-        self._told, self._lock = set[str](), threading.Lock()
+        """A line for each time that a file was skipped, so twice for a file in two sources or at two sizes."""
+        self._reported, self._lock = set[str](), threading.Lock()
 
     @property
     def count(self) -> int:
         """Number of files skipped so far, each counted once."""
-        return len(self._told)
+        return len(self._reported)
 
     def skip(self, *errors: UserError | str) -> None:
-        """Log one line for each file that is left out, if not told before. Raises it as a UserError if `strict`."""
+        """Log a line for each skipped file that was not reported before. Raises UserError if `strict`."""
         for error in errors:
             line = " ".join(str(error).split())
-            # A file name need not be UTF-8; its stray bytes, which no terminal takes, are shown as escapes.
+            # A file name need not be UTF-8; its stray bytes, which no terminal accepts, become escapes.
             line = line.encode("utf-8", "backslashreplace").decode()
             if self.strict:
                 raise UserError(line)
             with self._lock:
-                new = line not in self._told
-                self._told.add(line)
+                new = line not in self._reported
+                self._reported.add(line)
                 self.lines.append(line)
             if new:
                 log.warning("skipped: %s", line)
 
     def summary(self) -> str:
-        """One line, or the empty string if nothing was skipped."""
+        """Return one line, or the empty string if nothing was skipped."""
         if not self.count:
             return ""
         files = "1 file was" if self.count == 1 else f"{self.count} files were"

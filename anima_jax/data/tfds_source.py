@@ -1,49 +1,35 @@
-"""Entries from a tensorflow-datasets data set that lies on disk as array_record. No TensorFlow takes part.
+"""The images of a `[[tfds]]`: a tensorflow-datasets data set that is on disk as array_record. TensorFlow is not used.
 
-tensorflow_datasets is imported on use: only who names such a data set waits for it.
+tensorflow_datasets is imported only when such a data set is read.
 """
 
-import atexit
 import dataclasses
 import functools
 import hashlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from anima_jax.config.dataset import TfdsSource
 from anima_jax.data.captions import decode_caption
-from anima_jax.data.manifest import Entry, FileMedia, Memo, Summary
-from anima_jax.data.media import label_of, stamp_of
+from anima_jax.data.file_index import Entry
+from anima_jax.data.folder_source import CACHE
+from anima_jax.data.media import Media, label_of, stamp_of
 from anima_jax.data.problems import Problems
-from anima_jax.data.scan import Counts, Found, look_at, summary_line
+from anima_jax.data.sources import Candidate, Counts
 from anima_jax.errors import UserError, did_you_mean, first_line
 
 SHAPES = "anima_shapes"
 """The data set of the quick start, drawn on first use (`shapes_builder`)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsSplit:
-    """A `[[tfds]]`: records with an Image feature and a Text feature, or a sequence of texts."""
-
-    name: str
-    """A registered name, or the directory that holds a prepared version (its dataset_info.json)."""
-    split: str = "train"
-    """May be sliced as tfds does ("train[:10%]")."""
-    image: str = "image"
-    caption: str = "caption"
-    data_dir: str | None = None
-    """Where prepared data sets are kept; None: tensorflow-datasets' own directory."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordMedia:
-    """The encoded picture in one record of a prepared data set."""
+    """The encoded image in one record of a prepared data set."""
 
     builder_dir: str
     split: str
@@ -59,63 +45,88 @@ class RecordMedia:
         return label_of(f"{self.split}-{self.index}")
 
     def read(self) -> bytes:
-        """Raises UserError if the record cannot be read."""
         return _record(self)[self.image_feature]
 
     def stamp(self) -> None:
-        """A record has no time of its own; the whole data set's fingerprint stands for it."""
+        """A record has no time of its own; the fingerprint of the whole data set serves instead."""
 
 
-def read_split(
-    source: TfdsSplit,
-    skip_empty_caption: bool,
-    default_mask_file: str | None,
-    memo: Memo,
-    problems: Problems,
-    *,
-    threads: int = 8,
-    prepare: bool = True,
-) -> tuple[list[Entry], str]:
-    """The usable records of a split, in their order, and a line for the log. Unusable ones go to `problems`.
+class TfdsReader:
+    """Reads a `[[tfds]]`. The data set of the quick start is drawn to disk if need be, or only to a temporary folder
+    without `prepare`."""
 
-    Nothing is read if the memo knows the data set's files as they are. Raises UserError if the data set is not there,
-    not prepared as array_record (only with `prepare` is that of the quick start drawn), or lacks the split or a
-    feature.
-    """
-    about = {**dataclasses.asdict(source), "skip_empty_caption": skip_empty_caption, "mask": default_mask_file}
-    recalled = memo.recall(about, (RecordMedia, FileMedia))
-    if recalled and problems.strict and recalled[1].skipped:
-        recalled = None
-    if recalled and memo.trust:
-        problems.skip(*recalled[1].skipped)
-        return recalled[0], f"{recalled[1].summary} (as remembered: its files are trusted to be unchanged)"
-    builder = _builder(source.name, source.data_dir, prepare)
-    _check_features(source, builder)
-    fingerprint = _fingerprint(builder, default_mask_file)
-    if recalled and recalled[1].fingerprint == fingerprint:
-        problems.skip(*recalled[1].skipped)
-        return recalled[0], recalled[1].summary
-    builder_dir, name = os.fspath(builder.data_path), f"tfds data set {source.name!r}: split {source.split}"
-    try:
-        number = len(_records(builder_dir, source.split, source.image))
-    except Exception as error:  # a slice that tfds cannot parse or that holds nothing, shards that are missing
-        raise UserError(f"{name}: {first_line(error)}") from None
-    mask = FileMedia(*os.path.split(default_mask_file)) if default_mask_file else None
-    found = []
-    for index in range(number):
-        media = RecordMedia(builder_dir, source.split, index, source.image)
-        found.append(Found(media, functools.partial(_captions, media, source.caption), mask))
-    before, counts = len(problems.lines), Counts()
-    entries = look_at(found, skip_empty_caption, memo, problems, counts, threads=threads)
-    skipped = tuple(problems.lines[before:])
-    counts["could not be used"] = len(skipped)
-    line = summary_line(name, entries, counts)
-    memo.save(about, entries, Summary(line, skipped, fingerprint))
-    return entries, line
+    media_types: tuple[type[Media], ...] = (RecordMedia,)
+
+    def __init__(self, source: TfdsSource, *, prepare: bool = True):
+        self.source, self._prepare = source, prepare
+        self._data_set = source.name or source.builder_dir or ""
+
+    @property
+    def name(self) -> str:
+        return f"tfds data set {self._data_set!r}: split {self.source.split}"
+
+    @property
+    def location(self) -> str:
+        return f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in self._split.items())})"
+
+    @property
+    def about(self) -> Mapping[str, str | bool | None]:
+        return {**self._split, "skip_empty_caption": self.source.skip_empty_caption, "mask": None}
+
+    @property
+    def _split(self) -> dict[str, str | None]:
+        keys = ("split", "image", "caption", "data_dir")
+        return {"name": self._data_set, **{key: getattr(self.source, key) for key in keys}}
+
+    @property
+    def cache_dir(self) -> str:
+        if self.source.builder_dir:
+            return os.path.join(self.source.builder_dir, CACHE)
+        # tensorflow-datasets' own rule, without importing it.
+        root = self.source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+        return os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0], CACHE)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the version and of the stamps of all files of the data set."""
+        builder = self._builder
+        files = sorted(os.fspath(path) for path in epath.Path(builder.data_path).iterdir() if path.is_file())
+        stamps = [(path, stamp_of(path)) for path in files]
+        return hashlib.sha256(repr((str(builder.info.version), stamps)).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
+        source, builder_dir = self.source, os.fspath(self._builder.data_path)
+        try:
+            number = len(_records(builder_dir, source.split, source.image))
+        except Exception as error:  # a slice that tfds cannot parse or that is empty, missing shards
+            raise UserError(f"{self.name}: {first_line(error)}") from None
+        media = (RecordMedia(builder_dir, source.split, index, source.image) for index in range(number))
+        return [Candidate(each, functools.partial(_captions, each, source.caption)) for each in media]
+
+    def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
+        """There is nothing more to count."""
+
+    def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
+        return entries
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        """The builder of the prepared data set. Raises UserError if it is not prepared or lacks what is asked for."""
+        builder = _builder(self._data_set, self.source.data_dir, self._prepare)
+        tfds, features, what = _tfds(), builder.info.features, f"tfds data set {self._data_set!r}"
+        for part in self.source.split.split("+"):
+            _check_known(what, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
+        _check_known(what, "feature", self.source.image, features)
+        _check_known(what, "feature", self.source.caption, features)
+        image, caption = features[self.source.image], features[self.source.caption]
+        if not isinstance(image, tfds.features.Image):
+            raise UserError(f"{what}: feature {self.source.image} is {image!r}, expected an Image")
+        if not isinstance(getattr(caption, "feature", caption), tfds.features.Text):
+            found = f"feature {self.source.caption} is {caption!r}"
+            raise UserError(f"{what}: {found}, expected a Text or a Sequence of Text")
+        return builder
 
 
 def _captions(media: RecordMedia, feature: str) -> tuple[str, ...]:
-    """The texts of a record."""
     found, name = _record(media)[feature], f"{media.builder_dir} {media.split}[{media.index}] {feature}"
     texts: Sequence[Any] = [found] if isinstance(found, bytes | str) else list(found)
     return tuple(text.strip() if isinstance(text, str) else decode_caption(text, name) for text in texts)
@@ -128,26 +139,11 @@ def _record(media: RecordMedia) -> dict[str, Any]:
         raise UserError(f"{media.name}: the record cannot be read: {first_line(error)}") from None
 
 
-def _check_features(source: TfdsSplit, builder: Any) -> None:
-    tfds, features = _tfds(), builder.info.features
-    for part in source.split.split("+"):
-        _expect(source.name, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
-    _expect(source.name, "feature", source.image, features)
-    _expect(source.name, "feature", source.caption, features)
-    image, caption = features[source.image], features[source.caption]
-    if not isinstance(image, tfds.features.Image):
-        raise UserError(f"tfds data set {source.name!r}: feature {source.image} is {image!r}, expected an Image")
-    text = getattr(caption, "feature", caption)
-    if not isinstance(text, tfds.features.Text):
-        found = f"feature {source.caption} is {caption!r}"
-        raise UserError(f"tfds data set {source.name!r}: {found}, expected a Text or a Sequence of Text")
-
-
-def _fingerprint(builder: Any, mask: str | None) -> str:
-    """Hash of the version and of the stamps of all files of a data set, and of the mask's."""
-    files = sorted(os.fspath(path) for path in epath.Path(builder.data_path).iterdir() if path.is_file())
-    stamps = [(path, stamp_of(path)) for path in [*files, *([mask] if mask else [])]]
-    return hashlib.sha256(repr((str(builder.info.version), stamps)).encode("utf-8", "surrogatepass")).hexdigest()
+@functools.lru_cache(maxsize=8)
+def _records(builder_dir: str, split: str, image_feature: str) -> Any:
+    tfds = _tfds()
+    builder = tfds.builder_from_directory(builder_dir)
+    return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
 
 
 def _tfds() -> Any:
@@ -157,21 +153,19 @@ def _tfds() -> Any:
 
 
 @functools.cache
-def _scratch() -> str:
-    """A folder that is gone when the process ends."""
-    folder = tempfile.mkdtemp(prefix="anima_shapes_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """A folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="anima_shapes_", ignore_cleanup_errors=True)
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) -> Any:
-    """A builder whose data are on disk as array_record."""
+    """Return a builder whose data is on disk as array_record."""
     tfds = _tfds()
     if name == SHAPES:
         from anima_jax.data.shapes_builder import AnimaShapes, prepared_builder
 
         drawn = AnimaShapes(data_dir=data_dir).data_path.exists()
-        return prepared_builder(data_dir if prepare or drawn else _scratch())
+        return prepared_builder(data_dir if prepare or drawn else _temporary_folder().name)
     if (epath.Path(name) / "dataset_info.json").exists():
         builder = tfds.builder_from_directory(name)
     else:
@@ -185,13 +179,13 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) 
 
 
 def _from_files(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    """A builder of what lies prepared under a name, or None. Not by its code, which may need TensorFlow."""
+    """Return a builder of the prepared files under a name, or None. It does not run their code, which may need TF."""
     from tensorflow_datasets.core import naming, read_only_builder
 
     try:
         parsed, kwargs = naming.parse_builder_name_kwargs(name, data_dir=data_dir)
         return read_only_builder.builder_from_files(str(parsed), **kwargs)
-    except Exception:  # tfds raises many types; what is wrong with the name, `_from_code` says
+    except Exception:  # tfds raises many types; `_from_code` reports what is wrong with the name
         return None
 
 
@@ -199,25 +193,18 @@ def _from_code(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     tfds = _tfds()
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # no such name, no such version, a module that it lacks: tfds raises many types
-        # Without the community's data sets, whose list lies on the network.
+    except Exception as error:  # no such name or version, a missing module: tfds raises many types
+        # Without the community's data sets, whose list is on the network.
         known = [SHAPES, *tfds.list_builders(with_community_datasets=False)]
         if (base := re.split("[/:]", name)[0]) in known:
-            place = data_dir or tfds.core.constants.DATA_DIR
-            found = f"nothing of this version and configuration is prepared in {place}"
+            folder = data_dir or tfds.core.constants.DATA_DIR
+            found = f"nothing of this version and configuration is prepared in {folder}"
             raise UserError(f"tfds data set {name!r}: {found}; {first_line(error)}") from None
         expected = f"a directory with dataset_info.json, or a name that tfds knows{did_you_mean(base, known)}"
         raise UserError(f"tfds data set {name!r}: expected {expected}; {first_line(error)}") from None
 
 
-@functools.lru_cache(maxsize=8)
-def _records(builder_dir: str, split: str, image_feature: str) -> Any:
-    tfds = _tfds()
-    builder = tfds.builder_from_directory(builder_dir)
-    return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
-
-
-def _expect(name: str, kind: str, found: str, known: Any) -> None:
+def _check_known(what: str, kind: str, found: str, known: Any) -> None:
     if found not in known:
         hint = did_you_mean(found, known) or f" (there are {', '.join(known)})"
-        raise UserError(f"tfds data set {name!r} has no {kind} {found!r}{hint}")
+        raise UserError(f"{what} has no {kind} {found!r}{hint}")

@@ -1,8 +1,8 @@
-"""Videos as the trainer sees them: 16 frames a second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
+"""Videos as training uses them: 16 frames a second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
 
-Frames are repeated and left out by ffmpeg's own `fps` filter, by the file's timestamps, so that a variable rate keeps
-its speed. They pass one at a time, and only those of the clip are converted to RGB. Which ones these are follows
-diffusion-pipe (`models/base.py`, PreprocessMediaFile).
+ffmpeg's `fps` filter repeats and drops frames by the file's timestamps, so that a variable frame rate keeps its speed.
+Frames are decoded one at a time and only those of the clip are converted to RGB. The choice of frames is
+diffusion-pipe's (`models/base.py`, PreprocessMediaFile).
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from av.container import InputContainer
 from av.filter import Graph
 from PIL import Image, ImageOps
 
-from anima_jax.data.buckets import Size
-from anima_jax.data.media import MAX_PIXELS, ClipMode, over_white
+from anima_jax.config.sizes import Size
+from anima_jax.data.images import MAX_PIXELS, over_white
 from anima_jax.errors import UserError
 
 FRAME_RATE = 16
-"""Frames a second that the model was trained at (diffusion-pipe's models/anima.py)."""
+"""Frames a second at which the model was trained (diffusion-pipe's models/anima.py)."""
 
 MAX_FRAMES = FRAME_RATE * 6 * 3600
-"""A longer video is refused: broken timestamps would repeat one frame for years."""
+"""Longer videos are refused: broken timestamps could repeat one frame for years."""
 
-TURNS = {
+TRANSPOSES = {
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
     (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
     (False, True, True): Image.Transpose.ROTATE_180,
@@ -36,13 +36,13 @@ TURNS = {
     (True, False, True): Image.Transpose.ROTATE_90,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-"""Columns and rows swapped, then columns reversed, then rows reversed → what makes a frame upright."""
+"""Columns and rows swapped, then columns reversed, then rows reversed → what makes the frame upright."""
 
 
 def probe(data: bytes, container: str, name: str) -> Size:
-    """Upright width and height in pixels and the number of frames at 16 a second, counted by decoding them all."""
+    """Return upright width and height in pixels and the number of frames at 16 a second, counted by decoding them."""
     size = Size(0, 0, 0)
-    with _faults_named(name):
+    with _named_errors(name):
         for frame in _frames(data, container):
             if not size.frames:
                 swapped = _turn(frame)[0]
@@ -51,17 +51,17 @@ def probe(data: bytes, container: str, name: str) -> Size:
     return size
 
 
-def read_clip(data: bytes, container: str, size: Size, mode: ClipMode, name: str) -> np.ndarray:
-    """`size.frames` frames at 16 a second, uint8 (frames, height, width, 3): the first ones or those around the middle.
+def read_clip(data: bytes, container: str, size: Size, name: str, *, from_middle: bool = False) -> np.ndarray:
+    """Return `size.frames` frames at 16 a second, uint8 (frames, height, width, 3): the first ones or the middle ones.
 
     Raises UserError if the video cannot be read or has fewer frames.
     """
     start = 0
-    if mode == "single_middle":
+    if from_middle:
         start = max(0, (probe(data, container, name).frames - size.frames) // 2)
     clip = np.empty((size.frames, size.height, size.width, 3), np.uint8)
     found = 0
-    with _faults_named(name):
+    with _named_errors(name):
         for frame in itertools.islice(_frames(data, container), start, start + size.frames):
             fitted = ImageOps.fit(_upright_rgb(frame), (size.width, size.height), Image.Resampling.BICUBIC)
             clip[found] = np.asarray(fitted)
@@ -72,19 +72,19 @@ def read_clip(data: bytes, container: str, size: Size, mode: ClipMode, name: str
 
 
 @contextlib.contextmanager
-def _faults_named(name: str) -> Iterator[None]:
+def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # hostile bytes reach ffmpeg's decoders
+    except Exception as error:  # ffmpeg's decoders raise many types for damaged or hostile bytes
         reason = error.strerror if isinstance(error, av.error.FFmpegError) else error
         raise UserError(f"{name}: the video cannot be read: {reason or type(error).__name__}") from None
 
 
 def _frames(data: bytes, container: str) -> Iterator[av.VideoFrame]:
-    """The video's frames at 16 a second."""
-    announced = _bytes_announced(data, container)
-    if announced > len(data):
-        raise ValueError(f"the file is truncated ({len(data)} of {announced} bytes)")
+    """Yield the video's frames at 16 a second."""
+    declared = _declared_bytes(data, container)
+    if declared > len(data):
+        raise ValueError(f"the file is truncated ({len(data)} of {declared} bytes)")
     with av.open(io.BytesIO(data), "r", format=container, metadata_errors="replace") as file:
         yield from _at_frame_rate(_decoded(file))
 
@@ -94,7 +94,7 @@ def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
     if not isinstance(stream, av.VideoStream):
         raise ValueError("it has no video stream")
     if stream.codec_context is None:
-        raise ValueError("its codec is not known")
+        raise ValueError("its codec is unknown")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_PIXELS} pixels")
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -105,7 +105,7 @@ def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
             raise ValueError("its data are damaged or cut short")
         for frame in packet.decode():
             if frame.pts is None or file.format.name == "avi":
-                # AVI tells the order of decoding only, in which each frame has the stamp of another.
+                # AVI stores the decoding order only, so presentation times belong to other frames.
                 frame.pts = last + 1 if frame.dts is None else frame.dts
             last = frame.pts
             yield frame
@@ -131,7 +131,7 @@ def _at_frame_rate(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
 
 
 def _pulled(graph: Graph) -> av.VideoFrame | None:
-    """The next frame that the graph has ready, None if it wants another to be pushed or is through."""
+    """Return the next frame that the filter graph has ready; None if it needs more input or is finished."""
     try:
         return graph.vpull()
     except (av.error.BlockingIOError, av.error.EOFError):
@@ -140,15 +140,15 @@ def _pulled(graph: Graph) -> av.VideoFrame | None:
 
 def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
     if any(component.is_alpha for component in frame.format.components):
-        picture = over_white(Image.fromarray(frame.to_ndarray(format="rgba")))
+        image = over_white(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
-        picture = frame.to_image()
-    turn = TURNS.get(_turn(frame))
-    return picture if turn is None else picture.transpose(turn)
+        image = frame.to_image()
+    transpose = TRANSPOSES.get(_turn(frame))
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """A key of TURNS, or nothing but False: the display matrix, x' = ax + cy and y' = bx + dy, as axis-parallel."""
+    """Return the display matrix, x' = ax + cy and y' = bx + dy, as a key of `TRANSPOSES` (three False: upright)."""
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
@@ -157,11 +157,11 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return bool(swapped), bool((c if swapped else a) < 0), bool((b if swapped else d) < 0)
 
 
-def _bytes_announced(data: bytes, container: str) -> int:
-    """The length of the file by its own headers, 0 if they do not tell: of what is cut off ffmpeg says nothing."""
+def _declared_bytes(data: bytes, container: str) -> int:
+    """Return the length of the file by its own headers, 0 if they do not state it: ffmpeg reports no truncation."""
     if container == "avi":
-        announced = int.from_bytes(data[4:8], "little")
-        return 0 if announced == 2**32 - 1 else 8 + announced
+        declared = int.from_bytes(data[4:8], "little")
+        return 0 if declared == 2**32 - 1 else 8 + declared
     if container == "matroska":
         _, header = _ebml_number(data, 4)
         segment = header + _ebml_number(data, 4)[0]
@@ -184,7 +184,7 @@ def _bytes_announced(data: bytes, container: str) -> int:
 
 
 def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
-    """Matroska's numbers have as many bytes as their first has leading zeros, and one. The value, and where it ends."""
+    """Return a Matroska number and the position after it: its first byte's leading zeros are its further bytes."""
     length = 9 - int.from_bytes(data[at : at + 1], "big").bit_length()
     value = int.from_bytes(data[at : at + length], "big") & (2 ** (7 * length) - 1)
     return value, at + length

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from anima_jax.checkpoints.locations import replacing, writing_to
-from anima_jax.data.media import eight_bit
+from anima_jax.data.images import eight_bit
 from anima_jax.errors import UserError
 
 PIXELS_PER_LATENT = 8

@@ -23,7 +23,6 @@ from PIL import Image
 from anima_jax.adapters.merge import AdapterStack, Weight
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
-from anima_jax.data.encode import padded, rounded_up, text_states
 from anima_jax.diffusion import guidance, samplers, schedules
 from anima_jax.diffusion.samplers.plan import make_plan
 from anima_jax.errors import UserError
@@ -44,6 +43,7 @@ from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.sampling.tiles import in_tiles
 from anima_jax.text.prompts import embeddings, spans
+from anima_jax.text.states import padded, rounded_up, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
 UNTILED_PIXELS = 1_500_000

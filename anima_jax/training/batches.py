@@ -16,13 +16,13 @@ import numpy as np
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TEXT_ROW_STEP, TrainingData
-from anima_jax.data.encode import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.data.examples import Example
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.diffusion.randomness import split_ids
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel.mesh import current_mesh, replicate, rows_of_process, shard_local_rows
+from anima_jax.text.states import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training.evaluate import padded_batches
 from anima_jax.training.run import Run

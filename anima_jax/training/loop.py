@@ -13,8 +13,8 @@ import optax
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.batch_plan import BatchPlan
-from anima_jax.data.cache import Encoders
 from anima_jax.data.dataset import TrainingData
+from anima_jax.data.encoders import Encoders
 from anima_jax.data.examples import contents_of
 from anima_jax.data.loader import prefetched
 from anima_jax.errors import UserError

@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 from anima_jax.config.main import MainConfig
-from anima_jax.data.buckets import Size
+from anima_jax.config.sizes import Size
+from anima_jax.data.buckets import Bucketing
 from anima_jax.data.dataset import TrainingData
 from anima_jax.errors import UserError
 
@@ -82,7 +83,7 @@ class Run:
         """`steps`, or the steps of `examples`, which are divided by the largest batch that the data can have."""
         if examples is None:
             return steps
-        sizes = [size for source in self.config.data.sources for size in source.bucketing.sizes]
+        sizes = [size for source in self.config.data.sources for size in Bucketing.of(source).sizes]
         return max(1, examples // max(map(self.global_batch, sizes)))
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from anima_jax.config import load_config, load_dataset
-from anima_jax.data.buckets import Size
+from anima_jax.config.sizes import Size
+from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run
 from tests.config.files import MAIN, toml, write
 
@@ -243,8 +244,7 @@ def test_a_run_with_evaluation(load, tmp_path):
     assert (held_out.name, trained.name) == ("held out", "dataset")
     assert (held_out.path, trained.path) == (str(tmp_path / "eval.toml"), str(tmp_path / "dataset.toml"))
     assert (held_out.data.size_wh, trained.data) == ((256, 256), config.data)
-    ((source, options),) = config.options_of(held_out.data)
-    assert (source, options) == (held_out.data.directory[0], held_out.data.directory[0].options)
+    assert held_out.data.sources == held_out.data.directory
     run = Run(config, replicas=1)
     assert [run.eval_micro_batch(size) for size in (PICTURE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
     assert run.eval_every_steps == 320 // 16
@@ -268,11 +268,11 @@ def test_a_data_set_with_clips_and_masks(tmp_path, monkeypatch):
     assert notes == ()
     first, second = data.directory
     # The tall example of golden/buckets.json, and 448 × 576 as it is: the area's side is 507.98.
-    assert [bucket.size for bucket in first.bucketing.place(614, 2395, 1)] == [(368, 720, 1)]
-    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 60)] == []
-    assert [bucket.size for bucket in second.bucketing.place(614, 2395, 1)] == [(448, 576, 1)]
+    assert [bucket.size for bucket in Bucketing.of(first).place(614, 2395, 1)] == [(368, 720, 1)]
+    assert [bucket.size for bucket in Bucketing.of(second).place(614, 2395, 60)] == []
+    assert [bucket.size for bucket in Bucketing.of(second).place(614, 2395, 1)] == [(448, 576, 1)]
     assert (first.mask_path, second.mask_path) == (str(tmp_path / "pictures"), None)
-    assert (second.options.shuffle_copies, second.options.num_repeats) == (10, 5.0)
+    assert (second.shuffled_copies, second.num_repeats) == (10, 5.0)
 
 
 # Every key of the trainer's main TOML, with a value that is not its default where another is possible.

@@ -10,6 +10,7 @@ import pytest
 from anima_jax.config import DatasetConfig, load_config, load_dataset
 from anima_jax.config.main import MainFile
 from anima_jax.config.schema import key_table
+from anima_jax.data.buckets import Bucketing
 from anima_jax.data.shapes import scenes
 from anima_jax.training.run import Run
 
@@ -82,7 +83,7 @@ def test_the_lora_has_the_settings_that_are_advised_and_says_why(configs):
 
 def test_clips_and_pictures_make_steps_of_one_size(configs):
     config = load_config(configs / "anima_video.toml")
-    sizes = {size for source in config.data.sources for size in source.bucketing.sizes}
+    sizes = {size for source in config.data.sources for size in Bucketing.of(source).sizes}
     assert {size.frames for size in sizes} == {1, 17, 33}
     run = Run(config, replicas=1)
     assert {run.global_batch(size) for size in sizes} == {16}

@@ -8,11 +8,34 @@ import pytest
 
 from anima_jax.config import load_config
 from anima_jax.config.network import NetworkSizes
-from anima_jax.data.buckets import Bucketing, Size
-from anima_jax.data.examples import SourceOptions
+from anima_jax.config.sizes import Size
+from anima_jax.data.buckets import Bucketing
 from tests.config.files import REMOVE, write
 
 AR_KEYS = {"min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7}
+
+SOURCE_DEFAULTS = {
+    "size_buckets": (),
+    "min_ar": None,
+    "max_ar": None,
+    "num_ar_buckets": None,
+    "ar_buckets": (),
+    "enable_ar_bucket": False,
+    "frame_buckets": (1,),
+    "num_repeats": 1.0,
+    "subsample_ratio": 1.0,
+    "caption_prefix": "",
+    "skip_empty_caption": True,
+    "caption_choice": "each",
+    "shuffle_tags": False,
+    "cache_shuffle_num": 0,
+    "cache_shuffle_delimiter": ", ",
+    "tag_dropout": 0.0,
+    "mask_path": None,
+    "default_mask_file": None,
+    "online_captions": False,
+}
+"""What a `[[directory]]` has besides its path and resolutions if nothing is set."""
 
 
 @pytest.fixture
@@ -43,10 +66,11 @@ def test_defaults_are_those_of_diffusion_pipe(load):
     assert (config.model.transformer_dtype, config.model.text_encoder_fp8) == (None, False)
     assert (config.monitoring.enable_wandb, config.model.text_encoder_nf4) == (False, False)
     assert config.notes == ()
-    ((source, options),) = config.options_of(config.data)
+    (source,) = config.data.sources
     assert source is config.data.directory[0]
-    assert options == SourceOptions(Bucketing((512,), (1,), (1,)))
-    assert (options.delimiter, options.skip_empty_caption, options.shuffle_copies) == (", ", True, 0)
+    assert Bucketing.of(source) == Bucketing((512,), (1,), (1,))
+    assert source.model_dump(exclude={"path", "resolutions"}) == SOURCE_DEFAULTS
+    assert source.shuffled_copies == 0
 
 
 def test_our_own_keys_change_nothing_unless_set(load):
@@ -240,7 +264,7 @@ def test_a_resolution_is_an_area(load, resolution, side):
     # Of all multiples of 16, none is nearer to the square root of the area.
     area = math.prod(resolution) if isinstance(resolution, list) else resolution**2
     nearest = min(range(16, 2048, 16), key=lambda other: abs(other - math.sqrt(area)))
-    ((size, resolution_of_it),) = config.data.directory[0].bucketing.place(700, 400, 1)
+    ((size, resolution_of_it),) = Bucketing.of(config.data.directory[0]).place(700, 400, 1)
     assert size == (side, side, 1) == (nearest, nearest, 1)
     assert resolution_of_it == pytest.approx(math.sqrt(area), abs=5e-4)  # three decimals
     assert config.data.size_wh == (side, side)
@@ -250,7 +274,7 @@ def test_a_rounded_resolution_is_noted_once(load):
     directories = [{"path": "pictures"}, {"path": "pictures"}]
     config = load(dataset={"resolutions": [500, 512, [1280, 720]], "directory": directories})
     (note,) = config.notes
-    assert "resolutions: 500 is an area: pictures are 496 × 496; (1280, 720) is an area: pictures are 960 × 960" in note
+    assert "resolutions: 500 is an area: images are 496 × 496; (1280, 720) is an area: images are 960 × 960" in note
 
 
 @pytest.mark.parametrize(
@@ -271,13 +295,13 @@ def test_a_rounded_resolution_is_noted_once(load):
 )
 def test_keys_of_sizes_become_a_bucketing(load, keys, bucketing):
     (source,) = load(dataset={"enable_ar_bucket": True, **keys}).data.sources
-    assert source.bucketing == source.options.bucketing == bucketing
+    assert Bucketing.of(source) == bucketing
 
 
 def test_more_than_three_resolutions_are_allowed_to_who_knows(tmp_path):
     path = write(tmp_path, dataset={"resolutions": [256, 512, 768, 1024]})
     config = load_config(path, i_know_what_i_am_doing=True)
-    assert config.data.directory[0].bucketing.resolutions == (256, 512, 768, 1024)
+    assert Bucketing.of(config.data.directory[0]).resolutions == (256, 512, 768, 1024)
     # Size buckets take their place, and are no reason to ask.
     assert load_config(write(tmp_path, dataset={"resolutions": [64, 65, 66, 67], "size_buckets": [[64, 64, 1]]}))
 
@@ -291,7 +315,7 @@ def test_sources_may_differ_in_size_and_the_largest_is_that_of_samples(load):
     config = load(
         {"sample": {"prompts": ["a"]}}, {"directory": directories, "tfds": [{"name": "a", "resolutions": [64]}]}
     )
-    assert [source.bucketing.sizes[-1] for source in config.data.sources] == [
+    assert [Bucketing.of(source).sizes[-1] for source in config.data.sources] == [
         (512, 512, 1),
         (768, 768, 1),
         (512, 496, 1),
@@ -301,7 +325,7 @@ def test_sources_may_differ_in_size_and_the_largest_is_that_of_samples(load):
     assert load(dataset={"directory": [directories[2]]}).data.size_wh == (512, 496)
 
 
-def test_caption_and_mask_keys_become_options(load, tmp_path):
+def test_caption_and_mask_keys_reach_the_sources_that_have_them(load, tmp_path):
     load()
     (tmp_path / "masks").mkdir()
     shared = {
@@ -315,30 +339,29 @@ def test_caption_and_mask_keys_become_options(load, tmp_path):
     }
     own = {"path": "pictures", "cache_shuffle_num": 3, "num_repeats": 2}
     sources = {"directory": [{"path": "pictures"}, own], "tfds": [{"name": "a", "caption_prefix": "b "}]}
-    bucketing = Bucketing((512,), (1,), (1,))
-    common = SourceOptions(bucketing, delimiter="; ", subsample_ratio=0.5, caption_choice="random", shuffle_copies=1)
     masks = {"mask_path": str(tmp_path / "masks"), "default_mask_file": str(tmp_path / "dit.safetensors")}
-    expected = [
-        dataclasses.replace(common, online_captions=True, **masks),
-        dataclasses.replace(common, online_captions=True, **masks, shuffle_copies=3, num_repeats=2.0),
-        dataclasses.replace(common, caption_prefix="b "),
-    ]
-    config = load(dataset=shared | sources)
-    found = config.options_of(config.data)
-    assert [options for _, options in found] == expected
-    assert [source for source, _ in found] == list(config.data.sources)
+    for_all = {key: shared[key] for key in ("cache_shuffle_delimiter", "subsample_ratio", "caption_choice")}
+    for_all = SOURCE_DEFAULTS | for_all | {"shuffle_tags": True}
+    for_folders = for_all | masks | {"online_captions": True}
+    one, other, tfds = load(dataset=shared | sources).data.sources
+    assert one.model_dump(exclude={"path", "resolutions"}) == for_folders
+    assert other.model_dump(exclude={"path", "resolutions"}) == for_folders | {
+        "cache_shuffle_num": 3,
+        "num_repeats": 2.0,
+    }
+    common = for_all | {"caption_prefix": "b "}
+    assert {key: getattr(tfds, key) for key in common if key in type(tfds).model_fields} == {
+        key: value for key, value in common.items() if key not in {"mask_path", "default_mask_file", "online_captions"}
+    }
+    assert [source.shuffled_copies for source in (one, other, tfds)] == [1, 3, 1]
 
 
-@pytest.mark.parametrize(
-    ("keys", "anew"), [({}, False), ({"shuffle_tags": True}, True), ({"cache_shuffle_num": 2}, True)]
-)
-def test_tags_are_shuffled_and_left_out_anew_where_text_is_encoded_anew(load, keys, anew):
-    config = load({"model.cache_text_embeddings": False}, {"tag_dropout": 0.25, **keys})
-    ((_, options),) = config.options_of(config.data)
-    assert (options.shuffle_anew, options.tag_dropout) == (anew, 0.25)
-    config = load({}, keys)
-    ((_, cached),) = config.options_of(config.data)
-    assert (cached.shuffle_anew, cached.shuffle_copies) == (False, options.shuffle_copies)
+@pytest.mark.parametrize(("keys", "copies"), [({}, 0), ({"shuffle_tags": True}, 1), ({"cache_shuffle_num": 2}, 2)])
+def test_tag_keys_do_not_depend_on_cached_text(load, keys, copies):
+    (source,) = load({"model.cache_text_embeddings": False}, {"tag_dropout": 0.25, **keys}).data.sources
+    assert (source.shuffled_copies, source.tag_dropout) == (copies, 0.25)
+    (cached,) = load({}, keys).data.sources
+    assert cached.shuffled_copies == copies
 
 
 def test_keys_of_the_cache(load, tmp_path):

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anima_jax.config.sizes import Size
 from anima_jax.data.batch_plan import BatchPlan, Tier, describe, make_tiers, padding
-from anima_jax.data.buckets import Bucket, Bucketing, Size, spaced_ratios
+from anima_jax.data.buckets import Bucket, Bucketing, spaced_ratios
 from tests.golden_files import GOLDEN
 
 seeds = st.integers(0, 2**63 - 1)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anima_jax.data.buckets import Bucket, Bucketing, Size, spaced_ratios
+from anima_jax.config.sizes import Size
+from anima_jax.data.buckets import Bucket, Bucketing, spaced_ratios
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "buckets.json").read_text())
 

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anima_jax.data.captions import CaptionTable, read_caption
+from anima_jax.data.captions import MAX_BYTES, CaptionTable, decode_caption
+from anima_jax.data.media import read_file
 from anima_jax.errors import UserError
+
+
+def read_caption(path) -> str:
+    return decode_caption(read_file(path, MAX_BYTES), str(path))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -82,7 +87,7 @@ def test_a_broken_table_is_named(content, message):
         ({"caption": "x"}, "a.png has an object"),
         (["x", ["y"]], "a.png has a list"),
         (["x", True], "a.png has true or false"),
-        ("\ud83d", "a caption of a.png holds half a character"),
+        ("\ud83d", "a caption of a.png contains half a character"),
     ],
 )
 def test_an_entry_that_is_no_list_of_texts_is_named_and_spares_the_others(value, message):

@@ -11,24 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anima_jax.data.buckets import Bucketing, Size
-from anima_jax.data.examples import (
-    Entry,
-    Example,
-    FileMedia,
-    Source,
-    SourceOptions,
-    content_digest,
-    example_id,
-    examples_of,
-    read_examples,
-)
+from anima_jax.config.dataset import DirectorySource
+from anima_jax.config.sizes import Size
+from anima_jax.data.examples import Example, example_id, examples_of, read_examples
+from anima_jax.data.file_index import Entry, FileIndex
+from anima_jax.data.media import FileMedia, content_digest
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
-from tests.data.test_scan import encoded
+from tests.data.test_folder_source import encoded, reader_of
 
-SQUARE = Bucketing(resolutions=(64.0,), aspect_ratios=(1.0,), frame_buckets=(1,))
-TWO_SIZES = Bucketing(resolutions=(64.0, 128.0), aspect_ratios=(0.5, 1.0, 2.0), frame_buckets=(1, 5, 9))
+SQUARE: dict = {"resolutions": (64,)}
+TWO_SIZES: dict = {
+    "resolutions": (64, 128),
+    "enable_ar_bucket": True,
+    "ar_buckets": (0.5, 1.0, 2.0),
+    "frame_buckets": (1, 5, 9),
+}
 TAGS = tuple("abcdefghijklmnop")
 
 
@@ -37,8 +35,12 @@ def entry(number: int, *captions: str, width: int = 100, height: int = 100, fram
     return Entry(FileMedia("there", f"{number}.png"), digest, width, height, frames, captions or (f"caption {number}",))
 
 
-def made(entries, problems: Problems | None = None, bucketing: Bucketing = SQUARE, **options) -> list[Example]:
-    return examples_of(entries, SourceOptions(bucketing, **options), problems or Problems())
+def made(
+    entries, problems: Problems | None = None, sizes: dict = SQUARE, *, shuffle_each_epoch: bool = False, **keys
+) -> list[Example]:
+    """The examples of a source with these keys, others at their defaults."""
+    source = DirectorySource.model_construct(path="there", **sizes, **keys)
+    return examples_of(entries, source, problems or Problems(), shuffle_each_epoch=shuffle_each_epoch)
 
 
 # ---- what an epoch holds -------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ def made(entries, problems: Problems | None = None, bucketing: Bucketing = SQUAR
 
 def test_every_caption_at_every_resolution_is_an_example():
     entries = [entry(0, "one", "two"), entry(1, width=200), entry(2, frames=7)]
-    examples = made(entries, bucketing=TWO_SIZES)
+    examples = made(entries, sizes=TWO_SIZES)
     assert collections.Counter((e.captions, e.bucket.resolution, e.bucket.size.frames) for e in examples) == {
         ((caption,), side, frames): 1
         for caption, frames in [("one", 1), ("two", 1), ("caption 1", 1), ("caption 2", 5)]
@@ -59,14 +61,14 @@ def test_every_caption_at_every_resolution_is_an_example():
 
 def test_examples_of_one_size_share_their_bucket_and_those_of_one_picture_their_entry():
     # A million examples are small only so.
-    examples = made([entry(n, "one", "two") for n in range(5)], bucketing=TWO_SIZES, num_repeats=3)
+    examples = made([entry(n, "one", "two") for n in range(5)], sizes=TWO_SIZES, num_repeats=3)
     assert len(examples) == 60
     assert len({id(example.bucket) for example in examples}) == 2
     assert len({id(example.entry) for example in examples}) == 5
 
 
 def test_an_id_is_made_of_content_size_caption_and_repeat():
-    examples = made([entry(7, "one", "two")], bucketing=TWO_SIZES, num_repeats=2)
+    examples = made([entry(7, "one", "two")], sizes=TWO_SIZES, num_repeats=2)
     digest = hashlib.sha256(b"7").digest()
     assert {example.id for example in examples} == {
         example_id(digest, (side, side), caption_index=caption, repeat_index=repeat)
@@ -90,7 +92,7 @@ def test_an_empty_caption_that_is_skipped_moves_no_id():
 
 @pytest.mark.parametrize(("num_repeats", "expected"), [(1, 3), (2, 6), (0.7, 2), (1.5, 4), (2.67, 8), (3.0, 9)])
 def test_repeats_give_as_many_examples_as_diffusion_pipe_at_each_resolution(num_repeats, expected):
-    examples = made([entry(n) for n in range(3)], bucketing=TWO_SIZES, num_repeats=num_repeats)
+    examples = made([entry(n) for n in range(3)], sizes=TWO_SIZES, num_repeats=num_repeats)
     assert len({example.id for example in examples}) == len(examples)
     for side in (64.0, 128.0):
         counts = collections.Counter(e.captions for e in examples if e.bucket.resolution == side)
@@ -105,7 +107,7 @@ def test_repeats_that_leave_nothing_are_told(caplog):
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0))
 def test_a_subsample_keeps_all_examples_of_a_picture_or_none(number, ratio):
-    examples = made([entry(n, "one", "two") for n in range(number)], bucketing=TWO_SIZES, subsample_ratio=ratio)
+    examples = made([entry(n, "one", "two") for n in range(number)], sizes=TWO_SIZES, subsample_ratio=ratio)
     counts = collections.Counter(example.entry.media.name for example in examples)
     assert set(counts.values()) == {4}
     assert len(counts) == max(1, int(number * ratio))
@@ -118,16 +120,16 @@ def test_a_subsample_follows_the_content_and_not_the_order():
 
 
 @pytest.mark.parametrize(
-    ("bucketing", "frames", "message"),
+    ("sizes", "frames", "message"),
     [
         (TWO_SIZES, 3, "found a video of 3 frames (16 a second), expected at least 5"),
-        (SQUARE, 3, "found a video of 3 frames (16 a second), expected a picture: no frame bucket is above 1"),
-        (Bucketing((), (), (), (Size(64, 64, 9),)), 1, "found a picture, expected a video of at least 9 frames"),
+        (SQUARE, 3, "found a video of 3 frames (16 a second), expected an image: no frame bucket is above 1"),
+        ({"size_buckets": (Size(64, 64, 9),)}, 1, "found an image, expected a video of at least 9 frames"),
     ],
 )
-def test_what_fits_no_bucket_is_named(bucketing, frames, message, caplog):
+def test_what_fits_no_bucket_is_named(sizes, frames, message, caplog):
     problems = Problems()
-    assert made([entry(0, frames=frames)], problems, bucketing) == []
+    assert made([entry(0, frames=frames)], problems, sizes) == []
     assert problems.count == 1
     assert message in caplog.text
     assert "there/0.png" in caplog.text
@@ -138,12 +140,12 @@ def test_what_fits_no_bucket_is_named(bucketing, frames, message, caplog):
 
 def test_shuffled_copies_take_the_captions_place():
     entries = [entry(n, ", ".join(TAGS)) for n in range(2)]
-    examples = made(entries, shuffle_copies=3, caption_prefix="x, y, ")
+    examples = made(entries, cache_shuffle_num=3, caption_prefix="x, y, ")
     orders = [tuple(e.captions[0].removeprefix("x, y, ").split(", ")) for e in examples]
     assert [sorted(order) for order in orders] == [sorted(TAGS)] * 6
     assert len({*orders, TAGS}) == 7  # of 16! orders: a repetition is no accident
     assert len({e.id for e in examples}) == 6
-    assert examples == made(entries, shuffle_copies=3, caption_prefix="x, y, ")
+    assert examples == made(entries, cache_shuffle_num=3, caption_prefix="x, y, ")
     assert all(e.caption(0, epoch) == e.captions[0] for e in examples for epoch in range(3))
 
 
@@ -162,29 +164,29 @@ def test_a_caption_with_nothing_to_draw_is_the_same_each_epoch():
     assert {example.caption(seed, epoch) for seed in range(3) for epoch in range(3)} == {"p, a, b, c"}
 
 
-def anew(text: str = ", ".join(TAGS), **options) -> Example:
-    options = {"shuffle_copies": 1, "shuffle_anew": True, "caption_prefix": "x, y, "} | options
+def redrawn(text: str = ", ".join(TAGS), **options) -> Example:
+    options = {"shuffle_tags": True, "shuffle_each_epoch": True, "caption_prefix": "x, y, "} | options
     return made([entry(0, text)], **options)[0]
 
 
 def test_tags_are_shuffled_anew_each_epoch_and_the_prefix_stays():
-    captions = [anew().caption(seed=5, epoch=epoch) for epoch in range(20)]
+    captions = [redrawn().caption(seed=5, epoch=epoch) for epoch in range(20)]
     assert len(set(captions)) == 20
     assert all(caption.startswith("x, y, ") for caption in captions)
     assert all(sorted(caption.removeprefix("x, y, ").split(", ")) == list(TAGS) for caption in captions)
-    assert captions == [anew().caption(seed=5, epoch=epoch) for epoch in range(20)]
-    assert captions != [anew().caption(seed=6, epoch=epoch) for epoch in range(20)]
+    assert captions == [redrawn().caption(seed=5, epoch=epoch) for epoch in range(20)]
+    assert captions != [redrawn().caption(seed=6, epoch=epoch) for epoch in range(20)]
 
 
 def test_every_order_of_tags_is_equally_likely():
-    counts = collections.Counter(anew("a, b, c", caption_prefix="").caption(0, epoch) for epoch in range(6000))
+    counts = collections.Counter(redrawn("a, b, c", caption_prefix="").caption(0, epoch) for epoch in range(6000))
     assert len(counts) == 6
     # Binomial: 1000 ± 29; five deviations.
     assert all(abs(count - 1000) < 145 for count in counts.values())
 
 
 def test_dropout_leaves_out_each_tag_with_its_probability_and_keeps_the_order():
-    example = anew(shuffle_copies=0, shuffle_anew=False, tag_dropout=0.25)
+    example = redrawn(shuffle_tags=False, tag_dropout=0.25)
     kept = [example.caption(3, epoch).removeprefix("x, y, ").split(", ") for epoch in range(2000)]
     assert all(tags == sorted(tags) for tags in kept)
     counts = collections.Counter(tag for tags in kept for tag in tags)
@@ -197,7 +199,13 @@ def test_dropout_leaves_out_each_tag_with_its_probability_and_keeps_the_order():
     st.lists(st.text("abc ", min_size=1), min_size=1, max_size=6), st.floats(0.0, 0.999), st.integers(), st.booleans()
 )
 def test_some_tag_always_stays(tags, dropout, seed, shuffled):
-    example = anew("|".join(tags), delimiter="|", tag_dropout=dropout, shuffle_anew=shuffled, skip_empty_caption=False)
+    example = redrawn(
+        "|".join(tags),
+        cache_shuffle_delimiter="|",
+        tag_dropout=dropout,
+        shuffle_each_epoch=shuffled,
+        skip_empty_caption=False,
+    )
     kept = collections.Counter(example.caption(seed, 0).removeprefix("x, y, ").split("|"))
     assert kept.total() >= 1
     assert kept <= collections.Counter(tags)
@@ -206,14 +214,14 @@ def test_some_tag_always_stays(tags, dropout, seed, shuffled):
 def test_dropout_and_order_do_not_depend_on_each_other():
     # Were they drawn from the same words, the tags that stay would come in an order that tells how nearly they went.
     firsts = collections.Counter(
-        anew("a, b, c", caption_prefix="", tag_dropout=0.5).caption(0, n)[0] for n in range(3000)
+        redrawn("a, b, c", caption_prefix="", tag_dropout=0.5).caption(0, n)[0] for n in range(3000)
     )
     assert all(abs(count - 1000) < 130 for count in firsts.values())
 
 
 def test_a_caption_never_changes():
     # Written down once: another stream would give a resumed run other captions.
-    assert anew(tag_dropout=0.5).caption(seed=1, epoch=2) == "x, y, l, o, k, g, i, d, f, e, a"
+    assert redrawn(tag_dropout=0.5).caption(seed=1, epoch=2) == "x, y, l, o, k, g, i, d, f, e, a"
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -227,22 +235,23 @@ def folder(tmp_path):
     return tmp_path
 
 
+def source(folder, **keys):
+    return reader_of(folder, **SQUARE, **keys), FileIndex()
+
+
 def test_sources_stay_apart_and_each_has_a_line(folder, tmp_path_factory, caplog):
     empty = tmp_path_factory.mktemp("empty")
-    once, twice = SourceOptions(SQUARE), SourceOptions(SQUARE, num_repeats=2)
     with caplog.at_level(logging.INFO):
-        groups = read_examples(
-            [Source(str(folder), once), Source(str(empty), once), Source(str(folder), twice)], Problems()
-        )
+        groups = read_examples([source(folder), source(empty), source(folder, num_repeats=2)], Problems())
     assert [[e.captions[0] for e in group] for group in groups] == [
         ["picture a", "picture b"],
         [],
         ["picture a", "picture b", "picture a", "picture b"],
     ]
     assert caplog.messages == [
-        f"{folder}: 2 pictures: 2 examples an epoch",
-        f"{empty}: 0 pictures: 0 examples an epoch",
-        f"{folder}: 2 pictures: 4 examples an epoch (num_repeats = 2)",
+        f"{folder}: 2 images: 2 examples an epoch",
+        f"{empty}: 0 images: 0 examples an epoch",
+        f"{folder}: 2 images: 4 examples an epoch (num_repeats = 2)",
     ]
     # The same picture at the same size is the same example, whichever source names it.
     assert [e.id for e in groups[0]] == [e.id for e in groups[2][:2]]
@@ -251,11 +260,11 @@ def test_sources_stay_apart_and_each_has_a_line(folder, tmp_path_factory, caplog
 def test_a_broken_file_in_a_folder_that_is_named_twice_is_one_problem(folder, caplog):
     (folder / "a.png").write_bytes(b"broken")
     problems = Problems()
-    source = Source(str(folder), SourceOptions(SQUARE))
+    twice = [source(folder)] * 2
     with caplog.at_level(logging.INFO):
-        read_examples([source, source], problems)
+        read_examples(twice, problems)
     assert problems.count == 1
-    line = f"{folder}: 1 pictures, 1 could not be used: 1 examples an epoch"
+    line = f"{folder}: 1 images, 1 could not be used: 1 examples an epoch"
     assert [message.partition(": ")[0] for message in caplog.messages] == ["skipped", str(folder), str(folder)]
     assert caplog.messages[1:] == [line, line]
 
@@ -264,18 +273,17 @@ def test_no_example_at_all_is_an_error_that_says_what_was_found(folder):
     for caption in folder.glob("*.txt"):
         caption.unlink()
     with pytest.raises(UserError, match=r"nothing to train on: .*2 left out without a caption \(skip_empty_caption\)"):
-        read_examples([Source(str(folder), SourceOptions(SQUARE))], Problems())
+        read_examples([source(folder)], Problems())
 
 
 def test_ids_follow_the_content_and_not_its_place(folder, tmp_path_factory):
-    options = SourceOptions(SQUARE)
-    before = {e.captions: e.id for e in read_examples([Source(str(folder), options)], Problems())[0]}
+    before = {e.captions: e.id for e in read_examples([source(folder)], Problems())[0]}
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "0 a newcomer.png").write_bytes(encoded(250))
     (elsewhere / "0 a newcomer.txt").write_text("first in line")
     for file in folder.iterdir():
         (elsewhere / ("z" + file.name)).write_bytes(file.read_bytes())
-    after = {e.captions: e.id for e in read_examples([Source(str(elsewhere), options)], Problems())[0]}
+    after = {e.captions: e.id for e in read_examples([source(elsewhere)], Problems())[0]}
     assert before.items() <= after.items()
     assert len(after) == 3
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from skimage import data as photographs
 
-from anima_jax.data.buckets import Size
-from anima_jax.data.media import AVIF, probe, read_clip, read_file, read_mask, read_picture
+from anima_jax.config.sizes import Size
+from anima_jax.data.images import AVIF, read_image, read_mask
+from anima_jax.data.media import probe, read_clip, read_file
 from anima_jax.errors import UserError
 
 needs_avif = pytest.mark.skipif(not AVIF, reason="this pillow reads no AVIF")
@@ -36,7 +37,7 @@ def photograph() -> Image.Image:
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
 def test_lossless_picture_is_cropped_around_its_centre_and_resized_bicubically(photograph, kind):
     picture = photograph.crop((0, 0, 400, 300))
-    read = read_picture(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})), (96, 96), name="p")
+    read = read_image(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})), (96, 96), name="p")
     # A square of a 400×300 picture is its middle 300 columns. Resampling sees the columns just outside (a bicubic
     # filter reaches two pixels far), a crop does not; elsewhere they may round one grey level apart.
     middle = picture.crop((50, 0, 350, 300)).resize((96, 96), Image.Resampling.BICUBIC)
@@ -44,7 +45,7 @@ def test_lossless_picture_is_cropped_around_its_centre_and_resized_bicubically(p
 
 
 def test_jpeg_is_read_to_within_its_own_loss(photograph):
-    read = read_picture(encoded(photograph, "JPEG", quality=95), (128, 64), name="p")
+    read = read_image(encoded(photograph, "JPEG", quality=95), (128, 64), name="p")
     expected = np.asarray(ImageOps.fit(photograph, (128, 64), Image.Resampling.BICUBIC))
     assert read.shape == (64, 128, 3)
     assert np.abs(read.astype(int) - expected).mean() < 2.0  # quality 95 leaves about one grey level on average
@@ -52,7 +53,7 @@ def test_jpeg_is_read_to_within_its_own_loss(photograph):
 
 @needs_avif
 def test_avif_is_read_to_within_its_own_loss(photograph):
-    read = read_picture(encoded(photograph, "AVIF", quality=95), (128, 64), name="p")
+    read = read_image(encoded(photograph, "AVIF", quality=95), (128, 64), name="p")
     expected = np.asarray(ImageOps.fit(photograph, (128, 64), Image.Resampling.BICUBIC))
     assert np.abs(read.astype(int) - expected).mean() < 2.0
 
@@ -63,19 +64,19 @@ def test_a_gif_of_one_frame_is_a_picture():
     stored = encoded(image, "GIF")
     assert probe(stored, "p") == Size(20, 16, 1)
     assert read_clip(stored, Size(16, 16, 1), name="p").shape == (1, 16, 16, 3)
-    np.testing.assert_array_equal(read_picture(stored, (16, 16), name="p")[3, 5], [200, 100, 50])
+    np.testing.assert_array_equal(read_image(stored, (16, 16), name="p")[3, 5], [200, 100, 50])
 
 
 def test_of_an_animated_png_the_first_frame_is_the_picture():
     stored = encoded(solid("RGB", (1, 2, 3)), "PNG", save_all=True, append_images=[solid("RGB", (200, 2, 3))])
     assert probe(stored, "p").frames == 1
-    np.testing.assert_array_equal(read_picture(stored, (16, 16), name="p")[0, 0], [1, 2, 3])
+    np.testing.assert_array_equal(read_image(stored, (16, 16), name="p")[0, 0], [1, 2, 3])
 
 
 @pytest.mark.parametrize("kind", ["WEBP", pytest.param("AVIF", marks=needs_avif)])
 def test_an_animated_webp_or_avif_is_refused_and_what_to_use_is_named(kind):
     stored = encoded(solid("RGB", (1, 2, 3)), kind, save_all=True, append_images=[solid("RGB", (200, 2, 3))])
-    for read in (lambda: probe(stored, "a.webp"), lambda: read_picture(stored, (16, 16), name="a.webp")):
+    for read in (lambda: probe(stored, "a.webp"), lambda: read_image(stored, (16, 16), name="a.webp")):
         with pytest.raises(UserError, match=rf"a\.webp: an animated {kind}, expected a still one .*GIF, MP4 or WebM"):
             read()
 
@@ -83,9 +84,9 @@ def test_an_animated_webp_or_avif_is_refused_and_what_to_use_is_named(kind):
 def test_a_picture_is_a_clip_of_one_frame_and_no_longer_one(photograph):
     stored = encoded(photograph)
     clip = read_clip(stored, Size(128, 64, 1), name="p.png")
-    np.testing.assert_array_equal(clip[0], read_picture(stored, (128, 64), name="p.png"))
+    np.testing.assert_array_equal(clip[0], read_image(stored, (128, 64), name="p.png"))
     assert clip.shape[0] == 1
-    with pytest.raises(UserError, match=r"p\.png: a picture is 1 frame, expected 5"):
+    with pytest.raises(UserError, match=r"p\.png: an image is 1 frame, expected 5"):
         read_clip(stored, Size(128, 64, 5), name="p.png")
 
 
@@ -112,7 +113,7 @@ def test_exif_orientation_is_undone(photograph, orientation, kind, options):
     image = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](upright)))
     stored = encoded(image, kind, exif=exif, **options)
     assert probe(stored, "p") == Size(64, 48, 1)
-    np.testing.assert_array_equal(read_picture(stored, (64, 48), name="p"), upright)
+    np.testing.assert_array_equal(read_image(stored, (64, 48), name="p"), upright)
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_counts_in_probe_and_picture():
@@ -124,14 +125,14 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts_in_probe_and_picture()
     end = at + 12 + struct.unpack(">I", whole[at : at + 4])[0]
     moved = whole[:at] + whole[end:-12] + whole[at:end] + whole[-12:]
     assert probe(moved, "p") == Size(64, 48, 1)
-    np.testing.assert_array_equal(read_picture(moved, (64, 48), name="p"), np.full((48, 64, 3), [9, 0, 0]))
+    np.testing.assert_array_equal(read_image(moved, (64, 48), name="p"), np.full((48, 64, 3), [9, 0, 0]))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00not a TIFF header", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff"])
 def test_broken_exif_does_not_cost_the_picture(photograph, exif):
     stored = encoded(photograph, "PNG", exif=exif)
     assert probe(stored, "p") == Size(512, 512, 1)
-    np.testing.assert_array_equal(read_picture(stored, (512, 512), name="p"), np.asarray(photograph))
+    np.testing.assert_array_equal(read_image(stored, (512, 512), name="p"), np.asarray(photograph))
 
 
 def solid(mode: str, colour, size=(16, 16)) -> Image.Image:
@@ -191,7 +192,7 @@ def without_adobe_marker(jpeg: bytes) -> bytes:
     ],
 )
 def test_every_kind_of_pixel_becomes_rgb(stored, colour):
-    read = read_picture(stored, (16, 16), name="p")
+    read = read_image(stored, (16, 16), name="p")
     assert read.dtype == np.uint8
     # JPEG stores CMYK with loss: one or two grey levels.
     assert np.abs(read.astype(int) - np.array(colour)).max() <= 2
@@ -199,7 +200,7 @@ def test_every_kind_of_pixel_becomes_rgb(stored, colour):
 
 def test_sixteen_bit_ramp_keeps_its_order_and_ends():
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    read = read_picture(encoded(Image.fromarray(ramp)), (64, 64), name="p")[..., 0].ravel().astype(int)
+    read = read_image(encoded(Image.fromarray(ramp)), (64, 64), name="p")[..., 0].ravel().astype(int)
     np.testing.assert_array_equal(read, np.round(ramp.ravel() / 257.0).astype(int))
 
 
@@ -337,7 +338,7 @@ def test_a_one_bit_mask_is_nothing_or_all():
 
 
 def test_a_mask_of_another_size_than_its_picture_is_refused_with_both_sizes():
-    with pytest.raises(UserError, match=r"m\.png: the mask is 20×16 pixels, expected 16×20 as its picture"):
+    with pytest.raises(UserError, match=r"m\.png: the mask is 20×16 pixels, expected 16×20 as its image"):
         read_mask(encoded(solid("L", 255, (20, 16))), (16, 20), (16, 16), name="m.png")
 
 
@@ -357,12 +358,14 @@ def test_warnings_of_pillow_do_not_reach_the_user(tmp_path):
         (tmp_path / name).write_bytes(stored)
     program = """
 import pathlib, sys
-from anima_jax.data.media import probe, read_picture
+from anima_jax.data.images import ignore_pil_warnings, read_image
+from anima_jax.data.media import probe
 from anima_jax.errors import UserError
+ignore_pil_warnings()
 for path in pathlib.Path(sys.argv[1]).iterdir():
     probe(path.read_bytes(), path.name)
     try:
-        read_picture(path.read_bytes(), (16, 16), name=path.name)
+        read_image(path.read_bytes(), (16, 16), name=path.name)
     except UserError:
         pass
 """

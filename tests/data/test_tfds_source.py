@@ -1,7 +1,5 @@
 """Data sets of tensorflow-datasets: the quick start's, drawn on first use, and others that lie on disk."""
 
-import dataclasses
-import hashlib
 import io
 import itertools
 import multiprocessing
@@ -17,26 +15,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anima_jax.config.dataset import TfdsSource
 from anima_jax.data import shapes
-from anima_jax.data.buckets import Bucketing
-from anima_jax.data.examples import Source, SourceOptions, read_examples
-from anima_jax.data.manifest import Memo
+from anima_jax.data.examples import read_examples
+from anima_jax.data.file_index import FileIndex
 from anima_jax.data.problems import Problems
-from anima_jax.data.tfds_source import TfdsSplit, read_split
+from anima_jax.data.sources import read_entries
+from anima_jax.data.tfds_source import TfdsReader
 from anima_jax.errors import UserError
 
-SHAPES = TfdsSplit("anima_shapes")
+
+def other(builder_dir, split: str = "train", image: str = "photo", caption: str = "text", **keys) -> TfdsSource:
+    """A `[[tfds]]` that names a prepared data set's folder."""
+    return TfdsSource.model_construct(builder_dir=str(builder_dir), split=split, image=image, caption=caption, **keys)
 
 
-def read(split: TfdsSplit, *, memo: Memo | None = None, skip_empty_caption: bool = True, mask: str | None = None):
+def in_dir(directory, name: str = "anima_shapes", **keys) -> TfdsSource:
+    """A `[[tfds]]` that names a data set in a folder of prepared ones."""
+    return TfdsSource.model_construct(name=name, data_dir=str(directory), **keys)
+
+
+def read(source: TfdsSource, *, index: FileIndex | None = None):
     """Entries, summary line and problems of a split."""
     problems = Problems()
-    entries, line = read_split(split, skip_empty_caption, mask, memo or Memo(), problems)
+    entries, line = read_entries(TfdsReader(source), index or FileIndex(), problems)
     return entries, line, problems
-
-
-def in_dir(directory, **changes) -> TfdsSplit:
-    return dataclasses.replace(SHAPES, data_dir=str(directory), **changes)
 
 
 def pixels(entry) -> np.ndarray:
@@ -83,11 +86,11 @@ def test_held_out_scenes_are_never_in_training(shapes_dir, train):
 def test_a_slice_is_the_beginning_of_the_split(shapes_dir, train):
     few, line, _ = read(in_dir(shapes_dir, split="train[:5]"))
     assert [(e.digest, e.captions) for e in few] == [(e.digest, e.captions) for e in train[:5]]
-    assert line == "tfds data set 'anima_shapes': split train[:5]: 5 pictures"
+    assert line == "tfds data set 'anima_shapes': split train[:5]: 5 images"
 
 
 def test_a_data_set_is_found_by_its_directory(shapes_dir, train):
-    by_directory, _, _ = read(TfdsSplit(str(shapes_dir / "anima_shapes" / "1.1.0")))
+    by_directory, _, _ = read(other(shapes_dir / "anima_shapes" / "1.1.0", image="image", caption="caption"))
     assert [(e.digest, e.captions) for e in by_directory] == [(e.digest, e.captions) for e in train]
 
 
@@ -194,69 +197,60 @@ def other_dir(tmp_path_factory):
 
 
 def test_another_data_set_is_read_by_its_own_names(other_dir):
-    (entry,), line, _ = read(TfdsSplit(other_dir, "train", "photo", "text"))
+    (entry,), line, _ = read(other(other_dir))
     assert entry.captions == ("a grey square",)
     assert (entry.width, entry.height, entry.frames) == (40, 20, 1)
     np.testing.assert_array_equal(pixels(entry), np.full((20, 40, 3), 90))
-    assert line.endswith("split train: 1 pictures, 1 left out with an empty caption (skip_empty_caption)")
+    assert line.endswith("split train: 1 images, 1 left out with an empty caption (skip_empty_caption)")
 
 
 def test_a_sequence_of_texts_is_several_captions(other_dir):
-    split = TfdsSplit(other_dir, "train", "photo", "texts")
+    split = other(other_dir, caption="texts")
     assert [entry.captions for entry in read(split)[0]] == [("one", "zwei Bären")]
-    kept, line, _ = read(split, skip_empty_caption=False)
+    kept, line, _ = read(other(other_dir, caption="texts", skip_empty_caption=False))
     assert [entry.captions for entry in kept] == [("one", "zwei Bären"), ("",)]
     assert "1 without a caption" in line
 
 
 def test_unusable_records_are_named_and_left_out(other_dir, caplog):
-    entries, line, problems = read(TfdsSplit(other_dir, "faults", "photo", "text"))
+    entries, line, problems = read(other(other_dir, "faults"))
     assert [entry.captions for entry in entries] == [("fine",)]
     assert problems.count == 2
     assert f"{other_dir} faults[0] text: byte 0 is 0xff, expected UTF-8" in caplog.text
     assert f"{other_dir} faults[2] photo: " in caplog.text
-    assert "1 pictures, 2 could not be used" in line
-
-
-def test_a_default_mask_holds_for_every_record_of_its_size(other_dir, tmp_path):
-    mask = tmp_path / "mask.png"
-    Image.new("L", (40, 20), 90).save(mask)
-    (entry,), _, _ = read(TfdsSplit(other_dir, "train", "photo", "text"), mask=str(mask))
-    assert entry.mask_digest == hashlib.sha256(mask.read_bytes()).digest()
-    Image.new("L", (20, 40), 90).save(mask)
-    assert read(TfdsSplit(other_dir, "train", "photo", "text"), mask=str(mask))[2].count == 1
+    assert "1 images, 2 could not be used" in line
 
 
 def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):
-    """Records are overwritten behind the memo's back: who reads them would find nothing."""
+    """Records are overwritten behind the index's back: who reads them would find nothing."""
     copy = tmp_path / "1.0.0"
     shutil.copytree(other_dir, copy)
-    split = TfdsSplit(str(copy), "train", "photo", "text")
-    entries, line, _ = read(split, memo=Memo(tmp_path / "memo.jsonl"))
+    split = other(copy)
+    entries, line, _ = read(split, index=FileIndex(tmp_path / "index.jsonl"))
     (shard,) = copy.glob("*train*")
     before = shard.stat()
     shard.write_bytes(bytes(before.st_size))
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[:2] == (entries, line)
+    assert read(split, index=FileIndex(tmp_path / "index.jsonl"))[:2] == (entries, line)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert read(split, memo=Memo(tmp_path / "memo.jsonl"))[2].count == 2
+    assert read(split, index=FileIndex(tmp_path / "index.jsonl"))[2].count == 2
 
 
 def test_what_a_remembered_data_set_lost_is_named_again(other_dir, tmp_path):
-    split = TfdsSplit(other_dir, "faults", "photo", "text")
-    first = read(split, memo=Memo(tmp_path / "memo.jsonl"))[2]
+    split = other(other_dir, "faults")
+    first = read(split, index=FileIndex(tmp_path / "index.jsonl"))[2]
     assert first.count == 2
     for trust in (False, True):
-        assert read(split, memo=Memo(tmp_path / "memo.jsonl", trust=trust))[2].lines == first.lines
+        assert read(split, index=FileIndex(tmp_path / "index.jsonl", trust=trust))[2].lines == first.lines
 
 
 def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
     copy = tmp_path / "1.0.0"
     shutil.copytree(other_dir, copy)
-    split = TfdsSplit(str(copy), "train", "photo", "text")
-    entries, _, _ = read(split, memo=Memo(tmp_path / "memo.jsonl"))
+    split = other(copy)
+    entries, _, _ = read(split, index=FileIndex(tmp_path / "index.jsonl"))
     shutil.rmtree(copy)
-    assert read(split, memo=Memo(tmp_path / "memo.jsonl", trust=True))[0] == entries
+    assert read(split, index=FileIndex(tmp_path / "index.jsonl", trust=True))[0] == entries
 
 
 @pytest.mark.parametrize(
@@ -273,22 +267,22 @@ def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
 )
 def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
     with pytest.raises(UserError) as caught:
-        read(TfdsSplit(other_dir, split, photo, text))
+        read(other(other_dir, split, photo, text))
     assert message in str(caught.value)
     assert other_dir in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_drawn_yet_leaves_nothing_behind_without_prepare(tmp_path):
-    source = Source(in_dir(tmp_path), SourceOptions(Bucketing((64.0,), (1.0,), (1,))))
-    (examples,) = read_examples([source], Problems(), prepare=False)
+    reader = TfdsReader(in_dir(tmp_path, resolutions=(64,)), prepare=False)
+    (examples,) = read_examples([(reader, FileIndex())], Problems())
     assert len(examples) == 4800
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_drawn_already_is_read_without_prepare(shapes_dir, train):
-    source = Source(in_dir(shapes_dir, split="train[:5]"), SourceOptions(Bucketing((64.0,), (1.0,), (1,))))
-    (examples,) = read_examples([source], Problems(), prepare=False)
+    reader = TfdsReader(in_dir(shapes_dir, split="train[:5]", resolutions=(64,)), prepare=False)
+    (examples,) = read_examples([(reader, FileIndex())], Problems())
     assert [example.entry.digest for example in examples] == [entry.digest for entry in train[:5]]
 
 

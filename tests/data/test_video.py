@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from anima_jax.config.sizes import Size
 from anima_jax.data import video
-from anima_jax.data.buckets import Size
 from anima_jax.data.media import VIDEO_SUFFIXES, probe, read_clip
 from anima_jax.errors import UserError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anima_jax import AnimaPipeline, load_text_encoder, load_vae
-from anima_jax.data.encode import caption_encoder, clip_encoder
+from anima_jax.data.encoders import caption_encoder, clip_encoder
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
 from anima_jax.sampling.request import SamplingParams, batch_of_requests

@@ -11,7 +11,6 @@ from PIL import Image
 
 from anima_jax import AnimaPipeline, load_dit, load_text_encoder, load_vae
 from anima_jax.checkpoints.models import save_dit
-from anima_jax.data.encode import padded
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.schedules import sigmas
@@ -23,6 +22,7 @@ from anima_jax.sampling.images import latent_mask, mask_values, to_images, to_pi
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests
 from anima_jax.text.prompts import spans
+from anima_jax.text.states import padded
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import normal

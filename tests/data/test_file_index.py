@@ -1,4 +1,4 @@
-"""The memo: unchanged files are not read again, changed ones are, and damage only costs time."""
+"""The file index: unchanged files are not read again, changed ones are, and damage only costs time."""
 
 import json
 import logging
@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anima_jax.data import manifest
-from anima_jax.data.manifest import Memo
+from anima_jax.data import file_index
+from anima_jax.data.file_index import FileIndex
 from anima_jax.data.problems import Problems
-from anima_jax.data.scan import Directory, read_directory
+from anima_jax.data.sources import read_entries
 from anima_jax.errors import UserError
-from tests.data.test_scan import encoded, put_tar
+from tests.data.test_folder_source import encoded, put_tar, reader_of
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def folder(tmp_path):
     return directory
 
 
-def memo_of(folder, **options) -> Memo:
-    return Memo(folder.parent / "memo" / "files.jsonl", **options)
+def index_of(folder, **options) -> FileIndex:
+    return FileIndex(folder.parent / "index" / "files.jsonl", **options)
 
 
-def read(folder, *, memo: Memo | None = None, trust: bool = False, strict: bool = False, **options):
+def read(folder, *, index: FileIndex | None = None, trust: bool = False, strict: bool = False, **keys):
     problems = Problems(strict)
-    directory = Directory(str(folder), mask_path=str(folder.parent / "masks"), **options)
-    entries, line = read_directory(directory, memo or memo_of(folder, trust=trust), problems)
+    reader = reader_of(folder, mask_path=str(folder.parent / "masks"), **keys)
+    entries, line = read_entries(reader, index or index_of(folder, trust=trust), problems)
     return entries, line, problems
 
 
@@ -117,34 +117,34 @@ def test_trust_does_not_reach_over_other_options(folder):
     assert read(folder, trust=True, skip_empty_caption=False)[0][0].captions == ("",)
 
 
-def test_files_that_are_gone_leave_the_memo(folder):
+def test_files_that_are_gone_leave_the_index(folder):
     read(folder)
     (folder / "a.png").unlink()
     read(folder)
-    text = (folder.parent / "memo" / "files.jsonl").read_text()
+    text = (folder.parent / "index" / "files.jsonl").read_text()
     assert "a.png" not in text
     assert "b.png" in text
 
 
-def test_sources_that_share_a_memo_read_no_file_twice(folder):
-    memo = memo_of(folder)
-    entries = read(folder, memo=memo)[0]
+def test_sources_that_share_an_index_read_no_file_twice(folder):
+    index = index_of(folder)
+    entries = read(folder, index=index)[0]
     for path in folder.glob("*.png"):
         unreadable(path)
-    assert read(folder, memo=memo)[0] == entries
-    assert read(folder, memo=memo, skip_empty_caption=False)[0] == entries
+    assert read(folder, index=index)[0] == entries
+    assert read(folder, index=index, skip_empty_caption=False)[0] == entries
 
 
-def test_sources_that_share_a_memo_keep_each_others_entries(folder):
-    memo = memo_of(folder)
+def test_sources_that_share_an_index_keep_each_others_entries(folder):
+    index = index_of(folder)
     (folder / "a.txt").unlink()
-    read(folder, memo=memo)
-    read(folder, memo=memo, skip_empty_caption=False)
+    read(folder, index=index)
+    read(folder, index=index, skip_empty_caption=False)
     read(folder)  # a run of one of them, which is saved again, behind the other
     shutil.move(folder, folder.parent / "away")
-    memo = memo_of(folder, trust=True)
-    assert [entry.captions for entry in read(folder, memo=memo)[0]] == [("caption b",), ("caption c",), ("Bär 🐻",)]
-    assert read(folder, memo=memo, skip_empty_caption=False)[0][0].captions == ("",)
+    index = index_of(folder, trust=True)
+    assert [entry.captions for entry in read(folder, index=index)[0]] == [("caption b",), ("caption c",), ("Bär 🐻",)]
+    assert read(folder, index=index, skip_empty_caption=False)[0][0].captions == ("",)
 
 
 def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, monkeypatch):
@@ -153,7 +153,7 @@ def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, m
     (folder / "e.txt").write_text("a newcomer")
     (folder / "z.png").write_bytes(b"broken")
     (folder / "z.txt").write_text("what the run dies of")
-    monkeypatch.setattr(manifest, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(file_index, "SAVE_SECONDS", 0)
     with pytest.raises(UserError, match=r"z\.png"):
         read(folder, strict=True)
     (folder / "z.txt").unlink()
@@ -164,58 +164,58 @@ def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, m
     assert read(folder, trust=True)[0] == entries
 
 
-def test_a_memo_that_is_not_to_be_kept_is_read_and_not_written(folder, monkeypatch):
-    monkeypatch.setattr(manifest, "SAVE_SECONDS", 0)
-    read(folder, memo=memo_of(folder, keep=False))
-    assert not (folder.parent / "memo").exists()
+def test_an_index_that_is_not_to_be_kept_is_read_and_not_written(folder, monkeypatch):
+    monkeypatch.setattr(file_index, "SAVE_SECONDS", 0)
+    read(folder, index=index_of(folder, keep=False))
+    assert not (folder.parent / "index").exists()
     entries = read(folder)[0]
     for path in folder.glob("*.png"):
         unreadable(path)
-    before = (folder.parent / "memo" / "files.jsonl").read_bytes()
-    assert read(folder, memo=memo_of(folder, keep=False))[0] == entries
+    before = (folder.parent / "index" / "files.jsonl").read_bytes()
+    assert read(folder, index=index_of(folder, keep=False))[0] == entries
     (folder / "a.txt").write_text("another")
-    read(folder, memo=memo_of(folder, keep=False))
-    assert (folder.parent / "memo" / "files.jsonl").read_bytes() == before
+    read(folder, index=index_of(folder, keep=False))
+    assert (folder.parent / "index" / "files.jsonl").read_bytes() == before
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_a_damaged_memo_counts_as_less_knowledge(tmp_path_factory, data):
+def test_a_damaged_index_only_knows_less(tmp_path_factory, data):
     base = tmp_path_factory.getbasetemp() / "damaged"
-    folder, memo = base / "pictures", base / "memo" / "files.jsonl"
+    folder, index = base / "pictures", base / "index" / "files.jsonl"
     if not folder.exists():
         (base / "masks").mkdir(parents=True)
         folder.mkdir()
         for name in "ab":
             (folder / f"{name}.png").write_bytes(encoded(ord(name)))
             (folder / f"{name}.txt").write_text(name)
-    memo.unlink(missing_ok=True)
-    shared = memo_of(folder)
-    read(folder, memo=shared, skip_empty_caption=False)
-    expected = read(folder, memo=shared)[0]
-    lines = memo.read_bytes().splitlines(keepends=True)
+    index.unlink(missing_ok=True)
+    shared = index_of(folder)
+    read(folder, index=shared, skip_empty_caption=False)
+    expected = read(folder, index=shared)[0]
+    lines = index.read_bytes().splitlines(keepends=True)
     damage = data.draw(st.sampled_from(["cut", "line", "garbage", "number"]))
     place = data.draw(st.integers(0, len(lines) - 1))
     if damage == "cut":
         content = b"".join(lines)
-        memo.write_bytes(content[: data.draw(st.integers(0, len(content) - 2))])
+        index.write_bytes(content[: data.draw(st.integers(0, len(content) - 2))])
     elif damage == "line":
-        memo.write_bytes(b"".join(lines[:place] + lines[place + 1 :]))
+        index.write_bytes(b"".join(lines[:place] + lines[place + 1 :]))
     elif damage == "garbage":
-        memo.write_bytes(b"".join([*lines[:place], data.draw(st.binary()) + b"\n", *lines[place + 1 :]]))
+        index.write_bytes(b"".join([*lines[:place], data.draw(st.binary()) + b"\n", *lines[place + 1 :]]))
     else:
-        memo.write_bytes(b"".join([*lines[:place], b'{"file": 1, "entry": 2, "format": 3}\n', *lines[place + 1 :]]))
+        index.write_bytes(b"".join([*lines[:place], b'{"file": 1, "entry": 2, "format": 3}\n', *lines[place + 1 :]]))
     trust = data.draw(st.booleans())
     assert read(folder, trust=trust)[0] == expected
 
 
-def test_a_memo_that_cannot_be_written_costs_a_warning(folder, caplog):
-    (folder.parent / "memo").write_text("a file where the folder should be")
+def test_an_index_that_cannot_be_written_costs_a_warning(folder, caplog):
+    (folder.parent / "index").write_text("a file where the folder should be")
     assert len(read(folder)[0]) == 4
-    assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "not saved" in record.getMessage()]) == 1
 
 
-def test_a_saved_memo_leaves_no_other_file(folder):
+def test_a_saved_index_leaves_no_other_file(folder):
     read(folder)
     read(folder)
-    assert [path.name for path in (folder.parent / "memo").iterdir()] == ["files.jsonl"]
+    assert [path.name for path in (folder.parent / "index").iterdir()] == ["files.jsonl"]

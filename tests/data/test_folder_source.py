@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anima_jax.data.archive import TarMember, read_members
-from anima_jax.data.manifest import FileMedia, Memo
+from anima_jax.config.dataset import DirectorySource
+from anima_jax.data.file_index import FileIndex
+from anima_jax.data.folder_source import FolderReader
+from anima_jax.data.media import FileMedia
 from anima_jax.data.problems import Problems
-from anima_jax.data.scan import Directory, read_directory
+from anima_jax.data.sources import read_entries
+from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError
 
 
@@ -37,10 +40,15 @@ def folder(tmp_path):
     return directory
 
 
-def read(folder, *, strict: bool = False, memo: Memo | None = None, **options):
+def reader_of(folder, **keys) -> FolderReader:
+    """The reader of a `[[directory]]` with these keys, others at their defaults."""
+    return FolderReader(DirectorySource.model_construct(path=str(folder), **keys))
+
+
+def read(folder, *, strict: bool = False, **keys):
     """Entries, summary line and problems of a folder."""
     problems = Problems(strict)
-    entries, line = read_directory(Directory(str(folder), **options), memo or Memo(), problems)
+    entries, line = read_entries(reader_of(folder, **keys), FileIndex(), problems)
     return entries, line, problems
 
 
@@ -66,7 +74,7 @@ def test_pictures_come_in_order_of_name_with_captions_size_and_content(folder):
     assert list(shown(entries)) == ["C.webp", "a.jpg", "b.png"]
     assert {(entry.width, entry.height, entry.frames) for entry in entries} == {(32, 16, 1)}
     assert [e.digest for e in entries] == [hashlib.sha256(e.media.read()).digest() for e in entries]
-    assert line == f"{folder}: 3 pictures"
+    assert line == f"{folder}: 3 images"
 
 
 def test_everything_passed_over_is_counted(folder):
@@ -82,9 +90,9 @@ def test_everything_passed_over_is_counted(folder):
     entries, line, problems = read(folder)
     assert shown(entries) == {"b.png": ("picture b",)}
     assert line == (
-        f"{folder}: 1 pictures, 1 captions without a picture, 2 other files ignored (.tiff, hidden), "
+        f"{folder}: 1 images, 1 captions without an image, 2 other files ignored (.tiff, hidden), "
         "1 left out with an empty caption (skip_empty_caption), 1 left out without a caption (skip_empty_caption), "
-        "1 folders in it not looked into"
+        "1 subfolders ignored"
     )
     assert problems.count == 0
 
@@ -98,7 +106,7 @@ def test_what_is_passed_over_for_a_missing_partner_is_named_as_far_as_a_line_hol
         read(folder, mask_path=str(tmp_path / "masks"))
     without = ", ".join(f"{folder}/bare{number}.png" for number in range(3))
     assert caplog.messages == [
-        f"captions without a picture: {folder}/orphan.txt",
+        f"captions without an image: {folder}/orphan.txt",
         f"left out without a caption (skip_empty_caption): {without} and 1 more",
         f"without a mask: {folder}/C.webp, {folder}/a.jpg, {folder}/b.png",
     ]
@@ -108,7 +116,7 @@ def test_pictures_without_a_caption_are_kept_on_request_and_counted(folder):
     (folder / "a.txt").unlink()
     entries, line, _ = read(folder, skip_empty_caption=False)
     assert shown(entries) == {"C.webp": ("picture C",), "a.jpg": ("",), "b.png": ("picture b",)}
-    assert line == f"{folder}: 3 pictures, 1 without a caption"
+    assert line == f"{folder}: 3 images, 1 without a caption"
 
 
 def test_pictures_left_out_for_want_of_a_caption_are_not_even_read(folder):
@@ -127,7 +135,7 @@ def test_what_is_neither_a_file_nor_a_folder_is_named(folder, caplog):
     (folder / "t.tar").symlink_to(folder / "gone")
     entries, line, problems = read(folder)
     assert entries == []
-    assert line == f"{folder}: 0 pictures, 4 could not be used"
+    assert line == f"{folder}: 0 images, 4 could not be used"
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [
         f"{folder}/t.tar: cannot be read: No such file or directory",
         f"{folder}/C.txt: cannot be read: No such file or directory",
@@ -145,8 +153,7 @@ def test_every_suffix_of_jpeg_is_known(tmp_path, suffix):
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_the_number_of_threads_changes_nothing(folder, threads):
-    directory = Directory(str(folder))
-    assert read_directory(directory, Memo(), Problems(), threads=threads)[0] == read(folder)[0]
+    assert read_entries(reader_of(folder), FileIndex(), Problems(), threads=threads)[0] == read(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,7 @@ def test_captions_json_takes_the_place_of_all_text_files(folder):
     entries, line, _ = read(folder)
     assert shown(entries) == {"a.jpg": ("one", "two"), "b.png": ("alone",)}
     assert "1 left out without a caption" in line  # C.webp, in spite of C.txt
-    assert "1 names in captions.json without a picture" in line
+    assert "1 names in captions.json without an image" in line
 
 
 def test_captions_json_may_leave_the_suffix_out(folder):
@@ -185,7 +192,7 @@ def test_captions_json_may_leave_the_suffix_out(folder):
     put_tar(folder / "t.tar", {"x/p.png": encoded(1)})
     entries, line, _ = read(folder)
     assert shown(entries) == {"a.jpg": ("stem",), "b.png": ("name",), "t.tar/x/p.png": ("in a tar",)}
-    assert "1 names in captions.json without a picture" in line
+    assert "1 names in captions.json without an image" in line
 
 
 def test_a_captions_json_that_is_no_table_stops_before_wrong_captions_are_trained(folder):
@@ -203,7 +210,7 @@ def test_unusable_files_are_named_counted_and_left_out(folder, caplog):
     (folder / "C.txt").write_bytes(b"\xe4")
     entries, line, problems = read(folder)
     assert entries == []
-    assert line == f"{folder}: 0 pictures, 3 could not be used"
+    assert line == f"{folder}: 0 images, 3 could not be used"
     assert problems.count == 3
     assert problems.summary() == "3 files were skipped, named above (--strict_data makes that an error)"
     named = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -251,10 +258,10 @@ def test_masks_belong_by_stem_and_the_default_fills_in(folder, tmp_path):
     entries, line, _ = read(folder, mask_path=str(masks))
     assert [entry.mask and entry.mask.name for entry in entries] == [None, str(masks / "a.webp"), None]
     assert entries[1].mask_digest == hashlib.sha256((masks / "a.webp").read_bytes()).digest()
-    assert line == f"{folder}: 3 pictures, 2 without a mask"
+    assert line == f"{folder}: 3 images, 2 without a mask"
     entries, line, _ = read(folder, mask_path=str(masks), default_mask_file=default)
     assert [entry.mask.name for entry in entries] == [default, str(masks / "a.webp"), default]
-    assert line == f"{folder}: 3 pictures"
+    assert line == f"{folder}: 3 images"
 
 
 def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
@@ -265,14 +272,14 @@ def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
     assert list(shown(entries)) == ["C.webp"]
     assert problems.count == 2
     masks = tmp_path / "masks"
-    size = "is a picture of 16×32 pixels, expected a picture of 32×16"
+    size = "is an image of 16×32 pixels, expected an image of 32×16"
     assert caplog.messages[0] == f"skipped: {folder}/a.jpg: its mask {masks}/a.png {size}"
-    assert caplog.messages[1].startswith(f"skipped: {folder}/b.png: its mask is of no use: {masks}/b.png: not a ")
+    assert caplog.messages[1].startswith(f"skipped: {folder}/b.png: its mask cannot be used: {masks}/b.png: not a ")
 
 
 def test_masks_may_lie_in_a_folder_of_the_folder(folder):
     (folder / "masks").mkdir()
-    assert read(folder, mask_path=f"{folder}/masks/")[1] == f"{folder}: 3 pictures, 3 without a mask"
+    assert read(folder, mask_path=f"{folder}/masks/")[1] == f"{folder}: 3 images, 3 without a mask"
 
 
 def test_videos_are_entries_too_with_their_length_at_16_frames_a_second(tmp_path):
@@ -280,7 +287,7 @@ def test_videos_are_entries_too_with_their_length_at_16_frames_a_second(tmp_path
     frames[0].save(tmp_path / "v.gif", save_all=True, append_images=frames[1:], duration=100)
     put_tar(tmp_path / "t.tar", {"v.gif": (tmp_path / "v.gif").read_bytes(), "v.txt": b"moving"})
     entries, line, _ = read(tmp_path, skip_empty_caption=False)
-    assert line == f"{tmp_path}: 0 pictures, 2 videos, 1 without a caption"
+    assert line == f"{tmp_path}: 0 images, 2 videos, 1 without a caption"
     assert entries[0].frames == entries[1].frames
     assert abs(entries[0].frames - 16) <= 1  # one second; the filter may round either end
 
@@ -358,7 +365,7 @@ def made(name: str, *, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str =
     ("infos", "message"),
     [
         ([made("huge.png", size=2**50)], r"ends \d+ bytes early, inside 'huge.png'"),
-        ([made("back.png", size=-512)], "leads backwards"),
+        ([made("back.png", size=-512)], "points backwards"),
         ([made("l.png", kind=tarfile.SYMTYPE, link="/etc/passwd")], r"l\.png: is a link to '/etc/passwd'"),
         ([made("l.png", kind=tarfile.LNKTYPE, link="good.png")], r"l\.png: is a link to 'good\.png'"),
         ([made("/etc/a.png")], "its name leads out of the tar"),

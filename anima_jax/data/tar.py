@@ -1,6 +1,6 @@
-"""Pictures inside an uncompressed `.tar`, read in place: nothing is ever extracted.
+"""Files inside an uncompressed `.tar`, read in place: nothing is ever extracted.
 
-A tar is untrusted input: names are only labels, every size is checked against the file before anything is read.
+A tar is untrusted input: names are only labels, and every size is checked against the file before anything is read.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class TarMember:
     tar: str
     member: str
     offset: int
-    """Where its bytes begin in the tar."""
+    """Position of its bytes in the tar."""
     size: int
     """Bytes."""
     mtime_ns: int
-    """When the tar was last changed."""
+    """Time of the tar's last change."""
 
     @property
     def name(self) -> str:
@@ -39,10 +39,10 @@ class TarMember:
     def label(self) -> str:
         return label_of(self.member)
 
-    def read(self) -> bytes:
-        """Its bytes. Raises UserError if they cannot be read or are too many."""
-        if self.size > MAX_BYTES:
-            raise UserError(f"{self.name}: {self.size} bytes, expected at most {MAX_BYTES}")
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """Return its bytes. Raises UserError if they cannot be read or there are more than `max_bytes`."""
+        if self.size > max_bytes:
+            raise UserError(f"{self.name}: {self.size} bytes, expected at most {max_bytes}")
         try:
             with epath.Path(self.tar).open("rb") as file:
                 file.seek(self.offset)
@@ -58,12 +58,12 @@ class TarMember:
 
 
 def read_members(tar: str, problems: Problems) -> list[TarMember]:
-    """The files in a tar, in its order. Links, odd names and a damaged end go to `problems`; what precedes is kept.
+    """Return the files in a tar, in its order. Of members with the same name the last counts, as for `tar` itself.
 
-    Of members with one name the last counts, as for `tar` itself.
+    Links, unsafe names and a damaged end go to `problems`; the files before the damage are kept.
     """
     members: dict[str, TarMember] = {}
-    faults: list[str] = []
+    errors: list[str] = []
     try:
         tar_size, mtime_ns = stamp_of(tar)
     except UserError as error:
@@ -73,27 +73,27 @@ def read_members(tar: str, problems: Problems) -> list[TarMember]:
         with epath.Path(tar).open("rb") as file:
             for info in _headers(file, tar_size):
                 name = info.name.removeprefix("./")
-                if fault := _fault(info):
-                    faults.append(f"{tar}/{info.name}: {fault}")
+                if reason := _why_refused(info):
+                    errors.append(f"{tar}/{info.name}: {reason}")
                 elif not info.isdir():
                     members[name] = TarMember(tar, name, info.offset_data, info.size, mtime_ns)
     except UserError as error:
-        faults.append(f"{tar}: {error}")
+        errors.append(f"{tar}: {error}")
     except OSError as error:
-        faults.append(f"{tar}: cannot be read: {os_reason(error)}")
-    except Exception as error:  # tarfile fails in many ways over hostile bytes
-        faults.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
-    problems.skip(*faults)
+        errors.append(f"{tar}: cannot be read: {os_reason(error)}")
+    except Exception as error:  # tarfile raises many types for hostile bytes
+        errors.append(f"{tar}: not a whole, uncompressed tar: {error or type(error).__name__}")
+    problems.skip(*errors)
     return list(members.values())
 
 
 def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
-    with tarfile.TarFile(fileobj=_Guarded(file)) as tar:  # type: ignore[arg-type]
+    with tarfile.TarFile(fileobj=_LimitedReads(file)) as tar:  # type: ignore[arg-type]
         before = -1
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
             if info.size < 0 or info.offset <= before:
-                raise UserError(f"the header of {info.name!r} leads backwards")
+                raise UserError(f"the header of {info.name!r} points backwards")
             if info.isreg() and not info.issparse() and info.offset_data + info.size > tar_size:
                 missing = info.offset_data + info.size - tar_size
                 raise UserError(f"ends {missing} bytes early, inside {info.name!r}")
@@ -106,7 +106,7 @@ def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
             raise UserError(f"{found} at byte {tar.offset}, after the files that were read")
 
 
-def _fault(info: tarfile.TarInfo) -> str:
+def _why_refused(info: tarfile.TarInfo) -> str:
     if info.issym() or info.islnk():
         return f"is a link to {info.linkname!r}, expected a file"
     if not (info.isreg() or info.isdir()) or info.issparse():
@@ -116,8 +116,8 @@ def _fault(info: tarfile.TarInfo) -> str:
     return ""
 
 
-class _Guarded:
-    """The file, for tarfile, which would make room for as many bytes as a header claims to have."""
+class _LimitedReads:
+    """The file for tarfile, which would allocate as many bytes as a header claims to have."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file

@@ -1,0 +1,179 @@
+"""The encoders that fill the cache: pixels → latents, captions → text states.
+
+Axes: b batch, t frames, y rows, x columns, l image tokens, n source (Qwen3) tokens, m target (T5) tokens, d features,
+c the 64 values of a token.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from anima_jax.checkpoints.locations import file_sha256
+from anima_jax.checkpoints.models import load_text_encoder, load_vae
+from anima_jax.config.main import MainConfig
+from anima_jax.models.dit import patchify
+from anima_jax.models.parameters import merge, split
+from anima_jax.models.quantised import quantise_text_encoder
+from anima_jax.models.qwen3 import Qwen3
+from anima_jax.models.wan_vae import WanVAE
+from anima_jax.parallel.mesh import batch_sharding, local_mesh, replicated, shard_batch
+from anima_jax.text.states import EncodedText, encode_tokens, rounded_up
+from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
+
+
+class Encoders:
+    """The VAE and the text encoder of a run, loaded at first use; `release` drops them.
+
+    They are placed on `mesh`: a process's own devices, where each process encodes for itself, or those of all.
+    """
+
+    def __init__(self, config: MainConfig, tokenizers: Tokenizers, mesh: Mesh | None = None):
+        self._config, self.tokenizers, self._mesh = config, tokenizers, mesh or local_mesh()
+
+    def on(self, mesh: Mesh) -> "Encoders":
+        """Return the same encoders on another mesh."""
+        return self if mesh == self._mesh else Encoders(self._config, self.tokenizers, mesh)
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        with jax.set_mesh(self._mesh):
+            return load_vae(self._config.model.vae_path, self._config.compute_dtype)
+
+    @functools.cached_property
+    def text_encoder(self) -> Qwen3:
+        model = self._config.model
+        with jax.set_mesh(self._mesh):
+            loaded = load_text_encoder(model.llm_path, self._config.compute_dtype)
+        return quantise_text_encoder(loaded, model.text_encoder_storage) if model.text_encoder_storage else loaded
+
+    @functools.cached_property
+    def encode_clips(self) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+        """`clip_encoder` of this run."""
+        config = self._config
+        return clip_encoder(self.vae, batch_size=config.caching_batch_size, dtype=config.compute_dtype)
+
+    @functools.cached_property
+    def encode_captions(self) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
+        """`caption_encoder` of this run."""
+        max_tokens, dtype = self._config.model.max_caption_tokens, self._config.compute_dtype
+        return caption_encoder(self.text_encoder, self.tokenizers, max_tokens=max_tokens, dtype=dtype)
+
+    @functools.cached_property
+    def vae_fingerprint(self) -> bytes:
+        """Hash of what decides a clip's latents besides the clip."""
+        config = self._config
+        return hash_parts(file_sha256(config.model.vae_path), config.compute_dtype, config.cached_dtype)
+
+    @functools.cached_property
+    def text_fingerprint(self) -> bytes:
+        """Hash of what decides a caption's states besides the caption."""
+        config, model = self._config, self._config.model
+        return hash_parts(
+            file_sha256(model.llm_path),
+            self.tokenizers.fingerprint,
+            model.max_caption_tokens,
+            config.compute_dtype,
+            config.cached_dtype,
+            model.text_encoder_storage,
+        )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Both in hexadecimal, under the keys that checkpoints have."""
+        return {
+            "what the VAE makes of pictures": self.vae_fingerprint.hex(),
+            "what the text encoder makes of captions": self.text_fingerprint.hex(),
+        }
+
+    def release(self) -> None:
+        """Forget the networks; those that still use one keep it."""
+        for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
+            self.__dict__.pop(name, None)
+
+
+def hash_parts(*parts: str | bytes | int | None) -> bytes:
+    """Return the SHA-256 of the parts, each preceded by its length, so that different parts never hash alike."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def clip_encoder(
+    vae: WanVAE, *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
+) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+    """Return a function from uint8 clips (t, y, x, 3), all of one size, to their latents (l, c), float32, in order.
+
+    An image is a clip of one frame. Each local device encodes `batch_size` clips at a time; the next batch is read
+    meanwhile. Each size compiles one program.
+    """
+    graphdef, params = split(vae)
+    mesh = local_mesh()
+    params = jax.device_put(params, replicated(mesh))
+
+    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, mesh.size))
+    def encode(params, pixels_btyxc):
+        pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
+        return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
+
+    def encode_all(clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        pending: tuple[jax.Array, int] | None = None
+        for batch, real in _batches(clips, batch_size * mesh.size):
+            with jax.set_mesh(mesh):
+                latents = encode(params, shard_batch(np.stack(batch), len(batch)))
+            if pending:
+                yield from np.asarray(pending[0])[: pending[1]]
+            pending = latents, real
+        if pending:
+            yield from np.asarray(pending[0])[: pending[1]]
+
+    return encode_all
+
+
+def caption_encoder(
+    qwen: Qwen3, tokenizers: Tokenizers, *, batch_size: int = 8, max_tokens: int = TRAINING_LENGTH, dtype: DTypeLike
+) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
+    """Return a function that encodes captions as in training: literally, cut at `max_tokens` of either tokenizer.
+
+    Each local device encodes `batch_size` captions at a time.
+    """
+    mesh = local_mesh()
+    graphdef, params = split(qwen)
+    run = encode_tokens(merge(graphdef, jax.device_put(params, replicated(mesh))), dtype)
+
+    def encode_all(captions: Iterable[str]) -> Iterator[EncodedText]:
+        for batch, real in _batches(captions, batch_size * mesh.size):
+            ids = _trimmed(tokenizers.training_ids(batch, max_tokens))
+            with jax.set_mesh(mesh):
+                states_bnd = np.asarray(run(*shard_batch((ids.qwen_ids, ids.qwen_mask), len(batch))))
+            for row in range(real):
+                states_nd = states_bnd[row, : ids.qwen_mask[row].sum()]
+                yield EncodedText(states_nd.copy(), ids.t5_ids[row, : ids.t5_mask[row].sum()].copy())
+
+    return encode_all
+
+
+def _trimmed(ids: TextIds) -> TextIds:
+    """Return the ids without the padding that no caption of the batch needs."""
+    qwen = min(rounded_up(int(ids.qwen_mask.sum(1).max())), ids.qwen_mask.shape[1])
+    t5 = min(rounded_up(int(ids.t5_mask.sum(1).max())), ids.t5_mask.shape[1])
+    return TextIds(ids.qwen_ids[:, :qwen], ids.qwen_mask[:, :qwen], ids.t5_ids[:, :t5], ids.t5_mask[:, :t5])
+
+
+def _batches(items: Iterable, size: int) -> Iterator[tuple[list, int]]:
+    """Yield lists of `size` items and how many of them are real: the last list repeats its last item."""
+    batch: list = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch, size
+            batch = []
+    if batch:
+        yield batch + batch[-1:] * (size - len(batch)), len(batch)

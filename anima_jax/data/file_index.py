@@ -1,0 +1,214 @@
+"""The file index of a cache: what earlier runs learned about a source's files, so that unchanged ones are not read.
+
+It is a file of JSON lines, replaced atomically. Each source has a block: a line with its key (`about`), one line per
+inspected file (`file`: stamp, digest, size), one per entry, and a last line that marks the block as complete. Without
+the last line, or with damaged lines, the files are still known but the source is listed again.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from anima_jax.checkpoints.locations import replacing, writing_to
+from anima_jax.config.sizes import Size
+from anima_jax.data.media import Media, Stamp, content_digest, probe
+from anima_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+SAVE_SECONDS = 60
+"""Interval at which the index is saved while files are inspected, which takes hours for many videos."""
+
+_ROWS_PER_WRITE = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One image or video with its captions."""
+
+    media: Media
+    digest: bytes
+    """SHA-256 of the content."""
+    width: int
+    """Pixels, upright."""
+    height: int
+    frames: int
+    """At 16 a second; 1 for an image."""
+    captions: tuple[str, ...]
+    """Stripped; may be empty."""
+    mask: Media | None = None
+    mask_digest: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What inspecting a file's content tells."""
+
+    stamp: Stamp | None
+    digest: bytes
+    size: Size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """The result of reading a source, besides its entries."""
+
+    summary: str
+    """Line for the log."""
+    skipped: tuple[str, ...] = ()
+    """A line for each file that could not be used."""
+    fingerprint: str = ""
+    """Hash of the state of the whole source, "" if it has none."""
+
+
+class FileIndex:
+    """The file index at `path` (None: empty and never written). Safe to use from several threads.
+
+    Sources may share an index and with it what is known of each file. `trust` lets a reader use the entries without
+    looking at any file; without `keep` the index is read but never written. A damaged index only knows less; one that
+    cannot be written costs a warning.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: bool = True, trust: bool = False):
+        self.trust, self._keep = trust, keep
+        self._path = None if path is None else os.fspath(path)
+        self._known = dict(self._read_files())
+        self._used: dict[str, FileInfo] = {}
+        self._lock, self._saved = threading.Lock(), time.monotonic()
+
+    def inspect(self, media: Media) -> FileInfo:
+        """Return digest and size of a media file: known, or read now. Raises UserError if it cannot be used."""
+        stamp, info = media.stamp(), self._known.get(media.name)
+        if info is None or stamp is None or info.stamp != stamp:
+            data = media.read()
+            info = FileInfo(stamp, content_digest(data), probe(data, media.name))
+        with self._lock:
+            self._used[media.name] = info
+            if time.monotonic() >= self._saved + SAVE_SECONDS:
+                self._saved = time.monotonic()
+                self._write({}, (), None)
+        return info
+
+    def load(self, about: dict[str, Any], types: Iterable[type[Media]]) -> tuple[list[Entry], Summary] | None:
+        """Return the entries that were saved with the same key; None if there are none or not all.
+
+        `types` are the dataclasses that their media and masks may have.
+        """
+        by_name = {each.__name__: each for each in types}
+        head, entries = {"format": FORMAT, "about": about}, list[Entry]()
+        rows = itertools.dropwhile(lambda row: row != head, self._lines())
+        try:
+            for row in itertools.islice(rows, 1, None):
+                if "entry" in row:
+                    entries.append(self._entry(row, by_name))
+                elif "entries" in row and row["entries"] == len(entries):
+                    skipped = tuple(map(str, row["skipped"]))
+                    return entries, Summary(str(row["summary"]), skipped, str(row["fingerprint"]))
+                elif "file" not in row:
+                    return None
+        except (ValueError, LookupError, TypeError, AttributeError):  # a damaged line
+            return None
+        return None
+
+    def save(self, about: dict[str, Any], entries: Sequence[Entry], summary: Summary) -> None:
+        """Save a source's entries and the files inspected since the last `save`, in place of those of the same key."""
+        with self._lock:
+            self._write(about, entries, summary)
+            self._known |= self._used
+            self._used = {}
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the file's lines up to the first that is not a JSON object."""
+        if self._path is None:
+            return
+        try:
+            with epath.Path(self._path).open("rb") as file:
+                for line in file:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        return
+                    yield row
+        except (OSError, ValueError, RecursionError):
+            return
+
+    def _read_files(self) -> Iterator[tuple[str, FileInfo]]:
+        lines = self._lines()
+        try:
+            if next(lines, {}).get("format") != FORMAT:
+                return
+            for row in lines:
+                if "file" not in row:
+                    continue
+                (width, height, frames), stamp = row["size"], row["stamp"]
+                size, digest = Size(int(width), int(height), int(frames)), bytes.fromhex(row["digest"])
+                if min(size) < 1 or len(digest) != 32:
+                    return
+                yield row["file"], FileInfo((int(stamp[0]), int(stamp[1])) if stamp else None, digest, size)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return
+
+    def _entry(self, row: dict[str, Any], types: dict[str, Callable[..., Media]]) -> Entry:
+        media = _media(row["entry"], types)
+        mask = _media(row["mask"], types) if row["mask"] else None
+        info, captions = self._known[media.name], tuple(row["captions"])
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError("not a list of captions")
+        return Entry(media, info.digest, *info.size, captions, mask, self._known[mask.name].digest if mask else None)
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def _write(self, about: dict[str, Any], entries: Sequence[Entry], summary: Summary | None) -> None:
+        """Replace the file: the other sources' blocks and one of this source, complete if it has a summary."""
+        if self._path is None or not self._keep:
+            return
+        rows = itertools.chain(self._other_blocks(about), self._block(about, entries, summary))
+        try:
+            with writing_to(self._path):
+                epath.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as file:  # which does not buffer
+                while lines := [json.dumps(row) for row in itertools.islice(rows, _ROWS_PER_WRITE)]:
+                    file.write(("\n".join(lines) + "\n").encode())
+        except (OSError, UserError) as error:
+            log.warning("the file index is not saved, so the next run reads these files again: %s", error)
+
+    def _other_blocks(self, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all blocks but the source's own and those that a killed run left incomplete."""
+        keep = False
+        for row in self._lines():
+            if "format" in row:
+                keep = row["format"] == FORMAT and row.get("about") not in (about, {})
+            if keep:
+                yield row
+
+    def _block(
+        self, about: dict[str, Any], entries: Sequence[Entry], summary: Summary | None
+    ) -> Iterator[dict[str, Any]]:
+        yield {"format": FORMAT, "about": about}
+        for name, info in self._used.items():
+            yield {"file": name, "stamp": info.stamp, "digest": info.digest.hex(), "size": info.size}
+        for entry in entries:
+            mask = _row(entry.mask) if entry.mask else None
+            yield {"entry": _row(entry.media), "captions": entry.captions, "mask": mask}
+        if summary is not None:
+            yield {"entries": len(entries), **dataclasses.asdict(summary)}
+
+
+def _row(media: Any) -> list[Any]:
+    return [type(media).__name__, *(getattr(media, field.name) for field in dataclasses.fields(media))]
+
+
+def _media(row: list[Any], types: dict[str, Callable[..., Media]]) -> Media:
+    name, folder, *rest = row
+    return types[name](sys.intern(folder), *rest)  # one string for all media of a folder

@@ -1,0 +1,129 @@
+"""Images and masks as training uses them: upright, 8-bit RGB, cropped to one size.
+
+The crop is that of diffusion-pipe (`models/base.py`, PreprocessMediaFile): transparency over white, then
+`PIL.ImageOps.fit`, which crops around the centre and resizes with a bicubic filter. Unlike there, a photograph is
+rotated as its EXIF says, 16-bit grey is scaled instead of clipped, and grey with alpha is composited over white too.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from anima_jax.errors import UserError
+
+AVIF = "AVIF" in Image.registered_extensions().values()
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", *([".avif"] if AVIF else []))
+
+MAX_PIXELS = 2 * 89_478_485
+"""Larger images and frames are refused before they are decoded: PIL's own limit for decompression bombs."""
+
+EXIF_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what makes the image upright."""
+
+
+def ignore_pil_warnings() -> None:
+    """Silence PIL's warnings, for the whole process: `warnings.catch_warnings` is not safe with threads.
+
+    PIL warns of large images (which are read), broken EXIF blocks and odd palettes. None of it needs an action here.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarray:
+    """Return the image in the bytes of a file, uint8 (height, width, 3), at `size_wh` = (width, height) pixels.
+
+    Of an animated GIF or PNG it is the first frame. Raises UserError if the data is not a whole image in one of
+    `FORMATS`.
+    """
+    with opened(data, name) as image:
+        return np.array(ImageOps.fit(over_white(_upright(image, data)), size_wh, Image.Resampling.BICUBIC))
+
+
+def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], *, name: str) -> np.ndarray:
+    """Return the loss weights in a mask, uint8 (height / 8, width / 8), 255 for weight 1: its red channel.
+
+    `media_wh` is the upright size of the image or video that the mask belongs to, `size_wh` that of the bucket. The
+    mask is cropped as the image is, then every 8th pixel is taken as torch's "nearest-exact" does. Its alpha is
+    ignored. Raises UserError if it cannot be read or its size is not `media_wh`.
+    """
+    with opened(data, name) as image:
+        mask = _upright(image, data)
+        if mask.size != tuple(media_wh):
+            found, expected = ("{}×{}".format(*size) for size in (mask.size, media_wh))
+            raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its image")
+        red = eight_bit(mask).convert("RGB").getchannel("R")
+        return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+
+
+def upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
+    """Return width and height in pixels after rotation, from the header alone."""
+    width, height = image.size
+    return (height, width) if _orientation(image, data) >= 5 else (width, height)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as 8-bit RGB, composited over white where it is transparent."""
+    image = eight_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Return 16-bit grey as 8-bit grey, v / 257, and other images unchanged. PIL itself would clip at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    wide = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((np.minimum(wide, 65535) + 128) // 257).astype(np.uint8))
+
+
+@contextlib.contextmanager
+def opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Open an image: its header is read, no pixel decoded. Any error inside the block becomes a UserError."""
+    if not data:
+        raise UserError(f"{name}: the file is empty, expected an image or a video")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False):
+                raise UserError(f"{name}: an animated {image.format}, expected a still one (or a GIF, MP4 or WebM)")
+            yield image
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        found = f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, nor MP4, MOV, WebM, MKV or AVI"
+        raise UserError(f"{name}: {found} (the file begins with {data[:8]!r})") from None
+    except Exception as error:  # PIL's decoders raise many types for damaged or hostile bytes
+        raise UserError(f"{name}: the image cannot be read: {error or type(error).__name__}") from None
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """Return EXIF's orientation, 1 (upright) to 8; 1 if the EXIF block is broken, which need not cost the image."""
+    # In search of a PNG's metadata PIL decodes all its pixels, since metadata may come after them.
+    if image.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
+        return 1
+    try:
+        orientation = image.getexif().get(0x0112)
+        return orientation if orientation in EXIF_TRANSPOSES else 1
+    except Exception:
+        return 1
+
+
+def _upright(image: Image.Image, data: bytes) -> Image.Image:
+    image.load()
+    orientation = _orientation(image, data)
+    return image.transpose(EXIF_TRANSPOSES[orientation]) if orientation in EXIF_TRANSPOSES else image

@@ -1,0 +1,195 @@
+"""Sources of a data set: a folder with its tars (`folder_source`), or a tensorflow-datasets split (`tfds_source`).
+
+A source lists candidates: images and videos with their captions and masks, of which nothing is read yet. `read_entries`
+inspects them by way of the file index. What cannot be used is counted or reported, never an error.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from anima_jax.config.dataset import Source
+from anima_jax.data.file_index import Entry, FileIndex, Summary
+from anima_jax.data.media import Media
+from anima_jax.data.problems import Problems
+from anima_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_NAMES = 3
+"""Of files that are left out so many are named; the summary counts them all."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Counts = collections.Counter[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """An image or video that a source lists; nothing of it is read yet."""
+
+    media: Media
+    captions: Callable[[], tuple[str, ...] | None]
+    """Reads its captions; None if it has none. Raises UserError."""
+    mask: Media | None = None
+
+
+class SourceReader(Protocol):
+    """How a `[[directory]]` or a `[[tfds]]` is read."""
+
+    media_types: tuple[type[Media], ...]
+    """The dataclasses of its media and masks."""
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        ...
+
+    @property
+    def location(self) -> str:
+        """The text whose hash names the source's file index. Older caches were written with it."""
+        ...
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The source's key in the file index: everything that decides its entries besides the files."""
+        ...
+
+    @property
+    def cache_dir(self) -> str:
+        """Folder of the source's cache where the configuration names none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a hash of the source's state; with an unchanged one nothing is read again. "" if it has none."""
+        ...
+
+    def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
+        """List the source. Raises UserError if it does not exist or cannot be read."""
+        ...
+
+    def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
+        """Add to the counts what is known only after the candidates are inspected."""
+        ...
+
+    def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
+        """Return trusted entries with those captions that are to be read in each run nevertheless."""
+        ...
+
+
+def read_entries(
+    reader: SourceReader, index: FileIndex, problems: Problems, *, threads: int = 8
+) -> tuple[list[Entry], str]:
+    """Return a source's usable images and videos, in its order, and a line for the log.
+
+    Files that cannot be used go to `problems`. Each thread may have a whole video in memory. Raises UserError if the
+    source does not exist or cannot be read.
+    """
+    about = dict(reader.about)
+    saved = index.load(about, reader.media_types)
+    if saved and problems.strict and saved[1].skipped:
+        saved = None  # which of the skipped files is the error is found by reading them again
+    if saved and index.trust:
+        entries, summary = saved
+        entries = reader.update_captions(entries, problems)
+        problems.skip(*summary.skipped)
+        return entries, f"{summary.summary} (from the file index, whose files are trusted to be unchanged)"
+    fingerprint = reader.fingerprint()
+    if saved and fingerprint and saved[1].fingerprint == fingerprint:
+        problems.skip(*saved[1].skipped)
+        return saved[0], saved[1].summary
+    before, counts = len(problems.lines), Counts()
+    candidates = reader.candidates(problems, counts)
+    entries = _inspect_all(candidates, reader.source.skip_empty_caption, index, problems, counts, threads)
+    reader.count_entries(entries, counts)
+    skipped = tuple(problems.lines[before:])
+    counts["could not be used"] = len(skipped)
+    line = _summary_line(reader.name, entries, counts)
+    index.save(about, entries, Summary(line, skipped, fingerprint))
+    return entries, line
+
+
+def count_and_name(counts: Counts, what: str, names: Sequence[str]) -> None:
+    """Count files that are left out, and log the names of the first ones."""
+    counts[what] = len(names)
+    log_names(what, names)
+
+
+def log_names(what: str, names: Sequence[str]) -> None:
+    """Log the first of `names`, if there are any, and how many more there are."""
+    if names:
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        log.info("%s: %s%s", what, ", ".join(names[:MAX_NAMES]), more)
+
+
+def _inspect_all(
+    candidates: Sequence[Candidate],
+    skip_empty_caption: bool,
+    index: FileIndex,
+    problems: Problems,
+    counts: Counts,
+    threads: int,
+) -> list[Entry]:
+    """Return the entries of usable candidates; the others go to `problems` or, without a caption, to `counts`."""
+    entries, by_reason = [], collections.defaultdict[str, list[str]](list)
+    inspected = _in_threads(lambda each: _inspect(each, index, skip_empty_caption), candidates, threads)
+    for candidate, (result, reason) in zip(candidates, inspected, strict=True):
+        if reason:
+            by_reason[reason].append(candidate.media.name)
+        if isinstance(result, UserError):
+            problems.skip(result)
+        elif result is not None:
+            entries.append(result)
+    for reason, names in by_reason.items():
+        count_and_name(counts, reason, names)
+    return entries
+
+
+def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -> tuple[Entry | UserError | None, str]:
+    """Return the entry, an error, or None for one without a caption; and how its captions are counted, if at all."""
+    media, mask, reason = candidate.media, candidate.mask, ""
+    try:
+        captions = candidate.captions() or ()
+        if not any(text.strip() for text in captions):
+            reason = "with an empty caption" if captions else "without a caption"
+            if skip_empty_caption:
+                return None, f"left out {reason} (skip_empty_caption)"
+        info = index.inspect(media)
+    except UserError as error:
+        return error, ""
+    if mask is None:
+        return Entry(media, info.digest, *info.size, captions or ("",)), reason
+    try:
+        mask_info = index.inspect(mask)
+    except UserError as error:
+        return UserError(f"{media.name}: its mask cannot be used: {error}"), ""
+    if mask_info.size != info.size._replace(frames=1):
+        found, expected = (f"{size.width}×{size.height}" for size in (mask_info.size, info.size))
+        kind = "an image" if mask_info.size.frames == 1 else "a video"
+        message = f"its mask {mask.name} is {kind} of {found} pixels, expected an image of {expected}"
+        return UserError(f"{media.name}: {message}"), ""
+    return Entry(media, info.digest, *info.size, captions or ("",), mask, mask_info.digest), reason
+
+
+def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
+    videos = sum(entry.frames > 1 for entry in entries)
+    line = f"{name}: {len(entries) - videos} images" + (f", {videos} videos" if videos else "")
+    return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
+
+
+def _in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int, chunk: int = 1024
+) -> Iterator[Result]:
+    """Yield `function` of each item, in order; only a chunk of items is queued at a time (each takes a kilobyte)."""
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+        for start in range(0, len(items), chunk):
+            yield from pool.map(function, items[start : start + chunk])
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,62 @@
+"""Captions and prompts as text encoder states: the same program for the cache, training and sampling.
+
+Axes: b batch, n source (Qwen3) tokens, m target (T5) tokens, d features.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from anima_jax.models.llm_adapter import Text
+from anima_jax.models.parameters import Params, merge, split
+from anima_jax.models.qwen3 import Qwen3
+
+LENGTH_STEP = 64
+"""Token lists are padded to a multiple of this, so that captions of many lengths share a few programs."""
+
+
+class EncodedText(NamedTuple):
+    """One caption without padding: Qwen3's states (n, d) and T5 ids (m,)."""
+
+    states_nd: np.ndarray
+    target_ids_m: np.ndarray
+
+
+def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
+    """Return `text_states` of this encoder: (ids_bn, mask_bn) → (b, n, d), on the devices of its parameters."""
+    graphdef, params = split(qwen)
+    return lambda ids_bn, mask_bn: text_states(params, ids_bn, mask_bn, graphdef=graphdef, dtype=jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def text_states(params: Params, ids_bn, mask_bn, *, graphdef: nnx.GraphDef, dtype: Any) -> jax.Array:
+    """Return Qwen3's states (b, n, d), computed in `dtype`; padded rows are 0."""
+    return merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype)
+
+
+def text_rows(captions: Sequence[EncodedText], source_length: int, target_length: int) -> Text:
+    """Return captions as one batch, padded to these lengths."""
+    source_bnd, source_mask_bn = padded([caption.states_nd for caption in captions], source_length)
+    target_bm, target_mask_bm = padded([caption.target_ids_m for caption in captions], target_length)
+    return Text(source_bnd, source_mask_bn, target_bm, target_mask_bm)
+
+
+def padded(arrays: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return arrays (n, …) as one (b, length, …), zeros after each, and the int32 mask (b, length) of real rows."""
+    joined = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
+    mask = np.zeros((len(arrays), length), np.int32)
+    for row, array in enumerate(arrays):
+        joined[row, : len(array)] = array
+        mask[row, : len(array)] = 1
+    return joined, mask
+
+
+def rounded_up(length: int, step: int = LENGTH_STEP) -> int:
+    """Return `length`, at least 1, rounded up to a multiple of `step`."""
+    return max(1, -(-length // step)) * step
