@@ -1,9 +1,9 @@
-"""Makes the quick start's tokenizers: `python -m anima_jax.assets.build_tokenizers` writes `assets/tokenizers`.
+"""Make the quick start's tokenizers: `python -m anima_jax.assets.build_tokenizers` writes `assets/tokenizers`.
 
 They are small tokenizers of the kinds that Anima uses: Qwen's byte-level BPE, padded with <|endoftext|>, and T5's
-Unigram with <pad> 0, </s> 1, <unk> 2. The words of the shapes' captions are one token each; a little general English
-gives the rest of the vocabulary, and any text has ids (T5's <unk> for what is not ASCII; the real one knows little of
-that).
+Unigram with <pad> 0, </s> 1, <unk> 2. Each word of the shapes' captions is one token; some general English fills the
+rest of the vocabulary. Any text can be tokenized: in T5's, non-ASCII characters become <unk>, as most do in the real
+one.
 """
 
 import collections
@@ -28,7 +28,7 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Common words and words of picture captions; order matters, the first ones get their own tokens.
+# Common words and words of image captions; order matters: the first ones become tokens of their own.
 ENGLISH_TEXT = """
 the of and to in is with at by for from one two three small large big little left right top bottom center corner
 picture drawing painting photo image style artist quality best masterpiece high detailed simple sketch line art
@@ -40,24 +40,24 @@ blue brown long short old new bright soft round sharp wide near far over under b
 ENGLISH = ENGLISH_TEXT.split()
 
 QWEN_VOCABULARY = 512
-REPEATS_OF_SHAPES = 8  # enough that a caption's words are merged before any other
+REPEATS_OF_SHAPES = 8  # enough for the captions' words to be merged before any others
 
 
 def caption_words() -> list[str]:
-    """The words of the shapes' captions, most frequent first."""
+    """Return the words of the shapes' captions, most frequent first."""
     captions = [scene.caption for held_out in (False, True) for scene in scenes(held_out=held_out)]
     counts = collections.Counter(word for caption in captions for word in caption.split())
     return sorted(counts, key=lambda word: (-counts[word], word))
 
 
 def corpus() -> list[str]:
-    """What the BPE is trained on."""
+    """Return the texts that the BPE is trained on."""
     captions = [scene.caption for held_out in (False, True) for scene in scenes(held_out=held_out)]
     return captions * REPEATS_OF_SHAPES + [f"a {word}" for word in ENGLISH]
 
 
 def build_qwen(vocabulary: int = QWEN_VOCABULARY) -> tokenizers.Tokenizer:
-    """Byte-level BPE as Qwen's, trained on `corpus` to `vocabulary` ids, the pad token last."""
+    """Train a byte-level BPE like Qwen's on `corpus`, with `vocabulary` ids, the pad token last."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), behavior="isolated")
@@ -73,10 +73,10 @@ def build_qwen(vocabulary: int = QWEN_VOCABULARY) -> tokenizers.Tokenizer:
 
 
 def build_t5(qwen: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Unigram as T5's: whole words, the parts of words that `qwen` learned, and the characters of ASCII.
+    """Build a Unigram tokenizer like T5's: whole words, the parts of words that `qwen` learned, and ASCII characters.
 
-    The scores are not fitted (tokenizers' Unigram trainer gives another result each run) but fall with rank as
-    Zipf's law has it, so that fewer and commoner pieces win.
+    The scores are not fitted, since tokenizers' Unigram trainer is not deterministic. They decrease with rank as in
+    Zipf's law, so that fewer and more common pieces win.
     """
     pieces = [WORD_START + word for word in (*caption_words(), *ENGLISH)]
     learned = sorted(qwen.get_vocab().items(), key=lambda item: item[1])
@@ -95,7 +95,7 @@ def build_t5(qwen: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def write(folder: pathlib.Path) -> None:
-    """Both tokenizers into `folder/qwen` and `folder/t5`, with the configuration that transformers reads."""
+    """Write both tokenizers to `folder/qwen` and `folder/t5`, with the configuration that transformers reads."""
     qwen = build_qwen()
     _write(folder / "qwen", qwen, {"eos_token": QWEN_PAD, "pad_token": QWEN_PAD})
     special: dict[str, str] = dict(zip(("pad_token", "eos_token", "unk_token"), T5_SPECIAL, strict=True))
@@ -110,7 +110,7 @@ def _write(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, special: dict[
 
 
 def main() -> None:
-    """Write the tokenizers where `load_tokenizers(SMALL_TOKENIZERS)` finds them, and say how large they are."""
+    """Write the tokenizers where `load_tokenizers(SMALL_TOKENIZERS)` finds them; print their vocabulary sizes."""
     write(SMALL_TOKENIZERS)
     small = load_tokenizers(SMALL_TOKENIZERS)
     print(f"{SMALL_TOKENIZERS}: {small.qwen_vocabulary} Qwen ids, {small.t5_vocabulary} T5 ids")

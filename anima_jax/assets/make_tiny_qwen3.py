@@ -1,6 +1,7 @@
-"""The quick start's text encoder: a Qwen3 of random weights, 2 layers of width 64.
+"""Make the quick start's text encoder: a Qwen3 with random weights, 2 layers of width 64.
 
-It is not trained: its causal attention mixes each word with those before it, and the adapter learns to read that.
+It is not trained: its causal attention mixes each word with the words before it, which is enough for the LLM adapter to
+learn from.
 
     python -m anima_jax.assets.make_tiny_qwen3 --output anima_jax/assets/tiny_qwen3.safetensors
 """

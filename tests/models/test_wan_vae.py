@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from anima_jax import assets
-from anima_jax.assets.train_tiny_vae import draw_pictures
+from anima_jax.assets.train_tiny_vae import draw_images
 from anima_jax.checkpoints.names import file_tensors
 from anima_jax.checkpoints.names.wan_vae import config_from_shapes, rules
 from anima_jax.errors import UserError
@@ -258,7 +258,7 @@ def shipped_model():
 
 
 def test_the_shipped_vae_reconstructs_fresh_pictures_and_its_latents_are_normalised():
-    pictures = draw_pictures(48, np.random.default_rng(2026))  # a seed that training did not use
+    pictures = draw_images(48, np.random.default_rng(2026))  # a seed that training did not use
     latents = encode(*shipped_model(), pictures)
     decoded = decode(*shipped_model(), latents).clip(-1.0, 1.0)
     psnr = 10 * np.log10(2.0**2 / np.mean((decoded - pictures) ** 2))
@@ -269,7 +269,7 @@ def test_the_shipped_vae_reconstructs_fresh_pictures_and_its_latents_are_normali
 
 
 def test_the_shipped_vae_sees_a_video_as_every_fourth_frame():
-    video = draw_pictures(5, np.random.default_rng(1)).swapaxes(0, 1)
+    video = draw_images(5, np.random.default_rng(1)).swapaxes(0, 1)
     latents = encode(*shipped_model(), video)
     kept = encode(*shipped_model(), video[0, ::4, None])[:, 0]
     assert peak_error(latents[0], kept) < FLOAT32
