@@ -5,6 +5,7 @@ their settings are in pyproject.toml, and `.ci/run` runs them.
 """
 
 import ast
+import collections
 import pathlib
 import re
 import tomllib
@@ -131,12 +132,10 @@ def defined_names(tree: ast.AST) -> Iterator[str]:
             yield node.attr
 
 
-@soon
 def test_no_file_is_too_long():
     assert {path: lines for path, text in PRODUCT.items() if (lines := len(text.splitlines())) > FILE_LINES} == {}
 
 
-@soon
 def test_a_long_or_complex_function_gives_its_reason():
     assert {path: found for path, text in PRODUCT.items() if (found := oversized(text))} == {}
 
@@ -147,7 +146,6 @@ def test_importing_a_module_changes_nothing_in_the_process():
     assert {path: found for path, text in libraries.items() if (found := side_effects(text))} == {}
 
 
-@soon
 def test_modules_of_one_operating_system_are_imported_where_they_are_used():
     found = {path: imported(at_import(ast.parse(text))) & UNIX_ONLY for path, text in PRODUCT.items()}
     assert {path: modules for path, modules in found.items() if modules} == {}
@@ -171,3 +169,12 @@ def test_every_name_that_vulture_ignores_still_exists():
     assert set(settings["ignore_names"]) <= {
         name for text in PRODUCT.values() for name in defined_names(ast.parse(text))
     }
+
+
+def test_no_two_classes_have_the_same_name():
+    homes = collections.defaultdict(list)
+    for path, text in PRODUCT.items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(path)
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}

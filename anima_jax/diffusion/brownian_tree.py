@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from anima_jax.diffusion.torch_random import Stream
+from anima_jax.diffusion.torch_random import RandomStream
 
 _DIGITS = 6
 """Decimals that times are rounded to."""
@@ -37,7 +37,9 @@ class BrownianTree:
     `stream` makes a random stream from a seed.
     """
 
-    def __init__(self, seed: int, start: float, end: float, shape: tuple[int, ...], stream: Callable[[int], Stream]):
+    def __init__(
+        self, seed: int, start: float, end: float, shape: tuple[int, ...], stream: Callable[[int], RandomStream]
+    ):
         self._seed, self._shape, self._stream = seed, shape, stream
         whole = self._normal(()) * np.float32(math.sqrt(end - start))
         self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), whole, (0, 0), np.zeros(shape))]

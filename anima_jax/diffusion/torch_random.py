@@ -16,7 +16,7 @@ _BLOCK = 16
 """Torch fills CPU tensors of at least this many elements in blocks: Box-Muller pairs element i with element i + 8."""
 
 
-class Stream(Protocol):
+class RandomStream(Protocol):
     """A generator that is seeded once; every call continues where the last one ended."""
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
