@@ -214,14 +214,21 @@ def dry_run(
     print(report.start_up_table(config, trained, data.describe(tokenizers)))
     optimizer = build_optimizer(config, trained, data.plan)
     work = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
-    kinds, limit, called = devices_of(arguments)
+    device_specs, limit, device_name = devices_of(arguments)
     sizes = resolve_sizes(config.mesh.sizes, arguments.devices) if arguments.devices else None
     found = estimate.estimate(
-        config, StepConfig.of(config), trained, optimizer, work, sizes=sizes, kinds=kinds, masked=data.masked
+        config,
+        StepConfig.of(config),
+        trained,
+        optimizer,
+        work,
+        sizes=sizes,
+        device_specs=device_specs,
+        masked=data.masked,
     )
-    print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, called))
+    print(report.mesh_table(sizes or current_mesh().shape, trained, config.learning_rates, device_name))
     print(found)
-    estimate.check_memory(found.memory.total, limit, called)
+    estimate.check_memory(found.memory.total, limit, device_name)
 
 
 def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[DeviceSpec], float | None, str]:

@@ -87,12 +87,12 @@ def test_the_shipped_pod_is_256_chips_of_which_each_has_its_eighth(folder, monke
     assert 16 * 2.09e9 / 8 / 2**30 < gib < 16
     # 2.09 billion weights in bfloat16: each eighth's gradient is summed over 32 replicas, and over 8 neighbours weights
     # are gathered twice and gradients scattered once.
-    sent = re.search(r"^GB sent by a device.*\n1024 +([\d.]+) +([\d.]+) ", out, re.MULTILINE)
+    sent = re.search(r"^GB sent per device.*\n1024 +([\d.]+) +([\d.]+) ", out, re.MULTILINE)
     assert sent is not None
     data, fsdp = map(float, sent.groups())
     assert data == pytest.approx(2 * 31 / 32 * 2 * 2.09 / 8, rel=0.01)
     assert fsdp == pytest.approx(3 * 7 / 8 * 2 * 2.09, rel=0.01)
-    assert re.search(r"^1024: [\d.]+ to [\d.]+ s a step", out, re.MULTILINE)
+    assert re.search(r"^1024: [\d.]+ to [\d.]+ s per step", out, re.MULTILINE)
 
 
 def test_devices_of_no_kind_are_timed_as_each_kind_that_has_the_memory(folder, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_devices_of_no_kind_are_timed_as_each_kind_that_has_the_memory(folder, m
     out = capsys.readouterr().out
     assert "mesh of 64 devices (of any kind; --device_kind names one)" in out
     need = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1]) * 2**30
-    timed = re.findall(r"^1024: [\d.]+ to [\d.]+ s a step on (.*) \(seconds", out, re.MULTILINE)
+    timed = re.findall(r"^1024: [\d.]+ to [\d.]+ s per step on (.*) \(seconds", out, re.MULTILINE)
     assert timed == [kind.name for kind in DEVICE_SPECS if kind.memory > need]
     assert 0 < len(timed) < len(DEVICE_SPECS)
 

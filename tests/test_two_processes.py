@@ -181,7 +181,7 @@ def test_processes_that_were_started_differently_say_in_what_and_end(config, tmp
     assert [process.returncode for process in processes] == [2, 2]
     fact = "optimizer.lr is 0.01, not 0.001" if what != "dataset" else "how many examples of tier 64 is 23, not 24"
     for each in said:
-        assert f"error: process 1 of 2 has not what process 0 has: {fact}" in each
+        assert f"error: process 1 of 2 disagrees with process 0: {fact}" in each
         assert "Traceback" not in each
     assert not output.exists() or not list(output.glob("*/metrics.jsonl"))
 

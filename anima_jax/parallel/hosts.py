@@ -1,7 +1,7 @@
-"""Several processes that are one run: joining, agreeing, and ending together.
+"""Several processes of one run: they join, agree, and end together.
 
-Every process runs the same program on its own devices. What only one may do (write a file, print a line) the first one
-does; what all must decide alike (when to save, when to stop) they exchange.
+Every process runs the same program on its own devices. Process 0 does what only one may do (write a file, print a
+line); what all must decide alike (when to save, when to stop) they exchange.
 """
 
 import argparse
@@ -26,81 +26,91 @@ from jax.sharding import PartitionSpec as P
 from anima_jax.errors import UserError, show_value
 
 HEARTBEAT_S = 30
-"""Seconds after which a silent process is taken for dead, and all others end."""
+"""Seconds after which a process without heartbeat counts as dead, and JAX aborts all others."""
 
-JOINING_MINUTES = 5
-"""How long a process waits for the others at the beginning."""
+JOIN_MINUTES = 5
+"""How long a process waits for the others at the start."""
 
-_MOST_FACTS = 3
-"""No more differences between processes than these are named."""
+MOST_DIFFERENCES = 3
+"""How many differences between two processes an error names."""
 
-ALONE = "coordinator_address should be defined"
-"""What JAX says where it finds no cluster."""
+NO_CLUSTER = ("coordinator_address should be defined", "must be called before")
+"""What JAX's errors say if it finds no cluster, or is used before `join`."""
+
+FLAGS = {
+    "coordinator_address": (str, "HOST:PORT of process 0"),
+    "num_processes": (int, "number of processes; 1 runs alone"),
+    "process_id": (int, "number of this process, from 0"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say who is who among several processes, for `join`."""
-    for flag, kind, what in (
-        ("coordinator_address", str, "HOST:PORT of the first of several processes"),
-        ("num_processes", int, "how many there are; 1 joins no others"),
-        ("process_id", int, "number of this one, from 0"),
-    ):
-        parser.add_argument(f"--{flag}", type=kind, help=f"{what}; found by itself on SLURM, GKE, Cloud TPU and MPI")
+    """Add the flags of `join`."""
+    for flag, (kind, what) in FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=f"{what}; automatic on SLURM, GKE, Cloud TPU and MPI")
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Join the run's other processes: as JAX finds them on SLURM, Kubernetes, Cloud TPU and MPI, or as arguments say.
+def join(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the run's other processes, found by JAX (SLURM, Kubernetes, Cloud TPU, MPI) or given by the arguments.
 
-    Does nothing where there are no others, or with `processes` 1. Call it before anything else of JAX. Raises UserError
-    if they cannot be joined.
+    Does nothing if there are no others, or if `num_processes` is 1. Must be called before any computation with JAX.
+    Raises UserError if the arguments are not valid or the others cannot be joined.
     """
-    given = {"--coordinator_address": coordinator, "--num_processes": processes, "--process_id": process}
-    if processes == 1 or jax.distributed.is_initialized():
+    if num_processes == 1 or jax.distributed.is_initialized():
         return
-    missing = [flag for flag, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise UserError(f"{', '.join(missing)}: missing, expected all of {', '.join(given)} or none")
-    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise UserError(f"--coordinator_address {coordinator}: expected HOST:PORT of the first process")
-    if process is not None and not (processes and 0 <= process < processes):
-        raise UserError(
-            f"--process_id {process}, --num_processes {processes}: expected a process from 0, below the number"
-        )
-    where = f" at {coordinator}" if coordinator else ""
-    # JAX's own handler of SIGTERM would take the place of ours.
+    _check_flags(coordinator_address, num_processes, process_id)
+    # JAX's SIGTERM handler would replace ours.
     jax.config.update("jax_enable_preemption_service", False)
-    last = (
-        f"error: ended before all processes had met{where}: are all of them started, with the same "
-        f"--coordinator_address and each its own --process_id, within {JOINING_MINUTES} minutes, and is the port open?"
+    where = f" at {coordinator_address}" if coordinator_address else ""
+    killed = (
+        f"error: ended before all processes had joined{where}: start all within {JOIN_MINUTES} minutes, with the "
+        "same --coordinator_address and each with its own --process_id, and check that the port is open"
     )
     try:
-        with _epitaph(last), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Kubernetes without its package is no cluster to join
-            if coordinator:
-                print(f"process {process} of {processes}: waiting for the others{where}", file=sys.stderr)
+        with _if_killed(killed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JAX warns if it is on Kubernetes without that package
+            if coordinator_address:
+                print(f"process {process_id} of {num_processes}: waiting for the others{where}", file=sys.stderr)
             jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                initialization_timeout=60 * JOINING_MINUTES,
+                coordinator_address,
+                num_processes,
+                process_id,
+                initialization_timeout=60 * JOIN_MINUTES,
                 heartbeat_timeout_seconds=HEARTBEAT_S,
                 shutdown_timeout_seconds=60,
             )
     except (RuntimeError, ValueError) as error:
-        found_none = ALONE in str(error) or "must be called before" in str(error)
-        if missing and found_none:
+        if coordinator_address is None and any(text in str(error) for text in NO_CLUSTER):
             return
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot join the run's other processes: {reason}; --num_processes 1 runs alone") from error
+        raise UserError(f"cannot join the other processes: {_one_line(error)}; --num_processes 1 runs alone") from error
+
+
+def _check_flags(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raise UserError unless all flags are given or none, and they are valid."""
+    values = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
+    missing = [f"--{flag}" for flag, value in values.items() if value is None]
+    if coordinator_address is None or num_processes is None or process_id is None:
+        if len(missing) < len(FLAGS):
+            flags = ", ".join(f"--{flag}" for flag in FLAGS)
+            raise UserError(f"{', '.join(missing)}: missing, expected all of {flags} or none")
+        return
+    if not re.fullmatch(r".+:\d{1,5}", coordinator_address):
+        raise UserError(f"--coordinator_address {coordinator_address}: expected HOST:PORT of process 0")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id {process_id}, --num_processes {num_processes}: expected 0 ≤ process_id < num_processes"
+        )
 
 
 def is_single_process() -> bool:
-    """Whether the run has no other processes."""
+    """Return whether the run has no other processes."""
     return jax.process_count() == 1
 
 
 def is_process_0() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Return whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
@@ -112,16 +122,16 @@ def barrier(what: str) -> None:
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-    """The first process goes through the block before the others: what it writes there they find."""
+    """Run the block in process 0 before the others, which find what it wrote."""
     if not is_process_0():
-        barrier("the first process has gone ahead")
+        barrier("process 0 first")
     yield
     if is_process_0():
-        barrier("the first process has gone ahead")
+        barrier("process 0 first")
 
 
 def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
-    """The path that the first process makes."""
+    """Return the path that `make` returns in process 0."""
     if is_single_process():
         return make()
     data = os.fsencode(make()) if is_process_0() else b""
@@ -130,69 +140,68 @@ def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
     return pathlib.Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))))
 
 
-def assert_same_on_all_processes(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise UserError in every process unless all have the same `facts`, values of JSON by a person's words."""
+def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise UserError in every process unless `values`, JSON values by name, are the same in all."""
     if is_single_process():
         return
-    own = json.dumps(facts(), default=str).encode()
+    own = json.dumps(values(), default=str).encode()
     length = int(np.max(multihost_utils.process_allgather(np.int32(len(own)))))
     rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(length), np.uint8))
     first, *others = (json.loads(bytes(row)) for row in np.asarray(rows))
     for number, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
-            shown = (
+            differences = [
                 f"{name} is {show_value(other.get(name))}, not {show_value(first.get(name))}"
-                for name in names[:_MOST_FACTS]
-            )
-            more = f", and {len(names) - _MOST_FACTS} more" if len(names) > _MOST_FACTS else ""
+                for name in names[:MOST_DIFFERENCES]
+            ]
+            more = f", and {len(names) - MOST_DIFFERENCES} more" if len(names) > MOST_DIFFERENCES else ""
             raise UserError(
-                f"process {number} of {jax.process_count()} has not what process 0 has: {'; '.join(shown)}{more}; "
-                "expected one configuration, the same flags and the same files in all processes"
+                f"process {number} of {jax.process_count()} disagrees with process 0: {'; '.join(differences)}{more}; "
+                "expected the same configuration, flags and files in all processes"
             )
 
 
 class Consensus:
-    """The largest number that any process gave a step ago; a process that is alone has its own at once.
+    """The maximum of the numbers that the processes gave one call ago, so that no step waits for the exchange.
 
-    What is exchanged at one step is read at the next, so that no step waits for it.
+    A single process gets its own number at once.
     """
 
     def __init__(self, mesh: Mesh):
         self._sharding = NamedSharding(mesh, P(mesh.axis_names))
         self._largest = jax.jit(lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, P()))
-        self._under_way: jax.Array | None = None
+        self._pending: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
         if is_single_process():
             return number
-        before, shape = self._under_way, (self._sharding.mesh.size,)
+        before, shape = self._pending, (self._sharding.mesh.size,)
         own = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, number, np.int32))
-        self._under_way = self._largest(own)
+        self._pending = self._largest(own)
         return 0 if before is None else int(before)
 
 
 @contextlib.contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """What several processes do as one: the first alone prints, and an error in any of them ends all.
+    """Make the block one program of several processes: only process 0 prints, and an error in any of them ends all.
 
-    The process with the error ends at once instead of waiting for the others; JAX ends those when `HEARTBEAT_S` are
-    over. Each leaves a last line that says what to do.
+    The process with the error exits without waiting for the others; JAX aborts those after `HEARTBEAT_S`. Each of them
+    prints a last line that says what to do.
     """
     if is_single_process():
         yield
         return
+    killed = (
+        f"error: {_this_process()} was killed, or ended because another one did; start all of them again with "
+        "--resume_from_checkpoint"
+    )
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                _epitaph(
-                    f"error: process {jax.process_index()} of {jax.process_count()} was ended, or ended because "
-                    "another one was; start all of them again with --resume_from_checkpoint"
-                )
-            )
+            stack.enter_context(_if_killed(killed))
             if not is_process_0():
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(devnull))
             yield
     except BaseException as error:
         code = _report(error)
@@ -202,28 +211,29 @@ def abort_all_on_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _epitaph(line: str) -> Iterator[None]:
-    """`line` on stderr should this process be killed in the block, or be ended by JAX, whose own words are many."""
-    # The end of the pipe without a line in it is the end of this process.
-    waiting = subprocess.Popen(["sh", "-c", 'read -r line || echo "$0" >&2', line], stdin=subprocess.PIPE)
+def _if_killed(line: str) -> Iterator[None]:
+    """Print `line` on stderr if this process dies within the block.
+
+    JAX aborts a process whose mate is lost from C++, after a page of its own messages, and no Python code runs then.
+    So a child process prints the line: it waits on a pipe, which closes without a word only when this process dies.
+    """
+    child = subprocess.Popen(["sh", "-c", 'read -r _ || echo "$0" >&2', line], stdin=subprocess.PIPE)
     try:
         yield
     finally:
-        waiting.communicate(b"\n")
+        child.communicate(b"\n")
 
 
 def _report(error: BaseException) -> int:
-    """Say what ends this process; its exit code."""
-    which = f"process {jax.process_index()} of {jax.process_count()}"
+    """Print why this process ends and return its exit code."""
     if isinstance(error, UserError):
-        for fault in error.messages:
-            print(f"error: {fault}", file=sys.stderr)
+        for message in error.messages:
+            print(f"error: {message}", file=sys.stderr)
         return 2
     if isinstance(error, jax.errors.JaxRuntimeError):
-        reason = " ".join(str(error).split())[:300]
         print(
-            f"error: {which} stops: another process has ended or cannot be reached, or a device has failed; start all "
-            f"of them again with --resume_from_checkpoint ({reason})",
+            f"error: {_this_process()} stops: another process has ended or cannot be reached, or a device has failed; "
+            f"start all of them again with --resume_from_checkpoint ({_one_line(error)})",
             file=sys.stderr,
         )
         return 1
@@ -232,5 +242,13 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return int(error.code or 0)
     traceback.print_exception(error)
-    print(f"error: {which} stops because of the above", file=sys.stderr)
+    print(f"error: {_this_process()} stops because of the above", file=sys.stderr)
     return 1
+
+
+def _this_process() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

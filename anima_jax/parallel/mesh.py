@@ -1,7 +1,7 @@
-"""The mesh of a run's devices, and how batches come onto it.
+"""The mesh of a run's devices, and how batches are placed on it.
 
-Axes are (data, fsdp, tensor, context), all of Auto type: `data` and `fsdp` share out a batch, `fsdp` and `tensor` the
-parameters, `context` the tokens of each example. `data` runs over the slowest links: across hosts and slices.
+Its axes (data, fsdp, tensor, context) all have Auto type. `data` and `fsdp` shard a batch, `fsdp` and `tensor` the
+parameters, `context` the tokens of each example. `data` spans the slowest links: across hosts and slices.
 """
 
 import math
@@ -22,42 +22,44 @@ Tree = TypeVar("Tree")
 
 
 def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The axes' sizes with -1 replaced by the devices that are left. Raises UserError unless they take all devices."""
+    """Return the axes' sizes, -1 replaced by the remaining devices. Raises UserError unless all devices are used."""
     given = math.prod(size for size in sizes.values() if size != -1)
     rest = devices // given if devices % given == 0 else 0
-    found = {name: rest if size == -1 else size for name, size in sizes.items()}
-    if math.prod(found.values()) != devices:
-        words = " × ".join(f"{name} {size}" for name, size in sizes.items())
-        fit = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+    resolved = {name: rest if size == -1 else size for name, size in sizes.items()}
+    if math.prod(resolved.values()) != devices:
+        product = " × ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
-            f"[mesh] {words}: expected a product of {devices}, the number of devices "
-            f"(axes may have {fit}; -1 takes what is left)"
+            f"[mesh] {product}: expected a product of {devices}, the number of devices "
+            f"(an axis can be {_divisors(devices)}; -1: the remaining devices)"
         )
-    return found
+    return resolved
 
 
 def check_mesh(sizes: Mapping[str, int], width: int, heads: int) -> None:
-    """Raise UserError for axes that would share out nothing of a transformer of this width and so many heads.
+    """Raise UserError for axes that cannot shard a transformer of this width and number of heads.
 
-    Each device attends for heads of its own, over `tensor` and `context`; `fsdp` shares out the width of the weights.
+    `tensor` and `context` together shard the heads in attention, `fsdp` the width of the weights.
     """
-    shared = (
+    sharded = (
         ("tensor × context", sizes["tensor"] * sizes["context"], "heads", heads),
         ("fsdp", sizes["fsdp"], "width", width),
     )
-    for axes, size, what, whole in shared:
-        if whole % size:
-            fit = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+    for axes, size, what, number in sharded:
+        if number % size:
             raise UserError(
-                f"[mesh] {axes} = {size}: the transformer's {what}, {whole}, cannot be shared out equally; "
-                f"expected one of {fit}"
+                f"[mesh] {axes} = {size} must divide the transformer's {what}, {number}; "
+                f"expected one of {_divisors(number)}"
             )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, or of these; one of `sizes` may be -1.
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
-    On several slices of a TPU `data` runs across them. Raises UserError if the sizes do not fit the devices.
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of all devices, or of `devices`; one of `sizes` may be -1.
+
+    `data` spans the slices of a multislice TPU. Raises UserError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     full = resolve_sizes(sizes, len(devices))
@@ -75,39 +77,39 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def local_mesh() -> Mesh:
-    """The mesh of this process's own devices, all of them along `data`."""
+    """Return the mesh of this process's devices, all along `data`."""
     return make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "context": 1}, jax.local_devices())
 
 
 def current_mesh() -> Mesh:
-    """The mesh that is set (`jax.set_mesh`), or that of the first device alone. Not for use while tracing."""
+    """Return the mesh that is set (`jax.set_mesh`), else that of the first device. Not for use while tracing."""
     mesh = jax.sharding.get_mesh()
     return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1]) if mesh.empty else mesh
 
 
 def replicas(sizes: Mapping[str, int]) -> int:
-    """Devices, or groups of devices, that take different examples."""
+    """Return the number of devices, or groups of devices, that process different examples."""
     return math.prod(sizes[name] for name in BATCH_AXES[0])
 
 
 def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """Where an array lies whose first axis is a batch of this size: shared out if that divides it equally."""
+    """Return the sharding of an array whose first axis is a batch of this size; replicated if no axes divide it."""
     return NamedSharding(mesh, partition_spec((size,), "b", mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Where an array lies that every device has whole."""
+    """Return the sharding of an array that every device has in full."""
     return NamedSharding(mesh, P())
 
 
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
-    """The rows of a batch of `size` that this process's devices take, ascending."""
-    parts = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([np.arange(size)[part] for part in parts if part is not None]))
+    """Return the rows of a batch of `size` on this process's devices, ascending."""
+    slices = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[one] for one in slices if one is not None]))
 
 
 def shard_local_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tree:
-    """A batch of `size` on the devices. The arrays of `tree` are in host memory and hold its `rows` alone."""
+    """Return a batch of `size` on the devices. The arrays of `tree` are in host memory and contain only its `rows`."""
     sharding = batch_sharding(mesh, size)
 
     def put(array: np.ndarray) -> jax.Array:
@@ -122,15 +124,15 @@ def shard_local_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tre
 
 
 def shard_batch(tree: Tree, size: int) -> Tree:
-    """A batch of `size`, whole in every process, on the mesh that is set; as it is if none is."""
+    """Place a batch of `size`, which every process has in full, on the mesh that is set; unchanged if none is."""
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else shard_local_rows(tree, mesh, np.arange(size), size)
 
 
 def replicate(tree: Tree, mesh: Mesh | None = None) -> Tree:
-    """The arrays of `tree`, equal in every process, whole on every device of the mesh, by default of the one set.
+    """Place the arrays of `tree`, equal in every process, on every device of `mesh`, by default of the one that is set.
 
-    Arrays that are on devices already stay where they are, and so do all if there is no mesh.
+    JAX arrays stay where they are, and all arrays if there is no mesh.
     """
     mesh = mesh or jax.sharding.get_mesh()
 

@@ -1,9 +1,9 @@
-"""How parameters lie on a mesh: one table, parameter path → which mesh axes share out which of its axes.
+"""How parameters are sharded: one table, parameter path → PartitionSpec.
 
-Matrices are shared out twice: over `fsdp`, whose devices fetch a layer's weights when its turn comes, and over
-`tensor`, whose devices keep their part: the columns of what leads into heads or hidden features, the rows of what leads
-out (arXiv 1909.08053). The layer axis of stacked blocks is never shared out. What a run derives from a parameter
-(gradient, moments, averages) lies as the parameter does.
+Matrices are sharded over `fsdp`, whose devices gather a layer's weights when it runs, and over `tensor`, whose devices
+keep their part: columns of the layers that produce heads or hidden features, rows of those that consume them
+(arXiv 1909.08053). The layer axis of stacked blocks is never sharded. What derives from a parameter (gradient, moments,
+averages) is sharded like it.
 """
 
 import math
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from anima_jax.models.parameters import Params
 
 AXES = ("data", "fsdp", "tensor", "context")
-"""Axes of a mesh, the slowest links first."""
+"""Axes of a mesh, slowest links first."""
 
 _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
@@ -37,27 +37,27 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_OUT})\.{_INNER}", P(None, BOTH, None)),
     (rf"{_STACK}({_LEADS_OUT})\.{_OUTER}", P(None, None, "fsdp")),
     (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|lora_scale|lora_magnitude|lokr_w[12](_[ab])?)", P()),
-    # Not over `tensor`: what follows of the residual stream's features would be shared out in the blocks too.
+    # Not over `tensor`: the features of the residual stream would then be sharded in the blocks too.
     (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
     (r"llm_adapter\.(in_proj|out_proj)\.kernel", P(None, "fsdp")),
     (r"llm_adapter\.(in_proj|out_proj)\.bias", P()),
     (r"(llm_adapter\.embed|(text_encoder\.)?embed_tokens)\.embedding", P(None, "fsdp")),
     (r"t_embedding_norm\.scale|(llm_adapter\.|text_encoder\.)?norm\.scale", P()),
-    # The VAE is small, and convolves one picture a device.
+    # The VAE is small, and each device runs it on its own images.
     (r"(encoder|decoder)\.\w+(\.\w+)*\.(kernel|bias|scale)|(post_)?quant\.(kernel|bias)", P()),
 )
 """Every parameter of the networks and of their adapters matches exactly one row."""
 
 
 def spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """Where the parameter at `path` lies on a mesh with axes of these sizes.
+    """Return the spec of the parameter at `path` on a mesh with axes of these sizes.
 
-    An axis that cannot be shared out equally is whole everywhere. Raises LookupError unless exactly one rule matches.
+    A dimension that the mesh axes do not divide is replicated. Raises LookupError unless exactly one rule matches.
     """
     matches = [rule for pattern, rule in RULES if re.fullmatch(pattern, path)]
     if len(matches) != 1:
-        raise LookupError(f"parameter {path} matches {len(matches)} rules of sharding, not one")
+        raise LookupError(f"parameter {path} matches {len(matches)} sharding rules, expected one")
     return _fitted(matches[0], shape, sizes)
 
 
@@ -66,16 +66,16 @@ def _fitted(rule: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def parts(axes: Any, sizes: Mapping[str, int]) -> int:
-    """Into how many parts an entry of a spec (a mesh axis, several, or None) cuts an axis."""
+    """Return the number of parts that an entry of a spec (a mesh axis, several, or None) makes of a dimension."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sizes[name] for name in names if name)
 
 
 def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
-    """The spec of every leaf of `tree`: parameters, or whatever holds a leaf or several under a parameter's path.
+    """Return the spec of every leaf of `tree`: parameters, or a tree with one or several leaves under their paths.
 
-    A leaf with as many axes as the parameter lies as it does; counters and factors of moments are whole everywhere.
-    `params` may hold shapes.
+    A leaf with as many axes as its parameter is sharded like it; counters and factored moments are replicated.
+    `params` may contain shapes.
     """
 
     def of_leaf(keys: Sequence[Any], leaf: Any) -> P:
@@ -88,14 +88,14 @@ def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
 
 
 def shardings(tree: Any, params: Params, mesh: Mesh) -> Any:
-    """`specs` as shardings on `mesh`."""
+    """Return `specs` as shardings on `mesh`."""
     return jax.tree.map(
         lambda one: NamedSharding(mesh, one), specs(tree, params, mesh.shape), is_leaf=lambda one: isinstance(one, P)
     )
 
 
 def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
-    """Bytes of `tree`, arrays or shapes, that one device of such a mesh holds."""
+    """Return the bytes of `tree`, arrays or shapes, on each device of a mesh of these sizes."""
 
     def of_leaf(leaf: Any, one: P) -> int:
         return leaf.size * leaf.dtype.itemsize // math.prod(parts(axes, sizes) for axes in one)

@@ -1,8 +1,7 @@
-"""What a run will take, known before anything is loaded: bytes on the device, FLOPs a step, and the times it draws.
+"""Memory, FLOPs and step time of a run, estimated before anything is loaded.
 
-Everything is computed from shapes. Bytes are counted from what the backward pass keeps, or, where the back end's own
-analysis means something, are those of the compiled program. (XLA's on a CPU is not an accelerator's: it holds 16-bit
-weights in float32.)
+All numbers follow from shapes. Activations are what the backward pass saves, or what XLA reports for the compiled step
+where that is meaningful: not on a CPU, whose programs hold 16-bit weights in float32.
 Axes: b batch, l image tokens, n source and m target text tokens, d features.
 """
 
@@ -36,24 +35,32 @@ from anima_jax.training.flops import Flops, Workload, flops
 from anima_jax.training.run import Run
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
 from anima_jax.training.state import ParamPartition, blank_text_encoder, dit_config, prepare
-from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
+from anima_jax.training.step import (
+    StepConfig,
+    TrainBatch,
+    TrainState,
+    compile_step,
+    init_state,
+    loss_fn,
+    opt_state_shardings,
+)
 
 GIB = 2**30
 
 Device = Any  # jax.Device, which type checkers do not take for a class
 
 WORKSPACE = 64 * 2**20
-"""Bytes that a block of attention takes whatever the sizes: scores, weights and both their gradients, 16 MiB each."""
+"""Bytes that attention needs at every size: a block of scores, one of weights and their gradients, 16 MiB each."""
 
 
 def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
-    """FLOPs a second that these can do at most; None for an unknown kind, or for a dtype of more than 16 bits."""
-    kind = local_device_spec(devices[0])
-    return None if kind is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * kind.flops
+    """Return the peak FLOPs per second of `devices`; None for an unknown kind or a dtype of more than 16 bits."""
+    spec = local_device_spec(devices[0])
+    return None if spec is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * spec.flops
 
 
 def abstract_trained(config: MainConfig) -> ParamPartition:
-    """What `prepare` would give, with shapes in place of arrays: of a file the header alone is read."""
+    """Return what `prepare` would, with shapes in place of arrays. Only the headers of files are read."""
     sizes = NetworkSizes.model_validate(dataclasses.asdict(dit_config(config)))
     model = config.model.model_copy(update={"transformer_path": None, "llm_adapter_path": None, "config": sizes})
     prepared, mesh = list[ParamPartition](), current_mesh()
@@ -68,16 +75,13 @@ def abstract_trained(config: MainConfig) -> ParamPartition:
     return dataclasses.replace(prepared[0], params=params, frozen=frozen)
 
 
-# The work of a step
-
-
-def trained_flops(trained: ParamPartition, settings: StepConfig, work: Workload) -> Flops:
-    """FLOPs of one example of `work` in this run."""
-    return flops(trained.config, trained.params, work, settings.remat, settings.remat_every, trained.frozen)
+def trained_flops(trained: ParamPartition, config: StepConfig, work: Workload) -> Flops:
+    """Return the FLOPs of one example of `work`."""
+    return flops(trained.config, trained.params, work, config.remat, config.remat_every, trained.frozen)
 
 
 def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
-    """The work of each tier of a plan; captions are padded to these rows."""
+    """Return the workload of each tier of the batch plan; captions are padded to these numbers of rows."""
     return [
         Workload(tier.name, tier.batch_size, accumulation, tier.tokens, size.grid, source_rows, target_rows)
         for tier, accumulation, size in zip(data.plan.tiers, run.accumulations(data), data.largest_sizes, strict=True)
@@ -87,7 +91,7 @@ def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: 
 def abstract_batch(
     work: Workload, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False, text_ids: bool = False
 ) -> TrainBatch:
-    """Shapes of `size` examples; latents and text states in `dtype`. With `text_ids`, ids stand for text states."""
+    """Return the shapes of `size` examples, latents and text states in `dtype`; ids replace states with `text_ids`."""
 
     def shape(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((size, *sizes), dtype)
@@ -112,14 +116,14 @@ def _abstract_text(work: Workload, size: int, config: DiTConfig, dtype: Any, ids
     )
 
 
-# Bytes
+# memory -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device by what they are for, and those that wait in its host's memory.
+    """Bytes by purpose: on each device (`rows`) and in host memory for each device (`on_host`).
 
-    `measured` says that the activations are those of the compiled program.
+    `measured` if the activations are those of the compiled program.
     """
 
     rows: Mapping[str, int]
@@ -128,14 +132,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes on a device."""
+        """Bytes per device."""
         return sum(self.rows.values())
 
 
 def memory(
     trained: ParamPartition,
     optimizer: optax.GradientTransformation,
-    settings: StepConfig,
+    config: StepConfig,
     work: Workload,
     dtype: Any,
     *,
@@ -144,55 +148,55 @@ def memory(
     moments_on_host: bool = False,
     measure: bool | None = None,
 ) -> Memory:
-    """Bytes of a run whose largest step is `work`. `trained` may hold shapes; `dtype` is that of cached examples.
+    """Return the memory of a run whose largest step is `work`; `dtype` is that of cached examples.
 
-    `sizes` are those of the mesh, by default of the one that is set. `measure` compiles the step for this back end and
-    the mesh that is set, to be exact; unset, where that back end is no CPU.
+    `trained` may contain shapes. `sizes` are those of the mesh, by default of the one that is set. `measure` compiles
+    the step for the mesh that is set to get the exact bytes; by default only if the back end is not a CPU.
     """
     mesh = current_mesh()
     measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
     sizes = sizes or mesh.shape
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, settings, mesh), trained.params)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, config, mesh), trained.params)
     batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked, text_ids=trained.text_ids)
-    held = functools.partial(rules.shard_bytes, params=trained.params, sizes=sizes)
-    moments, on_host = held(state.opt_state), {}
-    gradients = held({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()})
-    examples = -(-work.micro_batch // replicas(sizes))
+    bytes_of = functools.partial(rules.shard_bytes, params=trained.params, sizes=sizes)
+    moments, gradients = bytes_of(state.opt_state), bytes_of(_float32_shapes(trained.params))
     rows = {
-        "trained parameters": held(state.params),
+        "trained parameters": bytes_of(state.params),
         "frozen parameters": rules.shard_bytes(trained.frozen, trained.frozen, sizes),
         "gradients": gradients,
         "optimizer": 0 if moments_on_host else moments,
-        "moving average": 0 if state.ema is None else held(state.ema),
-        "a batch": num_bytes(batch) // replicas(sizes),
+        "moving average": 0 if state.ema is None else bytes_of(state.ema),
+        "batch": num_bytes(batch) // replicas(sizes),
     }
-    inputs = _block_inputs_bytes(trained, settings, work) // sizes["context"]
-    if moments_on_host:
-        on_host["optimizer"] = moments
-    if settings.remat == "offload":
-        on_host["inputs of blocks"] = examples * inputs
-    if measure and (temporary := _compiled_bytes(trained, optimizer, settings, work, batch, state)) is not None:
+    examples = -(-work.micro_batch // replicas(sizes))
+    inputs = _block_inputs_bytes(trained, config, work) // sizes["context"]
+    on_host = {"optimizer": moments} if moments_on_host else {}
+    on_host |= {"inputs of blocks": examples * inputs} if config.remat == "offload" else {}
+    if measure and (temporary := _compiled_bytes(trained, optimizer, config, work, batch, state)) is not None:
         return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     if work.accumulation > 1:
-        rows["gradients"] *= 2  # the sum so far, and a micro-batch's own
-    copies = jax.eval_shape(lambda params: cast_to_compute(params, settings.compute_dtype), state.params)
-    rows["compute copies"] = held(
+        rows["gradients"] *= 2  # the sum so far, and those of a micro-batch
+    copies = jax.eval_shape(lambda params: cast_to_compute(params, config.compute_dtype), state.params)
+    rows["compute copies"] = bytes_of(
         {path: copy for path, copy in copies.items() if copy.dtype != state.params[path].dtype}
     )
-    if sizes["fsdp"] > 1:
-        rows["gathered weights"] = _gathered_bytes(trained, settings, sizes)
-    kept = activation_bytes(trained, settings, work, dtype, masked=masked) // sizes["context"]
-    # Between blocks every device of the tensor axis has all features, inside them its part.
-    between = 0 if settings.remat == "offload" else min(kept, inputs)
-    rows["activations"] = WORKSPACE + examples * (between + (kept - between) // sizes["tensor"])
+    rows["gathered weights"] = _gathered_bytes(trained, config, sizes) if sizes["fsdp"] > 1 else 0
+    saved = activation_bytes(trained, config, work, dtype, masked=masked) // sizes["context"]
+    # Between blocks every device of the tensor axis has all features, inside a block only its own.
+    between = 0 if config.remat == "offload" else min(saved, inputs)
+    rows["activations"] = WORKSPACE + examples * (between + (saved - between) // sizes["tensor"])
     return Memory(rows, on_host)
 
 
-def _gathered_bytes(trained: ParamPartition, settings: StepConfig, sizes: Mapping[str, int]) -> int:
-    """Bytes of two blocks' weights, whole but for `tensor`: the one that is computed and the one that comes next."""
+def _float32_shapes(params: Params) -> Params:
+    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in params.items()}
+
+
+def _gathered_bytes(trained: ParamPartition, config: StepConfig, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of two blocks' weights gathered over `fsdp`: the running block and the next one."""
     weights: Params = {**trained.frozen, **trained.params}
     block = {
-        path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), settings.compute_dtype)
+        path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), config.compute_dtype)
         for path, leaf in weights.items()
         if path.startswith("blocks.")
     }
@@ -200,112 +204,106 @@ def _gathered_bytes(trained: ParamPartition, settings: StepConfig, sizes: Mappin
 
 
 def activation_bytes(
-    trained: ParamPartition, settings: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
+    trained: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
 ) -> int:
-    """Bytes that the backward pass keeps of one example, and of the blocks that it computes again at a time."""
+    """Return the bytes that the backward pass saves of one example, those of blocks while recomputed included."""
 
-    def kept(**changes: Any) -> int:
-        return _kept_bytes(trained, dataclasses.replace(settings, **changes), work, dtype, masked)
+    def saved(**changes: Any) -> int:
+        return _saved_bytes(trained, dataclasses.replace(config, **changes), work, dtype, masked)
 
-    blocks, found = trained.config.blocks, kept()
-    if settings.remat_every > 1:
-        found += kept(remat_every=1) // blocks * settings.remat_every
-    if settings.remat != "none":
-        found += kept(remat="none", remat_every=1) // blocks
-    if settings.remat == "offload":
-        found -= _block_inputs_bytes(trained, settings, work)
+    blocks, found = trained.config.blocks, saved()
+    if config.remat_every > 1:
+        found += saved(remat_every=1) // blocks * config.remat_every
+    if config.remat != "none":
+        found += saved(remat="none", remat_every=1) // blocks
+    if config.remat == "offload":
+        found -= _block_inputs_bytes(trained, config, work)
     return found
 
 
-def _block_inputs_bytes(trained: ParamPartition, settings: StepConfig, work: Workload) -> int:
-    """Bytes of one example's tokens before each block, which "offload" moves to the host."""
-    return trained.config.blocks * work.tokens * trained.config.width * jnp.dtype(settings.compute_dtype).itemsize
+def _block_inputs_bytes(trained: ParamPartition, config: StepConfig, work: Workload) -> int:
+    """Return the bytes of one example's tokens before each block, which "offload" moves to the host."""
+    return trained.config.blocks * work.tokens * trained.config.width * jnp.dtype(config.compute_dtype).itemsize
 
 
-def _kept_bytes(trained: ParamPartition, settings: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
-    """What the backward pass keeps of one example: what two examples keep beyond one, which leaves out the weights."""
+def _saved_bytes(trained: ParamPartition, config: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
+    """Return the bytes that two examples' backward pass saves beyond one example's: so weights do not count."""
 
     def backward(params: Params, frozen: Params, batch: TrainBatch) -> Any:
         def loss_of(params: Params):
-            model = merge(trained.graphdef, cast_to_compute(frozen | params, settings.compute_dtype))
-            return loss_fn(model, batch, None, settings)
+            model = merge(trained.graphdef, cast_to_compute(frozen | params, config.compute_dtype))
+            return loss_fn(model, batch, None, config)
 
         return jax.vjp(loss_of, params)[1]
 
-    shapes = (
-        jax.eval_shape(
-            backward,
-            trained.params,
-            trained.frozen,
-            abstract_batch(work, size, trained.config, dtype, masked=masked, text_ids=trained.text_ids),
-        )
-        for size in (1, 2)
-    )
-    one, two = map(num_bytes, shapes)
-    return two - one
+    def of(examples: int) -> int:
+        batch = abstract_batch(work, examples, trained.config, dtype, masked=masked, text_ids=trained.text_ids)
+        return num_bytes(jax.eval_shape(backward, trained.params, trained.frozen, batch))
+
+    return of(2) - of(1)
 
 
-def _compiled_bytes(trained, optimizer, settings, work, batch, state) -> int | None:
-    """Bytes that the compiled step needs on a device beside its arguments; None if the back end does not say."""
+def _compiled_bytes(
+    trained: ParamPartition,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    work: Workload,
+    batch: TrainBatch,
+    state: TrainState,
+) -> int | None:
+    """Return the bytes that the compiled step needs besides its arguments; None if the back end does not tell."""
     dtype, mesh = batch.latents_blc.dtype, current_mesh()
-    unconditional = (
-        _abstract_text(work, 1, trained.config, dtype, trained.text_ids) if settings.uncond_fraction else None
+    empty = _abstract_text(work, 1, trained.config, dtype, trained.text_ids) if config.uncond_fraction else None
+    shardings = rules.shardings(state, trained.params, mesh)
+    moments = opt_state_shardings(optimizer, _float32_shapes(trained.params), mesh)
+    shardings = shardings._replace(opt_state=moments)
+    arguments = (state, trained.frozen, batch, empty)
+    placement = (
+        shardings,
+        rules.shardings(trained.frozen, trained.frozen, mesh),
+        jax.tree.map(lambda _: batch_sharding(mesh, work.batch), batch),
+        jax.tree.map(lambda _: replicated(mesh), empty),
     )
-
-    def placed(tree: Any, places: Any) -> Any:
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
-
-    wide = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in trained.params.items()}
-    places = rules.shardings(state, trained.params, mesh)
-    places = places._replace(opt_state=opt_state_shardings(optimizer, wide, mesh))
-    step = compile_step(trained.graphdef, optimizer, settings, shardings=places)
-    arguments = (
-        placed(state, places),
-        placed(trained.frozen, rules.shardings(trained.frozen, trained.frozen, mesh)),
-        placed(batch, jax.tree.map(lambda _: batch_sharding(mesh, work.batch), batch)),
-        placed(unconditional, jax.tree.map(lambda _: replicated(mesh), unconditional)),
-    )
-    found = step.lower(*arguments, work.accumulation).compile().memory_analysis()
-    if found is None:
-        return None
-    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), arguments, placement)
+    step = compile_step(trained.graphdef, optimizer, config, shardings=shardings)
+    found = step.lower(*placed, work.accumulation).compile().memory_analysis()
+    return found and found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of the arrays, or shapes of arrays, in `tree`."""
+    """Return the bytes of the arrays, or shapes of arrays, in `tree`."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(device: Device) -> int | None:
-    """Memory that a program may take on the device; on a CPU this machine's, or its container's. None if unknown."""
+    """Return the bytes that a program may use, on a CPU those of this machine or its container; None: unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, versions 2 and 1
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and version 1
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
     return min(limits)
 
 
 def check_memory(total: int, limit: float | None, device_kind: str) -> None:
-    """Raise UserError if `total` bytes are more than the `limit` of a device (None: not known)."""
+    """Raise UserError if `total` bytes are more than the `limit` of a device (None: unknown)."""
     if limit is not None and total > limit:
         raise UserError(
             f"the run needs about {total / GIB:.1f} GiB of memory on each device, {device_kind} has "
             f"{limit / GIB:.1f} GiB; activation_checkpointing = true, a smaller micro_batch_size_per_gpu, an "
-            "[adapter], an optimizer of 8 bits or a larger fsdp in [mesh] need less"
+            "[adapter], an 8-bit optimizer or a larger fsdp in [mesh] need less"
         )
 
 
-# For a person
+# the estimate -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a run will take: memory (of its largest step), each tier's work, and the quantiles of its times.
+    """What a run will need: memory (of its largest step), FLOPs of one example by workload, quantiles of the times.
 
-    On several devices also what each of them sends in a step of each tier, and how long that step should take on each
-    kind of device, by tier and kind.
+    On several devices also what each of them sends in a step, by tier, and the time of a step, by tier and device name.
     """
 
     memory: Memory
@@ -315,78 +313,98 @@ class Estimate:
     seconds: Mapping[tuple[str, str], Seconds]
 
     def __str__(self) -> str:
-        lines = [f"{'memory of a device':<22} {'GiB':>10}"]
-        lines += [f"{name:<22} {size / GIB:>10.3f}" for name, size in self.memory.rows.items() if size]
+        tables = [self._memory_table(), self._flops_table(), self._traffic_table(), self._times_table()]
+        return "\n\n".join("\n".join(lines) for lines in tables if lines)
+
+    def _memory_table(self) -> list[str]:
         origin = "as compiled" if self.memory.measured else "counted from shapes"
-        lines.append(f"{'total':<22} {self.memory.total / GIB:>10.3f}  ({origin})")
-        lines += [f"{name:<22} {size / GIB:>10.3f}  (host)" for name, size in self.memory.on_host.items()]
-        lines.append("")
-        lines.append(f"{'TFLOPs a step':<22} {'forward':>10} {'backward':>10} {'recomputed':>10} {'all':>10}")
+        rows = [(name, size, "") for name, size in self.memory.rows.items() if size]
+        rows += [("total", self.memory.total, f"  ({origin})")]
+        rows += [(name, size, "  (host)") for name, size in self.memory.on_host.items()]
+        return [_line("memory per device", ["GiB"]), *(_line(n, [f"{size / GIB:.3f}"]) + end for n, size, end in rows)]
+
+    def _flops_table(self) -> list[str]:
+        lines = [_line("TFLOPs per step", [*Flops._fields, "total"])]
         for work, one in self.flops.items():
             parts = [work.batch * part / 1e12 for part in one]
-            lines.append(f"{work.tier:<22} " + " ".join(f"{part:>10.4g}" for part in [*parts, sum(parts)]))
-        if self.traffic:
-            heads = [f"{axis:>10}" for axis in (*Traffic._fields, "all")]
-            lines += ["", f"{'GB sent by a device':<22} {' '.join(heads)}"]
-            for tier, sent in self.traffic.items():
-                lines.append(f"{tier:<22} " + " ".join(f"{size / 1e9:>10.3f}" for size in [*sent, sent.total]))
-        for (tier, kind), each in self.seconds.items():
-            parts = ", ".join(f"{name} {value:.3g}" for name, value in each._asdict().items() if value)
-            lines.append(
-                f"{tier}: {each.least:.3g} to {each.most:.3g} s a step on {kind} (seconds of {parts}; see "
-                "docs/scaling.md)"
-            )
-        lines += ["", "t at quantile          " + " ".join(f"{q:>5.1f}" for q in QUANTILES)]
-        lines += [f"{name:<22} " + " ".join(f"{t:>5.3f}" for t in times) for name, times in self.times.items()]
-        return "\n".join(lines)
+            lines.append(_line(work.tier, [f"{part:.4g}" for part in [*parts, sum(parts)]]))
+        return lines
+
+    def _traffic_table(self) -> list[str]:
+        lines = [_line("GB sent per device", [*Traffic._fields, "total"])] if self.traffic else []
+        for tier, sent in self.traffic.items():
+            lines.append(_line(tier, [f"{size / 1e9:.3f}" for size in [*sent, sent.total]]))
+        for (tier, device_name), one in self.seconds.items():
+            parts = ", ".join(f"{name} {value:.3g}" for name, value in one._asdict().items() if value)
+            bounds = f"{one.least:.3g} to {one.most:.3g} s per step on {device_name}"
+            lines.append(f"{tier}: {bounds} (seconds of {parts}; see docs/scaling.md)")
+        return lines
+
+    def _times_table(self) -> list[str]:
+        lines = [_line("t at quantile", [f"{q:.1f}" for q in QUANTILES], 5)]
+        return lines + [_line(name, [f"{t:.3f}" for t in times], 5) for name, times in self.times.items()]
+
+
+def _line(name: str, cells: Sequence[str], width: int = 10) -> str:
+    """Return a table's line: a name and right-aligned cells."""
+    return " ".join([f"{name:<22}", *(f"{cell:>{width}}" for cell in cells)])
 
 
 def estimate(
     config: MainConfig,
-    settings: StepConfig,
+    step_config: StepConfig,
     trained: ParamPartition,
     optimizer: optax.GradientTransformation,
-    tiers: Sequence[Workload],
+    workloads: Sequence[Workload],
     *,
     sizes: Mapping[str, int] | None = None,
-    kinds: Sequence[DeviceSpec] = (),
+    device_specs: Sequence[DeviceSpec] = (),
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
-    """What the run will take; `trained` may hold shapes instead of arrays.
+    """Estimate what the run will need; `trained` may contain shapes instead of arrays.
 
-    `sizes` are those of a mesh that need not be here, by default of the one that is set; `kinds` are what its devices
-    may be: those that have the memory are timed.
+    `sizes` are those of the mesh, by default of the one that is set. Step times are computed for those `device_specs`
+    that have enough memory.
     """
-    largest = max(tiers, key=lambda work: work.micro_batch * work.tokens)
-    on_host = config.optimizer.type == "offload" and jax.default_backend() != "cpu"
-    dtype, options = jnp.dtype(config.cached_dtype), {"masked": masked, "moments_on_host": on_host, "measure": measure}
-    counted = {work: trained_flops(trained, settings, work) for work in tiers}
-    mesh, sent = sizes or current_mesh().shape, {}
+    largest = max(workloads, key=lambda work: work.micro_batch * work.tokens)
+    needed = memory(
+        trained,
+        optimizer,
+        step_config,
+        largest,
+        jnp.dtype(config.cached_dtype),
+        sizes=sizes,
+        masked=masked,
+        moments_on_host=config.optimizer.type == "offload" and jax.default_backend() != "cpu",
+        measure=measure,
+    )
+    flops_of = {work: trained_flops(trained, step_config, work) for work in workloads}
+    mesh, sent = sizes or current_mesh().shape, dict[Workload, Traffic]()
     if math.prod(mesh.values()) > 1:
-        weights, itemsize = (trained.config, trained.params, trained.frozen), jnp.dtype(settings.compute_dtype).itemsize
-        sent = {work: traffic(*weights, mesh, work, remat=settings.remat, itemsize=itemsize) for work in tiers}
-    held = memory(trained, optimizer, settings, largest, dtype, sizes=sizes, **options)
+        itemsize = jnp.dtype(step_config.compute_dtype).itemsize
+        network = (trained.config, trained.params, trained.frozen)
+        sent = {work: traffic(*network, mesh, work, remat=step_config.remat, itemsize=itemsize) for work in workloads}
+    fitting = [spec for spec in device_specs if spec.memory >= needed.total]
     return Estimate(
-        held,
-        counted,
-        time_quantiles(settings, tiers),
-        {work.tier: each for work, each in sent.items()},
+        needed,
+        flops_of,
+        time_quantiles(step_config, workloads),
+        {work.tier: one for work, one in sent.items()},
         {
-            (work.tier, kind.name): step_seconds(kind, mesh, work, counted[work], each)
-            for work, each in sent.items()
-            for kind in kinds
-            if kind.memory >= held.total
+            (work.tier, spec.name): step_seconds(spec, mesh, work, flops_of[work], one)
+            for work, one in sent.items()
+            for spec in fitting
         },
     )
 
 
-def time_quantiles(settings: StepConfig, tiers: Sequence[Workload]) -> dict[str, list[float]]:
-    """Training times at the nine quantiles; for each tier where they depend on the size."""
-    by_size = settings.times.flux_shift and settings.times.shift is None
-    shown = {work.tier: work.grid for work in tiers} if by_size else {"every size": tiers[0].grid}
+def time_quantiles(config: StepConfig, workloads: Sequence[Workload]) -> dict[str, list[float]]:
+    """Return the training times at the nine quantiles: by tier if they depend on the size, else one row."""
+    by_size = config.times.flux_shift and config.times.shift is None
+    grids = {work.tier: work.grid for work in workloads} if by_size else {"all sizes": workloads[0].grid}
     uniform = jnp.array(QUANTILES)
     return {
-        name: np.asarray(settings.times.times(uniform, jnp.array([grid] * len(QUANTILES)))).tolist()
-        for name, grid in shown.items()
+        name: np.asarray(config.times.times(uniform, jnp.array([grid] * len(QUANTILES)))).tolist()
+        for name, grid in grids.items()
     }

@@ -1,4 +1,4 @@
-"""FLOPs of a training step: those of matrix products and attention, which are all that counts, from sizes alone."""
+"""FLOPs of a training step, computed from sizes: those of matrix products and attention, which outweigh all others."""
 
 import re
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import MATRICES, Params
 
 ATTENTION_BACKWARD = 4 / 2
-"""Products in attention's backward to those of its forward; it computes the scores once more besides."""
+"""Products in attention's backward pass per product in its forward pass; it also recomputes the scores."""
 
 
 class Workload(NamedTuple):
-    """What the step of one tier takes: a batch of examples in so many micro-batches, and the rows of each example."""
+    """The step of one tier: examples in a batch, micro-batches, and the tokens and text rows of each example."""
 
     tier: str
     batch: int
@@ -29,7 +29,7 @@ class Workload(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of one example: forward, backward, and what the backward computes again."""
+    """FLOPs of one example: of the forward and backward pass, and of what the backward pass recomputes."""
 
     forward: float
     backward: float
@@ -37,7 +37,7 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the model itself asks for: the numerator of MFU."""
+        """FLOPs without recomputation: the numerator of MFU."""
         return self.forward + self.backward
 
 
@@ -48,12 +48,11 @@ RECOMPUTED = {
     "attention": (1, 0),
     "offload": (1, 1),
 }
-"""Whether a remat policy computes a block's products with weights, and its attention, again."""
+"""How often a remat policy recomputes a block's products with weights, and its attention."""
 
 _ROWS_OF_TEXT = re.compile(r"(llm_adapter\.)?blocks\.cross_attn\.[kv]_proj\.")
 _ROWS_OF_TIME = re.compile(r"t_embedder\.|.*adaln_modulation")
 _INPUT_IS_DATA = re.compile(r"x_embedder|t_embedder\.linear_1|llm_adapter\.blocks\.cross_attn\.[kv]_proj")
-
 
 _BEHIND_ANOTHER_FACTOR = (".lora_b", ".lokr_w1", ".lokr_w2_a")
 """Factors of adapters whose input is another factor's output."""
@@ -62,44 +61,44 @@ _BEHIND_ANOTHER_FACTOR = (".lora_b", ".lokr_w1", ".lokr_w2_a")
 def flops(
     config: DiTConfig, trained: Params, work: Workload, remat: str, remat_every: int = 1, frozen: Params | None = None
 ) -> Flops:
-    """FLOPs of one example of `work`. `trained` are the parameters that are trained, an adapter's factors among them.
+    """Return the FLOPs of one example of `work`; `trained` includes an adapter's factors.
 
-    Of `frozen` the text encoder's count, which runs in the step if it has an adapter.
+    Only the text encoder's parameters of `frozen` count: it runs in the step if it has an adapter.
     """
     base = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     base |= {path: leaf for path, leaf in (frozen or {}).items() if path.startswith(TEXT_ENCODER)}
     adapts = any(path.startswith(("llm_adapter.", TEXT_ENCODER)) for path in trained)
-    # Blocks that are computed again together are so once more than each alone.
+    # Blocks recomputed together are recomputed once more than each alone.
     again_dense, again_attention = (times + (remat_every > 1) for times in RECOMPUTED[remat])
-    forward = backward = recomputed = 0.0
+    parts = []
     for path, leaf in {**base, **trained}.items():
-        if not path.endswith(MATRICES) or path.endswith(".embedding"):
-            continue
-        in_adapter = path.startswith("llm_adapter.")
-        product = _product(path, leaf, trained, _rows(path, work))
-        forward += product
-        backward += product * (path in trained)
-        backward += product * _needs_input_gradient(path, adapts)
-        if in_adapter:
-            recomputed += product * (adapts and ".blocks." in path)
-        elif path.startswith(TEXT_ENCODER):
-            recomputed += product
-        elif path.startswith("blocks."):
-            recomputed += product * again_dense
+        if path.endswith(MATRICES) and not path.endswith(".embedding"):
+            product = _product(path, leaf, trained, _rows(path, work))
+            backward = product * ((path in trained) + _needs_input_gradient(path, adapts))
+            parts.append(Flops(product, backward, product * _recomputed(path, adapts, again_dense)))
     for in_adapter, product in _attention_products(config, work):
-        forward += product
         if in_adapter and not adapts:
-            continue
-        backward += product * ATTENTION_BACKWARD
-        recomputed += product / 2 + product * (1 if in_adapter else again_attention)
-    return Flops(forward, backward, recomputed)
+            parts.append(Flops(product, 0.0, 0.0))
+        else:
+            again = 1 if in_adapter else again_attention
+            parts.append(Flops(product, product * ATTENTION_BACKWARD, product / 2 + product * again))
+    return Flops(*map(sum, zip(*parts, strict=True)))
+
+
+def _recomputed(path: str, adapts: bool, again: int) -> int:
+    """Return how often the product with the matrix at `path` is recomputed: `again` times in the main blocks."""
+    if path.startswith("llm_adapter."):
+        return int(adapts and ".blocks." in path)
+    if path.startswith(TEXT_ENCODER):
+        return 1
+    return again if path.startswith("blocks.") else 0
 
 
 def _product(path: str, leaf: Any, trained: Params, rows: int) -> float:
-    """FLOPs of the products of one example, of so many rows, in which the matrix at `path` takes part."""
+    """Return the FLOPs of the products of one example's `rows` with the matrix at `path`."""
     module, _, name = path.rpartition(".")
     if name.startswith(("lokr_w1_", "hada_w")) and name != "hada_w1_b":
-        return 0.0  # with another factor it makes a matrix, which counts where it is multiplied
+        return 0.0  # multiplied with another factor, where it counts
 
     def side(axis: int, *names: str) -> int:
         return next(trained[f"{module}.{one}"].shape[axis] for one in names if f"{module}.{one}" in trained)
@@ -109,16 +108,16 @@ def _product(path: str, leaf: Any, trained: Params, rows: int) -> float:
     elif name == "lokr_w1":
         rows *= side(-1, "lokr_w2", "lokr_w2_a")
     elif name == "hada_w1_b":
-        # Both products of factors are formed, and what they make is multiplied with the rows.
+        # Both products of factors are formed, then their product is multiplied with the rows.
         width = side(-1, "hada_w1_a")
         return 2.0 * leaf.size * width * (2 + rows / leaf.shape[-1])
     elif name == "lora_a" and f"{module}.lora_magnitude" in trained:
-        rows += side(-1, "lora_b")  # the norm takes its product with the frozen weights
+        rows += side(-1, "lora_b")  # the norm needs its product with the frozen weights
     return 2.0 * leaf.size * rows
 
 
 def _rows(path: str, work: Workload) -> int:
-    """Rows of one example that the matrix at `path` is multiplied with."""
+    """Return the number of rows of one example that are multiplied with the matrix at `path`."""
     if path.startswith(TEXT_ENCODER):
         return work.source_rows
     if _ROWS_OF_TEXT.match(path):
@@ -129,7 +128,7 @@ def _rows(path: str, work: Workload) -> int:
 
 
 def _needs_input_gradient(path: str, adapts: bool) -> bool:
-    """Whether anything that is trained lies before the matrix at `path`. The scanned blocks are taken as one."""
+    """Return whether anything trained comes before the matrix at `path`. The scanned blocks count as one."""
     if _INPUT_IS_DATA.match(path):
         return path.endswith(_BEHIND_ANOTHER_FACTOR)
     if path.startswith("llm_adapter.") or _ROWS_OF_TEXT.match(path):
@@ -138,7 +137,7 @@ def _needs_input_gradient(path: str, adapts: bool) -> bool:
 
 
 def _attention_products(config: DiTConfig, work: Workload) -> list[tuple[bool, float]]:
-    """(whether in the LLM adapter, FLOPs of q·kᵀ and of the weighted sum of values) of each kind of attention."""
+    """Return (in the LLM adapter?, FLOPs of q·kᵀ and of the weighted sum of values) for each kind of attention."""
     assert config.adapter is not None
     of_dit = 4.0 * config.blocks * config.width * work.tokens
     of_adapter = 4.0 * config.adapter.blocks * config.adapter.width * work.target_rows

@@ -1,9 +1,9 @@
-"""What a training step sends from device to device, and how long it should take, from sizes alone.
+"""Traffic between devices in a training step and the step's time, computed from sizes.
 
-The model of the links is simple on purpose (docs/scaling.md). A mesh axis has the rate `near` of its devices' kind
-while it and the axes inside it stay among neighbours, else `far`. Rings: to gather, or to reduce and scatter, n bytes
-over p devices each sends n·(p − 1)/p; to reduce them for all, twice that; to exchange its own n bytes, n·(p − 1)/p.
-The traffic of weights can hide behind the computation, that of activations cannot: so a step's time has two bounds.
+The model is simple on purpose (docs/scaling.md). A mesh axis has the `intra_bandwidth` of its devices while it and the
+axes inside it fit into their domain, else the `inter_bandwidth`. In a ring of p devices each sends n·(p − 1)/p bytes to
+all-gather or reduce-scatter n, twice that to all-reduce them, and n·(p − 1)/p of its own n in an all-to-all.
+The traffic of weights can overlap with computation, that of activations cannot: so the time has two bounds.
 """
 
 import math
@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.parameters import Params
+from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DeviceSpec
-from anima_jax.parallel.rules import AXES, parts, spec
 from anima_jax.training.flops import RECOMPUTED, Flops, Workload
 
 EFFICIENCY = 0.5
-"""Share of a device's peak at which the products run: what good programs of this shape reach."""
+"""Fraction of a device's peak FLOPs that good programs of these shapes reach."""
 
-_ROW_PARALLEL, _EXCHANGES = 3, 4
-"""A block's sums over `tensor` (after self-attention, cross-attention, MLP), and its exchanges over `context`."""
+_ALL_REDUCES, _ALL_TO_ALLS = 3, 4
+"""Per block: all-reduces over `tensor` (after self-attention, cross-attention, MLP), all-to-alls over `context`."""
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device sends in one step over each mesh axis."""
+    """Bytes that a device sends over each mesh axis in one step."""
 
     data: float
     fsdp: float
@@ -46,23 +46,23 @@ def traffic(
     remat: str,
     itemsize: int,
 ) -> Traffic:
-    """The traffic of a step of `work` on a mesh of these sizes; weights and activations have `itemsize` bytes.
+    """Return the traffic of a step of `work` on a mesh of these sizes; weights and activations have `itemsize` bytes.
 
-    `params` are trained, `frozen` not (arrays or shapes); a frozen weight's gradient is not sent.
+    `params` are trained, `frozen` have no gradients; both may be shapes.
     """
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     data = fsdp = context = 0.0
     for path, leaf in {**frozen, **params}.items():
-        axes = spec(path, leaf.shape, sizes)
+        axes = rules.spec(path, leaf.shape, sizes)
         over = {name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,))}
-        # What a device holds of it once it is gathered over fsdp.
-        held = itemsize * math.prod(leaf.shape) / math.prod(parts(entry, sizes) for entry in axes)
+        # Bytes on a device once gathered over fsdp.
+        held = itemsize * math.prod(leaf.shape) / math.prod(rules.parts(entry, sizes) for entry in axes)
         held *= sizes["fsdp"] if "fsdp" in over else 1
         if "fsdp" in over:
             fsdp += 2 * held * share["fsdp"] * work.accumulation  # forward and backward
         if path not in params:
             continue
-        # Each micro-batch's gradient, reduced over all that saw other examples or other tokens.
+        # Each micro-batch's gradient is reduced over the devices with other examples or tokens.
         shard = held / sizes["fsdp"] if "fsdp" in over else held
         fsdp += (1 if "fsdp" in over else 2) * held * share["fsdp"] * work.accumulation
         data += 2 * shard * share["data"] * work.accumulation
@@ -70,23 +70,23 @@ def traffic(
     replicas = sizes["data"] * sizes["fsdp"]
     examples = work.batch / replicas
     tokens = examples * work.tokens / sizes["context"] * config.width * itemsize
-    passes = config.blocks * (2 + RECOMPUTED[remat][0])  # forward, backward, and what is computed again
-    tensor = 2 * tokens * share["tensor"] * _ROW_PARALLEL * passes
-    context += tokens / sizes["tensor"] * share["context"] * _EXCHANGES * passes
+    passes = config.blocks * (2 + RECOMPUTED[remat][0])  # forward, backward and recomputation
+    tensor = 2 * tokens * share["tensor"] * _ALL_REDUCES * passes
+    context += tokens / sizes["tensor"] * share["context"] * _ALL_TO_ALLS * passes
     return Traffic(data, fsdp, tensor, context)
 
 
-def rates(kind: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Bytes a second that a device sends over each axis: near while it stays among neighbours, else far."""
+def bandwidths(spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the bytes per second that a device sends over each axis."""
     inside, found = 1, {}
-    for axis in reversed(AXES):
+    for axis in reversed(rules.AXES):
         inside *= sizes[axis]
-        found[axis] = kind.intra_bandwidth if inside <= kind.domain_size else kind.inter_bandwidth
+        found[axis] = spec.intra_bandwidth if inside <= spec.domain_size else spec.inter_bandwidth
     return found
 
 
 class Seconds(NamedTuple):
-    """Seconds of a step by what takes them."""
+    """Seconds of a step by purpose: computation, and traffic over each mesh axis."""
 
     compute: float
     data: float
@@ -96,17 +96,17 @@ class Seconds(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Of the step if all that can hides behind the computation."""
+        """Seconds of a step whose weight traffic overlaps with computation."""
         return max(self.compute, self.data + self.fsdp) + self.tensor + self.context
 
     @property
     def most(self) -> float:
-        """Of the step if nothing does."""
+        """Seconds of a step in which nothing overlaps."""
         return sum(self)
 
 
-def step_seconds(kind: DeviceSpec, sizes: Mapping[str, int], work: Workload, one: Flops, sent: Traffic) -> Seconds:
-    """How long a step takes; `one` are the FLOPs of one example."""
-    rate = rates(kind, sizes)
-    compute = work.batch * sum(one) / math.prod(sizes.values()) / (EFFICIENCY * kind.flops)
-    return Seconds(compute, **{axis: size / rate[axis] for axis, size in sent._asdict().items()})
+def step_seconds(spec: DeviceSpec, sizes: Mapping[str, int], work: Workload, example: Flops, sent: Traffic) -> Seconds:
+    """Return the time of a step; `example` are the FLOPs of one example."""
+    bandwidth = bandwidths(spec, sizes)
+    compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * spec.flops)
+    return Seconds(compute, **{axis: size / bandwidth[axis] for axis, size in sent._asdict().items()})

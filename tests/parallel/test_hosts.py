@@ -16,7 +16,7 @@ from tests.ports import free_port
 
 def test_a_process_alone_joins_no_others_and_decides_for_itself():
     hosts.join()
-    hosts.join(processes=1)
+    hosts.join(num_processes=1)
     assert jax.process_count() == 1
     assert hosts.is_process_0()
     assert hosts.from_process_0(lambda: pathlib.Path("here")) == pathlib.Path("here")
@@ -30,7 +30,7 @@ def test_half_of_the_flags_is_a_mistake():
 
 
 def test_a_coordinator_without_a_port_is_a_mistake():
-    with pytest.raises(UserError, match=r"--coordinator_address localhost: expected HOST:PORT"):
+    with pytest.raises(UserError, match=r"--coordinator_address localhost: expected HOST:PORT of process 0"):
         hosts.join("localhost", 2, 0)
 
 
@@ -47,7 +47,7 @@ def test_a_process_that_is_ended_before_it_met_the_others_says_what_to_look_for(
     assert process.stderr is not None
     assert f"process 1 of 2: waiting for the others at {address}" in process.stderr.readline()
     process.kill()
-    assert f"error: ended before all processes had met at {address}" in process.stderr.read()
+    assert f"error: ended before all processes had joined at {address}" in process.stderr.read()
     process.wait()
 
 

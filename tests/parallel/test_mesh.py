@@ -34,7 +34,7 @@ def test_one_axis_takes_the_devices_that_are_left():
     ("given", "devices", "found"),
     [
         (sizes(data=-1, fsdp=3), 8, r"data -1 × fsdp 3 × tensor 1 × context 1: expected a product of 8"),
-        (sizes(data=4), 8, r"axes may have 1, 2, 4, 8"),
+        (sizes(data=4), 8, r"an axis can be 1, 2, 4, 8"),
         (sizes(data=-1, tensor=16), 8, "expected a product of 8"),
     ],
 )
@@ -46,8 +46,11 @@ def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        (sizes(tensor=4, context=8), r"tensor × context = 32: the transformer's heads, 16, .* one of 1, 2, 4, 8, 16$"),
-        (sizes(fsdp=3), r"fsdp = 3: the transformer's width, 2048, .* one of 1, 2, 4, 8, "),
+        (
+            sizes(tensor=4, context=8),
+            r"× context = 32 must divide the transformer's heads, 16; expected one of 1, 2, 4, 8, 16$",
+        ),
+        (sizes(fsdp=3), r"fsdp = 3 must divide the transformer's width, 2048; expected one of 1, 2, 4, 8, "),
         (sizes(fsdp=4096), "fsdp = 4096"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_device_of_a_mesh_holds_its_part(sizes):
     parts = sizes["fsdp"] * sizes["tensor"]
     for row in ("trained parameters", "gradients", "optimizer"):
         assert one.rows[row] / parts <= found.rows[row] <= 2 * one.rows[row] / parts
-    assert found.rows["a batch"] == one.rows["a batch"]
+    assert found.rows["batch"] == one.rows["batch"]
     beyond, of_one = (each.rows["activations"] - estimate.WORKSPACE for each in (found, one))
     assert of_one / sizes["context"] / sizes["tensor"] * 0.99 <= beyond <= of_one / sizes["context"]
 
@@ -212,7 +212,7 @@ def test_time_quantiles_are_one_row_or_one_for_each_size():
     logistic = [1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(n / 10))) for n in range(1, 10)]
     works = [WORK, WORK._replace(tier="1024", grid=(1, 64, 64))]
     shown = estimate.time_quantiles(StepConfig(), works)
-    np.testing.assert_allclose(shown["every size"], logistic, rtol=1e-5)
+    np.testing.assert_allclose(shown["all sizes"], logistic, rtol=1e-5)
     by_size = estimate.time_quantiles(StepConfig(times=TimeDistribution(flux_shift=True)), works)
     e_mu = math.exp(1.15)  # at 4096 tokens
     np.testing.assert_allclose(by_size["1024"], [e_mu / (e_mu + 1 / t - 1) for t in logistic], rtol=1e-5)
@@ -260,4 +260,4 @@ def test_the_estimate_is_a_table_for_a_person(tmp_path):
     assert re.search(rf"^optimizer +{2 * total / 2**30:.3f}$", text, re.M)
     whole = WORK.batch * sum(flops(trained.config, trained.params, WORK, "full")) / 1e12
     assert re.search(rf"^256 .* {whole:.4g}$", text, re.M)
-    assert re.search(r"^every size .* 0\.500 .*$", text, re.M)
+    assert re.search(r"^all sizes .* 0\.500 .*$", text, re.M)

@@ -7,7 +7,7 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DEVICE_SPECS, device_spec, find_device_spec
 from anima_jax.training.flops import Flops, Workload
-from anima_jax.training.scaling import EFFICIENCY, rates, step_seconds, traffic
+from anima_jax.training.scaling import EFFICIENCY, bandwidths, step_seconds, traffic
 
 CONFIG = DiTConfig(64, 3, 8, 128, 32, 16, adapter=None)
 PARAMS = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
@@ -56,8 +56,8 @@ def test_tokens_are_exchanged_for_heads_and_summed_over_features():
 
 def test_an_axis_is_near_while_it_stays_among_neighbours():
     h100 = device_spec("NVIDIA H100 80GB HBM3")
-    assert rates(h100, sizes(data=4, fsdp=8)) == {"data": 50e9, "fsdp": 450e9, "tensor": 450e9, "context": 450e9}
-    assert rates(h100, sizes(fsdp=16))["fsdp"] == 50e9
+    assert bandwidths(h100, sizes(data=4, fsdp=8)) == {"data": 50e9, "fsdp": 450e9, "tensor": 450e9, "context": 450e9}
+    assert bandwidths(h100, sizes(fsdp=16))["fsdp"] == 50e9
     mesh, one = sizes(data=2, fsdp=8), Flops(1e12, 2e12, 1e12)
     seconds = step_seconds(h100, mesh, WORK, one, sent(mesh))
     assert seconds.compute == pytest.approx(16 * 4e12 / 16 / (EFFICIENCY * 989e12))
