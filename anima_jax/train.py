@@ -19,7 +19,7 @@ from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.config import unsupported_keys
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
-from anima_jax.config.summary import start_up_words
+from anima_jax.config.summary import summary
 from anima_jax.data.dataset import TrainingData, read_data
 from anima_jax.data.dump import dump_dataset
 from anima_jax.data.encoders import Encoders
@@ -87,7 +87,7 @@ def train(config: MainConfig, replicas: int, network: DiTConfig, arguments: argp
     profile = parse_steps(arguments.profile) if arguments.profile else None
     check_monitoring(config)
     use_compilation_cache(config.compilation_cache_dir)
-    for line in (*flag_notes(arguments), *config.notes, *start_up_words(config)):
+    for line in (*flag_notes(arguments), *config.messages, *summary(config)):
         print(line)
 
     tokenizers = load_tokenizers(config.model.tokenizer_path)
@@ -253,7 +253,7 @@ def devices_of(arguments: argparse.Namespace) -> tuple[Sequence[DeviceSpec], flo
 def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
     """Put copies of the TOMLs into the run's folder."""
     used: set[str] = set()
-    for path in (config.path, config.dataset, *(each.path for each in config.eval_datasets)):
+    for path in (config.path, config.dataset, *(each.config for each in config.eval_datasets)):
         name = pathlib.Path(path).name
         while name in used:
             name = f"dataset_{name}"

@@ -1,20 +1,17 @@
-"""The TOML schema: typed, frozen, every key documented once.
+"""The TOML schema: typed and frozen, with every key documented once.
 
-`load_config` is how a program reads its configuration; below it only these typed values travel.
+`load_config` is how a program reads its configuration; the code below it gets only these typed values.
 """
 
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
-from anima_jax.config.load import load_config, load_dataset
-from anima_jax.config.main import GROUPS, MainConfig
+from anima_jax.config.load import load_config
+from anima_jax.config.main import EvalDataset, MainConfig
 from anima_jax.config.model import ModelConfig
-from anima_jax.config.network import AdapterSizes, NetworkSizes
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
-from anima_jax.config.sections import EvalDataset, MeshConfig, MonitoringConfig, SampleConfig
+from anima_jax.config.tables import MeshConfig, MonitoringConfig, SampleConfig
 
 __all__ = [
-    "GROUPS",
     "AdapterConfig",
-    "AdapterSizes",
     "DatasetConfig",
     "DirectorySource",
     "EvalDataset",
@@ -22,10 +19,8 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "MonitoringConfig",
-    "NetworkSizes",
     "OptimizerConfig",
     "SampleConfig",
     "TfdsSource",
     "load_config",
-    "load_dataset",
 ]

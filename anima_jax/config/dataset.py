@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import annotated_types
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.config.schema import (
@@ -20,8 +19,8 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     Whole,
-    Words,
-    fault,
+    documented_as,
+    invalid,
     multiple_of_16,
 )
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
@@ -45,7 +44,7 @@ def _number_or_pair(found: Any, smallest: float, largest: float, expected: str) 
     numbers = found if isinstance(found, list | tuple) else (found,)
     usable = all(type(n) in {int, float} and math.isfinite(n) and smallest <= n <= largest for n in numbers)
     if not usable or len(numbers) != (2 if isinstance(found, list | tuple) else 1):
-        raise fault(f"found {found!r}, expected {expected}")
+        raise invalid(f"found {found!r}, expected {expected}")
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
@@ -58,7 +57,7 @@ def _ratio(found: Any) -> float:
     sides = _number_or_pair(found, 0.001, math.inf, expected)
     ratio = sides[0] / sides[1] if isinstance(sides, tuple) else sides
     if not 0.001 <= ratio <= 1000:
-        raise fault(f"found {found!r}, expected {expected}")
+        raise invalid(f"found {found!r}, expected {expected}")
     return ratio
 
 
@@ -66,9 +65,9 @@ def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[A
     if info.data.get("size_buckets", True):
         return resolutions
     if not resolutions:
-        raise fault("found none, expected at least one side in pixels, as in [1024], or size_buckets")
+        raise invalid("found none, expected at least one side in pixels, as in [1024], or size_buckets")
     if len(resolutions) >= MANY_RESOLUTIONS and not (info.context or {}).get("i_know_what_i_am_doing"):
-        raise fault(
+        raise invalid(
             f"found {len(resolutions)} of them: every picture is trained at every resolution, so that an epoch is "
             f"{len(resolutions)} times as long; if that is meant, start with --i_know_what_i_am_doing"
         )
@@ -77,17 +76,17 @@ def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[A
 
 def _size_bucket(found: Any) -> Size:
     if not isinstance(found, list | tuple) or len(found) != 3 or any(type(x) is not int or x < 1 for x in found):
-        raise fault(f"found {found!r}, expected [width, height, frames]")
+        raise invalid(f"found {found!r}, expected [width, height, frames]")
     width, height, frames = found
     return Size(multiple_of_16(width), multiple_of_16(height), frames)
 
 
-Resolution = Annotated[Any, AfterValidator(_resolution), Words("number or [width, height]")]
-Ratio = Annotated[Any, AfterValidator(_ratio), Words("number or [width, height]")]
-RatioBound = Annotated[float, annotated_types.Ge(0.001), annotated_types.Le(1000)]
-SizeBucket = Annotated[Any, AfterValidator(_size_bucket), Words("[width, height, frames]")]
-Share = Annotated[float, annotated_types.Gt(0), annotated_types.Le(1)]
-Dropout = Annotated[float, annotated_types.Ge(0), annotated_types.Lt(1)]
+Resolution = Annotated[Any, AfterValidator(_resolution), documented_as("number or [width, height]")]
+Ratio = Annotated[Any, AfterValidator(_ratio), documented_as("number or [width, height]")]
+RatioBound = Annotated[float, Field(ge=0.001, le=1000)]
+SizeBucket = Annotated[Any, AfterValidator(_size_bucket), documented_as("[width, height, frames]")]
+Share = Annotated[float, Field(gt=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
@@ -158,14 +157,14 @@ class Source(Section):
     def _ratios_are_given(cls, enabled: bool, info: ValidationInfo) -> bool:
         missing = [key for key in RATIO_SPAN if key in info.data and info.data[key] is None]
         if enabled and missing and not info.data.get("ar_buckets", True) and not info.data.get("size_buckets"):
-            raise fault(f"expected ar_buckets, or min_ar, max_ar and num_ar_buckets; missing: {', '.join(missing)}")
+            raise invalid(f"expected ar_buckets, or min_ar, max_ar and num_ar_buckets; missing: {', '.join(missing)}")
         return enabled
 
     @field_validator("tag_dropout")
     @classmethod
     def _text_is_encoded_anew(cls, dropout: float, info: ValidationInfo) -> float:
         if dropout and (info.context or {}).get("cached_text"):
-            raise fault(
+            raise invalid(
                 f"found {dropout}, but cached text is the same in every epoch; set cache_text_embeddings = false in "
                 "the main TOML's [model], or leave it at 0"
             )
@@ -246,7 +245,7 @@ class TfdsSource(Source):
     def _one_of_two(cls, builder_dir: str | None, info: ValidationInfo) -> str | None:
         if "name" in info.data and (info.data["name"] is None) == (builder_dir is None):
             found = "neither" if builder_dir is None else "both"
-            raise fault(f"expected exactly one of name and builder_dir, found {found}")
+            raise invalid(f"expected exactly one of name and builder_dir, found {found}")
         return builder_dir
 
 
@@ -270,7 +269,7 @@ class DatasetConfig(Section):
     @classmethod
     def _some_source(cls, tfds: tuple[TfdsSource, ...], info: ValidationInfo) -> tuple[TfdsSource, ...]:
         if not tfds and info.data.get("directory") == ():
-            raise fault("expected at least one [[directory]] or [[tfds]], found none")
+            raise invalid("expected at least one [[directory]] or [[tfds]], found none")
         return tfds
 
     @property

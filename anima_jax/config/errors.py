@@ -1,27 +1,31 @@
-"""From what pydantic found to lines for the user: `file: dotted.key: what was found, what was expected`."""
+"""From pydantic's errors to lines for the user: `file: dotted.key: what was found, what was expected`."""
 
-import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from anima_jax.config.schema import key_table
+from anima_jax.config.unsupported_keys import Unsupported, set_aside
 from anima_jax.errors import did_you_mean
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 Place = tuple[str | int, ...]
 """Keys and list positions from the top of a file to a value."""
 
-EXPECTED: dict[str, str] = {
+EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
     "int_type": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "a string",
     "model_type": "a table",
+    "dict_type": "a table",
     "tuple_type": "a list",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -29,8 +33,6 @@ EXPECTED: dict[str, str] = {
     "less_than_equal": "at most {le}",
     "multiple_of": "a multiple of {multiple_of}",
     "string_too_short": "at least {min_length} character",
-    "too_short": "at least {min_length} of them",
-    "too_long": "at most {max_length} of them",
     "literal_error": "{expected}",
 }
 """What was expected, by pydantic's type of error and its context."""
@@ -48,76 +50,90 @@ KINDS: tuple[tuple[type, str], ...] = (
 MAX_SHOWN = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A TOML file as messages see it."""
+class TomlFile:
+    """A TOML file that is being validated: its errors, and messages about keys that do nothing.
 
-    name: str
-    schema: type[BaseModel]
-    foreign: Collection[str]
-    """Dotted keys that are known although the schema has none of them; wanted for "did you mean" alone."""
-    from_command_line: Collection[str] = ()
-    """Dotted keys that `--set` gave."""
-    rename: Callable[[Place], Place] = lambda place: place
-    """From the place where the schema sees a value to the place where the file has it."""
+    `other_keys` are dotted keys that "did you mean" knows besides those of the schema. `place_in_file` maps the place
+    where the schema has a value to the place where the file has it.
+    """
 
-    def line(self, place: Place, message: str) -> str:
-        """A fault, or a note, about one key of this file."""
+    def __init__(
+        self,
+        name: str,
+        schema: type[BaseModel],
+        other_keys: Collection[str],
+        place_in_file: Callable[[Place], Place] = lambda place: place,
+    ):
+        self.name, self.place_in_file = name, place_in_file
+        self._keys, self._known = key_table(schema), [*key_table(schema), *other_keys]
+        self.from_command_line: list[str] = []
+        """Dotted keys that `--set` gave."""
+        self.errors: list[str] = []
+        self.messages: list[str] = []
+
+    def error(self, place: Place, text: str) -> None:
+        self.errors.append(self._line(place, text))
+
+    def message(self, place: Place, text: str) -> None:
+        self.messages.append(self._line(place, text))
+
+    def set_aside(self, table: dict[str, Any], rows: Mapping[str, Unsupported], at: Place = ()) -> None:
+        """Remove the unsupported keys from `table`, which is at this place, and answer them."""
+        for path, text, is_error in set_aside(table, rows):
+            (self.error if is_error else self.message)((*at, *path), text)
+
+    def validate(self, table: Mapping[str, Any], schema: type[SectionT], context: Mapping[str, Any]) -> SectionT | None:
+        """Return the validated table, or None after recording its errors. Paths may be relative to the file."""
+        try:
+            return schema.model_validate(table, context={**context, "folder": os.path.dirname(self.name)})
+        except ValidationError as error:
+            for details in error.errors(include_url=False):
+                # An error of that type is a consequence: the value that a default follows from is invalid.
+                if details["type"] != "default_factory_not_called":
+                    key = details.get("ctx", {}).get("key")
+                    place = self.place_in_file((*details["loc"], *([key] if key else [])))
+                    self.error(place, self._text(details, place))
+            return None
+
+    def suggestion(self, place: Place) -> str:
+        """The nearest key of the same table, or the same key of another one, as ` (did you mean '…'?)`."""
+        *above, last = _without_positions(place).split(".")
+        prefix = ".".join([*above, ""]) if above else ""
+        siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
+        near = did_you_mean(last, [key for key in siblings if "." not in key])
+        elsewhere = [key for key in self._known if key.split(".")[-1] == last]
+        return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not near else near
+
+    def _line(self, place: Place, text: str) -> str:
         key = dotted(place)
-        given = any(key == given or key.startswith((f"{given}.", f"{given}[")) for given in self.from_command_line)
-        return f"{'--set' if given else self.name}: {key}: {message}" if key else f"{self.name}: {message}"
+        overridden = any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in self.from_command_line)
+        return f"{'--set' if overridden else self.name}: {key}: {text}" if key else f"{self.name}: {text}"
 
-    def lines(self, error: ValidationError) -> Iterator[str]:
-        """All faults of a validation, each on one line."""
-        for details in error.errors(include_url=False):
-            if details["type"] != "default_factory_not_called":  # the value that it follows from is at fault already
-                key = details.get("ctx", {}).get("key")
-                place = self.rename((*details["loc"], *([key] if key else [])))
-                yield self.line(place, self._message(details, place))
-
-    def _message(self, details: ErrorDetails, place: Place) -> str:
+    def _text(self, details: ErrorDetails, place: Place) -> str:
         kind, found, context = details["type"], details["input"], details.get("ctx", {})
-        if kind == "fault":
+        if kind == "invalid":
             return context["message"]
         if kind == "extra_forbidden":
             return f"unknown key{self.suggestion(place)}"
         if kind == "missing":
-            description = key_table(self.schema)[_without_positions(details["loc"])].description
-            return f"missing, expected {description}"
-        if kind == "literal_error":
-            hint = did_you_mean(found, _literals(context["expected"])) if isinstance(found, str) else ""
-            return f"found {shown(found)}, expected {context['expected']}{hint}"
+            return f"missing, expected {self._keys[_without_positions(details['loc'])]['description']}"
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else details["msg"]
-        return f"found {shown(found)}, expected {expected}"
-
-    def suggestion(self, place: Place) -> str:
-        """The nearest key of the same table, or the same key of another one."""
-        *above, last = _without_positions(place).split(".")
-        known = [*key_table(self.schema), *self.foreign]
-        prefix = ".".join([*above, ""]) if above else ""
-        siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
-        near = did_you_mean(last, [key for key in siblings if "." not in key])
-        elsewhere = [key for key in known if key.split(".")[-1] == last]
-        return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not near else near
+        literals = [word.strip(" '") for word in context.get("expected", "").replace(" or ", ",").split(",")]
+        near = did_you_mean(found, literals) if isinstance(found, str) else ""
+        return f"found {shown(found)}, expected {expected}{near}"
 
 
 def dotted(place: Place) -> str:
-    """`directory[0].path`, as a user counts: TOML's own dots, list positions in brackets."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".")
+    """Return `directory[0].path`: TOML's own dots, list positions in brackets."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def shown(value: Any) -> str:
-    """A TOML value and its type, cut short where it is long."""
+    """Return a TOML value and its type, cut short if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, dict) else "{…}"
     short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
-    kind = next((name for kind, name in KINDS if isinstance(value, kind)), "a value")
-    return f"{short} ({kind})"
+    return f"{short} ({next((name for kind, name in KINDS if isinstance(value, kind)), 'a value')})"
 
 
 def _without_positions(place: Place) -> str:
     return ".".join(part for part in place if isinstance(part, str))
-
-
-def _literals(expected: str) -> list[str]:
-    return [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]

@@ -1,25 +1,21 @@
-"""Read a main TOML and the dataset TOML that it names; every fault of both in one error."""
+"""Read a main TOML and the dataset TOMLs that it names; all errors of all files are reported at once."""
 
 import contextlib
 import datetime
 import os
 import tomllib
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from anima_jax.config import dataset as dataset_file
 from anima_jax.config import unsupported_keys
-from anima_jax.config.dataset import DatasetConfig
-from anima_jax.config.errors import File, Place
-from anima_jax.config.main import EVAL_EVERY, MainConfig, MainFile
+from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, hand_down
+from anima_jax.config.errors import Place, TomlFile
+from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
-from anima_jax.config.sections import EvalDataset
 from anima_jax.errors import UserError, os_reason
-
-SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 def load_config(
@@ -29,67 +25,65 @@ def load_config(
     i_know_what_i_am_doing: bool = False,
     check_optimizer: Callable[[OptimizerConfig], None] = lambda _: None,
 ) -> MainConfig:
-    """The configuration in the main TOML at `path` and in the dataset TOML that it names.
+    """Load the configuration in the main TOML at `path` and in the dataset TOMLs that it names.
 
     `overrides` are `key.sub=value` as `--set` gives them: the value is TOML, or else a plain string. Relative paths are
     looked up from the current directory, then from the folder of the TOML that names them; input files must exist.
     `i_know_what_i_am_doing` allows any number of resolutions, as the flag of that name does. `check_optimizer` raises
-    UserError for what the optimizer itself does not take.
-    Raises UserError with one line a fault, all faults of both files at once.
+    UserError for arguments that the optimizer itself does not accept.
+    Raises UserError with one line for each error, all errors of all files at once.
     """
-    name = os.fspath(path)
-    faults: list[str] = []
-    notes: list[str] = []
-    table = read_toml(name)
-    given = []
+    main = TomlFile(os.fspath(path), MainConfig, unsupported_keys.MAIN)
+    table = read_toml(main.name)
     for override in overrides:
         try:
-            given.append(_override(table, override))
+            main.from_command_line.append(_override(table, override))
         except UserError as error:
-            faults += error.messages
-    main = _main_file(name, table, given, faults, notes)
-    with contextlib.suppress(ValidationError):  # whose faults are among those of the whole file
-        try:
-            check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
-        except UserError as error:
-            faults += [f"{name}: {fault}" for fault in error.messages]
+            main.errors += error.messages
+    main.set_aside(table, unsupported_keys.MAIN)
     model = table.get("model")
-    settings = {
+    context = {
         "i_know_what_i_am_doing": i_know_what_i_am_doing,
         "cached_text": not (isinstance(model, dict) and model.get("cache_text_embeddings") is False),
     }
-    data = _dataset_of(name, table.get("dataset"), settings, faults, notes)
-    paths = _eval_paths(table.get("eval_datasets"))
-    eval_data = [_dataset_of(name, path, settings, faults, notes) for path in paths]
-    if faults or main is None or data is None:
-        raise UserError(*dict.fromkeys(faults))
-    if main.eval_datasets and not any(getattr(main, key) for key in EVAL_EVERY):
-        notes.append(f"{name}: eval_datasets: used before the first step alone: no {EVAL_EVERY[0]} or the like is set")
-    keys = {key: getattr(main, key) for key in MainFile.model_fields}
-    keys["eval_datasets"] = tuple(
-        EvalDataset(file.name, file.config, data)
-        for file, data in zip(main.eval_datasets, eval_data, strict=True)
-        if data
-    )
-    return MainConfig.model_construct(
-        main.model_fields_set, **keys, data=data, path=os.path.abspath(name), notes=tuple(dict.fromkeys(notes))
-    )
+    files = [main]
 
+    def dataset_at(named: Any) -> DatasetConfig | None:
+        """Load the dataset TOML that the main TOML names; None if it does not exist, which validation reports."""
+        candidates = resolve(named, os.path.dirname(main.name)) if isinstance(named, str) and named else ()
+        found = next(filter(os.path.isfile, candidates), None)
+        if found is None:
+            return None
+        file, data = _load_dataset(found, context)
+        files.append(file)
+        return data
 
-def load_dataset(
-    path: str | os.PathLike[str], *, i_know_what_i_am_doing: bool = False
-) -> tuple[DatasetConfig, tuple[str, ...]]:
-    """A dataset TOML alone, and the notes on it. Raises UserError as `load_config` does."""
-    faults: list[str] = []
-    notes: list[str] = []
-    config = _dataset_file(os.fspath(path), {"i_know_what_i_am_doing": i_know_what_i_am_doing}, faults, notes)
-    if faults or config is None:
-        raise UserError(*dict.fromkeys(faults))
-    return config, tuple(notes)
+    data, evaluated = dataset_at(table.get("dataset")), table.get("eval_datasets")
+    if isinstance(evaluated, list):
+        evaluated[:] = [{"config": entry} if isinstance(entry, str) else entry for entry in evaluated]
+        for index, entry in enumerate(evaluated):
+            if isinstance(entry, dict):
+                _add_loaded(main, entry, ("eval_datasets", index), {"data": dataset_at(entry.get("config"))})
+    if evaluated and not any(map(table.get, EVAL_EVERY)):
+        main.message(
+            ("eval_datasets",), f"used only before the first step: neither {EVAL_EVERY[0]} nor the like is set"
+        )
+    messages = tuple(dict.fromkeys(message for file in files for message in file.messages))
+    _add_loaded(main, table, (), {"data": data, "path": os.path.abspath(main.name), "messages": messages})
+    config = main.validate(table, MainConfig, context)
+    with contextlib.suppress(ValidationError):  # its errors are among those of the whole file
+        try:
+            check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
+        except UserError as error:
+            main.errors += [f"{main.name}: {text}" for text in error.messages]
+    errors = dict.fromkeys(error for file in files for error in file.errors)
+    if errors or config is None:
+        raise UserError(*errors)
+    return config
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The table in a TOML file, UTF-8 with or without byte order mark. Raises UserError with line and column."""
+    """Read a TOML file, UTF-8 with or without byte order mark. Raises UserError with line and column."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, expected a TOML file")
     try:
@@ -108,105 +102,63 @@ def read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: is not valid TOML: {error}") from error
 
 
-def _main_file(
-    name: str, table: dict[str, Any], given: list[str], faults: list[str], notes: list[str]
-) -> MainFile | None:
-    known = [f"{section}.{key}".lstrip(".") for section, rows in unsupported_keys.SECTIONS.items() for key in rows]
-    file = File(name, MainFile, known, given)
-    for section, rows in unsupported_keys.SECTIONS.items():
-        inner = table.get(section) if section else table
-        if isinstance(inner, dict):
-            _set_aside(file, inner, rows, (section,) if section else (), faults, notes)
-    return _validated(file, table, MainFile, faults)
+def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[str, Any]) -> None:
+    """Add to a table what was loaded for it; in the file itself its keys are unknown ones."""
+    for key in loaded:
+        if key in table:
+            file.error((*at, key), f"unknown key{file.suggestion((*at, key))}")
+    table |= loaded
 
 
-def _eval_paths(entries: Any) -> list[Any]:
-    """The dataset TOML that each of `eval_datasets` names; whatever is no path is the main TOML's fault."""
-    entries = entries if isinstance(entries, list) else []
-    return [entry.get("config") if isinstance(entry, dict) else entry for entry in entries]
-
-
-def _dataset_of(
-    main: str, path: Any, settings: dict[str, bool], faults: list[str], notes: list[str]
-) -> DatasetConfig | None:
-    """The dataset TOML that the main TOML names, if it does and it is there; if not, that is the main TOML's fault."""
-    candidates = resolve(path, os.path.dirname(main)) if isinstance(path, str) and path else ()
-    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-    return _dataset_file(found, settings, faults, notes) if found else None
-
-
-def _dataset_file(name: str, settings: dict[str, bool], faults: list[str], notes: list[str]) -> DatasetConfig | None:
-    """A dataset TOML; `settings` are what its validators ask of the world outside it."""
-    try:
-        table = read_toml(name)
-    except UserError as error:
-        faults += error.messages
-        return None
+def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, DatasetConfig | None]:
+    """Load a dataset TOML; None where the file has errors. `context` is what validators need to know besides it."""
+    table: dict[str, Any] = {}
 
     def place_in_file(place: Place) -> Place:
-        """A shared key that a source does not set itself stands, or is missing, at the top."""
+        """A shared key that a source does not set itself is, or is missing, at the top of the file."""
         match place:
-            case (str(kind), int(index), str(key), *rest) if key in dataset_file.SHARED_KEYS:
+            case (str(kind), int(index), str(key), *rest) if key in SHARED_KEYS:
                 return place if key in table[kind][index] else (key, *rest)
         return place
 
-    known = [*unsupported_keys.DATASET, *dataset_file.SHARED_KEYS]
-    known += [f"{kind}.{key}" for kind in dataset_file.SOURCES for key in unsupported_keys.DATASET]
-    file = File(name, DatasetConfig, known, rename=place_in_file)
-    # Without a single [[directory]] nothing at the top can be for one.
-    _set_aside(
-        file,
-        table,
-        unsupported_keys.DATASET | ({} if "directory" in table else unsupported_keys.TFDS),
-        (),
-        faults,
-        notes,
-    )
-    for kind in dataset_file.SOURCES:
+    known = [*unsupported_keys.DATASET, *SHARED_KEYS]
+    known += [f"{kind}.{key}" for kind in SOURCES for key in unsupported_keys.DATASET]
+    file = TomlFile(name, DatasetConfig, known, place_in_file)
+    try:
+        table |= read_toml(name)
+    except UserError as error:
+        file.errors += error.messages
+        return file, None
+    # Without a [[directory]], no key at the top can be meant for one.
+    file.set_aside(table, unsupported_keys.DATASET if "directory" in table else unsupported_keys.TFDS)
+    for kind in SOURCES:
+        rows = unsupported_keys.TFDS if kind == "tfds" else unsupported_keys.DATASET
         entries = table.get(kind)
-        rows = unsupported_keys.DATASET | (unsupported_keys.TFDS if kind == "tfds" else {})
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
-                _set_aside(file, entry, rows, (kind, index), faults, notes)
-    config = _validated(file, dataset_file.hand_down(table), DatasetConfig, faults, **settings)
-    if config:
-        notes += _remarks(file, config)
-    notes[:] = dict.fromkeys(notes)
-    return config
+                file.set_aside(entry, rows, (kind, index))
+    config = file.validate(hand_down(table), DatasetConfig, context)
+    for place, text in _messages(config, place_in_file) if config else ():
+        file.message(place, text)
+    return file, config
 
 
-def _remarks(file: File, config: DatasetConfig) -> Iterable[str]:
-    """What every source that a key is for has to say of it."""
-    said: dict[Place, set[str]] = {}
-    for kind in dataset_file.SOURCES:
+def _messages(config: DatasetConfig, place_in_file: Callable[[Place], Place]) -> Iterator[tuple[Place, str]]:
+    """What a reader of the file may not expect of a key's value, if it holds for every source that the key is for."""
+    found: dict[Place, set[str]] = {}
+    for kind in SOURCES:
         for index, source in enumerate(getattr(config, kind)):
-            messages = source.messages
             for key in type(source).model_fields:
                 if key in source.model_fields_set:
-                    said.setdefault(file.rename((kind, index, key)), set()).add(messages.get(key, ""))
-    for place, texts in said.items():
+                    found.setdefault(place_in_file((kind, index, key)), set()).add(source.messages.get(key, ""))
+    for place, texts in found.items():
         text, *others = texts
         if text and not others:
-            yield file.line(place, text)
-
-
-def _set_aside(file: File, table: dict[str, Any], rows: Any, above: Place, faults: list[str], notes: list[str]) -> None:
-    for key, answer, is_fault in unsupported_keys.set_aside(table, rows):
-        (faults if is_fault else notes).append(file.line((*above, key), answer))
-
-
-def _validated(
-    file: File, table: dict[str, Any], schema: type[SectionT], faults: list[str], **settings: bool
-) -> SectionT | None:
-    try:
-        return schema.model_validate(table, context={"folder": os.path.dirname(file.name), **settings})
-    except ValidationError as error:
-        faults += file.lines(error)
-        return None
+            yield place, text
 
 
 def _override(table: dict[str, Any], override: str) -> str:
-    """Put one `key.sub=value` into `table`; the dotted key of the topmost thing that was not there before."""
+    """Put one `key.sub=value` into `table`; return the dotted key of the topmost entry that this creates."""
     key, equals, value = override.partition("=")
     *above, last = parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
@@ -223,7 +175,7 @@ def _override(table: dict[str, Any], override: str) -> str:
 
 
 def _toml_value(text: str) -> Any:
-    """The TOML value that `text` is, or `text` itself: a bare word needs no quotes."""
+    """Return the TOML value that `text` is, or `text` itself: a bare word needs no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

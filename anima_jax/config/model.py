@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from anima_jax.config.network import NetworkSizes
+from anima_jax.config.network import TransformerSizes
 from anima_jax.config.schema import (
     Count,
     Dtype,
@@ -15,23 +15,19 @@ from anima_jax.config.schema import (
     NotNegative,
     Positive,
     TypedSection,
-    Words,
+    documented_as,
     existing,
-    fault,
+    invalid,
     is_address,
 )
+from anima_jax.models.dit import DiTConfig
 from anima_jax.text.tokenizers import TRAINING_LENGTH
 
-GROUPS = ("llm_adapter", "self_attn", "cross_attn", "mlp", "mod")
-"""Parameter groups that may have a learning rate of their own; everything else is the group `base`."""
 
-TOKENIZER_FOLDERS = ("qwen", "t5")
-
-
-def _complete_tokenizers(folder: str) -> str:
-    missing = [name for name in TOKENIZER_FOLDERS if not os.path.isdir(os.path.join(folder, name))]
+def _check_tokenizers(folder: str) -> str:
+    missing = [name for name in ("qwen", "t5") if not os.path.isdir(os.path.join(folder, name))]
     if missing and not is_address(folder):
-        raise fault(f"{folder} has no folder {' and no folder '.join(missing)}, expected qwen/ and t5/ in it")
+        raise invalid(f"{folder} does not contain {' and '.join(missing)}, expected qwen/ and t5/ in it")
     return folder
 
 
@@ -39,56 +35,54 @@ TEXT_ENCODER = "a Qwen3 text encoder, as a .safetensors file or its folder"
 
 
 def _text_encoder(path: str, info: ValidationInfo) -> str:
-    """The file that holds the text encoder, which is `path` or lies in it."""
+    """Return the text encoder's file: `path`, or the one in that folder."""
     path = existing(path, info, os.path.exists, TEXT_ENCODER)
     return _file_of_qwen3(path) if os.path.isdir(path) else path
 
 
 def _file_of_qwen3(folder: str) -> str:
-    """The one .safetensors file in a folder of transformers' that holds a Qwen3."""
+    """Return the only .safetensors file in a folder that transformers' `save_pretrained` wrote for a Qwen3."""
     described = os.path.join(folder, "config.json")
     try:
         with open(described, encoding="utf-8") as file:
             description = json.load(file)
     except FileNotFoundError:
-        raise fault(f"{folder} is a folder without a config.json, expected {TEXT_ENCODER}") from None
+        raise invalid(f"{folder} is a folder without a config.json, expected {TEXT_ENCODER}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise fault(f"{described} cannot be read as JSON: {error}") from error
+        raise invalid(f"{described} cannot be read as JSON: {error}") from error
     found = description.get("model_type") if isinstance(description, dict) else None
     if found != "qwen3":
-        raise fault(f"{described} has model_type {found!r}, expected 'qwen3': Anima's text encoder is a Qwen3")
+        raise invalid(f"{described} has model_type {found!r}, expected 'qwen3': Anima's text encoder is a Qwen3")
     files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if len(files) != 1:
-        held = f"{len(files)} of them ({', '.join(files[:2])} …)" if files else "none"
-        raise fault(f"{folder} holds {held}, expected one .safetensors file with the whole model")
+        found = f"{len(files)} .safetensors files ({', '.join(files[:2])} …)" if files else "no .safetensors file"
+        raise invalid(f"{folder} contains {found}, expected one with the complete model")
     return os.path.join(folder, files[0])
 
 
-TextEncoder = Annotated[str, AfterValidator(_text_encoder), Words("file or folder")]
+TextEncoder = Annotated[str, AfterValidator(_text_encoder), documented_as("file or folder")]
 FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16", "float16", "float32"]
 
 
 class ModelConfig(TypedSection):
     """The networks: which files, which dtype, how training times are drawn, and a learning rate for each part."""
 
-    TYPES = ("anima",)
-
     type: Literal["anima"] = Field(description="'anima'")
     transformer_path: InputFile | None = Field(None, description="the diffusion transformer's .safetensors file")
-    config: NetworkSizes | None = Field(
+    config: TransformerSizes | None = Field(
         None,
         validate_default=True,
-        description="ours, instead of transformer_path: sizes; the training starts from scratch",
+        description="ours, instead of transformer_path: the sizes of a transformer that is trained from scratch",
     )
     vae_path: InputFile = Field(description="the VAE's .safetensors file (qwen_image_vae)")
     llm_path: TextEncoder = Field(
-        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder of transformers' "
-        "with config.json and the model in one file"
+        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder in the format of "
+        "transformers, with config.json and one .safetensors file"
     )
     llm_adapter_path: InputFile | None = Field(
         None, description="the LLM adapter's own .safetensors file; unset: it is in transformer_path"
     )
-    tokenizer_path: Annotated[InputFolder, AfterValidator(_complete_tokenizers)] | None = Field(
+    tokenizer_path: Annotated[InputFolder, AfterValidator(_check_tokenizers)] | None = Field(
         None, description="ours; a folder with the tokenizers qwen/ and t5/; unset: those of the Hugging Face hub"
     )
     dtype: Dtype = Field(
@@ -96,27 +90,29 @@ class ModelConfig(TypedSection):
     )
     transformer_dtype: FrozenDtype | None = Field(
         None,
-        description="dtype in which the frozen matrices of the transformer's blocks are kept, for training an adapter "
-        "in little memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
+        description="dtype in which the frozen matrices of the transformer's blocks are stored, to train an adapter "
+        "in less memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
     )
-    text_encoder_fp8: bool = Field(False, description="keep the text encoder's matrices in float8_e4m3fn")
+    text_encoder_fp8: bool = Field(False, description="store the text encoder's matrices in float8_e4m3fn")
     text_encoder_nf4: bool = Field(
-        False, validate_default=True, description="keep the text encoder's matrices in 4 bits (NF4, blocks of 64)"
+        False, validate_default=True, description="store the text encoder's matrices in 4 bits (NF4, blocks of 64)"
     )
     cache_text_embeddings: bool = Field(
-        True, description="true: captions are encoded once, before training; false: in every step, as tag_dropout needs"
+        True,
+        description="true: captions are encoded once, before training; false: in every step, as tag_dropout requires",
     )
     max_caption_tokens: Count = Field(
-        TRAINING_LENGTH, description="ours; captions are cut at so many tokens, of Qwen3 and of T5"
+        TRAINING_LENGTH, description="ours; captions are truncated to this many tokens, of Qwen3 and of T5"
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = Field(
-        "logit_normal", description="how training times t in [0, 1] are drawn: sigmoid of a normal number, or evenly"
+        "logit_normal",
+        description="how training times t in [0, 1] are drawn: sigmoid of a normally distributed number, or uniformly",
     )
-    sigmoid_scale: Positive = Field(1.0, description="logit_normal: the normal number is multiplied by this")
-    shift: Positive | None = Field(None, description="moves times: t → s·t / (1 + (s − 1)·t); wins over flux_shift")
-    flux_shift: bool = Field(False, description="moves times by the picture's size, as Flux does")
+    sigmoid_scale: Positive = Field(1.0, description="logit_normal: factor of the normally distributed number")
+    shift: Positive | None = Field(None, description="shifts times: t → s·t / (1 + (s − 1)·t); overrides flux_shift")
+    flux_shift: bool = Field(False, description="shifts times by the image's size, as Flux does")
     multiscale_loss_weight: NotNegative | None = Field(
-        None, description="weight of the same loss at half the resolution, for pictures of about 1024² and more"
+        None, description="weight of the same loss at half the resolution, for images of about 1024² pixels and more"
     )
     self_attn_lr: NotNegative | None = Field(None, description="learning rate of self-attention; 0 freezes; unset: lr")
     cross_attn_lr: NotNegative | None = Field(
@@ -132,20 +128,20 @@ class ModelConfig(TypedSection):
 
     @property
     def text_encoder_storage(self) -> str | None:
-        """How the text encoder's matrices are kept, if not in `dtype`."""
+        """How the text encoder's matrices are stored, if not in `dtype`."""
         return "float8_e4m3fn" if self.text_encoder_fp8 else "nf4" if self.text_encoder_nf4 else None
 
     @field_validator("text_encoder_nf4")
     @classmethod
     def _fp8_or_nf4(cls, nf4: bool, info: ValidationInfo) -> bool:
         if nf4 and info.data.get("text_encoder_fp8"):
-            raise fault("text_encoder_fp8 is set too, expected one of the two")
+            raise invalid("text_encoder_fp8 is set too, expected one of the two")
         return nf4
 
     @field_validator("config")
     @classmethod
-    def _one_of_two(cls, config: NetworkSizes | None, info: ValidationInfo) -> NetworkSizes | None:
+    def _one_of_two(cls, config: DiTConfig | None, info: ValidationInfo) -> DiTConfig | None:
         if "transformer_path" in info.data and (info.data["transformer_path"] is None) == (config is None):
             found = "neither" if config is None else "both"
-            raise fault(f"expected exactly one of transformer_path and config, found {found}")
+            raise invalid(f"expected exactly one of transformer_path and config, found {found}")
         return config

@@ -1,24 +1,41 @@
 """`[model] config = {…}`: the sizes of a transformer that is trained from scratch.
 
-The keys are those of `models.dit.DiTConfig` and of its adapter. What is left out follows from what is given, in the
-released model's proportions.
+The keys are the fields of `models.dit.DiTConfig` and `models.llm_adapter.LLMAdapterConfig`, which they become. Unset
+sizes follow from those that are set, in the released model's proportions.
 """
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
-import annotated_types
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
+from pydantic_core import CoreSchema, core_schema
 
-from anima_jax.config.schema import Count, Section, fault
+from anima_jax.config.schema import Count, Section, invalid
+from anima_jax.models.dit import DiTConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 
 HEAD_SIZES = (128, 64, 32, 16)
 ADAPTER_HEAD_SIZES = (64, 32, 16)
-"""Sizes of a head that are tried in turn where `heads` is left out; the first is the released model's."""
+"""Sizes of a head that are tried in turn if `heads` is unset; the first is the released model's."""
 
 MIN_HEAD_SIZE = 6
 """Rotary positions have three axes, and each needs a pair."""
 
-EvenCount = Annotated[int, annotated_types.Ge(2), annotated_types.MultipleOf(2)]
+EvenCount = Annotated[int, Field(ge=2, multiple_of=2)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltFrom:
+    """Metadata of a dataclass: in TOML it is a table with the keys of `section`, which are its fields."""
+
+    section: type[BaseModel]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            lambda table: source(**dict(table)),
+            handler.generate_schema(self.section),
+            serialization=core_schema.plain_serializer_function_ser_schema(dataclasses.asdict),
+        )
 
 
 def _heads_of(sizes: tuple[int, ...]):
@@ -31,27 +48,31 @@ def _check_heads(heads: int, info: ValidationInfo, *, smallest: int) -> int:
     if width is None:
         return heads
     if width % heads:
-        raise fault(f"found {heads}, expected a divisor of width = {width}")
+        raise invalid(f"found {heads}, expected a divisor of width = {width}")
     size = width // heads
     if size % 2 or size < smallest:
-        raise fault(f"{heads} heads of width = {width} are {size} wide each, expected an even size, {smallest} or more")
+        raise invalid(f"{heads} heads of width = {width} have size {size}, expected an even size, at least {smallest}")
     return heads
 
 
-class AdapterSizes(Section):
+class LLMAdapterKeys(Section):
     """The LLM adapter, which turns T5 token ids and Qwen3 states into the transformer's context."""
 
-    target_width: Count = Field(1024, description="width of the T5 token table and of the result: context_width")
+    target_width: Count = Field(
+        LLMAdapterConfig.target_width, description="width of the T5 token table and of the result: context_width"
+    )
     width: Count = Field(default_factory=lambda table: table["target_width"], description="width inside the blocks")
-    blocks: Count = Field(6, description="number of blocks")
+    blocks: Count = Field(LLMAdapterConfig.blocks, description="number of blocks")
     heads: Count = Field(
         default_factory=_heads_of(ADAPTER_HEAD_SIZES),
         validate_default=True,
         description="attention heads; width / heads is even",
     )
     mlp_width: Count = Field(default_factory=lambda table: 4 * table["width"], description="hidden width of the MLP")
-    source_width: Count = Field(1024, description="width of the text encoder's states (1024: Qwen3-0.6B)")
-    vocabulary: Count = Field(32128, description="rows of the T5 token table")
+    source_width: Count = Field(
+        LLMAdapterConfig.source_width, description="width of the text encoder's states (1024: Qwen3-0.6B)"
+    )
+    vocabulary: Count = Field(LLMAdapterConfig.vocabulary, description="rows of the T5 token table")
 
     @field_validator("heads")
     @classmethod
@@ -59,24 +80,25 @@ class AdapterSizes(Section):
         return _check_heads(heads, info, smallest=2)
 
 
-class NetworkSizes(Section):
+class DiTKeys(Section):
     """The diffusion transformer. Unset sizes follow the released model's proportions."""
 
-    width: EvenCount = Field(2048, description="width of the model")
-    blocks: Count = Field(28, description="number of blocks")
+    width: EvenCount = Field(DiTConfig.width, description="width of the model")
+    blocks: Count = Field(DiTConfig.blocks, description="number of blocks")
     heads: Count = Field(
         default_factory=_heads_of(HEAD_SIZES),
         validate_default=True,
-        description=f"attention heads; width / heads is even, {MIN_HEAD_SIZE} or more; unset: heads of 128, or the "
-        "first of 64, 32, 16 that divides the width",
+        description=f"attention heads; width / heads is even, at least {MIN_HEAD_SIZE}; unset: heads of size 128, or "
+        "of the first of 64, 32, 16 that divides the width",
     )
     mlp_width: Count = Field(default_factory=lambda table: 4 * table["width"], description="hidden width of the MLP")
-    context_width: Count = Field(1024, description="width of the context rows that cross-attention reads")
-    adaln_rank: Count = Field(256, description="rank of the per-block modulation (AdaLN-LoRA)")
+    context_width: Count = Field(
+        DiTConfig.context_width, description="width of the context rows that cross-attention reads"
+    )
+    adaln_rank: Count = Field(DiTConfig.adaln_rank, description="rank of the per-block modulation (AdaLN-LoRA)")
     latent_channels: Literal[16] = Field(16, description="channels of the VAE's latents")
-    adapter: AdapterSizes = Field(
-        default_factory=lambda table: AdapterSizes.model_validate({"target_width": table["context_width"]}),
-        description="sizes of the LLM adapter",
+    adapter: Annotated[LLMAdapterConfig, BuiltFrom(LLMAdapterKeys)] = Field(
+        default_factory=dict, validate_default=True, description="sizes of the LLM adapter"
     )
 
     @field_validator("heads")
@@ -93,8 +115,11 @@ class NetworkSizes(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _adapter_feeds_the_context(cls, adapter: AdapterSizes, info: ValidationInfo) -> AdapterSizes:
-        wanted = info.data.get("context_width", adapter.target_width)
-        if adapter.target_width != wanted:
-            raise fault(f"found {adapter.target_width}, expected context_width = {wanted}", key="target_width")
+    def _adapter_feeds_the_context(cls, adapter: LLMAdapterConfig, info: ValidationInfo) -> LLMAdapterConfig:
+        expected = info.data.get("context_width", adapter.target_width)
+        if adapter.target_width != expected:
+            raise invalid(f"found {adapter.target_width}, expected context_width = {expected}", key="target_width")
         return adapter
+
+
+TransformerSizes = Annotated[DiTConfig, BuiltFrom(DiTKeys)]

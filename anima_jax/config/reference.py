@@ -5,35 +5,24 @@ python -m anima_jax.config.reference > docs/configuration.md
 
 import json
 import re
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
-
-import annotated_types
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from typing import Any
 
 from anima_jax.config import unsupported_keys
-from anima_jax.config.dataset import DirectorySource, Source, TfdsSource
-from anima_jax.config.main import MainFile
-from anima_jax.config.model import ModelConfig
-from anima_jax.config.network import AdapterSizes, NetworkSizes
-from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
-from anima_jax.config.schema import Words, choices, sections_in
-from anima_jax.config.sections import EvalFile, MeshConfig, MonitoringConfig, SampleConfig
+from anima_jax.config.dataset import SOURCES, DatasetConfig, Source
+from anima_jax.config.main import MainConfig
+from anima_jax.config.schema import choices, key_table
 
 INTRO = """# Configuration
 
 Written by `python -m anima_jax.config.reference` from the schema in `anima_jax/config`; change it there.
 
-Training takes diffusion-pipe's two TOML files as they are: the main TOML, which `--config` names, and the dataset TOML,
+Training accepts diffusion-pipe's two TOML files unchanged: the main TOML, which `--config` names, and the dataset TOML,
 which the main TOML names. Keys that diffusion-pipe does not have are marked **ours**. An unknown key, a value of the
-wrong type and a missing file are errors, and all of them are listed at once.
+wrong type and a missing file are errors; all of them are listed at once.
 
-`--set key=value` replaces a key of the main TOML: `--set optimizer.lr=1e-5`. Paths are looked up from the current
-directory first, then from the folder of the TOML that names them; those of models and data may be addresses
+`--set key=value` replaces a key of the main TOML: `--set optimizer.lr=1e-5`. Relative paths are looked up from the
+current directory first, then from the folder of the TOML that names them; paths of models and data may be addresses
 (`hf://owner/repo/file`, `gs://bucket/file`). `python -m anima_jax.train --help` lists the flags."""
 
 HEADINGS: Mapping[str, str] = {
@@ -47,104 +36,86 @@ HEADINGS: Mapping[str, str] = {
     "eval_every_n_epochs": "Evaluation",
     "steps_per_print": "Reports",
 }
-"""The first key of each part of the main TOML's top → the part's heading."""
+"""First key of each part of the main TOML's top → the part's heading."""
 
-TABLES: Mapping[str, type[BaseModel]] = {
-    "eval_datasets": EvalFile,
-    "model": ModelConfig,
-    "model.config": NetworkSizes,
-    "model.config.adapter": AdapterSizes,
-    "optimizer": OptimizerConfig,
-    "adapter": AdapterConfig,
-    "sample": SampleConfig,
-    "mesh": MeshConfig,
-    "monitoring": MonitoringConfig,
-}
-"""The main TOML's tables."""
+TYPES: Mapping[str, str] = {"boolean": "true or false", "integer": "whole number"}
+"""What JSON schema's types are called; others have the same name."""
 
-PYTHON_TYPES: Mapping[Any, str] = {
-    bool: "true or false",
-    int: "whole number",
-    float: "number",
-    str: "string",
+BOUNDS: Mapping[str, str] = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+    "multipleOf": "a multiple of",
 }
-BOUNDS: tuple[tuple[type, str, str], ...] = (
-    (annotated_types.Ge, "ge", "≥"),
-    (annotated_types.Gt, "gt", ">"),
-    (annotated_types.Le, "le", "≤"),
-    (annotated_types.Lt, "lt", "<"),
-    (annotated_types.MultipleOf, "multiple_of", "a multiple of"),
-)
+
+ANY_OPTION = "| any other | | | an argument of the optimizer's own, by its name in torch or optax |"
 
 
 def reference() -> str:
-    """The whole page, in Markdown."""
-    return "\n\n".join([INTRO, *_main(), *_dataset(), *_foreign()]) + "\n"
+    """Return the whole page, in Markdown."""
+    return "\n\n".join([INTRO, *_main(), *_dataset(), *_unsupported()]) + "\n"
 
 
 def _main() -> Iterator[str]:
     yield "## The main TOML"
+    keys = key_table(MainConfig)
     part: list[str] = []
-    for key, field in MainFile.model_fields.items():
+    for key, node in keys.items():
         if key in HEADINGS:
             yield from _table(part)
             yield f"### {HEADINGS[key]}"
             part = []
-        if key == "eval_datasets" or not sections_in(field.annotation):
-            part.append(_row(key, field))
+        if "." not in key and (key == "eval_datasets" or not node["table"]):
+            part.append(_row(key, node))
     yield from _table(part)
-    for name, section in TABLES.items():
-        yield f"### `[[{name}]]`" if section is EvalFile else f"### `[{name}]`"
-        yield _about(section)
-        rows = [_row(key, field) for key, field in section.model_fields.items() if not _is_table(name, key)]
-        if section is OptimizerConfig:
-            rows.append(f"| any other | | | {OptimizerConfig.ANY_KEY} |")
-        yield from _table(rows)
-
-
-def _is_table(name: str, key: str) -> bool:
-    return f"{name}.{key}" in TABLES
+    for name, node in keys.items():
+        if node["table"]:
+            yield f"### `[[{name}]]`" if name == "eval_datasets" else f"### `[{name}]`"
+            yield _about(node["table"])
+            yield from _table([*_rows_of(name, keys), *([ANY_OPTION] if name == "optimizer" else [])])
 
 
 def _dataset() -> Iterator[str]:
     yield "## The dataset TOML"
     yield (
         "Folders of files, each a `[[directory]]`, and datasets of tensorflow-datasets, each a `[[tfds]]`. Every key "
-        "but `path` and those of `[[tfds]]` alone may stand at the top of the file and then holds for every source; "
-        "the same key in a source wins there."
+        "except `path` and those of `[[tfds]]` alone may also be set at the top of the file, where it applies to every "
+        "source; the same key in a source overrides it there."
     )
+    keys = key_table(DatasetConfig)
+    common = {row.split(" | ")[0]: row for row in _rows_of("", key_table(Source))}
     yield "### Every source"
-    yield from _table(_row(key, field) for key, field in Source.model_fields.items())
-    for name, section in (("directory", DirectorySource), ("tfds", TfdsSource)):
+    yield from _table(common.values())
+    for name in SOURCES:
         yield f"### `[[{name}]]`"
-        yield _about(section)
-        own = {key: field for key, field in section.model_fields.items() if key not in Source.model_fields}
-        yield from _table(_row(key, field) for key, field in own.items())
+        yield _about(keys[name]["table"])
+        yield from _table(row for row in _rows_of(name, keys) if row.split(" | ")[0] not in common)
 
 
-def _foreign() -> Iterator[str]:
-    yield "## Keys and flags of diffusion-pipe and its forks with another answer"
-    yield "They are accepted with a note that says what does their job here, or refused with the reason."
-    tables = {
-        **{name or "main": rows for name, rows in unsupported_keys.SECTIONS.items()},
-        "dataset": unsupported_keys.DATASET,
-    }
-    rows = [
-        f"| `{key if name in {'main', 'dataset'} else f'{name}.{key}'}` | {_answer(row)} |"
-        for name, keys in tables.items()
-        for key, row in keys.items()
-    ]
-    rows += [f"| `--{flag}` | does nothing here: {note} |" for flag, note in unsupported_keys.FLAGS.items()]
+def _unsupported() -> Iterator[str]:
+    yield "## Keys and flags of diffusion-pipe and its forks that have no meaning here"
+    yield "They are accepted with a message that says what does their job here, or refused with the reason."
+    keys = {**unsupported_keys.MAIN, **unsupported_keys.DATASET}
+    rows = [f"| `{key}` | {_answer(row)} |" for key, row in keys.items()]
+    rows += [f"| `--{flag}` | does nothing here: {message} |" for flag, message in unsupported_keys.FLAGS.items()]
     yield "\n".join(["| key or flag | answer |", "| --- | --- |", *rows])
 
 
-def _answer(row: unsupported_keys.Foreign) -> str:
+def _answer(row: unsupported_keys.Unsupported) -> str:
     if row.renamed:
-        return f"another spelling of `{row.renamed}`"
-    if row.note:
-        return f"does nothing here: {row.note}"
+        return f"another name of `{row.renamed}`"
+    if row.message:
+        return f"does nothing here: {row.message}"
     unless = f", unless it is {', '.join(f'`{json.dumps(value)}`' for value in row.harmless)}" if row.harmless else ""
     return f"refused{unless}: {row.refusal}"
+
+
+def _rows_of(table: str, keys: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for dotted, node in keys.items():
+        above, _, key = dotted.rpartition(".")
+        if above == table and not node["table"]:
+            yield _row(key, node)
 
 
 def _table(rows: Iterable[str]) -> Iterator[str]:
@@ -152,57 +123,41 @@ def _table(rows: Iterable[str]) -> Iterator[str]:
         yield "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
-def _about(section: type[BaseModel]) -> str:
-    """The first paragraph of the section's docstring."""
-    return " ".join((section.__doc__ or "").split("\n\n")[0].split())
+def _about(table: Mapping[str, Any]) -> str:
+    """Return the first paragraph of a table's docstring."""
+    return " ".join(table["description"].split("\n\n")[0].split())
 
 
-def _row(key: str, field: FieldInfo) -> str:
-    meaning = re.sub(r"^ours\b", "**ours**", field.description or "")
-    cells = (f"`{key}`", type_words(field.annotation, field.metadata), _default(field), meaning)
-    return f"| {' | '.join(cells)} |"
+def _row(key: str, node: Mapping[str, Any]) -> str:
+    meaning = re.sub(r"^ours\b", "**ours**", node["description"])
+    return f"| `{key}` | {_type(node)} | {_default(node)} | {meaning} |"
 
 
-def _default(field: FieldInfo) -> str:
-    """The default as TOML has it; a dash where it is unset, or follows from other keys."""
-    value = field.default
-    if field.is_required():
+def _default(node: Mapping[str, Any]) -> str:
+    """Return the default as TOML has it; a dash where it is unset, or follows from other keys."""
+    value = node.get("default")
+    if node["required"]:
         return "required"
-    if value is PydanticUndefined or value is None or value in ((), {}):
+    if value in (None, [], {}):
         return "–"
-    return f"`{_toml(value)}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else repr(value)}`"
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
-
-
-def type_words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A key's type as a user writes it: `whole number ≥ 1`, `'linear' or 'cosine'`, `[string, …]`."""
-    metadata = list(metadata)
-    for item in metadata:
-        if isinstance(item, Words):
-            return item.text
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return type_words(arguments[0], [*arguments[1:], *metadata])
-    if origin is Literal:
-        words = choices(arguments)
-    elif origin in {typing.Union, types.UnionType}:
-        words = " or ".join(type_words(argument) for argument in arguments if argument is not type(None))
-    elif origin is tuple:
-        inner = [type_words(argument) for argument in arguments if argument is not ...]
-        words = f"[{', '.join(inner)}{', …' if ... in arguments else ''}]"
-    elif sections_in(annotation):
-        words = "table"
-    else:
-        words = PYTHON_TYPES[annotation]
-    bounds = [
-        f"{sign} {getattr(item, name)}" for kind, name, sign in BOUNDS for item in metadata if isinstance(item, kind)
-    ]
-    return f"{words} {' and '.join(bounds)}".strip()
+def _type(node: Mapping[str, Any]) -> str:
+    """Return a key's type as a user writes it: `whole number ≥ 1`, `'linear' or 'cosine'`, `[string, …]`."""
+    match node:
+        case {"anyOf": nodes}:
+            return " or ".join(_type(each) for each in nodes if each.get("type") != "null")
+        case {"enum": values}:
+            return choices(tuple(values))
+        case {"const": value}:
+            return choices((value,))
+        case {"type": "array", "items": items}:
+            return f"[{_type(items)}, …]"
+        case {"type": kind}:
+            bounds = [f"{sign} {node[name]}" for name, sign in BOUNDS.items() if name in node]
+            return f"{TYPES.get(kind, kind)} {' and '.join(bounds)}".strip()
+    return "table"
 
 
 if __name__ == "__main__":

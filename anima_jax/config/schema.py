@@ -1,36 +1,34 @@
-"""What every table of a configuration has in common: strict, frozen, no key unknown; and the kinds of path.
+"""What every table of a configuration has in common: strict and frozen, without unknown keys; and the kinds of path.
 
-Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is a float where a float is wanted.
+Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is accepted where a float is expected.
 """
 
-import dataclasses
+import functools
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import annotated_types
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import did_you_mean
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Positive = Annotated[float, annotated_types.Gt(0)]
-NotNegative = Annotated[float, annotated_types.Ge(0)]
-Count = Annotated[int, annotated_types.Ge(1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 """A whole number, at least 1."""
-Whole = Annotated[int, annotated_types.Ge(0)]
+Whole = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """Metadata of an annotated type: how the reference names it, where its Python type does not say it."""
-
-    text: str
+def documented_as(words: str) -> WithJsonSchema:
+    """Metadata of an annotated type: what the reference calls it, where its Python type does not say it."""
+    return WithJsonSchema({"type": words})
 
 
 class Section(BaseModel):
@@ -40,30 +38,23 @@ class Section(BaseModel):
 
 
 class TypedSection(Section):
-    """A table whose `type` decides what its other keys mean: with a wrong one nothing else is looked at."""
-
-    TYPES: ClassVar[tuple[str, ...]]
+    """A table whose `type` decides what its other keys mean: if it is wrong, nothing else is checked."""
 
     @model_validator(mode="before")
     @classmethod
-    def _type_first(cls, table: Any) -> Any:
+    def _check_type_first(cls, table: Any) -> Any:
         found = table.get("type") if isinstance(table, Mapping) else None
         if not isinstance(found, str):
             return table
-        if found.lower() not in cls.TYPES:
-            hint = did_you_mean(found, cls.TYPES)
-            raise fault(f"found '{found}', expected {choices(cls.TYPES)}{hint}", key="type")
+        types = typing.get_args(cls.model_fields["type"].annotation)
+        if found.lower() not in types:
+            raise invalid(f"found '{found}', expected {choices(types)}{did_you_mean(found, types)}", key="type")
         return {**table, "type": found.lower()}
 
 
-def fault(message: str, *, key: str | None = None) -> PydanticCustomError:
-    """A fault to raise in a validator; `key` names the key inside the table where the validator is the table's."""
-    return PydanticCustomError("fault", "{message}", {"message": message, "key": key})
-
-
-def not_yet(what: str, hint: str = "") -> str:
-    """The answer to what diffusion-pipe does and this version does not."""
-    return f"{what} is not carried out yet by this version{f'; {hint}' if hint else ''}"
+def invalid(message: str, *, key: str | None = None) -> PydanticCustomError:
+    """The error to raise in a validator; a validator of a whole table names the key in it with `key`."""
+    return PydanticCustomError("invalid", "{message}", {"message": message, "key": key})
 
 
 def choices(values: tuple[Any, ...]) -> str:
@@ -73,64 +64,68 @@ def choices(values: tuple[Any, ...]) -> str:
 
 
 def multiple_of_16(pixels: int) -> int:
-    """A side in pixels, or a fault that names the nearest side that will do."""
+    """Return a side in pixels, or raise an error that names the nearest valid one."""
     if pixels % PIXEL_MULTIPLE:
         nearest = nearest_multiple(pixels)
-        raise fault(f"found {pixels}, expected a multiple of {PIXEL_MULTIPLE} (the nearest is {nearest})")
+        raise invalid(f"found {pixels}, expected a multiple of {PIXEL_MULTIPLE} (the nearest is {nearest})")
     return pixels
 
 
 PixelSide = Annotated[
-    int, annotated_types.Ge(PIXEL_MULTIPLE), AfterValidator(multiple_of_16), Words("whole number, a multiple of 16")
+    int, Field(ge=PIXEL_MULTIPLE), AfterValidator(multiple_of_16), documented_as("whole number, a multiple of 16")
 ]
 
 
-def key_table(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Dotted key → field of a section and the sections in it, in order of declaration: what the reference lists."""
-    table: dict[str, FieldInfo] = {}
-    for name, field in section.model_fields.items():
-        table[name] = field
-        for inner in sections_in(field.annotation):
-            table |= {f"{name}.{key}": value for key, value in key_table(inner).items()}
-    return table
+@functools.cache
+def key_table(section: type[BaseModel]) -> Mapping[str, Mapping[str, Any]]:
+    """Dotted key → its JSON schema, for a section and the tables in it, in order of declaration.
+
+    To each is added whether it is `required`, and the `table` that it holds: a JSON schema, or None.
+    """
+    root = section.model_json_schema()
+
+    def keys_of(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, node in table["properties"].items():
+            references = [
+                part["$ref"] for part in (node, node.get("items", {}), *node.get("anyOf", ())) if "$ref" in part
+            ]
+            inner = root["$defs"][references[0].split("/")[-1]] if references else None
+            yield prefix + key, {**node, "required": key in table.get("required", ()), "table": inner}
+            if inner:
+                yield from keys_of(inner, f"{prefix}{key}.")
+
+    return dict(keys_of(root, ""))
 
 
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field of this type holds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for argument in typing.get_args(annotation) for found in sections_in(argument)]
-
-
-# ---- paths: strings, absolute once validated; addresses (gs://, hf://) stay as they are --------------------------
+# Paths: strings, absolute once validated. Addresses (gs://, hf://) stay unchanged.
 
 
 def is_address(path: str) -> bool:
-    """Whether `path` is an address (`hf://…`, `gs://…`), which nothing here looks into."""
+    """Whether `path` is an address (`hf://…`, `gs://…`), which is not looked into here."""
     return "://" in path
 
 
 def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """The absolute paths that `path` may mean: from the current directory, then from `folder` (the TOML's own)."""
+    """Return the absolute paths that `path` may mean: from the current directory, then from `folder` (the TOML's)."""
     if is_address(path):
         return (path,)
     roots = [Path.cwd(), *([Path(folder).absolute()] if folder is not None else [])]
     return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
 
 
-def existing(path: str, info: ValidationInfo, is_there: Callable[[str], bool], what: str) -> str:
-    """The first of the paths that `path` may mean at which there is what is wanted, or a fault that names them all."""
+def existing(path: str, info: ValidationInfo, exists: Callable[[str], bool], what: str) -> str:
+    """Return the first path that `path` may mean and that `exists`, or raise an error that names all of them."""
     if not path:
-        raise fault(f"found an empty path, expected {what}")
+        raise invalid(f"found an empty path, expected {what}")
     candidates = resolve(path, (info.context or {}).get("folder"))
     for candidate in candidates:
-        if is_address(candidate) or is_there(candidate):
+        if is_address(candidate) or exists(candidate):
             return candidate
     for candidate in candidates:
         if os.path.exists(candidate):
             kind = "a folder" if os.path.isdir(candidate) else "a file"
-            raise fault(f"{candidate} is {kind}, expected {what}")
-    raise fault(f"{what} is expected, but none is at {' nor at '.join(candidates)}")
+            raise invalid(f"{candidate} is {kind}, expected {what}")
+    raise invalid(f"expected {what}, found nothing at {' or at '.join(candidates)}")
 
 
 def _input_file(path: str, info: ValidationInfo) -> str:
@@ -141,39 +136,40 @@ def _input_folder(path: str, info: ValidationInfo) -> str:
     return existing(path, info, os.path.isdir, "a folder")
 
 
-def _not_an_address(path: str) -> str:
-    if is_address(path):
-        raise fault(f"found {path}, expected a file on this machine")
+def on_this_machine(path: str | None) -> str | None:
+    """Return `path`, or raise an error if it is an address."""
+    if path and is_address(path):
+        raise invalid(f"found {path}, expected a path on this machine")
     return path
 
 
 def output_folder(path: str) -> str:
-    """The absolute path of a folder to write to, which need not be there yet."""
+    """Return the absolute path of a folder to write to, which need not exist yet."""
     if not path:
-        raise fault("found an empty path, expected a folder to write to")
+        raise invalid("found an empty path, expected a folder to write to")
     if path.startswith("hf://"):
-        raise fault(f"found {path}, expected a local folder or gs://, which can be written to")
+        raise invalid(f"found {path}, expected a local folder or gs://, which can be written to")
     (folder,) = resolve(path)
     if not is_address(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
-        raise fault(f"{folder} is a file, expected a folder to write to")
+        raise invalid(f"{folder} is a file, expected a folder to write to")
     return folder
 
 
-InputFile = Annotated[str, AfterValidator(_input_file), Words("file")]
-InputFolder = Annotated[str, AfterValidator(_input_folder), Words("folder")]
-LocalFile = Annotated[InputFile, AfterValidator(_not_an_address)]
-OutputFolder = Annotated[str, AfterValidator(output_folder), Words("folder")]
+InputFile = Annotated[str, AfterValidator(_input_file), documented_as("file")]
+InputFolder = Annotated[str, AfterValidator(_input_folder), documented_as("folder")]
+LocalFile = Annotated[InputFile, AfterValidator(on_this_machine)]
+OutputFolder = Annotated[str, AfterValidator(output_folder), documented_as("folder")]
 
 Listed = Field(strict=False)
 """For tuples: a TOML array is a Python list, which strict validation would refuse."""
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    # Not `min_length`: pydantic counts only the valid ones, and would call a list of one fault empty too.
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Not `min_length`: pydantic counts only valid values, and would report a list of one invalid value as empty too.
     if not values:
-        raise fault("found an empty list, expected at least one value")
+        raise invalid("found an empty list, expected at least one value")
     return values
 
 
-NotEmpty = AfterValidator(_some)
+NotEmpty = AfterValidator(_not_empty)
 """For tuples of at least one value."""

@@ -20,7 +20,6 @@ import numpy as np
 import optax
 
 from anima_jax.config.main import MainConfig
-from anima_jax.config.network import NetworkSizes
 from anima_jax.data.dataset import TrainingData
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.errors import UserError
@@ -61,14 +60,11 @@ def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
 
 def abstract_trained(config: MainConfig) -> ParamPartition:
     """Return what `prepare` would, with shapes in place of arrays. Only the headers of files are read."""
-    sizes = NetworkSizes.model_validate(dataclasses.asdict(dit_config(config)))
-    model = config.model.model_copy(update={"transformer_path": None, "llm_adapter_path": None, "config": sizes})
-    prepared, mesh = list[ParamPartition](), current_mesh()
+    prepared, mesh, sizes = list[ParamPartition](), current_mesh(), dit_config(config)
 
     def arrays() -> tuple[Params, Params]:
         with jax.disable_jit():  # a jit with options for its compiler cannot be traced
-            abstract = config.model_copy(update={"model": model})
-            prepared.append(prepare(abstract, lambda: blank_text_encoder(config), mesh))
+            prepared.append(prepare(config, lambda: blank_text_encoder(config), mesh, sizes=sizes))
         return prepared[0].params, prepared[0].frozen
 
     params, frozen = jax.eval_shape(arrays)

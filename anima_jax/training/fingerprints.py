@@ -16,14 +16,14 @@ from anima_jax.models.parameters import Params
 
 # Keys of the configuration that do not change what is trained.
 _SILENT = re.compile(
-    r"path|notes|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
+    r"path|messages|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
     r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
     r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples"
 )
 
 # Keys whose values each host may have for itself. Of what lies at paths, data and encoders are compared by their bytes.
 _OF_A_HOST = re.compile(
-    r"(\w+\.)*(\w*path|dataset|config)|notes|cache_local_dir|compilation_cache_dir|map_num_proc"
+    r"(\w+\.)*(\w*path|dataset|config)|messages|cache_local_dir|compilation_cache_dir|map_num_proc"
     r"|monitoring\.\w+"
 )
 

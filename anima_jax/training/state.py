@@ -18,7 +18,6 @@ from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
 from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
@@ -64,9 +63,15 @@ class ParamPartition:
 
 
 def prepare(
-    config: MainConfig, text_encoder: Callable[[], Qwen3] | None = None, mesh: Mesh | None = None
+    config: MainConfig,
+    text_encoder: Callable[[], Qwen3] | None = None,
+    mesh: Mesh | None = None,
+    *,
+    sizes: DiTConfig | None = None,
 ) -> ParamPartition:
-    """Load the transformer that the configuration names, or draw a fresh one, and divide its parameters.
+    """Load the transformer that the configuration names, or initialise one, and divide its parameters.
+
+    With `sizes` one of these sizes is initialised even if the configuration names a file.
 
     They lie on `mesh` (by default the one that is set) as its rules say; no device or host ever has more of them.
     `text_encoder` loads the text encoder, if an adapter on it is trained; by default from its file. Raises UserError
@@ -74,7 +79,7 @@ def prepare(
     and for a `remat_every` that does not divide the number of blocks.
     """
     mesh = mesh or current_mesh()
-    model_config, graphdef, base = _base(config, mesh)
+    model_config, graphdef, base = _base(config, sizes or config.model.config, mesh)
     if model_config.blocks % config.remat_every:
         divisors = [n for n in range(1, model_config.blocks + 1) if model_config.blocks % n == 0]
         raise UserError(
@@ -143,32 +148,24 @@ def _stored_text(config: MainConfig, model: Qwen3) -> Qwen3:
 
 def dit_config(config: MainConfig) -> DiTConfig:
     """The transformer's sizes, from the configuration or from its file's header. Raises UserError as `prepare` does."""
-    fresh = model_config_of(config)
-    if fresh is not None:
-        return fresh
+    if config.model.config is not None:
+        return config.model.config
     assert config.model.transformer_path is not None
     with open_dit(config.model.transformer_path, adapter_path=config.model.llm_adapter_path) as checkpoint:
         return checkpoint.config
 
 
-def model_config_of(config: MainConfig) -> DiTConfig | None:
-    """The sizes that `[model] config` gives, None if the transformer comes from a file."""
-    sizes = config.model.config
-    if sizes is None:
-        return None
-    table = sizes.model_dump()
-    return DiTConfig(**{**table, "adapter": LLMAdapterConfig(**table["adapter"])})
+def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+    """The transformer without adapter, initialised with these sizes or, if None, loaded from its file.
 
-
-def _base(config: MainConfig, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-    """The transformer without adapter: frozen parameters as they are stored, those to be trained in float32."""
-    fresh = model_config_of(config)
-    if fresh is not None:
-        graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(fresh, rngs=rngs))
+    Frozen parameters are as they are stored, those to be trained in float32.
+    """
+    if sizes is not None:
+        graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
         shardings = rules.shardings(shapes, shapes, mesh)
-        base = parameters.initial(lambda rngs: AnimaDiT(fresh, rngs=rngs), config.seed, shardings)[1]
+        base = parameters.initial(lambda rngs: AnimaDiT(sizes, rngs=rngs), config.seed, shardings)[1]
         trained = _trained_in_base(config, base)
-        return fresh, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
+        return sizes, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
     path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
     assert path is not None
     with open_dit(path, adapter_path=adapter_path) as checkpoint:

@@ -1,8 +1,8 @@
-"""TOMLs of the kinds that diffusion-pipe's users have load unchanged and mean what they mean there."""
+"""TOMLs as diffusion-pipe's users have them load unchanged and mean the same here."""
 
 import pytest
 
-from anima_jax.config import load_config, load_dataset
+from anima_jax.config import load_config
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run
@@ -192,9 +192,9 @@ def load(tmp_path, monkeypatch):
     return loaded
 
 
-def noted(config):
-    """The keys that the configuration's notes are about."""
-    return [note.split(": ")[1] for note in config.notes]
+def keys_with_a_message(config):
+    """The keys that the configuration's messages are about."""
+    return [message.split(": ")[1] for message in config.messages]
 
 
 def test_a_lora(load):
@@ -210,7 +210,7 @@ def test_a_lora(load):
     assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, 120.0)
     assert (config.eval_datasets, config.eval_every_n_epochs) == ((), 1)
     assert config.data.size_wh == (512, 512)
-    assert noted(config) == ["pipeline_stages", "blocks_to_swap", "partition_method"]
+    assert keys_with_a_message(config) == ["pipeline_stages", "blocks_to_swap", "partition_method"]
 
 
 def test_a_full_fine_tune(load):
@@ -223,7 +223,7 @@ def test_a_full_fine_tune(load):
     assert config.optimizer.options == {"stabilize": False}
     rates = config.learning_rates
     assert (rates["self_attn"], rates["llm_adapter"], rates["mlp"], rates["base"]) == (2e-5, 1e-6, 1e-5, 1e-5)
-    assert noted(config) == ["optimizer.gradient_release"]
+    assert keys_with_a_message(config) == ["optimizer.gradient_release"]
 
 
 def test_a_video_run(load):
@@ -235,14 +235,14 @@ def test_a_video_run(load):
     optimizer = config.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("prodigy", 1.0, (0.9, 0.99), None)
     assert optimizer.options == {"d_coef": 0.5, "use_bias_correction": True}
-    assert noted(config) == ["reentrant_activation_checkpointing"]
+    assert keys_with_a_message(config) == ["reentrant_activation_checkpointing"]
 
 
 def test_a_run_with_evaluation(load, tmp_path):
     config = load(EVAL)
     held_out, trained = config.eval_datasets
     assert (held_out.name, trained.name) == ("held out", "dataset")
-    assert (held_out.path, trained.path) == (str(tmp_path / "eval.toml"), str(tmp_path / "dataset.toml"))
+    assert (held_out.config, trained.config) == (str(tmp_path / "eval.toml"), str(tmp_path / "dataset.toml"))
     assert (held_out.data.size_wh, trained.data) == ((256, 256), config.data)
     assert held_out.data.sources == held_out.data.directory
     run = Run(config, replicas=1)
@@ -257,16 +257,16 @@ def test_a_run_with_evaluation(load, tmp_path):
         "anima",
         "first",
     )
-    assert noted(config) == ["disable_block_swap_for_eval"]
+    assert keys_with_a_message(config) == ["disable_block_swap_for_eval"]
 
 
 def test_a_data_set_with_clips_and_masks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
     (tmp_path / "dataset.toml").write_text(DATASET)
-    data, notes = load_dataset(tmp_path / "dataset.toml")
-    assert notes == ()
-    first, second = data.directory
+    config = load_config(tmp_path / "main.toml")
+    assert config.messages == ()
+    first, second = config.data.directory
     # The tall example of golden/buckets.json, and 448 × 576 as it is: the area's side is 507.98.
     assert [bucket.size for bucket in Bucketing.of(first).place(614, 2395, 1)] == [(368, 720, 1)]
     assert [bucket.size for bucket in Bucketing.of(second).place(614, 2395, 60)] == []
@@ -275,7 +275,7 @@ def test_a_data_set_with_clips_and_masks(tmp_path, monkeypatch):
     assert (second.shuffled_copies, second.num_repeats) == (10, 5.0)
 
 
-# Every key of the trainer's main TOML, with a value that is not its default where another is possible.
+# Every key of diffusion-pipe's main TOML, with a value that is not its default where another is possible.
 KEPT = {
     "epochs": 7,
     "max_steps": 3,
@@ -351,9 +351,9 @@ ANSWERED = {
 
 
 @pytest.mark.parametrize(("key", "value"), KEPT.items(), ids=KEPT)
-def test_a_key_is_kept_as_it_is(tmp_path, key, value):
+def test_a_key_is_kept_unchanged(tmp_path, key, value):
     found = load_config(write(tmp_path, {key: value}))
-    assert found.notes == ()
+    assert found.messages == ()
     for part in key.split("."):
         found = getattr(found, part)
     assert found == value
@@ -361,8 +361,8 @@ def test_a_key_is_kept_as_it_is(tmp_path, key, value):
 
 @pytest.mark.parametrize(("key", "value"), ANSWERED.items(), ids=ANSWERED)
 def test_a_key_that_cannot_apply_is_answered_in_one_line(tmp_path, key, value):
-    (note,) = load_config(write(tmp_path, {key: value})).notes
-    assert note.startswith(f"{tmp_path}/main.toml: {key}: does nothing here: ")
+    (message,) = load_config(write(tmp_path, {key: value})).messages
+    assert message.startswith(f"{tmp_path}/main.toml: {key}: does nothing here: ")
 
 
 @pytest.mark.parametrize(
@@ -374,11 +374,11 @@ def test_a_key_that_cannot_apply_is_answered_in_one_line(tmp_path, key, value):
         ("optimizer.gradient_release", False),
     ],
 )
-def test_a_key_that_asks_for_nothing_is_passed_over(tmp_path, key, value):
-    assert load_config(write(tmp_path, {key: value})).notes == ()
+def test_a_key_that_asks_for_nothing_has_no_message(tmp_path, key, value):
+    assert load_config(write(tmp_path, {key: value})).messages == ()
 
 
-def test_data_that_is_never_evaluated_again_is_noted(load):
-    note = "eval_datasets: used before the first step alone"
-    assert note in load(toml(MAIN | {"eval_datasets": ["eval.toml"]})).notes[0]
-    assert load(toml(MAIN | {"eval_datasets": ["eval.toml"], "eval_every_n_steps": 9})).notes == ()
+def test_a_message_says_that_data_is_never_evaluated_again(load):
+    message = "eval_datasets: used only before the first step"
+    assert message in load(toml(MAIN | {"eval_datasets": ["eval.toml"]})).messages[0]
+    assert load(toml(MAIN | {"eval_datasets": ["eval.toml"], "eval_every_n_steps": 9})).messages == ()

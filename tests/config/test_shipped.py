@@ -1,4 +1,4 @@
-"""The configurations in configs/ load as they are, once the files that they name are there."""
+"""The configurations in configs/ load unchanged, once the files that they name exist."""
 
 import re
 import shutil
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.config import DatasetConfig, load_config, load_dataset
-from anima_jax.config.main import MainFile
+from anima_jax.config import DatasetConfig, MainConfig, load_config
 from anima_jax.config.schema import key_table
 from anima_jax.data.buckets import Bucketing
 from anima_jax.data.shapes import scenes
@@ -35,20 +34,20 @@ def configs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MAIN_FILES)
-def test_a_shipped_configuration_loads_without_a_note(configs, name):
+def test_a_shipped_configuration_loads_without_a_message(configs, name):
     config = load_config(configs / name)
-    assert config.notes == ()
+    assert config.messages == ()
     assert config.data.sources
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_shipped_dataset_loads_without_a_note(configs, name):
-    config, notes = load_dataset(configs / name)
-    assert config.sources
-    assert notes == ()
+def test_a_shipped_dataset_loads_without_a_message(configs, name):
+    config = load_config(configs / "anima_lora.toml", [f"dataset={configs / name}"])
+    assert config.data.sources
+    assert config.messages == ()
 
 
-def test_the_quick_start_shows_what_it_was_not_trained_on(configs):
+def test_the_quick_start_samples_what_it_is_not_trained_on(configs):
     config = load_config(configs / "shapes.toml")
     assert config.sample is not None
     assert set(config.sample.prompts) <= {scene.caption for scene in scenes(held_out=True)}
@@ -56,9 +55,9 @@ def test_the_quick_start_shows_what_it_was_not_trained_on(configs):
 
 
 @pytest.mark.parametrize("name", MAIN_FILES + DATASETS)
-def test_every_key_that_a_shipped_configuration_comments_out_is_a_key(name):
-    """`# max_steps = 20000` must still be right when a reader takes the # away."""
-    keys = {key.split(".")[-1] for key in key_table(DatasetConfig if name in DATASETS else MainFile)}
+def test_every_commented_key_of_a_shipped_configuration_exists(name):
+    """`# max_steps = 20000` must be valid when a reader removes the #."""
+    keys = {key.split(".")[-1] for key in key_table(DatasetConfig if name in DATASETS else MainConfig)}
     commented = re.findall(r"^# ([a-z_]+) = (.*)$", (CONFIGS / name).read_text(), re.MULTILINE)
     for key, value in commented:
         assert key in keys
@@ -70,8 +69,8 @@ def test_there_is_one_configuration_for_each_use():
     assert {*MAIN_FILES, *DATASETS} >= {f"{use}.toml" for use in uses}
 
 
-def test_the_lora_has_the_settings_that_are_advised_and_says_why(configs):
-    """Sources: Anima's model card and its fine-tuning advice."""
+def test_the_lora_has_the_recommended_settings_and_says_why(configs):
+    """Sources: Anima's model card and its fine-tuning guide."""
     config = load_config(configs / "anima_lora.toml")
     assert (config.model.llm_adapter_lr, config.optimizer.lr, config.optimizer.betas) == (0, 2e-5, (0.9, 0.99))
     lines = (configs / "anima_lora.toml").read_text().splitlines()
@@ -81,7 +80,7 @@ def test_the_lora_has_the_settings_that_are_advised_and_says_why(configs):
         )
 
 
-def test_clips_and_pictures_make_steps_of_one_size(configs):
+def test_steps_on_clips_and_on_images_have_the_same_number_of_examples(configs):
     config = load_config(configs / "anima_video.toml")
     sizes = {size for source in config.data.sources for size in Bucketing.of(source).sizes}
     assert {size.frames for size in sizes} == {1, 17, 33}

@@ -1,17 +1,22 @@
 """What a correct configuration means."""
 
 import dataclasses
+import json
 import math
+import operator
 import os
+from pathlib import Path
 
 import pytest
 
 from anima_jax.config import load_config
-from anima_jax.config.network import NetworkSizes
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
+from anima_jax.models.dit import DiTConfig
+from anima_jax.models.llm_adapter import LLMAdapterConfig
 from tests.config.files import REMOVE, write
 
+FRESH = {"model.transformer_path": REMOVE, "model.config": {}}
 AR_KEYS = {"min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7}
 
 SOURCE_DEFAULTS = {
@@ -46,38 +51,62 @@ def load(tmp_path, monkeypatch):
     return lambda changes=None, dataset=None, overrides=(): load_config(write(tmp_path, changes, dataset), overrides)
 
 
-def test_defaults_are_those_of_diffusion_pipe(load):
+DEFAULTS = json.loads((Path(__file__).parents[1] / "golden" / "diffusion_pipe_defaults.json").read_text())
+"""Table → key → default, and the file of diffusion-pipe that it comes from."""
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "default"),
+    [(table, key, row["default"]) for table, rows in DEFAULTS.items() if table != "about" for key, row in rows.items()],
+)
+def test_a_default_is_that_of_diffusion_pipe(load, table, key, default):
+    config = load({"adapter": {"type": "lora", "rank": 4}} if table == "adapter" else {})
+    tables = {"main": config, "directory": config.data.directory[0]}
+    found = getattr(tables[table] if table in tables else getattr(config, table), key)
+    assert (list(found) if isinstance(found, tuple) else found) == default
+
+
+OURS = {
+    "seed": 0,
+    "ema_decay": None,
+    "global_batch_size": None,
+    "param_dtype": "float32",
+    "remat": "none",
+    "remat_every": 1,
+    "scan_unroll": 1,
+    "max_checkpoints": None,
+    "max_skipped_steps": 10,
+    "map_num_proc": min(8, os.cpu_count() or 1),
+    "compilation_cache_dir": None,
+    "cache_dir": None,
+    "cache_local_dir": None,
+    "cached_dtype": "bfloat16",
+    "trust_cache": False,
+    "strict_data": False,
+    "resume_from_checkpoint": None,
+    "reset_dataloader": False,
+    "reset_optimizer": False,
+    "reset_optimizer_params": False,
+    "loss": ("mse", 0.0),
+    "messages": (),
+    "model.transformer_dtype": None,
+    "model.max_caption_tokens": 512,
+    "monitoring.enable_tensorboard": True,
+}
+
+
+@pytest.mark.parametrize(("key", "default"), OURS.items(), ids=OURS)
+def test_our_own_keys_change_nothing_unless_set(load, key, default):
+    assert operator.attrgetter(key)(load()) == default
+
+
+def test_a_directory_has_one_size_and_its_captions_unchanged_unless_set(load):
     config = load()
-    assert (config.micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (1, 1)
-    assert (config.gradient_clipping, config.warmup_steps, config.lr_scheduler) == (1.0, 0, "constant")
-    assert (config.uncond_fraction, config.loss, config.remat) == (0.0, ("mse", 0.0), "none")
-    assert (config.model.timestep_sample_method, config.model.sigmoid_scale) == ("logit_normal", 1.0)
-    assert (config.model.shift, config.model.flux_shift, config.ema_decay) == (None, False, None)
-    assert (config.video_clip_mode, config.caching_batch_size) == ("single_beginning", 1)
-    assert config.map_num_proc == min(8, os.cpu_count() or 1)
-    assert (config.model.cache_text_embeddings, config.model.max_caption_tokens) == (True, 512)
-    assert (config.cache_dir, config.cache_local_dir, config.cached_dtype) == (None, None, "bfloat16")
-    assert (config.regenerate_cache, config.trust_cache, config.strict_data) == (False, False, False)
-    assert (config.eval_datasets, config.eval_before_first_step) == ((), True)
-    assert (config.steps_per_print, config.logging_steps, config.x_axis_examples) == (1, 1, False)
-    assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, None)
-    assert (config.resume_from_checkpoint, config.reset_dataloader) == (None, False)
-    assert (config.reset_optimizer, config.reset_optimizer_params) == (False, False)
-    assert (config.model.transformer_dtype, config.model.text_encoder_fp8) == (None, False)
-    assert (config.monitoring.enable_wandb, config.model.text_encoder_nf4) == (False, False)
-    assert config.notes == ()
     (source,) = config.data.sources
     assert source is config.data.directory[0]
     assert Bucketing.of(source) == Bucketing((512,), (1,), (1,))
     assert source.model_dump(exclude={"path", "resolutions"}) == SOURCE_DEFAULTS
     assert source.shuffled_copies == 0
-
-
-def test_our_own_keys_change_nothing_unless_set(load):
-    config = load()
-    assert (config.param_dtype, config.remat_every, config.scan_unroll) == ("float32", 1, 1)
-    assert (config.max_checkpoints, config.max_skipped_steps, config.compilation_cache_dir) == (None, 10, None)
-    assert config.monitoring.enable_tensorboard
 
 
 @pytest.mark.parametrize(
@@ -273,7 +302,7 @@ def test_a_resolution_is_an_area(load, resolution, side):
 def test_a_rounded_resolution_is_noted_once(load):
     directories = [{"path": "pictures"}, {"path": "pictures"}]
     config = load(dataset={"resolutions": [500, 512, [1280, 720]], "directory": directories})
-    (note,) = config.notes
+    (note,) = config.messages
     assert "resolutions: 500 is an area: images are 496 × 496; (1280, 720) is an area: images are 960 × 960" in note
 
 
@@ -388,18 +417,19 @@ def test_tfds_sources(load):
     assert (source.name, source.split, source.image, source.caption) == ("anima_shapes", "train", "image", "caption")
 
 
-def test_left_out_sizes_are_those_of_the_released_model():
-    from anima_jax.models.dit import DiTConfig
-
-    ours, released = NetworkSizes.model_validate({}).model_dump(), dataclasses.asdict(DiTConfig())
-    assert ours == released
+def test_unset_sizes_are_those_of_the_released_model(load):
+    assert load(FRESH).model.config == DiTConfig()
 
 
-def test_left_out_sizes_keep_the_proportions():
-    sizes = NetworkSizes.model_validate({"width": 256, "context_width": 128, "adapter": {"blocks": 2}})
-    assert (sizes.heads, sizes.mlp_width) == (2, 1024)
-    adapter = sizes.adapter
-    assert (adapter.target_width, adapter.width, adapter.heads, adapter.mlp_width) == (128, 128, 2, 512)
+def test_unset_sizes_keep_the_proportions(load):
+    sizes = load(FRESH | {"model.config": {"width": 256, "context_width": 128, "adapter": {"blocks": 2}}}).model.config
+    adapter = LLMAdapterConfig(width=128, blocks=2, heads=2, mlp_width=512, target_width=128)
+    assert sizes == DiTConfig(width=256, heads=2, mlp_width=1024, context_width=128, adapter=adapter)
+
+
+def test_sizes_are_dumped_as_their_keys(load):
+    """Checkpoints store the configuration so, to compare it with that of a resumed run."""
+    assert load(FRESH).model_dump(mode="json")["model"]["config"] == dataclasses.asdict(DiTConfig())
 
 
 def test_sample_pictures_have_the_training_pictures_size_unless_set(load):
@@ -416,7 +446,7 @@ def test_configurations_are_frozen(load):
 
 def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):
     def notes(dataset):
-        return [note.partition("dataset.toml: ")[2] for note in load(dataset=dataset).notes]
+        return [note.partition("dataset.toml: ")[2] for note in load(dataset=dataset).messages]
 
     off = "does nothing here: enable_ar_bucket is not true"
     assert notes({"enable_ar_bucket": False, **AR_KEYS}) == [f"{key}: {off}" for key in AR_KEYS]
@@ -445,12 +475,12 @@ def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):
     ],
 )
 def test_frames_that_the_vae_leaves_out_are_noted(load, dataset, note):
-    (found,) = load(dataset=dataset).notes
+    (found,) = load(dataset=dataset).messages
     assert note in found
 
 
 def test_notes_name_the_file_the_key_and_what_does_its_job(load):
-    (note,) = load({"blocks_to_swap": 20}).notes
+    (note,) = load({"blocks_to_swap": 20}).messages
     assert "main.toml: blocks_to_swap: " in note
     assert "activation_checkpointing" in note
 
@@ -459,6 +489,6 @@ def test_forks_spellings_are_taken_and_what_asks_for_nothing_there_is_none(load)
     fork = {"model.llm_path": REMOVE, "model.qwen_path": "llm.safetensors", "model.qwen_nf4": True}
     asks_for_nothing = {"train_mlp": True, "shuffle_tags": False, "tag_delimiter": ", ", "tag_dropout_percent": 0.0}
     config = load(fork | {f"model.{key}": value for key, value in asks_for_nothing.items()})
-    assert config.notes == ()
+    assert config.messages == ()
     assert config.model.text_encoder_nf4
     assert config.model.llm_path.endswith("llm.safetensors")
