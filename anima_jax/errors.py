@@ -43,6 +43,12 @@ def shorten(items: Sequence[str], limit: int = 4) -> str:
     return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """Return "1 tensor" or "2 tensors", "1 tensor of a file" or "2 tensors of a file"."""
+    head, preposition, rest = noun.partition(" of ")
+    return f"{count} {head}{'' if count == 1 else 's'}{preposition}{rest}"
+
+
 def show_value(value: Any) -> str:
     """Return a setting's value for a message: "not set" for None, at most 80 characters."""
     if value is None:

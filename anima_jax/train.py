@@ -16,6 +16,7 @@ import jax
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.models import open_text_encoder
+from anima_jax.checkpoints.orbax import errors_reported_once
 from anima_jax.config import unsupported_keys
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.log_to_console()
     arguments = parse_arguments(argv)
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    with hosts.abort_all_on_error():
+    with hosts.abort_all_on_error(), errors_reported_once():
         config = load_config(
             arguments.config,
             overrides(arguments),

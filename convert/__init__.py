@@ -1,7 +1,7 @@
-"""Command lines over anima_jax.checkpoints."""
+"""Command lines over anima_jax.checkpoints and anima_jax.adapters."""
 
 import os
 
-# Decomposing a model's weights is many small steps, for which several threads wait longer than one computes. It has to
-# be said before numpy is there.
+# The SVDs of a model's weights consist of many small steps, for which several threads wait longer than one computes.
+# OpenBLAS reads the variable when numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

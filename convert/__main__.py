@@ -1,4 +1,4 @@
-"""python -m convert: what a file is, and from one format into another."""
+"""python -m convert: inspect files and convert them between formats."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,14 +15,14 @@ COMMANDS: dict[str, ModuleType] = {
     "diff": diff,
     "resize": resize,
 }
-"""Each module has `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
+"""Modules with `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
 
 
 @command_line
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sub-command that the command line names."""
+    """Run the command that the command line names."""
     parser = ArgumentParser(
-        prog="python -m convert", description="What an Anima file is, and from one format into another."
+        prog="python -m convert", description="Inspect Anima files and convert them between formats."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():

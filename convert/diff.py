@@ -1,4 +1,4 @@
-"""How two models, or two adapters, differ: which tensors, and how far, block by block."""
+"""Compare two models or two adapters: which tensors differ, and how much, block by block."""
 
 import argparse
 import collections
@@ -15,11 +15,11 @@ from anima_jax.errors import UserError, shorten
 from convert.extract import opened_both
 from convert.inspect import block_of
 
-SUMMARY = "say how two models, or two adapters, differ"
+SUMMARY = "compare two models or two adapters"
 
 
 class Pair(NamedTuple):
-    """A tensor, or an adapter's update of a module, in both files; None where one has none."""
+    """A tensor, or an adapter's update of a module, in both files; None in the file that does not have it."""
 
     name: str
     first: np.ndarray | None
@@ -27,13 +27,13 @@ class Pair(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the command's flags."""
     parser.add_argument("first", metavar="A", help="a model's or an adapter's .safetensors")
-    parser.add_argument("second", metavar="B", help="another one of its kind")
+    parser.add_argument("second", metavar="B", help="another one of the same kind")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what is only in one, what is equal, and ‖B − A‖ / ‖A‖ of each block with a difference."""
+    """Print what only one file has, how much is equal, and ‖B − A‖ / ‖A‖ of each block that differs."""
     kinds = []
     for path in (arguments.first, arguments.second):
         with SafetensorsFile(path) as file:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def models(first: str, second: str) -> Iterator[Pair]:
-    """Every tensor of two models."""
+    """Yield every tensor of two models."""
     with opened_both(first, second) as files:
         for name in dict.fromkeys([*files[0], *files[1]]):
             arrays = (file[name].read().astype(np.float32) if name in file else None for file in files)
@@ -54,7 +54,7 @@ def models(first: str, second: str) -> Iterator[Pair]:
 
 
 def adapters(first: str, second: str) -> Iterator[Pair]:
-    """The update of every module of two adapters, whatever their kinds and dialects."""
+    """Yield the update of every module of two adapters of any kinds and dialects."""
     with open_adapter(first) as one, open_adapter(second) as other:
         for name in dict.fromkeys([*one.patches, *other.patches]):
             yield Pair(name, _update(one.patches.get(name)), _update(other.patches.get(name)))
@@ -69,33 +69,37 @@ def _update(patch: Patch | None) -> np.ndarray | None:
 
 
 def report(pairs: Iterable[Pair], what: str) -> Iterator[str]:
-    """The lines to print."""
-    alone: dict[str, list[str]] = {"A": [], "B": []}
-    misshapen, equal, count = [], 0, 0
-    squares: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    largest = ("", 0.0)
+    """Yield the lines to print; `what` is what the pairs are, "tensors" or "modules"."""
+    only: dict[str, list[str]] = {"A": [], "B": []}
+    misshapen: list[str] = []
+    equal = 0
+    ratios: dict[str, float] = {}
+    squares: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
     for name, first, second in pairs:
         if first is None or second is None:
-            alone["B" if first is None else "A"].append(name)
+            only["B" if first is None else "A"].append(name)
         elif first.shape != second.shape:
             misshapen.append(f"{name} {first.shape} and {second.shape}")
         elif np.array_equal(first, second):
             equal += 1
         else:
-            count += 1
-            change, size = (float(np.sum(np.square(x), dtype=np.float64)) for x in (second - first, first))
-            squares[block_of(name)][0] += change
-            squares[block_of(name)][1] += size
-            relative = (change / size) ** 0.5 if size else float("inf")
-            largest = max(largest, (name, relative), key=lambda pair: pair[1])
-    for file, names in alone.items():
+            change_and_size = np.array([np.sum(np.square(x), dtype=np.float64) for x in (second - first, first)])
+            squares[block_of(name)] += change_and_size
+            ratios[name] = _ratio(change_and_size)
+    for file, names in only.items():
         if names:
             yield f"only in {file}: {len(names)} {what}: {shorten(names)}"
     if misshapen:
         yield f"of another shape: {len(misshapen)} {what}: {shorten(misshapen)}"
-    yield f"equal: {equal} {what}; different: {count}"
-    if count:
+    yield f"equal: {equal} {what}; different: {len(ratios)}"
+    if ratios:
         yield f"{'':<24} ‖B − A‖ / ‖A‖"
-        for block, (change, size) in squares.items():
-            yield f"{block:<24} {(change / size) ** 0.5 if size else float('inf'):.3e}"
-        yield f"most: {largest[0]} {largest[1]:.3e}"
+        yield from (f"{block:<24} {_ratio(of_block):.3e}" for block, of_block in squares.items())
+        largest = max(ratios, key=ratios.__getitem__)
+        yield f"most: {largest} {ratios[largest]:.3e}"
+
+
+def _ratio(change_and_size: np.ndarray) -> float:
+    """Return ‖B − A‖ / ‖A‖ from the sums of squares (of B − A, of A)."""
+    change, size = change_and_size.tolist()
+    return (change / size) ** 0.5 if size else float("inf")

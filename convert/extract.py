@@ -61,8 +61,8 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
         if alone:
             raise UserError(f"{tuned}: {len(alone)} tensors are only in one of it and {base}: {shorten(alone)}")
         for name, source in mine.items():
-            if source.tensor.shape != theirs[name].tensor.shape:
-                raise UserError(f"{tuned}: {name} is {theirs[name].tensor.shape}, in {base} {source.tensor.shape}")
+            if source.info.shape != theirs[name].info.shape:
+                raise UserError(f"{tuned}: {name} is {theirs[name].info.shape}, in {base} {source.info.shape}")
             difference = theirs[name].read().astype(np.float32) - source.read().astype(np.float32)
             if np.any(difference):
                 yield name, difference

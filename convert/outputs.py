@@ -1,4 +1,4 @@
-"""The file that a command writes: never over another without being asked to, and never over what it is made of."""
+"""The file that a command writes: it never replaces another file without --force, and never an input."""
 
 import argparse
 import os
@@ -10,23 +10,23 @@ OUTPUT_DTYPES = {"bf16": DTYPES["BF16"], "f16": DTYPES["F16"], "f32": DTYPES["F3
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "by default each tensor keeps its own") -> None:
-    """--dtype and --force; `dtype` says what holds without --dtype."""
-    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help=f"of every tensor; {dtype}")
-    parser.add_argument("--force", action="store_true", help="write over an existing OUT")
+    """Add --dtype and --force; `dtype` describes the default of --dtype."""
+    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help=f"dtype of every tensor; {dtype}")
+    parser.add_argument("--force", action="store_true", help="replace an existing OUT")
 
 
 def check(target: str, *sources: str, force: bool) -> None:
-    """Raise UserError if `target` is there already and must stay, or is one of the `sources`."""
+    """Raise UserError if `target` is one of the `sources`, or exists and `force` is not set."""
     if not os.path.exists(target):
         return
     if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
-        raise UserError(f"{target}: is IN itself; give another OUT")
+        raise UserError(f"{target}: is IN itself; choose another OUT")
     if not force:
-        raise UserError(f"{target}: exists already; give another OUT, or --force to write over it")
+        raise UserError(f"{target}: exists already; choose another OUT, or --force to replace it")
 
 
 def positive(text: str) -> int:
-    """A rank from the command line."""
+    """Parse a rank from the command line."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 1")
     return int(text)

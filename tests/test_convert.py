@@ -77,8 +77,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     save_file(tensors, tmp_path / "in.safetensors")
     main(["checkpoint", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--prefix", "net."])
     said = capsys.readouterr().out
-    assert "left out 1 extra buffers: net.pos_embedder.seq" in said
-    assert "left out 1 tensors of other networks: vae.conv1.bias" in said
+    assert "left out 1 extra buffer: net.pos_embedder.seq" in said
+    assert "left out 1 tensor of other networks: vae.conv1.bias" in said
     assert load_file(tmp_path / "out.safetensors").keys() == golden("dit_image.model").keys()
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from anima_jax.checkpoints.models import load_vae, save_vae
+from anima_jax.checkpoints.models import load_vae, save_network
+from anima_jax.checkpoints.names.networks import WAN_VAE
 from anima_jax.config.load import load_config
 from anima_jax.data.dataset import read_data
 from anima_jax.data.encoders import Encoders
@@ -81,7 +82,7 @@ def test_only_what_is_new_is_encoded(run, tmp_path):
     assert added() == {}
     vae = load_vae(ASSETS / "tiny_vae.safetensors")
     params = {path: value * 1.01 for path, value in split(vae)[1].items()}
-    save_vae(tmp_path / "other.safetensors", params, vae.config)
+    save_network(WAN_VAE, tmp_path / "other.safetensors", params, config=vae.config)
     other = ["--set", f"model.vae_path={tmp_path / 'other.safetensors'}"]
     assert added(*other) == {"latents": 12}
     assert added() == {}

@@ -11,7 +11,8 @@ import argparse
 import jax.numpy as jnp
 from flax import nnx
 
-from anima_jax.checkpoints.models import save_text_encoder
+from anima_jax.checkpoints.models import save_network
+from anima_jax.checkpoints.names.networks import QWEN3
 from anima_jax.models.parameters import split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the quick start's text encoder.")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors")
     _, params = split(Qwen3(CONFIG, rngs=nnx.Rngs(0)))
-    save_text_encoder(parser.parse_args().output, params, dtype=jnp.bfloat16)
+    save_network(QWEN3, parser.parse_args().output, params, dtype=jnp.bfloat16)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import optax
 from flax import nnx
 from jax import Array
 
-from anima_jax.checkpoints.models import save_vae
+from anima_jax.checkpoints.models import save_network
+from anima_jax.checkpoints.names.networks import WAN_VAE
 from anima_jax.data import shapes
 from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -62,7 +63,7 @@ def main() -> None:
     params = {path: value.astype(jnp.bfloat16).astype(jnp.float32) for path, value in params.items()}
     report = reconstruction_error(graphdef, params, draw_images(512, np.random.default_rng(options.seed + 1)))
     print(report)
-    save_vae(options.output, params, CONFIG, dtype=jnp.bfloat16, metadata=report)
+    save_network(WAN_VAE, options.output, params, config=CONFIG, dtype=jnp.bfloat16, metadata=report)
 
 
 def draw_images(count: int, rng: np.random.Generator, *, any_colours: float = 0.0) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Copies and casts of large host arrays, at the speed of memory.
+"""Fast copies and casts of large host arrays.
 
-numpy walks a transposed array one element at a time, and for bfloat16 by a slow path of its own: 0.17 GB/s for a weight
-matrix. Seen as integers and taken in strips of 16 rows, which keep both sides in the cache, it is 1.5 GB/s.
+numpy copies a transposed array element by element, with an even slower path for bfloat16: 0.17 GB/s for a weight
+matrix. Viewed as integers and copied in strips of 16 rows, which keep both sides in the CPU cache, it is 1.5 GB/s.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,7 @@ _STRIP = 16
 
 
 def copy_into(out: np.ndarray, source: np.ndarray) -> None:
-    """`out[...] = source` for arrays of one shape and one dtype, `source` often a transposed view."""
+    """Assign `out[...] = source` for arrays of the same shape and dtype, where `source` is often a transposed view."""
     integers = np.dtype(f"u{out.dtype.itemsize}")
     out, source = out.view(integers), source.view(integers)
     if source.ndim == 2 and source.strides[0] < source.strides[1]:
@@ -24,7 +26,7 @@ def copy_into(out: np.ndarray, source: np.ndarray) -> None:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """`array` in row-major order: itself if it is so already."""
+    """Return `array` in row-major order, itself if it already is."""
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
@@ -32,11 +34,11 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`array` in `dtype`, rounded to nearest even.
+def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """Cast `array` to `dtype`, rounding to nearest even; `name` is the tensor's in an error.
 
-    UserError if a finite value has no finite place in `dtype` (float16 ends at 65504); infinities and NaNs that are
-    there already pass.
+    Raises UserError if a finite value overflows in `dtype` (float16 ends at 65504). Infinities and NaNs in `array`
+    pass.
     """
     if array.dtype == dtype:
         return array

@@ -1,20 +1,19 @@
-"""Folders as diffusers has them: a folder for each network, with its settings, and an index.
+"""diffusers' format: a folder with a subfolder per network, which contains its weights and settings, and an index.
 
-Both directions keep every value as it is stored. Nothing of diffusers is needed.
+Values are read and written as they are stored. The diffusers library is not needed.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import Checkpoint, fit
-from anima_jax.checkpoints.names import diffusers as names
-from anima_jax.checkpoints.names import dit, file_tensors, wan_vae
+from anima_jax.checkpoints.names import diffusers, dit, file_tensors, wan_vae
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError, shorten
@@ -25,14 +24,14 @@ from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 
 VERSION = "0.42.0"
-"""Of diffusers, whose settings these are."""
+"""Version of diffusers in whose format the settings are written."""
 
 INDEX = "modular_model_index.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A network's folder: the class that loads it, the file of its weights, and its settings, given the sizes."""
+    """A network's subfolder: the class that loads it, the file of its weights, and its settings, given the sizes."""
 
     network: Network
     library: str
@@ -126,22 +125,24 @@ _OTHERS = {
 }
 
 
-def spelled(component: str, name: str, config: Any) -> str:
-    """The name in a component's folder of a tensor of the original file."""
+def folder_name(component: str, name: str, config: Any) -> str:
+    """Return the name in a component's subfolder of a tensor with this original name."""
     if component == "vae":
-        return names.vae(name, config.blocks_per_level)
-    return {"transformer": names.transformer, "text_conditioner": names.text_conditioner}.get(component, str)(name)
+        return diffusers.vae(name, config.blocks_per_level)
+    if component == "text_encoder":
+        return name
+    return diffusers.transformer(name) if component == "transformer" else diffusers.text_conditioner(name)
 
 
 def settings(component: str, config: Any) -> dict[str, Any]:
-    """What a component's `config.json` says of a network of these sizes."""
+    """Return the contents of a component's `config.json`, for a network of these sizes."""
     row = COMPONENTS[component]
     header = {} if row.library == "transformers" else {"_class_name": row.loaded_by, "_diffusers_version": VERSION}
     return header | row.settings(config)
 
 
-def index(folder: PathLike, components: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-    """What the index of a folder with these components says."""
+def index(folder: PathLike, components: Iterable[str]) -> dict[str, Any]:
+    """Return the contents of the index of a folder with these components."""
     found: dict[str, Any] = {
         "_blocks_class_name": "AnimaAutoBlocks",
         "_class_name": "AnimaModularPipeline",
@@ -156,45 +157,44 @@ def index(folder: PathLike, components: Mapping[str, Any] | list[str]) -> dict[s
 
 
 def components_in(folder: PathLike) -> list[str]:
-    """The networks that a folder of diffusers' holds. UserError if it has no transformer."""
+    """Return the networks in a diffusers folder. Raises UserError if it has no transformer."""
     found = [name for name in COMPONENTS if (pathlib.Path(folder) / name).is_dir()]
     if "transformer" not in found:
-        raise UserError(f"{folder}: is a folder without transformer/, expected one of diffusers', or a file")
+        raise UserError(f"{folder}: is a folder without transformer/, expected a diffusers folder or a file")
     return found
 
 
 @contextlib.contextmanager
 def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
-    """A network in a folder of diffusers', under its original names; several files of weights are one."""
+    """Open a network in a diffusers folder, under its original names; several files of weights are read as one."""
     root = pathlib.Path(folder) / component
     paths = sorted(root.glob("*.safetensors"))
     if not paths:
-        raise UserError(f"{root}: holds no .safetensors file")
+        raise UserError(f"{root}: contains no .safetensors file")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
         keys = {key: StoredTensor(file, key) for file in files for key in file.tensors}
         original = _original_names(component, root, keys)
-        sources = {original[key]: source for key, source in keys.items() if key in original}
         unknown = [key for key in keys if key not in original]
         if unknown:
-            raise UserError(f"{root}: {len(unknown)} tensors are none of a {component}: {shorten(unknown)}")
-        location = NetworkKeys("", {}, (), (), ())
-        yield fit(COMPONENTS[component].network, str(root), files[0], location, sources, [])
+            raise UserError(f"{root}: {len(unknown)} tensors do not belong to a {component}: {shorten(unknown)}")
+        sources = {original[key]: source for key, source in keys.items()}
+        yield fit(COMPONENTS[component].network, str(root), sources, files[0].metadata, NetworkKeys())
 
 
 def _original_names(component: str, root: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, str]:
-    """Name in the folder → name in the original file, for every tensor that such a network may have."""
+    """Return name in the folder → original name, for every tensor that such a network can have."""
     if component == "vae":
         config = _vae_config(root)
         _, shapes = parameters.abstract(lambda rngs: WanVAE(config, rngs=rngs))
-        own = [tensor.name for tensor in file_tensors(wan_vae.rules(config), shapes)]
-        return {spelled(component, name, config): name for name in own}
+        names = [tensor.name for tensor in file_tensors(wan_vae.rules(config), shapes)]
+        return {folder_name(component, name, config): name for name in names}
     if component == "text_encoder":
         return {key: key.removeprefix("model.") for key in keys}
     blocks = max(1, dit.count_blocks(keys, "transformer_blocks." if component == "transformer" else "blocks."))
-    inside = component == "text_conditioner"
-    own = [name for name in dit.tensor_names(blocks) if name.startswith(dit.ADAPTER) == inside]
-    return {spelled(component, name, None): name for name in own}
+    of_adapter = component == "text_conditioner"
+    names = [name for name in dit.tensor_names(blocks) if name.startswith(dit.ADAPTER) == of_adapter]
+    return {folder_name(component, name, None): name for name in names}
 
 
 def _vae_config(root: pathlib.Path) -> WanVAEConfig:
@@ -208,4 +208,4 @@ def _vae_config(root: pathlib.Path) -> WanVAEConfig:
             temporal_down=tuple(found["temperal_downsample"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: says not what the VAE is: {error}") from error
+        raise UserError(f"{path}: does not describe the VAE: {error}") from error

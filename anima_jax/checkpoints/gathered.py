@@ -1,4 +1,4 @@
-"""Files written from arrays that lie on the devices of several processes: all of them gather, the first one writes."""
+"""Writing files from arrays sharded over several processes: all processes gather, process 0 writes."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ from anima_jax.errors import UserError
 
 
 def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array in host memory. All processes must ask for it if none has all of it."""
+    """Return the full array in host memory. If it is sharded over several processes, all of them must call this."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
@@ -25,21 +25,21 @@ def write(
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`safetensors.write` by the first process; the others take part in what `array_of` gathers.
+    """Call `safetensors.write` in process 0, while the other processes take part in what `array_of` gathers.
 
-    If the first one cannot write it gathers all the same, so that they stay in step, and raises UserError then.
+    If process 0 fails, it still gathers the remaining tensors, so that no process waits for it, and then raises.
     """
     tensors = safetensors.in_file_order(tensors)
-    left = [tensor.name for tensor in tensors]
+    remaining = [tensor.name for tensor in tensors]
 
-    def gathered(name: str) -> np.ndarray:
-        left.remove(name)
+    def gather(name: str) -> np.ndarray:
+        remaining.remove(name)
         return array_of(name)
 
     try:
         if jax.process_index() == 0:
-            safetensors.write(path, tensors, gathered, metadata)
+            safetensors.write(path, tensors, gather, metadata)
     finally:
-        for name in left if jax.process_count() > 1 else ():
-            with contextlib.suppress(UserError):  # a value that overflows, which the first one reports
+        for name in remaining if jax.process_count() > 1 else ():
+            with contextlib.suppress(UserError):  # of a value that overflows, which process 0 reports
                 array_of(name)

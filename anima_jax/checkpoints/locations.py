@@ -1,7 +1,7 @@
-"""Where files are: a local path, an object store (`gs://bucket/file`), or the Hugging Face hub (`hf://owner/repo/file`).
+"""Files by path or address: local, in an object store (`gs://bucket/file`) or on the hub (`hf://owner/repo/file`).
 
-Local files are opened as plain descriptors; object stores go through etils.epath; a file of the hub is downloaded once
-into the hub's own cache and is local from then on.
+Local files are opened unbuffered. Object stores are read through etils.epath. A file on the Hugging Face hub is
+downloaded once into the hub's own cache and is local from then on.
 """
 
 import contextlib
@@ -12,24 +12,24 @@ import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
-from anima_jax.errors import UserError, first_line, os_reason
+from anima_jax.errors import UserError, first_line, os_reason, shorten
 
 PathLike = str | os.PathLike[str]
 
 
 def resolve(path: PathLike) -> str:
-    """`path` as something to open: a file of the hub is fetched into the local cache, all else stays as it is."""
+    """Return the path to open: of a file on the hub, its copy in the local cache, downloaded if needed."""
     path = os.fspath(path)
     return _from_hub(path) if path.startswith("hf://") else path
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether `path` is an address (`gs://…`) and not a path of this machine."""
+    """Return whether `path` is an address (`gs://…`) rather than a local path."""
     return "://" in os.fspath(path)
 
 
 def open_for_reading(path: str) -> tuple[IO[bytes], int]:
-    """An unbuffered file and its size in bytes. Raises UserError for what is missing, is a folder or cannot be read."""
+    """Return an unbuffered file and its size in bytes. Raises UserError if it is missing, a folder or unreadable."""
     if is_remote(path):
         return _open_remote(path)
     try:
@@ -46,7 +46,7 @@ def open_for_reading(path: str) -> tuple[IO[bytes], int]:
 
 
 def file_sha256(path: PathLike) -> bytes:
-    """SHA-256 of a file's bytes. Raises UserError as `open_for_reading` does."""
+    """Return the SHA-256 of a file's bytes. Raises UserError as `open_for_reading` does."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**22))
     file, _ = open_for_reading(resolve(path))
     with file:
@@ -56,7 +56,7 @@ def file_sha256(path: PathLike) -> bytes:
 
 
 def read_into(file: IO[bytes], buffer: memoryview) -> int:
-    """Fill the beginning of `buffer` from where `file` stands; how many bytes it was, 0 at the end."""
+    """Read into the beginning of `buffer` and return the number of bytes, 0 at the end of the file."""
     if hasattr(file, "readinto"):
         return file.readinto(buffer)  # type: ignore[attr-defined]
     data = file.read(len(buffer))
@@ -66,10 +66,10 @@ def read_into(file: IO[bytes], buffer: memoryview) -> int:
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-    """A file that becomes `path` when the block ends well; when it does not, an existing `path` stays as it was.
+    """Open a file that becomes `path` if the block ends without an error; else an existing `path` is unchanged.
 
-    The bytes go to a temporary name in the same folder. Raises UserError where `path` cannot be written; an error that
-    comes out of the block itself passes through unchanged.
+    Until then the bytes are under a temporary name in the same folder. Raises UserError if `path` cannot be written; an
+    error in the block itself passes through unchanged.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -98,7 +98,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def writing_to(path: str) -> Iterator[None]:
-    """Turn what the system says against writing into a UserError about `path`."""
+    """Raise the system's errors when writing `path` as a UserError about it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -108,7 +108,7 @@ def writing_to(path: str) -> Iterator[None]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the rename itself survive a power cut; file systems that cannot are left alone."""
+    """Make a rename in this folder survive a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -119,7 +119,7 @@ def _sync_folder(folder: str) -> None:
 
 def _candidates(folder: str) -> str:
     names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    return f"; it holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" if names else ""
+    return f"; it contains {shorten(names, 3)}" if names else ""
 
 
 def _remote(path: str) -> Any:
@@ -128,7 +128,7 @@ def _remote(path: str) -> Any:
 
         return epath.Path(path)
     except (ImportError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: this kind of address cannot be read here: {error}") from error
+        raise UserError(f"{path}: this kind of address is not supported: {error}") from error
 
 
 def _open_remote(path: str) -> tuple[IO[bytes], int]:
@@ -156,20 +156,18 @@ def _replacing_remote(path: str) -> Iterator[IO[bytes]]:
 
 
 def _from_hub(address: str) -> str:
-    """The local copy of `hf://owner/repo[@revision]/path/of/file`."""
+    """Return the local copy of `hf://owner/repo[@revision]/path/of/file`."""
     parts = address.removeprefix("hf://").split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise UserError(f"{address}: expected hf://owner/repo/file")
     owner, repo, filename = parts
     repo, _, revision = repo.partition("@")
-    try:
-        from huggingface_hub import hf_hub_download, logging
-    except ImportError as error:
-        raise UserError(f"{address}: needs the package huggingface_hub (pip install huggingface_hub)") from error
-    logging.set_verbosity_error()  # without a network it warns of every retry; the error below says all of it once
+    from huggingface_hub import hf_hub_download, logging
+
+    logging.set_verbosity_error()  # without a network it warns of every retry; the error below reports it once
     try:
         return hf_hub_download(f"{owner}/{repo}", filename, revision=revision or None)
-    except Exception as error:  # the client raises types of its own and of whichever HTTP library it uses
+    except Exception as error:  # the client raises its own types and those of its HTTP library
         raise UserError(
             f"{address}: could not be downloaded and is not in the local cache ({first_line(error)}); without a "
             f"network, fetch {filename} from https://huggingface.co/{owner}/{repo} and give its local path instead"

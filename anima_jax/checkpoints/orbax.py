@@ -1,12 +1,13 @@
-"""Checkpoints of a run on disk, through Orbax (its v1 interface): `FOLDER/<step>` holds named items, pytrees of arrays.
+"""Checkpoints of a run, through Orbax (its v1 interface): `FOLDER/<step>` contains named items, pytrees of arrays.
 
-Every item is stored as a flat table, path in the tree → array, whatever containers it is made of, and what is read is
-compared with what is expected before anything is loaded: Orbax itself would cast and reshape. A checkpoint is written
-under a temporary name and renamed when it is whole, so one that is being written when the process dies, or that finds
-the disk full, leaves those before it as they were.
+Every item is stored as a flat table, path in the tree → array, independently of the tree's containers. Before anything
+is loaded, the stored layout is compared with the expected one, because Orbax itself would cast and reshape. A
+checkpoint is written under a temporary name and renamed when it is complete: if the process dies or the disk is full,
+the earlier checkpoints are unchanged.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import pathlib
@@ -14,7 +15,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,35 +27,42 @@ from anima_jax.errors import UserError, os_reason, shorten
 log = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_S = 4 * 3600
-"""After so many seconds a save that is not finished has failed; Orbax's own 20 minutes are short for a slow disk."""
+"""A save that takes longer has failed. Orbax's default, 20 minutes, is too short for a slow disk."""
 
 _LAST_FILE = "_CHECKPOINT_METADATA"
-"""What Orbax writes last; a copy of a folder that was cut short lacks it."""
-
-_NO_ROOM = (
-    (r"No space left|ENOSPC", "the disk is full"),
-    (r"[Qq]uota exceeded|EDQUOT", "the disk quota is used up"),
-    (r"File too large|EFBIG", "a file would be larger than this process may write (ulimit -f)"),
-)
-
-# Orbax logs each error with a traceback from every one of its threads; what it raises is reported here, once.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+"""The file that Orbax writes last; an incomplete copy of a checkpoint does not have it."""
 
 
-def _unraisable(told: Any, before=sys.unraisablehook) -> None:
-    # TensorStore's threads have news for an event loop that Orbax gave up when the disk was full.
-    if str(told.exc_value) != "Event loop is closed":
-        before(told)
+@contextlib.contextmanager
+def errors_reported_once() -> Iterator[None]:
+    """Silence what Orbax and TensorStore print about a failed save while this is active: `RunCheckpoints` reports it.
 
+    Orbax logs each error with a traceback from every one of its threads. When a save fails, Orbax drops coroutines and
+    closes an event loop that TensorStore's threads still notify; Python reports both on stderr.
+    """
 
-sys.unraisablehook = _unraisable
-warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)  # likewise
+    def is_not_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def unraisable(args: "sys.UnraisableHookArgs") -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
+    logging.getLogger("absl").addFilter(is_not_orbax)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+            yield
+    finally:
+        logging.getLogger("absl").removeFilter(is_not_orbax)
+        sys.unraisablehook = before
 
 
 class RunCheckpoints:
-    """The checkpoints in `folder`, of which the newest `keep` stay (None: all). One run writes to it at a time.
+    """The checkpoints in `folder`, of which the newest `keep` are kept (None: all). One run writes to it at a time.
 
-    Saving is asynchronous: the arrays may be donated as soon as `save` returns. Close it before the program ends.
+    Saving is asynchronous, but the arrays may be donated as soon as `save` returns. Close it before the program ends.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None):
@@ -62,28 +70,28 @@ class RunCheckpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
         self.failure: str | None = None
-        """Why the last save that is finished failed, one line; None if it did not."""
+        """Why the last finished save failed, on one line; None if it succeeded."""
 
     @property
     def writing(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._pending is not None and not self._pending.done()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         found = (path for path in self.folder.iterdir() if path.name.isdecimal() and (path / _LAST_FILE).is_file())
         return sorted(int(path.name) for path in found)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint that is whole, None if there is none."""
+        """Return the step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint, once the one before is finished; one that exists stays as it is.
+        """Start to write a checkpoint, once the previous one is finished; an existing one is unchanged.
 
-        `metadata` goes into JSON. What fails is logged as one line, now or when it happens, and nothing is raised.
+        `metadata` must be JSON. An error, now or during the write, is logged as one line and not raised.
         """
         self.wait()
         if step in self.steps():
@@ -102,28 +110,28 @@ class RunCheckpoints:
         self._pending = self._thread.submit(self._finish, step, saving)
 
     def wait(self) -> None:
-        """Until nothing is being written. `failure` tells how it went."""
+        """Wait until no save is in progress; then `failure` says whether it succeeded."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait, and end. A program that ends while Orbax is writing hangs instead."""
+        """Wait for the save in progress and end the thread. A program that ends while Orbax writes would hang."""
         self.wait()
         self._thread.shutdown()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What was given to `save`. Raises UserError if the checkpoint is not there or damaged."""
+        """Return the `metadata` given to `save`. Raises UserError if the checkpoint is missing or damaged."""
         return self._read(step)["run"]
 
     def layout(self, step: int) -> dict[str, dict[str, str]]:
-        """Item → path → dtype and shape, `float32[28,10]`. Raises UserError as `metadata` does."""
+        """Return item → path → dtype and shape, `float32[28,10]`. Raises UserError as `metadata` does."""
         return self._read(step)["layout"]
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-        """The items named in `abstract`, trees of arrays (or `jax.ShapeDtypeStruct`s) with the wanted shardings.
+        """Return the items named in `abstract`, trees of arrays (or `jax.ShapeDtypeStruct`s) with the wanted shardings.
 
-        The values are equal bit by bit to those saved. Raises UserError if what was saved has another layout, or is
+        The values are bit-identical to those saved. Raises UserError if the saved items have another layout or are
         damaged.
         """
         wanted = {name: flat(tree) for name, tree in abstract.items()}
@@ -133,7 +141,7 @@ class RunCheckpoints:
                 raise UserError(f"{self.folder / str(step)}: has no {name}, only {', '.join(sorted(layout))}")
             different = layout_differences(layout[name], layout_of(tree))
             if different:
-                raise UserError(f"{self.folder / str(step)}: {name} is another: {shorten(different)}")
+                raise UserError(f"{self.folder / str(step)}: {name} has a different layout: {shorten(different)}")
         specs = {name: {path: _spec(leaf) for path, leaf in leaves.items()} for name, leaves in wanted.items()}
         with _context():
             found = self._damaged_if_raises(step, lambda path: ocp.load_checkpointables(path, _not_empty(specs)))
@@ -149,17 +157,17 @@ class RunCheckpoints:
     def _read(self, step: int) -> dict[str, Any]:
         found = self._damaged_if_raises(step, lambda path: ocp.checkpointables_metadata(path).custom_metadata)
         if not isinstance(found, dict) or not {"run", "layout"} <= found.keys():
-            raise UserError(f"{self.folder / str(step)}: is no checkpoint of this program")
+            raise UserError(f"{self.folder / str(step)}: is not a checkpoint of this program")
         return found
 
-    def _damaged_if_raises(self, step: int, read):
-        path = self.folder / str(step)
+    def _damaged_if_raises(self, step: int, read: Callable[[str], Any]) -> Any:
+        path = os.fspath(self.folder / str(step))
         try:
             return read(path)
-        except Exception as error:  # of every kind, see `save`
+        except Exception as error:  # of many types, as in `save`
             older = [other for other in self.steps() if other < step]
-            advice = f"; without that folder, the run goes on from step {older[-1]}" if older else ""
-            raise UserError(f"{path}: cannot be read ({_reason(error)}){advice}") from error
+            advice = f"; without that folder, the run resumes from step {older[-1]}" if older else ""
+            raise UserError(f"{path}: cannot be read ({os_reason(error)}){advice}") from error
 
     def _finish(self, step: int, saving: "ocp.AsyncResponse[None]") -> None:
         try:
@@ -172,7 +180,7 @@ class RunCheckpoints:
             for old in self.steps()[: -self._keep]:
                 path = self.folder / str(old)
                 try:
-                    # Under the name of what `_sweep` clears away: half of a checkpoint is never taken for one.
+                    # Under a name that `_sweep` deletes: half a checkpoint is never taken for a complete one.
                     shutil.rmtree(path.rename(self.folder / f"{old}.old"))
                 except OSError as error:
                     log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
@@ -180,12 +188,12 @@ class RunCheckpoints:
     def _failed(self, step: int, error: Exception) -> None:
         self._sweep()
         latest = self.latest()
-        kept = "there is none before it" if latest is None else f"that of step {latest} stays the newest"
-        self.failure = f"{self.folder}: the checkpoint of step {step} could not be saved ({_reason(error)}); {kept}"
+        kept = "there is no earlier one" if latest is None else f"the newest is still that of step {latest}"
+        self.failure = f"{self.folder}: the checkpoint of step {step} could not be saved ({os_reason(error)}); {kept}"
         log.warning(self.failure)
 
     def _sweep(self) -> None:
-        """Delete what killed or failed saves and deletions have left."""
+        """Delete what interrupted saves and deletions have left."""
         if jax.process_index() == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if re.fullmatch(r"\d+\..+", path.name):
@@ -193,7 +201,7 @@ class RunCheckpoints:
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Path → array (or what stands for one). Containers without leaves (None, empty states) leave no trace."""
+    """Return path → array (or a struct in its place). Containers without leaves (None, empty states) have no entry."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
@@ -205,12 +213,12 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def layout_of(tree: Any) -> dict[str, str]:
-    """Path → dtype and shape, `float32[28,10]`, of each leaf; `tree` may be abstract."""
+    """Return path → dtype and shape, `float32[28,10]`, of each leaf; `tree` may be abstract."""
     return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in flat(tree).items()}
 
 
 def layout_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """A few words for every path of two layouts that one of them lacks or that has another dtype or shape."""
+    """Describe every path that only one of two layouts has, or that has another dtype or shape in them."""
     lines = [f"{path} was {old[path]}, now {new[path]}" for path in new if path in old and old[path] != new[path]]
     return lines + [f"{path} is gone" for path in old if path not in new] + [f"{p} is new" for p in new if p not in old]
 
@@ -218,14 +226,14 @@ def layout_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[s
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.asynchronous.timeout_secs = SAVE_TIMEOUT_S
-    # Here and now, where an error has a caller.
+    # In the calling thread, where an error can be raised.
     context.asynchronous.create_directories_asynchronously = False
-    context.array.saving.use_compression = False  # trained weights and moments hardly shrink
+    context.array.saving.use_compression = False  # trained weights and moments hardly compress
     return context
 
 
 def _not_empty(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Without arrays of no elements, and items of no arrays: Orbax stores neither, but the layout knows them."""
+    """Drop arrays without elements and items without arrays, which Orbax does not store; the layout lists them."""
     found = {name: {path: leaf for path, leaf in leaves.items() if leaf.size} for name, leaves in items.items()}
     return {name: leaves for name, leaves in found.items() if leaves}
 
@@ -233,9 +241,3 @@ def _not_empty(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    known = (words for pattern, words in _NO_ROOM if re.search(pattern, text))
-    return next(known, " ".join(text.split())[:200])

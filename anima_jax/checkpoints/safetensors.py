@@ -1,8 +1,9 @@
 """Safetensors files, read and written one tensor at a time.
 
-Everything a header claims is checked before anything is allocated (safetensors_header.py). Tensors are read into fresh
-memory, not mapped: a file that is cut off under us is an error and not a crash, and a model being loaded is not in
-memory twice.
+Used instead of the format's own library, which cannot write a file tensor by tensor, read rows into memory of ours,
+read from object stores, or represent float8 in numpy. Everything that a header claims is checked before anything is
+allocated (safetensors_header.py). Tensors are read, not memory-mapped: a file that is cut off meanwhile is an error and
+not a crash, and a model being loaded is not in memory twice.
 """
 
 import os
@@ -20,9 +21,10 @@ __all__ = ["CODES", "DTYPES", "SafetensorsFile", "TensorInfo", "write"]
 
 
 class SafetensorsFile:
-    """An open file: `metadata` (str → str), `tensors` (name → Tensor, in the header's order), `read`. For a `with`.
+    """An open file: `metadata` (str → str), `tensors` (name → TensorInfo, in the header's order) and `read`.
 
-    `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError for whatever is not a sound safetensors file.
+    A context manager that closes the file. `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if it
+    cannot be opened or is not a valid safetensors file.
     """
 
     def __init__(self, path: locations.PathLike):
@@ -45,11 +47,11 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        """Free the descriptor."""
+        """Close the file."""
         self._file.close()
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """The tensor `name`, or these rows of its first axis, in memory of its own, in its stored dtype."""
+        """Read the tensor `name`, or these rows of its first axis, into a new array of the stored dtype."""
         tensor = self.tensors[name]
         first, last, _ = (rows or slice(None)).indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
         array = np.empty((last - first, *tensor.shape[1:]) if tensor.shape else (), tensor.dtype)
@@ -64,11 +66,11 @@ def write(
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors`, asking `array_of(name)` for each when its turn comes; one array is held at a time.
+    """Write `tensors`, calling `array_of(name)` for each in turn, so that one array is in memory at a time.
 
-    Arrays may have any strides but must have the announced shape and dtype (ValueError). The file appears under its
-    name only when it is complete; whatever goes wrong, a file already there stays as it was. UserError for a full disk,
-    a missing folder and the like.
+    Arrays may have any strides. The file appears under its name only when it is complete; after any error an existing
+    file is unchanged. Raises ValueError for an array of another shape or dtype than announced, UserError for a full
+    disk, a missing folder and similar.
     """
     ordered = in_file_order(tensors)
     header = safetensors_header.build(ordered, metadata)
@@ -77,18 +79,18 @@ def write(
         for tensor in ordered:
             array = array_of(tensor.name)
             if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"{tensor}: announced, {array.dtype} {array.shape} given")
+                raise ValueError(f"{tensor} was announced, the array is {array.dtype} {array.shape}")
             _write_all(path, file, _bytes_of(np.ascontiguousarray(array)))
             del array
 
 
 def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """The tensors as `write` asks for them: in such an order that each lies aligned; ties keep theirs."""
+    """Return the tensors in the order of the file, in which each is aligned: by item size, otherwise unchanged."""
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    """The memory of a C-contiguous array as bytes."""
+    """Return the memory of a C-contiguous array as bytes."""
     return array.reshape(-1).view(np.uint8).data
 
 
@@ -103,44 +105,44 @@ def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) ->
     try:
         file.seek(start)
         while buffer:
-            count = locations.read_into(file, buffer[: 2**30])  # the system reads at most 2 GB at once
+            count = locations.read_into(file, buffer[: 2**30])  # a system call reads at most 2 GB
             if not count:
-                raise UserError(f"{path}: ends early: it was cut off while being read")
+                raise UserError(f"{path}: ends early: it was cut off while it was read")
             buffer = buffer[count:]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {os_reason(error)}") from error
 
 
 def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
-    """The JSON of the header, if the file begins as a safetensors file does."""
+    """Return the header's JSON. Raises HeaderError if the file does not begin like a safetensors file."""
     if size == 0:
         raise HeaderError("is empty")
     start = bytearray(min(size, 512))
     _read_exactly(path, file, 0, memoryview(start))
     length = int.from_bytes(start[:8], "little")
-    if start[8:9] != b"{":
+    if start[8:9] != bytearray(b"{"):
         raise HeaderError(_what_else(path, bytes(start)))
     if length > size - 8:
-        raise HeaderError(f"is cut off or damaged: its header should have {length} bytes, the whole file has {size}")
+        raise HeaderError(f"is cut off or damaged: its header should have {length} bytes, the file has {size}")
     if length > safetensors_header.LIMIT:
-        raise HeaderError(f"its header claims {length} bytes; the format allows {safetensors_header.LIMIT}")
+        raise HeaderError(f"its header claims {length} bytes, the format allows {safetensors_header.LIMIT}")
     header = bytearray(length)
     _read_exactly(path, file, 8, memoryview(header))
     return header
 
 
 def _what_else(path: str, start: bytes) -> str:
-    """What a file is that is not safetensors, and what to do about it."""
+    """Say what a file is that is not safetensors, and what to do about it."""
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
         return (
-            "is a pickle (PyTorch .pth, .ckpt, .pt), which can run code and is not read here; convert it once where "
+            "is a pickle (PyTorch .pth, .ckpt, .pt), which can run code and is not supported; convert it once where "
             'PyTorch is installed: python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
             f"{os.path.basename(path)!r}, map_location='cpu', weights_only=True), 'converted.safetensors')\""
         )
     if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer and not the file itself; run `git lfs pull` or download the file"
+        return "is a git-lfs pointer, not the file itself; run `git lfs pull` or download the file"
     if re.match(rb"\s*(<!doctype|<html|<\?xml)", start, re.IGNORECASE):
-        return "is a web page and not a model: the download went wrong (often a login or licence page)"
+        return "is a web page, not a model: the download went wrong (often a login or licence page)"
     if start.startswith(b"GGUF"):
-        return "is a GGUF file, whose quantised weights are not read here; use the model's .safetensors file"
+        return "is a GGUF file, whose quantised weights are not supported; use the model's .safetensors file"
     return "is not a safetensors file, or its beginning is damaged"

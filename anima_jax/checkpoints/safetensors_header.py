@@ -1,7 +1,7 @@
 """The header of a safetensors file: parsed strictly, checked against the file's real size, and written.
 
-A file is eight bytes of header length (little endian), a JSON header (name → dtype, shape, byte range) and the bytes of
-the tensors, without holes (https://github.com/huggingface/safetensors, "Format").
+A file consists of eight bytes of header length (little endian), a JSON header (name → dtype, shape, byte range) and the
+bytes of the tensors without gaps (https://github.com/huggingface/safetensors, "Format").
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 LIMIT = 100_000_000
-"""Bytes of a header; the limit of the format's own library."""
+"""Largest header in bytes, as in the format's own library."""
 
 _ENTRY_LIMIT = 4096  # characters of one tensor's entry; a real one has about 80
 _MAX_AXES = 64  # numpy's
@@ -47,12 +47,12 @@ _JSON = json.JSONDecoder()
 
 
 class HeaderError(Exception):
-    """What is wrong with a header."""
+    """A header that is not valid; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor. `start` counts bytes from the beginning of the file."""
+    """A tensor as described in the header. `start` counts bytes from the beginning of the file."""
 
     name: str
     dtype: np.dtype
@@ -65,12 +65,12 @@ class TensorInfo:
 
     @property
     def code(self) -> str:
-        """The dtype as the format spells it: `BF16`, `F32`, …"""
+        """The format's name of the dtype: `BF16`, `F32`, …"""
         return CODES[self.dtype]
 
 
 def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Metadata, and name → Tensor, of a file of `file_size` bytes with this header. Raises HeaderError."""
+    """Return the metadata, and name → TensorInfo, of a file of `file_size` bytes. Raises HeaderError."""
     try:
         text = header.decode()
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], di
 
 
 def build(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """The first bytes of a file whose tensors follow in this order. ValueError for names that occur twice."""
+    """Return the first bytes of a file whose tensors follow in this order. Raises ValueError for duplicate names."""
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -95,7 +95,7 @@ def build(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> 
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LIMIT:
-        raise ValueError(f"the header would have {len(text)} bytes; the format allows {LIMIT}")
+        raise ValueError(f"the header would have {len(text)} bytes, the format allows {LIMIT}")
     return len(text).to_bytes(8, "little") + text
 
 
@@ -114,7 +114,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int
             f"is cut off or damaged: {name!r:.200} should end at byte {data_start + end:.6g}, the file has {file_size}"
         )
     tensor = TensorInfo(name, DTYPES[code], tuple(shape), data_start + begin)
-    # The product without zeros: a zero must not excuse an absurd size beside it.
+    # The product without zeros: a zero must not hide an absurd size next to it.
     if math.prod(filter(None, shape)) * tensor.dtype.itemsize >= 2**63 or tensor.nbytes != end - begin:
         raise HeaderError(f"{name!r:.200} is {code} {shape!r:.80} but has {end - begin} bytes")
     return tensor
@@ -125,7 +125,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_gapless(tensors: Iterable[TensorInfo], data_start: int, file_size: int) -> None:
-    """The bytes of the file belong to exactly one tensor each."""
+    """Raise HeaderError unless each byte of the data belongs to exactly one tensor."""
     at, before = data_start, None
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start < at:
@@ -138,9 +138,9 @@ def _check_gapless(tensors: Iterable[TensorInfo], data_start: int, file_size: in
 
 
 class _Parser:
-    """The header's JSON, which has only two forms of value, read without ever building more than one entry.
+    """A parser of the header's JSON, which has only two kinds of value, that builds one entry at a time.
 
-    A general JSON parser would turn a hostile 100 MB of brackets into gigabytes of objects or a deep recursion.
+    A general JSON parser would turn a malicious 100 MB of brackets into gigabytes of objects or a deep recursion.
     """
 
     def __init__(self, text: str):
@@ -148,7 +148,7 @@ class _Parser:
         self.at = 0
 
     def header(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Metadata, and name → the tensor's entry as it stands."""
+        """Return the metadata, and name → the tensor's entry, not yet checked."""
         metadata: dict[str, str] | None = None
         entries: dict[str, dict[str, Any]] = {}
         for name in self._keys():
@@ -172,7 +172,7 @@ class _Parser:
         return metadata
 
     def _entry(self, name: str) -> dict[str, Any]:
-        # No legitimate string inside an entry contains a brace.
+        # No valid string inside an entry contains a brace.
         end = self.text.find("}", self.at, self.at + _ENTRY_LIMIT) + 1
         try:
             if not end:
@@ -188,7 +188,7 @@ class _Parser:
         return dict(pairs)
 
     def _keys(self) -> Iterator[str]:
-        """The keys of the object that begins here. Whoever iterates reads each key's value before the next."""
+        """Yield the keys of the object that begins here. The caller reads each key's value before the next key."""
         self._expect("{")
         for index in itertools.count():
             if self._take("}"):
@@ -206,7 +206,7 @@ class _Parser:
             raise self._damaged("a string")
         try:
             value, end = _JSON.raw_decode(self.text, self.at)
-            value.encode()  # a lone surrogate can be spelt in JSON but is not text
+            value.encode()  # a lone surrogate is valid JSON but not valid text
         except ValueError as error:
             raise self._damaged("a valid string") from error
         self.at = end

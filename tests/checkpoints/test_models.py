@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import anima_jax
 from anima_jax.checkpoints import models
 from anima_jax.checkpoints.copying import cast, contiguous
+from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -68,15 +69,15 @@ def test_transformer_file_comes_back_bit_for_bit(tmp_path, dit_params):
 
 def test_text_encoder_file_comes_back_bit_for_bit(tmp_path):
     path = GOLDEN / "qwen3.model.safetensors"
-    models.save_text_encoder(tmp_path / "out.safetensors", params_of(anima_jax.load_text_encoder(path)))
+    models.save_network(QWEN3, tmp_path / "out.safetensors", params_of(anima_jax.load_text_encoder(path)))
     assert_same_files(tmp_path / "out.safetensors", path)
 
 
 def test_vae_file_comes_back_bit_for_bit(tmp_path):
     path = GOLDEN / "vae.model.safetensors"
-    with models.open_vae(path) as checkpoint:
+    with models.open_network(WAN_VAE, path) as checkpoint:
         params = checkpoint.load()
-    models.save_vae(tmp_path / "out.safetensors", params, checkpoint.config)
+    models.save_network(WAN_VAE, tmp_path / "out.safetensors", params, config=checkpoint.config)
     assert_same_files(tmp_path / "out.safetensors", path)
 
 
@@ -268,7 +269,7 @@ def test_file_of_another_kind_is_called_by_its_name():
     assert "it looks like: Wan VAE" in refusal(GOLDEN / "vae.model.safetensors")
     assert "it looks like: LoRA" in refusal(GOLDEN / "lora_rank4.safetensors")
     assert "it looks like: Anima transformer" in refusal(DIT_FILE, anima_jax.load_vae)
-    assert "it holds 104 tensors" in refusal(GOLDEN / "samplers.safetensors", anima_jax.load_text_encoder)
+    assert "it contains 104 tensors" in refusal(GOLDEN / "samplers.safetensors", anima_jax.load_text_encoder)
 
 
 def test_value_beyond_float16_is_refused_and_infinity_is_not(tmp_path, dit_params):

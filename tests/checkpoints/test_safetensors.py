@@ -218,7 +218,7 @@ def test_missing_file_folder_and_pipe_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         SafetensorsFile(tmp_path / "absent.safetensors")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"is a folder.*it holds model\.safetensors"):
+    with pytest.raises(UserError, match=r"is a folder.*it contains model\.safetensors"):
         SafetensorsFile(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="not an ordinary file"):

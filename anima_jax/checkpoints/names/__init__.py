@@ -1,8 +1,8 @@
-"""Which tensor of a file holds which parameter: the only place that knows names.
+"""Which tensor of a file contains which parameter: the only place that knows names.
 
-A network's table is a tuple of `Rule`s, each a pattern over parameter paths, the name in the file and the layout of
-the values there. Parameters of stacked blocks carry a leading layer axis; the file has one tensor a layer, and
-`{layer}` in a rule's name says where its number goes.
+A network's table is a tuple of `Rule`s: a pattern of parameter paths, the name in the file and the layout of the values
+there. Parameters of stacked blocks have a leading layer axis; files have one tensor per layer, whose number takes the
+place of `{layer}` in the rule's name.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class FileLayout:
-    """How a file stores one parameter (of one layer). Both directions may return views."""
+    """How a file stores one parameter (of one layer): conversions in both directions, which may return views."""
 
     to_model: Callable[[np.ndarray], np.ndarray]
     to_file: Callable[[np.ndarray], np.ndarray]
 
     def file_shape(self, model_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the file of a parameter of `model_shape`, found without allocating it."""
+        """Return the shape in the file of a parameter of `model_shape`, without allocating it."""
         return self.to_file(np.broadcast_to(np.zeros((), np.uint8), model_shape)).shape
 
 
 def permuted(*axes: int) -> FileLayout:
-    """The file's axes in another order: model axis n is file axis `axes[n]`."""
+    """Return the layout with permuted axes: the model's axis n is the file's axis `axes[n]`."""
     inverse = tuple(np.argsort(axes))
     return FileLayout(lambda file: file.transpose(axes), lambda model: model.transpose(inverse))
 
@@ -37,7 +37,7 @@ LINEAR = permuted(1, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole path matches `path` are stored as `name` (a `re.Match.expand` template) in `layout`."""
+    """Parameters whose full path matches `path` are stored as `name` (a `re.Match.expand` template) in `layout`."""
 
     path: str
     name: str
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """One tensor of a file, and the parameter (or the layer of a stacked parameter) that it holds."""
+    """One tensor of a file, and the parameter (or layer of a stacked parameter) that it contains."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,11 +56,11 @@ class FileTensor:
 
 
 def file_tensors(rules: Sequence[Rule], params: Mapping[str, Any]) -> list[FileTensor]:
-    """Every tensor that a file of the model with these parameters (anything with `.shape`) has, without prefix.
+    """Return every tensor of a file of the model with these parameters (anything with `.shape`), without prefix.
 
     Raises LookupError unless each path matches exactly one rule.
     """
-    tensors = []
+    tensors: list[FileTensor] = []
     for path, leaf in params.items():
         matches = [(match, rule) for rule in rules if (match := re.fullmatch(rule.path, path))]
         if len(matches) != 1:

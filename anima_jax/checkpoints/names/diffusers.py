@@ -1,4 +1,4 @@
-"""Names of diffusers' folders, each built forward from the original files' names.
+"""Names in diffusers' folders, built from the names in the original files.
 
 Source: `scripts/convert_anima_to_diffusers.py` and the models themselves (CosmosTransformer3DModel,
 AnimaTextConditioner, AutoencoderKLQwenImage) in diffusers 0.42.
@@ -53,17 +53,17 @@ def _renamed(name: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def transformer(name: str) -> str:
-    """The name in `transformer/` of a tensor, or a module, of the original transformer."""
+    """Return the name in `transformer/` of a tensor or module of the original transformer."""
     return _renamed(name, _TRANSFORMER)
 
 
 def text_conditioner(name: str) -> str:
-    """The name in `text_conditioner/` of a tensor, or a module, of the LLM adapter."""
+    """Return the name in `text_conditioner/` of a tensor or module of the LLM adapter."""
     return name.removeprefix(ADAPTER)
 
 
 def vae(name: str, blocks_per_level: int) -> str:
-    """The name in `vae/` of a tensor of the original VAE, whose encoder has so many residual blocks a level."""
+    """Return the name in `vae/` of a tensor of the original VAE, with `blocks_per_level` in the encoder."""
 
     def upsampling(match: re.Match[str]) -> str:
         level, block = divmod(int(match[1]), blocks_per_level + 2)

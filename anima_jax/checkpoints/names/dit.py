@@ -1,4 +1,4 @@
-"""Names of the diffusion transformer and its adapter in the original files (`net.` and other prefixes taken off)."""
+"""Names of the diffusion transformer and its adapter in the original files, without `net.` or another prefix."""
 
 import re
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from anima_jax.models.llm_adapter import LLMAdapterConfig
 ADAPTER = "llm_adapter."
 
 EXTRA_BUFFERS = (r"pos_embedder\..*", r"accum_.*", r"(.*\.)?_extra_state")
-"""Patterns of tensors that old Cosmos files carry and the network does not need."""
+"""Patterns of tensors in old Cosmos files that the network does not need."""
 
 
 def _patches_to_model(file: np.ndarray) -> np.ndarray:
-    """The file's columns are (channel, y, x), the tokens' values here (y, x, channel)."""
+    """Reorder the columns from the file's (channel, y, x) to the (y, x, channel) of our tokens."""
     channels = file.shape[1] // PATCH**2
     return file.reshape(-1, channels, PATCH, PATCH).transpose(2, 3, 1, 0).reshape(file.shape[1], -1)
 
@@ -51,16 +51,10 @@ RULES = (
 )
 
 
-def rules(config: DiTConfig) -> tuple[Rule, ...]:
-    """The table for a model of these sizes (the same for all)."""
-    del config
-    return RULES
-
-
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """Sizes of the model in a file, from its tensors' names (without prefix) and shapes.
+    """Return the sizes of the model in a file with tensors of these `shapes` (name without prefix → shape).
 
-    Raises KeyError with the first name that is needed and not there.
+    Raises KeyError with the first name that is needed and missing.
     """
     width, columns = shapes["x_embedder.proj.1.weight"]
     head_size = shapes["blocks.0.self_attn.q_norm.weight"][0]
@@ -77,7 +71,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
 
 
 def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdapterConfig:
-    """Sizes of the adapter in a file that holds one, its names beginning `llm_adapter.`. Raises KeyError likewise."""
+    """Return the sizes of the adapter in a file, whose names begin with `llm_adapter.`. Raises KeyError as above."""
     target_width, width = shapes[f"{ADAPTER}out_proj.weight"]
     return LLMAdapterConfig(
         width=width,
@@ -91,13 +85,13 @@ def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdap
 
 
 def count_blocks(names: Mapping[str, object], prefix: str) -> int:
-    """Number of different N in names that begin `<prefix>N.`."""
+    """Return the number of different N in names that begin with `<prefix>N.`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in names if (match := pattern.match(name))})
 
 
 def tensor_names(blocks: int) -> list[str]:
-    """Names of all tensors of a network, its adapter's among them, with so many blocks in each stack."""
+    """Return the names of all tensors of a transformer and its adapter with this number of blocks each."""
     sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=LLMAdapterConfig(8, blocks, 1, 8, 8, 4, 4))
     _, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
     return [tensor.name for tensor in file_tensors(RULES, shapes)]

@@ -17,22 +17,22 @@ GROUPS = (
     ("mod", ".adaln_modulation"),
     ("base", ""),
 )
-"""(group, what its parameters' names contain): the first that fits. The configuration's key is `<group>_lr`.
+"""(group, part of its parameters' names); the first row that matches applies. The configuration's key is `<group>_lr`.
 
-The text encoder's parameters are in no group of diffusion-pipe's, which does not train it.
+diffusion-pipe has no group for the text encoder, which it does not train.
 """
 
 NEVER_DECAYED = ("llm_adapter.embed", "dora_scale")
-"""Parts of the names of tensors without weight decay, although some files have them with two axes."""
+"""Parts of the names of tensors that have no weight decay, although some have two axes in the file."""
 
 
 def group_of(name: str) -> str:
-    """The group of the tensor with this file name."""
+    """Return the group of the tensor with this name in the file."""
     return next(group for group, part in GROUPS if part in name)
 
 
 def groups_by_path(tensors: Sequence[FileTensor]) -> dict[str, str]:
-    """Parameter path → group. Raises LookupError if the layers of a stacked parameter fall into different groups."""
+    """Return parameter path → group. Raises LookupError if layers of a stacked parameter are in different groups."""
     found: dict[str, str] = {}
     for tensor in tensors:
         if found.setdefault(tensor.path, group_of(tensor.name)) != group_of(tensor.name):
@@ -41,5 +41,5 @@ def groups_by_path(tensors: Sequence[FileTensor]) -> dict[str, str]:
 
 
 def is_decayed(tensor: FileTensor) -> bool:
-    """Whether weight decay applies to it: not where it is 1-D, nor the adapter's table, nor a DoRA's magnitudes."""
+    """Return whether weight decay applies: not to 1-D tensors, the LLM adapter's embedding or DoRA's magnitudes."""
     return len(tensor.shape) > 1 and not any(part in tensor.name for part in NEVER_DECAYED)

@@ -1,8 +1,7 @@
-"""Which networks are in a file, and under what prefix: each tool that saves Anima puts its own before the names.
+"""Which networks a file contains and under what prefix: every tool that saves Anima adds its own prefix to the names.
 
-A `Network` says how the names of one network look once the prefix is off. `locate` finds the prefix under which most of
-them are; everything else in the file is an extra buffer that is known and skipped, a tensor of another network in the
-same file, or unknown.
+A `Network` describes the names of one network without the prefix. `locate` finds the prefix under which most of them
+are. Every other tensor in the file is a known extra buffer, which is skipped, part of another network, or unknown.
 """
 
 import dataclasses
@@ -10,22 +9,39 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from anima_jax.checkpoints.names import Rule, dit, qwen3, wan_vae
+from anima_jax.models.dit import AnimaDiT
+from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
+from anima_jax.models.qwen3 import Qwen3
+from anima_jax.models.wan_vae import WanVAE
 
 _DIT_PREFIXES = ("model.diffusion_model.net.", "model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
 _QWEN_IN_BUNDLE = "text_encoders.qwen3_06b.transformer."
 
 
+class AdapterAlone(nnx.Module):
+    """The LLM adapter with the parameter paths that it has inside a transformer."""
+
+    def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
+        self.llm_adapter = LLMAdapter(config, rngs=rngs)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """What the files of one network look like.
+    """One network and its tensors in files.
 
-    `typical` matches (from its start, prefix off) names that no other network has; `stacks` are the numbered parts, as
-    (what it belongs to, its own name); `rename` is what to put before the names to have those that the table uses.
+    Files are read under all of `prefixes` and written under `saved_prefix`. `typical` matches the beginning of names
+    (without prefix) that no other network has. `stacks` are its numbered blocks: (the part they belong to, their name).
+    `rules` and `config_from_shapes` are the network's table. `extra_buffers` are patterns of tensors that it does not
+    need. `rename` is prepended to names to form those in the table.
     """
 
     title: str
+    module: Callable[..., nnx.Module]
     prefixes: tuple[str, ...]
+    saved_prefix: str
     typical: str
     stacks: tuple[tuple[str, str], ...]
     rules: Callable[[Any], Sequence[Rule]]
@@ -36,34 +52,42 @@ class Network:
 
 DIT = Network(
     title="Anima transformer",
+    module=AnimaDiT,
     prefixes=_DIT_PREFIXES,
+    saved_prefix="net.",
     typical=r"(x_embedder|t_embedder|t_embedding_norm|final_layer)\.|blocks\.\d+\.(adaln_\w+|self_attn\.output_proj|mlp\.layer)",
     stacks=(("", "blocks."), (dit.ADAPTER, "blocks.")),
-    rules=dit.rules,
+    rules=lambda config: dit.RULES,
     config_from_shapes=dit.config_from_shapes,
     extra_buffers=dit.EXTRA_BUFFERS,
 )
 ADAPTER = Network(
     title="Anima text adapter",
+    module=AdapterAlone,
     prefixes=(*(prefix + dit.ADAPTER for prefix in _DIT_PREFIXES), *_DIT_PREFIXES),
+    saved_prefix="net.",
     typical=r"(embed|in_proj|out_proj)\.|blocks\.\d+\.(norm_\w+|mlp\.[02]|(self|cross)_attn\.o_proj)\.",
     stacks=((dit.ADAPTER, "blocks."),),
-    rules=dit.rules,
+    rules=lambda config: dit.RULES,
     config_from_shapes=dit.adapter_config_from_shapes,
     rename=dit.ADAPTER,
 )
 QWEN3 = Network(
     title="Qwen3 text encoder",
+    module=Qwen3,
     prefixes=(_QWEN_IN_BUNDLE + "model.", _QWEN_IN_BUNDLE, "model.", ""),
+    saved_prefix="model.",
     typical=r"embed_tokens\.|layers\.\d+\.",
     stacks=(("", "layers."),),
-    rules=qwen3.rules,
+    rules=lambda config: qwen3.RULES,
     config_from_shapes=qwen3.config_from_shapes,
     extra_buffers=(*qwen3.EXTRA_BUFFERS, r"rotary_emb\.inv_freq"),
 )
 WAN_VAE = Network(
     title="Wan VAE",
+    module=WanVAE,
     prefixes=("first_stage_model.", "vae.", ""),
+    saved_prefix="",
     typical=r"(encoder|decoder)\.(conv1|downsamples|upsamples|middle|head)\.",
     stacks=(),
     rules=wan_vae.rules,
@@ -72,32 +96,32 @@ WAN_VAE = Network(
 NETWORKS = (DIT, ADAPTER, QWEN3, WAN_VAE)
 
 TEXT_ENCODER = "text_encoder."
-"""What names of the text encoder's modules, and paths of its parameters, begin with where both networks meet."""
+"""Prefix of the text encoder's modules and parameter paths where they appear next to the transformer's."""
 
 BUNDLED = ("model.diffusion_model.", "text_encoders.", "first_stage_model.", "vae.")
-"""What the names of each network begin with where one file holds several."""
+"""Prefixes of the networks in a file that contains several."""
 
 QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|scaled_fp8)$")
-"""Names that say that the weights beside them are not plain numbers."""
+"""Names that occur only where the weights are quantised."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkKeys:
-    """Where a network is in a file.
+    """The keys of a file, from the point of view of one network.
 
-    `keys` maps each name without prefix to the file's key; `skipped` are known extra buffers, `elsewhere` tensors of
-    other networks, `unknown` keys that belong to nothing.
+    `keys` maps each name in the network's table to the file's key. `skipped` are known extra buffers, `elsewhere` are
+    tensors of other networks, `unknown` are all other keys.
     """
 
-    prefix: str
-    keys: dict[str, str]
-    skipped: tuple[str, ...]
-    elsewhere: tuple[str, ...]
-    unknown: tuple[str, ...]
+    prefix: str = ""
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
-    """Where `network` is among the keys of a file; None if no name is typical of it."""
+    """Return the part of `network` in the keys of a file, or None if no name is typical of it."""
     file_keys = list(file_keys)
     typical = re.compile(network.typical)
     counts = {
@@ -108,7 +132,10 @@ def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
     if not counts[prefix]:
         return None
     extra = re.compile("|".join(network.extra_buffers) or r"(?!)")
-    keys, skipped, elsewhere, unknown = {}, [], [], []
+    keys: dict[str, str] = {}
+    skipped: list[str] = []
+    elsewhere: list[str] = []
+    unknown: list[str] = []
     for key in file_keys:
         name = key.removeprefix(prefix) if key.startswith(prefix) else None
         if extra.fullmatch(key) or (name is not None and extra.fullmatch(name)):
@@ -123,7 +150,7 @@ def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
 
 
 def _is_elsewhere(network: Network, prefix: str, key: str) -> bool:
-    """Whether `key` is another network's: in a bundle, or the transformer around an adapter."""
+    """Return whether `key` belongs to another network: in a bundle, or in the transformer around an adapter."""
     if network is ADAPTER and prefix.endswith(dit.ADAPTER):
         return not key.startswith(prefix)
     return any(key.startswith(other) and not prefix.startswith(other) for other in BUNDLED)

@@ -1,4 +1,4 @@
-"""Names of the text encoder: Hugging Face's, `model.` taken off."""
+"""Names of the text encoder: Hugging Face's, without `model.`."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,8 @@ RULES = (
 )
 
 
-def rules(config: Qwen3Config) -> tuple[Rule, ...]:
-    """The table for a model of these sizes (the same for all)."""
-    del config
-    return RULES
-
-
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Qwen3Config:
-    """Sizes of the model in a file. Raises KeyError with the first name that is needed and not there."""
+    """Return the sizes of the model in a file. Raises KeyError with the first name that is needed and missing."""
     vocabulary, width = shapes["embed_tokens.weight"]
     head_size = shapes["layers.0.self_attn.q_norm.weight"][0]
     return Qwen3Config(

@@ -1,7 +1,7 @@
 """Names of the Wan 2.1 VAE in its original file (`qwen_image_vae.safetensors`), and its sizes read from such a file.
 
-The file numbers residual blocks and resampling steps in one flat list a side (`encoder.downsamples.0`, `.1`, …), so the
-table depends on how many blocks a level has.
+The file numbers residual blocks and resampling steps in one flat list per side (`encoder.downsamples.0`, `.1`, …), so
+the table depends on the number of blocks per level.
 """
 
 import re
@@ -17,18 +17,18 @@ _CONV_2D = FileLayout(lambda file: file.transpose(2, 3, 1, 0)[None], lambda mode
 
 
 def _point(axes: int) -> FileLayout:
-    """A linear map that the file stores as a convolution over `axes` axes of size 1."""
+    """Return the layout of a linear map that the file stores as a convolution over `axes` axes of size 1."""
     return FileLayout(
         lambda file: file.reshape(file.shape[:2]).T, lambda model: model.T.reshape(*model.T.shape, *(1,) * axes)
     )
 
 
 def _gamma(axes: int) -> FileLayout:
-    """A norm's scale, which the file stores with `axes` trailing axes of size 1."""
+    """Return the layout of a norm's scale, which the file stores with `axes` trailing axes of size 1."""
     return FileLayout(lambda file: file.reshape(file.shape[:1]), lambda model: model.reshape(-1, *(1,) * axes))
 
 
-# (our name, the file's name, layout), relative to the part that they belong to.
+# (our name, the file's name, layout), relative to the part of the network that they belong to.
 _BLOCK = (
     (r"norm1.scale", "residual.0.gamma", _gamma(3)),
     (r"conv1.kernel", "residual.2.weight", _CONV),
@@ -68,7 +68,7 @@ _WHOLE = (
 
 
 def rules(config: WanVAEConfig) -> tuple[Rule, ...]:
-    """The table for a model of these sizes."""
+    """Return the table for a model of these sizes."""
     return tuple(
         Rule(re.escape(f"{ours}{path}"), f"{theirs}{name}", layout)
         for ours, theirs, rows in _parts(config)
@@ -76,8 +76,8 @@ def rules(config: WanVAEConfig) -> tuple[Rule, ...]:
     )
 
 
-def _parts(config: WanVAEConfig) -> Iterator[tuple[str, str, tuple]]:
-    """(our prefix, the file's prefix, rows) of every part of the model."""
+def _parts(config: WanVAEConfig) -> Iterator[tuple[str, str, tuple[tuple[str, str, FileLayout], ...]]]:
+    """Yield (our prefix, the file's prefix, rows) of every part of the model."""
     yield "", "", _WHOLE
     for side, flat_list, blocks in (
         ("encoder", "downsamples", config.blocks_per_level),
@@ -95,14 +95,14 @@ def _parts(config: WanVAEConfig) -> Iterator[tuple[str, str, tuple]]:
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> WanVAEConfig:
-    """Sizes of the model in a file with tensors of these `shapes` (name → shape, no prefix).
+    """Return the sizes of the model in a file with tensors of these `shapes` (name without prefix → shape).
 
-    Raises UserError if the file is not a Wan VAE of a form that this package knows.
+    Raises UserError if the file is not a Wan VAE of a supported kind.
     """
     base_width = _shape(shapes, "encoder.conv1.weight", 5)[0]
     latent_channels = _shape(shapes, "conv2.weight", 5)[0]
     if latent_channels != len(LATENT_MEAN):
-        raise UserError(f"conv2.weight: a VAE of {latent_channels} latent channels; only {len(LATENT_MEAN)} are known")
+        raise UserError(f"conv2.weight: {latent_channels} latent channels, expected {len(LATENT_MEAN)}")
     widths, blocks, temporal_down = [], [0], []
     for index in range(len(shapes)):
         part = f"encoder.downsamples.{index}."
@@ -115,7 +115,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> WanVAEConfig:
         else:
             break
     if len(set(blocks)) != 1 or not blocks[0]:
-        raise UserError(f"encoder.downsamples: levels of {blocks} residual blocks; expected the same number in each")
+        raise UserError(f"encoder.downsamples: levels of {blocks} residual blocks, expected the same number in each")
     if any(width % base_width for width in widths):
         raise UserError(f"encoder.downsamples: widths {widths} are not multiples of the first one, {base_width}")
     return WanVAEConfig(
