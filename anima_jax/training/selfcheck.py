@@ -49,19 +49,24 @@ def self_check(
     """
     moved = [group for group, norm in norms.update.items() if not rates[group] and float(norm) > 0]
     if moved:
-        raise UserError(f"self-check: {_keys(moved)} should be frozen (learning rate 0), but moved in step {step}")
-    total = math.hypot(*(float(norm) for norm in norms.gradient.values()))
+        raise UserError(f"self-check: {_named(moved)} should be frozen (learning rate 0), but moved in step {step}")
+    total = math.hypot(*map(float, norms.gradient.values()))
     if not math.isfinite(total) or not loss or not math.isfinite(loss):
         return False
-    learning = [group for group, rate in rates.items() if rate > 0 and not (adapter and group == "base")]
-    stuck = [group for group in learning if not float(norms.gradient.get(group, 0.0))]
+    stuck = _without_gradient(norms, rates, adapter)
     if stuck and attempt >= ATTEMPTS:
         found = "no parameters" if all(group not in norms.gradient for group in stuck) else "no gradient"
         raise UserError(
-            f"self-check: {_keys(stuck)} should learn, but had {found} in step {step}; "
+            f"self-check: {_named(stuck)} should learn, but had {found} in step {step}; "
             "set the learning rate to 0 to freeze on purpose"
         )
     return not stuck
+
+
+def _without_gradient(norms: GroupNorms, rates: Mapping[str, float], adapter: bool) -> list[str]:
+    """Return the groups that should learn and have no gradient."""
+    learning = [group for group, rate in rates.items() if rate > 0 and not (adapter and group == "base")]
+    return [group for group in learning if not float(norms.gradient.get(group, 0.0))]
 
 
 def describe(norms: GroupNorms) -> str:
@@ -72,6 +77,6 @@ def describe(norms: GroupNorms) -> str:
     return "\n".join(lines)
 
 
-def _keys(groups: list[str]) -> str:
+def _named(groups: list[str]) -> str:
     noun = "parameter group" if len(groups) == 1 else "parameter groups"
     return f"{noun} {', '.join(sorted(groups))}"
