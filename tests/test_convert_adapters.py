@@ -303,10 +303,8 @@ def test_what_a_folder_needs_is_said(folder, tmp_path, capsys):
     assert "exists already" in line
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
     assert "is a folder without transformer/" in refusal(capsys, "checkpoint", tmp_path / "full", tmp_path / "x")
-    assert "is a folder of diffusers' already" in refusal(
-        capsys, "checkpoint", folder, tmp_path / "x", "--to", "diffusers"
-    )
-    assert "into which form?" in refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "x")
+    assert "is already a diffusers folder" in refusal(capsys, "checkpoint", folder, tmp_path / "x", "--to", "diffusers")
+    assert "choose an output format: --to diffusers" in refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "x")
 
 
 def peer_context(folder, inputs):
