@@ -94,7 +94,7 @@ def train(config: MainConfig, replicas: int, network: DiTConfig, arguments: argp
     tokenizers = load_tokenizers(config.model.tokenizer_path)
     with open_text_encoder(config.model.llm_path) as text_encoder:
         check_networks(network, text_encoder.config, tokenizers)
-    trained = estimate.abstract_trained(config)
+    trained = estimate.abstract_partition(config)
     # What does not fit together is to show before hours of encoding.
     build_optimizer(config, trained)
     folder, run = None, Run(config, replicas)

@@ -58,7 +58,7 @@ def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
     return None if spec is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * spec.flops
 
 
-def abstract_trained(config: MainConfig) -> ParamPartition:
+def abstract_partition(config: MainConfig) -> ParamPartition:
     """Return what `prepare` would, with shapes in place of arrays. Only the headers of files are read."""
     prepared, mesh, sizes = list[ParamPartition](), current_mesh(), dit_config(config)
 
@@ -71,7 +71,7 @@ def abstract_trained(config: MainConfig) -> ParamPartition:
     return dataclasses.replace(prepared[0], params=params, frozen=frozen)
 
 
-def trained_flops(trained: ParamPartition, config: StepConfig, work: Workload) -> Flops:
+def example_flops(trained: ParamPartition, config: StepConfig, work: Workload) -> Flops:
     """Return the FLOPs of one example of `work`."""
     return flops(trained.config, trained.params, work, config.remat, config.remat_every, trained.frozen)
 
@@ -375,7 +375,7 @@ def estimate(
         moments_on_host=config.optimizer.type == "offload" and jax.default_backend() != "cpu",
         measure=measure,
     )
-    flops_of = {work: trained_flops(trained, step_config, work) for work in workloads}
+    flops_of = {work: example_flops(trained, step_config, work) for work in workloads}
     mesh, sent = sizes or current_mesh().shape, dict[Workload, Traffic]()
     if math.prod(mesh.values()) > 1:
         itemsize = jnp.dtype(step_config.compute_dtype).itemsize

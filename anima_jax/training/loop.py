@@ -34,7 +34,7 @@ from anima_jax.training.profiling import Profiler, watch_compilation
 from anima_jax.training.resume import Resume
 from anima_jax.training.run import Run
 from anima_jax.training.samples import Samples
-from anima_jax.training.selfcheck import ATTEMPTS, describe, self_check
+from anima_jax.training.selfcheck import ATTEMPTS, norms_table, self_check
 from anima_jax.training.signals import REQUESTS, Request, Signals
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import Metrics, StepConfig, compile_step, init_state
@@ -99,7 +99,7 @@ class Training:
         self._evaluation = Evaluation(trained.graphdef, self._settings)
         self._trained = dataclasses.replace(trained, params={})  # they are the state's now
         work = estimate.step_workloads(run, data, *data.text_rows(encoders.tokenizers))
-        self._flops = [estimate.trained_flops(trained, self._settings, each).model * each.batch for each in work]
+        self._flops = [estimate.example_flops(trained, self._settings, each).model * each.batch for each in work]
         facts = facts_of(
             self.state.params,
             trained.groups,
@@ -290,7 +290,7 @@ class Training:
             loss = self._progress.last["loss"]
             well = self_check(metrics.norms, rates, step=step, attempt=attempt, loss=loss, adapter=adapter)
             if well and attempt == 1:
-                self._progress.say(describe(metrics.norms))
+                self._progress.say(norms_table(metrics.norms))
         self._stop_if_lost(self._progress.last)
 
     def _stop_if_lost(self, figures: Mapping[str, float]) -> None:

@@ -69,7 +69,7 @@ def _without_gradient(norms: GroupNorms, rates: Mapping[str, float], adapter: bo
     return [group for group in learning if not float(norms.gradient.get(group, 0.0))]
 
 
-def describe(norms: GroupNorms) -> str:
+def norms_table(norms: GroupNorms) -> str:
     """Return a table of the norms of each group's gradient and update."""
     lines = [f"{'group':<12} {'gradient':>12} {'update':>12}"]
     for group, norm in norms.gradient.items():

@@ -19,7 +19,7 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
 from anima_jax.training import estimate
-from anima_jax.training.estimate import abstract_batch, abstract_trained, flops, memory
+from anima_jax.training.estimate import abstract_batch, abstract_partition, flops, memory
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, init_state, loss_fn
@@ -228,7 +228,7 @@ def test_shapes_of_a_run_are_those_that_loading_gives(tmp_path, adapter, storage
     write_transformer(tmp_path / "base.safetensors")
     path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **adapter)
     config = load_config(path, ["model.dtype=bfloat16", "model.mlp_lr=0", *storage])
-    shapes, loaded = abstract_trained(config), prepare(config)
+    shapes, loaded = abstract_partition(config), prepare(config)
     for found, wanted in ((shapes.params, loaded.params), (shapes.frozen, loaded.frozen)):
         described = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), part) for part in (found, wanted))
         assert next(described) == next(described)
@@ -242,7 +242,7 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
     path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **LOW_RANK)
     found = {}
     for storage in ("float32", "int8"):
-        trained = abstract_trained(load_config(path, [f"model.transformer_dtype='{storage}'"]))
+        trained = abstract_partition(load_config(path, [f"model.transformer_dtype='{storage}'"]))
         settings = StepConfig(compute_dtype=jnp.float32, remat="none")
         found[storage] = memory(trained, optax.sgd(1.0), settings, WORK, jnp.float32, measure=False).rows
     # A quarter, and a float32 scale for each of a narrow network's output channels; what is 1-D stays.
@@ -254,7 +254,7 @@ def test_the_estimate_is_a_table_for_a_person(tmp_path):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")
     config = load_config(write_config(tmp_path, tmp_path / "pictures", "epochs = 1"))
-    trained = abstract_trained(config)
+    trained = abstract_partition(config)
     text = str(estimate.estimate(config, FLOAT32, trained, optax.adamw(1e-3), [WORK], measure=False))
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(trained.params))
     assert re.search(rf"^optimizer +{2 * total / 2**30:.3f}$", text, re.M)

@@ -8,7 +8,7 @@ import pytest
 
 from anima_jax.config.load import load_config
 from anima_jax.training import report
-from anima_jax.training.estimate import abstract_trained
+from anima_jax.training.estimate import abstract_partition
 from anima_jax.training.figures import JsonlWriter
 from anima_jax.training.intervals import crosses_multiple
 from anima_jax.training.monitor import Monitor
@@ -155,7 +155,7 @@ def test_the_table_of_a_lora_shows_what_lies_frozen_under_it(config):
 def test_the_table_counts_quantised_weights_as_the_weights_they_stand_for(config):
     settings = config("model.transformer_dtype='int8'", adapter="type = 'lora'\nrank = 4")
     plain, small = (
-        report.parameter_table(abstract_trained(c), c.learning_rates).splitlines()
+        report.parameter_table(abstract_partition(c), c.learning_rates).splitlines()
         for c in (config(adapter="type = 'lora'\nrank = 4"), settings)
     )
     for before, after in zip(plain[1:], small[1:], strict=True):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from anima_jax.errors import UserError
-from anima_jax.training.selfcheck import GroupNorms, describe, group_norms, self_check
+from anima_jax.training.selfcheck import GroupNorms, group_norms, norms_table, self_check
 
 RATES = {"llm_adapter": 1e-4, "mlp": 1e-3, "base": 1e-3}
 WELL = {"llm_adapter": 0.3, "mlp": 2.0, "base": 1.0}
@@ -54,6 +54,6 @@ def test_a_step_without_a_usable_loss_shows_nothing(gradient, loss):
 
 
 def test_the_description_names_every_group_with_both_norms():
-    lines = describe(GroupNorms(WELL, {**WELL, "mlp": 0.125})).splitlines()
+    lines = norms_table(GroupNorms(WELL, {**WELL, "mlp": 0.125})).splitlines()
     assert len(lines) == 1 + len(WELL)
     assert any(line.split() == ["mlp", "2.000e+00", "1.250e-01"] for line in lines)
