@@ -1,8 +1,8 @@
 """ComfyUI's prompt weights: text to spans, each with the weight of its tokens.
 
-`(text)` weighs 1.1 times what is around it, at every nesting; `(text:1.3)` weighs 1.3, wherever it stands; `\\(` and
-`\\)` are parentheses themselves. What does not close is text as it is. `embedding:name` asks for a textual inversion,
-of which Anima has none: it is left out. Source: `token_weights` and `SDTokenizer` in ComfyUI comfy/sd1_clip.py.
+`(text)` multiplies the weight around it by 1.1, at every nesting level; `(text:1.3)` sets it to 1.3; `\\(` and `\\)`
+are literal parentheses. Unclosed parentheses are plain text. `embedding:name` asks for a textual inversion, of which
+Anima has none: it is left out. Source: `token_weights` and `SDTokenizer` in ComfyUI comfy/sd1_clip.py.
 """
 
 import re
@@ -14,7 +14,7 @@ PARENTHESES_WEIGHT = 1.1
 _EMBEDDING = "embedding:"
 
 _ESCAPES = (("\\)", "\0\1", ")"), ("\\(", "\0\2", "("))
-"""As written, as it stands while parentheses are counted, and what it means."""
+"""An escape as written, its placeholder while parentheses are counted, and the character it means."""
 
 
 class Span(NamedTuple):
@@ -25,31 +25,31 @@ class Span(NamedTuple):
 
 
 def spans(prompt: str) -> list[Span]:
-    """The prompt's spans in order; none for an empty one. A weight is whatever number stands there, of any size."""
+    """Return the prompt's spans in order, none for an empty prompt. Weights may be any number, even inf or nan."""
     return [Span(text, weight) for word, weight in _words(prompt) if (text := _without_embedding(word))]
 
 
 def embeddings(prompt: str) -> list[str]:
-    """Names of the embeddings that the prompt asks for, which `spans` leaves out."""
+    """Return the names of the embeddings in the prompt, which `spans` leaves out."""
     words = [word.removeprefix(_EMBEDDING) for word, _ in _words(prompt) if word.startswith(_EMBEDDING)]
     return [name.strip(",") for word in words for name in word.split()[:1]]
 
 
 def _words(prompt: str) -> Iterator[tuple[str, float]]:
-    """The text of each weight, divided before every embedding."""
-    for written, hidden, _ in _ESCAPES:
-        prompt = prompt.replace(written, hidden)
-    waiting = [(prompt, 1.0, True)]
-    while waiting:
-        text, weight, divides = waiting.pop()
-        if divides:
-            waiting += [_opened(piece, weight) for piece in reversed(_top_level(text))]
+    """Yield text and its weight, split before every embedding."""
+    for written, placeholder, _ in _ESCAPES:
+        prompt = prompt.replace(written, placeholder)
+    pending = [(prompt, 1.0, True)]
+    while pending:
+        text, weight, splits = pending.pop()
+        if splits:
+            pending += [_opened(piece, weight) for piece in reversed(_top_level(text))]
         else:
-            yield from ((word, weight) for word in re.split(f"[ \n](?={_EMBEDDING})", _meant(text)))
+            yield from ((word, weight) for word in re.split(f"[ \n](?={_EMBEDDING})", _unescaped(text)))
 
 
 def _without_embedding(word: str) -> str:
-    """What follows the embedding's name: commas at its end, and the rest with single spaces, as there."""
+    """Return what follows an embedding's name as ComfyUI does: its trailing commas, the rest with single spaces."""
     name, *rest = word.removeprefix(_EMBEDDING).split() or [""]
     if not (name and word.startswith(_EMBEDDING)):
         return word
@@ -58,25 +58,26 @@ def _without_embedding(word: str) -> str:
 
 
 def _top_level(text: str) -> list[str]:
-    """Pieces that begin at an opening parenthesis of depth 0 or end at the one that closes it."""
-    pieces, start, depth = [], 0, 0
-    for place, character in enumerate(text):
+    """Split at the outermost parentheses; they stay with the piece that they enclose."""
+    pieces: list[str] = []
+    start = depth = 0
+    for index, character in enumerate(text):
         if character == "(":
             if depth == 0:
-                pieces.append(text[start:place])
-                start = place
+                pieces.append(text[start:index])
+                start = index
             depth += 1
         elif character == ")":
-            # Below 0, after one that closes nothing, the next that opens is text too.
+            # An unmatched ")" makes it negative, and then the next "(" is plain text too.
             depth -= 1
             if depth == 0:
-                pieces.append(text[start : place + 1])
-                start = place + 1
+                pieces.append(text[start : index + 1])
+                start = index + 1
     return [piece for piece in [*pieces, text[start:]] if piece]
 
 
 def _opened(piece: str, weight: float) -> tuple[str, float, bool]:
-    """What a piece holds, its weight, and whether it is to be divided further: what no parentheses enclose is not."""
+    """Return a piece without its parentheses, its weight, and whether to split it further, as it had some."""
     if not (len(piece) > 1 and piece[0] == "(" and piece[-1] == ")"):
         return piece, weight, False
     inside = piece[1:-1]
@@ -89,7 +90,7 @@ def _opened(piece: str, weight: float) -> tuple[str, float, bool]:
     return inside, weight * PARENTHESES_WEIGHT, True
 
 
-def _meant(text: str) -> str:
-    for _, hidden, meant in _ESCAPES:
-        text = text.replace(hidden, meant)
+def _unescaped(text: str) -> str:
+    for _, placeholder, character in _ESCAPES:
+        text = text.replace(placeholder, character)
     return text

@@ -188,14 +188,14 @@ def test_a_bare_tokenizer_json_is_enough(tmp_path, small):
     [
         (
             shutil.rmtree,
-            r"qwen: no tokenizer there, expected tokenizer\.json, or vocab\.json and",
+            r"qwen: no tokenizer found, expected tokenizer\.json, or vocab\.json and",
         ),
-        (lambda folder: shutil.rmtree(folder / "t5"), r"t5: no tokenizer there, expected tokenizer\.json"),
+        (lambda folder: shutil.rmtree(folder / "t5"), r"t5: no tokenizer found, expected tokenizer\.json"),
         (lambda folder: (folder / "qwen/tokenizer.json").write_text("{"), r"qwen/tokenizer\.json: .*cannot be read"),
         (lambda folder: (folder / "t5/tokenizer.json").write_bytes(b"\xff\0"), r"t5/tokenizer\.json: .*cannot be read"),
         (
             lambda folder: (folder / "qwen/tokenizer.json").rename(folder / "qwen/vocab.json"),
-            r"qwen: no tokenizer there",  # without merges.txt transformers would make an empty tokenizer
+            r"qwen: no tokenizer found",  # without merges.txt transformers would make an empty tokenizer
         ),
     ],
 )
