@@ -35,7 +35,7 @@ def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.nda
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def text_states(params: Params, ids_bn, mask_bn, *, graphdef: nnx.GraphDef, dtype: Any) -> jax.Array:
+def text_states(params: Params, ids_bn: Any, mask_bn: Any, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> jax.Array:
     """Return Qwen3's states (b, n, d), computed in `dtype`; padded rows are 0."""
     return merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype)
 
