@@ -1,5 +1,7 @@
 """TOMLs as diffusion-pipe's users have them load unchanged and mean the same here."""
 
+import operator
+
 import pytest
 
 from anima_jax.config import load_config
@@ -8,7 +10,7 @@ from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run
 from tests.config.files import MAIN, toml, write
 
-PICTURE, CLIP = Size(512, 512, 1), Size(640, 384, 33)
+IMAGE, CLIP = Size(512, 512, 1), Size(640, 384, 33)
 
 MODEL = """
 [model]
@@ -192,75 +194,111 @@ def load(tmp_path, monkeypatch):
     return loaded
 
 
-def keys_with_a_message(config):
-    """The keys that the configuration's messages are about."""
-    return [message.split(": ")[1] for message in config.messages]
+MEANINGS = {
+    LORA: {
+        "output_dir": "/data/diffusion_pipe_training_runs/anima_test",
+        "optimizer.lr": 2e-5,
+        "optimizer.betas": (0.9, 0.99),
+        "optimizer.eps": 1e-8,
+        "schedule": ("linear", 100),
+        "remat": "full",
+        "model.transformer_dtype": "float8",
+        "adapter.rank": 32,
+        "adapter.scale": 1.0,
+        "checkpoint_every_n_epochs": None,
+        "checkpoint_every_n_minutes": 120.0,
+        "eval_datasets": (),
+        "eval_every_n_epochs": 1,
+        "data.size_wh": (512, 512),
+    },
+    FULL: {
+        "adapter": None,
+        "max_steps": 20000,
+        "remat": "offload",
+        "loss": ("pseudo_huber_c", 0.3),
+        "regenerate_cache": True,
+        "resume_from_checkpoint": "20260101_12-00-00",
+        "checkpoint_every_n_epochs": 1,
+        "uncond_fraction": 0.1,
+        "optimizer.type": "adamw8bitkahan",
+        "optimizer.eps": None,
+        "optimizer.options": {"stabilize": False},
+        "learning_rates": {
+            "llm_adapter": 1e-6,
+            "self_attn": 2e-5,
+            **dict.fromkeys(("cross_attn", "mlp", "mod", "base"), 1e-5),
+        },
+    },
+    VIDEO: {
+        "video_clip_mode": "single_middle",
+        "map_num_proc": 32,
+        "model.flux_shift": True,
+        "optimizer.type": "prodigy",
+        "optimizer.lr": 1.0,
+        "optimizer.betas": (0.9, 0.99),
+        "optimizer.eps": None,
+        "optimizer.options": {"d_coef": 0.5, "use_bias_correction": True},
+    },
+    EVAL: {
+        "logging_steps": 5,
+        "x_axis_examples": True,
+        "eval_before_first_step": True,
+        "optimizer.beta2_half_life": 1000.0,
+        "monitoring.enable_wandb": True,
+        "monitoring.enable_tensorboard": True,
+        "monitoring.wandb_api_key": "0123",
+        "monitoring.wandb_tracker_name": "anima",
+        "monitoring.wandb_run_name": "first",
+    },
+}
+NAMES = {LORA: "a LoRA", FULL: "a full fine-tune", VIDEO: "a video run", EVAL: "a run with evaluation"}
 
 
-def test_a_lora(load):
-    config = load(LORA)
-    assert config.output_dir == "/data/diffusion_pipe_training_runs/anima_test"
-    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (2e-5, (0.9, 0.99), 1e-8)
-    run = Run(config, replicas=1)
-    assert (run.global_batch(PICTURE), run.accumulation_of(PICTURE)) == (8, 4)
-    assert config.schedule == ("linear", 100)
-    assert (config.remat, config.model.transformer_dtype) == ("full", "float8")
-    assert config.adapter is not None
-    assert (config.adapter.rank, config.adapter.scale) == (32, 1.0)
-    assert (config.checkpoint_every_n_epochs, config.checkpoint_every_n_minutes) == (None, 120.0)
-    assert (config.eval_datasets, config.eval_every_n_epochs) == ((), 1)
-    assert config.data.size_wh == (512, 512)
-    assert keys_with_a_message(config) == ["pipeline_stages", "blocks_to_swap", "partition_method"]
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        pytest.param(text, key, value, id=f"{NAMES[text]}: {key}")
+        for text, meanings in MEANINGS.items()
+        for key, value in meanings.items()
+    ],
+)
+def test_a_key_means_what_it_means_in_diffusion_pipe(load, text, key, value):
+    assert operator.attrgetter(key)(load(text)) == value
 
 
-def test_a_full_fine_tune(load):
-    config = load(FULL)
-    assert (config.adapter, config.max_steps, config.remat) == (None, 20000, "offload")
-    assert (config.loss, config.regenerate_cache) == (("pseudo_huber_c", 0.3), True)
-    assert (config.resume_from_checkpoint, config.checkpoint_every_n_epochs) == ("20260101_12-00-00", 1)
-    assert (Run(config, replicas=1).save_every_steps, config.uncond_fraction) == (500, 0.1)
-    assert (config.optimizer.type, config.optimizer.eps) == ("adamw8bitkahan", None)
-    assert config.optimizer.options == {"stabilize": False}
-    rates = config.learning_rates
-    assert (rates["self_attn"], rates["llm_adapter"], rates["mlp"], rates["base"]) == (2e-5, 1e-6, 1e-5, 1e-5)
-    assert keys_with_a_message(config) == ["optimizer.gradient_release"]
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        (LORA, ["pipeline_stages", "blocks_to_swap", "partition_method"]),
+        (FULL, ["optimizer.gradient_release"]),
+        (VIDEO, ["reentrant_activation_checkpointing"]),
+        (EVAL, ["disable_block_swap_for_eval"]),
+    ],
+    ids=NAMES.values(),
+)
+def test_keys_that_do_nothing_here_have_a_message(load, text, keys):
+    assert [message.split(": ")[1] for message in load(text).messages] == keys
 
 
-def test_a_video_run(load):
-    config = load(VIDEO)
-    run = Run(config, replicas=1)
-    assert [run.micro_batch(size) for size in (CLIP, PICTURE, Size(1024, 1024, 33))] == [2, 16, 1]
-    assert (config.video_clip_mode, config.map_num_proc, config.model.flux_shift) == ("single_middle", 32, True)
-    assert run.save_every_steps == 100
-    optimizer = config.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.betas, optimizer.eps) == ("prodigy", 1.0, (0.9, 0.99), None)
-    assert optimizer.options == {"d_coef": 0.5, "use_bias_correction": True}
-    assert keys_with_a_message(config) == ["reentrant_activation_checkpointing"]
+def test_batches_and_intervals_of_the_configurations(load):
+    lora, full, video, evaluated = (Run(load(text), replicas=1) for text in MEANINGS)
+    assert (lora.global_batch(IMAGE), lora.accumulation_of(IMAGE)) == (8, 4)
+    assert (full.save_every_steps, video.save_every_steps) == (500, 100)
+    assert [video.micro_batch(size) for size in (CLIP, IMAGE, Size(1024, 1024, 33))] == [2, 16, 1]
+    assert [evaluated.eval_micro_batch(size) for size in (IMAGE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
+    assert evaluated.eval_every_steps == 320 // 16
 
 
-def test_a_run_with_evaluation(load, tmp_path):
+def test_evaluated_datasets_are_loaded(load, tmp_path):
     config = load(EVAL)
     held_out, trained = config.eval_datasets
     assert (held_out.name, trained.name) == ("held out", "dataset")
     assert (held_out.config, trained.config) == (str(tmp_path / "eval.toml"), str(tmp_path / "dataset.toml"))
     assert (held_out.data.size_wh, trained.data) == ((256, 256), config.data)
     assert held_out.data.sources == held_out.data.directory
-    run = Run(config, replicas=1)
-    assert [run.eval_micro_batch(size) for size in (PICTURE, CLIP, Size(1024, 1024, 33))] == [6, 4, 1]
-    assert run.eval_every_steps == 320 // 16
-    assert (config.logging_steps, config.x_axis_examples, config.eval_before_first_step) == (5, True, True)
-    assert config.optimizer.beta2_half_life == 1000.0
-    monitoring = config.monitoring
-    assert (monitoring.enable_wandb, monitoring.enable_tensorboard) == (True, True)
-    assert (monitoring.wandb_api_key, monitoring.wandb_tracker_name, monitoring.wandb_run_name) == (
-        "0123",
-        "anima",
-        "first",
-    )
-    assert keys_with_a_message(config) == ["disable_block_swap_for_eval"]
 
 
-def test_a_data_set_with_clips_and_masks(tmp_path, monkeypatch):
+def test_a_dataset_with_clips_and_masks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
     (tmp_path / "dataset.toml").write_text(DATASET)

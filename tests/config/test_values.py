@@ -1,4 +1,4 @@
-"""What a correct configuration means."""
+"""A valid configuration and the values that follow from it."""
 
 import dataclasses
 import json
@@ -137,7 +137,7 @@ def test_the_run_to_resume(load, changes, overrides, which):
     assert load(changes, overrides=overrides).resume_from_checkpoint == which
 
 
-def test_pictures_while_training_come_every_500_steps_or_by_epochs(load):
+def test_samples_are_drawn_every_500_steps_or_by_epochs(load):
     sample = {"prompts": ["a"]}
     for keys, every in (({}, (None, 500)), ({"every_n_epochs": 2}, (2, None)), ({"every_n_steps": 9}, (None, 9))):
         found = load({"sample": sample | keys}).sample
@@ -145,12 +145,12 @@ def test_pictures_while_training_come_every_500_steps_or_by_epochs(load):
         assert (found.every_n_epochs, found.every_n_steps) == every
 
 
-def test_compiled_programs_are_kept_in_a_folder_or_nowhere(load, tmp_path):
+def test_the_compilation_cache_is_in_a_folder_or_off(load, tmp_path):
     assert load({"compilation_cache_dir": ""}).compilation_cache_dir == ""
     assert load({"compilation_cache_dir": "xla"}).compilation_cache_dir == str(tmp_path / "elsewhere" / "xla")
 
 
-def test_a_text_encoder_may_be_a_folder_of_transformers(load, tmp_path):
+def test_a_text_encoder_may_be_a_folder_written_by_transformers(load, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "qwen"
     transformers.Qwen3Config().save_pretrained(folder)
@@ -158,23 +158,23 @@ def test_a_text_encoder_may_be_a_folder_of_transformers(load, tmp_path):
     assert load({"model.llm_path": "qwen"}).model.llm_path == str(folder / "model.safetensors")
 
 
-def test_keys_that_are_not_listed_are_the_optimizers_own(load):
+def test_unlisted_keys_are_options_of_the_optimizer(load):
     optimizer = load({"optimizer": {"type": "Lion", "lr": 1, "b1": 0.8, "mask": {"a": [1]}}}).optimizer
     assert (optimizer.type, optimizer.options) == ("lion", {"b1": 0.8, "mask": {"a": [1]}})
     assert (optimizer.betas, optimizer.weight_decay, optimizer.eps) == (None, None, None)
 
 
-def test_an_integer_is_a_number_where_a_float_is_wanted(load):
+def test_an_integer_is_accepted_where_a_float_is_expected(load):
     config = load({"optimizer.lr": 1, "gradient_clipping": 0})
     assert (config.optimizer.lr, config.gradient_clipping) == (1.0, 0.0)
     assert isinstance(config.optimizer.lr, float)
 
 
-def test_optimizer_types_are_read_in_any_case(load):
+def test_optimizer_types_are_case_insensitive(load):
     assert load({"optimizer.type": "AdamW"}).optimizer.type == "adamw"
 
 
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+def test_a_byte_order_mark_and_windows_line_endings_change_nothing(tmp_path):
     path = write(tmp_path)
     plain = load_config(path)
     for name in ("main.toml", "dataset.toml"):
@@ -225,7 +225,7 @@ def test_a_loss_is_chosen_by_its_key(load, key):
     assert load({key: 0.5}).loss == (key, 0.5)
 
 
-def test_paths_are_looked_up_from_here_first_then_from_the_file(load, tmp_path):
+def test_paths_are_relative_to_the_current_directory_first_then_to_the_file(load, tmp_path):
     beside = str(tmp_path / "dit.safetensors")
     assert load().model.transformer_path == beside
     (tmp_path / "elsewhere" / "dit.safetensors").touch()
@@ -234,14 +234,14 @@ def test_paths_are_looked_up_from_here_first_then_from_the_file(load, tmp_path):
     assert load().output_dir == str(tmp_path / "elsewhere" / "runs")
 
 
-def test_a_dataset_in_another_folder_names_its_own_neighbours(load, tmp_path):
+def test_paths_in_a_dataset_toml_are_relative_to_its_own_folder(load, tmp_path):
     load()
     (tmp_path / "data" / "mine").mkdir(parents=True)
     (tmp_path / "data" / "set.toml").write_text("resolutions = [512]\n[[directory]]\npath = 'mine'")
     assert load({"dataset": "data/set.toml"}).data.directory[0].path == str(tmp_path / "data" / "mine")
 
 
-def test_addresses_pass_through(load):
+def test_addresses_stay_unchanged(load):
     addresses = {"model.transformer_path": "hf://owner/repo/dit.safetensors", "cache_dir": "gs://bucket/cache"}
     config = load({**addresses, "model.vae_path": "gs://bucket/vae.safetensors", "cache_local_dir": "copies"})
     assert config.model.transformer_path == "hf://owner/repo/dit.safetensors"
@@ -274,7 +274,7 @@ def test_the_last_override_of_a_key_wins(load):
     assert load(overrides=["epochs=5", "epochs=6"]).epochs == 6
 
 
-def test_a_directory_wins_over_the_shared_keys(load, tmp_path):
+def test_a_directory_overrides_shared_keys(load, tmp_path):
     load()
     (tmp_path / "more").mkdir()
     directories = [{"path": "pictures"}, {"path": "more", "num_repeats": 0.5, "caption_prefix": ""}]
@@ -299,11 +299,11 @@ def test_a_resolution_is_an_area(load, resolution, side):
     assert config.data.size_wh == (side, side)
 
 
-def test_a_rounded_resolution_is_noted_once(load):
+def test_a_rounded_resolution_has_one_message(load):
     directories = [{"path": "pictures"}, {"path": "pictures"}]
     config = load(dataset={"resolutions": [500, 512, [1280, 720]], "directory": directories})
-    (note,) = config.messages
-    assert "resolutions: 500 is an area: images are 496 × 496; (1280, 720) is an area: images are 960 × 960" in note
+    (message,) = config.messages
+    assert "resolutions: 500 is an area: images are 496 × 496; (1280, 720) is an area: images are 960 × 960" in message
 
 
 @pytest.mark.parametrize(
@@ -327,15 +327,15 @@ def test_keys_of_sizes_become_a_bucketing(load, keys, bucketing):
     assert Bucketing.of(source) == bucketing
 
 
-def test_more_than_three_resolutions_are_allowed_to_who_knows(tmp_path):
+def test_more_than_three_resolutions_are_allowed_with_the_flag_or_size_buckets(tmp_path):
     path = write(tmp_path, dataset={"resolutions": [256, 512, 768, 1024]})
     config = load_config(path, i_know_what_i_am_doing=True)
     assert Bucketing.of(config.data.directory[0]).resolutions == (256, 512, 768, 1024)
-    # Size buckets take their place, and are no reason to ask.
+    # Size buckets replace resolutions.
     assert load_config(write(tmp_path, dataset={"resolutions": [64, 65, 66, 67], "size_buckets": [[64, 64, 1]]}))
 
 
-def test_sources_may_differ_in_size_and_the_largest_is_that_of_samples(load):
+def test_samples_have_the_largest_size_of_any_source(load):
     directories = [
         {"path": "pictures"},
         {"path": "pictures", "resolutions": [256, 768]},
@@ -393,7 +393,7 @@ def test_tag_keys_do_not_depend_on_cached_text(load, keys, copies):
     assert cached.shuffled_copies == copies
 
 
-def test_keys_of_the_cache(load, tmp_path):
+def test_keys_of_the_cache_are_kept(load, tmp_path):
     keys = {
         "cache_dir": "gs://bucket/cache",
         "cache_local_dir": "scratch",
@@ -410,7 +410,7 @@ def test_keys_of_the_cache(load, tmp_path):
     assert load({"model.dtype": "float32"}).cached_dtype == "float32"
 
 
-def test_tfds_sources(load):
+def test_a_tfds_source_has_defaults(load):
     config = load(dataset={"directory": REMOVE, "tfds": [{"name": "anima_shapes"}]})
     (source,) = config.data.sources
     assert source == config.data.tfds[0]
@@ -432,7 +432,7 @@ def test_sizes_are_dumped_as_their_keys(load):
     assert load(FRESH).model_dump(mode="json")["model"]["config"] == dataclasses.asdict(DiTConfig())
 
 
-def test_sample_pictures_have_the_training_pictures_size_unless_set(load):
+def test_samples_have_the_size_of_the_training_images_unless_set(load):
     prompts = {"prompts": ["a"]}
     assert load({"sample": prompts}).sample_size_wh == (512, 512)
     assert load({"sample": {**prompts, "width": 256, "height": 128}}).sample_size_wh == (256, 128)
@@ -444,25 +444,31 @@ def test_configurations_are_frozen(load):
         config.epochs = 5
 
 
-def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):
-    def notes(dataset):
-        return [note.partition("dataset.toml: ")[2] for note in load(dataset=dataset).messages]
-
-    off = "does nothing here: enable_ar_bucket is not true"
-    assert notes({"enable_ar_bucket": False, **AR_KEYS}) == [f"{key}: {off}" for key in AR_KEYS]
-    sized = {"path": "pictures", "size_buckets": [[512, 512, 1]]}
-    assert notes({**AR_KEYS, "enable_ar_bucket": True, "directory": [{"path": "pictures"}, sized]}) == []
-    assert notes({"frame_buckets": [1, 33], "directory": [sized]}) == [
-        "resolutions: does nothing here: size_buckets is set",
-        "frame_buckets: does nothing here: size_buckets is set",
-    ]
-    assert notes({"enable_ar_bucket": True, "ar_buckets": [1.0], "directory": [{"path": "pictures", "min_ar": 1}]}) == [
-        "directory[0].min_ar: does nothing here: ar_buckets is set"
-    ]
+OFF = "does nothing here: enable_ar_bucket is not true"
+SIZED = {"path": "pictures", "size_buckets": [[512, 512, 1]]}
 
 
 @pytest.mark.parametrize(
-    ("dataset", "note"),
+    ("dataset", "messages"),
+    [
+        ({"enable_ar_bucket": False, **AR_KEYS}, [f"{key}: {OFF}" for key in AR_KEYS]),
+        ({**AR_KEYS, "enable_ar_bucket": True, "directory": [{"path": "pictures"}, SIZED]}, []),
+        (
+            {"frame_buckets": [1, 33], "directory": [SIZED]},
+            [f"{key}: does nothing here: size_buckets is set" for key in ("resolutions", "frame_buckets")],
+        ),
+        (
+            {"enable_ar_bucket": True, "ar_buckets": [1.0], "directory": [{"path": "pictures", "min_ar": 1}]},
+            ["directory[0].min_ar: does nothing here: ar_buckets is set"],
+        ),
+    ],
+)
+def test_keys_without_effect_have_a_message_unless_another_source_needs_them(load, dataset, messages):
+    assert [message.partition("dataset.toml: ")[2] for message in load(dataset=dataset).messages] == messages
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
     [
         (
             {"frame_buckets": [1, 32, 33, 36]},
@@ -474,18 +480,18 @@ def test_keys_without_effect_are_noted_unless_another_source_needs_them(load):
         ),
     ],
 )
-def test_frames_that_the_vae_leaves_out_are_noted(load, dataset, note):
+def test_frames_that_the_vae_does_not_use_have_a_message(load, dataset, message):
     (found,) = load(dataset=dataset).messages
-    assert note in found
+    assert message in found
 
 
-def test_notes_name_the_file_the_key_and_what_does_its_job(load):
-    (note,) = load({"blocks_to_swap": 20}).messages
-    assert "main.toml: blocks_to_swap: " in note
-    assert "activation_checkpointing" in note
+def test_messages_name_the_file_the_key_and_what_does_its_job(load):
+    (message,) = load({"blocks_to_swap": 20}).messages
+    assert "main.toml: blocks_to_swap: " in message
+    assert "activation_checkpointing" in message
 
 
-def test_forks_spellings_are_taken_and_what_asks_for_nothing_there_is_none(load):
+def test_keys_of_forks_are_accepted_unless_they_ask_for_something_missing_here(load):
     fork = {"model.llm_path": REMOVE, "model.qwen_path": "llm.safetensors", "model.qwen_nf4": True}
     asks_for_nothing = {"train_mlp": True, "shuffle_tags": False, "tag_delimiter": ", ", "tag_dropout_percent": 0.0}
     config = load(fork | {f"model.{key}": value for key, value in asks_for_nothing.items()})
