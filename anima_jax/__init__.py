@@ -1,23 +1,53 @@
-"""The Anima text-to-image model in JAX: what users import. Each name is loaded when it is first used."""
+"""The Anima text-to-image model in JAX. Public names are loaded when they are first used.
+
+`AnimaPipeline` generates images; `load_dit`, `load_vae` and `load_text_encoder` load single networks from files.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+    from anima_jax.errors import UserError
     from anima_jax.sampling.pipeline import AnimaPipeline
 
-__all__ = ["AnimaPipeline", "load_dit", "load_text_encoder", "load_vae"]
+    __version__: str
 
-_HOMES = {
+__all__ = ["AnimaPipeline", "UserError", "__version__", "load_dit", "load_text_encoder", "load_vae"]
+
+_MODULES = {
     "AnimaPipeline": "anima_jax.sampling.pipeline",
+    "UserError": "anima_jax.errors",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",
     "load_vae": "anima_jax.checkpoints.models",
 }
+"""Public name → the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Return the installed package's version; of a checkout that is not installed, `<version>+checkout`."""
+    import pathlib
+    import tomllib
+    from importlib import metadata
+
+    try:
+        return metadata.version("anima-jax")
+    except metadata.PackageNotFoundError:
+        pyproject = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+        return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"] + "+checkout"
