@@ -95,7 +95,7 @@ def test_what_changed_under_trust_is_not_cached_as_what_it_was(run, tmp_path, ca
     toml.write_text(toml.read_text().replace("[64]", "[48]"))
     before = set(records(cache_of(run)))
     train(["--config", str(run), "--cache_only", "--trust_cache"])
-    assert "00.png: changed since it was looked at" in capsys.readouterr().err
+    assert "00.png: changed since it was inspected" in capsys.readouterr().err
     new = {key: record for key, record in records(cache_of(run)).items() if key not in before}
     assert kinds(new) == {"latents": 9}
 
