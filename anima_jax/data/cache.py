@@ -7,9 +7,8 @@ Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t fr
 """
 
 import collections
-import concurrent.futures
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -22,6 +21,7 @@ from anima_jax.config.sizes import Size
 from anima_jax.data.encoders import Encoders, hash_parts
 from anima_jax.data.examples import Example
 from anima_jax.data.images import read_mask
+from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media, content_digest, read_clip
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
@@ -31,7 +31,6 @@ from anima_jax.parallel.hosts import barrier, is_process_0
 from anima_jax.text.states import EncodedText
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Record = tuple[bytes, bytes]
 
 CLIPS_PER_PART, SMALL_RECORDS_PER_PART = 64, 256
@@ -178,7 +177,7 @@ class Cache:
                 return None
             return key, pack({"name": entry.mask.name}, {"mask": mask_yx})
 
-        yield from filter(None, _read_ahead(read, items, self._config.map_num_proc))
+        yield from filter(None, map_ahead(read, items, threads=self._config.map_num_proc))
 
     def _latent_records(
         self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
@@ -196,7 +195,7 @@ class Cache:
                 return None
 
         def clips() -> Iterator[np.ndarray]:
-            read_clips = _read_ahead(read, items, self._config.map_num_proc)
+            read_clips = map_ahead(read, items, threads=self._config.map_num_proc)
             for item, clip_tyxc in zip(items, read_clips, strict=True):
                 if clip_tyxc is not None:
                     decoded.append(item)
@@ -252,15 +251,3 @@ def _write_parts(store: Store, records: Iterable[Record], size: int, bar: tqdm |
             part = []
     if part:
         store.write_part(part)
-
-
-def _read_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Yield `function` of each item, in order, computed a few items ahead in `threads` threads."""
-    pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

@@ -14,6 +14,7 @@ import itertools
 import logging
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,13 +80,13 @@ def example_id(
     return int.from_bytes(hashlib.sha256(packed).digest()[:8], "little") >> 1
 
 
-def reader_of(source: DirectorySource | TfdsSource, *, prepare: bool = True) -> SourceReader:
+def reader_of(source: DirectorySource | TfdsSource, *, prepare: bool = True) -> SourceReader[Any]:
     """Return the reader of a source. Without `prepare` no data set that does not exist yet is drawn to disk."""
     return FolderReader(source) if isinstance(source, DirectorySource) else TfdsReader(source, prepare=prepare)
 
 
 def read_examples(
-    sources: Sequence[tuple[SourceReader, FileIndex]],
+    sources: Sequence[tuple[SourceReader[Any], FileIndex]],
     problems: Problems,
     *,
     threads: int = 8,

@@ -19,7 +19,7 @@ from anima_jax.data.file_index import Entry
 from anima_jax.data.images import IMAGE_SUFFIXES
 from anima_jax.data.media import VIDEO_SUFFIXES, FileMedia, Media
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import Candidate, Counts, count_and_name, log_names
+from anima_jax.data.sources import Candidate, Counts, SourceReader, count_and_name, log_names
 from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError, os_reason
 
@@ -33,35 +33,19 @@ MaskOf = Callable[[str], Media | None]
 """An image's file name → its mask."""
 
 
-class FolderReader:
+class FolderReader(SourceReader[DirectorySource]):
     """Reads a `[[directory]]`."""
 
-    media_types: tuple[type[Media], ...] = (FileMedia, TarMember)
+    media_types = (FileMedia, TarMember)
 
     def __init__(self, source: DirectorySource):
         self.source = source
+        self.name, self.location = source.path, repr(source.path)
+        self.cache_dir = os.path.join(source.path, CACHE)
+        keys = ("path", "mask_path", "default_mask_file", "skip_empty_caption", "online_captions")
+        self.about = {key: getattr(source, key) for key in keys}
         self._folders = 0
         self._table: CaptionTable | None = None
-
-    @property
-    def name(self) -> str:
-        return self.source.path
-
-    @property
-    def location(self) -> str:
-        return repr(self.source.path)
-
-    @property
-    def about(self) -> Mapping[str, str | bool | None]:
-        keys = ("path", "mask_path", "default_mask_file", "skip_empty_caption", "online_captions")
-        return {key: getattr(self.source, key) for key in keys}
-
-    @property
-    def cache_dir(self) -> str:
-        return os.path.join(self.source.path, CACHE)
-
-    def fingerprint(self) -> str:
-        return ""
 
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
         """List the folder and its tars. A captions.json replaces all `.txt` files next to it."""

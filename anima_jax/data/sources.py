@@ -4,15 +4,16 @@ A source lists candidates: images and videos with their captions and masks, of w
 inspects them by way of the file index. What cannot be used is counted or reported, never an error.
 """
 
+import abc
 import collections
-import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from anima_jax.config.dataset import Source
 from anima_jax.data.file_index import Entry, FileIndex, Summary
+from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media
 from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
@@ -22,9 +23,11 @@ log = logging.getLogger(__name__)
 MAX_NAMES = 3
 """Of files that are left out so many are named; the summary counts them all."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MAX_QUEUED = 1024
+"""Files that are queued for inspection; each takes a kilobyte."""
+
 Counts = collections.Counter[str]
+SourceT = TypeVar("SourceT", bound=Source)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,62 +40,46 @@ class Candidate:
     mask: Media | None = None
 
 
-class SourceReader(Protocol):
-    """How a `[[directory]]` or a `[[tfds]]` is read."""
+class SourceReader(abc.ABC, Generic[SourceT]):
+    """How a source is read; `folder_source` and `tfds_source` have one each."""
 
+    source: SourceT
     media_types: tuple[type[Media], ...]
     """The dataclasses of its media and masks."""
+    name: str
+    """Name in messages."""
+    location: str
+    """The text whose hash names the source's file index. Older caches were written with it."""
+    about: dict[str, str | bool | None]
+    """The source's key in the file index: everything that decides its entries besides the files."""
+    cache_dir: str
+    """Folder of the source's cache where the configuration names none."""
 
-    @property
-    def source(self) -> Source: ...
-
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        ...
-
-    @property
-    def location(self) -> str:
-        """The text whose hash names the source's file index. Older caches were written with it."""
-        ...
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """The source's key in the file index: everything that decides its entries besides the files."""
-        ...
-
-    @property
-    def cache_dir(self) -> str:
-        """Folder of the source's cache where the configuration names none."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return a hash of the source's state; with an unchanged one nothing is read again. "" if it has none."""
-        ...
-
+    @abc.abstractmethod
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
         """List the source. Raises UserError if it does not exist or cannot be read."""
-        ...
+
+    def fingerprint(self) -> str:
+        """Return a hash of the source's state: with an unchanged one nothing is read again. "" if it has none."""
+        return ""
 
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
         """Add to the counts what is known only after the candidates are inspected."""
-        ...
 
     def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
-        """Return trusted entries with those captions that are to be read in each run nevertheless."""
-        ...
+        """Return trusted entries with those captions that each run reads again nevertheless."""
+        return entries
 
 
 def read_entries(
-    reader: SourceReader, index: FileIndex, problems: Problems, *, threads: int = 8
+    reader: SourceReader[Any], index: FileIndex, problems: Problems, *, threads: int = 8
 ) -> tuple[list[Entry], str]:
     """Return a source's usable images and videos, in its order, and a line for the log.
 
     Files that cannot be used go to `problems`. Each thread may have a whole video in memory. Raises UserError if the
     source does not exist or cannot be read.
     """
-    about = dict(reader.about)
-    saved = index.load(about, reader.media_types)
+    saved = index.load(reader.about, reader.media_types)
     if saved and problems.strict and saved[1].skipped:
         saved = None  # which of the skipped files is the error is found by reading them again
     if saved and index.trust:
@@ -111,7 +98,7 @@ def read_entries(
     skipped = tuple(problems.lines[before:])
     counts["could not be used"] = len(skipped)
     line = _summary_line(reader.name, entries, counts)
-    index.save(about, entries, Summary(line, skipped, fingerprint))
+    index.save(reader.about, entries, Summary(line, skipped, fingerprint))
     return entries, line
 
 
@@ -138,7 +125,9 @@ def _inspect_all(
 ) -> list[Entry]:
     """Return the entries of usable candidates; the others go to `problems` or, without a caption, to `counts`."""
     entries, by_reason = [], collections.defaultdict[str, list[str]](list)
-    inspected = _in_threads(lambda each: _inspect(each, index, skip_empty_caption), candidates, threads)
+    inspected = map_ahead(
+        lambda each: _inspect(each, index, skip_empty_caption), candidates, threads=threads, ahead=MAX_QUEUED
+    )
     for candidate, (result, reason) in zip(candidates, inspected, strict=True):
         if reason:
             by_reason[reason].append(candidate.media.name)
@@ -181,15 +170,3 @@ def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
     videos = sum(entry.frames > 1 for entry in entries)
     line = f"{name}: {len(entries) - videos} images" + (f", {videos} videos" if videos else "")
     return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
-
-
-def _in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], threads: int, chunk: int = 1024
-) -> Iterator[Result]:
-    """Yield `function` of each item, in order; only a chunk of items is queued at a time (each takes a kilobyte)."""
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
-        for start in range(0, len(items), chunk):
-            yield from pool.map(function, items[start : start + chunk])
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -1,9 +1,9 @@
-"""The cache on disk: key → record, in ArrayRecord files that are written once and read at random.
+"""The cache on disk: key → record, in ArrayRecord files that are written once and then read at random.
 
-Some records that are written together are a part. It is two files, named by the hash of its keys: `NAME.array_record`
-with the records, and `NAME.keys` with the size of that file and the keys in the records' order. Both are written under
-temporary names, and the list of keys is renamed last: a part is there whole or not at all, whenever a process is killed
-and whichever other processes and hosts write to the folder. Equal records give equal files.
+Records that are written together are a part: two files, named by the hash of its keys. `NAME.array_record` has the
+records; `NAME.keys` has that file's size and the keys in the records' order. Both are written under temporary names and
+the list of keys is renamed last. So a part is complete or absent, whenever a process is killed and whichever other
+processes and hosts write to the folder. Equal records give equal files.
 """
 
 import bisect
@@ -32,40 +32,40 @@ from anima_jax.checkpoints import safetensors_header
 from anima_jax.checkpoints.locations import is_remote
 from anima_jax.checkpoints.locks import lock
 from anima_jax.checkpoints.safetensors_header import HeaderError, TensorInfo
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, os_reason
 
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 FORMAT = 1
-"""Number of the store's format, in every list of keys."""
+"""Version of the format, in every list of keys."""
 
 OPEN_READERS = 256
-"""Most files of records that are open at once, over all stores; 1024 descriptors is a common limit."""
+"""Limit of open record files over all stores; a process may often open no more than 1024 files."""
 
 ABANDONED_S = 24 * 3600.0
-"""Age in seconds from which an unfinished file of another host is taken for a dead process's."""
+"""Age in seconds at which an unfinished file of another host counts as left by a killed process."""
 
-# Latents do not compress. A parallelism of one, because the number is written into the file, which must be the same on
-# every machine; with uncompressed records it is no slower.
+# Latents do not compress. The parallelism is written into the file, which must be the same on every machine, so it is
+# fixed at 1; uncompressed records are written as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_READER_BUFFER = 2**15  # bytes; larger ones only slow random reads down
+_READER_BUFFER = 2**15  # bytes; larger buffers slow random reads
 
-_REMOTE_THREADS = 32  # for small requests to an object store, of some 50 ms each
+_REMOTE_THREADS = 32  # for small requests to an object store, about 50 ms each
 _COPY_CHUNK = 2**24  # bytes
 _KEYS, _RECORDS = ".keys", ".array_record"
 _PART_FILE = re.compile(rf"([0-9a-f]{{32}})({_KEYS}|{_RECORDS})".replace(".", r"\."))
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:64]
-_AGAIN = "start once with --regenerate_cache to make the cache anew"
+_REGENERATE = "start once with --regenerate_cache to make a new cache"
 
 
 def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A safetensors file in memory: `header` is its metadata. Arrays of any strides; their dtypes are safetensors' own.
+    """Return a safetensors file in memory with `header` as its metadata. Arrays may have any strides.
 
-    What is no Unicode text in the header (a file name in another encoding) is written with backslashes.
+    Text in the header that is not valid Unicode (a file name in another encoding) gets backslash escapes.
     """
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # every array lies aligned
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # which aligns every array
     tensors = [TensorInfo(name, array.dtype, array.shape) for name, array in ordered]
     metadata = {name: text.encode(errors="backslashreplace").decode() for name, text in header.items()}
     data = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered)
@@ -73,7 +73,7 @@ def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Header and arrays of what `pack` gave. The arrays are views of `record`, read-only. Raises UserError."""
+    """Return header and arrays of a packed record, as read-only views of it. Raises UserError if it is damaged."""
     try:
         size = int.from_bytes(record[:8], "little")
         if len(record) < 8 + size:
@@ -86,17 +86,17 @@ def unpack(record: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 @dataclasses.dataclass(eq=False)
 class _Part:
-    """A part that is whole. `path` is its file of records on this machine once that is known to be there."""
+    """A complete part. `path` is its record file on this machine, None until it is known to be there."""
 
     name: str
-    size: int  # of the file of records, bytes
+    size: int  # of the record file, bytes
     keys: np.ndarray  # (rows,) S32
     path: str | None = None
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class _Index:
-    """Where each key is: 72 bytes a key. `recent` holds what was added since the parts were read."""
+    """The location of each key, in 72 bytes a key. `recent` has those added since the parts were read."""
 
     def __init__(self, parts: Sequence[_Part]):
         self.parts = {part.name: part for part in parts}
@@ -113,7 +113,7 @@ class _Index:
                 self.recent[key] = part, row
 
     def find(self, key: bytes) -> tuple[_Part, int] | None:
-        """The part that has `key`, and the row in it."""
+        """Return the part that has `key` and the row in it."""
         at = int(self.keys.searchsorted(key))  # type: ignore[call-overload]
         if self.keys[at : at + 1].tobytes() != key:
             return self.recent.get(key)
@@ -125,23 +125,23 @@ class _Index:
 class Store:
     """Records by their 32-byte keys, in a folder that several processes share. Safe to use from several threads.
 
-    `folder` is a path, or an address (`gs://…`), which needs `local_dir`: a folder of this machine to which a part's
-    records are copied before they are read, and in which they are written first. Folders are made when something is
-    written. What lies in `folder` is read on first use, so that `clear` works on whatever is there. All methods raise
-    UserError, of one line, for a folder that cannot be read or written and for a cache of another format.
+    `folder` is a path, or an address (`gs://…`), which needs `local_dir`: a folder on this machine to which a part's
+    records are copied before they are read, and in which they are written first. Folders are created when something is
+    written. `folder` is listed at first use, so `clear` also works on a cache of another format. All methods raise a
+    UserError of one line for a folder that cannot be read or written and for a cache of another format.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, local_dir: str | os.PathLike[str] | None = None):
         self.folder = os.fspath(folder)
         if is_remote(self.folder) and local_dir is None:
-            raise UserError(f"{self.folder}: a cache at an address needs cache_local_dir, a folder of this machine")
+            raise UserError(f"{self.folder}: a cache at an address needs cache_local_dir, a folder on this machine")
         if local_dir is not None and is_remote(local_dir):
-            raise UserError(f"cache_local_dir is {os.fspath(local_dir)}, expected a folder of this machine")
+            raise UserError(f"cache_local_dir is {os.fspath(local_dir)}, expected a folder on this machine")
         self._local = pathlib.Path(local_dir) if local_dir is not None else None
         self._lock = threading.RLock()
         self._index: _Index | None = None
         self._swept: set[pathlib.Path] = set()
-        self._complained: set[str] = set()
+        self._reported: set[str] = set()
 
     def __contains__(self, key: bytes) -> bool:
         return self._known().find(key) is not None
@@ -151,13 +151,13 @@ class Store:
         return len(index.keys) + len(index.recent)
 
     def keys(self) -> Iterator[bytes]:
-        """Every key once."""
+        """Yield every key once."""
         index = self._known()
         yield from _each(index.keys)
         yield from list(index.recent)
 
     def read(self, key: bytes) -> bytes:
-        """The record of `key`; KeyError if there is none. UserError if its file is damaged or gone."""
+        """Return the record of `key`. Raises KeyError if there is none, UserError if its file is damaged or gone."""
         found = self._known().find(key)
         if found is None:
             raise KeyError(key.hex())
@@ -166,30 +166,30 @@ class Store:
         try:
             return _reader(part, path).read([row])[0]
         except (RuntimeError, OSError) as error:
-            again = "without this file, the next start makes its records anew"
-            raise UserError(f"{path}: record {row} cannot be read: {_reason(error)}; {again}") from error
+            remedy = "delete this file, and the next start encodes its records again"
+            raise UserError(f"{path}: record {row} cannot be read: {os_reason(error)}; {remedy}") from error
 
     def prepare(self) -> None:
-        """Make the folders to write to. Raises UserError where that cannot be, before anything is worth writing."""
+        """Create the folders to write to. Raises UserError if one cannot be written, before anything is encoded."""
         if self._local is not None:
             self._prepare(self._local, "cache_local_dir")
         if not is_remote(self.folder):
             self._prepare(pathlib.Path(self.folder), "cache_dir")
 
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
-        """Write some (key, record) as one part, which is then there for all. A part that is there already is kept."""
+        """Write (key, record) pairs as one part, unless it exists; all processes can read it from then on."""
         if any(len(key) != KEY_BYTES for key, _ in records):
-            raise ValueError(f"a key has {KEY_BYTES} bytes")
+            raise ValueError(f"a key must have {KEY_BYTES} bytes")
         keys = b"".join(key for key, _ in records)
         name = _name(keys)
         if not records or name in self._known().parts:
             return
         self.prepare()
         first = (self._local or pathlib.Path(self.folder)) / (name + _RECORDS)
-        with _told(first.parent, "be written"), _replacing(first) as path:
+        with _named_errors(first.parent, "be written"), _replacing(first) as path:
             _write_array_record(path, [record for _, record in records])
             size = path.stat().st_size
-        with _told(self.folder, "be written"):
+        with _named_errors(self.folder, "be written"):
             if self._local is not None:
                 with _replacing(_path(self.folder) / first.name) as path:
                     _copy(first, path)
@@ -200,28 +200,28 @@ class Store:
             self._known().add(_Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), str(first)))
 
     def refresh(self) -> None:
-        """See what other processes have added or removed. A part that is not whole is logged once, and not there."""
+        """Read what other processes have added or removed. An incomplete part is logged once and ignored."""
         with self._lock:
             before = self._index.parts if self._index else {}
-            with _told(self.folder, "be read"):
+            with _named_errors(self.folder, "be read"):
                 names = [name for name, suffix in _part_files(_path(self.folder)) if suffix == _KEYS]
             with concurrent.futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
-                # Threads only slow the reading of local files down.
+                # Threads would slow down the reading of local files.
                 each = pool.map if is_remote(self.folder) else map
                 parts = list(each(lambda name: self._open(name, before.get(name)), sorted(names)))
             self._index = _Index([part for part in parts if part])
 
     def clear(self) -> None:
-        """Remove all parts, the copies in `local_dir` too. Nothing else that lies in the folders is touched."""
+        """Remove all parts and their copies in `local_dir`. Other files in the folders are not touched."""
         with self._lock:
-            with _told(self.folder, "be cleared"):
+            with _named_errors(self.folder, "be cleared"):
                 folder = _path(self.folder)
-                # Without its keys a part is gone, wherever this ends early.
+                # Keys first: without them a part is gone, even if this is interrupted.
                 for name, suffix in sorted(_part_files(folder), key=lambda file: file[1] != _KEYS):
                     (folder / (name + suffix)).unlink(missing_ok=True)
                     if self._local is not None:
                         (self._local / (name + suffix)).unlink(missing_ok=True)
-            _reader.cache_clear()  # an open file keeps its place on the disk
+            _reader.cache_clear()  # an open file still occupies the disk
             self._index = None
 
     def _known(self) -> _Index:
@@ -235,9 +235,9 @@ class Store:
         return index
 
     def _open(self, name: str, before: _Part | None) -> _Part | None:
-        """The part `name` if it is whole; `before` if it is the same."""
+        """Return the part `name`, or None if it is incomplete; `before` if that is the same."""
         records = _path(self.folder) / (name + _RECORDS)
-        with _told(self.folder, "be read"):
+        with _named_errors(self.folder, "be read"):
             size = _size(records)
             if before is not None and before.size == size:
                 return before
@@ -252,39 +252,37 @@ class Store:
             number, expected, keys = FORMAT, 0, b""
         if number != FORMAT:
             raise UserError(
-                f"{_path(self.folder) / (name + _KEYS)}: is of cache format {number}, expected {FORMAT}; {_AGAIN}"
+                f"{_path(self.folder) / (name + _KEYS)}: is of cache format {number}, expected {FORMAT}; {_REGENERATE}"
             )
         if _name(keys) != name:
-            fault = "its list of keys is damaged"
+            reason = "its list of keys is damaged"
         elif size is None or size != expected:
-            fault = f"its file has {size or 'no'} bytes, expected {expected}"
+            reason = f"its file has {size or 'no'} bytes, expected {expected}"
         else:
             return _Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), None if self._local else str(records))
-        if name not in self._complained:
-            log.warning("%s: is left out, and its records are made again where they are needed: %s", records, fault)
-        self._complained.add(name)
+        if name not in self._reported:
+            log.warning("%s: is ignored, and its records are encoded again if they are needed: %s", records, reason)
+        self._reported.add(name)
         return None
 
     def _path_of(self, part: _Part) -> str:
-        """The part's file of records on this machine; it is copied here if it was not."""
+        """Return the part's record file on this machine, after copying it if need be."""
         with part.lock:
             if part.path is None:
                 assert self._local is not None
                 local, origin = self._local / (part.name + _RECORDS), _path(self.folder) / (part.name + _RECORDS)
                 if _size(local) != part.size:
                     self._prepare(self._local, "cache_local_dir")
-                    with _told(origin, f"be copied to {self._local}"), _replacing(local) as path:
+                    with _named_errors(origin, f"be copied to {self._local}"), _replacing(local) as path:
                         _copy(origin, path)
                         if _size(path) != part.size:
-                            raise UserError(
-                                f"{origin}: was changed while it was read; the next start sees what is there"
-                            )
+                            raise UserError(f"{origin}: changed while it was read; start again")
                 part.path = str(local)
             return part.path
 
     def _prepare(self, folder: pathlib.Path, key: str) -> None:
-        """Make a folder of this machine, which `key` sets, and, once, remove what killed processes have left in it."""
-        with self._lock, _told(folder, "be written", f"; set {key} to a folder that can"):
+        """Create a local folder, which `key` sets, and the first time remove what killed processes left in it."""
+        with self._lock, _named_errors(folder, "be written", f"; set {key} to a folder that can"):
             if folder not in self._swept:
                 folder.mkdir(parents=True, exist_ok=True)
                 _sweep(folder, orphans=folder != self._local)
@@ -295,14 +293,14 @@ class Store:
 
 @functools.lru_cache(OPEN_READERS)
 def _reader(part: _Part, path: str) -> Any:
-    """A reader of the part's records, which several threads may use. It is closed when the last of them lets it go."""
+    """Return a reader of the part's records, safe for several threads. It closes when its last user drops it."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     if not reader.ok():
-        reader.close()  # raises the reason
+        reader.close()  # raises the actual error
     if reader.num_records() != len(part.keys):
-        raise RuntimeError(f"it holds {reader.num_records()} records, expected {len(part.keys)}")
+        raise RuntimeError(f"it has {reader.num_records()} records, expected {len(part.keys)}")
     return reader
 
 
@@ -312,7 +310,7 @@ def _write_array_record(path: pathlib.Path, records: Sequence[bytes]) -> None:
     writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
     for record in records:
         writer.write(record)
-    writer.close()  # raises what went wrong until now
+    writer.close()  # raises any earlier error
 
 
 def _name(keys: bytes) -> str:
@@ -320,7 +318,7 @@ def _name(keys: bytes) -> str:
 
 
 def _each(keys: np.ndarray) -> Iterator[bytes]:
-    data = keys.tobytes()  # numpy's own elements would lack their trailing zeros
+    data = keys.tobytes()  # numpy strips trailing zeros from elements
     return (data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES))
 
 
@@ -328,7 +326,7 @@ def _each(keys: np.ndarray) -> Iterator[bytes]:
 
 
 def _path(folder: str) -> Any:
-    """pathlib's Path, or etils' for an address, which has the same methods."""
+    """Return pathlib's Path, or for an address etils', which has the same methods."""
     if not is_remote(folder):
         return pathlib.Path(folder)
     from etils import epath
@@ -337,9 +335,9 @@ def _path(folder: str) -> Any:
 
 
 def _part_files(folder: Any) -> list[tuple[str, str]]:
-    """Name and suffix of the parts' files in `folder`, which need not be there."""
+    """Return name and suffix of the parts' files in `folder`, which need not exist."""
     if (filesystem := getattr(getattr(folder, "_backend", None), "fs", None)) is not None:
-        filesystem(os.fspath(folder)).invalidate_cache()  # fsspec remembers listings, without other processes' files
+        filesystem(os.fspath(folder)).invalidate_cache()  # fsspec caches listings, without other processes' files
     if not folder.exists():
         return []
     found = (_PART_FILE.fullmatch(path.name) for path in folder.iterdir())
@@ -347,9 +345,9 @@ def _part_files(folder: Any) -> list[tuple[str, str]]:
 
 
 def _size(path: Any) -> int | None:
-    """Bytes of a file, None if there is none."""
+    """Return the bytes of a file, None if there is no such file."""
     try:
-        # etils' own stat of a local file fails for an owner without a name.
+        # etils' stat of a local file fails if its owner has no name.
         return os.stat(path).st_size if isinstance(path, pathlib.Path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -369,10 +367,10 @@ def _copy(source: Any, target: Any) -> None:
 
 @contextlib.contextmanager
 def _replacing(target: Any) -> Iterator[Any]:
-    """A path to write to, which becomes `target` when the block ends well and is removed when it does not.
+    """Yield a path to write to, which is renamed to `target` if the block succeeds and removed if it fails.
 
-    While it is written it is locked, which is how another process of this host knows that it is alive (`_sweep`). At an
-    address it is `target` itself: an object store shows what is whole.
+    It is locked meanwhile, so that other processes of this host know that its writer is alive (`_sweep`). At an address
+    it is `target` itself, because an object store only shows complete objects.
     """
     if not isinstance(target, pathlib.Path):
         yield target
@@ -383,7 +381,7 @@ def _replacing(target: Any) -> Iterator[Any]:
         lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             break
-        os.close(descriptor)  # swept before it was locked
+        os.close(descriptor)  # another process swept it before it was locked
     try:
         yield path
         os.fsync(descriptor)
@@ -396,34 +394,25 @@ def _replacing(target: Any) -> Iterator[Any]:
 
 
 def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
-    """Remove the unfinished files of killed processes and, with `orphans`, old records that got no keys."""
+    """Remove unfinished files of killed processes and, with `orphans`, old record files without keys."""
     for path in folder.iterdir():
         unfinished = re.fullmatch(rf"\.{_PART_FILE.pattern}\.(.+)\.[0-9a-f]{{8}}\.tmp", path.name)
         orphan = orphans and path.suffix == _RECORDS and _PART_FILE.fullmatch(path.name)
         if not unfinished and (not orphan or path.with_suffix(_KEYS).exists()):
             continue
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("rb") as file:  # BlockingIOError while its writer lives
             old = time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_S
-            if not old:
-                if not unfinished or unfinished[3] != _HOST:
-                    continue
-                if not lock(file.fileno(), wait=False):  # BlockingIOError while its writer lives
-                    continue
-            path.unlink()
+            of_this_host = unfinished and unfinished[3] == _HOST
+            if old or (of_this_host and lock(file.fileno(), wait=False)):
+                path.unlink()
 
 
 @contextlib.contextmanager
-def _told(place: object, what: str, remedy: str = "") -> Iterator[None]:
-    """Turn what goes wrong into one line: `place: cannot <what>: reason`, and what to do."""
+def _named_errors(path: object, what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error into a UserError of one line: `path: cannot <what>: reason`, and what to do."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # OSError, ArrayRecord's RuntimeError; the clients of object stores have their own
-        raise UserError(f"{place}: cannot {what}: {_reason(error)}{remedy}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """`No space left on device`, of OSError and of ArrayRecord's `write() failed: …; writing FILE; at byte …`."""
-    text = getattr(error, "strerror", None) or str(error).partition(";")[0]
-    return re.sub(r"^\w+\(\) failed: ", "", text.strip()) or type(error).__name__
+    except Exception as error:  # OSError, ArrayRecord's RuntimeError; the clients of object stores' own types
+        raise UserError(f"{path}: cannot {what}: {os_reason(error)}{remedy}") from error

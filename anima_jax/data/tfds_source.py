@@ -9,18 +9,17 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from anima_jax.config.dataset import TfdsSource
 from anima_jax.data.captions import decode_caption
-from anima_jax.data.file_index import Entry
 from anima_jax.data.folder_source import CACHE
-from anima_jax.data.media import Media, label_of, stamp_of
+from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import Candidate, Counts
+from anima_jax.data.sources import Candidate, Counts, SourceReader
 from anima_jax.errors import UserError, did_you_mean, first_line
 
 SHAPES = "anima_shapes"
@@ -51,40 +50,23 @@ class RecordMedia:
         """A record has no time of its own; the fingerprint of the whole data set serves instead."""
 
 
-class TfdsReader:
-    """Reads a `[[tfds]]`. The data set of the quick start is drawn to disk if need be, or only to a temporary folder
-    without `prepare`."""
+class TfdsReader(SourceReader[TfdsSource]):
+    """Reads a `[[tfds]]`. The quick start's data set is drawn on first use, without `prepare` to a temporary folder."""
 
-    media_types: tuple[type[Media], ...] = (RecordMedia,)
+    media_types = (RecordMedia,)
 
     def __init__(self, source: TfdsSource, *, prepare: bool = True):
         self.source, self._prepare = source, prepare
         self._data_set = source.name or source.builder_dir or ""
-
-    @property
-    def name(self) -> str:
-        return f"tfds data set {self._data_set!r}: split {self.source.split}"
-
-    @property
-    def location(self) -> str:
-        return f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in self._split.items())})"
-
-    @property
-    def about(self) -> Mapping[str, str | bool | None]:
-        return {**self._split, "skip_empty_caption": self.source.skip_empty_caption, "mask": None}
-
-    @property
-    def _split(self) -> dict[str, str | None]:
+        self.name = f"tfds data set {self._data_set!r}: split {source.split}"
         keys = ("split", "image", "caption", "data_dir")
-        return {"name": self._data_set, **{key: getattr(self.source, key) for key in keys}}
-
-    @property
-    def cache_dir(self) -> str:
-        if self.source.builder_dir:
-            return os.path.join(self.source.builder_dir, CACHE)
+        split = {"name": self._data_set, **{key: getattr(source, key) for key in keys}}
+        self.location = f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in split.items())})"
+        self.about = {**split, "skip_empty_caption": source.skip_empty_caption, "mask": None}
         # tensorflow-datasets' own rule, without importing it.
-        root = self.source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-        return os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0], CACHE)
+        root = source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+        folder = source.builder_dir or os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0])
+        self.cache_dir = os.path.join(folder, CACHE)
 
     def fingerprint(self) -> str:
         """Return a hash of the version and of the stamps of all files of the data set."""
@@ -101,12 +83,6 @@ class TfdsReader:
             raise UserError(f"{self.name}: {first_line(error)}") from None
         media = (RecordMedia(builder_dir, source.split, index, source.image) for index in range(number))
         return [Candidate(each, functools.partial(_captions, each, source.caption)) for each in media]
-
-    def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
-        """There is nothing more to count."""
-
-    def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
-        return entries
 
     @functools.cached_property
     def _builder(self) -> Any:

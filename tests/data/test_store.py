@@ -367,7 +367,7 @@ def test_a_flipped_bit_in_a_record_is_found_when_it_is_read(tmp_path):
     store = Store(tmp_path)
     assert store.read(key("a 0")) == some_records("a")[0][1]
     with pytest.raises(
-        UserError, match=rf"{path.name}: record 1 cannot be read: .*hash mismatch.*; without this file, "
+        UserError, match=rf"{path.name}: record 1 cannot be read: .*hash mismatch.*; delete this file, "
     ):
         store.read(key("a 1"))
 
@@ -399,7 +399,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     records = [(each, os.urandom(200_000)) for each, _ in some_records("b")]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # ends a file as a full disk does
-        with pytest.raises(UserError, match=rf"^{tmp_path}: cannot be written: File too large$"):
+        reason = r"the file would be larger than this process may write \(ulimit -f\)"
+        with pytest.raises(UserError, match=rf"^{tmp_path}: cannot be written: {reason}$"):
             store.write_part(records)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -510,7 +511,7 @@ def test_an_address_works_as_a_folder_does(tmp_path):
 def test_an_address_needs_a_folder_of_this_machine(tmp_path):
     with pytest.raises(UserError, match=r"^gs://bucket/cache: .*cache_local_dir"):
         Store("gs://bucket/cache")
-    with pytest.raises(UserError, match=r"cache_local_dir is gs://bucket/near, expected a folder of this machine"):
+    with pytest.raises(UserError, match=r"cache_local_dir is gs://bucket/near, expected a folder on this machine"):
         Store(tmp_path, local_dir="gs://bucket/near")
 
 
