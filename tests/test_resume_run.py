@@ -16,11 +16,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.train import main as train
-from anima_jax.training import report
 from anima_jax.training.evaluate import Evaluation
+from anima_jax.training.writer import Writer
 from tests.small_run import write_config, write_transformer
-from tests.training.test_figures import no_file_longer_than
-from tests.training.test_monitor import scalars
+from tests.training.test_writer import no_file_longer_than, scalars
 
 MAIN = (
     "epochs = 4\nmicro_batch_size_per_gpu = 2\nema_decay = 0.9\nsave_dtype = 'float32'\nuncond_fraction = 0.2\n"
@@ -167,7 +166,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_
         train([*arguments, "--set", "max_steps=7"])
     assert exit_.value.code == 2
     run, err = run_of(tmp_path / "runs"), capsys.readouterr().err
-    assert "epoch1/model.safetensors: cannot be written: File too large; the run goes on" in err
+    assert "epoch1/model.safetensors: cannot be written: File too large; the run continues" in err
     assert f"{run}/step7: the model could not be saved" in err
     assert "the checkpoint of step 5 could not be saved" in err
     assert len(losses_of(run)) == 7
@@ -211,14 +210,14 @@ def test_evaluation_monitoring_and_exports_of_a_whole_run(evaluated, tmp_path, c
 
 def test_a_step_is_handed_over_before_the_one_before_is_computed(config, tmp_path, monkeypatch):
     """What a step found is read when the next one is under way, unless something that is due needs it."""
-    read, flush = [], report.Progress.flush
+    read, flush = [], Writer.flush
 
-    def noted(progress):
-        if progress._pending is not None and sys._getframe(1).f_code is not report.Progress.step.__code__:
-            read.append(progress._pending.step)
-        flush(progress)
+    def noted(writer):
+        if writer._pending is not None and sys._getframe(1).f_code is not Writer.step.__code__:
+            read.append(writer._pending.at.step)
+        flush(writer)
 
-    monkeypatch.setattr(report.Progress, "flush", noted)
+    monkeypatch.setattr(Writer, "flush", noted)
     train(["--config", str(config), "--set", "checkpoint_every_n_minutes=60", "--set", "checkpoint_every_n_epochs=100"])
     steps = len(losses_of(run_of(tmp_path / "runs")))
     assert steps > 5

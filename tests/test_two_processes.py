@@ -151,7 +151,7 @@ def test_sigterm_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     said = finished(*processes)
     done = len(lines_of(output))
     assert done < STEPS
-    assert f"stopped after step {done}, as asked" in said[0]
+    assert f"stopped after step {done}, as requested" in said[0]
     again = finished(*start_two(config, output, "--set", "mesh.context=2", "--resume_from_checkpoint"))
     assert f"after step {done}" in again[0]
     check_equal(output, alone)

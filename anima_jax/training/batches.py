@@ -121,11 +121,6 @@ def _resized(rows_bn: np.ndarray, length: int) -> np.ndarray:
     return np.pad(rows_bn[:, :length], ((0, 0), (0, max(0, length - rows_bn.shape[1]))))
 
 
-def as_it_is(text: Text) -> Text:
-    """What stands in for `OnlineText` where text is cached."""
-    return text
-
-
 class OnlineText:
     """Encodes the text of each batch just before its step, with the program that sampling uses too."""
 

@@ -48,7 +48,7 @@ class AboutAdapter(NamedTuple):
 def about_adapter(config: MainConfig, trained: ParamPartition, step: int) -> AboutAdapter | None:
     """What a run's adapter is; None if it trains none. The base model's file is read whole, once."""
     adapter, base = config.adapter, config.model.transformer_path
-    if adapter is None or trained.slots is None:
+    if adapter is None or trained.specs is None:
         return None
     metadata = {
         "format": "pt",
@@ -70,15 +70,15 @@ def _version() -> str:
 
 def peft_config(config: MainConfig, trained: ParamPartition) -> dict[str, Any]:
     """PEFT's settings for the transformer's modules, whose names they have as in the original files."""
-    adapter, slots = config.adapter, trained.slots
+    adapter, specs = config.adapter, trained.specs
     assert adapter is not None
-    assert slots is not None
-    names = module_names({path: len(slot.ranks) for path, slot in slots.items()})
-    ranks = {name: slots[path].ranks[layer] for name, (path, layer) in names.items()}
+    assert specs is not None
+    names = module_names({path: len(spec.ranks) for path, spec in specs.items()})
+    ranks = {name: specs[path].ranks[layer] for name, (path, layer) in names.items()}
     ranks = {name: rank for name, rank in ranks.items() if rank and not name.startswith(TEXT_ENCODER)}
     alphas = {name: adapter.alpha or rank for name, rank in ranks.items()}
     for name in alphas:
-        if not slots[names[name][0]].ranked:
+        if not specs[names[name][0]].ranked:
             alphas[name] = ranks[name]  # PEFT multiplies by alpha / rank even where there is no rank
     alpha = adapter.alpha or adapter.rank
     # PEFT takes every module whose name ends like a target, and the LLM adapter's attention ends as the transformer's.

@@ -1,6 +1,41 @@
-"""When something that happens every so many steps, epochs or examples is due."""
+"""Points between the steps of a run, and what is due there."""
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Moment(NamedTuple):
+    """A point between two steps: `step` of `total_steps` steps are finished, and `examples` examples consumed.
+
+    `epochs` are the numbers of finished epochs before and after the last step.
+    """
+
+    step: int
+    total_steps: int
+    epochs: tuple[int, int] = (0, 0)
+    examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """When something happens: every so many steps or epochs (None: not by these), before the first step, at the end."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    at_start: bool = False
+    at_end: bool = False
+
+    def due(self, at: Moment) -> bool:
+        """Return whether it is due at this moment."""
+        if at.step == 0:
+            return self.at_start
+        return (
+            crosses_multiple(self.steps, at.step - 1, at.step)
+            or crosses_multiple(self.epochs, *at.epochs)
+            or (self.at_end and at.step == at.total_steps)
+        )
 
 
 def crosses_multiple(every: int | None, before: int, after: int) -> bool:
-    """Whether a count that grew from `before` to `after` reached a multiple of `every` (None: never due)."""
+    """Return whether a count that grew from `before` to `after` reached a multiple of `every` (None: never)."""
     return bool(every) and after // every > before // every

@@ -1,48 +1,226 @@
-"""Saving a run so that going on with it equals never having stopped, and saying what changed where it cannot.
+"""Saving a run so that a resumed run equals one that was never stopped, and saying what changed where it cannot.
 
-A checkpoint is four items (parameters, optimizer, EMA, counters; never frozen parameters) and a page of JSON: the
-position in the data, and what the model, the data set and the configuration were. Since every random number and the
-order of the data are functions of the seed, the epoch and the step, nothing else is part of a run's state.
+A checkpoint is four items (parameters, optimizer, EMA, counters; never frozen parameters) and JSON metadata: the
+position in the data, and a description of the model, the data set and the configuration. Since every random number and
+the order of the data are functions of the seed, the epoch and the step, a run has no other state.
 """
 
-import contextlib
-import os
 import pathlib
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from anima_jax.checkpoints.locations import writing_to
-from anima_jax.checkpoints.locks import lock
-from anima_jax.checkpoints.orbax import RunCheckpoints, flat
-from anima_jax.data.batch_plan import BatchPlan
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.checkpoints.orbax import RunCheckpoints, flat, layout_differences, layout_of
+from anima_jax.data.batch_plan import BatchPlan, data_fingerprint
+from anima_jax.data.examples import CONTENTS
+from anima_jax.errors import UserError, shorten, show_value
 from anima_jax.models.parameters import Params
-from anima_jax.parallel.hosts import is_process_0
-from anima_jax.training.fingerprints import changes, data_faults, model_faults, optimizer_faults
-from anima_jax.training.intervals import crosses_multiple
+from anima_jax.training.intervals import Moment
 from anima_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
-"""Where a run's folder keeps them."""
+"""The folder of checkpoints in a run's folder."""
 
 SCHEMA = 2
-"""Number of the format of a checkpoint's items and metadata."""
+"""Version of a checkpoint's items and metadata."""
 
-_RUN_NAME = re.compile(r"(\d{8}_\d{2}-\d{2}-\d{2})(.*)")
+MAX_SETTINGS = 12
+"""At most this many changed keys of the configuration are named."""
+
+# Keys of the configuration that do not change what is trained.
+_IRRELEVANT = re.compile(
+    r"path|messages|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
+    r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
+    r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples"
+)
+
+# Keys that may differ between processes. Data and encoders, which lie at some of these paths, are compared by content.
+_PER_PROCESS = re.compile(
+    r"(\w+\.)*(\w*path|dataset|config)|messages|cache_local_dir|compilation_cache_dir|map_num_proc"
+    r"|monitoring\.\w+"
+)
+
 _HYPER_PARAMETERS = re.compile(r"(^|/)hyperparams/|/b1$")  # of inject_hyperparams, and of schedule-free
+
+# ---- describing a run ---------------------------------------------------------------------------------------------
+
+
+def run_metadata(
+    params: Params,
+    groups: Mapping[str, str],
+    plan: BatchPlan,
+    ids: np.ndarray,
+    settings: Mapping[str, Any],
+    *,
+    contents: Mapping[str, np.ndarray] = {},
+    files: Mapping[str, str] = {},
+    replicas: int = 1,
+) -> dict[str, Any]:
+    """Return the description of a run that its checkpoints contain.
+
+    `params` (arrays or shapes) are those trained, `groups` their parameter groups by path; `ids` and `contents` as in
+    `data_fingerprint`; `settings` from `training_settings`. `files` are fingerprints of what the run uses but does not
+    train, by a name for messages. `replicas` are those that its batches were planned for.
+    """
+    return {
+        "replicas": replicas,
+        "model": {path: {"group": groups[path], "array": array} for path, array in layout_of(params).items()},
+        "files": dict(files),
+        "data": data_fingerprint(plan, ids, contents),
+        "settings": dict(settings),
+        "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
+    }
+
+
+def frozen_fingerprint(frozen: Params) -> dict[str, str]:
+    """Return a checksum of frozen weights, bit for bit as stored, on any devices; empty if there are none."""
+    return {"the frozen weights": f"{int(_sum_of_bits(frozen)):x}"} if frozen else {}
+
+
+@jax.jit
+def _sum_of_bits(params: Params) -> jax.Array:
+    def bits(leaf: jax.Array) -> jax.Array:
+        numbers = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        return jnp.sum(numbers.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return sum(map(bits, jax.tree.leaves(params)), jnp.uint32(0))
+
+
+def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration (`model_dump(mode="json")`) that matter to training: dotted key → value."""
+    return _dotted({key: value for key, value in config.items() if not _IRRELEVANT.fullmatch(key)})
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration that must be equal in all processes of a run: dotted key → value."""
+    return {key: value for key, value in _dotted(config).items() if not _PER_PROCESS.fullmatch(key)}
+
+
+def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested tables and lists of tables; keys without a value are left out."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))  # noqa: PLW2901 - the same value in another form
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": inner for name, inner in _dotted(value).items()}
+        elif value is not None:
+            found[key] = value
+    return found
+
+
+# ---- comparing two descriptions -----------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """How a run differs from a checkpoint. With a `remedy` it cannot resume, unless the flag `waived_by` is given."""
+
+    message: str
+    remedy: str = ""
+    waived_by: str = ""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return how two runs' metadata differ: model, data, files, configuration, versions."""
+    found = [*_model_differences(old["model"], new["model"]), *_data_differences(old, new)]
+    messages = [f"{name} changed" for name, own in new["files"].items() if old["files"].get(name, own) != own]
+    before, now = old["settings"], new["settings"]
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    messages += [f"{key} was {show_value(before.get(key))}, now {show_value(now.get(key))}" for key in changed][
+        :MAX_SETTINGS
+    ]
+    if len(changed) > MAX_SETTINGS:
+        messages.append(f"{len(changed) - MAX_SETTINGS} more keys of the configuration differ")
+    written, this = (f"jax {each['versions']['jax']} on {each['versions']['device']}" for each in (old, new))
+    if written != this:
+        messages.append(f"the checkpoint was written by {written}, this is {this}: results may differ in the last bits")
+    return found + [Difference(message) for message in messages]
+
+
+def _model_differences(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[Difference]:
+    new_run = "or start a new run from the model that this one saved"
+    removed, added = ([path for path in one if path not in other] for one, other in ((old, new), (new, old)))
+    found = []
+    if removed:
+        were, are = ("was", "is") if len(removed) == 1 else ("were", "are")
+        remedy = f"expected a rate above 0, so that what was learned is not lost, {new_run}"
+        found.append(Difference(f"{_parameters(old, removed)} {were} trained and now {are} not", remedy))
+    if added:
+        were, are = ("was", "is") if len(added) == 1 else ("were", "are")
+        remedy = "expected a rate of 0, or --reset_optimizer"
+        message = f"{_parameters(new, added)} {were} not trained and now {are}"
+        found.append(Difference(message, remedy, "reset_optimizer"))
+    pairs = {path: (old[path]["array"], new[path]["array"]) for path in new if path in old}
+    changed = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+    if changed:
+        message = _rank_change(changed) or shorten(
+            [f"{path} was {before}, now {now}" for path, (before, now) in changed.items()]
+        )
+        found.append(Difference(message, f"expected the model as it was, {new_run}"))
+    return found
+
+
+def _parameters(table: Mapping[str, Mapping[str, str]], paths: list[str]) -> str:
+    groups = sorted({table[path]["group"] for path in paths})
+    return f"{', '.join(groups)}: {len(paths)} parameter{'s' if len(paths) > 1 else ''} ({shorten(paths)})"
+
+
+def _rank_change(changed: Mapping[str, tuple[str, str]]) -> str:
+    """Return the message if all that changed is a LoRA's rank, else the empty string."""
+    if not all(path.endswith((".lora_a", ".lora_b")) for path in changed):
+        return ""
+    ranks = {
+        tuple(re.findall(r"\d+", array)[-1] for array in pair)
+        for path, pair in changed.items()
+        if path.endswith(".lora_a")
+    }
+    pairs = [(before, now) for before, now in ranks if before != now]
+    return f"the adapter's rank was {pairs[0][0]}, now {pairs[0][1]}" if len(ranks) == len(pairs) == 1 else ""
+
+
+def _data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Compare seeds and tiers."""
+    (seed, old_tiers), (new_seed, new_tiers) = ((each["data"]["seed"], each["data"]["tiers"]) for each in (old, new))
+    found = [Difference(f"seed was {seed}, now {new_seed}")] if seed != new_seed else []
+    for name in dict.fromkeys([*old_tiers, *new_tiers]):
+        tier, now = old_tiers.get(name), new_tiers.get(name)
+        counts = [each["examples"] if each else 0 for each in (tier, now)]
+        if counts[0] != counts[1]:
+            found.append(Difference(f"the data set had {counts[0]} examples in tier {name}, now {counts[1]}"))
+        elif tier["set"] != now["set"]:
+            found.append(Difference(f"the {counts[0]} examples of tier {name} are not the same as before"))
+        elif tier["order"] != now["order"]:
+            found.append(Difference(f"the examples of tier {name} are the same in another order"))
+        if tier and now and tier["set"] == now["set"]:
+            changed = (content for content in CONTENTS if tier.get(content) != now.get(content))
+            found += [Difference(f"{content} of tier {name} changed") for content in changed]
+        if tier and now and tier["batch"] != now["batch"]:
+            remedy = (
+                "expected global_batch_size, or micro_batch_size_per_gpu × gradient_accumulation_steps, = "
+                f"{tier['batch']}, {_restart_epoch(old)}"
+            )
+            message = f"a step of tier {name} took {tier['batch']} examples, now {now['batch']}"
+            found.append(Difference(message, remedy, "reset_dataloader"))
+    return found
+
+
+def _restart_epoch(old: Mapping[str, Any]) -> str:
+    return f"or --reset_dataloader to restart epoch {old.get('epoch', 0) + 1}"
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
 
 
 class Position(NamedTuple):
     """Where a run is, in finished steps.
 
     `step` counts the run's, `data_step` the plan's (another number after `--reset_dataloader` or a change of the data),
-    `optimizer_step` those since the optimizer's state was fresh, which its learning rate follows.
+    `optimizer_step` those since the optimizer's state was new, which its learning rate follows.
     """
 
     step: int
@@ -50,33 +228,32 @@ class Position(NamedTuple):
     optimizer_step: int
 
     def at(self, step: int) -> "Position":
-        """The position of the same run when `step` of its steps are finished."""
+        """Return the position of the same run when `step` of its steps are finished."""
         return Position(*(number + step - self.step for number in self))
 
 
-class Resume:
-    """Saves a run into `run/checkpoints` and brings it back. Close it: a program that ends while saving hangs.
+class Checkpointer:
+    """Saves a run into `run/checkpoints` and restores it. Close it: a program that ends while saving hangs.
 
-    `facts` is what `facts_of` gives. Of checkpoints the newest `keep` stay (None: all).
+    `metadata` is from `run_metadata`. The newest `keep` checkpoints are kept (None: all).
     """
 
     def __init__(
         self,
         run: pathlib.Path,
         plan: BatchPlan,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         *,
         keep: int | None = None,
-        every_n_epochs: int | None = None,
         every_n_minutes: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._plan, self._facts = plan, facts
-        self._epochs, self._minutes, self._clock = every_n_epochs, every_n_minutes, clock
-        self._saved_at = clock()
+        self._plan, self._metadata = plan, metadata
+        self._minutes, self._clock, self._saved_at = every_n_minutes, clock, clock()
+        self._announced: int | None = None
         self.checkpoints = RunCheckpoints(run / FOLDER, keep=keep)
         self.start = Position(0, 0, 0)
-        """Where training begins: as it is for a new run, and after `restore` where it goes on."""
+        """Where training starts: at 0, or after `restore` where the run resumes."""
 
     def restore(
         self,
@@ -87,37 +264,26 @@ class Resume:
         reset_optimizer: bool = False,
         reset_optimizer_params: bool = False,
     ) -> tuple[TrainState, list[str]]:
-        """The newest checkpoint's state, and lines that say what is not as it was; `start` is where it goes on.
+        """Return the newest checkpoint's state, and messages about what changed; `start` is where the run resumes.
 
-        `state` is a fresh one, whose shardings are kept; what the checkpoint replaces is deleted, as if donated. With
-        `reset_dataloader` the epoch that was under way begins anew; with `reset_optimizer` the optimizer does, and what
-        was not trained before starts from `state`. Hyper-parameters are the configuration's in any case, but for those
-        that an optimizer keeps in its state: these only with `reset_optimizer_params`. Raises UserError, a line for
-        every reason, if the checkpoint does not fit.
+        `state` is a new one, whose shardings are kept; the arrays that the checkpoint replaces are deleted, as if
+        donated. With `reset_dataloader` the epoch that was under way restarts; with `reset_optimizer` the optimizer
+        does, and parameters that were not trained before start from `state`. Hyper-parameters are the configuration's,
+        except for those in an optimizer's state, which need `reset_optimizer_params`.
+        Raises UserError, with every reason, if the checkpoint does not fit.
         """
         step = self.checkpoints.latest()
         if step is None:
-            raise UserError(f"{self.checkpoints.folder}: holds no checkpoint to resume from")
-        old = self.checkpoints.metadata(step)
-        if old["schema"] != SCHEMA:
-            raise UserError(
-                f"{self.checkpoints.folder / str(step)}: is of format {old['schema']}, expected {SCHEMA} "
-                "(this version's)"
-            )
-        layout = self.checkpoints.layout(step)
-        faults = [
-            *model_faults(old["model"], self._facts["model"], reset_optimizer),
-            *([] if reset_optimizer else optimizer_faults(layout["optimizer"], state.opt_state, old, self._facts)),
-            *([] if reset_dataloader else data_faults(old, self._facts, self._plan)),
-        ]
-        if faults:
-            raise UserError(*(f"{self.checkpoints.folder / str(step)}: {fault}" for fault in faults))
-        notes = changes(old, self._facts)
+            raise UserError(f"{self.checkpoints.folder}: contains no checkpoint to resume from")
+        old, layout = self.checkpoints.metadata(step), self.checkpoints.layout(step)
+        resets = {"reset_dataloader"} if reset_dataloader else set()
+        resets |= {"reset_optimizer"} if reset_optimizer else set()
+        messages = self._check(step, old, layout, state.opt_state, resets)
         data_step = self._plan.steps_for(old["epoch"]) if reset_dataloader else self._plan.step_at(old["position"])
         if reset_dataloader:
-            notes.append(f"the data begin anew with epoch {old['epoch'] + 1}")
+            messages.append(f"the data restart at epoch {old['epoch'] + 1}")
         if reset_optimizer:
-            notes.append("the optimizer and its learning rates begin anew")
+            messages.append("the optimizer and its learning rates restart")
 
         saved = {path: state.params[path] for path in old["model"]}
         wanted = {"params": saved, "counters": _counters(state)}
@@ -125,40 +291,61 @@ class Resume:
             wanted["optimizer"] = state.opt_state
         if state.ema is not None and "ema" in layout:
             wanted["ema"] = {path: state.ema[path] for path in old["model"]}
-        hyper_parameters = _chosen(state.opt_state, _HYPER_PARAMETERS) if reset_optimizer_params else {}
-        found = self.checkpoints.restore(step, _abstract_and_deleted(wanted, set(map(id, hyper_parameters.values()))))
+        kept = _matching(state.opt_state, _HYPER_PARAMETERS) if reset_optimizer_params else {}
+        found = self.checkpoints.restore(step, _abstract_and_deleted(wanted, set(map(id, kept.values()))))
 
-        params = state.params | found["params"]
-        ema = state.ema
+        params, ema = state.params | found["params"], state.ema
         if ema is not None and "ema" not in layout:
             ema = jax.tree.map(lambda average, value: jnp.array(value, average.dtype), ema, params)
-            notes.append("the average of the weights (EMA) begins here: the checkpoint has none")
+            messages.append("the average of the weights (EMA) starts here: the checkpoint has none")
         elif ema is not None:
             ema = ema | found["ema"]
         elif "ema" in layout:
-            notes.append("the average of the weights (EMA) in the checkpoint is not used: ema_decay is not set")
-        opt_state = init_optimizer(params) if reset_optimizer else _replaced(found["optimizer"], hyper_parameters)
+            messages.append("the average of the weights (EMA) in the checkpoint is not used: ema_decay is not set")
+        opt_state = init_optimizer(params) if reset_optimizer else _replaced(found["optimizer"], kept)
         state = state._replace(params=params, ema=ema, opt_state=opt_state, **found["counters"])
         self.start = Position(step, data_step, 0 if reset_optimizer else step - old["optimizer_start"])
-        return state, notes
+        return state, messages
 
-    def due(self, step: int) -> bool:
-        """Whether the configuration wants a checkpoint after `step` steps of the run, by the epochs finished then."""
-        before, after = (self._plan.epochs_finished(self.start.at(n).data_step) for n in (step - 1, step))
-        return crosses_multiple(self._epochs, before, after)
+    def _check(
+        self,
+        step: int,
+        old: Mapping[str, Any],
+        layout: Mapping[str, Mapping[str, str]],
+        opt_state: Any,
+        resets: set[str],
+    ) -> list[str]:
+        """Return messages about what changed since the checkpoint. Raises UserError if the run cannot resume."""
+        path = self.checkpoints.folder / str(step)
+        if old["schema"] != SCHEMA:
+            raise UserError(f"{path}: has format {old['schema']}, expected {SCHEMA} (this version's)")
+        found = differences(old, self._metadata)
+        errors = [f"{each.message}; {each.remedy}" for each in found if each.remedy and each.waived_by not in resets]
+        if "reset_dataloader" not in resets and not any(each.waived_by == "reset_dataloader" for each in found):
+            try:
+                self._plan.step_at(old["position"])
+            except ValueError as error:
+                changed = "; ".join(each.message for each in _data_differences(old, self._metadata))
+                errors.append(f"{changed}: {error}; expected the data set as it was, {_restart_epoch(old)}")
+        different = [] if "reset_optimizer" in resets else layout_differences(layout["optimizer"], layout_of(opt_state))
+        if different:
+            types = [show_value(each["settings"].get("optimizer.type")) for each in (old, self._metadata)]
+            changed = f" (optimizer.type was {types[0]}, now {types[1]})" if types[0] != types[1] else ""
+            errors.append(
+                f"the optimizer's state has a different layout{changed}: {shorten(different)}; expected the optimizer "
+                "as it was, or --reset_optimizer to restart it"
+            )
+        if errors:
+            raise UserError(*(f"{path}: {error}" for error in errors))
+        return [each.message for each in found]
 
-    def overdue(self) -> bool:
-        """Whether it wants one because so many minutes are over, by this process's clock."""
-        return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
+    def save(
+        self, step: int, state: TrainState, *, wait: bool = False, announce: Callable[[str], None] = lambda line: None
+    ) -> bool:
+        """Start writing a checkpoint of the state after `step` steps; `state` may be donated when this returns.
 
-    def postpone(self) -> None:
-        """Begin the minutes anew: a checkpoint is asked for, which the processes agree on a step later."""
-        self._saved_at = self._clock()
-
-    def save(self, step: int, state: TrainState, *, wait: bool = False) -> bool:
-        """Begin to write a checkpoint of the state after `step` steps; `state` may be donated when this returns.
-
-        With `wait` it returns when the checkpoint is written. False if it could not be, which is logged.
+        With `wait` it returns when the checkpoint is written. `announce` gets a line, once for each step. Returns False
+        if the checkpoint could not be saved, which is logged.
         """
         position = self.start.at(step)
         items = {"params": state.params, "optimizer": state.opt_state, "counters": _counters(state)}
@@ -170,94 +357,55 @@ class Resume:
             "position": self._plan.position(position.data_step),
             "epoch": self._plan.epochs_finished(position.data_step),
             "optimizer_start": step - position.optimizer_step,
-            **self._facts,
+            **self._metadata,
         }
         self._saved_at = self._clock()
         self.checkpoints.save(step, items, metadata)
         if wait:
             self.checkpoints.wait()
-        return self.checkpoints.writing or step in self.checkpoints.steps()
+        saved = self.checkpoints.writing or step in self.checkpoints.steps()
+        if saved and step != self._announced:
+            self._announced = step
+            announce(f"{'wrote' if wait else 'writing'} the checkpoint of step {step} to {self.checkpoints.folder}")
+        return saved
+
+    def overdue(self) -> bool:
+        """Return whether the last checkpoint is `every_n_minutes` old by this process's clock."""
+        return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
+
+    def postpone(self) -> None:
+        """Restart the minutes: a checkpoint is requested, which the processes agree on a step later."""
+        self._saved_at = self._clock()
 
     def close(self) -> None:
-        """Wait until what is being written is written."""
+        """Wait until the checkpoint that is being saved is written."""
         self.checkpoints.close()
 
     def total_steps(self, epochs: int, max_steps: int | None = None) -> int:
-        """Steps that the run has when `epochs` epochs of the data, or `max_steps`, are over."""
+        """Return the run's steps when `epochs` epochs of the data, or `max_steps`, are over."""
         steps = self.start.step + max(0, self._plan.steps_for(epochs) - self.start.data_step)
         return steps if max_steps is None else min(steps, max_steps)
 
+    @property
+    def epoch_start(self) -> int:
+        """The run's step after which the epoch under way at `start` began."""
+        epochs = self._plan.epochs_finished(self.start.data_step)
+        return self.start.step - self.start.data_step + self._plan.steps_for(epochs)
 
-def find_run(output_dir: str | os.PathLike[str], which: str) -> pathlib.Path:
-    """The folder of the run to resume: "" is the newest in `output_dir` with a checkpoint, else a name there or a path.
-
-    Raises UserError if there is none, or if it has no checkpoint.
-    """
-    root = pathlib.Path(output_dir)
-    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    runs = sorted((match for name in names if (match := _RUN_NAME.fullmatch(name))), key=_age)
-    if which == "":
-        for match in reversed(runs):
-            if _has_checkpoint(root / match[0]):
-                return root / match[0]
-        found = f"the newest of {len(runs)} runs is {runs[-1][0]}" if runs else "there is no run"
-        raise UserError(f"resume_from_checkpoint: no run in {root} has a checkpoint ({found})")
-    given = pathlib.Path(which)
-    given = given.parent if given.name == FOLDER else given
-    for folder in (root / given, given):
-        if _has_checkpoint(folder):
-            return folder
-        if (folder / "latest").is_file() or list(folder.glob("global_step*")):
-            raise UserError(
-                f"resume_from_checkpoint: {folder} has checkpoints of DeepSpeed, which only diffusion-pipe can resume; "
-                "to train on, start from the model or adapter that it saved"
-            )
-        if folder.is_dir():
-            raise UserError(f"resume_from_checkpoint: {folder} has no checkpoint (expected {folder / FOLDER}/<step>)")
-    near = did_you_mean(which, [match[0] for match in runs])
-    raise UserError(f"resume_from_checkpoint: found {which}, expected the name of a run in {root} or its path{near}")
-
-
-def replicas_of(run: pathlib.Path) -> int:
-    """The replicas that a run's batches were made for. Raises UserError if its newest checkpoint cannot be read."""
-    checkpoints = RunCheckpoints(run / FOLDER, keep=None)
-    step = checkpoints.latest()
-    return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
-
-
-@contextlib.contextmanager
-def alone_in(run: pathlib.Path) -> Iterator[None]:
-    """No other run trains in this folder while the block is under way; one that ends in any way lets go.
-
-    Of a run's processes the first one sees to it. Raises UserError if another run is there already. A file system
-    without locks lets everyone in.
-    """
-    if not is_process_0():
-        yield
-        return
-    with writing_to(os.fspath(run)):
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            lock(descriptor, wait=False)
-        except BlockingIOError:
-            who = os.read(descriptor, 200).decode(errors="replace").strip()
-            raise UserError(f"{run}: is being trained by {who or 'another process'}") from None
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        os.close(descriptor)
+    def moment(self, step: int, total_steps: int) -> Moment:
+        """Return the moment after `step` steps."""
+        before, after = (max(0, self.start.at(number).data_step) for number in (step - 1, step))
+        epochs = self._plan.epochs_finished(before), self._plan.epochs_finished(after)
+        return Moment(step, total_steps, epochs, self._plan.position(after))
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
-    """What counts steps: every field that is no tree of parameters or of the optimizer."""
+    """Return the fields that count steps: those that are no tree of parameters or of the optimizer."""
     return {name: value for name, value in state._asdict().items() if name not in {"params", "opt_state", "ema"}}
 
 
 def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
-    """Shapes, dtypes and shardings of `tree`, whose arrays, but for those of the `spared` ids, leave the memory."""
+    """Return shapes, dtypes and shardings of `tree`, and delete its arrays except for those with the `spared` ids."""
 
     def abstract(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -270,20 +418,11 @@ def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
     return found
 
 
-def _chosen(tree: Any, pattern: re.Pattern[str]) -> dict[str, Any]:
-    """Path → leaf of the leaves whose path the pattern finds."""
+def _matching(tree: Any, pattern: re.Pattern[str]) -> dict[str, Any]:
+    """Return the leaves whose path matches: path → leaf."""
     return {path: leaf for path, leaf in flat(tree).items() if pattern.search(path)}
 
 
 def _replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """`tree` with these leaves in the place of its own."""
+    """Return `tree` with these leaves instead of its own."""
     return jax.tree.unflatten(jax.tree.structure(tree), {**flat(tree), **leaves}.values())
-
-
-def _has_checkpoint(run: pathlib.Path) -> bool:
-    return RunCheckpoints(run / FOLDER, keep=None).latest() is not None
-
-
-def _age(run: re.Match[str]) -> tuple[str, int, str]:
-    """Sorts names of runs: by time, then by suffix, -2 before -10."""
-    return run[1], len(run[2]), run[2]

@@ -1,85 +1,103 @@
-"""Pictures that a run draws on its way, always of the same prompts and seeds."""
+"""Images that a run draws during training, always of the same prompts and seeds."""
 
 import pathlib
+import textwrap
+from collections.abc import Sequence
+
+from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
 
 from anima_jax.adapters.dialects import TEXT_ENCODER
-from anima_jax.config.main import SampleConfig
-from anima_jax.models.parameters import Params, cast_to_compute
+from anima_jax.config.main import MainConfig, SampleConfig
+from anima_jax.data.encoders import Encoders
+from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.training import report
-from anima_jax.training.intervals import crosses_multiple
-from anima_jax.training.monitor import Monitor
+from anima_jax.training.intervals import Every, Moment
 
-TAG = "samples"
-"""Under which the grids are in TensorBoard."""
+_MIN_TILE, _MARGIN, _LINE = 128, 4, 12
+"""Pixels of a grid: the least width of an image, the gap between images, the height of a line of text."""
 
 
 class Samples:
-    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`, and shows it to `monitor`."""
+    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`."""
 
-    def __init__(
-        self,
-        settings: SampleConfig,
-        size_wh: tuple[int, int],
-        pipeline: AnimaPipeline,
-        folder: pathlib.Path,
-        monitor: Monitor | None = None,
-    ):
-        self._settings, self._size_wh, self._pipeline, self._folder = settings, size_wh, pipeline, folder
-        self._monitor = monitor
+    def __init__(self, config: SampleConfig, size_wh: tuple[int, int], pipeline: AnimaPipeline, folder: pathlib.Path):
+        self._config, self._size_wh, self._pipeline, self._folder = config, size_wh, pipeline, folder
+        self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
-    def due(self, step: int, total_steps: int, epochs_before: int = 0, epochs_after: int = 0) -> bool:
-        """Whether samples are drawn after `step` steps, the last of which took finished epochs from before to after.
-
-        They are at the start and the end in any case.
-        """
-        settings = self._settings
-        return (
-            crosses_multiple(settings.every_n_steps, step - 1, step)
-            or crosses_multiple(settings.every_n_epochs, epochs_before, epochs_after)
-            or step in {0, total_steps}
-        )
+    def due(self, at: Moment) -> bool:
+        """Return whether samples are drawn at this moment."""
+        return self._every.due(at)
 
     def path(self, step: int) -> pathlib.Path:
-        """The grid drawn after `step` steps."""
+        """Return the file of the grid drawn after `step` steps."""
         return self._folder / f"step{step:06d}.png"
 
-    def draw(self, params: Params, step: int, examples: int | None = None) -> pathlib.Path:
-        """Draw with these parameters of the transformer; they are not kept.
+    def draw(self, params: Params, step: int) -> Image.Image:
+        """Draw with these parameters of the transformer, write the grid to `path(step)` and return it.
 
-        The PNG says in text chunks what it shows: `prompt` and `seed` (one line for each tile, row by row), `step`, and
-        the sampler's settings.
+        The PNG's text chunks describe it: `prompt` and `seed` (one line per tile, row by row), `step`, and the
+        sampler's settings.
         """
-        settings, (width, height) = self._settings, self._size_wh
+        config, (width, height) = self._config, self._size_wh
         self._pipeline.dit_params = cast_to_compute(params, self._pipeline.dtype)
-        own = {path.removeprefix(TEXT_ENCODER): one for path, one in params.items() if path.startswith(TEXT_ENCODER)}
-        if own:
-            self._pipeline.text_encoder_params = own
+        text_encoder = {
+            path.removeprefix(TEXT_ENCODER): value for path, value in params.items() if path.startswith(TEXT_ENCODER)
+        }
+        if text_encoder:
+            self._pipeline.text_encoder_params = text_encoder
         images = []
-        for seed in settings.seeds:
+        for seed in config.seeds:
             images += self._pipeline(
-                settings.prompts,
+                config.prompts,
                 width=width,
                 height=height,
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                shift=settings.shift,
+                steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                shift=config.shift,
                 seed=seed,
             )
-        self._pipeline.dit_params = {}
-        tiles = [(prompt, seed) for seed in settings.seeds for prompt in settings.prompts]
-        grid = report.sample_grid(images, [prompt for prompt, _ in tiles])
-        path = self.path(step)
+        self._pipeline.dit_params = {}  # training donates them
+        tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
+        grid = sample_grid(images, [prompt for prompt, _ in tiles])
         text = {
             "prompt": "\n".join(prompt for prompt, _ in tiles),
             "seed": "\n".join(str(seed) for _, seed in tiles),
             "step": str(step),
-            "parameters": f"steps {settings.steps}, guidance_scale {settings.guidance_scale}, shift {settings.shift}",
+            "parameters": f"steps {config.steps}, guidance_scale {config.guidance_scale}, shift {config.shift}",
         }
         if is_process_0():
-            save_image(grid, path, text)
-        if self._monitor:
-            self._monitor.pictures(step, TAG, grid, examples)
-        return path
+            save_image(grid, self.path(step), text)
+        return grid
+
+
+def make_samples(
+    config: MainConfig, graphdef: nnx.GraphDef, params: Params, encoders: Encoders, folder: pathlib.Path
+) -> Samples | None:
+    """Return the samples of a run of the model with these parameters, None if the configuration asks for none."""
+    if config.sample is None:
+        return None
+    model = merge(graphdef, params)
+    text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
+    pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
+    return Samples(config.sample, config.sample_size_wh, pipeline, folder)
+
+
+def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Return the images in rows, each above its caption. Small images are enlarged so that captions can be read."""
+    scale = -(-_MIN_TILE // images[0].width)
+    width, height = images[0].width * scale, images[0].height * scale
+    font = ImageFont.load_default(size=10)
+    wrapped = [textwrap.wrap(caption, max(8, width // 6))[:3] for caption in captions]
+    cell = (width + _MARGIN, height + _MARGIN + _LINE * max(map(len, wrapped), default=0))
+    columns = min(columns, len(images))
+    grid = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(images) // columns)), "white")
+    pen = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = cell[0] * (index % columns), cell[1] * (index // columns)
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for number, line in enumerate(lines):
+            pen.text((x + 2, y + height + _LINE * number), line, fill="black", font=font)
+    return grid

@@ -1,4 +1,4 @@
-"""How a person or a cluster asks a run to save, or to save and end: diffusion-pipe's signal files, and SIGTERM."""
+"""Requests to a run to save, or to save and stop: diffusion-pipe's signal files, and SIGTERM."""
 
 import contextlib
 import pathlib
@@ -6,37 +6,37 @@ import signal
 from collections.abc import Callable
 from typing import Literal
 
-from anima_jax.parallel.hosts import is_process_0, is_single_process
+from anima_jax.parallel.hosts import Consensus, is_process_0, is_single_process
 
 Request = Literal["save", "save_quit"]
 
 REQUESTS: tuple[Request | None, ...] = (None, "save", "save_quit")
-"""By their numbers, of which the largest of several counts."""
+"""By their numbers; of several requests, the one with the largest number counts."""
 
 FILES: tuple[Request, ...] = ("save_quit", "save")
-"""Empty files of these names in the run's folder are requests; the first that is there counts."""
+"""Empty files of these names in the run's folder are requests; the first one found counts."""
 
 
 class _CutShort(BaseException):
-    """Ends what `Signals.cut_short` runs. No Exception: libraries take those for their own."""
+    """Ends what `Signals.cut_short` runs. Not an Exception, which libraries may catch."""
 
 
 class Signals:
     """Requests to the run in `run_folder`. Until `close`, the first SIGTERM is a request to save and quit.
 
-    The second one ends the process at once, as it would without this class; so does an interrupt from the keyboard.
-    Make it in the main thread.
+    The second SIGTERM ends the process at once, as it would without this class; so does a keyboard interrupt. With a
+    `consensus` the processes of a run agree on requests. Create it in the main thread.
     """
 
-    def __init__(self, run_folder: pathlib.Path):
-        self._folder = run_folder
+    def __init__(self, run_folder: pathlib.Path, consensus: Consensus | None = None):
+        self._folder, self._consensus = run_folder, consensus
         self._terminated = self._cutting = False
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def requested(self) -> Request | None:
-        """What is asked of this process since the last call, None if nothing is.
+        """Return what this process was asked for since the last call, None if nothing.
 
-        Of a run's processes the first looks for files; the one that asked for something is removed.
+        Of several processes, process 0 looks for files; the file of the returned request is removed.
         """
         if self._terminated:
             self._terminated = False
@@ -44,30 +44,38 @@ class Signals:
         for name in FILES if is_process_0() else ():
             path = self._folder / name
             if path.is_file():
-                # Another program's file, or a folder that became read-only, asks again and again but stops nothing.
+                # If another program's file or a read-only folder keeps it, it asks again and again, but stops nothing.
                 with contextlib.suppress(OSError):
                     path.unlink()
                 return name
         return None
 
-    def cut_short(self, action: Callable[[], None]) -> None:
-        """Do what may take long and can be made up for later: SIGTERM ends it on the spot, or it does not begin.
+    def agreed(self, *, save: bool = False) -> Request | None:
+        """Return what any of the run's processes was asked for; `save` is a request of this one's own.
 
-        Where several processes do it together it goes on to its end: one alone cannot leave.
+        Several processes agree one call late, so that none waits for the others. All must call it equally often.
+        """
+        number = max(REQUESTS.index(self.requested()), REQUESTS.index("save") if save else 0)
+        return REQUESTS[self._consensus(number) if self._consensus else number]
+
+    def cut_short(self, action: Callable[[], None]) -> None:
+        """Run an action that may take long and can be repeated later. SIGTERM ends it at once, or prevents its start.
+
+        Several processes that run it together complete it: one of them cannot leave alone.
         """
         if self._terminated and is_single_process():
             return
         try:
             self._cutting = is_single_process()
             action()
-            self._cutting = False  # here, where a signal until now is still caught
+            self._cutting = False  # inside the block, where a signal that comes before is still caught
         except _CutShort:
             pass
         finally:
             self._cutting = False
 
     def close(self) -> None:
-        """SIGTERM means again what it did before."""
+        """Restore the previous handler of SIGTERM."""
         signal.signal(signal.SIGTERM, self._before)
 
     def _on_sigterm(self, number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""The networks of a run: which parameters are trained, at what rate, and from which values they start."""
+"""A run's networks and optimizer: which parameters are trained, at what rate, and from which values they start."""
 
 import dataclasses
 import itertools
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,6 +16,7 @@ from anima_jax.adapters.dialects import ADAPTER_RULES, TEXT_ENCODER
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.config.main import MainConfig
+from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.errors import UserError
 from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
@@ -22,19 +24,19 @@ from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicate
+from anima_jax.training import optimizers
 from anima_jax.training.optimizers import groups_by_path
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamPartition:
-    """A transformer, its parameters divided into those to train (float32) and frozen ones.
+    """A transformer whose parameters are divided into those to train (float32) and frozen ones.
 
     Frozen parameters have the compute dtype, or are stored as `[model] transformer_dtype` says, some `Quantised`.
-
     `params` are the values that training starts from.
-    `tensors` are the trained parameters' tensors in an exported file; `slots` the adapters by module path, None in full
+    `tensors` are the trained parameters' tensors in an exported file; `specs` the adapters by module path, None in full
     training. `rates` are learning rates relative to the group's, one for each layer, of parameters that have their own.
-    `notes` are to be told.
+    `messages` are for the user.
     """
 
     config: DiTConfig
@@ -42,24 +44,24 @@ class ParamPartition:
     params: Params
     frozen: Params
     tensors: list[FileTensor]
-    slots: Mapping[str, modules.AdapterSpec] | None
+    specs: Mapping[str, modules.AdapterSpec] | None
     rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    notes: Sequence[str] = ()
+    messages: Sequence[str] = ()
 
     @property
     def groups(self) -> dict[str, str]:
-        """Parameter group of each parameter that is trained."""
+        """The group of each trained parameter."""
         return groups_by_path(self.tensors)
 
     @property
     def text_ids(self) -> bool:
-        """Whether the step takes token ids in place of text states, because it trains the text encoder."""
+        """Whether the step trains the text encoder, and so takes token ids instead of text states."""
         return any(path.startswith(TEXT_ENCODER) for path in self.params)
 
     @property
     def ranks(self) -> dict[str, tuple[int, ...]] | None:
-        """Ranks of the adapters, by module path; None in full training."""
-        return None if self.slots is None else {path: tuple(slot.ranks) for path, slot in self.slots.items()}
+        """Each adapter's rank in each layer, by module path; None in full training."""
+        return None if self.specs is None else {path: tuple(spec.ranks) for path, spec in self.specs.items()}
 
 
 def prepare(
@@ -69,14 +71,14 @@ def prepare(
     *,
     sizes: DiTConfig | None = None,
 ) -> ParamPartition:
-    """Load the transformer that the configuration names, or initialise one, and divide its parameters.
+    """Load the transformer that the configuration names, or initialise a new one, and divide its parameters.
 
     With `sizes` one of these sizes is initialised even if the configuration names a file.
 
-    They lie on `mesh` (by default the one that is set) as its rules say; no device or host ever has more of them.
-    `text_encoder` loads the text encoder, if an adapter on it is trained; by default from its file. Raises UserError
-    for a file that does not fit, when nothing would be trained, when `transformer_dtype` would round what is trained,
-    and for a `remat_every` that does not divide the number of blocks.
+    They are sharded on `mesh` (by default the current one); no device or host ever has more than its part.
+    `text_encoder` loads the text encoder, if an adapter on it is trained; by default from its file.
+    Raises UserError for a file that does not fit, if nothing would be trained, if `transformer_dtype` would round what
+    is trained, and for a `remat_every` that does not divide the number of blocks.
     """
     mesh = mesh or current_mesh()
     model_config, graphdef, base = _base(config, sizes or config.model.config, mesh)
@@ -98,7 +100,7 @@ def prepare(
 def _with_adapter(
     config: MainConfig, model_config: DiTConfig, base: Params, load_text_encoder: Callable[[], Qwen3], mesh: Mesh
 ) -> ParamPartition:
-    """All of the base frozen, and adapters that are trained."""
+    """Freeze the base model and add adapters to train."""
     qwen = load_text_encoder() if config.trains_text_encoder else None
     if qwen is not None:
         base = base | {TEXT_ENCODER + path: value for path, value in parameters.split(qwen)[1].items()}
@@ -110,24 +112,25 @@ def _with_adapter(
         return model
 
     targets = modules.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
-    slots, rates = training.plan(config, targets)
+    specs, rates = training.plan(config, targets)
 
     def build(rngs) -> AnimaDiT:
         model = bare(rngs)
-        modules.attach(model, slots)
+        modules.attach(model, specs)
         return model
 
     graphdef, abstract = parameters.abstract(build)
-    fresh = {path: leaf for path, leaf in abstract.items() if modules.is_factor(path)}
-    params = modules.initial(abstract | base, slots, config.seed, rules.shardings(fresh, fresh, mesh))
-    scales = training.scales(config, slots)
-    notes = training.idle_exclusions(config, targets)
+    factors = {path: leaf for path, leaf in abstract.items() if modules.is_factor(path)}
+    params = modules.initial(abstract | base, specs, config.seed, rules.shardings(factors, factors, mesh))
+    scales = training.scales(config, specs)
+    messages = training.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
-        begun, told = training.existing(config, slots, scales, params)
-        params |= begun
-        notes += told
+        loaded, more = training.existing(config, specs, scales, params)
+        params |= loaded
+        messages += more
     tensors = file_tensors(ADAPTER_RULES, params)
-    return ParamPartition(model_config, graphdef, params, base | replicate(scales, mesh), tensors, slots, rates, notes)
+    frozen = base | replicate(scales, mesh)
+    return ParamPartition(model_config, graphdef, params, frozen, tensors, specs, rates, messages)
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:
@@ -135,7 +138,7 @@ def _text_encoder(config: MainConfig) -> Qwen3:
 
 
 def blank_text_encoder(config: MainConfig) -> Qwen3:
-    """The text encoder with zeros for weights: of its file the header alone is read."""
+    """Return the text encoder with zeros for weights: only the header of its file is read."""
     with open_text_encoder(config.model.llm_path) as checkpoint:
         zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
         return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
@@ -147,7 +150,10 @@ def _stored_text(config: MainConfig, model: Qwen3) -> Qwen3:
 
 
 def dit_config(config: MainConfig) -> DiTConfig:
-    """The transformer's sizes, from the configuration or from its file's header. Raises UserError as `prepare` does."""
+    """Return the transformer's sizes, from the configuration or from its file's header.
+
+    Raises UserError as `prepare` does.
+    """
     if config.model.config is not None:
         return config.model.config
     assert config.model.transformer_path is not None
@@ -156,9 +162,9 @@ def dit_config(config: MainConfig) -> DiTConfig:
 
 
 def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-    """The transformer without adapter, initialised with these sizes or, if None, loaded from its file.
+    """Return the transformer without adapter, initialised with these sizes or, if None, loaded from its file.
 
-    Frozen parameters are as they are stored, those to be trained in float32.
+    Frozen parameters have their storage dtype, those to train float32.
     """
     if sizes is not None:
         graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
@@ -171,7 +177,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
         trained = _trained_in_base(config, checkpoint.abstract)
         base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
-        # One parameter at a time: what is quantised is never on the device as a whole before.
+        # One parameter at a time, so that those to be quantised are never all on the device before.
         for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
             dtype = jnp.float32 if name in trained else _read_dtype(config, name)
             value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype, shardings)[name]
@@ -180,7 +186,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
 
 
 def _read_dtype(config: MainConfig, path: str) -> Any:
-    """Dtype in which a frozen parameter is read; what is quantised comes in the compute dtype."""
+    """Return the dtype in which a frozen parameter is read: the compute dtype if it will be quantised."""
     own = config.model.transformer_dtype
     if own is None or own in quantised.STORED or not quantised.in_transformer_dtype(path):
         own = config.compute_dtype
@@ -188,7 +194,7 @@ def _read_dtype(config: MainConfig, path: str) -> Any:
 
 
 def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
-    """A frozen parameter as it is stored: in the compute dtype, or as `transformer_dtype` says."""
+    """Return a frozen parameter as it is stored: in the compute dtype, or as `transformer_dtype` says."""
     storage, value = config.model.transformer_dtype, value.astype(_read_dtype(config, path))
     if storage not in quantised.STORED:
         return value
@@ -197,7 +203,7 @@ def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
 
 
 def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
-    """Parameters of the transformer itself that are trained: none under an adapter."""
+    """Return the paths of the transformer's own parameters that are trained: none with an adapter."""
     if config.adapter is not None:
         return set()
     trained, storage = _trained_paths(config, base), config.model.transformer_dtype
@@ -212,9 +218,33 @@ def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
 
 
 def _trained_paths(config: MainConfig, base: Params) -> set[str]:
-    """Parameters of the transformer whose group has a learning rate; a rate of 0 freezes."""
+    """Return the paths of the transformer's parameters whose group has a learning rate; a rate of 0 freezes."""
     groups = groups_by_path(file_tensors(dit.RULES, base))
     trained = {path for path, group in groups.items() if config.learning_rates[group] > 0}
     if not trained:
         raise UserError(f"{config.path}: every learning rate is 0, so nothing would be trained")
     return trained
+
+
+def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.LearningRates:
+    """Return the learning rates of a run. Schedules cover all epochs, whatever `max_steps` is.
+
+    Without a plan the number of steps is not known: enough to check the optimizer, not to train.
+    """
+    schedule = config.schedule
+    steps = plan.steps_for(config.epochs) if plan else 1
+    return optimizers.LearningRates(config.learning_rates, schedule.shape, schedule.warmup_steps, steps)
+
+
+def build_optimizer(
+    config: MainConfig, partition: ParamPartition, plan: BatchPlan | None = None
+) -> optax.GradientTransformation:
+    """Build the optimizer of a run; without a plan, only to check the configuration."""
+    return optimizers.build(
+        config.optimizer,
+        learning_rates(config, plan),
+        partition.tensors,
+        clip_norm=config.gradient_clipping,
+        global_batch=max(tier.batch_size for tier in plan.tiers) if plan else 1,
+        layer_rates=partition.rates,
+    )

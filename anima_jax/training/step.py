@@ -80,6 +80,11 @@ class Metrics(NamedTuple):
     skipped: Array
     norms: GroupNorms | None = None
 
+    @property
+    def scalars(self) -> dict[str, Array]:
+        """Everything but the norms, by name."""
+        return {name: value for name, value in self._asdict().items() if name != "norms"}
+
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:

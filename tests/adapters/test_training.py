@@ -24,8 +24,7 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.training.export import about_adapter, export
-from anima_jax.training.loop import build_optimizer
-from anima_jax.training.state import prepare
+from anima_jax.training.state import build_optimizer, prepare
 from anima_jax.training.step import StepConfig, TrainBatch, example_losses
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
@@ -93,7 +92,7 @@ def test_patterns_choose_modules_ranks_and_rates(folder):
     )
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
-    assert names(trained.slots) == expected | {"blocks.1.mlp.layer1": 4}
+    assert names(trained.specs) == expected | {"blocks.1.mlp.layer1": 4}
     assert all(modules.is_factor(path) for path in trained.params)
     assert not any(modules.is_factor(path) for path in trained.frozen)
     assert trained.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
@@ -248,7 +247,7 @@ def test_what_is_exported_does_what_was_trained_and_can_be_trained_on(folder, tm
         again = prepare(configured(folder, f"type = '{kind}'\n{EXPORTED[kind]}\ninit_from_existing = '{given}'"))
         for name, value in params.items():
             np.testing.assert_allclose(again.params[name], value, rtol=1e-6, atol=0, err_msg=name)
-    assert "modules begin from" in again.notes[0]
+    assert "modules begin from" in again.messages[0]
 
 
 def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
@@ -256,7 +255,7 @@ def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
     trained = prepare(config)
     path = export(tmp_path / "epoch1", trained, randomised(trained), "bfloat16", about_adapter(config, trained, 12))
     assert {file.name for file in path.parent.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.slots) for x in "AB"}
+    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.specs) for x in "AB"}
     with safe_open(path, "np") as file:
         assert set(file.keys()) == expected  # no alpha, no llm_adapter, as in diffusion-pipe
         metadata = file.metadata()
@@ -283,7 +282,7 @@ def test_alphas_are_written_only_where_they_say_something(folder, tmp_path):
     assert alphas
     assert set(alphas.values()) == {2.0}
     assert {key.removesuffix(".alpha") for key in alphas} == {
-        f"diffusion_model.{name}" for name, rank in names(trained.slots).items() if rank == 4
+        f"diffusion_model.{name}" for name, rank in names(trained.specs).items() if rank == 4
     }
 
 
@@ -351,10 +350,10 @@ def test_going_on_from_a_file_of_another_dialect_and_scale_begins_with_the_same_
     for name, value in params.items():
         factor = 0.125 if name.endswith("lora_b") else 1.0  # scale 1/4 in the file, 2 in the run
         np.testing.assert_allclose(again.params[name], factor * np.asarray(value), rtol=1e-6)
-    assert again.notes[1].startswith(
+    assert again.messages[1].startswith(
         f"warning: {tmp_path}/kohya.safetensors: was trained on anima-preview.safetensors ("
     )
-    assert str(fingerprint(folder / "base.safetensors")) in again.notes[1]
+    assert str(fingerprint(folder / "base.safetensors")) in again.messages[1]
 
 
 def test_what_an_existing_adapter_leaves_out_begins_fresh(folder, tmp_path):
@@ -435,4 +434,4 @@ def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(
     )
     assert float(fresh) == pytest.approx(float(expected), rel=1e-5)
     assert float(value) != pytest.approx(float(fresh), rel=1e-3)
-    assert json.dumps(trained.notes) == "[]"
+    assert json.dumps(trained.messages) == "[]"

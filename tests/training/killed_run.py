@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from anima_jax.data.batch_plan import BatchPlan, Tier
-from anima_jax.training.fingerprints import facts_of
-from anima_jax.training.resume import Resume
+from anima_jax.training.intervals import Every
+from anima_jax.training.resume import Checkpointer, run_metadata
 from anima_jax.training.step import TrainState
 
 STEPS = 60
@@ -57,31 +57,31 @@ def step(state: TrainState, ids_b, epochs_b):
     ), loss
 
 
-def resumable(folder: pathlib.Path, **options) -> Resume:
-    return Resume(folder, PLAN, facts_of(fresh_state().params, GROUPS, PLAN, IDS, {}), keep=2, **options)
+def resumable(folder: pathlib.Path, **options) -> Checkpointer:
+    return Checkpointer(folder, PLAN, run_metadata(fresh_state().params, GROUPS, PLAN, IDS, {}), keep=2, **options)
 
 
 def run(folder: pathlib.Path, pause_s: float = 0.0) -> None:
     """Train in `folder` to the end, from its newest checkpoint if it has one; each loss is a line of `losses`."""
     jax.config.update("jax_platforms", "cpu")
-    resume, state = resumable(folder, every_n_epochs=1), fresh_state()
+    checkpointer, state = resumable(folder), fresh_state()
     try:
-        if resume.checkpoints.latest() is not None:
-            state, notes = resume.restore(state, OPTIMIZER.init)
-            assert notes == []
+        if checkpointer.checkpoints.latest() is not None:
+            state, messages = checkpointer.restore(state, OPTIMIZER.init)
+            assert messages == []
         jitted = jax.jit(step, donate_argnums=0)
         with open(folder / "losses", "a", encoding="ascii") as log:
-            for number in range(resume.start.step, STEPS):
-                batch = PLAN.batch(resume.start.at(number).data_step)
+            for number in range(checkpointer.start.step, STEPS):
+                batch = PLAN.batch(checkpointer.start.at(number).data_step)
                 state, loss = jitted(state, IDS[batch.indices], batch.epochs)
                 log.write(f"\n{json.dumps([number, float(loss).hex()])}")
                 log.flush()
                 time.sleep(pause_s)
-                if (number + 1) % 5 == 0 or resume.due(number + 1):
-                    resume.save(number + 1, state)
-        assert resume.save(STEPS, state, wait=True)
+                if (number + 1) % 5 == 0 or Every(epochs=1).due(checkpointer.moment(number + 1, STEPS)):
+                    checkpointer.save(number + 1, state)
+        assert checkpointer.save(STEPS, state, wait=True)
     finally:
-        resume.close()
+        checkpointer.close()
 
 
 def main(folder: str, pause_s: float) -> None:

@@ -15,8 +15,16 @@ import pytest
 from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.errors import UserError
 from anima_jax.models.quantised import quantise
-from anima_jax.training.fingerprints import changes, facts_of, frozen_fingerprint, settings_of
-from anima_jax.training.resume import Position, Resume, alone_in, find_run
+from anima_jax.training.intervals import Every
+from anima_jax.training.resume import (
+    Checkpointer,
+    Position,
+    differences,
+    frozen_fingerprint,
+    run_metadata,
+    training_settings,
+)
+from anima_jax.training.run_folder import alone_in, find_run
 from anima_jax.training.step import TrainState
 from tests.training import killed_run
 from tests.training.killed_run import GROUPS, IDS, OPTIMIZER, PLAN, SHAPES, STEPS, fresh_state, resumable
@@ -89,49 +97,53 @@ def saving(folder) -> bool:
 
 def advanced(folder, steps: int, **options) -> TrainState:
     """The state after `steps` steps of the small run, saved in `folder`."""
-    resume, state = resumable(folder, **options), fresh_state()
+    checkpointer, state = resumable(folder, **options), fresh_state()
     jitted = jax.jit(killed_run.step)
     for number in range(steps):
         batch = PLAN.batch(number)
         state, _ = jitted(state, IDS[batch.indices], batch.epochs)
-    assert resume.save(steps, state, wait=True)
-    resume.close()
+    assert checkpointer.save(steps, state, wait=True)
+    checkpointer.close()
     return state
 
 
-def facts(params=None, groups=GROUPS, plan=PLAN, ids=IDS, **settings) -> dict:
-    return facts_of(fresh_state().params if params is None else params, groups, plan, ids, settings)
+def metadata(params=None, groups=GROUPS, plan=PLAN, ids=IDS, **settings) -> dict:
+    return run_metadata(fresh_state().params if params is None else params, groups, plan, ids, settings)
 
 
-def refusal(folder, new_facts, plan=PLAN, state=None, **options) -> list[str]:
+def changes(old, new) -> list[str]:
+    return [difference.message for difference in differences(old, new)]
+
+
+def refusal(folder, new_metadata, plan=PLAN, state=None, **options) -> list[str]:
     with pytest.raises(UserError) as refused:
-        Resume(folder, plan, new_facts).restore(state or fresh_state(), OPTIMIZER.init, **options)
+        Checkpointer(folder, plan, new_metadata).restore(state or fresh_state(), OPTIMIZER.init, **options)
     assert all(str(folder) in fault for fault in refused.value.messages)
     return list(refused.value.messages)
 
 
 def test_the_state_and_the_position_come_back_and_nothing_is_said_when_nothing_changed(tmp_path):
     state = advanced(tmp_path, 9)
-    resume = resumable(tmp_path)
-    found, notes = resume.restore(fresh_state(), OPTIMIZER.init)
+    checkpointer = resumable(tmp_path)
+    found, messages = checkpointer.restore(fresh_state(), OPTIMIZER.init)
     assert bits(found) == bits(state)
     assert jax.tree.structure(found) == jax.tree.structure(state)
-    assert notes == []
-    assert resume.start == Position(9, 9, 9)
-    assert resume.total_steps(3) == PLAN.steps_for(3)
-    assert resume.total_steps(3, max_steps=11) == 11
+    assert messages == []
+    assert checkpointer.start == Position(9, 9, 9)
+    assert checkpointer.total_steps(3) == PLAN.steps_for(3)
+    assert checkpointer.total_steps(3, max_steps=11) == 11
 
 
 def test_reset_dataloader_begins_the_epoch_anew_and_later_resumes_remember_it(tmp_path):
     # Epoch 1 is steps 0 to 6, epoch 2 steps 7 to 12: after 9 steps the second one is under way.
     assert [PLAN.steps_for(epochs) for epochs in (1, 2)] == [7, 12]
     advanced(tmp_path, 9)
-    resume = resumable(tmp_path)
-    state, notes = resume.restore(fresh_state(), OPTIMIZER.init, reset_dataloader=True)
-    assert resume.start == Position(9, 7, 9)
-    assert notes == ["the data begin anew with epoch 2"]
-    assert resume.total_steps(2) == 9 + (12 - 7)
-    assert resume.save(11, state, wait=True)
+    checkpointer = resumable(tmp_path)
+    state, messages = checkpointer.restore(fresh_state(), OPTIMIZER.init, reset_dataloader=True)
+    assert checkpointer.start == Position(9, 7, 9)
+    assert messages == ["the data restart at epoch 2"]
+    assert checkpointer.total_steps(2) == 9 + (12 - 7)
+    assert checkpointer.save(11, state, wait=True)
     again = resumable(tmp_path)
     again.restore(fresh_state(), OPTIMIZER.init)
     assert again.start == Position(11, 9, 11)
@@ -139,14 +151,14 @@ def test_reset_dataloader_begins_the_epoch_anew_and_later_resumes_remember_it(tm
 
 def test_reset_optimizer_keeps_the_weights_and_begins_the_optimizer_and_its_rates_anew(tmp_path):
     state = advanced(tmp_path, 6)
-    resume = resumable(tmp_path)
-    found, notes = resume.restore(fresh_state(), OPTIMIZER.init, reset_optimizer=True)
+    checkpointer = resumable(tmp_path)
+    found, messages = checkpointer.restore(fresh_state(), OPTIMIZER.init, reset_optimizer=True)
     assert bits(found.params) == bits(state.params)
     assert bits(found.ema) == bits(state.ema)
     assert bits(found.opt_state) == bits(OPTIMIZER.init(state.params))
-    assert resume.start == Position(6, 6, 0)
-    assert len(notes) == 1
-    assert resume.save(8, found, wait=True)
+    assert checkpointer.start == Position(6, 6, 0)
+    assert len(messages) == 1
+    assert checkpointer.save(8, found, wait=True)
     again = resumable(tmp_path)
     again.restore(fresh_state(), OPTIMIZER.init)
     assert again.start == Position(8, 8, 2)
@@ -159,8 +171,8 @@ def test_hyper_parameters_in_the_state_are_the_checkpoints_unless_they_are_reset
 
     saved, init = state_with(1e-3)
     saved = saved._replace(opt_state=saved.opt_state._replace(count=jnp.array(5, jnp.int32)))
-    resume = resumable(tmp_path)
-    assert resume.save(5, saved, wait=True)
+    checkpointer = resumable(tmp_path)
+    assert checkpointer.save(5, saved, wait=True)
     for reset, rate in ((False, 1e-3), (True, 7e-3)):
         found, _ = resumable(tmp_path).restore(state_with(7e-3)[0], init, reset_optimizer_params=reset)
         assert float(found.opt_state.hyperparams["learning_rate"]) == pytest.approx(rate, rel=1e-6)
@@ -169,42 +181,42 @@ def test_hyper_parameters_in_the_state_are_the_checkpoints_unless_they_are_reset
 
 def test_an_average_can_begin_and_end_with_a_resume(tmp_path):
     state = advanced(tmp_path / "with", 4)
-    found, notes = resumable(tmp_path / "with").restore(fresh_state()._replace(ema=None), OPTIMIZER.init)
+    found, messages = resumable(tmp_path / "with").restore(fresh_state()._replace(ema=None), OPTIMIZER.init)
     assert found.ema is None
-    assert "ema_decay is not set" in notes[0]
+    assert "ema_decay is not set" in messages[0]
     assert bits(found.params) == bits(state.params)
 
     assert resumable(tmp_path / "without").save(4, state._replace(ema=None), wait=True)
-    found, notes = resumable(tmp_path / "without").restore(fresh_state(), OPTIMIZER.init)
+    found, messages = resumable(tmp_path / "without").restore(fresh_state(), OPTIMIZER.init)
     assert bits(found.ema) == bits(state.params)
-    assert "begins here" in notes[0]
+    assert "starts here" in messages[0]
 
 
 def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     advanced(tmp_path, 9)
     larger = BatchPlan([Tier("64", np.arange(11), 16, 4), Tier("96", np.arange(11, 18), 36, 2)], seed=4)
-    said = changes(facts(), facts(plan=larger, ids=np.arange(18) * 1000 + 7))
+    said = changes(metadata(), metadata(plan=larger, ids=np.arange(18) * 1000 + 7))
     assert said == [
         "seed was 3, now 4",
         "the data set had 10 examples in tier 64, now 11",
-        "the 7 examples of tier 96 are not those that they were",
+        "the 7 examples of tier 96 are not the same as before",
     ]
     shuffled = IDS.copy()
     shuffled[:2] = shuffled[1::-1]
-    assert changes(facts(), facts(ids=shuffled)) == ["the examples of tier 64 are the same in another order"]
+    assert changes(metadata(), metadata(ids=shuffled)) == ["the examples of tier 64 are the same in another order"]
 
     position = PLAN.position(9)
     one_tier = BatchPlan([Tier("64", np.arange(17), 16, 2)], seed=3)
-    resume = Resume(tmp_path, one_tier, facts(plan=one_tier))
-    (fault,) = refusal(tmp_path, facts(plan=one_tier), one_tier)
+    checkpointer = Checkpointer(tmp_path, one_tier, metadata(plan=one_tier))
+    (fault,) = refusal(tmp_path, metadata(plan=one_tier), one_tier)
     assert "a step of tier 64 took 4 examples, now 2" in fault
-    assert "= 4, or --reset_dataloader to begin epoch 2 anew" in fault
-    notes = resume.restore(fresh_state(), OPTIMIZER.init, reset_dataloader=True)[1]
-    assert "a step of tier 64 took 4 examples, now 2" in notes
-    assert resume.start.data_step == one_tier.steps_for(1)
+    assert "= 4, or --reset_dataloader to restart epoch 2" in fault
+    messages = checkpointer.restore(fresh_state(), OPTIMIZER.init, reset_dataloader=True)[1]
+    assert "a step of tier 64 took 4 examples, now 2" in messages
+    assert checkpointer.start.data_step == one_tier.steps_for(1)
 
     other = BatchPlan([Tier("128", np.arange(17), 64, 2 * position)], seed=3)
-    (fault,) = refusal(tmp_path, facts(plan=other), other)
+    (fault,) = refusal(tmp_path, metadata(plan=other), other)
     assert "the data set had 10 examples in tier 64, now 0" in fault
     assert f"begins after {position} examples" in fault
 
@@ -212,11 +224,11 @@ def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
 def test_captions_masks_and_frozen_weights_that_changed_are_named():
     contents = {"captions": np.arange(17, dtype=np.uint64), "masks": np.zeros(17, np.uint64)}
     frozen = {"blocks.mlp.kernel": jnp.ones((4, 8), jnp.bfloat16), "x": quantise(jnp.ones((64, 8)), "int8")}
-    old = facts_of(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=contents, files=frozen_fingerprint(frozen))
+    old = run_metadata(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=contents, files=frozen_fingerprint(frozen))
     assert changes(old, old) == []
     edited = {**contents, "captions": contents["captions"] + (np.arange(17) == 12)}
     touched = {**frozen, "blocks.mlp.kernel": frozen["blocks.mlp.kernel"].at[2, 3].set(1.01)}
-    new = facts_of(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=edited, files=frozen_fingerprint(touched))
+    new = run_metadata(fresh_state().params, GROUPS, PLAN, IDS, {}, contents=edited, files=frozen_fingerprint(touched))
     assert changes(old, new) == ["captions of tier 96 changed", "the frozen weights changed"]
     assert frozen_fingerprint({}) == {}
 
@@ -241,30 +253,30 @@ def test_a_changed_model_is_refused_group_by_group_and_new_groups_can_start_with
         return fresh._replace(params=own, ema=own, opt_state=OPTIMIZER.init(own))
 
     less = part(["blocks.mlp.kernel", "x_embedder.kernel"])
-    (gone, _) = refusal(tmp_path, facts(less.params), state=less)
-    assert "self_attn: 1 parameters (blocks.self_attn.kernel) were trained and now are not" in gone
+    (gone, _) = refusal(tmp_path, metadata(less.params), state=less)
+    assert "self_attn: 1 parameter (blocks.self_attn.kernel) was trained and now is not" in gone
 
     params = fresh.params | {"blocks.new.kernel": jnp.ones((2, 2))}
     more = fresh._replace(params=params, ema=jax.tree.map(jnp.copy, params), opt_state=OPTIMIZER.init(params))
-    more_facts = facts(params, GROUPS | {"blocks.new.kernel": "mod"})
-    (added, _) = refusal(tmp_path, more_facts, state=more)
-    assert "mod: 1 parameters (blocks.new.kernel) were not trained and now are" in added
+    more_metadata = metadata(params, GROUPS | {"blocks.new.kernel": "mod"})
+    (added, _) = refusal(tmp_path, more_metadata, state=more)
+    assert "mod: 1 parameter (blocks.new.kernel) was not trained and now is" in added
     assert "--reset_optimizer" in added
-    found, notes = Resume(tmp_path, PLAN, more_facts).restore(more, OPTIMIZER.init, reset_optimizer=True)
+    found, messages = Checkpointer(tmp_path, PLAN, more_metadata).restore(more, OPTIMIZER.init, reset_optimizer=True)
     assert bits({path: found.params[path] for path in SHAPES}) == bits(state.params)
     np.testing.assert_array_equal(found.params["blocks.new.kernel"], np.ones((2, 2)))
-    assert "mod: 1 parameters" in notes[0]
+    assert "mod: 1 parameter (" in messages[0]
 
     adamw = fresh._replace(opt_state=optax.sgd(1.0).init(fresh.params))
-    (fault,) = refusal(tmp_path, facts() | {"settings": {"optimizer.type": "sgd"}}, state=adamw)
-    assert "the optimizer keeps another state (it was not set, now sgd)" in fault
+    (fault,) = refusal(tmp_path, metadata() | {"settings": {"optimizer.type": "sgd"}}, state=adamw)
+    assert "the optimizer's state has a different layout (optimizer.type was not set, now sgd)" in fault
     assert "--reset_optimizer" in fault
 
 
 def test_an_adapters_rank_is_named_as_such():
     def lora(rank):
         shapes = {"blocks.q.lora_a": (2, 8, rank), "blocks.q.lora_b": (2, rank, 8)}
-        return facts(
+        return metadata(
             {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()},
             dict.fromkeys(shapes, "base"),
         )
@@ -287,7 +299,7 @@ def test_settings_that_matter_to_training_are_compared_and_others_are_not():
         "ema_decay": 0.9,
         "data": {"directory": [{"path": "a"}, {"path": "b", "num_repeats": 2.0}]},
     }
-    assert changes(facts(**settings_of(old)), facts(**settings_of(new))) == [
+    assert changes(metadata(**training_settings(old)), metadata(**training_settings(new))) == [
         "data.directory.1.num_repeats was 1.0, now 2.0",
         "ema_decay was not set, now 0.9",
         "lr_scheduler was constant, now cosine",
@@ -297,17 +309,17 @@ def test_settings_that_matter_to_training_are_compared_and_others_are_not():
 
 def test_checkpoints_are_due_after_so_many_epochs_or_minutes(tmp_path):
     now = [0.0]
-    resume = resumable(tmp_path, every_n_epochs=2, clock=lambda: now[0])
-    due = [step for step in range(1, 40) if resume.due(step)]
+    checkpointer = resumable(tmp_path)
+    due = [step for step in range(1, 40) if Every(epochs=2).due(checkpointer.moment(step, 40))]
     assert due == [PLAN.steps_for(epochs) for epochs in (2, 4, 6) if PLAN.steps_for(epochs) < 40]
-    resume = resumable(tmp_path, every_n_minutes=2, clock=lambda: now[0])
+    checkpointer = resumable(tmp_path, every_n_minutes=2, clock=lambda: now[0])
     now[0] = 119.0
-    assert not resume.overdue()
+    assert not checkpointer.overdue()
     now[0] = 120.0
-    assert resume.overdue()
-    resume.save(2, fresh_state(), wait=True)
-    assert not resume.overdue()
-    resume.close()
+    assert checkpointer.overdue()
+    checkpointer.save(2, fresh_state(), wait=True)
+    assert not checkpointer.overdue()
+    checkpointer.close()
 
 
 def test_the_run_to_resume_is_the_newest_with_a_checkpoint_or_the_one_named(tmp_path):

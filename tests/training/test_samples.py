@@ -7,10 +7,13 @@ from PIL import Image
 
 from anima_jax import AnimaPipeline
 from anima_jax.config.load import load_config
-from anima_jax.training.monitor import Monitor
+from anima_jax.training.events import Draw
+from anima_jax.training.intervals import Moment
 from anima_jax.training.samples import Samples
+from anima_jax.training.step import TrainState
+from anima_jax.training.writer import Dashboards, JsonlWriter, Writer
 from tests.small_run import ASSETS, write_config, write_transformer
-from tests.training.test_monitor import events
+from tests.training.test_writer import events
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def test_samples_are_due_by_steps_or_epochs_and_at_the_end(tmp_path, configured)
     def due(sample):
         samples = Samples(configured(sample).sample, (32, 32), None, tmp_path)  # type: ignore[arg-type]
         # An epoch ends after every three steps.
-        return [n for n in range(1, 11) if samples.due(n, 10, (n - 1) // 3, n // 3)]
+        return [n for n in range(1, 11) if samples.due(Moment(n, 10, ((n - 1) // 3, n // 3)))]
 
     assert due("prompts = ['a']\nevery_n_steps = 4") == [4, 8, 10]
     assert due("prompts = ['a']\nevery_n_epochs = 2") == [6, 10]
@@ -38,7 +41,6 @@ def test_samples_are_due_by_steps_or_epochs_and_at_the_end(tmp_path, configured)
 def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configured):
     sample = "prompts = ['a cat', '猫']\nseeds = [3, 5]\nsteps = 1\nguidance_scale = 1.0"
     config = configured(sample)
-    monitor = Monitor(tmp_path / "board", config)
     pipeline = AnimaPipeline.load(
         transformer=tmp_path / "base.safetensors",
         vae=ASSETS / "tiny_vae.safetensors",
@@ -52,17 +54,19 @@ def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configu
         for seed in (3, 5)
         for image in pipeline(["a cat", "猫"], width=32, height=32, steps=1, guidance_scale=1.0, seed=seed)
     ]
-    path = Samples(config.sample, (32, 32), pipeline, tmp_path / "samples", monitor).draw(params, 500)
-    monitor.close()
-    picture = Image.open(path)
-    assert path == tmp_path / "samples" / "step000500.png"
+    log = JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    writer = Writer(Moment(499, 500), log, dashboards=Dashboards(tmp_path / "board", config))
+    draw = Draw(Samples(config.sample, (32, 32), pipeline, tmp_path / "samples"), {}, writer)
+    draw.run(Moment(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
+    writer.close()
+    picture = Image.open(tmp_path / "samples" / "step000500.png")
     assert picture.text["prompt"] == "a cat\n猫\na cat\n猫"
     assert picture.text["seed"] == "3\n3\n5\n5"
     assert picture.text["step"] == "500"
     grid = np.asarray(picture)
     for tile, image in enumerate(drawn):
-        shown = grid[:128, 132 * tile : 132 * tile + 128][::4, ::4]  # enlarged four times, 4 pixels apart
-        np.testing.assert_array_equal(shown, image)
+        tile_pixels = grid[:128, 132 * tile : 132 * tile + 128][::4, ::4]  # enlarged four times, 4 pixels apart
+        np.testing.assert_array_equal(tile_pixels, image)
     (event,) = [event for event in events(tmp_path / "board") if event.summary.value]
     (value,) = event.summary.value
     assert (event.step, value.tag) == (500, "samples")

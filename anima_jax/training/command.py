@@ -1,0 +1,130 @@
+"""The command line of `python -m anima_jax.train`: its flags, and what it prints."""
+
+import argparse
+import io
+import itertools
+import json
+import logging
+import pathlib
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from anima_jax.config import unsupported_keys
+from anima_jax.config.main import MainConfig
+from anima_jax.data.dataset import TrainingData
+from anima_jax.errors import ArgumentParser
+from anima_jax.parallel import hosts
+from anima_jax.training.resume import shared_settings
+
+SWITCHES = {
+    "regenerate_cache": "encode everything again",
+    "trust_cache": "train on what the cache contains, without looking for changed or new files",
+    "strict_data": "stop at a file that cannot be used, instead of naming it and continuing",
+    "reset_dataloader": "when resuming, restart the current epoch",
+    "reset_optimizer": "when resuming, restart the optimizer and its learning rates",
+    "reset_optimizer_params": "when resuming, use the configuration's settings of the optimizer",
+}
+"""Flags that set a key of the configuration to true."""
+
+SHARED_FLAGS = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "profile")
+"""Flags besides those that set keys, which must be equal in all processes of a run."""
+
+LOGGER = logging.getLogger("anima_jax")
+
+
+class _AboveBars(logging.Handler):
+    """Writes to stderr, above the progress bars that are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_console() -> None:
+    """Send this package's log to stderr, one line per message, whatever handlers other libraries have installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
+    handler = _AboveBars()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Raises UserError if it is not valid."""
+    parser = ArgumentParser(prog="python -m anima_jax.train", description="Train Anima.")
+    parser.add_argument("--config", required=True, metavar="FILE.toml", help="the main TOML, as for diffusion-pipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key: --set optimizer.lr=1e-5"
+    )
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="resume this run of output_dir (without RUN: the newest that has a checkpoint)",
+    )
+    for key, description in SWITCHES.items():
+        parser.add_argument(f"--{key}", action="store_true", help=description)
+    parser.add_argument("--cache_only", action="store_true", help="fill the cache and stop")
+    parser.add_argument(
+        "--dump_dataset", metavar="DIR", help="fill the cache, write its images as the VAE decodes them, and stop"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would be trained, and memory, FLOPs and step time; write nothing",
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry_run: for N devices instead of those here")
+    parser.add_argument(
+        "--device_kind", metavar="KIND", help="with --dry_run: for this kind, as in 'TPU v5p' or 'H100'"
+    )
+    parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
+    parser.add_argument(
+        "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
+    )
+    hosts.add_flags(parser)
+    for flag in unsupported_keys.FLAGS:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    for flag in ("devices", "device_kind"):
+        if getattr(arguments, flag) is not None and not arguments.dry_run:
+            parser.error(f"--{flag}: is for --dry_run; a run uses the devices of this machine")
+    if arguments.devices is not None and arguments.devices < 1:
+        parser.error(f"--devices {arguments.devices}: expected at least 1")
+    return arguments
+
+
+def unsupported_flags(arguments: argparse.Namespace) -> list[str]:
+    """Return a line for each given flag of diffusion-pipe that cannot apply."""
+    given = (flag for flag in unsupported_keys.FLAGS if getattr(arguments, flag) is not None)
+    return [f"--{flag}: does nothing here: {unsupported_keys.FLAGS[flag]}" for flag in given]
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the keys that the command line sets, as KEY=VALUE."""
+    keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
+    run = arguments.resume_from_checkpoint
+    return keys if run is None else [*keys, f"resume_from_checkpoint={json.dumps(run) if run else 'true'}"]
+
+
+def shared_arguments(config: MainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what must be equal in all processes of a run."""
+    flags = {f"--{flag}": getattr(arguments, flag) for flag in SHARED_FLAGS}
+    return {"jax": jax.__version__, **flags, **shared_settings(config.model_dump(mode="json"))}
+
+
+def sample_command(config: MainConfig, data: TrainingData, arguments: argparse.Namespace, run: pathlib.Path) -> str:
+    """Return a command line that draws a prompt of the run with what the run saved."""
+    prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
+    words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
+    words += itertools.chain.from_iterable(("--set", override) for override in arguments.set)
+    words += ["--checkpoint", str(run), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
+    return shlex.join([*words, "--seed", "1", "-o", "out.png"])

@@ -1,0 +1,200 @@
+"""What happens at some steps of a run: exports, evaluations, samples, and checks of a step's metrics."""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from anima_jax.errors import UserError
+from anima_jax.models.llm_adapter import Text
+from anima_jax.models.parameters import Params
+from anima_jax.parallel.hosts import is_process_0
+from anima_jax.training import optimizers
+from anima_jax.training.batches import Batches
+from anima_jax.training.evaluate import Evaluation
+from anima_jax.training.export import about_adapter, export, rotate
+from anima_jax.training.intervals import Every, Moment, crosses_multiple
+from anima_jax.training.resume import Checkpointer
+from anima_jax.training.run import Run
+from anima_jax.training.samples import Samples
+from anima_jax.training.selfcheck import ATTEMPTS, GroupNorms, norms_table, self_check
+from anima_jax.training.state import ParamPartition
+from anima_jax.training.step import TrainState
+from anima_jax.training.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Interruptible(Protocol):
+    """What may be cut short by a request to stop, and is repeated when the run resumes."""
+
+    def due(self, at: Moment) -> bool:
+        """Return whether it happens at this moment."""
+        ...
+
+    def done(self, at: Moment) -> bool:
+        """Return whether an earlier attempt did it at this moment, where the run resumes."""
+        ...
+
+    def run(self, at: Moment, state: TrainState) -> None:
+        """Do it with the weights of this state."""
+        ...
+
+
+def weights(state: TrainState) -> Params:
+    """Return the trained weights; of a schedule-free optimizer, the averaged ones."""
+    averaged = optimizers.averaged(state.opt_state, state.params)
+    return state.params if averaged is None else averaged
+
+
+class Export:
+    """Saves the model into the run's folder after epochs, steps, and at the end."""
+
+    def __init__(self, run: Run, partition: ParamPartition, folder: pathlib.Path, writer: Writer):
+        self._run, self._partition, self._folder, self._writer = run, partition, folder, writer
+        self.error = ""
+        """Why the last export is missing, empty if it is there."""
+
+    def due(self, at: Moment) -> list[str]:
+        """Return the names of the folders to save the model in."""
+        return export_names(self._run, at)
+
+    def run(self, at: Moment, state: TrainState) -> None:
+        """Save the model into every folder that is due, and delete the oldest exports."""
+        for name in self.due(at):
+            self._writer.flush()
+            config, folder = self._run.config, self._folder / name
+            about = about_adapter(config, self._partition, at.step)
+            self.error = f"{folder}: the model could not be saved"
+            with warn_and_continue():
+                path = export(folder, self._partition, weights(state), config.export_dtype, about, ema=state.ema)
+                if is_process_0():
+                    shutil.copy(config.path, folder)
+                self._writer.print(f"saved {path}")
+                self.error = ""
+            for old in rotate(self._folder, config.max_checkpoints) if is_process_0() else ():
+                self._writer.print(f"deleted {self._folder / old}")
+
+
+def export_names(run: Run, at: Moment) -> list[str]:
+    """Return the names of the folders to save the model in at this moment: `epochN`, `stepN`, none or both."""
+    names = [f"epoch{at.epochs[1]}"] if crosses_multiple(run.config.save_every_n_epochs, *at.epochs) else []
+    if crosses_multiple(run.save_every_steps, at.step - 1, at.step) or (at.step == at.total_steps and not names):
+        names.append(f"step{at.step}")
+    return names
+
+
+class Evaluate:
+    """Evaluates the trained weights on every evaluation data set."""
+
+    def __init__(
+        self,
+        run: Run,
+        data_sets: Mapping[str, Batches],
+        evaluation: Evaluation,
+        frozen: Params,
+        encode_text: Callable[[Text], Text],
+        writer: Writer,
+    ):
+        config = run.config
+        self._every = Every(run.eval_every_steps, config.eval_every_n_epochs, at_start=config.eval_before_first_step)
+        self._data_sets, self._evaluation, self._frozen = data_sets, evaluation, frozen
+        self._encode_text, self._writer = encode_text, writer
+
+    def due(self, at: Moment) -> bool:
+        return bool(self._data_sets) and self._every.due(at)
+
+    def done(self, at: Moment) -> bool:
+        return self._writer.evaluated
+
+    def run(self, at: Moment, state: TrainState) -> None:
+        self._writer.flush()
+        params, began, figures = self._frozen | weights(state), time.monotonic(), {}
+        for name, batches in self._data_sets.items():
+            encoded = (
+                (batch._replace(text=self._encode_text(batch.text)), weights_b)
+                for batch, weights_b in batches.evaluated()
+            )
+            figures |= {f"{name}/{key}": loss for key, loss in self._evaluation(params, encoded).items()}
+            self._writer.print(f"evaluation after step {at.step}: {name} {figures[f'{name}/loss']:.4f}")
+        figures["eval/eval_time_sec"] = time.monotonic() - began
+        self._writer.evaluation(at, figures)
+
+
+class Draw:
+    """Draws samples with the averaged weights if there are any, else with the trained ones."""
+
+    TAG = "samples"
+    """Name of the grids in TensorBoard and W&B."""
+
+    def __init__(self, samples: Samples | None, frozen: Params, writer: Writer):
+        self._samples, self._frozen, self._writer = samples, frozen, writer
+
+    def due(self, at: Moment) -> bool:
+        return self._samples is not None and self._samples.due(at)
+
+    def done(self, at: Moment) -> bool:
+        return self._samples is not None and at.step > 0 and self._samples.path(at.step).exists()
+
+    def run(self, at: Moment, state: TrainState) -> None:
+        assert self._samples is not None
+        self._writer.flush()
+        with warn_and_continue():
+            params = self._frozen | (weights(state) if state.ema is None else state.ema)
+            self._writer.image(at, self.TAG, self._samples.draw(params, at.step))
+            self._writer.print(f"drew {self._samples.path(at.step)}")
+
+
+class SelfCheck:
+    """Checks in a run's first steps that every parameter group learns that should, and no other."""
+
+    def __init__(self, run: Run, partition: ParamPartition, first_step: int, writer: Writer):
+        rates, self._adapter = run.config.learning_rates, run.config.adapter is not None
+        # Which groups have an adapter is the configuration's choice.
+        self._rates = {group: rates[group] for group in partition.groups.values()} if self._adapter else rates
+        self._first_step, self._writer = first_step, writer
+
+    def due(self, at: Moment) -> bool:
+        return at.step - self._first_step <= ATTEMPTS
+
+    def run(self, at: Moment, norms: GroupNorms | None) -> None:
+        """Judge the norms that the step measured. Raises UserError as `self_check` does."""
+        if norms is None:
+            return
+        self._writer.flush()
+        attempt, loss = at.step - self._first_step, self._writer.last["loss"]
+        passed = self_check(norms, self._rates, step=at.step, attempt=attempt, loss=loss, adapter=self._adapter)
+        if passed and attempt == 1:
+            self._writer.print(norms_table(norms))
+
+
+class SkippedUpdates:
+    """Reports updates that were skipped because they were not finite, and stops a run with too many in a row."""
+
+    def __init__(self, run: Run, folder: pathlib.Path, checkpointer: Checkpointer, writer: Writer):
+        self._limit, self._folder, self._checkpoints = run.config.max_skipped_steps, folder, checkpointer.checkpoints
+        self._writer, self._reported = writer, 0
+
+    def check(self) -> None:
+        """Look at the newest metrics. Raises UserError that names the last good checkpoint."""
+        skipped = int(self._writer.last.get("skipped", 0))
+        if skipped > self._reported:
+            self._writer.print(f"the loss or its gradient is not finite: {skipped} updates in a row were skipped")
+        self._reported = skipped
+        if skipped >= self._limit:
+            self._checkpoints.wait()
+            latest = self._checkpoints.latest()
+            good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
+            raise UserError(f"{self._folder}: {skipped} steps in a row had no finite loss or gradient; {good}")
+
+
+@contextlib.contextmanager
+def warn_and_continue() -> Iterator[None]:
+    """Log an error of the block in writing files as a warning; the run continues."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        log.warning(f"{error}; the run continues")

@@ -1,0 +1,119 @@
+"""A run's folder in output_dir: making a new one, finding the one to resume, and training in it alone."""
+
+import contextlib
+import datetime
+import os
+import pathlib
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+
+from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locks import lock
+from anima_jax.checkpoints.orbax import RunCheckpoints
+from anima_jax.config.main import MainConfig
+from anima_jax.errors import UserError, did_you_mean, os_reason
+from anima_jax.parallel.hosts import is_process_0
+from anima_jax.training.resume import FOLDER
+
+_NAME = re.compile(r"(\d{8}_\d{2}-\d{2}-\d{2})(.*)")
+
+
+def new_folder(root: pathlib.Path) -> pathlib.Path:
+    """Make a new run's folder in `root`, named by the time (UTC)."""
+    name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        try:
+            (root / (name + suffix)).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{root}: cannot be written: {os_reason(error)}") from error
+        return root / (name + suffix)
+    raise UserError(f"{root}: 100 runs already started this second")
+
+
+def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
+    """Copy the TOMLs into the run's folder."""
+    used: set[str] = set()
+    for path in (config.path, config.dataset, *(each.config for each in config.eval_datasets)):
+        name = pathlib.Path(path).name
+        while name in used:
+            name = f"dataset_{name}"
+        used.add(name)
+        with writing_to(str(run / name)):
+            shutil.copy(path, run / name)
+
+
+def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """Return the folder of the run to resume.
+
+    `name` is a name in `output_dir` or a path; "" is the newest run in `output_dir` that has a checkpoint. Raises
+    UserError if there is no such run, or if it has no checkpoint.
+    """
+    root = pathlib.Path(output_dir)
+    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    runs = sorted((match for folder in folders if (match := _NAME.fullmatch(folder))), key=_age)
+    if name == "":
+        for match in reversed(runs):
+            if _has_checkpoint(root / match[0]):
+                return root / match[0]
+        found = f"the newest of {len(runs)} runs is {runs[-1][0]}" if runs else "there is no run"
+        raise UserError(f"resume_from_checkpoint: no run in {root} has a checkpoint ({found})")
+    given = pathlib.Path(name)
+    given = given.parent if given.name == FOLDER else given
+    for folder in (root / given, given):
+        if _has_checkpoint(folder):
+            return folder
+        if (folder / "latest").is_file() or list(folder.glob("global_step*")):
+            raise UserError(
+                f"resume_from_checkpoint: {folder} contains checkpoints of DeepSpeed, which only diffusion-pipe can "
+                "resume; to continue, start from the model or adapter that it saved"
+            )
+        if folder.is_dir():
+            raise UserError(f"resume_from_checkpoint: {folder} has no checkpoint (expected {folder / FOLDER}/<step>)")
+    near = did_you_mean(name, [match[0] for match in runs])
+    raise UserError(f"resume_from_checkpoint: found {name}, expected the name of a run in {root} or its path{near}")
+
+
+def replicas_of(run: pathlib.Path) -> int:
+    """Return the replicas that a run's batches were planned for. Raises UserError if its checkpoint is not readable."""
+    checkpoints = RunCheckpoints(run / FOLDER, keep=None)
+    step = checkpoints.latest()
+    return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
+
+
+@contextlib.contextmanager
+def alone_in(run: pathlib.Path) -> Iterator[None]:
+    """Prevent other runs from training in this folder during the block.
+
+    Of several processes, process 0 locks the folder; the lock ends with the process. Raises UserError if another run
+    has it. A file system without locks lets everyone in.
+    """
+    if not is_process_0():
+        yield
+        return
+    with writing_to(os.fspath(run)):
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            lock(descriptor, wait=False)
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip()
+            raise UserError(f"{run}: is being trained by {owner or 'another process'}") from None
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _has_checkpoint(run: pathlib.Path) -> bool:
+    return RunCheckpoints(run / FOLDER, keep=None).latest() is not None
+
+
+def _age(run: re.Match[str]) -> tuple[str, int, str]:
+    """Sort key of runs' names: time, then suffix, with -2 before -10."""
+    return run[1], len(run[2]), run[2]
