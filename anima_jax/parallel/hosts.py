@@ -242,7 +242,11 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return int(error.code or 0)
     traceback.print_exception(error)
-    print(f"error: {_this_process()} stops because of the above", file=sys.stderr)
+    # A lost process may also show as a ValueError, where a step is dispatched.
+    print(
+        f"error: {_this_process()} stops because of the above; start all of them again with --resume_from_checkpoint",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -1,4 +1,4 @@
-"""Traces of chosen steps, and compiled programs that a later run finds again."""
+"""The compilation cache across processes, and traces of chosen steps."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ print(found)
 
 
 def compiled(folder, **environment):
-    """The folder and the line of a fresh process that compiles one program."""
+    """Compile one program in a new process; return the cache folder and the compilation as it prints them."""
     clean = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, str(folder)],
@@ -38,7 +38,7 @@ def compiled(folder, **environment):
     return result.stdout.splitlines()
 
 
-def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
+def test_a_second_process_finds_the_program_of_the_first(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     folder, first = compiled("default", **environment)
     assert folder == str(tmp_path / "anima_jax" / "xla")
@@ -46,28 +46,43 @@ def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
     assert compiled("default", **environment)[1].endswith("s (compilation cache: hit)")
 
 
-def test_the_cache_can_be_elsewhere_or_off(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert user_cache_folder() == pathlib.Path.home() / ".cache" / "anima_jax" / "xla"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert user_cache_folder() == pathlib.Path.home() / ".cache" / "anima_jax" / "xla"
+@pytest.fixture
+def restored_cache():
+    """The compilation cache as it was, after the test."""
     before = jax.config.jax_compilation_cache_dir
-    try:
-        assert use_compilation_cache(str(tmp_path / "programs")) == str(tmp_path / "programs")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
-        assert use_compilation_cache(None) == str(tmp_path / "programs")  # what JAX was told already stands
-        assert use_compilation_cache("") is None
-        assert jax.config.jax_compilation_cache_dir is None
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="compilation_cache_dir"):
-            use_compilation_cache(str(tmp_path / "file" / "programs"))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        assert use_compilation_cache(None) is None
-    finally:
-        use_compilation_cache(before or "")
+    yield
+    use_compilation_cache(before or "")
 
 
-def test_steps_to_profile_are_given_as_start_and_stop():
+@pytest.mark.parametrize("variable", [None, "relative"])
+def test_the_default_cache_is_in_the_home_folder_unless_xdg_gives_an_absolute_path(monkeypatch, variable):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if variable:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert user_cache_folder() == pathlib.Path.home() / ".cache" / "anima_jax" / "xla"
+
+
+def test_a_given_cache_folder_becomes_jaxs_setting_and_the_default(tmp_path, restored_cache):
+    assert use_compilation_cache(str(tmp_path / "programs")) == str(tmp_path / "programs")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+    assert use_compilation_cache(None) == str(tmp_path / "programs")
+
+
+def test_an_empty_string_turns_the_cache_off(restored_cache):
+    assert use_compilation_cache("") is None
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_only_a_given_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, restored_cache):
+    use_compilation_cache("")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="compilation_cache_dir"):
+        use_compilation_cache(str(tmp_path / "file" / "programs"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert use_compilation_cache(None) is None
+
+
+def test_steps_to_profile_are_parsed_from_start_and_stop():
     assert list(parse_steps("10:13")) == [10, 11, 12]
     for text in ("10", "10:", "0:3", "5:5", "7:3", "a:b", "-1:3", "1:2:3"):
         with pytest.raises(UserError, match=f"--profile {text}: expected START:STOP"):
@@ -75,7 +90,7 @@ def test_steps_to_profile_are_given_as_start_and_stop():
 
 
 @pytest.mark.parametrize(("steps", "run"), [(range(2, 4), 5), (range(2, 9), 3)])
-def test_a_trace_of_the_chosen_steps_is_written_even_if_the_run_ends_among_them(tmp_path, steps, run):
+def test_a_trace_of_the_chosen_steps_is_written_even_if_the_run_ends_before_the_last(tmp_path, steps, run):
     double = jax.jit(lambda x: 2 * x)
     profiler = Profiler(steps, tmp_path / "profile")
     x, traced = jnp.ones(3), []
@@ -90,7 +105,7 @@ def test_a_trace_of_the_chosen_steps_is_written_even_if_the_run_ends_among_them(
     assert b"train" in marks
 
 
-def test_without_steps_nothing_is_written(tmp_path):
+def test_without_chosen_steps_no_trace_is_written(tmp_path):
     profiler = Profiler(None, tmp_path / "profile")
     assert profiler.run(1, lambda x: x + 1, 1) == 2
     profiler.close()
