@@ -1,4 +1,4 @@
-"""Eight simulated devices, in a process of their own: this one has its single device already."""
+"""Eight simulated devices, in a separate process: the devices of this one cannot change any more."""
 
 import concurrent.futures
 import multiprocessing
@@ -16,7 +16,7 @@ def _eight_devices() -> None:
 
 @pytest.fixture(scope="session")
 def on_eight() -> Iterator[Callable[..., Any]]:
-    """on_eight(function, *arguments) is what the function of a test module gives where there are eight devices."""
+    """Return on_eight(function, *arguments), which calls a function of a test module on eight devices."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=_eight_devices) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()

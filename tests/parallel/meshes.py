@@ -1,4 +1,4 @@
-"""The meshes of eight devices that tests run on, and a small transformer whose every axis they divide."""
+"""Meshes of eight devices, and a small transformer whose dimensions they divide."""
 
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig

@@ -1,4 +1,4 @@
-"""specs.txt: where every parameter of the released networks lies on each mesh, for the eyes of a reviewer.
+"""specs.txt: the sharding of every parameter of the released networks on each mesh, for review.
 
 python -m tests.parallel.specs > tests/parallel/specs.txt
 """
@@ -16,7 +16,7 @@ from tests.parallel.meshes import MESHES, name
 
 
 def _transformer(rngs) -> AnimaDiT:
-    """With an adapter of rank 32 on every layer that takes one, each kind somewhere."""
+    """The transformer with an adapter of rank 32 on every layer that can have one, all kinds in turn."""
     model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(modules.KINDS)
     slots = modules.target_shapes(model).items()
     modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
@@ -31,15 +31,15 @@ NETWORKS = {
 
 
 def table() -> str:
-    """A line for each parameter that is shared out: its shape, spec, and a device's part on each of `MESHES`."""
+    """Return a line for each sharded parameter: its shape, spec, and shape on a device of each of `MESHES`."""
     lines = [f"meshes ({', '.join(rules.AXES)}): {', '.join(map(name, MESHES))}"]
     for network, build in NETWORKS.items():
-        whole = []
+        replicated = []
         lines += ["", f"# {network}"]
         for path, leaf in sorted(parameters.abstract(build)[1].items()):
             (spec,) = {rules.spec(path, leaf.shape, sizes) for sizes in MESHES}
             if not any(spec):
-                whole.append(path)
+                replicated.append(path)
                 continue
             parts = [
                 [size // rules.parts(axes, sizes) for size, axes in zip(leaf.shape, spec, strict=True)]
@@ -48,7 +48,7 @@ def table() -> str:
             shapes = ["×".join(map(str, shape)) for shape in (leaf.shape, *parts)]
             axes = ", ".join("+".join(axes) if isinstance(axes, tuple) else axes or "-" for axes in spec)
             lines.append(f"{path} {shapes[0]} ({axes}): {' '.join(shapes[1:])}")
-        lines += ["whole everywhere:", *textwrap.wrap(", ".join(whole), 110, break_long_words=False)]
+        lines += ["replicated:", *textwrap.wrap(", ".join(replicated), 110, break_long_words=False)]
     return "\n".join(lines) + "\n"
 
 

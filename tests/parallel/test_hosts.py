@@ -1,4 +1,4 @@
-"""What several processes agree on, as far as one process can show it; tests/test_two_processes.py has two."""
+"""Joining processes and agreeing, as far as one process can show it; tests/test_two_processes.py uses two."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from anima_jax.parallel.mesh import current_mesh
 from tests.ports import free_port
 
 
-def test_a_process_alone_joins_no_others_and_decides_for_itself():
+def test_a_single_process_joins_no_others_and_decides_alone():
     hosts.join()
     hosts.join(num_processes=1)
     assert jax.process_count() == 1
@@ -24,23 +24,23 @@ def test_a_process_alone_joins_no_others_and_decides_for_itself():
     assert [agreed(number) for number in (0, 2, 1)] == [0, 2, 1]
 
 
-def test_half_of_the_flags_is_a_mistake():
+def test_only_some_of_the_flags_is_an_error():
     with pytest.raises(UserError, match=r"--num_processes, --process_id: missing, expected all of"):
         hosts.join("localhost:1234")
 
 
-def test_a_coordinator_without_a_port_is_a_mistake():
+def test_a_coordinator_without_a_port_is_an_error():
     with pytest.raises(UserError, match=r"--coordinator_address localhost: expected HOST:PORT of process 0"):
         hosts.join("localhost", 2, 0)
 
 
 @pytest.mark.parametrize(("process", "processes"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_process_beyond_their_number_is_a_mistake(process, processes):
+def test_a_process_id_out_of_range_is_an_error(process, processes):
     with pytest.raises(UserError, match=f"--process_id {process}, --num_processes {processes}: expected"):
         hosts.join("localhost:1234", processes, process)
 
 
-def test_a_process_that_is_ended_before_it_met_the_others_says_what_to_look_for():
+def test_a_process_killed_while_it_waits_for_the_others_prints_what_to_check():
     address = f"localhost:{free_port()}"
     code = f"from anima_jax.parallel import hosts; hosts.join({address!r}, 2, 1)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -59,8 +59,8 @@ print("joined", jax.process_count(), jax.distributed.is_initialized())
 """
 
 
-def test_slurm_is_recognised():
-    """As `srun` sets the environment of a single task."""
+def test_slurm_is_detected():
+    """With the environment that `srun` sets for a single task."""
     task = {
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_NODELIST": "localhost",

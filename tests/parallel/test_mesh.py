@@ -1,4 +1,4 @@
-"""Meshes of devices and the rows of a batch that each takes."""
+"""Meshes of devices, and the rows of a batch on each of them."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def sizes(**given):
     return {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **given}
 
 
-def test_one_axis_takes_the_devices_that_are_left():
+def test_one_axis_can_have_the_remaining_devices():
     assert resolve_sizes(sizes(data=-1, fsdp=4), 32) == sizes(data=8, fsdp=4)
     assert resolve_sizes(sizes(fsdp=-1, tensor=2), 2) == sizes(fsdp=1, tensor=2)
     assert replicas(sizes(data=4, fsdp=2, tensor=8)) == 8
@@ -38,7 +38,7 @@ def test_one_axis_takes_the_devices_that_are_left():
         (sizes(data=-1, tensor=16), 8, "expected a product of 8"),
     ],
 )
-def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
+def test_a_mesh_must_use_all_devices(given, devices, found):
     with pytest.raises(UserError, match=found):
         resolve_sizes(given, devices)
 
@@ -54,7 +54,7 @@ def test_a_mesh_of_other_than_all_devices_is_refused(given, devices, found):
         (sizes(fsdp=4096), "fsdp = 4096"),
     ],
 )
-def test_an_axis_that_would_share_out_nothing_is_refused(given, found):
+def test_axes_must_divide_the_heads_and_the_width(given, found):
     check_mesh(sizes(data=3, fsdp=8, tensor=4, context=4), 2048, 16)
     with pytest.raises(UserError, match=found):
         check_mesh(given, 2048, 16)
@@ -62,7 +62,7 @@ def test_an_axis_that_would_share_out_nothing_is_refused(given, found):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device of a TPU with several slices, as far as a mesh looks at it."""
+    """The attributes of a device of a multislice TPU that a mesh uses."""
 
     id: int
     slice_index: int
@@ -76,7 +76,7 @@ class Chip:
         return self.id // 4
 
 
-def test_data_runs_across_slices_and_the_other_axes_stay_inside(monkeypatch):
+def test_data_spans_slices_and_the_other_axes_stay_within_one(monkeypatch):
     monkeypatch.setattr(module, "Mesh", lambda grid, *_, **__: grid)
     chips = [Chip(id, id // 8) for id in range(16)]
     grid = make_mesh(sizes(data=-1, fsdp=4, tensor=2), chips)
@@ -86,8 +86,8 @@ def test_data_runs_across_slices_and_the_other_axes_stay_inside(monkeypatch):
         make_mesh(sizes(fsdp=16), chips)
 
 
-def test_an_axis_may_take_part_of_a_slices_torus_axis(monkeypatch):
-    """Two slices of 4 × 4 × 4 chips, eight neighbours each: no axis of the torus, nor several, has eight."""
+def test_an_axis_can_be_part_of_a_torus_axis(monkeypatch):
+    """Two slices of 4 × 4 × 4 chips with fsdp = 8: no product of torus axes is 8."""
     monkeypatch.setattr(module, "Mesh", lambda grid, *_, **__: grid)
     places = [(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
     chips = [Chip(id, id // 64, places[id % 64], "tpu", "TPU v5p") for id in range(128)]
@@ -106,13 +106,13 @@ def batches_on(mesh_sizes):
         parts = {shard.index[0].indices(size)[:2] for shard in batch.addressable_shards}
         found[size] = (rows.tolist(), np.asarray(batch).tolist(), sorted(parts))
     with jax.set_mesh(mesh):
-        whole = replicate({"x": np.arange(3)})["x"]
-    assert whole.is_fully_replicated
+        replicated = replicate({"x": np.arange(3)})["x"]
+    assert replicated.is_fully_replicated
     return found
 
 
 @pytest.mark.parametrize("mesh_sizes", MESHES)
-def test_a_batch_is_shared_out_over_data_and_fsdp_where_it_divides(on_eight, mesh_sizes):
+def test_a_batch_is_sharded_over_data_and_fsdp_if_they_divide_it(on_eight, mesh_sizes):
     found, groups = on_eight(batches_on, mesh_sizes), replicas(mesh_sizes)
     for size, (rows, values, parts) in found.items():
         assert rows == list(range(size))
@@ -121,7 +121,7 @@ def test_a_batch_is_shared_out_over_data_and_fsdp_where_it_divides(on_eight, mes
         assert parts == [(i * size // own, (i + 1) * size // own) for i in range(own)]
 
 
-def test_without_a_mesh_the_first_device_is_one():
+def test_the_default_mesh_is_that_of_the_first_device():
     assert module.current_mesh().size == 1
     with jax.set_mesh(make_mesh(sizes())) as _:
         assert module.current_mesh().axis_names == ("data", "fsdp", "tensor", "context")

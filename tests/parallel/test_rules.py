@@ -1,4 +1,4 @@
-"""The table of sharding rules: complete, without overlaps, and as it was when someone last looked at it."""
+"""The table of sharding rules: complete, without overlaps, and as last reviewed."""
 
 import pathlib
 import re
@@ -20,13 +20,13 @@ from tests.parallel import specs
 from tests.parallel.meshes import MESHES
 
 
-def test_the_table_for_review_is_fresh():
+def test_the_table_for_review_is_up_to_date():
     text = (pathlib.Path(__file__).parent / "specs.txt").read_text("utf-8")
     assert text == specs.table(), "stale: run python -m tests.parallel.specs > tests/parallel/specs.txt"
 
 
 @pytest.mark.parametrize("network", specs.NETWORKS)
-def test_every_parameter_matches_one_rule_and_no_layer_axis_is_shared_out(network):
+def test_every_parameter_matches_one_rule_and_no_layer_axis_is_sharded(network):
     for path, leaf in parameters.abstract(specs.NETWORKS[network])[1].items():
         assert sum(bool(re.fullmatch(pattern, path)) for pattern, _ in rules.RULES) == 1, path
         if re.match(r"(llm_adapter\.)?(blocks|layers)\.", path):
@@ -35,11 +35,11 @@ def test_every_parameter_matches_one_rule_and_no_layer_axis_is_shared_out(networ
 
 
 def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(LookupError, match=r"blocks\.new_thing\.kernel matches 0 rules"):
+    with pytest.raises(LookupError, match=r"blocks\.new_thing\.kernel matches 0 sharding rules"):
         rules.spec("blocks.new_thing.kernel", (2, 4, 4), MESHES[0])
 
 
-def test_what_cannot_be_shared_out_equally_is_whole():
+def test_a_dimension_that_an_axis_does_not_divide_is_replicated():
     sizes = {"fsdp": 8, "tensor": 3}
     assert rules.spec("blocks.mlp.layer1.kernel", (2, 64, 96), sizes) == P(None, "fsdp", "tensor")
     assert rules.spec("blocks.mlp.layer1.kernel", (2, 60, 96), sizes) == P(None, None, "tensor")
@@ -47,7 +47,7 @@ def test_what_cannot_be_shared_out_equally_is_whole():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon", "adafactor", "prodigy", "schedule_free_adamw"])
-def test_what_an_optimizer_keeps_lies_as_its_parameter_does(kind):
+def test_optimizer_states_are_sharded_like_their_parameters(kind):
     config = DiTConfig(64, 2, 8, 128, 32, 16, adapter=None)
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), 1e-3)
@@ -68,11 +68,11 @@ def test_what_an_optimizer_keeps_lies_as_its_parameter_does(kind):
     assert kept >= (0 if kind == "adafactor" else len(params)) - 10
 
 
-def test_quantised_weights_lie_as_the_weights_do():
+def test_quantised_weights_are_sharded_like_the_weights():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 128, 64)), jnp.float32)
     path, sizes = "blocks.mlp.layer1.kernel", {"fsdp": 4, "tensor": 2}
     for storage, scales in (("int8", P(None, None, "tensor")), ("nf4", P(None, None, "tensor"))):
         stored = {path: quantise(kernel, storage)}
         found = rules.specs(stored, {path: kernel}, sizes)[path]
         assert found.codes == P(None, "fsdp", "tensor")
-        assert found.scales == scales  # one row, or two blocks of 64, which four devices cannot share
+        assert found.scales == scales  # one row, or two blocks of 64: four devices do not divide them

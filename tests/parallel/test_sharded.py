@@ -1,4 +1,4 @@
-"""One training step on meshes of eight devices: the numbers of one device, its bytes shared out, and what is sent."""
+"""A training step on meshes of eight devices: the numbers of one device, memory per device, and traffic."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def with_adapters(rngs) -> AnimaDiT:
 
 
 def examples() -> TrainBatch:
-    """Two aspect ratios, some captions shorter than others."""
+    """Return a batch with two aspect ratios and captions of different lengths."""
     rng = np.random.default_rng(0)
     lengths = np.arange(ROWS - BATCH, ROWS)[:, None]
     mask = (np.arange(ROWS) < lengths).astype(np.int32)
@@ -56,7 +56,7 @@ def examples() -> TrainBatch:
 
 
 def on_mesh(sizes, build):
-    """Mesh, graphdef, parameters and batch of a step."""
+    """Return the mesh, graphdef, parameters and batch of a step."""
     mesh = make_mesh(sizes)
     graphdef, abstract = parameters.abstract(build)
     params = random_params(abstract)
@@ -65,7 +65,7 @@ def on_mesh(sizes, build):
 
 
 def step_on(sizes, build=transformer, accumulation=1):
-    """Loss and gradients on a mesh, and the transfers inside the loops over blocks of the compiled program."""
+    """Return loss and gradients on a mesh, and the transfers in the compiled loops over blocks."""
     mesh, graphdef, params, batch = on_mesh(sizes, build)
     frozen = {path: value for path, value in params.items() if build is with_adapters and not modules.is_factor(path)}
     trained = {path: value for path, value in params.items() if path not in frozen}
@@ -87,7 +87,7 @@ def step_on(sizes, build=transformer, accumulation=1):
 
 
 def collectives_in_loops(program):
-    """(operation, shape) of every transfer inside a loop."""
+    """Return (operation, shape) of every transfer inside a loop."""
     found = []
     for line in program.splitlines():
         match = re.search(r"= (\(.*?\)|\S+) (all-gather|all-to-all|collective-permute)(?:-start)?\(", line)
@@ -107,7 +107,7 @@ def alone():
 
 
 def assert_equal(found, expected):
-    """Sums over the batch, features and heads are taken in another order: 1e-6 of the loss, 1e-5 of the gradients."""
+    """Sums over batch, features and heads have another order: 1e-6 of the loss, 1e-5 of the gradients."""
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found[1].keys() == expected[1].keys()
     for path, grad in expected[1].items():
@@ -115,7 +115,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=name)
-def test_a_step_has_the_numbers_of_one_device_and_sends_weights_and_tokens_alone(on_eight, alone, sizes):
+def test_a_step_has_the_numbers_of_one_device_and_sends_only_weights_and_tokens(on_eight, alone, sizes):
     loss, grads, transfers = on_eight(step_on, sizes)
     assert_equal((loss, grads), alone[transformer])
     params = parameters.abstract(transformer)[1]
@@ -128,7 +128,7 @@ def test_a_step_has_the_numbers_of_one_device_and_sends_weights_and_tokens_alone
     gathered = {shape for operation, shape in transfers if operation == "all-gather"}
     assert gathered <= layers | split
     assert bool(gathered) == (sizes["fsdp"] > 1)
-    # Around attention a device gives its tokens for its heads: of the batch its share, of tokens or heads its share.
+    # Around attention tokens are exchanged for heads.
     exchanged = {np.prod(shape) for operation, shape in transfers if operation == "all-to-all"}
     share = BATCH * TOKENS * CONFIG.width // (sizes["data"] * sizes["fsdp"] * sizes["tensor"] * sizes["context"])
     assert exchanged == ({share // sizes["context"]} if sizes["context"] > 1 else set())
@@ -141,9 +141,9 @@ def test_adapters_of_every_kind_in_micro_batches_have_the_gradients_of_one_devic
 
 
 def state_bytes_on(sizes, step):
-    """Bytes of the state (with moments and average) that each device has, the ideal, and what is whole everywhere.
+    """Return the bytes of the state (with moments and average) per device, the ideal, and the replicated bytes.
 
-    Ideal is each leaf's equal part, over the axes that its rule names.
+    Ideal is each leaf divided by the axes of its spec.
     """
     mesh, graphdef, params, batch = on_mesh(sizes, transformer)
     with jax.set_mesh(mesh):
@@ -162,7 +162,7 @@ def state_bytes_on(sizes, step):
 
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=name)
-def test_each_device_has_its_equal_part_of_parameters_moments_and_average(on_eight, sizes):
+def test_parameters_moments_and_average_are_divided_equally(on_eight, sizes):
     held, ideal, everywhere, whole = on_eight(state_bytes_on, sizes, sizes is MESHES[2])
     assert set(held) == {ideal}
     assert everywhere <= 0.02 * whole  # norms and biases, in a network of width 64
@@ -170,31 +170,31 @@ def test_each_device_has_its_equal_part_of_parameters_moments_and_average(on_eig
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=name)
-def test_the_released_model_is_shared_out_within_three_per_cent_of_the_ideal(sizes):
+def test_the_released_model_is_sharded_within_three_per_cent_of_the_ideal(sizes):
     params = parameters.abstract(lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs))[1]
     ideal = sum(leaf.size * leaf.dtype.itemsize for leaf in params.values()) / (sizes["fsdp"] * sizes["tensor"])
     assert ideal <= rules.shard_bytes(params, params, sizes) <= 1.03 * ideal
 
 
-def gathered_dtypes(sizes, folder):
-    """Dtypes of the all-gathers, by the shape of what they give, where the partitioner has put them."""
+def dump_partitioned(sizes, folder):
+    """Dump the program after partitioning into `folder`."""
     mesh, graphdef, params, batch = on_mesh(sizes, transformer)
-    # A seed of its own: a program that a cache knows is not compiled, and leaves no dump.
+    # A new seed: a cached program would not be compiled, and so not dumped.
     config = StepConfig(compute_dtype=jnp.bfloat16, seed=secrets.randbits(31))
 
     def of(params, batch):
         return loss_and_gradients(params, {}, batch, None, graphdef=graphdef, config=config)
 
-    # A CPU's later passes widen bfloat16, so that the finished program would show float32.
+    # Later passes for CPUs widen bfloat16, so the finished program would have float32.
     options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
     with jax.set_mesh(mesh):
         jax.jit(of).lower(params, batch).compile(compiler_options=options)
     return folder
 
 
-def test_what_blocks_gather_is_bfloat16_where_they_compute_in_it(on_eight, tmp_path):
-    """The modulations too, which compute in float32 what they make of the weights."""
-    on_eight(gathered_dtypes, MESHES[1], str(tmp_path))
+def test_blocks_that_compute_in_bfloat16_gather_bfloat16(on_eight, tmp_path):
+    """The modulations too, although they continue in float32."""
+    on_eight(dump_partitioned, MESHES[1], str(tmp_path))
     (dump,) = tmp_path.glob("*jit_of*after_spmd-partitioning*.txt")
     in_loops = (line for line in dump.read_text().splitlines() if "while/body" in line)
     gathered = [match[1] for line in in_loops if (match := re.search(r"= (\w+)\[[\d,]+\]\S* all-gather\(", line))]

@@ -1,4 +1,4 @@
-"""8-bit moments: their error, their bytes, and training that agrees with full precision."""
+"""8-bit moments: their error and size, and updates compared with full precision."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def step_at(level: np.ndarray, top: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(jnp.int8, 6), (jnp.uint8, 7)])
-def test_every_value_is_within_a_step_of_itself_and_right_on_average(dtype, top):
+def test_rounding_moves_a_value_by_less_than_a_step_and_keeps_the_mean(dtype, top):
     rng = np.random.default_rng(0)
     values = (rng.normal(size=(3, 700)) * 10.0 ** rng.uniform(-8, 0, (3, 700))).astype(np.float32)
     values = np.abs(values) if dtype == jnp.uint8 else values
@@ -37,19 +37,19 @@ def test_every_value_is_within_a_step_of_itself_and_right_on_average(dtype, top)
     assert stored.codes.dtype == dtype
     assert stored.codes.shape == values.shape
     np.testing.assert_array_equal(stored.scales, scales)
-    # A value on the border of two decades may go to the wider one's neighbour: one float32 rounding more.
+    # A value on the border of two decades may be rounded within the wider one: one float32 rounding more.
     assert np.all(np.abs(np.asarray(decode(stored)) - values) <= 1.0001 * step)
 
     draws = 4000
     many = jax.jit(jax.vmap(lambda key: adam.decode(adam.encode(jnp.asarray(values), key, dtype))))
     error = np.asarray(many(jax.random.split(KEY, draws))).mean(0, dtype=np.float64) - values
-    # Deviation of a draw at most half a step. uint8's smallest step rounds up only, so that it is never 0.
+    # The standard deviation of a draw is at most half a step. uint8's smallest step only rounds up, never to 0.
     unbiased = np.abs(values) / scale > (10.0**-top if dtype == jnp.uint8 else 0.0)
     assert np.all(np.abs(error)[unbiased] <= (6 * 0.5 / np.sqrt(draws) + 1e-4) * step[unbiased])
 
 
 @pytest.mark.parametrize("shape", [(1,), (700,), (3, 257), (300, 2)])
-def test_zeros_and_the_largest_of_a_block_are_exact_at_any_size(shape):
+def test_zeros_and_the_largest_value_of_a_block_are_exact(shape):
     rng = np.random.default_rng(0)
     for exponent in (-30, 0, 30):
         values = (rng.normal(size=shape) * 10.0**exponent).astype(np.float32)
@@ -64,7 +64,7 @@ def test_zeros_and_the_largest_of_a_block_are_exact_at_any_size(shape):
             np.testing.assert_allclose(np.take_along_axis(decoded, largest, -1), expected, rtol=1e-6)
 
 
-def test_a_positive_second_moment_never_becomes_nothing():
+def test_a_positive_second_moment_never_becomes_0():
     values = jnp.asarray([1.0] + [1e-12] * 200, jnp.float32)
     assert np.all(np.asarray(decode(encode(values, KEY, jnp.uint8))) > 0)
 
@@ -80,7 +80,7 @@ def optimizer(name: str, **more):
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "AdamW8bitKahan"])
-def test_moments_take_one_byte_each_and_small_tensors_stay_in_full_precision(name):
+def test_moments_have_one_byte_each_and_small_tensors_stay_in_float32(name):
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in PATHS.items()}
     state: Any = jax.eval_shape(optimizer(name).init, params)
     large, small = (
@@ -92,7 +92,7 @@ def test_moments_take_one_byte_each_and_small_tensors_stay_in_full_precision(nam
 
 
 def run(name: str, gradients, **more):
-    """Updates of the kernel in each step."""
+    """Return the updates of the kernel in each step."""
     tx = optimizer(name, **more)
     params = {path: jnp.zeros(shape) for path, shape in PATHS.items()}
 
@@ -102,23 +102,23 @@ def run(name: str, gradients, **more):
         updates, state = tx.update(grads, state, params)
         return state, updates["blocks.mlp.layer1.kernel"]
 
-    # A short run is over sooner than the compiler's full effort.
+    # Optimised compilation would take longer than a short run.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if len(gradients) < 500 else None
     return np.asarray(jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1], compiler_options=options)(gradients))
 
 
-def test_updates_agree_with_full_precision():
+def test_updates_agree_with_those_of_full_precision():
     gradients = 0.5 + jax.random.normal(KEY, (200, *PATHS["blocks.mlp.layer1.kernel"]))
     full, ours = run("adamw", gradients), run("adamw8bit", gradients)
     # The first moment's steps are at most w = 0.9 / 64 of its block's largest value, 2.9 times its RMS or less.
     # Rounding adds a variance of w²/6 in each step, of which β1² stays to the next: w·2.9 / √(6·0.19) = 3.8 %.
     assert np.linalg.norm(ours - full) <= 0.038 * np.linalg.norm(full)
-    # And it favours no direction.
+    # And there is no bias.
     np.testing.assert_allclose(ours.mean(), full.mean(), rtol=2e-3)
 
 
-def test_a_moment_follows_changes_smaller_than_a_step_of_its_code():
+def test_a_moment_follows_changes_smaller_than_a_step_of_the_code():
     """Half of the weights' gradients fall to 1/10: their second moment must fall by 0.1 % a step, 1/7 of a code."""
     shape = PATHS["blocks.mlp.layer1.kernel"]
     quieter = jnp.where(jnp.arange(shape[-1]) % 2, 0.1, 1.0)
@@ -129,7 +129,7 @@ def test_a_moment_follows_changes_smaller_than_a_step_of_its_code():
     np.testing.assert_allclose(sizes[1], sizes[0], rtol=0.02)
 
 
-def test_kahans_stabilization_clips_as_stable_adamw_does():
+def test_adamw8bitkahan_clips_like_stable_adamw():
     gradients = (
         jax.random.normal(KEY, (20, *PATHS["blocks.mlp.layer1.kernel"])) * 2.0 ** jnp.arange(20)[:, None, None, None]
     )

@@ -1,4 +1,4 @@
-"""Twenty steps of training against the same training written in plain torch, on the golden model."""
+"""Twenty training steps compared with the same training in plain torch, on the golden model."""
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,14 @@ MODEL = GOLDEN / "dit_image.model.safetensors"
 
 
 def draws() -> tuple[np.ndarray, np.ndarray]:
-    """Noise of each step in the files' layout, (step, b, c, t, y, x), and times (step, b)."""
+    """Return the noise (step, b, c, t, y, x), in the files' layout, and the times (step, b)."""
     rng = np.random.default_rng(0)
     shape = golden("dit_image.io")["x0"].shape
     return rng.standard_normal((STEPS, *shape), np.float32), rng.uniform(0.05, 0.95, (STEPS, shape[0])).astype("f4")
 
 
 def torch_losses() -> list[float]:
-    """The loss before each step: forward of the peers, mean squared error, clipping, AdamW."""
+    """Return the loss before each step of the torch model."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     config, weights = load_dit(MODEL).config, load_file(MODEL)
     adapter = diffusers.AnimaTextConditioner(
@@ -54,7 +54,7 @@ def torch_losses() -> list[float]:
     )
 
     def groups(module, rate):
-        # diffusion-pipe decays neither vectors nor the adapter's token table.
+        # diffusion-pipe: no weight decay of vectors and the adapter's token table.
         named = list(module.named_parameters())
         decayed = [p for name, p in named if p.ndim > 1 and name != "embed.weight"]
         spared = [p for name, p in named if p.ndim == 1 or name == "embed.weight"]
@@ -83,7 +83,7 @@ def torch_losses() -> list[float]:
 
 
 def our_losses() -> list[float]:
-    """The same of ours: the step itself, but for its random numbers."""
+    """Return the loss before each of our steps, given the same random numbers."""
     graphdef, params = parameters.split(load_dit(MODEL))
     rates = dict.fromkeys((group for group, _ in optimizers.GROUPS), RATE) | {"llm_adapter": ADAPTER_RATE}
     optimizer = optimizers.build(
@@ -118,8 +118,8 @@ def our_losses() -> list[float]:
     return found
 
 
-def test_twenty_steps_of_adamw_give_torchs_losses():
+def test_twenty_steps_of_adamw_have_torchs_losses():
     expected, found = torch_losses(), our_losses()
     assert expected[-1] < 0.8 * expected[0]
-    # Sums round differently by 1e-7; AdamW divides by the gradient's size, which magnifies it where that is small.
+    # Sums differ by 1e-7; AdamW divides by the size of the gradient, which amplifies this where it is small.
     np.testing.assert_allclose(found, expected, rtol=1e-4)

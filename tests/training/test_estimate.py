@@ -1,4 +1,4 @@
-"""Estimates: FLOPs as JAX's own programs count them, bytes as the compiler finds them, and what does not fit."""
+"""Estimates of FLOPs and memory, compared with JAX's programs and the compiler, and runs that do not fit."""
 
 import math
 import re
@@ -38,7 +38,7 @@ def full() -> ParamPartition:
 
 
 def low_rank(adapter: bool, kind: str = "lora") -> ParamPartition:
-    """An adapter on every layer that takes one, or on those outside the LLM adapter."""
+    """Return shapes of an adapter on every layer that can have one, optionally without the LLM adapter's."""
 
     def build(rngs):
         model = AnimaDiT(CONFIG, rngs=rngs)
@@ -62,7 +62,7 @@ def low_rank(adapter: bool, kind: str = "lora") -> ParamPartition:
 
 
 def gradient_of(trained: ParamPartition, settings: StepConfig):
-    """A function of shapes: the gradient of one example's loss."""
+    """Return the gradient function of one example's loss, and the shapes of its arguments."""
 
     def loss(params, frozen, batch):
         return loss_fn(merge(trained.graphdef, frozen | params), batch, None, settings)
@@ -71,7 +71,7 @@ def gradient_of(trained: ParamPartition, settings: StepConfig):
 
 
 def products(jaxpr) -> float:
-    """FLOPs of every matrix product in a program; the body of a scan counts as often as it runs."""
+    """Return the FLOPs of all matrix products in a program; the body of a scan counts as often as it runs."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -100,25 +100,25 @@ def products(jaxpr) -> float:
     ],
     ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter", "lokr", "loha", "dora"],
 )
-def test_flops_are_those_of_the_programs_matrix_products(trained, options):
+def test_flops_equal_those_of_the_programs_matrix_products(trained, options):
     trained, settings = trained(), StepConfig(compute_dtype=jnp.float32, **options)
     gradient, shapes = gradient_of(trained, settings)
     counted = products(jax.make_jaxpr(gradient)(*shapes).jaxpr)
     found = flops(CONFIG, trained.params, WORK, **options)
-    # 3 %: a block's last product need not be computed again, and the times' few rows are taken as trained throughout.
+    # 3 %: a block's last product is not recomputed, and the single row of the times counts as trained throughout.
     assert sum(found) == pytest.approx(counted, rel=0.03)
 
 
-def test_flops_are_those_of_xlas_cost_analysis():
+def test_flops_agree_with_xlas_cost_analysis():
     trained, settings = full(), StepConfig(compute_dtype=jnp.float32, remat="none", scan_unroll=CONFIG.blocks)
     gradient, shapes = gradient_of(trained, settings)
     analysed = jax.jit(gradient).lower(*shapes).cost_analysis()["flops"]
     found = sum(flops(CONFIG, trained.params, WORK, "none"))
-    # XLA counts what is no matrix product too, and the body of the adapter's scan once for its two blocks.
+    # XLA also counts other operations, and the body of the adapter's scan once instead of twice.
     assert 0.97 * found < analysed < 1.2 * found
 
 
-def test_the_released_models_forward_takes_two_flops_a_weight_and_token():
+def test_the_released_models_forward_needs_two_flops_per_weight_and_token():
     config = DiTConfig()
     params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     work = Workload("1024", 1, 1, 4096, (1, 64, 64), 512, 512)
@@ -127,12 +127,12 @@ def test_the_released_models_forward_takes_two_flops_a_weight_and_token():
     )
     attention = 4 * config.blocks * config.width * 4096 * (4096 + 512)
     found = flops(config, params, work, "full")
-    # The adapter, context projections, patches and modulation, none of them per token, are what is left: 4 %.
+    # 4 %: the adapter, context projections, patches and modulation, which are not per token.
     assert found.forward == pytest.approx(2 * weights * 4096 + attention, rel=0.04)
     assert found.model == pytest.approx(3 * found.forward, rel=0.01)
 
 
-def test_memory_is_what_the_state_takes_and_falls_with_the_micro_batch():
+def test_memory_equals_the_states_size_and_shrinks_with_the_micro_batch():
     trained, optimizer = full(), optax.adamw(1e-3)
     settings = StepConfig(compute_dtype=jnp.float32, ema_decay=0.9, remat="none")
     counted = memory(trained, optimizer, settings, WORK, jnp.float32, measure=False)
@@ -151,18 +151,18 @@ def test_memory_is_what_the_state_takes_and_falls_with_the_micro_batch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full", "attention"])
-def test_activations_are_about_what_the_compiled_program_takes(remat):
+def test_activations_are_near_those_of_the_compiled_program(remat):
     settings = StepConfig(compute_dtype=jnp.float32, remat=remat)
     work = Workload("1024", 2, 1, 1024, (1, 32, 32), 16, 16)
     counted, compiled = (
         memory(full(), optax.adamw(1e-3), settings, work, jnp.float32, measure=measure) for measure in (False, True)
     )
     assert compiled.measured
-    # 25 %: how XLA lets buffers share memory cannot be known without compiling.
+    # 25 %: how XLA reuses buffers is only known after compiling.
     assert counted.rows["activations"] == pytest.approx(compiled.rows["activations"], rel=0.25)
 
 
-def test_remat_keeps_less_and_offload_keeps_the_blocks_inputs_elsewhere():
+def test_remat_saves_less_and_offload_moves_the_inputs_of_blocks():
     found = {
         remat: estimate.activation_bytes(full(), StepConfig(compute_dtype=jnp.float32, remat=remat), WORK, jnp.float32)
         for remat in ("offload", "full", "none")
@@ -171,7 +171,7 @@ def test_remat_keeps_less_and_offload_keeps_the_blocks_inputs_elsewhere():
     assert found["full"] - found["offload"] == CONFIG.blocks * WORK.tokens * CONFIG.width * 4
 
 
-def test_what_does_not_fit_is_an_error_with_the_numbers():
+def test_a_run_that_does_not_fit_is_an_error_with_the_numbers():
     device = jax.devices()[0]
     limit = estimate.device_bytes(device)
     assert limit > 2**28
@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_an_error_with_the_numbers():
 
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=mesh_name)
-def test_a_device_of_a_mesh_holds_its_part(sizes):
-    """Of the state about what fsdp × tensor leave of it, and of activations one replica's, split by tokens at least."""
+def test_memory_per_device_is_divided_by_the_mesh(sizes):
+    """State by fsdp × tensor, approximately; activations of a replica by the context axis at least."""
     one = memory(full(), optax.adamw(1e-3), FLOAT32, WORK, jnp.float32, measure=False)
     work = WORK._replace(batch=WORK.batch * sizes["data"] * sizes["fsdp"])
     found = memory(full(), optax.adamw(1e-3), FLOAT32, work, jnp.float32, sizes=sizes, measure=False)
@@ -197,7 +197,7 @@ def test_a_device_of_a_mesh_holds_its_part(sizes):
     assert of_one / sizes["context"] / sizes["tensor"] * 0.99 <= beyond <= of_one / sizes["context"]
 
 
-def test_peaks_are_known_by_the_kind_of_device():
+def test_peak_flops_follow_from_the_device_kind():
     class Device:
         def __init__(self, kind):
             self.device_kind = kind
@@ -208,12 +208,12 @@ def test_peaks_are_known_by_the_kind_of_device():
     assert estimate.peak_flops([Device("TPU v4")], jnp.float32) is None
 
 
-def test_time_quantiles_are_one_row_or_one_for_each_size():
+def test_time_quantiles_are_one_row_unless_times_depend_on_the_size():
     logistic = [1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(n / 10))) for n in range(1, 10)]
-    works = [WORK, WORK._replace(tier="1024", grid=(1, 64, 64))]
-    shown = estimate.time_quantiles(StepConfig(), works)
+    workloads = [WORK, WORK._replace(tier="1024", grid=(1, 64, 64))]
+    shown = estimate.time_quantiles(StepConfig(), workloads)
     np.testing.assert_allclose(shown["all sizes"], logistic, rtol=1e-5)
-    by_size = estimate.time_quantiles(StepConfig(times=TimeDistribution(flux_shift=True)), works)
+    by_size = estimate.time_quantiles(StepConfig(times=TimeDistribution(flux_shift=True)), workloads)
     e_mu = math.exp(1.15)  # at 4096 tokens
     np.testing.assert_allclose(by_size["1024"], [e_mu / (e_mu + 1 / t - 1) for t in logistic], rtol=1e-5)
     assert by_size["256"][4] < by_size["1024"][4]
@@ -223,7 +223,7 @@ LOW_RANK = {"adapter": "type = 'lora'\nrank = 4"}
 
 
 @pytest.mark.parametrize(("adapter", "storage"), [({}, []), (LOW_RANK, ["model.transformer_dtype='int8'"])])
-def test_shapes_of_a_run_are_those_that_loading_gives(tmp_path, adapter, storage):
+def test_abstract_shapes_equal_those_of_loaded_arrays(tmp_path, adapter, storage):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")
     path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **adapter)
@@ -236,7 +236,7 @@ def test_shapes_of_a_run_are_those_that_loading_gives(tmp_path, adapter, storage
     assert (shapes.tensors, shapes.ranks, shapes.config) == (loaded.tensors, loaded.ranks, loaded.config)
 
 
-def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
+def test_quantised_weights_count_in_their_stored_size(tmp_path):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")
     path = write_config(tmp_path, tmp_path / "pictures", "epochs = 1", **LOW_RANK)
@@ -245,12 +245,12 @@ def test_quantised_weights_are_counted_as_they_are_stored(tmp_path):
         trained = abstract_partition(load_config(path, [f"model.transformer_dtype='{storage}'"]))
         settings = StepConfig(compute_dtype=jnp.float32, remat="none")
         found[storage] = memory(trained, optax.sgd(1.0), settings, WORK, jnp.float32, measure=False).rows
-    # A quarter, and a float32 scale for each of a narrow network's output channels; what is 1-D stays.
+    # A quarter, plus a float32 scale per output channel, of which a narrow network has many; 1-D weights stay.
     assert 0.25 < found["int8"]["frozen parameters"] / found["float32"]["frozen parameters"] < 0.5
     assert found["int8"]["activations"] == pytest.approx(found["float32"]["activations"], rel=0.05)
 
 
-def test_the_estimate_is_a_table_for_a_person(tmp_path):
+def test_the_estimate_prints_memory_flops_and_times(tmp_path):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")
     config = load_config(write_config(tmp_path, tmp_path / "pictures", "epochs = 1"))

@@ -1,4 +1,4 @@
-"""Evaluation: the training distribution's quantiles, fixed noise, and no dependence on how examples are batched."""
+"""Evaluation at the quantiles of the training times with fixed noise, whatever the batches."""
 
 import functools
 import math
@@ -61,13 +61,13 @@ def evaluate(config, batch_size, change=lambda batch: batch):
 @quick_jit
 def velocity(params, x_blc, times_b, text, grid_b3):
     net = parameters.merge(model()[0], params)
-    # 512 rows of context, stored: what diffusion-pipe feeds.
+    # 512 rows of context, as diffusion-pipe has.
     context = jnp.pad(net.llm_adapter(text.source_bnd, text.target_ids_bm), ((0, 0), (0, 508), (0, 0)))
     return net.velocity(x_blc, grid_b3, times_b, context)
 
 
 def losses_by_hand(times_qb):
-    """Mean squared error of the velocity of each example at each time, (q, b)."""
+    """Return the mean squared error of the velocity of each example at each time, (q, b)."""
     data, nine = examples(), len(QUANTILES)
     keys = example_keys(0, jnp.zeros(len(GRIDS), jnp.int32), data.ids_b2, Purpose.EVALUATION_NOISE)
     noise = np.asarray(normal(keys, data.latents_blc.shape[1:]))
@@ -84,7 +84,7 @@ def logistic(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_losses_are_those_at_the_quantiles_of_the_training_times():
+def test_losses_are_at_the_quantiles_of_the_training_times():
     normal_quantile = statistics.NormalDist().inv_cdf
     times = np.array([logistic(1.3 * normal_quantile(q)) for q in QUANTILES])
     times = 3 * times / (1 + 2 * times)
@@ -96,7 +96,7 @@ def test_losses_are_those_at_the_quantiles_of_the_training_times():
     assert found["loss"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_times_shifted_by_size_are_each_examples_own():
+def test_times_shifted_by_size_differ_between_examples():
     tokens = np.prod(GRIDS[:, 1:], 1)
     e_mu = np.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256))
     times = np.array([logistic(statistics.NormalDist().inv_cdf(q)) for q in QUANTILES])
@@ -106,11 +106,11 @@ def test_times_shifted_by_size_are_each_examples_own():
 
 
 def test_losses_do_not_depend_on_the_batch_size():
-    whole, other = evaluate(SHIFTED, 5), evaluate(SHIFTED, 2)  # the last batch is filled up
+    whole, other = evaluate(SHIFTED, 5), evaluate(SHIFTED, 2)  # the last batch is padded
     assert other == pytest.approx(whole, rel=1e-5)  # float32 sums in another order
 
 
-def test_noise_is_fixed_whatever_the_runs_seed_and_the_epoch_and_differs_between_examples():
+def test_noise_depends_only_on_the_example():
     first = evaluate(SHIFTED, 5)
     later = evaluate(SHIFTED, 5, lambda batch: batch._replace(epochs_b=batch.epochs_b + 3))
     assert later == first
@@ -119,7 +119,7 @@ def test_noise_is_fixed_whatever_the_runs_seed_and_the_epoch_and_differs_between
     assert others["loss"] != pytest.approx(first["loss"], rel=1e-4)
 
 
-def test_filler_counts_nothing_even_if_it_is_not_finite():
+def test_padding_does_not_count_even_if_it_is_not_finite():
     def spoiled(batch):
         latents = batch.latents_blc.copy()
         latents[3:] = np.nan
@@ -133,7 +133,7 @@ def test_filler_counts_nothing_even_if_it_is_not_finite():
 
 
 @given(st.integers(1, 50), st.integers(1, 20))
-def test_filled_batches_hold_every_number_once(count, size):
+def test_padded_batches_contain_every_number_once(count, size):
     batches = list(padded_batches(count, size))
     assert all(len(rows) == len(weights) == size for rows, weights in batches)
     counted = np.concatenate([rows[weights == 1] for rows, weights in batches])

@@ -1,4 +1,4 @@
-"""Stacked layers against a loop over the layers."""
+"""Optimizers on stacked layers, compared with a loop over the layers."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("in_turn", [1, 10**9], ids=["in turn", "together"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_layers_train_as_if_each_were_alone(name, in_turn):
+def test_stacked_layers_train_like_separate_tensors(name, in_turn):
     transform = TRANSFORMS[name]()
     stacked = over_layers(transform, in_turn)
     rng = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def test_layers_train_as_if_each_were_alone(name, in_turn):
     ours, state = run(stacked, jnp.asarray(start), gradients)
     for layer in range(3):
         alone, _ = run(transform, jnp.asarray(start[layer]), gradients[:, layer])
-        # Batched products and sums run in another order; in 8 bits that may turn a rounding, worth a step of a code.
+        # Batched sums have another order; in 8 bits that can change a rounding, which is one step of a code.
         tolerance = 1e-3 if name == "adamw8bitkahan" else 2e-5
         np.testing.assert_allclose(ours[layer], alone, rtol=tolerance, atol=tolerance)
     counters = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 0]
@@ -47,7 +47,7 @@ def test_layers_train_as_if_each_were_alone(name, in_turn):
     assert all(leaf == 4 for leaf in counters)
 
 
-def test_moments_are_float32_whatever_the_parameters_are():
+def test_moments_of_bfloat16_parameters_are_float32():
     wide = in_float32(optax.adam(1e-2))
     params, grads = jnp.ones(4, jnp.bfloat16), jnp.full(4, 0.1, jnp.bfloat16)
     state = wide.init(params)

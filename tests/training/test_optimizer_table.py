@@ -1,4 +1,4 @@
-"""Optimizers by name: against torch, against optax on the file's own tensors, against the published formulas."""
+"""Optimizers by name, compared with torch, with optax on the file's tensors, and with the published formulas."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ GROUPS = [group for group, _ in optimizers.GROUPS]
 SAME_RATES = dict.fromkeys(GROUPS, 1e-2)
 STEPS = 5
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Each program runs five times: compiling it well would take longer."""
+"""Each program runs five times: optimised compilation would take longer than that."""
 
 
 def draw(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -43,7 +43,7 @@ GRADIENTS = [draw(seed, 0.1) for seed in range(1, STEPS + 1)]
 
 
 def to_file(params) -> dict[str, np.ndarray]:
-    """Every tensor of the file: layers apart, matrices (out, in)."""
+    """Return the tensors of the file: one per layer, matrices (out, in)."""
     return {
         t.name: np.ascontiguousarray(
             t.layout.to_file(np.asarray(params[t.path] if t.layer is None else params[t.path][t.layer]))
@@ -53,14 +53,14 @@ def to_file(params) -> dict[str, np.ndarray]:
 
 
 def build(name: str, rates: Any = SAME_RATES, tensors=TENSORS, *, clip_norm=0.0, global_batch=1, **config):
-    """The optimizer of a configuration, without clipping unless it is asked for; `rates` by group."""
+    """Build an optimizer, by default without clipping; `rates` by group."""
     rates = rates if isinstance(rates, LearningRates) else LearningRates(rates)
     config = OptimizerConfig(type=name, lr=0.0, **config)
     return optimizers.build(config, rates, tensors, clip_norm=clip_norm, global_batch=global_batch)
 
 
 def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:
-    """Parameters and state after the steps."""
+    """Return the parameters and the state after the steps."""
     params: Any = jax.tree.map(jnp.asarray, start)
     state = jax.jit(optimizer.init, compiler_options=QUICK)(params)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
@@ -71,24 +71,24 @@ def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:
 
 
 def trained(name: str, **more):
-    """The file's tensors after training with our optimizer."""
+    """Return the file's tensors after training with our optimizer."""
     return to_file(train(build(name, **more), START, GRADIENTS)[0])
 
 
 def decayed(name: str) -> bool:
-    """The file's own rule, of its names: weight decay spares norms and the token table."""
+    """Return whether weight decay applies to a tensor of the file: not to norms and the token table."""
     return not name.endswith("norm.weight") and not name.startswith("llm_adapter.embed")
 
 
 def assert_same(ours, expected, rtol=2e-5, atol=2e-6):
-    """Five float32 updates in another order of operations: some units in the last place."""
+    """The order of operations in five float32 updates changes some units in the last place."""
     assert set(ours) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(ours[name], np.asarray(value), rtol=rtol, atol=atol, err_msg=name)
 
 
 def by_torch(make):
-    """The file's tensors after training each with torch's `make(parameters, decay)`."""
+    """Return the file's tensors after training with torch's `make(torch.optim, groups)`."""
     torch = pytest.importorskip("torch")
     peers = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in to_file(START).items()}
     optimizer = make(
@@ -117,7 +117,7 @@ def by_torch(make):
             {"momentum": 0.9, "nesterov": True},
             lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
-        # torch's factors every matrix; its eps is inside the root, which leaves gradients of 0.1 alone.
+        # torch factors every matrix; its eps is inside the root, where it does not matter for gradients of 0.1.
         (
             "adafactor",
             {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1},
@@ -125,7 +125,7 @@ def by_torch(make):
         ),
     ],
 )
-def test_numbers_are_torchs_on_the_files_tensors(name, options, make):
+def test_updates_equal_torchs_on_the_files_tensors(name, options, make):
     expected = by_torch(make)
     ours = trained(name, weight_decay=0.1, **options)
     # torch's Adafactor decays before it measures the weights' RMS, optax's after: 1e-3 of the update.
@@ -146,7 +146,7 @@ SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg")
 
 
 @pytest.mark.parametrize("name", [*PER_TENSOR, *SHARED])
-def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
+def test_optimizers_that_use_shapes_or_norms_equal_optax_on_the_files_tensors(name):
     function = getattr(optax, name, None) or getattr(optax.contrib, name)
     options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
     own = {"use_bias_correction": True} if name == "prodigy" else options
@@ -164,9 +164,9 @@ def test_what_sees_shapes_or_norms_equals_optax_on_the_files_tensors(name):
 
 
 @pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
-def test_shared_estimates_decay_what_may_decay(name):
-    """optax's own, of all tensors with and of all without weight decay: in the first step the decay changes nothing
-    else, so each tensor is one's or the other's."""
+def test_weight_decay_with_a_shared_estimate_applies_to_matrices_only(name):
+    """Compare with optax's, once with and once without weight decay of all tensors: in the first step the decay does
+    not change the estimate, so each tensor equals one of the two."""
     function = getattr(optax.contrib, name)
     steps = [to_file(GRADIENTS[0])]
     with_decay, without = (
@@ -179,8 +179,8 @@ def test_shared_estimates_decay_what_may_decay(name):
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_correction):
-    """arXiv 2306.06101, algorithm 4, with the defaults of prodigyopt, diffusion-pipe's: all tensors, in float64."""
+def test_prodigy_equals_the_paper_with_and_without_bias_correction(bias_correction):
+    """arXiv 2306.06101, algorithm 4, in float64, with the defaults of prodigyopt, which diffusion-pipe uses."""
     options = {"d0": 1e-3, "use_bias_correction": bias_correction}
     optimizer = build("Prodigy", rates=dict.fromkeys(GROUPS, 1.0), weight_decay=0.1, **options)
     same_way = [START] * 8  # so that the estimate grows
@@ -204,7 +204,7 @@ def test_prodigy_is_its_papers_and_corrects_no_bias_unless_it_is_asked_to(bias_c
     assert_same(ours, x, rtol=1e-4, atol=1e-5)
 
 
-def test_prodigy_shares_one_estimate_and_groups_differ_in_proportion():
+def test_prodigy_has_one_estimate_and_updates_in_proportion_to_the_groups_rates():
     rates = {**dict.fromkeys(GROUPS, 1.0), "mlp": 0.25}
     optimizer = build("prodigy", rates=rates)
     equal = build("prodigy", rates=dict.fromkeys(GROUPS, 1.0))
@@ -227,7 +227,7 @@ def newton_schulz(matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rms", [0.2, 0.0])
-def test_muon_makes_each_layers_momentum_orthogonal_and_leaves_the_rest_to_adamw(rms):
+def test_muon_orthogonalises_each_layers_momentum_and_uses_adamw_for_the_rest(rms):
     ours = trained("muon", weight_decay=0.1, nesterov=False, consistent_rms=rms)
     adamw = trained("adamw", weight_decay=0.1)
     gradients = [to_file(grads) for grads in GRADIENTS]
@@ -245,7 +245,7 @@ def test_muon_makes_each_layers_momentum_orthogonal_and_leaves_the_rest_to_adamw
         np.testing.assert_allclose(ours[name], weight, atol=1e-4 * scale, err_msg=name)
 
 
-def test_muon_leaves_matrices_of_low_rank_to_adamw():
+def test_muon_uses_adamw_for_narrow_matrices():
     shapes = {"blocks.mlp.layer1.kernel": (2, 40, 31)}
     tensors = file_tensors(dit.RULES, {path: np.broadcast_to(np.float32(0), s) for path, s in shapes.items()})
     state = jax.eval_shape(
@@ -255,7 +255,7 @@ def test_muon_leaves_matrices_of_low_rank_to_adamw():
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 2 * 40 * 31
 
 
-def test_lion_is_its_formula():
+def test_lion_equals_its_formula():
     """arXiv 2302.06675: u = sign(β1·m + (1 − β1)·g), w −= η·(u + λ·w), m = β2·m + (1 − β2)·g."""
     ours = trained("Lion", betas=(0.9, 0.99), weight_decay=0.1)
     for name, start in to_file(START).items():
@@ -267,8 +267,8 @@ def test_lion_is_its_formula():
         np.testing.assert_allclose(ours[name], weight, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_stable_adamw_divides_each_tensors_update_by_its_excess():
-    """arXiv 2304.13013, algorithm 2, with a gradient that grows so that the clipping matters."""
+def test_stable_adamw_clips_the_update_of_each_tensor():
+    """arXiv 2304.13013, algorithm 2, with gradients that grow, so that it clips."""
     gradients = [{path: 4.0**n * g for path, g in grads.items()} for n, grads in enumerate(GRADIENTS)]
     optimizer = build("StableAdamW", betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
     ours = to_file(train(optimizer, START, gradients)[0])
@@ -286,7 +286,7 @@ def test_stable_adamw_divides_each_tensors_update_by_its_excess():
     assert clipped
 
 
-def test_schedule_free_is_its_formula_and_averages():
+def test_schedule_free_equals_its_formula_and_returns_the_average():
     """arXiv 2405.15682: y between z and x; x the mean of z weighted by the squared largest rate so far."""
     rates = LearningRates({**SAME_RATES, "mlp": 5e-3}, warmup_steps=3)
     optimizer = build("ScheduleFreeAdamW", rates=rates, weight_decay=0.1)
@@ -311,7 +311,7 @@ def test_schedule_free_is_its_formula_and_averages():
     assert optimizers.averaged(train(build("adamw"), START, [])[1], params) is None
 
 
-def test_beta2_half_life_halves_a_gradients_weight_after_so_many_examples():
+def test_beta2_half_life_is_the_examples_after_which_a_gradient_counts_half():
     ours = trained("adamw", betas=(0.9, 0.5), beta2_half_life=1000.0, global_batch=100)
     peer = trained("adamw", betas=(0.9, 0.5 ** (100 / 1000)))
     assert_same(ours, peer, rtol=1e-7)
@@ -319,7 +319,7 @@ def test_beta2_half_life_halves_a_gradients_weight_after_so_many_examples():
 
 @pytest.mark.parametrize("name", optimizers.rows())
 def test_every_name_trains_every_parameter_with_float32_moments(name):
-    """Traced, not run: the step gives gradients and parameters, the state keeps its structure and Orbax can save it."""
+    """Traced, not run: updates have the parameters' shapes, and the state keeps its structure, shapes and dtypes."""
     optimizer = build(name, clip_norm=1.0)
     params = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in SHAPES.items()}
     state = jax.eval_shape(optimizer.init, params)
@@ -364,7 +364,7 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("muon", {"preconditioning": "none"}, "preconditioning"),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_key(name, more, message):
+def test_an_error_is_one_line_that_names_the_key(name, more, message):
     with pytest.raises(UserError) as caught:
         build(name, **more)
     (line,) = caught.value.messages
@@ -372,25 +372,25 @@ def test_mistakes_are_one_line_that_names_the_key(name, more, message):
     assert message in line
 
 
-def test_all_faults_are_listed_at_once():
+def test_all_errors_are_listed_at_once():
     with pytest.raises(UserError) as caught:
         build("sgd", eps=1e-8, momentun=0.9, nesterov="yes")
     assert len(caught.value.messages) == 3
 
 
 @pytest.mark.parametrize("name", ["adamw_optimi", "stableadamw"])
-def test_what_optimi_decays_unless_it_is_told_otherwise(name):
+def test_optimi_has_weight_decay_by_default(name):
     """torch-optimi 0.2 and 0.3: weight_decay = 1e-2."""
     assert_same(trained(name), trained(name, weight_decay=1e-2), rtol=0, atol=0)
 
 
-def test_switches_of_other_implementations_are_accepted():
+def test_arguments_that_choose_an_implementation_are_ignored():
     options = {"fused": True, "foreach": False, "amsgrad": False}
     assert_same(trained("AdamW", **options), trained("adamw"), rtol=0, atol=0)
 
 
-def test_offloaded_moments_lie_in_host_memory_and_train_the_same():
-    """On a CPU `offload` itself moves nothing, so what it does on other devices is called here."""
+def test_offloaded_moments_are_in_host_memory_and_updates_are_equal():
+    """`offload` moves nothing on a CPU, so this calls what it uses on other devices."""
     inner = build("adamw")
     outer = in_host_memory(inner)
     params, grads = jax.tree.map(jnp.asarray, START), jax.tree.map(jnp.asarray, GRADIENTS[0])

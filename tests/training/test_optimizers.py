@@ -1,4 +1,4 @@
-"""Groups, schedules and AdamW against torch's and their definitions."""
+"""Parameter groups, learning rates and AdamW, compared with torch and diffusion-pipe's definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=LLMAdapterConfig(16, 1, 1, 32, 1
 TENSORS = file_tensors(dit.RULES, parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
 
 
-# REFERENCE section 5: the first test that fits, on the parameter's original name.
+# diffusion-pipe's rule (REFERENCE section 5): the first pattern that the original name contains.
 @pytest.mark.parametrize(
     ("name", "group"),
     [
@@ -38,11 +38,11 @@ TENSORS = file_tensors(dit.RULES, parameters.abstract(lambda rngs: AnimaDiT(CONF
         ("diffusion_model.blocks.0.mlp.layer1.lora_A.weight", "mlp"),
     ],
 )
-def test_groups_are_the_references(name, group):
+def test_groups_equal_those_of_diffusion_pipe(name, group):
     assert optimizers.group_of(name) == group
 
 
-def test_every_parameter_has_one_group_and_weight_decay_spares_vectors_and_the_token_table():
+def test_every_parameter_has_a_group_and_only_matrices_have_weight_decay():
     groups, decayed = optimizers.groups_by_path(TENSORS), {t.path for t in TENSORS if optimizers.is_decayed(t)}
     assert set(groups) == {tensor.path for tensor in TENSORS}
     assert set(groups.values()) == set(RATES)
@@ -54,7 +54,7 @@ def test_every_parameter_has_one_group_and_weight_decay_spares_vectors_and_the_t
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_learning_rates_are_torchs(kind, warmup):
+def test_learning_rates_equal_torchs(kind, warmup):
     torch = pytest.importorskip("torch")
     lr_scheduler = torch.optim.lr_scheduler
     total, rate = 20, 3e-4
@@ -81,7 +81,7 @@ def test_learning_rates_are_torchs(kind, warmup):
     np.testing.assert_allclose(reported, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_frozen_groups_rate_stays_0():
+def test_the_rate_of_a_frozen_group_stays_0():
     rates = LearningRates({"mlp": 1e-3, "mod": 0.0}, "cosine", total_steps=10)
     assert [rates.at(step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
 
@@ -124,7 +124,7 @@ def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():
         torch.nn.utils.clip_grad_norm_(list(peers.values()), 1.0)
         peer.step()
     for path, value in params.items():
-        # Torch divides by norm + 1e-6 when clipping: a relative 1e-7 here.
+        # torch divides by norm + 1e-6 when it clips: a relative difference of 1e-7 here.
         np.testing.assert_allclose(value, peers[path].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
 
 

@@ -1,4 +1,4 @@
-"""What a step sends and takes, against sums done by hand and against a compiled program."""
+"""Traffic and time of a step, compared with sums done by hand."""
 
 import pytest
 
@@ -22,13 +22,13 @@ def sent(mesh, trained=PARAMS, frozen=None, work=WORK):
     return traffic(CONFIG, trained, frozen or {}, mesh, work, remat="full", itemsize=2)
 
 
-def test_replicas_sum_gradients_alone():
+def test_replicas_only_all_reduce_gradients():
     found = sent(sizes(data=8))
     assert found.data == pytest.approx(2 * 2 * parameters.count(PARAMS) * 7 / 8)
     assert (found.fsdp, found.tensor, found.context) == (0, 0, 0)
 
 
-def test_shared_out_weights_are_fetched_twice_and_their_gradients_scattered():
+def test_fsdp_gathers_weights_twice_and_scatters_their_gradients():
     found = sent(sizes(fsdp=8))
     kept = {path: leaf for path, leaf in PARAMS.items() if not any(rules.spec(path, leaf.shape, sizes(fsdp=8)))}
     shared = 2 * (parameters.count(PARAMS) - parameters.count(kept))
@@ -37,14 +37,14 @@ def test_shared_out_weights_are_fetched_twice_and_their_gradients_scattered():
     assert twice.fsdp == pytest.approx(2 * found.fsdp)
 
 
-def test_frozen_weights_are_fetched_and_have_no_gradients():
+def test_frozen_weights_are_gathered_and_have_no_gradients():
     assert sent(sizes(data=8), {}, PARAMS).total == 0
     assert sent(sizes(fsdp=8), {}, PARAMS).fsdp == pytest.approx(
         2 * 2 * 7 / 8 * sum(leaf.size for p, leaf in PARAMS.items() if any(rules.spec(p, leaf.shape, sizes(fsdp=8))))
     )
 
 
-def test_tokens_are_exchanged_for_heads_and_summed_over_features():
+def test_tensor_all_reduces_and_context_exchanges_activations():
     tokens = 16 * 256 * 64 * 2
     over_tensor = sent(sizes(tensor=4), {}, PARAMS).tensor
     assert over_tensor == pytest.approx(
@@ -54,7 +54,7 @@ def test_tokens_are_exchanged_for_heads_and_summed_over_features():
     assert over_context == pytest.approx(tokens / 4 * 3 / 4 * 4 * 3 * 3)
 
 
-def test_an_axis_is_near_while_it_stays_among_neighbours():
+def test_an_axis_within_a_domain_has_the_intra_bandwidth():
     h100 = device_spec("NVIDIA H100 80GB HBM3")
     assert bandwidths(h100, sizes(data=4, fsdp=8)) == {"data": 50e9, "fsdp": 450e9, "tensor": 450e9, "context": 450e9}
     assert bandwidths(h100, sizes(fsdp=16))["fsdp"] == 50e9
@@ -65,7 +65,7 @@ def test_an_axis_is_near_while_it_stays_among_neighbours():
     assert seconds.most == pytest.approx(seconds.compute + seconds.data + seconds.fsdp)
 
 
-def test_kinds_are_found_by_jax_s_word_and_by_a_person_s():
+def test_device_specs_are_found_by_jaxs_name_and_by_a_users():
     for found, expected in {"NVIDIA H100 PCIe": "H100 PCIe", "TPU v5 lite": "TPU v5e", "TPU v5p": "TPU v5p"}.items():
         assert device_spec(found).name == expected
     assert device_spec("cpu") is None
