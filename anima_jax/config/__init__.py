@@ -5,10 +5,9 @@
 
 from anima_jax.config.dataset import DatasetConfig, DirectorySource, TfdsSource
 from anima_jax.config.load import load_config
-from anima_jax.config.main import EvalDataset, MainConfig
+from anima_jax.config.main import EvalDataset, MainConfig, MeshConfig, MonitoringConfig, SampleConfig
 from anima_jax.config.model import ModelConfig
 from anima_jax.config.optimizer import AdapterConfig, OptimizerConfig
-from anima_jax.config.tables import MeshConfig, MonitoringConfig, SampleConfig
 
 __all__ = [
     "AdapterConfig",

@@ -4,6 +4,7 @@ Keys of diffusion-pipe that have no meaning here are in `unsupported_keys.py`.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,21 +21,24 @@ from anima_jax.config.schema import (
     Fraction,
     Listed,
     LocalFile,
+    NotEmpty,
     NotNegative,
     OutputFolder,
+    PixelSide,
     Positive,
     Section,
     Whole,
     documented_as,
+    expecting,
     invalid,
     is_address,
     on_this_machine,
+    only_one_of,
     output_folder,
 )
-from anima_jax.config.tables import MeshConfig, MonitoringConfig, SampleConfig
-from anima_jax.errors import did_you_mean
 
 Seed = Annotated[int, Field(ge=0, lt=2**32), documented_as("whole number ≥ 0 and < 2³²")]
+TorchSeed = Annotated[int, Field(ge=0, lt=2**64), documented_as("whole number ≥ 0 and < 2⁶⁴")]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 LocalFolder = Annotated[OutputFolder, AfterValidator(on_this_machine)]
 
@@ -45,55 +49,23 @@ EVAL_EVERY = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_example
 """Without any of them, data is evaluated only before the first step."""
 
 
-def _check_micro_batch(found: Any) -> Any:
-    """A number, or [side, number] pairs. Checked by hand: the errors of a union would name both of its types."""
-    pairs = found if isinstance(found, list | tuple) else [(1, found)]
-    for pair in pairs or [()]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
-            raise invalid(f"found {found!r}, expected a whole number, at least 1, or [[side, batch size], …]")
-    return tuple(map(tuple, found)) if isinstance(found, list | tuple) else found
-
-
 MicroBatch = Annotated[
-    int | tuple[tuple[int, int], ...],
-    BeforeValidator(_check_micro_batch),
+    Count | Annotated[tuple[Annotated[tuple[Count, Count], Listed], ...], Listed, NotEmpty],
+    expecting("a whole number, at least 1, or [[side, batch size], …]"),
     documented_as("whole number or [[side, number], …]"),
 ]
 
 Remat = Literal["none", "full", "dots", "attention", "offload"]
-REMAT_OF: dict[bool | str, Remat] = {False: "none", True: "full", "unsloth": "offload"}
+REMAT_OF: Mapping[bool | str, Remat] = {False: "none", True: "full", "unsloth": "offload"}
 """Value of `activation_checkpointing` → default of `remat`."""
-
-
-def _check_activation_checkpointing(found: Any) -> Any:
-    if type(found) is not bool and found != "unsloth":
-        near = did_you_mean(found, ["unsloth"]) if isinstance(found, str) else ""
-        raise invalid(f"found {found!r}, expected false, true or 'unsloth'{near}")
-    return found
 
 
 def _run_to_resume(found: Any) -> Any:
     """The run's name or path; "" for the newest run, None for none."""
-    if type(found) is bool:
-        return "" if found else None
-    if not isinstance(found, str | None):
-        raise invalid(f"found {found!r}, expected a run's folder, or true for the newest in output_dir")
-    return found
+    return ("" if found else None) if isinstance(found, bool) else found
 
 
-def _only_one_of(*keys: str) -> AfterValidator:
-    """A key that must not be set together with another one of `keys`."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        others = [key for key in keys if key != info.field_name and info.data.get(key) is not None]
-        if value is not None and others:
-            raise invalid(f"{others[0]} is set too, expected at most one of {', '.join(keys)}")
-        return value
-
-    return AfterValidator(check)
-
-
-LossParameter = Annotated[Positive | None, _only_one_of(*LOSS_KEYS)]
+LossParameter = Annotated[Positive | None, only_one_of(*LOSS_KEYS)]
 
 
 class EvalDataset(Section):
@@ -114,6 +86,75 @@ def _check_names_differ(datasets: tuple[EvalDataset, ...]) -> tuple[EvalDataset,
     if twice is not None:
         raise invalid(f"two of them are called '{twice}', expected different names, as in {{name = …, config = …}}")
     return datasets
+
+
+class SampleConfig(Section):
+    """Ours: images drawn while training, one for each prompt and seed."""
+
+    prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
+    every_n_epochs: Count | None = Field(None, description="draw every n epochs, and at the start and the end")
+    every_n_steps: Count | None = Field(
+        default_factory=lambda table: 500 if table["every_n_epochs"] is None else None,
+        description="draw every n steps, and at the start and the end; unset: 500, or only by epochs if "
+        "every_n_epochs is set",
+    )
+    steps: Count = Field(30, description="sampler steps")
+    guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
+    shift: Positive = Field(3.0, description="shifts the sampler's times as [model] shift does those of training")
+    seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the initial noise")
+    width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: that of the training images")
+    height: PixelSide | None = Field(
+        None, validate_default=True, description="in pixels, a multiple of 16; unset: that of the training images"
+    )
+
+    @field_validator("height")
+    @classmethod
+    def _both_or_none(cls, height: int | None, info: ValidationInfo) -> int | None:
+        if "width" in info.data and (info.data["width"] is None) != (height is None):
+            raise invalid("expected both width and height, or neither; found one")
+        return height
+
+
+def _check_axis_size(size: int) -> int:
+    if size < 1 and size != -1:
+        raise invalid(f"found {size}, expected a number of devices, or -1 for the rest")
+    return size
+
+
+AxisSize = Annotated[int, AfterValidator(_check_axis_size), documented_as("number of devices, or -1")]
+
+
+class MeshConfig(Section):
+    """Ours: how many devices each axis of the mesh has. One axis may be -1: the remaining devices."""
+
+    data: AxisSize = Field(-1, description="replicas that exchange only gradients")
+    fsdp: AxisSize = Field(1, description="replicas that shard the parameters: each device stores its part of them")
+    tensor: AxisSize = Field(1, description="devices that split each layer's heads and hidden features")
+    context: AxisSize = Field(
+        1, validate_default=True, description="devices that split each example's tokens, for large images and videos"
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _one_rest(cls, context: int, info: ValidationInfo) -> int:
+        if [*info.data.values(), context].count(-1) > 1:
+            raise invalid("at most one of data, fsdp, tensor and context may be -1 (data is, unless set)")
+        return context
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → number of devices, -1 for the rest."""
+        return dict(self)
+
+
+class MonitoringConfig(Section):
+    """Where metrics are reported besides the console and the run's metrics.jsonl."""
+
+    enable_tensorboard: bool = Field(True, description="ours; write TensorBoard's files into the run's folder")
+    enable_wandb: bool = Field(False, description="report to Weights & Biases too, for which wandb must be installed")
+    wandb_api_key: str = Field("", description="key for Weights & Biases; empty: that of `wandb login`")
+    wandb_tracker_name: str = Field("", description="project of the run; empty: chosen by Weights & Biases")
+    wandb_run_name: str = Field("", description="name of the run; empty: chosen by Weights & Biases")
 
 
 class Schedule(NamedTuple):
@@ -174,12 +215,10 @@ class MainConfig(Section):
         description="ours; dtype of trained weights; 'bfloat16' halves their memory and rounds each update "
         "stochastically, so that none is lost on average; moments and EMA stay float32",
     )
-    activation_checkpointing: Annotated[bool | Literal["unsloth"], BeforeValidator(_check_activation_checkpointing)] = (
-        Field(
-            False,
-            description="true: the backward pass recomputes the blocks' activations instead of storing them; "
-            "'unsloth': the blocks' inputs are stored in the host's memory",
-        )
+    activation_checkpointing: Annotated[bool | Literal["unsloth"], expecting("false, true or 'unsloth'")] = Field(
+        False,
+        description="true: the backward pass recomputes the blocks' activations instead of storing them; "
+        "'unsloth': the blocks' inputs are stored in the host's memory",
     )
     remat: Remat = Field(
         default_factory=lambda table: REMAT_OF[table["activation_checkpointing"]],
@@ -228,7 +267,7 @@ class MainConfig(Section):
 
     save_every_n_epochs: Count | None = Field(None, description="save the model every n epochs")
     save_every_n_steps: Count | None = Field(None, description="save the model every n optimizer steps")
-    save_every_n_examples: Annotated[Count | None, _only_one_of("save_every_n_steps", "save_every_n_examples")] = Field(
+    save_every_n_examples: Annotated[Count | None, only_one_of("save_every_n_steps", "save_every_n_examples")] = Field(
         None, description="save the model every n examples, instead of steps"
     )
     save_dtype: Dtype | None = Field(None, description="dtype of saved models; unset: [adapter] dtype or [model] dtype")
@@ -243,7 +282,10 @@ class MainConfig(Section):
         description="ours; how many of the newest saved models, and of the newest checkpoints, to keep; unset: all",
     )
     resume_from_checkpoint: Annotated[
-        str | None, BeforeValidator(_run_to_resume), documented_as("true or run's folder")
+        str | None,
+        BeforeValidator(_run_to_resume),
+        expecting("a run's folder, or true for the newest in output_dir"),
+        documented_as("true or run's folder"),
     ] = Field(
         None,
         description="resume the run in this folder, or of this name in output_dir; true: the newest run there that has "
@@ -261,7 +303,7 @@ class MainConfig(Section):
 
     eval_every_n_epochs: Count | None = Field(None, description="evaluate every n epochs")
     eval_every_n_steps: Count | None = Field(None, description="evaluate every n optimizer steps")
-    eval_every_n_examples: Annotated[Count | None, _only_one_of("eval_every_n_steps", "eval_every_n_examples")] = Field(
+    eval_every_n_examples: Annotated[Count | None, only_one_of("eval_every_n_steps", "eval_every_n_examples")] = Field(
         None, description="evaluate every n examples, instead of steps"
     )
     eval_before_first_step: bool = Field(

@@ -19,6 +19,7 @@ from anima_jax.config.schema import (
     existing,
     invalid,
     is_address,
+    only_one_of,
 )
 from anima_jax.models.dit import DiTConfig
 from anima_jax.text.tokenizers import TRAINING_LENGTH
@@ -34,14 +35,10 @@ def _check_tokenizers(folder: str) -> str:
 TEXT_ENCODER = "a Qwen3 text encoder, as a .safetensors file or its folder"
 
 
-def _text_encoder(path: str, info: ValidationInfo) -> str:
-    """Return the text encoder's file: `path`, or the one in that folder."""
-    path = existing(path, info, os.path.exists, TEXT_ENCODER)
-    return _file_of_qwen3(path) if os.path.isdir(path) else path
-
-
-def _file_of_qwen3(folder: str) -> str:
-    """Return the only .safetensors file in a folder that transformers' `save_pretrained` wrote for a Qwen3."""
+def _qwen3_file(folder: str) -> str:
+    """Return the only .safetensors file in a folder that transformers wrote for a Qwen3; a file stays unchanged."""
+    if not os.path.isdir(folder):
+        return folder
     described = os.path.join(folder, "config.json")
     try:
         with open(described, encoding="utf-8") as file:
@@ -60,7 +57,9 @@ def _file_of_qwen3(folder: str) -> str:
     return os.path.join(folder, files[0])
 
 
-TextEncoder = Annotated[str, AfterValidator(_text_encoder), documented_as("file or folder")]
+TextEncoder = Annotated[
+    str, existing(TEXT_ENCODER, os.path.exists), AfterValidator(_qwen3_file), documented_as("file or folder")
+]
 FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16", "float16", "float32"]
 
 
@@ -94,8 +93,8 @@ class ModelConfig(TypedSection):
         "in less memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
     )
     text_encoder_fp8: bool = Field(False, description="store the text encoder's matrices in float8_e4m3fn")
-    text_encoder_nf4: bool = Field(
-        False, validate_default=True, description="store the text encoder's matrices in 4 bits (NF4, blocks of 64)"
+    text_encoder_nf4: Annotated[bool, only_one_of("text_encoder_fp8", "text_encoder_nf4")] = Field(
+        False, description="store the text encoder's matrices in 4 bits (NF4, blocks of 64)"
     )
     cache_text_embeddings: bool = Field(
         True,
@@ -130,13 +129,6 @@ class ModelConfig(TypedSection):
     def text_encoder_storage(self) -> str | None:
         """How the text encoder's matrices are stored, if not in `dtype`."""
         return "float8_e4m3fn" if self.text_encoder_fp8 else "nf4" if self.text_encoder_nf4 else None
-
-    @field_validator("text_encoder_nf4")
-    @classmethod
-    def _fp8_or_nf4(cls, nf4: bool, info: ValidationInfo) -> bool:
-        if nf4 and info.data.get("text_encoder_fp8"):
-            raise invalid("text_encoder_fp8 is set too, expected one of the two")
-        return nf4
 
     @field_validator("config")
     @classmethod

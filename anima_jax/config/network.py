@@ -7,7 +7,7 @@ sizes follow from those that are set, in the released model's proportions.
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from anima_jax.config.schema import Count, Section, invalid
@@ -43,16 +43,19 @@ def _heads_of(sizes: tuple[int, ...]):
     return lambda table: next((table["width"] // size for size in sizes if table["width"] % size == 0), 1)
 
 
-def _check_heads(heads: int, info: ValidationInfo, *, smallest: int) -> int:
-    width = info.data.get("width")
-    if width is None:
+def _heads_of_at_least(smallest: int) -> AfterValidator:
+    def check(heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("width", heads * smallest)
+        if width % heads:
+            raise invalid(f"found {heads}, expected a divisor of width = {width}")
+        size = width // heads
+        if size % 2 or size < smallest:
+            raise invalid(
+                f"{heads} heads of width = {width} have size {size}, expected an even size of at least {smallest}"
+            )
         return heads
-    if width % heads:
-        raise invalid(f"found {heads}, expected a divisor of width = {width}")
-    size = width // heads
-    if size % 2 or size < smallest:
-        raise invalid(f"{heads} heads of width = {width} have size {size}, expected an even size, at least {smallest}")
-    return heads
+
+    return AfterValidator(check)
 
 
 class LLMAdapterKeys(Section):
@@ -63,7 +66,7 @@ class LLMAdapterKeys(Section):
     )
     width: Count = Field(default_factory=lambda table: table["target_width"], description="width inside the blocks")
     blocks: Count = Field(LLMAdapterConfig.blocks, description="number of blocks")
-    heads: Count = Field(
+    heads: Annotated[Count, _heads_of_at_least(2)] = Field(
         default_factory=_heads_of(ADAPTER_HEAD_SIZES),
         validate_default=True,
         description="attention heads; width / heads is even",
@@ -74,18 +77,13 @@ class LLMAdapterKeys(Section):
     )
     vocabulary: Count = Field(LLMAdapterConfig.vocabulary, description="rows of the T5 token table")
 
-    @field_validator("heads")
-    @classmethod
-    def _heads_fit(cls, heads: int, info: ValidationInfo) -> int:
-        return _check_heads(heads, info, smallest=2)
-
 
 class DiTKeys(Section):
     """The diffusion transformer. Unset sizes follow the released model's proportions."""
 
     width: EvenCount = Field(DiTConfig.width, description="width of the model")
     blocks: Count = Field(DiTConfig.blocks, description="number of blocks")
-    heads: Count = Field(
+    heads: Annotated[Count, _heads_of_at_least(MIN_HEAD_SIZE)] = Field(
         default_factory=_heads_of(HEAD_SIZES),
         validate_default=True,
         description=f"attention heads; width / heads is even, at least {MIN_HEAD_SIZE}; unset: heads of size 128, or "
@@ -101,25 +99,15 @@ class DiTKeys(Section):
         default_factory=dict, validate_default=True, description="sizes of the LLM adapter"
     )
 
-    @field_validator("heads")
-    @classmethod
-    def _heads_fit(cls, heads: int, info: ValidationInfo) -> int:
-        return _check_heads(heads, info, smallest=MIN_HEAD_SIZE)
-
     @field_validator("adapter", mode="before")
     @classmethod
-    def _adapter_follows_the_context(cls, adapter: Any, info: ValidationInfo) -> Any:
-        if isinstance(adapter, dict) and "context_width" in info.data:
-            return {"target_width": info.data["context_width"], **adapter}
-        return adapter
-
-    @field_validator("adapter")
-    @classmethod
-    def _adapter_feeds_the_context(cls, adapter: LLMAdapterConfig, info: ValidationInfo) -> LLMAdapterConfig:
-        expected = info.data.get("context_width", adapter.target_width)
-        if adapter.target_width != expected:
-            raise invalid(f"found {adapter.target_width}, expected context_width = {expected}", key="target_width")
-        return adapter
+    def _adapter_feeds_the_context(cls, adapter: Any, info: ValidationInfo) -> Any:
+        width = info.data.get("context_width")
+        if width is None or not isinstance(adapter, dict):
+            return adapter
+        if adapter.get("target_width", width) != width:
+            raise invalid(f"found {adapter['target_width']}, expected context_width = {width}", key="target_width")
+        return {"target_width": width, **adapter}
 
 
 TransformerSizes = Annotated[DiTConfig, BuiltFrom(DiTKeys)]

@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from anima_jax.config.schema import (
     Count,
@@ -94,11 +94,11 @@ def _pattern_keys(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _adapter_path(path: str, info: ValidationInfo) -> str:
-    return existing(path, info, os.path.exists, "an adapter's .safetensors file, or the folder that contains it")
-
-
-AdapterPath = Annotated[str, AfterValidator(_adapter_path), documented_as("file or folder")]
+AdapterPath = Annotated[
+    str,
+    existing("an adapter's .safetensors file, or the folder that contains it", os.path.exists),
+    documented_as("file or folder"),
+]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, documented_as("regex or [regex, …]")]
 
 

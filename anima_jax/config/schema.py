@@ -5,12 +5,24 @@ Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is accepted whe
 
 import functools
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
@@ -55,6 +67,31 @@ class TypedSection(Section):
 def invalid(message: str, *, key: str | None = None) -> PydanticCustomError:
     """The error to raise in a validator; a validator of a whole table names the key in it with `key`."""
     return PydanticCustomError("invalid", "{message}", {"message": message, "key": key})
+
+
+def only_one_of(*keys: str) -> AfterValidator:
+    """Metadata of a key that must not be set together with another one of `keys`."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        others = [key for key in keys if key != info.field_name and info.data.get(key)]
+        if value and others:
+            raise invalid(f"{others[0]} is set too, expected at most one of {', '.join(keys)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def expecting(words: str) -> WrapValidator:
+    """Metadata of a union: its only error, which would otherwise be one for each of its types."""
+
+    def check(found: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(found)
+        except ValidationError:
+            near = did_you_mean(found, re.findall(r"'(\w+)'", words)) if isinstance(found, str) else ""
+            raise invalid(f"found {found!r}, expected {words}{near}") from None
+
+    return WrapValidator(check)
 
 
 def choices(values: tuple[Any, ...]) -> str:
@@ -113,27 +150,23 @@ def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[st
     return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
 
 
-def existing(path: str, info: ValidationInfo, exists: Callable[[str], bool], what: str) -> str:
-    """Return the first path that `path` may mean and that `exists`, or raise an error that names all of them."""
-    if not path:
-        raise invalid(f"found an empty path, expected {what}")
-    candidates = resolve(path, (info.context or {}).get("folder"))
-    for candidate in candidates:
-        if is_address(candidate) or exists(candidate):
-            return candidate
-    for candidate in candidates:
-        if os.path.exists(candidate):
-            kind = "a folder" if os.path.isdir(candidate) else "a file"
-            raise invalid(f"{candidate} is {kind}, expected {what}")
-    raise invalid(f"expected {what}, found nothing at {' or at '.join(candidates)}")
+def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
+    """Metadata of a path: it becomes the first that it may mean and for which `exists`, a test for `what`, is true."""
 
+    def check(path: str, info: ValidationInfo) -> str:
+        if not path:
+            raise invalid(f"found an empty path, expected {what}")
+        candidates = resolve(path, (info.context or {}).get("folder"))
+        for candidate in candidates:
+            if is_address(candidate) or exists(candidate):
+                return candidate
+        for candidate in candidates:
+            if os.path.exists(candidate):
+                kind = "a folder" if os.path.isdir(candidate) else "a file"
+                raise invalid(f"{candidate} is {kind}, expected {what}")
+        raise invalid(f"expected {what}, found nothing at {' or at '.join(candidates)}")
 
-def _input_file(path: str, info: ValidationInfo) -> str:
-    return existing(path, info, os.path.isfile, "a file")
-
-
-def _input_folder(path: str, info: ValidationInfo) -> str:
-    return existing(path, info, os.path.isdir, "a folder")
+    return AfterValidator(check)
 
 
 def on_this_machine(path: str | None) -> str | None:
@@ -155,8 +188,8 @@ def output_folder(path: str) -> str:
     return folder
 
 
-InputFile = Annotated[str, AfterValidator(_input_file), documented_as("file")]
-InputFolder = Annotated[str, AfterValidator(_input_folder), documented_as("folder")]
+InputFile = Annotated[str, existing("a file", os.path.isfile), documented_as("file")]
+InputFolder = Annotated[str, existing("a folder", os.path.isdir), documented_as("folder")]
 LocalFile = Annotated[InputFile, AfterValidator(on_this_machine)]
 OutputFolder = Annotated[str, AfterValidator(output_folder), documented_as("folder")]
 
