@@ -1,4 +1,4 @@
-"""The command line: what it draws, what it writes beside the pixels, and how it answers mistakes."""
+"""The command line: what it generates, what it writes next to the pixels, and its error messages."""
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ def run(*arguments: object) -> None:
     generate.main([str(argument) for argument in arguments])
 
 
-def refused(capsys, *arguments: object) -> str:
-    """The one line that these arguments are answered with."""
+def error_of(capsys, *arguments: object) -> str:
+    """The one-line error of these arguments."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
@@ -35,7 +35,7 @@ def refused(capsys, *arguments: object) -> str:
     return line.removeprefix("error: ")
 
 
-def test_a_picture_is_drawn_again_from_what_its_file_says(networks, tmp_path, capsys):
+def test_like_generates_the_same_image_and_flags_override_its_parameters(networks, tmp_path, capsys):
     first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
     flags = ["--negative_prompt", "ugly", "--guidance_scale", "2.5", "--sampler", "heun", "--schedule", "beta"]
     flags += ["--shift", "1.7", "--guidance_interval", "0.1", "0.9", "--cfg_zero_star", "--noise", "jax"]
@@ -45,10 +45,10 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(networks, tmp_path, ca
     assert Image.open(again).text == Image.open(first).text
     run("--like", first, "-o", other, "--seed", 4, "--no-cfg_zero_star")
     assert np.any(np.asarray(Image.open(other)) != np.asarray(Image.open(first)))
-    picture, settings = from_text("c.png", Image.open(other).text)
-    assert (picture.seed, settings.cfg_zero_star, settings.shift) == (4, False, 1.7)
+    request, params = from_text("c.png", Image.open(other).text)
+    assert (request.seed, params.cfg_zero_star, params.shift) == (4, False, 1.7)
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
-    # Four steps of Heun are seven evaluations; the last is the picture itself.
+    # Four steps of Heun are seven evaluations; the last is the image itself.
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a.png",
         "a.step003.png",
@@ -59,7 +59,7 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(networks, tmp_path, ca
     assert Image.open(tmp_path / "a.step006.png").size == (32, 48)
 
 
-def test_every_prompt_is_drawn_in_every_size_with_every_seed(networks, tmp_path):
+def test_every_prompt_is_generated_in_every_size_with_every_seed(networks, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes("\ufeffa red circle\r\n\r\n  猫 \r\n".encode())
     flags = ["--width", 32, 48, "--height", 48, 32, "--seed", 1, 2, "--steps", 1, "--sampler", "euler", "--at_once", 8]
@@ -70,22 +70,22 @@ def test_every_prompt_is_drawn_in_every_size_with_every_seed(networks, tmp_path)
     assert len({np.asarray(Image.open(tmp_path / f"x_{index}.png")).tobytes() for index in range(1, 9)}) == 8
 
 
-def test_a_picture_of_a_batch_is_drawn_again_alone(networks, tmp_path):
+def test_an_image_of_a_batch_is_generated_again_alone(networks, tmp_path):
     run(*networks, *SMALL, "--prompt", "x", "--batch_size", 2, "-o", tmp_path / "a.png")
     run("--like", tmp_path / "a_2.png", "-o", tmp_path / "b.png")
     first, second, again = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("a_1", "a_2", "b"))
-    # Sums over a batch are rounded otherwise; a random network amplifies it to a level.
+    # Sums over a batch are rounded differently; a random network amplifies that to one level.
     assert np.abs(again - second).max() <= 1 < np.abs(again - first).max()
 
 
-def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networks, tmp_path):
+def test_an_image_starts_from_another_one_and_keeps_what_the_mask_covers(networks, tmp_path):
     small = np.random.default_rng(0).integers(0, 256, (3, 2, 3), np.uint8)
     Image.fromarray(small).resize((32, 48)).save(tmp_path / "image.png")
     Image.new("L", (32, 48)).save(tmp_path / "mask.png")
     flags = ["--prompt", "x", "--steps", 4, "--image", tmp_path / "image.png"]
     run(*networks, *flags, "--denoise", 0, "-o", tmp_path / "vae.png")
     run(*networks, *flags, "--mask", tmp_path / "mask.png", "-o", tmp_path / "kept.png")
-    # Nothing is white in this mask: what comes out is the VAE's reconstruction.
+    # Nothing is white in this mask: the result is the VAE's reconstruction.
     np.testing.assert_array_equal(Image.open(tmp_path / "kept.png"), Image.open(tmp_path / "vae.png"))
     run("--like", tmp_path / "kept.png", "-o", tmp_path / "again.png")
     np.testing.assert_array_equal(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "kept.png"))
@@ -116,17 +116,17 @@ def test_a_picture_starts_from_another_one_and_keeps_what_the_mask_covers(networ
         (["--prompts", "a.txt"], "argument --prompts: not allowed with argument --prompt"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(networks, tmp_path, capsys, flags, message):
-    line = refused(capsys, *networks, "--prompt", "x", "-o", tmp_path / "x.png", *flags)
+def test_errors_are_one_line(networks, tmp_path, capsys, flags, message):
+    line = error_of(capsys, *networks, "--prompt", "x", "-o", tmp_path / "x.png", *flags)
     assert line.startswith(message), line
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
+def test_errors_name_the_files(networks, tmp_path, capsys):
     output = ["-o", tmp_path / "x.png"]
     (tmp_path / "latin1.txt").write_bytes("a cat\nein Kätzchen\n".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "words.png").write_text("no image")
     Image.new("RGB", (32, 48)).save(tmp_path / "image.png")
     Image.new("L", (48, 32)).save(tmp_path / "mask.png")
     Image.new("RGB", (70, 50)).save(tmp_path / "odd.png")
@@ -144,10 +144,10 @@ def test_files_of_the_wrong_kind_are_named(networks, tmp_path, capsys):
             "odd.png: 70×50 pixels, expected multiples of 16; ",
         ),
     ):
-        assert message in refused(capsys, *networks, *output, *flags)
-    assert "one of --prompt, --prompts and --like is required" in refused(capsys, *networks, *output)
-    assert "expected a .png file in a folder that exists" in refused(capsys, *networks, "--prompt", "x", "-o", "x.jpg")
+        assert message in error_of(capsys, *networks, *output, *flags)
+    assert "one of --prompt, --prompts and --like is required" in error_of(capsys, *networks, *output)
+    assert "expected a .png file in a folder that exists" in error_of(capsys, *networks, "--prompt", "x", "-o", "x.jpg")
     (tmp_path / "x_2.png").mkdir()
     batch = ["--prompt", "x", "--batch_size", 2]
-    assert "x_2.png is a folder, expected a .png file" in refused(capsys, *networks, *output, *batch)
-    assert "give --transformer, --vae, --text_encoder, or --config" in refused(capsys, "--prompt", "x", *output)
+    assert "x_2.png is a folder, expected a .png file" in error_of(capsys, *networks, *output, *batch)
+    assert "give --transformer, --vae, --text_encoder, or --config" in error_of(capsys, "--prompt", "x", *output)

@@ -16,13 +16,13 @@ def found(scale, zero_star):
     return guidance.guided(*arrays, jnp.float32(scale), jnp.bool_(zero_star))
 
 
-def test_guidance_goes_beyond_the_prompt_and_scale_one_is_the_prompt():
+def test_guidance_extrapolates_and_scale_one_is_the_prompts_estimate():
     assert relative_error(found(4.0, False), NEGATIVE + 4.0 * (POSITIVE - NEGATIVE)) < 1e-6
     assert relative_error(found(1.0, False), POSITIVE) < 1e-6
     assert relative_error(found(1.0, True), POSITIVE) < 1e-6
 
 
-def test_cfg_zero_star_scales_the_negative_estimate_of_each_picture():
+def test_cfg_zero_star_scales_the_negative_estimate_of_each_image():
     expected = []
     for x, positive, negative in zip(X, POSITIVE, NEGATIVE, strict=True):
         share = np.vdot(x - positive, x - negative) / np.vdot(x - negative, x - negative)
@@ -40,6 +40,6 @@ def test_cfg_zero_star_scales_the_negative_estimate_of_each_picture():
         ((0.2, 0.4), [1, 4, 1, 1]),
     ],
 )
-def test_outside_of_the_interval_there_is_no_guidance(interval, expected):
+def test_outside_the_interval_there_is_no_guidance(interval, expected):
     levels = np.array([1.0, 0.9, 0.75, 0.1])
     assert guidance.scale_schedule(levels, 4.0, interval, 3.0).tolist() == expected

@@ -64,7 +64,7 @@ def test_multiscale_term_is_off_below_its_threshold():
     assert batch_mean(losses) == pytest.approx(DATA["loss.multiscale_small.0.5"][0], rel=TOLERANCE)
 
 
-def test_multiscale_term_compares_two_by_two_averages_of_large_pictures():
+def test_multiscale_term_compares_two_by_two_averages_of_large_images():
     rng = np.random.default_rng(0)
     out, target = rng.normal(size=(2, 1, 1, 116, 116, 16)).astype(np.float32)
     error = (out - target).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Noise levels. Oracles: ComfyUI's own (golden/samplers), its formulas for other shifts, what denoising promises."""
+"""Noise levels. Oracles: ComfyUI's own (golden/samplers), its formulas for other shifts, properties of denoising."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_levels_equal_comfyuis(key):
     np.testing.assert_allclose(sigmas(schedule, int(steps)), DATA[key], atol=1e-6)
 
 
-def test_every_schedule_has_recorded_levels_but_beta57():
+def test_every_schedule_except_beta57_has_recorded_levels():
     assert {key.split(".")[1] for key in DATA if key.startswith("sigmas.")} == set(SCHEDULES) - {"beta57"}
 
 
@@ -26,7 +26,7 @@ def shift(t, s):
 
 TABLE = {s: np.array([shift(k / 1000, s) for k in range(1, 1001)]) for s in (1.0, 6.0)}
 
-# Of steps and shift, from the list of formulas that ComfyUI's schedulers are described by.
+# (steps, shift) → levels, from the formulas of ComfyUI's schedulers.
 FORMULAS = {
     "simple": lambda n, s: [TABLE[s][-(1 + i * 1000 // n)] for i in range(n)],
     "sgm_uniform": lambda n, s: [shift(t, s) for t in np.linspace(1, TABLE[s][0], n + 1)[:-1]],
@@ -55,7 +55,7 @@ def test_levels_follow_the_formulas_for_other_shifts(schedule, shifted_by):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
 @pytest.mark.parametrize("options", [{}, {"without_penultimate": True}, {"denoise": 0.37}])
-def test_levels_fall_from_noise_to_nothing(schedule, steps, options):
+def test_levels_descend_from_noise_to_zero(schedule, steps, options):
     found = sigmas(schedule, steps, **options)
     assert found.dtype == np.float32
     assert found[0] <= 1.0
@@ -64,16 +64,16 @@ def test_levels_fall_from_noise_to_nothing(schedule, steps, options):
     assert len(found) == steps + 1 or steps == 1000 or schedule == "ddim_uniform"
 
 
-def test_simple_steps_by_a_rounded_quotient_as_comfyui_does():
+def test_simple_rounds_the_quotient_as_comfyui_does():
     # int(19 · (1000 / 38)) is 499 in double precision: the 500th level from the top.
     assert sigmas("simple", 38, 1.0)[19] == np.float32(0.501)
 
 
-def test_denoising_in_part_takes_the_last_steps_of_a_longer_schedule():
+def test_partial_denoising_uses_the_last_steps_of_a_longer_schedule():
     np.testing.assert_array_equal(sigmas("karras", 8, denoise=0.4), sigmas("karras", 20)[-9:])
     np.testing.assert_array_equal(sigmas("karras", 8, denoise=0.99995), sigmas("karras", 8))
 
 
-def test_the_penultimate_level_is_left_out_of_one_step_more():
+def test_without_penultimate_drops_that_level_from_one_step_more():
     longer = sigmas("karras", 9)
     np.testing.assert_array_equal(sigmas("karras", 8, without_penultimate=True), [*longer[:-2], 0.0])

@@ -18,15 +18,15 @@ LEVELS = np.array([1.0, 0.75, 0.5, 0.25, 0.0], np.float32)
 
 
 @pytest.mark.parametrize("key", TREES)
-def test_a_brownian_path_is_torchsdes(key):
+def test_a_brownian_path_equals_torchsdes(key):
     seed, *places = key.split("|")
     start, end, sigma, next_sigma = (float(np.float32(place)) for place in places)
     tree = BrownianTree(int(seed), start, end, (2, 3, 4), CPUStream)
-    # Divided by the root of the way, float32's rounding in torch is up to 5e-6.
+    # Divided by the square root of the interval, torch's float32 rounding is up to 5e-6.
     np.testing.assert_allclose(tree(sigma, next_sigma), TREES[key], atol=1e-5)
 
 
-def test_a_brownian_path_is_the_same_however_it_is_looked_at():
+def test_a_brownian_path_does_not_depend_on_the_order_of_evaluation():
     places = [0.9, 0.1, 0.5, 0.50001, 0.3]
     tree = BrownianTree(5, 0.05, 1.0, (4,), CPUStream)
     for place in places:
@@ -41,7 +41,7 @@ def noises(kind, seed, sampler, count=2):
     return [stream.next(Draw(float(LEVELS[i]), float(LEVELS[i + 1]))) for i in range(count)]
 
 
-def test_on_a_cpu_steps_take_the_next_seeds_stream_and_on_a_gpu_the_seeds_own():
+def test_steps_use_the_next_seeds_stream_on_a_cpu_and_the_seeds_own_on_a_gpu():
     stream = CPUStream(8)
     for noise in noises("torch-cpu", 7, "euler_ancestral"):
         np.testing.assert_array_equal(noise, stream.randn(SHAPE))
@@ -51,7 +51,7 @@ def test_on_a_cpu_steps_take_the_next_seeds_stream_and_on_a_gpu_the_seeds_own():
     np.testing.assert_array_equal(initial_noise(7, SHAPE), CPUStream(7).randn(SHAPE))
 
 
-def test_dpmpp_sde_takes_a_path_drawn_on_the_cpu_and_its_gpu_form_one_drawn_where_it_samples():
+def test_dpmpp_sde_uses_a_path_from_the_cpu_and_its_gpu_form_one_from_the_sampling_device():
     tree = BrownianTree(7, 0.25, 1.0, SHAPE, CPUStream)
     expected = [tree(1.0, 0.75), tree(0.75, 0.5)]
     for kind in ("torch-cpu", "torch-cuda:a100"):
@@ -60,7 +60,7 @@ def test_dpmpp_sde_takes_a_path_drawn_on_the_cpu_and_its_gpu_form_one_drawn_wher
     assert not np.allclose(noises("torch-cuda:a100", 7, "dpmpp_2m_sde_gpu"), expected)
 
 
-def test_kinds_of_noise_are_told_apart():
+def test_noise_kinds_are_parsed_and_unknown_ones_are_an_error():
     assert NoiseKind.parse("torch-cuda:h100").gpu == CUDADevice(132, 2048)
     assert NoiseKind.parse("torch-cuda").gpu is not None
     for wrong in ("torch", "torch-cpu:h100", "torch-cuda:", "torch-cuda:abacus", "jax:a100", ""):

@@ -14,14 +14,14 @@ DATA = golden("torch_cpu_randn")
 
 
 @pytest.mark.parametrize("key", DATA)
-def test_noise_is_torchs(key):
+def test_noise_equals_torchs(key):
     seed, _, shape = key.partition("|")
     # 1e-6: torch's vectorised sine, cosine and logarithm differ from numpy's in the last bits.
     noise = CPUStream(int(seed)).randn(tuple(map(int, shape.split("x"))))
     np.testing.assert_allclose(noise, DATA[key], atol=1e-6)
 
 
-def test_a_stream_goes_on_where_the_last_call_ended():
+def test_a_stream_continues_where_the_last_call_ended():
     torch = pytest.importorskip("torch")
     seed = 2**63 + 9
     generator, stream = torch.Generator().manual_seed(seed), CPUStream(seed)
@@ -43,12 +43,12 @@ def test_a_stream_goes_on_where_the_last_call_ended():
         ),
     ],
 )
-def test_philox_gives_the_published_answers(counter, key, expected):
+def test_philox_gives_the_published_numbers(counter, key, expected):
     words = philox4x32(np.array(counter, np.uint32)[:, None], np.array(key, np.uint32))
     assert words.ravel().tolist() == expected
 
 
-def test_philox_is_xlas():
+def test_philox_equals_xlas():
     key, low, high = (1234, 987654321), 2**32 - 3, 5
     # XLA's state is the key and the counter's low half, which counts up; the key is the counter's high half too.
     state = jnp.array([*key, low, high], jnp.uint32)
@@ -58,7 +58,7 @@ def test_philox_is_xlas():
     np.testing.assert_array_equal(philox4x32(counters.T, np.array(key, np.uint32)).T, expected)
 
 
-def test_the_cuda_stream_begins_as_torchs_does():
+def test_the_cuda_stream_starts_like_torchs():
     # What `torch.manual_seed(0); torch.randn(12, device="cuda")` prints on any GPU.
     expected = [
         -0.9247,
@@ -78,7 +78,7 @@ def test_the_cuda_stream_begins_as_torchs_does():
         np.testing.assert_allclose(CUDAStream(0, device).randn((3, 4)).ravel(), expected, atol=6e-5)
 
 
-def test_the_cuda_stream_puts_a_threads_numbers_a_grid_apart_and_counts_its_calls():
+def test_the_cuda_stream_writes_a_threads_numbers_one_grid_apart_and_counts_its_calls():
     threads, seed = 512, (7 << 32) + 3
 
     def number(thread: int, call: int, place: int) -> float:

@@ -1,4 +1,4 @@
-"""docs/sampling.md lists what there is."""
+"""docs/sampling.md lists every sampler, schedule and parameter."""
 
 import dataclasses
 import pathlib
@@ -16,10 +16,10 @@ ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitl
 NAMED = {name: row for row in ROWS for name in re.findall(r"`([a-z0-9_-]+)`", row[0])}
 
 
-def test_every_sampler_schedule_noise_and_setting_has_its_row():
-    settings = {field.name for kind in (ImageRequest, SamplingParams) for field in dataclasses.fields(kind)}
+def test_every_sampler_schedule_noise_and_parameter_has_its_row():
+    parameters = {field.name for kind in (ImageRequest, SamplingParams) for field in dataclasses.fields(kind)}
     samplers = {name for name in SAMPLERS if not name.endswith("_gpu")}
-    for name in {*samplers, *SCHEDULES, *KINDS, *settings} - {"batch_index"}:
+    for name in {*samplers, *SCHEDULES, *KINDS, *parameters} - {"batch_index"}:
         assert name in NAMED, name
 
 
@@ -44,7 +44,7 @@ def test_evaluations_and_noises_are_those_of_the_samplers():
 
 
 def number(text: str, n: int) -> int:
-    """What `2N − 1` is."""
+    """The value of `2N − 1`."""
     factor, _, less = text.strip().partition("N")
     return int(factor or 1) * n - int(less.replace("−", "").strip() or 0)
 

@@ -1,4 +1,4 @@
-"""The VAE in tiles. Oracle: the same VAE on the whole picture."""
+"""The VAE in tiles. Oracle: the same VAE on the full image."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tests.models.networks import normal
 from tests.small_run import ASSETS
 
 
-def test_what_looks_at_no_neighbours_is_the_same_in_tiles():
+def test_a_function_of_single_pixels_is_unchanged_by_tiles():
     array = normal(1, 2, 33, 50, 4)
     for tile, overlap in ((16, 4), (20, 0), (40, 12), (64, 8)):
         enlarged = in_tiles(lambda x: 2 * x.repeat(3, 2).repeat(3, 3), array, 1, 3, tile=tile, overlap=overlap)
@@ -25,7 +25,7 @@ def test_what_looks_at_no_neighbours_is_the_same_in_tiles():
         np.testing.assert_allclose(reduced, 2 * array, rtol=1e-6)
 
 
-def test_tiles_are_of_one_size_and_blend_from_one_to_the_next():
+def test_tiles_have_one_size_and_blend():
     seen = []
 
     def run(x):
@@ -46,32 +46,32 @@ def vae_calls():
     return [functools.partial(run, params, **options) for run in (encode_pixels, decode_latents)]
 
 
-def shapes_picture(side: int) -> np.ndarray:
-    """Sixteen of the quick start's scenes as one picture (1, 1, y, x, 3)."""
+def shapes_image(side: int) -> np.ndarray:
+    """Sixteen of the quick start's scenes as one image (1, 1, y, x, 3)."""
     tiles = [draw(scene, (32.0, 32.0), 18.0) for scene in scenes(held_out=True)]
-    picture = np.concatenate([np.concatenate(tiles[row : row + 4], 1) for row in range(0, 16, 4)])
-    enlarged = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+    image = np.concatenate([np.concatenate(tiles[row : row + 4], 1) for row in range(0, 16, 4)])
+    enlarged = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
     return enlarged[None, None].astype(np.float32) / 127.5 - 1.0
 
 
 def levels_apart(first, second) -> float:
-    """Mean difference of two pictures in levels of 255."""
+    """Mean difference of two images in levels of 255."""
     return float(np.mean(np.abs(np.clip(first, -1, 1) - np.clip(second, -1, 1))) * 127.5)
 
 
-def test_the_vae_in_tiles_is_within_a_level_of_the_whole():
+def test_the_vae_in_tiles_is_within_one_level_of_the_full_image():
     encode, decode = vae_calls()
-    latents = np.asarray(encode(shapes_picture(256)))
+    latents = np.asarray(encode(shapes_image(256)))
     assert levels_apart(in_tiles(decode, latents, 1, 8, tile=24, overlap=8), decode(latents)) < 1.0
 
 
 @pytest.mark.slow
-def test_smaller_tiles_than_its_own_are_within_a_level_at_1024():
+def test_smaller_tiles_than_the_default_are_within_one_level_at_1024():
     assert TILE > 96
     assert UNTILED_PIXELS > 1024**2
     encode, decode = vae_calls()
-    pixels = shapes_picture(1024)
+    pixels = shapes_image(1024)
     latents = np.asarray(encode(pixels))
-    whole = decode(latents)
-    assert levels_apart(in_tiles(decode, latents, 1, 8, tile=96), whole) < 1.0
-    assert levels_apart(decode(in_tiles(encode, pixels, 8, 1, tile=96)), whole) < 1.0
+    full = decode(latents)
+    assert levels_apart(in_tiles(decode, latents, 1, 8, tile=96), full) < 1.0
+    assert levels_apart(decode(in_tiles(encode, pixels, 8, 1, tile=96)), full) < 1.0

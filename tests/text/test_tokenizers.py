@@ -55,7 +55,7 @@ def test_real_tokenizers_give_the_references_prompt_ids():
         np.testing.assert_allclose(t5_weights, case["t5_weights"], rtol=1e-7)
 
 
-def test_spans_are_tokenised_one_by_one_and_only_t5s_tokens_carry_their_weights(small):
+def test_spans_are_tokenized_separately_and_only_t5s_tokens_have_weights(small):
     pieces = [Span("a red", 1.3), Span(" circle", 0.5)]
     together, alone = small.prompt_ids(pieces), [small.prompt_ids(text) for text, _ in pieces]
     np.testing.assert_array_equal(together.qwen_ids, np.concatenate([ids.qwen_ids for ids in alone]))
@@ -74,13 +74,13 @@ def test_an_empty_caption_is_all_padding_for_qwen_and_one_end_token_for_t5(small
     assert text.qwen_mask[1].sum() > 0
 
 
-def test_an_empty_prompt_is_qwens_pad_and_t5s_end_token(small):
+def test_an_empty_prompt_is_qwens_pad_token_and_t5s_end_token(small):
     qwen_ids, t5_ids, _ = small.prompt_ids("")
     assert (qwen_ids.tolist(), t5_ids.tolist()) == ([small.qwen_vocabulary - 1], [1])
     assert qwen_ids.dtype == t5_ids.dtype == np.int32
 
 
-def test_a_long_caption_is_cut_but_keeps_t5s_end_token(small):
+def test_a_long_caption_is_truncated_but_keeps_t5s_end_token(small):
     caption = "an orange triangle on a pink background " * 100
     text, (qwen_ids, t5_ids, _) = small.training_ids([caption]), small.prompt_ids(caption)
     assert text.qwen_ids.shape == text.t5_ids.shape == (1, 512)
@@ -106,20 +106,20 @@ _LOADED: list[Tokenizers] = []
 
 
 def load_tokenizers_once() -> Tokenizers:
-    """Hypothesis runs a test many times, a fixture would be shared in a way that it warns of."""
+    """Hypothesis warns of fixtures that are shared between its runs of a test."""
     if not _LOADED:
         _LOADED.append(load_tokenizers(SMALL_TOKENIZERS))
     return _LOADED[0]
 
 
-def test_small_bpe_loses_nothing_of_a_text(small):
+def test_the_small_bpe_tokenizer_is_lossless(small):
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoTokenizer.from_pretrained(SMALL_TOKENIZERS / "qwen")
     text = "an orange triangle, (1girl:1.2)\n\t ümläut 日本 🌸"
     assert peer.decode(small.prompt_ids(text)[0]) == text
 
 
-def test_every_word_of_the_shapes_is_one_token_of_its_own(small):
+def test_every_word_of_the_shapes_is_a_single_token(small):
     seen = {}
     for word in (*SHAPES, *COLOURS, *BACKGROUNDS, "background"):
         qwen_ids, t5_ids, _ = small.prompt_ids(f" {word}")
@@ -148,7 +148,7 @@ def test_transformers_reads_the_small_tokenizers_as_we_do(small, name):
     np.testing.assert_array_equal(mask, batch["attention_mask"])
 
 
-def test_the_shipped_tokenizers_are_what_their_script_makes(tmp_path):
+def test_the_shipped_tokenizers_are_what_their_script_builds(tmp_path):
     build_tokenizers.write(tmp_path)
     built = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
     assert built == sorted(path.relative_to(SMALL_TOKENIZERS) for path in SMALL_TOKENIZERS.rglob("*.json"))
@@ -207,7 +207,7 @@ def test_missing_or_broken_files_are_named(tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_vocabulary_is_refused(tmp_path):
+def test_a_tokenizer_without_vocabulary_is_an_error(tmp_path):
     folder = copied(tmp_path)
     (folder / "qwen" / "tokenizer.json").unlink()
     (folder / "qwen" / "vocab.json").write_text("{}")
@@ -252,7 +252,7 @@ def test_hub_files_in_the_local_cache_are_enough(tmp_path):
     assert json.loads(out.stdout)[-1] == 1
 
 
-def test_loading_imports_no_torch_and_gives_no_advice():
+def test_loading_imports_no_torch_and_prints_no_advice():
     # A finder that hides torch stands for a machine without it, where transformers prints its advice.
     code = (
         "import sys\n"
