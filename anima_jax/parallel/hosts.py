@@ -134,20 +134,15 @@ def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
     """Return the path that `make` returns in process 0."""
     if is_single_process():
         return make()
-    data = os.fsencode(make()) if is_process_0() else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.frombuffer(data[:length].ljust(length, b"\0"), np.uint8)
-    return pathlib.Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))))
+    own = os.fsencode(make()) if is_process_0() else b""
+    return pathlib.Path(os.fsdecode(_gathered(own)[0]))
 
 
 def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> None:
     """Raise UserError in every process unless `values`, JSON values by name, are the same in all."""
     if is_single_process():
         return
-    own = json.dumps(values(), default=str).encode()
-    length = int(np.max(multihost_utils.process_allgather(np.int32(len(own)))))
-    rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(length), np.uint8))
-    first, *others = (json.loads(bytes(row)) for row in np.asarray(rows))
+    first, *others = map(json.loads, _gathered(json.dumps(values(), default=str).encode()))
     for number, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
@@ -160,6 +155,14 @@ def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> Non
                 f"process {number} of {jax.process_count()} disagrees with process 0: {'; '.join(differences)}{more}; "
                 "expected the same configuration, flags and files in all processes"
             )
+
+
+def _gathered(own: bytes) -> list[bytes]:
+    """Return the bytes of every process, in the order of process ids."""
+    lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(own))))
+    padded = np.frombuffer(own.ljust(lengths.max(), b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 class Consensus:
