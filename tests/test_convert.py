@@ -22,7 +22,7 @@ def convert(*arguments):
 
 
 def refusal(capsys, *arguments):
-    """The one line that the command line says against `arguments`."""
+    """The one line of error for these arguments."""
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
     assert stopped.value.code == 2
@@ -72,13 +72,13 @@ def test_dtype_is_converted(tmp_path, flag, dtype):
             assert file.get_tensor(name).tobytes() == array.astype(dtype).tobytes()
 
 
-def test_what_is_left_out_is_said(tmp_path, capsys):
+def test_what_is_left_out_is_printed(tmp_path, capsys):
     tensors = golden("dit_image.model") | {"net.pos_embedder.seq": np.zeros(4), "vae.conv1.bias": np.zeros(4)}
     save_file(tensors, tmp_path / "in.safetensors")
     main(["checkpoint", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors"), "--prefix", "net."])
-    said = capsys.readouterr().out
-    assert "left out 1 extra buffer: net.pos_embedder.seq" in said
-    assert "left out 1 tensor of other networks: vae.conv1.bias" in said
+    printed = capsys.readouterr().out
+    assert "left out 1 extra buffer: net.pos_embedder.seq" in printed
+    assert "left out 1 tensor of other networks: vae.conv1.bias" in printed
     assert load_file(tmp_path / "out.safetensors").keys() == golden("dit_image.model").keys()
 
 
@@ -159,20 +159,20 @@ def test_wrong_command_lines_are_one_line(capsys, arguments, expected):
         ("samplers", ["kind unknown", "unknown 104 tensors"]),
     ],
 )
-def test_inspect_says_what_a_file_is(capsys, file, expected):
-    said = " ".join(inspect(capsys, GOLDEN / f"{file}.safetensors").split())
+def test_inspect_describes_a_file(capsys, file, expected):
+    printed = " ".join(inspect(capsys, GOLDEN / f"{file}.safetensors").split())
     for words in expected:
-        assert words in said
-    assert "problem" not in said
+        assert words in printed
+    assert "problem" not in printed
 
 
 def test_inspect_knows_an_adapter_alone_and_a_kohya_lora(tmp_path, capsys):
     inside = "net.llm_adapter."
     adapter = {n.removeprefix(inside): a for n, a in golden("dit_image.model").items() if n.startswith(inside)}
     save_file(adapter, tmp_path / "adapter.safetensors")
-    said = inspect(capsys, tmp_path / "adapter.safetensors")
-    assert "Anima text adapter" in said
-    assert "all 42 tensors" in said
+    printed = inspect(capsys, tmp_path / "adapter.safetensors")
+    assert "Anima text adapter" in printed
+    assert "all 42 tensors" in printed
     kohya = {}
     for name, array in golden("lora_rank4").items():
         module, side = name.removeprefix("diffusion_model.").removesuffix(".weight").rsplit(".lora_", 1)
@@ -180,16 +180,16 @@ def test_inspect_knows_an_adapter_alone_and_a_kohya_lora(tmp_path, capsys):
         kohya[f"{module}.lora_{'down' if side == 'A' else 'up'}.weight"] = array
         kohya[f"{module}.alpha"] = np.array(2.0, np.float32)
     save_file(kohya, tmp_path / "kohya.safetensors")
-    said = inspect(capsys, tmp_path / "kohya.safetensors")
-    assert "kohya's" in said
-    assert "68 modules, rank 4, with alpha" in said
-    assert "unknown" not in said
+    printed = inspect(capsys, tmp_path / "kohya.safetensors")
+    assert "kohya's" in printed
+    assert "68 modules, rank 4, with alpha" in printed
+    assert "unknown" not in printed
 
 
-def test_inspect_says_what_is_wrong_with_a_file(tmp_path, capsys):
+def test_inspect_reports_what_is_wrong_with_a_file(tmp_path, capsys):
     tensors = golden("dit_image.model")
     tensors["net.blocks.0.odd"] = tensors.pop("net.blocks.0.self_attn.q_proj.weight")
     save_file(tensors, tmp_path / "odd.safetensors")
-    said = inspect(capsys, tmp_path / "odd.safetensors")
-    assert "1 unknown in the file: net.blocks.0.odd" in said
-    assert "1 missing for the model: blocks.0.self_attn.q_proj.weight" in said
+    printed = inspect(capsys, tmp_path / "odd.safetensors")
+    assert "1 unknown in the file: net.blocks.0.odd" in printed
+    assert "1 missing for the model: blocks.0.self_attn.q_proj.weight" in printed

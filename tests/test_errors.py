@@ -1,4 +1,4 @@
-"""What leaves a command line when the user made a mistake."""
+"""How command lines end after a user's mistake or an interrupt."""
 
 import subprocess
 import sys
@@ -32,12 +32,12 @@ import signal, time
 from anima_jax.errors import command_line
 
 class Collected:
-    "What C code destroys: Python drops whatever this raises."
+    "Destroyed by C code: Python drops an exception raised here."
     def __del__(self):
         raise KeyboardInterrupt
 
 class Kept:
-    "What the interpreter takes down last of all."
+    "Destroyed when the interpreter is taken down."
     def __del__(self):
         print("taken down")
 
@@ -51,7 +51,7 @@ def main():
     end = time.monotonic() + 20
     while time.monotonic() < end:
         pass
-    print("goes on")
+    print("continues")
 
 main()
 """

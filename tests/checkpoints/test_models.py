@@ -1,4 +1,4 @@
-"""Networks from files in every dialect and back, bit for bit; and what files that do not fit are told."""
+"""Networks are read from files of every dialect and written bit for bit; files that do not fit get a clear error."""
 
 import re
 
@@ -62,18 +62,18 @@ def dit_params():
 # --- there and back ---
 
 
-def test_transformer_file_comes_back_bit_for_bit(tmp_path, dit_params):
+def test_transformer_file_is_written_bit_for_bit_as_read(tmp_path, dit_params):
     models.save_dit(tmp_path / "out.safetensors", dit_params)
     assert_same_files(tmp_path / "out.safetensors", DIT_FILE)
 
 
-def test_text_encoder_file_comes_back_bit_for_bit(tmp_path):
+def test_text_encoder_file_is_written_bit_for_bit_as_read(tmp_path):
     path = GOLDEN / "qwen3.model.safetensors"
     models.save_network(QWEN3, tmp_path / "out.safetensors", params_of(anima_jax.load_text_encoder(path)))
     assert_same_files(tmp_path / "out.safetensors", path)
 
 
-def test_vae_file_comes_back_bit_for_bit(tmp_path):
+def test_vae_file_is_written_bit_for_bit_as_read(tmp_path):
     path = GOLDEN / "vae.model.safetensors"
     with models.open_network(WAN_VAE, path) as checkpoint:
         params = checkpoint.load()
@@ -82,7 +82,7 @@ def test_vae_file_comes_back_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn])
-def test_stored_dtype_is_kept_and_comes_back_bit_for_bit(tmp_path, dtype):
+def test_stored_dtype_is_kept_and_written_bit_for_bit(tmp_path, dtype):
     tensors = {name: array.astype(dtype) for name, array in dit_tensors().items()}
     models.save_dit(tmp_path / "in.safetensors", params_of(anima_jax.load_dit(DIT_FILE, dtype)))
     with SafetensorsFile(tmp_path / "in.safetensors") as file:
@@ -91,7 +91,7 @@ def test_stored_dtype_is_kept_and_comes_back_bit_for_bit(tmp_path, dtype):
     assert (tmp_path / "in.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
-def test_metadata_that_is_given_is_written(tmp_path, dit_params):
+def test_given_metadata_is_written(tmp_path, dit_params):
     models.save_dit(tmp_path / "out.safetensors", dit_params, metadata={"step": "12", "ü": "\n"})
     with safe_open(tmp_path / "out.safetensors", "np") as file:
         assert file.metadata() == {"step": "12", "ü": "\n"}
@@ -156,7 +156,7 @@ def test_transformer_without_adapter_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["net.", ""])
-def test_adapter_of_another_transformer_takes_the_place_of_the_own_one(tmp_path, dit_params, prefix):
+def test_adapter_of_another_transformer_replaces_the_own_one(tmp_path, dit_params, prefix):
     other = saved(tmp_path, {name: array + 1 for name, array in dit_tensors(prefix).items()})
     params = params_of(anima_jax.load_dit(DIT_FILE, adapter_path=other))
     for path, array in params.items():
@@ -247,7 +247,7 @@ def test_gap_in_the_block_numbers_is_named(tmp_path):
     assert "no blocks.1" in refusal(saved(tmp_path, tensors))
 
 
-def test_no_blocks_is_said(tmp_path):
+def test_a_file_without_blocks_is_refused(tmp_path):
     tensors = {name: array for name, array in dit_tensors().items() if not name.startswith("net.blocks.")}
     assert "has 0 blocks" in refusal(saved(tmp_path, tensors))
 
@@ -264,7 +264,7 @@ def test_integer_weights_are_refused(tmp_path):
     assert "expected floating-point" in refusal(saved(tmp_path, tensors))
 
 
-def test_file_of_another_kind_is_called_by_its_name():
+def test_the_error_names_the_kind_of_another_file():
     assert "it looks like: Qwen3 text encoder" in refusal(GOLDEN / "qwen3.model.safetensors")
     assert "it looks like: Wan VAE" in refusal(GOLDEN / "vae.model.safetensors")
     assert "it looks like: LoRA" in refusal(GOLDEN / "lora_rank4.safetensors")

@@ -1,8 +1,10 @@
-"""Checkpoints: what comes back is what went in, and nothing that happens to a save harms the one before."""
+"""Checkpoints: items are restored bit for bit, and a failed save leaves the checkpoint before it intact."""
 
+import contextlib
 import functools
 import logging
 import resource
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ def checkpoints(tmp_path):
 
 
 def bits(leaf) -> tuple:
-    """A leaf's dtype, shape and bytes: equal for equal bits alone, NaN and -0.0 included."""
+    """A leaf's dtype, shape and bytes, which are equal only for equal bits, NaN and -0.0 included."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return str(leaf.dtype), *bits(jax.random.key_data(leaf))
     array = np.asarray(leaf)
@@ -46,7 +48,7 @@ def bits(leaf) -> tuple:
 
 
 def every_kind() -> dict:
-    """Trees with each dtype, with values that a cast would change, and with containers of every sort."""
+    """Trees with every dtype, with values that a cast would change, and with every kind of container."""
     raw = np.random.default_rng(0).bytes(256)
     arrays = {name: np.frombuffer(raw, getattr(ml_dtypes, name, name)) for name in DTYPES if name != "int4"}
     arrays["float32"] = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 1 + 2**-23], np.float32)
@@ -65,7 +67,7 @@ def every_kind() -> dict:
     }
 
 
-def test_every_dtype_and_container_comes_back_bit_by_bit(checkpoints):
+def test_every_dtype_and_container_is_restored_bit_for_bit(checkpoints):
     items = every_kind()
     metadata = {"step": 4, "notes": ["é", None, {"x": 1.5}]}
     first = checkpoints()
@@ -96,7 +98,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, functools.partial(optax.MultiSteps, every_k_schedule=2)])
-def test_an_optimizers_state_comes_back_and_steps_on_as_if_nothing_had_happened(checkpoints, wrap):
+def test_a_restored_optimizer_state_continues_with_the_same_steps(checkpoints, wrap):
     abstract = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1]
     params = {path: jnp.ones(abstract[path].shape) for path in PATHS}
     rates = optimizers.LearningRates({group: 1e-3 for group, _ in optimizers.GROUPS}, total_steps=10)
@@ -120,7 +122,7 @@ def test_an_optimizers_state_comes_back_and_steps_on_as_if_nothing_had_happened(
     assert jax.tree.map(bits, found["params"]) == jax.tree.map(bits, params)
 
 
-def test_what_is_saved_is_the_state_of_the_call_though_later_steps_are_given_its_buffers(checkpoints):
+def test_a_checkpoint_has_the_values_at_the_call_although_later_steps_reuse_the_buffers(checkpoints):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"w": jnp.arange(2_000_000, dtype=jnp.float32)})
     saver = checkpoints()
@@ -134,7 +136,7 @@ def test_what_is_saved_is_the_state_of_the_call_though_later_steps_are_given_its
         np.testing.assert_array_equal(found, np.arange(2_000_000) + (number - 1) * 10 + 1)
 
 
-def test_the_newest_are_kept_and_one_that_exists_stays_as_it_is(checkpoints):
+def test_the_newest_are_kept_and_an_existing_one_is_not_replaced(checkpoints):
     saver = checkpoints(keep=2)
     for step in (1, 2, 10):
         saver.save(step, {"params": {"w": jnp.full(3, step)}}, {"step": step})
@@ -146,25 +148,51 @@ def test_the_newest_are_kept_and_one_that_exists_stays_as_it_is(checkpoints):
     np.testing.assert_array_equal(saver.restore(10, {"params": {"w": jnp.zeros(3, int)}})["params"]["w"], [10, 10, 10])
 
 
-def test_a_disk_without_room_leaves_the_checkpoint_before_and_says_so_in_one_line(checkpoints, tmp_path, caplog):
+@pytest.fixture
+def limit_file_size():
+    """A context in which no file of this process can grow beyond 100 kB."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+@pytest.fixture
+def state():
+    return {"w": jax.random.normal(jax.random.key(0), (300_000,))}
+
+
+def test_a_full_disk_is_reported_once_on_one_line(checkpoints, state, limit_file_size, caplog):
     saver = checkpoints(keep=1)
-    state = {"w": jax.random.normal(jax.random.key(0), (300_000,))}
     saver.save(1, {"params": state}, {})
     saver.wait()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with caplog.at_level(logging.WARNING):
-            saver.save(2, {"params": {"w": state["w"] + 1}}, {})
-            saver.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with limit_file_size(), caplog.at_level(logging.WARNING):
+        saver.save(2, {"params": {"w": state["w"] + 1}}, {})
+        saver.wait()
     (message,) = [record.getMessage() for record in caplog.records]
     assert message == saver.failure
     assert "\n" not in message
     assert "step 2 could not be saved" in message
     assert "ulimit -f" in message
     assert "the newest is still that of step 1" in message
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_later_saves_succeed(
+    checkpoints, state, limit_file_size, tmp_path
+):
+    saver = checkpoints(keep=1)
+    saver.save(1, {"params": state}, {})
+    saver.wait()
+    with limit_file_size():
+        saver.save(2, {"params": {"w": state["w"] + 1}}, {})
+        saver.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert bits(saver.restore(1, {"params": state})["params"]["w"]) == bits(state["w"])
     saver.save(3, {"params": state}, {})
@@ -173,7 +201,15 @@ def test_a_disk_without_room_leaves_the_checkpoint_before_and_says_so_in_one_lin
     assert saver.steps() == [3]
 
 
-def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path):
+def test_the_programs_hooks_and_filters_are_restored():
+    hook, absl = sys.unraisablehook, list(logging.getLogger("absl").filters)
+    with errors_reported_once():
+        assert sys.unraisablehook is not hook
+    assert sys.unraisablehook is hook
+    assert logging.getLogger("absl").filters == absl
+
+
+def test_a_folder_that_cannot_be_created_is_a_failed_save(tmp_path):
     (tmp_path / "file").write_text("")
     saver = RunCheckpoints(tmp_path / "file" / "checkpoints", keep=None)
     saver.save(1, {"params": {"w": jnp.zeros(3)}}, {})
@@ -183,7 +219,7 @@ def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "message"),
     [
         ({"w": jnp.zeros((2, 4)), "b": jnp.zeros(3)}, "w was float32[2,3], now float32[2,4]"),
         ({"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}, "now bfloat16[2,3]"),
@@ -191,13 +227,13 @@ def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path):
         ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "c": jnp.zeros(3)}, "c is new"),
     ],
 )
-def test_another_layout_is_refused_and_never_cast_or_cut(checkpoints, params, said):
+def test_another_layout_is_refused_and_never_cast_or_cut(checkpoints, params, message):
     saver = checkpoints()
     saver.save(1, {"params": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}, {})
     saver.wait()
     with pytest.raises(UserError) as refused:
         saver.restore(1, {"params": params})
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     with pytest.raises(UserError, match="has no ema, only params"):
         saver.restore(1, {"ema": params})
 
@@ -216,7 +252,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_one_before(checkpo
     assert "resumes from step 1" in str(refused.value)
 
 
-def test_unfinished_and_foreign_folders_are_no_checkpoints(checkpoints, tmp_path):
+def test_unfinished_and_other_folders_are_not_checkpoints(checkpoints, tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (folder / "6").mkdir()

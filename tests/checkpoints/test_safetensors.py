@@ -1,4 +1,4 @@
-"""Our reader and writer against the format's own library, and against files made to harm."""
+"""Our reader and writer against the format's own library, and against malicious files."""
 
 import errno
 import json
@@ -104,7 +104,7 @@ def test_a_transposed_array_is_written_in_its_own_order(tmp_path):
     np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "t.safetensors")["a"], array)
 
 
-# --- files made to harm ---
+# --- malicious files ---
 
 
 def raw_file(header, data=b""):
