@@ -1,6 +1,6 @@
-"""The dataset TOML: where pictures, clips and captions come from, and the sizes that they are trained at.
+"""The dataset TOML: where images, clips and captions come from, and the sizes at which they are trained.
 
-A key at the top holds for every source; the same key inside a `[[directory]]` or a `[[tfds]]` wins there.
+A key at the top applies to every source; the same key inside a `[[directory]]` or a `[[tfds]]` overrides it there.
 """
 
 import math
@@ -26,13 +26,13 @@ from anima_jax.config.schema import (
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 
 SOURCES = ("directory", "tfds")
-"""Tables of the file: one or more of each."""
+"""The file's tables, each of which may occur several times."""
 
 MANY_RESOLUTIONS = 4
-"""So many in one source are likelier a misunderstanding than a wish: every one of them repeats the whole data."""
+"""This many in one source are probably a misunderstanding: every one of them repeats the whole data set."""
 
 MAX_SIDE = 16384
-"""In pixels; a larger picture is a slip of the keyboard, and fits no memory."""
+"""In pixels; a larger side is a typing error, and would not fit in memory."""
 
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
@@ -40,7 +40,7 @@ Pair = tuple[float, float]
 
 
 def _number_or_pair(found: Any, smallest: float, largest: float, expected: str) -> float | Pair:
-    """A number, or [width, height]. Checked by hand: the faults of a union would name both of its kinds."""
+    """Return a number or [width, height]. Checked by hand: the errors of a union type would name both members."""
     numbers = found if isinstance(found, list | tuple) else (found,)
     usable = all(type(n) in {int, float} and math.isfinite(n) and smallest <= n <= largest for n in numbers)
     if not usable or len(numbers) != (2 if isinstance(found, list | tuple) else 1):
@@ -68,7 +68,7 @@ def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[A
         raise invalid("found none, expected at least one side in pixels, as in [1024], or size_buckets")
     if len(resolutions) >= MANY_RESOLUTIONS and not (info.context or {}).get("i_know_what_i_am_doing"):
         raise invalid(
-            f"found {len(resolutions)} of them: every picture is trained at every resolution, so that an epoch is "
+            f"found {len(resolutions)} of them: every image is trained at every resolution, so an epoch is "
             f"{len(resolutions)} times as long; if that is meant, start with --i_know_what_i_am_doing"
         )
     return resolutions
@@ -90,18 +90,18 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
-    """What every source of examples has."""
+    """A source of examples: the keys that all kinds have."""
 
     size_buckets: Annotated[tuple[SizeBucket, ...], Listed, NotEmpty] = Field(
         (),
-        description="[width, height, frames] each, sides in pixels, multiples of 16: these very sizes, instead of "
+        description="[width, height, frames] each, sides in pixels, multiples of 16: exactly these sizes, instead of "
         "resolutions and frame_buckets; each example goes to the one of the nearest ratio that it is long enough for",
     )
     resolutions: Annotated[tuple[Resolution, ...], Listed, AfterValidator(_some_but_few)] = Field(
         (),
         validate_default=True,
-        description="sides of squares in pixels, or [width, height]: either stands for an area; "
-        "every example is trained at every one, resized and cropped at the centre",
+        description="sides of squares in pixels, or [width, height]: either means an area; "
+        "every example is trained at each of them, resized and cropped around the centre",
     )
     min_ar: RatioBound | None = Field(None, description="enable_ar_bucket: the smallest ratio, width / height")
     max_ar: RatioBound | None = Field(None, description="enable_ar_bucket: the largest ratio, width / height")
@@ -115,40 +115,40 @@ class Source(Section):
     enable_ar_bucket: bool = Field(
         False,
         description="true: an example keeps about its own shape, at the nearest ratio of ar_buckets or of min_ar to "
-        "max_ar; false: every one is cropped to a square",
+        "max_ar; false: all are cropped to squares",
     )
     frame_buckets: Annotated[tuple[Count, ...], Listed, NotEmpty] = Field(
         (1,),
         description="lengths of clips in frames, 16 a second, best 1 + 4n; a clip is cut to the longest that it "
-        "fills, and left out if it fills none above 1; 1, for pictures, is always among them",
+        "fills, and left out if it fills none above 1; 1, for images, is always among them",
     )
-    num_repeats: Positive = Field(1.0, description="how often an epoch passes over the examples; may be a fraction")
+    num_repeats: Positive = Field(1.0, description="how often an epoch repeats the examples; may be a fraction")
     subsample_ratio: Share = Field(
-        1.0, description="share of the pictures and clips to use, more than 0 and at most 1; the same ones in every run"
+        1.0, description="share of the images and clips to use, more than 0 and at most 1; the same ones in every run"
     )
     caption_prefix: str = Field("", description="put before every caption")
     skip_empty_caption: bool = Field(
         True,
-        description="leave out pictures and clips without a caption, or with an empty one, which diffusion-pipe would "
+        description="leave out images and clips without a caption, or with an empty one, which diffusion-pipe would "
         "train (false: train them all, with an empty one)",
     )
     caption_choice: Literal["each", "random"] = Field(
         "each",
-        description="ours; of several captions of one picture: 'each' is an example of its own, or one is drawn at "
-        "'random', anew in every epoch",
+        description="ours; of several captions of one image: 'each' is an example of its own, or one is drawn at "
+        "'random' in every epoch",
     )
     shuffle_tags: bool = Field(
         False,
-        description="shuffle each caption's tags: once, or anew in each epoch if [model] cache_text_embeddings = false",
+        description="shuffle each caption's tags: once, or in every epoch if [model] cache_text_embeddings = false",
     )
     cache_shuffle_num: Whole = Field(
         0,
-        description="train so many shuffled copies of each caption in its place, each an example; 0: see shuffle_tags",
+        description="number of shuffled copies that replace each caption, each an example; 0: see shuffle_tags",
     )
-    cache_shuffle_delimiter: str = Field(", ", min_length=1, description="what stands between two tags of a caption")
+    cache_shuffle_delimiter: str = Field(", ", min_length=1, description="separator of a caption's tags")
     tag_dropout: Dropout = Field(
         0.0,
-        description="ours; probability that a tag is left out, drawn anew in every epoch, at least 0 and less than 1; "
+        description="ours; probability that a tag is left out in an epoch, at least 0 and less than 1; "
         "needs [model] cache_text_embeddings = false",
     )
 
@@ -162,7 +162,7 @@ class Source(Section):
 
     @field_validator("tag_dropout")
     @classmethod
-    def _text_is_encoded_anew(cls, dropout: float, info: ValidationInfo) -> float:
+    def _cached_text_has_no_dropout(cls, dropout: float, info: ValidationInfo) -> float:
         if dropout and (info.context or {}).get("cached_text"):
             raise invalid(
                 f"found {dropout}, but cached text is the same in every epoch; set cache_text_embeddings = false in "
@@ -214,30 +214,30 @@ class Source(Section):
 
 
 class DirectorySource(Source):
-    """A folder of pictures and videos, with their captions in `.txt` files of the same name or in `captions.json`."""
+    """A folder of images and videos, with captions in `.txt` files of the same name or in `captions.json`."""
 
     path: InputFolder = Field(description="the folder")
     mask_path: InputFolder | None = Field(
         None,
-        description="a folder of masks, named as the pictures and of their size: red 255 trains a pixel, 0 does not, "
-        "between them is a weight; a picture without a mask is trained whole",
+        description="a folder of masks, with the images' names and sizes: red 255 trains a pixel, 0 does not, "
+        "values between are weights; of an image without a mask every pixel is trained",
     )
-    default_mask_file: InputFile | None = Field(None, description="the mask of pictures that have none in mask_path")
-    online_captions: bool = Field(False, description="read captions.json anew at every start, --trust_cache or not")
+    default_mask_file: InputFile | None = Field(None, description="the mask of images that have none in mask_path")
+    online_captions: bool = Field(False, description="read captions.json at every start, even with --trust_cache")
 
 
 class TfdsSource(Source):
-    """Ours: a dataset of tensorflow-datasets."""
+    """Ours: a tensorflow-datasets data set."""
 
     name: str | None = Field(None, min_length=1, description="a registered name, as 'anima_shapes' or 'coco_captions'")
     builder_dir: InputFolder | None = Field(
         None, validate_default=True, description="the folder of a prepared dataset version, instead of name"
     )
-    split: str = Field("train", min_length=1, description="split, in tensorflow-datasets' notation: 'train[:90%]'")
-    image: str = Field("image", min_length=1, description="feature that holds the picture")
-    caption: str = Field("caption", min_length=1, description="feature that holds the caption, or several")
+    split: str = Field("train", min_length=1, description="split in tensorflow-datasets' notation: 'train[:90%]'")
+    image: str = Field("image", min_length=1, description="feature with the image")
+    caption: str = Field("caption", min_length=1, description="feature with the caption or captions")
     data_dir: OutputFolder | None = Field(
-        None, description="where prepared datasets are kept; unset: tensorflow-datasets' own place"
+        None, description="folder of prepared datasets; unset: tensorflow-datasets' own"
     )
 
     @field_validator("builder_dir")
@@ -250,7 +250,7 @@ class TfdsSource(Source):
 
 
 SHARED_KEYS = tuple(key for key in DirectorySource.model_fields if key != "path")
-"""Keys that may stand at the top of the file."""
+"""Keys that are also allowed at the top of the file."""
 
 
 def _side(resolution: float | Pair) -> float:
@@ -260,9 +260,9 @@ def _side(resolution: float | Pair) -> float:
 
 
 class DatasetConfig(Section):
-    """A whole dataset TOML, shared keys already handed to the sources."""
+    """A dataset TOML, after `apply_shared_keys`."""
 
-    directory: Annotated[tuple[DirectorySource, ...], Listed] = Field((), description="folders of captioned pictures")
+    directory: Annotated[tuple[DirectorySource, ...], Listed] = Field((), description="folders of captioned images")
     tfds: Annotated[tuple[TfdsSource, ...], Listed] = Field((), validate_default=True, description="ours: datasets")
 
     @field_validator("tfds")
@@ -280,10 +280,10 @@ class DatasetConfig(Section):
     @property
     def size_wh(self) -> tuple[int, int]:
         """Width and height in pixels of the largest square or size bucket of any source."""
-        return max((size for source in self.sources for size in _candidate_sizes(source)), key=math.prod)
+        return max((size for source in self.sources for size in _largest_sizes(source)), key=math.prod)
 
 
-def _candidate_sizes(source: Source) -> list[tuple[int, int]]:
+def _largest_sizes(source: Source) -> list[tuple[int, int]]:
     """Return width and height of a source's size buckets, or of its largest square."""
     if source.size_buckets:
         return [(size.width, size.height) for size in source.size_buckets]
@@ -291,8 +291,8 @@ def _candidate_sizes(source: Source) -> list[tuple[int, int]]:
     return [(side, side)]
 
 
-def hand_down(table: dict[str, Any]) -> dict[str, Any]:
-    """A dataset TOML's table, each shared key moved from its top into the sources that know it and do not set it."""
+def apply_shared_keys(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a dataset TOML's table with each key at its top moved into the sources that have it and do not set it."""
     rest = {key: value for key, value in table.items() if key not in SHARED_KEYS}
     for kind, section in zip(SOURCES, (DirectorySource, TfdsSource), strict=True):
         shared = {key: table[key] for key in SHARED_KEYS if key in table and key in section.model_fields}

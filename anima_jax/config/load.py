@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from anima_jax.config import unsupported_keys
-from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, hand_down
+from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig
 from anima_jax.config.errors import Place, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
@@ -137,7 +137,7 @@ def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, Datase
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
                 file.set_aside(entry, rows, (kind, index))
-    config = file.validate(hand_down(table), DatasetConfig, context)
+    config = file.validate(apply_shared_keys(table), DatasetConfig, context)
     for place, text in _messages(config, place_in_file) if config else ():
         file.message(place, text)
     return file, config

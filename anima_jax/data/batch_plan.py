@@ -1,10 +1,10 @@
-"""Which examples make up which batch, and which batch is which step's: a pure function of the seed and the step number.
+"""The examples of each batch and the batch of each step: a pure function of the seed and the step number.
 
-A tier is what one compiled program takes: the examples of one resolution and number of frames, whatever their aspect
-ratio. It is an endless stream, shuffled anew each epoch and cut into batches; what does not fill a batch at the end of
-an epoch opens the next one's first batch, so nothing is dropped. With n examples and batches of b, epoch e (0, 1, …) is
-the tier's batches from ⌈e·n/b⌉ to ⌈(e+1)·n/b⌉: it ends with the one that uses its last example. Each epoch runs those
-batches of every tier, shuffled among each other.
+A tier is the input of one compiled program: the examples of one resolution and number of frames, of any aspect ratio.
+It is an endless stream, shuffled in each epoch and cut into batches. Examples that do not fill a batch at the end of an
+epoch begin the next epoch's first batch, so none is dropped. With n examples and batches of b, epoch e (0, 1, …) is the
+tier's batches from ⌈e·n/b⌉ to ⌈(e+1)·n/b⌉: it ends with the batch that uses its last example. An epoch runs these
+batches of every tier in a random order.
 """
 
 import bisect
@@ -23,30 +23,30 @@ import numpy as np
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucket
 
-_FULLNESS = 0.94  # explicit size buckets share a program if each fills this much of its token budget
+_MIN_FILL = 0.94  # explicit size buckets share a program if each fills this share of the token budget
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tier:
-    """Examples that one compiled program takes, `batch_size` (over all processes; may exceed them) at a time."""
+    """The examples of one compiled program, `batch_size` at a time (over all processes; may exceed their number)."""
 
-    name: str  # seeds the order, so that other tiers never change it
+    name: str  # seeds the order, so that other tiers do not change it
     indices: np.ndarray  # the examples' numbers, int64 (n,)
-    tokens: int  # an example's token budget: the largest bucket's, rounded up to 16
+    tokens: int  # token budget of an example: the largest bucket's tokens, rounded up to 16
     batch_size: int
 
     def __post_init__(self):
         if len(self.indices) < 1 or self.batch_size < 1:
             sizes = f"{len(self.indices)} and {self.batch_size}"
-            raise ValueError(f"tier {self.name!r} needs examples and a batch size, not {sizes}")
+            raise ValueError(f"tier {self.name!r}: expected examples and a batch size, found {sizes}")
 
     def batches(self, epochs: int) -> int:
-        """Number of batches that hold every example of the first `epochs` epochs."""
+        """Return the number of batches that contain every example of the first `epochs` epochs."""
         return -(-epochs * len(self.indices) // self.batch_size)
 
 
 class PlannedBatch(NamedTuple):
-    """The examples of one step: their numbers and the epoch of each (a batch may straddle epochs), int64 (b,)."""
+    """The examples of one step: their indices and the epoch of each (a batch may span epochs), int64 (b,)."""
 
     step: int
     tier: int
@@ -54,108 +54,108 @@ class PlannedBatch(NamedTuple):
     epochs: np.ndarray
 
     def take(self, rows: np.ndarray) -> "PlannedBatch":
-        """These rows of the batch alone, as one of several processes reads them."""
+        """Return these rows of the batch, those of one process."""
         return self._replace(indices=self.indices[rows], epochs=self.epochs[rows])
 
 
 class _Epoch(NamedTuple):
-    """Steps of one epoch: the tier of each, its place among the tier's batches of the epoch, examples before it."""
+    """The steps of one epoch: each one's tier, batch number within that tier and epoch, and examples before it."""
 
     tiers: np.ndarray  # (s,)
-    places: np.ndarray  # (s,)
+    numbers: np.ndarray  # (s,)
     consumed: np.ndarray  # (s + 1,), counted from the epoch's first step
 
 
 class BatchPlan:
-    """The batches of all tiers, step by step from 0. The number of examples consumed is the whole state of a run."""
+    """The batches of all tiers, step by step from 0. A run's only state is the number of examples consumed."""
 
     def __init__(self, tiers: Sequence[Tier], seed: int):
         if len({tier.name for tier in tiers}) != len(tiers) or not tiers:
-            raise ValueError(f"a plan needs tiers of different names, not {[tier.name for tier in tiers]}")
+            raise ValueError(f"expected tiers of different names, found {[tier.name for tier in tiers]}")
         self.tiers, self.seed = tuple(tiers), seed
         self._examples = sum(len(tier.indices) for tier in tiers)
         self._epoch = functools.lru_cache(maxsize=2)(self._order_epoch)
-        # A cache of its own for each tier: a small one that runs through many epochs in a batch evicts no large one's.
+        # One cache per tier: a small tier, of which a batch may span many epochs, must not evict a large one's order.
         self._orders = [
             functools.lru_cache(maxsize=2)(functools.partial(_shuffled, len(tier.indices), seed, tier.name))
             for tier in tiers
         ]
-        self._lock = threading.Lock()  # threads that reach a new epoch at once shuffle it once
+        self._lock = threading.Lock()  # so that threads that reach a new epoch together shuffle it once
 
     def steps_for(self, epochs: int) -> int:
-        """Number of steps from the start through the one that uses the last example of the last of `epochs` epochs."""
+        """Return the number of steps until the last example of the last of `epochs` epochs is used."""
         return sum(tier.batches(epochs) for tier in self.tiers)
 
     def epochs_finished(self, step: int) -> int:
-        """Number of epochs whose every example is in the steps before `step`."""
+        """Return the number of epochs of which all examples are in the steps before `step`."""
         bound = min(step * tier.batch_size // len(tier.indices) for tier in self.tiers)
         return bisect.bisect_right(range(bound + 1), step, key=self.steps_for) - 1
 
     def batch(self, step: int) -> PlannedBatch:
-        """The batch of `step` (0, 1, …), of all processes together. Threads may call it at once."""
+        """Return the batch of `step` (0, 1, …), of all processes together. Safe to call from several threads."""
         with self._lock:
-            number, place = self._find(step)
+            number, at = self._find(step)
             epoch = self._epoch(number)
-            which = int(epoch.tiers[place])
+            which = int(epoch.tiers[at])
             tier, order = self.tiers[which], self._orders[which]
-            start = (tier.batches(number) + int(epoch.places[place])) * tier.batch_size
-            epochs, places = np.divmod(np.arange(start, start + tier.batch_size), len(tier.indices))
-            rows = np.empty_like(places)
+            start = (tier.batches(number) + int(epoch.numbers[at])) * tier.batch_size
+            epochs, offsets = np.divmod(np.arange(start, start + tier.batch_size), len(tier.indices))
+            rows = np.empty_like(offsets)
             for each in np.unique(epochs):
                 here = epochs == each
-                rows[here] = order(int(each))[places[here]]
+                rows[here] = order(int(each))[offsets[here]]
             return PlannedBatch(step, which, tier.indices[rows], epochs)
 
     def position(self, step: int) -> int:
-        """Number of examples that the steps before `step` consume."""
+        """Return the number of examples that the steps before `step` consume."""
         with self._lock:
-            number, place = self._find(step)
-            return self._consumed(number) + int(self._epoch(number).consumed[place])
+            number, at = self._find(step)
+            return self._consumed(number) + int(self._epoch(number).consumed[at])
 
     def step_at(self, position: int) -> int:
-        """The step that begins after `position` consumed examples; ValueError if none does."""
+        """Return the step that begins after `position` consumed examples. Raises ValueError if none does."""
         if position < 0:
-            raise ValueError(f"a position in the data is 0 or more examples, not {position}")
-        # Every epoch consumes at least its own examples, which bounds the search.
+            raise ValueError(f"a position in the data must be 0 or more examples, not {position}")
+        # Every epoch consumes at least its own examples, so the search is bounded.
         epochs = range(position // self._examples + 1)
         number = bisect.bisect_right(epochs, position, key=self._consumed) - 1
         start = self._consumed(number)
         with self._lock:
             consumed = self._epoch(number).consumed
-        place = int(np.searchsorted(consumed, position - start))
-        if start + int(consumed[place]) != position:
-            before, after = (start + int(consumed[near]) for near in (place - 1, place))
+        at = int(np.searchsorted(consumed, position - start))
+        if start + int(consumed[at]) != position:
+            before, after = (start + int(consumed[near]) for near in (at - 1, at))
             raise ValueError(
                 f"no step of these tiers begins after {position} examples; the nearest begin after {before} and {after}"
             )
-        return self.steps_for(number) + place
+        return self.steps_for(number) + at
 
     def _find(self, step: int) -> tuple[int, int]:
-        """The epoch that runs `step`, and the step's place in it."""
+        """Return the epoch of `step` and the step's number within it."""
         if step < 0:
-            raise ValueError(f"steps count from 0, not {step}")
+            raise ValueError(f"a step must be 0 or more, not {step}")
         epoch = self.epochs_finished(step)
         return epoch, step - self.steps_for(epoch)
 
     def _consumed(self, epochs: int) -> int:
-        """Number of examples that the steps of the first `epochs` epochs consume."""
+        """Return the number of examples that the steps of the first `epochs` epochs consume."""
         return sum(tier.batches(epochs) * tier.batch_size for tier in self.tiers)
 
     def _order_epoch(self, epoch: int) -> _Epoch:
         counts = [tier.batches(epoch + 1) - tier.batches(epoch) for tier in self.tiers]
         labels = np.repeat(np.arange(len(counts)), counts)
         labels = labels[_shuffled(len(labels), self.seed, "steps", epoch)]
-        places = np.empty_like(labels)
-        for label, count in enumerate(counts):  # a tier's batches keep the order of its stream
-            places[labels == label] = np.arange(count)
+        numbers = np.empty_like(labels)
+        for label, count in enumerate(counts):  # a tier's batches stay in the order of its stream
+            numbers[labels == label] = np.arange(count)
         sizes = np.array([tier.batch_size for tier in self.tiers])
-        return _Epoch(labels, places, np.concatenate([[0], np.cumsum(sizes[labels])]))
+        return _Epoch(labels, numbers, np.concatenate([[0], np.cumsum(sizes[labels])]))
 
 
 def _shuffled(count: int, seed: int, name: str, epoch: int) -> np.ndarray:
-    """The numbers below `count` in an order that the other arguments determine.
+    """Return the numbers below `count` in an order that the other arguments determine.
 
-    Sorted raw draws: NumPy promises that a bit generator's raw stream stays as it is, but not `Generator.permutation`.
+    Sorted raw draws: NumPy guarantees a bit generator's raw stream, but not `Generator.permutation`.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch, *name.encode()]))
     order = np.argsort(bits.random_raw(count), kind="stable")
@@ -184,10 +184,10 @@ def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np
 
 
 def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) -> list[Tier]:
-    """Tiers of the examples whose buckets are given, smallest resolution first, explicit size buckets last.
+    """Return the tiers of examples with these buckets, smallest resolution first, explicit size buckets last.
 
-    A resolution and number of frames is a tier. Size buckets of equal frames share one as long as the smallest fills
-    94 % of the token budget. The largest bucket that occurs decides the budget and, by `batch_size_of`, the batch size.
+    Each resolution and number of frames is a tier. Size buckets of equal frames share one while the smallest fills 94 %
+    of the token budget. The largest bucket that occurs sets the budget and, by `batch_size_of`, the batch size.
     """
     examples: dict[Bucket, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):
@@ -217,7 +217,7 @@ def _tier_order(bucket: Bucket) -> tuple:
 def _one_tier(largest: Bucket, bucket: Bucket) -> bool:
     if (largest.resolution, largest.size.frames) != (bucket.resolution, bucket.size.frames):
         return False
-    return bucket.resolution is not None or bucket.size.tokens >= _FULLNESS * _budget(largest.size)
+    return bucket.resolution is not None or bucket.size.tokens >= _MIN_FILL * _budget(largest.size)
 
 
 def _budget(size: Size) -> int:
@@ -231,15 +231,15 @@ def _tier_name(largest: Bucket) -> str:
 
 
 def padding(tiers: Sequence[Tier], tokens: np.ndarray) -> float:
-    """Share of an epoch's tokens that are padding, 0 to 1, if example i has `tokens[i]` of its own."""
+    """Return the share of an epoch's tokens that is padding, 0 to 1, if example i has `tokens[i]` real ones."""
     budget = sum(tier.tokens * len(tier.indices) for tier in tiers)
     return 1.0 - sum(int(tokens[tier.indices].sum()) for tier in tiers) / budget
 
 
 def describe(tiers: Sequence[Tier], buckets: Sequence[Bucket]) -> list[str]:
-    """Lines for a person: what each tier holds and costs, its buckets with counts, and how many programs are compiled.
+    """Return a table of tiers with their sizes, padding and buckets, and the number of compiled programs, as lines.
 
-    `buckets[i]` is example i's. Steps an epoch are the mean over epochs, since a batch may straddle two.
+    `buckets[i]` is example i's. Steps per epoch are a mean over epochs, since a batch may span two.
     """
     tokens = np.array([bucket.size.tokens for bucket in buckets])
     lines = [f"{'tier':<16} {'examples':>9} {'tokens':>7} {'padding':>8} {'batch':>6} {'steps/epoch':>12}"]

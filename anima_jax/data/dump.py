@@ -1,4 +1,4 @@
-"""Cached latents as pictures again, so that a person can look at what a run is trained on."""
+"""Cached latents decoded to images again, to inspect what a run is trained on."""
 
 import pathlib
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from anima_jax.models.wan_vae import WanVAE
 
 
 def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: WanVAE, dtype: DTypeLike) -> pathlib.Path:
-    """Write each example's clip as the VAE gives it back: `NAME.WIDTHxHEIGHT.png`, or `.mp4` with its frames' number.
+    """Write each example's clip as the VAE decodes it: `NAME.WIDTHxHEIGHT.png`, or `NAME.WIDTHxHEIGHTxFRAMES.mp4`.
 
-    Beside it go its captions (`.txt`, a line each) and, if it has one, its mask as it weights the loss (`.mask.png`).
-    Examples that repeat a clip at the same size are written once. Raises UserError where it cannot write.
+    Next to it are its captions (`.txt`, one per line) and, if it has one, its mask as it weights the loss
+    (`.mask.png`). Examples that repeat a clip at the same size are written once. Raises UserError if it cannot write.
     """
     graphdef, params = split(vae)
     decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents.astype(dtype)).astype(jnp.float32))
@@ -51,7 +51,7 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
 
 
 def _unused(name: str, used: set[str]) -> str:
-    """`name`, or with a number if another source's picture has it; from then on it is used."""
+    """Return `name`, with a number if another source's image has it, and add it to `used`."""
     number, free = 1, name
     while free in used:
         number += 1

@@ -1,8 +1,8 @@
-"""A small language of captioned pictures: "a red triangle on a blue background", 64×64.
+"""A small data set of captioned drawings: "a red triangle on a blue background", 64×64.
 
-Place and size vary and the caption does not name them. One combination in six is held out of training, chosen so that
-every shape, colour and background is still seen with every other: what a model draws for a held-out caption it has
-composed.
+Position and size vary without being in the caption. One combination in six is held out of training, chosen so that
+every shape, colour and background is still seen with every other: a model that draws a held-out caption must compose
+it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _SUPERSAMPLING = 4
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a caption says."""
+    """The content of a caption."""
 
     shape: str
     colour: str
@@ -41,7 +41,7 @@ class Scene:
 
 
 def scenes(*, held_out: bool) -> list[Scene]:
-    """The scenes of the language that training sees, or those that it never sees."""
+    """Return the scenes that training uses, or those held out of it."""
     return [
         Scene(shape, colour, background)
         for (s, shape), (c, colour), (b, background) in itertools.product(
@@ -52,7 +52,7 @@ def scenes(*, held_out: bool) -> list[Scene]:
 
 
 def draw(scene: Scene, centre_xy: tuple[float, float] = (32.0, 32.0), radius: float = 18.0) -> np.ndarray:
-    """The picture, uint8 (64, 64, 3), antialiased. `centre_xy` and `radius` are in pixels."""
+    """Return the image, uint8 (64, 64, 3), antialiased. `centre_xy` and `radius` are in pixels."""
     return draw_in_colours(scene.shape, COLOURS[scene.colour], BACKGROUNDS[scene.background], centre_xy, radius)
 
 
@@ -79,7 +79,7 @@ def draw_in_colours(
 
 
 def sample_placement(rng: np.random.Generator) -> tuple[tuple[float, float], float]:
-    """A random centre, up to 6 pixels from the middle each way, and radius; the shape stays inside the picture."""
+    """Return a random centre, up to 6 pixels from the middle, and a radius; the shape stays inside the image."""
     radius = rng.uniform(17.0, 21.0)
     x, y = SIZE / 2 + rng.uniform(-6.0, 6.0, size=2)
     return (x, y), radius

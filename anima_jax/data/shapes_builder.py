@@ -1,6 +1,6 @@
-"""The language of `shapes` as a tensorflow-datasets data set: what the quick start trains on, drawn on first use.
+"""The drawings of `shapes` as a tensorflow-datasets data set, which the quick start trains on, drawn at first use.
 
-No TensorFlow takes part: the records are array_record, the pictures are encoded with PIL. Importing this module imports
+TensorFlow is not used: the records are array_record and PIL encodes the images. Importing this module imports
 tensorflow_datasets and registers the name `anima_shapes`.
 """
 
@@ -21,13 +21,13 @@ from anima_jax.data.shapes import SIZE, draw, sample_placement, scenes
 
 log = logging.getLogger(__name__)
 
-PICTURES_PER_SCENE = {"train": 60, "held_out": 10}
+IMAGES_PER_SCENE = {"train": 60, "held_out": 10}
 STALE_SECONDS = 3600
-"""A half-written data set that nobody has touched for so long was left by a process that died."""
+"""Age at which an unfinished data set counts as left by a killed process."""
 
 
 class AnimaShapes(tfds.core.GeneratorBasedBuilder):
-    """64×64 PNG pictures of one shape each, captioned; the split `held_out` has scenes that `train` never shows."""
+    """64×64 PNG images of one shape each, captioned; the split `held_out` has scenes that are not in `train`."""
 
     VERSION = tfds.core.Version("1.1.0")
     code_path = epath.Path(__file__)  # tfds guesses it from the package, which an editable installation can mislead
@@ -44,44 +44,44 @@ class AnimaShapes(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in PICTURES_PER_SCENE}
+        return {split: self._generate_examples(split) for split in IMAGES_PER_SCENE}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         held_out = split == "held_out"
-        every_scene = scenes(held_out=held_out) * PICTURES_PER_SCENE[split]
+        every_scene = scenes(held_out=held_out) * IMAGES_PER_SCENE[split]
         for number, scene in enumerate(every_scene):
             rng = np.random.default_rng([int(held_out), number])
             yield number, {"image": _png(draw(scene, *sample_placement(rng))), "caption": scene.caption}
 
 
 def prepared_builder(data_dir: str | os.PathLike[str] | None = None) -> AnimaShapes:
-    """The builder with its data on disk under `data_dir` (by default tensorflow-datasets' own), drawn if need be.
+    """Return the builder with its data on disk under `data_dir` (default: tensorflow-datasets' own), drawn if need be.
 
-    A data set appears under its name only when it is whole: a process that dies leaves none behind, and of two that
+    A data set appears under its name only when it is complete: a killed process leaves none, and of two processes that
     draw it at once the first to finish provides it.
     """
     builder = AnimaShapes(data_dir=data_dir)
     if builder.data_path.exists():
         return builder
     _remove_stale(builder.data_path)
-    log.info("drawing %d pictures into %s (once)", _number_of_pictures(), builder.data_path)
+    log.info("drawing %d images into %s (once)", _number_of_images(), builder.data_path)
     try:
         with _quiet():
             builder.download_and_prepare(file_format="array_record")
     except OSError:
         if not builder.data_path.exists():
             raise
-        # Another process renamed its own into place while this one was drawing.
+        # Another process has finished its own while this one was drawing.
     return AnimaShapes(data_dir=data_dir)
 
 
-def _number_of_pictures() -> int:
-    return sum(len(scenes(held_out=split == "held_out")) * each for split, each in PICTURES_PER_SCENE.items())
+def _number_of_images() -> int:
+    return sum(len(scenes(held_out=split == "held_out")) * each for split, each in IMAGES_PER_SCENE.items())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the words about downloads that tfds prints whatever it does, and without its bars."""
+    """Silence the messages about downloads that tfds always prints, and its progress bars."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

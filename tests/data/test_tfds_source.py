@@ -106,7 +106,7 @@ def build(data_dir, *, killed_at_picture: int | None = None) -> list[tuple[bytes
             os.kill(os.getpid(), signal.SIGKILL)
         return shapes.draw(*scene_and_placement)
 
-    with mock.patch.multiple("anima_jax.data.shapes_builder", PICTURES_PER_SCENE=FEW, draw=draw):
+    with mock.patch.multiple("anima_jax.data.shapes_builder", IMAGES_PER_SCENE=FEW, draw=draw):
         return [(entry.digest, entry.captions) for entry in read(in_dir(data_dir))[0]]
 
 
@@ -130,7 +130,7 @@ def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
             subprocess.run([sys.executable, "-c", child_code(tmp_path)], check=True)
         return shapes.draw(*scene_and_placement)
 
-    with mock.patch.multiple(shapes_builder, PICTURES_PER_SCENE=FEW, draw=overtaken):
+    with mock.patch.multiple(shapes_builder, IMAGES_PER_SCENE=FEW, draw=overtaken):
         entries, _, _ = read(in_dir(tmp_path))
     assert len(entries) == 240
     assert pixels(entries[-1]).shape == (64, 64, 3)
