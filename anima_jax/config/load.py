@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from anima_jax.config import unsupported_keys
-from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig
+from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, apply_shared_keys
 from anima_jax.config.errors import Place, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig

@@ -4,7 +4,7 @@ import operator
 
 import pytest
 
-from anima_jax.config import load_config
+from anima_jax.config.load import load_config
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anima_jax.config import load_config
 from anima_jax.config.errors import TomlFile
+from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import key_table
 from anima_jax.config.unsupported_keys import MAIN
@@ -253,7 +253,7 @@ DATASET_ERRORS = [
     ({"resolutions": [[1, 2, 3]]}, "resolutions[0]: found [1, 2, 3], expected a side in pixels or [width, height]"),
     (
         {"resolutions": [256, 512, 768, 1024]},
-        "resolutions: found 4 of them: every picture is trained at every resolutio",
+        "resolutions: found 4 of them: every image is trained at every resolutio",
     ),
     ({"resolutions": [256, 512, 768, 1024]}, "start with --i_know_what_i_am_doing"),
     ({"directory": [{"path": "pictures", "resolutions": []}]}, "directory[0].resolutions: found none, expected at"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.config import DirectorySource, TfdsSource
+from anima_jax.config.dataset import DirectorySource, TfdsSource
 from anima_jax.config.main import MainConfig
 from anima_jax.config.reference import HEADINGS, reference
 from anima_jax.config.schema import key_table

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.config import DatasetConfig, MainConfig, load_config
+from anima_jax.config.dataset import DatasetConfig
+from anima_jax.config.load import load_config
+from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import key_table
 from anima_jax.data.buckets import Bucketing
 from anima_jax.data.shapes import scenes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anima_jax.config import load_config
+from anima_jax.config.load import load_config
 from anima_jax.config.summary import summary
 from tests.config.files import REMOVE, write
 

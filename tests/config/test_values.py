@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.config import load_config
+from anima_jax.config.load import load_config
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.models.dit import DiTConfig

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anima_jax.config import load_config
+from anima_jax.config.load import load_config
 from anima_jax.config.sizes import Size
 from anima_jax.errors import UserError
 from anima_jax.training.run import Run
