@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from anima_jax.adapters.base_model import fingerprint
+from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         total, kept = total + energy, kept + share * energy
     if not parts:
         raise UserError(f"{arguments.tuned}: has the same values as {arguments.base}")
-    metadata = {"format": "pt", "rank": str(arguments.rank), **fingerprint(arguments.base).metadata}
+    metadata = {"format": "pt", "rank": str(arguments.rank), **identify(arguments.base).metadata}
     write_adapter(arguments.output, {module: Patch(own) for module, own in parts.items()}, metadata=metadata)
     print(f"{arguments.output}: {len(parts)} modules, rank {arguments.rank}, {kept / total:.2%} of the energy kept")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from anima_jax.adapters.dialects import DIALECTS, modules_by_spelling
 from anima_jax.adapters.file import read_adapter
-from anima_jax.adapters.kinds import TITLES, adapter_kind, split_key
+from anima_jax.adapters.kinds import KINDS, adapter_kind, split_key
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.models import open_network
 from anima_jax.checkpoints.names import dit
@@ -75,12 +75,12 @@ def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
 def _adapter(file: SafetensorsFile) -> Iterator[Row]:
     """Describe an adapter: its kind, dialect and ranks, and how much it changes each block."""
     adapter = read_adapter(file)
-    kinds = collections.Counter(TITLES[patch.kind] for patch in adapter.patches.values())
-    yield "kind", f"{' and '.join(kinds) or TITLES[adapter_kind(file.tensors) or 'lora']} (adapter)"
+    kinds = collections.Counter(patch.kind.title for patch in adapter.patches.values())
+    yield "kind", f"{' and '.join(kinds) or (adapter_kind(file.tensors) or KINDS['lora']).title} (adapter)"
     yield "prefix", ", ".join(_dialects(file)) or "unknown"
     yield "sizes", _ranks(adapter.patches)
     yield "changes", _changes(adapter.patches)
-    problems = [f"{module} {problem}" for module, patch in adapter.patches.items() if (problem := patch.fault())]
+    problems = [f"{module} {problem}" for module, patch in adapter.patches.items() if (problem := patch.error())]
     yield from (("problem", problem) for problem in problems)
     if adapter.unused:
         yield "unknown", f"{len(adapter.unused)} names that are not Anima's: {shorten(adapter.unused)}"

@@ -66,7 +66,7 @@ def test_lora_says_what_it_did_and_what_it_refuses(tmp_path, capsys):
         assert "expected two numbers of blocks, as in 28:40, of 28, 40, 52" in refusal(
             capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", wrong
         )
-    assert "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks has not" in refusal(
+    assert "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks does not have" in refusal(
         capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "40:28"
     )
     stray = load_file(LORA) | {"lora_unet_blocks_0_self_attn_qkv.lora_down.weight": np.zeros((4, 64), np.float32)}
@@ -228,7 +228,7 @@ def test_resize_keeps_the_best_of_each_module(tmp_path, capsys, source, rank):
         )
     assert f"rank {rank}, {kept / total:.2%} of the energy kept" in said
     with open_adapter(tmp_path / "out.safetensors") as adapter:
-        assert {patch.kind for patch in adapter.patches.values()} == {"lora"}
+        assert {patch.kind.name for patch in adapter.patches.values()} == {"lora"}
         assert max(patch.rank for patch in adapter.patches.values()) <= max(rank, 4)
 
 

@@ -1,6 +1,6 @@
-"""Which model a file is: the SHA-256 of its bytes, and the name of the release that has it.
+"""Which model a file contains: the SHA-256 of its bytes, and the name of the release that has it.
 
-Adapters carry both of the model that they were trained on, so that one on another model is noticed.
+An adapter's metadata have both of the model that it was trained on, so that its use on another one is noticed.
 """
 
 import functools
@@ -22,10 +22,10 @@ METADATA_KEYS = (
     ("base_model_sha256", "base_model"),
     ("ss_new_sd_model_hash", "ss_sd_model_name"),
 )
-"""Where an adapter's metadata have the model that it was trained on, (hash, name): ours, and sd-scripts'."""
+"""Keys of an adapter's metadata for the model that it was trained on, (hash, name): ours, and sd-scripts'."""
 
 
-class Fingerprint(NamedTuple):
+class BaseModel(NamedTuple):
     """A model's file: its SHA-256 and what it is called."""
 
     sha256: str
@@ -36,17 +36,17 @@ class Fingerprint(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What an adapter's file says of it."""
+        """The metadata of an adapter that is trained on it."""
         return dict(zip(METADATA_KEYS[0], self, strict=True))
 
 
-def fingerprint(path: PathLike) -> Fingerprint:
-    """Of a model's file, which is read whole, once in a process."""
+def identify(path: PathLike) -> BaseModel:
+    """Return which model a file contains. It is read from end to end, once in a process."""
     local = locations.resolve(path)
     changed = None if locations.is_remote(local) else os.stat(local).st_mtime_ns
     sha256 = _sha256(local, changed)
     known = (name for begin, end, name in RELEASES if sha256.startswith(begin) and sha256.endswith(end))
-    return Fingerprint(sha256, next(known, os.path.basename(os.fspath(path))))
+    return BaseModel(sha256, next(known, os.path.basename(os.fspath(path))))
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,13 +55,13 @@ def _sha256(path: str, changed: int | None) -> str:
     return locations.file_sha256(path).hex()
 
 
-def another_base(adapter_path: str, metadata: Mapping[str, str], base: PathLike) -> str | None:
-    """A warning with both names if an adapter was trained on another model than the file `base`."""
+def base_mismatch(adapter_path: str, metadata: Mapping[str, str], base: PathLike) -> str | None:
+    """Return a warning with both names if an adapter was trained on another model than the file `base`."""
     for hash_key, name_key in METADATA_KEYS:
         if trained_hash := metadata.get(hash_key, "").lower():
-            found = fingerprint(base)
+            found = identify(base)
             if trained_hash == found.sha256:
                 return None
-            trained = Fingerprint(trained_hash, metadata.get(name_key, "another model"))
+            trained = BaseModel(trained_hash, metadata.get(name_key, "another model"))
             return f"warning: {adapter_path}: was trained on {trained}, and this is {found}"
     return None

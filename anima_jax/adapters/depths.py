@@ -1,7 +1,7 @@
-"""Adapters between models of different depths, which others have made of Anima by putting new blocks between its own.
+"""Adapters for models of different depths, which others have made of Anima by inserting new blocks.
 
-28 blocks are Anima, 40 Anima-2.9B, 52 Anima-3.8B. An adapter's blocks keep to the blocks that they were trained on,
-wherever those are now.
+28 blocks are Anima, 40 Anima-2.9B, 52 Anima-3.8B. An adapter's blocks keep changing the blocks that they were trained
+on, wherever those are now.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,9 +21,9 @@ _BLOCKS = "blocks."
 
 
 def depth_map(source: int, target: int) -> dict[int, int]:
-    """Number of a block in a model of `source` blocks → its number in one of `target`; new blocks have none.
+    """Return block number in a model of `source` blocks → its number in one of `target`; new blocks have none.
 
-    Raises UserError for a depth that is not known.
+    Raises UserError for an unknown depth.
     """
     for depth in (source, target):
         if depth not in DEPTHS:
@@ -38,10 +38,10 @@ def depth_map(source: int, target: int) -> dict[int, int]:
     return found
 
 
-def another_depth(modules: Iterable[str], weights: Iterable[str]) -> str | None:
-    """What to say of an adapter's modules that end with the blocks of another model's depth than `weights` have.
+def depth_mismatch(modules: Iterable[str], weights: Iterable[str]) -> str | None:
+    """Return a message if an adapter's modules end with the last block of another depth than `weights` have, else None.
 
-    None where they do not: an adapter may leave the last blocks out, but seldom all that one of the models has more.
+    An adapter may leave the last blocks out, but seldom exactly those that a deeper model has more.
     """
     source, target = (1 + max(map(_number, names), default=-1) for names in (modules, weights))
     if source == target or not {source, target} <= set(DEPTHS):
@@ -56,9 +56,9 @@ def _number(module: str) -> int:
 
 
 def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str, Patch]:
-    """The patches of a model of `source` blocks for one of `target`.
+    """Return the patches of a model of `source` blocks for one of `target`.
 
-    Raises UserError, naming the blocks, for those that the target does not have.
+    Raises UserError with the numbers of blocks that the target does not have.
     """
     numbers, found, lost = depth_map(source, target), {}, set()
     for module, patch in patches.items():
@@ -73,9 +73,9 @@ def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str
     if lost:
         named = ", ".join(map(str, sorted(lost)))
         why = (
-            f"a model of {target} blocks has not"
+            f"a model of {target} blocks does not have"
             if max(lost) < source
-            else f"a model of {source} blocks has not either"
+            else f"a model of {source} blocks does not have either"
         )
         raise UserError(f"the adapter changes blocks {named}, which {why}")
     return found

@@ -1,7 +1,7 @@
-"""Adapters multiplied into weights: into a checkpoint's tensors, or into a model's parameters.
+"""Adapters added to weights: to a checkpoint's tensors, or to a model's parameters.
 
 All arithmetic is in float32 from the base's values, one weight at a time, rounded once to the base's dtype, as ComfyUI
-does it; so a merged file and a base with its adapters loaded are the same numbers.
+does it. So a merged file and a base with its adapters loaded have the same numbers.
 """
 
 import contextlib
@@ -16,30 +16,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from anima_jax.adapters.base_model import another_base
-from anima_jax.adapters.dialects import TEXT_ENCODER
+from anima_jax.adapters.base_model import base_mismatch
 from anima_jax.adapters.file import Adapter, adapter_in, file_of, fitted
 from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints import copying, gathered
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
 
 Weight = float | Mapping[str, float]
-"""An adapter's weight: one for all of it, or one for each part of the network, by the beginning of its modules' names.
+"""An adapter's weight: one for all of it, or one for each part of the network, by how its modules' names begin.
 
-`blocks.0-9` are ten blocks, `blocks.3.mlp` is a part of one, `llm_adapter` and `text_encoder` are what they are; the
-longest beginning that fits a module counts, and what none fits has the weight of `""`, or 1.
+`blocks.0-9` are ten blocks, `blocks.3.mlp` is a part of one, `llm_adapter` and `text_encoder` whole networks. The
+longest beginning that fits a module is used; a module that none fits has the weight of `""`, or 1.
 """
 
 Changes = Mapping[str, Sequence[tuple[Patch, float]]]
-"""Tensor → what changes it, in this order, each at a strength."""
+"""Tensor → the patches that change it, in this order, each at a strength."""
 
 
 def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
-    """Module → strength. Raises UserError for a part in which the adapter has no module, and what is no number."""
+    """Return module → strength. Raises UserError for a part without a module of the adapter, or no finite number."""
     for value in weight.values() if isinstance(weight, Mapping) else [weight]:
         if not math.isfinite(value):
             raise UserError(f"{adapter.path}: weight {value}, expected a finite number")
@@ -75,22 +75,22 @@ def matched(
     base: PathLike | None = None,
     allow_unused: bool = False,
 ) -> list[Adapter]:
-    """The adapters in open files, as far as they change tensors of these shapes.
+    """Return the adapters in open files, as far as they change tensors of these shapes.
 
-    Tensors are named as in the original files, the text encoder's after `text_encoder.`. Says how many modules matched,
-    and warns of an adapter that was trained on another model than the file `base`.
+    Tensors are named as in the original files, the text encoder's with `text_encoder.` before. Prints how many modules
+    matched, and warns of an adapter that was trained on another model than the file `base`.
     """
     adapters = []
     for file in files:
         adapter = fitted(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
         adapters.append(adapter)
-        if base is not None and (warning := another_base(adapter.path, adapter.metadata, base)):
+        if base is not None and (warning := base_mismatch(adapter.path, adapter.metadata, base)):
             print(warning, file=sys.stderr)
     return adapters
 
 
 def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
-    """What the adapters change at these weights, one for each."""
+    """Return what the adapters change at these weights, one for each."""
     found: dict[str, list[tuple[Patch, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module, strength in strengths(adapter, weight).items():
@@ -105,7 +105,7 @@ def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
 def merged(
     name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
 ) -> np.ndarray:
-    """The tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
+    """Return the tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
     weight = copying.contiguous(values).astype(FLOAT32)
     for patch, strength in patches:
         if strength == 0.0:
@@ -118,9 +118,9 @@ def merged(
 
 
 class AdapterStack:
-    """Adapters on the parameters of a transformer and of a text encoder, whose weights can be changed.
+    """Adapters on the parameters of a transformer and a text encoder, at weights that can be changed.
 
-    The values that the parameters have without adapters stay in host memory, so that every change begins at them. The
+    The values that the parameters have without adapters stay in host memory, so that every change starts from them. The
     files stay open.
     """
 
@@ -151,7 +151,7 @@ class AdapterStack:
         self._shardings = {path: getattr(params[path], "sharding", None) for path in self._tensors}
 
     def at(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
-        """The changed parameters at these weights, one for each adapter: the transformer's and the text encoder's.
+        """Return the changed parameters at these weights, one for each adapter: the transformer's, the text encoder's.
 
         Raises UserError for another number of weights, or a part of the network that an adapter does not change.
         """
@@ -166,7 +166,7 @@ class AdapterStack:
         )
 
     def _placed(self, path: str, values: np.ndarray) -> Any:
-        """Where the parameter was, which may be the host's memory."""
+        """The values where the parameter was, which may be host memory."""
         sharding = self._shardings[path]
         if sharding is None:
             return values
@@ -182,7 +182,7 @@ class AdapterStack:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE:WEIGHT` as a path and a weight, 1 by default. Raises UserError for a weight that is no number."""
+    """Split `FILE` or `FILE:WEIGHT` into path and weight, 1 by default. Raises UserError for any other weight."""
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text) or weight.startswith("//"):
         return text, 1.0

@@ -1,24 +1,20 @@
-"""What an adapter does to one weight, whatever dialect it came in, and its arithmetic on the host in float32.
+"""What an adapter does to one weight, from whichever dialect, and its arithmetic on the host in float32.
 
-Arrays are as in files: a weight W is (o, i), and an update ΔW likewise.
-
-lora   ΔW = s · lora_B lora_A                                      lora_B (o, r), lora_A (r, i)
-loha   ΔW = s · (hada_w1_a hada_w1_b) ⊙ (hada_w2_a hada_w2_b)      each pair (o, r), (r, i)
-lokr   ΔW = s · lokr_w1 ⊗ lokr_w2                                  either one perhaps as a product _a _b
-diff   ΔW = diff, of any shape; and `diff_b` for the bias
-
-s is alpha / r, and 1 without alpha or without r. `dora_scale`, (o, 1) or (1, i), is the norm that W + ΔW is given along
-the other axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead where it is (o, 1), so
-that such a file does a little more or less there.
+Arrays are as in files: a weight W is (out, in), an update ΔW too. The table of kinds (kinds.py) says what ΔW consists
+of. `dora_scale`, (out, 1) or (1, in), which any kind may have in a file, is the norm that W + ΔW gets along the other
+axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead where it is (out, 1), so such a
+file has a slightly different effect there.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from anima_jax.adapters.kinds import TITLES, kind_of
+from anima_jax.adapters.kinds import KINDS, AdapterKind, kind_of
 from anima_jax.errors import UserError
 
 FLOAT32 = np.dtype(np.float32)
@@ -35,64 +31,60 @@ class Part:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Part":
-        """An array that is there already."""
+        """A part with these values."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def float32(self) -> np.ndarray:
-        """Its values."""
+        """Its values, copied."""
         return self.read().astype(FLOAT32)
-
-
-_FACTORED = {
-    "lora": (("lora_B", "lora_A"),),
-    "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-    "lokr": (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
-}
-"""Kind → the products (left, right) that its update is made of; LoKr may have a product's result instead."""
-
-_OPTIONAL = {"alpha", "dora_scale", "diff_b"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """The parts of one module's adapter. `fault` says whether they are one; all else holds only if they are."""
+    """The parts of one module's adapter. `error` says whether they form one; all else is defined only if they do.
+
+    Besides its kind's, an adapter may have the parts `alpha`, `dora_scale`, `diff` (added to ΔW) and `diff_b` (added to
+    the bias).
+    """
 
     parts: Mapping[str, Part]
 
-    @property
-    def kind(self) -> str:
-        """lora, dora, loha, lokr or diff; a LoHa or LoKr may have a `dora_scale` too."""
-        return kind_of(self.parts) or "diff"
-
-    @property
-    def _products(self) -> tuple[tuple[str, str], ...]:
-        return _FACTORED.get("lora" if self.kind == "dora" else self.kind, ())
+    @functools.cached_property
+    def kind(self) -> AdapterKind:
+        """Its row in the table of kinds."""
+        return kind_of(self.parts) or KINDS["diff"]
 
     @property
     def rank(self) -> int | None:
-        """Rank of the last product; None if the update is made of none."""
-        ranks = [self.parts[right].shape[0] for _, right in self._products if right in self.parts]
-        return ranks[-1] if ranks else None
+        """Rank of the last product; None if ΔW has none."""
+        products = [factors for factors, _ in self.kind.products if factors and factors[-1].part in self.parts]
+        return self.parts[products[-1][-1].part].shape[0] if products else None
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """What the products of the factors are multiplied by: alpha / rank, 1 without either."""
         if "alpha" not in self.parts or self.rank is None:
             return 1.0
         return float(self.parts["alpha"].float32().reshape(())) / self.rank
 
-    def fault(
+    def with_alpha(self, alpha: float | None) -> "Patch":
+        """The patch with this alpha; itself for None."""
+        if alpha is None:
+            return self
+        return Patch({**self.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})
+
+    def error(
         self, weight_shape: tuple[int, ...] | None = None, bias_shape: tuple[int, ...] | None = None
     ) -> str | None:
         """Why these parts are no adapter, or none for a weight and a bias of these shapes; None if they are one."""
         return self._incomplete() or next(self._misfits(weight_shape, bias_shape), None)
 
     def _misfits(self, weight_shape: tuple[int, ...] | None, bias_shape: tuple[int, ...] | None) -> Iterator[str]:
-        """Whatever is of a wrong shape though it multiplies."""
+        """Parts of a wrong shape, though they can be multiplied."""
         shapes, found = {name: part.shape for name, part in self.parts.items()}, self.update_shape
         if math.prod(shapes.get("alpha", ())) != 1:
             yield f"alpha is {shapes['alpha']}, expected one number"
-        if found is None and self.kind != "diff":
+        if found is None and self.kind.name != "diff":
             yield "has two products of different shapes"
         if bias_shape is not None and shapes.get("diff_b", bias_shape) != bias_shape:
             yield f"changes a bias of shape {shapes['diff_b']}, the model's is {bias_shape}"
@@ -105,69 +97,62 @@ class Patch:
             yield f"dora_scale is {shapes['dora_scale']}, the weight {weight_shape}"
 
     def _incomplete(self) -> str | None:
-        """What is missing, too much, or of a shape that does not multiply."""
-        allowed = {*_OPTIONAL, "diff"}
-        for left, right in self._products:
-            whole = left.removesuffix("_a")
-            if self.kind == "lokr" and whole in self.parts:
-                allowed.add(whole)
+        """What is missing, superfluous, or of a shape that cannot be multiplied."""
+        allowed = {"alpha", "dora_scale", "diff", "diff_b"}
+        for factors, matrix in self.kind.products:
+            if matrix and matrix.part in self.parts:
+                allowed.add(matrix.part)
+                shape = self.parts[matrix.part].shape
+                if factors and len(shape) != 2:
+                    return f"{matrix.part} is {shape}, expected (out, in)"
                 continue
-            allowed |= {left, right}
-            missing = [part for part in (left, right) if part not in self.parts]
-            if missing:
-                other = {left: right, right: left}[missing[0]]
-                return f"has {other} but not {missing[0]}" if len(missing) == 1 else f"has no {whole}"
-            shapes = [self.parts[part].shape for part in (left, right)]
-            if not all(len(shape) == 2 and all(shape) for shape in shapes) or shapes[0][1] != shapes[1][0]:
-                return f"{left} is {shapes[0]} and {right} {shapes[1]}, expected (out, rank) and (rank, in)"
+            names = [factor.part for factor in factors]
+            found = [name for name in names if name in self.parts]
+            if missing := [name for name in names if name not in self.parts]:
+                return f"has {found[0]} but not {missing[0]}" if found else f"has no {names[0].removesuffix('_a')}"
+            for left, right in itertools.pairwise(names):
+                shapes = self.parts[left].shape, self.parts[right].shape
+                if not all(len(shape) == 2 and all(shape) for shape in shapes) or shapes[0][1] != shapes[1][0]:
+                    return f"{left} is {shapes[0]} and {right} {shapes[1]}, expected (out, rank) and (rank, in)"
+            allowed |= set(names)
         odd = sorted(self.parts.keys() - allowed)
-        return f"has {odd[0]} beside a {TITLES[self.kind]}" if odd else None
+        return f"has {odd[0]} beside a {self.kind.title}" if odd else None
+
+    @property
+    def _matrices(self) -> list[list[Part]]:
+        """Of each matrix that ΔW consists of, the parts whose product it is."""
+        chosen = [
+            (matrix,) if matrix and matrix.part in self.parts else factors for factors, matrix in self.kind.products
+        ]
+        return [[self.parts[factor.part] for factor in factors] for factors in chosen]
 
     @property
     def update_shape(self) -> tuple[int, ...] | None:
-        """Shape of ΔW; None if there is none but a bias's."""
-        if self.kind == "diff":
+        """Shape of ΔW; None if only the bias is changed."""
+        if self.kind.name == "diff":
             return self.parts["diff"].shape if "diff" in self.parts else None
-        sides = [
-            (self.parts[left].shape[0], self.parts[right].shape[1])
-            if left in self.parts
-            else self.parts[left.removesuffix("_a")].shape
-            for left, right in self._products
-        ]
-        if self.kind == "lokr":
-            (k, m), (q, p) = sides
-            return k * q, m * p
-        return sides[0] if all(side == sides[0] for side in sides) else None
+        return self.kind.combined_shape([(parts[0].shape[0], parts[-1].shape[1]) for parts in self._matrices])
 
     def update(self) -> np.ndarray:
-        """ΔW in float32, without what `dora_scale` does."""
-        if self.kind == "diff":
-            return self.parts["diff"].float32()
-        sides = [self._side(left, right) for left, right in self._products]
-        if self.kind == "lokr":
-            sides = [np.kron(*sides)]
-        out = sides[0] * sides[1] if len(sides) > 1 else sides[0]
+        """ΔW in float32, without the effect of `dora_scale`."""
+        out = self.kind.combine(
+            functools.reduce(np.matmul, (part.float32() for part in parts)) for parts in self._matrices
+        )
+        if self.kind.name == "diff":
+            return out
         out *= np.float32(self.scale)
         return out + self.parts["diff"].float32() if "diff" in self.parts else out
 
-    def _side(self, left: str, right: str) -> np.ndarray:
-        if left not in self.parts:
-            return self.parts[left.removesuffix("_a")].float32()
-        return self.parts[left].float32() @ self.parts[right].float32()
-
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius). A LoRA's and a LoKr's product is not formed for it."""
-        if self.kind in {"lora", "dora"} and "diff" not in self.parts:
-            left, right = (self.parts[part].float32() for part in self._products[0])
-            square = float(np.sum((left.T @ left) * (right @ right.T), dtype=np.float64))
-            return abs(self.scale) * max(square, 0.0) ** 0.5
-        if self.kind == "lokr" and "diff" not in self.parts:
-            sides = [float(np.linalg.norm(self._side(left, right))) for left, right in self._products]
-            return abs(self.scale) * sides[0] * sides[1]
-        return float(np.linalg.norm(self.update())) if self.update_shape is not None else 0.0
+        """‖ΔW‖ (Frobenius); no product is formed for it that can be avoided."""
+        if self.update_shape is None:
+            return 0.0
+        if self.kind.elementwise or "diff" in self.parts:
+            return float(np.linalg.norm(self.update()))
+        return abs(self.scale) * math.prod(map(_norm_of_product, self._matrices))
 
     def applied(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """The weight (float32) with this adapter at `strength`; a decomposed one goes that part of its way."""
+        """The weight (float32) with this adapter at `strength`, which interpolates if there is a `dora_scale`."""
         update = self.update()
         if "dora_scale" not in self.parts:
             update *= np.float32(strength)
@@ -182,8 +167,17 @@ class Patch:
         return update if strength == 1.0 else weight + np.float32(strength) * (update - weight)
 
 
+def _norm_of_product(parts: list[Part]) -> float:
+    """‖A₁ A₂ …‖ from ‖A₁ … Aₙ₋₁‖ᵀ‖A₁ … Aₙ₋₁‖ and Aₙ Aₙᵀ, which are small."""
+    *left, right = (part.float32() for part in parts)
+    if not left:
+        return float(np.linalg.norm(right))
+    matrix = functools.reduce(np.matmul, left)
+    return max(float(np.sum((matrix.T @ matrix) * (right @ right.T), dtype=np.float64)), 0.0) ** 0.5
+
+
 def truncated(update: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best factors (o, r), (r, i) of a matrix, float32, and the share of its energy ‖·‖² that they keep.
+    """The best factors (o, r), (r, i) of a matrix, float32, and the fraction of its energy ‖·‖² that they keep.
 
     Exact where a side is small; else a randomised SVD with power iterations (arXiv 0909.4061), whose error is within a
     fraction of a per cent of the best one's for the spectra that training leaves.
@@ -216,30 +210,38 @@ def _balanced(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray,
 
 
 def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
-    """The patch as a LoRA of at most this rank, and the energy ‖ΔW‖² before and that which it kept.
+    """The patch as a LoRA of at most this rank, and the energy ‖ΔW‖² before and what is kept of it.
 
-    One that is a LoRA of no more than this rank stays as it is, and so do parts that are no product. The scale is
+    A LoRA of no more than this rank is returned unchanged, and so are parts that are no product. The scale is
     multiplied in, so that there is no alpha. Raises UserError for a LoHa or LoKr with a `dora_scale`, which is no LoRA.
     """
-    if patch.kind == "diff" or (patch.kind in {"lora", "dora"} and (patch.rank or 0) <= rank):
+    is_lora = patch.kind.products == KINDS["lora"].products
+    if patch.kind.name == "diff" or (is_lora and (patch.rank or 0) <= rank):
         energy = patch.norm() ** 2
         return patch, energy, energy
-    if patch.kind not in {"lora", "dora"} and "dora_scale" in patch.parts:
-        raise UserError(f"a {patch.kind} with dora_scale cannot become a LoRA")
+    if not is_lora and "dora_scale" in patch.parts:
+        raise UserError(f"a {patch.kind.name} with dora_scale cannot become a LoRA")
     kept_parts = {name: part for name, part in patch.parts.items() if name in {"dora_scale", "diff", "diff_b"}}
     product = Patch({name: part for name, part in patch.parts.items() if name not in kept_parts})
-    if product.kind == "lora":
-        left, right = (product.parts[part].float32() for part in ("lora_B", "lora_A"))
-        (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
-        u, s, vt = np.linalg.svd(r_left @ r_right.T * np.float32(product.scale), full_matrices=False)
-        energy = np.square(s, dtype=np.float64)
-        b, a = _balanced(q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T)
-        total, kept = float(energy.sum()), float(energy[:rank].sum())
-    else:
-        update = product.update()
-        b, a, share = truncated(update, rank)
-        total = float(np.sum(np.square(update), dtype=np.float64))
-        kept = share * total
+    b, a, total, kept = _refactored(product, rank) if is_lora else _factored(product, rank)
     dtype = next(part.dtype for name, part in product.parts.items() if name != "alpha")
     factors = {"lora_A": Part.of(a.astype(dtype)), "lora_B": Part.of(b.astype(dtype))}
     return Patch({**factors, **kept_parts}), total, kept
+
+
+def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """B and A of a lower rank, exactly, from the factors alone; ‖ΔW‖² and what is kept of it."""
+    left, right = (lora.parts[part].float32() for part in ("lora_B", "lora_A"))
+    (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T * np.float32(lora.scale), full_matrices=False)
+    energy = np.square(s, dtype=np.float64)
+    b, a = _balanced(q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T)
+    return b, a, float(energy.sum()), float(energy[:rank].sum())
+
+
+def _factored(patch: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """B and A of this rank for any ΔW; ‖ΔW‖² and what is kept of it."""
+    update = patch.update()
+    b, a, share = truncated(update, rank)
+    total = float(np.sum(np.square(update), dtype=np.float64))
+    return b, a, total, share * total

@@ -1,4 +1,4 @@
-"""`[adapter]` on a particular network: which modules get one, of which rank and at which rate, and where they begin."""
+"""`[adapter]` on a network: which modules get an adapter, of which rank and at which rate, and its first values."""
 
 import itertools
 import re
@@ -6,21 +6,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from anima_jax.adapters import modules
-from anima_jax.adapters.base_model import another_base
-from anima_jax.adapters.file import factors_of, module_names, open_adapter
-from anima_jax.adapters.kinds import TITLES
+from anima_jax.adapters.base_model import base_mismatch
+from anima_jax.adapters.dialects import LAYOUTS, module_names
+from anima_jax.adapters.file import Adapter, open_adapter
+from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
+from anima_jax.adapters.modules import AdapterSpec, adapter_spec
+from anima_jax.adapters.patch import Patch
+from anima_jax.checkpoints.names.groups import group_of
 from anima_jax.config.main import MainConfig
-from anima_jax.config.optimizer import AdapterConfig
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
-from anima_jax.training.optimizers import group_of
+
+Specs = Mapping[str, AdapterSpec]
+"""Module path → the adapter on it."""
+
+
+# ---- which modules -------------------------------------------------------------------------------------------------
 
 
 def plan(
     config: MainConfig, targets: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, modules.AdapterSpec], dict[str, tuple[float, ...]]]:
-    """Adapters by module path, and the rates of their parameters, relative to their group's, where they have their own.
+) -> tuple[dict[str, AdapterSpec], dict[str, tuple[float, ...]]]:
+    """Return the adapters by module path, and the rates of parameters that have their own, relative to their group's.
 
     `targets` are the shapes (layers, in, out) of the blocks' linear layers. Raises UserError for a pattern that fits
     none of their names, and if nothing would be trained.
@@ -28,37 +35,33 @@ def plan(
     adapter = config.adapter
     assert adapter is not None
     names = module_names({path: shape[0] for path, shape in targets.items()})
-    rates = {name: config.learning_rates[group_of(name)] for name in names}
-    open_names = [name for name, rate in rates.items() if rate > 0]
+    group_rates = {name: config.learning_rates[group_of(name)] for name in names}
+    open_names = [name for name, rate in group_rates.items() if rate > 0]
     if not open_names:
         raise UserError(f"{config.path}: every learning rate is 0, so nothing would be trained")
-    _require_patterns_fit(config, adapter, open_names)
+    _require_patterns_fit(config, open_names)
     ranks = {path: [0] * shape[0] for path, shape in targets.items()}
-    own_rates = {path: [1.0] * shape[0] for path, shape in targets.items()}
+    rates = {path: [1.0] * shape[0] for path, shape in targets.items()}
     for name in open_names:
         path, layer = names[name]
-        rate = _first(adapter.lr_pattern, name, rates[name])
+        rate = _first(adapter.lr_pattern, name, group_rates[name])
         wanted = not adapter.target_modules or _any(adapter.target_modules, name)
         if wanted and rate and not _any(adapter.exclude_modules, name):
             ranks[path][layer] = int(_first(adapter.rank_pattern, name, adapter.rank))
-            own_rates[path][layer] = rate / rates[name]
-    slots = {
-        path: modules.adapter_spec(adapter.type, targets[path], ranks[path], adapter.decompose_factor)
-        for path in targets
+            rates[path][layer] = rate / group_rates[name]
+    specs = {
+        path: adapter_spec(adapter.type, shape, ranks[path], adapter.decompose_factor)
+        for path, shape in targets.items()
         if any(ranks[path])
     }
-    if not slots:
+    if not specs:
         raise UserError(f"{config.path}: [adapter] leaves every module out, so nothing would be trained")
-    return slots, {
-        f"{path}.{factor}": tuple(own_rates[path])
-        for path, slot in slots.items()
-        for factor in slot.shapes
-        if set(own_rates[path]) != {1.0}
-    }
+    own_rates = {path: tuple(rates[path]) for path in specs if set(rates[path]) != {1.0}}
+    return specs, {f"{path}.{factor}": rate for path, rate in own_rates.items() for factor in specs[path].shapes}
 
 
 def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is to be said of `exclude_modules` that exclude nothing: it may be a slip, or other models' modules."""
+    """Return a warning for each of `exclude_modules` that excludes nothing: a slip, or modules of another model."""
     assert config.adapter is not None
     names = list(module_names({path: shape[0] for path, shape in targets.items()}))
     idle = [one for one in config.adapter.exclude_modules if not any(_any([one], name) for name in names)]
@@ -67,79 +70,9 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
     ]
 
 
-def scales(config: MainConfig, slots: Mapping[str, modules.AdapterSpec]) -> Params:
-    """The adapters' scales by parameter path: alpha / rank in each layer, 0 where there is no adapter.
-
-    A LoKr of two whole factors has no rank, and the scale 1: in its files an alpha has no meaning.
-    """
-    assert config.adapter is not None
-    alpha, found = config.adapter.alpha, {}
-    for path, slot in slots.items():
-        values = [(alpha / rank if alpha and slot.ranked else 1.0) if rank else 0.0 for rank in slot.ranks]
-        found[f"{path}.{modules.SCALE}"] = np.asarray(values, np.float32)
-    return found
-
-
-def existing(
-    config: MainConfig, slots: Mapping[str, modules.AdapterSpec], own_scales: Params, fresh: Params
-) -> tuple[Params, list[str]]:
-    """The factors of `init_from_existing`, in place of fresh ones, and what is to be said of it.
-
-    Modules that its file leaves out begin fresh. Where the file's scale is another than the run's, the factor that
-    would start at zero makes up for it. Raises UserError for a file of another kind or rank, or one that changes
-    modules that are not trained.
-    """
-    adapter = config.adapter
-    assert adapter is not None
-    assert adapter.init_from_existing is not None
-    names = module_names({path: len(slot.ranks) for path, slot in slots.items()})
-    trained = {name for name, (path, layer) in names.items() if slots[path].ranks[layer]}
-    with open_adapter(adapter.init_from_existing) as found:
-        label = f"{config.path}: init_from_existing: {found.path}"
-        if strangers := [name for name in found.patches if name not in trained]:
-            raise UserError(
-                f"{label} changes {len(strangers)} modules that get no adapter in this run, as {strangers[0]}"
-            )
-        if kinds := {patch.kind for patch in found.patches.values()} - {adapter.type}:
-            raise UserError(f"{label} is a {TITLES[kinds.pop()]}, and type is '{adapter.type}'")
-        notes = [f"{len(found.patches)} of {len(trained)} modules begin from {found.path} ({found.summary})"]
-        base = config.model.transformer_path
-        if base is not None and (warning := another_base(found.path, found.metadata, base)):
-            notes.append(warning)
-        theirs, values = factors_of(found, {name: (*place, ()) for name, place in names.items()})
-    result: Params = {}
-    for path, slot in theirs.items():
-        if not _begins(slots[path], slot):
-            raise UserError(
-                f"{label}: {path} has rank {max(slot.ranks)}, expected {max(slots[path].ranks)}; its factors are "
-                f"{slot.shapes}, this run's {slots[path].shapes}; `python -m convert resize` changes a LoRA's rank"
-            )
-        layers, own = np.flatnonzero(slot.ranks), own_scales[f"{path}.{modules.SCALE}"]
-        ratio = values[f"{path}.{modules.SCALE}"] / np.where(own == 0, np.float32(1.0), own)
-        for factor, shape in slot.shapes.items():
-            value = values[f"{path}.{factor}"].astype(np.float32)
-            if modules.FACTORS[factor].zero:
-                value = value * ratio[:, None, None]
-            rows = (layers, *map(slice, shape))
-            result[f"{path}.{factor}"] = fresh[f"{path}.{factor}"].at[rows].set(value[layers])
-    return result, notes
-
-
-def _begins(mine: modules.AdapterSpec, theirs: modules.AdapterSpec) -> bool:
-    """Whether the factors of a file can be the beginning of a run's: of the same sizes, and ranks where it has any."""
-    if mine.shapes.keys() != theirs.shapes.keys():
-        return False
-    for factor, shape in theirs.shapes.items():
-        rank_axis = modules.FACTORS[factor].rank_axis
-        if any(a != b for axis, (a, b) in enumerate(zip(shape, mine.shapes[factor], strict=True)) if axis != rank_axis):
-            return False
-    return not mine.ranked or all(rank in {0, own} for rank, own in zip(theirs.ranks, mine.ranks, strict=True))
-
-
-def _require_patterns_fit(config: MainConfig, adapter: AdapterConfig, names: Iterable[str]) -> None:
-    names = list(names)
+def _require_patterns_fit(config: MainConfig, names: list[str]) -> None:
     for key in ("target_modules", "rank_pattern", "lr_pattern"):
-        for pattern in getattr(adapter, key):
+        for pattern in getattr(config.adapter, key):
             if not any(_any([pattern], name) for name in names):
                 raise UserError(
                     f"{config.path}: adapter.{key}: '{pattern}' fits none of the {len(names)} modules, as "
@@ -148,16 +81,101 @@ def _require_patterns_fit(config: MainConfig, adapter: AdapterConfig, names: Ite
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:
-    """The name, or the part of one from one dot to another, that a pattern may mean."""
+    """The name, or the part of one between two dots, that a pattern may mean."""
     words = [name.split(".") for name in names]
     parts = {".".join(w[i:j]) for w in words for i, j in itertools.combinations(range(len(w) + 1), 2)}
     return did_you_mean(pattern, sorted(parts))
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of the patterns fits the name, or a part of it from one dot to another."""
+    """Whether one of the patterns fits the name, or a part of it between two dots."""
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in patterns)
 
 
 def _first(values: Mapping[str, float], name: str, default: float) -> float:
     return next((value for pattern, value in values.items() if _any([pattern], name)), default)
+
+
+# ---- first values --------------------------------------------------------------------------------------------------
+
+
+def scales(config: MainConfig, specs: Specs) -> Params:
+    """Return the adapters' scales by parameter path: alpha / rank in each layer, 0 where there is no adapter.
+
+    A LoKr of two matrices has no rank, and the scale 1: in its files an alpha has no meaning.
+    """
+    assert config.adapter is not None
+    alpha, found = config.adapter.alpha, {}
+    for path, spec in specs.items():
+        values = [(alpha / rank if alpha and spec.ranked else 1.0) if rank else 0.0 for rank in spec.ranks]
+        found[f"{path}.{SCALE}"] = np.asarray(values, np.float32)
+    return found
+
+
+def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params) -> tuple[Params, list[str]]:
+    """Return the factors of `init_from_existing` in place of fresh ones, and messages about them.
+
+    Raises UserError for a file of another kind or rank, or one that changes modules that are not trained.
+    """
+    adapter = config.adapter
+    assert adapter is not None
+    assert adapter.init_from_existing is not None
+    places = module_names({path: len(spec.ranks) for path, spec in specs.items()})
+    trained = {name for name, (path, layer) in places.items() if specs[path].ranks[layer]}
+    with open_adapter(adapter.init_from_existing) as found:
+        label = f"{config.path}: init_from_existing: {found.path}"
+        if strangers := [name for name in found.patches if name not in trained]:
+            raise UserError(
+                f"{label} changes {len(strangers)} modules that get no adapter in this run, as {strangers[0]}"
+            )
+        if other := next((patch for patch in found.patches.values() if patch.kind.name != adapter.type), None):
+            raise UserError(f"{label} is a {other.kind.title}, and type is '{adapter.type}'")
+        messages = [f"{len(found.patches)} of {len(trained)} modules begin from {found.path} ({found.summary})"]
+        base = config.model.transformer_path
+        if base is not None and (warning := base_mismatch(found.path, found.metadata, base)):
+            messages.append(warning)
+        return factors_of(found, specs, own_scales, fresh, label), messages
+
+
+def factors_of(adapter: Adapter, specs: Specs, own_scales: Params, fresh: Params, label: str) -> Params:
+    """Return an adapter's factors in place of fresh ones; modules that it leaves out stay fresh.
+
+    Where its scale differs from the run's, the factor that would start at zero is multiplied by their ratio. Raises
+    UserError, beginning with `label`, for factors that are not those of `specs`.
+    """
+    places = module_names({path: len(spec.ranks) for path, spec in specs.items()})
+    by_path: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for module, patch in adapter.patches.items():
+        path, layer = places[module]
+        factors = _factors(patch, specs[path], layer, f"{label}: {module}")
+        own = own_scales[f"{path}.{SCALE}"][layer]
+        for name in (name for name in factors if FACTORS[name].zero):
+            factors[name] = factors[name] * (np.float32(patch.scale) / own)
+        by_path.setdefault(path, {})[layer] = factors
+    result: Params = {}
+    for path, layers in by_path.items():
+        for name, shape in specs[path].shapes.items():
+            values = np.zeros((len(layers), *shape), np.float32)
+            for row, factors in zip(values, layers.values(), strict=True):
+                row[tuple(map(slice, factors[name].shape))] = factors[name]
+            result[f"{path}.{name}"] = fresh[f"{path}.{name}"].at[np.array(list(layers))].set(values)
+    return result
+
+
+def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[str, np.ndarray]:
+    """A patch's factors in float32. UserError if they are not those of this layer of `spec`."""
+    names = {factor.part: factor.name for factor in patch.kind.factors if factor.name in FACTORS}
+    unfit = [part for part in patch.parts if part not in names and part != "alpha"]
+    if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
+        unfit.append(f"{MAGNITUDE.part} for each input")
+    if unfit:
+        raise UserError(f"{label}: {unfit[0]} cannot be trained on; merge the file instead")
+    own = {name: patch.parts[part].float32() for part, name in names.items() if part in patch.parts}
+    factors = {name: LAYOUTS[name].to_model(values) for name, values in own.items()}
+    found, expected = {n: f.shape for n, f in factors.items()}, {n: spec.layer_shape(n, layer) for n in spec.shapes}
+    if found != expected:
+        raise UserError(
+            f"{label} has rank {patch.rank}, expected {spec.ranks[layer]}; its factors are {found}, this run's "
+            f"{expected}; `python -m convert resize` changes a LoRA's rank"
+        )
+    return factors

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from anima_jax.adapters.kinds import TITLES, adapter_kind
+from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.networks import (
     ADAPTER,
@@ -80,7 +80,7 @@ def looks_like(keys: Iterable[str]) -> str:
     """Say in a few words what a file with these keys seems to be."""
     keys = list(keys)
     if kind := adapter_kind(keys):
-        return f"it looks like: {TITLES[kind]}"
+        return f"it looks like: {kind.title}"
     titles = [network.title for network in NETWORKS if locate(network, keys)]
     return f"it looks like: {' and '.join(titles)}" if titles else f"it contains {len(keys)} tensors: {shorten(keys)}"
 

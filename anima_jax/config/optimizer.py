@@ -2,10 +2,11 @@
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.config.schema import (
     Count,
     Dtype,
@@ -102,6 +103,12 @@ AdapterPath = Annotated[
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, documented_as("regex or [regex, …]")]
 
 
+if TYPE_CHECKING:
+    AdapterType = str
+else:
+    AdapterType = Literal[TRAINABLE]
+
+
 class AdapterConfig(TypedSection):
     """Trained low-rank updates of the blocks' linear layers. Without this table every weight is trained.
 
@@ -111,12 +118,12 @@ class AdapterConfig(TypedSection):
     (`text_encoder.layers.0.mlp.up_proj`).
     """
 
-    type: Literal["lora", "lokr", "loha", "dora"] = Field(description="'lora' or 'lokr'; ours: 'loha', 'dora'")
+    type: AdapterType = Field(description="the kind of adapter; diffusion-pipe has 'lora' and 'lokr'")
     rank: Count = Field(description="rank of the factors")
     alpha: Positive | None = Field(None, description="ours; the update is scaled by alpha / rank; unset: alpha = rank")
     dropout: Probability = Field(0.0, description="fraction of an adapter's inputs that are dropped")
     rank_dropout: Probability = Field(
-        0.0, description="fraction of an adapter's ranks ('lora', 'dora') or outputs ('lokr', 'loha') that are dropped"
+        0.0, description="fraction of an adapter's ranks ('lora', 'dora') or outputs (other types) that are dropped"
     )
     decompose_factor: Annotated[int, Field(ge=-1)] = Field(
         -1,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from anima_jax.adapters.kinds import TITLES
+from anima_jax.adapters.kinds import KINDS
 from anima_jax.config.main import MainConfig
 
 PARTS: Mapping[str, str] = {
@@ -33,13 +33,15 @@ def summary(config: MainConfig) -> list[str]:
     if frozen:
         sentences.append(f"Frozen: {_listed(frozen)}.")
     if adapter and adapter.text_encoder_lr:
-        sentences.append(f"A {TITLES[adapter.type]} on the text encoder is trained at {adapter.text_encoder_lr:g}.")
+        sentences.append(
+            f"A {KINDS[adapter.type].title} on the text encoder is trained at {adapter.text_encoder_lr:g}."
+        )
     return [*sentences, _llm_adapter(config)]
 
 
 def _subject(config: MainConfig) -> str:
     if config.adapter:
-        kind = TITLES[config.adapter.type]
+        kind = KINDS[config.adapter.type].title
         return f"a {kind} of rank {config.adapter.rank} on the blocks' linear layers, with everything else frozen,"
     if config.model.transformer_path is None:
         return "a newly initialised transformer"
@@ -48,7 +50,7 @@ def _subject(config: MainConfig) -> str:
 
 def _llm_adapter(config: MainConfig) -> str:
     rate, own = config.learning_rates["llm_adapter"], config.model.llm_adapter_lr
-    what = f"A {TITLES[config.adapter.type]} on the LLM adapter" if config.adapter else "The LLM adapter"
+    what = f"A {KINDS[config.adapter.type].title} on the LLM adapter" if config.adapter else "The LLM adapter"
     if not rate:
         return f"The LLM adapter is frozen: {'[optimizer] lr' if own is None else 'llm_adapter_lr'} = 0."
     if own is not None or (config.model.transformer_path is None and not config.adapter):

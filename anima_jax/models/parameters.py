@@ -14,14 +14,8 @@ from jax.core import Tracer
 Params = dict[str, Any]
 """Parameter path → array (or something in its place: a shape, a gradient, a moment, a sharding)."""
 
-MATRICES = (
-    ".kernel",
-    ".embedding",
-    *(".lora_a", ".lora_b"),
-    *(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b"),
-    *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
-)
-"""Endings of the paths of parameters that are used in matrix products."""
+VECTORS = ("scale", "bias", "magnitude")
+"""Endings of the paths of parameters that are added or multiplied elementwise; all others are matrices."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
@@ -57,8 +51,8 @@ def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[.
 
 
 def cast_to_compute(params: Params, dtype: Any) -> Params:
-    """Cast matrices to the compute dtype; norm scales and biases are unchanged."""
-    return {path: value.astype(dtype) if path.endswith(MATRICES) else value for path, value in params.items()}
+    """Cast matrices to the compute dtype; scales, biases and magnitudes are unchanged."""
+    return {path: value if path.endswith(VECTORS) else value.astype(dtype) for path, value in params.items()}
 
 
 def count(params: Params) -> int:

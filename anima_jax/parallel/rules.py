@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
 from anima_jax.models.parameters import Params
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -24,19 +25,21 @@ _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adal
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
 _STACK = r"(llm_adapter\.|text_encoder\.)?(blocks|layers)\."
 
-_INNER, _OUTER = r"(lora_a|hada_w[12]_b)", r"(lora_b|hada_w[12]_a)"
-"""Factors of adapters, (in, rank) and (rank, out)."""
+_IN_RANK = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("in", "rank"))
+_RANK_OUT = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("rank", "out"))
+_OTHERS = "|".join(name for name, factor in FACTORS.items() if set(factor.axes).isdisjoint({"in", "out"}))
+"""Factors of adapters by their axes: features of the adapted layer are sharded as in its kernel, others replicated."""
 
 BOTH = ("tensor", "fsdp")
 
 RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_IN})\.kernel", P(None, "fsdp", "tensor")),
     (rf"{_STACK}({_LEADS_OUT})\.kernel", P(None, "tensor", "fsdp")),
-    (rf"{_STACK}({_LEADS_IN})\.{_INNER}", P(None, "fsdp", None)),
-    (rf"{_STACK}({_LEADS_IN})\.{_OUTER}", P(None, None, BOTH)),
-    (rf"{_STACK}({_LEADS_OUT})\.{_INNER}", P(None, BOTH, None)),
-    (rf"{_STACK}({_LEADS_OUT})\.{_OUTER}", P(None, None, "fsdp")),
-    (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|lora_scale|lora_magnitude|lokr_w[12](_[ab])?)", P()),
+    (rf"{_STACK}({_LEADS_IN})\.({_IN_RANK})", P(None, "fsdp", None)),
+    (rf"{_STACK}({_LEADS_IN})\.({_RANK_OUT})", P(None, None, BOTH)),
+    (rf"{_STACK}({_LEADS_OUT})\.({_IN_RANK})", P(None, BOTH, None)),
+    (rf"{_STACK}({_LEADS_OUT})\.({_RANK_OUT})", P(None, None, "fsdp")),
+    (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|{SCALE}|{MAGNITUDE.name}|{_OTHERS})", P()),
     # Not over `tensor`: the features of the residual stream would then be sharded in the blocks too.
     (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from anima_jax.adapters.base_model import fingerprint
-from anima_jax.adapters.dialects import TEXT_ENCODER
-from anima_jax.adapters.file import module_names, save_lora
+from anima_jax.adapters import peft
+from anima_jax.adapters.base_model import identify
+from anima_jax.adapters.file import patches_of, write_adapter
 from anima_jax.checkpoints.locations import replacing
 from anima_jax.checkpoints.models import save_dit
-from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, os_reason
 from anima_jax.models.parameters import Params
@@ -26,7 +25,6 @@ from anima_jax.training.state import ParamPartition
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-PEFT_FILE = "adapter_config.json"
 
 EMA_FOLDER = "ema"
 """Where the averaged weights lie in an export's folder: beside the trained ones, and a folder of their own because
@@ -56,9 +54,10 @@ def about_adapter(config: MainConfig, trained: ParamPartition, step: int) -> Abo
         "alpha": f"{adapter.rank if adapter.alpha is None else adapter.alpha:g}",
         "step": str(step),
         "version": f"anima_jax {_version()}",
-        **(fingerprint(base).metadata if base else {}),
+        **(identify(base).metadata if base else {}),
     }
-    return AboutAdapter(metadata, peft_config(config, trained))
+    blocks = trained.config.adapter.blocks if trained.config.adapter else 0
+    return AboutAdapter(metadata, peft.settings(adapter, trained.specs, base, blocks))
 
 
 def _version() -> str:
@@ -66,41 +65,6 @@ def _version() -> str:
         return importlib.metadata.version("anima-jax")
     except importlib.metadata.PackageNotFoundError:  # run from its folder
         return "of no release"
-
-
-def peft_config(config: MainConfig, trained: ParamPartition) -> dict[str, Any]:
-    """PEFT's settings for the transformer's modules, whose names they have as in the original files."""
-    adapter, specs = config.adapter, trained.specs
-    assert adapter is not None
-    assert specs is not None
-    names = module_names({path: len(spec.ranks) for path, spec in specs.items()})
-    ranks = {name: specs[path].ranks[layer] for name, (path, layer) in names.items()}
-    ranks = {name: rank for name, rank in ranks.items() if rank and not name.startswith(TEXT_ENCODER)}
-    alphas = {name: adapter.alpha or rank for name, rank in ranks.items()}
-    for name in alphas:
-        if not specs[names[name][0]].ranked:
-            alphas[name] = ranks[name]  # PEFT multiplies by alpha / rank even where there is no rank
-    alpha = adapter.alpha or adapter.rank
-    # PEFT takes every module whose name ends like a target, and the LLM adapter's attention ends as the transformer's.
-    inside = trained.config.adapter.blocks if trained.config.adapter else 0
-    alike = re.compile(r"blocks\.(\d+)\.\w+_attn\.[qkv]_proj")
-    taken = {ADAPTER + name for name in ranks if (match := alike.fullmatch(name)) and int(match[1]) < inside}
-    shared = {
-        "base_model_name_or_path": config.model.transformer_path,
-        "inference_mode": True,
-        "r": adapter.rank,
-        "target_modules": sorted(ranks),
-        "exclude_modules": sorted(taken - ranks.keys()) or None,
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != adapter.rank},
-        "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
-    }
-    if adapter.type in {"lora", "dora"}:
-        own = {"lora_alpha": alpha, "lora_dropout": adapter.dropout, "bias": "none", "use_dora": adapter.type == "dora"}
-        return {"peft_type": "LORA", **shared, **own}
-    own = {"alpha": alpha, "rank_dropout": adapter.rank_dropout}
-    if adapter.type == "lokr":
-        own["decompose_factor"] = adapter.decompose_factor
-    return {"peft_type": adapter.type.upper(), **shared, **own}
 
 
 def export(
@@ -124,14 +88,15 @@ def _write(
     folder: pathlib.Path, trained: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
 ) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if trained.ranks is None:
+    if trained.specs is None:
         path = folder / MODEL_FILE
         save_dit(path, trained.frozen | params, dtype=jnp.dtype(dtype))
         return path
     path = folder / ADAPTER_FILE
-    save_lora(path, trained.frozen | params, trained.ranks, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
+    patches = patches_of(trained.frozen | params, trained.specs)
+    write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
     if about and is_process_0():
-        with replacing(folder / PEFT_FILE) as file:
+        with replacing(folder / peft.FILE) as file:
             file.write(json.dumps(about.peft, indent=2).encode())
     return path
 

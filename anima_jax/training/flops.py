@@ -1,12 +1,14 @@
 """FLOPs of a training step, computed from sizes: those of matrix products and attention, which outweigh all others."""
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from anima_jax.adapters.kinds import FACTORS, kind_of
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.parameters import MATRICES, Params
+from anima_jax.models.parameters import Params
 
 ATTENTION_BACKWARD = 4 / 2
 """Products in attention's backward pass per product in its forward pass; it also recomputes the scores."""
@@ -54,9 +56,6 @@ _ROWS_OF_TEXT = re.compile(r"(llm_adapter\.)?blocks\.cross_attn\.[kv]_proj\.")
 _ROWS_OF_TIME = re.compile(r"t_embedder\.|.*adaln_modulation")
 _INPUT_IS_DATA = re.compile(r"x_embedder|t_embedder\.linear_1|llm_adapter\.blocks\.cross_attn\.[kv]_proj")
 
-_BEHIND_ANOTHER_FACTOR = (".lora_b", ".lokr_w1", ".lokr_w2_a")
-"""Factors of adapters whose input is another factor's output."""
-
 
 def flops(
     config: DiTConfig, trained: Params, work: Workload, remat: str, remat_every: int = 1, frozen: Params | None = None
@@ -71,11 +70,9 @@ def flops(
     # Blocks recomputed together are recomputed once more than each alone.
     again_dense, again_attention = (times + (remat_every > 1) for times in RECOMPUTED[remat])
     parts = []
-    for path, leaf in {**base, **trained}.items():
-        if path.endswith(MATRICES) and not path.endswith(".embedding"):
-            product = _product(path, leaf, trained, _rows(path, work))
-            backward = product * ((path in trained) + _needs_input_gradient(path, adapts))
-            parts.append(Flops(product, backward, product * _recomputed(path, adapts, again_dense)))
+    for path, product, is_behind in [*_kernel_products(base | trained, work), *_factor_products(trained, work)]:
+        backward = product * ((path in trained) + (is_behind or _needs_input_gradient(path, adapts)))
+        parts.append(Flops(product, backward, product * _recomputed(path, adapts, again_dense)))
     for in_adapter, product in _attention_products(config, work):
         if in_adapter and not adapts:
             parts.append(Flops(product, 0.0, 0.0))
@@ -94,30 +91,30 @@ def _recomputed(path: str, adapts: bool, again: int) -> int:
     return again if path.startswith("blocks.") else 0
 
 
-def _product(path: str, leaf: Any, trained: Params, rows: int) -> float:
-    """Return the FLOPs of the products of one example's `rows` with the matrix at `path`."""
-    module, _, name = path.rpartition(".")
-    if name.startswith(("lokr_w1_", "hada_w")) and name != "hada_w1_b":
-        return 0.0  # multiplied with another factor, where it counts
+def _kernel_products(params: Params, work: Workload) -> Iterator[tuple[str, float, bool]]:
+    """Yield path, FLOPs of one example's product with it, and False, of every kernel."""
+    for path, leaf in params.items():
+        if path.endswith(".kernel"):
+            yield path, 2.0 * leaf.size * _rows(path, work), False
 
-    def side(axis: int, *names: str) -> int:
-        return next(trained[f"{module}.{one}"].shape[axis] for one in names if f"{module}.{one}" in trained)
 
-    if name.startswith("lokr_w2"):
-        rows *= side(-2, "lokr_w1", "lokr_w1_b")
-    elif name == "lokr_w1":
-        rows *= side(-1, "lokr_w2", "lokr_w2_a")
-    elif name == "hada_w1_b":
-        # Both products of factors are formed, then their product is multiplied with the rows.
-        width = side(-1, "hada_w1_a")
-        return 2.0 * leaf.size * width * (2 + rows / leaf.shape[-1])
-    elif name == "lora_a" and f"{module}.lora_magnitude" in trained:
-        rows += side(-1, "lora_b")  # the norm needs its product with the frozen weights
-    return 2.0 * leaf.size * rows
+def _factor_products(trained: Params, work: Workload) -> Iterator[tuple[str, float, bool]]:
+    """Yield path, FLOPs of one example's product with it, and whether its input is another's output, of each factor."""
+    modules: dict[str, dict[str, Any]] = {}
+    for path, leaf in trained.items():
+        module, _, name = path.rpartition(".")
+        if name in FACTORS:
+            modules.setdefault(module, {})[name] = leaf
+    for module, factors in modules.items():
+        kind = kind_of(FACTORS[name].part for name in factors)
+        assert kind is not None
+        rows = kind.rows({name: leaf.shape[1:] for name, leaf in factors.items()}, _rows(f"{module}.", work))
+        for number, (name, own_rows) in enumerate(rows.items()):
+            yield f"{module}.{name}", 2.0 * factors[name].size * own_rows, number > 0
 
 
 def _rows(path: str, work: Workload) -> int:
-    """Return the number of rows of one example that are multiplied with the matrix at `path`."""
+    """Return the number of rows of one example that are multiplied with a matrix of the module at `path`."""
     if path.startswith(TEXT_ENCODER):
         return work.source_rows
     if _ROWS_OF_TEXT.match(path):
@@ -130,10 +127,8 @@ def _rows(path: str, work: Workload) -> int:
 def _needs_input_gradient(path: str, adapts: bool) -> bool:
     """Return whether anything trained comes before the matrix at `path`. The scanned blocks count as one."""
     if _INPUT_IS_DATA.match(path):
-        return path.endswith(_BEHIND_ANOTHER_FACTOR)
-    if path.startswith("llm_adapter.") or _ROWS_OF_TEXT.match(path):
-        return adapts or path.endswith(_BEHIND_ANOTHER_FACTOR)
-    return True
+        return False
+    return adapts or not (path.startswith("llm_adapter.") or _ROWS_OF_TEXT.match(path))
 
 
 def _attention_products(config: DiTConfig, work: Workload) -> list[tuple[bool, float]]:

@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from anima_jax.adapters import modules, training
-from anima_jax.adapters.dialects import ADAPTER_RULES, TEXT_ENCODER
+from anima_jax.adapters.dialects import ADAPTER_RULES
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.errors import UserError
@@ -57,11 +58,6 @@ class ParamPartition:
     def text_ids(self) -> bool:
         """Whether the step trains the text encoder, and so takes token ids instead of text states."""
         return any(path.startswith(TEXT_ENCODER) for path in self.params)
-
-    @property
-    def ranks(self) -> dict[str, tuple[int, ...]] | None:
-        """Each adapter's rank in each layer, by module path; None in full training."""
-        return None if self.specs is None else {path: tuple(spec.ranks) for path, spec in self.specs.items()}
 
 
 def prepare(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from anima_jax.adapters.kinds import TITLES
+from anima_jax.adapters.kinds import KINDS
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.checkpoints.names.groups import GROUPS, group_of
 from anima_jax.config.main import MainConfig
@@ -37,7 +37,7 @@ def adapter_line(specs: Mapping[str, AdapterSpec]) -> str:
     """Return the kind, ranks and number of the adapters."""
     ranks = [rank for spec in specs.values() for rank in spec.ranks if rank]
     span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
-    kind = TITLES[next(iter(specs.values())).kind]
+    kind = KINDS[next(iter(specs.values())).kind].title
     return f"{kind} of rank {span} on {len(ranks)} modules, {len(specs)} linear layers a block"
 
 

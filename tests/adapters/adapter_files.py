@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from anima_jax.adapters import modules, training
+from anima_jax.adapters.dialects import LAYOUTS, module_names
 from anima_jax.adapters.file import open_adapter
+from anima_jax.adapters.kinds import SCALE
+from anima_jax.adapters.merge import AdapterStack
+from anima_jax.models import parameters
 from tests.golden_files import GOLDEN, channel_last, golden
 from tests.models.networks import quick_jit
 
@@ -104,3 +109,31 @@ def updates(path) -> dict[str, np.ndarray]:
     """Module → ΔW of an adapter's file."""
     with open_adapter(path) as adapter:
         return {module: patch.update() for module, patch in adapter.patches.items()}
+
+
+def merged(path, model, **options):
+    """`model` with a file's adapter in its weights, as the pipeline loads it."""
+    graphdef, params = parameters.split(model)
+    return parameters.merge(graphdef, params | AdapterStack([path], params, {}, **options).at([1.0])[0])
+
+
+def beside(path, model):
+    """The structure and parameters of `model` with a file's adapter beside its weights, as a run starts from it."""
+    layers = {target: shape[0] for target, shape in modules.target_shapes(model).items()}
+    places, specs, scales = module_names(layers), {}, {}
+    with open_adapter(path) as adapter:
+        for module, patch in adapter.patches.items():
+            target, layer = places[module]
+            names = {f.part: f.name for f in patch.kind.factors}
+            own = {
+                names[n]: LAYOUTS[names[n]].to_model(part.read()).shape for n, part in patch.parts.items() if n in names
+            }
+            spec = specs.get(target) or modules.AdapterSpec(patch.kind.name, own, (0,) * layers[target])
+            shapes = {name: tuple(map(max, shape, spec.shapes[name])) for name, shape in own.items()}
+            ranks = [patch.rank or 1 if n == layer else rank for n, rank in enumerate(spec.ranks)]
+            specs[target] = spec._replace(shapes=shapes, ranks=tuple(ranks))
+            scales.setdefault(f"{target}.{SCALE}", np.zeros(layers[target], np.float32))[layer] = patch.scale
+        modules.attach(model, specs)
+        graphdef, params = parameters.split(model)
+        params |= {name: jnp.asarray(value) for name, value in scales.items()}
+        return graphdef, params | training.factors_of(adapter, specs, scales, params, str(path)), specs

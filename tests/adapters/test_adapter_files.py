@@ -10,14 +10,30 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import dialects as names
+from anima_jax.adapters import training
 from anima_jax.adapters.depths import depth_map, remapped
 from anima_jax.adapters.dialects import DIALECTS
-from anima_jax.adapters.file import fitted, load_lora, open_adapter, write_adapter
+from anima_jax.adapters.file import Adapter, fitted, open_adapter, write_adapter
+from anima_jax.adapters.merge import AdapterStack
+from anima_jax.adapters.modules import adapter_spec
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.errors import UserError
+from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-from tests.adapters.adapter_files import LOKR, LORA, SPELLINGS, flat, lora_as, peft_config, split, updates, velocity
+from tests.adapters.adapter_files import (
+    LOKR,
+    LORA,
+    SPELLINGS,
+    beside,
+    flat,
+    lora_as,
+    merged,
+    peft_config,
+    split,
+    updates,
+    velocity,
+)
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import normal, random_model
 
@@ -96,14 +112,16 @@ def test_every_dialect_of_a_lora_makes_the_same_updates(tmp_path, dialect, alpha
     ("dialect", "alpha"), [("trainer", None), ("up and down", 1.0), ("kohya", 6.0), ("diffusers", 2.0)]
 )
 def test_a_lora_gives_the_references_velocity_whichever_dialect_it_came_in(model, tmp_path, capsys, dialect, alpha):
-    load_lora(lora_as(dialect, tmp_path / "lora.safetensors", alpha), model)
+    found = velocity(merged(lora_as(dialect, tmp_path / "lora.safetensors", alpha), model))
     assert "68 of 68 modules matched (LoRA of rank 4)" in capsys.readouterr().out
-    assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
+    assert relative_error(found, channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
 
 
 def test_a_lokr_gives_the_references_velocity(model):
-    load_lora(LOKR, model)
-    assert relative_error(velocity(model), channel_last(golden("lokr_rank4.io")["velocity"])) < VALUE_TOLERANCE
+    assert (
+        relative_error(velocity(merged(LOKR, model)), channel_last(golden("lokr_rank4.io")["velocity"]))
+        < VALUE_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,6 +161,7 @@ def random_parts(kind: str, out: int = 64, into: int = 64) -> dict[str, np.ndarr
         "lora": {"lora_A": (3, into), "lora_B": (out, 3)},
         "loha": {"hada_w1_a": (out, 3), "hada_w1_b": (3, into), "hada_w2_a": (out, 3), "hada_w2_b": (3, into)},
         "lokr whole": {"lokr_w1": (4, 8), "lokr_w2": (out // 4, into // 8)},
+        "lokr": {"lokr_w1": (4, 8), "lokr_w2_a": (out // 4, 2), "lokr_w2_b": (2, into // 8)},
         "lokr both": {
             "lokr_w1_a": (4, 2),
             "lokr_w1_b": (2, 8),
@@ -168,8 +187,10 @@ def expected_weight(weight: np.ndarray, parts: dict[str, np.ndarray], strength: 
         update = p["lora_B"] @ p["lora_A"] * p["alpha"] / 3
     elif "hada_w1_a" in p:
         update = (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * p["alpha"] / 3
-    elif "lokr_w1" in p:
+    elif "lokr_w2" in p:
         update = np.kron(p["lokr_w1"], p["lokr_w2"])  # no rank: an alpha says nothing
+    elif "lokr_w1" in p:
+        update = np.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]) * p["alpha"] / 2
     elif "lokr_w1_a" in p:
         update = np.kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"]) * p["alpha"] / 2
     else:
@@ -182,7 +203,7 @@ def expected_weight(weight: np.ndarray, parts: dict[str, np.ndarray], strength: 
     return weight + strength * (turned - weight)
 
 
-KINDS = ("lora", "dora", "dora by input", "loha", "loha dora", "lokr whole", "lokr both", "diff")
+KINDS = ("lora", "dora", "dora by input", "loha", "loha dora", "lokr", "lokr whole", "lokr both", "diff")
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3, -0.5])
@@ -195,14 +216,14 @@ def test_every_kind_changes_a_weight_as_its_paper_says(tmp_path, kind, strength)
     with open_adapter(tmp_path / "one.safetensors") as adapter:
         (patch,) = adapter.patches.values()
         found = patch.applied(weight, strength)
-        assert patch.fault((64, 64)) is None
+        assert patch.error((64, 64)) is None
         if "dora" not in kind:
             assert patch.norm() == pytest.approx(np.linalg.norm(expected_weight(0 * weight, parts, 1.0)), rel=1e-5)
     assert found.dtype == np.float32
     assert relative_error(found, expected_weight(weight, parts, strength)) < 2e-6
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr both"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_beside_a_models_weights_a_file_does_what_it_does_merged_into_them(tmp_path, kind):
     """The networks' own layers against the arithmetic on files."""
     parts = random_parts(kind)
@@ -213,32 +234,28 @@ def test_beside_a_models_weights_a_file_does_what_it_does_merged_into_them(tmp_p
         },
         tmp_path / "one.safetensors",
     )
-    beside, merged = load_dit(DIT_FILE), load_dit(DIT_FILE)
-    load_lora(tmp_path / "one.safetensors", beside)
-    kernel = merged.blocks.self_attn.q_proj.kernel
-    with open_adapter(tmp_path / "one.safetensors") as adapter:
-        weight = adapter.patches[Q_PROJ].applied(np.asarray(kernel[...][1]).T, 1.0)
-    kernel.set_value(kernel[...].at[1].set(weight.T))
-    plain = velocity(load_dit(DIT_FILE))
-    assert relative_error(velocity(beside), velocity(merged)) < VALUE_TOLERANCE
-    assert relative_error(velocity(merged), plain) > 1e-3
+    graphdef, params, _ = beside(tmp_path / "one.safetensors", load_dit(DIT_FILE))
+    in_weights = velocity(merged(tmp_path / "one.safetensors", load_dit(DIT_FILE)))
+    assert relative_error(velocity(parameters.merge(graphdef, params)), in_weights) < VALUE_TOLERANCE
+    assert relative_error(in_weights, velocity(load_dit(DIT_FILE))) > 1e-3
 
 
 def test_a_text_encoder_takes_adapters_too(tmp_path):
     config = Qwen3Config(width=64, layers=3, heads=4, key_heads=2, head_size=16, mlp_width=96, vocabulary=50)
     qwen = random_model(Qwen3, config)
-    before = np.asarray(qwen(jnp.arange(6)[None]))
+    graphdef, params = parameters.split(qwen)
     parts = random_parts("lora")
     save_file(
         {f"lora_te_layers_1_self_attn_q_proj.{n}{'.weight' if 'lora_' in n else ''}": a for n, a in parts.items()},
         tmp_path / "te.safetensors",
     )
-    load_lora(tmp_path / "te.safetensors", qwen)
-    found = np.asarray(qwen(jnp.arange(6)[None]))
-    assert relative_error(found, before) > 1e-3
-    layer = qwen.layers.self_attn.q_proj
-    assert layer.ranks == (0, 3, 0)
-    np.testing.assert_allclose(layer.lora_scale[...], [0, 2 / 3, 0], rtol=1e-6)
+    changed = AdapterStack([tmp_path / "te.safetensors"], {}, params).at([1.0])[1]
+    assert set(changed) == {"layers.self_attn.q_proj.kernel"}
+    kernel = np.asarray(params["layers.self_attn.q_proj.kernel"])
+    expected = np.stack([kernel[0], expected_weight(kernel[1].T, parts, 1.0).T, kernel[2]])
+    np.testing.assert_allclose(changed["layers.self_attn.q_proj.kernel"], expected, rtol=1e-5, atol=1e-5)
+    found = parameters.merge(graphdef, params | changed)(jnp.arange(6)[None])
+    assert relative_error(np.asarray(found), qwen(jnp.arange(6)[None])) > 1e-3
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
@@ -255,19 +272,19 @@ STRAY = "diffusion_model.blocks.0.self_attn.qkv.lora_A.weight"
 def test_keys_that_belong_nowhere_are_listed_and_can_be_left_out(model, tmp_path, capsys):
     path = changed(tmp_path, lambda t: t | {STRAY: np.zeros((4, 64), "f4"), "extra.moe.router": np.zeros(3, "f4")})
     with pytest.raises(UserError, match="2 keys are unused") as error:
-        load_lora(path, model)
+        merged(path, model)
     assert STRAY in str(error.value)
     assert "did you mean 'diffusion_model.blocks.0.self_attn." in str(error.value)
     assert "extra.moe.router" in str(error.value)
-    load_lora(path, model, allow_unused=True)
+    found = velocity(merged(path, model, allow_unused=True))
     assert "warning: " in capsys.readouterr().err
-    assert relative_error(velocity(model), channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
+    assert relative_error(found, channel_last(golden("lora_rank4.io")["velocity"])) < VALUE_TOLERANCE
 
 
 def test_blocks_that_the_model_has_not_are_unused(model, tmp_path):
     moved = lambda t: {k.replace("n_model.blocks.2.", "n_model.blocks.30."): a for k, a in t.items()}  # noqa: E731
     with pytest.raises(UserError, match=r"32 keys are unused: diffusion_model.blocks.30"):
-        load_lora(changed(tmp_path, moved), model)
+        merged(changed(tmp_path, moved), model)
 
 
 def test_a_part_that_is_there_twice_is_refused(tmp_path):
@@ -288,11 +305,20 @@ def test_a_lora_of_another_family_is_told_by_its_keys(tmp_path):
         updates(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["diff", "loha dora", "dora by input"])
-def test_what_only_merging_can_do_is_not_kept_beside_a_model(model, tmp_path, kind):
-    save_file({f"diffusion_model.{Q_PROJ}.{n}": a for n, a in random_parts(kind).items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="merge the file instead"):
-        load_lora(tmp_path / "x.safetensors", model)
+@pytest.mark.parametrize(
+    ("kind", "trained", "part"),
+    [
+        ("diff", "lora", "diff"),
+        ("loha dora", "loha", "dora_scale"),
+        ("dora by input", "dora", "dora_scale for each input"),
+    ],
+)
+def test_what_only_merging_can_do_cannot_be_trained_on(kind, trained, part):
+    patch = Patch({name: Part.of(array) for name, array in random_parts(kind).items()})
+    specs = {"blocks.self_attn.q_proj": adapter_spec(trained, (3, 64, 64), (3, 3, 3))}
+    scales = {"blocks.self_attn.q_proj.lora_scale": np.ones(3, np.float32)}
+    with pytest.raises(UserError, match=f"x: {Q_PROJ}: {part} cannot be trained on; merge the file instead"):
+        training.factors_of(Adapter("x", {Q_PROJ: patch}), specs, scales, {}, "x")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -408,9 +434,9 @@ def test_an_adapter_is_moved_without_its_text_side_and_back_if_nothing_is_lost()
     there = remapped(patches, 28, 40)
     assert set(there) == {"blocks.26.mlp.layer1", "llm_adapter.blocks.5.mlp.0", "text_encoder.layers.27.mlp.up_proj"}
     assert remapped(there, 40, 28) == patches
-    with pytest.raises(UserError, match="changes blocks 2, which a model of 28 blocks has not"):
+    with pytest.raises(UserError, match="changes blocks 2, which a model of 28 blocks does not have"):
         remapped({"blocks.2.mlp.layer1": patch}, 40, 28)
-    with pytest.raises(UserError, match="changes blocks 30, which a model of 28 blocks has not either"):
+    with pytest.raises(UserError, match="changes blocks 30, which a model of 28 blocks does not have either"):
         remapped({"blocks.30.mlp.layer1": patch}, 28, 40)
 
 

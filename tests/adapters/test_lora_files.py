@@ -8,11 +8,12 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import modules
 from anima_jax.adapters.dialects import ADAPTER_RULES
-from anima_jax.adapters.file import load_lora, ranks_of, save_lora
+from anima_jax.adapters.file import patches_of, write_adapter
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.checkpoints.names import file_tensors
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
+from tests.adapters.adapter_files import beside, merged
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden, relative_error
 
 LORA = GOLDEN / "lora_rank4.safetensors"
@@ -26,8 +27,7 @@ def model():
 
 @pytest.mark.parametrize("path", [LORA, LOKR], ids=["lora", "lokr"])
 def test_velocity_loss_and_adapter_gradients_equal_the_reference(model, path):
-    load_lora(path, model)
-    graphdef, params = parameters.split(model)
+    graphdef, params, _ = beside(path, model)
     inputs, expected = golden("dit_image.io"), golden(f"{path.stem}.io")
     text = [jnp.asarray(inputs[key]) for key in ("qwen", "t5_ids", "qwen_mask", "t5_mask")]
 
@@ -49,15 +49,15 @@ def test_velocity_loss_and_adapter_gradients_equal_the_reference(model, path):
         assert relative_error(grad, expected[f"grad.{tensor.name}"]) < GRADIENT_TOLERANCE, tensor.name
 
 
-def saved(model, path):
-    save_lora(path, parameters.split(model)[1], ranks_of(model))
+def saved_again(source, model, path):
+    _, params, specs = beside(source, model)
+    write_adapter(path, patches_of(params, specs))
     return load_file(path)
 
 
 @pytest.mark.parametrize("path", [LORA, LOKR], ids=["lora", "lokr"])
 def test_loading_and_saving_gives_the_same_tensors(model, tmp_path, path):
-    load_lora(path, model)
-    original, again = load_file(path), saved(model, tmp_path / "again.safetensors")
+    original, again = load_file(path), saved_again(path, model, tmp_path / "again.safetensors")
     assert original.keys() == again.keys()
     for name, array in original.items():
         assert array.dtype == again[name].dtype
@@ -70,8 +70,7 @@ def test_modules_and_layers_that_a_file_leaves_out_stay_out_and_ranks_may_differ
         if "blocks.2.self_attn.q_proj" in name:
             kept[name] = np.ascontiguousarray(kept[name][:2] if "lora_A" in name else kept[name][:, :2])
     save_file(kept, tmp_path / "part.safetensors")
-    load_lora(tmp_path / "part.safetensors", model)
-    again = saved(model, tmp_path / "again.safetensors")
+    again = saved_again(tmp_path / "part.safetensors", model, tmp_path / "again.safetensors")
     assert kept.keys() == again.keys()
     for name, array in kept.items():
         np.testing.assert_array_equal(array, again[name], err_msg=name)
@@ -104,5 +103,5 @@ def mismatched_loha():
 def test_a_file_that_does_not_fit_is_refused_in_one_line(model, tmp_path, change, message):
     save_file(change(load_file(LORA)), tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match=message) as error:
-        load_lora(tmp_path / "bad.safetensors", model)
+        merged(tmp_path / "bad.safetensors", model)
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from anima_jax.adapters import modules
+from anima_jax.adapters.kinds import FACTORS, TRAINABLE
 from anima_jax.models import parameters
 from anima_jax.models.layers import Linear
 from tests.golden_files import GRADIENT_TOLERANCE, VALUE_TOLERANCE, relative_error
@@ -39,14 +40,14 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
 
     def build(rngs):
         model = Stack(rngs=rngs)
-        modules.attach(model, slots)
+        modules.attach(model, specs)
         return model
 
-    slots = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
+    specs = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), ranks, factor)}
     graphdef, shapes = parameters.abstract(build)
     params = {path: jnp.asarray(normal(*leaf.shape, seed=seed)) for seed, (path, leaf) in enumerate(shapes.items())}
     for path in filter(modules.is_factor, params):
-        axis = modules.FACTORS[path.rpartition(".")[2]].rank_axis
+        axis = FACTORS[path.rpartition(".")[2]].rank_axis
         for layer, rank in enumerate(ranks):
             beyond = (slice(rank, None),) if axis == 0 else (slice(None), slice(rank, None))
             if axis is not None:
@@ -125,7 +126,7 @@ def test_values_and_gradients_are_pefts(kind, factor):
             assert relative_error(grads[name][layer].T, parameter.grad) < GRADIENT_TOLERANCE, name
 
 
-@pytest.mark.parametrize("kind", modules.KINDS)
+@pytest.mark.parametrize("kind", TRAINABLE)
 def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_it(kind):
     ranks = (RANK, 2, 0)
     graphdef, params = adapted(kind, ranks)
@@ -135,17 +136,17 @@ def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_
     np.testing.assert_array_equal(out[2], plain)
     for name, grad in grads.items():
         assert not np.any(grad[2]), name
-        axis = modules.FACTORS[name].rank_axis
+        axis = FACTORS[name].rank_axis
         if axis is not None:
             assert not np.any(np.take(grad[1], range(2, RANK), axis=axis)), name
             assert np.any(np.take(grad[1], range(2), axis=axis)), name
 
 
-@pytest.mark.parametrize(("kind", "factor"), [*((kind, -1) for kind in modules.KINDS), ("lokr", 1)])
+@pytest.mark.parametrize(("kind", "factor"), [*((kind, -1) for kind in TRAINABLE), ("lokr", 1)])
 def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, factor):
-    slots = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
+    specs = {"blocks.one": modules.adapter_spec(kind, (LAYERS, WIDTH_IN, WIDTH_OUT), (RANK, 2, 0), factor)}
     graphdef, params = adapted(kind, (RANK, 2, 0), factor)
-    fresh = modules.initial(params, slots, 0)
+    fresh = modules.initial(params, specs, 0)
     assert fresh.keys() == divided(params)[0].keys()
     x = jnp.asarray(normal(5, WIDTH_IN, seed=100))
     out = run(graphdef, params | fresh, x)[0]
@@ -155,8 +156,8 @@ def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, facto
     assert moving  # it can learn
     for path, value in fresh.items():
         name = path.rpartition(".")[2]
-        axis, zero = modules.FACTORS[name]
-        if zero:
+        axis = FACTORS[name].rank_axis
+        if FACTORS[name].zero:
             assert not np.any(value)
         elif axis is not None:
             # torch's kaiming_uniform_(a = sqrt(5)): within 1 / sqrt(the second size in the file).

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import modules, training
-from anima_jax.adapters.base_model import fingerprint
-from anima_jax.adapters.file import load_lora, module_names, open_adapter
+from anima_jax.adapters.base_model import identify
+from anima_jax.adapters.dialects import module_names
+from anima_jax.adapters.file import open_adapter
+from anima_jax.adapters.kinds import FACTORS, TRAINABLE
 from anima_jax.checkpoints.locations import file_sha256 as sha256
 from anima_jax.checkpoints.models import load_dit, load_text_encoder
 from anima_jax.config.load import load_config
@@ -26,6 +28,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.training.export import about_adapter, export
 from anima_jax.training.state import build_optimizer, prepare
 from anima_jax.training.step import StepConfig, TrainBatch, example_losses
+from tests.adapters.adapter_files import merged
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
 
@@ -53,23 +56,23 @@ def targets() -> dict[str, tuple[int, ...]]:
 
 
 def planned(folder, adapter, *overrides):
-    """Slots, relative rates and scales, without drawing anything."""
+    """Specs, relative rates and scales, without drawing anything."""
     config = configured(folder, adapter, *overrides)
-    slots, rates = training.plan(config, targets())
-    return slots, rates, training.scales(config, slots)
+    specs, rates = training.plan(config, targets())
+    return specs, rates, training.scales(config, specs)
 
 
-def names(slots) -> dict[str, int]:
+def names(specs) -> dict[str, int]:
     """Name in files → rank of every module that has an adapter."""
-    found = module_names({path: len(slot.ranks) for path, slot in slots.items()})
-    ranks = {name: slots[path].ranks[layer] for name, (path, layer) in found.items()}
+    found = module_names({path: len(spec.ranks) for path, spec in specs.items()})
+    ranks = {name: specs[path].ranks[layer] for name, (path, layer) in found.items()}
     return {name: rank for name, rank in ranks.items() if rank}
 
 
 # ---- which modules, ranks and rates ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", modules.KINDS)
+@pytest.mark.parametrize("kind", TRAINABLE)
 def test_every_linear_of_the_blocks_and_of_the_adapters_blocks_gets_one(folder, kind):
     found = names(planned(folder, f"type = '{kind}'\nrank = 2")[0])
     # As in diffusion-pipe: 16 a block of the transformer, 10 a block of the LLM adapter, and nothing else.
@@ -203,8 +206,8 @@ def randomised(trained):
     values = {}
     for seed, (path, leaf) in enumerate(trained.params.items()):
         module, _, name = path.rpartition(".")
-        value, axis = normal(*leaf.shape, seed=seed) * 0.3, modules.FACTORS[name].rank_axis
-        for layer, rank in enumerate(trained.ranks[module]):
+        value, axis = normal(*leaf.shape, seed=seed) * 0.3, FACTORS[name].rank_axis
+        for layer, rank in enumerate(trained.specs[module].ranks):
             keep = rank if axis is not None else (leaf.shape[1] if rank else 0)
             value[layer][(slice(keep, None),) if axis in {0, None} else (slice(None), slice(keep, None))] = 0.0
         values[path] = jnp.asarray(value)
@@ -239,8 +242,7 @@ def test_what_is_exported_does_what_was_trained_and_can_be_trained_on(folder, tm
     trained = prepare(config)
     params = randomised(trained)
     path = export(tmp_path / "step7", trained, params, "float32", about_adapter(config, trained, 7))
-    model = load_dit(folder / "base.safetensors")
-    load_lora(path, model)
+    model = merged(path, load_dit(folder / "base.safetensors"))
     expected = velocity_of(parameters.merge(trained.graphdef, trained.frozen | params))
     np.testing.assert_allclose(velocity_of(model), expected, rtol=1e-4, atol=1e-4)
     for given in (path, path.parent):
@@ -353,7 +355,7 @@ def test_going_on_from_a_file_of_another_dialect_and_scale_begins_with_the_same_
     assert again.messages[1].startswith(
         f"warning: {tmp_path}/kohya.safetensors: was trained on anima-preview.safetensors ("
     )
-    assert str(fingerprint(folder / "base.safetensors")) in again.messages[1]
+    assert str(identify(folder / "base.safetensors")) in again.messages[1]
 
 
 def test_what_an_existing_adapter_leaves_out_begins_fresh(folder, tmp_path):

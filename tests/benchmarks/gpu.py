@@ -367,6 +367,7 @@ def with_lora(config):
 
     from anima_jax.adapters import modules
     from anima_jax.adapters.dialects import ADAPTER_RULES
+    from anima_jax.adapters.kinds import SCALE
     from anima_jax.checkpoints.names import file_tensors
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract
@@ -384,7 +385,7 @@ def with_lora(config):
 
     graphdef, shapes = abstract(build)
     params = modules.initial(shapes, specs, 0)
-    scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(modules.SCALE)}
+    scales = {path: jnp.ones(leaf.shape) for path, leaf in shapes.items() if path.endswith(SCALE)}
     return graphdef, params, scales, file_tensors(ADAPTER_RULES, params)
 
 

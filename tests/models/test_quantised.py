@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 
 from anima_jax.adapters import modules
+from anima_jax.adapters.kinds import SCALE
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.checkpoints.names import dit, file_tensors
 from anima_jax.models import parameters, quantised
@@ -154,7 +155,7 @@ def test_diffusion_pipes_exceptions_stay_as_they_are():
 
 
 def test_a_saved_transformer_holds_the_values_that_its_codes_stand_for(tmp_path):
-    frozen = {path: value for path, value in divided("float8")[1].items() if not path.endswith(modules.SCALE)}
+    frozen = {path: value for path, value in divided("float8")[1].items() if not path.endswith(SCALE)}
     save_dit(tmp_path / "model.safetensors", frozen)
     written = load_file(tmp_path / "model.safetensors")
     for tensor in file_tensors(dit.RULES, frozen):

@@ -7,6 +7,7 @@ import itertools
 import textwrap
 
 from anima_jax.adapters import modules
+from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -17,9 +18,9 @@ from tests.parallel.meshes import MESHES, name
 
 def _transformer(rngs) -> AnimaDiT:
     """The transformer with an adapter of rank 32 on every layer that can have one, all kinds in turn."""
-    model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(modules.KINDS)
-    slots = modules.target_shapes(model).items()
-    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [32] * shape[0]) for path, shape in slots})
+    model, kinds = AnimaDiT(DiTConfig(), rngs=rngs), itertools.cycle(TRAINABLE)
+    shapes = modules.target_shapes(model).items()
+    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [32] * shape[0]) for path, shape in shapes})
     return model
 
 

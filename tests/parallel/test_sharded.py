@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from anima_jax.adapters import modules
+from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import Text
@@ -31,8 +32,8 @@ def transformer(rngs) -> AnimaDiT:
 
 def with_adapters(rngs) -> AnimaDiT:
     model = AnimaDiT(CONFIG, rngs=rngs)
-    kinds, slots = itertools.cycle(modules.KINDS), modules.target_shapes(model).items()
-    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [4] * shape[0]) for path, shape in slots})
+    kinds, shapes = itertools.cycle(TRAINABLE), modules.target_shapes(model).items()
+    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [4] * shape[0]) for path, shape in shapes})
     return model
 
 

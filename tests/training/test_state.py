@@ -48,8 +48,8 @@ def test_a_lora_trains_its_factors_alone_and_leaves_frozen_groups_out(files):
     trained = prepare(configured(folder, "model.llm_adapter_lr=0", adapter="type = 'lora'\nrank = 4\nalpha = 8.0"))
     assert {path for path in trained.frozen if not path.endswith(".lora_scale")} == params.keys()
     assert all(modules.is_factor(path) and path.startswith("blocks.") for path in trained.params)
-    assert len(trained.ranks) == 16  # linear layers of a block
-    assert set(trained.ranks.values()) == {(4, 4)}
+    assert len(trained.specs) == 16  # linear layers of a block
+    assert {spec.ranks for spec in trained.specs.values()} == {(4, 4)}
     for path, value in trained.params.items():
         if path.endswith("lora_b"):
             assert not np.any(value)

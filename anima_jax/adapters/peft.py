@@ -1,0 +1,106 @@
+"""PEFT's settings (`adapter_config.json`): read for the alphas in them, and written with the trainer's adapters."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anima_jax.adapters.dialects import DIALECTS, module_names
+from anima_jax.adapters.kinds import KINDS
+from anima_jax.adapters.modules import AdapterSpec
+from anima_jax.adapters.patch import Patch
+from anima_jax.checkpoints.names.dit import ADAPTER
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.config.optimizer import AdapterConfig
+from anima_jax.errors import UserError
+
+FILE = "adapter_config.json"
+
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"
+"""Metadata key under which diffusers keeps PEFT's settings."""
+
+_PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
+"""What names begin with in files of PEFT's, whose alphas are in the metadata or in `adapter_config.json`."""
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def with_alphas(
+    file: SafetensorsFile, spellings: Iterable[str], patches: Mapping[str, Patch]
+) -> tuple[dict[str, Patch], dict[str, str]]:
+    """Return the patches of a file with the alphas of the settings that come with it, and its metadata without them.
+
+    Raises UserError for settings that cannot be read.
+    """
+    metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
+    if not any(spelling.startswith(_PREFIXES) for spelling in spellings):
+        return dict(patches), metadata
+    settings = _read(file)
+    return {module: patch.with_alpha(_alpha(module, patch, settings)) for module, patch in patches.items()}, metadata
+
+
+def _read(file: SafetensorsFile) -> dict[str, Any]:
+    """The settings in a file's metadata, where diffusers keeps them, or in the JSON beside it."""
+    beside = pathlib.Path(file.path).with_name(FILE)
+    try:
+        if DIFFUSERS_SETTINGS in file.metadata:
+            return json.loads(file.metadata[DIFFUSERS_SETTINGS])
+        is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
+        return json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file.path}: its PEFT settings ({FILE}) cannot be read: {error}") from error
+
+
+def _alpha(module: str, patch: Patch, settings: Mapping[str, Any]) -> float | None:
+    """The alpha of a module in the settings, None if it says nothing; diffusers' keys begin with the component."""
+    rank, spelled = patch.rank, DIALECTS["diffusers"].module(module) or module
+    component, _, name = spelled.partition(".")
+    own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+    alpha = own.get("lora_alpha", own.get("alpha"))
+    for pattern, value in (own.get("alpha_pattern") or {}).items():
+        matched = re.compile(rf"(.*\.)?({pattern.removeprefix('^')})")
+        alpha = value if any(map(matched.fullmatch, (name, module, spelled))) else alpha
+    if alpha is None or rank is None or "alpha" in patch.parts:
+        return None
+    alpha = float(alpha) * rank**0.5 if own.get("use_rslora") else float(alpha)
+    return None if alpha == rank else alpha
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def settings(
+    adapter: AdapterConfig, specs: Mapping[str, AdapterSpec], base_model: str | None, llm_adapter_blocks: int
+) -> dict[str, Any]:
+    """Return PEFT's settings for the transformer's modules, which are named as in the original files."""
+    kind, alpha = KINDS[adapter.type], adapter.alpha or adapter.rank
+    ranks, alphas = {}, {}
+    for name, (path, layer) in module_names({path: len(spec.ranks) for path, spec in specs.items()}).items():
+        if (rank := specs[path].ranks[layer]) and not name.startswith(TEXT_ENCODER):
+            # PEFT multiplies by alpha / rank even where there is no rank.
+            ranks[name], alphas[name] = rank, (adapter.alpha or rank) if specs[path].ranked else rank
+    if kind.peft_type == "LORA":
+        own = {"lora_alpha": alpha, "lora_dropout": adapter.dropout, "bias": "none", "use_dora": bool(kind.magnitude)}
+    else:
+        own = {"alpha": alpha, **{key: getattr(adapter, key) for key in kind.peft_keys}}
+    return {
+        "peft_type": kind.peft_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "target_modules": sorted(ranks),
+        "exclude_modules": sorted(_alike(ranks, llm_adapter_blocks) - ranks.keys()) or None,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != adapter.rank},
+        "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
+        **own,
+    }
+
+
+def _alike(names: Iterable[str], llm_adapter_blocks: int) -> set[str]:
+    """Modules of the LLM adapter that PEFT would take for these: those whose names end like one."""
+    attention = re.compile(r"blocks\.(\d+)\.\w+_attn\.[qkv]_proj")
+    found = {name: attention.fullmatch(name) for name in names}
+    return {ADAPTER + name for name, match in found.items() if match and int(match[1]) < llm_adapter_blocks}
