@@ -39,7 +39,7 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
     flags = ["--negative_prompt", "ugly", "--guidance_scale", "2.5", "--sampler", "heun", "--schedule", "beta"]
     flags += ["--shift", "1.7", "--guidance_interval", "0.1", "0.9", "--cfg_zero_star", "--noise", "jax"]
-    run(*networks, *SMALL, *flags, "--prompt", "a (red:1.3) circle", "--seed", 2**63 + 1, "-o", first, "--preview", 3)
+    run(*networks, *SMALL, *flags, "--prompt", "a (red:1.3) circle", "--seed", 2**63 + 1, "-o", first)
     run("--like", first, "-o", again)
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
     assert Image.open(again).text == Image.open(first).text
@@ -48,14 +48,14 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     request, params = from_text("c.png", Image.open(other).text)
     assert (request.seed, params.cfg_zero_star, params.shift) == (4, False, 1.7)
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_previews_are_written_next_to_the_output(networks, tmp_path):
+    run(*networks, *SMALL, "--sampler", "heun", "--prompt", "x", "--preview", 3, "-o", tmp_path / "a.png")
     # Four steps of Heun are seven evaluations; the last is the image itself.
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a.png",
-        "a.step003.png",
-        "a.step006.png",
-        "b.png",
-        "c.png",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a.png", "a.step003.png", "a.step006.png"]
     assert Image.open(tmp_path / "a.step006.png").size == (32, 48)
 
 

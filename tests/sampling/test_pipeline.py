@@ -101,27 +101,32 @@ def test_weighted_context_rows_equal_comfyuis(name):
     assert relative_error(rows, data[f"context_{name}"]) < VALUE_TOLERANCE
 
 
-def test_a_batch_has_torchs_noise_for_its_seed_and_with_several_seeds_each_image_has_its_own():
+def batch_noise(*arguments):
+    return BatchNoise(batch_of_requests("x", *arguments), "torch-cpu", SAMPLERS["euler_ancestral"], sigmas("simple", 4))
+
+
+DRAW = Draw(1.0, 0.9)
+
+
+def test_a_batch_has_the_noise_that_torch_draws_for_its_seed():
     data = golden("pipeline")
-    levels, sampler = sigmas("simple", 4), SAMPLERS["euler_ancestral"]
-    draw = Draw(1.0, 0.9)
-
-    def noise(*arguments):
-        return BatchNoise(batch_of_requests("x", *arguments), "torch-cpu", sampler, levels)
-
-    np.testing.assert_allclose(noise(96, 64, 42, 1).start[0], channel_last(data["noise"])[0], atol=1e-6)
-    together, torchs = noise(32, 16, 7, 3), CPUStream(7).randn((3, 16, 1, 2, 4))
-    np.testing.assert_array_equal(together.start, channel_last(torchs))
-    stream = CPUStream(8)
+    np.testing.assert_allclose(batch_noise(96, 64, 42, 1).start[0], channel_last(data["noise"])[0], atol=1e-6)
+    noise, shape, stream = batch_noise(32, 16, 7, 3), (3, 16, 1, 2, 4), CPUStream(8)
+    np.testing.assert_array_equal(noise.start, channel_last(CPUStream(7).randn(shape)))
     for _ in range(2):
-        np.testing.assert_array_equal(together.step(draw), channel_last(stream.randn((3, 16, 1, 2, 4))))
-    several = noise(32, 16, [7, 8], 1)
-    np.testing.assert_array_equal(several.start[1], noise(32, 16, 8, 1).start[0])
-    np.testing.assert_array_equal(several.step(draw)[0], noise(32, 16, 7, 1).step(draw)[0])
-    # Images of one size form a batch of their own.
-    sizes = noise([32, 16, 32], [16, 16, 16], 7, 1)
-    np.testing.assert_array_equal(sizes.start[2], noise(32, 16, 7, 2).start[1])
-    np.testing.assert_array_equal(sizes.start[1], noise(16, 16, 7, 1).start[0])
+        np.testing.assert_array_equal(noise.step(DRAW), channel_last(stream.randn(shape)))
+
+
+def test_with_several_seeds_each_image_has_the_noise_it_has_alone():
+    several = batch_noise(32, 16, [7, 8], 1)
+    np.testing.assert_array_equal(several.start[1], batch_noise(32, 16, 8, 1).start[0])
+    np.testing.assert_array_equal(several.step(DRAW)[0], batch_noise(32, 16, 7, 1).step(DRAW)[0])
+
+
+def test_images_of_one_size_have_the_noise_of_a_batch_of_their_own():
+    sizes = batch_noise([32, 16, 32], [16, 16, 16], 7, 1)
+    np.testing.assert_array_equal(sizes.start[2], batch_noise(32, 16, 7, 2).start[1])
+    np.testing.assert_array_equal(sizes.start[1], batch_noise(16, 16, 7, 1).start[0])
 
 
 def test_a_seed_gives_the_same_image_before_and_after_saving_and_loading(pipeline, transformer, tmp_path):
