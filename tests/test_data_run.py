@@ -88,7 +88,7 @@ def test_only_what_is_new_is_encoded(run, tmp_path):
     assert added() == {}
 
 
-def test_what_changed_under_trust_is_not_cached_as_what_it_was(run, tmp_path, capsys):
+def test_a_file_that_changed_under_trust_is_not_cached_under_its_old_hash(run, tmp_path, capsys):
     train(["--config", str(run), "--cache_only"])
     (tmp_path / "pictures" / "00.png").write_bytes((tmp_path / "pictures" / "01.png").read_bytes())
     toml = tmp_path / "dataset.toml"
@@ -100,7 +100,7 @@ def test_what_changed_under_trust_is_not_cached_as_what_it_was(run, tmp_path, ca
     assert kinds(new) == {"latents": 9}
 
 
-def test_a_mask_is_encoded_apart_from_its_picture(run, tmp_path):
+def test_a_mask_is_a_record_of_its_own(run, tmp_path):
     train(["--config", str(run), "--cache_only"])
     before = records(cache_of(run))
     (tmp_path / "masks").mkdir()
@@ -133,7 +133,7 @@ def test_cached_latents_are_the_vaes_own_to_the_storage_dtype(run, tmp_path, dty
         assert np.all(np.abs(stored.astype(np.float32) - tokens) <= rounding + 2e-5 * np.abs(tokens).max())
 
 
-def test_what_cannot_be_decoded_is_named_and_left_out(run, tmp_path, capsys):
+def test_files_that_cannot_be_decoded_are_named_and_left_out(run, tmp_path, capsys):
     broken = tmp_path / "pictures" / "04.png"
     broken.write_bytes(broken.read_bytes()[:400])
     (tmp_path / "pictures" / "05.txt").write_bytes(b"caf\xe9")
@@ -165,13 +165,13 @@ main(["--config", sys.argv[1], "--cache_only"])
 
 
 def cache_with(config: pathlib.Path, devices: int, *distributed) -> subprocess.Popen:
-    """`--cache_only` in a process of its own with so many devices, which writes to `said_by`'s file."""
+    """`--cache_only` in a process of its own with so many devices, which writes to `log_of`'s file."""
     command = [sys.executable, "-c", COUNTED, str(config), str(devices), *map(str, distributed)]
-    with said_by(config).open("a") as log:  # a pipe that nobody reads stops its writer when it is full
+    with log_of(config).open("a") as log:  # a pipe that nobody reads stops its writer when it is full
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def said_by(config: pathlib.Path) -> pathlib.Path:
+def log_of(config: pathlib.Path) -> pathlib.Path:
     return config.with_name("said.log")
 
 
@@ -189,12 +189,12 @@ def check_equal(found: dict[bytes, bytes], expected: dict[bytes, bytes]) -> None
 
 def test_eight_devices_share_a_batch_and_encode_the_same(run):
     with cache_with(run, 1) as one:
-        assert one.wait() == 0, said_by(run).read_text()
+        assert one.wait() == 0, log_of(run).read_text()
     alone = records(cache_of(run))
     for file in cache_of(run).iterdir():
         file.unlink()
     with cache_with(run, 8) as eight:
-        assert eight.wait() == 0, said_by(run).read_text()
+        assert eight.wait() == 0, log_of(run).read_text()
     check_equal(records(cache_of(run)), alone)
 
 
@@ -204,26 +204,26 @@ def test_two_processes_fill_disjoint_parts_of_one_cache(tmp_path):
     write_transformer(tmp_path / "base.safetensors")
     run = write_config(tmp_path, tmp_path / "pictures", "epochs = 1\ncaching_batch_size = 8")
     with cache_with(run, 1) as one:
-        assert one.wait() == 0, said_by(run).read_text()
+        assert one.wait() == 0, log_of(run).read_text()
     alone = records(cache_of(run))
     for file in cache_of(run).iterdir():
         file.unlink()
     port = free_port()
     with cache_with(run, 1, port, 0) as first, cache_with(run, 1, port, 1) as second:
-        assert (first.wait(), second.wait()) == (0, 0), said_by(run).read_text()
+        assert (first.wait(), second.wait()) == (0, 0), log_of(run).read_text()
     check_equal(records(cache_of(run)), alone)
     parts = [Store(cache_of(run)).keys()]
     assert len(list(parts[0])) == len(alone)
 
 
 @pytest.mark.slow
-def test_caching_killed_at_ten_random_moments_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+def test_caching_killed_at_ten_random_moments_ends_with_the_same_files(tmp_path):
     write_pictures(tmp_path / "pictures", 400)
     write_transformer(tmp_path / "base.safetensors")
     run = write_config(tmp_path, tmp_path / "pictures", "epochs = 1\ncaching_batch_size = 4")
     began = time.monotonic()
     with cache_with(run, 1) as undisturbed:
-        assert undisturbed.wait() == 0, said_by(run).read_text()
+        assert undisturbed.wait() == 0, log_of(run).read_text()
     took = time.monotonic() - began
     files = {file.name: file.read_bytes() for file in cache_of(run).iterdir() if file.suffix != ".jsonl"}
     expected = records(cache_of(run))
@@ -236,7 +236,7 @@ def test_caching_killed_at_ten_random_moments_goes_on_and_ends_as_if_it_had_not_
                 process.wait(moments.uniform(0.2, 1.1) * took)
             process.send_signal(signal.SIGKILL)
     with cache_with(run, 1) as process:
-        assert process.wait() == 0, said_by(run).read_text()
+        assert process.wait() == 0, log_of(run).read_text()
     assert records(cache_of(run)) == expected
     assert {file.name: file.read_bytes() for file in cache_of(run).iterdir() if file.suffix != ".jsonl"} == files
 
@@ -320,7 +320,7 @@ def write_video(path: pathlib.Path, frames: int) -> None:
 
 
 @pytest.mark.slow
-def test_videos_and_pictures_are_trained_in_tiers_of_their_own(run, tmp_path, capsys):
+def test_videos_and_images_have_separate_tiers(run, tmp_path, capsys):
     for number in range(3):
         write_video(tmp_path / "pictures" / f"clip{number}.mp4", 7 + number)
     write_video(tmp_path / "pictures" / "short.mp4", 3)
@@ -341,7 +341,7 @@ def test_videos_and_pictures_are_trained_in_tiers_of_their_own(run, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_uncached_text_is_what_cached_text_would_be(run):
+def test_uncached_text_equals_cached_text(run):
     """Step by step the same loss, whether the states come from the cache or from the encoder."""
 
     def losses(*arguments):
@@ -357,7 +357,7 @@ def test_uncached_text_is_what_cached_text_would_be(run):
     np.testing.assert_allclose(online, cached, rtol=1e-5)
 
 
-def test_captions_that_are_too_long_are_counted_and_cut(run, tmp_path, capsys):
+def test_too_long_captions_are_counted_and_cut(run, tmp_path, capsys):
     (tmp_path / "pictures" / "00.txt").write_text("a red circle on a blue background " * 40)
     train(["--config", str(run), "--cache_only", "--set", "model.max_caption_tokens=64"])
     train(["--config", str(run), "--dry_run", "--set", "model.max_caption_tokens=64"])

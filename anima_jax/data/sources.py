@@ -21,7 +21,7 @@ from anima_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_NAMES = 3
-"""Of files that are left out so many are named; the summary counts them all."""
+"""Number of left-out files that a message names; the summary counts all of them."""
 
 MAX_QUEUED = 1024
 """Files that are queued for inspection; each takes a kilobyte."""

@@ -84,7 +84,7 @@ def test_a_position_is_the_number_of_examples_consumed_and_names_its_step(plan, 
 
 @relaxed
 @given(plans, st.integers(0, 500))
-def test_a_position_within_a_step_is_refused_with_the_nearest_good_ones(plan, position):
+def test_a_position_within_a_step_is_refused_with_the_nearest_valid_ones(plan, position):
     begins = [0]
     while begins[-1] <= position:
         begins.append(begins[-1] + len(plan.batch(len(begins) - 1).indices))
@@ -107,7 +107,7 @@ def test_other_tiers_never_change_the_order_of_one(tiers, seed, which, epochs):
 
 @relaxed
 @given(plans, st.integers(0, 200))
-def test_a_step_is_the_same_whatever_was_asked_before(plan, step):
+def test_a_step_does_not_depend_on_earlier_queries(plan, step):
     fresh = BatchPlan(plan.tiers, plan.seed).batch(step)
     for other in (step + 7, 0, step // 2):
         plan.batch(other)
@@ -282,7 +282,7 @@ def test_padding_stays_below_six_per_cent_at_random_sizes(config, data):
     assert padding(tiers, tokens) < 0.06
 
 
-def test_the_description_tells_buckets_padding_steps_and_programs():
+def test_the_description_lists_buckets_padding_steps_and_programs():
     buckets = [sized(512, 512, resolution=512.0)] * 6 + [sized(368, 720, resolution=512.0)] * 4 + [sized(512, 528)] * 3
     lines = describe(make_tiers(buckets, lambda size: 4), buckets)
     assert [line.split() for line in lines] == [

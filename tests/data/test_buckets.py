@@ -69,7 +69,7 @@ def _as_near(ratio: float, nearest: float, wanted: float) -> bool:
 
 
 @given(bucketing=BUCKETINGS, width=SIDES, height=SIDES)
-def test_a_picture_is_always_placed_and_a_clip_never_among_pictures(bucketing, width, height):
+def test_an_image_always_has_a_bucket_and_a_clip_never_one_of_images(bucketing, width, height):
     assert {bucket.size.frames for bucket in bucketing.place(width, height, 1)} == {1}
     assert 1 not in {bucket.size.frames for bucket in bucketing.place(width, height, 50)}
 
@@ -86,7 +86,7 @@ def test_the_order_of_the_keys_lists_does_not_matter(bucketing, data, width, hei
     assert other.place(width, height, frames) == bucketing.place(width, height, frames)
 
 
-def test_of_two_ratios_as_near_the_first_is_taken():
+def test_of_two_equally_near_ratios_the_first_is_chosen():
     (bucket,) = Bucketing((512,), (2.0, 0.5), (1,)).place(640, 640, 1)
     assert bucket.size == (368, 720, 1)  # √(512² · 0.5) = 362.04, 512² / 362.04 = 724.08
 
@@ -148,12 +148,12 @@ def test_sizes_are_all_that_can_be_chosen():
     assert Bucketing((), (), (), SIZE_BUCKETS).sizes == SIZE_BUCKETS
 
 
-def test_a_resolution_out_of_all_reason_is_only_a_number():
+def test_a_huge_resolution_allocates_nothing():
     (bucket,) = Bucketing((1e9,), (1.0,), (1,)).place(640, 384, 1)
     assert bucket == ((10**9, 10**9, 1), 1e9)
 
 
-def test_a_picture_has_no_place_among_buckets_of_clips():
+def test_an_image_has_no_bucket_among_those_of_clips():
     assert Bucketing((), (), (1,), (WIDE,)).place(640, 384, 1) == ()
 
 

@@ -1,4 +1,4 @@
-"""Captions in text files and in captions.json: encodings, shapes, faults."""
+"""Captions in text files and in captions.json: encodings, types, errors."""
 
 import json
 
@@ -48,13 +48,13 @@ def test_a_huge_caption_file_is_refused_unread(tmp_path):
 
 
 @given(st.dictionaries(st.text(), st.lists(st.text())))
-def test_a_table_gives_back_the_captions_as_they_were_written(captions):
+def test_a_table_returns_captions_unchanged(captions):
     table = CaptionTable(json.dumps(captions).encode(), "captions.json")
     assert {name: table.of(name) for name in captions} == {name: tuple(texts) for name, texts in captions.items()}
     assert table.unused() == 0
 
 
-def test_a_table_takes_a_text_for_a_list_of_one_and_the_first_of_several_names():
+def test_a_single_text_is_a_list_of_one_and_the_first_known_name_counts():
     table = CaptionTable(b'\xef\xbb\xbf{"a.png": " one ", "x/a.png": ["two", "three"], "b.png": []}', "captions.json")
     assert table.of("a.png") == (" one ",)
     assert table.of("x/a.png", "a.png") == ("two", "three")
@@ -90,7 +90,7 @@ def test_a_broken_table_is_named(content, message):
         ("\ud83d", "a caption of a.png contains half a character"),
     ],
 )
-def test_an_entry_that_is_no_list_of_texts_is_named_and_spares_the_others(value, message):
+def test_an_entry_that_is_not_a_list_of_texts_is_named_and_others_still_work(value, message):
     table = CaptionTable(json.dumps({"a.png": value, "b.png": ["fine"]}).encode(), "captions.json")
     with pytest.raises(UserError, match=f"^captions.json: {message}"):
         table.of("a.png")
@@ -98,10 +98,10 @@ def test_an_entry_that_is_no_list_of_texts_is_named_and_spares_the_others(value,
 
 
 @given(st.binary())
-def test_hostile_bytes_make_a_table_or_one_line(data):
-    fault = ""
+def test_hostile_bytes_give_a_table_or_an_error_of_one_line(data):
+    message = ""
     try:
         CaptionTable(data, "captions.json")
     except UserError as error:
-        fault = str(error)
-    assert len(fault.splitlines()) <= 1
+        message = str(error)
+    assert len(message.splitlines()) <= 1

@@ -59,7 +59,7 @@ def test_every_caption_at_every_resolution_is_an_example():
     assert len({example.id for example in examples}) == len(examples)
 
 
-def test_examples_of_one_size_share_their_bucket_and_those_of_one_picture_their_entry():
+def test_examples_of_one_size_share_their_bucket_and_those_of_one_image_their_entry():
     # A million examples are small only so.
     examples = made([entry(n, "one", "two") for n in range(5)], sizes=TWO_SIZES, num_repeats=3)
     assert len(examples) == 60
@@ -78,14 +78,14 @@ def test_an_id_is_made_of_content_size_caption_and_repeat():
     }
 
 
-def test_prefix_stands_before_every_caption_but_makes_no_empty_one_count():
+def test_the_prefix_precedes_every_caption_but_an_empty_caption_stays_empty():
     entries = [entry(0, "a cat"), entry(1, "", " ", "a dog")]
     assert [e.captions for e in made(entries, caption_prefix="photo of ")] == [("photo of a cat",), ("photo of a dog",)]
     kept = made([entry(1, "", "a dog")], caption_prefix="photo of ", skip_empty_caption=False)
     assert [e.captions for e in kept] == [("photo of ",), ("photo of a dog",)]
 
 
-def test_an_empty_caption_that_is_skipped_moves_no_id():
+def test_a_skipped_empty_caption_changes_no_id():
     (example,) = made([entry(0, "", "a dog")])
     assert example.id == example_id(content_digest(b"0"), (64, 64), caption_index=1)
 
@@ -100,13 +100,13 @@ def test_repeats_give_as_many_examples_as_diffusion_pipe_at_each_resolution(num_
         assert max(counts.values()) - (min(counts.values()) if expected >= 3 else 0) <= 1
 
 
-def test_repeats_that_leave_nothing_are_told(caplog):
+def test_repeats_that_leave_no_example_are_logged(caplog):
     assert made([entry(n) for n in range(3)], num_repeats=0.3) == []
     assert caplog.messages == ["num_repeats = 0.3 leaves none of 3 examples at resolution 64"]
 
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0))
-def test_a_subsample_keeps_all_examples_of_a_picture_or_none(number, ratio):
+def test_a_subsample_keeps_all_examples_of_an_image_or_none(number, ratio):
     examples = made([entry(n, "one", "two") for n in range(number)], sizes=TWO_SIZES, subsample_ratio=ratio)
     counts = collections.Counter(example.entry.media.name for example in examples)
     assert set(counts.values()) == {4}
@@ -138,7 +138,7 @@ def test_what_fits_no_bucket_is_named(sizes, frames, message, caplog):
 # ---- captions ------------------------------------------------------------------------------------------------------
 
 
-def test_shuffled_copies_take_the_captions_place():
+def test_shuffled_copies_replace_the_caption():
     entries = [entry(n, ", ".join(TAGS)) for n in range(2)]
     examples = made(entries, cache_shuffle_num=3, caption_prefix="x, y, ")
     orders = [tuple(e.captions[0].removeprefix("x, y, ").split(", ")) for e in examples]
@@ -149,7 +149,7 @@ def test_shuffled_copies_take_the_captions_place():
     assert all(e.caption(0, epoch) == e.captions[0] for e in examples for epoch in range(3))
 
 
-def test_a_choice_is_one_example_and_shows_every_caption_equally_often():
+def test_a_random_choice_is_one_example_and_draws_every_caption_equally_often():
     captions = ("one", "two", "three")
     (example,) = made([entry(0, *captions)], caption_choice="random", caption_prefix="> ")
     assert example.captions == ("> one", "> two", "> three")
@@ -159,7 +159,7 @@ def test_a_choice_is_one_example_and_shows_every_caption_equally_often():
     assert all(abs(count - 1000) < 130 for count in counts.values())
 
 
-def test_a_caption_with_nothing_to_draw_is_the_same_each_epoch():
+def test_a_caption_without_random_options_is_the_same_in_each_epoch():
     (example,) = made([entry(0, "a, b, c")], caption_prefix="p, ")
     assert {example.caption(seed, epoch) for seed in range(3) for epoch in range(3)} == {"p, a, b, c"}
 
@@ -169,7 +169,7 @@ def redrawn(text: str = ", ".join(TAGS), **options) -> Example:
     return made([entry(0, text)], **options)[0]
 
 
-def test_tags_are_shuffled_anew_each_epoch_and_the_prefix_stays():
+def test_tags_are_shuffled_in_each_epoch_and_the_prefix_stays():
     captions = [redrawn().caption(seed=5, epoch=epoch) for epoch in range(20)]
     assert len(set(captions)) == 20
     assert all(caption.startswith("x, y, ") for caption in captions)
@@ -198,7 +198,7 @@ def test_dropout_leaves_out_each_tag_with_its_probability_and_keeps_the_order():
 @given(
     st.lists(st.text("abc ", min_size=1), min_size=1, max_size=6), st.floats(0.0, 0.999), st.integers(), st.booleans()
 )
-def test_some_tag_always_stays(tags, dropout, seed, shuffled):
+def test_at_least_one_tag_always_stays(tags, dropout, seed, shuffled):
     example = redrawn(
         "|".join(tags),
         cache_shuffle_delimiter="|",
@@ -239,7 +239,7 @@ def source(folder, **keys):
     return reader_of(folder, **SQUARE, **keys), FileIndex()
 
 
-def test_sources_stay_apart_and_each_has_a_line(folder, tmp_path_factory, caplog):
+def test_sources_stay_separate_and_each_logs_a_line(folder, tmp_path_factory, caplog):
     empty = tmp_path_factory.mktemp("empty")
     with caplog.at_level(logging.INFO):
         groups = read_examples([source(folder), source(empty), source(folder, num_repeats=2)], Problems())
@@ -269,14 +269,14 @@ def test_a_broken_file_in_a_folder_that_is_named_twice_is_one_problem(folder, ca
     assert caplog.messages[1:] == [line, line]
 
 
-def test_no_example_at_all_is_an_error_that_says_what_was_found(folder):
+def test_no_example_at_all_is_an_error_with_each_sources_summary(folder):
     for caption in folder.glob("*.txt"):
         caption.unlink()
     with pytest.raises(UserError, match=r"nothing to train on: .*2 left out without a caption \(skip_empty_caption\)"):
         read_examples([source(folder)], Problems())
 
 
-def test_ids_follow_the_content_and_not_its_place(folder, tmp_path_factory):
+def test_ids_depend_on_the_content_and_not_on_its_path(folder, tmp_path_factory):
     before = {e.captions: e.id for e in read_examples([source(folder)], Problems())[0]}
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "0 a newcomer.png").write_bytes(encoded(250))

@@ -75,7 +75,7 @@ def test_captions_are_read_each_time(folder):
     assert [entry.captions for entry in read(folder)[0]][1] == ("another",)
 
 
-def test_with_trust_no_file_is_looked_at(folder):
+def test_with_trust_no_file_is_read(folder):
     entries, line, _ = read(folder)
     shutil.move(folder, folder.parent / "away")
     shutil.rmtree(folder.parent / "masks")
@@ -85,7 +85,7 @@ def test_with_trust_no_file_is_looked_at(folder):
     assert problems.count == 0
 
 
-def test_with_trust_and_online_captions_the_captions_alone_are_new(folder, caplog):
+def test_with_trust_and_online_captions_only_captions_are_read(folder, caplog):
     (folder / "captions.json").write_text(json.dumps({f"{name}.png": ["old"] for name in "abcd"}))
     before, _, _ = read(folder, online_captions=True)
     (folder / "captions.json").write_text(json.dumps({"a.png": ["new", "more"], "d.png": "new", "b.png": [7]}))
@@ -99,7 +99,7 @@ def test_with_trust_and_online_captions_the_captions_alone_are_new(folder, caplo
     assert f"left out without a caption in captions.json (skip_empty_caption): {folder}/c.png" in caplog.messages
 
 
-def test_what_was_skipped_is_told_again_or_looked_at_again_if_strict(folder):
+def test_skipped_files_are_reported_again_or_read_again_if_strict(folder):
     (folder / "c.png").write_bytes(b"broken")
     _, line, _ = read(folder)
     assert "1 could not be used" in line
@@ -110,14 +110,14 @@ def test_what_was_skipped_is_told_again_or_looked_at_again_if_strict(folder):
         read(folder, trust=True, strict=True)
 
 
-def test_trust_does_not_reach_over_other_options(folder):
+def test_trust_applies_only_to_a_source_with_the_same_options(folder):
     read(folder)
     (folder / "a.txt").unlink()
     assert len(read(folder, trust=True)[0]) == 4
     assert read(folder, trust=True, skip_empty_caption=False)[0][0].captions == ("",)
 
 
-def test_files_that_are_gone_leave_the_index(folder):
+def test_deleted_files_leave_the_index(folder):
     read(folder)
     (folder / "a.png").unlink()
     read(folder)
@@ -147,7 +147,7 @@ def test_sources_that_share_an_index_keep_each_others_entries(folder):
     assert read(folder, index=index, skip_empty_caption=False)[0][0].captions == ("",)
 
 
-def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, monkeypatch):
+def test_a_killed_run_adds_what_it_learned_and_keeps_complete_sources(folder, monkeypatch):
     read(folder)
     (folder / "e.png").write_bytes(encoded(7))
     (folder / "e.txt").write_text("a newcomer")
@@ -164,7 +164,7 @@ def test_what_a_killed_run_learned_is_known_and_what_was_whole_is_kept(folder, m
     assert read(folder, trust=True)[0] == entries
 
 
-def test_an_index_that_is_not_to_be_kept_is_read_and_not_written(folder, monkeypatch):
+def test_without_keep_an_index_is_read_and_not_written(folder, monkeypatch):
     monkeypatch.setattr(file_index, "SAVE_SECONDS", 0)
     read(folder, index=index_of(folder, keep=False))
     assert not (folder.parent / "index").exists()
@@ -180,7 +180,7 @@ def test_an_index_that_is_not_to_be_kept_is_read_and_not_written(folder, monkeyp
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_a_damaged_index_only_knows_less(tmp_path_factory, data):
+def test_a_damaged_index_only_costs_time(tmp_path_factory, data):
     base = tmp_path_factory.getbasetemp() / "damaged"
     folder, index = base / "pictures", base / "index" / "files.jsonl"
     if not folder.exists():

@@ -68,7 +68,7 @@ def put_tar(path, members: dict[str, bytes], **kinds) -> None:
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_come_in_order_of_name_with_captions_size_and_content(folder):
+def test_images_are_sorted_by_name_with_captions_size_and_content(folder):
     entries, line, _ = read(folder)
     assert shown(entries) == {"C.webp": ("picture C",), "a.jpg": ("picture a",), "b.png": ("picture b",)}
     assert list(shown(entries)) == ["C.webp", "a.jpg", "b.png"]
@@ -77,7 +77,7 @@ def test_pictures_come_in_order_of_name_with_captions_size_and_content(folder):
     assert line == f"{folder}: 3 images"
 
 
-def test_everything_passed_over_is_counted(folder):
+def test_every_ignored_file_is_counted(folder):
     (folder / "a.txt").unlink()
     (folder / "C.txt").write_text(" \n")
     (folder / "orphan.txt").write_text("a caption of nothing")
@@ -97,7 +97,7 @@ def test_everything_passed_over_is_counted(folder):
     assert problems.count == 0
 
 
-def test_what_is_passed_over_for_a_missing_partner_is_named_as_far_as_a_line_holds(folder, tmp_path, caplog):
+def test_files_without_a_partner_are_named_up_to_three(folder, tmp_path, caplog):
     for number in range(4):
         (folder / f"bare{number}.png").write_bytes(encoded())
     (folder / "orphan.txt").write_text("a caption of nothing")
@@ -112,14 +112,14 @@ def test_what_is_passed_over_for_a_missing_partner_is_named_as_far_as_a_line_hol
     ]
 
 
-def test_pictures_without_a_caption_are_kept_on_request_and_counted(folder):
+def test_images_without_a_caption_are_kept_on_request_and_counted(folder):
     (folder / "a.txt").unlink()
     entries, line, _ = read(folder, skip_empty_caption=False)
     assert shown(entries) == {"C.webp": ("picture C",), "a.jpg": ("",), "b.png": ("picture b",)}
     assert line == f"{folder}: 3 images, 1 without a caption"
 
 
-def test_pictures_left_out_for_want_of_a_caption_are_not_even_read(folder):
+def test_images_left_out_without_a_caption_are_not_read(folder):
     (folder / "a.txt").unlink()
     (folder / "a.jpg").write_bytes(b"broken")
     assert read(folder)[2].count == 0
@@ -166,7 +166,7 @@ def test_the_number_of_threads_changes_nothing(folder, threads):
         ("é" * 100 + ".png", "é" * 75),
     ],
 )
-def test_files_made_from_a_picture_are_called_by_its_stem(tmp_path, name, label):
+def test_files_made_from_an_image_have_its_stem(tmp_path, name, label):
     assert FileMedia("/some/folder", name).label == label
     assert TarMember("/some/t.tar", f"../x/{name}", 0, 0, 0).label == label
     (tmp_path / f"{label}.1024x1024x33.mask.png").write_bytes(b"")
@@ -178,7 +178,7 @@ def test_suffixes_of_any_case_are_recognised(tmp_path):
     assert read(tmp_path)[0][0].captions == ("shouted",)
 
 
-def test_captions_json_takes_the_place_of_all_text_files(folder):
+def test_captions_json_replaces_all_text_files(folder):
     table = {"a.jpg": ["one", "two"], "b.png": "alone", "missing.png": ["x"]}
     (folder / "captions.json").write_text(json.dumps(table), encoding="utf-8-sig")
     entries, line, _ = read(folder)
@@ -195,7 +195,7 @@ def test_captions_json_may_leave_the_suffix_out(folder):
     assert "1 names in captions.json without an image" in line
 
 
-def test_a_captions_json_that_is_no_table_stops_before_wrong_captions_are_trained(folder):
+def test_a_captions_json_that_is_not_a_table_is_an_error(folder):
     (folder / "captions.json").write_text("{")
     with pytest.raises(UserError, match=r"captions\.json: not JSON"):
         read(folder)
@@ -224,7 +224,7 @@ def test_with_strict_the_first_unusable_file_is_an_error(folder):
         read(folder, strict=True)
 
 
-def test_a_file_name_that_no_terminal_takes_is_shown_with_escapes(folder, capfd, caplog):
+def test_a_file_name_that_is_not_utf8_is_shown_with_escapes(folder, capfd, caplog):
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     try:
         (folder / name).write_bytes(b"broken")
@@ -248,7 +248,7 @@ def test_unusable_folders_are_named(tmp_path, folder):
         read(folder, default_mask_file=str(tmp_path / "nothing.png"))
 
 
-def test_masks_belong_by_stem_and_the_default_fills_in(folder, tmp_path):
+def test_masks_are_matched_by_stem_or_the_default_is_used(folder, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     (masks / "a.webp").write_bytes(encoded(200, kind="WEBP"))
@@ -264,7 +264,7 @@ def test_masks_belong_by_stem_and_the_default_fills_in(folder, tmp_path):
     assert line == f"{folder}: 3 images"
 
 
-def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
+def test_an_image_whose_mask_has_another_size_is_skipped(folder, tmp_path, caplog):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").write_bytes(encoded(size=(16, 32)))
     (tmp_path / "masks" / "b.png").write_bytes(b"broken")
@@ -277,7 +277,7 @@ def test_a_mask_of_another_size_costs_the_picture(folder, tmp_path, caplog):
     assert caplog.messages[1].startswith(f"skipped: {folder}/b.png: its mask cannot be used: {masks}/b.png: not a ")
 
 
-def test_masks_may_lie_in_a_folder_of_the_folder(folder):
+def test_masks_may_be_in_a_subfolder(folder):
     (folder / "masks").mkdir()
     assert read(folder, mask_path=f"{folder}/masks/")[1] == f"{folder}: 3 images, 3 without a mask"
 
@@ -295,19 +295,32 @@ def test_videos_are_entries_too_with_their_length_at_16_frames_a_second(tmp_path
 # ---- tars ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_in_a_tar_are_read_in_place(folder):
-    inside = {"x/p.png": encoded(1), "x/p.txt": b" in the tar ", "q.png": encoded(2), "./r.png": encoded(3)}
-    inside |= {"./r.txt": b"dotted", "notes.pdf": b"", "._q.png": b"a Mac's"}
-    put_tar(folder / "t.tar", inside)
-    before = sorted(folder.iterdir())
+IN_TAR = {
+    "x/p.png": encoded(1),
+    "x/p.txt": b" in the tar ",
+    "q.png": encoded(2),
+    "./r.png": encoded(3),
+    "./r.txt": b"dotted",
+    "notes.pdf": b"",
+    "._q.png": b"a Mac's",
+}
+
+
+def test_images_in_a_tar_follow_in_its_order_with_their_captions(folder):
+    put_tar(folder / "t.tar", IN_TAR)
     entries, line, problems = read(folder)
     assert list(shown(entries)) == ["C.webp", "a.jpg", "b.png", "t.tar/x/p.png", "t.tar/r.png"]
-    in_tar = entries[3:]
-    assert [entry.captions for entry in in_tar] == [("in the tar",), ("dotted",)]
-    assert [entry.media.read() for entry in in_tar] == [inside["x/p.png"], inside["./r.png"]]
-    assert in_tar[0].digest == hashlib.sha256(inside["x/p.png"]).digest()
+    assert [entry.captions for entry in entries[3:]] == [("in the tar",), ("dotted",)]
     assert "2 other files ignored (.pdf, hidden), 1 left out without a caption" in line
     assert problems.count == 0
+
+
+def test_images_in_a_tar_are_read_in_place(folder):
+    put_tar(folder / "t.tar", IN_TAR)
+    before = sorted(folder.iterdir())
+    in_tar = read(folder)[0][3:]
+    assert [entry.media.read() for entry in in_tar] == [IN_TAR["x/p.png"], IN_TAR["./r.png"]]
+    assert in_tar[0].digest == hashlib.sha256(IN_TAR["x/p.png"]).digest()
     assert sorted(folder.iterdir()) == before
 
 
@@ -317,7 +330,7 @@ def test_suffixes_of_any_case_are_recognised_in_a_tar(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "both"])
-def test_captions_json_beside_a_tar_or_inside_names_members_by_path_or_base_name(folder, where):
+def test_captions_json_next_to_a_tar_or_inside_names_members_by_path_or_base_name(folder, where):
     members = {"x/p.png": encoded(1), "x/p.txt": b"text", "y/p.png": encoded(2), "y/q.png": encoded(3)}
     table = json.dumps({"x/p.png": ["path"], "q.png": ["base", "two"]}).encode()
     if where != "beside":
@@ -377,7 +390,7 @@ def made(name: str, *, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str =
         ([made("name", size=0, kind=tarfile.GNUTYPE_LONGNAME)] * 5000, r"t\.tar: "),
     ],
 )
-def test_hostile_tars_are_named_and_what_precedes_is_used(tmp_path, infos, message, caplog):
+def test_hostile_tars_are_named_and_the_files_before_are_used(tmp_path, infos, message, caplog):
     hostile_tar(tmp_path / "t.tar", *infos)
     entries, _, problems = read(tmp_path, skip_empty_caption=False)
     assert [entry.media.member for entry in entries] == ["good.png"]
@@ -406,7 +419,7 @@ def test_cut_and_damaged_tars_are_named(tmp_path, caplog):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_a_tar_with_any_bytes_changed_never_fails_otherwise(tmp_path_factory, data):
+def test_a_tar_with_any_bytes_changed_is_read_or_reported(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "mutated.tar"
     put_tar(path, {"x" * 120 + ".png": encoded(1), "b.png": encoded(2)})
     content = bytearray(path.read_bytes())

@@ -40,19 +40,19 @@ def test_threads_load_at_the_same_time():
     assert list(prefetched(lambda step: together.wait(timeout=20) * 0 + step, 0, 9, threads=3)) == list(range(9))
 
 
-def test_what_load_raises_arrives_as_it_is_after_the_results_before_it():
-    fault = UserError("cache: part 7 is damaged")
+def test_an_error_in_load_arrives_unchanged_after_the_results_before_it():
+    error = UserError("cache: part 7 is damaged")
 
     def load(step):
         if step == 3:
-            raise fault
+            raise error
         return step
 
     results = prefetched(load, 0, 10**9, threads=2)
     assert list(itertools.islice(results, 3)) == [0, 1, 2]
     with pytest.raises(UserError) as caught:
         next(results)
-    assert caught.value is fault
+    assert caught.value is error
     assert str(caught.value) == "cache: part 7 is damaged"
     assert wait_until(lambda: not loader_threads())
 

@@ -35,7 +35,7 @@ def photograph() -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
-def test_lossless_picture_is_cropped_around_its_centre_and_resized_bicubically(photograph, kind):
+def test_a_lossless_image_is_cropped_around_its_centre_and_resized_bicubically(photograph, kind):
     picture = photograph.crop((0, 0, 400, 300))
     read = read_image(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})), (96, 96), name="p")
     # A square of a 400×300 picture is its middle 300 columns. Resampling sees the columns just outside (a bicubic
@@ -58,7 +58,7 @@ def test_avif_is_read_to_within_its_own_loss(photograph):
     assert np.abs(read.astype(int) - expected).mean() < 2.0
 
 
-def test_a_gif_of_one_frame_is_a_picture():
+def test_a_gif_of_one_frame_is_an_image():
     image = Image.new("P", (20, 16), 1)
     image.putpalette([10, 20, 30, 200, 100, 50])
     stored = encoded(image, "GIF")
@@ -67,7 +67,7 @@ def test_a_gif_of_one_frame_is_a_picture():
     np.testing.assert_array_equal(read_image(stored, (16, 16), name="p")[3, 5], [200, 100, 50])
 
 
-def test_of_an_animated_png_the_first_frame_is_the_picture():
+def test_of_an_animated_png_the_first_frame_is_read():
     stored = encoded(solid("RGB", (1, 2, 3)), "PNG", save_all=True, append_images=[solid("RGB", (200, 2, 3))])
     assert probe(stored, "p").frames == 1
     np.testing.assert_array_equal(read_image(stored, (16, 16), name="p")[0, 0], [1, 2, 3])
@@ -81,7 +81,7 @@ def test_an_animated_webp_or_avif_is_refused_and_what_to_use_is_named(kind):
             read()
 
 
-def test_a_picture_is_a_clip_of_one_frame_and_no_longer_one(photograph):
+def test_an_image_is_a_clip_of_exactly_one_frame(photograph):
     stored = encoded(photograph)
     clip = read_clip(stored, Size(128, 64, 1), name="p.png")
     np.testing.assert_array_equal(clip[0], read_image(stored, (128, 64), name="p.png"))
@@ -116,7 +116,7 @@ def test_exif_orientation_is_undone(photograph, orientation, kind, options):
     np.testing.assert_array_equal(read_image(stored, (64, 48), name="p"), upright)
 
 
-def test_an_orientation_behind_the_pixels_of_a_png_counts_in_probe_and_picture():
+def test_an_orientation_after_the_pixels_of_a_png_counts_in_probe_and_image():
     """The PNG standard allows eXIf anywhere between IHDR and IEND."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -129,7 +129,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts_in_probe_and_picture()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00not a TIFF header", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff"])
-def test_broken_exif_does_not_cost_the_picture(photograph, exif):
+def test_an_image_with_broken_exif_is_read(photograph, exif):
     stored = encoded(photograph, "PNG", exif=exif)
     assert probe(stored, "p") == Size(512, 512, 1)
     np.testing.assert_array_equal(read_image(stored, (512, 512), name="p"), np.asarray(photograph))
@@ -222,7 +222,7 @@ WHOLE = encoded(Image.fromarray(photographs.astronaut()), "JPEG")
         pytest.param(bytes(4) + b"ftypheic" + bytes(100), "not a readable PNG", id="HEIC"),
     ],
 )
-def test_what_is_not_a_whole_picture_is_named_with_the_reason(stored, reason):
+def test_an_incomplete_image_is_named_with_the_reason(stored, reason):
     with pytest.raises(UserError, match=r"bad\.png: .*") as caught:
         read_clip(stored, Size(16, 16, 1), name="bad.png")
     assert reason in str(caught.value)
@@ -254,7 +254,7 @@ PICTURE_FILES = picture_files()
     damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
     kept=st.floats(0, 1),
 )
-def test_damaged_bytes_give_a_picture_or_a_user_error(kind, damage, kept):
+def test_damaged_bytes_give_an_image_or_a_user_error(kind, damage, kept):
     data = bytearray(PICTURE_FILES[kind])
     for place, value in damage:
         data[int(place * len(data))] = value
@@ -270,7 +270,7 @@ def test_damaged_bytes_give_a_picture_or_a_user_error(kind, damage, kept):
 
 
 @given(st.binary(max_size=64))
-def test_any_bytes_give_a_picture_or_a_user_error(stored):
+def test_any_bytes_give_an_image_or_a_user_error(stored):
     with contextlib.suppress(UserError):
         probe(stored, "p")
     with contextlib.suppress(UserError):
@@ -313,7 +313,7 @@ def mask_of_mode(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16"])
-def test_a_mask_is_its_red_channel_cropped_as_the_picture_and_taken_nearest_exact_at_latent_size(mode):
+def test_a_mask_is_its_red_channel_cropped_as_the_image_and_sampled_nearest_exact(mode):
     torch = pytest.importorskip("torch")
     read = read_mask(encoded(mask_of_mode(mode)), (210, 130), (96, 80), name="m")
     red = np.array(ImageOps.fit(Image.fromarray(np.stack([GREYS] * 3, -1)), (96, 80)))[..., 0]
@@ -331,13 +331,13 @@ def test_a_palette_mask_with_a_transparent_entry_keeps_that_entrys_red():
     np.testing.assert_array_equal(read, np.full((2, 2), 60))
 
 
-def test_a_one_bit_mask_is_nothing_or_all():
+def test_a_one_bit_mask_has_weights_0_and_1():
     image = Image.fromarray(np.arange(32)[None, :].repeat(16, 0) >= 16)
     assert image.mode == "1"
     np.testing.assert_array_equal(read_mask(encoded(image), (32, 16), (32, 16), name="m"), [[0, 0, 255, 255]] * 2)
 
 
-def test_a_mask_of_another_size_than_its_picture_is_refused_with_both_sizes():
+def test_a_mask_of_another_size_than_its_image_is_refused_with_both_sizes():
     with pytest.raises(UserError, match=r"m\.png: the mask is 20×16 pixels, expected 16×20 as its image"):
         read_mask(encoded(solid("L", 255, (20, 16))), (16, 20), (16, 16), name="m.png")
 

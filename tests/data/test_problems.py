@@ -8,7 +8,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError
 
 
-def test_a_file_met_again_is_neither_named_nor_counted_again(caplog):
+def test_a_file_skipped_twice_is_reported_and_counted_once(caplog):
     problems = Problems()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(problems.skip, ["a.png: broken", UserError("b.png:\nbroken")] * 50))
@@ -17,7 +17,7 @@ def test_a_file_met_again_is_neither_named_nor_counted_again(caplog):
     assert problems.summary() == "2 files were skipped, named above (--strict_data makes that an error)"
 
 
-def test_one_file_and_none_are_summed_up_in_words():
+def test_the_summary_agrees_in_number():
     problems = Problems()
     assert problems.summary() == ""
     problems.skip("a.png: broken")

@@ -75,7 +75,7 @@ def named_arrays(draw):
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=10), max_size=3), named_arrays())
-def test_unpack_gives_what_was_packed(header, arrays):
+def test_unpack_inverts_pack(header, arrays):
     found_header, found = unpack(pack(header, arrays))
     assert found_header == header
     assert found.keys() == arrays.keys()
@@ -105,12 +105,12 @@ def test_unpacked_arrays_share_the_records_memory():
     assert np.shares_memory(array, np.frombuffer(record, np.uint8))
 
 
-def test_a_file_name_that_is_no_text_is_kept_legibly():
+def test_a_file_name_that_is_not_unicode_is_stored_with_escapes():
     assert unpack(pack({"name": "caf\udce9.png"}, {}))[0] == {"name": "caf\\udce9.png"}
 
 
 @given(named_arrays(), st.data())
-def test_a_damaged_record_is_one_line(arrays, data):
+def test_a_damaged_record_is_an_error_of_one_line(arrays, data):
     record = pack({"caption": "a cat"}, arrays)
     with pytest.raises(UserError, match=r"^damaged record$"):
         unpack(record[: data.draw(st.integers(0, len(record) - 1))])
@@ -124,7 +124,7 @@ def test_a_damaged_record_is_one_line(arrays, data):
 # ---- keys and parts -------------------------------------------------------------------------------------------------
 
 
-def test_what_was_written_is_found_at_once_and_by_who_comes_later(tmp_path):
+def test_written_records_are_found_at_once_and_by_later_stores(tmp_path):
     store, records = Store(tmp_path / "cache"), [*some_records("a"), (key("empty"), b"")]
     assert len(store) == 0
     assert key("empty") not in store
@@ -140,7 +140,7 @@ def test_what_was_written_is_found_at_once_and_by_who_comes_later(tmp_path):
 
 @settings(max_examples=30)  # each writes files
 @given(st.data())
-def test_any_keys_are_told_apart(tmp_path_factory, data):
+def test_any_keys_are_distinguished(tmp_path_factory, data):
     # Keys of few different bytes: beginnings in common, zeros at the end, the same key in two parts.
     a_key = st.lists(st.sampled_from([0, 1, 255]), min_size=2, max_size=3).map(lambda few: bytes(few).ljust(32, b"\0"))
     parts = data.draw(st.lists(st.lists(a_key, min_size=1, max_size=4, unique=True), min_size=1, max_size=3))
@@ -181,7 +181,7 @@ def test_refresh_sees_what_others_added_and_removed(tmp_path):
     assert len(two) == 0
 
 
-def test_clear_leaves_what_is_not_the_stores(tmp_path):
+def test_clear_removes_only_the_stores_files(tmp_path):
     store = Store(tmp_path)
     store.write_part(some_records("a"))
     (tmp_path / "notes.keys").write_text("mine")
@@ -342,7 +342,7 @@ def flip(path: pathlib.Path) -> None:
         ("*.keys", lambda path: path.write_bytes(b"[]\n")),
     ],
 )
-def test_a_damaged_part_counts_as_absent_and_is_made_again(tmp_path, caplog, pattern, damage):
+def test_a_damaged_part_counts_as_absent_and_is_written_again(tmp_path, caplog, pattern, damage):
     Store(tmp_path).write_part(some_records("a"))
     files = contents(tmp_path)
     damaged = only(tmp_path, pattern)
@@ -372,7 +372,7 @@ def test_a_flipped_bit_in_a_record_is_found_when_it_is_read(tmp_path):
         store.read(key("a 1"))
 
 
-def test_a_part_that_goes_while_it_is_used_is_named(tmp_path):
+def test_a_part_that_is_deleted_while_in_use_is_named(tmp_path):
     store = Store(tmp_path)
     store.write_part(some_records("a"))
     path = only(tmp_path, "*.array_record")
@@ -381,7 +381,7 @@ def test_a_part_that_goes_while_it_is_used_is_named(tmp_path):
         store.read(key("a 0"))
 
 
-def test_a_cache_of_another_format_is_an_error_that_clear_ends(tmp_path):
+def test_a_cache_of_another_format_is_an_error_until_it_is_cleared(tmp_path):
     Store(tmp_path).write_part(some_records("a"))
     path = only(tmp_path, "*.keys")
     path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 2'))
@@ -410,7 +410,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert store.read(key("b 0")) == records[0][1]
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path):
+def test_an_impossible_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/cache: cannot be written: Not a directory; set cache_dir "):
         Store(tmp_path / "file" / "cache").write_part(some_records("a"))
@@ -454,7 +454,7 @@ def test_a_copy_that_was_cut_off_or_is_of_another_part_is_replaced(tmp_path):
     assert contents(near).items() < contents(far).items()
 
 
-def test_a_place_for_copies_that_cannot_be_is_named_when_one_is_read(tmp_path):
+def test_an_impossible_folder_for_copies_is_named_at_the_first_read(tmp_path):
     Store(tmp_path / "far").write_part(some_records("a"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/near: cannot be written: Not a directory; set cache_local_dir to"):
@@ -508,13 +508,13 @@ def test_an_address_works_as_a_folder_does(tmp_path):
     assert len(one) == len(two) == 0
 
 
-def test_an_address_needs_a_folder_of_this_machine(tmp_path):
+def test_an_address_needs_a_folder_on_this_machine(tmp_path):
     with pytest.raises(UserError, match=r"^gs://bucket/cache: .*cache_local_dir"):
         Store("gs://bucket/cache")
     with pytest.raises(UserError, match=r"cache_local_dir is gs://bucket/near, expected a folder on this machine"):
         Store(tmp_path, local_dir="gs://bucket/near")
 
 
-def test_an_address_that_cannot_be_reached_is_one_line(tmp_path):
+def test_an_unreachable_address_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^s3://bucket/cache: cannot be read: .*s3fs"):
         len(Store("s3://bucket/cache", local_dir=tmp_path))

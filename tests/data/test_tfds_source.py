@@ -122,7 +122,7 @@ def test_two_processes_that_draw_at_once_both_get_the_whole(tmp_path):
     assert names(tmp_path / "anima_shapes") == ["1.1.0"]
 
 
-def test_of_two_builds_the_later_takes_the_data_of_the_earlier(tmp_path):
+def test_of_two_builds_the_later_uses_the_data_of_the_earlier(tmp_path):
     from anima_jax.data import shapes_builder
 
     def overtaken(*scene_and_placement):
@@ -141,7 +141,7 @@ def child_code(data_dir, **options) -> str:
     return f"from tests.data.test_tfds_source import build; build({str(data_dir)!r}, **{options!r})"
 
 
-def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path):
+def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     child = subprocess.run([sys.executable, "-c", child_code(tmp_path, killed_at_picture=100)], check=False)
     assert child.returncode == -signal.SIGKILL
     (unfinished,) = (tmp_path / "anima_shapes").iterdir()
@@ -160,9 +160,9 @@ def test_drawing_is_silent_and_reproducible(tmp_path, train):
 
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory):
-    """A data set that is not ours: grey pictures, a number, several captions, and faults in single records.
+    """A data set that is not ours: grey pictures, a number, several captions, and damaged records.
 
-    It lies where tfds keeps one that it knows by name, whose code needs TensorFlow.
+    It is where tfds keeps one that it knows by name, whose code needs TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -179,7 +179,7 @@ def other_dir(tmp_path_factory):
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features)
     writer = tfds.core.SequentialWriter(info, 100, overwrite=True, file_format="array_record")
-    writer.initialize_splits(["train", "faults"])
+    writer.initialize_splits(["train", "damaged"])
     png = io.BytesIO()
     Image.new("L", (40, 20), 90).save(png, "PNG")
 
@@ -189,14 +189,14 @@ def other_dir(tmp_path_factory):
 
     put("train", "  a grey square ", ["one", " zwei Bären "])
     put("train", "", [])
-    put("faults", b"\xff\xfe", ["x"])
-    put("faults", "fine", ["fine"])
-    put("faults", "no picture", ["x"], b"what is this")
+    put("damaged", b"\xff\xfe", ["x"])
+    put("damaged", "fine", ["fine"])
+    put("damaged", "no picture", ["x"], b"what is this")
     writer.close_all()
     return str(directory)
 
 
-def test_another_data_set_is_read_by_its_own_names(other_dir):
+def test_another_data_set_is_read_with_its_own_feature_names(other_dir):
     (entry,), line, _ = read(other(other_dir))
     assert entry.captions == ("a grey square",)
     assert (entry.width, entry.height, entry.frames) == (40, 20, 1)
@@ -213,11 +213,11 @@ def test_a_sequence_of_texts_is_several_captions(other_dir):
 
 
 def test_unusable_records_are_named_and_left_out(other_dir, caplog):
-    entries, line, problems = read(other(other_dir, "faults"))
+    entries, line, problems = read(other(other_dir, "damaged"))
     assert [entry.captions for entry in entries] == [("fine",)]
     assert problems.count == 2
-    assert f"{other_dir} faults[0] text: byte 0 is 0xff, expected UTF-8" in caplog.text
-    assert f"{other_dir} faults[2] photo: " in caplog.text
+    assert f"{other_dir} damaged[0] text: byte 0 is 0xff, expected UTF-8" in caplog.text
+    assert f"{other_dir} damaged[2] photo: " in caplog.text
     assert "1 images, 2 could not be used" in line
 
 
@@ -236,15 +236,15 @@ def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):
     assert read(split, index=FileIndex(tmp_path / "index.jsonl"))[2].count == 2
 
 
-def test_what_a_remembered_data_set_lost_is_named_again(other_dir, tmp_path):
-    split = other(other_dir, "faults")
+def test_skipped_records_of_a_known_data_set_are_reported_again(other_dir, tmp_path):
+    split = other(other_dir, "damaged")
     first = read(split, index=FileIndex(tmp_path / "index.jsonl"))[2]
     assert first.count == 2
     for trust in (False, True):
         assert read(split, index=FileIndex(tmp_path / "index.jsonl", trust=trust))[2].lines == first.lines
 
 
-def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
+def test_with_trust_a_data_set_is_not_read(other_dir, tmp_path):
     copy = tmp_path / "1.0.0"
     shutil.copytree(other_dir, copy)
     split = other(copy)
@@ -265,7 +265,7 @@ def test_with_trust_a_data_set_is_not_looked_at(other_dir, tmp_path):
         ("train[x", "photo", "text", "split train[x: "),
     ],
 )
-def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
+def test_a_missing_split_or_feature_is_named(other_dir, split, photo, text, message):
     with pytest.raises(UserError) as caught:
         read(other(other_dir, split, photo, text))
     assert message in str(caught.value)
@@ -273,20 +273,20 @@ def test_what_a_data_set_lacks_is_named(other_dir, split, photo, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_drawn_yet_leaves_nothing_behind_without_prepare(tmp_path):
+def test_without_prepare_drawings_leave_nothing_behind(tmp_path):
     reader = TfdsReader(in_dir(tmp_path, resolutions=(64,)), prepare=False)
     (examples,) = read_examples([(reader, FileIndex())], Problems())
     assert len(examples) == 4800
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_drawn_already_is_read_without_prepare(shapes_dir, train):
+def test_without_prepare_existing_drawings_are_read(shapes_dir, train):
     reader = TfdsReader(in_dir(shapes_dir, split="train[:5]", resolutions=(64,)), prepare=False)
     (examples,) = read_examples([(reader, FileIndex())], Problems())
     assert [example.entry.digest for example in examples] == [entry.digest for entry in train[:5]]
 
 
-def test_files_made_from_a_record_are_called_by_split_and_number(shapes_dir, train):
+def test_files_made_from_a_record_have_its_split_and_number(shapes_dir, train):
     few, _, _ = read(in_dir(shapes_dir, split="train[:5]"))
     assert [train[3].media.label, few[3].media.label] == ["train-3", "train[_5]-3"]
 
@@ -299,13 +299,13 @@ def test_an_unknown_or_unprepared_data_set_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["coco_captions", "coco_captions/2014", "coco_captions/2014:1.0.0"])
-def test_what_is_prepared_is_found_by_name_without_its_code(other_dir, name):
+def test_a_prepared_data_set_is_found_by_name_without_its_code(other_dir, name):
     data_dir = pathlib.Path(other_dir).parents[2]
     entries, _, _ = read(in_dir(data_dir, name=name, image="photo", caption="text"))
     assert [entry.captions for entry in entries] == [("a grey square",)]
 
 
-def test_a_known_name_that_is_not_prepared_is_told_where_it_was_looked_for(tmp_path):
+def test_a_known_name_that_is_not_prepared_is_an_error_with_the_folder(tmp_path):
     with pytest.raises(UserError, match=rf"'coco_captions/2014': .* prepared in {tmp_path}; ") as caught:
         read(in_dir(tmp_path, name="coco_captions/2014"))
     assert "did you mean" not in str(caught.value)

@@ -203,7 +203,7 @@ def test_colours_follow_the_matrix_and_range_that_the_file_names(colourspace, re
     assert np.abs(clip.astype(float) - 255 * np.array([r, g, b])).max() <= 2  # ffmpeg's integer arithmetic
 
 
-def test_what_is_transparent_lies_over_white():
+def test_transparency_is_composited_over_white():
     stream = io.BytesIO()
     pixels = np.zeros((16, 32, 4), np.uint8)
     pixels[:, :16] = [0, 0, 0, 51]
@@ -243,7 +243,7 @@ CORNERS[:16, :32], CORNERS[:16, 32:], CORNERS[16:, :32] = 240, 160, 80
         pytest.param((1, 0, 0, 1), CORNERS, id="as it is"),
     ],
 )
-def test_a_video_is_seen_as_the_phone_was_held(matrix, seen):
+def test_a_video_is_rotated_by_its_display_matrix(matrix, seen):
     """The track header's matrix (ISO 14496-12, 16.16 numbers): a point (x, y) is shown at (ax + cy, bx + dy)."""
     stored = bytearray(written([CORNERS] * 4))
     at = stored.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and numbers, layer and volume
@@ -279,7 +279,7 @@ def test_frames_of_absurd_size_are_refused_by_the_header():
         probe(bytes(stored), "big.avi")
 
 
-def test_timestamps_that_jump_by_years_do_not_repeat_a_frame_for_ever(monkeypatch):
+def test_timestamps_that_jump_by_years_do_not_repeat_a_frame_forever(monkeypatch):
     monkeypatch.setattr(video, "MAX_FRAMES", 16 * 3600)
     stored = written(numbered(3), "mkv", milliseconds=[0, 60, 5_000_000])
     with pytest.raises(UserError, match="longer than 1 hours, or its timestamps are broken"):
@@ -302,7 +302,7 @@ def test_an_mp4_for_streaming_that_was_cut_off_is_refused():
         probe(stored[:-9], "half.mp4")
 
 
-def test_a_name_says_nothing_of_what_a_file_is():
+def test_a_files_kind_does_not_depend_on_its_name():
     assert probe(written(numbered(4)), "picture.png").frames == 4
     assert ".mp4" in VIDEO_SUFFIXES
 
@@ -329,7 +329,7 @@ def test_damaged_bytes_give_a_clip_or_a_user_error(kind, damage, kept, mode):
         assert clip.shape == (min(size.frames, 5), 32, 16, 3)
 
 
-def test_what_ffmpeg_thinks_of_a_file_does_not_reach_the_user(tmp_path):
+def test_ffmpegs_own_messages_do_not_reach_the_user(tmp_path):
     damaged = bytearray(written(numbered(30), "mkv"))
     for place in range(len(damaged) // 2, len(damaged) - 100, 7):
         damaged[place] ^= 0x55
