@@ -93,7 +93,7 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 def side_effects(text: str) -> list[str]:
     """Statements that change the process when a module is imported."""
-    found = []
+    found = {}
     for node in at_import(ast.parse(text)):
         if isinstance(node, ast.Call):
             changes = SIDE_EFFECT.search(ast.unparse(node.func))
@@ -105,8 +105,8 @@ def side_effects(text: str) -> list[str]:
         else:
             changes = False
         if changes:
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return found
+            found[node.lineno] = f"line {node.lineno}: {ast.unparse(node)}"
+    return list(found.values())
 
 
 def imported(nodes: Iterable[ast.AST]) -> set[str]:

@@ -168,7 +168,7 @@ def _override(table: dict[str, Any], override: str) -> str:
         if part not in table:
             created = min(created, depth)
         table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        if not isinstance(table, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - the user's value
             raise UserError(f"--set: {key.strip()}: {'.'.join(parts[:depth])} is not a table")
     table[last] = _toml_value(value.strip())
     return ".".join(parts[:created])

@@ -5,6 +5,7 @@ sizes follow from those that are set, in the released model's proportions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
@@ -38,7 +39,7 @@ class BuiltFrom:
         )
 
 
-def _heads_of(sizes: tuple[int, ...]):
+def _heads_of(sizes: tuple[int, ...]) -> Callable[[dict[str, Any]], int]:
     """Default number of heads: of the first of `sizes` that divides the width, else one."""
     return lambda table: next((table["width"] // size for size in sizes if table["width"] % size == 0), 1)
 

@@ -209,7 +209,7 @@ def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) 
     ]
 
 
-def _tier_order(bucket: Bucket) -> tuple:
+def _tier_order(bucket: Bucket) -> tuple[Any, ...]:
     size, resolution = bucket.size, bucket.resolution
     return resolution is None, resolution or 0.0, size.frames, -size.tokens, size
 

@@ -9,7 +9,7 @@ Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t fr
 import collections
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -213,7 +213,7 @@ class Cache:
             yield key, pack({"caption": caption}, {"states": states_nd, "t5_ids": text.target_ids_m})
 
 
-def progress_bar(total: int, unit: str) -> tqdm:
+def progress_bar(total: int, unit: str) -> "tqdm[Any]":
     """Return a progress bar over `total` items, which process 0 shows if there are any."""
     return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
 
@@ -239,7 +239,7 @@ def _own_items(items: Sequence[Item], part: int) -> list[Item]:
     return [item for start in starts for item in items[start : start + part]]
 
 
-def _write_parts(store: Store, records: Iterable[Record], size: int, bar: tqdm | None = None) -> None:
+def _write_parts(store: Store, records: Iterable[Record], size: int, bar: "tqdm[Any] | None" = None) -> None:
     """Write the records, `size` of them at a time."""
     part: list[Record] = []
     for record in records:

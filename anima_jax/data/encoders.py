@@ -7,6 +7,7 @@ c the 64 values of a token.
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,15 @@ from anima_jax.checkpoints.locations import file_sha256
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.config.main import MainConfig
 from anima_jax.models.dit import patchify
-from anima_jax.models.parameters import merge, split
+from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel.mesh import batch_sharding, local_mesh, replicated, shard_batch
 from anima_jax.text.states import EncodedText, encode_tokens, rounded_up
 from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
+
+Item = TypeVar("Item")
 
 
 class Encoders:
@@ -119,7 +122,7 @@ def clip_encoder(
     params = jax.device_put(params, replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, mesh.size))
-    def encode(params, pixels_btyxc):
+    def encode(params: Params, pixels_btyxc: jax.Array) -> jax.Array:
         pixels = pixels_btyxc.astype(jnp.float32) / 127.5 - 1.0
         return patchify(merge(graphdef, params).encode(pixels.astype(dtype)).astype(jnp.float32))
 
@@ -167,9 +170,9 @@ def _trimmed(ids: TextIds) -> TextIds:
     return TextIds(ids.qwen_ids[:, :qwen], ids.qwen_mask[:, :qwen], ids.t5_ids[:, :t5], ids.t5_mask[:, :t5])
 
 
-def _batches(items: Iterable, size: int) -> Iterator[tuple[list, int]]:
+def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[list[Item], int]]:
     """Yield lists of `size` items and how many of them are real: the last list repeats its last item."""
-    batch: list = []
+    batch: list[Item] = []
     for item in items:
         batch.append(item)
         if len(batch) == size:

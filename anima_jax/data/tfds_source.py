@@ -129,7 +129,7 @@ def _tfds() -> Any:
 
 
 @functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory:
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder that is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="anima_shapes_", ignore_cleanup_errors=True)
 

@@ -93,7 +93,7 @@ def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
     stream = file.streams.best("video")
     if not isinstance(stream, av.VideoStream):
         raise ValueError("it has no video stream")
-    if stream.codec_context is None:
+    if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison] - PyAV's types leave it out
         raise ValueError("its codec is unknown")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_PIXELS} pixels")
