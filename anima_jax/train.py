@@ -28,7 +28,6 @@ from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.training import command, estimate, events, optimizers, tables
 from anima_jax.training.batches import Batches, OnlineText
 from anima_jax.training.dry_run import dry_run
-from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import find_export
 from anima_jax.training.intervals import Every, Moment
 from anima_jax.training.profiling import Profiler, parse_steps, use_compilation_cache, watch_compilation
@@ -198,20 +197,16 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
         )
         training.enter_context(contextlib.closing(writer))
-        samples = make_samples(
-            config, partition.graphdef, partition.frozen | state.params, encoders, folder / "samples"
-        )
+        interruptible: list[events.Interruptible] = [
+            events.Evaluate(run, eval_batches, partition, step_config, encode_text, writer),
+            *make_samples(config, partition, state, encoders, folder, writer),
+        ]
         if ready:
             encoders.release()  # what nothing uses need not stay on the device
         self_check = events.SelfCheck(run, partition, start.step, writer)
         skipped_updates = events.SkippedUpdates(run, folder, checkpointer, writer)
         export = events.Export(run, partition, folder, writer)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
-        evaluation = Evaluation(partition.graphdef, step_config)
-        interruptible: list[events.Interruptible] = [
-            events.Evaluate(run, eval_batches, evaluation, partition.frozen, encode_text, writer),
-            events.Draw(samples, partition.frozen, writer),
-        ]
 
         def run_interruptible(at: Moment, due: Sequence[events.Interruptible]) -> None:
             def run_all() -> None:

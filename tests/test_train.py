@@ -121,52 +121,63 @@ def complaint(capsys, main, *arguments) -> str:
     return lines[0]
 
 
-def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsys):
-    write_transformer(tmp_path / "base.safetensors")
+BASE = "base.safetensors"
+
+
+def truncated(path: pathlib.Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "expected"),
+    [
+        (None, ["--set", "optimiser.lr=1"], "'optimizer'"),
+        (None, ["--set", "epochs=many"], "epochs"),
+        (None, ["--set", "model.vae_path=/nowhere.safetensors"], "vae_path"),
+        (None, ["--set", f"model.llm_path={ASSETS}"], "llm_path"),
+        (lambda folder: truncated(folder / BASE), [], BASE),
+        (lambda folder: (folder / BASE).write_bytes(b"\x80\x02}q\x00."), [], "pickle"),
+        (lambda folder: (folder / BASE).write_bytes((ASSETS / "tiny_vae.safetensors").read_bytes()), [], "VAE"),
+        (lambda folder: (folder / "pictures" / "0.png").write_bytes(b"no picture"), ["--strict_data"], "0.png"),
+        (lambda folder: [path.unlink() for path in (folder / "pictures").iterdir()], [], "pictures"),
+        (lambda folder: (folder / "main.toml").write_text("epochs ="), [], "not valid TOML"),
+        (lambda folder: (folder / "main.toml").unlink(), [], "no such file"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsys, spoil, arguments, expected):
+    write_transformer(tmp_path / BASE)
     config = write_config(tmp_path, pictures, "epochs = 1")
-    base = (tmp_path / "base.safetensors").read_bytes()
-
-    def refused(*arguments):
-        return complaint(capsys, train, "--config", config, *arguments)
-
-    assert "no such file" in complaint(capsys, train, "--config", tmp_path / "none.toml")
-    assert "'optimizer'" in refused("--set", "optimiser.lr=1")
-    assert "epochs" in refused("--set", "epochs=many")
-    assert "vae_path" in refused("--set", "model.vae_path=/nowhere.safetensors")
-    (tmp_path / "base.safetensors").write_bytes(base[: len(base) // 2])
-    assert "base.safetensors" in refused()
-    (tmp_path / "base.safetensors").write_bytes(b"\x80\x02}q\x00.")
-    assert "pickle" in refused()
-    (tmp_path / "base.safetensors").write_bytes((ASSETS / "tiny_vae.safetensors").read_bytes())
-    assert "VAE" in refused()
-    (tmp_path / "base.safetensors").write_bytes(base)
-    assert "llm_path" in refused("--set", f"model.llm_path={ASSETS}")
-    (pictures / "0.png").write_bytes(b"no picture")
-    assert "0.png" in refused("--strict_data")
-    for path in pictures.iterdir():
-        path.unlink()
-    assert str(pictures) in refused()
-    config.write_text(config.read_text().replace("epochs = 1", "epochs ="))
-    assert "not valid TOML" in refused()
+    if spoil:
+        spoil(tmp_path)
+    assert expected in complaint(capsys, train, "--config", config, *arguments)
     assert not (tmp_path / "runs").exists()
 
 
-def test_generate_refuses_what_it_cannot_draw(tmp_path, pictures, capsys):
-    write_transformer(tmp_path / "base.safetensors")
+@pytest.mark.parametrize(
+    ("arguments", "output", "expected"),
+    [
+        (["--width", "72"], "out.png", "multiple of 16"),
+        (["--steps", "0"], "out.png", "steps"),
+        (["--sampler", "eular"], "out.png", "did you mean 'euler'"),
+        (["--schedule", "simpel"], "out.png", "did you mean 'simple'"),
+        (["--seed", "one"], "out.png", "invalid int"),
+        (["--checkpoint", "{folder}/pictures"], "out.png", "model.safetensors"),
+        (["--checkpoint", "{folder}/nothing"], "out.png", "no such file"),
+        ([], "out.tiff", ".png"),
+        ([], "no/folder/out.png", ".png"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_draw(tmp_path, pictures, capsys, arguments, output, expected):
+    write_transformer(tmp_path / BASE)
     config = write_config(tmp_path, pictures, "epochs = 1")
-    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    options = ["--config", config, "--prompt", "a cat", "-o", tmp_path / output]
+    assert expected in complaint(capsys, generate, *options, *arguments)
+    assert not list(tmp_path.glob("*.png"))
 
-    def refused(*arguments, output="out.png"):
-        return complaint(capsys, generate, "--config", config, "--prompt", "a cat", "-o", tmp_path / output, *arguments)
 
-    assert "multiple of 16" in refused("--width", "72")
-    assert "steps" in refused("--steps", "0")
-    assert "did you mean 'euler'" in refused("--sampler", "eular")
-    assert "did you mean 'simple'" in refused("--schedule", "simpel")
-    assert "invalid int" in refused("--seed", "one")
-    assert "model.safetensors" in refused("--checkpoint", tmp_path / "empty")
-    assert "no such file" in refused("--checkpoint", tmp_path / "nothing")
-    assert ".png" in refused(output="out.tiff")
-    assert ".png" in refused(output="no/folder/out.png")
-    assert "--vae" in complaint(capsys, generate, "--prompt", "a cat", "-o", tmp_path / "out.png", "--transformer", "x")
+def test_generate_without_a_configuration_needs_every_network(tmp_path, capsys):
+    options = ["--prompt", "a cat", "-o", tmp_path / "out.png", "--transformer", "x"]
+    assert "--vae" in complaint(capsys, generate, *options)
     assert not list(tmp_path.glob("*.png"))

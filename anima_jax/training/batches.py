@@ -1,7 +1,7 @@
-"""Batches of a run: planned examples, their cached latents and masks, and the text that each shows in this epoch.
+"""Batches of a run: planned examples with their cached latents, masks, and each one's text in this epoch.
 
-`Batches.load` runs in the loader's threads and touches the host alone; text that is not cached leaves it as token ids,
-from which `OnlineText` makes states on the device just before the step.
+`Batches.load` runs in the loader's threads, only on the host. It returns text that is not cached as token ids, which
+`OnlineText` encodes on the device just before the step.
 Axes: b batch, l image tokens, p the 4 latent pixels of a token, n source and m target text tokens, d features.
 """
 
@@ -30,7 +30,7 @@ from anima_jax.training.step import TrainBatch
 
 
 class Loaded(NamedTuple):
-    """A step's batch, in how many micro-batches it is taken, and the number of its tier."""
+    """A step's batch, the number of its micro-batches, and the number of its tier."""
 
     batch: TrainBatch
     accumulation: int
@@ -38,9 +38,9 @@ class Loaded(NamedTuple):
 
 
 class Batches:
-    """What each step of a plan is given. All batches of a tier have one shape.
+    """The batch of each step of a plan. All batches of a tier have one shape.
 
-    A process reads the rows that its own devices of the mesh take; `put` brings what all have read onto the mesh.
+    Each process reads the rows of its own devices; `put` makes global arrays of what all processes have read.
     """
 
     def __init__(self, run: Run, data: TrainingData, tokenizers: Tokenizers):
@@ -51,7 +51,7 @@ class Batches:
         self._source_length, self._target_length = data.text_rows(tokenizers)
 
     def load(self, step: int) -> Loaded:
-        """What the plan's step number `step` (from 0) is given, in host memory."""
+        """Return this process's rows of the batch of the plan's step `step` (from 0), in host memory."""
         planned = self._data.plan.batch(step)
         own = planned.take(self._rows[planned.tier])
         return Loaded(self._batch(own.tier, own.indices, own.epochs), self._accumulations[own.tier], own.tier)
@@ -61,13 +61,13 @@ class Batches:
         return self._run.accumulations(self._data)
 
     def put(self, batch: TrainBatch, tier: int) -> TrainBatch:
-        """A batch of this tier on the devices."""
+        """Return a batch of this tier, sharded on the devices."""
         return shard_local_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
 
     def evaluated(self) -> Iterator[tuple[TrainBatch, np.ndarray]]:
-        """Every example once, in batches of one size a tier, and the examples' weights: 0 for what fills the last.
+        """Yield every example once, in batches on the devices, and the examples' weights: 0 for padding.
 
-        The batches are on the devices.
+        Each tier has one batch size; its last batch is padded.
         """
         for number, tier in enumerate(self._data.plan.tiers):
             for rows, weights in padded_batches(len(tier.indices), tier.batch_size):
@@ -89,7 +89,7 @@ class Batches:
         )
 
     def unconditional(self) -> Text:
-        """The empty caption, with a batch axis of 1, on every device."""
+        """Return the empty caption, with a batch axis of 1, replicated on all devices."""
         return replicate(self._text([""]))
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
@@ -101,12 +101,12 @@ class Batches:
         return weights_blp
 
     def _text(self, captions: Sequence[str]) -> Text:
-        """States of the captions, or in their place the text encoder's ids (b, n) if text is not cached."""
+        """Return the captions' states, or the text encoder's token ids (b, n) if text is not cached."""
         if self._config.model.cache_text_embeddings:
             rows = [self._data.cache.text(caption) for caption in captions]
             return text_rows(rows, self._source_length, self._target_length)
         ids = self._tokenizers.training_ids(captions, self._config.model.max_caption_tokens)
-        # Tags in another order can take still more tokens than was allowed for: then this batch has its own program.
+        # Shuffled tags may need more tokens than was reserved: then this batch compiles its own program.
         source = rounded_up(max(self._source_length, int(ids.qwen_mask.sum(1).max())), TEXT_ROW_STEP)
         target = rounded_up(max(self._target_length, int(ids.t5_mask.sum(1).max())), TEXT_ROW_STEP)
         return Text(
@@ -117,24 +117,24 @@ class Batches:
 
 
 def _resized(rows_bn: np.ndarray, length: int) -> np.ndarray:
-    """Cut, or padded with zeros, to `length` columns; what is cut off is padding."""
+    """Return the rows cut or padded with zeros to `length` columns; only padding is cut off."""
     return np.pad(rows_bn[:, :length], ((0, 0), (0, max(0, length - rows_bn.shape[1]))))
 
 
 class OnlineText:
-    """Encodes the text of each batch just before its step, with the program that sampling uses too."""
+    """Encodes the text of each batch just before its step, with the program that sampling also uses."""
 
     def __init__(self, qwen: Qwen3, config: MainConfig):
         self._encode = encode_tokens(qwen, jnp.dtype(config.compute_dtype))
         self._last: Text | None = None
 
     def __call__(self, text: Text) -> Text:
-        """`text` with states in place of the ids."""
+        """Return `text` with states instead of token ids."""
         self._last = text
         return text._replace(source_bnd=self._encode(text.source_bnd, text.source_mask_bn))
 
     def share(self, seconds_a_step: float) -> float:
-        """Share of a step's time that the encoder takes, 0 to 1: the last batch is encoded once more."""
+        """Return the encoder's share of a step's time, 0 to 1, measured by encoding the last batch again."""
         if self._last is None:
             return 0.0
         started = time.monotonic()

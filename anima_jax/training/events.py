@@ -1,31 +1,24 @@
 """What happens at some steps of a run: exports, evaluations, samples, and checks of a step's metrics."""
 
-import contextlib
-import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from anima_jax.errors import UserError
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import Params
 from anima_jax.parallel.hosts import is_process_0
-from anima_jax.training import optimizers
 from anima_jax.training.batches import Batches
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
 from anima_jax.training.intervals import Every, Moment, crosses_multiple
 from anima_jax.training.resume import Checkpointer
 from anima_jax.training.run import Run
-from anima_jax.training.samples import Samples
 from anima_jax.training.selfcheck import ATTEMPTS, GroupNorms, norms_table, self_check
 from anima_jax.training.state import ParamPartition
-from anima_jax.training.step import TrainState
-from anima_jax.training.writer import Writer
-
-log = logging.getLogger(__name__)
+from anima_jax.training.step import StepConfig, TrainState, trained_weights
+from anima_jax.training.writer import Writer, warn_and_continue
 
 
 class Interruptible(Protocol):
@@ -42,12 +35,6 @@ class Interruptible(Protocol):
     def run(self, at: Moment, state: TrainState) -> None:
         """Do it with the weights of this state."""
         ...
-
-
-def weights(state: TrainState) -> Params:
-    """Return the trained weights; of a schedule-free optimizer, the averaged ones."""
-    averaged = optimizers.averaged(state.opt_state, state.params)
-    return state.params if averaged is None else averaged
 
 
 class Export:
@@ -70,7 +57,9 @@ class Export:
             about = about_adapter(config, self._partition, at.step)
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
-                path = export(folder, self._partition, weights(state), config.export_dtype, about, ema=state.ema)
+                path = export(
+                    folder, self._partition, trained_weights(state), config.export_dtype, about, ema=state.ema
+                )
                 if is_process_0():
                     shutil.copy(config.path, folder)
                 self._writer.print(f"saved {path}")
@@ -94,14 +83,15 @@ class Evaluate:
         self,
         run: Run,
         data_sets: Mapping[str, Batches],
-        evaluation: Evaluation,
-        frozen: Params,
+        partition: ParamPartition,
+        step_config: StepConfig,
         encode_text: Callable[[Text], Text],
         writer: Writer,
     ):
         config = run.config
         self._every = Every(run.eval_every_steps, config.eval_every_n_epochs, at_start=config.eval_before_first_step)
-        self._data_sets, self._evaluation, self._frozen = data_sets, evaluation, frozen
+        self._data_sets, self._frozen = data_sets, partition.frozen
+        self._evaluation = Evaluation(partition.graphdef, step_config)
         self._encode_text, self._writer = encode_text, writer
 
     def due(self, at: Moment) -> bool:
@@ -112,7 +102,7 @@ class Evaluate:
 
     def run(self, at: Moment, state: TrainState) -> None:
         self._writer.flush()
-        params, began, figures = self._frozen | weights(state), time.monotonic(), {}
+        params, began, figures = self._frozen | trained_weights(state), time.monotonic(), {}
         for name, batches in self._data_sets.items():
             encoded = (
                 (batch._replace(text=self._encode_text(batch.text)), weights_b)
@@ -122,30 +112,6 @@ class Evaluate:
             self._writer.print(f"evaluation after step {at.step}: {name} {figures[f'{name}/loss']:.4f}")
         figures["eval/eval_time_sec"] = time.monotonic() - began
         self._writer.evaluation(at, figures)
-
-
-class Draw:
-    """Draws samples with the averaged weights if there are any, else with the trained ones."""
-
-    TAG = "samples"
-    """Name of the grids in TensorBoard and W&B."""
-
-    def __init__(self, samples: Samples | None, frozen: Params, writer: Writer):
-        self._samples, self._frozen, self._writer = samples, frozen, writer
-
-    def due(self, at: Moment) -> bool:
-        return self._samples is not None and self._samples.due(at)
-
-    def done(self, at: Moment) -> bool:
-        return self._samples is not None and at.step > 0 and self._samples.path(at.step).exists()
-
-    def run(self, at: Moment, state: TrainState) -> None:
-        assert self._samples is not None
-        self._writer.flush()
-        with warn_and_continue():
-            params = self._frozen | (weights(state) if state.ema is None else state.ema)
-            self._writer.image(at, self.TAG, self._samples.draw(params, at.step))
-            self._writer.print(f"drew {self._samples.path(at.step)}")
 
 
 class SelfCheck:
@@ -189,12 +155,3 @@ class SkippedUpdates:
             latest = self._checkpoints.latest()
             good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
             raise UserError(f"{self._folder}: {skipped} steps in a row had no finite loss or gradient; {good}")
-
-
-@contextlib.contextmanager
-def warn_and_continue() -> Iterator[None]:
-    """Log an error of the block in writing files as a warning; the run continues."""
-    try:
-        yield
-    except (OSError, UserError) as error:
-        log.warning(f"{error}; the run continues")

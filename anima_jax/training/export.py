@@ -1,4 +1,4 @@
-"""What a run writes for others: models and adapters in diffusion-pipe's layout, the newest of which sampling takes."""
+"""Models and adapters that a run saves, in diffusion-pipe's layout; sampling uses the newest."""
 
 import importlib.metadata
 import json
@@ -27,8 +27,8 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 EMA_FOLDER = "ema"
-"""Where the averaged weights lie in an export's folder: beside the trained ones, and a folder of their own because
-diffusion-pipe's `init_from_existing` takes one that holds a single file."""
+"""The averaged weights' folder in an export's folder. It is a folder of its own because diffusion-pipe's
+`init_from_existing` expects a folder with a single file."""
 
 _EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
 _DELETED = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.old")
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 
 class AboutAdapter(NamedTuple):
-    """What is told with a saved adapter: the metadata of its file, and PEFT's settings beside it."""
+    """What is saved with an adapter: its file's metadata, and PEFT's settings."""
 
     metadata: Mapping[str, str]
     peft: Mapping[str, Any]
 
 
-def about_adapter(config: MainConfig, trained: ParamPartition, step: int) -> AboutAdapter | None:
-    """What a run's adapter is; None if it trains none. The base model's file is read whole, once."""
+def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> AboutAdapter | None:
+    """Return the description of a run's adapter, None if it trains none. Reads the base model's whole file once."""
     adapter, base = config.adapter, config.model.transformer_path
-    if adapter is None or trained.specs is None:
+    if adapter is None or partition.specs is None:
         return None
     metadata = {
         "format": "pt",
@@ -56,8 +56,8 @@ def about_adapter(config: MainConfig, trained: ParamPartition, step: int) -> Abo
         "version": f"anima_jax {_version()}",
         **(identify(base).metadata if base else {}),
     }
-    blocks = trained.config.adapter.blocks if trained.config.adapter else 0
-    return AboutAdapter(metadata, peft.settings(adapter, trained.specs, base, blocks))
+    blocks = partition.config.adapter.blocks if partition.config.adapter else 0
+    return AboutAdapter(metadata, peft.settings(adapter, partition.specs, base, blocks))
 
 
 def _version() -> str:
@@ -69,31 +69,32 @@ def _version() -> str:
 
 def export(
     folder: pathlib.Path,
-    trained: ParamPartition,
+    partition: ParamPartition,
     params: Params,
     dtype: str,
     about: AboutAdapter | None = None,
     *,
     ema: Params | None = None,
 ) -> pathlib.Path:
-    """Write `params` in place of the trained parameters into `folder`: the whole model, or the adapter alone.
+    """Write `params`, values of the trained parameters, into `folder`: the whole model, or only the adapter.
 
-    Averaged weights go into `folder/ema`. Returns the file with the best weights, the averaged if there are any.
+    Averaged weights are written into `folder/ema`. Returns the file of the averaged weights if there are any, else of
+    `params`.
     """
-    path = _write(folder, trained, params, dtype, about)
-    return path if ema is None else _write(folder / EMA_FOLDER, trained, ema, dtype, about)
+    path = _write(folder, partition, params, dtype, about)
+    return path if ema is None else _write(folder / EMA_FOLDER, partition, ema, dtype, about)
 
 
 def _write(
-    folder: pathlib.Path, trained: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
+    folder: pathlib.Path, partition: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
 ) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if trained.specs is None:
+    if partition.specs is None:
         path = folder / MODEL_FILE
-        save_dit(path, trained.frozen | params, dtype=jnp.dtype(dtype))
+        save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype))
         return path
     path = folder / ADAPTER_FILE
-    patches = patches_of(trained.frozen | params, trained.specs)
+    patches = patches_of(partition.frozen | params, partition.specs)
     write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
     if about and is_process_0():
         with replacing(folder / peft.FILE) as file:
@@ -102,9 +103,9 @@ def _write(
 
 
 def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
-    """Delete a run's exports but the newest `keep` of the `epoch…` folders and of the `step…` folders each.
+    """Delete all but the newest `keep` of a run's `epoch…` folders, and likewise of its `step…` folders.
 
-    None deletes nothing. Returns the names of those deleted; one that cannot be is named in the log and stays.
+    None deletes nothing. Returns the names of the deleted folders; one that cannot be deleted is logged.
     """
     found: dict[str, list[tuple[int, pathlib.Path]]] = {"epoch": [], "step": []}
     for path in list(run.iterdir()):
@@ -117,7 +118,7 @@ def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
     for exports in found.values():
         for _, path in sorted(exports)[: 0 if keep is None else -keep]:
             try:
-                # Under another name first: half of an export is never taken for one.
+                # Renamed first, so that a half deleted export is never mistaken for one.
                 shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
                 deleted.append(path.name)
             except OSError as error:
@@ -126,9 +127,9 @@ def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
 
 
 def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The model or adapter that `path` means: a file itself, the one in a folder, or the newest of a run's folder.
+    """Return the model or adapter at `path`: the file itself, the one in a folder, or a run's newest.
 
-    Of an export with averaged weights it is these. Raises UserError if there is none.
+    Averaged weights are preferred if the export has them. Raises UserError if there is none.
     """
     root = pathlib.Path(path)
     if root.is_file():
@@ -139,7 +140,9 @@ def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
     folders = [root, *(f for run in runs for f in run.iterdir() if f.is_dir() and _EXPORT_FOLDER.fullmatch(f.name))]
     files = [folder / name for folder in folders for name in (MODEL_FILE, ADAPTER_FILE) if (folder / name).is_file()]
     if not files:
-        raise UserError(f"{root}: holds no {MODEL_FILE} and no {ADAPTER_FILE}, nor do its epoch… and step… folders")
+        raise UserError(
+            f"{root}: contains no {MODEL_FILE} and no {ADAPTER_FILE}, and neither do its epoch… and step… folders"
+        )
     newest = max(files, key=lambda file: file.stat().st_mtime_ns)
     averaged = newest.parent / EMA_FOLDER / newest.name
     return averaged if averaged.is_file() else newest

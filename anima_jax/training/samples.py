@@ -4,7 +4,6 @@ import pathlib
 import textwrap
 from collections.abc import Sequence
 
-from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
@@ -15,28 +14,58 @@ from anima_jax.parallel.hosts import is_process_0
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.training.intervals import Every, Moment
+from anima_jax.training.state import ParamPartition
+from anima_jax.training.step import TrainState, trained_weights
+from anima_jax.training.writer import Writer, warn_and_continue
 
 _MIN_TILE, _MARGIN, _LINE = 128, 4, 12
 """Pixels of a grid: the least width of an image, the gap between images, the height of a line of text."""
 
 
-class Samples:
-    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`."""
+TAG = "samples"
+"""Name of the grids in TensorBoard and W&B."""
 
-    def __init__(self, config: SampleConfig, size_wh: tuple[int, int], pipeline: AnimaPipeline, folder: pathlib.Path):
-        self._config, self._size_wh, self._pipeline, self._folder = config, size_wh, pipeline, folder
+
+class Samples:
+    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`, and shows it with `writer`.
+
+    `pipeline` is of the model that is trained; `frozen` are its parameters that are not.
+    """
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        size_wh: tuple[int, int],
+        pipeline: AnimaPipeline,
+        frozen: Params,
+        folder: pathlib.Path,
+        writer: Writer,
+    ):
+        self._config, self._size_wh, self._pipeline, self._frozen = config, size_wh, pipeline, frozen
+        self._folder, self._writer = folder, writer
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
     def due(self, at: Moment) -> bool:
         """Return whether samples are drawn at this moment."""
         return self._every.due(at)
 
-    def path(self, step: int) -> pathlib.Path:
-        """Return the file of the grid drawn after `step` steps."""
-        return self._folder / f"step{step:06d}.png"
+    def done(self, at: Moment) -> bool:
+        """Return whether an earlier attempt drew the samples of this moment, where the run resumes."""
+        return at.step > 0 and self._path(at).exists()
 
-    def draw(self, params: Params, step: int) -> Image.Image:
-        """Draw with these parameters of the transformer, write the grid to `path(step)` and return it.
+    def run(self, at: Moment, state: TrainState) -> None:
+        """Draw with the averaged weights if there are any, else with the trained ones."""
+        self._writer.flush()
+        with warn_and_continue():
+            weights = trained_weights(state) if state.ema is None else state.ema
+            self._writer.image(at, TAG, self._draw(at, self._frozen | weights))
+            self._writer.print(f"drew {self._path(at)}")
+
+    def _path(self, at: Moment) -> pathlib.Path:
+        return self._folder / f"step{at.step:06d}.png"
+
+    def _draw(self, at: Moment, params: Params) -> Image.Image:
+        """Draw with these parameters of the model, write the grid and return it.
 
         The PNG's text chunks describe it: `prompt` and `seed` (one line per tile, row by row), `step`, and the
         sampler's settings.
@@ -65,24 +94,29 @@ class Samples:
         text = {
             "prompt": "\n".join(prompt for prompt, _ in tiles),
             "seed": "\n".join(str(seed) for _, seed in tiles),
-            "step": str(step),
+            "step": str(at.step),
             "parameters": f"steps {config.steps}, guidance_scale {config.guidance_scale}, shift {config.shift}",
         }
         if is_process_0():
-            save_image(grid, self.path(step), text)
+            save_image(grid, self._path(at), text)
         return grid
 
 
 def make_samples(
-    config: MainConfig, graphdef: nnx.GraphDef, params: Params, encoders: Encoders, folder: pathlib.Path
-) -> Samples | None:
-    """Return the samples of a run of the model with these parameters, None if the configuration asks for none."""
+    config: MainConfig,
+    partition: ParamPartition,
+    state: TrainState,
+    encoders: Encoders,
+    folder: pathlib.Path,
+    writer: Writer,
+) -> list[Samples]:
+    """Return the samples that the configuration asks for: one or none."""
     if config.sample is None:
-        return None
-    model = merge(graphdef, params)
+        return []
+    model = merge(partition.graphdef, partition.frozen | state.params)
     text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
     pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
-    return Samples(config.sample, config.sample_size_wh, pipeline, folder)
+    return [Samples(config.sample, config.sample_size_wh, pipeline, partition.frozen, folder / "samples", writer)]
 
 
 def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:

@@ -29,6 +29,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicated
+from anima_jax.training import optimizers
 from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
@@ -120,6 +121,12 @@ class StepConfig:
 
 _SAME_NAME = ("seed", "uncond_fraction", "ema_decay", "remat", "remat_every", "scan_unroll")
 """Fields of `StepConfig` that are keys of the configuration."""
+
+
+def trained_weights(state: TrainState) -> Params:
+    """Return the trained weights; of a schedule-free optimizer, the averaged ones."""
+    averaged = optimizers.averaged(state.opt_state, state.params)
+    return state.params if averaged is None else averaged
 
 
 def init_state(

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -412,3 +412,12 @@ def device_memory() -> dict[str, float]:
     found = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device/memory_gib", "peak_bytes_in_use": "device/peak_memory_gib"}
     return {tag: found[name] / 2**30 for name, tag in names.items() if name in found}
+
+
+@contextlib.contextmanager
+def warn_and_continue() -> Iterator[None]:
+    """Log an error of the block in writing files as a warning; the run continues."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        log.warning(f"{error}; the run continues")

@@ -26,24 +26,34 @@ def exported(folder, names):
         os.utime(path, ns=(age, age))
 
 
-def test_averaged_weights_lie_beside_the_trained_ones_and_are_those_to_draw_with(tmp_path):
+@pytest.fixture
+def averaged_export(tmp_path):
+    """The parameters of an export in `step7` whose averaged weights are twice the trained ones, and its file."""
     graphdef, abstract = parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))
     params = random_params(abstract)
-    trained = ParamPartition(CONFIG, graphdef, {}, {}, [], None)
+    partition = ParamPartition(CONFIG, graphdef, {}, {}, [], None)
     averaged = jax.tree.map(lambda x: 2 * x, params)
-    path = export(tmp_path / "step7", trained, params, "float32", ema=averaged)
+    return params, export(tmp_path / "step7", partition, params, "float32", ema=averaged)
+
+
+def test_averaged_weights_are_those_to_draw_with(tmp_path, averaged_export):
+    _, path = averaged_export
     assert path == tmp_path / "step7" / "ema" / "model.safetensors"
     assert find_export(tmp_path) == find_export(tmp_path / "step7") == path
     assert find_export(tmp_path / "step7" / "model.safetensors") == tmp_path / "step7" / "model.safetensors"
-    raw, average = load_file(tmp_path / "step7" / "model.safetensors"), load_file(path)
-    assert raw.keys() == average.keys()
-    for name, array in raw.items():
-        np.testing.assert_array_equal(average[name], 2 * array)
-    weight = raw["net.blocks.0.mlp.layer1.weight"]
-    np.testing.assert_array_equal(weight, np.asarray(params["blocks.mlp.layer1.kernel"])[0].T)
-    assert weight.dtype == jnp.float32
     # diffusion-pipe's `init_from_existing` takes a folder with one such file.
     assert len(list((tmp_path / "step7").glob("*.safetensors"))) == 1
+
+
+def test_trained_and_averaged_weights_are_saved_as_they_are(tmp_path, averaged_export):
+    params, path = averaged_export
+    trained, averaged = load_file(tmp_path / "step7" / "model.safetensors"), load_file(path)
+    assert trained.keys() == averaged.keys()
+    for name, array in trained.items():
+        np.testing.assert_array_equal(averaged[name], 2 * array)
+    weight = trained["net.blocks.0.mlp.layer1.weight"]
+    np.testing.assert_array_equal(weight, np.asarray(params["blocks.mlp.layer1.kernel"])[0].T)
+    assert weight.dtype == jnp.float32
 
 
 def test_without_averaged_weights_the_newest_export_is_taken(tmp_path):

@@ -192,8 +192,7 @@ def test_an_average_can_begin_and_end_with_a_resume(tmp_path):
     assert "starts here" in messages[0]
 
 
-def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
-    advanced(tmp_path, 9)
+def test_a_changed_data_set_is_named():
     larger = BatchPlan([Tier("64", np.arange(11), 16, 4), Tier("96", np.arange(11, 18), 36, 2)], seed=4)
     said = changes(metadata(), metadata(plan=larger, ids=np.arange(18) * 1000 + 7))
     assert said == [
@@ -205,20 +204,26 @@ def test_a_changed_data_set_is_named_and_trained_on_where_it_can_be(tmp_path):
     shuffled[:2] = shuffled[1::-1]
     assert changes(metadata(), metadata(ids=shuffled)) == ["the examples of tier 64 are the same in another order"]
 
-    position = PLAN.position(9)
+
+def test_another_batch_size_is_refused_unless_the_epoch_restarts(tmp_path):
+    advanced(tmp_path, 9)
     one_tier = BatchPlan([Tier("64", np.arange(17), 16, 2)], seed=3)
     checkpointer = Checkpointer(tmp_path, one_tier, metadata(plan=one_tier))
-    (fault,) = refusal(tmp_path, metadata(plan=one_tier), one_tier)
-    assert "a step of tier 64 took 4 examples, now 2" in fault
-    assert "= 4, or --reset_dataloader to restart epoch 2" in fault
+    (error,) = refusal(tmp_path, metadata(plan=one_tier), one_tier)
+    assert "a step of tier 64 took 4 examples, now 2" in error
+    assert "= 4, or --reset_dataloader to restart epoch 2" in error
     messages = checkpointer.restore(fresh_state(), OPTIMIZER.init, reset_dataloader=True)[1]
     assert "a step of tier 64 took 4 examples, now 2" in messages
     assert checkpointer.start.data_step == one_tier.steps_for(1)
 
+
+def test_a_position_between_the_batches_of_the_changed_data_is_refused(tmp_path):
+    advanced(tmp_path, 9)
+    position = PLAN.position(9)
     other = BatchPlan([Tier("128", np.arange(17), 64, 2 * position)], seed=3)
-    (fault,) = refusal(tmp_path, metadata(plan=other), other)
-    assert "the data set had 10 examples in tier 64, now 0" in fault
-    assert f"begins after {position} examples" in fault
+    (error,) = refusal(tmp_path, metadata(plan=other), other)
+    assert "the data set had 10 examples in tier 64, now 0" in error
+    assert f"begins after {position} examples" in error
 
 
 def test_captions_masks_and_frozen_weights_that_changed_are_named():
@@ -244,18 +249,16 @@ def test_one_process_at_a_time_trains_a_run(tmp_path):
         pass
 
 
-def test_a_changed_model_is_refused_group_by_group_and_new_groups_can_start_with_a_fresh_optimizer(tmp_path):
-    state = advanced(tmp_path, 4)
-    fresh = fresh_state()
-
-    def part(paths):
-        own = {path: fresh_state().params[path] for path in paths}
-        return fresh._replace(params=own, ema=own, opt_state=OPTIMIZER.init(own))
-
-    less = part(["blocks.mlp.kernel", "x_embedder.kernel"])
+def test_a_group_that_is_not_trained_any_more_is_refused(tmp_path):
+    advanced(tmp_path, 4)
+    own = {path: fresh_state().params[path] for path in ("blocks.mlp.kernel", "x_embedder.kernel")}
+    less = fresh_state()._replace(params=own, ema=own, opt_state=OPTIMIZER.init(own))
     (gone, _) = refusal(tmp_path, metadata(less.params), state=less)
     assert "self_attn: 1 parameter (blocks.self_attn.kernel) was trained and now is not" in gone
 
+
+def test_a_new_group_needs_a_new_optimizer(tmp_path):
+    state, fresh = advanced(tmp_path, 4), fresh_state()
     params = fresh.params | {"blocks.new.kernel": jnp.ones((2, 2))}
     more = fresh._replace(params=params, ema=jax.tree.map(jnp.copy, params), opt_state=OPTIMIZER.init(params))
     more_metadata = metadata(params, GROUPS | {"blocks.new.kernel": "mod"})
@@ -267,10 +270,13 @@ def test_a_changed_model_is_refused_group_by_group_and_new_groups_can_start_with
     np.testing.assert_array_equal(found.params["blocks.new.kernel"], np.ones((2, 2)))
     assert "mod: 1 parameter (" in messages[0]
 
-    adamw = fresh._replace(opt_state=optax.sgd(1.0).init(fresh.params))
-    (fault,) = refusal(tmp_path, metadata() | {"settings": {"optimizer.type": "sgd"}}, state=adamw)
-    assert "the optimizer's state has a different layout (optimizer.type was not set, now sgd)" in fault
-    assert "--reset_optimizer" in fault
+
+def test_another_optimizer_is_refused_and_named(tmp_path):
+    advanced(tmp_path, 4)
+    sgd = fresh_state()._replace(opt_state=optax.sgd(1.0).init(fresh_state().params))
+    (error,) = refusal(tmp_path, metadata() | {"settings": {"optimizer.type": "sgd"}}, state=sgd)
+    assert "the optimizer's state has a different layout (optimizer.type was not set, now sgd)" in error
+    assert "--reset_optimizer" in error
 
 
 def test_an_adapters_rank_is_named_as_such():
@@ -322,24 +328,41 @@ def test_checkpoints_are_due_after_so_many_epochs_or_minutes(tmp_path):
     checkpointer.close()
 
 
-def test_the_run_to_resume_is_the_newest_with_a_checkpoint_or_the_one_named(tmp_path):
-    names = ["20260101_10-00-00", "20260101_10-00-00-2", "20260101_10-00-00-10", "20260102_10-00-00", "notes"]
-    for name in names:
-        (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=r"no run in .* has a checkpoint .*20260102_10-00-00"):
-        find_run(tmp_path, "")
-    for name in names[:3]:
+NAMES = ("20260101_10-00-00", "20260101_10-00-00-2", "20260101_10-00-00-10", "20260102_10-00-00", "notes")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of `NAMES`, of which the first three have a checkpoint."""
+    for name in NAMES[:3]:
         advanced(tmp_path / name, 1)
-    (tmp_path / names[3] / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / NAMES[3] / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / NAMES[4] / "global_step20").mkdir(parents=True)
+
+
+@pytest.mark.usefixtures("runs")
+def test_the_run_to_resume_is_the_newest_with_a_checkpoint_or_the_one_named(tmp_path):
     newest = tmp_path / "20260101_10-00-00-10"
     assert find_run(tmp_path, "") == newest
-    assert find_run(tmp_path, names[0]) == tmp_path / names[0]
+    assert find_run(tmp_path, NAMES[0]) == tmp_path / NAMES[0]
     assert find_run(tmp_path / "elsewhere", str(newest)) == newest
     assert find_run(tmp_path, str(newest / "checkpoints")) == newest
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_that_cannot_be_resumed_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no run in .* has a checkpoint \(there is no run\)"):
+        find_run(tmp_path / NAMES[3], "")
     with pytest.raises(UserError, match="did you mean '20260101_10-00-00'"):
         find_run(tmp_path, "20260101_10-00-01")
     with pytest.raises(UserError, match="20260102_10-00-00 has no checkpoint"):
         find_run(tmp_path, "20260102_10-00-00")
-    (tmp_path / "notes" / "global_step20").mkdir()
     with pytest.raises(UserError, match="DeepSpeed"):
         find_run(tmp_path, "notes")
+
+
+def test_the_newest_run_is_named_if_none_has_a_checkpoint(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"no run in .* has a checkpoint .*20260102_10-00-00"):
+        find_run(tmp_path, "")

@@ -7,7 +7,6 @@ from PIL import Image
 
 from anima_jax import AnimaPipeline
 from anima_jax.config.load import load_config
-from anima_jax.training.events import Draw
 from anima_jax.training.intervals import Moment
 from anima_jax.training.samples import Samples
 from anima_jax.training.step import TrainState
@@ -29,7 +28,7 @@ def configured(tmp_path):
 
 def test_samples_are_due_by_steps_or_epochs_and_at_the_end(tmp_path, configured):
     def due(sample):
-        samples = Samples(configured(sample).sample, (32, 32), None, tmp_path)  # type: ignore[arg-type]
+        samples = Samples(configured(sample).sample, (32, 32), None, {}, tmp_path, None)  # type: ignore[arg-type]
         # An epoch ends after every three steps.
         return [n for n in range(1, 11) if samples.due(Moment(n, 10, ((n - 1) // 3, n // 3)))]
 
@@ -56,8 +55,8 @@ def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configu
     ]
     log = JsonlWriter(tmp_path / "metrics.jsonl", 0)
     writer = Writer(Moment(499, 500), log, dashboards=Dashboards(tmp_path / "board", config))
-    draw = Draw(Samples(config.sample, (32, 32), pipeline, tmp_path / "samples"), {}, writer)
-    draw.run(Moment(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
+    samples = Samples(config.sample, (32, 32), pipeline, {}, tmp_path / "samples", writer)
+    samples.run(Moment(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
     writer.close()
     picture = Image.open(tmp_path / "samples" / "step000500.png")
     assert picture.text["prompt"] == "a cat\n猫\na cat\n猫"
