@@ -45,7 +45,7 @@ def dry_run(
         masked=data.masked,
     )
     print(tables.mesh_table(sizes or current_mesh().shape, partition, config.learning_rates, name))
-    print(found)
+    print(tables.estimate_table(found))
     estimate.check_memory(found.memory.total, memory, name)
 
 

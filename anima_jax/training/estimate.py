@@ -71,9 +71,9 @@ def abstract_partition(config: MainConfig) -> ParamPartition:
     return dataclasses.replace(prepared[0], params=params, frozen=frozen)
 
 
-def example_flops(trained: ParamPartition, config: StepConfig, work: Workload) -> Flops:
+def example_flops(partition: ParamPartition, config: StepConfig, work: Workload) -> Flops:
     """Return the FLOPs of one example of `work`."""
-    return flops(trained.config, trained.params, work, config.remat, config.remat_every, trained.frozen)
+    return flops(partition.config, partition.params, work, config.remat, config.remat_every, partition.frozen)
 
 
 def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
@@ -133,7 +133,7 @@ class Memory:
 
 
 def memory(
-    trained: ParamPartition,
+    partition: ParamPartition,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     work: Workload,
@@ -146,29 +146,29 @@ def memory(
 ) -> Memory:
     """Return the memory of a run whose largest step is `work`; `dtype` is that of cached examples.
 
-    `trained` may contain shapes. `sizes` are those of the mesh, by default of the one that is set. `measure` compiles
+    `partition` may contain shapes. `sizes` are those of the mesh, by default of the one that is set. `measure` compiles
     the step for the mesh that is set to get the exact bytes; by default only if the back end is not a CPU.
     """
     mesh = current_mesh()
     measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
     sizes = sizes or mesh.shape
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, config, mesh), trained.params)
-    batch = abstract_batch(work, work.batch, trained.config, dtype, masked=masked, text_ids=trained.text_ids)
-    bytes_of = functools.partial(rules.shard_bytes, params=trained.params, sizes=sizes)
-    moments, gradients = bytes_of(state.opt_state), bytes_of(_float32_shapes(trained.params))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, config, mesh), partition.params)
+    batch = abstract_batch(work, work.batch, partition.config, dtype, masked=masked, text_ids=partition.text_ids)
+    bytes_of = functools.partial(rules.shard_bytes, params=partition.params, sizes=sizes)
+    moments, gradients = bytes_of(state.opt_state), bytes_of(_float32_shapes(partition.params))
     rows = {
         "trained parameters": bytes_of(state.params),
-        "frozen parameters": rules.shard_bytes(trained.frozen, trained.frozen, sizes),
+        "frozen parameters": rules.shard_bytes(partition.frozen, partition.frozen, sizes),
         "gradients": gradients,
         "optimizer": 0 if moments_on_host else moments,
         "moving average": 0 if state.ema is None else bytes_of(state.ema),
         "batch": num_bytes(batch) // replicas(sizes),
     }
     examples = -(-work.micro_batch // replicas(sizes))
-    inputs = _block_inputs_bytes(trained, config, work) // sizes["context"]
+    inputs = _block_inputs_bytes(partition, config, work) // sizes["context"]
     on_host = {"optimizer": moments} if moments_on_host else {}
     on_host |= {"inputs of blocks": examples * inputs} if config.remat == "offload" else {}
-    if measure and (temporary := _compiled_bytes(trained, optimizer, config, work, batch, state)) is not None:
+    if measure and (temporary := _compiled_bytes(partition, optimizer, config, work, batch, state)) is not None:
         return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     if work.accumulation > 1:
         rows["gradients"] *= 2  # the sum so far, and those of a micro-batch
@@ -176,8 +176,8 @@ def memory(
     rows["compute copies"] = bytes_of(
         {path: copy for path, copy in copies.items() if copy.dtype != state.params[path].dtype}
     )
-    rows["gathered weights"] = _gathered_bytes(trained, config, sizes) if sizes["fsdp"] > 1 else 0
-    saved = activation_bytes(trained, config, work, dtype, masked=masked) // sizes["context"]
+    rows["gathered weights"] = _gathered_bytes(partition, config, sizes) if sizes["fsdp"] > 1 else 0
+    saved = activation_bytes(partition, config, work, dtype, masked=masked) // sizes["context"]
     # Between blocks every device of the tensor axis has all features, inside a block only its own.
     between = 0 if config.remat == "offload" else min(saved, inputs)
     rows["activations"] = WORKSPACE + examples * (between + (saved - between) // sizes["tensor"])
@@ -188,9 +188,9 @@ def _float32_shapes(params: Params) -> Params:
     return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in params.items()}
 
 
-def _gathered_bytes(trained: ParamPartition, config: StepConfig, sizes: Mapping[str, int]) -> int:
+def _gathered_bytes(partition: ParamPartition, config: StepConfig, sizes: Mapping[str, int]) -> int:
     """Return the bytes of two blocks' weights gathered over `fsdp`: the running block and the next one."""
-    weights: Params = {**trained.frozen, **trained.params}
+    weights: Params = {**partition.frozen, **partition.params}
     block = {
         path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), config.compute_dtype)
         for path, leaf in weights.items()
@@ -200,47 +200,47 @@ def _gathered_bytes(trained: ParamPartition, config: StepConfig, sizes: Mapping[
 
 
 def activation_bytes(
-    trained: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
+    partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
 ) -> int:
     """Return the bytes that the backward pass saves of one example, those of blocks while recomputed included."""
 
     def saved(**changes: Any) -> int:
-        return _saved_bytes(trained, dataclasses.replace(config, **changes), work, dtype, masked)
+        return _saved_bytes(partition, dataclasses.replace(config, **changes), work, dtype, masked)
 
-    blocks, found = trained.config.blocks, saved()
+    blocks, found = partition.config.blocks, saved()
     if config.remat_every > 1:
         found += saved(remat_every=1) // blocks * config.remat_every
     if config.remat != "none":
         found += saved(remat="none", remat_every=1) // blocks
     if config.remat == "offload":
-        found -= _block_inputs_bytes(trained, config, work)
+        found -= _block_inputs_bytes(partition, config, work)
     return found
 
 
-def _block_inputs_bytes(trained: ParamPartition, config: StepConfig, work: Workload) -> int:
+def _block_inputs_bytes(partition: ParamPartition, config: StepConfig, work: Workload) -> int:
     """Return the bytes of one example's tokens before each block, which "offload" moves to the host."""
-    return trained.config.blocks * work.tokens * trained.config.width * jnp.dtype(config.compute_dtype).itemsize
+    return partition.config.blocks * work.tokens * partition.config.width * jnp.dtype(config.compute_dtype).itemsize
 
 
-def _saved_bytes(trained: ParamPartition, config: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
+def _saved_bytes(partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
     """Return the bytes that two examples' backward pass saves beyond one example's: so weights do not count."""
 
     def backward(params: Params, frozen: Params, batch: TrainBatch) -> Any:
         def loss_of(params: Params):
-            model = merge(trained.graphdef, cast_to_compute(frozen | params, config.compute_dtype))
+            model = merge(partition.graphdef, cast_to_compute(frozen | params, config.compute_dtype))
             return loss_fn(model, batch, None, config)
 
         return jax.vjp(loss_of, params)[1]
 
     def of(examples: int) -> int:
-        batch = abstract_batch(work, examples, trained.config, dtype, masked=masked, text_ids=trained.text_ids)
-        return num_bytes(jax.eval_shape(backward, trained.params, trained.frozen, batch))
+        batch = abstract_batch(work, examples, partition.config, dtype, masked=masked, text_ids=partition.text_ids)
+        return num_bytes(jax.eval_shape(backward, partition.params, partition.frozen, batch))
 
     return of(2) - of(1)
 
 
 def _compiled_bytes(
-    trained: ParamPartition,
+    partition: ParamPartition,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     work: Workload,
@@ -249,19 +249,19 @@ def _compiled_bytes(
 ) -> int | None:
     """Return the bytes that the compiled step needs besides its arguments; None if the back end does not tell."""
     dtype, mesh = batch.latents_blc.dtype, current_mesh()
-    empty = _abstract_text(work, 1, trained.config, dtype, trained.text_ids) if config.uncond_fraction else None
-    shardings = rules.shardings(state, trained.params, mesh)
-    moments = opt_state_shardings(optimizer, _float32_shapes(trained.params), mesh)
+    empty = _abstract_text(work, 1, partition.config, dtype, partition.text_ids) if config.uncond_fraction else None
+    shardings = rules.shardings(state, partition.params, mesh)
+    moments = opt_state_shardings(optimizer, _float32_shapes(partition.params), mesh)
     shardings = shardings._replace(opt_state=moments)
-    arguments = (state, trained.frozen, batch, empty)
+    arguments = (state, partition.frozen, batch, empty)
     placement = (
         shardings,
-        rules.shardings(trained.frozen, trained.frozen, mesh),
+        rules.shardings(partition.frozen, partition.frozen, mesh),
         jax.tree.map(lambda _: batch_sharding(mesh, work.batch), batch),
         jax.tree.map(lambda _: replicated(mesh), empty),
     )
     placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), arguments, placement)
-    step = compile_step(trained.graphdef, optimizer, config, shardings=shardings)
+    step = compile_step(partition.graphdef, optimizer, config, shardings=shardings)
     found = step.lower(*placed, work.accumulation).compile().memory_analysis()
     return found and found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
@@ -308,48 +308,11 @@ class Estimate:
     traffic: Mapping[str, Traffic]
     seconds: Mapping[tuple[str, str], Seconds]
 
-    def __str__(self) -> str:
-        tables = [self._memory_table(), self._flops_table(), self._traffic_table(), self._times_table()]
-        return "\n\n".join("\n".join(lines) for lines in tables if lines)
-
-    def _memory_table(self) -> list[str]:
-        origin = "as compiled" if self.memory.measured else "counted from shapes"
-        rows = [(name, size, "") for name, size in self.memory.rows.items() if size]
-        rows += [("total", self.memory.total, f"  ({origin})")]
-        rows += [(name, size, "  (host)") for name, size in self.memory.on_host.items()]
-        return [_line("memory per device", ["GiB"]), *(_line(n, [f"{size / GIB:.3f}"]) + end for n, size, end in rows)]
-
-    def _flops_table(self) -> list[str]:
-        lines = [_line("TFLOPs per step", [*Flops._fields, "total"])]
-        for work, one in self.flops.items():
-            parts = [work.batch * part / 1e12 for part in one]
-            lines.append(_line(work.tier, [f"{part:.4g}" for part in [*parts, sum(parts)]]))
-        return lines
-
-    def _traffic_table(self) -> list[str]:
-        lines = [_line("GB sent per device", [*Traffic._fields, "total"])] if self.traffic else []
-        for tier, sent in self.traffic.items():
-            lines.append(_line(tier, [f"{size / 1e9:.3f}" for size in [*sent, sent.total]]))
-        for (tier, device_name), one in self.seconds.items():
-            parts = ", ".join(f"{name} {value:.3g}" for name, value in one._asdict().items() if value)
-            bounds = f"{one.least:.3g} to {one.most:.3g} s per step on {device_name}"
-            lines.append(f"{tier}: {bounds} (seconds of {parts}; see docs/scaling.md)")
-        return lines
-
-    def _times_table(self) -> list[str]:
-        lines = [_line("t at quantile", [f"{q:.1f}" for q in QUANTILES], 5)]
-        return lines + [_line(name, [f"{t:.3f}" for t in times], 5) for name, times in self.times.items()]
-
-
-def _line(name: str, cells: Sequence[str], width: int = 10) -> str:
-    """Return a table's line: a name and right-aligned cells."""
-    return " ".join([f"{name:<22}", *(f"{cell:>{width}}" for cell in cells)])
-
 
 def estimate(
     config: MainConfig,
     step_config: StepConfig,
-    trained: ParamPartition,
+    partition: ParamPartition,
     optimizer: optax.GradientTransformation,
     workloads: Sequence[Workload],
     *,
@@ -358,14 +321,14 @@ def estimate(
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
-    """Estimate what the run will need; `trained` may contain shapes instead of arrays.
+    """Estimate what the run will need; `partition` may contain shapes instead of arrays.
 
     `sizes` are those of the mesh, by default of the one that is set. Step times are computed for those `device_specs`
     that have enough memory.
     """
     largest = max(workloads, key=lambda work: work.micro_batch * work.tokens)
     needed = memory(
-        trained,
+        partition,
         optimizer,
         step_config,
         largest,
@@ -375,11 +338,11 @@ def estimate(
         moments_on_host=config.optimizer.type == "offload" and jax.default_backend() != "cpu",
         measure=measure,
     )
-    flops_of = {work: example_flops(trained, step_config, work) for work in workloads}
+    flops_of = {work: example_flops(partition, step_config, work) for work in workloads}
     mesh, sent = sizes or current_mesh().shape, dict[Workload, Traffic]()
     if math.prod(mesh.values()) > 1:
         itemsize = jnp.dtype(step_config.compute_dtype).itemsize
-        network = (trained.config, trained.params, trained.frozen)
+        network = (partition.config, partition.params, partition.frozen)
         sent = {work: traffic(*network, mesh, work, remat=step_config.remat, itemsize=itemsize) for work in workloads}
     fitting = [spec for spec in device_specs if spec.memory >= needed.total]
     return Estimate(

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -12,6 +12,10 @@ from anima_jax.checkpoints.names.groups import GROUPS, group_of
 from anima_jax.config.main import MainConfig
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
+from anima_jax.training.estimate import GIB, Estimate
+from anima_jax.training.evaluate import QUANTILES
+from anima_jax.training.flops import Flops
+from anima_jax.training.scaling import Traffic
 from anima_jax.training.state import ParamPartition
 
 
@@ -84,3 +88,49 @@ def mesh_table(
         shape = "×".join(map(str, leaf.shape))
         lines.append(f"{path:<52} {shape:>16} {over or 'replicated':>24} {rate:>14g}")
     return "\n".join(lines)
+
+
+def estimate_table(estimate: Estimate) -> str:
+    """Return memory, FLOPs, traffic and time per step, and the quantiles of the training times."""
+    parts = [_memory_lines(estimate), _flops_lines(estimate), _traffic_lines(estimate), _times_lines(estimate)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _memory_lines(estimate: Estimate) -> list[str]:
+    memory = estimate.memory
+    rows = [(name, size, "") for name, size in memory.rows.items() if size]
+    rows.append(("total", memory.total, "  (as compiled)" if memory.measured else "  (counted from shapes)"))
+    rows += [(name, size, "  (host)") for name, size in memory.on_host.items()]
+    return [
+        _line("memory per device", ["GiB"]),
+        *(_line(name, [f"{size / GIB:.3f}"]) + end for name, size, end in rows),
+    ]
+
+
+def _flops_lines(estimate: Estimate) -> list[str]:
+    lines = [_line("TFLOPs per step", [*Flops._fields, "total"])]
+    for workload, example in estimate.flops.items():
+        parts = [workload.batch * part / 1e12 for part in example]
+        lines.append(_line(workload.tier, [f"{part:.4g}" for part in [*parts, sum(parts)]]))
+    return lines
+
+
+def _traffic_lines(estimate: Estimate) -> list[str]:
+    lines = [_line("GB sent per device", [*Traffic._fields, "total"])] if estimate.traffic else []
+    for tier, sent in estimate.traffic.items():
+        lines.append(_line(tier, [f"{size / 1e9:.3f}" for size in [*sent, sent.total]]))
+    for (tier, device_name), seconds in estimate.seconds.items():
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
+        bounds = f"{seconds.least:.3g} to {seconds.most:.3g} s per step on {device_name}"
+        lines.append(f"{tier}: {bounds} (seconds of {parts}; see docs/scaling.md)")
+    return lines
+
+
+def _times_lines(estimate: Estimate) -> list[str]:
+    lines = [_line("t at quantile", [f"{q:.1f}" for q in QUANTILES], 5)]
+    return lines + [_line(name, [f"{t:.3f}" for t in times], 5) for name, times in estimate.times.items()]
+
+
+def _line(name: str, cells: Sequence[str], width: int = 10) -> str:
+    """Return a line of a table: a name, and right-aligned cells."""
+    return " ".join([f"{name:<22}", *(f"{cell:>{width}}" for cell in cells)])

@@ -23,6 +23,7 @@ from anima_jax.training.estimate import abstract_batch, abstract_partition, flop
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, init_state, loss_fn
+from anima_jax.training.tables import estimate_table
 from tests.parallel.meshes import MESHES
 from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
@@ -255,7 +256,8 @@ def test_the_estimate_prints_memory_flops_and_times(tmp_path):
     write_transformer(tmp_path / "base.safetensors")
     config = load_config(write_config(tmp_path, tmp_path / "pictures", "epochs = 1"))
     trained = abstract_partition(config)
-    text = str(estimate.estimate(config, FLOAT32, trained, optax.adamw(1e-3), [WORK], measure=False))
+    found = estimate.estimate(config, FLOAT32, trained, optax.adamw(1e-3), [WORK], measure=False)
+    text = estimate_table(found)
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(trained.params))
     assert re.search(rf"^optimizer +{2 * total / 2**30:.3f}$", text, re.M)
     whole = WORK.batch * sum(flops(trained.config, trained.params, WORK, "full")) / 1e12
