@@ -123,7 +123,7 @@ def test_temporaries_stay_below_400_mb_at_4096_tokens(backward):
     assert memory.temp_size_in_bytes < 400e6
 
 
-def test_unknown_and_unsuitable_back_ends_are_refused():
+def test_unknown_and_unsuitable_implementations_are_refused():
     q, k, v = random_qkv()
     with pytest.raises(ValueError, match="expected one of auto, xla, cudnn, splash"):
         attention(q, k, v, implementation="flash")
@@ -182,6 +182,6 @@ def calls_of_kernels(monkeypatch, implementation, policy):
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-def test_the_forward_kernel_runs_once_a_layer_under_the_attention_policy(monkeypatch, implementation):
+def test_the_forward_kernel_runs_once_per_layer_under_the_attention_policy(monkeypatch, implementation):
     assert calls_of_kernels(monkeypatch, implementation, "full") == (2, 1)
     assert calls_of_kernels(monkeypatch, implementation, "attention") == (1, 1)

@@ -132,7 +132,7 @@ def test_bfloat16_stays_near_float32(case):
     assert relative_error(out, channel_last(io["velocity"])) < 2e-2  # 8 bits a number, some 20 roundings deep
 
 
-def test_examples_of_different_shapes_in_one_padded_batch_give_what_each_gives_alone():
+def test_examples_of_different_shapes_in_one_padded_batch_equal_each_alone():
     model = small_model()
     grids = np.array([[1, 3, 5], [2, 2, 4], [1, 1, 1]])
     budget = 20
@@ -148,7 +148,7 @@ def test_examples_of_different_shapes_in_one_padded_batch_give_what_each_gives_a
         assert relative_error(unpatchify(real, *(int(n) for n in grid)), alone) < VALUE_TOLERANCE
 
 
-def test_padded_and_masked_text_gives_the_adapter_what_each_caption_gives_alone():
+def test_padded_and_masked_captions_equal_each_alone_in_the_adapter():
     model = small_model()
     source, ids = random(2, 9, 20), jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 8)))
     lengths = [(9, 3), (4, 8)]
@@ -172,7 +172,7 @@ def test_masks_may_have_holes():
 
 
 @pytest.mark.parametrize("changed", ["source", "target"])
-def test_both_text_paths_reach_the_velocity(changed):
+def test_both_text_paths_change_the_velocity(changed):
     model = small_model()
     source, ids = random(1, 5, 20), jnp.array([[3, 9, 4]])
 
@@ -184,7 +184,7 @@ def test_both_text_paths_reach_the_velocity(changed):
     assert relative_error(other, base) > 1e-3
 
 
-def test_times_may_be_given_for_each_frame():
+def test_times_can_differ_per_frame():
     model = small_model()
     latents, context, times = random(1, 3, 4, 4, 16), random(1, 5, 24), jnp.array([[0.2, 0.2, 0.2]])
     shared = velocity(model, latents, times[:, 0], context)
@@ -199,7 +199,7 @@ def test_times_may_be_given_for_each_frame():
     assert relative_error(mixed[:, 1], alone[1][:, 1]) < VALUE_TOLERANCE
 
 
-def test_context_rows_beyond_an_examples_length_are_not_seen():
+def test_context_rows_beyond_an_examples_length_are_ignored():
     model = small_model()
     latents, times, context = random(2, 1, 4, 4, 16), jnp.array([0.3, 0.6]), random(2, 9, 24)
     cut = quick_jit(lambda model, lengths: model(latents, times, context, context_lengths_b=lengths))
@@ -225,7 +225,7 @@ def test_remat_changes_no_gradient(remat):
         assert relative_error(grad, expected[path]) < GRADIENT_TOLERANCE, path
 
 
-def test_seventeen_channels_take_a_conditioning_mask_and_give_sixteen():
+def test_seventeen_input_channels_predict_sixteen():
     config = DiTConfig(48, 1, 2, 64, 24, 8, latent_channels=17, adapter=None)
     model = small_model(config)
     latents = random(1, 2, 4, 4, 17)
@@ -266,7 +266,7 @@ def test_odd_sides_and_wrong_channels_are_refused(shape):
 
 
 @pytest.mark.parametrize("width", [256, pytest.param(2048, marks=pytest.mark.slow)])
-def test_activations_beyond_float16_leave_its_velocity_right(width):
+def test_activations_beyond_float16_do_not_change_the_velocity(width):
     config = DiTConfig(width, 2, width // 128, 4 * width, 1024, 32, adapter=None)
     graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = random_params(shapes)

@@ -76,7 +76,7 @@ def test_velocity_with_a_time_for_each_frame_equals_diffusers(pair):
     assert relative_error(velocity(model, channel_last(latents), times, context), expected) < VALUE_TOLERANCE
 
 
-def test_weights_return_to_diffusers_unchanged(pair, tmp_path):
+def test_weights_saved_for_diffusers_are_unchanged(pair, tmp_path):
     _, peer, model, path = pair
     _, params = parameters.split(model)
     save_dit(tmp_path / "back.safetensors", params)
@@ -145,7 +145,7 @@ def test_context_equals_diffusers(adapters, lengths):
     assert relative_error(found, expected[:, :11]) < VALUE_TOLERANCE
 
 
-def test_the_adapters_weights_return_to_diffusers_unchanged(adapters, tmp_path):
+def test_the_adapters_weights_saved_for_diffusers_are_unchanged(adapters, tmp_path):
     _, model, weights = adapters
     save_dit(tmp_path / "back.safetensors", parameters.split(model)[1])
     written = load_file(tmp_path / "back.safetensors")

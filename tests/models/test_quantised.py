@@ -35,7 +35,7 @@ def values(*shape, seed=0):
 
 
 @pytest.mark.parametrize("storage", RMS_ERROR)
-def test_normal_weights_come_back_within_the_formats_error(storage):
+def test_normal_weights_are_stored_within_the_formats_error(storage):
     kernel = values(2, 128, 48)
     error = np.asarray(quantise(kernel, storage)) - kernel
     relative = float(jnp.sqrt(jnp.mean(error**2) / jnp.mean(kernel**2)))
@@ -50,14 +50,14 @@ def test_normal_weights_come_back_within_the_formats_error(storage):
         ("nf4", 3 * 128 * 40 // 2 + 3 * 2 * 40 * 4),  # two codes a byte, a float32 for each 64
     ],
 )
-def test_storage_takes_its_bits(storage, nbytes):
+def test_storage_has_the_expected_size(storage, nbytes):
     stored = quantise(values(3, 128, 40), storage)
     assert stored.nbytes == nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
     assert stored.shape == (3, 128, 40)
 
 
 @pytest.mark.parametrize("storage", ["float8_e4m3fn", "float8_e5m2"])
-def test_what_was_float8_stays_what_it_was(storage):
+def test_float8_weights_are_stored_exactly(storage):
     dtype = getattr(ml_dtypes, storage)
     every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     every = every[np.isfinite(every)]
@@ -99,7 +99,7 @@ def test_nf4_levels_are_quantiles_of_a_normal_distribution():
     np.testing.assert_allclose(quantised.NF4_LEVELS, expected, atol=1e-6)
 
 
-def test_rows_of_a_table_are_picked_before_they_are_made_numbers():
+def test_rows_of_a_table_are_selected_before_they_are_dequantised():
     table = values(40, 16)
     ids = jnp.array([[3, 39], [0, 3]])
     stored = quantise(table, "int8", table=True)
@@ -145,7 +145,7 @@ def divided(storage=None):
     return adapter, frozen
 
 
-def test_diffusion_pipes_exceptions_stay_as_they_are():
+def test_diffusion_pipes_exceptions_are_not_quantised():
     frozen = divided("int8")[1]
     kept = {path.split(".")[0] for path, value in frozen.items() if not isinstance(value, Quantised)}
     assert kept == {"x_embedder", "t_embedder", "t_embedding_norm", "final_layer", "blocks", "llm_adapter"}
@@ -154,7 +154,7 @@ def test_diffusion_pipes_exceptions_stay_as_they_are():
         assert isinstance(value, Quantised) == (in_blocks and path.endswith((".kernel", ".embedding"))), path
 
 
-def test_a_saved_transformer_holds_the_values_that_its_codes_stand_for(tmp_path):
+def test_a_saved_transformer_has_the_dequantised_values(tmp_path):
     frozen = {path: value for path, value in divided("float8")[1].items() if not path.endswith(SCALE)}
     save_dit(tmp_path / "model.safetensors", frozen)
     written = load_file(tmp_path / "model.safetensors")
@@ -172,7 +172,7 @@ def test_a_lora_on_quantised_weights_has_the_gradients_of_one_on_bfloat16(storag
     assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.99
 
 
-def test_the_backward_keeps_no_layers_numbers():
+def test_the_backward_keeps_no_dequantised_layer():
     adapter, frozen = divided("int8")
 
     def temporary_bytes(frozen):
@@ -186,7 +186,7 @@ def test_the_backward_keeps_no_layers_numbers():
 
 
 @pytest.mark.parametrize(("storage", "error"), [("float8_e4m3fn", 0.1), ("nf4", 0.3)])
-def test_the_text_encoder_keeps_its_meaning_in_fewer_bits(storage, error):
+def test_a_quantised_text_encoder_stays_near_the_original(storage, error):
     config = Qwen3Config(width=64, layers=2, heads=4, key_heads=2, head_size=16, mlp_width=128, vocabulary=50)
     model = random_model(Qwen3, config)
     smaller = quantised.quantise_text_encoder(model, storage)

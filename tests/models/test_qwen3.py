@@ -73,7 +73,7 @@ def test_padding_changes_no_state():
     assert relative_error(together[1:, :5], states(model, ids[1:, :5])) < VALUE_TOLERANCE
 
 
-def test_a_caption_without_any_token_gives_zeros():
+def test_a_caption_without_tokens_has_zero_states():
     ids, mask = captions(7, 0, padded_to=7, vocabulary=SMALL.vocabulary)
     found = np.asarray(states(random_model(Qwen3, SMALL), ids, mask))
     assert np.all(found[1] == 0)

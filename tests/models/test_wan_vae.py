@@ -73,7 +73,7 @@ def rms_error(found, expected) -> float:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_equals_the_reference_both_ways(kind):
+def test_encode_and_decode_equal_the_reference(kind):
     pixels, latents, decoded = (golden(f"{kind}.{part}") for part in ("pixels", "latents", "decoded"))
     assert peak_error(encode(*golden_model(), pixels), latents) < FLOAT32
     assert peak_error(decode(*golden_model(), latents), decoded) < FLOAT32
@@ -144,7 +144,7 @@ def peer():
 
 
 @pytest.mark.parametrize("frames", [1, 9])
-def test_equals_diffusers_on_random_weights_of_another_form(frames):
+def test_equals_diffusers_on_random_weights_of_other_sizes(frames):
     torch = pytest.importorskip("torch")
     model, ours = peer()
     rng = np.random.default_rng(frames)
@@ -182,7 +182,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video():
     assert long < 1.02 * short
 
 
-def test_a_file_comes_back_bit_for_bit():
+def test_a_file_is_converted_and_back_bit_for_bit():
     tensors = load_file(GOLDEN / "vae.model.safetensors")
     _, params = read(tensors)
     config = config_from_shapes({name: tensor.shape for name, tensor in tensors.items()})
@@ -191,7 +191,7 @@ def test_a_file_comes_back_bit_for_bit():
         assert back.tobytes() == tensors[tensor.name].tobytes(), tensor.name
 
 
-def test_sizes_read_from_a_file_are_those_it_was_made_with():
+def test_sizes_read_from_a_file_are_those_of_its_model():
     for config in (WanVAEConfig(), WanVAEConfig(base_width=6, multipliers=(1, 3), temporal_down=(True,))):
         _, shapes = abstract(lambda rngs, config=config: WanVAE(config, rngs=rngs))
         assert config_from_shapes({t.name: t.shape for t in file_tensors(rules(config), shapes)}) == config
@@ -212,7 +212,7 @@ def test_the_default_sizes_are_those_of_the_released_file():
         ({"encoder.downsamples.4.residual.6.weight": (12, 12, 3, 3, 3)}, "not multiples"),
     ],
 )
-def test_a_file_of_another_form_is_refused_in_one_line(change, message):
+def test_an_unsupported_vae_is_refused_on_one_line(change, message):
     shapes = {name: tensor.shape for name, tensor in load_file(GOLDEN / "vae.model.safetensors").items()}
     shapes = {name: shape for name, shape in (shapes | change).items() if shape is not None}
     with pytest.raises(UserError, match=message):
@@ -257,13 +257,13 @@ def shipped_model():
     return read({name: tensor.astype(np.float32) for name, tensor in load_file(file).items()})
 
 
-def test_the_shipped_vae_reconstructs_fresh_pictures_and_its_latents_are_normalised():
-    pictures = draw_images(48, np.random.default_rng(2026))  # a seed that training did not use
-    latents = encode(*shipped_model(), pictures)
+def test_the_shipped_vae_reconstructs_new_images_and_its_latents_are_normalised():
+    images = draw_images(48, np.random.default_rng(2026))  # a seed that training did not use
+    latents = encode(*shipped_model(), images)
     decoded = decode(*shipped_model(), latents).clip(-1.0, 1.0)
-    psnr = 10 * np.log10(2.0**2 / np.mean((decoded - pictures) ** 2))
-    assert psnr > 32.5  # 33.2 dB over 512 pictures, 33.3 to 33.5 over three draws of 64
-    # Exact over the training pictures; six draws of 48 came within 0.15 and 0.05.
+    psnr = 10 * np.log10(2.0**2 / np.mean((decoded - images) ** 2))
+    assert psnr > 32.5  # 33.2 dB over 512 images, 33.3 to 33.5 over three draws of 64
+    # Exact over the training images; six draws of 48 came within 0.15 and 0.05.
     np.testing.assert_allclose(np.mean(latents, (0, 1, 2, 3)), 0.0, atol=0.2)
     np.testing.assert_allclose(np.std(latents, (0, 1, 2, 3)), 1.0, atol=0.1)
 
