@@ -45,8 +45,8 @@ from anima_jax.training.writer import check_monitoring, open_writer
 def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915 - see its docstring
     """Train as the configuration says.
 
-    Read from top to bottom, this is the whole program: configuration, mesh, data, model, optimizer, restore, loop. It
-    is one function because each part uses what the parts before it made; each consists of a few calls.
+    Read from top to bottom, this is the whole program: configuration, mesh, data, model, optimizer, restore, loop.
+    One function: each part consists of a few calls and uses what the parts before it made.
     """
     command.log_to_console()
     arguments = command.parse_arguments(argv)

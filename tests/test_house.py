@@ -11,8 +11,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 PRODUCT = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -44,7 +42,7 @@ UNIX_ONLY = {"fcntl", "pwd", "grp", "resource", "termios"}
 RETIRED = {
     *("Trained", "Work", "Slot", "Rows", "Kept", "Guided", "Watch", "Picture", "Settings", "Layout", "Lines", "Kind"),
     *("Facts", "Agreement", "PatientFile", "Memo", "slot", "slots", "works", "facts", "told", "remarks"),
-    *("everywhere", "put_whole", "put_rows", "put_batch", "over_batch", "in_turn", "check_alike", "is_alone"),
+    *("everywhere", "put_whole", "put_rows", "put_batch", "over_batch", "check_alike", "is_alone"),
     *("from_first", "one_run", "compute_copy", "deviation", "first_arrays", "not_yet", "anew", "fault", "faults"),
 }
 """Names that engineers had to ask about; docs/names.md has those that took their place."""
@@ -53,8 +51,6 @@ VAGUE = {"utils", "util", "helpers", "misc", "common", "words", "faults", "forei
 """Modules that would not say what they contain, and those that were renamed."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-soon = pytest.mark.xfail(strict=False, reason="the packages are being restructured")  # TODO: remove
 
 
 def functions(tree: ast.AST) -> Iterator[Function]:
@@ -140,7 +136,6 @@ def test_a_long_or_complex_function_gives_its_reason():
     assert {path: found for path, text in PRODUCT.items() if (found := oversized(text))} == {}
 
 
-@soon
 def test_importing_a_module_changes_nothing_in_the_process():
     libraries = {path: text for path, text in PRODUCT.items() if path not in MAINS}
     assert {path: found for path, text in libraries.items() if (found := side_effects(text))} == {}
@@ -151,7 +146,6 @@ def test_modules_of_one_operating_system_are_imported_where_they_are_used():
     assert {path: modules for path, modules in found.items() if modules} == {}
 
 
-@soon
 def test_retired_names_do_not_come_back():
     found = {
         path: {name.lstrip("_") for name in defined_names(ast.parse(text))} & RETIRED for path, text in PRODUCT.items()
@@ -159,7 +153,6 @@ def test_retired_names_do_not_come_back():
     assert {path: names for path, names in found.items() if names} == {}
 
 
-@soon
 def test_modules_say_what_they_contain():
     assert [path for path in PRODUCT if pathlib.Path(path).stem in VAGUE] == []
 
