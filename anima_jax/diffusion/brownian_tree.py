@@ -41,8 +41,8 @@ class BrownianTree:
         self, seed: int, start: float, end: float, shape: tuple[int, ...], stream: Callable[[int], RandomStream]
     ):
         self._seed, self._shape, self._stream = seed, shape, stream
-        whole = self._normal(()) * np.float32(math.sqrt(end - start))
-        self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), whole, (0, 0), np.zeros(shape))]
+        total = self._normal(()) * np.float32(math.sqrt(end - start))
+        self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), total, (0, 0), np.zeros(shape))]
 
     def __call__(self, sigma: float, next_sigma: float) -> np.ndarray:
         """Return standard normal noise, float32: the motion from `sigma` down to `next_sigma`, divided by its std."""
@@ -66,9 +66,9 @@ class BrownianTree:
     def _half(self, node: _Node, time: float) -> _Node:
         """Return the half of `node` that contains `time`."""
         middle = round(0.5 * (node.start + node.end), _DIGITS)
-        left, right, whole = middle - node.start, node.end - middle, 1 / (node.end - node.start)
-        increment = np.float32(left) * node.increment * np.float32(whole)
-        increment = increment + np.float32(math.sqrt(left * right * whole)) * self._normal(node.path)
+        left, right, inverse = middle - node.start, node.end - middle, 1 / (node.end - node.start)
+        increment = np.float32(left) * node.increment * np.float32(inverse)
+        increment = increment + np.float32(math.sqrt(left * right * inverse)) * self._normal(node.path)
         index, depth = node.path
         if time <= middle:
             return _Node(node.start, middle, increment, (2 * index, depth + 1), node.before)

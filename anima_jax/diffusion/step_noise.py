@@ -1,6 +1,6 @@
 """The noise of an image: where sampling starts, and what a sampler adds at its steps.
 
-ComfyUI starts from the CPU's stream for the seed, drawn for a whole batch at once, on every machine. The steps' noise
+ComfyUI starts from the CPU's stream for the seed, drawn for the batch at once, on every machine. The steps' noise
 comes from the device it samples on: on a GPU from the CUDA stream for the seed, on a CPU from a stream for the
 seed + 1 (`default_noise_sampler` in comfy/k_diffusion/sampling.py), and the dpmpp SDE samplers' from a Brownian path.
 Arrays have torch's layout, (b, c, t, y, x).
@@ -79,5 +79,5 @@ class StepNoise:
             self._stream = on_gpu(seed) if on_gpu else CPUStream(seed + 1)
 
     def next(self, draw: Draw) -> np.ndarray:
-        """Return the next noise, which stands for the path of `draw`."""
+        """Return the next noise: for samplers with a path, the path's increment between the levels of `draw`."""
         return self._path(*draw) if self._path else self._stream.randn(self._shape)
