@@ -50,11 +50,6 @@ class Factor:
         object.__setattr__(self, "part", self.part or self.name)
         object.__setattr__(self, "endings", self.endings or rf"{self.part}(\.default)?")
 
-    @property
-    def rank_axis(self) -> int | None:
-        """Which of the parameter's axes in one layer is the rank, if one is."""
-        return self.axes.index("rank") if "rank" in self.axes else None
-
 
 class Product(NamedTuple):
     """A matrix that is the product of `factors`, the output's first, or in place of it one `matrix`."""
@@ -94,7 +89,8 @@ class AdapterKind:
     is multiplied with when the layer's input has `rows`, in the order of the forward: the first takes that input, the
     others another factor's output; one that is left out has no product of its own.
 
-    `peft_keys` are keys of `[adapter]` that PEFT's settings have by the same name.
+    `peft_type` is None for a kind that PEFT does not have; `peft_keys` are keys of `[adapter]` that its settings have
+    by the same name.
     """
 
     name: str

@@ -36,12 +36,12 @@ class AdapterSpec(NamedTuple):
     @property
     def ranked(self) -> bool:
         """Whether there is a rank: not in a LoKr of two matrices."""
-        return any(FACTORS[factor].rank_axis is not None for factor in self.shapes)
+        return any("rank" in FACTORS[factor].axes for factor in self.shapes)
 
     def layer_shape(self, factor: str, layer: int) -> tuple[int, ...]:
         """Shape of a factor in this layer, at its own rank."""
-        axis, shape = FACTORS[factor].rank_axis, self.shapes[factor]
-        return tuple(self.ranks[layer] if n == axis else size for n, size in enumerate(shape))
+        axes = zip(FACTORS[factor].axes, self.shapes[factor], strict=True)
+        return tuple(self.ranks[layer] if axis == "rank" else size for axis, size in axes)
 
 
 def adapter_spec(kind: str, kernel: tuple[int, ...], ranks: Sequence[int], decompose_factor: int = -1) -> AdapterSpec:
@@ -227,9 +227,9 @@ def _initial(fresh: _Fresh, kernel: Any, key: Array) -> Array:
         return jnp.where(ranks_n11[..., 0] > 0, jnp.sqrt(jnp.sum(jnp.square(_weights(kernel)), axis=-2)), 0.0)
     if factor.zero:
         return jnp.zeros(shape)
-    bound = 1.0 / jnp.sqrt(jnp.maximum(ranks_n11, 1) if factor.rank_axis == 0 else shape[1])
+    bound = 1.0 / jnp.sqrt(jnp.maximum(ranks_n11, 1) if factor.axes[0] == "rank" else shape[1])
     drawn = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, minval=-1.0) * bound
-    if factor.rank_axis is None:
-        return drawn
-    rank_nir = jax.lax.broadcasted_iota(jnp.int32, shape, 1 + factor.rank_axis)
-    return jnp.where(rank_nir < ranks_n11, drawn, 0.0)
+    for number, axis in enumerate(factor.axes, start=1):
+        if axis == "rank":
+            drawn = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, number) < ranks_n11, drawn, 0.0)
+    return drawn

@@ -75,8 +75,10 @@ def _alpha(module: str, patch: Patch, settings: Mapping[str, Any]) -> float | No
 def settings(
     adapter: AdapterConfig, specs: Mapping[str, AdapterSpec], base_model: str | None, llm_adapter_blocks: int
 ) -> dict[str, Any]:
-    """Return PEFT's settings for the transformer's modules, which are named as in the original files."""
+    """Return PEFT's settings for the transformer's modules, which have their original names; {} for a kind it lacks."""
     kind, alpha = KINDS[adapter.type], adapter.alpha or adapter.rank
+    if kind.peft_type is None:
+        return {}
     ranks, alphas = {}, {}
     for name, (path, layer) in module_names({path: len(spec.ranks) for path, spec in specs.items()}).items():
         if (rank := specs[path].ranks[layer]) and not name.startswith(TEXT_ENCODER):

@@ -9,7 +9,7 @@ import numpy as np
 from anima_jax.adapters.base_model import base_mismatch
 from anima_jax.adapters.dialects import LAYOUTS, module_names
 from anima_jax.adapters.file import Adapter, open_adapter
-from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
+from anima_jax.adapters.kinds import FACTORS, KINDS, MAGNITUDE, SCALE
 from anima_jax.adapters.modules import AdapterSpec, adapter_spec
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.names.groups import group_of
@@ -164,7 +164,7 @@ def factors_of(adapter: Adapter, specs: Specs, own_scales: Params, fresh: Params
 
 def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[str, np.ndarray]:
     """A patch's factors in float32. UserError if they are not those of this layer of `spec`."""
-    names = {factor.part: factor.name for factor in patch.kind.factors if factor.name in FACTORS}
+    names = {factor.part: factor.name for factor in KINDS[spec.kind].factors}
     unfit = [part for part in patch.parts if part not in names and part != "alpha"]
     if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
         unfit.append(f"{MAGNITUDE.part} for each input")

@@ -96,7 +96,7 @@ def _write(
     path = folder / ADAPTER_FILE
     patches = patches_of(partition.frozen | params, partition.specs)
     write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
-    if about and is_process_0():
+    if about and about.peft and is_process_0():
         with replacing(folder / peft.FILE) as file:
             file.write(json.dumps(about.peft, indent=2).encode())
     return path

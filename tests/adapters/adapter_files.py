@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from anima_jax.adapters import modules, training
 from anima_jax.adapters.dialects import LAYOUTS, module_names
 from anima_jax.adapters.file import open_adapter
-from anima_jax.adapters.kinds import SCALE
+from anima_jax.adapters.kinds import FACTORS, SCALE
 from anima_jax.adapters.merge import AdapterStack
 from anima_jax.models import parameters
 from tests.golden_files import GOLDEN, channel_last, golden
@@ -109,6 +109,12 @@ def updates(path) -> dict[str, np.ndarray]:
     """Module → ΔW of an adapter's file."""
     with open_adapter(path) as adapter:
         return {module: patch.update() for module, patch in adapter.patches.items()}
+
+
+def rank_axis(factor: str) -> int | None:
+    """Which axis of a factor of one layer is the rank, if one is."""
+    axes = FACTORS[factor].axes
+    return axes.index("rank") if "rank" in axes else None
 
 
 def merged(path, model, **options):

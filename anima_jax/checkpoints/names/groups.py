@@ -6,6 +6,7 @@ train.py do.
 
 from collections.abc import Sequence
 
+from anima_jax.adapters.kinds import MAGNITUDE
 from anima_jax.checkpoints.names import FileTensor
 
 GROUPS = (
@@ -22,7 +23,7 @@ GROUPS = (
 diffusion-pipe has no group for the text encoder, which it does not train.
 """
 
-NEVER_DECAYED = ("llm_adapter.embed", "dora_scale")
+NEVER_DECAYED = ("llm_adapter.embed", MAGNITUDE.part)
 """Parts of the names of tensors that have no weight decay, although some have two axes in the file."""
 
 
