@@ -6,7 +6,7 @@ batch size or devices. Axes: q quantiles, b batch, l image tokens.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def padded_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np
 class Evaluation:
     """The jitted losses at all nine times; each new batch shape compiles a program."""
 
-    def __init__(self, graphdef: nnx.GraphDef, config: StepConfig):
+    def __init__(self, graphdef: nnx.GraphDef[Any], config: StepConfig):
         def losses_of(params: Params, batch: TrainBatch) -> Array:
             """Return each example's loss at each quantile's time, (q, b)."""
             model = merge(graphdef, cast_to_compute(params, config.compute_dtype))

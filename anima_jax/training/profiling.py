@@ -7,7 +7,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -102,7 +102,7 @@ class Profiler:
         self._steps, self._folder = steps or range(0), folder
         self._tracing = False
 
-    def run(self, number: int, step: Callable[..., Result], *arguments) -> Result:
+    def run(self, number: int, step: Callable[..., Result], *arguments: Any) -> Result:
         """Return `step(*arguments)`, step `number` (from 1) of the run."""
         if number in self._steps and not self._tracing:
             jax.profiler.start_trace(str(self._folder))
@@ -118,7 +118,7 @@ class Profiler:
         if self._tracing:
             self._stop(None)
 
-    def _stop(self, result) -> None:
+    def _stop(self, result: Any) -> None:
         jax.block_until_ready(result)  # steps run asynchronously: without this the trace lacks their end
         jax.profiler.stop_trace()
         self._tracing, self._steps = False, range(0)

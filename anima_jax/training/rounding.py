@@ -16,7 +16,7 @@ def stochastic_round(values: Array, key: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
 
-    def upper_half(bits):
+    def upper_half(bits: Array) -> Array:
         return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
     rounded, cut = upper_half(bits + noise), upper_half(bits)

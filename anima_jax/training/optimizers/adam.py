@@ -35,7 +35,7 @@ class AdamState(NamedTuple):
     `Blocks` contain the root of the latter, which spans fewer decades.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - optax's name of it
     mu: Any
     nu: Any
 
@@ -108,14 +108,14 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW on one tensor. `stabilize` uses the tensor's norm: stacked tensors need `layers.over_layers`."""
 
-    def init(value):
+    def init(value: Array) -> AdamState:
         zeros = jnp.zeros(value.shape, jnp.float32)
         if not in_8_bits:
             return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
         key = jax.random.key(0)
         return AdamState(jnp.zeros((), jnp.int32), encode(zeros, key), encode(zeros, key, jnp.uint8))
 
-    def update(grad, state, value):
+    def update(grad: Array, state: AdamState, value: Array) -> tuple[Array, AdamState]:
         count = state.count + 1
         mu, nu = (decode(state.mu), jnp.square(decode(state.nu))) if in_8_bits else (state.mu, state.nu)
         mu, nu = b1 * mu + (1.0 - b1) * grad, b2 * nu + (1.0 - b2) * jnp.square(grad)

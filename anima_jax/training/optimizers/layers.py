@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from anima_jax.models.parameters import Params
 
@@ -48,7 +49,7 @@ def by_tensor(
 def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A_TIME) -> optax.GradientTransformation:
     """Map `transform` over the first axis of an array; entries of at least `in_turn` values one after another."""
 
-    def init(value):
+    def init(value: Array) -> Any:
         layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
         leaves, treedef = jax.tree.flatten(jax.eval_shape(transform.init, layer))
         # A counter is the same in every layer; one value keeps `lax.cond` on it a branch.
@@ -56,11 +57,11 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
         flat = jax.vmap(lambda one: jax.tree.leaves(transform.init(one)), out_axes=axes)(value)
         return jax.tree.unflatten(treedef, flat)
 
-    def update(grad, state, value):
+    def update(grad: Array, state: Any, value: Array) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(state)
         axes = [0 if leaf.ndim else None for leaf in leaves]
 
-        def one_layer(grad, leaves, value):
+        def one_layer(grad: Array, leaves: Sequence[Any], value: Array) -> tuple[Any, list[Any]]:
             out, new = transform.update(grad, jax.tree.unflatten(treedef, leaves), value)
             return out, jax.tree.leaves(new)
 
@@ -68,7 +69,7 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
             out, new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=(0, axes))(grad, leaves, value)
             return out, jax.tree.unflatten(treedef, new)
 
-        def next_layer(given):
+        def next_layer(given: tuple[Array, Sequence[Any], Array]) -> tuple[Any, list[Any]]:
             grad, own, value = given
             return one_layer(grad, [leaf if one is None else one for leaf, one in zip(leaves, own, strict=True)], value)
 
@@ -120,14 +121,14 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
     No two arrays of its state and the parameters share a buffer, so that all can be donated.
     """
 
-    def wide(tree):
+    def wide(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
-    def init(params):
+    def init(params: Params) -> Any:
         params = wide(params)
         seen = {id(leaf) for leaf in jax.tree.leaves(params)}
 
-        def own(leaf):
+        def own(leaf: Any) -> Any:
             shared = id(leaf) in seen
             seen.add(id(leaf))
             return jnp.copy(leaf) if shared else leaf
@@ -135,7 +136,7 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
         state = transform.init(params)  # alive until the end, so that no id is used twice
         return jax.tree.map(own, state)
 
-    def update(grads, state, params):
+    def update(grads: Params, state: Any, params: Params) -> tuple[Any, Any]:
         return transform.update(wide(grads), state, wide(params))
 
     return transformation(init, update)
@@ -144,13 +145,13 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
 def in_host_memory(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keep the state of `transform` in pinned host memory between steps; it moves to the device for the update."""
 
-    def moved(state, space):
+    def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
 
-    def init(params):
+    def init(params: Params) -> Any:
         return moved(transform.init(params), jax.memory.Space.Host)
 
-    def update(grads, state, params):
+    def update(grads: Params, state: Any, params: Params) -> tuple[Any, Any]:
         updates, new = transform.update(grads, moved(state, jax.memory.Space.Device), params)
         return updates, moved(new, jax.memory.Space.Host)
 

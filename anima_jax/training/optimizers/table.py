@@ -74,11 +74,13 @@ class Row:
         return tuple(key for key in ("b1", "b2", "b3") if key in self.options)
 
 
-def _adamw(p: Parameter, *, b1, b2, eps, nesterov=False) -> optax.GradientTransformation:
+def _adamw(p: Parameter, *, b1: float, b2: float, eps: float, nesterov: bool = False) -> optax.GradientTransformation:
     return optax.adamw(p.rate, b1, b2, eps, weight_decay=p.weight_decay, nesterov=nesterov)
 
 
-def _our_adamw(p: Parameter, *, b1, b2, eps, stabilize, min_8bit_size=math.inf) -> optax.GradientTransformation:
+def _our_adamw(
+    p: Parameter, *, b1: float, b2: float, eps: float, stabilize: bool, min_8bit_size: float = math.inf
+) -> optax.GradientTransformation:
     in_8_bits = math.prod(p.tensor.shape) >= min_8bit_size
     decay = p.weight_decay
     return adam.adamw(p.rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, stabilize=stabilize, in_8_bits=in_8_bits)
@@ -88,7 +90,7 @@ def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.G
     """`transform`, after which the weights shrink by rate · weight decay."""
     decay = optax.chain(optax.add_decayed_weights(p.weight_decay), optax.scale_by_learning_rate(p.rate))
 
-    def update(grad, state, value):
+    def update(grad: Any, state: Any, value: Any) -> tuple[Any, Any]:
         step, first = transform.update(grad, state[0], value)
         shrink, second = decay.update(jax.tree.map(jnp.zeros_like, grad), state[1], value)
         return jax.tree.map(jnp.add, step, shrink), (first, second)
@@ -96,7 +98,9 @@ def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.G
     return transformation(lambda value: (transform.init(value), decay.init(value)), update)
 
 
-def _adafactor(p: Parameter, *, decay_rate, clipping_threshold, momentum, **options) -> optax.GradientTransformation:
+def _adafactor(
+    p: Parameter, *, decay_rate: float, clipping_threshold: float, momentum: float, **options: Any
+) -> optax.GradientTransformation:
     transform = optax.adafactor(
         p.rate,
         decay_rate=abs(decay_rate),  # torch and transformers have the exponent itself, -0.8
@@ -107,18 +111,20 @@ def _adafactor(p: Parameter, *, decay_rate, clipping_threshold, momentum, **opti
     return _decoupled(transform, p)
 
 
-def _lion(p: Parameter, *, b1, b2) -> optax.GradientTransformation:
+def _lion(p: Parameter, *, b1: float, b2: float) -> optax.GradientTransformation:
     return optax.lion(p.rate, b1, b2, weight_decay=p.weight_decay)
 
 
-def _sgd(p: Parameter, *, momentum, nesterov) -> optax.GradientTransformation:
+def _sgd(p: Parameter, *, momentum: float, nesterov: bool) -> optax.GradientTransformation:
     """As torch's: the weight decay is part of the gradient."""
     if nesterov and not momentum:
         raise UserError("[optimizer] nesterov = true needs a momentum above 0")
     return optax.chain(optax.add_decayed_weights(p.weight_decay), optax.sgd(p.rate, momentum or None, nesterov))
 
 
-def _muon(p: Parameter, *, b1, b2, eps, consistent_rms, **options) -> optax.GradientTransformation:
+def _muon(
+    p: Parameter, *, b1: float, b2: float, eps: float, consistent_rms: float, **options: Any
+) -> optax.GradientTransformation:
     """Muon for matrices, AdamW for the rest.
 
     A matrix's update is scaled to the RMS `consistent_rms`, near AdamW's, so that both can have one learning rate
@@ -150,17 +156,28 @@ def _schedule_free(base: optax.GradientTransformation, p: Parameter, b1: float, 
     )
 
 
-def _schedule_free_adamw(p: Parameter, *, b1, b2, eps, weight_lr_power) -> optax.GradientTransformation:
+def _schedule_free_adamw(
+    p: Parameter, *, b1: float, b2: float, eps: float, weight_lr_power: float
+) -> optax.GradientTransformation:
     base = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     return _schedule_free(base, p, b1, weight_lr_power)
 
 
-def _schedule_free_sgd(p: Parameter, *, b1, weight_lr_power) -> optax.GradientTransformation:
+def _schedule_free_sgd(p: Parameter, *, b1: float, weight_lr_power: float) -> optax.GradientTransformation:
     return _schedule_free(optax.identity(), p, b1, weight_lr_power)
 
 
 def _prodigy(
-    ps: Mapping[str, Parameter], rate: Any, *, betas, beta3, eps, d0, d_coef, safeguard_warmup, use_bias_correction
+    ps: Mapping[str, Parameter],
+    rate: Any,
+    *,
+    betas: tuple[float, float],
+    beta3: float | None,
+    eps: float,
+    d0: float,
+    d_coef: float,
+    safeguard_warmup: bool,
+    use_bias_correction: bool,
 ) -> optax.GradientTransformation:
     """optax's, which always corrects Adam's bias: unless that is asked for, the rate undoes the correction."""
     shaped = rate if use_bias_correction else lambda step: rate(step) / _bias_correction(step + 1, betas)
