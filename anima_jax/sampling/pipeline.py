@@ -326,8 +326,8 @@ def _described(params: Params) -> str:
     leaves = jax.tree.leaves(params)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     devices = {device for leaf in leaves if isinstance(leaf, Array) for device in leaf.devices()}
-    where = ", ".join(map(str, sorted(devices, key=lambda device: device.id))) or "host memory"
-    return f"{count(params):,} parameters ({', '.join(dtypes)}) on {where}"
+    names = ", ".join(str(device) for device in sorted(devices, key=lambda device: device.id))
+    return f"{count(params):,} parameters ({', '.join(dtypes)}) {f'on {names}' if names else 'in host memory'}"
 
 
 def _on_devices(params: Params) -> Params:
