@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.config.schema import (
     Count,
@@ -17,9 +17,11 @@ from anima_jax.config.schema import (
     NotEmpty,
     OutputFolder,
     Positive,
+    Probability,
     Section,
     Whole,
     documented_as,
+    expecting,
     invalid,
     multiple_of_16,
 )
@@ -36,29 +38,13 @@ MAX_SIDE = 16384
 
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
+Side = Annotated[int | float, Field(ge=16, le=MAX_SIDE)]
 Pair = tuple[float, float]
 
 
-def _number_or_pair(found: Any, smallest: float, largest: float, expected: str) -> float | Pair:
-    """Return a number or [width, height]. Checked by hand: the errors of a union type would name both members."""
-    numbers = found if isinstance(found, list | tuple) else (found,)
-    usable = all(type(n) in {int, float} and math.isfinite(n) and smallest <= n <= largest for n in numbers)
-    if not usable or len(numbers) != (2 if isinstance(found, list | tuple) else 1):
-        raise invalid(f"found {found!r}, expected {expected}")
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
-
-
-def _resolution(found: Any) -> float | Pair:
-    return _number_or_pair(found, 16, MAX_SIDE, f"a side in pixels or [width, height], 16 to {MAX_SIDE} each")
-
-
-def _ratio(found: Any) -> float:
-    expected = "width / height or [width, height], 0.001 to 1000"
-    sides = _number_or_pair(found, 0.001, math.inf, expected)
-    ratio = sides[0] / sides[1] if isinstance(sides, tuple) else sides
-    if not 0.001 <= ratio <= 1000:
-        raise invalid(f"found {found!r}, expected {expected}")
-    return ratio
+def _ratio(found: Any) -> Any:
+    is_pair = isinstance(found, list | tuple) and len(found) == 2
+    return found[0] / found[1] if is_pair and all(type(n) in {int, float} and n > 0 for n in found) else found
 
 
 def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
@@ -81,12 +67,20 @@ def _size_bucket(found: Any) -> Size:
     return Size(multiple_of_16(width), multiple_of_16(height), frames)
 
 
-Resolution = Annotated[Any, AfterValidator(_resolution), documented_as("number or [width, height]")]
-Ratio = Annotated[Any, AfterValidator(_ratio), documented_as("number or [width, height]")]
+Resolution = Annotated[
+    Side | Annotated[tuple[Side, Side], Listed],
+    expecting(f"a side in pixels or [width, height], 16 to {MAX_SIDE} each"),
+    documented_as("number or [width, height]"),
+]
 RatioBound = Annotated[float, Field(ge=0.001, le=1000)]
+Ratio = Annotated[
+    RatioBound,
+    BeforeValidator(_ratio),
+    expecting("width / height or [width, height], 0.001 to 1000"),
+    documented_as("number or [width, height]"),
+]
 SizeBucket = Annotated[Any, AfterValidator(_size_bucket), documented_as("[width, height, frames]")]
 Share = Annotated[float, Field(gt=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Section):
@@ -126,7 +120,7 @@ class Source(Section):
     subsample_ratio: Share = Field(
         1.0, description="share of the images and clips to use, more than 0 and at most 1; the same ones in every run"
     )
-    caption_prefix: str = Field("", description="put before every caption")
+    caption_prefix: str = Field("", description="prepended to every caption")
     skip_empty_caption: bool = Field(
         True,
         description="leave out images and clips without a caption, or with an empty one, which diffusion-pipe would "
@@ -146,7 +140,7 @@ class Source(Section):
         description="number of shuffled copies that replace each caption, each an example; 0: see shuffle_tags",
     )
     cache_shuffle_delimiter: str = Field(", ", min_length=1, description="separator of a caption's tags")
-    tag_dropout: Dropout = Field(
+    tag_dropout: Probability = Field(
         0.0,
         description="ours; probability that a tag is left out in an epoch, at least 0 and less than 1; "
         "needs [model] cache_text_embeddings = false",
@@ -172,7 +166,7 @@ class Source(Section):
 
     @property
     def shuffled_copies(self) -> int:
-        """Copies of each caption with shuffled tags that replace the caption; 0: captions stay as they are written."""
+        """Shuffled copies that replace each caption; 0: captions stay unchanged."""
         return self.cache_shuffle_num or int(self.shuffle_tags)
 
     @property
