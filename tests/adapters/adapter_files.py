@@ -111,10 +111,9 @@ def updates(path) -> dict[str, np.ndarray]:
         return {module: patch.update() for module, patch in adapter.patches.items()}
 
 
-def rank_axis(factor: str) -> int | None:
-    """Which axis of a factor of one layer is the rank, if one is."""
-    axes = FACTORS[factor].axes
-    return axes.index("rank") if "rank" in axes else None
+def rank_axes(factor: str) -> list[int]:
+    """The axes of a factor of one layer that are the rank."""
+    return [number for number, axis in enumerate(FACTORS[factor].axes) if axis == "rank"]
 
 
 def merged(path, model, **options):

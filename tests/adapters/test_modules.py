@@ -12,7 +12,7 @@ from anima_jax.adapters import modules
 from anima_jax.adapters.kinds import FACTORS, TRAINABLE
 from anima_jax.models import parameters
 from anima_jax.models.layers import Linear
-from tests.adapters.adapter_files import rank_axis
+from tests.adapters.adapter_files import rank_axes
 from tests.golden_files import GRADIENT_TOLERANCE, VALUE_TOLERANCE, relative_error
 from tests.models.networks import normal, quick_jit
 
@@ -48,10 +48,9 @@ def adapted(kind: str, ranks: tuple[int, ...] = (RANK,) * LAYERS, factor: int = 
     graphdef, shapes = parameters.abstract(build)
     params = {path: jnp.asarray(normal(*leaf.shape, seed=seed)) for seed, (path, leaf) in enumerate(shapes.items())}
     for path in filter(modules.is_factor, params):
-        axis = rank_axis(path.rpartition(".")[2])
-        for layer, rank in enumerate(ranks):
-            beyond = (slice(rank, None),) if axis == 0 else (slice(None), slice(rank, None))
-            if axis is not None:
+        for axis in rank_axes(path.rpartition(".")[2]):
+            for layer, rank in enumerate(ranks):
+                beyond = (slice(rank, None),) if axis == 0 else (slice(None), slice(rank, None))
                 params[path] = params[path].at[(layer, *beyond)].set(0.0)
     scales = [ALPHA / rank if rank else 0.0 for rank in ranks]
     params["blocks.one.lora_scale"] = jnp.asarray(scales)
@@ -137,8 +136,7 @@ def test_layers_with_less_rank_or_none_are_as_alone_and_have_no_gradient_beyond_
     np.testing.assert_array_equal(out[2], plain)
     for name, grad in grads.items():
         assert not np.any(grad[2]), name
-        axis = rank_axis(name)
-        if axis is not None:
+        for axis in rank_axes(name):
             assert not np.any(np.take(grad[1], range(2, RANK), axis=axis)), name
             assert np.any(np.take(grad[1], range(2), axis=axis)), name
 
@@ -157,13 +155,13 @@ def test_a_fresh_adapter_changes_nothing_and_begins_as_peft_draws_it(kind, facto
     assert moving  # it can learn
     for path, value in fresh.items():
         name = path.rpartition(".")[2]
-        axis = rank_axis(name)
+        axes = rank_axes(name)
         if FACTORS[name].zero:
             assert not np.any(value)
-        elif axis is not None:
+        elif axes:
             # torch's kaiming_uniform_(a = sqrt(5)): within 1 / sqrt(the second size in the file).
             for layer, rank in enumerate((RANK, 2)):
-                bound = 1 / np.sqrt(rank if axis == 0 else value.shape[1])
+                bound = 1 / np.sqrt(rank if axes[0] == 0 else value.shape[1])
                 assert 0.7 * bound < np.abs(value[layer]).max() <= bound
 
 

@@ -28,7 +28,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.training.export import about_adapter, export
 from anima_jax.training.state import build_optimizer, prepare
 from anima_jax.training.step import StepConfig, TrainBatch, example_losses
-from tests.adapters.adapter_files import merged, rank_axis
+from tests.adapters.adapter_files import merged, rank_axes
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
 
@@ -206,7 +206,7 @@ def randomised(trained):
     values = {}
     for seed, (path, leaf) in enumerate(trained.params.items()):
         module, _, name = path.rpartition(".")
-        value, axis = normal(*leaf.shape, seed=seed) * 0.3, rank_axis(name)
+        value, axis = normal(*leaf.shape, seed=seed) * 0.3, next(iter(rank_axes(name)), None)
         for layer, rank in enumerate(trained.specs[module].ranks):
             keep = rank if axis is not None else (leaf.shape[1] if rank else 0)
             value[layer][(slice(keep, None),) if axis in {0, None} else (slice(None), slice(keep, None))] = 0.0
