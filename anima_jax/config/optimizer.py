@@ -31,7 +31,7 @@ def _lower(name: str) -> str:
 
 
 class OptimizerConfig(Section):
-    """The optimizer. Moments are float32 (except those of the 8-bit types), whatever `[model] dtype` says.
+    """The optimizer. Moments are float32 (except those of the 8-bit types), independently of `[model] dtype`.
 
     Every other key is an argument of the optimizer's own, in `options`; whether it exists is checked where the
     optimizer is built.
