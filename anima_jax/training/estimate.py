@@ -46,7 +46,7 @@ from anima_jax.training.step import (
 
 GIB = 2**30
 
-Device = Any  # jax.Device, which type checkers do not take for a class
+Device = Any  # jax.Device, which type checkers do not accept as a class
 
 WORKSPACE = 64 * 2**20
 """Bytes that attention needs at every size: a block of scores, one of weights and their gradients, 16 MiB each."""

@@ -1,8 +1,8 @@
 """Losses on held-out examples at nine fixed times with fixed noise.
 
 As in diffusion-pipe (train.py, `evaluate`): the times are quantiles of the distribution that training draws from. An
-example's noise depends only on its id, so losses of different evaluations are comparable, whatever the run's seed,
-batch size or devices. Axes: q quantiles, b batch, l image tokens.
+example's noise depends only on its id, so losses of different evaluations are comparable, for any seed, batch
+size and devices of the run. Axes: q quantiles, b batch, l image tokens.
 """
 
 from collections.abc import Iterable, Iterator

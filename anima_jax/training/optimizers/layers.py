@@ -116,7 +116,7 @@ def together(
 
 
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Give `transform` float32 gradients and parameters, and so moments, whatever dtype the parameters have.
+    """Give `transform` float32 gradients and parameters, and so moments, for parameters of any dtype.
 
     No two arrays of its state and the parameters share a buffer, so that all can be donated.
     """

@@ -1,6 +1,6 @@
 """Optimizers by name: one row each, then every transformation of optax and optax.contrib under its own name.
 
-The defaults of a row are those of the library from which diffusion-pipe takes the optimizer of that name.
+The defaults of a row are those of the library that diffusion-pipe uses for that name.
 """
 
 import dataclasses
@@ -298,7 +298,7 @@ REFUSED = {
 
 
 def _optax_row(name: str) -> Row | None:
-    """Return the row of a function of optax; None if it is no optimizer or needs what a TOML cannot give."""
+    """Return the row of a function of optax; None if it is not an optimizer or a TOML cannot have its arguments."""
     function = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     if name.startswith("_") or not callable(function) or isinstance(function, type):
         return None
