@@ -69,7 +69,7 @@ class Operations(NamedTuple):
     linear: Callable[[Any, Any], Any]
     scaled: Callable[[Any], Any]
     dropped: Callable[[Any, bool], Any]
-    recomputed: Callable[[Callable], Callable]
+    recomputed: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 Factors = Mapping[str, Any]
@@ -218,7 +218,7 @@ def _loha_shapes(rank: int, features_in: int, features_out: int, _: int) -> Shap
 def _loha(ops: Operations, x: Any, factors: Factors) -> Any:
     """ΔW is formed, one layer's at a time."""
 
-    def product(x, w1_b, w1_a, w2_b, w2_a):
+    def product(x: Any, w1_b: Any, w1_a: Any, w2_b: Any, w2_a: Any) -> Any:
         return ops.linear(x, ops.linear(w1_b, w1_a) * ops.linear(w2_b, w2_a))
 
     names = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a")

@@ -64,7 +64,7 @@ class AdaptedLinear(nnx.Module):
         self.lora_scale = nnx.Param(jnp.zeros(layers))
         self.kind, self.factors, self.ranks = spec.kind, tuple(spec.shapes), tuple(spec.ranks)
         self.dropout = self.rank_dropout = 0.0
-        self.keys: nnx.Param | None = None
+        self.keys: nnx.Param[Array] | None = None
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
@@ -110,7 +110,7 @@ class AdaptedLinear(nnx.Module):
     def _kept(self, shape: tuple[int, ...], rate: float, which: int) -> Array:
         """For each example 1 / (1 − rate) where its key keeps a value, else 0."""
 
-        def one(key):
+        def one(key: Array) -> Array:
             return jax.random.uniform(jax.random.fold_in(key, which), shape) >= rate
 
         assert self.keys is not None
@@ -209,7 +209,9 @@ class _Fresh(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _drawing(fresh: tuple[_Fresh, ...], seed: int, shardings: tuple) -> Callable[[Params], Params]:
+def _drawing(
+    fresh: tuple[_Fresh, ...], seed: int, shardings: tuple[tuple[str, Any], ...]
+) -> Callable[[Params], Params]:
     """A program that draws the parameters; it takes the kernels whose norms are magnitudes."""
 
     def draw(kernels: Params) -> Params:
