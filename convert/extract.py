@@ -1,4 +1,4 @@
-"""What a fine-tune changed, as a LoRA: the leading singular vectors of each weight's difference."""
+"""Make a LoRA of what a fine-tune changed: the leading singular vectors of each weight's difference."""
 
 import argparse
 import contextlib
@@ -18,16 +18,16 @@ SUMMARY = "make a LoRA of the difference between a model and its fine-tune"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the command's own flags."""
     parser.add_argument("base", metavar="BASE", help="the model's .safetensors")
     parser.add_argument("tuned", metavar="TUNED", help="the same model after its training")
     parser.add_argument("output", metavar="OUT", help="the adapter to write")
-    parser.add_argument("--rank", type=outputs.positive, required=True, help="of every weight's factors, at most")
+    parser.add_argument("--rank", type=outputs.positive, required=True, help="maximum rank of every weight's factors")
     outputs.add_arguments(parser, dtype="by default f32")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write OUT and say how much of the change it holds. Norms and biases, which have no rank, are kept whole."""
+    """Write OUT and print how much of the change it keeps. Norms and biases have no rank and are kept in full."""
     outputs.check(arguments.output, arguments.base, arguments.tuned, force=arguments.force)
     dtype = outputs.OUTPUT_DTYPES.get(arguments.dtype, DTYPES["F32"])
     parts: dict[str, dict[str, Part]] = {}
@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         module, _, kind = name.rpartition(".")
         own = parts.setdefault(module, {})
         if difference.ndim == 2:
-            own["lora_B"], own["lora_A"], share = factors(difference, arguments.rank, dtype)
+            b, a, share = truncated(difference, arguments.rank)
+            own["lora_B"], own["lora_A"] = Part.of(b.astype(dtype)), Part.of(a.astype(dtype))
         else:
             own["diff_b" if kind == "bias" else "diff"], share = Part.of(difference.astype(dtype)), 1.0
         total, kept = total + energy, kept + share * energy
@@ -48,14 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {len(parts)} modules, rank {arguments.rank}, {kept / total:.2%} of the energy kept")
 
 
-def factors(difference: np.ndarray, rank: int, dtype: np.dtype) -> tuple[Part, Part, float]:
-    """B, A and the share of the energy that they keep."""
-    b, a, share = truncated(difference, rank)
-    return Part.of(b.astype(dtype)), Part.of(a.astype(dtype)), share
-
-
 def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Original name and TUNED − BASE, float32, of every tensor that differs. UserError if they are not one model."""
+    """Yield original name and TUNED − BASE, float32, of each tensor that differs. UserError for different models."""
     with opened_both(base, tuned) as (mine, theirs):
         alone = sorted(mine.keys() ^ theirs.keys())
         if alone:
@@ -70,7 +65,7 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
 
 @contextlib.contextmanager
 def opened_both(*paths: str) -> Iterator[list[dict[str, StoredTensor]]]:
-    """Original name → tensor of each file's transformer and text encoder. UserError for a file that has none."""
+    """Open files: original name → tensor of the transformer and text encoder. UserError for a file that has neither."""
     with contextlib.ExitStack() as stack:
         found = []
         for path in paths:

@@ -1,4 +1,4 @@
-"""Write an adapter of any dialect in another one, or for a model of another depth."""
+"""Write an adapter in another dialect, or for a model of another depth."""
 
 import argparse
 
@@ -12,19 +12,19 @@ SUMMARY = "write an adapter (LoRA, LoKr, LoHa, DoRA) in another dialect"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the command's own flags."""
     parser.add_argument("input", metavar="IN", help="an adapter's .safetensors of any dialect, or its folder")
     parser.add_argument("output", metavar="OUT", help="the file to write")
     parser.add_argument("--to", required=True, choices=DIALECTS, help="the dialect; comfyui is diffusion-pipe's too")
     parser.add_argument(
         "--remap", metavar="FROM:TO", help="move it between models of 28, 40 and 52 blocks, as in --remap 28:40"
     )
-    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that are no module of Anima's")
+    parser.add_argument("--allow_unused", action="store_true", help="ignore keys that belong to no module of Anima's")
     outputs.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert IN to OUT and say what was done to the numbers, if anything."""
+    """Convert IN to OUT and print what was changed in the numbers, if anything."""
     outputs.check(arguments.output, arguments.input, force=arguments.force)
     depths = parse_remap(arguments.remap) if arguments.remap else None
     dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)
@@ -33,16 +33,16 @@ def run(arguments: argparse.Namespace) -> None:
             patches = remapped(adapter.patches, *depths) if depths else adapter.patches
         except UserError as error:
             raise UserError(f"{adapter.path}: {error}") from error
-        notes = write_adapter(arguments.output, patches, dialect, dtype=dtype, metadata=adapter.metadata)
+        messages = write_adapter(arguments.output, patches, dialect, dtype=dtype, metadata=adapter.metadata)
         print(
             f"{arguments.output}: {len(patches)} modules matched ({adapter.summary}), in the names of {dialect.title}"
         )
-    for note in notes:
-        print(note)
+    for message in messages:
+        print(message)
 
 
 def parse_remap(text: str) -> tuple[int, int]:
-    """`28:40` as two numbers of blocks. Raises UserError for anything else."""
+    """Parse `28:40` as two numbers of blocks. Raises UserError for anything else."""
     depths = {str(depth): depth for depth in DEPTHS}
     source, _, target = text.partition(":")
     if source not in depths or target not in depths:

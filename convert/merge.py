@@ -1,4 +1,4 @@
-"""Multiply adapters into the weights of a model, one tensor at a time."""
+"""Add adapters to the weights of a model, one tensor at a time."""
 
 import argparse
 import contextlib
@@ -15,20 +15,20 @@ from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, shorten
 from convert import outputs
 
-SUMMARY = "multiply adapters into the weights of a model"
+SUMMARY = "add adapters to the weights of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the command's own flags."""
     parser.add_argument("base", metavar="BASE", help="a transformer's, a text encoder's or an all-in-one .safetensors")
     parser.add_argument("loras", metavar="LORA[:WEIGHT]", nargs="+", help="adapters of any kind, and their weights")
     parser.add_argument("output", metavar="OUT", help="the file to write, with BASE's names")
-    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that fit no module of BASE")
+    parser.add_argument("--allow_unused", action="store_true", help="ignore keys that fit no module of BASE")
     outputs.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge into OUT; what the adapters do not change is copied as it is."""
+    """Merge into OUT; tensors that the adapters do not change are copied."""
     paths, weights = zip(*map(weighted, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:

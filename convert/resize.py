@@ -10,16 +10,16 @@ SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the command's own flags."""
     parser.add_argument("input", metavar="LORA", help="an adapter's .safetensors of any dialect and kind")
     parser.add_argument("output", metavar="OUT", help="the adapter to write, in ComfyUI's names")
-    parser.add_argument("--rank", type=outputs.positive, required=True, help="of every module, at most")
-    parser.add_argument("--allow_unused", action="store_true", help="go on without keys that are no module of Anima's")
+    parser.add_argument("--rank", type=outputs.positive, required=True, help="maximum rank of every module")
+    parser.add_argument("--allow_unused", action="store_true", help="ignore keys that belong to no module of Anima's")
     outputs.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write OUT and say how much of the adapter it holds. Alphas are multiplied in where a rank changes."""
+    """Write OUT and print how much of the adapter it keeps. Alphas are multiplied in where a rank changes."""
     outputs.check(arguments.output, arguments.input, force=arguments.force)
     with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
         patches, total, kept = {}, 0.0, 0.0
