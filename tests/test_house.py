@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 ROOT = pathlib.Path(__file__).parents[1]
 PRODUCT = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for package in ("anima_jax", "convert")
+    for package in ("anima_jax", "convert", "make_assets")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 """Path → text of every module that is installed."""

@@ -21,7 +21,7 @@ from anima_jax.errors import UserError, first_line
 from anima_jax.text.prompts import Span
 
 SMALL_TOKENIZERS = pathlib.Path(__file__).parent.parent / "assets" / "tokenizers"
-"""Folder of the quick start's tokenizers (`assets/build_tokenizers.py`)."""
+"""Folder of the quick start's tokenizers (`make_assets/tokenizers.py`)."""
 
 TRAINING_LENGTH = 512
 """Tokens per caption in training."""

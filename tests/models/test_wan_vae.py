@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from anima_jax import assets
-from anima_jax.assets.train_tiny_vae import draw_images
 from anima_jax.checkpoints.names import file_tensors
 from anima_jax.checkpoints.names.wan_vae import config_from_shapes, rules
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import abstract, count, merge
 from anima_jax.models.wan_vae import ChannelNorm, WanVAE, WanVAEConfig
+from make_assets.tiny_vae import draw_images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLOAT32 = 2e-5  # relative to the largest value: float32 rounding through some forty layers

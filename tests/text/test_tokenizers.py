@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anima_jax.assets import build_tokenizers
 from anima_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, scenes
 from anima_jax.errors import UserError
 from anima_jax.text.prompts import Span, spans
 from anima_jax.text.tokenizers import SMALL_TOKENIZERS, Tokenizers, load_tokenizers
+from make_assets import tokenizers as make_tokenizers
 from tests.golden_files import GOLDEN
 
 REAL_TOKENIZERS = os.environ.get("ANIMA_TOKENIZERS")
@@ -149,7 +149,7 @@ def test_transformers_reads_the_small_tokenizers_as_we_do(small, name):
 
 
 def test_the_shipped_tokenizers_are_what_their_script_builds(tmp_path):
-    build_tokenizers.write(tmp_path)
+    make_tokenizers.write(tmp_path)
     built = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
     assert built == sorted(path.relative_to(SMALL_TOKENIZERS) for path in SMALL_TOKENIZERS.rglob("*.json"))
     for path in built:

@@ -3,7 +3,7 @@
 It is not trained: its causal attention mixes each word with the words before it, which is enough for the LLM adapter to
 learn from.
 
-    python -m anima_jax.assets.make_tiny_qwen3 --output anima_jax/assets/tiny_qwen3.safetensors
+    python -m make_assets.tiny_qwen3 --output anima_jax/assets/tiny_qwen3.safetensors
 """
 
 import argparse

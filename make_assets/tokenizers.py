@@ -1,4 +1,4 @@
-"""Make the quick start's tokenizers: `python -m anima_jax.assets.build_tokenizers` writes `assets/tokenizers`.
+"""Make the quick start's tokenizers: `python -m make_assets.tokenizers` writes `assets/tokenizers`.
 
 They are small tokenizers of the kinds that Anima uses: Qwen's byte-level BPE, padded with <|endoftext|>, and T5's
 Unigram with <pad> 0, </s> 1, <unk> 2. Each word of the shapes' captions is one token; some general English fills the

@@ -1,4 +1,4 @@
-"""Train the small Wan VAE that the quick start ships: `python -m anima_jax.assets.train_tiny_vae --output FILE`.
+"""Train the small Wan VAE that the quick start ships: `python -m make_assets.tiny_vae --output FILE`.
 
 The real architecture at base width 8, for the 64×64 images of `anima_jax.data.shapes`, stored in bfloat16 under the
 original names. A diffusion model has to learn its normalised latents. Therefore the loss, besides the reconstruction
