@@ -42,7 +42,10 @@ class _AboveBars(logging.Handler):
     """Writes to stderr, above the progress bars that are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # as logging's own handlers do: a run does not end because stderr is on a full disk
+            self.handleError(record)
 
 
 def log_to_console() -> None:
