@@ -1,10 +1,10 @@
-"""The examples of each batch and the batch of each step: a pure function of the seed and the step number.
+"""The data order: the examples of each batch and the batch of each step, a pure function of seed and step.
 
-A tier is the input of one compiled program: the examples of one resolution and number of frames, of any aspect ratio.
-It is an endless stream, shuffled in each epoch and cut into batches. Examples that do not fill a batch at the end of an
-epoch begin the next epoch's first batch, so none is dropped. With n examples and batches of b, epoch e (0, 1, …) is the
-tier's batches from ⌈e·n/b⌉ to ⌈(e+1)·n/b⌉: it ends with the batch that uses its last example. An epoch runs these
-batches of every tier in a random order.
+A tier contains the examples of one resolution and frame count, with any aspect ratio, for one compiled program. Each
+tier is an endless stream that is reshuffled every epoch and cut into batches. Examples that do not fill a batch at the
+end of an epoch go into the first batch of the next epoch, so no example is dropped. With n examples and batch size b,
+epoch e (0, 1, …) consists of the tier's batches ⌈e·n/b⌉ up to, but not including, ⌈(e+1)·n/b⌉; it ends with the batch
+that uses its last example. Each epoch runs its batches of all tiers in random order.
 """
 
 import bisect
@@ -23,16 +23,16 @@ import numpy as np
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucket
 
-_MIN_FILL = 0.94  # explicit size buckets share a program if each fills this share of the token budget
+_MIN_FILL = 0.94  # explicit size buckets share a tier if each fills this fraction of the token budget
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tier:
-    """The examples of one compiled program, `batch_size` at a time (over all processes; may exceed their number)."""
+    """A group of examples that share one compiled program. `batch_size` is global and may exceed their number."""
 
-    name: str  # seeds the order, so that other tiers do not change it
-    indices: np.ndarray  # the examples' numbers, int64 (n,)
-    tokens: int  # token budget of an example: the largest bucket's tokens, rounded up to 16
+    name: str  # seeds the order, which therefore does not depend on other tiers
+    indices: np.ndarray  # of the examples, int64 (n,)
+    tokens: int  # token budget per example: tokens of the largest bucket, rounded up to a multiple of 16
     batch_size: int
 
     def __post_init__(self):
@@ -41,12 +41,12 @@ class Tier:
             raise ValueError(f"tier {self.name!r}: expected examples and a batch size, found {sizes}")
 
     def batches(self, epochs: int) -> int:
-        """Return the number of batches that contain every example of the first `epochs` epochs."""
+        """Return the number of batches needed to use every example of the first `epochs` epochs."""
         return -(-epochs * len(self.indices) // self.batch_size)
 
 
 class PlannedBatch(NamedTuple):
-    """The examples of one step: their indices and the epoch of each (a batch may span epochs), int64 (b,)."""
+    """The examples of one step: their indices and their epochs (a batch may span epochs), both int64 (b,)."""
 
     step: int
     tier: int
@@ -54,12 +54,12 @@ class PlannedBatch(NamedTuple):
     epochs: np.ndarray
 
     def take(self, rows: np.ndarray) -> "PlannedBatch":
-        """Return these rows of the batch, those of one process."""
+        """Return the given rows of the batch, such as those of one process."""
         return self._replace(indices=self.indices[rows], epochs=self.epochs[rows])
 
 
 class _Epoch(NamedTuple):
-    """The steps of one epoch: each one's tier, batch number within that tier and epoch, and examples before it."""
+    """The steps of one epoch: the tier of each, its batch number within tier and epoch, and the examples before it."""
 
     tiers: np.ndarray  # (s,)
     numbers: np.ndarray  # (s,)
@@ -67,7 +67,7 @@ class _Epoch(NamedTuple):
 
 
 class BatchPlan:
-    """The batches of all tiers, step by step from 0. A run's only state is the number of examples consumed."""
+    """The batch of every step from 0, over all tiers. A run's only data state is the number of examples consumed."""
 
     def __init__(self, tiers: Sequence[Tier], seed: int):
         if len({tier.name for tier in tiers}) != len(tiers) or not tiers:
@@ -75,24 +75,24 @@ class BatchPlan:
         self.tiers, self.seed = tuple(tiers), seed
         self._examples = sum(len(tier.indices) for tier in tiers)
         self._epoch = functools.lru_cache(maxsize=2)(self._order_epoch)
-        # One cache per tier: a small tier, of which a batch may span many epochs, must not evict a large one's order.
+        # One cache per tier: a batch of a small tier may span many epochs and must not evict a large tier's order.
         self._orders = [
             functools.lru_cache(maxsize=2)(functools.partial(_shuffled, len(tier.indices), seed, tier.name))
             for tier in tiers
         ]
-        self._lock = threading.Lock()  # so that threads that reach a new epoch together shuffle it once
+        self._lock = threading.Lock()  # threads that reach a new epoch at the same time shuffle it once
 
     def steps_for(self, epochs: int) -> int:
-        """Return the number of steps until the last example of the last of `epochs` epochs is used."""
+        """Return the number of steps needed to use every example of the first `epochs` epochs."""
         return sum(tier.batches(epochs) for tier in self.tiers)
 
     def epochs_finished(self, step: int) -> int:
-        """Return the number of epochs of which all examples are in the steps before `step`."""
+        """Return the number of epochs whose examples have all been used before `step`."""
         bound = min(step * tier.batch_size // len(tier.indices) for tier in self.tiers)
         return bisect.bisect_right(range(bound + 1), step, key=self.steps_for) - 1
 
     def batch(self, step: int) -> PlannedBatch:
-        """Return the batch of `step` (0, 1, …), of all processes together. Safe to call from several threads."""
+        """Return the batch of `step` (0, 1, …) over all processes. Thread-safe."""
         with self._lock:
             number, at = self._find(step)
             epoch = self._epoch(number)
@@ -107,13 +107,13 @@ class BatchPlan:
             return PlannedBatch(step, which, tier.indices[rows], epochs)
 
     def position(self, step: int) -> int:
-        """Return the number of examples that the steps before `step` consume."""
+        """Return the number of examples consumed before `step`."""
         with self._lock:
             number, at = self._find(step)
             return self._consumed(number) + int(self._epoch(number).consumed[at])
 
     def step_at(self, position: int) -> int:
-        """Return the step that begins after `position` consumed examples. Raises ValueError if none does."""
+        """Return the step that begins after `position` consumed examples. Raises ValueError if there is none."""
         if position < 0:
             raise ValueError(f"a position in the data must be 0 or more examples, not {position}")
         # Every epoch consumes at least its own examples, so the search is bounded.
@@ -131,14 +131,14 @@ class BatchPlan:
         return self.steps_for(number) + at
 
     def _find(self, step: int) -> tuple[int, int]:
-        """Return the epoch of `step` and the step's number within it."""
+        """Return the epoch of `step` and the step's index within it."""
         if step < 0:
             raise ValueError(f"a step must be 0 or more, not {step}")
         epoch = self.epochs_finished(step)
         return epoch, step - self.steps_for(epoch)
 
     def _consumed(self, epochs: int) -> int:
-        """Return the number of examples that the steps of the first `epochs` epochs consume."""
+        """Return the number of examples consumed by the steps of the first `epochs` epochs."""
         return sum(tier.batches(epochs) * tier.batch_size for tier in self.tiers)
 
     def _order_epoch(self, epoch: int) -> _Epoch:
@@ -146,16 +146,16 @@ class BatchPlan:
         labels = np.repeat(np.arange(len(counts)), counts)
         labels = labels[_shuffled(len(labels), self.seed, "steps", epoch)]
         numbers = np.empty_like(labels)
-        for label, count in enumerate(counts):  # a tier's batches stay in the order of its stream
+        for label, count in enumerate(counts):  # each tier's batches keep the order of its stream
             numbers[labels == label] = np.arange(count)
         sizes = np.array([tier.batch_size for tier in self.tiers])
         return _Epoch(labels, numbers, np.concatenate([[0], np.cumsum(sizes[labels])]))
 
 
 def _shuffled(count: int, seed: int, name: str, epoch: int) -> np.ndarray:
-    """Return the numbers below `count` in an order that the other arguments determine.
+    """Return a permutation of range(count), a pure function of the arguments.
 
-    Sorted raw draws: NumPy guarantees a bit generator's raw stream, but not `Generator.permutation`.
+    It sorts raw draws, because NumPy guarantees the raw stream of a bit generator, but not `Generator.permutation`.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch, *name.encode()]))
     order = np.argsort(bits.random_raw(count), kind="stable")
@@ -166,7 +166,8 @@ def _shuffled(count: int, seed: int, name: str, epoch: int) -> np.ndarray:
 def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np.ndarray] = {}) -> dict[str, Any]:
     """Return the seed and, for each tier, its size, batch size and hashes of its examples and their order.
 
-    `ids[i]` is example i's id; `contents` (name → uint64 (n,), from `examples.contents_of`) is hashed likewise.
+    `ids[i]` is the id of example i. The arrays of `contents` (name → uint64 (n,), from `examples.contents_of`) are
+    hashed too.
     """
     tiers = {}
     for tier in plan.tiers:
@@ -184,10 +185,11 @@ def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np
 
 
 def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) -> list[Tier]:
-    """Return the tiers of examples with these buckets, smallest resolution first, explicit size buckets last.
+    """Group examples into tiers, smallest resolution first, explicit size buckets last.
 
-    Each resolution and number of frames is a tier. Size buckets of equal frames share one while the smallest fills 94 %
-    of the token budget. The largest bucket that occurs sets the budget and, by `batch_size_of`, the batch size.
+    `buckets[i]` is the bucket of example i. Each combination of resolution and frame count is one tier. Explicit size
+    buckets with the same frame count share a tier as long as the smallest fills 94 % of the token budget. The largest
+    bucket in a tier sets its token budget and, through `batch_size_of`, its batch size.
     """
     examples: dict[Bucket, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):
@@ -231,15 +233,15 @@ def _tier_name(largest: Bucket) -> str:
 
 
 def padding(tiers: Sequence[Tier], tokens: np.ndarray) -> float:
-    """Return the share of an epoch's tokens that is padding, 0 to 1, if example i has `tokens[i]` real ones."""
+    """Return the fraction of an epoch's tokens that is padding, 0 to 1; example i has `tokens[i]` real tokens."""
     budget = sum(tier.tokens * len(tier.indices) for tier in tiers)
     return 1.0 - sum(int(tokens[tier.indices].sum()) for tier in tiers) / budget
 
 
 def describe(tiers: Sequence[Tier], buckets: Sequence[Bucket]) -> list[str]:
-    """Return a table of tiers with their sizes, padding and buckets, and the number of compiled programs, as lines.
+    """Return the lines of a table of tiers (sizes, padding, buckets), followed by the number of compiled programs.
 
-    `buckets[i]` is example i's. Steps per epoch are a mean over epochs, since a batch may span two.
+    `buckets[i]` is the bucket of example i. Steps per epoch are an average, because a batch may span epochs.
     """
     tokens = np.array([bucket.size.tokens for bucket in buckets])
     lines = [f"{'tier':<16} {'examples':>9} {'tokens':>7} {'padding':>8} {'batch':>6} {'steps/epoch':>12}"]

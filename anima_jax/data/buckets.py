@@ -1,7 +1,7 @@
-"""Size buckets: the sizes at which an image or clip is trained, by its shape and length.
+"""Size buckets: the sizes at which an image or clip is trained, chosen by its aspect ratio and length.
 
-The choice is diffusion-pipe's (utils/dataset.py: DirectoryDataset, ARBucketDataset), number for number, with sides that
-are multiples of 16.
+The choice is the same as in diffusion-pipe (utils/dataset.py: DirectoryDataset, ARBucketDataset), number for number,
+with sides that are multiples of 16.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 
 
 class Bucket(NamedTuple):
-    """A size and the resolution that it was made for."""
+    """A size and the resolution that it belongs to."""
 
     size: Size
     resolution: float | None
-    """Side in pixels of the square of the same area; None for an explicit size bucket."""
+    """Side in pixels of the square with the same area; None for an explicit size bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Bucketing:
     """The buckets of one source. Ratios, resolutions and frame counts are sorted and distinct."""
 
     resolutions: tuple[float, ...]
-    """Sides of squares in pixels: each stands for an area, and every example is trained at every one."""
+    """Sides of squares in pixels. Each defines an area; every example is trained at every resolution."""
     aspect_ratios: tuple[float, ...]
-    """Width over height."""
+    """Width / height."""
     frame_buckets: tuple[int, ...]
-    """Lengths in frames, 1 (images) always among them."""
+    """Lengths in frames, always including 1 (images)."""
     size_buckets: tuple[Size, ...] = ()
-    """Explicit sizes, which replace all of the above."""
+    """Explicit sizes, used instead of all of the above."""
 
     def __post_init__(self):
         object.__setattr__(self, "resolutions", _distinct(self.resolutions))
@@ -44,7 +44,7 @@ class Bucketing:
 
     @classmethod
     def of(cls, source: Source) -> "Bucketing":
-        """Return the buckets that a source's keys describe."""
+        """Return the buckets that a source's configuration describes."""
         if source.size_buckets:
             return cls((), (), (), source.size_buckets)
         ratios = (1.0,)
@@ -63,7 +63,7 @@ class Bucketing:
     def place(self, width: int, height: int, frames: int) -> tuple[Bucket, ...]:
         """Return the buckets of an image (frames = 1) or clip: one per resolution, or the nearest size bucket.
 
-        Empty for a clip that is too short: a clip never goes to a bucket of images, and an image never to one of clips.
+        Return an empty tuple if none fits: a clip never goes into an image bucket, or an image into a clip bucket.
         """
         if self.size_buckets:
             return self._size_bucket(width, height, frames)
@@ -83,7 +83,7 @@ class Bucketing:
 
 
 def spaced_ratios(smallest: float, largest: float, count: int) -> tuple[float, ...]:
-    """Return `count` ratios from `smallest` to `largest`, evenly spaced in their logarithm."""
+    """Return `count` ratios from `smallest` to `largest`, evenly spaced on a logarithmic scale."""
     return tuple(np.geomspace(smallest, largest, count).tolist())
 
 
@@ -96,6 +96,6 @@ def _distances(width: int, height: int, ratios: Iterable[float]) -> np.ndarray:
 
 
 def _sides(resolution: float, ratio: float) -> tuple[int, int]:
-    """Return width and height of about the area resolution² at this ratio."""
+    """Return the (width, height) with this aspect ratio and an area of about resolution²."""
     width = math.sqrt(resolution**2 * ratio)
     return nearest_multiple(width), nearest_multiple(resolution**2 / width)

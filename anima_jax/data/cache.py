@@ -1,8 +1,9 @@
-"""The encoded data set on disk: every clip, mask and caption once, keyed by its content.
+"""The encoded data set on disk. Every clip, mask and caption is stored once, under a key derived from its content.
 
-A record's key is the hash of all that decides its value: for latents the media's content, the size bucket, how a clip
-is cut from a video, the VAE's file and the dtypes; for a caption's states the caption, the text encoder's file, the
-tokenizers, the length at which captions are cut, and the dtype. So no record is ever stale: what changed has a new key.
+A record's key is a hash of everything that determines its value. For latents: the media content, the size bucket, how a
+clip is cut from a video, the VAE file and the dtypes. For text states: the caption, the text encoder file and how its
+weights are stored, the tokenizers, the maximum caption length and the dtypes. Records therefore never become stale:
+changed inputs have a new key.
 Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t frames, y rows, x columns.
 """
 
@@ -34,16 +35,16 @@ Item = TypeVar("Item")
 Record = tuple[bytes, bytes]
 
 CLIPS_PER_PART, SMALL_RECORDS_PER_PART = 64, 256
-"""Records that are written at once: the most that a killed process loses."""
+"""Records per write: the most that a killed process loses."""
 
 RESIDENT_BYTES = 2**30
-"""Records stay in host memory after they are read, up to this total size."""
+"""Records stay in host memory after the first read, up to this total size."""
 
 
 class Cache:
-    """Latents, masks and captions of one run's examples. `fill` encodes what is missing; then all of it can be read.
+    """Latents, masks and text states of one run's examples. After `fill` has encoded the missing ones, all can be read.
 
-    Reading is safe from several threads.
+    Reading is thread-safe.
     """
 
     def __init__(self, config: MainConfig, stores: Sequence[Store], encoders: Encoders):
@@ -55,17 +56,17 @@ class Cache:
     # ---- reading --------------------------------------------------------------------------------------------------
 
     def has_latents(self, example: Example) -> bool:
-        """Whether the example can be trained: its latents and, if it has a mask, its mask are in the cache."""
+        """Return whether the example can be trained: its latents and, if it has a mask, its mask are in the cache."""
         return self._find(self._latents_key(example)) is not None and (
             example.entry.mask is None or self._find(self._mask_key(example)) is not None
         )
 
     def latents(self, example: Example) -> np.ndarray:
-        """Return the latent tokens (l, c) in the cache's dtype."""
+        """Return the latent tokens (l, c) in the dtype of the cache."""
         return self._read(self._latents_key(example))["latents"]
 
     def mask(self, example: Example) -> np.ndarray | None:
-        """Return the weight of each latent pixel, float32 (l, p) in [0, 1]; None if the example has no mask."""
+        """Return the loss weight of each latent pixel, float32 (l, p) in [0, 1]; None if the example has no mask."""
         if example.entry.mask is None:
             return None
         pixels_yx = self._read(self._mask_key(example))["mask"]
@@ -73,7 +74,7 @@ class Cache:
         return np.tile(frame_lp, (example.bucket.size.grid[0], 1))
 
     def text(self, caption: str) -> EncodedText:
-        """Return a caption's states and T5 ids."""
+        """Return the text encoder states and T5 ids of a caption."""
         record = self._read(self._text_key(caption))
         return EncodedText(record["states"], record["t5_ids"])
 
@@ -111,7 +112,7 @@ class Cache:
     # ---- filling --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Remove every record, also those of other runs."""
+        """Remove all records, including those of other runs."""
         if is_process_0():
             for store in self._stores:
                 store.clear()
@@ -120,11 +121,11 @@ class Cache:
             store.refresh()
 
     def fill(self, groups: Sequence[Sequence[Example]], encoders: Encoders, problems: Problems) -> None:
-        """Encode what is missing, of each store's examples in that store; the run's processes share the parts.
+        """Encode the missing records, those of `groups[i]` into store i. The run's processes divide the work.
 
         Media that cannot be decoded go to `problems`.
         """
-        work, claimed = [], set[bytes]()  # what two sources share is encoded once, for the first
+        work, claimed = [], set[bytes]()  # records that two sources share are encoded once, for the first
 
         def missing(wanted: dict[bytes, Item]) -> list[tuple[bytes, Item]]:
             new = [(key, item) for key, item in wanted.items() if key not in claimed and self._find(key) is None]
@@ -154,7 +155,7 @@ class Cache:
             store.refresh()
 
     def _captions_by_key(self, examples: Sequence[Example]) -> dict[bytes, str]:
-        """Return the captions to encode, with the empty one, which replaces all that are dropped."""
+        """Return key → caption to encode, including the empty caption, which replaces dropped captions."""
         if not self._config.model.cache_text_embeddings:
             return {}
         captions = {caption for example in examples for caption in example.captions}
@@ -182,7 +183,7 @@ class Cache:
     def _latent_records(
         self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
     ) -> Iterator[Record]:
-        """Yield the records of clips that become `size`."""
+        """Yield the latents of clips that are resized to `size`."""
         decoded: collections.deque[tuple[bytes, Example]] = collections.deque()
 
         def read(item: tuple[bytes, Example]) -> np.ndarray | None:
@@ -214,12 +215,12 @@ class Cache:
 
 
 def progress_bar(total: int, unit: str) -> "tqdm[Any]":
-    """Return a progress bar over `total` items, which process 0 shows if there are any."""
+    """Return a progress bar over `total` items. Only process 0 shows it, and only if there are any items."""
     return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
 
 
 def _read_unchanged(media: Media, digest: bytes | None) -> bytes:
-    """Return the bytes of a file, which are cached under their hash. Raises UserError if the hash has changed."""
+    """Return the bytes of a file. Raises UserError if their hash is no longer `digest`, which is in the cache key."""
     data = media.read()
     if content_digest(data) != digest:
         raise UserError(f"{media.name}: changed since it was inspected; start again, without --trust_cache")
@@ -234,13 +235,13 @@ def _by_size(items: Iterable[tuple[bytes, Example]]) -> list[tuple[Size, list[tu
 
 
 def _own_items(items: Sequence[Item], part: int) -> list[Item]:
-    """Return the items of this process: every `jax.process_count()`-th run of `part` items."""
+    """Return the items of this process: every `jax.process_count()`-th chunk of `part` items."""
     starts = range(0, len(items), part)[jax.process_index() :: jax.process_count()]
     return [item for start in starts for item in items[start : start + part]]
 
 
 def _write_parts(store: Store, records: Iterable[Record], size: int, bar: "tqdm[Any] | None" = None) -> None:
-    """Write the records, `size` of them at a time."""
+    """Write the records in parts of `size` records."""
     part: list[Record] = []
     for record in records:
         part.append(record)

@@ -1,4 +1,4 @@
-"""A run's data: examples read as the dataset TOML says, their cache, and the plan of which step uses which of them."""
+"""The data of a run: the examples of the dataset TOML, their cache, and the plan of which step uses which examples."""
 
 import hashlib
 import os
@@ -34,11 +34,10 @@ def read_data(
     evaluated: DatasetConfig | None = None,
     keep: bool = True,
 ) -> "TrainingData":
-    """Return the examples of every source of the dataset TOML, or of `evaluated`; none of them is encoded yet.
+    """Return the examples of every source of the dataset TOML, or of `evaluated` if given. Nothing is encoded yet.
 
-    `batch_size_of` returns how many examples of a size a step has, over all processes. What was learned about the files
-    is saved in the cache for the next run; without `keep` nothing is written. Raises UserError if there is nothing to
-    train on.
+    `batch_size_of` maps a size to the number of examples per step, over all processes. The file index is saved in the
+    cache for the next run; without `keep` nothing is written. Raises UserError if there are no examples.
     """
     ignore_pil_warnings()
     folders, sources, indexes = [], [], dict[str, FileIndex]()
@@ -55,14 +54,14 @@ def read_data(
 
 
 class TrainingData:
-    """The examples of a run. `encode` leaves out those that cannot be encoded and puts the others into `cache`."""
+    """The examples of a run. `encode` drops those that cannot be encoded and writes the others to `cache`."""
 
     cache: Cache
     """Set by `open_cache`."""
     examples: list[Example]
-    """All of them; a plan's indices count in this list."""
+    """All examples; the indices in `plan` refer to this list."""
     plan: BatchPlan
-    """Which step uses which examples."""
+    """The batch of each step."""
     captions: list[str]
     """The distinct captions, the empty one first."""
 
@@ -77,7 +76,7 @@ class TrainingData:
         self._use(groups)
 
     def _use(self, groups: Sequence[list[Example]]) -> None:
-        """Set everything that follows from the examples of each source."""
+        """Set all attributes that are derived from the examples of each source."""
         self._groups = groups
         self.examples = [example for group in groups for example in group]
         tiers = make_tiers([example.bucket for example in self.examples], self._batch_size_of)
@@ -87,12 +86,12 @@ class TrainingData:
 
     @property
     def ids(self) -> np.ndarray:
-        """The examples' ids, uint64 (n,)."""
+        """Ids of the examples, uint64 (n,)."""
         return np.array([example.id for example in self.examples], np.uint64)
 
     @property
     def largest_sizes(self) -> list[Size]:
-        """The size with the most tokens that occurs in each tier."""
+        """The size with the most tokens in each tier."""
         return [
             max((self.examples[index].bucket.size for index in tier.indices), key=lambda size: size.tokens)
             for tier in self.plan.tiers
@@ -108,7 +107,7 @@ class TrainingData:
         return data_fingerprint(self.plan, self.ids, contents_of(self.examples))
 
     def described_fingerprint(self) -> dict[str, int | str]:
-        """Return the tiers' fingerprints, keyed by a description of each value for messages."""
+        """Return the fingerprints of the tiers, keyed by a description of each value for messages."""
         words = {"examples": "how many examples", "batch": "the examples in a step", "set": "which examples"}
         return {
             f"{words.get(name, name)} of tier {tier}": value
@@ -117,9 +116,9 @@ class TrainingData:
         }
 
     def open_cache(self, encoders: Encoders) -> None:
-        """Open the cache, and empty it if everything is to be encoded again.
+        """Open the cache, and clear it if `regenerate_cache` is set.
 
-        Data sets of a run may share a cache: open it for all of them before encoding any.
+        The data sets of a run may share a cache, so open it for all of them before encoding any.
         """
         stores = {folder: Store(folder, local_dir=self._local(folder)) for folder in dict.fromkeys(self._folders)}
         self.cache = Cache(self._config, [stores[folder] for folder in self._folders], encoders)
@@ -127,7 +126,7 @@ class TrainingData:
             self.cache.clear()
 
     def encode(self, encoders: Encoders, problems: Problems) -> None:
-        """Encode what the open cache does not have yet. Raises UserError if nothing is left to train on."""
+        """Encode the examples that are missing from the open cache. Raises UserError if no example can be encoded."""
         self.cache.fill(self._groups, encoders, problems)
         before = len(self.examples)
         encoded = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]
@@ -141,7 +140,10 @@ class TrainingData:
             self._use(encoded)
 
     def _local(self, folder: str) -> str | None:
-        """Return this machine's folder for copies of a remote cache, or of any if the configuration names one."""
+        """Return the local folder for copies of the cache in `folder`, or None if the cache is read in place.
+
+        Raises UserError if a remote cache has no local folder.
+        """
         root = self._config.cache_local_dir
         if root is None:
             if is_remote(folder):
@@ -150,7 +152,7 @@ class TrainingData:
         return os.path.join(root, _short_hash(folder))
 
     def describe(self, tokenizers: Tokenizers) -> str:
-        """Return the plan as text: tiers, buckets, padding, steps an epoch, programs and how many captions are cut."""
+        """Describe the plan: tiers, buckets, padding, steps per epoch, programs and number of truncated captions."""
         lines = describe(self.plan.tiers, [example.bucket for example in self.examples])
         longest = self._config.model.max_caption_tokens
         cut = int(np.sum(self.caption_lengths(tokenizers).max(1) > longest))
@@ -159,16 +161,16 @@ class TrainingData:
         return "\n".join(lines)
 
     def text_rows(self, tokenizers: Tokenizers) -> tuple[int, int]:
-        """Return the source and target rows that captions are padded to: those of the longest, rounded up."""
+        """Return the (source, target) token counts that captions are padded to: the longest caption's, rounded up."""
         longest = np.minimum(self.caption_lengths(tokenizers).max(0), self._config.model.max_caption_tokens)
         if any(example.shuffled_each_epoch for example in self.examples):
-            # In another order tags can have a few tokens more.
+            # Tags in another order may need a few more tokens.
             longest = np.minimum(longest + longest // 4 + TEXT_ROW_STEP, self._config.model.max_caption_tokens)
         source, target = (rounded_up(int(n), TEXT_ROW_STEP) for n in longest)
         return source, target
 
     def caption_lengths(self, tokenizers: Tokenizers) -> np.ndarray:
-        """Return the tokens (Qwen's, T5's) of each of `captions` before any is cut, int64 (n, 2)."""
+        """Return the number of (Qwen3, T5) tokens of each of `captions` before truncation, int64 (n, 2)."""
         if self._lengths is None:
             self._lengths = tokenizers.lengths(self.captions)
         return self._lengths

@@ -1,4 +1,4 @@
-"""Cached latents decoded to images again, to inspect what a run is trained on."""
+"""Cached latents decoded back to images, to inspect what a run trains on."""
 
 import pathlib
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from anima_jax.models.wan_vae import WanVAE
 
 
 def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: WanVAE, dtype: DTypeLike) -> pathlib.Path:
-    """Write each example's clip as the VAE decodes it: `NAME.WIDTHxHEIGHT.png`, or `NAME.WIDTHxHEIGHTxFRAMES.mp4`.
+    """Decode the latents of each example to `NAME.WIDTHxHEIGHT.png`, or `NAME.WIDTHxHEIGHTxFRAMES.mp4` for a video.
 
-    Next to it are its captions (`.txt`, one per line) and, if it has one, its mask as it weights the loss
-    (`.mask.png`). Examples that repeat a clip at the same size are written once. Raises UserError if it cannot write.
+    The captions (`.txt`, one per line) and the loss mask, if any (`.mask.png`), are written next to it. Examples that
+    repeat a clip at the same size are written once. Raises UserError if a file cannot be written.
     """
     graphdef, params = split(vae)
     decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents.astype(dtype)).astype(jnp.float32))
@@ -51,7 +51,7 @@ def dump_dataset(folder: str, examples: Sequence[Example], cache: Cache, vae: Wa
 
 
 def _unused(name: str, used: set[str]) -> str:
-    """Return `name`, with a number if another source's image has it, and add it to `used`."""
+    """Return `name`, with a number appended if it is already in `used`, and add the result to `used`."""
     number, free = 1, name
     while free in used:
         number += 1

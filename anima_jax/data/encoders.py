@@ -33,14 +33,15 @@ Item = TypeVar("Item")
 class Encoders:
     """The VAE and the text encoder of a run, loaded at first use; `release` drops them.
 
-    They are placed on `mesh`: a process's own devices, where each process encodes for itself, or those of all.
+    They are placed on `mesh`: the devices of this process (default), so that each process encodes on its own, or those
+    of all processes.
     """
 
     def __init__(self, config: MainConfig, tokenizers: Tokenizers, mesh: Mesh | None = None):
         self._config, self.tokenizers, self._mesh = config, tokenizers, mesh or local_mesh()
 
     def on(self, mesh: Mesh) -> "Encoders":
-        """Return the same encoders on another mesh."""
+        """Return the same encoders on `mesh`."""
         return self if mesh == self._mesh else Encoders(self._config, self.tokenizers, mesh)
 
     @functools.cached_property
@@ -57,25 +58,25 @@ class Encoders:
 
     @functools.cached_property
     def encode_clips(self) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-        """`clip_encoder` of this run."""
+        """The `clip_encoder` of this run."""
         config = self._config
         return clip_encoder(self.vae, batch_size=config.caching_batch_size, dtype=config.compute_dtype)
 
     @functools.cached_property
     def encode_captions(self) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
-        """`caption_encoder` of this run."""
+        """The `caption_encoder` of this run."""
         max_tokens, dtype = self._config.model.max_caption_tokens, self._config.compute_dtype
         return caption_encoder(self.text_encoder, self.tokenizers, max_tokens=max_tokens, dtype=dtype)
 
     @functools.cached_property
     def vae_fingerprint(self) -> bytes:
-        """Hash of what decides a clip's latents besides the clip."""
+        """Hash of everything that determines a clip's latents, except the clip."""
         config = self._config
         return hash_parts(file_sha256(config.model.vae_path), config.compute_dtype, config.cached_dtype)
 
     @functools.cached_property
     def text_fingerprint(self) -> bytes:
-        """Hash of what decides a caption's states besides the caption."""
+        """Hash of everything that determines a caption's states, except the caption."""
         config, model = self._config, self._config.model
         return hash_parts(
             file_sha256(model.llm_path),
@@ -88,20 +89,20 @@ class Encoders:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Both in hexadecimal, under the keys that checkpoints have."""
+        """Both fingerprints in hexadecimal, under the keys used in checkpoints."""
         return {
             "what the VAE makes of pictures": self.vae_fingerprint.hex(),
             "what the text encoder makes of captions": self.text_fingerprint.hex(),
         }
 
     def release(self) -> None:
-        """Forget the networks; those that still use one keep it."""
+        """Drop the references to the networks; other users keep theirs."""
         for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
             self.__dict__.pop(name, None)
 
 
 def hash_parts(*parts: str | bytes | int | None) -> bytes:
-    """Return the SHA-256 of the parts, each preceded by its length, so that different parts never hash alike."""
+    """Return the SHA-256 of the parts, each prefixed with its length, so that different parts do not collide."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -112,10 +113,10 @@ def hash_parts(*parts: str | bytes | int | None) -> bytes:
 def clip_encoder(
     vae: WanVAE, *, batch_size: int = 1, dtype: DTypeLike = jnp.float32
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """Return a function from uint8 clips (t, y, x, 3), all of one size, to their latents (l, c), float32, in order.
+    """Return a function that maps uint8 clips (t, y, x, 3) of one size to their float32 latents (l, c), in order.
 
-    An image is a clip of one frame. Each local device encodes `batch_size` clips at a time; the next batch is read
-    meanwhile. Each size compiles one program.
+    An image is a clip of one frame. Each local device encodes `batch_size` clips at a time while the next batch is
+    read. One program is compiled per size.
     """
     graphdef, params = split(vae)
     mesh = local_mesh()
@@ -143,7 +144,7 @@ def clip_encoder(
 def caption_encoder(
     qwen: Qwen3, tokenizers: Tokenizers, *, batch_size: int = 8, max_tokens: int = TRAINING_LENGTH, dtype: DTypeLike
 ) -> Callable[[Iterable[str]], Iterator[EncodedText]]:
-    """Return a function that encodes captions as in training: literally, cut at `max_tokens` of either tokenizer.
+    """Return a function that encodes captions as in training: no prompt weights, at most `max_tokens` per tokenizer.
 
     Each local device encodes `batch_size` captions at a time.
     """
@@ -164,14 +165,14 @@ def caption_encoder(
 
 
 def _trimmed(ids: TextIds) -> TextIds:
-    """Return the ids without the padding that no caption of the batch needs."""
+    """Return the ids with less padding: the length of the batch's longest caption, `rounded_up`."""
     qwen = min(rounded_up(int(ids.qwen_mask.sum(1).max())), ids.qwen_mask.shape[1])
     t5 = min(rounded_up(int(ids.t5_mask.sum(1).max())), ids.t5_mask.shape[1])
     return TextIds(ids.qwen_ids[:, :qwen], ids.qwen_mask[:, :qwen], ids.t5_ids[:, :t5], ids.t5_mask[:, :t5])
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[list[Item], int]]:
-    """Yield lists of `size` items and how many of them are real: the last list repeats its last item."""
+    """Yield (list of `size` items, number of real items); the last list is filled up with copies of its last item."""
     batch: list[Item] = []
     for item in items:
         batch.append(item)

@@ -1,10 +1,10 @@
-"""Examples: what batches are made of. An example is an image or video at one size, with a caption.
+"""Training examples. An example is an image or video at one size, with a caption.
 
-An example has no row number. Its id says what it is: the same media at the same size with the same caption index and
-repeat has the same id, and with it the same noise, in any order, folder and run.
+An example's id is a hash of its content, not a row number: the same media at the same size with the same caption index
+and repeat index has the same id, and therefore the same noise, in any order, folder and run.
 
-Everything random here comes from raw Philox words: NumPy guarantees a bit generator's raw stream, but not what
-`Generator.permutation` and the like make of it.
+All randomness here comes from raw Philox words, because NumPy guarantees the raw stream of a bit generator, but not the
+results of methods such as `Generator.permutation`.
 """
 
 import collections
@@ -30,29 +30,29 @@ from anima_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 CHOICE, SHUFFLE, DROPOUT, CACHED_SHUFFLE = range(4)
-"""Purposes of random words."""
+"""Purposes of random words: the first part of the key in `_words`."""
 
 CONTENTS = ("captions", "masks")
-"""What can change about an example while its id stays the same."""
+"""Parts of an example that can change while its id stays the same."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One image or video at one size, with the captions that it can have."""
+    """One image or video at one size, with its possible captions."""
 
     id: int
-    """63 bits, from `example_id`. Copies of one file share it."""
+    """63 bits, from `example_id`. Identical files share it."""
     entry: Entry
     bucket: Bucket
     captions: tuple[str, ...]
-    """One, or several to draw from; with the prefix, and shuffled unless `shuffled_each_epoch`."""
+    """One caption, or several to draw from; prefixed, and already shuffled unless `shuffled_each_epoch`."""
     source: Source
     shuffled_each_epoch: bool = False
 
     def caption(self, seed: int, epoch: int) -> str:
-        """Return the caption of an epoch, a pure function of the seed, the epoch and the example's id.
+        """Return the caption for an epoch, a pure function of the seed, the epoch and the example's id.
 
-        It is one of `captions`, whose tags may be shuffled and dropped. The prefix stays, and so does at least one tag.
+        It is one of `captions`, with tags shuffled and dropped as configured. The prefix and at least one tag are kept.
         """
         source, chosen = self.source, 0
         if len(self.captions) > 1:
@@ -64,7 +64,7 @@ class Example:
         tags = caption[len(source.caption_prefix) :].split(source.cache_shuffle_delimiter)
         if source.tag_dropout:
             words = _words(DROPOUT, seed, epoch, self.id, count=len(tags))
-            # The last tag to go is the one whose word is the largest.
+            # At most the largest word, so that its tag is always kept.
             least = min(int(source.tag_dropout * 2.0**64), int(words.max()))
             tags = [tag for tag, word in zip(tags, words, strict=True) if int(word) >= least]
         if self.shuffled_each_epoch:
@@ -81,7 +81,7 @@ def example_id(
 
 
 def reader_of(source: DirectorySource | TfdsSource, *, prepare: bool = True) -> SourceReader[Any]:
-    """Return the reader of a source. Without `prepare` no data set that does not exist yet is drawn to disk."""
+    """Return the reader of a source. Without `prepare`, a data set to be generated goes to a temporary folder."""
     return FolderReader(source) if isinstance(source, DirectorySource) else TfdsReader(source, prepare=prepare)
 
 
@@ -92,10 +92,10 @@ def read_examples(
     threads: int = 8,
     shuffle_each_epoch: bool = False,
 ) -> list[list[Example]]:
-    """Return the examples of each source, in order. Logs one line per source; unusable files go to `problems`.
+    """Return the examples of each source, in order. Log one line per source; unusable files go to `problems`.
 
-    `shuffle_each_epoch` is as in `examples_of`. Raises UserError for a source that does not exist, and if there is not
-    one example in all of them.
+    `shuffle_each_epoch` is as in `examples_of`. Raises UserError if a source does not exist or if there are no examples
+    at all.
     """
     groups, lines = [], []
     for reader, index in sources:
@@ -114,12 +114,12 @@ def read_examples(
 def examples_of(
     entries: Sequence[Entry], source: Source, problems: Problems, *, shuffle_each_epoch: bool = False
 ) -> list[Example]:
-    """Return the examples of one source's entries; the repeats of a resolution follow each other.
+    """Return the examples of one source, grouped by resolution and frame count; repeats of a group follow each other.
 
-    Each caption (or its shuffled copies) at each of the entry's buckets is one example; `caption_choice = "random"`
-    makes one of all of them. `shuffle_each_epoch` shuffles tags in each epoch instead of once, for runs that encode
-    text at batch time. As in diffusion-pipe a resolution and length has `int(n · num_repeats)` examples; those of a
-    partial repeat are picked by their hash. Clips that are too short for any bucket go to `problems`.
+    Each caption (or each of its shuffled copies) in each bucket of an entry is one example; all captions together are
+    one if `caption_choice` is "random". `shuffle_each_epoch` shuffles tags in every epoch instead of once, for runs that
+    encode text at batch time. As in diffusion-pipe, a resolution and frame count has `int(n · num_repeats)` examples;
+    those of a partial repeat are picked by their hash. Images and clips that fit no bucket go to `problems`.
     """
     each_epoch = shuffle_each_epoch and source.shuffled_copies > 0
     placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
@@ -134,7 +134,7 @@ def examples_of(
 
 
 def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Return `CONTENTS` of each example: name → hashes, uint64 (n,)."""
+    """Return hashes of the `CONTENTS` of each example: name → uint64 (n,)."""
 
     def hashes(values: Iterable[bytes]) -> np.ndarray:
         digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
@@ -156,7 +156,7 @@ def _id(entry: Entry, bucket: Bucket, caption_index: int, repeat_index: int) -> 
 def _placed(
     entries: Sequence[Entry], bucketing: Bucketing, problems: Problems
 ) -> Iterator[tuple[Entry, tuple[Bucket, ...]]]:
-    known: dict[tuple[int, int, int], tuple[Bucket, ...]] = {}  # so that equal buckets are one object
+    known: dict[tuple[int, int, int], tuple[Bucket, ...]] = {}  # so that entries of equal size share their buckets
     for entry in entries:
         size = entry.width, entry.height, entry.frames
         if size not in known:
@@ -175,7 +175,7 @@ def _placed(
 
 
 def _subsampled(placed: list[tuple[Entry, tuple[Bucket, ...]]], ratio: float) -> list[tuple[Entry, tuple[Bucket, ...]]]:
-    """Return `ratio` of the media, at least one, picked by the hash of their content."""
+    """Return the fraction `ratio` of the media, at least one, picked by the hash of their content."""
     if ratio >= 1 or not placed:
         return placed
     chosen = sorted(range(len(placed)), key=lambda row: hashlib.sha256(placed[row][0].digest).digest())
@@ -184,9 +184,9 @@ def _subsampled(placed: list[tuple[Entry, tuple[Bucket, ...]]], ratio: float) ->
 
 
 def _captions(entry: Entry, source: Source, each_epoch: bool) -> list[tuple[int, tuple[str, ...]]]:
-    """Return caption index and captions of each example that an entry makes at one size.
+    """Return (caption index, captions) of each example that an entry has at one size.
 
-    The index counts all captions of the entry, so that it does not change when an empty one before it is skipped.
+    The index counts all captions of the entry, so that skipping an empty caption does not change the others.
     """
     indexed, copies = [], max(1, source.shuffled_copies)
     for index, text in enumerate(entry.captions):
@@ -206,7 +206,7 @@ def _captions(entry: Entry, source: Source, each_epoch: bool) -> list[tuple[int,
 
 
 def _repeated(group: Sequence[tuple[int, Example]], num_repeats: float) -> Iterator[Example]:
-    """Yield `int(len(group) · num_repeats)` examples: the group (caption index and example) over and over."""
+    """Yield `int(len(group) · num_repeats)` examples by repeating the group of (caption index, example)."""
     total = int(len(group) * num_repeats)
     if total < 1:
         bucket = group[0][1].bucket
@@ -231,7 +231,7 @@ def _shuffled(tags: list[str], words: np.ndarray) -> list[str]:
 
 
 def _words(*key: int, count: int) -> np.ndarray:
-    """Return `count` random uint64, a pure function of the key, of which each part counts modulo 2**64."""
-    # 64 bits each: SeedSequence joins integers of varying length without a separator.
+    """Return `count` random uint64 words, a pure function of the parts of `key`, each taken modulo 2**64."""
+    # 64 bits each, because SeedSequence joins integers of varying length without a separator.
     parts = np.array([part % 2**64 for part in key], "<u8").view("<u4")
     return np.random.Philox(np.random.SeedSequence(parts.tolist())).random_raw(count)

@@ -1,8 +1,8 @@
-"""The file index of a cache: what earlier runs learned about a source's files, so that unchanged ones are not read.
+"""The file index of a cache: what earlier runs found in a source's files, so that unchanged files are not read again.
 
-It is a file of JSON lines, replaced atomically. Each source has a block: a line with its key (`about`), one line per
-inspected file (`file`: stamp, digest, size), one per entry, and a last line that marks the block as complete. Without
-the last line, or with damaged lines, the files are still known but the source is listed again.
+The index is a file of JSON lines, replaced atomically. Each source has a block: a line with its key (`about`), one line
+per inspected file (`file`: stamp, digest, size), one line per entry, and a last line that marks the block as complete.
+If the last line is missing or lines are damaged, the files are still known but the source is listed again.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 SAVE_SECONDS = 60
-"""Interval at which the index is saved while files are inspected, which takes hours for many videos."""
+"""Interval in seconds between saves while files are inspected, which takes hours for many videos."""
 
 _ROWS_PER_WRITE = 1024
 
@@ -40,19 +40,19 @@ class Entry:
     digest: bytes
     """SHA-256 of the content."""
     width: int
-    """Pixels, upright."""
+    """Pixels, after rotation to upright."""
     height: int
     frames: int
-    """At 16 a second; 1 for an image."""
+    """At 16 per second; 1 for an image."""
     captions: tuple[str, ...]
-    """Stripped; may be empty."""
+    """At least one; each may be an empty string."""
     mask: Media | None = None
     mask_digest: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What inspecting a file's content tells."""
+    """The result of inspecting one file; `digest` is the SHA-256 of its content."""
 
     stamp: Stamp | None
     digest: bytes
@@ -61,10 +61,10 @@ class FileInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Summary:
-    """The result of reading a source, besides its entries."""
+    """The result of reading a source, apart from its entries."""
 
     summary: str
-    """Line for the log."""
+    """The line for the log."""
     skipped: tuple[str, ...] = ()
     """A line for each file that could not be used."""
     fingerprint: str = ""
@@ -72,11 +72,11 @@ class Summary:
 
 
 class FileIndex:
-    """The file index at `path` (None: empty and never written). Safe to use from several threads.
+    """The file index at `path` (None: empty and never written). Thread-safe.
 
-    Sources may share an index and with it what is known of each file. `trust` lets a reader use the entries without
-    looking at any file; without `keep` the index is read but never written. A damaged index only knows less; one that
-    cannot be written costs a warning.
+    Sources may share an index and what it knows about each file. With `trust`, readers use the saved entries without
+    looking at any file; without `keep`, the index is read but never written. A damaged index only means that files are
+    read again; an index that cannot be written causes a warning.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, keep: bool = True, trust: bool = False):
@@ -87,7 +87,7 @@ class FileIndex:
         self._lock, self._saved = threading.Lock(), time.monotonic()
 
     def inspect(self, media: Media) -> FileInfo:
-        """Return digest and size of a media file: known, or read now. Raises UserError if it cannot be used."""
+        """Return a media file's info, from the index or by reading the file. Raises UserError if it cannot be used."""
         stamp, info = media.stamp(), self._known.get(media.name)
         if info is None or stamp is None or info.stamp != stamp:
             data = media.read()
@@ -100,9 +100,9 @@ class FileIndex:
         return info
 
     def load(self, about: dict[str, Any], types: Iterable[type[Media]]) -> tuple[list[Entry], Summary] | None:
-        """Return the entries that were saved with the same key; None if there are none or not all.
+        """Return the entries and summary saved under the key `about`; None if there are none or they are incomplete.
 
-        `types` are the dataclasses that their media and masks may have.
+        `types` are the dataclasses that the entries' media and masks may have.
         """
         by_name = {each.__name__: each for each in types}
         head, entries = {"format": FORMAT, "about": about}, list[Entry]()
@@ -121,7 +121,7 @@ class FileIndex:
         return None
 
     def save(self, about: dict[str, Any], entries: Sequence[Entry], summary: Summary) -> None:
-        """Save a source's entries and the files inspected since the last `save`, in place of those of the same key."""
+        """Save a source's entries and the files inspected since the last `save`, replacing those with the same key."""
         with self._lock:
             self._write(about, entries, summary)
             self._known |= self._used
@@ -130,7 +130,7 @@ class FileIndex:
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the file's lines up to the first that is not a JSON object."""
+        """Yield the lines of the file up to the first that is not a JSON object."""
         if self._path is None:
             return
         try:
@@ -170,21 +170,21 @@ class FileIndex:
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, about: dict[str, Any], entries: Sequence[Entry], summary: Summary | None) -> None:
-        """Replace the file: the other sources' blocks and one of this source, complete if it has a summary."""
+        """Replace the file with the other sources' blocks and this source's, which is complete if it has a summary."""
         if self._path is None or not self._keep:
             return
         rows = itertools.chain(self._other_blocks(about), self._block(about, entries, summary))
         try:
             with writing_to(self._path):
                 epath.Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as file:  # which does not buffer
+            with replacing(self._path) as file:  # unbuffered, hence the large writes
                 while lines := [json.dumps(row) for row in itertools.islice(rows, _ROWS_PER_WRITE)]:
                     file.write(("\n".join(lines) + "\n").encode())
         except (OSError, UserError) as error:
             log.warning("the file index is not saved, so the next run reads these files again: %s", error)
 
     def _other_blocks(self, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of all blocks but the source's own and those that a killed run left incomplete."""
+        """Yield the rows of all blocks except the source's own and the incomplete ones (key {}) of killed runs."""
         keep = False
         for row in self._lines():
             if "format" in row:
@@ -211,4 +211,4 @@ def _row(media: Any) -> list[Any]:
 
 def _media(row: list[Any], types: dict[str, Callable[..., Media]]) -> Media:
     name, folder, *rest = row
-    return types[name](sys.intern(folder), *rest)  # one string for all media of a folder
+    return types[name](sys.intern(folder), *rest)  # all media of a folder share one string

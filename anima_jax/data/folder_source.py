@@ -1,7 +1,7 @@
-"""The images and videos of a `[[directory]]`: those directly in its folder and those in its tars.
+"""The images and videos of a `[[directory]]`, in the folder itself and in its tars.
 
-Which files count, and which caption and mask belong to each, is as in diffusion-pipe (utils/dataset.py:
-DirectoryDataset). Captions inside a `.tar` are ours.
+The choice of files, captions and masks follows diffusion-pipe (utils/dataset.py: DirectoryDataset). Captions inside a
+`.tar` are our own addition.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError, os_reason
 
 SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
-"""Suffixes that diffusion-pipe passes over: such files are often kept next to images."""
+"""Suffixes that diffusion-pipe ignores, because such files are often kept next to images."""
 
 CACHE = os.path.join("cache", "anima_jax")
-"""The cache's folder inside a source's own folder."""
+"""Path of the cache inside the folder of a source."""
 
 MaskOf = Callable[[str], Media | None]
-"""An image's file name → its mask."""
+"""Image file name → mask, or None."""
 
 
 class FolderReader(SourceReader[DirectorySource]):
-    """Reads a `[[directory]]`."""
+    """Reader of a `[[directory]]`."""
 
     media_types = (FileMedia, TarMember)
 
@@ -48,7 +48,7 @@ class FolderReader(SourceReader[DirectorySource]):
         self._table: CaptionTable | None = None
 
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
-        """List the folder and its tars. A captions.json replaces all `.txt` files next to it."""
+        """List the folder and its tars. With a captions.json, the `.txt` files next to it are not used."""
         folder = self.source.path
         files, self._folders = _list_folder(folder, "a folder of images")
         if CAPTIONS_JSON in files:
@@ -110,7 +110,7 @@ class FolderReader(SourceReader[DirectorySource]):
 def _tar_candidates(
     tar: str, tables: Sequence[CaptionTable], mask_of: MaskOf, problems: Problems, ignored: Counts
 ) -> Iterator[Candidate]:
-    """List a tar. A captions.json next to it takes precedence over one inside, and that over `.txt` members."""
+    """List a tar. A captions.json next to the tar takes precedence over one inside, and that over `.txt` members."""
     members = {member.member: member for member in read_members(tar, problems)}
     try:
         inside = [
@@ -143,7 +143,7 @@ def _candidates(
 
 
 def _captions(name: str, tables: Sequence[CaptionTable], text: FileMedia | TarMember | None) -> tuple[str, ...] | None:
-    """Return the captions of the first table that has the file, or else that of its `.txt` file."""
+    """Return a file's captions from the first table that has it, else from its `.txt` file; None if it has none."""
     for table in tables:
         if (found := table.of(*_names(name))) is not None:
             return found
@@ -156,7 +156,7 @@ def _masks(source: DirectorySource) -> MaskOf:
     by_stem = {_stem(file): file for file in reversed(files) if file[0] != "." and _kind(file) not in SIDE_FILES}
     default_mask = FileMedia(*os.path.split(default)) if default else None
     if default_mask:
-        default_mask.stamp()  # a missing file is one error, not one for each image
+        default_mask.stamp()  # a missing file is reported once, not for each image
 
     def mask_of(file: str) -> Media | None:
         return FileMedia(folder, by_stem[_stem(file)]) if folder and _stem(file) in by_stem else default_mask
@@ -165,9 +165,9 @@ def _masks(source: DirectorySource) -> MaskOf:
 
 
 def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:
-    """Return the names of a folder's files, sorted, and the number of its folders, without hidden ones and the cache.
+    """Return the sorted file names and the number of subfolders of a folder, except hidden subfolders and the cache.
 
-    Raises UserError if it is not a folder (`expected` says of what) or cannot be read.
+    Raises UserError if it cannot be read or is not a folder; `expected` describes it in the message.
     """
     directory = epath.Path(folder)
     if not directory.is_dir():
@@ -176,7 +176,7 @@ def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:
     files, folders = [], 0
     try:
         for path in directory.iterdir():
-            # What is neither, like a dangling link, is reported where it is read.
+            # A path that is neither, such as a dangling link, is reported when it is read.
             if path.is_file() or not path.is_dir():
                 files.append(path.name)
             elif path.name != "cache" and not path.name.startswith("."):
@@ -187,12 +187,12 @@ def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:
 
 
 def _texts(members: Mapping[str, FileMedia | TarMember]) -> dict[str, FileMedia | TarMember]:
-    """Return stem → file of the `.txt` files."""
+    """Return stem → file for the `.txt` files."""
     return {_stem(name): media for name, media in members.items() if _kind(name) == ".txt"}
 
 
 def _names(path: str) -> tuple[str, ...]:
-    """Return the names that a captions.json may use for a file: its path in a tar or its name, with suffix or not."""
+    """Return the names of a file in a captions.json: its path in a tar or its base name, with or without suffix."""
     base = posixpath.basename(path)
     return path, base, _stem(path), _stem(base)
 
@@ -202,7 +202,7 @@ def _stem(file: str) -> str:
 
 
 def _kind(path: str) -> str:
-    """Return "media", "tar", the suffix of a side file, or "" for a file that is not read."""
+    """Return "media", "tar", the suffix of a side file, or "" if the file is not read."""
     base = posixpath.basename(path)
     suffix = os.path.splitext(base)[1].lower()
     if base.startswith("."):

@@ -1,8 +1,8 @@
-"""Images and masks as training uses them: upright, 8-bit RGB, cropped to one size.
+"""Images and masks for training: upright, 8-bit RGB, cropped to one size.
 
-The crop is that of diffusion-pipe (`models/base.py`, PreprocessMediaFile): transparency over white, then
-`PIL.ImageOps.fit`, which crops around the centre and resizes with a bicubic filter. Unlike there, a photograph is
-rotated as its EXIF says, 16-bit grey is scaled instead of clipped, and grey with alpha is composited over white too.
+The crop is that of diffusion-pipe (`models/base.py`, PreprocessMediaFile): transparency is composited over white, then
+`PIL.ImageOps.fit` crops around the centre and resizes with a bicubic filter. Unlike in diffusion-pipe, the EXIF
+orientation is applied, 16-bit grey is scaled instead of clipped, and grey with alpha is composited over white too.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", *([".avif"] if AVIF else []))
 
 MAX_PIXELS = 2 * 89_478_485
-"""Larger images and frames are refused before they are decoded: PIL's own limit for decompression bombs."""
+"""Larger images and frames are rejected before they are decoded. This is PIL's own limit for decompression bombs."""
 
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,21 +31,22 @@ EXIF_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what makes the image upright."""
+"""EXIF orientation → transpose that makes the image upright."""
 
 
 def ignore_pil_warnings() -> None:
-    """Silence PIL's warnings, for the whole process: `warnings.catch_warnings` is not safe with threads.
+    """Silence PIL's warnings for the whole process, because `warnings.catch_warnings` is not thread-safe.
 
-    PIL warns of large images (which are read), broken EXIF blocks and odd palettes. None of it needs an action here.
+    PIL warns about large images (which are read anyway), broken EXIF blocks and odd palettes. None of these needs
+    action.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarray:
-    """Return the image in the bytes of a file, uint8 (height, width, 3), at `size_wh` = (width, height) pixels.
+    """Return the image in `data`, an encoded file, as uint8 (height, width, 3) at `size_wh` = (width, height) pixels.
 
-    Of an animated GIF or PNG it is the first frame. Raises UserError if the data is not a whole image in one of
+    The first frame of an animated GIF or PNG is used. Raises UserError if `data` is not a complete image in one of
     `FORMATS`.
     """
     with opened(data, name) as image:
@@ -53,11 +54,11 @@ def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarra
 
 
 def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], *, name: str) -> np.ndarray:
-    """Return the loss weights in a mask, uint8 (height / 8, width / 8), 255 for weight 1: its red channel.
+    """Return the red channel of a mask as loss weights, uint8 (height / 8, width / 8), where 255 is weight 1.
 
     `media_wh` is the upright size of the image or video that the mask belongs to, `size_wh` that of the bucket. The
-    mask is cropped as the image is, then every 8th pixel is taken as torch's "nearest-exact" does. Its alpha is
-    ignored. Raises UserError if it cannot be read or its size is not `media_wh`.
+    mask is cropped like the image, then every 8th pixel is taken as in torch's "nearest-exact". Alpha is ignored.
+    Raises UserError if the mask cannot be read or its size is not `media_wh`.
     """
     with opened(data, name) as image:
         mask = _upright(image, data)
@@ -69,13 +70,13 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
 
 
 def upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
-    """Return width and height in pixels after rotation, from the header alone."""
+    """Return the width and height in pixels after rotation, from the header only."""
     width, height = image.size
     return (height, width) if _orientation(image, data) >= 5 else (width, height)
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as 8-bit RGB, composited over white where it is transparent."""
+    """Convert an image of any mode to 8-bit RGB, with transparency composited over white."""
     image = eight_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -85,7 +86,7 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Return 16-bit grey as 8-bit grey, v / 257, and other images unchanged. PIL itself would clip at 255."""
+    """Scale 16-bit grey to 8-bit grey (v / 257; PIL would clip at 255); return other images unchanged."""
     if not image.mode.startswith("I"):
         return image
     wide = np.asarray(image).astype(np.uint32)
@@ -94,7 +95,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """Open an image: its header is read, no pixel decoded. Any error inside the block becomes a UserError."""
+    """Open an image and read its header without decoding pixels. Raises UserError for any error inside the block."""
     if not data:
         raise UserError(f"{name}: the file is empty, expected an image or a video")
     try:
@@ -112,8 +113,8 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """Return EXIF's orientation, 1 (upright) to 8; 1 if the EXIF block is broken, which need not cost the image."""
-    # In search of a PNG's metadata PIL decodes all its pixels, since metadata may come after them.
+    """Return the EXIF orientation, 1 (upright) to 8; 1 if the EXIF block is broken, so that the image is still used."""
+    # To find a PNG's metadata, PIL decodes all pixels, because metadata may come after them.
     if image.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
         return 1
     try:

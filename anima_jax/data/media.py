@@ -1,6 +1,6 @@
-"""Images and videos as files: where one is, what kind it is, its size, and the pixels of a clip.
+"""Image and video files: where they are, their type and size, and the pixels of a clip.
 
-A file's kind follows from its first bytes, not from its name. PyAV is imported only when a video is read.
+The type is detected from the first bytes, not from the file name. PyAV is imported only when a video is read.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 ClipMode = Literal["single_beginning", "single_middle"]
 
 Stamp = tuple[int, int]
-"""Size in bytes and time of the last change in ns. A file whose stamp is the same counts as unchanged."""
+"""Size in bytes and modification time in ns. A file with the same stamp counts as unchanged."""
 
 MAX_BYTES = 2**30
-"""Larger files are refused before they are read."""
+"""Larger files are rejected before they are read."""
 
 STILL_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"hevc", b"hevx", b"heif")
-"""Images in the container of MP4: AVIF, and HEIC, which is not supported."""
+"""Still images in MP4's container: AVIF, and HEIC, which is not supported."""
 
 
 class Media(Protocol):
@@ -42,7 +42,7 @@ class Media(Protocol):
 
     @property
     def label(self) -> str:
-        """Stem for the names of files made from it. Several media may have the same label."""
+        """File name stem for files derived from this media. Several media may have the same label."""
         ...
 
     def read(self) -> bytes:
@@ -50,7 +50,7 @@ class Media(Protocol):
         ...
 
     def stamp(self) -> Stamp | None:
-        """Return its stamp, or None if only reading can tell whether it changed."""
+        """Return the stamp, or None if only reading can show whether the content changed."""
         ...
 
 
@@ -77,10 +77,11 @@ class FileMedia:
 
 
 def probe(data: bytes, name: str) -> Size:
-    """Return upright width and height in pixels and the number of frames: 1 for an image, at 16 a second for a video.
+    """Return the upright width and height in pixels and the number of frames.
 
-    Of an image only the header is read, a video is decoded once. `name` is the file's in messages. Raises UserError for
-    what `read_clip` could not read, except damage after an image's header.
+    An image is 1 frame; frames of a video are counted at 16 per second. Only the header of an image is read; a video is
+    decoded once. `name` is the file name in messages. Raises UserError if `read_clip` could not read the file, except
+    for damage after the header of an image.
     """
     if container := _video_container(data, name):
         from anima_jax.data import video
@@ -93,7 +94,7 @@ def probe(data: bytes, name: str) -> Size:
 def read_clip(data: bytes, size: Size, *, mode: ClipMode = "single_beginning", name: str) -> np.ndarray:
     """Return `size.frames` frames of an image or video, uint8 (frames, height, width, 3).
 
-    Of a video they are the first ones, or with `mode` "single_middle" those around its middle, at 16 a second. Raises
+    For a video they are the first frames at 16 per second, or the middle ones with `mode` "single_middle". Raises
     UserError if the file cannot be read or has fewer frames.
     """
     if container := _video_container(data, name):
@@ -111,16 +112,16 @@ def content_digest(data: bytes) -> bytes:
 
 
 def label_of(name: str) -> str:
-    """Return a file's name without folders, suffix and characters that file systems refuse.
+    """Return a file name without folders and suffix; "_" replaces characters that file systems reject.
 
-    It has at most 150 bytes in UTF-8, which leaves room for an ending.
+    The label has at most 150 bytes in UTF-8, which leaves room for a suffix.
     """
     stem = os.path.splitext(name.rpartition("/")[2])[0].encode("utf-8", "replace")[:150].decode("utf-8", "ignore")
     return re.sub(r'[\x00-\x1f\x7f<>:"\\|?*]', "_", stem) or "_"
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:
-    """Return the stamp of a file. Raises UserError if there is no such file."""
+    """Return the stamp of a file. Raises UserError if it does not exist or is not a regular file."""
     try:
         if is_remote(path):
             remote = epath.Path(path).stat()
@@ -145,9 +146,9 @@ def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bytes
 
 
 def _video_container(data: bytes, name: str) -> str | None:
-    """Return ffmpeg's name of the container; None for images (also GIFs of one frame) and everything else.
+    """Return ffmpeg's name of the video container; None for images (including GIFs of one frame) and anything else.
 
-    ffmpeg itself is not asked, because the formats that it recognises include playlists that open other files.
+    ffmpeg's own detection is not used, because the formats that it recognises include playlists that open other files.
     """
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") and data[8:12] not in STILL_BRANDS:
         return "mov"

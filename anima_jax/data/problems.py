@@ -1,4 +1,4 @@
-"""Files that cannot be used: each is reported once, training continues without it, and a summary counts them."""
+"""Files that cannot be used. Each is reported once and skipped, and a summary counts them."""
 
 import logging
 import threading
@@ -9,12 +9,12 @@ log = logging.getLogger(__name__)
 
 
 class Problems:
-    """Counts skipped files. With `strict` the first of them is an error. Safe to use from several threads."""
+    """The skipped files. With `strict`, the first one raises an error. Thread-safe."""
 
     def __init__(self, strict: bool = False):
         self.strict = strict
         self.lines: list[str] = []
-        """A line for each time that a file was skipped, so twice for a file in two sources or at two sizes."""
+        """One line per skip, so two for a file in two sources or at two sizes."""
         self._reported, self._lock = set[str](), threading.Lock()
 
     @property
@@ -23,10 +23,10 @@ class Problems:
         return len(self._reported)
 
     def skip(self, *errors: UserError | str) -> None:
-        """Log a line for each skipped file that was not reported before. Raises UserError if `strict`."""
+        """Log one line for each skipped file that was not reported before. Raises UserError if `strict`."""
         for error in errors:
             line = " ".join(str(error).split())
-            # A file name need not be UTF-8; its stray bytes, which no terminal accepts, become escapes.
+            # File names may contain bytes that are not UTF-8, which terminals reject; these become escapes.
             line = line.encode("utf-8", "backslashreplace").decode()
             if self.strict:
                 raise UserError(line)
@@ -38,7 +38,7 @@ class Problems:
                 log.warning("skipped: %s", line)
 
     def summary(self) -> str:
-        """Return one line, or the empty string if nothing was skipped."""
+        """Return one line, or an empty string if nothing was skipped."""
         if not self.count:
             return ""
         files = "1 file was" if self.count == 1 else f"{self.count} files were"

@@ -1,8 +1,8 @@
 """A small data set of captioned drawings: "a red triangle on a blue background", 64×64.
 
-Position and size vary without being in the caption. One combination in six is held out of training, chosen so that
-every shape, colour and background is still seen with every other: a model that draws a held-out caption must compose
-it.
+Position and size vary but are not in the caption. One combination in six is held out of training, chosen so that every
+pair of shape, colour and background still occurs: a model that draws a held-out caption must combine what it has seen
+separately.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _SUPERSAMPLING = 4
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The content of a caption."""
+    """The shape and colours that a caption describes."""
 
     shape: str
     colour: str
@@ -41,7 +41,7 @@ class Scene:
 
 
 def scenes(*, held_out: bool) -> list[Scene]:
-    """Return the scenes that training uses, or those held out of it."""
+    """Return the scenes used for training, or those held out."""
     return [
         Scene(shape, colour, background)
         for (s, shape), (c, colour), (b, background) in itertools.product(
@@ -59,7 +59,7 @@ def draw(scene: Scene, centre_xy: tuple[float, float] = (32.0, 32.0), radius: fl
 def draw_in_colours(
     shape: str, fill: tuple[int, ...], background: tuple[int, ...], centre_xy: tuple[float, float], radius: float
 ) -> np.ndarray:
-    """As `draw`, in any two colours (red, green, blue, each 0–255)."""
+    """Draw a shape like `draw`, in any two colours (red, green, blue, each 0–255)."""
     scale = _SUPERSAMPLING
     image = Image.new("RGB", (SIZE * scale, SIZE * scale), background)
     x, y, r = centre_xy[0] * scale, centre_xy[1] * scale, radius * scale

@@ -1,4 +1,4 @@
-"""The drawings of `shapes` as a tensorflow-datasets data set, which the quick start trains on, drawn at first use.
+"""The drawings of `shapes` as a tensorflow-datasets data set for the quick start, generated at first use.
 
 TensorFlow is not used: the records are array_record and PIL encodes the images. Importing this module imports
 tensorflow_datasets and registers the name `anima_shapes`.
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 IMAGES_PER_SCENE = {"train": 60, "held_out": 10}
 STALE_SECONDS = 3600
-"""Age at which an unfinished data set counts as left by a killed process."""
+"""Age in seconds after which an unfinished data set is assumed to be left over from a killed process."""
 
 
 class AnimaShapes(tfds.core.GeneratorBasedBuilder):
     """64×64 PNG images of one shape each, captioned; the split `held_out` has scenes that are not in `train`."""
 
     VERSION = tfds.core.Version("1.1.0")
-    code_path = epath.Path(__file__)  # tfds guesses it from the package, which an editable installation can mislead
+    code_path = epath.Path(__file__)  # tfds guesses it from the package, wrongly for some editable installations
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image(shape=(SIZE, SIZE, 3)), "caption": tfds.features.Text()}
@@ -56,10 +56,10 @@ class AnimaShapes(tfds.core.GeneratorBasedBuilder):
 
 
 def prepared_builder(data_dir: str | os.PathLike[str] | None = None) -> AnimaShapes:
-    """Return the builder with its data on disk under `data_dir` (default: tensorflow-datasets' own), drawn if need be.
+    """Return the builder with its data under `data_dir` (default: that of tensorflow-datasets), generated if necessary.
 
-    A data set appears under its name only when it is complete: a killed process leaves none, and of two processes that
-    draw it at once the first to finish provides it.
+    The data set appears under its name only when it is complete: a killed process leaves none, and if two processes
+    generate it at the same time, the first to finish provides it.
     """
     builder = AnimaShapes(data_dir=data_dir)
     if builder.data_path.exists():
@@ -72,7 +72,7 @@ def prepared_builder(data_dir: str | os.PathLike[str] | None = None) -> AnimaSha
     except OSError:
         if not builder.data_path.exists():
             raise
-        # Another process has finished its own while this one was drawing.
+        # Another process finished first.
     return AnimaShapes(data_dir=data_dir)
 
 
@@ -82,7 +82,7 @@ def _number_of_images() -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the messages about downloads that tfds always prints, and its progress bars."""
+    """Silence tfds' progress bars and the messages about downloads that it always prints."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

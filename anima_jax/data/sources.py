@@ -1,7 +1,7 @@
 """Sources of a data set: a folder with its tars (`folder_source`), or a tensorflow-datasets split (`tfds_source`).
 
-A source lists candidates: images and videos with their captions and masks, of which nothing is read yet. `read_entries`
-inspects them by way of the file index. What cannot be used is counted or reported, never an error.
+A source lists candidates: images and videos with their captions and masks, none of which is read yet. `read_entries`
+inspects them through the file index. Files that cannot be used are counted or reported through `Problems`.
 """
 
 import abc
@@ -21,10 +21,10 @@ from anima_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_NAMES = 3
-"""Number of left-out files that a message names; the summary counts all of them."""
+"""Number of skipped files that a message names; the summary counts all of them."""
 
 MAX_QUEUED = 1024
-"""Files that are queued for inspection; each takes a kilobyte."""
+"""Number of files queued for inspection; each takes about a kilobyte."""
 
 Counts = collections.Counter[str]
 SourceT = TypeVar("SourceT", bound=Source)
@@ -32,16 +32,16 @@ SourceT = TypeVar("SourceT", bound=Source)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image or video that a source lists; nothing of it is read yet."""
+    """An image or video listed by a source, not read yet."""
 
     media: Media
     captions: Callable[[], tuple[str, ...] | None]
-    """Reads its captions; None if it has none. Raises UserError."""
+    """Reads the captions; returns None if there are none. Raises UserError if they cannot be read."""
     mask: Media | None = None
 
 
 class SourceReader(abc.ABC, Generic[SourceT]):
-    """How a source is read; `folder_source` and `tfds_source` have one each."""
+    """Base class of the readers in `folder_source` and `tfds_source`."""
 
     source: SourceT
     media_types: tuple[type[Media], ...]
@@ -49,39 +49,39 @@ class SourceReader(abc.ABC, Generic[SourceT]):
     name: str
     """Name in messages."""
     location: str
-    """The text whose hash names the source's file index. Older caches were written with it."""
+    """Text whose hash names the file index. It must not change, because existing caches use it."""
     about: dict[str, str | bool | None]
-    """The source's key in the file index: everything that decides its entries besides the files."""
+    """Key of the source in the file index: everything that determines its entries, except the files."""
     cache_dir: str
-    """Folder of the source's cache where the configuration names none."""
+    """Cache folder of the source if the configuration sets none."""
 
     @abc.abstractmethod
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
         """List the source. Raises UserError if it does not exist or cannot be read."""
 
     def fingerprint(self) -> str:
-        """Return a hash of the source's state: with an unchanged one nothing is read again. "" if it has none."""
+        """Return a hash of the source's state, "" if it has none. If it is unchanged, nothing is read again."""
         return ""
 
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
-        """Add to the counts what is known only after the candidates are inspected."""
+        """Add counts that are known only after the candidates are inspected."""
 
     def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
-        """Return trusted entries with those captions that each run reads again nevertheless."""
+        """Return trusted entries, with those captions read again that every run reads again."""
         return entries
 
 
 def read_entries(
     reader: SourceReader[Any], index: FileIndex, problems: Problems, *, threads: int = 8
 ) -> tuple[list[Entry], str]:
-    """Return a source's usable images and videos, in its order, and a line for the log.
+    """Return the usable images and videos of a source, in its order, and a line for the log.
 
     Files that cannot be used go to `problems`. Each thread may have a whole video in memory. Raises UserError if the
     source does not exist or cannot be read.
     """
     saved = index.load(reader.about, reader.media_types)
     if saved and problems.strict and saved[1].skipped:
-        saved = None  # which of the skipped files is the error is found by reading them again
+        saved = None  # read the files again, to raise the error of the first skipped one
     if saved and index.trust:
         entries, summary = saved
         entries = reader.update_captions(entries, problems)
@@ -103,13 +103,13 @@ def read_entries(
 
 
 def count_and_name(counts: Counts, what: str, names: Sequence[str]) -> None:
-    """Count files that are left out, and log the names of the first ones."""
+    """Count skipped files and log the names of the first ones."""
     counts[what] = len(names)
     log_names(what, names)
 
 
 def log_names(what: str, names: Sequence[str]) -> None:
-    """Log the first of `names`, if there are any, and how many more there are."""
+    """Log the first of `names`, if any, and how many more there are."""
     if names:
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         log.info("%s: %s%s", what, ", ".join(names[:MAX_NAMES]), more)
@@ -141,7 +141,7 @@ def _inspect_all(
 
 
 def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -> tuple[Entry | UserError | None, str]:
-    """Return the entry, an error, or None for one without a caption; and how its captions are counted, if at all."""
+    """Return the entry, an error, or None without a caption; and a reason under which to count the captions, or ""."""
     media, mask, reason = candidate.media, candidate.mask, ""
     try:
         captions = candidate.captions() or ()

@@ -1,9 +1,9 @@
-"""The cache on disk: key → record, in ArrayRecord files that are written once and then read at random.
+"""A key → record store on disk, in ArrayRecord files that are written once and then read in random order.
 
-Records that are written together are a part: two files, named by the hash of its keys. `NAME.array_record` has the
-records; `NAME.keys` has that file's size and the keys in the records' order. Both are written under temporary names and
-the list of keys is renamed last. So a part is complete or absent, whenever a process is killed and whichever other
-processes and hosts write to the folder. Equal records give equal files.
+Records that are written together form a part: two files, named by the hash of the part's keys. `NAME.array_record`
+contains the records; `NAME.keys` contains the size of that file and the keys in the order of the records. Both are
+written under temporary names, and the list of keys is renamed last. A part is therefore complete or absent, no matter
+when a process is killed and which other processes and hosts write to the folder. Equal records give equal files.
 """
 
 import bisect
@@ -38,16 +38,16 @@ log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 FORMAT = 1
-"""Version of the format, in every list of keys."""
+"""Format version, stored in every list of keys."""
 
 OPEN_READERS = 256
-"""Limit of open record files over all stores; a process may often open no more than 1024 files."""
+"""Maximum number of open record files over all stores; many systems allow 1024 open files per process."""
 
 ABANDONED_S = 24 * 3600.0
-"""Age in seconds at which an unfinished file of another host counts as left by a killed process."""
+"""Age in seconds after which an unfinished file of another host is assumed to be left by a killed process."""
 
-# Latents do not compress. The parallelism is written into the file, which must be the same on every machine, so it is
-# fixed at 1; uncompressed records are written as fast.
+# Latents do not compress. The parallelism is stored in the file, which must be the same on every machine, so it is
+# fixed at 1; for uncompressed records this is as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 2**15  # bytes; larger buffers slow random reads
@@ -61,11 +61,11 @@ _REGENERATE = "start once with --regenerate_cache to make a new cache"
 
 
 def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return a safetensors file in memory with `header` as its metadata. Arrays may have any strides.
+    """Return the bytes of a safetensors file with `header` as its metadata. Arrays may have any strides.
 
     Text in the header that is not valid Unicode (a file name in another encoding) gets backslash escapes.
     """
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # which aligns every array
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # aligns every array
     tensors = [TensorInfo(name, array.dtype, array.shape) for name, array in ordered]
     metadata = {name: text.encode(errors="backslashreplace").decode() for name, text in header.items()}
     data = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered)
@@ -73,7 +73,7 @@ def pack(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Return header and arrays of a packed record, as read-only views of it. Raises UserError if it is damaged."""
+    """Return a packed record's header and arrays (read-only views of the record). Raises UserError if it is damaged."""
     try:
         size = int.from_bytes(record[:8], "little")
         if len(record) < 8 + size:
@@ -86,7 +86,7 @@ def unpack(record: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 @dataclasses.dataclass(eq=False)
 class _Part:
-    """A complete part. `path` is its record file on this machine, None until it is known to be there."""
+    """A complete part. `path` is its record file on this machine, or None until it is known to exist there."""
 
     name: str
     size: int  # of the record file, bytes
@@ -96,7 +96,7 @@ class _Part:
 
 
 class _Index:
-    """The location of each key, in 72 bytes a key. `recent` has those added since the parts were read."""
+    """The location of each key, in 72 bytes per key. `recent` has those added since the parts were read."""
 
     def __init__(self, parts: Sequence[_Part]):
         self.parts = {part.name: part for part in parts}
@@ -113,7 +113,7 @@ class _Index:
                 self.recent[key] = part, row
 
     def find(self, key: bytes) -> tuple[_Part, int] | None:
-        """Return the part that has `key` and the row in it."""
+        """Return the part that contains `key` and the row in that part, or None."""
         at = int(self.keys.searchsorted(key))  # type: ignore[call-overload]
         if self.keys[at : at + 1].tobytes() != key:
             return self.recent.get(key)
@@ -123,12 +123,12 @@ class _Index:
 
 
 class Store:
-    """Records by their 32-byte keys, in a folder that several processes share. Safe to use from several threads.
+    """Records by 32-byte key, in a folder that several processes share. Thread-safe.
 
-    `folder` is a path, or an address (`gs://…`), which needs `local_dir`: a folder on this machine to which a part's
-    records are copied before they are read, and in which they are written first. Folders are created when something is
+    `folder` is a path, or a remote address (`gs://…`), which needs `local_dir`: a folder on this machine where a part's
+    records are written first and to which they are copied before they are read. Folders are created when something is
     written. `folder` is listed at first use, so `clear` also works on a cache of another format. All methods raise a
-    UserError of one line for a folder that cannot be read or written and for a cache of another format.
+    one-line UserError if a folder cannot be read or written or if the cache has another format.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, local_dir: str | os.PathLike[str] | None = None):
@@ -157,7 +157,7 @@ class Store:
         yield from list(index.recent)
 
     def read(self, key: bytes) -> bytes:
-        """Return the record of `key`. Raises KeyError if there is none, UserError if its file is damaged or gone."""
+        """Return the record of `key`. Raises KeyError if there is none, UserError if its file is damaged or missing."""
         found = self._known().find(key)
         if found is None:
             raise KeyError(key.hex())
@@ -170,14 +170,14 @@ class Store:
             raise UserError(f"{path}: record {row} cannot be read: {os_reason(error)}; {remedy}") from error
 
     def prepare(self) -> None:
-        """Create the folders to write to. Raises UserError if one cannot be written, before anything is encoded."""
+        """Create the output folders. Raises UserError if one cannot be written, before anything is encoded."""
         if self._local is not None:
             self._prepare(self._local, "cache_local_dir")
         if not is_remote(self.folder):
             self._prepare(pathlib.Path(self.folder), "cache_dir")
 
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
-        """Write (key, record) pairs as one part, unless it exists; all processes can read it from then on."""
+        """Write (key, record) pairs as one part, unless it exists. From then on all processes can read it."""
         if any(len(key) != KEY_BYTES for key, _ in records):
             raise ValueError(f"a key must have {KEY_BYTES} bytes")
         keys = b"".join(key for key, _ in records)
@@ -200,13 +200,13 @@ class Store:
             self._known().add(_Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), str(first)))
 
     def refresh(self) -> None:
-        """Read what other processes have added or removed. An incomplete part is logged once and ignored."""
+        """Read which parts other processes have added or removed. Incomplete parts are logged once and ignored."""
         with self._lock:
             before = self._index.parts if self._index else {}
             with _named_errors(self.folder, "be read"):
                 names = [name for name, suffix in _part_files(_path(self.folder)) if suffix == _KEYS]
             with concurrent.futures.ThreadPoolExecutor(_REMOTE_THREADS) as pool:
-                # Threads would slow down the reading of local files.
+                # Threads would slow down local reads.
                 each = pool.map if is_remote(self.folder) else map
                 parts = list(each(lambda name: self._open(name, before.get(name)), sorted(names)))
             self._index = _Index([part for part in parts if part])
@@ -216,7 +216,7 @@ class Store:
         with self._lock:
             with _named_errors(self.folder, "be cleared"):
                 folder = _path(self.folder)
-                # Keys first: without them a part is gone, even if this is interrupted.
+                # Keys first: without them a part is absent, even if this is interrupted.
                 for name, suffix in sorted(_part_files(folder), key=lambda file: file[1] != _KEYS):
                     (folder / (name + suffix)).unlink(missing_ok=True)
                     if self._local is not None:
@@ -235,14 +235,14 @@ class Store:
         return index
 
     def _open(self, name: str, before: _Part | None) -> _Part | None:
-        """Return the part `name`, or None if it is incomplete; `before` if that is the same."""
+        """Return the part `name`, or `before` if that is still current, or None if the part is incomplete."""
         records = _path(self.folder) / (name + _RECORDS)
         with _named_errors(self.folder, "be read"):
             size = _size(records)
             if before is not None and before.size == size:
                 return before
             listing = _read(records.with_name(name + _KEYS))
-        if listing is None:  # removed by another process meanwhile
+        if listing is None:  # removed by another process in the meantime
             return None
         try:
             line, _, keys = listing.partition(b"\n")
@@ -266,7 +266,7 @@ class Store:
         return None
 
     def _path_of(self, part: _Part) -> str:
-        """Return the part's record file on this machine, after copying it if need be."""
+        """Return the part's record file on this machine, copying it first if necessary."""
         with part.lock:
             if part.path is None:
                 assert self._local is not None
@@ -281,7 +281,7 @@ class Store:
             return part.path
 
     def _prepare(self, folder: pathlib.Path, key: str) -> None:
-        """Create a local folder, which `key` sets, and the first time remove what killed processes left in it."""
+        """Create a local folder, set by the option `key`. The first time, remove what killed processes left in it."""
         with self._lock, _named_errors(folder, "be written", f"; set {key} to a folder that can"):
             if folder not in self._swept:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ class Store:
 
 @functools.lru_cache(OPEN_READERS)
 def _reader(part: _Part, path: str) -> Any:
-    """Return a reader of the part's records, safe for several threads. It closes when its last user drops it."""
+    """Return a thread-safe reader of the part's records. It is closed when its last reference is dropped."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
@@ -326,7 +326,7 @@ def _each(keys: np.ndarray) -> Iterator[bytes]:
 
 
 def _path(folder: str) -> Any:
-    """Return pathlib's Path, or for an address etils', which has the same methods."""
+    """Return a `pathlib.Path`, or for a remote address an etils path, which has the same methods."""
     if not is_remote(folder):
         return pathlib.Path(folder)
     from etils import epath
@@ -335,9 +335,9 @@ def _path(folder: str) -> Any:
 
 
 def _part_files(folder: Any) -> list[tuple[str, str]]:
-    """Return name and suffix of the parts' files in `folder`, which need not exist."""
+    """Return the name and suffix of each part file in `folder`, which may not exist."""
     if (filesystem := getattr(getattr(folder, "_backend", None), "fs", None)) is not None:
-        filesystem(os.fspath(folder)).invalidate_cache()  # fsspec caches listings, without other processes' files
+        filesystem(os.fspath(folder)).invalidate_cache()  # fsspec's cached listings lack the files of other processes
     if not folder.exists():
         return []
     found = (_PART_FILE.fullmatch(path.name) for path in folder.iterdir())
@@ -345,9 +345,9 @@ def _part_files(folder: Any) -> list[tuple[str, str]]:
 
 
 def _size(path: Any) -> int | None:
-    """Return the bytes of a file, None if there is no such file."""
+    """Return the size of a file in bytes, or None if there is no such file."""
     try:
-        # etils' stat of a local file fails if its owner has no name.
+        # etils' stat of a local file fails if its owner has no user name.
         return os.stat(path).st_size if isinstance(path, pathlib.Path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -369,8 +369,8 @@ def _copy(source: Any, target: Any) -> None:
 def _replacing(target: Any) -> Iterator[Any]:
     """Yield a path to write to, which is renamed to `target` if the block succeeds and removed if it fails.
 
-    It is locked meanwhile, so that other processes of this host know that its writer is alive (`_sweep`). At an address
-    it is `target` itself, because an object store only shows complete objects.
+    The file is locked during the block, so that other processes of this host know that its writer is alive (`_sweep`).
+    For a remote address the path is `target` itself, because an object store only shows complete objects.
     """
     if not isinstance(target, pathlib.Path):
         yield target
@@ -400,7 +400,7 @@ def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
         orphan = orphans and path.suffix == _RECORDS and _PART_FILE.fullmatch(path.name)
         if not unfinished and (not orphan or path.with_suffix(_KEYS).exists()):
             continue
-        with contextlib.suppress(OSError), path.open("rb") as file:  # BlockingIOError while its writer lives
+        with contextlib.suppress(OSError), path.open("rb") as file:  # BlockingIOError while its writer is alive
             old = time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_S
             of_this_host = unfinished and unfinished[3] == _HOST
             if old or (of_this_host and lock(file.fileno(), wait=False)):
@@ -409,7 +409,7 @@ def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
 
 @contextlib.contextmanager
 def _named_errors(path: object, what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any error into a UserError of one line: `path: cannot <what>: reason`, and what to do."""
+    """Turn any error into a one-line UserError: `path: cannot <what>: reason`, and what to do."""
     try:
         yield
     except UserError:

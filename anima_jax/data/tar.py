@@ -1,4 +1,4 @@
-"""Files inside an uncompressed `.tar`, read in place: nothing is ever extracted.
+"""Files inside an uncompressed `.tar`, read in place; nothing is extracted.
 
 A tar is untrusted input: names are only labels, and every size is checked against the file before anything is read.
 """
@@ -15,7 +15,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError, os_reason
 
 MAX_HEADER_BYTES = 2**16
-"""A long name or a pax header of more bytes is an attack, not a name."""
+"""Maximum size in bytes of a long name or pax header. A larger one is treated as an attack."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class TarMember:
     tar: str
     member: str
     offset: int
-    """Position of its bytes in the tar."""
+    """Position of the member's bytes in the tar."""
     size: int
-    """Bytes."""
+    """In bytes."""
     mtime_ns: int
-    """Time of the tar's last change."""
+    """Modification time of the tar, in ns."""
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class TarMember:
         return label_of(self.member)
 
     def read(self, max_bytes: int = MAX_BYTES) -> bytes:
-        """Return its bytes. Raises UserError if they cannot be read or there are more than `max_bytes`."""
+        """Return the member's bytes. Raises UserError if they cannot be read or there are more than `max_bytes`."""
         if self.size > max_bytes:
             raise UserError(f"{self.name}: {self.size} bytes, expected at most {max_bytes}")
         try:
@@ -58,7 +58,7 @@ class TarMember:
 
 
 def read_members(tar: str, problems: Problems) -> list[TarMember]:
-    """Return the files in a tar, in its order. Of members with the same name the last counts, as for `tar` itself.
+    """Return the files in a tar, in its order. If members have the same name, the last one counts, as for `tar` itself.
 
     Links, unsafe names and a damaged end go to `problems`; the files before the damage are kept.
     """
@@ -91,7 +91,7 @@ def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
     with tarfile.TarFile(fileobj=_LimitedReads(file)) as tar:  # type: ignore[arg-type]
         before = -1
         while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            tar.members = []  # type: ignore[attr-defined]  # or it would keep every header
             if info.size < 0 or info.offset <= before:
                 raise UserError(f"the header of {info.name!r} points backwards")
             if info.isreg() and not info.issparse() and info.offset_data + info.size > tar_size:
@@ -99,7 +99,7 @@ def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
                 raise UserError(f"ends {missing} bytes early, inside {info.name!r}")
             before = info.offset
             yield info
-        # tarfile takes a damaged header for the end.
+        # tarfile treats a damaged header as the end of the tar.
         file.seek(tar.offset)
         if not (block := file.read(tarfile.BLOCKSIZE)) or any(block):
             found = "a damaged header" if block else "no end mark, it may be cut off"
@@ -117,7 +117,7 @@ def _why_refused(info: tarfile.TarInfo) -> str:
 
 
 class _LimitedReads:
-    """The file for tarfile, which would allocate as many bytes as a header claims to have."""
+    """The file as tarfile sees it. Without this limit, tarfile would allocate as many bytes as a header claims."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file

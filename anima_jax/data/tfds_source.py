@@ -1,4 +1,4 @@
-"""The images of a `[[tfds]]`: a tensorflow-datasets data set that is on disk as array_record. TensorFlow is not used.
+"""The images of a `[[tfds]]`: a tensorflow-datasets data set stored as array_record. TensorFlow is not used.
 
 tensorflow_datasets is imported only when such a data set is read.
 """
@@ -23,7 +23,7 @@ from anima_jax.data.sources import Candidate, Counts, SourceReader
 from anima_jax.errors import UserError, did_you_mean, first_line
 
 SHAPES = "anima_shapes"
-"""The data set of the quick start, drawn on first use (`shapes_builder`)."""
+"""The data set of the quick start, generated at first use (`shapes_builder`)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class RecordMedia:
         return _record(self)[self.image_feature]
 
     def stamp(self) -> None:
-        """A record has no time of its own; the fingerprint of the whole data set serves instead."""
+        """Return None: a record has no modification time. The fingerprint of the whole data set is used instead."""
 
 
 class TfdsReader(SourceReader[TfdsSource]):
-    """Reads a `[[tfds]]`. The quick start's data set is drawn on first use, without `prepare` to a temporary folder."""
+    """Reader of a `[[tfds]]`. Without `prepare`, the quick start's data set is generated in a temporary folder."""
 
     media_types = (RecordMedia,)
 
@@ -63,13 +63,13 @@ class TfdsReader(SourceReader[TfdsSource]):
         split = {"name": self._data_set, **{key: getattr(source, key) for key in keys}}
         self.location = f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in split.items())})"
         self.about = {**split, "skip_empty_caption": source.skip_empty_caption, "mask": None}
-        # tensorflow-datasets' own rule, without importing it.
+        # The rule of tensorflow-datasets, without importing it.
         root = source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
         folder = source.builder_dir or os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0])
         self.cache_dir = os.path.join(folder, CACHE)
 
     def fingerprint(self) -> str:
-        """Return a hash of the version and of the stamps of all files of the data set."""
+        """Return a hash of the data set's version and of the stamps of all its files."""
         builder = self._builder
         files = sorted(os.fspath(path) for path in epath.Path(builder.data_path).iterdir() if path.is_file())
         stamps = [(path, stamp_of(path)) for path in files]
@@ -86,7 +86,7 @@ class TfdsReader(SourceReader[TfdsSource]):
 
     @functools.cached_property
     def _builder(self) -> Any:
-        """The builder of the prepared data set. Raises UserError if it is not prepared or lacks what is asked for."""
+        """The builder of the data set. Raises UserError if it is not prepared or lacks the split or a feature."""
         builder = _builder(self._data_set, self.source.data_dir, self._prepare)
         tfds, features, what = _tfds(), builder.info.features, f"tfds data set {self._data_set!r}"
         for part in self.source.split.split("+"):
@@ -111,7 +111,7 @@ def _captions(media: RecordMedia, feature: str) -> tuple[str, ...]:
 def _record(media: RecordMedia) -> dict[str, Any]:
     try:
         return _records(media.builder_dir, media.split, media.image_feature)[media.index]
-    except Exception as error:  # damaged shards: array_record, protobuf and tfds each raise types of their own
+    except Exception as error:  # damaged shards: array_record, protobuf and tfds each raise their own types
         raise UserError(f"{media.name}: the record cannot be read: {first_line(error)}") from None
 
 
@@ -130,12 +130,12 @@ def _tfds() -> Any:
 
 @functools.cache
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that is removed when the process ends."""
+    """Return a folder that is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="anima_shapes_", ignore_cleanup_errors=True)
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) -> Any:
-    """Return a builder whose data is on disk as array_record."""
+    """Return a builder whose data is on disk as array_record. Raises UserError if there is none."""
     tfds = _tfds()
     if name == SHAPES:
         from anima_jax.data.shapes_builder import AnimaShapes, prepared_builder
@@ -155,7 +155,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) 
 
 
 def _from_files(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    """Return a builder of the prepared files under a name, or None. It does not run their code, which may need TF."""
+    """Return a builder of the prepared files, or None, without running the data set's code, which may need TF."""
     from tensorflow_datasets.core import naming, read_only_builder
 
     try:
@@ -170,7 +170,7 @@ def _from_code(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # no such name or version, a missing module: tfds raises many types
-        # Without the community's data sets, whose list is on the network.
+        # Without the community data sets, because their list is on the network.
         known = [SHAPES, *tfds.list_builders(with_community_datasets=False)]
         if (base := re.split("[/:]", name)[0]) in known:
             folder = data_dir or tfds.core.constants.DATA_DIR

@@ -1,8 +1,8 @@
-"""Videos as training uses them: 16 frames a second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
+"""Videos for training: 16 frames per second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
 
-ffmpeg's `fps` filter repeats and drops frames by the file's timestamps, so that a variable frame rate keeps its speed.
-Frames are decoded one at a time and only those of the clip are converted to RGB. The choice of frames is
-diffusion-pipe's (`models/base.py`, PreprocessMediaFile).
+ffmpeg's `fps` filter repeats and drops frames according to the file's timestamps, so that a video with a variable frame
+rate keeps its speed. Frames are decoded one at a time, and only those of the clip are converted to RGB. Frames are
+chosen as in diffusion-pipe (`models/base.py`, PreprocessMediaFile).
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from anima_jax.data.images import MAX_PIXELS, over_white
 from anima_jax.errors import UserError
 
 FRAME_RATE = 16
-"""Frames a second at which the model was trained (diffusion-pipe's models/anima.py)."""
+"""Frames per second at which the model was trained (diffusion-pipe's models/anima.py)."""
 
 MAX_FRAMES = FRAME_RATE * 6 * 3600
-"""Longer videos are refused: broken timestamps could repeat one frame for years."""
+"""Longer videos are rejected, because broken timestamps could repeat one frame for years."""
 
 TRANSPOSES = {
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,11 +36,11 @@ TRANSPOSES = {
     (True, False, True): Image.Transpose.ROTATE_90,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-"""Columns and rows swapped, then columns reversed, then rows reversed → what makes the frame upright."""
+"""(Rows and columns swapped, then columns reversed, then rows reversed) → transpose that makes the frame upright."""
 
 
 def probe(data: bytes, container: str, name: str) -> Size:
-    """Return upright width and height in pixels and the number of frames at 16 a second, counted by decoding them."""
+    """Return the upright width and height in pixels and the number of frames at 16 per second, counted by decoding."""
     size = Size(0, 0, 0)
     with _named_errors(name):
         for frame in _frames(data, container):
@@ -52,7 +52,7 @@ def probe(data: bytes, container: str, name: str) -> Size:
 
 
 def read_clip(data: bytes, container: str, size: Size, name: str, *, from_middle: bool = False) -> np.ndarray:
-    """Return `size.frames` frames at 16 a second, uint8 (frames, height, width, 3): the first ones or the middle ones.
+    """Return the first or the middle `size.frames` frames at 16 per second, uint8 (frames, height, width, 3).
 
     Raises UserError if the video cannot be read or has fewer frames.
     """
@@ -81,7 +81,7 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _frames(data: bytes, container: str) -> Iterator[av.VideoFrame]:
-    """Yield the video's frames at 16 a second."""
+    """Yield the frames of the video at 16 per second."""
     declared = _declared_bytes(data, container)
     if declared > len(data):
         raise ValueError(f"the file is truncated ({len(data)} of {declared} bytes)")
@@ -105,7 +105,7 @@ def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
             raise ValueError("its data are damaged or cut short")
         for frame in packet.decode():
             if frame.pts is None or file.format.name == "avi":
-                # AVI stores the decoding order only, so presentation times belong to other frames.
+                # AVI stores only the decoding order, so its presentation times belong to other frames.
                 frame.pts = last + 1 if frame.dts is None else frame.dts
             last = frame.pts
             yield frame
@@ -126,12 +126,12 @@ def _at_frame_rate(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             if count > MAX_FRAMES:
                 raise ValueError(f"longer than {MAX_FRAMES // FRAME_RATE // 3600} hours, or its timestamps are broken")
             yield resampled
-    if not count:  # less than half a sixteenth of a second
+    if not count:  # shorter than half of 1/16 s
         yield first
 
 
 def _pulled(graph: Graph) -> av.VideoFrame | None:
-    """Return the next frame that the filter graph has ready; None if it needs more input or is finished."""
+    """Return the next frame that the filter graph has ready, or None if it needs more input or is finished."""
     try:
         return graph.vpull()
     except (av.error.BlockingIOError, av.error.EOFError):
@@ -148,7 +148,7 @@ def _upright_rgb(frame: av.VideoFrame) -> Image.Image:
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Return the display matrix, x' = ax + cy and y' = bx + dy, as a key of `TRANSPOSES` (three False: upright)."""
+    """Return the display matrix, x' = ax + cy and y' = bx + dy, as a key of `TRANSPOSES`; all False means upright."""
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
@@ -158,7 +158,7 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def _declared_bytes(data: bytes, container: str) -> int:
-    """Return the length of the file by its own headers, 0 if they do not state it: ffmpeg reports no truncation."""
+    """Return the file length declared in its headers, 0 if there is none. ffmpeg itself does not report truncation."""
     if container == "avi":
         declared = int.from_bytes(data[4:8], "little")
         return 0 if declared == 2**32 - 1 else 8 + declared
@@ -175,7 +175,7 @@ def _declared_bytes(data: bytes, container: str) -> int:
         while at + 16 <= len(data):
             size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
             size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
-            if size < 8:  # 0: up to the end
+            if size < 8:  # 0 means up to the end of the file
                 break
             if at + size > len(data) and kind in (b"moov", b"mdat", b"moof"):
                 return at + size
@@ -184,7 +184,7 @@ def _declared_bytes(data: bytes, container: str) -> int:
 
 
 def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
-    """Return a Matroska number and the position after it: its first byte's leading zeros are its further bytes."""
+    """Return a Matroska number and the position after it; the first byte's leading zeros count the further bytes."""
     length = 9 - int.from_bytes(data[at : at + 1], "big").bit_length()
     value = int.from_bytes(data[at : at + length], "big") & (2 ** (7 * length) - 1)
     return value, at + length
