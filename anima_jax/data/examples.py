@@ -117,9 +117,9 @@ def examples_of(
     """Return the examples of one source, grouped by resolution and frame count; repeats of a group follow each other.
 
     Each caption (or each of its shuffled copies) in each bucket of an entry is one example; all captions together are
-    one if `caption_choice` is "random". `shuffle_each_epoch` shuffles tags in every epoch instead of once, for runs that
-    encode text at batch time. As in diffusion-pipe, a resolution and frame count has `int(n · num_repeats)` examples;
-    those of a partial repeat are picked by their hash. Images and clips that fit no bucket go to `problems`.
+    one if `caption_choice` is "random". `shuffle_each_epoch` shuffles tags in every epoch instead of once, for runs
+    that encode text at batch time. As in diffusion-pipe, a resolution and frame count has `int(n · num_repeats)`
+    examples; those of a partial repeat are picked by hash. Images and clips that fit no bucket go to `problems`.
     """
     each_epoch = shuffle_each_epoch and source.shuffled_copies > 0
     placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
