@@ -1,5 +1,5 @@
 """The TOML schema: typed and frozen, with every key documented once.
 
-`load.load_config` is how a program reads its configuration; the code below it gets only these typed values. The package
-itself imports nothing: what reads the data set needs `dataset` and `sizes`, but no jax.
+Programs read their configuration with `load.load_config`; the code below them gets only these typed values. This file
+imports nothing, so that the data readers can import `dataset` and `sizes` without jax.
 """

@@ -1,6 +1,6 @@
-"""The dataset TOML: where images, clips and captions come from, and the sizes at which they are trained.
+"""The dataset TOML: the sources of images, clips and captions, and the sizes at which they are trained.
 
-A key at the top applies to every source; the same key inside a `[[directory]]` or a `[[tfds]]` overrides it there.
+A top-level key applies to every source; the same key inside a `[[directory]]` or a `[[tfds]]` overrides it there.
 """
 
 import math
@@ -28,13 +28,13 @@ from anima_jax.config.schema import (
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 
 SOURCES = ("directory", "tfds")
-"""The file's tables, each of which may occur several times."""
+"""The kinds of source tables. Each may occur several times."""
 
 MANY_RESOLUTIONS = 4
-"""This many in one source are probably a misunderstanding: every one of them repeats the whole data set."""
+"""This many or more in one source are probably a mistake, because each resolution repeats the whole data set."""
 
 MAX_SIDE = 16384
-"""In pixels; a larger side is a typing error, and would not fit in memory."""
+"""In pixels. A larger side is a typing error and would not fit in memory."""
 
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
@@ -84,7 +84,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Source(Section):
-    """A source of examples: the keys that all kinds have."""
+    """A source of examples: the keys shared by all kinds of sources."""
 
     size_buckets: Annotated[tuple[SizeBucket, ...], Listed, NotEmpty] = Field(
         (),
@@ -166,17 +166,17 @@ class Source(Section):
 
     @property
     def shuffled_copies(self) -> int:
-        """Shuffled copies that replace each caption; 0: captions stay unchanged."""
+        """Number of shuffled copies that replace each caption; 0 leaves captions unchanged."""
         return self.cache_shuffle_num or int(self.shuffle_tags)
 
     @property
     def sides(self) -> tuple[float, ...]:
-        """Sides in pixels of the squares that `resolutions` stand for."""
+        """Sides in pixels of the squares that `resolutions` describe."""
         return tuple(map(_side, self.resolutions))
 
     @property
     def messages(self) -> dict[str, str]:
-        """Key → what its value does that a reader of the file may not expect."""
+        """Key → message about a value with an effect that the user may not expect."""
         return dict(self._messages())
 
     def _messages(self) -> Iterator[tuple[str, str]]:
@@ -244,11 +244,11 @@ class TfdsSource(Source):
 
 
 SHARED_KEYS = tuple(key for key in DirectorySource.model_fields if key != "path")
-"""Keys that are also allowed at the top of the file."""
+"""Keys that are also allowed at the top level."""
 
 
 def _side(resolution: float | Pair) -> float:
-    """Return the side in pixels of the square that a resolution stands for: an *area*, as in diffusion-pipe."""
+    """Return the side in pixels of a square with the same area: a resolution is an *area*, as in diffusion-pipe."""
     side = math.sqrt(resolution[0] * resolution[1]) if isinstance(resolution, tuple) else float(resolution)
     return round(side, SIDE_DECIMALS)
 
@@ -268,7 +268,7 @@ class DatasetConfig(Section):
 
     @property
     def sources(self) -> tuple[DirectorySource | TfdsSource, ...]:
-        """Every source, folders first."""
+        """All sources, folders first."""
         return self.directory + self.tfds
 
     @property
@@ -278,7 +278,7 @@ class DatasetConfig(Section):
 
 
 def _largest_sizes(source: Source) -> list[tuple[int, int]]:
-    """Return width and height of a source's size buckets, or of its largest square."""
+    """Return the width and height of each of a source's size buckets, or of its largest square."""
     if source.size_buckets:
         return [(size.width, size.height) for size in source.size_buckets]
     side = nearest_multiple(max(source.sides))
@@ -286,7 +286,7 @@ def _largest_sizes(source: Source) -> list[tuple[int, int]]:
 
 
 def apply_shared_keys(table: dict[str, Any]) -> dict[str, Any]:
-    """Return a dataset TOML's table with each key at its top moved into the sources that have it and do not set it."""
+    """Return a dataset TOML's table with top-level keys moved into the sources that have them and do not set them."""
     rest = {key: value for key, value in table.items() if key not in SHARED_KEYS}
     for kind, section in zip(SOURCES, (DirectorySource, TfdsSource), strict=True):
         shared = {key: table[key] for key in SHARED_KEYS if key in table and key in section.model_fields}

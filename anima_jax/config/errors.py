@@ -1,4 +1,4 @@
-"""From pydantic's errors to lines for the user: `file: dotted.key: what was found, what was expected`."""
+"""Pydantic's errors as lines for the user: `file: dotted.key: what was found, what was expected`."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ from anima_jax.errors import did_you_mean
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 Place = tuple[str | int, ...]
-"""Keys and list positions from the top of a file to a value."""
+"""Path of a value: keys and list indices from the top of the file."""
 
 EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
@@ -35,7 +35,7 @@ EXPECTED: Mapping[str, str] = {
     "string_too_short": "at least {min_length} character",
     "literal_error": "{expected}",
 }
-"""What was expected, by pydantic's type of error and its context."""
+"""Pydantic error type → what was expected, formatted with the error's context."""
 
 KINDS: tuple[tuple[type, str], ...] = (
     (bool, "a boolean"),
@@ -51,10 +51,10 @@ MAX_SHOWN = 60
 
 
 class TomlFile:
-    """A TOML file that is being validated: its errors, and messages about keys that do nothing.
+    """A TOML file during validation, with its errors and messages.
 
-    `other_keys` are dotted keys that "did you mean" knows besides those of the schema. `place_in_file` maps the place
-    where the schema has a value to the place where the file has it.
+    `other_keys` are dotted keys outside the schema that "did you mean" also suggests. `place_in_file` maps a value's
+    place in the schema to its place in the file.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TomlFile:
         self.name, self.place_in_file = name, place_in_file
         self._keys, self._known = key_table(schema), [*key_table(schema), *other_keys]
         self.from_command_line: list[str] = []
-        """Dotted keys that `--set` gave."""
+        """Dotted keys that were set with `--set`."""
         self.errors: list[str] = []
         self.messages: list[str] = []
 
@@ -78,17 +78,17 @@ class TomlFile:
         self.messages.append(self._line(place, text))
 
     def set_aside(self, table: dict[str, Any], rows: Mapping[str, Unsupported], at: Place = ()) -> None:
-        """Remove the unsupported keys from `table`, which is at this place, and answer them."""
+        """Remove unsupported keys from `table`, which is at place `at`, and record an error or message for each."""
         for path, text, is_error in set_aside(table, rows):
             (self.error if is_error else self.message)((*at, *path), text)
 
     def validate(self, table: Mapping[str, Any], schema: type[SectionT], context: Mapping[str, Any]) -> SectionT | None:
-        """Return the validated table, or None after recording its errors. Paths may be relative to the file."""
+        """Return the validated table, or record its errors and return None. Paths may be relative to the file."""
         try:
             return schema.model_validate(table, context={**context, "folder": os.path.dirname(self.name)})
         except ValidationError as error:
             for details in error.errors(include_url=False):
-                # An error of that type is a consequence: the value that a default follows from is invalid.
+                # This error is only a consequence: the value that a default is derived from is invalid.
                 if details["type"] != "default_factory_not_called":
                     key = details.get("ctx", {}).get("key")
                     place = self.place_in_file((*details["loc"], *([key] if key else [])))
@@ -96,7 +96,7 @@ class TomlFile:
             return None
 
     def suggestion(self, place: Place) -> str:
-        """The nearest key of the same table, or the same key of another one, as ` (did you mean '…'?)`."""
+        """Return ` (did you mean '…'?)` with the nearest key of the table or the same key of another table, or ""."""
         *above, last = _without_positions(place).split(".")
         prefix = ".".join([*above, ""]) if above else ""
         siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
@@ -124,12 +124,12 @@ class TomlFile:
 
 
 def dotted(place: Place) -> str:
-    """Return `directory[0].path`: TOML's own dots, list positions in brackets."""
+    """Return a place as text, such as `directory[0].path`: keys joined by dots, list indices in brackets."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def shown(value: Any) -> str:
-    """Return a TOML value and its type, cut short if it is long."""
+    """Return a TOML value and its type as text, truncated if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, dict) else "{…}"
     short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
     return f"{short} ({next((name for kind, name in KINDS if isinstance(value, kind)), 'a value')})"

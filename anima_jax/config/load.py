@@ -1,4 +1,4 @@
-"""Read a main TOML and the dataset TOMLs that it names; all errors of all files are reported at once."""
+"""Loading of a main TOML and the dataset TOMLs that it names. All errors of all files are reported at once."""
 
 import contextlib
 import datetime
@@ -25,13 +25,13 @@ def load_config(
     i_know_what_i_am_doing: bool = False,
     check_optimizer: Callable[[OptimizerConfig], None] = lambda _: None,
 ) -> MainConfig:
-    """Load the configuration in the main TOML at `path` and in the dataset TOMLs that it names.
+    """Load the configuration from the main TOML at `path` and the dataset TOMLs that it names.
 
-    `overrides` are `key.sub=value` as `--set` gives them: the value is TOML, or else a plain string. Relative paths are
-    looked up from the current directory, then from the folder of the TOML that names them; input files must exist.
-    `i_know_what_i_am_doing` allows any number of resolutions, as the flag of that name does. `check_optimizer` raises
-    UserError for arguments that the optimizer itself does not accept.
-    Raises UserError with one line for each error, all errors of all files at once.
+    `overrides` are `key.sub=value` as in `--set`; a value that is not valid TOML is a plain string. Relative paths are
+    resolved against the current directory, then against the folder of the TOML that names them; input files must exist.
+    `i_know_what_i_am_doing` allows any number of resolutions, like the flag of the same name. `check_optimizer` raises
+    UserError for arguments that the optimizer does not accept.
+    Raises UserError with one line per error, for all errors of all files at once.
     """
     main = TomlFile(os.fspath(path), MainConfig, unsupported_keys.MAIN)
     table = read_toml(main.name)
@@ -49,7 +49,7 @@ def load_config(
     files = [main]
 
     def dataset_at(named: Any) -> DatasetConfig | None:
-        """Load the dataset TOML that the main TOML names; None if it does not exist, which validation reports."""
+        """Load a dataset TOML. Return None if it does not exist (validation reports this) or has errors."""
         candidates = resolve(named, os.path.dirname(main.name)) if isinstance(named, str) and named else ()
         found = next(filter(os.path.isfile, candidates), None)
         if found is None:
@@ -71,7 +71,7 @@ def load_config(
     messages = tuple(dict.fromkeys(message for file in files for message in file.messages))
     _add_loaded(main, table, (), {"data": data, "path": os.path.abspath(main.name), "messages": messages})
     config = main.validate(table, MainConfig, context)
-    with contextlib.suppress(ValidationError):  # its errors are among those of the whole file
+    with contextlib.suppress(ValidationError):  # these errors are already among those of the whole file
         try:
             check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
         except UserError as error:
@@ -83,7 +83,7 @@ def load_config(
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Read a TOML file, UTF-8 with or without byte order mark. Raises UserError with line and column."""
+    """Read a TOML file, UTF-8 with or without byte order mark. Raises UserError; syntax errors name line and column."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, expected a TOML file")
     try:
@@ -103,7 +103,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[str, Any]) -> None:
-    """Add to a table what was loaded for it; in the file itself its keys are unknown ones."""
+    """Add the values loaded for a table to it. It is an error if the file itself sets one of their keys."""
     for key in loaded:
         if key in table:
             file.error((*at, key), f"unknown key{file.suggestion((*at, key))}")
@@ -111,11 +111,11 @@ def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[s
 
 
 def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, DatasetConfig | None]:
-    """Load a dataset TOML; None where the file has errors. `context` is what validators need to know besides it."""
+    """Load a dataset TOML; the configuration is None if the file has errors. `context` is passed to the validators."""
     table: dict[str, Any] = {}
 
     def place_in_file(place: Place) -> Place:
-        """A shared key that a source does not set itself is, or is missing, at the top of the file."""
+        """Return the top-level place of a shared key that a source does not set itself; other places unchanged."""
         match place:
             case (str(kind), int(index), str(key), *rest) if key in SHARED_KEYS:
                 return place if key in table[kind][index] else (key, *rest)
@@ -129,7 +129,7 @@ def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, Datase
     except UserError as error:
         file.errors += error.messages
         return file, None
-    # Without a [[directory]], no key at the top can be meant for one.
+    # Without a [[directory]], top-level keys cannot be meant for one.
     file.set_aside(table, unsupported_keys.DATASET if "directory" in table else unsupported_keys.TFDS)
     for kind in SOURCES:
         rows = unsupported_keys.TFDS if kind == "tfds" else unsupported_keys.DATASET
@@ -144,7 +144,7 @@ def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, Datase
 
 
 def _messages(config: DatasetConfig, place_in_file: Callable[[Place], Place]) -> Iterator[tuple[Place, str]]:
-    """What a reader of the file may not expect of a key's value, if it holds for every source that the key is for."""
+    """Yield the messages about a key's value that apply to every source that uses the key."""
     found: dict[Place, set[str]] = {}
     for kind in SOURCES:
         for index, source in enumerate(getattr(config, kind)):
@@ -158,7 +158,7 @@ def _messages(config: DatasetConfig, place_in_file: Callable[[Place], Place]) ->
 
 
 def _override(table: dict[str, Any], override: str) -> str:
-    """Put one `key.sub=value` into `table`; return the dotted key of the topmost entry that this creates."""
+    """Apply one `key.sub=value` to `table`; return the dotted key of the topmost entry that it creates."""
     key, equals, value = override.partition("=")
     *above, last = parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
@@ -175,7 +175,7 @@ def _override(table: dict[str, Any], override: str) -> str:
 
 
 def _toml_value(text: str) -> Any:
-    """Return the TOML value that `text` is, or `text` itself: a bare word needs no quotes."""
+    """Return the TOML value of `text`, or `text` itself if it is none, so that bare words need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

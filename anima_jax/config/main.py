@@ -1,6 +1,6 @@
-"""The main TOML: diffusion-pipe's keys with their defaults and meanings, and ours (marked so in their descriptions).
+"""The main TOML: diffusion-pipe's keys with their defaults and meanings, and our own ("ours" in their descriptions).
 
-Keys of diffusion-pipe that have no meaning here are in `unsupported_keys.py`.
+Keys of diffusion-pipe that do not apply here are in `unsupported_keys.py`.
 """
 
 import os
@@ -43,10 +43,10 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 LocalFolder = Annotated[OutputFolder, AfterValidator(on_this_machine)]
 
 LOSS_KEYS = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
-"""At most one is set; without any, the loss is the mean squared error."""
+"""At most one may be set. If none is, the loss is the mean squared error."""
 
 EVAL_EVERY = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
-"""Without any of them, data is evaluated only before the first step."""
+"""If none is set, evaluation runs only before the first step."""
 
 
 MicroBatch = Annotated[
@@ -61,7 +61,7 @@ REMAT_OF: Mapping[bool | str, Remat] = {False: "none", True: "full", "unsloth": 
 
 
 def _run_to_resume(found: Any) -> Any:
-    """The run's name or path; "" for the newest run, None for none."""
+    """Return the name or path of the run to resume; "" means the newest run, None no run."""
     return ("" if found else None) if isinstance(found, bool) else found
 
 
@@ -158,14 +158,14 @@ class MonitoringConfig(Section):
 
 
 class Schedule(NamedTuple):
-    """Learning rate over time, as a factor of each group's own."""
+    """The learning rate over time, as a factor applied to the rate of each group."""
 
     shape: Literal["constant", "linear", "cosine"]
     warmup_steps: int
 
 
 class MainConfig(Section):
-    """The main TOML's keys, and what the loader adds: the dataset TOML's, the file's path and messages for the user."""
+    """The keys of the main TOML, and what the loader adds: dataset TOMLs, the file's path and messages for the user."""
 
     output_dir: LocalFolder = Field(description="folder on this machine in which every run creates its own folder")
     dataset: LocalFile = Field(description="the dataset TOML")
@@ -344,9 +344,9 @@ class MainConfig(Section):
     data: SkipJsonSchema[SkipValidation[DatasetConfig]]
     """The contents of `dataset`."""
     path: SkipJsonSchema[str]
-    """The main TOML's own absolute path."""
+    """The absolute path of the main TOML."""
     messages: SkipJsonSchema[tuple[str, ...]]
-    """A line for each key of diffusion-pipe that does nothing here, and for each value that is rounded or unused."""
+    """One line for each key of diffusion-pipe that has no effect, and for each value that is rounded or unused."""
 
     @field_validator("global_batch_size")
     @classmethod
@@ -390,18 +390,18 @@ class MainConfig(Section):
 
     @property
     def compute_dtype(self) -> Dtype:
-        """Dtype of the computation and of frozen weights."""
+        """The dtype of the computation and of frozen weights."""
         return self.model.dtype
 
     @property
     def export_dtype(self) -> Dtype:
-        """Dtype of saved models or adapters."""
+        """The dtype of saved models and adapters."""
         own = self.adapter.dtype if self.adapter else None
         return self.save_dtype or own or self.model.dtype
 
     @property
     def cached_dtype(self) -> Dtype:
-        """Dtype of latents and text states in the cache."""
+        """The dtype of latents and text states in the cache."""
         return self.cache_dtype or self.model.dtype
 
     @property
@@ -412,7 +412,7 @@ class MainConfig(Section):
 
     @property
     def schedule(self) -> Schedule:
-        """The learning rate's shape and warmup."""
+        """The shape and warmup of the learning rate schedule."""
         if self.force_constant_lr is not None:
             return Schedule("constant", 0)
         return Schedule(self.lr_scheduler, self.warmup_steps)
@@ -424,7 +424,7 @@ class MainConfig(Section):
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Group → learning rate, for each of `GROUPS`, `text_encoder` only if it is trained; 0 is frozen."""
+        """Group → learning rate for `GROUPS`; 0 means frozen. `text_encoder` is included only if it is trained."""
         own = {group: getattr(self.model, f"{group}_lr", None) for group, _ in GROUPS}
         rates = {group: self.optimizer.lr if rate is None else rate for group, rate in own.items()}
         del rates["text_encoder"]
@@ -435,7 +435,7 @@ class MainConfig(Section):
 
     @property
     def sample_size_wh(self) -> tuple[int, int]:
-        """Width and height in pixels of the images drawn while training."""
+        """Width and height in pixels of the images drawn during training."""
         if self.sample and self.sample.width and self.sample.height:
             return self.sample.width, self.sample.height
         return self.data.size_wh

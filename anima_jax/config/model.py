@@ -36,7 +36,7 @@ TEXT_ENCODER = "a Qwen3 text encoder, as a .safetensors file or its folder"
 
 
 def _qwen3_file(folder: str) -> str:
-    """Return the only .safetensors file in a folder that transformers wrote for a Qwen3; a file stays unchanged."""
+    """Return the only .safetensors file in a Qwen3 folder of transformers; return the path of a file unchanged."""
     if not os.path.isdir(folder):
         return folder
     described = os.path.join(folder, "config.json")
@@ -127,7 +127,7 @@ class ModelConfig(TypedSection):
 
     @property
     def text_encoder_storage(self) -> str | None:
-        """How the text encoder's matrices are stored, if not in `dtype`."""
+        """The storage format of the text encoder's matrices, or None for `dtype`."""
         return "float8_e4m3fn" if self.text_encoder_fp8 else "nf4" if self.text_encoder_nf4 else None
 
     @field_validator("config")

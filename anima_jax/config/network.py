@@ -1,7 +1,7 @@
 """`[model] config = {…}`: the sizes of a transformer that is trained from scratch.
 
-The keys are the fields of `models.dit.DiTConfig` and `models.llm_adapter.LLMAdapterConfig`, which they become. Unset
-sizes follow from those that are set, in the released model's proportions.
+The keys become the fields of `models.dit.DiTConfig` and `models.llm_adapter.LLMAdapterConfig`. Unset sizes are derived
+from those that are set, in the proportions of the released model.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from anima_jax.models.llm_adapter import LLMAdapterConfig
 
 HEAD_SIZES = (128, 64, 32, 16)
 ADAPTER_HEAD_SIZES = (64, 32, 16)
-"""Sizes of a head that are tried in turn if `heads` is unset; the first is the released model's."""
+"""Head sizes to try in order if `heads` is unset; the first is that of the released model."""
 
 MIN_HEAD_SIZE = 6
-"""Rotary positions have three axes, and each needs a pair."""
+"""Rotary positions have three axes, and each needs a pair of features."""
 
 EvenCount = Annotated[int, Field(ge=2, multiple_of=2)]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltFrom:
-    """Metadata of a dataclass: in TOML it is a table with the keys of `section`, which are its fields."""
+    """Annotation of a dataclass that is a table in TOML: the keys of `section` are the fields of the dataclass."""
 
     section: type[BaseModel]
 
@@ -40,7 +40,7 @@ class BuiltFrom:
 
 
 def _heads_of(sizes: tuple[int, ...]) -> Callable[[dict[str, Any]], int]:
-    """Default number of heads: of the first of `sizes` that divides the width, else one."""
+    """Return a default factory for `heads`: the width over the first of `sizes` that divides it, or 1."""
     return lambda table: next((table["width"] // size for size in sizes if table["width"] % size == 0), 1)
 
 

@@ -1,4 +1,4 @@
-"""`[optimizer]` and `[adapter]`: how weights are updated, and which ones if not all of them."""
+"""`[optimizer]` and `[adapter]`: how weights are updated, and which ones if not all."""
 
 import os
 import re
@@ -33,8 +33,7 @@ def _lower(name: str) -> str:
 class OptimizerConfig(Section):
     """The optimizer. Moments are float32 (except those of the 8-bit types), independently of `[model] dtype`.
 
-    Every other key is an argument of the optimizer's own, in `options`; whether it exists is checked where the
-    optimizer is built.
+    All other keys are optimizer-specific arguments, in `options`. They are checked where the optimizer is built.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -68,12 +67,12 @@ class OptimizerConfig(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of the optimizer's own: the keys that are not fields."""
+        """Optimizer-specific arguments: the keys that are not fields."""
         return dict(self.model_extra or {})
 
 
 def _patterns(found: Any) -> Any:
-    """A tuple of one or several regular expressions."""
+    """Return one or more regular expressions as a tuple without empty ones. Raises an error for an invalid one."""
     patterns = [found] if isinstance(found, str) else found
     if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) for one in patterns):
         raise invalid(f"found {found!r}, expected a regular expression for module names, or a list of them")

@@ -1,4 +1,4 @@
-"""`docs/configuration.md`, from the schema's own descriptions.
+"""Generator of `docs/configuration.md` from the descriptions in the schema.
 
 python -m anima_jax.config.reference > docs/configuration.md
 """
@@ -36,10 +36,10 @@ HEADINGS: Mapping[str, str] = {
     "eval_every_n_epochs": "Evaluation",
     "steps_per_print": "Reports",
 }
-"""First key of each part of the main TOML's top → the part's heading."""
+"""First key of each part of the main TOML's top level → heading of that part."""
 
 TYPES: Mapping[str, str] = {"boolean": "true or false", "integer": "whole number"}
-"""What JSON schema's types are called; others have the same name."""
+"""JSON schema type → its name in the page. Other types keep their names."""
 
 BOUNDS: Mapping[str, str] = {
     "minimum": "≥",
@@ -134,7 +134,7 @@ def _row(key: str, node: Mapping[str, Any]) -> str:
 
 
 def _default(node: Mapping[str, Any]) -> str:
-    """Return the default as TOML has it; a dash where it is unset, or follows from other keys."""
+    """Return the default in TOML syntax, or a dash if it is unset or derived from other keys."""
     value = node.get("default")
     if node["required"]:
         return "required"
@@ -144,7 +144,7 @@ def _default(node: Mapping[str, Any]) -> str:
 
 
 def _type(node: Mapping[str, Any]) -> str:
-    """Return a key's type as a user writes it: `whole number ≥ 1`, `'linear' or 'cosine'`, `[string, …]`."""
+    """Return the type of a key as a user writes it: `whole number ≥ 1`, `'linear' or 'cosine'`, `[string, …]`."""
     match node:
         case {"anyOf": nodes}:
             return " or ".join(_type(each) for each in nodes if each.get("type") != "null")

@@ -1,6 +1,6 @@
-"""What every table of a configuration has in common: strict and frozen, without unknown keys; and the kinds of path.
+"""Base classes and types for the tables of a configuration: strict, frozen, without unknown keys; and types of paths.
 
-Strict means TOML's own types: `"1"` and `true` are not 1, but 1 is accepted where a float is expected.
+Strict means that values have TOML's own types: `"1"` and `true` are not 1, but 1 is accepted where a float is expected.
 """
 
 import functools
@@ -39,7 +39,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 def documented_as(words: str) -> WithJsonSchema:
-    """Metadata of an annotated type: what the reference calls it, where its Python type does not say it."""
+    """Return metadata that names an annotated type in the reference, where its Python type is not clear enough."""
     return WithJsonSchema({"type": words})
 
 
@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 class TypedSection(Section):
-    """A table whose `type` decides what its other keys mean: if it is wrong, nothing else is checked."""
+    """A table whose `type` determines the meaning of its other keys. If it is wrong, nothing else is checked."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,12 +65,12 @@ class TypedSection(Section):
 
 
 def invalid(message: str, *, key: str | None = None) -> PydanticCustomError:
-    """The error to raise in a validator; a validator of a whole table names the key in it with `key`."""
+    """Return the error to raise in a validator. The validator of a whole table names the wrong key with `key`."""
     return PydanticCustomError("invalid", "{message}", {"message": message, "key": key})
 
 
 def only_one_of(*keys: str) -> AfterValidator:
-    """Metadata of a key that must not be set together with another one of `keys`."""
+    """Return a validator for a key that must not be set together with another of `keys`."""
 
     def check(value: Any, info: ValidationInfo) -> Any:
         others = [key for key in keys if key != info.field_name and info.data.get(key)]
@@ -82,7 +82,7 @@ def only_one_of(*keys: str) -> AfterValidator:
 
 
 def expecting(words: str) -> WrapValidator:
-    """Metadata of a union: its only error, which would otherwise be one for each of its types."""
+    """Return a validator that reports one error for a union, instead of one for each of its types."""
 
     def check(found: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -95,13 +95,13 @@ def expecting(words: str) -> WrapValidator:
 
 
 def choices(values: tuple[Any, ...]) -> str:
-    """`'a', 'b' or 'c'`."""
+    """Return the values as text: `'a', 'b' or 'c'`."""
     *others, last = [f"'{value}'" if isinstance(value, str) else str(value) for value in values]
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def multiple_of_16(pixels: int) -> int:
-    """Return a side in pixels, or raise an error that names the nearest valid one."""
+    """Return `pixels`, or raise an error that names the nearest multiple of 16 if it is not one."""
     if pixels % PIXEL_MULTIPLE:
         nearest = nearest_multiple(pixels)
         raise invalid(f"found {pixels}, expected a multiple of {PIXEL_MULTIPLE} (the nearest is {nearest})")
@@ -115,9 +115,10 @@ PixelSide = Annotated[
 
 @functools.cache
 def key_table(section: type[BaseModel]) -> Mapping[str, Mapping[str, Any]]:
-    """Dotted key → its JSON schema, for a section and the tables in it, in order of declaration.
+    """Return dotted key → JSON schema, for a section and the tables in it, in order of declaration.
 
-    To each is added whether it is `required`, and the `table` that it holds: a JSON schema, or None.
+    Each schema also says whether the key is `required`, and has the JSON schema of its `table` (None if it is not a
+    table).
     """
     root = section.model_json_schema()
 
@@ -138,12 +139,12 @@ def key_table(section: type[BaseModel]) -> Mapping[str, Mapping[str, Any]]:
 
 
 def is_address(path: str) -> bool:
-    """Whether `path` is an address (`hf://…`, `gs://…`), which is not looked into here."""
+    """Return whether `path` is a remote address (`hf://…`, `gs://…`). Addresses are not checked here."""
     return "://" in path
 
 
 def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """Return the absolute paths that `path` may mean: from the current directory, then from `folder` (the TOML's)."""
+    """Return the absolute paths that `path` may mean: from the current directory, then from the TOML's `folder`."""
     if is_address(path):
         return (path,)
     roots = [Path.cwd(), *([Path(folder).absolute()] if folder is not None else [])]
@@ -151,7 +152,7 @@ def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[st
 
 
 def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
-    """Metadata of a path: it becomes the first that it may mean and for which `exists`, a test for `what`, is true."""
+    """Return a validator that selects the first candidate path for which `exists`, a test for `what`, is true."""
 
     def check(path: str, info: ValidationInfo) -> str:
         if not path:
@@ -170,14 +171,14 @@ def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
 
 
 def on_this_machine(path: str | None) -> str | None:
-    """Return `path`, or raise an error if it is an address."""
+    """Return `path`, or raise an error if it is a remote address."""
     if path and is_address(path):
         raise invalid(f"found {path}, expected a path on this machine")
     return path
 
 
 def output_folder(path: str) -> str:
-    """Return the absolute path of a folder to write to, which need not exist yet."""
+    """Return the absolute path of an output folder, which may not exist yet."""
     if not path:
         raise invalid("found an empty path, expected a folder to write to")
     if path.startswith("hf://"):
@@ -194,7 +195,7 @@ LocalFile = Annotated[InputFile, AfterValidator(on_this_machine)]
 OutputFolder = Annotated[str, AfterValidator(output_folder), documented_as("folder")]
 
 Listed = Field(strict=False)
-"""For tuples: a TOML array is a Python list, which strict validation would refuse."""
+"""For tuples: a TOML array is a Python list, which strict validation would reject."""
 
 
 def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -205,4 +206,4 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 NotEmpty = AfterValidator(_not_empty)
-"""For tuples of at least one value."""
+"""For tuples that need at least one value."""

@@ -1,4 +1,4 @@
-"""Sizes of images and clips, and the arithmetic that ties them to latents and tokens."""
+"""Sizes of images and clips, and how they relate to latents and tokens."""
 
 import math
 from typing import NamedTuple
@@ -7,41 +7,41 @@ PIXEL_MULTIPLE = 16
 """Pixels along each side of one token: the VAE's factor 8 times the transformer's patch of 2."""
 
 FRAMES_PER_LATENT = 4
-"""The first latent frame is one frame of the clip, each further one is four frames."""
+"""The first latent frame encodes one frame of the clip; each further latent frame encodes four."""
 
 SIDE_DECIMALS = 3
-"""Resolutions and ratios that agree to this many decimals are the same."""
+"""Resolutions and ratios that agree to this many decimals are treated as equal."""
 
 
 class Size(NamedTuple):
-    """Size of an image or clip as the VAE receives it."""
+    """The size of an image or clip as the VAE receives it."""
 
     width: int
     """Pixels, a multiple of 16."""
     height: int
     """Pixels, a multiple of 16."""
     frames: int
-    """1 for an image. Of a clip the VAE encodes the first `encoded_frames`."""
+    """1 for an image. The VAE encodes the first `encoded_frames` frames of a clip."""
 
     @property
     def encoded_frames(self) -> int:
-        """Frames that the VAE encodes: the largest 1 + 4n that is at most `frames`."""
+        """Number of frames that the VAE encodes: the largest 1 + 4n up to `frames`."""
         return 1 + (self.frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
 
     @property
     def is_cut(self) -> bool:
-        """Whether the VAE leaves out some of the frames."""
+        """Whether the VAE drops some of the frames."""
         return self.encoded_frames < self.frames
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of the transformer's patches."""
+        """Number of latent frames, patch rows and patch columns in the transformer."""
         latent_frames = 1 + (self.frames - 1) // FRAMES_PER_LATENT
         return latent_frames, self.height // PIXEL_MULTIPLE, self.width // PIXEL_MULTIPLE
 
     @property
     def tokens(self) -> int:
-        """The transformer's sequence length."""
+        """Sequence length of the transformer."""
         return math.prod(self.grid)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration will do, in sentences for whoever starts a run."""
+"""A summary of what a configuration trains, in sentences for the user."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ PARTS: Mapping[str, str] = {
     "mod": "the modulation (AdaLN)",
     "base": "the input and output layers",
 }
-"""Groups of the transformer's parameters; the LLM adapter has its own sentence."""
+"""Parameter groups of the transformer → their names in the summary. The LLM adapter has a sentence of its own."""
 
 
 def summary(config: MainConfig) -> list[str]:
-    """Return sentences: what is trained at which learning rate and what is frozen; last, the LLM adapter."""
+    """Return sentences on what is trained at which learning rate and what is frozen; the last is on the LLM adapter."""
     adapter = config.adapter
     groups = [group for group in PARTS if group != "base" or not adapter]  # adapters change only the blocks
     rates = {group: config.learning_rates[group] for group in groups}

@@ -1,7 +1,7 @@
-"""Keys of diffusion-pipe and its forks that are not keys here: something else does their job, or they mean nothing.
+"""Keys of diffusion-pipe and its forks that are not supported: another key replaces them, or they do not apply here.
 
-A key is ignored with a message, refused with an error, or another name of one of our keys. Values that ask for nothing
-(mostly the default) are accepted silently.
+A key is ignored with a message, refused with an error, or treated as another name of one of our keys. Values that
+change nothing (mostly the default) are accepted silently.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Unsupported:
-    """How a key is answered, unless its value is among `harmless`: one of the three others is set."""
+    """How to answer a key whose value is not among `harmless`: exactly one of the other three fields is set."""
 
     message: str = ""
     refusal: str = ""
@@ -19,7 +19,7 @@ class Unsupported:
     harmless: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value asks for nothing that is missing here. `true` is not 1."""
+        """Return whether the value needs nothing that is missing here. `true` is not equal to 1."""
         return any(known == value and isinstance(known, bool) == isinstance(value, bool) for known in self.harmless)
 
 
@@ -52,7 +52,7 @@ MAIN: Mapping[str, Unsupported] = {
     "upload_hf_from_epoch": ignored(_UPLOAD),
     "model.t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
     "model.merge_adapters": refused("belongs to other models; set transformer_path to a file with the adapters merged"),
-    # Of forks that trained Anima before diffusion-pipe did.
+    # From forks that trained Anima before diffusion-pipe did.
     "model.qwen_path": Unsupported(renamed="llm_path"),
     "model.qwen_nf4": Unsupported(renamed="text_encoder_nf4"),
     "model.train_self_attn": refused("expected self_attn_lr = 0", True),
@@ -78,7 +78,7 @@ DATASET: Mapping[str, Unsupported] = {
     "control_path": refused("belongs to models that edit images; Anima draws them from text alone"),
     "shuffle_metadata": ignored("the order is drawn from seed, again in every epoch"),
 }
-"""Keys of the dataset TOML, at its top and in each source."""
+"""Keys of the dataset TOML, at the top level and in each source."""
 
 _FILES = "belongs to a [[directory]], whose images are files"
 
@@ -88,7 +88,7 @@ TFDS: Mapping[str, Unsupported] = {
     "default_mask_file": refused(_FILES),
     "online_captions": refused(_FILES),
 }
-"""Those of a `[[tfds]]`: keys of a `[[directory]]` too."""
+"""Keys of a `[[tfds]]`, including those that belong to a `[[directory]]`."""
 
 FLAGS: Mapping[str, str] = {
     "deepspeed": "one program runs on all devices; [mesh] says how they share the work",
@@ -97,15 +97,15 @@ FLAGS: Mapping[str, str] = {
     "master_port": "processes find each other through jax.distributed",
     "test_sample": "[sample] draws images while training, and `python -m anima_jax.generate` at any time",
 }
-"""Flags of diffusion-pipe's command line that cannot apply, and what does their job."""
+"""Command-line flags of diffusion-pipe that do not apply here → what replaces them."""
 
 
 def set_aside(
     table: dict[str, Any], rows: Mapping[str, Unsupported], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """Remove the keys of `rows` from `table` and the tables in it; those that have another name here get that name.
+    """Remove the keys in `rows` from `table` and its nested tables; rename those that have another name here.
 
-    Yields path, answer, and whether it is an error, of those keys that have an answer.
+    Yield (path, answer, whether it is an error) for each key that has an answer.
     """
     for key in list(table):
         path = (*above, key)
