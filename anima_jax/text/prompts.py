@@ -1,8 +1,8 @@
-"""ComfyUI's prompt weights: text to spans, each with the weight of its tokens.
+"""ComfyUI's prompt weights: text is split into spans, each with the weight of its tokens.
 
 `(text)` multiplies the weight around it by 1.1, at every nesting level; `(text:1.3)` sets it to 1.3; `\\(` and `\\)`
-are literal parentheses. Unclosed parentheses are plain text. `embedding:name` asks for a textual inversion, of which
-Anima has none: it is left out. Source: `token_weights` and `SDTokenizer` in ComfyUI comfy/sd1_clip.py.
+are literal parentheses. Unclosed parentheses are plain text. `embedding:name` requests a textual inversion and is left
+out, because Anima has none. Source: `token_weights` and `SDTokenizer` in ComfyUI comfy/sd1_clip.py.
 """
 
 import re
@@ -14,7 +14,7 @@ PARENTHESES_WEIGHT = 1.1
 _EMBEDDING = "embedding:"
 
 _ESCAPES = (("\\)", "\0\1", ")"), ("\\(", "\0\2", "("))
-"""An escape as written, its placeholder while parentheses are counted, and the character it means."""
+"""(Escape sequence, its placeholder while parentheses are counted, the character that it stands for)."""
 
 
 class Span(NamedTuple):
@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
 
 def spans(prompt: str) -> list[Span]:
-    """Return the prompt's spans in order, none for an empty prompt. Weights may be any number, even inf or nan."""
+    """Return the spans of the prompt in order, [] for an empty prompt. Weights may be any number, even inf or nan."""
     return [Span(text, weight) for word, weight in _words(prompt) if (text := _without_embedding(word))]
 
 
@@ -36,7 +36,7 @@ def embeddings(prompt: str) -> list[str]:
 
 
 def _words(prompt: str) -> Iterator[tuple[str, float]]:
-    """Yield text and its weight, split before every embedding."""
+    """Yield (text, weight), split before every embedding."""
     for written, placeholder, _ in _ESCAPES:
         prompt = prompt.replace(written, placeholder)
     pending = [(prompt, 1.0, True)]
@@ -49,7 +49,7 @@ def _words(prompt: str) -> Iterator[tuple[str, float]]:
 
 
 def _without_embedding(word: str) -> str:
-    """Return what follows an embedding's name as ComfyUI does: its trailing commas, the rest with single spaces."""
+    """Return the text after an embedding's name as ComfyUI does: its trailing commas, then the words, single-spaced."""
     name, *rest = word.removeprefix(_EMBEDDING).split() or [""]
     if not (name and word.startswith(_EMBEDDING)):
         return word
@@ -58,7 +58,7 @@ def _without_embedding(word: str) -> str:
 
 
 def _top_level(text: str) -> list[str]:
-    """Split at the outermost parentheses; they stay with the piece that they enclose."""
+    """Split at the outermost parentheses, which stay with the piece that they enclose."""
     pieces: list[str] = []
     start = depth = 0
     for index, character in enumerate(text):
@@ -68,7 +68,7 @@ def _top_level(text: str) -> list[str]:
                 start = index
             depth += 1
         elif character == ")":
-            # An unmatched ")" makes it negative, and then the next "(" is plain text too.
+            # An unmatched ")" makes the depth negative, and then the next "(" is plain text too.
             depth -= 1
             if depth == 0:
                 pieces.append(text[start : index + 1])
@@ -77,7 +77,7 @@ def _top_level(text: str) -> list[str]:
 
 
 def _opened(piece: str, weight: float) -> tuple[str, float, bool]:
-    """Return a piece without its parentheses, its weight, and whether to split it further, as it had some."""
+    """Return a piece without its parentheses, its weight, and whether it had parentheses and must be split further."""
     if not (len(piece) > 1 and piece[0] == "(" and piece[-1] == ")"):
         return piece, weight, False
     inside = piece[1:-1]

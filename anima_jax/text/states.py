@@ -1,4 +1,4 @@
-"""Captions and prompts as text encoder states: the same program for the cache, training and sampling.
+"""Text encoder states of captions and prompts, computed by one program for the cache, training and sampling.
 
 Axes: b batch, n source (Qwen3) tokens, m target (T5) tokens, d features.
 """
@@ -41,14 +41,14 @@ def text_states(params: Params, ids_bn: Any, mask_bn: Any, *, graphdef: nnx.Grap
 
 
 def text_rows(captions: Sequence[EncodedText], source_length: int, target_length: int) -> Text:
-    """Return captions as one batch, padded to these lengths."""
+    """Return the captions as one batch, padded to `source_length` and `target_length` tokens."""
     source_bnd, source_mask_bn = padded([caption.states_nd for caption in captions], source_length)
     target_bm, target_mask_bm = padded([caption.target_ids_m for caption in captions], target_length)
     return Text(source_bnd, source_mask_bn, target_bm, target_mask_bm)
 
 
 def padded(arrays: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return arrays (n, …) as one (b, length, …), zeros after each, and the int32 mask (b, length) of real rows."""
+    """Return arrays (n, …) zero-padded and stacked to (b, length, …), and the int32 mask (b, length) of real rows."""
     joined = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
     mask = np.zeros((len(arrays), length), np.int32)
     for row, array in enumerate(arrays):

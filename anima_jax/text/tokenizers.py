@@ -1,6 +1,6 @@
 """Text to token ids: Qwen3's for the text encoder, T5's for the LLM adapter.
 
-Both are transformers' fast tokenizers, imported when first used; they do not need torch.
+Both are fast tokenizers of transformers, which is imported at first use; they do not need torch.
 Axes: b captions, n tokens.
 """
 
@@ -29,7 +29,7 @@ TRAINING_LENGTH = 512
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """A tokenizer's files, the transformers class that reads them, and a package that the class needs."""
+    """The files of a tokenizer, the transformers class that reads them, and a package that the class needs."""
 
     files: tuple[str, ...]
     class_name: str
@@ -38,7 +38,7 @@ class _Format:
 
 @dataclasses.dataclass(frozen=True)
 class _Repository:
-    """Where one of the two tokenizers is found, its file formats, and its pad token unless its files name one."""
+    """The location and file formats of one of the two tokenizers, and its pad token if its files name none."""
 
     folder: str
     hub_name: str
@@ -46,7 +46,7 @@ class _Repository:
     formats: tuple[_Format, ...]
 
 
-# Not AutoTokenizer: importing it also imports torch where that is installed.
+# Not AutoTokenizer: importing it also imports torch if that is installed.
 _COMPLETE = _Format(("tokenizer.json",), "PreTrainedTokenizerFast")
 _QWEN_BPE = _Format(("vocab.json", "merges.txt"), "Qwen2TokenizerFast")
 _T5_UNIGRAM = _Format(("spiece.model",), "T5TokenizerFast", needs="sentencepiece")
@@ -67,7 +67,7 @@ class TextIds:
 
 
 class PromptIds(NamedTuple):
-    """One prompt: ids, int32 (n,) and (m,), and the weight of each T5 token, float32 (m,). Qwen's have no weights."""
+    """One prompt: ids, int32 (n,) and (m,), and the weight of each T5 token, float32 (m,). Qwen ids have no weights."""
 
     qwen_ids: np.ndarray
     t5_ids: np.ndarray
@@ -83,12 +83,12 @@ class Tokenizers:
 
     @property
     def qwen_vocabulary(self) -> int:
-        """Every Qwen id is below this number; the text encoder's embedding needs at least as many rows."""
+        """All Qwen ids are below this number; the text encoder's embedding needs at least as many rows."""
         return len(self._qwen)
 
     @property
     def t5_vocabulary(self) -> int:
-        """Every T5 id is below this number; the adapter's embedding needs at least as many rows."""
+        """All T5 ids are below this number; the LLM adapter's embedding needs at least as many rows."""
         return len(self._t5)
 
     @functools.cached_property
@@ -97,14 +97,15 @@ class Tokenizers:
         digest = hashlib.sha256()
         for tokenizer in (self._qwen, self._t5):
             table = json.loads(tokenizer.backend_tokenizer.to_str())
-            # These are set by the last call and do not belong to the tokenizer.
+            # The last call sets these two; they are not part of the tokenizer itself.
             digest.update(json.dumps(table | {"padding": None, "truncation": None}, sort_keys=True).encode())
         return digest.digest()
 
     def training_ids(self, captions: Sequence[str], length: int = TRAINING_LENGTH) -> TextIds:
-        """Return the captions' ids, truncated and padded to `length` tokens, as in diffusion-pipe.
+        """Return the ids of the captions, truncated and padded to `length` tokens, as in diffusion-pipe.
 
-        Each caption ends with T5's end token, even if truncated; Qwen has none, so an empty caption is all padding.
+        Each caption ends with T5's end token, even if truncated. Qwen has no end token, so an empty caption is all
+        padding.
         """
         with self._one_at_a_time:
             qwen_ids, qwen_mask = _padded(self._qwen, captions, length)
@@ -112,7 +113,7 @@ class Tokenizers:
         return TextIds(qwen_ids, qwen_mask, t5_ids, t5_mask)
 
     def lengths(self, captions: Sequence[str]) -> np.ndarray:
-        """Return how many (Qwen, T5) tokens each caption has in training before truncation, int64 (b, 2)."""
+        """Return the number of (Qwen, T5) tokens of each caption in training before truncation, int64 (b, 2)."""
         with self._one_at_a_time:
             encoded = [
                 tokenizer(list(captions), truncation=False, padding=False, verbose=False)["input_ids"]
@@ -121,7 +122,7 @@ class Tokenizers:
         return np.array([list(map(len, ids)) for ids in encoded], np.int64).reshape(2, -1).T
 
     def prompt_ids(self, prompt: str | Sequence[Span]) -> PromptIds:
-        """Return one prompt's ids as at inference: each span tokenized by itself, then T5's end token, no padding.
+        """Return the ids of one prompt for inference: each span tokenized by itself, then T5's end token, no padding.
 
         A string is one span of weight 1. The empty prompt is Qwen's pad token and T5's end token.
         """
@@ -141,9 +142,9 @@ class Tokenizers:
 
 
 def load_tokenizers(folder: str | os.PathLike[str] | None) -> Tokenizers:
-    """Load `qwen/` and `t5/` from `folder`, or from the Hugging Face hub (its local cache first) if it is None.
+    """Load `qwen/` and `t5/` from `folder`, or if it is None from the Hugging Face hub (its local cache first).
 
-    Raises UserError that says which files to put where if they are missing, or if a file is broken.
+    Raises UserError if a file is broken, or if files are missing; then the message says which files to put where.
     """
     return Tokenizers(*(_load(repository, folder) for repository in (_QWEN, _T5)))
 
@@ -156,7 +157,7 @@ def _load(repository: _Repository, folder: str | os.PathLike[str] | None) -> Any
     if files.needs and importlib.util.find_spec(files.needs) is None:
         raise UserError(f"{path}: {files.files[0]} needs `pip install {files.needs}`; tokenizer.json needs no package")
     try:
-        # Otherwise transformers advises, when imported, to install PyTorch.
+        # Otherwise transformers prints advice to install PyTorch when it is imported.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import transformers
 
@@ -167,7 +168,7 @@ def _load(repository: _Repository, folder: str | os.PathLike[str] | None) -> Any
 
 
 def _checked(tokenizer: Any, repository: _Repository, path: pathlib.Path) -> Any:
-    """Set padding and truncation to the right. Raise UserError for an empty tokenizer, as missing files make one."""
+    """Pad and truncate on the right, and set the pad token. Raises UserError if there are no words or no pad token."""
     if not set(tokenizer("a picture")["input_ids"]) - set(tokenizer.all_special_ids):
         raise UserError(f"{path}: the tokenizer has no vocabulary, expected the files of {repository.hub_name}")
     if tokenizer.pad_token_id is None and repository.pad_token in tokenizer.get_vocab():
@@ -180,12 +181,12 @@ def _checked(tokenizer: Any, repository: _Repository, path: pathlib.Path) -> Any
 
 
 def _format(repository: _Repository, path: pathlib.Path) -> _Format | None:
-    """Return the first of the formats whose files are all in `path`."""
+    """Return the first format whose files are all in `path`, or None."""
     return next((one for one in repository.formats if all((path / file).is_file() for file in one.files)), None)
 
 
 def _hub_folder(repository: _Repository) -> pathlib.Path:
-    """Return the tokenizer's folder in the local cache of the Hugging Face hub; download it if necessary."""
+    """Return the tokenizer's folder in the local Hugging Face cache, after a download if necessary."""
     import huggingface_hub
 
     wanted = [*_SETTINGS, *(file for one in repository.formats for file in one.files)]
