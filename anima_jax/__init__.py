@@ -1,6 +1,6 @@
-"""The Anima text-to-image model in JAX. Public names are loaded when they are first used.
+"""The Anima text-to-image model in JAX. Public names are imported on first use.
 
-`AnimaPipeline` generates images; `load_dit`, `load_vae` and `load_text_encoder` load single networks from files.
+`AnimaPipeline` generates images; `load_dit`, `load_vae` and `load_text_encoder` load individual networks from files.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _MODULES = {
     "load_text_encoder": "anima_jax.checkpoints.models",
     "load_vae": "anima_jax.checkpoints.models",
 }
-"""Public name → the module that defines it."""
+"""Public name → module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +41,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Return the installed package's version; of a checkout that is not installed, `<version>+checkout`."""
+    """Return the version of the installed package, or `<version>+checkout` for a checkout that is not installed."""
     import pathlib
     import tomllib
     from importlib import metadata

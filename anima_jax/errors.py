@@ -1,4 +1,4 @@
-"""How a user's mistake is reported: one line per error and exit code 2, never a traceback."""
+"""Reporting of user errors: one line per error and exit code 2, never a traceback."""
 
 import _thread
 import argparse
@@ -17,11 +17,11 @@ P = ParamSpec("P")
 
 
 class UserError(Exception):
-    """One or more mistakes of the user: one argument each, which names the file or key, what was found and expected."""
+    """One or more user errors, one argument each: the file or key, what was found, and what was expected."""
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """The mistakes, each on one line."""
+        """The messages, each on one line."""
         return tuple(" ".join(str(message).split()) for message in self.args)
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'optimizer'?)"` for the name in `known` nearest to `word`, or "" if none is near."""
+    """Return `" (did you mean 'optimizer'?)"` with the name in `known` closest to `word`, or "" if none is close."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -37,20 +37,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def shorten(items: Sequence[str], limit: int = 4) -> str:
     """Join the first `limit` items with commas and say how many more there are.
 
-    Items come from files: each is cut to 200 characters and its control characters are escaped.
+    Items come from files, so each is escaped to printable ASCII and cut to 200 characters.
     """
     shown = ", ".join(ascii(item)[1:-1][:200] for item in items[:limit])
     return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def plural(count: int, noun: str) -> str:
-    """Return "1 tensor" or "2 tensors", "1 tensor of a file" or "2 tensors of a file"."""
+    """Return `count` and the noun in the right number: "1 tensor", "2 tensors", "2 tensors of a file"."""
     head, preposition, rest = noun.partition(" of ")
     return f"{count} {head}{'' if count == 1 else 's'}{preposition}{rest}"
 
 
 def show_value(value: Any) -> str:
-    """Return a setting's value for a message: "not set" for None, at most 80 characters."""
+    """Format a setting's value for a message: "not set" for None, at most 80 characters."""
     if value is None:
         return "not set"
     text = str(value)
@@ -70,9 +70,10 @@ _DISK_ERRORS = (
 
 
 def os_reason(error: BaseException) -> str:
-    """Return the reason of a failed read or write on one line, without the error's number and file name.
+    """Return the reason for a failed read or write on one line, without the error's number and file name.
 
-    Full disks are recognised in the messages of all libraries that write files.
+    A full disk, an exhausted quota and a file size limit are recognised by the text of the error, whichever library
+    raises it.
     """
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     known = (words for pattern, words in _DISK_ERRORS if re.search(pattern, text))
@@ -85,7 +86,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride] - argparse's has four overloads
         self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse as argparse does. Raises UserError with the nearest known flag for an unknown one."""
+        """Parse as argparse does. Raises UserError for an unknown flag, with the nearest known one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -98,19 +99,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 INTERRUPTED = 130
-"""Exit code of a process that the keyboard interrupted, as shells report it."""
+"""Exit code after a keyboard interrupt, as shells report it."""
 
 
 def command_line(main: Callable[P, None]) -> Callable[P, None]:
-    """Decorate the `main` of a program so that it ends without a traceback.
+    """Decorate a program's `main` so that user errors and keyboard interrupts end it without a traceback.
 
-    A `UserError` becomes its lines on stderr, `error: …` each, and exit code 2. A keyboard interrupt becomes one line
-    and exit code 130.
+    A `UserError` is printed on stderr as one `error: …` line per message, with exit code 2. A keyboard interrupt prints
+    one line, with exit code 130.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        # Registered before anything `main` registers, so it runs after all of that.
+        # Registered before everything that `main` registers, so it runs last.
         atexit.register(_exit_without_teardown)
         interrupted = False
         try:
@@ -132,7 +133,7 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def _exit_without_teardown() -> None:
-    """End the process without taking down the interpreter: after an interrupted compilation jaxlib can crash there."""
+    """Exit without interpreter teardown, in which jaxlib can crash after an interrupted compilation."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)
@@ -140,16 +141,16 @@ def _exit_without_teardown() -> None:
 
 @contextlib.contextmanager
 def _interrupts_raised_again() -> Iterator[None]:
-    """Raise a keyboard interrupt again where Python has dropped it.
+    """Re-raise a keyboard interrupt that Python has dropped.
 
     Python drops exceptions raised in callbacks from C code. JAX registers such a callback for garbage collection, and
-    an interrupt during a compilation, which is C code itself, often arrives there.
+    an interrupt during a compilation, which itself runs in C code, often arrives there.
     """
     before = sys.unraisablehook
 
     def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # raised here it would be dropped again
+            threading.Timer(0.05, _thread.interrupt_main).start()  # an error raised here is dropped
         else:
             before(unraisable)
 

@@ -1,6 +1,6 @@
-"""Which model a file contains: the SHA-256 of its bytes, and the name of the release that has it.
+"""Identification of model files: the SHA-256 of the bytes, and the name of the release with that hash.
 
-An adapter's metadata have both of the model that it was trained on, so that its use on another one is noticed.
+An adapter's metadata records both for the model it was trained on, so that its use on another model is detected.
 """
 
 import functools
@@ -16,17 +16,17 @@ RELEASES = (
     ("3c186838", "a082", "Anima aesthetic v1.1"),
     ("fba11953", "f7eb", "Anima turbo v1.1"),
 )
-"""(how the SHA-256 of a release's file begins, how it ends, the release)."""
+"""(first digits of the SHA-256 of a release's file, last digits, release)."""
 
 METADATA_KEYS = (
     ("base_model_sha256", "base_model"),
     ("ss_new_sd_model_hash", "ss_sd_model_name"),
 )
-"""Keys of an adapter's metadata for the model that it was trained on, (hash, name): ours, and sd-scripts'."""
+"""Metadata keys (hash, name) for the model that an adapter was trained on: ours, then sd-scripts'."""
 
 
 class BaseModel(NamedTuple):
-    """A model's file: its SHA-256 and what it is called."""
+    """SHA-256 and name of a model file."""
 
     sha256: str
     name: str
@@ -36,12 +36,15 @@ class BaseModel(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of an adapter that is trained on it."""
+        """Metadata entries for an adapter trained on this model."""
         return dict(zip(METADATA_KEYS[0], self, strict=True))
 
 
 def identify(path: PathLike) -> BaseModel:
-    """Return which model a file contains. It is read from end to end, once in a process."""
+    """Return the SHA-256 of a model file, with the name of its release or else its file name.
+
+    The whole file is read to hash it; the hash is cached by path and modification time.
+    """
     local = locations.resolve(path)
     changed = None if locations.is_remote(local) else os.stat(local).st_mtime_ns
     sha256 = _sha256(local, changed)
@@ -56,7 +59,7 @@ def _sha256(path: str, changed: int | None) -> str:
 
 
 def base_mismatch(adapter_path: str, metadata: Mapping[str, str], base: PathLike) -> str | None:
-    """Return a warning with both names if an adapter was trained on another model than the file `base`."""
+    """Return a warning that names both models if an adapter was trained on another model than `base`, else None."""
     for hash_key, name_key in METADATA_KEYS:
         if trained_hash := metadata.get(hash_key, "").lower():
             found = identify(base)

@@ -1,7 +1,7 @@
-"""Adapters for models of different depths, which others have made of Anima by inserting new blocks.
+"""Remapping of adapters between Anima models of different depths.
 
-28 blocks are Anima, 40 Anima-2.9B, 52 Anima-3.8B. An adapter's blocks keep changing the blocks that they were trained
-on, wherever those are now.
+Anima has 28 blocks. Third parties have inserted new blocks: Anima-2.9B has 40, Anima-3.8B has 52. A remapped adapter
+changes the blocks that it was trained on, at their new positions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ INSERTED = {
     40: (2, 5, 8, 11, 14, 17, 21, 24, 27, 30, 33, 36),
     52: (3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47),
 }
-"""Depth → the numbers of its new blocks; the others are those of the depth before."""
+"""Depth → indices of the inserted blocks; the other blocks are those of the next smaller depth, in order."""
 
 DEPTHS = (28, *INSERTED)
 
@@ -21,8 +21,9 @@ _BLOCKS = "blocks."
 
 
 def depth_map(source: int, target: int) -> dict[int, int]:
-    """Return block number in a model of `source` blocks → its number in one of `target`; new blocks have none.
+    """Return block index in a model of `source` blocks → index in a model of `target` blocks.
 
+    Blocks that the target does not have are left out.
     Raises UserError for an unknown depth.
     """
     for depth in (source, target):
@@ -39,9 +40,10 @@ def depth_map(source: int, target: int) -> dict[int, int]:
 
 
 def depth_mismatch(modules: Iterable[str], weights: Iterable[str]) -> str | None:
-    """Return a message if an adapter's modules end with the last block of another depth than `weights` have, else None.
+    """Return a message if an adapter seems made for another depth than the model's, else None.
 
-    An adapter may leave the last blocks out, but seldom exactly those that a deeper model has more.
+    `modules` are the adapter's and `weights` the model's. An adapter may skip the last blocks of a model, but it rarely
+    ends exactly at the last block of another depth.
     """
     source, target = (1 + max(map(_number, names), default=-1) for names in (modules, weights))
     if source == target or not {source, target} <= set(DEPTHS):
@@ -50,15 +52,15 @@ def depth_mismatch(modules: Iterable[str], weights: Iterable[str]) -> str | None
 
 
 def _number(module: str) -> int:
-    """Number of the transformer's block that a module or a weight is in, −1 outside of them."""
+    """Return the index of the transformer block that contains a module or weight, or −1 outside the blocks."""
     number = module.removeprefix(_BLOCKS).partition(".")[0] if module.startswith(_BLOCKS) else ""
     return int(number) if number else -1
 
 
 def remapped(patches: Mapping[str, Patch], source: int, target: int) -> dict[str, Patch]:
-    """Return the patches of a model of `source` blocks for one of `target`.
+    """Return patches for a model of `source` blocks as patches for a model of `target` blocks.
 
-    Raises UserError with the numbers of blocks that the target does not have.
+    Raises UserError, with the block indices, for blocks that the target (or the source itself) does not have.
     """
     numbers, found, lost = depth_map(source, target), {}, set()
     for module, patch in patches.items():

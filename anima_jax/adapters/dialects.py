@@ -1,8 +1,9 @@
-"""Names in adapter files: every dialect that Anima users have, of every kind of adapter (kinds.py).
+"""Key formats of adapter files: every dialect in use for Anima, for every kind of adapter (kinds.py).
 
-A key is the name of a module, spelled in one of `SPELLINGS`, and an ending that tells the part. Inside this package a
-module is named as in the original files, with `text_encoder.` before the text encoder's, and a part as in ComfyUI.
-Spellings are made from the names of the network and looked up: which `_` stands for a dot is never guessed.
+A key is the name of a module, in one of the formats in `SPELLINGS`, and a suffix for the part. Inside this package,
+modules have their names in the original files, with the prefix `text_encoder.` for the text encoder's, and parts have
+ComfyUI's names. Module names are looked up in a table generated from the network's tensors, so the code never guesses
+whether a `_` stands for a dot.
 """
 
 import dataclasses
@@ -20,14 +21,15 @@ from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 
 Spelling = Callable[[str], str | None]
-"""Module → how a file names it; None if it has no name there."""
+"""Module → its name in one key format, or None if the format has no name for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one family of programs writes an adapter.
+    """The key format of one family of programs.
 
-    `parts` are the endings of the parts that it can express. Without `alpha` there is no place for a scale: it is 1.
+    `parts` maps the parts that it can express to their suffixes. A dialect without `alpha` cannot store a scale, which
+    is then 1.
     """
 
     title: str
@@ -37,7 +39,10 @@ class Dialect:
 
 
 def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool = False) -> Spelling:
-    """The original names behind a prefix, `flat` with `_` for every dot; None where a network has no names."""
+    """Return the format of original names after a prefix, with `_` for every dot if `flat`.
+
+    A network whose prefix is None has no names in the format.
+    """
 
     def spell(module: str) -> str | None:
         before = text_encoder if module.startswith(TEXT_ENCODER) else prefix
@@ -48,7 +53,7 @@ def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool
 
 
 def _diffusers(transformer: str, llm_adapter: str, *, flat: bool = False) -> Spelling:
-    """Diffusers' names of the transformer and its text conditioner, each behind a prefix."""
+    """Return the format of diffusers' names for the transformer and its text conditioner, each after a prefix."""
 
     def spell(module: str) -> str | None:
         if module.startswith(TEXT_ENCODER):
@@ -68,7 +73,7 @@ _COMFYUI_PARTS = {part: f".{part}{_SUFFIXES.get(part, '')}" for part in PARTS}
 COMFYUI = Dialect(
     "ComfyUI", _original("diffusion_model.", "text_encoders.qwen3_06b.transformer.model."), _COMFYUI_PARTS
 )
-"""What the trainer writes too."""
+"""The dialect that the trainer writes."""
 
 DIALECTS = {
     "comfyui": COMFYUI,
@@ -84,7 +89,7 @@ DIALECTS = {
         alpha=False,
     ),
 }
-"""Every dialect that can be written."""
+"""Dialects that can be written."""
 
 _TEXT_ENCODER_PREFIXES = (TEXT_ENCODER, "text_encoder.model.", "base_model.model.model.")
 
@@ -100,18 +105,21 @@ SPELLINGS: tuple[Spelling, ...] = (
     _diffusers("", "text_conditioner."),
     _diffusers("base_model.model.", "base_model.model.text_conditioner."),
 )
-"""Every way to spell a module's name that is read; the first that fits is used."""
+"""Module name formats that can be read."""
 
 
 def modules_by_spelling(spellings: Iterable[str]) -> dict[str, str]:
-    """Spelling → module, for those of `spellings` that are modules of an Anima of any depth."""
+    """Return spelling → module, for the `spellings` that name a module of an Anima model of any depth."""
     spellings = list(spellings)
     known = _known_spellings(spellings)
     return {spelling: known[spelling] for spelling in spellings if spelling in known}
 
 
 def nearest_spelling(key: str) -> str:
-    """`" (did you mean '…'?)"` with the module whose spelling is most like that of a key, if it is none itself."""
+    """Return `" (did you mean '…'?)"` with the known module name closest to that of a key.
+
+    Returns "" if the key's own module is known, or if no name is close.
+    """
     if not (split := split_key(key)):
         return ""
     spelling, known = split[0], _known_spellings(split[:1])
@@ -120,7 +128,7 @@ def nearest_spelling(key: str) -> str:
 
 
 def _known_spellings(spellings: Sequence[str]) -> dict[str, str]:
-    """Every spelling of every module of networks as deep as the numbers in `spellings` say."""
+    """Return spelling → module in every format, for networks as deep as the numbers in `spellings` require."""
     numbered = re.compile(r"(?:blocks|layers)[._](\d{1,3})(?!\d)")
     numbers = {int(number) for spelling in spellings for number in numbered.findall(spelling)}
     return _all_spellings(1 + max(numbers, default=0))
@@ -128,7 +136,7 @@ def _known_spellings(spellings: Sequence[str]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4)
 def _all_spellings(blocks: int) -> dict[str, str]:
-    """Every spelling of every module of networks with this many blocks in each stack."""
+    """Return spelling → module in every format, for networks with `blocks` blocks in each stack."""
     sizes = Qwen3Config(8, blocks, 1, 1, 8, 8, 4)
     _, text_encoder = parameters.abstract(lambda rngs: Qwen3(sizes, rngs=rngs))
     names = dit.tensor_names(blocks) + [TEXT_ENCODER + one.name for one in file_tensors(qwen3.RULES, text_encoder)]
@@ -146,7 +154,7 @@ def _all_spellings(blocks: int) -> dict[str, str]:
 _COLUMN = FileLayout(lambda file: file.reshape(-1), lambda model: model.reshape(-1, 1))
 
 LAYOUTS = {name: LINEAR if len(factor.axes) > 1 else _COLUMN for name, factor in FACTORS.items()}
-"""How a file stores each factor of a layer: a matrix transposed, a vector as a column."""
+"""Layout in files of each factor of one layer: matrices are transposed, vectors are columns."""
 
 _BLOCK_RULES = (
     *dit.RULES,
@@ -158,18 +166,21 @@ MODULE_RULES = tuple(
     for rule in _BLOCK_RULES
     if rule.path.endswith(r"\.kernel") and "{layer}" in rule.name
 )
-"""Path of a module that takes an adapter → its name in files."""
+"""Path of a module that can take an adapter → its name in files."""
 
 ADAPTER_RULES = tuple(
     Rule(rf"{rule.path}\.{name}", f"{COMFYUI.module(rule.name)}{COMFYUI.parts[factor.part]}", LAYOUTS[name])
     for rule in MODULE_RULES
     for name, factor in FACTORS.items()
 )
-"""Names of the trainer's adapter files, which are ComfyUI's."""
+"""Tensor names of the trainer's adapter files, which are ComfyUI's."""
 
 
 def module_names(layers: Mapping[str, int]) -> dict[str, tuple[str, int]]:
-    """Name in files of each layer of stacked modules → the module's path, and the layer. `layers` says how many."""
+    """Return name in files → (path of the stacked module, layer), for every layer.
+
+    `layers` maps the path of each stacked module to its number of layers.
+    """
     abstract = {path: np.broadcast_to(np.uint8(0), (count, 1, 1)) for path, count in layers.items()}
     tensors = file_tensors(MODULE_RULES, abstract)
     return {tensor.name: (tensor.path, tensor.layer) for tensor in tensors if tensor.layer is not None}

@@ -1,7 +1,7 @@
-"""Adapter files of every dialect, into one form and out of it.
+"""Reading and writing of adapter files in every dialect.
 
-`open_adapter` returns an `Adapter`: the name of each module that a file changes, and its `Patch`. `write_adapter`
-writes patches in a dialect, `patches_of` makes them from a model's parameters. The trainer's files have
+`open_adapter` returns an `Adapter`, which maps each module that the file changes to its `Patch`. `write_adapter` writes
+patches in a dialect; `patches_of` makes them from a model's parameters. The trainer's files contain
 `diffusion_model.<module>.lora_A.weight` (rank, in), `….lora_B.weight` (out, rank), and an alpha only where the scale is
 not 1.
 """
@@ -32,14 +32,14 @@ from anima_jax.models.parameters import Params
 UNUSED_SHOWN = 20
 
 ALPHA_IS_RANK = "alpha_is_rank"
-"""Metadata key of a file whose alphas were added only because its dialect wants them."""
+"""Metadata key of a file whose alphas were added only because its dialect requires them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The content of an adapter file: module → patch, and the keys that belong to no module of Anima's.
+    """The contents of an adapter file: module → patch, and the `unused` keys, which belong to no Anima module.
 
-    Modules are named as in the original files, the text encoder's with `text_encoder.` before.
+    Modules have their names in the original files, with the prefix `text_encoder.` for the text encoder's.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Adapter:
 
     @property
     def summary(self) -> str:
-        """Kinds and ranks, for a person."""
+        """Kinds and ranks as text, such as `LoRA of rank 8 to 16`."""
         kinds = [patch.kind for patch in self.patches.values()]
         titles = {kind.name: kind.title for kind in sorted(kinds, key=lambda kind: kind.name)}
         ranks = sorted({patch.rank for patch in self.patches.values() if patch.rank})
@@ -57,7 +57,10 @@ class Adapter:
         return " and ".join(titles.values()) + span + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
     def require_all_used(self, *, allow_unused: bool, advice: str = "") -> None:
-        """Raise UserError for keys that are left over, or warn if they are allowed. `advice` is on the cause."""
+        """Raise UserError if there is no patch or keys are unused; with `allow_unused`, only warn about the keys.
+
+        `advice` on the cause is added to the message.
+        """
         if not self.patches:
             what = accounting.looks_like(self.unused)
             listed = f", with the keys {shorten(self.unused, UNUSED_SHOWN)}" if adapter_kind(self.unused) else ""
@@ -76,17 +79,17 @@ class Adapter:
 
 @contextlib.contextmanager
 def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adapter]:
-    """Open the adapter in a file of any dialect, or in a folder that contains one; its parts are read while it is open.
+    """Open an adapter file of any dialect, or a folder that contains one. Parts are read on demand while it is open.
 
-    Raises UserError for keys that belong to no module of Anima's, unless they are allowed, and for parts that do not
-    belong together.
+    Raises UserError for keys that belong to no Anima module, unless `allow_unused`, and for parts that do not form an
+    adapter.
     """
     with SafetensorsFile(file_of(path)) as file:
         yield adapter_in(file, allow_unused=allow_unused)
 
 
 def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
-    """As `open_adapter`, of a file that is open already."""
+    """Return the adapter in a file that is already open. Raises UserError as `open_adapter` does."""
     adapter = read_adapter(file)
     adapter.require_all_used(allow_unused=allow_unused)
     for module, patch in adapter.patches.items():
@@ -96,7 +99,10 @@ def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
 
 
 def file_of(path: PathLike) -> PathLike:
-    """Return the one safetensors file in a folder, as the trainer writes them; any other path unchanged."""
+    """Return the only safetensors file in a folder, such as the trainer writes; any other path is returned unchanged.
+
+    Raises UserError unless the folder contains exactly one.
+    """
     if locations.is_remote(path) or not os.path.isdir(path):
         return path
     files = sorted(pathlib.Path(path).glob("*.safetensors"))
@@ -106,7 +112,7 @@ def file_of(path: PathLike) -> PathLike:
 
 
 def read_adapter(file: SafetensorsFile) -> Adapter:
-    """Return the adapter in an open file, with all that is left over, and without a check that its parts fit."""
+    """Return the adapter in an open file with its unused keys, without checking that its parts fit together."""
     keys = {key: split for key in file.tensors if (split := split_key(key))}
     known = dialects.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
     parts: dict[str, dict[str, Part]] = {}
@@ -114,7 +120,7 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
         if spelling not in known:
             continue
         module, name = known[spelling], part
-        if module.endswith(".bias"):  # ComfyUI's way to name a bias's difference
+        if module.endswith(".bias"):  # ComfyUI's name for a bias difference
             module, name = module.removesuffix(".bias"), "diff_b" if part == "diff" else part
         own, tensor = parts.setdefault(module, {}), file.tensors[key]
         if name in own:
@@ -134,11 +140,11 @@ def _without_idle_alpha(patch: Patch) -> Patch:
 
 
 def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
-    """Return the part of an adapter that changes one of `weights`, tensors' names (`….weight`) and shapes.
+    """Return the part of an adapter that changes `weights` (tensor name, such as `….weight`, → shape).
 
-    Prints how many modules matched. Warns of an adapter that seems made for fewer blocks, which fits but changes the
-    wrong ones. Raises UserError, with the names of the modules, for what changes none, unless that is allowed, and for
-    a patch of another shape.
+    Prints how many modules matched. Warns about an adapter that seems made for fewer blocks, which fits but changes the
+    wrong ones. Raises UserError if nothing matches, if a patch has another shape than its weight, and, unless
+    `allow_unused`, if some parts match no weight; the message lists their keys.
     """
     found = {module: _present(weights, module, patch) for module, patch in adapter.patches.items()}
     found = {module: patch for module, patch in found.items() if patch.parts}
@@ -163,7 +169,7 @@ def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_un
 
 
 def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:
-    """The parts that change a weight or a bias that there is."""
+    """Return the patch without parts whose weight or bias the model does not have."""
     has = {name: f"{module}.{'bias' if name == 'diff_b' else 'weight'}" in weights for name in patch.parts}
     return Patch({name: part for name, part in patch.parts.items() if has[name]})
 
@@ -179,10 +185,11 @@ def write_adapter(
     dtype: DTypeLike | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Write an adapter in a dialect, `dtype` None keeping each part's; return messages on what was written differently.
+    """Write an adapter in a dialect and return messages about changed values.
 
-    Where the dialect has no place for a scale (alpha / rank), it is multiplied into lora_B. The file appears whole or
-    not at all. Raises UserError, naming the modules, for what the dialect cannot express.
+    `dtype` None keeps the dtype of each part. If the dialect cannot store a scale (alpha / rank), the scale is
+    multiplied into lora_B. The file appears only when it is complete. Raises UserError, with the names of the modules,
+    for parts that the dialect cannot express.
     """
     metadata, messages = dict(metadata or {}) or {"format": "pt"}, []
     if dialect is DIALECTS["kohya"] and not any("alpha" in patch.parts for patch in patches.values()):
@@ -201,7 +208,10 @@ def write_adapter(
 
 
 def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dtype: np.dtype | None) -> dict[str, Part]:
-    """Key → part in a dialect's names and a dtype. UserError if the dialect has no name for a module or a part."""
+    """Return key → part in a dialect's names and in `dtype`.
+
+    Raises UserError if the dialect has no name for a module or a part.
+    """
     parts: dict[str, Part] = {}
     lost: dict[str, list[str]] = {}
     for module, patch in patches.items():
@@ -221,7 +231,7 @@ def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dty
 
 
 def _folded(patch: Patch) -> Patch:
-    """A LoRA with its scale in lora_B and no alpha; any other patch unchanged."""
+    """Return a LoRA with its scale multiplied into lora_B and no alpha; return any other patch unchanged."""
     if not patch.parts.keys() >= {"alpha", "lora_B"}:
         return patch
     left, scale = patch.parts["lora_B"], np.float32(patch.scale)
@@ -238,7 +248,10 @@ def _cast(part: Part, name: str, dtype: np.dtype | None) -> Part:
 
 
 def patches_of(params: Params, specs: Mapping[str, AdapterSpec]) -> dict[str, Patch]:
-    """Return the adapters among a model's parameters, without layers of rank 0 and what lies beyond a layer's rank."""
+    """Return module → patch for the adapters in a model's parameters.
+
+    Layers of rank 0 are left out, and factors are cut to their layer's own rank.
+    """
     patches = {}
     for module, (path, layer) in module_names({path: len(spec.ranks) for path, spec in specs.items()}).items():
         spec = specs[path]
@@ -253,7 +266,7 @@ def patches_of(params: Params, specs: Mapping[str, AdapterSpec]) -> dict[str, Pa
 
 
 def _layer_part(stacked: Any, factor: str, layer: int, shape: tuple[int, ...]) -> Part:
-    """One layer's factor, of this shape at the layer's own rank, as a file has it."""
+    """Return one layer's factor in the layout of files, cut to `shape`, which has the layer's own rank."""
     layout = LAYOUTS[factor]
 
     def read() -> np.ndarray:

@@ -1,15 +1,15 @@
-"""The kinds of adapters: one table, from which everything that depends on an adapter's kind follows.
+"""The table of adapter kinds: the only definition of everything that depends on the kind of an adapter.
 
-Names in files, shapes, sharding, starting values, arithmetic on devices and on the host, FLOPs, `[adapter] type` and
-PEFT's settings are read from `KINDS`; to add a kind is to add a row. In the layout of files, where W is (out, in):
+Names in files, shapes, sharding, initial values, arithmetic on devices and on the host, FLOPs, `[adapter] type` and
+PEFT's settings are read from `KINDS`; adding a kind means adding a row. In the layout of files, where W is (out, in):
 
 lora   ΔW = s · B A (arXiv 2106.09685)
-dora   W + ΔW = m ⊙ (W + s · B A) / ‖W + s · B A‖, a norm for each output (2402.09353)
-lokr   ΔW = s · w1 ⊗ w2, each a matrix or a product of two (2212.10650, LyCORIS)
+dora   W + ΔW = m ⊙ (W + s · B A) / ‖W + s · B A‖, one norm per output (2402.09353)
+lokr   ΔW = s · w1 ⊗ w2, each a matrix or a product of two matrices (2212.10650, LyCORIS)
 loha   ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) (2108.06098)
 diff   ΔW itself, in files only
 
-s is alpha / rank. Parameters are a file's factors transposed. Nothing is imported here that would import JAX: the
+s is alpha / rank. A model's parameters are the transposed factors. This module must not import JAX, because the
 configuration reads the table too.
 """
 
@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Factor → shape of its parameter in one layer."""
+"""Factor name → shape of its parameter in one layer."""
 
 SCALE = "lora_scale"
-"""Last word of the path of s, one number for each layer, which is not trained."""
+"""Last component of the path of s, which is one number per layer and is not trained."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A matrix or a vector that an adapter consists of.
+    """A matrix or vector of an adapter.
 
-    `name` is the last word of its parameter's path and `axes` are the parameter's in one layer: "in" and "out" for the
-    features of the adapted layer, "rank", or any other word. A fresh factor is zero or drawn, as PEFT does it. In files
-    it is called `part` (ComfyUI's name), keys end in one of `endings` (a regular expression), and we write `.<part>`
-    and `suffix`.
+    `name` is the last component of its parameter's path. `axes` are the axes of the parameter in one layer: "in" and
+    "out" for the features of the adapted layer, "rank", or any other label. As in PEFT, a new factor is zero if `zero`,
+    else random. In files the factor is called `part` (ComfyUI's name): keys are read if they end in `endings` (a
+    regular expression), and written with the ending `.<part>` plus `suffix`.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Factor:
 
 
 class Product(NamedTuple):
-    """A matrix that is the product of `factors`, the output's first, or in place of it one `matrix`."""
+    """A matrix that is stored either as the product of `factors`, the output side first, or as one `matrix`."""
 
     factors: tuple[Factor, ...]
     matrix: Factor | None = None
 
 
 class Operations(NamedTuple):
-    """What a kind's forward in JAX uses of the layer that it belongs to.
+    """Operations of the adapted layer that a kind's forward pass in JAX uses.
 
-    `linear(x, kernel)` is the networks' matrix product. `scaled(h)` is s · h. `dropped(h, rescaled)` leaves features of
-    h out, as `rank_dropout` asks for, and enlarges the others if `rescaled`. `recomputed(function)` is the function
-    whose intermediate results the backward computes again instead of keeping them.
+    `linear(x, kernel)` is the networks' matrix product. `scaled(h)` is s · h. `dropped(h, rescaled)` applies
+    `rank_dropout`: it zeroes features of h and, if `rescaled`, scales the others up. `recomputed(function)` is the
+    function with its intermediate results recomputed in the backward pass instead of stored.
     """
 
     linear: Callable[[Any, Any], Any]
@@ -73,24 +73,25 @@ class Operations(NamedTuple):
 
 
 Factors = Mapping[str, Any]
-"""Factor → array of one layer."""
+"""Factor name → array of one layer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterKind:
     """A row of the table.
 
-    `products` are what ΔW consists of: their Kronecker product, or the elementwise one if `elementwise`. With a
-    `magnitude` each output's weights then get a trained norm.
+    ΔW is the Kronecker product of `products`, or the elementwise product if `elementwise`. With a `magnitude`, the
+    weights of each output are then rescaled to a trained norm.
 
-    `forward` is s · ΔW x in JAX; without it the kind is found in files, but cannot be trained.
+    `forward` returns s · ΔW x in JAX; a kind without it can be read from files, but not trained.
 
-    `shapes(rank, in, out, decompose_factor)` are a fresh adapter's. `rows(shapes, rows)` are the rows that each factor
-    is multiplied with when the layer's input has `rows`, in the order of the forward: the first takes that input, the
-    others another factor's output; one that is left out has no product of its own.
+    `shapes(rank, in, out, decompose_factor)` returns the shapes of a new adapter. `rows(shapes, rows)` returns the
+    number of rows that each factor multiplies when the layer's input has `rows` rows, in the order of the forward pass:
+    the first factor multiplies the input, the others multiply another factor's output. A factor without an entry has no
+    product of its own.
 
-    `peft_type` is None for a kind that PEFT does not have; `peft_keys` are keys of `[adapter]` that its settings have
-    by the same name.
+    `peft_type` is None for a kind that PEFT does not support; `peft_keys` are the keys of `[adapter]` that PEFT's
+    settings have under the same name.
     """
 
     name: str
@@ -106,16 +107,16 @@ class AdapterKind:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """All of them, alternatives too."""
+        """All factors, including the alternatives."""
         found = [factor for factors, matrix in self.products for factor in (*factors, matrix) if factor]
         return (*found, self.magnitude) if self.magnitude else tuple(found)
 
     def combine(self, matrices: Iterable[np.ndarray]) -> np.ndarray:
-        """ΔW / s from the products."""
+        """Return ΔW / s from the products."""
         return functools.reduce(np.multiply if self.elementwise else np.kron, matrices)
 
     def combined_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        """Shape of ΔW for products of these shapes; None if they do not fit together."""
+        """Return the shape of ΔW for products of these shapes, or None if they do not fit together."""
         if self.elementwise:
             return shapes[0] if len(set(shapes)) == 1 else None
         return tuple(map(math.prod, zip(*shapes, strict=True)))
@@ -153,11 +154,11 @@ def _lora(ops: Operations, x: Any, factors: Factors) -> Any:
 
 
 def _dora_rows(shapes: Shapes, rows: int) -> dict[str, float]:
-    """The norm takes the product of A with the frozen weights."""
+    """Count rows as for LoRA, plus the product of A with the frozen weights, which the norm needs."""
     return {"lora_a": rows + shapes["lora_b"][1], "lora_b": rows}
 
 
-# ---- LoKr: features in are m · p, features out k · q, w1 is (m, k) and w2 (p, q) -------------------------------------
+# ---- LoKr: in = m · p and out = k · q features, w1 is (m, k) and w2 is (p, q) -------------------------------------
 
 _W1 = Factor("lokr_w1", ("m", "k"), zero=True)
 _W1_A, _W1_B = Factor("lokr_w1_a", ("rank", "k"), zero=True), Factor("lokr_w1_b", ("m", "rank"))
@@ -169,10 +170,10 @@ _W2, _W2_A, _W2_B = (
 
 
 def factorised(features: int, limit: int) -> tuple[int, int]:
-    """`features` as a product of two, the first not the larger: LyCORIS' choice.
+    """Return two factors of `features`, chosen as in LyCORIS.
 
-    A `limit` that divides it is the first factor. Else that is the largest divisor up to the limit, if there is one
-    (not −1), for which the factors' sum falls with each divisor before it.
+    The first is `limit` if that divides `features`. Otherwise it is the largest divisor that is not above the square
+    root of `features` and not above `limit`, where −1 means no limit.
     """
     if limit > 0 and features % limit == 0:
         return limit, features // limit
@@ -182,7 +183,7 @@ def factorised(features: int, limit: int) -> tuple[int, int]:
 
 
 def _lokr_shapes(rank: int, features_in: int, features_out: int, decompose_factor: int) -> Shapes:
-    """As PEFT chooses them: a second factor whose rank is no restriction is one matrix."""
+    """Return the shapes that PEFT chooses: w2 is one matrix if the rank is at least half of its larger side."""
     (m, p), (k, q) = (factorised(features, decompose_factor) for features in (features_in, features_out))
     if rank >= max(p, q) / 2:
         return {"lokr_w1": (m, k), "lokr_w2": (p, q)}
@@ -190,7 +191,7 @@ def _lokr_shapes(rank: int, features_in: int, features_out: int, decompose_facto
 
 
 def _lokr(ops: Operations, x: Any, factors: Factors) -> Any:
-    """One factor after the other; their Kronecker product is never formed. PEFT's dropout enlarges nothing here."""
+    """Apply one factor after the other, without forming the Kronecker product. As in PEFT, dropout does not rescale."""
     out = x.reshape(*x.shape[:-1], factors["lokr_w1"].shape[0], -1)
     for name in ("lokr_w2",) if "lokr_w2" in factors else ("lokr_w2_b", "lokr_w2_a"):
         out = ops.linear(out, factors[name])
@@ -216,7 +217,7 @@ def _loha_shapes(rank: int, features_in: int, features_out: int, _: int) -> Shap
 
 
 def _loha(ops: Operations, x: Any, factors: Factors) -> Any:
-    """ΔW is formed, one layer's at a time."""
+    """Form ΔW, for one layer at a time, and multiply by it."""
 
     def product(x: Any, w1_b: Any, w1_a: Any, w2_b: Any, w2_a: Any) -> Any:
         return ops.linear(x, ops.linear(w1_b, w1_a) * ops.linear(w2_b, w2_a))
@@ -226,7 +227,7 @@ def _loha(ops: Operations, x: Any, factors: Factors) -> Any:
 
 
 def _loha_rows(shapes: Shapes, rows: int) -> dict[str, float]:
-    """Both products of factors are formed, and ΔW is multiplied with the rows: all of it is counted for one factor."""
+    """Count the two products of factors and the product of the rows with ΔW, all of them under one factor."""
     rank, features_out = shapes["hada_w1_a"]
     return {"hada_w1_b": features_out * (2 + rows / rank)}
 
@@ -280,34 +281,35 @@ _ROWS = (
 )
 
 KINDS = {kind.name: kind for kind in _ROWS}
-"""Every kind by its name."""
+"""Name → kind."""
 
 TRAINABLE = tuple(name for name, kind in KINDS.items() if kind.forward)
-"""The values of `[adapter] type`."""
+"""Values of `[adapter] type`."""
 
 FACTORS = {factor.name: factor for name in TRAINABLE for factor in KINDS[name].factors}
-"""Every trained parameter by the last word of its path."""
+"""Last component of a trained parameter's path → its factor."""
 
 PARTS: Mapping[str, str] = {
     **{factor.part: factor.endings for kind in KINDS.values() for factor in kind.factors},
     "alpha": "alpha",
     "diff_b": "(diff_b|b_norm)",
 }
-"""Part of an adapter in a file → how keys end that hold it. `alpha` is a number, `diff_b` is added to a bias."""
+"""Part of an adapter in a file → pattern for the endings of its keys. `alpha` is a number, `diff_b` changes a bias."""
 
 _PART = re.compile(r"\.(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in PARTS.items()) + ")$")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The module's spelling and the part in an adapter file's key; None if it ends in no known part."""
+    """Split an adapter file's key into module name and part; return None if it does not end in a known part."""
     match = _PART.search(key)
     return (key[: match.start()], match.lastgroup) if match and match.lastgroup else None
 
 
 def kind_of(parts: Iterable[str]) -> AdapterKind | None:
-    """The kind that these parts make up; None if they make up none.
+    """Return the kind of an adapter with these parts, or None if they do not belong to a kind.
 
-    It is the first in the table of which there is a matrix, or a later one that has all that this one has, and more.
+    It is the first kind in the table with one of its matrices among the parts, unless a later kind has all of the same
+    parts and more.
     """
     parts, best, explained = set(parts), None, set()
     for kind in KINDS.values():
@@ -319,5 +321,5 @@ def kind_of(parts: Iterable[str]) -> AdapterKind | None:
 
 
 def adapter_kind(keys: Iterable[str]) -> AdapterKind | None:
-    """The kind of the adapter in a file with these keys; None if it is no adapter."""
+    """Return the kind of the adapter in a file with these keys, or None if there is no adapter."""
     return kind_of(split[1] for key in keys if (split := split_key(key)))

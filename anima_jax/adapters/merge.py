@@ -1,7 +1,7 @@
-"""Adapters added to weights: to a checkpoint's tensors, or to a model's parameters.
+"""Merging of adapters into weights: a checkpoint's tensors or a model's parameters.
 
-All arithmetic is in float32 from the base's values, one weight at a time, rounded once to the base's dtype, as ComfyUI
-does it. So a merged file and a base with its adapters loaded have the same numbers.
+As in ComfyUI, each weight is computed in float32 from the base's value and rounded once to the base's dtype. A merged
+file therefore has the same numbers as the base with its adapters loaded.
 """
 
 import contextlib
@@ -28,18 +28,21 @@ from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
 
 Weight = float | Mapping[str, float]
-"""An adapter's weight: one for all of it, or one for each part of the network, by how its modules' names begin.
+"""An adapter's weight: one number, or one number per part of the network, with prefixes of module names as keys.
 
-`blocks.0-9` are ten blocks, `blocks.3.mlp` is a part of one, `llm_adapter` and `text_encoder` whole networks. The
-longest beginning that fits a module is used; a module that none fits has the weight of `""`, or 1.
+`blocks.0-9` are ten blocks, `blocks.3.mlp` is a part of one block, `llm_adapter` and `text_encoder` are whole networks.
+A module has the weight of the longest matching prefix; if none matches, it has the weight of `""`, or else 1.
 """
 
 Changes = Mapping[str, Sequence[tuple[Patch, float]]]
-"""Tensor → the patches that change it, in this order, each at a strength."""
+"""Tensor name → the patches that change it, in this order, each with its strength."""
 
 
 def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
-    """Return module → strength. Raises UserError for a part without a module of the adapter, or no finite number."""
+    """Return module → strength.
+
+    Raises UserError for a weight that is not finite, and for a part that matches no module of the adapter.
+    """
     for value in weight.values() if isinstance(weight, Mapping) else [weight]:
         if not math.isfinite(value):
             raise UserError(f"{adapter.path}: weight {value}, expected a finite number")
@@ -57,7 +60,7 @@ def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
 
 
 def _within(part: str, module: str) -> bool:
-    """Whether `module` begins with `part`, whose numbers may be ranges."""
+    """Return whether `module` begins with `part`, in which numbers may be ranges."""
     wanted, names = part.split("."), module.split(".")
     return len(wanted) <= len(names) and all(map(_same, wanted, names))
 
@@ -75,10 +78,11 @@ def matched(
     base: PathLike | None = None,
     allow_unused: bool = False,
 ) -> list[Adapter]:
-    """Return the adapters in open files, as far as they change tensors of these shapes.
+    """Return the adapters in open files, reduced to the patches of the tensors in `shapes`.
 
-    Tensors are named as in the original files, the text encoder's with `text_encoder.` before. Prints how many modules
-    matched, and warns of an adapter that was trained on another model than the file `base`.
+    Tensors have their names in the original files, with the prefix `text_encoder.` for the text encoder's. Prints how
+    many modules matched, and warns about an adapter that was trained on another model than the file `base`. Raises
+    UserError as `open_adapter` and `fitted` do.
     """
     adapters = []
     for file in files:
@@ -90,7 +94,7 @@ def matched(
 
 
 def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
-    """Return what the adapters change at these weights, one for each."""
+    """Return the changes that the adapters make at these weights, one weight per adapter."""
     found: dict[str, list[tuple[Patch, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module, strength in strengths(adapter, weight).items():
@@ -105,7 +109,7 @@ def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
 def merged(
     name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
 ) -> np.ndarray:
-    """Return the tensor `name` of a file with all of `patches` applied to it, in this dtype, or its own."""
+    """Return `values`, the tensor `name` of a file, with all `patches` applied; `dtype` None keeps its dtype."""
     weight = copying.contiguous(values).astype(FLOAT32)
     for patch, strength in patches:
         if strength == 0.0:
@@ -118,10 +122,9 @@ def merged(
 
 
 class AdapterStack:
-    """Adapters on the parameters of a transformer and a text encoder, at weights that can be changed.
+    """Adapters on the parameters of a transformer and a text encoder, with weights that can be changed.
 
-    The values that the parameters have without adapters stay in host memory, so that every change starts from them. The
-    files stay open.
+    Host memory keeps the parameters' values without adapters, from which every change starts. The files stay open.
     """
 
     def __init__(
@@ -151,9 +154,9 @@ class AdapterStack:
         self._shardings = {path: getattr(params[path], "sharding", None) for path in self._tensors}
 
     def at(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
-        """Return the changed parameters at these weights, one for each adapter: the transformer's, the text encoder's.
+        """Return the changed parameters of the transformer and of the text encoder, given one weight per adapter.
 
-        Raises UserError for another number of weights, or a part of the network that an adapter does not change.
+        Raises UserError for a wrong number of weights, or for a part of the network that an adapter does not change.
         """
         if len(weights) != len(self._adapters):
             raise UserError(f"found {len(weights)} weights, expected one for each of {len(self._adapters)} LoRAs")
@@ -166,7 +169,7 @@ class AdapterStack:
         )
 
     def _placed(self, path: str, values: np.ndarray) -> Any:
-        """The values where the parameter was, which may be host memory."""
+        """Return the values with the parameter's sharding, or in host memory if the parameter has none."""
         sharding = self._shardings[path]
         if sharding is None:
             return values
@@ -182,7 +185,7 @@ class AdapterStack:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """Split `FILE` or `FILE:WEIGHT` into path and weight, 1 by default. Raises UserError for any other weight."""
+    """Split `FILE` or `FILE:WEIGHT` into path and weight (default 1). Raises UserError unless the weight is finite."""
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text) or weight.startswith("//"):
         return text, 1.0

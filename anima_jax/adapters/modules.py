@@ -1,10 +1,10 @@
-"""Adapters beside the frozen weights of linear layers: the layer, where it goes, fresh values, and dropout.
+"""Adapters on frozen linear layers: the adapted layer, its place in a model, initial values, and dropout.
 
-The blocks of a network are stacked, so their adapters are too: at the largest rank of any layer, with zeros beyond a
-layer's own. Those have no gradient and stay zero; a layer without adapter has s = 0.
+The blocks of a network are stacked, and so are their adapters: they have the largest rank of any layer, with zeros
+beyond each layer's own rank. The zeros have no gradient and stay zero; a layer without an adapter has s = 0.
 
-Axes: n layers, b batch, i and o features in and out, r rank. Kernels and factors are stored as (…, in, out), the
-transpose of what files have.
+Axes: n layers, b batch, i input features, o output features, r rank. Kernels and factors are stored as (…, in, out),
+the transpose of the layout in files.
 """
 
 import functools
@@ -23,11 +23,11 @@ from anima_jax.models.parameters import Params, quick_jit
 from anima_jax.models.quantised import Quantised
 
 STACKS = ("blocks.", "llm_adapter.blocks.", "layers.", "text_encoder.layers.")
-"""Where adapters go: linear layers of stacked blocks, the transformer's, its LLM adapter's, the text encoder's."""
+"""Path prefixes of layers that can take adapters: in the blocks of transformer, LLM adapter and text encoder."""
 
 
 class AdapterSpec(NamedTuple):
-    """An adapter on one module: its kind, its factors' shapes in one layer, and its rank in each layer (0: none)."""
+    """An adapter on one module: kind, shapes of the factors in one layer, and rank in each layer (0: no adapter)."""
 
     kind: str
     shapes: Shapes
@@ -35,24 +35,24 @@ class AdapterSpec(NamedTuple):
 
     @property
     def ranked(self) -> bool:
-        """Whether there is a rank: not in a LoKr of two matrices."""
+        """Whether the factors have a rank; those of a LoKr with two matrices do not."""
         return any("rank" in FACTORS[factor].axes for factor in self.shapes)
 
     def layer_shape(self, factor: str, layer: int) -> tuple[int, ...]:
-        """Shape of a factor in this layer, at its own rank."""
+        """Return the shape of a factor in this layer, at the layer's own rank."""
         axes = zip(FACTORS[factor].axes, self.shapes[factor], strict=True)
         return tuple(self.ranks[layer] if axis == "rank" else size for axis, size in axes)
 
 
 def adapter_spec(kind: str, kernel: tuple[int, ...], ranks: Sequence[int], decompose_factor: int = -1) -> AdapterSpec:
-    """A fresh adapter for a kernel of this shape (n, i, o)."""
+    """Return the spec of a new adapter for a kernel of shape (n, i, o)."""
     return AdapterSpec(kind, KINDS[kind].shapes(max(ranks), kernel[1], kernel[2], decompose_factor), tuple(ranks))
 
 
 class AdaptedLinear(nnx.Module):
-    """A linear layer of stacked blocks with an adapter beside it.
+    """A linear layer of stacked blocks with an adapter.
 
-    All factors and `lora_scale` start at zero, which changes nothing.
+    All factors and `lora_scale` start at zero, so the adapter changes nothing yet.
     """
 
     def __init__(self, base: Linear, spec: AdapterSpec):
@@ -77,7 +77,7 @@ class AdaptedLinear(nnx.Module):
         return out if bias is None else out + bias.astype(x.dtype)
 
     def _update(self, x: Array, factors: Mapping[str, Array]) -> Array:
-        """What the adapter adds, s · ΔW x."""
+        """Return s · ΔW x, which the adapter adds to the output."""
         forward = KINDS[self.kind].forward
         assert forward is not None
         recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -85,7 +85,7 @@ class AdaptedLinear(nnx.Module):
         return forward(operations, self._dropped(x), factors)
 
     def _relative_magnitude(self, factors: Mapping[str, Array]) -> Array:
-        """A DoRA's magnitudes (o) divided by the norms that the weights have, 1 in a layer without adapter."""
+        """Return a DoRA's magnitudes (o) divided by the norms of the weights, or 1 in a layer without an adapter."""
         kernel, scale = self.kernel[...], self.lora_scale[...]
         norm_o = jax.checkpoint(_norm, prevent_cse=False)(kernel, factors["lora_a"], factors["lora_b"], scale)
         divisor_o = jnp.where((scale == 0) | (norm_o == 0), 1.0, norm_o)
@@ -95,20 +95,20 @@ class AdaptedLinear(nnx.Module):
         return (x.astype(jnp.float32) * self.lora_scale[...]).astype(x.dtype)
 
     def _ranks_dropped(self, x: Array, rescaled: bool) -> Array:
-        """`x` (b, …, r), in training without some of its features: an example drops the same in all of its rows."""
+        """Return `x` (b, …, r), in training with some features dropped: the same ones in all rows of an example."""
         if self.keys is None or not self.rank_dropout:
             return x
         kept = self._kept((1,) * (x.ndim - 2) + x.shape[-1:], self.rank_dropout, 1)
         return x * (kept if rescaled else kept > 0).astype(x.dtype)
 
     def _dropped(self, x: Array) -> Array:
-        """`x` (b, …, i), or in training some of its values zero and the others larger."""
+        """Return `x` (b, …, i), in training with dropout: some values are zero and the others are scaled up."""
         if self.keys is None or not self.dropout:
             return x
         return x * self._kept(x.shape[1:], self.dropout, 0).astype(x.dtype)
 
     def _kept(self, shape: tuple[int, ...], rate: float, which: int) -> Array:
-        """For each example 1 / (1 − rate) where its key keeps a value, else 0."""
+        """Return 1 / (1 − rate) where the example's key keeps a value, else 0. `which` selects independent draws."""
 
         def one(key: Array) -> Array:
             return jax.random.uniform(jax.random.fold_in(key, which), shape) >= rate
@@ -122,7 +122,7 @@ def _weights(kernel: Array | Quantised) -> Array:
 
 
 def _norm(kernel: Array | Quantised, a_ir: Array, b_ro: Array, scale: Array) -> Array:
-    """‖W + s · B A‖ of each output, from ‖W‖², WᵀA and AᵀA: without the sum and without a gradient."""
+    """Return ‖W + s · B A‖ of each output from ‖W‖², WᵀA and AᵀA, without forming the sum and without a gradient."""
     weights_io, a_ir, b_ro = (jax.lax.stop_gradient(x) for x in (_weights(kernel), _weights(a_ir), _weights(b_ro)))
     cross_o = jnp.sum((a_ir.T @ weights_io) * b_ro, axis=0)
     update_o = jnp.sum((a_ir.T @ a_ir @ b_ro) * b_ro, axis=0)
@@ -134,28 +134,28 @@ def _norm(kernel: Array | Quantised, a_ir: Array, b_ro: Array, scale: Array) -> 
 
 
 def target_modules(model: nnx.Module) -> dict[str, Linear]:
-    """Path → layer of every linear layer that can take an adapter."""
+    """Return path → layer for every linear layer that can take an adapter."""
     modules = ((".".join(map(str, path)), module) for path, module in nnx.iter_modules(model))
     found = {path: module for path, module in modules if isinstance(module, Linear)}
     return {path: found[path] for path in sorted(found) if path.startswith(STACKS)}
 
 
 def target_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Path → shape (n, i, o) of the kernel of every linear layer that can take an adapter."""
+    """Return path → kernel shape (n, i, o) for every linear layer that can take an adapter."""
     return {path: base.kernel.shape for path, base in target_modules(model).items()}
 
 
 def adapted(model: nnx.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Path and layer of every adapter on the model."""
+    """Yield path and layer of every adapter on the model."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLinear):
             yield ".".join(map(str, path)), module
 
 
 def attach(model: nnx.Module, specs: Mapping[str, AdapterSpec]) -> None:
-    """Put an adapter that changes nothing yet on each module of `specs`, by path, in place.
+    """Attach to each module in `specs` (by path), in place, an adapter that changes nothing yet.
 
-    Works on an abstract model too. Raises KeyError for a path that takes no adapter.
+    Works on an abstract model too. Raises KeyError for a path that cannot take an adapter.
     """
     targets = target_modules(model)
     for path, spec in specs.items():
@@ -164,7 +164,7 @@ def attach(model: nnx.Module, specs: Mapping[str, AdapterSpec]) -> None:
 
 
 def drop(model: nnx.Module, keys_b: Array, dropout: float, rank_dropout: float) -> None:
-    """From now on the adapters of `model` drop inputs and ranks, in place; each example's own by its key."""
+    """Switch on dropout of inputs and ranks in the adapters of `model`, in place, with one random key per example."""
     fold_b = jax.vmap(jax.random.fold_in, (0, None))
     fold_nb = jax.vmap(fold_b, (None, 0))
     for path, module in adapted(model):
@@ -174,7 +174,7 @@ def drop(model: nnx.Module, keys_b: Array, dropout: float, rank_dropout: float) 
 
 
 def is_factor(path: str) -> bool:
-    """Whether the parameter at `path` is an adapter's to train."""
+    """Return whether the parameter at `path` is a trained factor of an adapter."""
     return path.rpartition(".")[2] in FACTORS
 
 
@@ -184,11 +184,11 @@ def is_factor(path: str) -> bool:
 def initial(
     params: Params, specs: Mapping[str, AdapterSpec], seed: int, shardings: Mapping[str, Any] | None = None
 ) -> Params:
-    """Fresh values, float32, of the adapters' trained parameters among `params`; together they change nothing.
+    """Return initial values in float32 for the adapters' trained parameters in `params`; they change nothing yet.
 
-    What does not start at zero is uniform within ±1/sqrt(fan in) (Kaiming with a = sqrt(5)), as PEFT draws it. A fresh
-    magnitude is the norm of the frozen weight, so `params` has to contain the module's kernel. `shardings` are those of
-    the result.
+    Factors that do not start at zero are uniform within ±1/sqrt(fan in) (Kaiming with a = sqrt(5)), as in PEFT. A
+    magnitude starts as the norm of the frozen weight, so `params` must contain the module's kernel. `shardings` are
+    those of the result.
     """
     fresh = tuple(
         _Fresh(path, leaf.shape, tuple(specs[path.rpartition(".")[0]].ranks))
@@ -201,7 +201,7 @@ def initial(
 
 
 class _Fresh(NamedTuple):
-    """A parameter to draw: its path and shape, and its module's rank in each layer."""
+    """A parameter to draw: its path and shape, and the rank of its module in each layer."""
 
     path: str
     shape: tuple[int, ...]
@@ -212,7 +212,7 @@ class _Fresh(NamedTuple):
 def _drawing(
     fresh: tuple[_Fresh, ...], seed: int, shardings: tuple[tuple[str, Any], ...]
 ) -> Callable[[Params], Params]:
-    """A program that draws the parameters; it takes the kernels whose norms are magnitudes."""
+    """Return a jitted function that draws the parameters, given the kernels whose norms are initial magnitudes."""
 
     def draw(kernels: Params) -> Params:
         key = jax.random.key(seed)

@@ -1,9 +1,9 @@
-"""What an adapter does to one weight, from whichever dialect, and its arithmetic on the host in float32.
+"""The change that an adapter makes to one weight, independent of dialects, computed on the host in float32.
 
-Arrays are as in files: a weight W is (out, in), an update ΔW too. The table of kinds (kinds.py) says what ΔW consists
-of. `dora_scale`, (out, 1) or (1, in), which any kind may have in a file, is the norm that W + ΔW gets along the other
-axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead where it is (out, 1), so such a
-file has a slightly different effect there.
+Arrays have the layout of files: a weight W and an update ΔW are (out, in). The table of kinds (kinds.py) defines how ΔW
+is formed. `dora_scale`, (out, 1) or (1, in), may accompany any kind in a file. It is the norm of W + ΔW along the other
+axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead if it is (out, 1), so such a file
+has a slightly different effect there.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FLOAT32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of an adapter, read when it is needed. `key` is its name in its file."""
+    """One tensor of an adapter, read on demand. `key` is its name in the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -31,44 +31,44 @@ class Part:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Part":
-        """A part with these values."""
+        """Return a part with these values."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def float32(self) -> np.ndarray:
-        """Its values, copied."""
+        """Return a float32 copy of the values."""
         return self.read().astype(FLOAT32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """The parts of one module's adapter. `error` says whether they form one; all else is defined only if they do.
+    """The parts of one module's adapter. All members except `error` are defined only if `error` finds none.
 
-    Besides its kind's, an adapter may have the parts `alpha`, `dora_scale`, `diff` (added to ΔW) and `diff_b` (added to
-    the bias).
+    Besides the parts of its kind, an adapter may have `alpha`, `dora_scale`, `diff` (added to ΔW) and `diff_b` (added
+    to the bias).
     """
 
     parts: Mapping[str, Part]
 
     @functools.cached_property
     def kind(self) -> AdapterKind:
-        """Its row in the table of kinds."""
+        """The row in the table of kinds."""
         return kind_of(self.parts) or KINDS["diff"]
 
     @property
     def rank(self) -> int | None:
-        """Rank of the last product; None if ΔW has none."""
+        """The rank of the last product, or None if there is no product."""
         products = [factors for factors, _ in self.kind.products if factors and factors[-1].part in self.parts]
         return self.parts[products[-1][-1].part].shape[0] if products else None
 
     @property
     def scale(self) -> float:
-        """What the products of the factors are multiplied by: alpha / rank, 1 without either."""
+        """The factor on the product: alpha / rank, or 1 without an alpha or a rank."""
         if "alpha" not in self.parts or self.rank is None:
             return 1.0
         return float(self.parts["alpha"].float32().reshape(())) / self.rank
 
     def with_alpha(self, alpha: float | None) -> "Patch":
-        """The patch with this alpha; itself for None."""
+        """Return the patch with this alpha, or unchanged if it is None."""
         if alpha is None:
             return self
         return Patch({**self.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})
@@ -76,11 +76,11 @@ class Patch:
     def error(
         self, weight_shape: tuple[int, ...] | None = None, bias_shape: tuple[int, ...] | None = None
     ) -> str | None:
-        """Why these parts are no adapter, or none for a weight and a bias of these shapes; None if they are one."""
+        """Return why these parts do not form an adapter or do not fit these shapes, or None if they do."""
         return self._incomplete() or next(self._misfits(weight_shape, bias_shape), None)
 
     def _misfits(self, weight_shape: tuple[int, ...] | None, bias_shape: tuple[int, ...] | None) -> Iterator[str]:
-        """Parts of a wrong shape, though they can be multiplied."""
+        """Yield errors about shapes that can be multiplied, but are wrong."""
         shapes, found = {name: part.shape for name, part in self.parts.items()}, self.update_shape
         if math.prod(shapes.get("alpha", ())) != 1:
             yield f"alpha is {shapes['alpha']}, expected one number"
@@ -97,7 +97,7 @@ class Patch:
             yield f"dora_scale is {shapes['dora_scale']}, the weight {weight_shape}"
 
     def _incomplete(self) -> str | None:
-        """What is missing, superfluous, or of a shape that cannot be multiplied."""
+        """Return an error about a missing part, a superfluous part or shapes that cannot be multiplied, or None."""
         allowed = {"alpha", "dora_scale", "diff", "diff_b"}
         for factors, matrix in self.kind.products:
             if matrix and matrix.part in self.parts:
@@ -120,7 +120,7 @@ class Patch:
 
     @property
     def _matrices(self) -> list[list[Part]]:
-        """Of each matrix that ΔW consists of, the parts whose product it is."""
+        """For each matrix that ΔW is formed from, the parts whose product it is."""
         chosen = [
             (matrix,) if matrix and matrix.part in self.parts else factors for factors, matrix in self.kind.products
         ]
@@ -128,13 +128,13 @@ class Patch:
 
     @property
     def update_shape(self) -> tuple[int, ...] | None:
-        """Shape of ΔW; None if only the bias is changed."""
+        """The shape of ΔW, or None if the patch changes only the bias."""
         if self.kind.name == "diff":
             return self.parts["diff"].shape if "diff" in self.parts else None
         return self.kind.combined_shape([(parts[0].shape[0], parts[-1].shape[1]) for parts in self._matrices])
 
     def update(self) -> np.ndarray:
-        """ΔW in float32, without the effect of `dora_scale`."""
+        """Return ΔW in float32, without the effect of `dora_scale`."""
         out = self.kind.combine(
             functools.reduce(np.matmul, (part.float32() for part in parts)) for parts in self._matrices
         )
@@ -144,7 +144,7 @@ class Patch:
         return out + self.parts["diff"].float32() if "diff" in self.parts else out
 
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius); no product is formed for it that can be avoided."""
+        """Return the Frobenius norm ‖ΔW‖, without forming ΔW where that can be avoided."""
         if self.update_shape is None:
             return 0.0
         if self.kind.elementwise or "diff" in self.parts:
@@ -152,7 +152,7 @@ class Patch:
         return abs(self.scale) * math.prod(map(_norm_of_product, self._matrices))
 
     def applied(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """The weight (float32) with this adapter at `strength`, which interpolates if there is a `dora_scale`."""
+        """Return the weight (float32) with this adapter at `strength`; with a `dora_scale`, `strength` interpolates."""
         update = self.update()
         if "dora_scale" not in self.parts:
             update *= np.float32(strength)
@@ -168,7 +168,7 @@ class Patch:
 
 
 def _norm_of_product(parts: list[Part]) -> float:
-    """‖A₁ A₂ …‖ from ‖A₁ … Aₙ₋₁‖ᵀ‖A₁ … Aₙ₋₁‖ and Aₙ Aₙᵀ, which are small."""
+    """Return ‖A₁ A₂ …‖ from (A₁ … Aₙ₋₁)ᵀ(A₁ … Aₙ₋₁) and Aₙ Aₙᵀ, which are small."""
     *left, right = (part.float32() for part in parts)
     if not left:
         return float(np.linalg.norm(right))
@@ -177,10 +177,10 @@ def _norm_of_product(parts: list[Part]) -> float:
 
 
 def truncated(update: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best factors (o, r), (r, i) of a matrix, float32, and the fraction of its energy ‖·‖² that they keep.
+    """Return the best factors (o, r), (r, i) of a float32 matrix, and the fraction of its energy ‖·‖² that they keep.
 
-    Exact where a side is small; else a randomised SVD with power iterations (arXiv 0909.4061), whose error is within a
-    fraction of a per cent of the best one's for the spectra that training leaves.
+    Exact if a side is small; otherwise a randomised SVD with power iterations (arXiv 0909.4061), whose error is within
+    a fraction of a per cent of the best possible for the spectra of trained updates.
     """
     rank = min(rank, *update.shape)
     u, s, vt = _leading(update, rank)
@@ -192,7 +192,7 @@ _EXACT_BELOW, _OVERSAMPLE, _POWER_ITERATIONS = 512, 16, 4
 
 
 def _leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first `rank` singular vectors and values."""
+    """Return the first `rank` singular vectors and values."""
     if min(matrix.shape) <= max(_EXACT_BELOW, 2 * rank):
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
@@ -210,10 +210,10 @@ def _balanced(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray,
 
 
 def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
-    """The patch as a LoRA of at most this rank, and the energy ‖ΔW‖² before and what is kept of it.
+    """Return the patch as a LoRA of at most this rank, the energy ‖ΔW‖² before, and the energy that is kept.
 
-    A LoRA of no more than this rank is returned unchanged, and so are parts that are no product. The scale is
-    multiplied in, so that there is no alpha. Raises UserError for a LoHa or LoKr with a `dora_scale`, which is no LoRA.
+    A LoRA of at most this rank is returned unchanged, as are parts that are not products. The scale is multiplied in,
+    so the new LoRA has no alpha. Raises UserError for a LoHa or LoKr with a `dora_scale`, which cannot become a LoRA.
     """
     is_lora = patch.kind.products == KINDS["lora"].products
     if patch.kind.name == "diff" or (is_lora and (patch.rank or 0) <= rank):
@@ -230,7 +230,7 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
 
 
 def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """B and A of a lower rank, exactly, from the factors alone; ‖ΔW‖² and what is kept of it."""
+    """Return B and A of a lower rank, exact and from the factors alone, ‖ΔW‖², and the energy that is kept."""
     left, right = (lora.parts[part].float32() for part in ("lora_B", "lora_A"))
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T * np.float32(lora.scale), full_matrices=False)
@@ -240,7 +240,7 @@ def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, 
 
 
 def _factored(patch: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """B and A of this rank for any ΔW; ‖ΔW‖² and what is kept of it."""
+    """Return B and A of this rank for any ΔW, ‖ΔW‖², and the energy that is kept."""
     update = patch.update()
     b, a, share = truncated(update, rank)
     total = float(np.sum(np.square(update), dtype=np.float64))

@@ -1,4 +1,4 @@
-"""PEFT's settings (`adapter_config.json`): read for the alphas in them, and written with the trainer's adapters."""
+"""PEFT's settings (`adapter_config.json`): read for their alphas, and written with the trainer's adapters."""
 
 import json
 import pathlib
@@ -19,10 +19,10 @@ from anima_jax.errors import UserError
 FILE = "adapter_config.json"
 
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"
-"""Metadata key under which diffusers keeps PEFT's settings."""
+"""Metadata key under which diffusers stores PEFT's settings."""
 
 _PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
-"""What names begin with in files of PEFT's, whose alphas are in the metadata or in `adapter_config.json`."""
+"""Prefixes of names in PEFT's files, whose alphas are in the metadata or in `adapter_config.json`."""
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -31,9 +31,9 @@ _PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
 def with_alphas(
     file: SafetensorsFile, spellings: Iterable[str], patches: Mapping[str, Patch]
 ) -> tuple[dict[str, Patch], dict[str, str]]:
-    """Return the patches of a file with the alphas of the settings that come with it, and its metadata without them.
+    """Return the patches of a file with the alphas from its settings, and its metadata without the settings.
 
-    Raises UserError for settings that cannot be read.
+    `spellings` are the file's module names. Raises UserError if the settings cannot be read.
     """
     metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
     if not any(spelling.startswith(_PREFIXES) for spelling in spellings):
@@ -43,7 +43,7 @@ def with_alphas(
 
 
 def _read(file: SafetensorsFile) -> dict[str, Any]:
-    """The settings in a file's metadata, where diffusers keeps them, or in the JSON beside it."""
+    """Return the settings in a file's metadata, where diffusers stores them, or in the JSON next to it, or else {}."""
     beside = pathlib.Path(file.path).with_name(FILE)
     try:
         if DIFFUSERS_SETTINGS in file.metadata:
@@ -55,7 +55,10 @@ def _read(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _alpha(module: str, patch: Patch, settings: Mapping[str, Any]) -> float | None:
-    """The alpha of a module in the settings, None if it says nothing; diffusers' keys begin with the component."""
+    """Return the alpha that the settings add to a module, or None if they add none.
+
+    Keys of diffusers' settings begin with the component.
+    """
     rank, spelled = patch.rank, DIALECTS["diffusers"].module(module) or module
     component, _, name = spelled.partition(".")
     own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
@@ -75,14 +78,14 @@ def _alpha(module: str, patch: Patch, settings: Mapping[str, Any]) -> float | No
 def settings(
     adapter: AdapterConfig, specs: Mapping[str, AdapterSpec], base_model: str | None, llm_adapter_blocks: int
 ) -> dict[str, Any]:
-    """Return PEFT's settings for the transformer's modules, which have their original names; {} for a kind it lacks."""
+    """Return PEFT's settings for the transformer's modules, under their original names; {} if PEFT lacks the kind."""
     kind, alpha = KINDS[adapter.type], adapter.alpha or adapter.rank
     if kind.peft_type is None:
         return {}
     ranks, alphas = {}, {}
     for name, (path, layer) in module_names({path: len(spec.ranks) for path, spec in specs.items()}).items():
         if (rank := specs[path].ranks[layer]) and not name.startswith(TEXT_ENCODER):
-            # PEFT multiplies by alpha / rank even where there is no rank.
+            # PEFT multiplies by alpha / rank even if the factors have no rank; alpha = rank makes that 1.
             ranks[name], alphas[name] = rank, (adapter.alpha or rank) if specs[path].ranked else rank
     if kind.peft_type == "LORA":
         own = {"lora_alpha": alpha, "lora_dropout": adapter.dropout, "bias": "none", "use_dora": bool(kind.magnitude)}
@@ -102,7 +105,7 @@ def settings(
 
 
 def _alike(names: Iterable[str], llm_adapter_blocks: int) -> set[str]:
-    """Modules of the LLM adapter that PEFT would take for these: those whose names end like one."""
+    """Return the LLM adapter's modules that PEFT would match too, because their names end like one of `names`."""
     attention = re.compile(r"blocks\.(\d+)\.\w+_attn\.[qkv]_proj")
     found = {name: attention.fullmatch(name) for name in names}
     return {ADAPTER + name for name, match in found.items() if match and int(match[1]) < llm_adapter_blocks}

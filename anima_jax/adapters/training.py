@@ -1,4 +1,4 @@
-"""`[adapter]` on a network: which modules get an adapter, of which rank and at which rate, and its first values."""
+"""`[adapter]` applied to a network: the modules with an adapter, its rank, learning rate and initial values."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 
 Specs = Mapping[str, AdapterSpec]
-"""Module path → the adapter on it."""
+"""Module path → spec of its adapter."""
 
 
 # ---- which modules -------------------------------------------------------------------------------------------------
@@ -27,10 +27,11 @@ Specs = Mapping[str, AdapterSpec]
 def plan(
     config: MainConfig, targets: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, AdapterSpec], dict[str, tuple[float, ...]]]:
-    """Return the adapters by module path, and the rates of parameters that have their own, relative to their group's.
+    """Return module path → adapter, and parameter path → learning rate of each layer, relative to its group's rate.
 
-    `targets` are the shapes (layers, in, out) of the blocks' linear layers. Raises UserError for a pattern that fits
-    none of their names, and if nothing would be trained.
+    The second contains only parameters with a rate of their own. `targets` maps the paths of the blocks' linear layers
+    to kernel shapes (layers, in, out). Raises UserError for a pattern that matches none of the modules whose group is
+    trained, and if nothing would be trained.
     """
     adapter = config.adapter
     assert adapter is not None
@@ -61,7 +62,7 @@ def plan(
 
 
 def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return a warning for each of `exclude_modules` that excludes nothing: a slip, or modules of another model."""
+    """Return a warning for each pattern in `exclude_modules` that matches nothing: a typo or another model's module."""
     assert config.adapter is not None
     names = list(module_names({path: shape[0] for path, shape in targets.items()}))
     idle = [one for one in config.adapter.exclude_modules if not any(_any([one], name) for name in names)]
@@ -81,14 +82,14 @@ def _require_patterns_fit(config: MainConfig, names: list[str]) -> None:
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:
-    """The name, or the part of one between two dots, that a pattern may mean."""
+    """Return a hint with the name, or dotted part of a name, that is closest to a pattern."""
     words = [name.split(".") for name in names]
     parts = {".".join(w[i:j]) for w in words for i, j in itertools.combinations(range(len(w) + 1), 2)}
     return did_you_mean(pattern, sorted(parts))
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of the patterns fits the name, or a part of it between two dots."""
+    """Return whether one of the patterns matches the name, or a part of it delimited by dots."""
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in patterns)
 
 
@@ -100,9 +101,9 @@ def _first(values: Mapping[str, float], name: str, default: float) -> float:
 
 
 def scales(config: MainConfig, specs: Specs) -> Params:
-    """Return the adapters' scales by parameter path: alpha / rank in each layer, 0 where there is no adapter.
+    """Return parameter path → scale of each layer: alpha / rank, or 0 without an adapter.
 
-    A LoKr of two matrices has no rank, and the scale 1: in its files an alpha has no meaning.
+    A LoKr of two matrices has no rank and the scale 1, because an alpha has no meaning in its files.
     """
     assert config.adapter is not None
     alpha, found = config.adapter.alpha, {}
@@ -113,9 +114,9 @@ def scales(config: MainConfig, specs: Specs) -> Params:
 
 
 def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params) -> tuple[Params, list[str]]:
-    """Return the factors of `init_from_existing` in place of fresh ones, and messages about them.
+    """Return the parameters that start from `init_from_existing` instead of `fresh` values, and messages about them.
 
-    Raises UserError for a file of another kind or rank, or one that changes modules that are not trained.
+    Raises UserError for a file of another kind or rank, or one that changes modules without an adapter in this run.
     """
     adapter = config.adapter
     assert adapter is not None
@@ -138,10 +139,10 @@ def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params
 
 
 def factors_of(adapter: Adapter, specs: Specs, own_scales: Params, fresh: Params, label: str) -> Params:
-    """Return an adapter's factors in place of fresh ones; modules that it leaves out stay fresh.
+    """Return the parameters of `fresh` that an adapter changes, with its values; layers that it leaves out stay fresh.
 
-    Where its scale differs from the run's, the factor that would start at zero is multiplied by their ratio. Raises
-    UserError, beginning with `label`, for factors that are not those of `specs`.
+    If the adapter's scale differs from the run's, the factor that would start at zero is multiplied by their ratio.
+    Raises UserError, beginning with `label`, for factors that do not match `specs`.
     """
     places = module_names({path: len(spec.ranks) for path, spec in specs.items()})
     by_path: dict[str, dict[int, dict[str, np.ndarray]]] = {}
@@ -163,7 +164,10 @@ def factors_of(adapter: Adapter, specs: Specs, own_scales: Params, fresh: Params
 
 
 def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[str, np.ndarray]:
-    """A patch's factors in float32. UserError if they are not those of this layer of `spec`."""
+    """Return a patch's factors in float32, in the model's layout.
+
+    Raises UserError if they do not match this layer of `spec`.
+    """
     names = {factor.part: factor.name for factor in KINDS[spec.kind].factors}
     unfit = [part for part in patch.parts if part not in names and part != "alpha"]
     if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
