@@ -1,4 +1,4 @@
-"""The account of a file: every tensor and every parameter of the model is matched, or the error lists both sides."""
+"""Matching of a file's tensors with a model's parameters: all must match, or the error lists what is left over."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 def find(network: Network, file: SafetensorsFile) -> NetworkKeys:
-    """Locate `network` in `file`. Raises UserError if it is not there or its weights are quantised or integers."""
+    """Locate `network` in `file`. Raises UserError if it is missing or its weights are quantised or integers."""
     located = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if located is None:
         raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors)}")
@@ -59,12 +59,12 @@ def find(network: Network, file: SafetensorsFile) -> NetworkKeys:
 
 
 def sources(located: NetworkKeys, file: SafetensorsFile) -> dict[str, StoredTensor]:
-    """Return original name → tensor in the file, of the network that was located."""
+    """Return original name → tensor in the file, for the located network."""
     return {name: StoredTensor(file, key) for name, key in located.keys.items()}
 
 
 def original_names(file: SafetensorsFile) -> dict[str, str]:
-    """Return original name → key of the transformer's tensors (or of its text adapter alone) and the text encoder's.
+    """Return original name → key for the tensors of the transformer (or a text adapter alone) and the text encoder.
 
     The text encoder's names begin with `text_encoder.`. Raises UserError for quantised or integer weights.
     """
@@ -77,7 +77,7 @@ def original_names(file: SafetensorsFile) -> dict[str, str]:
 
 
 def looks_like(keys: Iterable[str]) -> str:
-    """Say in a few words what a file with these keys seems to be."""
+    """Return a short description of what a file with these keys seems to contain."""
     keys = list(keys)
     if kind := adapter_kind(keys):
         return f"it looks like: {kind.title}"
@@ -86,7 +86,7 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """Return the config of a `network` with tensors of these shapes, by original name.
+    """Return the config of a `network` whose tensors have these `shapes` (original name → shape).
 
     Raises UserError if no config fits.
     """
@@ -105,7 +105,7 @@ def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) ->
 def require_match(
     path: str, title: str, expected: Sequence[FileTensor], found: Mapping[str, StoredTensor], unknown: Iterable[str]
 ) -> None:
-    """Raise UserError unless `found` (by name) are the `expected` tensors with their shapes and none is `unknown`."""
+    """Raise UserError unless `found` (by name) has exactly the `expected` tensors and shapes and none is `unknown`."""
     names = {tensor.name for tensor in expected}
     unknown = [*unknown, *(source.key for name, source in found.items() if name not in names)]
     missing = [tensor.name for tensor in expected if tensor.name not in found]
@@ -121,7 +121,7 @@ def require_match(
 
 
 def _require_complete_stacks(path: str, stacks: Iterable[tuple[str, str]], names: Iterable[str]) -> None:
-    """Raise UserError unless the blocks of each part that the file has are numbered 0, 1, 2, … without gaps."""
+    """Raise UserError unless the blocks of each part in the file are numbered 0, 1, 2, … without gaps."""
     names = list(names)
     for owner, blocks in stacks:
         stack = owner + blocks

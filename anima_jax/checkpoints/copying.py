@@ -1,7 +1,7 @@
 """Fast copies and casts of large host arrays.
 
 numpy copies a transposed array element by element, with an even slower path for bfloat16: 0.17 GB/s for a weight
-matrix. Viewed as integers and copied in strips of 16 rows, which keep both sides in the CPU cache, it is 1.5 GB/s.
+matrix. Copying it as integers in strips of 16 rows, which keep both sides in the CPU cache, reaches 1.5 GB/s.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ _STRIP = 16
 
 
 def copy_into(out: np.ndarray, source: np.ndarray) -> None:
-    """Assign `out[...] = source` for arrays of the same shape and dtype, where `source` is often a transposed view."""
+    """Assign `out[...] = source` for arrays of the same shape and dtype; `source` is often a transposed view."""
     integers = np.dtype(f"u{out.dtype.itemsize}")
     out, source = out.view(integers), source.view(integers)
     if source.ndim == 2 and source.strides[0] < source.strides[1]:
@@ -26,7 +26,7 @@ def copy_into(out: np.ndarray, source: np.ndarray) -> None:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """Return `array` in row-major order, itself if it already is."""
+    """Return `array` in row-major order, without a copy if it already is."""
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
@@ -35,10 +35,10 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """Cast `array` to `dtype`, rounding to nearest even; `name` is the tensor's in an error.
+    """Cast `array` to `dtype`, rounding to nearest even; `name` identifies the tensor in errors.
 
-    Raises UserError if a finite value overflows in `dtype` (float16 ends at 65504). Infinities and NaNs in `array`
-    pass.
+    Raises UserError if a finite value overflows in `dtype` (float16's largest value is 65504). Infinities and NaNs in
+    `array` are allowed.
     """
     if array.dtype == dtype:
         return array

@@ -1,6 +1,6 @@
-"""diffusers' format: a folder with a subfolder per network, which contains its weights and settings, and an index.
+"""The diffusers format: a folder with an index and one subfolder per network for its weights and settings.
 
-Values are read and written as they are stored. The diffusers library is not needed.
+Values are read and written as stored. The diffusers library is not needed.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 
 VERSION = "0.42.0"
-"""Version of diffusers in whose format the settings are written."""
+"""Version of diffusers whose settings format is written."""
 
 INDEX = "modular_model_index.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A network's subfolder: the class that loads it, the file of its weights, and its settings, given the sizes."""
+    """A network's subfolder: the library and class that load it, the weights file, and the settings for a config."""
 
     network: Network
     library: str
@@ -126,7 +126,7 @@ _OTHERS = {
 
 
 def folder_name(component: str, name: str, config: Any) -> str:
-    """Return the name in a component's subfolder of a tensor with this original name."""
+    """Return the name that a tensor with this original name has in a component's subfolder."""
     if component == "vae":
         return diffusers.vae(name, config.blocks_per_level)
     if component == "text_encoder":
@@ -135,14 +135,14 @@ def folder_name(component: str, name: str, config: Any) -> str:
 
 
 def settings(component: str, config: Any) -> dict[str, Any]:
-    """Return the contents of a component's `config.json`, for a network of these sizes."""
+    """Return the contents of a component's `config.json` for a network with this config."""
     row = COMPONENTS[component]
     header = {} if row.library == "transformers" else {"_class_name": row.loaded_by, "_diffusers_version": VERSION}
     return header | row.settings(config)
 
 
 def index(folder: PathLike, components: Iterable[str]) -> dict[str, Any]:
-    """Return the contents of the index of a folder with these components."""
+    """Return the contents of the index file for a folder with these components."""
     found: dict[str, Any] = {
         "_blocks_class_name": "AnimaAutoBlocks",
         "_class_name": "AnimaModularPipeline",
@@ -166,7 +166,7 @@ def components_in(folder: PathLike) -> list[str]:
 
 @contextlib.contextmanager
 def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
-    """Open a network in a diffusers folder, under its original names; several files of weights are read as one."""
+    """Open a network in a diffusers folder under its original names; several weight files are read as one."""
     root = pathlib.Path(folder) / component
     paths = sorted(root.glob("*.safetensors"))
     if not paths:
@@ -183,7 +183,7 @@ def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
 
 
 def _original_names(component: str, root: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, str]:
-    """Return name in the folder → original name, for every tensor that such a network can have."""
+    """Return name in the folder → original name for every tensor that such a network can have."""
     if component == "vae":
         config = _vae_config(root)
         _, shapes = parameters.abstract(lambda rngs: WanVAE(config, rngs=rngs))

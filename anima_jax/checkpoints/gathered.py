@@ -25,9 +25,10 @@ def write(
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Call `safetensors.write` in process 0, while the other processes take part in what `array_of` gathers.
+    """Call `safetensors.write` in process 0, while the other processes join the gathering in `array_of`.
 
-    If process 0 fails, it still gathers the remaining tensors, so that no process waits for it, and then raises.
+    All processes must call this. If process 0 fails, it still joins the gathering of the remaining tensors, so that no
+    process waits for it, and then raises.
     """
     tensors = safetensors.in_file_order(tensors)
     remaining = [tensor.name for tensor in tensors]
@@ -41,5 +42,5 @@ def write(
             safetensors.write(path, tensors, gather, metadata)
     finally:
         for name in remaining if jax.process_count() > 1 else ():
-            with contextlib.suppress(UserError):  # of a value that overflows, which process 0 reports
+            with contextlib.suppress(UserError):  # for an overflow, which process 0 reports
                 array_of(name)

@@ -1,4 +1,4 @@
-"""Files by path or address: local, in an object store (`gs://bucket/file`) or on the hub (`hf://owner/repo/file`).
+"""Access to files: local, in an object store (`gs://bucket/file`) or on the hub (`hf://owner/repo/file`).
 
 Local files are opened unbuffered. Object stores are read through etils.epath. A file on the Hugging Face hub is
 downloaded once into the hub's own cache and is local from then on.
@@ -18,7 +18,7 @@ PathLike = str | os.PathLike[str]
 
 
 def resolve(path: PathLike) -> str:
-    """Return the path to open: of a file on the hub, its copy in the local cache, downloaded if needed."""
+    """Return the path to open: for a file on the hub, its copy in the local cache, downloaded if needed."""
     path = os.fspath(path)
     return _from_hub(path) if path.startswith("hf://") else path
 
@@ -29,7 +29,10 @@ def is_remote(path: PathLike) -> bool:
 
 
 def open_for_reading(path: str) -> tuple[IO[bytes], int]:
-    """Return an unbuffered file and its size in bytes. Raises UserError if it is missing, a folder or unreadable."""
+    """Open a file unbuffered and return it with its size in bytes.
+
+    Raises UserError if it is missing, a folder or unreadable.
+    """
     if is_remote(path):
         return _open_remote(path)
     try:
@@ -56,7 +59,7 @@ def file_sha256(path: PathLike) -> bytes:
 
 
 def read_into(file: IO[bytes], buffer: memoryview) -> int:
-    """Read into the beginning of `buffer` and return the number of bytes, 0 at the end of the file."""
+    """Read into the beginning of `buffer` and return the number of bytes read, 0 at the end of the file."""
     if hasattr(file, "readinto"):
         return file.readinto(buffer)  # type: ignore[attr-defined]
     data = file.read(len(buffer))
@@ -66,9 +69,9 @@ def read_into(file: IO[bytes], buffer: memoryview) -> int:
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-    """Open a file that becomes `path` if the block ends without an error; else an existing `path` is unchanged.
+    """Open a file that becomes `path` if the block ends without an error; otherwise an existing `path` is unchanged.
 
-    Until then the bytes are under a temporary name in the same folder. Raises UserError if `path` cannot be written; an
+    Until then the data is in the same folder under a temporary name. Raises UserError if `path` cannot be written; an
     error in the block itself passes through unchanged.
     """
     path = os.fspath(path)
@@ -98,7 +101,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def writing_to(path: str) -> Iterator[None]:
-    """Raise the system's errors when writing `path` as a UserError about it."""
+    """Convert the operating system's errors about writing `path` to UserError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -108,7 +111,7 @@ def writing_to(path: str) -> Iterator[None]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a rename in this folder survive a power cut, where the file system can."""
+    """Make a rename in this folder survive a power failure, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -156,7 +159,7 @@ def _replacing_remote(path: str) -> Iterator[IO[bytes]]:
 
 
 def _from_hub(address: str) -> str:
-    """Return the local copy of `hf://owner/repo[@revision]/path/of/file`."""
+    """Return the local copy of `hf://owner/repo[@revision]/path/of/file`, downloaded if needed."""
     parts = address.removeprefix("hf://").split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise UserError(f"{address}: expected hf://owner/repo/file")
@@ -164,7 +167,7 @@ def _from_hub(address: str) -> str:
     repo, _, revision = repo.partition("@")
     from huggingface_hub import hf_hub_download, logging
 
-    logging.set_verbosity_error()  # without a network it warns of every retry; the error below reports it once
+    logging.set_verbosity_error()  # without a network it warns about every retry; the error below is enough
     try:
         return hf_hub_download(f"{owner}/{repo}", filename, revision=revision or None)
     except Exception as error:  # the client raises its own types and those of its HTTP library

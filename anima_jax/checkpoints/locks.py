@@ -1,11 +1,11 @@
-"""Exclusive locks on open files. The operating system releases one when its process ends, also by kill -9."""
+"""Exclusive locks on open files. The operating system releases a lock when its process ends, even after kill -9."""
 
 
 def lock(descriptor: int, *, wait: bool = True) -> bool:
-    """Lock an open file until its descriptor is closed; return False where there are no locks.
+    """Lock an open file until its descriptor is closed. Return whether it is locked: False where locks do not exist.
 
-    These are advisory locks of Unix, which native Windows and some network file systems do not have. Raises
-    BlockingIOError if another process or descriptor has the lock and `wait` is off.
+    These are advisory Unix locks, which native Windows and some network file systems do not have. Raises
+    BlockingIOError if another process or descriptor has the lock and `wait` is False.
     """
     try:
         import fcntl

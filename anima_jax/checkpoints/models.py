@@ -1,8 +1,8 @@
-"""Whole networks, read from files and written to files.
+"""Reading and writing of whole networks.
 
-`load_…` returns a model, `save_…` writes parameters under the original names. Below them, `open_…` checks a file
-against the model that its shapes describe and returns a `Checkpoint`, whose parameters are then streamed to their
-devices one at a time.
+`load_…` returns a model, `save_…` writes parameters under the original names. The functions `open_…` below them check a
+file against the model that its shapes describe and return a `Checkpoint`, which streams the parameters to their devices
+one at a time.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 
 DTypes = DTypeLike | Mapping[str, DTypeLike] | None
-"""One dtype for all parameters, or one per parameter path; None (or a path not named) keeps the file's."""
+"""One dtype for all parameters, or one per parameter path; None (or a path without an entry) keeps the file's."""
 
 Bounds = tuple[tuple[int, int], ...]
-"""First and last (exclusive) index of a shard on each axis."""
+"""Start and stop index of a shard on each axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open file (or a transformer's and an adapter's) that fits the model `graphdef`, with nothing read yet.
+    """An open file (or a transformer's and an adapter's) that fits the model `graphdef`; no tensor is read yet.
 
     `abstract` has a `jax.ShapeDtypeStruct` for each parameter, in the dtype stored in the file. `tensors` lists the
-    file's tensors in the order of the parameters, `sources` finds them by name. `metadata` is the file's; `located`
-    says where in the file the network is, and what else the file contains.
+    file's tensors in the order of the parameters; `sources` maps their names to the stored tensors. `metadata` is the
+    file's; `located` contains the network's keys in the file and the file's other keys.
     """
 
     config: Any
@@ -58,14 +58,14 @@ class Checkpoint:
     located: NetworkKeys
 
     def stored(self, prefix: str = "") -> dict[str, StoredTensor]:
-        """Return `prefix` + original name → stored tensor, of all of the model's tensors."""
+        """Return `prefix` + original name → stored tensor for all tensors of the model."""
         return {prefix + tensor.name: self.sources[tensor.name] for tensor in self.tensors}
 
     def load(self, dtype: DTypes = None, shardings: Mapping[str, Sharding] | None = None) -> Params:
-        """Read the parameters; each is converted and on its devices before the next one is read.
+        """Read the parameters, each converted and placed on its devices before the next one is read.
 
-        `shardings` are by parameter path; a parameter without one goes to the default device. The host holds one
-        parameter at a time. Raises UserError if a value overflows in `dtype` or the file was cut off since.
+        `shardings` has parameter paths as keys; a parameter without an entry goes to the default device. The host holds
+        one parameter at a time. Raises UserError if a value overflows in `dtype` or the file has been cut off since.
         """
         return {
             path: self._load_parameter(path, list(tensors), dtype, (shardings or {}).get(path))
@@ -75,9 +75,9 @@ class Checkpoint:
     def _load_parameter(
         self, path: str, tensors: Sequence[FileTensor], dtype: DTypes, sharding: Sharding | None
     ) -> jax.Array:
-        """Put one parameter on its devices; nothing of it is left on the host.
+        """Load one parameter onto its devices, leaving no copy on the host.
 
-        A process reads only the rows of each layer's tensor that its own devices need.
+        Each process reads only the rows of each layer's tensor that its own devices need.
         """
         shape = self.abstract[path].shape
         wanted = dtype.get(path) if isinstance(dtype, Mapping) else dtype
@@ -99,7 +99,7 @@ class Checkpoint:
         return placed.block_until_ready()
 
     def _read(self, tensor: FileTensor, rows: slice | None, dtype: np.dtype[Any]) -> np.ndarray:
-        """Read one tensor in the model's layout; of the file's rows, only `rows` are filled in."""
+        """Read one tensor in the model's layout; values outside the file's `rows` (None: all rows) are undefined."""
         source = self.sources[tensor.name]
         values = copying.cast(source.read(rows), dtype, source.key)
         if rows is not None:
@@ -113,10 +113,10 @@ def load_dit(path: PathLike, dtype: DTypes = None, *, adapter_path: PathLike | N
     """Load Anima's transformer, with its LLM adapter if the file or `adapter_path` contains one.
 
     `path` is a .safetensors file, local, `gs://…` or `hf://owner/repo/file`, with the names and prefix of any known
-    tool; sizes are read from it. An adapter in `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per
-    parameter path; None keeps the stored dtypes. Parameters are sharded over the mesh that is set (`jax.set_mesh`) by
-    the rules in parallel/rules.py, else placed on the default device. Raises UserError if a file cannot be read, does
-    not contain the network, or has tensors that are missing, unknown or of another shape.
+    tool; its tensors determine the sizes. An adapter in `adapter_path` replaces one in `path`. `dtype` is one dtype, or
+    one per parameter path; None keeps the stored dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`)
+    by the rules in parallel/rules.py, or placed on the default device if there is none. Raises UserError if a file
+    cannot be read or does not contain the network, or if tensors are missing, unknown or of another shape.
     """
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
         return _load(checkpoint, dtype)
@@ -166,7 +166,7 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
 
 @contextlib.contextmanager
 def open_network(network: Network, path: PathLike) -> Iterator[Checkpoint]:
-    """Open a network in a file of its own or of several networks. An adapter's paths begin with `llm_adapter.`."""
+    """Open a network in a file of one or more networks. An LLM adapter's parameter paths begin with `llm_adapter.`."""
     with SafetensorsFile(path) as file:
         located = accounting.find(network, file)
         yield fit(network, file.path, accounting.sources(located, file), file.metadata, located, located.unknown)
@@ -185,7 +185,7 @@ def fit(
     located: NetworkKeys,
     unknown: Sequence[str] = (),
 ) -> Checkpoint:
-    """Return the checkpoint of a network with these tensors, by original name; `label` names the file in errors.
+    """Return the checkpoint of a network from its tensors (by original name); `label` names the file in errors.
 
     Raises UserError unless the tensors are exactly those of the model that their shapes describe, and none is
     `unknown`.
@@ -210,19 +210,19 @@ def fit(
 
 @functools.lru_cache(maxsize=8)
 def _abstract(network: Network, config: Any) -> tuple[nnx.GraphDef[Any], Params]:
-    """Trace the network of these sizes, which takes a while, once."""
+    """Return the abstract network for a config, cached because tracing takes a while."""
     return parameters.abstract(lambda rngs: network.module(config, rngs=rngs))
 
 
 def _wider(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
-    """Return a dtype for the values of both: layers stored in different dtypes share one stacked parameter."""
+    """Return a dtype for the values of both; layers stored in different dtypes share one stacked parameter."""
     if a == b:
         return a
     return max(a, b, key=lambda dtype: dtype.itemsize) if a.itemsize != b.itemsize else np.dtype(np.float32)
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
-    """Return the bounds of a shard from JAX's index of it, a slice per axis."""
+    """Return the bounds of a shard from its JAX index, which has one slice per axis."""
     return tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
 
 
@@ -235,7 +235,7 @@ def _slices(bounds: Bounds) -> tuple[slice, ...]:
 
 
 def _rows_of(tensor: FileTensor, shards: Sequence[Bounds]) -> slice | None:
-    """Return the file's rows (first axis) that contain these shards of a tensor in the model; None for all rows."""
+    """Return the range of file rows (first axis) that contains these shards of the model's tensor; None for all rows."""
     if not tensor.shape or all(math.prod(_sizes(bounds)) == math.prod(tensor.shape) for bounds in shards):
         return None
     numbers = np.arange(tensor.shape[0], dtype=np.int32).reshape(-1, *[1] * (len(tensor.shape) - 1))
@@ -248,7 +248,10 @@ def _rows_of(tensor: FileTensor, shards: Sequence[Bounds]) -> slice | None:
 def save_dit(
     path: PathLike, params: Params, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a transformer, with its adapter if it has one, under the names that the trainer uses. As `save_network`."""
+    """Write a transformer, with its LLM adapter if it has one, under the names that the trainer uses.
+
+    Arguments and errors are those of `save_network`.
+    """
     save_network(DIT, path, params, dtype=dtype, metadata=metadata)
 
 
@@ -264,8 +267,8 @@ def save_network(
     """Write a network's parameters under their original names, one layer at a time.
 
     `dtype` None keeps each parameter's dtype. The VAE's names depend on its `config`. The file appears only when it is
-    complete. All processes must call this: the first one writes what they gather. Raises UserError if the file cannot
-    be written or a value overflows in `dtype`.
+    complete. All processes must call this; they gather the arrays, and process 0 writes. Raises UserError if the file
+    cannot be written or a value overflows in `dtype`.
     """
     tensors = {network.saved_prefix + tensor.name: tensor for tensor in file_tensors(network.rules(config), params)}
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a run, through Orbax (its v1 interface): `FOLDER/<step>` contains named items, pytrees of arrays.
+"""A run's checkpoints, stored with Orbax (v1 API): `FOLDER/<step>` contains named items, which are pytrees of arrays.
 
-Every item is stored as a flat table, path in the tree → array, independently of the tree's containers. Before anything
-is loaded, the stored layout is compared with the expected one, because Orbax itself would cast and reshape. A
+Each item is stored as a flat table, path in the tree → array, independent of the tree's container types. Before
+anything is loaded, the stored layout is compared with the expected one, because Orbax itself would cast and reshape. A
 checkpoint is written under a temporary name and renamed when it is complete: if the process dies or the disk is full,
 the earlier checkpoints are unchanged.
 """
@@ -27,15 +27,15 @@ from anima_jax.errors import UserError, os_reason, shorten
 log = logging.getLogger(__name__)
 
 SAVE_TIMEOUT_S = 4 * 3600
-"""A save that takes longer has failed. Orbax's default, 20 minutes, is too short for a slow disk."""
+"""Seconds after which a save has failed. Orbax's default, 20 minutes, is too short for a slow disk."""
 
 _LAST_FILE = "_CHECKPOINT_METADATA"
-"""The file that Orbax writes last; an incomplete copy of a checkpoint does not have it."""
+"""File that Orbax writes last; an incomplete copy of a checkpoint does not have it."""
 
 
 @contextlib.contextmanager
 def errors_reported_once() -> Iterator[None]:
-    """Silence what Orbax and TensorStore print about a failed save while this is active: `RunCheckpoints` reports it.
+    """Silence the output of Orbax and TensorStore about a failed save, which `RunCheckpoints` reports in one line.
 
     Orbax logs each error with a traceback from every one of its threads. When a save fails, Orbax drops coroutines and
     closes an event loop that TensorStore's threads still notify; Python reports both on stderr.
@@ -60,9 +60,10 @@ def errors_reported_once() -> Iterator[None]:
 
 
 class RunCheckpoints:
-    """The checkpoints in `folder`, of which the newest `keep` are kept (None: all). One run writes to it at a time.
+    """The checkpoints in `folder`; only the newest `keep` are kept (None: all). Only one run at a time may write to it.
 
-    Saving is asynchronous, but the arrays may be donated as soon as `save` returns. Close it before the program ends.
+    Saving is asynchronous, but the arrays may be donated as soon as `save` returns. Call `close` before the program
+    ends.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None):
@@ -89,9 +90,9 @@ class RunCheckpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint, once the previous one is finished; an existing one is unchanged.
+        """Wait for the previous save, then start to write a checkpoint; an existing checkpoint is left unchanged.
 
-        `metadata` must be JSON. An error, now or during the write, is logged as one line and not raised.
+        `metadata` must be JSON-serialisable. An error, now or during the write, is logged as one line and not raised.
         """
         self.wait()
         if step in self.steps():
@@ -104,19 +105,19 @@ class RunCheckpoints:
             with _context():
                 path = os.fspath(self.folder / str(step))
                 saving = ocp.save_checkpointables_async(path, _not_empty(leaves), custom_metadata=custom)
-        except Exception as error:  # Orbax, TensorStore and the file system each have their own
+        except Exception as error:  # Orbax, TensorStore and file systems raise their own types
             self._failed(step, error)
             return
         self._pending = self._thread.submit(self._finish, step, saving)
 
     def wait(self) -> None:
-        """Wait until no save is in progress; then `failure` says whether it succeeded."""
+        """Wait for the save in progress, if any; then `failure` tells whether it succeeded."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait for the save in progress and end the thread. A program that ends while Orbax writes would hang."""
+        """Wait for the save in progress and end the thread; a program that exits while Orbax writes would hang."""
         self.wait()
         self._thread.shutdown()
 
@@ -129,10 +130,10 @@ class RunCheckpoints:
         return self._read(step)["layout"]
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the items named in `abstract`, trees of arrays (or `jax.ShapeDtypeStruct`s) with the wanted shardings.
+        """Return the items in `abstract`, whose trees of arrays or `jax.ShapeDtypeStruct`s define the shardings.
 
-        The values are bit-identical to those saved. Raises UserError if the saved items have another layout or are
-        damaged.
+        The values are bit-identical to those saved. Raises UserError if a saved item is missing, has another layout or
+        is damaged.
         """
         wanted = {name: flat(tree) for name, tree in abstract.items()}
         layout = self.layout(step)
@@ -164,7 +165,7 @@ class RunCheckpoints:
         path = os.fspath(self.folder / str(step))
         try:
             return read(path)
-        except Exception as error:  # of many types, as in `save`
+        except Exception as error:  # of any type, as in `save`
             older = [other for other in self.steps() if other < step]
             advice = f"; without that folder, the run resumes from step {older[-1]}" if older else ""
             raise UserError(f"{path}: cannot be read ({os_reason(error)}){advice}") from error
@@ -180,7 +181,7 @@ class RunCheckpoints:
             for old in self.steps()[: -self._keep]:
                 path = self.folder / str(old)
                 try:
-                    # Under a name that `_sweep` deletes: half a checkpoint is never taken for a complete one.
+                    # `_sweep` deletes this name, so half a checkpoint is never taken for a complete one.
                     shutil.rmtree(path.rename(self.folder / f"{old}.old"))
                 except OSError as error:
                     log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
@@ -193,7 +194,7 @@ class RunCheckpoints:
         log.warning(self.failure)
 
     def _sweep(self) -> None:
-        """Delete what interrupted saves and deletions have left."""
+        """Delete the remains of interrupted saves and deletions."""
         if jax.process_index() == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if re.fullmatch(r"\d+\..+", path.name):
@@ -201,7 +202,7 @@ class RunCheckpoints:
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Return path → array (or a struct in its place). Containers without leaves (None, empty states) have no entry."""
+    """Return path → array or `jax.ShapeDtypeStruct`. Containers without leaves (None, empty states) have no entry."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
@@ -218,7 +219,7 @@ def layout_of(tree: Any) -> dict[str, str]:
 
 
 def layout_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Describe every path that only one of two layouts has, or that has another dtype or shape in them."""
+    """Describe every path that only one of two layouts has, or whose dtype or shape differs."""
     lines = [f"{path} was {old[path]}, now {new[path]}" for path in new if path in old and old[path] != new[path]]
     return lines + [f"{path} is gone" for path in old if path not in new] + [f"{p} is new" for p in new if p not in old]
 
@@ -226,7 +227,7 @@ def layout_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[s
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.asynchronous.timeout_secs = SAVE_TIMEOUT_S
-    # In the calling thread, where an error can be raised.
+    # Directories are created in the calling thread, where `save` can catch an error.
     context.asynchronous.create_directories_asynchronously = False
     context.array.saving.use_compression = False  # trained weights and moments hardly compress
     return context

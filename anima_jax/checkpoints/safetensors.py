@@ -1,9 +1,9 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Reading and writing of safetensors files, one tensor at a time.
 
-Used instead of the format's own library, which cannot write a file tensor by tensor, read rows into memory of ours,
-read from object stores, or represent float8 in numpy. Everything that a header claims is checked before anything is
-allocated (safetensors_header.py). Tensors are read, not memory-mapped: a file that is cut off meanwhile is an error and
-not a crash, and a model being loaded is not in memory twice.
+This replaces the format's own library, which cannot write a file tensor by tensor, read rows into a given buffer, read
+from object stores, or represent float8 in numpy. Everything that a header claims is checked before anything is
+allocated (safetensors_header.py). Tensors are read, not memory-mapped: a file that is cut off meanwhile raises an error
+instead of crashing the process, and a model is not in memory twice while it is loaded.
 """
 
 import os
@@ -21,10 +21,10 @@ __all__ = ["CODES", "DTYPES", "SafetensorsFile", "TensorInfo", "write"]
 
 
 class SafetensorsFile:
-    """An open file: `metadata` (str → str), `tensors` (name → TensorInfo, in the header's order) and `read`.
+    """An open safetensors file, with `metadata` (str → str) and `tensors` (name → TensorInfo, in the header's order).
 
-    A context manager that closes the file. `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if it
-    cannot be opened or is not a valid safetensors file.
+    As a context manager it closes the file. `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if
+    the file cannot be opened or is not a valid safetensors file.
     """
 
     def __init__(self, path: locations.PathLike):
@@ -66,11 +66,11 @@ def write(
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors`, calling `array_of(name)` for each in turn, so that one array is in memory at a time.
+    """Write `tensors`, calling `array_of(name)` for one at a time, so that only one array is in memory.
 
     Arrays may have any strides. The file appears under its name only when it is complete; after any error an existing
-    file is unchanged. Raises ValueError for an array of another shape or dtype than announced, UserError for a full
-    disk, a missing folder and similar.
+    file is unchanged. Raises ValueError for an array whose shape or dtype is not that in `tensors`, UserError for a
+    full disk, a missing folder and similar errors.
     """
     ordered = in_file_order(tensors)
     header = safetensors_header.build(ordered, metadata)
@@ -85,7 +85,7 @@ def write(
 
 
 def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """Return the tensors in the order of the file, in which each is aligned: by item size, otherwise unchanged."""
+    """Return the tensors in file order: by decreasing item size, which aligns them, and otherwise unchanged."""
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
@@ -114,7 +114,7 @@ def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) ->
 
 
 def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
-    """Return the header's JSON. Raises HeaderError if the file does not begin like a safetensors file."""
+    """Return the header's JSON. Raises HeaderError if the file does not begin as a safetensors file does."""
     if size == 0:
         raise HeaderError("is empty")
     start = bytearray(min(size, 512))
@@ -132,7 +132,7 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
 
 
 def _what_else(path: str, start: bytes) -> str:
-    """Say what a file is that is not safetensors, and what to do about it."""
+    """Return a message about a file that is not safetensors: what it is, and what to do about it."""
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
         return (
             "is a pickle (PyTorch .pth, .ckpt, .pt), which can run code and is not supported; convert it once where "

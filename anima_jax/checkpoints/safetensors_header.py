@@ -1,4 +1,4 @@
-"""The header of a safetensors file: parsed strictly, checked against the file's real size, and written.
+"""Safetensors headers: strict parsing, checks against the file's actual size, and writing.
 
 A file consists of eight bytes of header length (little endian), a JSON header (name → dtype, shape, byte range) and the
 bytes of the tensors without gaps (https://github.com/huggingface/safetensors, "Format").
@@ -40,7 +40,7 @@ LIMIT = 100_000_000
 """Largest header in bytes, as in the format's own library."""
 
 _ENTRY_LIMIT = 4096  # characters of one tensor's entry; a real one has about 80
-_MAX_AXES = 64  # numpy's
+_MAX_AXES = 64  # numpy's limit
 _METADATA = "__metadata__"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _JSON = json.JSONDecoder()
@@ -52,7 +52,7 @@ class HeaderError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as described in the header. `start` counts bytes from the beginning of the file."""
+    """A tensor as the header describes it. `start` is its byte offset in the file."""
 
     name: str
     dtype: np.dtype
@@ -65,12 +65,12 @@ class TensorInfo:
 
     @property
     def code(self) -> str:
-        """The format's name of the dtype: `BF16`, `F32`, …"""
+        """The format's name for the dtype: `BF16`, `F32`, …"""
         return CODES[self.dtype]
 
 
 def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Return the metadata, and name → TensorInfo, of a file of `file_size` bytes. Raises HeaderError."""
+    """Return the metadata and name → TensorInfo of a file of `file_size` bytes. Raises HeaderError if invalid."""
     try:
         text = header.decode()
     except UnicodeDecodeError as error:
@@ -83,7 +83,10 @@ def parse(header: bytes | bytearray, file_size: int) -> tuple[dict[str, str], di
 
 
 def build(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """Return the first bytes of a file whose tensors follow in this order. Raises ValueError for duplicate names."""
+    """Return the length and header of a file whose tensors follow in this order.
+
+    Raises ValueError for duplicate names or a header that is too long.
+    """
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -114,7 +117,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int
             f"is cut off or damaged: {name!r:.200} should end at byte {data_start + end:.6g}, the file has {file_size}"
         )
     tensor = TensorInfo(name, DTYPES[code], tuple(shape), data_start + begin)
-    # The product without zeros: a zero must not hide an absurd size next to it.
+    # Zeros are filtered out, so that a zero does not hide an absurd size next to it.
     if math.prod(filter(None, shape)) * tensor.dtype.itemsize >= 2**63 or tensor.nbytes != end - begin:
         raise HeaderError(f"{name!r:.200} is {code} {shape!r:.80} but has {end - begin} bytes")
     return tensor
@@ -138,9 +141,10 @@ def _check_gapless(tensors: Iterable[TensorInfo], data_start: int, file_size: in
 
 
 class _Parser:
-    """A parser of the header's JSON, which has only two kinds of value, that builds one entry at a time.
+    """A parser for the header's JSON that builds one entry at a time.
 
-    A general JSON parser would turn a malicious 100 MB of brackets into gigabytes of objects or a deep recursion.
+    The format has only two kinds of value, the metadata and tensors' entries. A general JSON parser would turn a
+    malicious 100 MB of brackets into gigabytes of objects or a deep recursion.
     """
 
     def __init__(self, text: str):
@@ -148,7 +152,7 @@ class _Parser:
         self.at = 0
 
     def header(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Return the metadata, and name → the tensor's entry, not yet checked."""
+        """Return the metadata and name → tensor entry, whose values are not yet checked."""
         metadata: dict[str, str] | None = None
         entries: dict[str, dict[str, Any]] = {}
         for name in self._keys():

@@ -1,8 +1,8 @@
-"""Which tensor of a file contains which parameter: the only place that knows names.
+"""The mapping between tensors in files and model parameters: the only place that knows the networks' tensor names.
 
-A network's table is a tuple of `Rule`s: a pattern of parameter paths, the name in the file and the layout of the values
-there. Parameters of stacked blocks have a leading layer axis; files have one tensor per layer, whose number takes the
-place of `{layer}` in the rule's name.
+A network's table is a tuple of `Rule`s: a pattern for parameter paths, the name in the file and the layout of the
+values there. Parameters of stacked blocks have a leading layer axis; files have one tensor per layer, whose number
+replaces `{layer}` in the rule's name.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """One tensor of a file, and the parameter (or layer of a stacked parameter) that it contains."""
+    """One tensor of a file and the parameter, or layer of a stacked parameter, that it contains."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class FileTensor:
 
 
 def file_tensors(rules: Sequence[Rule], params: Mapping[str, Any]) -> list[FileTensor]:
-    """Return every tensor of a file of the model with these parameters (anything with `.shape`), without prefix.
+    """Return all tensors, without prefix, in a file of a model with these parameters (anything with `.shape`).
 
     Raises LookupError unless each path matches exactly one rule.
     """

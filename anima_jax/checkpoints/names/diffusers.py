@@ -1,4 +1,4 @@
-"""Names in diffusers' folders, built from the names in the original files.
+"""Names in diffusers' folders, derived from the names in the original files.
 
 Source: `scripts/convert_anima_to_diffusers.py` and the models themselves (CosmosTransformer3DModel,
 AnimaTextConditioner, AutoencoderKLQwenImage) in diffusers 0.42.
@@ -63,7 +63,7 @@ def text_conditioner(name: str) -> str:
 
 
 def vae(name: str, blocks_per_level: int) -> str:
-    """Return the name in `vae/` of a tensor of the original VAE, with `blocks_per_level` in the encoder."""
+    """Return the name in `vae/` of a tensor of the original VAE, whose encoder has `blocks_per_level`."""
 
     def upsampling(match: re.Match[str]) -> str:
         level, block = divmod(int(match[1]), blocks_per_level + 2)

@@ -1,4 +1,4 @@
-"""Names of the diffusion transformer and its adapter in the original files, without `net.` or another prefix."""
+"""Names of the diffusion transformer and its adapter in the original files, without a prefix such as `net.`."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ EXTRA_BUFFERS = (r"pos_embedder\..*", r"accum_.*", r"(.*\.)?_extra_state")
 
 
 def _patches_to_model(file: np.ndarray) -> np.ndarray:
-    """Reorder the columns from the file's (channel, y, x) to the (y, x, channel) of our tokens."""
+    """Transpose the matrix and reorder the file's columns (channel, y, x) to the (y, x, channel) of our tokens."""
     channels = file.shape[1] // PATCH**2
     return file.reshape(-1, channels, PATCH, PATCH).transpose(2, 3, 1, 0).reshape(file.shape[1], -1)
 
@@ -52,7 +52,7 @@ RULES = (
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """Return the sizes of the model in a file with tensors of these `shapes` (name without prefix → shape).
+    """Return the config of a model whose tensors have these `shapes` (name without prefix → shape).
 
     Raises KeyError with the first name that is needed and missing.
     """
@@ -71,7 +71,10 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
 
 
 def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdapterConfig:
-    """Return the sizes of the adapter in a file, whose names begin with `llm_adapter.`. Raises KeyError as above."""
+    """Return the config of an LLM adapter, whose names begin with `llm_adapter.`.
+
+    Raises KeyError as `config_from_shapes` does.
+    """
     target_width, width = shapes[f"{ADAPTER}out_proj.weight"]
     return LLMAdapterConfig(
         width=width,
@@ -85,13 +88,13 @@ def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdap
 
 
 def count_blocks(names: Mapping[str, object], prefix: str) -> int:
-    """Return the number of different N in names that begin with `<prefix>N.`."""
+    """Return the number of distinct N in names that begin with `<prefix>N.`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in names if (match := pattern.match(name))})
 
 
 def tensor_names(blocks: int) -> list[str]:
-    """Return the names of all tensors of a transformer and its adapter with this number of blocks each."""
+    """Return the names of all tensors of a transformer and its LLM adapter, with `blocks` blocks each."""
     sizes = DiTConfig(8, blocks, 1, 8, 8, 4, adapter=LLMAdapterConfig(8, blocks, 1, 8, 8, 4, 4))
     _, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
     return [tensor.name for tensor in file_tensors(RULES, shapes)]

@@ -1,7 +1,7 @@
-"""Parameter groups and the weight-decay test.
+"""Parameter groups, and which parameters have weight decay.
 
-Both see the names and shapes of the original files, as diffusion-pipe's `CosmosPredict2Pipeline.get_param_groups` and
-train.py do.
+Both depend on names and shapes in the original files, as in diffusion-pipe's `CosmosPredict2Pipeline.get_param_groups`
+and train.py.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ GROUPS = (
     ("mod", ".adaln_modulation"),
     ("base", ""),
 )
-"""(group, part of its parameters' names); the first row that matches applies. The configuration's key is `<group>_lr`.
+"""(group, substring of its tensors' names); the first match applies. The configuration's key is `<group>_lr`.
 
 diffusion-pipe has no group for the text encoder, which it does not train.
 """
 
 NEVER_DECAYED = ("llm_adapter.embed", MAGNITUDE.part)
-"""Parts of the names of tensors that have no weight decay, although some have two axes in the file."""
+"""Substrings of the names of tensors without weight decay, although some have two axes in the file."""
 
 
 def group_of(name: str) -> str:

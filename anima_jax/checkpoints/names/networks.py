@@ -1,7 +1,7 @@
-"""Which networks a file contains and under what prefix: every tool that saves Anima adds its own prefix to the names.
+"""The networks in a file and their prefixes: every tool that saves Anima adds its own prefix to the names.
 
 A `Network` describes the names of one network without the prefix. `locate` finds the prefix under which most of them
-are. Every other tensor in the file is a known extra buffer, which is skipped, part of another network, or unknown.
+occur. Every other tensor in the file is a known extra buffer, which is skipped, part of another network, or unknown.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _QWEN_IN_BUNDLE = "text_encoders.qwen3_06b.transformer."
 
 
 class AdapterAlone(nnx.Module):
-    """The LLM adapter with the parameter paths that it has inside a transformer."""
+    """The LLM adapter alone, with the parameter paths that it has inside a transformer."""
 
     def __init__(self, config: LLMAdapterConfig, *, rngs: nnx.Rngs):
         self.llm_adapter = LLMAdapter(config, rngs=rngs)
@@ -32,10 +32,10 @@ class AdapterAlone(nnx.Module):
 class Network:
     """One network and its tensors in files.
 
-    Files are read under all of `prefixes` and written under `saved_prefix`. `typical` matches the beginning of names
-    (without prefix) that no other network has. `stacks` are its numbered blocks: (the part they belong to, their name).
-    `rules` and `config_from_shapes` are the network's table. `extra_buffers` are patterns of tensors that it does not
-    need. `rename` is prepended to names to form those in the table.
+    Names are read with any of `prefixes` and written with `saved_prefix`. `typical` matches the beginning of names
+    (without prefix) that no other network has. `stacks` are its numbered blocks: (the part that contains them, their
+    name). `rules` and `config_from_shapes` are the network's table. `extra_buffers` are patterns for tensors that it
+    does not need. `rename` is prepended to names to form those in the table.
     """
 
     title: str
@@ -102,12 +102,12 @@ BUNDLED = ("model.diffusion_model.", "text_encoders.", "first_stage_model.", "va
 """Prefixes of the networks in a file that contains several."""
 
 QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|scaled_fp8)$")
-"""Names that occur only where the weights are quantised."""
+"""Pattern for names that occur only in files with quantised weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkKeys:
-    """The keys of a file, from the point of view of one network.
+    """The keys of a file, classified for one network.
 
     `keys` maps each name in the network's table to the file's key. `skipped` are known extra buffers, `elsewhere` are
     tensors of other networks, `unknown` are all other keys.
@@ -121,7 +121,7 @@ class NetworkKeys:
 
 
 def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
-    """Return the part of `network` in the keys of a file, or None if no name is typical of it."""
+    """Classify the keys of a file for `network`; return None if no name is typical of it."""
     file_keys = list(file_keys)
     typical = re.compile(network.typical)
     counts = {
@@ -150,7 +150,7 @@ def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
 
 
 def _is_elsewhere(network: Network, prefix: str, key: str) -> bool:
-    """Return whether `key` belongs to another network: in a bundle, or in the transformer around an adapter."""
+    """Return whether `key` belongs to another network of a bundle, or to the transformer that contains the adapter."""
     if network is ADAPTER and prefix.endswith(dit.ADAPTER):
         return not key.startswith(prefix)
     return any(key.startswith(other) and not prefix.startswith(other) for other in BUNDLED)

@@ -1,4 +1,4 @@
-"""Names of the text encoder: Hugging Face's, without `model.`."""
+"""Tensor names of the text encoder: Hugging Face's, without `model.`."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from anima_jax.checkpoints.names.dit import count_blocks
 from anima_jax.models.qwen3 import Qwen3Config
 
 EXTRA_BUFFERS = (r"lm_head\.weight",)
-"""The language-model head: not part of an encoder."""
+"""The language-model head, which is not part of the encoder."""
 
 RULES = (
     Rule(r"embed_tokens\.embedding", "embed_tokens.weight"),
@@ -18,7 +18,10 @@ RULES = (
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Qwen3Config:
-    """Return the sizes of the model in a file. Raises KeyError with the first name that is needed and missing."""
+    """Return the config of a model whose tensors have these `shapes` (name without prefix → shape).
+
+    Raises KeyError with the first name that is needed and missing.
+    """
     vocabulary, width = shapes["embed_tokens.weight"]
     head_size = shapes["layers.0.self_attn.q_norm.weight"][0]
     return Qwen3Config(

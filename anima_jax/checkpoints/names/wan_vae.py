@@ -28,7 +28,7 @@ def _gamma(axes: int) -> FileLayout:
     return FileLayout(lambda file: file.reshape(file.shape[:1]), lambda model: model.reshape(-1, *(1,) * axes))
 
 
-# (our name, the file's name, layout), relative to the part of the network that they belong to.
+# (our name, the file's name, layout), relative to the part of the network that contains them.
 _BLOCK = (
     (r"norm1.scale", "residual.0.gamma", _gamma(3)),
     (r"conv1.kernel", "residual.2.weight", _CONV),
@@ -68,7 +68,7 @@ _WHOLE = (
 
 
 def rules(config: WanVAEConfig) -> tuple[Rule, ...]:
-    """Return the table for a model of these sizes."""
+    """Return the table for a model with this config."""
     return tuple(
         Rule(re.escape(f"{ours}{path}"), f"{theirs}{name}", layout)
         for ours, theirs, rows in _parts(config)
@@ -95,9 +95,9 @@ def _parts(config: WanVAEConfig) -> Iterator[tuple[str, str, tuple[tuple[str, st
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> WanVAEConfig:
-    """Return the sizes of the model in a file with tensors of these `shapes` (name without prefix → shape).
+    """Return the config of a model whose tensors have these `shapes` (name without prefix → shape).
 
-    Raises UserError if the file is not a Wan VAE of a supported kind.
+    Raises UserError if they are not those of a supported Wan VAE.
     """
     base_width = _shape(shapes, "encoder.conv1.weight", 5)[0]
     latent_channels = _shape(shapes, "conv2.weight", 5)[0]
