@@ -20,7 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 @command_line
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that the command line names."""
+    """Run the command given on the command line."""
     parser = ArgumentParser(
         prog="python -m convert", description="Inspect Anima files and convert them between formats."
     )

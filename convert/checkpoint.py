@@ -1,4 +1,4 @@
-"""Write a model with another prefix, in another dtype, as a diffusers folder, or from one."""
+"""Convert a model to another prefix or dtype, or to or from a diffusers folder."""
 
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ FORMATS = ("diffusers", "anima", "comfyui")
 PREFIX_OF_FORMAT = {"anima": "net.", "comfyui": "model.diffusion_model."}
 
 TOKENIZERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
-"""Folder of a tokenizer in our layout → in a diffusers folder."""
+"""Folder of a tokenizer in our layout → its folder in the diffusers format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
-    """Write the transformer in a file under another prefix or in another dtype."""
+    """Write the transformer to a file, with another prefix or dtype."""
     with open_dit(arguments.input) as checkpoint:
         stored, located = checkpoint.stored(prefix), checkpoint.located
         _write(arguments.output, stored, arguments.dtype, checkpoint.metadata)
@@ -82,7 +82,7 @@ def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
 
 
 def _to_folder(arguments: argparse.Namespace) -> None:
-    """Write a subfolder per network, and the index. The folder appears only when it is complete."""
+    """Write the index and a subfolder per network. The folder appears only when it is complete."""
     target = pathlib.Path(os.path.abspath(arguments.output))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{arguments.output}: exists already; choose a new folder or an empty one")
@@ -110,7 +110,7 @@ def _to_folder(arguments: argparse.Namespace) -> None:
 
 
 def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping[str, StoredTensor]]]:
-    """Yield component, config and tensors (by original name) of each network in IN or in a file that a flag names."""
+    """Yield component, config and tensors (by original name) of each network in IN or in a file given by a flag."""
     with open_dit(arguments.input) as checkpoint:
         transformer, adapter = {}, {}
         for name, tensor in checkpoint.stored().items():
@@ -153,7 +153,7 @@ def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
-    """Write the transformer with its adapter to one file, and the other networks to the files that flags name."""
+    """Write the transformer with its LLM adapter to one file, and the other networks to the files given by flags."""
     present = diffusers.components_in(arguments.input)
     targets: list[tuple[tuple[str, ...], str, str]]
     targets = [(("transformer", "text_conditioner"), arguments.output, prefix)]

@@ -1,4 +1,4 @@
-"""Compare two models or two adapters: which tensors differ, and how much, block by block."""
+"""Compare two models or two adapters: which tensors differ, and how much each block differs."""
 
 import argparse
 import collections
@@ -19,7 +19,7 @@ SUMMARY = "compare two models or two adapters"
 
 
 class Pair(NamedTuple):
-    """A tensor, or an adapter's update of a module, in both files; None in the file that does not have it."""
+    """A tensor, or an adapter's update of a module, from both files; None for a file that does not have it."""
 
     name: str
     first: np.ndarray | None
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what only one file has, how much is equal, and ‖B − A‖ / ‖A‖ of each block that differs."""
+    """Print what only one file has, how many tensors are equal, and ‖B − A‖ / ‖A‖ of each block that differs."""
     kinds = []
     for path in (arguments.first, arguments.second):
         with SafetensorsFile(path) as file:
@@ -54,7 +54,7 @@ def models(first: str, second: str) -> Iterator[Pair]:
 
 
 def adapters(first: str, second: str) -> Iterator[Pair]:
-    """Yield the update of every module of two adapters of any kinds and dialects."""
+    """Yield the updates of every module of two adapters, which may differ in kind and dialect."""
     with open_adapter(first) as one, open_adapter(second) as other:
         for name in dict.fromkeys([*one.patches, *other.patches]):
             yield Pair(name, _update(one.patches.get(name)), _update(other.patches.get(name)))
@@ -69,7 +69,7 @@ def _update(patch: Patch | None) -> np.ndarray | None:
 
 
 def report(pairs: Iterable[Pair], what: str) -> Iterator[str]:
-    """Yield the lines to print; `what` is what the pairs are, "tensors" or "modules"."""
+    """Yield the lines to print; `what` is "tensors" or "modules", the word for the pairs."""
     only: dict[str, list[str]] = {"A": [], "B": []}
     misshapen: list[str] = []
     equal = 0

@@ -1,4 +1,4 @@
-"""Make a LoRA of what a fine-tune changed: the leading singular vectors of each weight's difference."""
+"""Make a LoRA from a fine-tune: the leading singular vectors of each weight's difference from the base."""
 
 import argparse
 import contextlib
@@ -50,7 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield original name and TUNED − BASE, float32, of each tensor that differs. UserError for different models."""
+    """Yield original name and TUNED − BASE, in float32, of each tensor that differs.
+
+    Raises UserError if the models have different tensors or shapes.
+    """
     with opened_both(base, tuned) as (mine, theirs):
         alone = sorted(mine.keys() ^ theirs.keys())
         if alone:
@@ -65,7 +68,10 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
 
 @contextlib.contextmanager
 def opened_both(*paths: str) -> Iterator[list[dict[str, StoredTensor]]]:
-    """Open files: original name → tensor of the transformer and text encoder. UserError for a file that has neither."""
+    """Open files and return, for each, original name → tensor of the transformer and text encoder.
+
+    Raises UserError for a file that has neither.
+    """
     with contextlib.ExitStack() as stack:
         found = []
         for path in paths:

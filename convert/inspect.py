@@ -51,7 +51,7 @@ def _contents(file: SafetensorsFile) -> Iterator[Row]:
 
 
 def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
-    """Describe one network: its prefix, its sizes, and whether it is complete."""
+    """Yield rows about one network: its prefix, its sizes, and whether it is complete."""
     located = locate(network, file.tensors)
     assert located is not None
     yield "kind", network.title
@@ -73,7 +73,7 @@ def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
 
 
 def _adapter(file: SafetensorsFile) -> Iterator[Row]:
-    """Describe an adapter: its kind, dialect and ranks, and how much it changes each block."""
+    """Yield rows about an adapter: its kind, dialect and ranks, and how much it changes each block."""
     adapter = read_adapter(file)
     kinds = collections.Counter(patch.kind.title for patch in adapter.patches.values())
     yield "kind", f"{' and '.join(kinds) or (adapter_kind(file.tensors) or KINDS['lora']).title} (adapter)"
@@ -109,7 +109,7 @@ def _changes(patches: Mapping[str, Patch]) -> str:
 
 
 def _dialects(file: SafetensorsFile) -> list[str]:
-    """Return the beginnings of the names, and which tool uses them."""
+    """Return the prefixes of the names, each with the tool that uses it."""
     modules = modules_by_spelling(split[0] for key in file.tensors if (split := split_key(key)))
     found: dict[str, str] = {}
     for spelling, module in modules.items():
@@ -121,7 +121,7 @@ def _dialects(file: SafetensorsFile) -> list[str]:
 
 
 def _norms(patches: Mapping[str, Patch]) -> Iterator[Row]:
-    """Yield ‖ΔW‖ of all modules of each block together."""
+    """Yield a row per block with ‖ΔW‖ of all its modules together."""
     squares: dict[str, float] = collections.defaultdict(float)
     for module, patch in patches.items():
         squares[block_of(module)] += patch.norm() ** 2
@@ -129,7 +129,7 @@ def _norms(patches: Mapping[str, Patch]) -> Iterator[Row]:
 
 
 def block_of(name: str) -> str:
-    """Return the block that a module or tensor belongs to, or the part of the network outside of the blocks."""
+    """Return the block that contains a module or tensor or, outside the blocks, the part of the network."""
     match = re.match(r"(.*?\b(blocks|layers)\.\d+)\.", name)
     return match[1] if match else name.split(".", maxsplit=1)[0]
 
@@ -156,7 +156,7 @@ def _metadata(metadata: dict[str, str]) -> Iterator[Row]:
 
 
 def _size(count: int) -> str:
-    """Return a number of bytes in a decimal unit."""
+    """Format a number of bytes in decimal units."""
     size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert IN to OUT and print what was changed in the numbers, if anything."""
+    """Convert IN to OUT and print which values were changed, if any."""
     outputs.check(arguments.output, arguments.input, force=arguments.force)
     depths = parse_remap(arguments.remap) if arguments.remap else None
     dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)

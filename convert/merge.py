@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge into OUT; tensors that the adapters do not change are copied."""
+    """Write BASE with the adapters merged to OUT; tensors that no adapter changes are copied."""
     paths, weights = zip(*map(weighted, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The file that a command writes: it never replaces another file without --force, and never an input."""
+"""Output files of the commands: they replace an existing file only with --force, and never replace an input."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ def check(target: str, *sources: str, force: bool) -> None:
 
 
 def positive(text: str) -> int:
-    """Parse a rank from the command line."""
+    """Parse a rank, which is at least 1, from the command line."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number, at least 1")
     return int(text)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write OUT and print how much of the adapter it keeps. Alphas are multiplied in where a rank changes."""
+    """Write OUT and print how much of the adapter it keeps. Alphas are multiplied in where the rank changes."""
     outputs.check(arguments.output, arguments.input, force=arguments.force)
     with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
         patches, total, kept = {}, 0.0, 0.0

@@ -1,1 +1,1 @@
-"""How the files in `anima_jax/assets` were made: the quick start's VAE, text encoder and tokenizers. Not installed."""
+"""Programs that made the quick start's VAE, text encoder and tokenizers in `anima_jax/assets`. Not installed."""

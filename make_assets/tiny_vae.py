@@ -1,19 +1,19 @@
 """Train the small Wan VAE that the quick start ships: `python -m make_assets.tiny_vae --output FILE`.
 
-The real architecture at base width 8, for the 64×64 images of `anima_jax.data.shapes`, stored in bfloat16 under the
-original names. A diffusion model has to learn its normalised latents. Therefore the loss, besides the reconstruction
-error, pulls each channel to mean 0 and variance 1, and decodes from latents with Gaussian noise. Afterwards the
-remaining mean and variance are folded exactly into the 1×1 convolutions on both sides of the latents.
+It has the real architecture at base width 8, for the 64×64 images of `anima_jax.data.shapes`, and is stored in bfloat16
+under the original names. A diffusion model has to learn its normalised latents, so the loss not only measures the
+reconstruction error, but also pulls each channel to mean 0 and variance 1 and decodes from latents with Gaussian noise.
+Afterwards the remaining mean and variance are folded exactly into the 1×1 convolutions on both sides of the latents.
 
 Only single frames are trained. Kernel taps on past frames are zero and the temporal convolutions pass the last frame
-through, so a video becomes every fourth frame, each shown four times.
+through, so a decoded video consists of every fourth frame, shown four times each.
 
 Half of the training images have colours outside the language. Trained on the language's colours alone, the VAE encodes
-each pair of colours in its own way, and a diffusion model cannot combine a shape with a pair of colours it never saw.
+each pair of colours differently, and a diffusion model cannot combine a shape with a pair of colours it never saw.
 
 The shipped `tiny_vae.safetensors` (1.87 MB, default arguments) reconstructs new images of the language with a PSNR of
-33.2 dB and a mean absolute error of 1.59 of 255 levels; from latents with noise of standard deviation 0.15, with 32.8
-dB and 1.72. The file's metadata has the same numbers. Training took 22 minutes on two busy CPU cores.
+33.2 dB and a mean absolute error of 1.59 of 255 levels, or 32.8 dB and 1.72 from latents with noise of standard
+deviation 0.15. The file's metadata contains the same numbers. Training took 22 minutes on two busy CPU cores.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Graph = nnx.GraphDef[WanVAE]
 
 CONFIG = WanVAEConfig(base_width=8)
 # (fraction of the steps, images per batch, side of the random square crop): small crops teach edges at a quarter of the
-# cost, full images the rest.
+# cost, full images everything else.
 STAGES = ((0.6, 16, 32), (0.4, 8, shapes.SIZE))
 NOISE = 0.15  # standard deviation of the noise on the normalised latents during training
 PENALTY = 0.02  # weight of the channels' distance from mean 0 and variance 1
@@ -118,7 +118,7 @@ def train(graphdef: Graph, params: Params, pool: np.ndarray, steps: int, learnin
 
 
 def plan(steps: int) -> list[tuple[int, int]]:
-    """Return (images, side) of each step."""
+    """Return (images per batch, side of the crop) of each step."""
     return [(batch, side) for share, batch, side in STAGES for _ in range(round(share * steps))]
 
 
@@ -129,7 +129,7 @@ def crop(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def loss(graphdef: Graph, params: Params, pixels: Array, key: Array) -> tuple[Array, dict[str, Array]]:
-    """Absolute and squared error of images decoded from noisy latents, plus a penalty on the latents' statistics."""
+    """Return the absolute and squared error of images decoded from noisy latents, plus a penalty on the statistics."""
     vae = merge(graphdef, params)
     latents = vae.encode(pixels)
     noisy = latents + NOISE * jax.random.normal(key, latents.shape)
@@ -142,7 +142,7 @@ def loss(graphdef: Graph, params: Params, pixels: Array, key: Array) -> tuple[Ar
 
 
 def calibrate(graphdef: Graph, params: Params, pixels: np.ndarray) -> Params:
-    """Rescale the latents to mean 0 and variance 1 per normalised channel over `pixels`; outputs are unchanged."""
+    """Rescale each normalised latent channel to mean 0 and variance 1 over `pixels`; outputs are unchanged."""
     latents = encode_all(graphdef, params, pixels)
     shift, scale = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
     mean, std = np.array(CONFIG.latent_mean), np.array(CONFIG.latent_std)
@@ -165,7 +165,7 @@ def encode_all(graphdef: Graph, params: Params, pixels: np.ndarray) -> np.ndarra
 
 
 def reconstruction_error(graphdef: Graph, params: Params, pixels: np.ndarray) -> dict[str, str]:
-    """Measure PSNR in dB (peak 255) and mean absolute error in levels of 0–255, from clean and from noisy latents."""
+    """Return PSNR in dB (peak 255) and mean absolute error in levels of 0–255, from clean and noisy latents."""
     decode = jax.jit(lambda params, batch: merge(graphdef, params).decode(batch).clip(-1.0, 1.0))
     latents = encode_all(graphdef, params, pixels)
     report = {}

@@ -2,8 +2,8 @@
 
 They are small tokenizers of the kinds that Anima uses: Qwen's byte-level BPE, padded with <|endoftext|>, and T5's
 Unigram with <pad> 0, </s> 1, <unk> 2. Each word of the shapes' captions is one token; some general English fills the
-rest of the vocabulary. Any text can be tokenized: in T5's, non-ASCII characters become <unk>, as most do in the real
-one.
+rest of the vocabulary. Any text can be tokenized: T5's tokenizer turns non-ASCII characters into <unk>, as the real one
+does with most of them.
 """
 
 import collections
@@ -22,13 +22,13 @@ QWEN_PAD = "<|endoftext|>"
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 WORD_START = "▁"
 
-# Qwen2's own splitting rule (Qwen/Qwen3-0.6B-Base, tokenizer.json): contractions, words with the character before them,
+# Qwen2's splitting rule (Qwen/Qwen3-0.6B-Base, tokenizer.json): contractions, words with the character before them,
 # single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Common words and words of image captions; order matters: the first ones become tokens of their own.
+# Common words and words of image captions. The order matters: the first ones become tokens of their own.
 ENGLISH_TEXT = """
 the of and to in is with at by for from one two three small large big little left right top bottom center corner
 picture drawing painting photo image style artist quality best masterpiece high detailed simple sketch line art
@@ -51,13 +51,13 @@ def caption_words() -> list[str]:
 
 
 def corpus() -> list[str]:
-    """Return the texts that the BPE is trained on."""
+    """Return the texts for training the BPE."""
     captions = [scene.caption for held_out in (False, True) for scene in scenes(held_out=held_out)]
     return captions * REPEATS_OF_SHAPES + [f"a {word}" for word in ENGLISH]
 
 
 def build_qwen(vocabulary: int = QWEN_VOCABULARY) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE like Qwen's on `corpus`, with `vocabulary` ids, the pad token last."""
+    """Train a byte-level BPE like Qwen's on `corpus`, with `vocabulary` ids, of which the last is the pad token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), behavior="isolated")

@@ -235,7 +235,7 @@ def _slices(bounds: Bounds) -> tuple[slice, ...]:
 
 
 def _rows_of(tensor: FileTensor, shards: Sequence[Bounds]) -> slice | None:
-    """Return the range of file rows (first axis) that contains these shards of the model's tensor; None for all rows."""
+    """Return the range of file rows (first axis) that contains these shards of a tensor; None for all rows."""
     if not tensor.shape or all(math.prod(_sizes(bounds)) == math.prod(tensor.shape) for bounds in shards):
         return None
     numbers = np.arange(tensor.shape[0], dtype=np.int32).reshape(-1, *[1] * (len(tensor.shape) - 1))
