@@ -17,7 +17,7 @@ P = ParamSpec("P")
 
 
 class UserError(Exception):
-    """One or more user errors, one argument each: the file or key, what was found, and what was expected."""
+    """One or more user errors, one message per argument: the file or key, what was found and what was expected."""
 
     @property
     def messages(self) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def _interrupts_raised_again() -> Iterator[None]:
 
     def raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # an error raised here is dropped
+            threading.Timer(0.05, _thread.interrupt_main).start()  # raised in here, it would be dropped too
         else:
             before(unraisable)
 

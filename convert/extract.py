@@ -68,7 +68,7 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
 
 @contextlib.contextmanager
 def opened_both(*paths: str) -> Iterator[list[dict[str, StoredTensor]]]:
-    """Open files and return, for each, original name → tensor of the transformer and text encoder.
+    """Open files and yield, for each file, original name → tensor of the transformer and text encoder.
 
     Raises UserError for a file that has neither.
     """

@@ -89,7 +89,7 @@ def _adapter(file: SafetensorsFile) -> Iterator[Row]:
 
 
 def _ranks(patches: Mapping[str, Patch]) -> str:
-    """Return the number of modules, their ranks and their scales."""
+    """Describe the modules: their number, ranks and scales."""
     ranks = sorted({patch.rank for patch in patches.values() if patch.rank})
     scales = [f"{scale:g}" for scale in sorted({patch.scale for patch in patches.values()})]
     alpha = "no alpha (scale 1)"
@@ -99,7 +99,7 @@ def _ranks(patches: Mapping[str, Patch]) -> str:
 
 
 def _changes(patches: Mapping[str, Patch]) -> str:
-    """Return the number of modules of each network that the adapter changes."""
+    """Describe how many modules of each network the adapter changes."""
     of_adapter = sum(module.startswith(dit.ADAPTER) for module in patches)
     of_text = sum(module.startswith(TEXT_ENCODER) for module in patches)
     of_transformer = plural(len(patches) - of_adapter - of_text, "module of the transformer")

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write BASE with the adapters merged to OUT; tensors that no adapter changes are copied."""
+    """Write OUT, which is BASE with the adapters merged; tensors that no adapter changes are copied."""
     paths, weights = zip(*map(weighted, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:

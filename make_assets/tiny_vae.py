@@ -1,9 +1,9 @@
 """Train the small Wan VAE that the quick start ships: `python -m make_assets.tiny_vae --output FILE`.
 
 It has the real architecture at base width 8, for the 64×64 images of `anima_jax.data.shapes`, and is stored in bfloat16
-under the original names. A diffusion model has to learn its normalised latents, so the loss not only measures the
-reconstruction error, but also pulls each channel to mean 0 and variance 1 and decodes from latents with Gaussian noise.
-Afterwards the remaining mean and variance are folded exactly into the 1×1 convolutions on both sides of the latents.
+under the original names. A diffusion model has to learn its normalised latents, so the loss measures the reconstruction
+error from latents with Gaussian noise, and pulls each channel to mean 0 and variance 1. Afterwards the remaining mean
+and variance are folded exactly into the 1×1 convolutions on both sides of the latents.
 
 Only single frames are trained. Kernel taps on past frames are zero and the temporal convolutions pass the last frame
 through, so a decoded video consists of every fourth frame, shown four times each.

@@ -39,7 +39,7 @@ class Dialect:
 
 
 def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool = False) -> Spelling:
-    """Return the format of original names after a prefix, with `_` for every dot if `flat`.
+    """Return the format that puts a prefix before the original name, with `_` for every dot if `flat`.
 
     A network whose prefix is None has no names in the format.
     """
@@ -53,7 +53,7 @@ def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool
 
 
 def _diffusers(transformer: str, llm_adapter: str, *, flat: bool = False) -> Spelling:
-    """Return the format of diffusers' names for the transformer and its text conditioner, each after a prefix."""
+    """Return the format that puts prefixes before diffusers' names for the transformer and its text conditioner."""
 
     def spell(module: str) -> str | None:
         if module.startswith(TEXT_ENCODER):
@@ -109,7 +109,7 @@ SPELLINGS: tuple[Spelling, ...] = (
 
 
 def modules_by_spelling(spellings: Iterable[str]) -> dict[str, str]:
-    """Return spelling → module, for the `spellings` that name a module of an Anima model of any depth."""
+    """Return name in a file → module, for the `spellings` that name a module of an Anima model of any depth."""
     spellings = list(spellings)
     known = _known_spellings(spellings)
     return {spelling: known[spelling] for spelling in spellings if spelling in known}
@@ -128,7 +128,7 @@ def nearest_spelling(key: str) -> str:
 
 
 def _known_spellings(spellings: Sequence[str]) -> dict[str, str]:
-    """Return spelling → module in every format, for networks as deep as the numbers in `spellings` require."""
+    """Return name in any format → module, for networks as deep as the numbers in `spellings` require."""
     numbered = re.compile(r"(?:blocks|layers)[._](\d{1,3})(?!\d)")
     numbers = {int(number) for spelling in spellings for number in numbered.findall(spelling)}
     return _all_spellings(1 + max(numbers, default=0))
@@ -136,7 +136,7 @@ def _known_spellings(spellings: Sequence[str]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4)
 def _all_spellings(blocks: int) -> dict[str, str]:
-    """Return spelling → module in every format, for networks with `blocks` blocks in each stack."""
+    """Return name in any format → module, for networks with `blocks` blocks in each stack."""
     sizes = Qwen3Config(8, blocks, 1, 1, 8, 8, 4)
     _, text_encoder = parameters.abstract(lambda rngs: Qwen3(sizes, rngs=rngs))
     names = dit.tensor_names(blocks) + [TEXT_ENCODER + one.name for one in file_tensors(qwen3.RULES, text_encoder)]

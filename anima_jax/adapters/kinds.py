@@ -1,4 +1,4 @@
-"""The table of adapter kinds: the only definition of everything that depends on the kind of an adapter.
+"""The table of adapter kinds: the single source of everything that depends on an adapter's kind.
 
 Names in files, shapes, sharding, initial values, arithmetic on devices and on the host, FLOPs, `[adapter] type` and
 PEFT's settings are read from `KINDS`; adding a kind means adding a row. In the layout of files, where W is (out, in):

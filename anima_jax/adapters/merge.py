@@ -109,7 +109,7 @@ def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
 def merged(
     name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
 ) -> np.ndarray:
-    """Return `values`, the tensor `name` of a file, with all `patches` applied; `dtype` None keeps its dtype."""
+    """Return `values`, the tensor `name` of a file, with all `patches` applied; `dtype` None keeps the tensor's."""
     weight = copying.contiguous(values).astype(FLOAT32)
     for patch, strength in patches:
         if strength == 0.0:

@@ -23,7 +23,7 @@ from anima_jax.models.parameters import Params, quick_jit
 from anima_jax.models.quantised import Quantised
 
 STACKS = ("blocks.", "llm_adapter.blocks.", "layers.", "text_encoder.layers.")
-"""Path prefixes of layers that can take adapters: in the blocks of transformer, LLM adapter and text encoder."""
+"""Path prefixes of layers that can take adapters: the blocks of the transformer, LLM adapter and text encoder."""
 
 
 class AdapterSpec(NamedTuple):
@@ -178,7 +178,7 @@ def is_factor(path: str) -> bool:
     return path.rpartition(".")[2] in FACTORS
 
 
-# ---- fresh values ----------------------------------------------------------------------------------------------------
+# ---- initial values --------------------------------------------------------------------------------------------------
 
 
 def initial(

@@ -41,7 +41,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """The parts of one module's adapter. All members except `error` are defined only if `error` finds none.
+    """The parts of one module's adapter. The other members are defined only if `error` returns None.
 
     Besides the parts of its kind, an adapter may have `alpha`, `dora_scale`, `diff` (added to ΔW) and `diff_b` (added
     to the bias).
@@ -152,7 +152,7 @@ class Patch:
         return abs(self.scale) * math.prod(map(_norm_of_product, self._matrices))
 
     def applied(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """Return the weight (float32) with this adapter at `strength`; with a `dora_scale`, `strength` interpolates."""
+        """Return the weight (float32) with this adapter at `strength`, an interpolation if it has a `dora_scale`."""
         update = self.update()
         if "dora_scale" not in self.parts:
             update *= np.float32(strength)

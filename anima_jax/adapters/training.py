@@ -1,4 +1,4 @@
-"""`[adapter]` applied to a network: the modules with an adapter, its rank, learning rate and initial values."""
+"""`[adapter]` applied to a network: which modules get an adapter, ranks, learning rates and initial values."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ Specs = Mapping[str, AdapterSpec]
 def plan(
     config: MainConfig, targets: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, AdapterSpec], dict[str, tuple[float, ...]]]:
-    """Return module path → adapter, and parameter path → learning rate of each layer, relative to its group's rate.
+    """Return module path → spec, and parameter path → learning rate of each layer, relative to its group's rate.
 
     The second contains only parameters with a rate of their own. `targets` maps the paths of the blocks' linear layers
     to kernel shapes (layers, in, out). Raises UserError for a pattern that matches none of the modules whose group is
@@ -97,7 +97,7 @@ def _first(values: Mapping[str, float], name: str, default: float) -> float:
     return next((value for pattern, value in values.items() if _any([pattern], name)), default)
 
 
-# ---- first values --------------------------------------------------------------------------------------------------
+# ---- initial values ------------------------------------------------------------------------------------------------
 
 
 def scales(config: MainConfig, specs: Specs) -> Params:

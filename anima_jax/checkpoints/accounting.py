@@ -1,4 +1,4 @@
-"""Matching of a file's tensors with a model's parameters: all must match, or the error lists what is left over."""
+"""Matching of a file's tensors with a model's parameters: all must match, or an error lists what is left over."""
 
 import dataclasses
 import re

@@ -42,7 +42,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open file (or a transformer's and an adapter's) that fits the model `graphdef`; no tensor is read yet.
+    """An open file (or a transformer's and an LLM adapter's) that fits the model `graphdef`; no tensor is read yet.
 
     `abstract` has a `jax.ShapeDtypeStruct` for each parameter, in the dtype stored in the file. `tensors` lists the
     file's tensors in the order of the parameters; `sources` maps their names to the stored tensors. `metadata` is the

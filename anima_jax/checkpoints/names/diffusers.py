@@ -63,7 +63,7 @@ def text_conditioner(name: str) -> str:
 
 
 def vae(name: str, blocks_per_level: int) -> str:
-    """Return the name in `vae/` of a tensor of the original VAE, whose encoder has `blocks_per_level`."""
+    """Return the name in `vae/` of a tensor of the original VAE; `blocks_per_level` is the encoder's."""
 
     def upsampling(match: re.Match[str]) -> str:
         level, block = divmod(int(match[1]), blocks_per_level + 2)

@@ -1,4 +1,4 @@
-"""Names of the diffusion transformer and its adapter in the original files, without a prefix such as `net.`."""
+"""Names of the diffusion transformer and its LLM adapter in the original files, without a prefix such as `net.`."""
 
 import re
 from collections.abc import Mapping

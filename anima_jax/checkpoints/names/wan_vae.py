@@ -1,4 +1,4 @@
-"""Names of the Wan 2.1 VAE in its original file (`qwen_image_vae.safetensors`), and its sizes read from such a file.
+"""Names of the Wan 2.1 VAE in its original file (`qwen_image_vae.safetensors`), and the config read from one.
 
 The file numbers residual blocks and resampling steps in one flat list per side (`encoder.downsamples.0`, `.1`, …), so
 the table depends on the number of blocks per level.
