@@ -1,4 +1,4 @@
-"""Loading of a main TOML and the dataset TOMLs that it names. All errors of all files are reported at once."""
+"""Loader of a main TOML and the dataset TOMLs that it names. All errors of all files are reported at once."""
 
 import contextlib
 import datetime
@@ -31,7 +31,7 @@ def load_config(
     resolved against the current directory, then against the folder of the TOML that names them; input files must exist.
     `i_know_what_i_am_doing` allows any number of resolutions, like the flag of the same name. `check_optimizer` raises
     UserError for arguments that the optimizer does not accept.
-    Raises UserError with one line per error, for all errors of all files at once.
+    Raises UserError with one line for each error in any of the files.
     """
     main = TomlFile(os.fspath(path), MainConfig, unsupported_keys.MAIN)
     table = read_toml(main.name)
@@ -175,7 +175,7 @@ def _override(table: dict[str, Any], override: str) -> str:
 
 
 def _toml_value(text: str) -> Any:
-    """Return the TOML value of `text`, or `text` itself if it is none, so that bare words need no quotes."""
+    """Return the TOML value of `text`, or `text` itself if it is not one, so that bare words need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

@@ -152,7 +152,7 @@ def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[st
 
 
 def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
-    """Return a validator that selects the first candidate path for which `exists`, a test for `what`, is true."""
+    """Return a validator that replaces a path by the first one it may mean that passes `exists`, a test for `what`."""
 
     def check(path: str, info: ValidationInfo) -> str:
         if not path:

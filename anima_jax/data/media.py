@@ -121,7 +121,7 @@ def label_of(name: str) -> str:
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:
-    """Return the stamp of a file. Raises UserError if it does not exist or is not a regular file."""
+    """Return the stamp of a file. Raises UserError if there is no such file."""
     try:
         if is_remote(path):
             remote = epath.Path(path).stat()

@@ -67,7 +67,7 @@ class SourceReader(abc.ABC, Generic[SourceT]):
         """Add counts that are known only after the candidates are inspected."""
 
     def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
-        """Return trusted entries, with those captions read again that every run reads again."""
+        """Return trusted entries, after rereading the captions that every run must reread."""
         return entries
 
 
@@ -141,7 +141,7 @@ def _inspect_all(
 
 
 def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -> tuple[Entry | UserError | None, str]:
-    """Return the entry, an error, or None without a caption; and a reason under which to count the captions, or ""."""
+    """Return the entry, an error, or None if it has no caption; then the reason to count for its captions, or ""."""
     media, mask, reason = candidate.media, candidate.mask, ""
     try:
         captions = candidate.captions() or ()

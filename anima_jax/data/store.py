@@ -414,5 +414,5 @@ def _named_errors(path: object, what: str, remedy: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # OSError, ArrayRecord's RuntimeError; the clients of object stores' own types
+    except Exception as error:  # OSError, ArrayRecord's RuntimeError, or types of object store clients
         raise UserError(f"{path}: cannot {what}: {os_reason(error)}{remedy}") from error

@@ -91,7 +91,7 @@ def _headers(file: IO[bytes], tar_size: int) -> Iterator[tarfile.TarInfo]:
     with tarfile.TarFile(fileobj=_LimitedReads(file)) as tar:  # type: ignore[arg-type]
         before = -1
         while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # or it would keep every header
+            tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header
             if info.size < 0 or info.offset <= before:
                 raise UserError(f"the header of {info.name!r} points backwards")
             if info.isreg() and not info.issparse() and info.offset_data + info.size > tar_size:

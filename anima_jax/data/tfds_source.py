@@ -79,7 +79,7 @@ class TfdsReader(SourceReader[TfdsSource]):
         source, builder_dir = self.source, os.fspath(self._builder.data_path)
         try:
             number = len(_records(builder_dir, source.split, source.image))
-        except Exception as error:  # a slice that tfds cannot parse or that is empty, missing shards
+        except Exception as error:  # an empty slice or one that tfds cannot parse, missing shards
             raise UserError(f"{self.name}: {first_line(error)}") from None
         media = (RecordMedia(builder_dir, source.split, index, source.image) for index in range(number))
         return [Candidate(each, functools.partial(_captions, each, source.caption)) for each in media]

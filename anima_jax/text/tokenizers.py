@@ -142,7 +142,7 @@ class Tokenizers:
 
 
 def load_tokenizers(folder: str | os.PathLike[str] | None) -> Tokenizers:
-    """Load `qwen/` and `t5/` from `folder`, or if it is None from the Hugging Face hub (its local cache first).
+    """Load `qwen/` and `t5/` from `folder`; if it is None, from the Hugging Face hub (its local cache first).
 
     Raises UserError if a file is broken, or if files are missing; then the message says which files to put where.
     """
