@@ -1,13 +1,15 @@
-"""Scaled dot-product attention: one function, several back ends.
+"""Scaled dot-product attention: one function with several back ends.
 
-`xla` runs everywhere. It processes the queries in blocks, so that the scores of all queries never exist at once. Its
-backward pass is written by hand (FlashAttention's recomputation, arXiv 2205.14135): the softmax statistics stay float32
-and every product has operands of one dtype and a float32 result, the fast path of 16-bit products on all hardware.
-`cudnn` is NVIDIA's fused kernel. It receives padding as lengths, never as a mask, which it would materialise.
-`splash` is JAX's Pallas kernel for TPUs. It receives padding as segment ids.
+`xla` runs on all hardware. It processes the queries in blocks, so the scores of all queries are never in memory at
+once. Its backward pass is hand-written and recomputes the scores, as in FlashAttention (arXiv 2205.14135). Softmax
+statistics are float32, and every product has operands of one dtype and a float32 result, which is the fast path for
+16-bit products on all hardware.
+`cudnn` is NVIDIA's fused kernel. Padding is passed to it as lengths, because it would materialise a mask.
+`splash` is JAX's Pallas kernel for TPUs. Padding is passed to it as segment ids.
 
-On a mesh each device attends for its own examples and heads (`jax.shard_map`). Where tokens are sharded over the
-context axis, an all-to-all exchanges them for heads before and back after (arXiv 2309.14509).
+On a mesh each device computes attention for its own examples and heads (`jax.shard_map`). If the tokens are sharded
+over the context axis, an all-to-all reshards from tokens to heads before attention, and another one reverses this
+afterwards (arXiv 2309.14509).
 
 Axes: b batch, l queries, n keys, h heads (g key/value heads, h = g · r), k head size.
 """
@@ -27,13 +29,13 @@ from anima_jax.models.constraints import MESH_AXES, active_mesh, constrain, part
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 _SCORE_BYTES = 16 * 2**20
-"""Size limit of the float32 scores of one block of queries."""
+"""Maximum bytes of the float32 scores of one block of queries; 16 queries are always allowed."""
 
 TILE = 128
-"""Tokens; the TPU kernel needs lengths that are multiples of this."""
+"""Tokens per tile: the TPU kernel needs lengths that are multiples of this."""
 
 _FLOOR = -1e30
-"""A finite stand-in for the maximum over no keys at all: exp(−inf − floor) is 0, not NaN."""
+"""A finite stand-in for the maximum over no keys: exp(−inf − floor) is 0, not NaN."""
 
 
 def attention(
@@ -48,14 +50,16 @@ def attention(
     seq_sharded: str = "",
     implementation: str = "auto",
 ) -> Array:
-    """Compute softmax(q·kᵀ / sqrt(k)) · v, with the shape and dtype of `q_blhk`.
+    """Return softmax(q·kᵀ / sqrt(k)) · v, with the shape and dtype of `q_blhk`.
 
     Keys and values may have fewer heads than the queries (grouped-query attention). Keys at or beyond `key_lengths_b`
-    and keys where `key_mask_bn` is false are excluded; the result for a query without any key is 0. `causal` lets query
-    l see keys 0…l. `zero_keys` additional keys and values of zeros enter the softmax without being stored.
+    and keys where `key_mask_bn` is false are masked; the result for a query without any key is 0. With `causal`, query
+    l attends to keys 0…l. `zero_keys` is the number of additional all-zero keys and values that take part in the
+    softmax; `xla` does not store them.
 
-    `seq_sharded` says which tokens are sharded over the mesh's context axis: none (""), the queries ("q") or queries
-    and keys ("qk"). Raises ValueError for an unknown or unsuitable `implementation`.
+    `seq_sharded` says which tokens are sharded over the mesh's context axis: none (""), the queries ("q"), or queries,
+    keys and values ("qk"). Raises ValueError for an `implementation` that is unknown or does not support the masking,
+    and for query heads that are not a multiple of the key heads.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation '{implementation}', expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -75,13 +79,13 @@ def attention(
     specs = tuple(
         x if x is None else partition_spec(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=True)
     )
-    # check_vma has no rule for kernels. Without it, gradients of replicated inputs are summed over the devices.
+    # check_vma has no rules for the kernels. With it off, gradients of replicated inputs are summed over the devices.
     out_blhk = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
     return constrain(out_blhk, queries)
 
 
 def _letters(key_heads: int, seq_sharded: str, mesh: Any) -> tuple[str, ...]:
-    """Return the axes (constraints.py) of queries, keys, values, lengths and mask while each device attends."""
+    """Return the axis letters (constraints.py) of queries, keys, values, lengths and mask inside `jax.shard_map`."""
 
     def divides(letter: str) -> bool:
         return key_heads % math.prod(mesh.shape[name] for name in MESH_AXES[letter][0]) == 0
@@ -95,7 +99,7 @@ def _letters(key_heads: int, seq_sharded: str, mesh: Any) -> tuple[str, ...]:
 
 
 def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
-    """Return the implementation that `auto` stands for."""
+    """Return the implementation that `auto` selects."""
     if key_mask_bn is None and _cudnn_supports(q_blhk):
         return "cudnn"
     if key_mask_bn is None and jax.default_backend() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
@@ -117,7 +121,7 @@ def _local(
     """Compute attention on one device."""
     if implementation in _FUSED:
         out_blhk = _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
-        # For a query without keys the kernels return a mean of the excluded values.
+        # For a query without keys the kernels return a mean of the masked values.
         return out_blhk if key_lengths_b is None else jnp.where(key_lengths_b[:, None, None, None] > 0, out_blhk, 0)
     batch, keys = k_bnhk.shape[:2]
     if key_lengths_b is not None:
@@ -131,7 +135,7 @@ def _local(
 
 
 def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array, Array]:
-    """Append stored zeros to keys and values, for kernels that cannot add zero keys themselves."""
+    """Append zero keys and values, for kernels that need them stored."""
     padding = ((0, 0), (0, zero_keys), (0, 0), (0, 0))
     return jnp.pad(k_bnhk, padding), jnp.pad(v_bnhk, padding)
 
@@ -183,7 +187,7 @@ def _splash(
         residual_checkpoint_name="attention_out",
         interpret=jax.default_backend() != "tpu",
     )
-    # Keys beyond an example's own belong to a different segment than all queries.
+    # Padding keys belong to a different segment than the queries.
     lengths_b = jnp.full(k_bhnk.shape[:1], keys) if key_lengths_b is None else key_lengths_b
     beyond_bn = (jnp.arange(shape[1]) >= lengths_b[:, None]).astype(jnp.int32)
     segments = splash.SegmentIds(jnp.zeros((len(beyond_bn), shape[0]), jnp.int32), beyond_bn)
@@ -192,12 +196,12 @@ def _splash(
 
 
 def _whole_tiles(x_bhlk: Array) -> Array:
-    """Pad the tokens with zeros at the end, up to a multiple of `TILE`."""
+    """Pad the token axis with zeros to a multiple of `TILE`."""
     return jnp.pad(x_bhlk, ((0, 0), (0, 0), (0, -x_bhlk.shape[2] % TILE), (0, 0)))
 
 
 def _splash_blocks(queries: int, keys: int) -> Any:
-    """Return the kernel's block sizes in tokens: the largest up to 1024 that divide the lengths."""
+    """Return the kernel's block sizes: the largest multiples of `TILE` up to 1024 that divide the lengths."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
     def largest(length: int) -> int:
@@ -217,7 +221,7 @@ def _splash_blocks(queries: int, keys: int) -> Any:
 
 
 _FUSED = {"cudnn": _cudnn, "splash": _splash}
-"""Kernels that accept lengths but no mask."""
+"""Kernels that accept key lengths but no mask."""
 
 
 # All hardware
@@ -239,7 +243,7 @@ def _xla_forward(
         weights = jnp.exp(scores - peak)
         total = weights.sum(-1, keepdims=True) + zero_keys * jnp.exp(-peak)
         out = _product("bgmn,bgnk->bgmk", weights.astype(v_bgnk.dtype), v_bgnk) / jnp.where(total > 0, total, 1.0)
-        # Without any key the log of the total is +inf, so that the backward's weights exp(score − log total) are 0.
+        # Without any key log_total is +inf, so the weights exp(score − log_total) in the backward pass are 0.
         log_total = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
         return out.astype(q_bhlk.dtype), log_total
 
@@ -253,7 +257,7 @@ def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad
     q_bhlk, k_bgnk, v_bgnk, key_mask_bn, out_bhlk, log_total = residuals
     blocks_q, size = _query_blocks(q_bhlk, k_bgnk)
     dtype, scale = q_bhlk.dtype, 1.0 / math.sqrt(q_bhlk.shape[-1])
-    # Σ grad · out, the term of the softmax's derivative that all keys of a query share.
+    # Σ grad · out: the term of the softmax gradient that is the same for all keys of a query.
     shared_bhl1 = jnp.sum(grad_bhlk.astype(jnp.float32) * out_bhlk.astype(jnp.float32), -1, keepdims=True)
     blocks_grad, blocks_shared = (_split_blocks(x, k_bgnk.shape[1], size) for x in (grad_bhlk, shared_bhl1))
 
@@ -286,7 +290,7 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 
 
 def _scores(q_bgmk: Array, k_bgnk: Array, key_mask_bn: Array | None, causal: bool, start: Any, size: int) -> Array:
-    """Return one block's float32 scores, −inf where a key is excluded. Rows m are (r, block query), queries fastest."""
+    """Return one block's float32 scores, −inf at masked keys. Rows m are (r, query in the block), queries fastest."""
     scores = _product("bgmk,bgnk->bgmn", q_bgmk, k_bgnk) / math.sqrt(q_bgmk.shape[-1])
     if key_mask_bn is not None:
         scores = jnp.where(key_mask_bn[:, None, None], scores, -jnp.inf)
@@ -297,7 +301,7 @@ def _scores(q_bgmk: Array, k_bgnk: Array, key_mask_bn: Array | None, causal: boo
 
 
 def _query_blocks(q_bhlk: Array, k_bgnk: Array) -> tuple[Array, int]:
-    """Return the queries in blocks (blocks, b, g, r · size, k), padded at the end, and the block size."""
+    """Return the queries as blocks (blocks, b, g, r · size, k), the last one padded, and the block size."""
     batch, heads, length, _ = q_bhlk.shape
     limit = max(16, _SCORE_BYTES // (4 * batch * heads * k_bgnk.shape[2]))
     count = -(-length // limit)

@@ -1,9 +1,9 @@
-"""Sharding of activations: the letters of an array's axes → axes of the device mesh.
+"""Sharding of activations: axis letters → axes of the device mesh.
 
-Networks do not know the mesh. They name the axes of an array, and where a mesh is set (`jax.set_mesh`, with axes of
-type Auto called data, fsdp, tensor and context), `MESH_AXES` says how the array is sharded on it. Without a mesh
-nothing happens.
-Letters: b batch, l tokens, h heads, f features that tensor parallelism splits; any other axis is replicated.
+Networks do not know the mesh. They label the axes of an array with letters, and if a mesh is set (`jax.set_mesh`, with
+axes data, fsdp, tensor and context of type Auto), `MESH_AXES` says how the array is sharded on it. Without a mesh
+`constrain` does nothing.
+Letters: b batch, l tokens, h heads, f features that tensor parallelism splits; axes with other letters are replicated.
 """
 
 import math
@@ -22,19 +22,19 @@ MESH_AXES: Mapping[str, Sequence[tuple[str, ...]]] = {
     "l": (("context",),),
     "h": (("tensor",),),
     "f": (("tensor",),),
-    # Heads during attention, where each device of the context axis has all tokens of some of the heads.
+    # Heads during attention: each device along the context axis has all tokens of some of the heads.
     "H": (("tensor", "context"),),
 }
 
 
 def active_mesh() -> Any:
-    """Return the mesh that is set, or None if there is none or it has a single device."""
+    """Return the mesh that is set, or None if no mesh is set or it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:
-    """Return the spec of an array of this shape. An axis whose size the devices do not divide is replicated."""
+    """Return the spec of an array with these axis letters. Axes that the devices do not divide are replicated."""
 
     def mesh_axes(size: int, letter: str) -> tuple[str, ...] | None:
         choices = MESH_AXES.get(letter, ())
@@ -44,6 +44,6 @@ def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:
 
 
 def constrain(x: Array, axes: str) -> Array:
-    """Return `x`, sharded over the mesh that is set as the letters of its axes say."""
+    """Return `x` sharded over the active mesh as its axis letters say, or unchanged without an active mesh."""
     mesh = active_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))

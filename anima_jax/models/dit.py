@@ -1,8 +1,8 @@
 """Anima's diffusion transformer: Cosmos-Predict2's MiniTrainDIT with the LLM adapter.
 
-Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on *tokens*, so that
-images of every aspect ratio share one compiled program: a token is a patch of 2×2 latent pixels with its values in the
-order (y, x, channel), and `grid_b3` is the number of frames, rows and columns of patches of each example.
+Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on tokens, so that images
+of every aspect ratio share one compiled program. A token is a patch of 2×2 latent pixels, with values in the order (y,
+x, channel); `grid_b3` is each example's number of frames, rows and columns of patches.
 Axes: b batch, l image tokens, n text tokens, d width, h heads, k head size, c channels, t frames, y rows, x columns.
 """
 
@@ -28,7 +28,7 @@ PATCH = 2
 OUT_CHANNELS = 16
 
 CONTEXT_ROWS = 512
-"""Context rows in training. Rows beyond a caption's own are zeros, and take part in cross-attention."""
+"""Context rows in training. Rows after a caption's last token are zero, and take part in cross-attention."""
 
 TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
@@ -36,14 +36,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 Condition = tuple[Array, Array, Array | None]
-"""SiLU of the timestep embedding (b, t, d), the AdaLN term shared by all blocks (b, t, 3d), frame of each token (b, l).
+"""SiLU of the timestep embedding (b, t, d), AdaLN term shared by all blocks (b, t, 3d), each token's frame (b, l).
 
-t is 1, or the number of frames where each has its own time; only then are the tokens' frames given.
+t is 1, or the number of frames if each frame has its own time. With t = 1 the tokens' frames are None.
 """
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Match cuDNN's forward kernel, whose softmax statistics are not an output that could be named."""
+    """Return whether this is cuDNN's forward kernel, whose softmax statistics `checkpoint_name` cannot reach."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -61,17 +61,17 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     ),
     "none": None,
 }
-"""What the backward keeps of a block, besides its input, instead of recomputing it; None keeps everything.
+"""Name → policy: what the backward pass keeps of a block, besides its input, instead of recomputing it.
 
-"offload" keeps nothing on the device: the blocks' inputs are moved to host memory.
+None keeps everything. "offload" keeps nothing on the device: the blocks' inputs are moved to host memory.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes. The defaults are the released 2B model's.
+    """Sizes of the transformer; the defaults are the released 2B model's.
 
-    `latent_channels` is 16, or 17 where the last channel is a conditioning mask (video-to-world models).
+    `latent_channels` is 16, or 17 if the last channel is a conditioning mask (video-to-world models).
     """
 
     width: int = 2048
@@ -89,7 +89,7 @@ class DiTConfig:
 
     @property
     def input_features(self) -> int:
-        """Input features of the patch embedding: after the latent's channels comes a padding mask, always zero here."""
+        """Input features of the patch embedding: the latent channels and a padding mask, always zero here."""
         return PATCH * PATCH * (self.latent_channels + 1)
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ def unpatchify(tokens_blc: Array, frames: int, rows: int, columns: int) -> Array
 
 
 def token_positions(grid_b3: Array, length: int) -> Array:
-    """Return (frame, row, column) of `length` tokens, int32 (b, l, 3). Padding tokens get frames beyond the last."""
+    """Return the (frame, row, column) of `length` tokens, int32 (b, l, 3). Padding gets frames beyond the last."""
     index_1l = jnp.arange(length, dtype=jnp.int32)[None]
     rows_b1, columns_b1 = grid_b3[:, 1:2], grid_b3[:, 2:3]
     within_bl = index_1l % (rows_b1 * columns_b1)
@@ -122,7 +122,7 @@ def token_positions(grid_b3: Array, length: int) -> Array:
 
 
 def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
-    """Return angles (b, l, k/2): the first frequencies follow the frame, the next the row, the last the column.
+    """Return the angles (b, l, k/2): first those of the frame, then those of the row, then those of the column.
 
     Rows and columns are extrapolated (NTK) by 4, or by 3 for 17 latent channels; frames are not.
     """
@@ -131,7 +131,7 @@ def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
     axes = ((config.head_size - 2 * spatial, 1.0), (spatial, spatial_ratio), (spatial, spatial_ratio))
     parts = []
     for axis, (size, ratio) in enumerate(axes):
-        # A single frequency cannot be stretched: it is 1 for every theta.
+        # A single frequency is theta⁰ = 1 for every theta.
         theta = ROTARY_THETA * ratio ** (size / (size - 2)) if size > 2 else ROTARY_THETA
         frequencies = theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / max(size, 1))
         parts.append(positions_bl3[..., axis, None].astype(jnp.float32) * frequencies)
@@ -139,7 +139,7 @@ def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
 
 
 def timestep_features(times: Array, width: int) -> Array:
-    """Return [cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 to 1/10000."""
+    """Return [cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 towards 1/10000."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(TIMESTEP_MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = times.astype(jnp.float32)[..., None] * frequencies
@@ -147,10 +147,10 @@ def timestep_features(times: Array, width: int) -> Array:
 
 
 class AnimaDiT(nnx.Module):
-    """Anima's transformer: predicts the velocity of latents at a time, given context rows.
+    """Anima's transformer, which predicts the velocity from noisy latents, their time and context rows.
 
-    `llm_adapter` computes the context rows from text, None if the model has no adapter. `text_encoder` is None unless
-    one is set to be trained with the rest.
+    `llm_adapter` computes the context rows from text; it is None if the model has no adapter. `text_encoder` is None
+    unless it is trained together with the transformer.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
@@ -172,7 +172,7 @@ class AnimaDiT(nnx.Module):
 
         `latents_btyxc` are normalised latents (b, t, y, x, latent channels) with even y and x; their dtype is the
         compute dtype. `times_b` in [0, 1] (0 data, 1 noise) is (b,) or, per latent frame, (b, t). `context_bnd` are the
-        context rows (b, n, context width). `options` are those of `velocity`. Raises ValueError for odd sides or a
+        context rows (b, n, context width). `options` are passed to `velocity`. Raises ValueError for odd sides or a
         wrong number of channels.
         """
         _, frames, rows, columns, channels = latents_btyxc.shape
@@ -200,12 +200,12 @@ class AnimaDiT(nnx.Module):
     ) -> Array:
         """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
 
-        `grid` is (frames, rows, columns) in patches: an int array (b, 3), where tokens beyond an example's own are
-        padding that no token sees; or one tuple for the batch, without padding. Every context row takes part in the
-        softmax, rows of zeros too, up to `context_lengths_b` if given; `zero_context` is the number of rows of zeros
-        that follow those of `context_bnd`. `remat` is a key of `REMAT_POLICIES`; with `remat_every` n the backward
-        keeps only the input of every n-th block and recomputes n blocks from it under that policy. Raises ValueError if
-        n does not divide the number of blocks.
+        `grid` is (frames, rows, columns) in patches. It is an int array (b, 3), where tokens beyond an example's own
+        are padding that no token attends to, or one tuple for the whole batch, which then has no padding. All context
+        rows take part in the softmax, including rows of zeros, up to `context_lengths_b` if given; `zero_context` is
+        the number of additional zero rows after those of `context_bnd`. `remat` is a key of `REMAT_POLICIES`. With
+        `remat_every` n, the backward pass keeps only the input of every n-th block and recomputes n blocks from it
+        under that policy. Raises ValueError if n does not divide the number of blocks.
         """
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
@@ -239,7 +239,7 @@ class AnimaDiT(nnx.Module):
         def run_blocks(x_bld: Array, blocks: Block) -> tuple[Array, None]:
             return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
 
-        # float16 ends at 65504, which the sum over the blocks exceeds: there the residual stream is float32.
+        # The sum over the blocks exceeds float16's maximum, 65504, so the residual stream is then float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(into_stream(self.x_embedder, self._with_padding_mask(latents_blc), stream_dtype), "bld")
         if remat_every == 1:
@@ -250,19 +250,19 @@ class AnimaDiT(nnx.Module):
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def _grouped_blocks(self, size: int) -> Any:
-        """Return the blocks with one more leading axis: (groups, `size`, …)."""
+        """Return the stacked blocks with their first axis split into (groups, `size`)."""
         if self.config.blocks % size:
             raise ValueError(f"remat_every is {size}, expected a divisor of {self.config.blocks}, the number of blocks")
         return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), self.blocks)
 
     def _with_padding_mask(self, latents_blc: Array) -> Array:
-        """Append the padding-mask channel (zeros) to each of a token's four pixels."""
+        """Append the padding-mask channel (zeros) to each of a token's four latent pixels."""
         pixels = latents_blc.reshape(*latents_blc.shape[:2], PATCH * PATCH, self.config.latent_channels)
         return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
 
 
 class TimestepEmbedder(nnx.Module):
-    """The AdaLN term shared by all blocks: linear, SiLU, linear to 3d, in float32."""
+    """Linear, SiLU and linear to 3d, in float32: the AdaLN term shared by all blocks."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(width, width, rngs=rngs)
@@ -273,7 +273,7 @@ class TimestepEmbedder(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """AdaLN-LoRA: a low-rank map of the timestep embedding, added to the term shared by all blocks, in float32."""
+    """AdaLN-LoRA: a low-rank map of the timestep embedding plus the term shared by all blocks, in float32."""
 
     def __init__(self, width: int, rank: int, parts: int, *, rngs: nnx.Rngs):
         self.parts = parts
@@ -282,7 +282,7 @@ class Modulation(nnx.Module):
         self.linear_1.kernel_axes, self.linear_2.kernel_axes = "if", "fo"
 
     def __call__(self, condition: Condition) -> list[Array]:
-        """Return `parts` arrays (b, 1 or l, d)."""
+        """Return `parts` arrays (b, 1 or l, d): shift, scale and, if there are three, gate."""
         emb_btd, shared_btd, frame_bl = condition
         width = emb_btd.shape[-1]
         low_btr = constrain(self.linear_1(emb_btd), "btf")
@@ -293,7 +293,7 @@ class Modulation(nnx.Module):
 
 
 def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
-    """Compute LayerNorm(x) · (1 + scale) + shift in float32 and return it in `dtype`."""
+    """Return LayerNorm(x) · (1 + scale) + shift, computed in float32, in `dtype`."""
     x32 = x_bld.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
@@ -301,7 +301,7 @@ def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Arra
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and MLP, each with AdaLN modulation before and a gate after it."""
+    """Self-attention, cross-attention and MLP, each preceded by AdaLN modulation and followed by a gate."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.adaln_modulation_self_attn = Modulation(config.width, config.adaln_rank, 3, rngs=rngs)
@@ -331,19 +331,19 @@ class Block(nnx.Module):
 
 
 def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
-    """Compute x + gate · update in float32; the result has the dtype of the residual stream `x_bld`."""
+    """Return x + gate · update, computed in float32, in the dtype of the residual stream `x_bld`."""
     return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
 
 
 def into_stream(layer: Callable[..., Array], x: Array, stream_dtype: DTypeLike) -> Array:
-    """Apply `layer`. The result has the residual stream's dtype if `layer` is a plain `Linear` (not an adapted one)."""
+    """Apply `layer`. A plain `Linear` (not an adapted one) returns the residual stream's dtype."""
     if stream_dtype == x.dtype or not isinstance(layer, Linear):
         return layer(x)
     return layer(x, out_dtype=stream_dtype)
 
 
 class Attention(nnx.Module):
-    """Attention of tokens to `memory_bnd`, queries and keys RMS-normed per head, rotated where angles are given."""
+    """Attention of tokens to `memory_bnd` with per-head RMS norm, and rotary embedding if angles are given."""
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -386,7 +386,7 @@ class MLP(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Modulated LayerNorm and the linear map to the patches' values."""
+    """Modulated LayerNorm and a linear map to the patches' values."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.adaln_modulation = Modulation(config.width, config.adaln_rank, 2, rngs=rngs)

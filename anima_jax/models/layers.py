@@ -1,7 +1,7 @@
-"""The layers that the networks share: one linear operation, RMS norm, rotary embedding, embedding table.
+"""Layers that the networks share: linear map, RMS norm, rotary embedding and embedding table.
 
-A layer computes in the dtype of its input activations; parameters are cast to it on use.
-Norm statistics, rotary tables and softmax are float32 throughout.
+A layer computes in the dtype of its input activations; parameters are cast to it on use. Norm statistics, rotary tables
+and softmax are always float32.
 Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 """
 
@@ -26,23 +26,24 @@ def linear(
     out_dtype: DTypeLike | None = None,
     kernel_axes: str = "io",
 ) -> Array:
-    """Compute x @ kernel + bias in the dtype of `x`, accumulated in float32: every matrix product with weights.
+    """Return x @ kernel + bias in the dtype of `x`, accumulated in float32. All products with weight matrices use it.
 
-    `x` is (…, i), the result (…, o), in `out_dtype` if given: float32 keeps values beyond the range of the dtype of
-    `x`. `kernel_axes` are the kernel's axes (constraints.py), needed where it is stored narrower than `x`.
+    `x` is (…, i) and the result (…, o). `out_dtype` overrides the result's dtype: float32 keeps values beyond the range
+    of the dtype of `x`. `kernel_axes` are the kernel's axis letters (constraints.py), used if it is stored in a
+    narrower dtype than `x`.
     """
     if isinstance(kernel_io, Quantised):
-        # Without the checkpoint the backward would keep every layer's dequantised values, undoing the saving.
+        # Without the checkpoint the backward pass would keep every layer's dequantised weights, which saves nothing.
         run = functools.partial(_linear_quantised, out_dtype=out_dtype)
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
     if kernel_io.dtype.itemsize < x.dtype.itemsize:
-        # Devices that gather the sharded kernel should send it before the cast, in its narrower dtype.
+        # Gather a sharded kernel before the cast, so that the devices send it in the narrower dtype.
         kernel_io = constrain(kernel_io, kernel_axes)
     kernel_io = kernel_io.astype(x.dtype)
     if out_dtype is not None and out_dtype != x.dtype:
         out = jnp.matmul(x, kernel_io, preferred_element_type=out_dtype)
     elif x.dtype == jnp.float32 or jax.default_backend() != "cpu":
-        # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is their fast path.
+        # On GPUs and TPUs a plain 16-bit product is accumulated in float32 and is the fast path.
         out = x @ kernel_io
     else:
         out = _matmul_16bit_cpu(x, kernel_io)
@@ -55,10 +56,10 @@ def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_
 
 @jax.custom_vjp
 def _matmul_16bit_cpu(x: Array, kernel_io: Array) -> Array:
-    """Compute a 16-bit product on a CPU, which uses its fast matrix units only for a float32 result.
+    """Return a 16-bit product on a CPU, which uses its fast matrix units only for a float32 result.
 
-    The backward pass is written by hand because the cotangent would otherwise be float32, and both of its products
-    would take the slow path.
+    The backward pass is hand-written because the cotangent would otherwise be float32, and both of its products would
+    take the slow path.
     """
     return _contract(x, kernel_io, ((x.ndim - 1,), (0,)))
 
@@ -81,10 +82,13 @@ _matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
 
 
 class Linear(nnx.Module):
-    """Linear map with `kernel` (i, o), initialised with std 1/sqrt(i) or zeros, and an optional `bias` (o) of zeros."""
+    """Linear map with a `kernel` (i, o) and an optional `bias` (o).
+
+    The kernel is initialised with a truncated normal divided by sqrt(i), or with zeros; the bias with zeros.
+    """
 
     kernel_axes = "io"
-    """The argument of `linear`."""
+    """Passed to `linear`."""
 
     def __init__(
         self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs
@@ -100,7 +104,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale over the last axis, statistics in float32, result in the dtype of `x`."""
+    """x / sqrt(mean(x²) + eps) · scale over the last axis; statistics in float32, result in the dtype of `x`."""
 
     def __init__(self, features: int, *, eps: float = 1e-6):
         self.scale = nnx.Param(jnp.ones(features))
@@ -122,12 +126,12 @@ class Embedding(nnx.Module):
         table = self.embedding[...]
         if isinstance(table, Quantised):
             return table.take(ids)
-        # Replicated: with a sharded table, XLA would look up the full batch on every device.
+        # The table is replicated: if it were sharded, XLA would look up the full batch on every device.
         return jnp.take(constrain(table, "vd"), ids, axis=0)
 
 
 def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:
-    """Return the angles (…, k/2), float32, of positions (…): position · theta^(−2i/k)."""
+    """Return the rotary angles position · theta^(−2i/k), (…, k/2), float32, of positions (…)."""
     exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
     return positions[..., None].astype(jnp.float32) * theta**-exponents
 

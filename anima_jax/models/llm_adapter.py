@@ -1,8 +1,8 @@
-"""The LLM adapter: T5 token ids attend to Qwen3's hidden states and become the transformer's context rows.
+"""The LLM adapter: maps T5 token ids, which attend to Qwen3's hidden states, to the transformer's context rows.
 
 Source: `LLMAdapter` in diffusion-pipe's models/llm_adapter.py. The target tokens (T5's ids) pass through the adapter's
-own embedding table, then through blocks of bidirectional self-attention, cross-attention to the source (Qwen3's
-states), and an MLP.
+own embedding table, then through blocks of bidirectional self-attention, cross-attention to the source (Qwen3's states)
+and an MLP.
 Axes: b batch, m target tokens, n source tokens, d features, h heads, k head size.
 """
 
@@ -32,7 +32,10 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LLMAdapterConfig:
-    """Sizes. The defaults are the released model's. `target_width` is the width of the table and of the result."""
+    """Sizes of the LLM adapter; the defaults are the released model's.
+
+    `target_width` is the width of the embedding table and of the result.
+    """
 
     width: int = 1024
     blocks: int = 6
@@ -70,9 +73,9 @@ class LLMAdapter(nnx.Module):
     ) -> Array:
         """Return context rows (b, m, target width) in the dtype of `source_bnd`.
 
-        `source_bnd` are Qwen3's hidden states, `target_ids_bm` T5's ids in [0, vocabulary). Masks are true (or 1) on
-        real tokens; without a mask every token is real. Rows of masked targets are 0. A source without any real token
-        contributes nothing (and no NaN).
+        `source_bnd` are Qwen3's hidden states, `target_ids_bm` T5's ids in [0, vocabulary). Masks are true (or 1) for
+        real tokens; without a mask all tokens are real. Rows of masked targets are 0. A source without real tokens
+        contributes 0, not NaN.
         """
         masks = [None if mask is None else mask.astype(bool) for mask in (source_mask_bn, target_mask_bm)]
         source_mask_bn, target_mask_bm = masks
@@ -120,7 +123,7 @@ class AdapterBlock(nnx.Module):
 
 
 class AdapterAttention(nnx.Module):
-    """Attention with RMS-normed, rotated queries and keys, each rotated by their own positions."""
+    """Attention with RMS norm and rotary embedding of queries and keys, each at their own positions."""
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads

@@ -1,7 +1,7 @@
 """A model's parameters as a flat dictionary: `{"blocks.self_attn.q_proj.kernel": array}`.
 
-Checkpoints, optimizers, EMA and sharding rules all use this form. Modules have no other state: at a jit boundary
-`split` takes a model apart, and inside `merge` puts it together again.
+Checkpoints, optimizers, EMA and sharding rules all use this form. Modules have no other state: `split` separates a
+model's structure from its parameters before a jit boundary, and `merge` combines them again inside.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from flax import nnx
 from jax.core import Tracer
 
 Params = dict[str, Any]
-"""Parameter path → array (or something in its place: a shape, a gradient, a moment, a sharding)."""
+"""Parameter path → array, or what takes its place: a shape, gradient, moment or sharding."""
 
 VECTORS = ("scale", "bias", "magnitude")
-"""Endings of the paths of parameters that are added or multiplied elementwise; all others are matrices."""
+"""Path endings of the parameters that are added or multiplied elementwise; all others are matrices."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
@@ -25,7 +25,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
 
 
 def merge(graphdef: nnx.GraphDef[Any], params: Params) -> Any:
-    """Return the model with these parameters, arrays or tracers: the inverse of `split`."""
+    """Return the model with these parameters, which may be arrays or tracers: the inverse of `split`."""
     flat = [(tuple(path.split(".")), nnx.Param(value)) for path, value in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -38,30 +38,30 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef[Any]
 def initial(
     build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings: Params | None = None
 ) -> tuple[nnx.GraphDef[Any], Params]:
-    """Return `split(build(rngs))` of a new model drawn from `seed`, by one compiled program, with these `shardings`."""
+    """Return `split(build(rngs))` of a model initialised from `seed` by one compiled program, with `shardings`."""
     return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1], shardings)()
 
 
 def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
-    """Jit a `function` that runs once, with little effort of the compiler. `shardings` are those of its results."""
-    # On a CPU full optimisation would take longer than the program itself.
+    """Jit a `function` that runs once, on a CPU with little compiler optimisation. `shardings` are its results'."""
+    # On a CPU full optimisation takes longer than running the program.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=options, out_shardings=shardings)
 
 
 def cast_to_compute(params: Params, dtype: Any) -> Params:
-    """Cast matrices to the compute dtype; scales, biases and magnitudes are unchanged."""
+    """Return `params` with matrices cast to the compute dtype; scales, biases and magnitudes are unchanged."""
     return {path: value if path.endswith(VECTORS) else value.astype(dtype) for path, value in params.items()}
 
 
 def count(params: Params) -> int:
-    """Return the number of scalars in `params`; of quantised weights, those that they stand for."""
+    """Return the number of scalars in `params`; quantised weights count as their dequantised values."""
     return sum(value.size for value in params.values())
 
 
 def describe(model: nnx.Module) -> str:
-    """Return the number of parameters, the dtypes and the devices, for `repr`; `model` may be abstract or traced."""
+    """Return the number of parameters, the dtypes and the devices, for `repr`. `model` may be abstract or traced."""
     params = split(model)[1]
     dtypes = sorted({str(value.dtype) for value in params.values()})
     arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]

@@ -1,10 +1,10 @@
 """Frozen weights in 8 or 4 bits, dequantised one layer at a time inside the scan over a network's blocks.
 
 `Quantised` takes the place of an array in a `Params` dictionary and in an `nnx.Param`: the scan slices it per layer,
-and the linear operation (layers.py) and the embedding table dequantise it. There are three kinds of storage:
+and `linear` and the embedding table (layers.py) dequantise it. There are three kinds of storage:
 
-float8   8-bit floats times a power of two per output channel, which moves the channel into the range where float8 has
-         its full precision. Values that were float8 before are stored exactly.
+float8   8-bit floats times a power of two per output channel, which scales the channel into the range where float8 has
+         its full precision. Values that were already float8 are stored exactly.
 int8     integers in ±127 times the channel's peak / 127.
 nf4      4-bit NormalFloat (arXiv 2305.14314): two codes per byte, a float32 peak per 64 consecutive inputs.
 
@@ -30,7 +30,7 @@ STORED = {
     "int8": jnp.int8,
     "nf4": jnp.uint8,
 }
-"""Configured name of the storage → dtype of the codes."""
+"""Storage name in the configuration → dtype of the codes."""
 
 KEPT_IN_TRANSFORMER = ("x_embedder", "t_embedder", "t_embedding_norm", "final_layer")
 """Parts that keep their dtype: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's models/cosmos_predict2.py."""
@@ -59,16 +59,16 @@ NF4_LEVELS = np.array(
     ],
     np.float32,
 )
-"""The 16 values of NormalFloat4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, 0 among them."""
+"""The 16 values of NormalFloat4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, including 0."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Weights stored as `codes` and `scales`; to the code that uses them they are an array of `dtype`.
+    """Weights stored as `codes` and `scales`, which other code uses like an array of `dtype`.
 
-    Kernels (…, i, o): scales are (…, 1, o), for nf4 (…, i / 64, o) with codes (…, i / 2, o); `rows` is i, which may
-    fill the last block of 64 only in part. Embedding tables (v, o): one scale per row, (v, 1).
+    Kernels (…, i, o) have scales (…, 1, o); in nf4 they have codes (…, i / 2, o) and scales (…, i / 64, o). `rows` is
+    i; nf4 pads it to a multiple of 64. Embedding tables (v, o) have one scale per row, (v, 1).
     """
 
     codes: Array
@@ -96,17 +96,17 @@ class Quantised:
         return self.codes.size * self.codes.dtype.itemsize + self.scales.size * self.scales.dtype.itemsize
 
     def astype(self, dtype: Any) -> "Quantised":
-        """Return the same codes with another dtype of the values."""
+        """Return the same codes with another dtype for the values."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def __getitem__(self, layer: Any) -> "Quantised":
-        """Return a layer of stacked kernels, still quantised; `[...]` returns all of it."""
+        """Return one layer of stacked kernels, still quantised; `[...]` returns all layers."""
         if layer is Ellipsis:
             return self
         return dataclasses.replace(self, codes=self.codes[layer], scales=self.scales[layer])
 
     def take(self, ids: Array) -> Array:
-        """Return the values (…, o) of a table's rows."""
+        """Return the dequantised rows (…, o) of an embedding table for `ids`."""
         scales = jnp.take(self.scales, ids, axis=0)
         return (jnp.take(self.codes, ids, axis=0).astype(jnp.float32) * scales).astype(self.dtype)
 
@@ -126,7 +126,7 @@ class Quantised:
 
 
 def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
-    """Quantise `values`, kernels (…, i, o) or an embedding `table` (v, o), as `storage`, a key of `STORED`.
+    """Quantise kernels (…, i, o), or an embedding `table` (v, o), to `storage`, a key of `STORED`.
 
     The result keeps the dtype of `values`. Raises ValueError for a table in nf4.
     """
@@ -136,9 +136,10 @@ def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
 
 
 def quantise_transformer(path: str, values: Array, storage: str) -> Array | Quantised:
-    """Quantise a frozen parameter of the transformer where diffusion-pipe's `transformer_dtype` applies to it.
+    """Quantise a frozen parameter of the transformer if diffusion-pipe's `transformer_dtype` applies to it.
 
-    It applies to tensors that are not 1-D in the file and not in `KEPT_IN_TRANSFORMER`.
+    It applies to tensors that are not 1-D in the file and not in `KEPT_IN_TRANSFORMER`. Other parameters are returned
+    unchanged.
     """
     if not in_transformer_dtype(path):
         return values
@@ -151,7 +152,7 @@ def in_transformer_dtype(path: str) -> bool:
 
 
 def quantise_text_encoder(model: nnx.Module, storage: str) -> Any:
-    """Return the text encoder with its linear layers stored as `storage`; token table and norms are unchanged."""
+    """Return the text encoder with its linear layers quantised to `storage`; token table and norms are unchanged."""
     graphdef, params = split(model)
     kernels: Params = {path: quantise(v, storage) for path, v in params.items() if path.endswith(".kernel")}
     return merge(graphdef, params | kernels)

@@ -1,6 +1,7 @@
-"""Qwen3, the text encoder: a causal decoder, of which the last hidden states after the final norm are used.
+"""Qwen3, the text encoder: a causal decoder whose last hidden states, after the final norm, are the result.
 
-Source: `Qwen3Model` in transformers. Grouped-query attention with RMS-normed heads, rotary positions, gated SiLU MLP.
+Source: `Qwen3Model` in transformers. Grouped-query attention with RMS norm on each head, rotary positions, gated SiLU
+MLP.
 Axes: b batch, n tokens, d width, h heads (g key/value heads), k head size.
 """
 
@@ -22,7 +23,7 @@ ROTARY_THETA = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
-    """Sizes. The defaults are Qwen3-0.6B's."""
+    """Sizes of the text encoder; the defaults are Qwen3-0.6B's."""
 
     width: int = 1024
     layers: int = 28
@@ -40,7 +41,7 @@ class Qwen3Config:
 
 
 class Qwen3(nnx.Module):
-    """The text encoder: maps token ids to hidden states."""
+    """The text encoder, which maps token ids to hidden states."""
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -54,8 +55,8 @@ class Qwen3(nnx.Module):
     def __call__(self, ids_bn: Array, mask_bn: Array | None = None, *, dtype: DTypeLike | None = None) -> Array:
         """Return the hidden states (b, n, width) of token ids in [0, vocabulary).
 
-        Where `mask_bn` is false (or 0) the result is 0 and no token sees the row. `dtype` is the dtype of computation
-        and result, by default the embedding table's.
+        Where `mask_bn` is false (or 0) the result is 0 and no token attends to that position. `dtype` is the dtype of
+        the computation and the result; the default is the embedding table's.
         """
         x_bnd = self.embed_tokens(ids_bn)
         x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")

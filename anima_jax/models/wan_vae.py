@@ -2,13 +2,13 @@
 
 Source: Wan 2.1 (arXiv 2503.20314), diffusion-pipe `models/wan/vae2_1.py`; the file is known as `qwen_image_vae`.
 
-An image is a video of one frame. Longer videos run in chunks: the first frame alone, then four frames (one latent
-frame) at a time. A layer that needs earlier frames gets the last ones it saw. One frame needs only 2-D convolutions,
-and memory does not grow with the length of the video.
+An image is a video of one frame. Longer videos are processed in chunks: the first frame alone, then four frames (one
+latent frame) at a time. A layer that needs earlier frames gets the last ones it saw. A single frame needs only 2-D
+convolutions, and the layers' memory does not grow with the length of the video.
 
 Axes: b batch, t frames, y rows, x columns, c channels; `i`, `o` channels in and out of a convolution.
 Pixels are (b, 1 + 4n, 8y, 8x, 3) in [-1, 1]; latents are (b, 1 + n, y, x, c), normalised per channel.
-Activations have the dtype of the input; norms, the last layer of each side and the results are float32.
+Activations have the dtype of the input; norms, the last layer of encoder and decoder, and the results are float32.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ LATENT_STD = (
 
 @dataclasses.dataclass(frozen=True)
 class WanVAEConfig:
-    """Sizes. The defaults are the released model's.
+    """Sizes of the VAE; the defaults are the released model's.
 
     `base_width · multipliers[i]` is the number of channels at level i; each level has half the rows and columns of the
-    one before. `temporal_down[i]` says whether the step from level i to i + 1 halves the frames too. The decoder has
-    one more block per level than the encoder.
+    previous one. `temporal_down[i]` says whether downsampling from level i to i + 1 also halves the frames. The decoder
+    has one more block per level than the encoder.
     """
 
     base_width: int = 96
@@ -67,12 +67,12 @@ class WanVAEConfig:
 
     @property
     def space_factor(self) -> int:
-        """Pixels per latent pixel on each side: 8."""
+        """Pixels per latent pixel along each side: 8 by default."""
         return 2 ** len(self.temporal_down)
 
     @property
     def time_factor(self) -> int:
-        """Frames per latent frame after the first: 4."""
+        """Frames per latent frame, except for the first: 4 by default."""
         return 2 ** sum(self.temporal_down)
 
     def __str__(self) -> str:
@@ -80,10 +80,10 @@ class WanVAEConfig:
 
 
 class Stream:
-    """The layers' memory of the frames before a chunk: a list in the order in which the layers run.
+    """The frames before a chunk that each layer needs, in the order in which the layers run.
 
-    `Stream(dtype)` is for the first chunk, which is one frame and has no past; `Stream(dtype, memory)` continues.
-    `dtype` is that of the convolutions; the sums of residual blocks are always float32.
+    `Stream(dtype)` is for the first chunk, which is one frame and has no past; `Stream(dtype, memory)` is for the later
+    ones. `dtype` is the convolutions' dtype; the sums in residual blocks are always float32.
     """
 
     def __init__(self, dtype: DTypeLike, memory: Sequence[Array] | None = None):
@@ -93,7 +93,7 @@ class Stream:
         self._seen: list[tuple[Array, int]] = []
 
     def with_past(self, x_btyxc: Array, frames: int) -> Array:
-        """Return the chunk after the last `frames` frames that this layer saw; the first chunk unchanged."""
+        """Return the chunk preceded by the last `frames` frames that this layer saw; the first chunk is unchanged."""
         extended = x_btyxc if self.is_first else jnp.concatenate([next(self._past), x_btyxc], axis=1)
         self._seen.append((extended, frames))
         return extended
@@ -114,7 +114,7 @@ def convolve(
 ) -> Array:
     """Convolve over frames (without padding), rows and columns (with `padding` before and after, and `stride`).
 
-    A single frame stands for one with zeros before it: only the last tap of the kernel in time is applied.
+    A single frame is treated as if zeros preceded it: only the kernel's last tap in time is applied.
     """
     kernel = (kernel_tyxio if x_btyxc.shape[1] > 1 else kernel_tyxio[-1:]).astype(x_btyxc.dtype)
     if kernel.shape[0] == 1:
@@ -141,7 +141,7 @@ def convolve(
 class Conv(nnx.Module):
     """Convolution with `kernel` (t, y, x, i, o) and `bias` (o), causal in time.
 
-    The kernel is initialised uniformly within ±1/sqrt(fan in).
+    The kernel is initialised uniformly within ±1/sqrt(fan in), the bias with zeros.
     """
 
     def __init__(self, features_in: int, features_out: int, taps: tuple[int, int, int], *, rngs: nnx.Rngs):
@@ -151,15 +151,15 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features_out))
 
     def __call__(self, x_btyxc: Array, stream: Stream) -> Array:
-        """Convolve a chunk: the frames before it come from `stream`, rows and columns are padded with zeros."""
+        """Convolve a chunk. The frames before it come from `stream`; rows and columns are padded with zeros."""
         return self.over(stream.with_past(x_btyxc, self.kernel.shape[0] - 1))
 
     def over(self, x_btyxc: Array, *, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Array:
-        """Convolve exactly these frames."""
+        """Convolve these frames alone, without earlier ones."""
         return convolve(x_btyxc, self.kernel[...], self.bias[...], stride=stride, padding=padding)
 
     def over_time(self, x_btyxc: Array, *, stride: int = 1) -> Array:
-        """Convolve with a kernel (t, 1, 1, i, o): one matrix product over the concatenated frames of all taps."""
+        """Convolve with a kernel (t, 1, 1, i, o), as one matrix product over the concatenated frames of all taps."""
         taps, _, _, features_in, features_out = self.kernel.shape
         starts = x_btyxc.shape[1] - taps + 1
         of_taps = jnp.concatenate([x_btyxc[:, tap : tap + starts : stride] for tap in range(taps)], axis=-1)
@@ -179,14 +179,14 @@ class ChannelNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         squares = jnp.sum(x32 * x32, axis=-1, keepdims=True)
-        # The root of max(Σx², ε²) is max(‖x‖, ε), and has a gradient where x is zero.
+        # sqrt(max(Σx², ε²)) is max(‖x‖, ε), but also has a gradient where x is zero.
         normed = x32 * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * math.sqrt(x.shape[-1]))
         scaled = normed * self.scale[...]
         return (nnx.silu(scaled) if self.silu else scaled).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); where the width changes, x passes through a 1×1 `shortcut`."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); if the width changes, x passes through a 1×1 `shortcut`."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs):
         self.norm1 = ChannelNorm(features_in, silu=True)
@@ -232,7 +232,7 @@ class Middle(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns with `conv`; if `temporal`, also halves the frames after the first with `time_conv`.
+    """Downsampling: halves rows and columns with `conv` and, if `temporal`, frames after the first with `time_conv`.
 
     The first frame bypasses `time_conv`; frame k ≥ 1 of the result is computed from frames 2k − 2, 2k − 1 and 2k.
     """
@@ -250,10 +250,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns (nearest, then `conv`); if `temporal`, first doubles the frames after the first.
+    """Upsampling: if `temporal`, doubles the frames after the first, then always doubles rows and columns.
 
-    The first frame bypasses `time_conv` and is not part of its past. For the others `time_conv` doubles the channels,
-    and the two halves become two frames.
+    The first frame bypasses `time_conv` and is not part of its past. For later frames `time_conv` doubles the channels,
+    and the two halves become two frames. Rows and columns are repeated (nearest) and passed through `conv`.
     """
 
     def __init__(self, features_in: int, features_out: int, *, temporal: bool, rngs: nnx.Rngs):
@@ -277,7 +277,7 @@ class Upsample(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, then the resampling to the next, if there is one."""
+    """Residual blocks at one resolution, then resampling to the next one, if there is one."""
 
     def __init__(self, widths: Sequence[int], resample: Downsample | Upsample | None, *, rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
@@ -291,7 +291,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Maps a chunk of pixels to (b, t, y, x, 2 · latent channels), before the final 1×1 convolution."""
+    """The encoder without its last 1×1 convolution: maps a chunk of pixels to (b, t, y, x, 2 · latent channels)."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         widths = config.widths
@@ -315,7 +315,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Maps one latent frame, after the first 1×1 convolution, to its frames of pixels."""
+    """The decoder without its first 1×1 convolution: maps one latent frame to its frames of pixels."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         widths, temporal_up = config.widths[::-1], config.temporal_down[::-1]
@@ -323,7 +323,7 @@ class Decoder(nnx.Module):
         self.middle = Middle(widths[0], rngs=rngs)
         self.levels = nnx.List([])
         for level, width in enumerate(widths):
-            # Upsampling halves the channels, independently of the next level's width.
+            # Upsampling halves the channels, regardless of the next level's width.
             width_in = widths[0] if level == 0 else widths[level - 1] // 2
             last = level == len(widths) - 1
             resample = None if last else Upsample(width, width // 2, temporal=temporal_up[level], rngs=rngs)
@@ -339,10 +339,10 @@ class Decoder(nnx.Module):
 
 
 def _run_in_chunks(step: Callable[[Array, Stream], Array], x_btyxc: Array, frames_in: int, frames_out: int) -> Array:
-    """Run `step(frames, stream)` on the first frame, then on each `frames_in` frames; join the results, float32.
+    """Run `step(frames, stream)` on the first frame, then on `frames_in` frames at a time; join the results, float32.
 
-    The first frame yields one frame, each chunk `frames_out`. They are written in place into one array, so that beyond
-    it and the input only one chunk needs memory.
+    The first frame yields one frame, each chunk `frames_out` frames. The results are written in place into one array,
+    so that memory is needed only for this array, the input and one chunk.
     """
     stream = Stream(x_btyxc.dtype)
     first = step(x_btyxc[:, :1], stream).astype(jnp.float32)
@@ -378,8 +378,8 @@ class WanVAE(nnx.Module):
     def encode(self, pixels_btyxc: Array) -> Array:
         """Return normalised latents (b, 1 + n, y/8, x/8, c), float32, of pixels (b, 1 + 4n, y, x, 3) in [-1, 1].
 
-        They are the posterior's mean. The dtype of the pixels is the compute dtype. Raises ValueError for another
-        number of frames or sides that are not multiples of 8.
+        The latents are the posterior's mean. The dtype of the pixels is the compute dtype. Raises ValueError for pixels
+        of any other shape.
         """
         self._check_pixels(pixels_btyxc)
         return _run_in_chunks(self._encode_chunk, pixels_btyxc, self.config.time_factor, 1)
@@ -391,7 +391,7 @@ class WanVAE(nnx.Module):
     def decode(self, latents_btyxc: Array) -> Array:
         """Return pixels (b, 1 + 4n, 8y, 8x, 3), float32 and not clipped, of normalised latents (b, 1 + n, y, x, c).
 
-        The dtype of the latents is the compute dtype. Raises ValueError for another number of axes or channels.
+        The dtype of the latents is the compute dtype. Raises ValueError for latents of any other shape.
         """
         channels = self.config.latent_channels
         if latents_btyxc.ndim != 5 or latents_btyxc.shape[-1] != channels or not latents_btyxc.shape[1]:
