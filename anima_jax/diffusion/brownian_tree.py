@@ -1,8 +1,8 @@
 """Brownian motion over the noise levels, equal to torchsde's `BrownianTree` for the same seed.
 
-ComfyUI's dpmpp SDE samplers take their noise from it, so that an image changes little with the number of steps: the
-path is the same, only evaluated at other points. A Brownian bridge splits an interval's increment at its midpoint, with
-noise from the seed of the tree's node. Source: torchsde/_brownian/brownian_interval.py (halfway tree, tolerance 1e-6).
+ComfyUI's dpmpp SDE samplers draw their noise from it, so an image changes little with the number of steps: the path is
+the same, evaluated at other points. A Brownian bridge splits an interval's increment at its midpoint, with noise from
+the seed of that node of the tree. Source: torchsde/_brownian/brownian_interval.py (halfway tree, tolerance 1e-6).
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ import numpy as np
 from anima_jax.diffusion.torch_random import RandomStream
 
 _DIGITS = 6
-"""Decimals that times are rounded to."""
+"""Decimal places to which times are rounded."""
 
 _ENTROPY_POOL = 24
 
 
 @dataclasses.dataclass
 class _Node:
-    """An interval and the motion's increment over it; `path` is its index in its level of the tree and its depth."""
+    """An interval and the motion's increment over it; `path` is its index in its level of the tree, and that level."""
 
     start: float
     end: float
@@ -32,9 +32,9 @@ class _Node:
 
 
 class BrownianTree:
-    """A motion that is 0 at `start` and continues to `end`, float64 arrays of `shape`.
+    """A Brownian motion from `start`, where it is 0, to `end`: float64 arrays of `shape`.
 
-    `stream` makes a random stream from a seed.
+    `stream` returns the random stream for a seed.
     """
 
     def __init__(
@@ -45,12 +45,15 @@ class BrownianTree:
         self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), total, (0, 0), np.zeros(shape))]
 
     def __call__(self, sigma: float, next_sigma: float) -> np.ndarray:
-        """Return standard normal noise, float32: the motion from `sigma` down to `next_sigma`, divided by its std."""
+        """Return standard normal noise, float32: the increment from `sigma` down to `next_sigma`, divided by its std."""
         moved = self._at(next_sigma) - self._at(sigma)
         return (moved / math.sqrt(sigma - next_sigma)).astype(np.float32)
 
     def _at(self, time: float) -> np.ndarray:
-        """Return the motion at `time`, float64. Keeps the nodes on the way to it, as the next time is near."""
+        """Return the motion at `time`, float64.
+
+        The nodes on the path to it are kept, because the next time is usually near.
+        """
         root = self._nodes[0]
         time = min(max(round(time, _DIGITS), root.start), root.end)
         while not self._nodes[-1].start <= time <= self._nodes[-1].end:
@@ -76,6 +79,6 @@ class BrownianTree:
         return _Node(middle, node.end, rest, (2 * index + 1, depth + 1), node.before + increment)
 
     def _normal(self, path: tuple[int, ...]) -> np.ndarray:
-        """Return the noise that splits the increment of the node at `path`; for (), that of the whole motion."""
+        """Return the noise that splits the increment of the node at `path`; for (), the noise of the whole motion."""
         entropy = np.random.SeedSequence(self._seed, spawn_key=path, pool_size=_ENTROPY_POOL)
         return self._stream(int(entropy.generate_state(1)[0])).randn(self._shape)

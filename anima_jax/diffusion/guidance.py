@@ -1,4 +1,4 @@
-"""Guidance: one estimate from those with the prompt and with the negative prompt.
+"""Guidance: combines the estimates with the prompt and with the negative prompt into one.
 
 Source: ComfyUI comfy/samplers.py (`cfg_function`, timestep ranges) and its CFGZeroStar node.
 Axes: b batch, l tokens, c values of a token; n evaluations.
@@ -14,10 +14,10 @@ from anima_jax.diffusion.schedules import shifted
 
 
 def guided(x_blc: Array, positive_blc: Array, negative_blc: Array, scale: Array, zero_star: Array) -> Array:
-    """Combine estimates of the clean latents: negative + scale · (positive − negative), classifier-free guidance.
+    """Return classifier-free guidance of clean estimates: negative + scale · (positive − negative).
 
-    Where `zero_star` is true the negative estimate is scaled first (CFG-Zero*, arXiv 2503.18886), by the projection of
-    the positive estimate's direction from `x_blc` on its own. Padding tokens are equal in all three arrays.
+    If `zero_star` is true the negative estimate is first multiplied by the coefficient of the projection of x −
+    positive onto x − negative (CFG-Zero*, arXiv 2503.18886). Padding tokens must be equal in all three arrays.
     """
     out_blc = negative_blc + scale * (positive_blc - negative_blc)
     to_positive, to_negative = x_blc - positive_blc, x_blc - negative_blc
@@ -27,9 +27,9 @@ def guided(x_blc: Array, positive_blc: Array, negative_blc: Array, scale: Array,
 
 
 def scale_schedule(sigmas_n: np.ndarray, scale: float, interval: tuple[float, float], shift: float) -> np.ndarray:
-    """Return the guidance scale at each evaluation, (n,), float32: 1, which is no guidance, outside `interval`.
+    """Return the guidance scale at each evaluation, (n,), float32: `scale` in `interval`, 1 (no guidance) outside.
 
-    `interval` is two fractions of the sampling, from 0 at its start to 1, counted before the shift as in ComfyUI.
+    `interval` is two fractions of the sampling, from 0 (start) to 1 (end), counted before the shift as in ComfyUI.
     """
     first, last = (shifted(1.0 - fraction, shift) for fraction in interval)
     first = math.inf if interval[0] == 0 else first

@@ -1,4 +1,4 @@
-"""Flow matching as Anima is trained: a straight line from data to noise.
+"""The flow-matching objective that Anima is trained with: a straight line from data to noise.
 
 x_t = (1 − t)·x0 + t·ε, the network predicts v = ε − x0 (rectified flow, arXiv 2209.03003). Times and losses follow
 diffusion-pipe's `CosmosPredict2Pipeline` (models/cosmos_predict2.py).
@@ -17,7 +17,7 @@ from anima_jax.models.dit import PATCH
 PIXELS = PATCH * PATCH
 
 FLUX_SHIFT_LINE = ((256.0, 0.5), (4096.0, 1.15))
-"""`flux_shift`: mu is linear in the tokens per frame, through these two points (tokens, mu)."""
+"""`flux_shift`: mu is linear in the number of tokens per frame, through these two points (tokens, mu)."""
 
 MULTISCALE_MIN_SIDE = 0.9 * 1024.0 / 8.0
 """Latent side, sqrt(height · width), from which the multiscale term applies."""
@@ -27,7 +27,7 @@ TIME_METHODS = ("logit_normal", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class TimeDistribution:
-    """How training times are drawn. `shift` overrides `flux_shift`; None and False turn them off."""
+    """The distribution of training times. `shift` overrides `flux_shift`; None and False turn them off."""
 
     method: str = "logit_normal"
     sigmoid_scale: float = 1.0
@@ -45,11 +45,11 @@ class TimeDistribution:
         return self.times_of_normal(jax.scipy.special.ndtri(uniform_b), grid_b3)
 
     def times_of_normal(self, normal_b: Array, grid_b3: Array) -> Array:
-        """Return the times of `logit_normal` for standard normal numbers."""
+        """Return the times of `logit_normal` for standard normal values."""
         return self.shifted(jax.nn.sigmoid(self.sigmoid_scale * normal_b), grid_b3)
 
     def shifted(self, times_b: Array, grid_b3: Array) -> Array:
-        """Move times towards noise by `shift`, or according to each example's size."""
+        """Return the times shifted by `shift`, or by `flux_shift` according to each example's size."""
         if self.shift is not None:
             return self.shift * times_b / (1.0 + (self.shift - 1.0) * times_b)
         if self.flux_shift:
@@ -82,12 +82,16 @@ ELEMENT_LOSSES: dict[str, Callable[[Array, float], Array]] = {
     "smooth_l1_beta": _smooth_l1,
     "pseudo_huber_c": lambda error, c: jnp.sqrt(error**2 + c**2) - c,
 }
-"""Configuration key → loss of one element's error; without any of these keys it is "mse"."""
+"""Configuration key → elementwise loss. If none of these keys is set, the loss is "mse"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The training loss. `kind` is a key of `ELEMENT_LOSSES`, `parameter` its number, and 0 turns multiscale off."""
+    """The training loss.
+
+    `kind` is a key of `ELEMENT_LOSSES`, `parameter` the number that it is set to. A `multiscale_weight` of 0 turns the
+    multiscale term off.
+    """
 
     kind: str = "mse"
     parameter: float = 0.0
@@ -96,8 +100,9 @@ class Loss:
     def __call__(self, out_blc: Array, target_blc: Array, grid_b3: Array, mask_blp: Array | None = None) -> Array:
         """Return the loss of each example, (b,), float32: the mean over its real elements.
 
-        Tokens beyond an example's grid do not count. `mask_blp` weights each latent pixel; the loss is multiplied by it
-        and not divided by its area. The multiscale term, for large images only, compares 2×2 averages without the mask.
+        Tokens beyond an example's grid do not count. The loss of each latent pixel is multiplied by `mask_blp`, and the
+        mean is not divided by the mask's area. The multiscale term applies to large images only; it compares 2×2
+        averages and ignores the mask.
         """
         batch, length, features = out_blc.shape
         error_blpc = (out_blc.astype(jnp.float32) - target_blc.astype(jnp.float32)).reshape(batch, length, PIXELS, -1)
@@ -117,7 +122,7 @@ class Loss:
 
 
 def batch_mean(losses_b: Array, weights_b: Array | None = None) -> Array:
-    """Return the mean over the examples; those of weight 0 (filler) do not count."""
+    """Return the mean over the examples, weighted by `weights_b` if given; filler examples have weight 0."""
     if weights_b is None:
         return jnp.mean(losses_b)
     return jnp.sum(losses_b * weights_b) / jnp.maximum(jnp.sum(weights_b), 1e-20)

@@ -1,7 +1,7 @@
-"""Random numbers for training: each a pure function of (seed, epoch, example id, purpose).
+"""Random numbers for training: each is a pure function of (seed, epoch, example id, purpose).
 
-A run therefore draws the same noise, times and dropout on any number of devices and with any micro-batch size.
-Noise is drawn in token order, (l, features): the numbers of a token do not depend on how much padding follows.
+A run therefore draws the same noise, times and dropout on any number of devices and with any micro-batch size. Noise is
+drawn in token order, (l, features), so a token's noise does not depend on how much padding follows.
 Axes: b batch, l tokens.
 """
 
@@ -15,7 +15,7 @@ from jax import Array
 
 
 class Purpose(enum.IntEnum):
-    """What a number is for. New purposes get new values; old values never change, or resumed runs would differ."""
+    """What a random number is for. New purposes get new values; old ones never change, or resumed runs would differ."""
 
     TIME = 0
     NOISE = 1
@@ -25,7 +25,7 @@ class Purpose(enum.IntEnum):
 
 
 def split_ids(ids: np.ndarray) -> np.ndarray:
-    """Split 64-bit example ids (b,) into two uint32 each, (b, 2): JAX's integers have 32 bits."""
+    """Split 64-bit example ids (b,) into two uint32 each, (b, 2), high half first: JAX's integers have 32 bits."""
     ids = np.asarray(ids, np.uint64)
     return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 

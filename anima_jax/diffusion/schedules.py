@@ -1,8 +1,8 @@
-"""Noise levels (sigmas) to sample at, from noise (about 1) down to 0, under ComfyUI's names.
+"""Noise schedules: the noise levels (sigmas) to sample at, from about 1 (noise) down to 0, under ComfyUI's names.
 
 Source: ComfyUI comfy/samplers.py, comfy/k_diffusion/sampling.py and `ModelSamplingDiscreteFlow` in
-comfy/model_sampling.py; beta57 is RES4LYF's. Computed in float64 on the host; there are only a few. A schedule takes
-the number of steps and the shift, and returns the levels without the final 0.
+comfy/model_sampling.py; beta57 is RES4LYF's. Levels are computed in float64 on the host, because there are only a few.
+A schedule is a function of the number of steps and the shift that returns the levels without the final 0.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from scipy.special import betaincinv
 TABLE_SIZE = 1000
 
 LINEAR_END = 0.025
-"""`linear_quadratic`: how much noise the first half of the steps removes."""
+"""Noise that the first half of the steps removes in `linear_quadratic`."""
 
 KARRAS_RHO = 7.0
 
 FULL_DENOISE = 0.9999
-"""Denoising counts as complete above this."""
+"""Values of `denoise` above this count as 1."""
 
 
 def shifted(times: Any, shift: float) -> Any:
-    """Return s·t / (1 + (s − 1)·t) of a number or an array: more steps at high noise for s > 1."""
+    """Return s·t / (1 + (s − 1)·t) of a number or an array: with s > 1, more steps are at high noise."""
     return shift * times / (1.0 + (shift - 1.0) * times)
 
 
@@ -33,52 +33,58 @@ def sigma_table(shift: float) -> np.ndarray:
 
 
 def simple(steps: int, shift: float) -> np.ndarray:
-    """Every (1000 / steps)-th level of the table, from the top."""
-    # Rounded in floating point as in ComfyUI: half of 38 steps is level 499, not 500.
+    """Return every (1000 / steps)-th level of the table, from the top."""
+    # Floating-point rounding as in ComfyUI: with 38 steps, 19 · stride is 499, not 500.
     stride = TABLE_SIZE / steps
     return sigma_table(shift)[[-(1 + int(i * stride)) for i in range(steps)]]
 
 
 def sgm_uniform(steps: int, shift: float) -> np.ndarray:
-    """Evenly from the largest level to one step before the smallest, then shifted; the ends are thus shifted twice."""
+    """Return levels spaced evenly from the largest to one step before the smallest, then shifted.
+
+    The ends come from the shifted table, so they are shifted twice.
+    """
     return shifted(np.linspace(1.0, sigma_table(shift)[0], steps + 1)[:-1], shift)
 
 
 def normal(steps: int, shift: float) -> np.ndarray:
-    """Like `sgm_uniform`, with the smallest level as the last."""
+    """Return levels like those of `sgm_uniform`, but with the smallest level as the last one."""
     return shifted(np.linspace(1.0, sigma_table(shift)[0], steps), shift)
 
 
 def karras(steps: int, shift: float) -> np.ndarray:
-    """Even in the seventh root (Karras et al., arXiv 2206.00364)."""
+    """Return levels evenly spaced in their seventh root (Karras et al., arXiv 2206.00364)."""
     last = sigma_table(shift)[0]
     return np.linspace(1.0, last ** (1.0 / KARRAS_RHO), steps) ** KARRAS_RHO
 
 
 def exponential(steps: int, shift: float) -> np.ndarray:
-    """Even in the logarithm."""
+    """Return levels evenly spaced in their logarithm."""
     return np.exp(np.linspace(0.0, np.log(sigma_table(shift)[0]), steps))
 
 
 def ddim_uniform(steps: int, shift: float) -> np.ndarray:
-    """Every ⌊1000 / steps⌋-th level of the table from the second up: often one more than `steps`."""
+    """Return every ⌊1000 / steps⌋-th level of the table from the second-lowest up: often one more than `steps`."""
     return sigma_table(shift)[1 :: max(TABLE_SIZE // steps, 1)][::-1]
 
 
 def beta(steps: int, shift: float, a: float = 0.6, b: float = 0.6) -> np.ndarray:
-    """Levels at quantiles of the beta distribution (arXiv 2407.12173); duplicates count once."""
+    """Return levels at quantiles of the beta distribution (arXiv 2407.12173), without duplicates."""
     quantiles = betaincinv(a, b, 1.0 - np.linspace(0.0, 1.0, steps, endpoint=False))
     picked = np.rint(quantiles * (TABLE_SIZE - 1)).astype(int)
     return sigma_table(shift)[picked[np.diff(picked, prepend=-1) != 0]]
 
 
 def beta57(steps: int, shift: float) -> np.ndarray:
-    """`beta` with the parameters 0.5 and 0.7."""
+    """Return the levels of `beta` with parameters 0.5 and 0.7."""
     return beta(steps, shift, 0.5, 0.7)
 
 
 def linear_quadratic(steps: int, shift: float) -> np.ndarray:
-    """Half the steps on a flat line, then the parabola that continues it smoothly to 0; not shifted."""
+    """Return levels that fall slowly along a line for half the steps, then along a parabola to 0.
+
+    The parabola continues the line smoothly. The shift is not used.
+    """
     line = steps // 2
     if line == 0:
         return np.ones(1)
@@ -89,7 +95,7 @@ def linear_quadratic(steps: int, shift: float) -> np.ndarray:
 
 
 def kl_optimal(steps: int, shift: float) -> np.ndarray:
-    """Even in the arc tangent (Align Your Steps, arXiv 2404.14507)."""
+    """Return levels evenly spaced in their arc tangent (Align Your Steps, arXiv 2404.14507)."""
     return np.tan(np.linspace(np.arctan(1.0), np.arctan(sigma_table(shift)[0]), steps))
 
 
@@ -108,7 +114,7 @@ SCHEDULES: dict[str, Callable[[int, float], np.ndarray]] = {
         kl_optimal,
     )
 }
-"""Name → (steps, shift) → sigmas, descending, without the final 0."""
+"""Name → function of (steps, shift) that returns the sigmas, descending, without the final 0."""
 
 
 def sigmas(
@@ -116,8 +122,8 @@ def sigmas(
 ) -> np.ndarray:
     """Return the levels to sample at, float32, strictly descending to 0; for most schedules `steps` + 1 of them.
 
-    With `denoise` in (0, 1] they are the last `steps` of the steps / denoise that an image from pure noise would have.
-    `without_penultimate` computes one level more and drops the last one above 0.
+    With `denoise` in (0, 1] they are the last `steps` steps of a schedule with steps / denoise steps.
+    `without_penultimate` adds one step to the schedule and drops its last level above 0.
     """
     partial = denoise <= FULL_DENOISE
     levels = SCHEDULES[schedule]((int(steps / denoise) if partial else steps) + without_penultimate, shift)

@@ -1,9 +1,9 @@
-"""The noise of an image: where sampling starts, and what a sampler adds at its steps.
+"""The noise of an image: the initial noise, and the noise that a sampler adds at its steps.
 
-ComfyUI starts from the CPU's stream for the seed, drawn for the batch at once, on every machine. The steps' noise
-comes from the device it samples on: on a GPU from the CUDA stream for the seed, on a CPU from a stream for the
-seed + 1 (`default_noise_sampler` in comfy/k_diffusion/sampling.py), and the dpmpp SDE samplers' from a Brownian path.
-Arrays have torch's layout, (b, c, t, y, x).
+As in ComfyUI, the initial noise always comes from torch's CPU stream for the seed, drawn for the whole batch at once.
+Step noise comes from the device that samples: on a GPU from the CUDA stream for the seed, on a CPU from the CPU stream
+for seed + 1 (`default_noise_sampler` in comfy/k_diffusion/sampling.py). The dpmpp SDE samplers use a Brownian path
+instead. Arrays have torch's layout, (b, c, t, y, x).
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from anima_jax.errors import UserError, did_you_mean
 KINDS = ("torch-cpu", "torch-cuda", "jax")
 
 _LIKELY_GPU = "rtx4090"
-"""The GPU whose order of numbers `torch-cuda` uses if no GPU is named or found."""
+"""The GPU whose number order `torch-cuda` uses if no GPU is named or found."""
 
 _FEWER_THREADS = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "12.0": 1536, "12.1": 1536}
-"""Compute capability → threads per multiprocessor, where that is not 2048."""
+"""Compute capability → threads per multiprocessor, where it is not 2048."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseKind:
-    """A stream of step noise: one of `KINDS`, and for `torch-cuda` the GPU whose order of numbers it has."""
+    """A source of step noise: one of `KINDS` and, for `torch-cuda`, the GPU whose number order it reproduces."""
 
     kind: str
     gpu: CUDADevice | None = None
@@ -49,7 +49,7 @@ class NoiseKind:
 
 
 def local_gpu() -> CUDADevice | None:
-    """Return the first GPU of this machine, or None unless it is NVIDIA's."""
+    """Return this machine's first device if it is an NVIDIA GPU, else None."""
     devices: list[Any] = jax.local_devices()
     device = devices[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
@@ -58,14 +58,15 @@ def local_gpu() -> CUDADevice | None:
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the noise that a batch of this shape starts from, float32."""
+    """Return the noise from which sampling starts for a batch of this shape, float32."""
     return CPUStream(seed).randn(shape)
 
 
 class StepNoise:
-    """A batch's noise arrays in the order in which `sampler` uses them, from torch's streams, each float32 of `shape`.
+    """The step noise of a batch from torch's streams, in the order in which `sampler` uses it.
 
-    `sigmas` are the levels sampled at. `kind` is not "jax", whose noise is drawn on the device.
+    Each noise array is float32 of `shape`. `sigmas` are the noise levels of the sampling. `kind` must not be "jax":
+    that noise is drawn on the device.
     """
 
     def __init__(self, kind: NoiseKind, seed: int, shape: tuple[int, ...], sampler: Sampler, sigmas: np.ndarray):
@@ -79,5 +80,5 @@ class StepNoise:
             self._stream = on_gpu(seed) if on_gpu else CPUStream(seed + 1)
 
     def next(self, draw: Draw) -> np.ndarray:
-        """Return the next noise: for samplers with a path, the path's increment between the levels of `draw`."""
+        """Return the next noise; for samplers with a Brownian path, its increment between the levels of `draw`."""
         return self._path(*draw) if self._path else self._stream.randn(self._shape)

@@ -1,9 +1,9 @@
 """Torch's streams of normal numbers without torch: `torch.randn` on a CPU and on a CUDA device.
 
-ComfyUI starts every image from the CPU's stream and draws a step's noise from the stream of the device it runs on, so
-the same seed must give the same numbers here. Sources: at::normal_fill and at::CPUGeneratorImpl; ATen's
+ComfyUI draws the initial noise of every image from the CPU stream and step noise from the stream of the device it runs
+on, so the same seed must give the same numbers here. Sources: at::normal_fill and at::CPUGeneratorImpl; ATen's
 native/cuda/DistributionTemplates.h with cuRAND's Philox generator. Torch's vectorised sine, cosine and logarithm round
-differently, so numbers agree to about 5e-7.
+differently, so the numbers agree to about 5e-7.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 
 _BLOCK = 16
-"""Torch fills CPU tensors of at least this many elements in blocks: Box-Muller pairs element i with element i + 8."""
+"""Block size for CPU tensors of at least this many elements: Box-Muller pairs element i with element i + 8."""
 
 
 class RandomStream(Protocol):
-    """A generator that is seeded once; every call continues where the last one ended."""
+    """A random stream: it is seeded once, and every call continues where the last one ended."""
 
     def randn(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return the stream's next standard normal numbers, float32."""
@@ -25,10 +25,10 @@ class RandomStream(Protocol):
 
 
 class CPUStream:
-    """`torch.Generator("cpu").manual_seed(seed)`."""
+    """The stream of `torch.Generator("cpu").manual_seed(seed)`."""
 
     def __init__(self, seed: int):
-        # The Mersenne Twister uses the low 32 bits of the seed, as torch's does.
+        # Like torch's Mersenne Twister, this one uses only the low 32 bits of the seed.
         self._generator = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None
 
@@ -42,7 +42,7 @@ class CPUStream:
         normals = np.empty(size, np.float32)
         normals[:full] = _box_muller_blocks(uniforms[:full])
         if full < size:
-            # The tail is not a full block: torch draws the last sixteen numbers again.
+            # If the tail is not a full block, torch draws the last 16 numbers again.
             normals[-_BLOCK:] = _box_muller_blocks(self._uniform24(_BLOCK))
         return normals.reshape(shape)
 
@@ -53,7 +53,7 @@ class CPUStream:
         return (self._words(count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
 
     def _next(self) -> float:
-        """Draw one number in float64, for small tensors: the cosine first, the sine kept for the next call."""
+        """Return one number, computed in float64, for small tensors: first the cosine, in the next call the sine."""
         if self._kept is not None:
             kept, self._kept = self._kept, None
             return kept
@@ -73,7 +73,10 @@ def _box_muller_blocks(uniforms: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CUDADevice:
-    """What determines the order of `torch.cuda.randn` on an NVIDIA GPU: how many threads can be resident at once."""
+    """An NVIDIA GPU's size, which determines the order of the numbers that `torch.randn` draws on it.
+
+    What matters is the number of threads that can be resident at once.
+    """
 
     multiprocessors: int
     threads_per_multiprocessor: int
@@ -97,18 +100,18 @@ CUDA_DEVICES = {
     "a100": CUDADevice(108, 2048),
     "h100": CUDADevice(132, 2048),
 }
-"""From NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities."""
+"""GPU name → size, from NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities."""
 
 _THREADS_PER_BLOCK = 256
 _NUMBERS_PER_CALL = 4
-"""Numbers that one Philox call makes; a thread writes them one grid apart."""
+"""Numbers that one Philox call returns; a thread writes them one grid apart."""
 
 
 class CUDAStream:
-    """`torch.Generator("cuda").manual_seed(seed)` on this device.
+    """The stream of `torch.Generator("cuda").manual_seed(seed)` on `device`.
 
-    The Philox counter's high half is the thread's index in the grid, its low half counts the calls. If a tensor has
-    more elements than the device has threads, each thread fills several, so their order depends on the device.
+    The high half of the Philox counter is the thread's index in the grid, its low half counts the calls. If a tensor
+    has more elements than the device has threads, each thread fills several, so their order depends on the device.
     """
 
     def __init__(self, seed: int, device: CUDADevice):
@@ -136,7 +139,10 @@ class CUDAStream:
 
 
 def philox4x32(counter_4n: np.ndarray, key_2: np.ndarray, rounds: int = 10) -> np.ndarray:
-    """Philox 4×32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four uint32 per counter."""
+    """Return four uint32 per counter, by Philox 4×32.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
     a, b, c, d = (word.astype(np.uint64) for word in counter_4n)
     key_0, key_1 = (int(word) for word in key_2)
     low = np.uint64(0xFFFFFFFF)
@@ -149,7 +155,7 @@ def philox4x32(counter_4n: np.ndarray, key_2: np.ndarray, rounds: int = 10) -> n
 
 
 def _box_muller_pairs(words_4n: np.ndarray) -> np.ndarray:
-    """Make numbers 0 and 1 from words 0 and 1, numbers 2 and 3 from words 2 and 3; sine first."""
+    """Return numbers 0 and 1 made from words 0 and 1, numbers 2 and 3 from words 2 and 3; sine first."""
     unit, turn = np.float32(2.0**-32), np.float32(2.0**-32 * 2.0 * math.pi)
     radius = np.sqrt(np.float32(-2) * np.log(words_4n[::2].astype(np.float32) * unit + unit / 2))
     angle = words_4n[1::2].astype(np.float32) * turn + turn / 2

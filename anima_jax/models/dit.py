@@ -43,7 +43,7 @@ t is 1, or the number of frames if each frame has its own time. With t = 1 the t
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Return whether this is cuDNN's forward kernel, whose softmax statistics `checkpoint_name` cannot reach."""
+    """Return whether this is cuDNN's forward kernel, whose softmax statistics `checkpoint_name` cannot name."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -239,7 +239,7 @@ class AnimaDiT(nnx.Module):
         def run_blocks(x_bld: Array, blocks: Block) -> tuple[Array, None]:
             return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
 
-        # The sum over the blocks exceeds float16's maximum, 65504, so the residual stream is then float32.
+        # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(into_stream(self.x_embedder, self._with_padding_mask(latents_blc), stream_dtype), "bld")
         if remat_every == 1:

@@ -1,4 +1,4 @@
-"""Samplers under ComfyUI's names: each is a few formulas, and one step function in one `lax.scan` runs them all.
+"""Samplers under ComfyUI's names: each is a few formulas, and one step function in a `lax.scan` runs all of them.
 
 Source: ComfyUI comfy/k_diffusion/sampling.py, for its flow model (`CONST` in comfy/model_sampling.py): the network's
 velocity v gives the clean estimate D = x − σ·v.
@@ -22,20 +22,23 @@ from anima_jax.diffusion.samplers.plan import Formulas, SamplerPlan
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A row of the table: a sampler's formulas and its peculiarities."""
+    """A row of `SAMPLERS`: a sampler's formulas and what else is specific to it."""
 
     formulas: Formulas
     without_penultimate: bool = False
-    """Its schedules have one step more, without the last level above 0."""
+    """Whether its schedules have one more step and no last level above 0."""
 
     path: str | None = None
-    """Its noise is a Brownian path over the levels, drawn on the "cpu", or on the "device" that ComfyUI samples on."""
+    """Where its noise, a Brownian path over the levels, is drawn: on the "cpu", or on the "device" that ComfyUI uses.
+
+    None if its noise is not such a path.
+    """
 
     ends_at: float = 0.0
     """Noise level that the result is assumed to have."""
 
     fresh_noise_outside_mask: bool = False
-    """When inpainting, the kept part is noised with other noise than the one sampling starts from."""
+    """Whether inpainting adds other noise to the kept part than the noise from which sampling starts."""
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -80,14 +83,14 @@ class StepInputs(NamedTuple):
     sigmas_n: Any
     factors_nkj: Any
     noises_nq: Any
-    """Noise arrays, (n, q, …) with the shape of the latents; or what `draw` makes noise from."""
+    """Noise arrays, (n, q, …) with the shape of the latents, or the input from which `draw` makes them."""
 
     guidance_n: Any = None
-    """Further inputs of the network's evaluation, if any."""
+    """Further inputs for evaluating the network, if any."""
 
 
 Denoise = Callable[[Array, StepInputs], tuple[Array, Array]]
-"""(x, the evaluation's inputs) → the guided estimate of the clean latents, and that of the negative prompt alone."""
+"""(x, inputs of the step) → the guided estimate of the clean latents and the negative prompt's own estimate."""
 
 
 def run_scan(
@@ -98,13 +101,13 @@ def run_scan(
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
 ) -> tuple[list[Array], Array]:
-    """Run the evaluations in `steps`. Return the arrays carried on, the point first, and the last estimate."""
+    """Run the evaluations in `steps`. Return the carried arrays (the point is the first) and the last estimate."""
 
     def step(state: tuple[list[Array], Array], inputs: StepInputs) -> tuple[tuple[list[Array], Array], None]:
         carry, _ = state
         guided, unconditional = denoise(carry[0], inputs)
         arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_nq)]
-        # Not a matrix product: those are not float32 on every device.
+        # A matrix product would not be computed in float32 on every device.
         carry = [
             functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
             for factors in inputs.factors_nkj
@@ -115,10 +118,10 @@ def run_scan(
 
 
 def initial_carry(plan: SamplerPlan, x: Any) -> list[Any]:
-    """Return the arrays carried into the first evaluation."""
+    """Return the arrays carried into the first evaluation: `x`, then zeros."""
     return [x, *[np.zeros(x.shape, np.float32) for _ in range(plan.factors_nkj.shape[1] - 1)]]
 
 
 def start(noise: Any, sigma: Any, latents: Any = 0.0) -> Any:
-    """Return where sampling begins: the point at `sigma` on the line from `latents` to `noise`."""
+    """Return the point from which sampling starts: at `sigma` on the line from `latents` to `noise`."""
     return sigma * noise + (1.0 - sigma) * latents

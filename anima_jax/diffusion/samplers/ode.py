@@ -1,4 +1,4 @@
-"""Samplers that add no noise, on the ODE dx/dσ = d = (x − D)/σ, where D is the network's clean estimate.
+"""Samplers that add no noise: they solve the ODE dx/dσ = d = (x − D)/σ, where D is the network's clean estimate.
 
 Source: ComfyUI comfy/k_diffusion/sampling.py and comfy/k_diffusion/deis.py. The multistep methods integrate the
 polynomial through the last derivatives (Adams-Bashforth).
@@ -14,11 +14,11 @@ from anima_jax.diffusion.samplers.plan import Trace, Vector
 UNI_PC_LAST = 0.001
 
 _QUADRATURE = np.polynomial.legendre.leggauss(64)
-"""Gauss-Legendre points in [−1, 1] and weights: exact up to rounding for everything integrated here."""
+"""Gauss-Legendre points in [−1, 1] and their weights: exact up to rounding for everything integrated here."""
 
 
 def euler(trace: Trace) -> Vector:
-    """x + (σ' − σ)·d."""
+    """Take Euler steps: x + (σ' − σ)·d."""
     x = trace.start
     for sigma, after in trace.steps:
         x = x + (after - sigma) * derivative(trace, x, sigma)
@@ -26,7 +26,7 @@ def euler(trace: Trace) -> Vector:
 
 
 def heun(trace: Trace) -> Vector:
-    """Euler's step with the mean of the derivatives at both ends (Karras et al., arXiv 2206.00364, algorithm 2)."""
+    """Take Euler steps with the mean of the derivatives at both ends (Karras et al., arXiv 2206.00364, algorithm 2)."""
     x = trace.start
     for sigma, after in trace.steps:
         d = derivative(trace, x, sigma)
@@ -37,7 +37,7 @@ def heun(trace: Trace) -> Vector:
 
 
 def dpm_2(trace: Trace) -> Vector:
-    """Euler's step with the derivative at the geometric mean of both levels (DPM-Solver-2)."""
+    """Take Euler steps with the derivative at the geometric mean of both levels (DPM-Solver-2)."""
     x = trace.start
     for sigma, after in trace.steps:
         x = midpoint_step(trace, x, sigma, after)
@@ -45,7 +45,7 @@ def dpm_2(trace: Trace) -> Vector:
 
 
 def midpoint_step(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
-    """One step of `dpm_2`."""
+    """Take one step of `dpm_2`."""
     d = derivative(trace, x, sigma)
     if after > 0:
         middle = math.sqrt(sigma * after)
@@ -54,7 +54,10 @@ def midpoint_step(trace: Trace, x: Vector, sigma: float, after: float) -> Vector
 
 
 def dpmpp_2m(trace: Trace) -> Vector:
-    """DPM-Solver++(2M), arXiv 2211.01095, with t = −ln σ: D is extrapolated from the last two estimates."""
+    """Take steps of DPM-Solver++(2M), arXiv 2211.01095, with t = −ln σ.
+
+    D is extrapolated from the last two estimates.
+    """
     x, before = trace.start, None
     for sigma, after in trace.steps:
         now = denoised = trace.denoise(x, sigma)
@@ -68,7 +71,7 @@ def dpmpp_2m(trace: Trace) -> Vector:
 
 
 def gradient_estimation(trace: Trace, gamma: float = 2.0) -> Vector:
-    """Euler's step with the derivative extrapolated by `gamma` from the last one (arXiv 2306.04848)."""
+    """Take Euler steps with the derivative extrapolated by `gamma` from the previous one (arXiv 2306.04848)."""
     x, before = trace.start, None
     for sigma, after in trace.steps:
         d = mean = trace.keep(derivative(trace, x, sigma))
@@ -80,7 +83,7 @@ def gradient_estimation(trace: Trace, gamma: float = 2.0) -> Vector:
 
 
 def res_multistep(trace: Trace) -> Vector:
-    """A second-order exponential multistep method, t = −ln σ (arXiv 2308.02157)."""
+    """Take second-order exponential multistep steps, t = −ln σ (arXiv 2308.02157)."""
     x, before = trace.start, None
     for sigma, after in trace.steps:
         denoised = trace.denoise(x, sigma)
@@ -92,7 +95,10 @@ def res_multistep(trace: Trace) -> Vector:
 def res_step(
     x: Vector, sigma: float, after: float, denoised: Vector, before: tuple[Vector, float, float] | None
 ) -> Vector:
-    """One step of `res_multistep`. `before` is the last estimate, its level, and the level that step ended at."""
+    """Take one step of `res_multistep`.
+
+    `before` is the previous estimate, its level, and the level at which that step ended.
+    """
     if before is None or after == 0:
         return (after / sigma) * x + (1 - after / sigma) * denoised
     earlier, earlier_sigma, reached = before
@@ -104,12 +110,15 @@ def res_step(
 
 
 def lms(trace: Trace) -> Vector:
-    """Adams-Bashforth of order 4 on the levels themselves."""
+    """Take Adams-Bashforth steps of order 4 with polynomials in the level itself."""
     return _multistep(trace, 4, lambda levels, after: lagrange_integrals(levels, levels[0], after))
 
 
 def deis(trace: Trace) -> Vector:
-    """DEIS (arXiv 2204.13902), 'tab' of order 3: d is a polynomial of the VP diffusion's time, integrated over σ."""
+    """Take steps of DEIS (arXiv 2204.13902), 'tab' of order 3.
+
+    d is a polynomial in the VP diffusion's time, integrated over σ.
+    """
     return _multistep(trace, 3, lambda levels, after: lagrange_integrals(levels, levels[0], after, of=_vp_time))
 
 
@@ -122,22 +131,23 @@ def _vp_time(sigma: np.ndarray) -> np.ndarray:
 
 
 def ipndm(trace: Trace) -> Vector:
-    """Adams-Bashforth of order 4 with the factors of evenly spaced levels (arXiv 2202.09778)."""
+    """Take Adams-Bashforth steps of order 4 with the factors for evenly spaced levels (arXiv 2202.09778)."""
     even = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     return _multistep(trace, 4, lambda levels, after: (after - levels[0]) * np.array(even[len(levels) - 1]))
 
 
 def ipndm_v(trace: Trace) -> Vector:
-    """Adams-Bashforth of order 4 for uneven levels, except for three terms that ComfyUI has differently.
+    """Take Adams-Bashforth steps of order 4 for uneven levels, except for three terms, which follow ComfyUI.
 
-    They are the second share, the sign of `bend` in the third, and the last factor, whose ratio should be h2 / h3.
+    They are the share of the second difference, the sign of `bend` in the share of the third, and the last of the third
+    difference's factors, whose ratio should be h2 / h3.
     """
 
     def weights(levels: Sequence[float], after: float) -> Sequence[float] | np.ndarray:
         gaps = -np.diff([after, *levels])
         h, h1, h2, h3 = [*gaps, *[math.nan] * 3][:4]
         ratio, wide = h1 / h2, h1 * (h1 + h2) / (h2 * (h2 + h3))
-        # Newton's form: divided differences as factors of the derivatives, and the share of each in the step.
+        # Newton's form: divided differences as factors of the derivatives, and each difference's share of the step.
         differences = (
             (1, 0, 0, 0),
             (1, -1, 0, 0),
@@ -160,19 +170,19 @@ def ipndm_v(trace: Trace) -> Vector:
 
 
 def uni_pc(trace: Trace) -> Vector:
-    """UniPC of order 3 (arXiv 2302.04867), B(h) = h."""
+    """Take steps of UniPC of order 3 (arXiv 2302.04867) with B(h) = h."""
     return _uni_pc(trace, lambda h: h)
 
 
 def uni_pc_bh2(trace: Trace) -> Vector:
-    """UniPC of order 3, B(h) = eʰ − 1."""
+    """Take steps of UniPC of order 3 with B(h) = eʰ − 1."""
     return _uni_pc(trace, math.expm1)
 
 
 def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
-    """A predictor on t = −ln σ, and a corrector that uses the estimate at the predicted point; `scale` is B(h).
+    """Take steps of a predictor in t = −ln σ and a corrector that uses the estimate at the predicted point.
 
-    A last level of 0 is replaced by 0.001.
+    `scale` is B(h). A last level of 0 is replaced by `UNI_PC_LAST`.
     """
     levels = [*trace.sigmas[:-1], trace.sigmas[-1] or UNI_PC_LAST]
     count = len(levels) - 1
@@ -227,7 +237,10 @@ def weighted(factors: Iterable[float], vectors: Iterable[Vector]) -> Vector:
 def _multistep(
     trace: Trace, order: int, weights: Callable[[Sequence[float], float], Sequence[float] | np.ndarray]
 ) -> Vector:
-    """x + Σ wᵢ·dᵢ over up to `order` derivatives, newest first; `weights` maps their levels and the next one to wᵢ."""
+    """Take steps x + Σ wᵢ·dᵢ over up to `order` derivatives, newest first.
+
+    `weights` maps their levels and the next level to wᵢ.
+    """
     x = trace.start
     history: list[tuple[Vector, float]] = []
     for sigma, after in trace.steps:
@@ -240,7 +253,7 @@ def _multistep(
 
 
 def derivative(trace: Trace, x: Vector, sigma: float) -> Vector:
-    """Return (x − D)/σ at a new evaluation."""
+    """Evaluate the network and return (x − D)/σ."""
     denoised = trace.denoise(x, sigma)
     return (x - denoised) / sigma
 
@@ -253,7 +266,10 @@ def lagrange_integrals(
     of: Callable[[np.ndarray], np.ndarray] = lambda level: level,
     weight: Callable[[np.ndarray], np.ndarray] = np.ones_like,
 ) -> np.ndarray:
-    """Return ∫ from `start` to `end` of `weight` times each node's Lagrange polynomial, a polynomial in `of`."""
+    """Return the integrals from `start` to `end` of `weight` times each node's Lagrange polynomial.
+
+    The polynomials are in the variable `of(level)`.
+    """
     points = start + (end - start) * (_QUADRATURE[0] + 1) / 2
     shares = (end - start) / 2 * _QUADRATURE[1] * weight(points)
     positions, at = of(np.array(nodes)), of(points)

@@ -1,10 +1,10 @@
-"""From a sampler's formulas to numbers for one compiled step.
+"""Conversion of a sampler's formulas to the numbers that one compiled step needs.
 
-Between two evaluations of the network a sampler is linear: it sums points, estimates and noise with factors that
-depend on the noise levels alone. So its formulas run once on the host, in float64, on `Vector`s, which record what they
-are the sum of. The result is a `SamplerPlan`: for each evaluation the noise level, and the factors that turn the arrays
-present into those that the next evaluation needs. One step function then serves every sampler, and nothing is
-recompiled when noise levels change.
+Between two evaluations of the network a sampler is linear: it sums points, estimates and noise with factors that depend
+only on the noise levels. Its formulas therefore run once on the host, in float64, on `Vector`s, which record the sums.
+The result is a `SamplerPlan`: for each evaluation the noise level, and the factors that turn the current arrays into
+those that the next evaluation needs. One step function serves all samplers, and nothing is recompiled when noise levels
+change.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Vector:
-    """A sum of arrays that exist only on the device: `terms` maps each one's number in the trace to its factor."""
+    """A sum of arrays that exist only on the device: `terms` maps each array's number in the trace to its factor."""
 
     def __init__(self, terms: dict[int, float]):
         self.terms = terms
@@ -47,7 +47,7 @@ class Vector:
 
 
 class Draw(NamedTuple):
-    """A noise array that a sampler uses, for the path from one noise level down to the next."""
+    """A noise array that a sampler uses between one noise level and the next."""
 
     sigma: float
     next_sigma: float
@@ -55,7 +55,7 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass
 class _Evaluation:
-    """One call of the network and the arrays computed from it before the next call."""
+    """One evaluation of the network and the arrays computed from it before the next one."""
 
     sigma: float
     point: int
@@ -63,11 +63,11 @@ class _Evaluation:
     unconditional: int
     noises: list[int] = dataclasses.field(default_factory=list[int])
     sums: dict[int, dict[int, float]] = dataclasses.field(default_factory=dict[int, dict[int, float]])
-    """Array → the arrays it is a sum of, with their factors."""
+    """Array → the arrays that it is the sum of, with their factors."""
 
 
 class Trace:
-    """Records a sampler's formulas while they run.
+    """A record of a sampler's formulas, made while they run.
 
     `sigmas` are Python floats, descending; `shift` is the schedule's; `start` is the point at the first level.
     """
@@ -93,21 +93,21 @@ class Trace:
         return self.denoise_both(x, sigma)[0]
 
     def denoise_both(self, x: Vector, sigma: float) -> tuple[Vector, Vector]:
-        """Return the guided estimate, and that of the negative prompt alone."""
+        """Return the guided estimate and the negative prompt's own estimate."""
         point = self.keep(x) if self.evaluations else x
         guided, unconditional = self._new(), self._new()
         self.evaluations.append(_Evaluation(sigma, point.number, guided.number, unconditional.number))
         return guided, unconditional
 
     def noise(self, sigma: float, next_sigma: float) -> Vector:
-        """Return the next standard normal noise, for the path from `sigma` to `next_sigma`."""
+        """Return new standard normal noise for the path from `sigma` to `next_sigma`."""
         drawn = self._new()
         self.draws.append(Draw(sigma, next_sigma))
         self.evaluations[-1].noises.append(drawn.number)
         return drawn
 
     def keep(self, x: Vector) -> Vector:
-        """Return `x` stored as an array of its own: later formulas no longer need the arrays it is the sum of."""
+        """Return `x` stored as a new array, so that later formulas do not need the arrays that it is the sum of."""
         terms = x.terms
         x.terms = self._new().terms
         self.evaluations[-1].sums[x.number] = terms
@@ -115,31 +115,31 @@ class Trace:
 
 
 class SamplerPlan(NamedTuple):
-    """A sampler's run of n evaluations with k arrays carried between them.
+    """A sampler's n evaluations, with k arrays carried between them.
 
     The j inputs of a step are the k arrays, the estimate, the negative prompt's estimate if `both`, and the new noise
-    arrays. Array 0 is the point at which the network is evaluated, after the last step the result.
+    arrays. Array 0 is the point at which the network is evaluated; after the last step it is the result.
     """
 
     sigmas_n: np.ndarray
     """Noise level of each evaluation, float32."""
 
     factors_nkj: np.ndarray
-    """The next k arrays as sums of the j inputs, float32."""
+    """Factors of the next k arrays, which are sums of the j inputs, float32."""
 
     noises_nq: np.ndarray
-    """Indices of the `draws` that are new at each evaluation, int; −1 for none."""
+    """Indices into `draws` of the noise arrays that are new at each evaluation, int; −1 for none."""
 
     draws: tuple[Draw, ...]
     both: bool
 
 
 Formulas = Callable[[Trace], Vector]
-"""A sampler's formulas: from `trace.start`, through evaluations, to the result."""
+"""A sampler's formulas: a function that computes the result from `trace.start` and evaluations of the network."""
 
 
 def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> SamplerPlan:
-    """Run the sampler's formulas along `sigmas`, at least two descending levels."""
+    """Return the plan of a sampler's formulas along `sigmas`, at least two descending levels."""
     trace = Trace(sigmas, shift)
     trace.keep(result := formulas(trace))
     evaluations = trace.evaluations
@@ -167,7 +167,7 @@ def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> SamplerPl
 
 
 def _carried(evaluations: list[_Evaluation], result: int) -> list[list[int]]:
-    """Return the arrays carried into each evaluation and out of the last: the point, then what later ones need."""
+    """Return the arrays carried into each evaluation and out of the last: the point, then those needed later."""
     carried = [[result]]
     for evaluation in reversed(evaluations):
         sources = {source for number in carried[-1] for source in _expanded(evaluation.sums, number)}
@@ -177,7 +177,7 @@ def _carried(evaluations: list[_Evaluation], result: int) -> list[list[int]]:
 
 
 def _expanded(sums: dict[int, dict[int, float]], number: int) -> dict[int, float]:
-    """Return an array as a sum of arrays that are not sums themselves."""
+    """Return an array as a sum (array → factor) of arrays that are not sums themselves."""
     if number not in sums:
         return {number: 1.0}
     total: dict[int, float] = {}

@@ -1,7 +1,7 @@
 """Samplers that add noise at every step.
 
-Source: ComfyUI comfy/k_diffusion/sampling.py and sa_solver.py, in their flow-model forms: a point at level σ is
-(1 − σ)·D + σ·noise. Most integrate over the half log-SNR λ = ln((1 − σ)/σ); α is 1 − σ. n is standard normal noise.
+Source: ComfyUI comfy/k_diffusion/sampling.py and sa_solver.py, in their flow-model forms: a point at level σ is (1 −
+σ)·D + σ·noise. Most of them integrate over the half log-SNR λ = ln((1 − σ)/σ); α is 1 − σ, n is standard normal noise.
 """
 
 import itertools
@@ -22,7 +22,7 @@ SA_NOISY = (0.2, 0.8)
 
 
 def euler_ancestral(trace: Trace) -> Vector:
-    """Euler's step to below the next level, then noise up to it."""
+    """Take Euler steps to a level below the next one, then add noise up to the next level."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised = trace.denoise(x, sigma)
@@ -33,7 +33,7 @@ def euler_ancestral(trace: Trace) -> Vector:
 
 
 def dpm_2_ancestral(trace: Trace) -> Vector:
-    """`dpm_2` to below the next level, then noise up to it."""
+    """Take steps of `dpm_2` to a level below the next one, then add noise up to the next level."""
     x = trace.start
     for sigma, after in trace.steps:
         x = midpoint_step(trace, x, sigma, _level_below(sigma, after))
@@ -42,7 +42,7 @@ def dpm_2_ancestral(trace: Trace) -> Vector:
 
 
 def dpmpp_2s_ancestral(trace: Trace) -> Vector:
-    """DPM-Solver++(2S) to below the next level, then noise up to it."""
+    """Take steps of DPM-Solver++(2S) to a level below the next one, then add noise up to the next level."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised, down = trace.denoise(x, sigma), _level_below(sigma, after)
@@ -55,7 +55,10 @@ def dpmpp_2s_ancestral(trace: Trace) -> Vector:
 
 
 def res_multistep_ancestral(trace: Trace) -> Vector:
-    """`res_multistep` to below the next level, then noise up to it, as if noise did not scale the data down."""
+    """Take steps of `res_multistep` to a level below the next one, then add noise up to the next level.
+
+    Unlike in the other ancestral samplers, the data is not scaled down when noise is added.
+    """
     x, before = trace.start, None
     for sigma, after in trace.steps:
         denoised = trace.denoise(x, sigma)
@@ -68,7 +71,7 @@ def res_multistep_ancestral(trace: Trace) -> Vector:
 
 
 def lcm(trace: Trace) -> Vector:
-    """σ'·n + (1 − σ')·D: new noise on each estimate (latent consistency models, arXiv 2310.04378)."""
+    """Take steps σ'·n + (1 − σ')·D: new noise on each estimate (latent consistency models, arXiv 2310.04378)."""
     x = trace.start
     for sigma, after in trace.steps:
         x = (1 - after) * trace.denoise(x, sigma)
@@ -78,7 +81,7 @@ def lcm(trace: Trace) -> Vector:
 
 
 def euler_cfg_pp(trace: Trace) -> Vector:
-    """CFG++ (arXiv 2406.08070): Euler's step from the guided estimate along the negative prompt's noise."""
+    """Take Euler steps from the guided estimate along the negative prompt's noise (CFG++, arXiv 2406.08070)."""
     x = trace.start
     for sigma, after in trace.steps:
         denoised, unconditional = trace.denoise_both(x, sigma)
@@ -87,7 +90,10 @@ def euler_cfg_pp(trace: Trace) -> Vector:
 
 
 def euler_ancestral_cfg_pp(trace: Trace) -> Vector:
-    """`euler_cfg_pp` to below the next σ/α, then noise up to it; all new noise from σ = 1, where σ/α is infinite."""
+    """Take steps of `euler_cfg_pp` to a σ/α below the next one, then add noise up to the next level.
+
+    From σ = 1, where σ/α is infinite, all noise is replaced by new noise.
+    """
     x = trace.start
     for sigma, after in trace.steps:
         denoised, unconditional = trace.denoise_both(x, sigma)
@@ -101,17 +107,17 @@ def euler_ancestral_cfg_pp(trace: Trace) -> Vector:
 
 
 def dpmpp_2m_sde(trace: Trace) -> Vector:
-    """SDE-DPM-Solver++(2M), arXiv 2211.01095, midpoint form."""
+    """Take steps of SDE-DPM-Solver++(2M), arXiv 2211.01095, in the midpoint form."""
     return _multistep_sde(trace, 2, lambda h: (-math.expm1(-h) / 2, 0.0))
 
 
 def dpmpp_2m_sde_heun(trace: Trace) -> Vector:
-    """SDE-DPM-Solver++(2M), Heun's form."""
+    """Take steps of SDE-DPM-Solver++(2M) in Heun's form."""
     return _multistep_sde(trace, 2, _phi_2_3)
 
 
 def dpmpp_3m_sde(trace: Trace) -> Vector:
-    """SDE-DPM-Solver++(3M)."""
+    """Take steps of SDE-DPM-Solver++(3M)."""
     return _multistep_sde(trace, 3, _phi_2_3)
 
 
@@ -122,7 +128,10 @@ def _phi_2_3(h: float) -> tuple[float, float]:
 
 
 def _multistep_sde(trace: Trace, order: int, shares: Callable[[float], tuple[float, float]]) -> Vector:
-    """An exponential integrator in λ with up to two differences of estimates, weighted by `shares` of the step."""
+    """Take steps of an exponential integrator in λ with up to two derivatives of the estimates.
+
+    `shares` maps twice the step in λ to the weights of the derivatives.
+    """
     x = trace.start
     history: list[tuple[Vector, float]] = []
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
@@ -140,7 +149,10 @@ def _multistep_sde(trace: Trace, order: int, shares: Callable[[float], tuple[flo
 
 
 def _differences(history: list[tuple[Vector, float]], h: float) -> tuple[Vector, Vector]:
-    """Return the estimate's first and second derivative in λ / h, 0 if the history (newest first) is too short."""
+    """Return the estimate's first and second derivatives with respect to λ / h.
+
+    Those for which the history (newest first) is too short are 0.
+    """
     none = Vector({})
     if len(history) == 1:
         return none, none
@@ -156,7 +168,10 @@ def _differences(history: list[tuple[Vector, float]], h: float) -> tuple[Vector,
 
 
 def dpmpp_sde(trace: Trace) -> Vector:
-    """SDE-DPM-Solver++ of order 2 with a stage in the middle, both ancestral steps on e^−λ = σ/α."""
+    """Take steps of SDE-DPM-Solver++ of order 2, with a stage in the middle.
+
+    The stage and the step are both ancestral steps in e^−λ = σ/α.
+    """
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -169,14 +184,14 @@ def dpmpp_sde(trace: Trace) -> Vector:
 
 
 def _ancestral_sde(trace: Trace, x: Vector, denoised: Vector, sigma: float, after: float) -> Vector:
-    """Step from `sigma` towards `denoised` to below `after`, then add noise up to it."""
+    """Take a step from `sigma` towards `denoised` to a level below `after`, then add noise up to `after`."""
     alpha, ratio = 1 - after, sigma / (1 - sigma)
     down, up = split_variance(ratio, after / alpha)
     return alpha * (down / ratio / (1 - sigma) * x + (1 - down / ratio) * denoised + up * trace.noise(sigma, after))
 
 
 def seeds_2(trace: Trace) -> Vector:
-    """SEEDS-2 (arXiv 2305.14267), with its stage in the middle."""
+    """Take steps of SEEDS-2 (arXiv 2305.14267), with its stage in the middle."""
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -191,7 +206,7 @@ def seeds_2(trace: Trace) -> Vector:
 
 
 def seeds_3(trace: Trace) -> Vector:
-    """SEEDS-3 (arXiv 2305.14267), with its stages at a third and at two thirds."""
+    """Take steps of SEEDS-3 (arXiv 2305.14267), with its stages at one third and two thirds."""
     x = trace.start
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
         denoised = trace.denoise(x, sigma)
@@ -211,7 +226,7 @@ def seeds_3(trace: Trace) -> Vector:
 
 
 class _Path:
-    """The linear part of one step of SEEDS: `x` and the noise accumulated on its way from `sigma` to `after`."""
+    """The linear part of one step of SEEDS: `x` and the noise accumulated between `sigma` and `after`."""
 
     def __init__(self, trace: Trace, x: Vector, sigma: float, after: float):
         self._trace, self._x, self._sigma = trace, x, sigma
@@ -219,7 +234,7 @@ class _Path:
         self.h = _snr(after) - _snr(sigma)
 
     def to(self, position: float) -> tuple[Vector, float]:
-        """Return the point at `position` in the step (0 to 1) and its level. Call in ascending order."""
+        """Return the point at `position` in the step (0 to 1) and its level. Positions must be ascending."""
         before, level = (_sigma(self._snr + part * self.h) for part in (self._position, position))
         h = (position - self._position) * self.h
         drawn = self._trace.noise(before, level)
@@ -229,7 +244,7 @@ class _Path:
 
 
 def er_sde(trace: Trace) -> Vector:
-    """ER-SDE-3 (arXiv 2309.06169) on ℓ = σ/α, with its integrals as sums of 200 terms."""
+    """Take steps of ER-SDE-3 (arXiv 2309.06169) in ℓ = σ/α, with its integrals as sums of 200 terms."""
     x, slope_before = trace.start, None
     history: list[tuple[Vector, float]] = []
     for sigma, after in itertools.pairwise(_finite_levels(trace)):
@@ -260,9 +275,9 @@ def _er_scale(ratio: Any) -> Any:
 
 
 def sa_solver(trace: Trace) -> Vector:
-    """SA-Solver (arXiv 2309.05019): stochastic Adams predictor of order 3, corrector of order 4.
+    """Take steps of SA-Solver (arXiv 2309.05019): stochastic Adams predictor of order 3, corrector of order 4.
 
-    Noise is added (τ = 1) between a fifth and four fifths of the sampling.
+    Noise is added (τ = 1) between one fifth and four fifths of the sampling.
     """
     levels = _finite_levels(trace)
     count = len(levels) - 1
@@ -292,7 +307,10 @@ def sa_solver(trace: Trace) -> Vector:
 def _stochastic_adams(
     x: Vector, start: float, end: float, estimates: list[Vector], levels: list[float], tau: float
 ) -> Vector:
-    """Step from level `start` to `end` along the polynomial in λ through the newest estimates, those at `levels`."""
+    """Take a step from level `start` to `end` along the polynomial in λ through the newest estimates.
+
+    `levels` are the levels of those estimates.
+    """
     growth, snr = 1 + tau**2, _snr(end)
     factors = lagrange_integrals(
         [_snr(level) for level in levels], _snr(start), snr, weight=lambda at: growth * np.exp(growth * (at - snr))
@@ -302,17 +320,20 @@ def _stochastic_adams(
 
 
 def split_variance(sigma: float, after: float) -> tuple[float, float]:
-    """Return a level below `after` and the std of the noise from there to it: the parts of an ancestral step."""
+    """Return the two parts of an ancestral step.
+
+    They are the level below `after` to which it denoises, and the std of the noise that it then adds up to `after`.
+    """
     return _level_below(sigma, after), after * math.sqrt(1 - (after / sigma) ** 2)
 
 
 def _level_below(sigma: float, after: float) -> float:
-    """Return the level where an ancestral step of a flow model ends before it adds noise."""
+    """Return the level at which a flow model's ancestral step ends before noise is added."""
     return after**2 / sigma
 
 
 def _renoised(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
-    """Add noise from the level below up to `after`; none at the last step."""
+    """Return `x` with noise added from the level below up to `after`; unchanged at the last step."""
     if after == 0:
         return x
     down = _level_below(sigma, after)
@@ -321,7 +342,7 @@ def _renoised(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
 
 
 def _finite_levels(trace: Trace) -> list[float]:
-    """Return the levels, the first slightly lowered if it is 1, where λ is infinite."""
+    """Return the levels. A first level of 1, at which λ is infinite, is lowered slightly."""
     first, *rest = trace.sigmas
     return [float(np.float32(shifted(1 - 1e-4, trace.shift))) if first >= 1 else first, *rest]
 
@@ -332,5 +353,5 @@ def _snr(sigma: float) -> float:
 
 
 def _sigma(snr: float) -> float:
-    """Return the level σ of a λ."""
+    """Return the level σ for a given λ."""
     return 1 / (1 + math.exp(snr))
