@@ -45,7 +45,7 @@ class BrownianTree:
         self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), total, (0, 0), np.zeros(shape))]
 
     def __call__(self, sigma: float, next_sigma: float) -> np.ndarray:
-        """Return standard normal noise, float32: the increment from `sigma` down to `next_sigma`, divided by its std."""
+        """Return standard normal noise, float32: the increment from `sigma` down to `next_sigma`, over its std."""
         moved = self._at(next_sigma) - self._at(sigma)
         return (moved / math.sqrt(sigma - next_sigma)).astype(np.float32)
 

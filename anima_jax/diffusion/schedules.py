@@ -34,7 +34,7 @@ def sigma_table(shift: float) -> np.ndarray:
 
 def simple(steps: int, shift: float) -> np.ndarray:
     """Return every (1000 / steps)-th level of the table, from the top."""
-    # Floating-point rounding as in ComfyUI: with 38 steps, 19 · stride is 499, not 500.
+    # Floating-point rounding as in ComfyUI: with 38 steps, int(19 · stride) is 499, not 500.
     stride = TABLE_SIZE / steps
     return sigma_table(shift)[[-(1 + int(i * stride)) for i in range(steps)]]
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 _BLOCK = 16
-"""Block size for CPU tensors of at least this many elements: Box-Muller pairs element i with element i + 8."""
+"""Torch fills CPU tensors of at least 16 elements in blocks of 16: Box-Muller pairs element i with i + 8."""
 
 
 class RandomStream(Protocol):

@@ -38,7 +38,7 @@ class Sampler:
     """Noise level that the result is assumed to have."""
 
     fresh_noise_outside_mask: bool = False
-    """Whether inpainting adds other noise to the kept part than the noise from which sampling starts."""
+    """Whether inpainting adds different noise to the kept part than the noise from which sampling starts."""
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -101,7 +101,7 @@ def run_scan(
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
 ) -> tuple[list[Array], Array]:
-    """Run the evaluations in `steps`. Return the carried arrays (the point is the first) and the last estimate."""
+    """Run the evaluations in `steps`. Return the carried arrays, the point first, and the last estimate."""
 
     def step(state: tuple[list[Array], Array], inputs: StepInputs) -> tuple[tuple[list[Array], Array], None]:
         carry, _ = state
