@@ -1,4 +1,4 @@
-"""Kinds of devices: speed, memory and bandwidth, from their makers' data sheets."""
+"""Specifications of devices: speed, memory and bandwidth, from vendors' data sheets."""
 
 import dataclasses
 import re
@@ -9,11 +9,11 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSpec:
-    """A kind of device: FLOPs and bandwidths per second, memory in bytes; bandwidths in one direction.
+    """The specification of a type of device: FLOP/s, bytes of memory, and bytes/s of bandwidth in one direction.
 
-    `flops` is the dense 16-bit peak with float32 accumulation. A device sends `intra_bandwidth` to the `domain_size`
-    devices around it (a server of GPUs; for a TPU the slice, along one axis of its torus and both ways round), and
-    `inter_bandwidth` beyond them, over the network.
+    `flops` is the dense 16-bit peak with float32 accumulation. A device sends at `intra_bandwidth` to the `domain_size`
+    devices of its domain (for GPUs a server; for TPUs the slice, along one axis of its torus, both ways round), and at
+    `inter_bandwidth` to devices outside it, over the network.
     """
 
     name: str
@@ -41,20 +41,20 @@ DEVICE_SPECS = (
     DeviceSpec("TPU v5p", r"TPU v5p|TPU v5$", 459e12, 95 * GB, 180 * GB, 8960, 6.25 * GB),
     DeviceSpec("TPU v5e", r"TPU v5", 197e12, 16 * GB, 90 * GB, 256, 6.25 * GB),
     DeviceSpec("TPU v4", r"TPU v4", 275e12, 32 * GB, 90 * GB, 4096, 6.25 * GB),
-    # One JAX device is one core of these, half a chip.
+    # For these, one JAX device is one core, half a chip.
     DeviceSpec("TPU v3", r"TPU v3", 61.5e12, 16 * GB, 70 * GB, 1024, 3 * GB),
     DeviceSpec("TPU v2", r"TPU v2", 22.5e12, 8 * GB, 62 * GB, 256, 3 * GB),
 )
-"""The first whose pattern is found in JAX's `device_kind`."""
+"""The first row whose pattern is found in JAX's `device_kind` applies."""
 
 
 def device_spec(device_kind: str) -> DeviceSpec | None:
-    """Return the row of a JAX `device_kind`, None for an unknown one."""
+    """Return the row for a JAX `device_kind`, or None if it is unknown."""
     return next((spec for spec in DEVICE_SPECS if re.search(spec.pattern, device_kind)), None)
 
 
 def find_device_spec(name: str) -> DeviceSpec | None:
-    """Return the row with this name, in any case and with or without "TPU"; None for an unknown one."""
+    """Return the row with this name, in any case and with or without "TPU", or None if it is unknown."""
     return next((spec for spec in DEVICE_SPECS if _plain(spec.name) == _plain(name)), None)
 
 
@@ -63,5 +63,5 @@ def _plain(name: str) -> str:
 
 
 def local_device_spec(device: Any) -> DeviceSpec | None:
-    """Return the row of one of JAX's devices, None for an unknown one."""
+    """Return the row for a JAX device, or None if it is unknown."""
     return device_spec(device.device_kind)

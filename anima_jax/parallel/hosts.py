@@ -1,7 +1,7 @@
-"""Several processes of one run: they join, agree, and end together.
+"""Runs of several processes: how they join, agree on decisions, and end together.
 
-Every process runs the same program on its own devices. Process 0 does what only one may do (write a file, print a
-line); what all must decide alike (when to save, when to stop) they exchange.
+Every process runs the same program on its own devices. Process 0 does what must be done only once (write a file, print
+a line). Decisions that must be the same in all processes (when to save, when to stop) are exchanged.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from jax.sharding import PartitionSpec as P
 from anima_jax.errors import UserError, show_value
 
 HEARTBEAT_S = 30
-"""Seconds after which a process without heartbeat counts as dead, and JAX aborts all others."""
+"""Seconds without a heartbeat after which a process counts as dead, and JAX aborts all others."""
 
 JOIN_MINUTES = 5
-"""How long a process waits for the others at the start."""
+"""Minutes that a process waits for the others at the start."""
 
 MOST_DIFFERENCES = 3
-"""How many differences between two processes an error names."""
+"""Maximum number of differences between two processes that an error names."""
 
 NO_CLUSTER = ("coordinator_address should be defined", "must be called before")
-"""What JAX's errors say if it finds no cluster, or is used before `join`."""
+"""Parts of JAX's errors if it finds no cluster, or if it is used before `join`."""
 
 FLAGS = {
     "coordinator_address": (str, "HOST:PORT of process 0"),
@@ -45,7 +45,7 @@ FLAGS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `join`."""
+    """Add the flags of `join` to `parser`."""
     for flag, (kind, what) in FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{what}; automatic on SLURM, GKE, Cloud TPU and MPI")
 
@@ -55,8 +55,8 @@ def join(
 ) -> None:
     """Join the run's other processes, found by JAX (SLURM, Kubernetes, Cloud TPU, MPI) or given by the arguments.
 
-    Does nothing if there are no others, or if `num_processes` is 1. Must be called before any computation with JAX.
-    Raises UserError if the arguments are not valid or the others cannot be joined.
+    Does nothing if there are no others, if `num_processes` is 1 or if this process has already joined. Must be called
+    before any computation with JAX. Raises UserError if the arguments are not valid or the others cannot be joined.
     """
     if num_processes == 1 or jax.distributed.is_initialized():
         return
@@ -70,7 +70,7 @@ def join(
     )
     try:
         with _if_killed(killed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # JAX warns if it is on Kubernetes without that package
+            warnings.simplefilter("ignore")  # on Kubernetes, JAX warns if its Python package is missing
             if coordinator_address:
                 print(f"process {process_id} of {num_processes}: waiting for the others{where}", file=sys.stderr)
             jax.distributed.initialize(
@@ -88,7 +88,7 @@ def join(
 
 
 def _check_flags(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Raise UserError unless all flags are given or none, and they are valid."""
+    """Raise UserError unless all flags are given, with valid values, or none."""
     values = dict(zip(FLAGS, (coordinator_address, num_processes, process_id), strict=True))
     missing = [f"--{flag}" for flag, value in values.items() if value is None]
     if coordinator_address is None or num_processes is None or process_id is None:
@@ -105,24 +105,24 @@ def _check_flags(coordinator_address: str | None, num_processes: int | None, pro
 
 
 def is_single_process() -> bool:
-    """Return whether the run has no other processes."""
+    """Return whether the run has a single process."""
     return jax.process_count() == 1
 
 
 def is_process_0() -> bool:
-    """Return whether this is the process that writes and prints."""
+    """Return whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def barrier(what: str) -> None:
-    """Wait for the run's other processes."""
+    """Wait for the run's other processes; `what` names the barrier."""
     if not is_single_process():
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-    """Run the block in process 0 before the others, which find what it wrote."""
+    """Run the block in process 0 before the others, so that they find what it wrote."""
     if not is_process_0():
         barrier("process 0 first")
     yield
@@ -131,7 +131,7 @@ def process_0_first() -> Iterator[None]:
 
 
 def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
-    """Return the path that `make` returns in process 0."""
+    """Return the path that `make` returns in process 0; it is not called in other processes."""
     if is_single_process():
         return make()
     own = os.fsencode(make()) if is_process_0() else b""
@@ -139,7 +139,7 @@ def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
 
 
 def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise UserError in every process unless `values`, JSON values by name, are the same in all."""
+    """Raise UserError in every process unless the result of `values`, JSON values by name, is the same in all."""
     if is_single_process():
         return
     first, *others = map(json.loads, _gathered(json.dumps(values(), default=str).encode()))
@@ -158,7 +158,7 @@ def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> Non
 
 
 def _gathered(own: bytes) -> list[bytes]:
-    """Return the bytes of every process, in the order of process ids."""
+    """Return every process's bytes, in the order of process ids."""
     lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(own))))
     padded = np.frombuffer(own.ljust(lengths.max(), b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
@@ -166,9 +166,10 @@ def _gathered(own: bytes) -> list[bytes]:
 
 
 class Consensus:
-    """The maximum of the numbers that the processes gave one call ago, so that no step waits for the exchange.
+    """A function that returns the maximum of the numbers that all processes passed to it in the previous call.
 
-    A single process gets its own number at once.
+    Because of this delay no step waits for the exchange. The first call returns 0. In a single process each call
+    returns its own number.
     """
 
     def __init__(self, mesh: Mesh):
@@ -187,10 +188,10 @@ class Consensus:
 
 @contextlib.contextmanager
 def abort_all_on_error() -> Iterator[None]:
-    """Make the block one program of several processes: only process 0 prints, and an error in any of them ends all.
+    """Run the block so that only process 0 prints to stdout, and an error in any process ends all of them.
 
-    The process with the error exits without waiting for the others; JAX aborts those after `HEARTBEAT_S`. Each of them
-    prints a last line that says what to do.
+    The process with the error exits without waiting for the others, which JAX aborts after `HEARTBEAT_S` seconds. Each
+    of those prints a last line that says what to do. A single process runs the block normally.
     """
     if is_single_process():
         yield
@@ -215,10 +216,11 @@ def abort_all_on_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _if_killed(line: str) -> Iterator[None]:
-    """Print `line` on stderr if this process dies within the block.
+    """Print `line` to stderr if this process dies within the block.
 
-    JAX aborts a process whose mate is lost from C++, after a page of its own messages, and no Python code runs then.
-    So a child process prints the line: it waits on a pipe, which closes without a word only when this process dies.
+    If another process is lost, JAX aborts this one from C++, after a page of its own messages, and no Python code runs.
+    So a child process prints the line: it waits for a line on a pipe, which closes without one only if this process
+    dies.
     """
     child = subprocess.Popen(["sh", "-c", 'read -r _ || echo "$0" >&2', line], stdin=subprocess.PIPE)
     try:
@@ -245,7 +247,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return int(error.code or 0)
     traceback.print_exception(error)
-    # A lost process may also show as a ValueError, where a step is dispatched.
+    # If a process is lost, dispatching a step may also raise a ValueError.
     print(
         f"error: {_this_process()} stops because of the above; start all of them again with --resume_from_checkpoint",
         file=sys.stderr,

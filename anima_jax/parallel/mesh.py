@@ -1,6 +1,6 @@
 """The mesh of a run's devices, and how batches are placed on it.
 
-Its axes (data, fsdp, tensor, context) all have Auto type. `data` and `fsdp` shard a batch, `fsdp` and `tensor` the
+All its axes (data, fsdp, tensor, context) have type Auto. `data` and `fsdp` shard a batch, `fsdp` and `tensor` the
 parameters, `context` the tokens of each example. `data` spans the slowest links: across hosts and slices.
 """
 
@@ -22,7 +22,7 @@ Tree = TypeVar("Tree")
 
 
 def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Return the axes' sizes, -1 replaced by the remaining devices. Raises UserError unless all devices are used."""
+    """Return the axis sizes with -1 replaced by the remaining devices. Raises UserError unless all devices are used."""
     given = math.prod(size for size in sizes.values() if size != -1)
     rest = devices // given if devices % given == 0 else 0
     resolved = {name: rest if size == -1 else size for name, size in sizes.items()}
@@ -36,7 +36,7 @@ def resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def check_mesh(sizes: Mapping[str, int], width: int, heads: int) -> None:
-    """Raise UserError for axes that cannot shard a transformer of this width and number of heads.
+    """Raise UserError if axes of these sizes cannot shard a transformer of this width and number of heads.
 
     `tensor` and `context` together shard the heads in attention, `fsdp` the width of the weights.
     """
@@ -57,9 +57,9 @@ def _divisors(number: int) -> str:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh of all devices, or of `devices`; one of `sizes` may be -1.
+    """Return a mesh of `devices`, by default all; one of `sizes` may be -1.
 
-    `data` spans the slices of a multislice TPU. Raises UserError if the sizes do not fit the devices.
+    `data` spans the slices of a multislice TPU. Raises UserError if the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     full = resolve_sizes(sizes, len(devices))
@@ -77,12 +77,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def local_mesh() -> Mesh:
-    """Return the mesh of this process's devices, all along `data`."""
+    """Return a mesh of this process's devices, all along `data`."""
     return make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "context": 1}, jax.local_devices())
 
 
 def current_mesh() -> Mesh:
-    """Return the mesh that is set (`jax.set_mesh`), else that of the first device. Not for use while tracing."""
+    """Return the mesh that is set (`jax.set_mesh`), else one of the first local device. Not usable while tracing."""
     mesh = jax.sharding.get_mesh()
     return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1]) if mesh.empty else mesh
 
@@ -98,18 +98,21 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device has in full."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def rows_of_process(mesh: Mesh, size: int) -> np.ndarray:
-    """Return the rows of a batch of `size` on this process's devices, ascending."""
+    """Return the rows of a batch of `size` that are placed on this process's devices, ascending."""
     slices = batch_sharding(mesh, size).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[one] for one in slices if one is not None]))
 
 
 def shard_local_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tree:
-    """Return a batch of `size` on the devices. The arrays of `tree` are in host memory and contain only its `rows`."""
+    """Return a batch of `size`, sharded on the mesh.
+
+    The arrays of `tree` are in host memory and contain only the rows with the numbers `rows`, ascending.
+    """
     sharding = batch_sharding(mesh, size)
 
     def put(array: np.ndarray) -> jax.Array:
@@ -124,15 +127,18 @@ def shard_local_rows(tree: Tree, mesh: Mesh, rows: np.ndarray, size: int) -> Tre
 
 
 def shard_batch(tree: Tree, size: int) -> Tree:
-    """Place a batch of `size`, which every process has in full, on the mesh that is set; unchanged if none is."""
+    """Shard a batch of `size`, which every process has in full, over the mesh that is set.
+
+    Without a mesh it is returned unchanged.
+    """
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else shard_local_rows(tree, mesh, np.arange(size), size)
 
 
 def replicate(tree: Tree, mesh: Mesh | None = None) -> Tree:
-    """Place the arrays of `tree`, equal in every process, on every device of `mesh`, by default of the one that is set.
+    """Replicate the arrays of `tree`, equal in every process, on `mesh`, by default the mesh that is set.
 
-    JAX arrays stay where they are, and all arrays if there is no mesh.
+    JAX arrays are returned unchanged, as are all arrays if there is no mesh.
     """
     mesh = mesh or jax.sharding.get_mesh()
 

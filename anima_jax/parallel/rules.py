@@ -1,9 +1,9 @@
-"""How parameters are sharded: one table, parameter path → PartitionSpec.
+"""Parameter sharding: one table, parameter path → PartitionSpec.
 
 Matrices are sharded over `fsdp`, whose devices gather a layer's weights when it runs, and over `tensor`, whose devices
-keep their part: columns of the layers that produce heads or hidden features, rows of those that consume them
-(arXiv 1909.08053). The layer axis of stacked blocks is never sharded. What derives from a parameter (gradient, moments,
-averages) is sharded like it.
+keep their own part: columns of the layers that produce heads or hidden features, rows of those that consume them (arXiv
+1909.08053). The layer axis of stacked blocks is never sharded. Gradients, moments and averages are sharded like their
+parameter.
 """
 
 import math
@@ -19,7 +19,7 @@ from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
 from anima_jax.models.parameters import Params
 
 AXES = ("data", "fsdp", "tensor", "context")
-"""Axes of a mesh, slowest links first."""
+"""Axes of the mesh, slowest links first."""
 
 _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
@@ -28,7 +28,7 @@ _STACK = r"(llm_adapter\.|text_encoder\.)?(blocks|layers)\."
 _IN_RANK = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("in", "rank"))
 _RANK_OUT = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("rank", "out"))
 _OTHERS = "|".join(name for name, factor in FACTORS.items() if set(factor.axes).isdisjoint({"in", "out"}))
-"""Factors of adapters by their axes: features of the adapted layer are sharded as in its kernel, others replicated."""
+"""Adapter factors by their axes: features of the adapted layer are sharded as in its kernel, others replicated."""
 
 BOTH = ("tensor", "fsdp")
 
@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_OUT})\.({_IN_RANK})", P(None, BOTH, None)),
     (rf"{_STACK}({_LEADS_OUT})\.({_RANK_OUT})", P(None, None, "fsdp")),
     (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|{SCALE}|{MAGNITUDE.name}|{_OTHERS})", P()),
-    # Not over `tensor`: the features of the residual stream would then be sharded in the blocks too.
+    # Not over `tensor`, which would also shard the residual stream's features in the blocks.
     (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
     (r"llm_adapter\.(in_proj|out_proj)\.kernel", P(None, "fsdp")),
@@ -50,11 +50,11 @@ RULES: tuple[tuple[str, P], ...] = (
     # The VAE is small, and each device runs it on its own images.
     (r"(encoder|decoder)\.\w+(\.\w+)*\.(kernel|bias|scale)|(post_)?quant\.(kernel|bias)", P()),
 )
-"""Every parameter of the networks and of their adapters matches exactly one row."""
+"""Every parameter of the networks and their adapters matches exactly one row."""
 
 
 def spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """Return the spec of the parameter at `path` on a mesh with axes of these sizes.
+    """Return the spec of the parameter at `path` on a mesh with these axis sizes.
 
     A dimension that the mesh axes do not divide is replicated. Raises LookupError unless exactly one rule matches.
     """
@@ -69,16 +69,16 @@ def _fitted(rule: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def parts(axes: Any, sizes: Mapping[str, int]) -> int:
-    """Return the number of parts that an entry of a spec (a mesh axis, several, or None) makes of a dimension."""
+    """Return into how many parts an entry of a spec (a mesh axis, a tuple of them or None) splits a dimension."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sizes[name] for name in names if name)
 
 
 def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
-    """Return the spec of every leaf of `tree`: parameters, or a tree with one or several leaves under their paths.
+    """Return the spec of every leaf of `tree`: parameters, or a tree with one or more leaves under each path.
 
-    A leaf with as many axes as its parameter is sharded like it; counters and factored moments are replicated.
-    `params` may contain shapes.
+    A leaf with as many axes as its parameter is sharded like it; counters and factored moments are replicated. `params`
+    may contain shapes instead of arrays.
     """
 
     def of_leaf(keys: Sequence[Any], leaf: Any) -> P:
@@ -91,14 +91,14 @@ def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
 
 
 def shardings(tree: Any, params: Params, mesh: Mesh) -> Any:
-    """Return `specs` as shardings on `mesh`."""
+    """Return the result of `specs` as shardings on `mesh`."""
     return jax.tree.map(
         lambda one: NamedSharding(mesh, one), specs(tree, params, mesh.shape), is_leaf=lambda one: isinstance(one, P)
     )
 
 
 def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of `tree`, arrays or shapes, on each device of a mesh of these sizes."""
+    """Return the bytes per device of `tree`, arrays or shapes, on a mesh with these axis sizes."""
 
     def of_leaf(leaf: Any, one: P) -> int:
         return leaf.size * leaf.dtype.itemsize // math.prod(parts(axes, sizes) for axes in one)
