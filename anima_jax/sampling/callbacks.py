@@ -1,4 +1,4 @@
-"""What is shown while sampling runs: a progress bar and previews."""
+"""Progress of sampling: a progress bar and previews."""
 
 import concurrent.futures
 import contextlib
@@ -19,17 +19,17 @@ ProgressCallback = Callable[[int, int, Latents], None]
 """Called with the number of evaluations done, their total, and a function that returns the latest clean latents.
 
 The call for one evaluation happens while the next one runs. The latents are the network's estimate, (t, y, x, c) for
-each image.
+each image; before the first evaluation they are the starting point.
 """
 
 Decode = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 PREVIEW_LATENTS = 32
-"""Longest side of a preview in latent pixels: 256 pixels."""
+"""Maximum side of a preview in latent pixels: 256 pixels."""
 
 
 class ProgressBar:
-    """A bar that counts evaluations of the network, and evaluations per second."""
+    """A progress bar that shows evaluations of the network, and evaluations per second."""
 
     def __init__(self):
         self._bar: tqdm[Any] | None = None
@@ -43,9 +43,9 @@ class ProgressBar:
 
 
 class Previews:
-    """Writes a small image of every `every`-th clean estimate: for `out.png`, `out.step005.png` and so on.
+    """A callback that writes a small image of every `every`-th clean estimate: `out.step005.png` for `out.png`.
 
-    Another thread decodes them, from latents averaged down to 256 pixels, so that sampling does not wait.
+    Another thread decodes the images, from latents averaged down to 256 pixels, so that sampling does not wait.
     """
 
     def __init__(self, decode: Decode, paths: Sequence[pathlib.Path], every: int):
@@ -62,7 +62,7 @@ class Previews:
             save_image(image, path.with_suffix(f".step{done:03d}.png"))
 
     def close(self) -> None:
-        """Wait for unfinished previews, and raise the first error in writing one."""
+        """Wait for unfinished previews, and raise the first error that occurred while writing them."""
         self._thread.shutdown()
         for preview in self._pending:
             preview.result()
@@ -72,7 +72,7 @@ class Previews:
 def progress(
     decode: Decode, paths: Sequence[pathlib.Path], preview_every: int | None
 ) -> Generator[ProgressCallback, None, None]:
-    """Yield a callback that shows a bar and, with `preview_every`, writes previews of the images at `paths`."""
+    """Yield a callback that shows a progress bar and, with `preview_every`, writes previews of images at `paths`."""
     bar = ProgressBar()
     if preview_every is None:
         yield bar
@@ -87,7 +87,7 @@ def progress(
 
 
 def downsample(latents_tyxc: np.ndarray, side: int = PREVIEW_LATENTS) -> np.ndarray:
-    """Average the latents over squares, so that no side is longer than `side`."""
+    """Return the latents averaged over squares so that no side is longer than `side`."""
     t, y, x, c = latents_tyxc.shape
     square = math.ceil(max(y, x) / side)
     cropped = latents_tyxc[:, : y - y % square, : x - x % square]

@@ -1,4 +1,4 @@
-"""Prompts as the transformer takes them: rows of context from Qwen3's states and the LLM adapter.
+"""Prompts as the transformer's input: context rows, which the LLM adapter computes from Qwen3's states.
 
 Axes: b batch, n source (Qwen3) tokens or context rows, m target (T5) tokens, d features.
 """
@@ -25,7 +25,7 @@ class Context(NamedTuple):
 
 
 def join_contexts(*contexts: Context) -> Context:
-    """Return all contexts as one batch. The shorter ones are padded with zeros that are masked by their lengths."""
+    """Return all contexts as one batch. Shorter ones are padded with zeros, which their lengths mask."""
     length = max(context.rows_bnd.shape[1] for context in contexts)
     rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in contexts]
     lengths = None
@@ -48,6 +48,6 @@ def context_rows(
     *,
     graphdef: nnx.GraphDef[Any],
 ) -> Array:
-    """Return the LLM adapter's rows (b, m, d), each times its token's prompt weight."""
+    """Return the LLM adapter's rows (b, m, d), each multiplied by its token's prompt weight."""
     rows_bmd = merge(graphdef, params).llm_adapter(states_bnd, target_bm, source_mask_bn, target_mask_bm)
     return constrain(rows_bmd * weights_bm[..., None].astype(rows_bmd.dtype), "nnn")

@@ -1,4 +1,4 @@
-"""Images and masks: read from files, written as PNGs, converted to the arrays the networks take and back."""
+"""Images and masks: reading files, writing PNGs, and conversion to and from the networks' arrays."""
 
 import io
 import pathlib
@@ -13,14 +13,14 @@ from anima_jax.data.images import eight_bit
 from anima_jax.errors import UserError
 
 PIXELS_PER_LATENT = 8
-"""Pixels along a side of one latent pixel: the VAE's downsampling factor."""
+"""Pixels along each side of one latent pixel: the VAE's downsampling factor."""
 
 
 def save_image(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with these text chunks. The file appears under its name only once it is complete."""
     chunks, data = PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
-        chunks.add_itxt(key, value)  # the international kind: UTF-8
+        chunks.add_itxt(key, value)  # iTXt chunks are UTF-8
     image.save(data, format="PNG", pnginfo=chunks)
     with writing_to(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,15 +46,15 @@ def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """Return the image as (1, y, x, 3) in [−1, 1], float32, without transparency."""
+    """Return the image as (1, y, x, 3) in [−1, 1], float32. Transparency is dropped."""
     return np.asarray(image.convert("RGB"), np.float32)[None] / 127.5 - 1.0
 
 
 def mask_values(mask: Image.Image) -> np.ndarray:
     """Return how strongly each pixel is redrawn, (1, y, x, 1) in [0, 1], float32.
 
-    White is redrawn, black kept. If the mask has transparency, its transparent part is redrawn, as with ComfyUI's Load
-    Image.
+    White pixels are redrawn, black ones kept. If the mask has transparency, the transparent part is redrawn, as with
+    ComfyUI's Load Image node.
     """
     if mask.has_transparency_data:
         values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
@@ -64,9 +64,9 @@ def mask_values(mask: Image.Image) -> np.ndarray:
 
 
 def latent_mask(values_1yx1: np.ndarray) -> np.ndarray:
-    """Downsample `mask_values` to latents: the bilinear value at each latent's centre (ComfyUI's SetLatentNoiseMask).
+    """Return `mask_values` downsampled to latents, as in ComfyUI's SetLatentNoiseMask.
 
-    This is the mean of the four pixels around the centre.
+    Each value is the bilinear one at the latent pixel's centre: the mean of the four pixels around it.
     """
     step, middle = PIXELS_PER_LATENT, PIXELS_PER_LATENT // 2
     corners = [values_1yx1[:, y::step, x::step] for y in (middle - 1, middle) for x in (middle - 1, middle)]

@@ -1,4 +1,4 @@
-"""The noise of a batch of images: each image gets the noise that a ComfyUI batch of its own would give it."""
+"""The noise of a batch of images: each image gets the noise that it would get in its own ComfyUI batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,18 +13,21 @@ from anima_jax.sampling.request import ImageRequest
 
 
 class BatchNoise:
-    """One float32 array (t, y, x, c) per image. Images of the same seed, size and batch size share one draw."""
+    """The noise of a batch: one float32 array (t, y, x, c) per image.
+
+    Images with the same seed, size and batch size share one draw.
+    """
 
     def __init__(self, requests: Sequence[ImageRequest], kind: str, sampler: Sampler, sigmas: np.ndarray):
         self._requests = requests
         self.start = self._per_image(lambda request: initial_noise(request.seed, _shape(request)))
-        """The noise that sampling starts from."""
+        """The noise from which sampling starts."""
         self.outside_mask = self.start
         """The noise added to the latents that inpainting keeps."""
         if sampler.fresh_noise_outside_mask:
             self.outside_mask = self._per_image(lambda request: initial_noise(request.seed + 1, _shape(request)))
         self.keys_b3: np.ndarray | None = None
-        """Keys of noise drawn on the device, uint32: both halves of the seed and the position in the batch."""
+        """Keys of noise drawn on the device, uint32: low and high half of the seed, and the position in the batch."""
         parsed = NoiseKind.parse(kind)
         if parsed.kind == "jax":
             keys = [(r.seed & 0xFFFFFFFF, r.seed >> 32, r.batch_index) for r in requests]
@@ -37,7 +40,7 @@ class BatchNoise:
             }
 
     def step(self, draw: Draw) -> list[np.ndarray]:
-        """Return the sampler's next noise from torch's streams."""
+        """Return the sampler's next noise from torch's streams, one array per image."""
         return self._per_image(lambda request: self._streams[_group(request)].next(draw))
 
     def _per_image(self, batch_noise: Callable[[ImageRequest], np.ndarray]) -> list[np.ndarray]:

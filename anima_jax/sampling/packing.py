@@ -1,7 +1,7 @@
-"""Images of several sizes as one batch of tokens.
+"""Packing of images of several sizes into one batch of tokens.
 
-Each image's patches come first; zeros follow up to the token budget. There are few budgets, so that images of many
-sizes share a compiled program, and at most an eighth of the tokens is padding.
+Each image's patches come first; zeros follow up to the token budget. There are few budgets, so images of many sizes
+share a compiled program. At most an eighth of the largest image's tokens is padding, except below 128 tokens.
 Axes: b batch, l tokens, c the 64 values of a token; one image's latents are (t, y, x, 16).
 """
 
@@ -18,14 +18,14 @@ BUDGETS_PER_OCTAVE = 8
 
 
 def token_budget(tokens: int) -> int:
-    """Return the smallest budget for this many tokens: 8 between two powers of two, all multiples of 16."""
+    """Return the smallest budget for this many tokens. There are 8 per power of two, all multiples of 16."""
     octave = 2 ** max(0, math.ceil(math.log2(tokens)) - 1)
     step = max(BUDGET_STEP, octave // BUDGETS_PER_OCTAVE)
     return -(-tokens // step) * step
 
 
 class TokenPacking:
-    """How latents of these sizes (t, y, x) are laid out as tokens.
+    """The token layout of a batch of latents of these sizes, (t, y, x).
 
     `grid_b3` is each image's size in patches, `length` the token budget of the largest image.
     """
@@ -35,7 +35,7 @@ class TokenPacking:
         self.length = token_budget(int(self.grid_b3.prod(axis=1).max()))
 
     def pack(self, latents: Sequence[Any]) -> np.ndarray:
-        """Return the tokens (b, l, c), float32, of each image's latents."""
+        """Return each image's latents as tokens (b, l, c), float32."""
         features = PATCH * PATCH * latents[0].shape[-1]
         tokens_blc = np.zeros((len(latents), self.length, features), np.float32)
         for row, image in zip(tokens_blc, latents, strict=True):

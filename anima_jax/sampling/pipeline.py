@@ -1,6 +1,6 @@
-"""From prompts to images: encode, sample, decode.
+"""The pipeline from prompts to images: encode, sample, decode.
 
-The same pipeline serves `python -m anima_jax.generate`, Python users and the samples drawn during training.
+It serves `python -m anima_jax.generate`, Python users and the samples drawn during training.
 Axes: b batch, t frames, y rows, x columns, c channels; n source (Qwen3) tokens, m target (T5) tokens, d features.
 Latents of one image are (t, y, x, c); the images of a batch may differ in size.
 """
@@ -47,17 +47,17 @@ from anima_jax.text.states import padded, rounded_up, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
 UNTILED_PIXELS = 1_500_000
-"""Images with more pixels go through the VAE in tiles."""
+"""Images with more pixels than this pass through the VAE in tiles."""
 
 
 class AnimaPipeline:
     """A transformer, a VAE, a text encoder and tokenizers. Calling it generates images.
 
     `dtype` is the compute dtype. `dit_params` and `text_encoder_params` may be replaced by parameters of the same
-    structure, as training does with its averaged parameters and `set_lora_weights` with merged ones. With `offload` the
-    text encoder and the VAE stay in host memory and are on the device only while they run.
+    structure: training uses its averaged parameters, `set_lora_weights` merged ones. With `offload` the text encoder
+    and the VAE stay in host memory and are on the device only while they run.
 
-    Raises UserError if transformer, text encoder and tokenizers do not fit each other.
+    Raises UserError if transformer, text encoder and tokenizers do not match.
     """
 
     def __init__(
@@ -105,10 +105,11 @@ class AnimaPipeline:
     ) -> "AnimaPipeline":
         """Load everything from files: local paths, `gs://` or `hf://owner/repo/file`.
 
-        `tokenizers` is a folder with `qwen/` and `t5/`, or None for those of the Hugging Face hub. `adapter` is a file
+        `tokenizers` is a folder with `qwen/` and `t5/`, or None for those on the Hugging Face hub. `adapter` is a file
         with the LLM adapter, if the transformer's file has none. `loras` are adapters of any kind and dialect, each
         with its weight: a number, or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`,
-        keys of theirs that match no module are not an error. Raises UserError for anything missing or incompatible.
+        keys of the adapters that match no module are not an error. Raises UserError for anything missing or
+        incompatible.
         """
         networks = load_dit(transformer, dtype, adapter_path=adapter), load_vae(vae, dtype)
         pipeline = cls(
@@ -124,8 +125,8 @@ class AnimaPipeline:
     def set_lora_weights(self, weights: Sequence[Weight]) -> None:
         """Set the weights of the adapters that the pipeline was loaded with, one for each, in the same order.
 
-        Nothing is recompiled, and each change starts from the base model's own values. Raises UserError if the number
-        of weights differs from the number of adapters.
+        Nothing is recompiled, and each call starts from the base model's original values. Raises UserError if the
+        number of weights differs from the number of adapters.
         """
         if self._loras is None:
             raise UserError(f"found {len(weights)} weights, but the pipeline was loaded without LoRAs")
@@ -147,13 +148,14 @@ class AnimaPipeline:
         progress: bool = False,
         **params: Any,
     ) -> list[Image.Image]:
-        """Generate one image for each prompt, size and seed in one batch, or `batch_size` images of a single one.
+        """Generate a batch: one image for each prompt, size and seed, or `batch_size` images of a single one.
 
-        `width` and `height` are in pixels, multiples of 16. A single seed is the seed of the whole batch, as in
-        ComfyUI, and gives each image different noise; with several seeds each image gets the noise it would have alone.
-        `image` is what sampling starts from (with `denoise` below 1) and what stays where `mask` is black. `params` are
-        the fields of `SamplingParams`: steps, guidance_scale, sampler, schedule, shift, denoise, noise and others.
-        `progress` shows a bar. Raises UserError for a value out of range or an unknown name.
+        A single prompt, size or seed is repeated for all images. `width` and `height` are in pixels, multiples of 16. A
+        single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
+        seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
+        below 1); it is kept where `mask` is black. `params` are the fields of `SamplingParams`: steps, guidance_scale,
+        sampler, schedule, shift, denoise, noise and others. `progress` shows a progress bar. Raises UserError for a
+        value out of range or an unknown name.
         """
         requests = batch_of_requests(prompt, width, height, seed, batch_size)
         callback = ProgressBar() if progress else None
@@ -170,7 +172,7 @@ class AnimaPipeline:
     ) -> list[Image.Image]:
         """Generate these images in one batch. Raises UserError for invalid requests, parameters, image or mask.
 
-        With a mask, black pixels are the VAE's reconstruction of the image, unaffected by what is drawn next to them.
+        With a mask, black pixels are the VAE's reconstruction of `image`, unaffected by redrawn pixels next to them.
         """
         check_requests(requests, params, image, mask)
         original = None if image is None else self.encode_image(to_pixels(image))
@@ -199,7 +201,7 @@ class AnimaPipeline:
     ) -> list[np.ndarray]:
         """Return the images' normalised latents, each (t, y, x, c), sampled from noise or from `original` latents.
 
-        They stay `original` where `mask` (1, y, x, 1) is 0.
+        Where `mask` (1, y, x, 1) is 0, the latents stay equal to `original`.
         """
         if original is not None and params.denoise == 0:
             return [original] * len(requests)
@@ -223,10 +225,10 @@ class AnimaPipeline:
         )
 
     def encode(self, prompts: Sequence[str]) -> Context:
-        """Return the context rows of prompts with ComfyUI's weights: Qwen3's states through the LLM adapter.
+        """Return the context rows of prompts, which may contain ComfyUI's weights.
 
-        Tokens are padded to a multiple of 512 and masked, which does not change the rows of real tokens. Raises
-        UserError if a prompt's weight is not finite.
+        Qwen3's states pass through the LLM adapter. Tokens are padded to a multiple of 512 and masked, which does not
+        change the rows of real tokens. Raises UserError if a prompt's weight is not finite.
         """
         params = _on_devices(self.text_encoder_params)
         contexts = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
@@ -242,7 +244,7 @@ class AnimaPipeline:
         target = padded([target_m], rounded_up(len(target_m), CONTEXT_ROWS))
         weights_bm, _ = padded([weights_m], target[0].shape[1])
         source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm = replicate((*source, *target, weights_bm))
-        # float16 cannot represent the largest of Qwen3's activations.
+        # Qwen3's largest activations exceed the range of float16.
         dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
         states_bnd = text_states(text_params, source_bn, source_mask_bn, graphdef=self._text_graphdef, dtype=dtype)
         text = states_bnd, source_mask_bn, target_bm, target_mask_bm, weights_bm
@@ -264,8 +266,8 @@ class AnimaPipeline:
     ) -> list[np.ndarray]:
         """Return each image's normalised latents (t, y, x, c), float32, sampled along `sigmas`.
 
-        Sampling starts at the first level between `noise` and `original`, or at the noise. Latents stay `original`
-        where `mask` (1, y, x, 1) is 0.
+        Sampling starts at the first level on the line from `original` (zeros if None) to `noise`. Latents stay
+        `original` where `mask` (1, y, x, 1) is 0.
         """
         sampler = samplers.SAMPLERS[params.sampler]
         plan = make_plan(sampler.formulas, sigmas, params.shift)
@@ -289,7 +291,7 @@ class AnimaPipeline:
             callback,
         )
         latents = [x / np.float32(1.0 - sampler.ends_at) for x in latents]
-        # Where the mask is grey, the last estimate is already a mixture.
+        # Where the mask is grey, the last estimate is already mixed with the original.
         return latents if mask is None else [np.where(mask > 0.0, x, clean[0]) for x in latents]
 
     def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
@@ -311,7 +313,7 @@ class AnimaPipeline:
         return pixels
 
     def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
-        """Return `run` with the VAE's parameters, which stay on the device as long as the result exists."""
+        """Return `run` bound to the VAE's parameters, which stay on the device as long as the result exists."""
         params = _on_devices(self._vae_params)
 
         def run_on_mesh(array_btyxc: np.ndarray) -> Array:
@@ -322,7 +324,7 @@ class AnimaPipeline:
 
 
 def _described(params: Params) -> str:
-    """Return the number of parameters, their dtypes and where they are."""
+    """Return the number of parameters, their dtypes and where they are placed."""
     leaves = jax.tree.leaves(params)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     devices = {device for leaf in leaves if isinstance(leaf, Array) for device in leaf.devices()}
@@ -331,19 +333,22 @@ def _described(params: Params) -> str:
 
 
 def _on_devices(params: Params) -> Params:
-    """Return the parameters on the devices of the mesh; with `offload` they are in host memory."""
+    """Return the parameters, which `offload` keeps in host memory, on the devices of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
 
 
 def _tiled_if_large(run: Callable[[np.ndarray], Any], array_btyxc: np.ndarray, unit_in: int, unit_out: int) -> Any:
-    """Run the VAE; `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result."""
+    """Run the VAE, in tiles if the images are large.
+
+    `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result.
+    """
     pixels = math.prod(size // unit_in * PIXELS_PER_LATENT for size in array_btyxc.shape[2:4])
     return run(array_btyxc) if pixels <= UNTILED_PIXELS else in_tiles(run, array_btyxc, unit_in, unit_out)
 
 
 def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokenizers) -> None:
-    """Raise UserError unless transformer, text encoder and tokenizers fit each other."""
+    """Raise UserError unless transformer, text encoder and tokenizers match."""
     adapter = dit.adapter
     if adapter is None:
         raise UserError("the transformer has no LLM adapter (llm_adapter.…), without which it cannot read prompts")

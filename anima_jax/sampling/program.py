@@ -1,8 +1,8 @@
-"""From noise to a batch of latents: the transformer, guidance and a sampler in one jitted program.
+"""Sampling of a batch of latents from noise: transformer, guidance and sampler in one jitted program.
 
-The program depends on the number of tokens and images, on how many arrays the sampler carries between evaluations and,
-without a progress callback, on the number of evaluations. Everything else is an argument: prompts, sizes, noise levels,
-guidance, the network's parameters.
+The program depends on the number of tokens and images, on the number of arrays that the sampler carries between
+evaluations and, without a progress callback, on the number of evaluations. Everything else is an argument: prompts,
+sizes, noise levels, guidance, the network's parameters.
 Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token; _n in sigmas_n: evaluations.
 """
 
@@ -36,7 +36,7 @@ class GuidanceInputs(NamedTuple):
 
 
 class InpaintMask(NamedTuple):
-    """Inpainting: the latents that stay where the mask is 0, and the noise added to them at each level."""
+    """Inpainting: the mask, the latents that are kept where it is 0, and the noise added to them at each level."""
 
     mask_blc: Any
     latents_blc: Any
@@ -44,7 +44,7 @@ class InpaintMask(NamedTuple):
 
 
 class SharedInputs(NamedTuple):
-    """What all evaluations share. The context has 2b items: the negative prompts', then the prompts'.
+    """Inputs that all evaluations share. `context` has 2b items: the negative prompts, then the prompts.
 
     `noise_keys_b3` (uint32) are the keys of noise that JAX draws on the device; None if noise comes from torch's
     streams.
@@ -71,15 +71,15 @@ def sample(
 ) -> list[np.ndarray]:
     """Run the plan from `start` and return each image's latents (t, y, x, c), float32.
 
-    `step_noise` returns each of the plan's draws in order, one array per image; it is not used with `noise_keys_b3`.
-    Without `callback` all evaluations are one call that never waits for the host. With it each evaluation is a call of
-    its own, and the callback for one runs while the device computes the next.
+    `step_noise` is called for each of the plan's draws in order and returns one array per image; it is not used if
+    there are `noise_keys_b3`. Without `callback` all evaluations run in one call that never waits for the host. With it
+    each evaluation is a separate call, and the callback for one runs while the device computes the next.
     """
     total = len(plan.sigmas_n)
     start_blc = packing.pack(start)
 
     def step_inputs(part: slice) -> StepInputs:
-        """Return the inputs of these evaluations, with noise arrays, or the numbers of the draws made on the device."""
+        """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if JAX draws it."""
         noises_nq = plan.noises_nq[part]
         if step_noise is not None and shared.noise_keys_b3 is None:
             numbers, noises_nq = noises_nq, np.zeros((*noises_nq.shape, *start_blc.shape), np.float32)
@@ -122,7 +122,7 @@ def advance(
     both: bool,
     dtype: Any,
 ) -> tuple[list[Array], Array]:
-    """Run the evaluations in `steps`. Return the arrays carried on and the last clean estimate."""
+    """Run the evaluations in `steps`. Return the carried arrays and the last clean estimate."""
     model: AnimaDiT = merge(graphdef, params)
     length = carry[0].shape[1]
     real_bl1 = (jnp.arange(length) < jnp.prod(shared.grid_b3, axis=1)[:, None])[..., None]
@@ -134,7 +134,7 @@ def advance(
         return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, rows_bnd, context_lengths_b=lengths_b)
 
     def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
-        """Return the estimates with the prompt and with the negative one; if that is not needed, the former twice."""
+        """Return the estimates with the prompt and the negative prompt: the former twice unless both are needed."""
 
         def pair(x_blc: Array) -> tuple[Array, Array]:
             negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), step.sigmas_n, slice(None)), 2)
@@ -145,7 +145,7 @@ def advance(
             return positive, positive
 
         velocities = jax.lax.cond(step.guidance_n.both, pair, prompt_only, x_blc)
-        # Padding stays zero, so that sums over tokens are over the image's own tokens.
+        # Padding stays zero, so sums over tokens include only the image's own tokens.
         positive_blc, negative_blc = (x_blc - step.sigmas_n * real_bl1 * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
@@ -172,7 +172,7 @@ def advance(
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:
-    """Return noise (b, *shape) from each image's own key, in token order, so that padding does not change it."""
+    """Return noise (b, *shape) from each image's own key, in token order so that padding does not change it."""
 
     def one(key_3: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(key_3[0]), key_3[1]), key_3[2])

@@ -1,6 +1,6 @@
-"""What to sample: each image's own prompt, size and seed, and the parameters that all images of a run share.
+"""Sampling requests: each image's prompt, size and seed, and the parameters that all images of a run share.
 
-Both are written to the text chunks of the PNG, from which the image can be sampled again.
+Both are written to the PNG's text chunks, from which the image can be sampled again.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MIN_DENOISE = 0.001
 
 @dataclasses.dataclass(frozen=True)
 class ImageRequest:
-    """One image. Its noise is item `batch_index` of what `seed` gives for `batch_size` images, as in ComfyUI."""
+    """One image. Its noise is item `batch_index` of the noise of `seed` for `batch_size` images, as in ComfyUI."""
 
     prompt: str
     width: int = 1024
@@ -63,7 +63,7 @@ class ImageRequest:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How images are sampled; docs/sampling.md explains each parameter."""
+    """Sampling parameters; docs/sampling.md explains each of them."""
 
     negative_prompt: str = ""
     steps: int = 30
@@ -99,7 +99,7 @@ class SamplingParams:
 def check_requests(
     requests: Sequence[ImageRequest], params: SamplingParams, image: Image.Image | None, mask: Image.Image | None
 ) -> None:
-    """Raise UserError unless requests and parameters are valid and fit the image to start from and the mask."""
+    """Raise UserError unless requests and parameters are valid and match the starting image and the mask."""
     params.check()
     for request in requests:
         request.check()
@@ -123,10 +123,10 @@ def batch_of_requests(
     seed: int | Sequence[int],
     batch_size: int,
 ) -> list[ImageRequest]:
-    """Return the requests of one batch, a single value being repeated for all images.
+    """Return the requests of one batch; a single value is repeated for all images.
 
-    With a single seed, images of one size form a batch of ComfyUI's, whose noise is drawn together. Raises UserError if
-    the numbers of values differ.
+    With a single seed, images of one size form a ComfyUI batch, whose noise is drawn together. Raises UserError if the
+    numbers of values differ.
     """
     columns: list[list[Any]] = [
         [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
@@ -155,9 +155,9 @@ def expand_request(
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> list[ImageRequest]:
-    """Return `base` with every prompt, size and seed, `batch_size` images of each; None keeps base's own value.
+    """Return `base` with every prompt, size and seed, `batch_size` images of each; None keeps the value of `base`.
 
-    Raises UserError unless there are as many widths as heights, or one of either.
+    Raises UserError unless the numbers of widths and heights are equal or one of them is 1.
     """
     widths, heights = widths or [base.width], heights or [base.height]
     count = max(len(widths), len(heights))
@@ -172,7 +172,7 @@ def expand_request(
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the lines of a text file that are not blank. Raises UserError if there are none, or it is not UTF-8."""
+    """Return the non-blank lines of a text file. Raises UserError if there are none or the file cannot be read."""
     try:
         lines = pathlib.Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
@@ -188,13 +188,16 @@ def read_prompts(path: str) -> list[str]:
 
 
 def to_text(request: ImageRequest, params: SamplingParams) -> dict[str, str]:
-    """Return text chunks of a PNG that say how the image was made; numbers in full precision."""
+    """Return text chunks of a PNG that describe how the image was made, with numbers in full precision."""
     values = dataclasses.asdict(request) | dataclasses.asdict(params)
     return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in values.items()}
 
 
 def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
-    """Read what `to_text` wrote; a missing chunk means the default. Raises UserError that names the file `path`."""
+    """Return what `to_text` wrote; a missing chunk means the default.
+
+    Raises UserError, which names the file `path`, if the prompt or the seed is missing or a value is not valid.
+    """
     if "prompt" not in text or "seed" not in text:
         raise UserError(f"{path}: no parameters in its text chunks, expected a PNG that anima_jax.generate wrote")
     request = ImageRequest(**_read(ImageRequest, path, text))

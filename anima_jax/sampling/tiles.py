@@ -1,6 +1,6 @@
-"""The VAE on large images: tile by tile, blended where tiles overlap.
+"""The VAE on large images: computed in tiles, which are blended where they overlap.
 
-All tiles have one size, so that they share a compiled program, and are spaced evenly over the image.
+All tiles have the same size, so they share a compiled program, and are spaced evenly over the image.
 Axes: b batch, t frames, y rows, x columns, c channels.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 TILE = 128
-"""Side of a tile in latent pixels: 1,024 pixels, which take no more memory than the largest untiled image."""
+"""Side of a tile in latent pixels: 1,024 pixels, which need no more memory than the largest untiled image."""
 
 OVERLAP = 24
-"""Smallest overlap of neighbouring tiles in latent pixels."""
+"""Minimum overlap of neighbouring tiles in latent pixels."""
 
 
 def in_tiles(
@@ -25,10 +25,11 @@ def in_tiles(
     tile: int = TILE,
     overlap: int = OVERLAP,
 ) -> np.ndarray:
-    """Return `run` of the array, computed in tiles, (b, t, y, x, c), float32.
+    """Return `run(array_btyxc)`, computed in tiles, (b, t, y, x, c), float32.
 
     `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result. Where tiles overlap, the
-    result is their mean, each weighted by the distance to its nearest edge, capped at the overlap.
+    result is their weighted mean; along each side, the weight is the distance to the tile's nearest edge, capped at the
+    overlap.
     """
     rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
     height, width = min(tile, rows), min(tile, columns)
@@ -47,12 +48,12 @@ def in_tiles(
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles start, evenly from 0 to size − tile."""
+    """Return the positions at which tiles start, spaced evenly from 0 to size − tile."""
     count = 1 + max(0, -(-(size - tile) // max(1, tile - overlap)))
     return np.rint(np.linspace(0, size - tile, count)).astype(int).tolist()
 
 
 def _ramp(tile: int, overlap: int, unit: int) -> np.ndarray:
-    """Return the weights along a side: rising over the overlap, then level, then falling."""
+    """Return the weights along one side of a tile: rising over the overlap, then constant, then falling."""
     position = np.arange(tile * unit) + 0.5
     return np.minimum(np.minimum(position, position[::-1]), max(1, overlap * unit)).astype(np.float32)
