@@ -1,4 +1,4 @@
-"""python -m anima_jax.generate --prompt "…" -o out.png"""
+"""Generate images from prompts: `python -m anima_jax.generate --prompt "…" -o out.png`."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate images from prompts with the networks that flags, a training configuration or an older image name."""
+    """Generate images from prompts, with networks named by flags, a training configuration or an older image."""
     arguments = parse_arguments(argv)
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.abort_all_on_error():
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Generate the images that the flags describe, on the mesh that they or the configuration describe."""
+    """Generate the images that the flags describe, on the mesh given by the flags or the configuration."""
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
     like = text_of(arguments.like) if arguments.like else {}
     params = sampling_params(arguments, config, like)
@@ -148,9 +148,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict[str, int]:
-    """Return the devices along each axis: from the flag, else from the configuration, else all along `data`.
+    """Return the number of devices along each axis: from the flag, else the configuration, else all along `data`.
 
-    Raises UserError for an unknown axis or a size that is not a number, and for previews in several processes.
+    Raises UserError for an unknown axis, an invalid size or more than one -1, and for previews in several processes.
     """
     if arguments.preview and not hosts.is_single_process():
         raise UserError("--preview: works in a single process only")
@@ -168,7 +168,7 @@ def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict
 
 
 def text_of(path: str) -> dict[str, str]:
-    """Return the text chunks of a PNG. Raises UserError if they do not say how the image was made."""
+    """Return the text chunks of a PNG. Raises UserError if they do not describe how the image was made."""
     info = read_image(path).info
     text = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
     from_text(path, text)
@@ -178,14 +178,14 @@ def text_of(path: str) -> dict[str, str]:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Return the values that are set: one layer of a `ChainMap`, in which the first layer with a key counts."""
+    """Return the values that are set, as one layer of a `ChainMap`, where the first layer with a key wins."""
     return {name: value for name, value in values.items() if value not in (None, "", [])}
 
 
 def sampling_params(
     arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]
 ) -> SamplingParams:
-    """Return the flags' parameters, then the older image's, then the configuration's, then the defaults."""
+    """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if interval := flags.get("guidance_interval"):
@@ -199,9 +199,11 @@ def sampling_params(
 def image_requests(
     arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str], image: Image.Image | None
 ) -> list[ImageRequest]:
-    """Return every prompt in every size with every seed.
+    """Return a request for every prompt in every size with every seed.
 
-    What flags leave open is the older image's, then the size of `image`, then the configuration's.
+    What flags do not set is taken from the older image. Without one, the size is that of `image`, else the
+    configuration's, else the default. Raises UserError if the size of `image` is needed but is not a multiple of
+    `SIZE_STEP`.
     """
     size = image.size if image else config.sample_size_wh if config else (ImageRequest.width, ImageRequest.height)
     size_is_given = like or (arguments.width and arguments.height)
@@ -216,7 +218,7 @@ def image_requests(
 
 
 def resized(part: Image.Image | None, request: ImageRequest) -> Image.Image | None:
-    """Return an image or a mask, cropped and scaled to the size of `request`."""
+    """Return an image or a mask, cropped and scaled to the size of `request`. Raises UserError if that is not valid."""
     request.check()
     size = request.width, request.height
     return part if part is None or part.size == size else ImageOps.fit(part, size, Image.Resampling.LANCZOS)
@@ -233,9 +235,10 @@ def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]) -> dict[str, Any]:
-    """Return the files for `AnimaPipeline.load`, from the flags, then the configuration, then the older image.
+    """Return the arguments of `AnimaPipeline.load` from the flags, else the configuration, else the older image.
 
-    A transformer brings its own LLM adapter file and LoRAs, so these never come from a later layer than it does.
+    A transformer comes with its own LLM adapter file and LoRAs: they are never taken from a later source than the
+    transformer. Raises UserError if no source names a required file.
     """
     loras: list[tuple[Any, float]] = [weighted(text) for text in arguments.lora]
     exported = {}
@@ -264,18 +267,18 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
 
 
 def transformer_files(transformer: Any, adapter: Any = None, loras: Sequence[tuple[Any, float]] = ()) -> dict[str, Any]:
-    """Return a transformer with what belongs to it, or nothing if there is none."""
+    """Return a transformer with its LLM adapter file and LoRAs, or nothing if there is no transformer."""
     return {"transformer": transformer, "adapter": adapter, "loras": loras} if transformer else {}
 
 
 def text_of_files(files: Mapping[str, Any]) -> dict[str, str]:
-    """Return text chunks that say which files an image was made from, as the user named them."""
+    """Return text chunks that name the files an image was made from, as the user wrote them."""
     loras = "\n".join(f"{path}:{weight}" for path, weight in files["loras"])
     return {name: str(value) for name, value in {**files, "loras": None, "lora": loras}.items() if value}
 
 
 def is_adapter_file(path: pathlib.Path) -> bool:
-    """Whether a safetensors file contains an adapter and not a model."""
+    """Return whether a safetensors file contains an adapter rather than a model."""
     with SafetensorsFile(path) as file:
         return adapter_kind(file.tensors) is not None
 
