@@ -1,4 +1,4 @@
-"""Parameter groups, learning rates and optimizers. `build` makes the optimizer of a configuration."""
+"""Parameter groups, learning rates and optimizers. `build` returns the optimizer of a configuration."""
 
 from anima_jax.checkpoints.names.groups import GROUPS, group_of, groups_by_path, is_decayed
 from anima_jax.training.optimizers.build import averaged, build, check

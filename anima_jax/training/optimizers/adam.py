@@ -1,7 +1,7 @@
-"""AdamW with what optax's does not have: 8-bit moments, and StableAdamW's clipping of the update.
+"""AdamW with two options that optax's does not have: 8-bit moments, and StableAdamW's update clipping.
 
-8-bit moments: arXiv 2110.02861 (block-wise dynamic quantisation), 1 byte each and one float32 scale for 256 of them.
-StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v where that exceeds 1, as in optimi.
+8-bit moments: arXiv 2110.02861 (block-wise dynamic quantisation), 1 byte per value and a float32 scale per 256 values.
+StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v if that exceeds 1, as in optimi.
 
 The weights are float32 (or bfloat16, rounded stochastically), so they need no Kahan compensation.
 """
@@ -20,9 +20,9 @@ BLOCK = 256
 
 
 class Blocks(NamedTuple):
-    """Values in 8 bits: `codes` in their shape, `scales` with one entry per block along the longest axis.
+    """An array in 8 bits: `codes` have its shape, `scales` one entry per block along its longest axis.
 
-    int8 codes are signed, uint8 codes are for values that are not negative.
+    int8 codes are signed; uint8 codes are for non-negative values.
     """
 
     codes: Array
@@ -30,20 +30,20 @@ class Blocks(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """Steps done, the running mean of the gradients and that of their squares.
+    """Number of finished steps, and running means of the gradients (`mu`) and of their squares (`nu`).
 
-    `Blocks` contain the root of the latter, which spans fewer decades.
+    In 8 bits, `nu` contains the square root, which spans fewer decades.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - optax's name of it
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - optax's name
     mu: Any
     nu: Any
 
 
 def _levels(codes: Array, dtype: Any) -> Array:
-    """Return the value in [0, 1] of a code's magnitude q: 0 for 0, else 10^(e − E) · (0.9·(q + 1) / 2^e − 0.8).
+    """Return the value in [0, 1] of a code's magnitude q: 0 if q = 0, else 10^(e − E) · (0.9·(q + 1) / 2^e − 0.8).
 
-    e is the position of q's highest bit, E that of the largest code's: decade e, counted from the smallest, has 2^e
+    e is the position of the highest bit of q, E that of the largest code: decade e, counted from the smallest, has 2^e
     equal steps. So the largest value of a block is exact, and small values keep some digits.
     """
     top = 7 if dtype == jnp.uint8 else 6
@@ -55,7 +55,7 @@ def _levels(codes: Array, dtype: Any) -> Array:
 
 
 def _positions(level: Array, dtype: Any) -> Array:
-    """Invert `_levels`, interpolating linearly: a level between those of codes q and q + 1 is in [q, q + 1]."""
+    """Return the inverse of `_levels`, linear between codes: a level between those of q and q + 1 is in [q, q + 1]."""
     top = 7 if dtype == jnp.uint8 else 6
     smallest = 10.0**-top
     decade = jnp.clip(jnp.ceil(jnp.log10(jnp.maximum(level, smallest))) + top, 0, top)
@@ -68,10 +68,10 @@ def _longest_axis(shape: tuple[int, ...]) -> int:
 
 
 def encode(values: Array, key: Array, dtype: Any = jnp.int8) -> Blocks:
-    """Return `values` (float32, not negative for uint8) in 8 bits, stochastically rounded so that the mean is kept.
+    """Return `values` (float32, non-negative for uint8) in 8 bits, stochastically rounded so that the mean is kept.
 
     Rounding to nearest would lose every change of a moment smaller than half a step: nearly all of them at β2 = 0.999.
-    A positive uint8 value never becomes 0, where the update would be divided by eps alone.
+    A positive uint8 value never becomes 0, because the update would then be divided by eps alone.
     """
     axis = _longest_axis(values.shape)
     rows = jnp.moveaxis(values, axis, -1)
@@ -88,7 +88,7 @@ def encode(values: Array, key: Array, dtype: Any = jnp.int8) -> Blocks:
 
 
 def decode(stored: Blocks) -> Array:
-    """Return the values in float32."""
+    """Return the decoded values in float32."""
     codes, scales = stored
     axis = _longest_axis(codes.shape)
     wide = codes.astype(jnp.int32)
@@ -106,7 +106,7 @@ def adamw(
     stabilize: bool = False,
     in_8_bits: bool = False,
 ) -> optax.GradientTransformation:
-    """AdamW on one tensor. `stabilize` uses the tensor's norm: stacked tensors need `layers.over_layers`."""
+    """Return AdamW for one tensor. `stabilize` depends on its norm, so stacked tensors need `layers.over_layers`."""
 
     def init(value: Array) -> AdamState:
         zeros = jnp.zeros(value.shape, jnp.float32)

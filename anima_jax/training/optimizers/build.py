@@ -1,4 +1,4 @@
-"""From the configuration to the optimizer: groups, rates and weight decay are the same for every name."""
+"""The optimizer of a configuration. Groups, learning rates and weight decay work the same for every optimizer."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ IGNORED = (
     *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "kahan_sum", "compile"),
     *("is_paged", "block_wise", "fsdp_in_use"),
 )
-"""Other libraries' arguments that choose an implementation, not the numbers (weights are not rounded here)."""
+"""Arguments in other libraries that choose an implementation and do not change the results.
+
+`kahan_sum` is one of them because weights are not rounded to nearest here.
+"""
 
 OFF = {
     "amsgrad": "use type = 'amsgrad'",
@@ -35,17 +38,17 @@ OFF = {
     "relative_step": "the learning rate is lr, shaped by lr_scheduler",
     "warmup_init": "use warmup_steps",
 }
-"""Other libraries' arguments that must be off, and what to do instead."""
+"""Arguments in other libraries that must be off → what to do instead."""
 
 ON = ("decouple", "weight_decouple")
-"""Other libraries' arguments that must be on, except for sgd: only its weight decay is part of the gradient."""
+"""Arguments in other libraries that must be on, except with sgd, whose weight decay is part of the gradient."""
 
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: "a list"}
-"""Type of an argument's default → what an error says was expected."""
+"""Type of an argument's default → the expected type in error messages."""
 
 
 def check(config: OptimizerConfig) -> None:
-    """Raise UserError if the name is not known, or with every argument that the optimizer does not have."""
+    """Raise UserError if the optimizer is not known or has invalid arguments; the error names them all."""
     _options(config, find(config.type))
 
 
@@ -60,10 +63,10 @@ def build(
 ) -> optax.GradientTransformation:
     """Build the optimizer of the parameters in `tensors`.
 
-    It first clips the gradients' global norm to `clip_norm` (0: no clipping). `global_batch` (examples in a step) turns
-    `beta2_half_life` into β₂ = 0.5^(global_batch / beta2_half_life). `layer_rates` are factors of the learning rate,
-    one for each layer, of the stacked parameters that have their own.
-    Raises UserError if the optimizer or one of its arguments is not known or not valid.
+    It first clips the global norm of the gradients to `clip_norm` (0: no clipping). `global_batch` (examples per step)
+    turns `beta2_half_life` into β₂ = 0.5^(global_batch / beta2_half_life). `layer_rates` maps the paths of stacked
+    parameters to factors of the learning rate, one per layer.
+    Raises UserError if the optimizer or one of its arguments is unknown or invalid.
     """
     row = find(config.type)
     options = _options(config, row, global_batch)
@@ -79,7 +82,7 @@ def build(
         main = (_shared if row.shared else _separate)(row, rates, decay, tensors, options)
         steps = [clip, _on_host(main) if row.on_host else main, *([scale_layers(layer_rates)] if layer_rates else [])]
         optimizer = in_float32(optax.chain(*steps))
-        # Trace one step: optax checks some arguments only there.
+        # Trace one step, because optax checks some arguments only then.
         params = _abstract(tensors)
         jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
     except (TypeError, ValueError, AssertionError) as error:
@@ -88,7 +91,7 @@ def build(
 
 
 def averaged(opt_state: Any, params: Params) -> Params | None:
-    """Return schedule-free's averaged weights in float32, to evaluate and save; None for all other optimizers."""
+    """Return the averaged weights of a schedule-free optimizer in float32; None for all other optimizers."""
     states = opt_state[1]
     if not isinstance(states, dict) or not all(
         isinstance(state, optax.contrib.ScheduleFreeState) for state in states.values()
@@ -101,7 +104,7 @@ def averaged(opt_state: Any, params: Params) -> Params | None:
 def _separate(
     row: Row, rates: LearningRates, decay: float, tensors: Sequence[FileTensor], options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """A transformation for each parameter, at its group's rate."""
+    """Return an optimizer with one transformation per parameter, at the rate of its group."""
     parameters = _parameters(tensors, row, rates, decay)
     stacked = {path for path, one in parameters.items() if one.tensor.layer is not None and not row.elementwise}
     return by_tensor({path: row.make(one, **options) for path, one in parameters.items()}, stacked)
@@ -110,7 +113,7 @@ def _separate(
 def _shared(
     row: Row, rates: LearningRates, decay: float, tensors: Sequence[FileTensor], options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """One transformation at the rate of the fastest group; the other groups' updates are smaller in proportion."""
+    """Return one transformation at the highest rate of a group; updates of other groups are scaled down to theirs."""
     groups, parameters = groups_by_path(tensors), _parameters(tensors, row, rates, decay)
     fastest = max(groups.values(), key=rates.by_group.__getitem__)
     rate = rates.of(fastest)
@@ -123,7 +126,7 @@ def _shared(
 
 
 def _parameters(tensors: Sequence[FileTensor], row: Row, rates: LearningRates, decay: float) -> dict[str, Parameter]:
-    """Return what the optimizer knows of each parameter, by path."""
+    """Return the rate, weight decay and first tensor of each parameter, by path."""
     groups = groups_by_path(tensors)
     first = {tensor.path: tensor for tensor in reversed(tensors)}
     rate_of = rates.by_group.__getitem__ if row.fixed_rate else rates.of
@@ -144,7 +147,10 @@ def _abstract(tensors: Sequence[FileTensor]) -> Params:
 
 
 def _on_host(main: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`main` with its moments in host memory. On a CPU they are there already."""
+    """Return `main` with its moments in host memory, or on a CPU `main` itself.
+
+    Raises UserError if the device has no memory of kind pinned_host.
+    """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return main
@@ -161,7 +167,7 @@ def _on_host(main: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _options(config: OptimizerConfig, row: Row, global_batch: int = 1) -> dict[str, Any]:
-    """Return all arguments of the row's `make`: configured ones or defaults. Raises UserError with all errors."""
+    """Return all arguments of the row's `make`, configured or default. Raises UserError that lists every error."""
     errors = [error for key, value in config.options.items() if (error := _error(row, key, value))]
     given = {row.aliases.get(key, key): value for key, value in config.options.items()}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -177,7 +183,7 @@ def _options(config: OptimizerConfig, row: Row, global_batch: int = 1) -> dict[s
 
 
 def _error(row: Row, key: str, value: Any) -> str | None:
-    """Return why the optimizer cannot have this argument; None if it can, or if the argument changes nothing."""
+    """Return why the optimizer cannot have this argument; None if it can, or if the argument has no effect."""
     own = row.aliases.get(key, key)
     if own in row.options:
         return _type_error(key, value, row.options[own])
@@ -193,14 +199,14 @@ def _error(row: Row, key: str, value: Any) -> str | None:
 
 
 def _type_error(key: str, value: Any, default: Any) -> str | None:
-    """Return what is wrong with the type of `value`, None if nothing is. A whole number is a number."""
+    """Return an error if `value` has the wrong type, else None. A whole number is accepted as a number."""
     allowed = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
     fits = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
     return None if default is None or fits else f"{key} = {value!r}: expected {TYPES[type(default)]}"
 
 
 def _betas(config: OptimizerConfig, row: Row, global_batch: int, errors: list[str]) -> dict[str, Any]:
-    """Return torch's `betas` under the row's names, the second from `beta2_half_life` if that is given."""
+    """Return torch's `betas` under the row's argument names; `beta2_half_life`, if given, sets the second."""
     betas = list(row.betas if config.betas is None else config.betas)
     if not row.betas or len(betas) > len(row.betas):
         errors.append(f"betas (or beta2_half_life): '{row.name}' has {len(row.betas) or 'none'}")

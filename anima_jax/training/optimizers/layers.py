@@ -1,8 +1,8 @@
-"""Transformations that update stacked blocks as if each layer were a tensor of its own, as it is in the file.
+"""Transformations that update each layer of stacked parameters as a separate tensor, as it is in the file.
 
-Muon, Adafactor, LAMB and others depend on a tensor's shape or norm, so stacked parameters are mapped over their layer
-axis. That the file's matrices are transposed changes nothing: norms, Newton-Schulz and factored moments commute with
-the transpose.
+Muon, Adafactor, LAMB and others depend on a tensor's shape or norm, so they are mapped over the layer axis of stacked
+parameters. Matrices are transposed in the file, which makes no difference: norms, Newton-Schulz and factored moments
+commute with the transpose.
 """
 
 import math
@@ -17,20 +17,20 @@ from jax import Array
 from anima_jax.models.parameters import Params
 
 ONE_AT_A_TIME = 2**20
-"""Layers of at least this many values are updated one at a time, so that the working memory is that of one layer."""
+"""Layers of at least this many values are updated one at a time, so that only one needs working memory."""
 
 
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformation:
-    """Make a transformation of init(params) → state and update(gradients, state, params) → (updates, state)."""
+    """Return a transformation with init(params) → state and update(gradients, state, params) → (updates, state)."""
     return optax.GradientTransformation(init, update)
 
 
 def by_tensor(
     transforms: Mapping[str, optax.GradientTransformation], stacked: Collection[str]
 ) -> optax.GradientTransformation:
-    """Update each parameter with the transformation of its path; the state is a dict of their states.
+    """Return a transformation that updates each parameter with that of its path; its state is a dict of theirs.
 
-    Those in `stacked` are mapped over their first axis, and so are their states except for counters.
+    Parameters in `stacked` are mapped over their first axis, and so are their states, except for counters.
     """
     own = {path: over_layers(tx) if path in stacked else tx for path, tx in transforms.items()}
 
@@ -47,12 +47,12 @@ def by_tensor(
 
 
 def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A_TIME) -> optax.GradientTransformation:
-    """Map `transform` over the first axis of an array; entries of at least `in_turn` values one after another."""
+    """Map `transform` over an array's first axis, one entry at a time if entries have at least `in_turn` values."""
 
     def init(value: Array) -> Any:
         layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
         leaves, treedef = jax.tree.flatten(jax.eval_shape(transform.init, layer))
-        # A counter is the same in every layer; one value keeps `lax.cond` on it a branch.
+        # A counter is the same in every layer. Unmapped, it keeps a `lax.cond` on it a branch, not a select.
         axes = [None if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer) else 0 for leaf in leaves]
         flat = jax.vmap(lambda one: jax.tree.leaves(transform.init(one)), out_axes=axes)(value)
         return jax.tree.unflatten(treedef, flat)
@@ -82,7 +82,7 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
 
 
 def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
-    """Multiply the updates of the parameters in `rates` by one number per layer."""
+    """Multiply the updates of the parameters in `rates` by a factor per layer."""
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
         del params
@@ -98,10 +98,10 @@ def together(
     decay: Mapping[str, float] | None = None,
     decay_factor: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """Apply `transform` to all parameters at once, for estimates that they share (Prodigy's distance, DoG's).
+    """Apply `transform` to all parameters together, for estimates that they share (the distances of Prodigy and DoG).
 
-    Updates are multiplied by the `relative` rate of their path. With `decay_factor`, the weights also shrink by their
-    path's `decay` times this function of the state before the update.
+    The update of each path is multiplied by its `relative` rate. With `decay_factor`, the weights also decay, before
+    that multiplication, by `decay` of their path times `decay_factor` of the state before the update.
     """
 
     def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
@@ -116,9 +116,9 @@ def together(
 
 
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Give `transform` float32 gradients and parameters, and so moments, for parameters of any dtype.
+    """Run `transform` on float32 gradients and parameters, so that its moments are float32 for parameters of any dtype.
 
-    No two arrays of its state and the parameters share a buffer, so that all can be donated.
+    No array of the state shares a buffer with another one or with a parameter, so that all can be donated.
     """
 
     def wide(tree: Any) -> Any:
@@ -133,7 +133,7 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
             seen.add(id(leaf))
             return jnp.copy(leaf) if shared else leaf
 
-        state = transform.init(params)  # alive until the end, so that no id is used twice
+        state = transform.init(params)  # kept alive, so that no id is reused
         return jax.tree.map(own, state)
 
     def update(grads: Params, state: Any, params: Params) -> tuple[Any, Any]:
@@ -143,7 +143,7 @@ def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def in_host_memory(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep the state of `transform` in pinned host memory between steps; it moves to the device for the update."""
+    """Keep the state of `transform` in pinned host memory between steps; the update moves it to the device and back."""
 
     def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)

@@ -1,4 +1,4 @@
-"""Learning rates: one for each parameter group, shaped by a warmup and a schedule, as in diffusion-pipe's train.py."""
+"""Learning rates: one per parameter group, with warmup and schedule, as in diffusion-pipe's train.py."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 COSINE_FLOOR = 1e-6
-"""The learning rate, absolute, at which `cosine` ends."""
+"""The absolute learning rate at which `cosine` ends."""
 
 SCHEDULES: dict[str, Callable[[float, Any, ModuleType], Any]] = {
     "constant": lambda rate, progress, xp: rate + 0.0 * progress,
@@ -20,7 +20,7 @@ SCHEDULES: dict[str, Callable[[float, Any, ModuleType], Any]] = {
         COSINE_FLOOR + (rate - COSINE_FLOOR) * 0.5 * (1.0 + xp.cos(math.pi * progress))
     ),
 }
-"""Name → the rate at a progress in [0, 1]; `xp` is numpy or jax.numpy."""
+"""Name → the rate as a function of the base rate, the progress in [0, 1] and `xp` (numpy or jax.numpy)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +33,15 @@ class LearningRates:
     total_steps: int = 1
 
     def of(self, group: str) -> optax.Schedule:
-        """The group's rate as a function of the number of steps done."""
+        """Return the group's rate as a function of the number of finished steps."""
         return lambda step: jnp.asarray(self._rate(group, step, jnp), jnp.float32)
 
     def at(self, step: int) -> dict[str, float]:
-        """Return each group's rate after `step` steps. Computed on the host, so that it does not wait for a device."""
+        """Return each group's rate after `step` steps, computed on the host so that it does not wait for a device."""
         return {group: float(self._rate(group, step, np)) if rate else 0.0 for group, rate in self.by_group.items()}
 
     def _rate(self, group: str, step: Any, xp: ModuleType) -> Any:
-        """Linear warmup from 1 / `warmup_steps`, then the schedule from its start."""
+        """Return the rate: a linear warmup from 1 / `warmup_steps` of it, then the schedule from its start."""
         rate, warmup = self.by_group[group], self.warmup_steps
         main = SCHEDULES[self.schedule](rate, xp.clip((step - warmup) / self.total_steps, 0.0, 1.0), xp)
         if not warmup:

@@ -1,6 +1,6 @@
-"""Optimizers by name: one row each, then every transformation of optax and optax.contrib under its own name.
+"""Table of optimizers by name: our rows, then the optimizers of optax and optax.contrib under their own names.
 
-The defaults of a row are those of the library that diffusion-pipe uses for that name.
+The defaults of our rows are those of the library that diffusion-pipe uses for that name.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from anima_jax.training.optimizers import adam
 from anima_jax.training.optimizers.layers import transformation
 
 MUON_SMALLEST_SIDE = 32
-"""AdamW updates matrices with a smaller side (diffusion-pipe's `GenericOptim.step`)."""
+"""With muon, AdamW updates matrices with a smaller side (diffusion-pipe's `GenericOptim.step`)."""
 
 EIGHT_BIT_SMALLEST = 4096
 """Tensors with fewer values keep float32 moments (bitsandbytes' `min_8bit_size`)."""
@@ -30,7 +30,7 @@ EIGHT_BIT_SMALLEST = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What an optimizer knows of a parameter: its rate (number or schedule), weight decay, first tensor in the file."""
+    """A parameter as an optimizer sees it: rate (number or schedule), weight decay, first tensor in the file."""
 
     rate: Any
     weight_decay: float
@@ -41,8 +41,8 @@ class Parameter:
 class Row:
     """An optimizer and its arguments.
 
-    `make(parameter, **options)` makes the transformation of one parameter. With `shared`, parameters have an estimate
-    or a source of noise in common: `make({path: parameter}, rate, **options)` makes the transformation of all.
+    `make(parameter, **options)` returns the transformation of one parameter. If `shared`, all parameters have a common
+    estimate or source of noise, and `make({path: parameter}, rate, **options)` returns one transformation for all.
     """
 
     name: str
@@ -51,26 +51,26 @@ class Row:
     """Argument → default."""
     weight_decay: float = 0.0
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Other libraries' names of the arguments."""
+    """Name of an argument in another library → its name here."""
     elementwise: bool = False
-    """The update does not depend on a tensor's shape or norm."""
+    """Whether the update does not depend on the shape or norm of a tensor."""
     shared: bool = False
     fixed_rate: bool = False
-    """The learning rate is a number: it cannot follow a schedule."""
+    """Whether the learning rate is a number, which cannot follow a schedule."""
     on_host: bool = False
-    """The moments are kept in host memory."""
+    """Whether the moments are kept in host memory."""
     decay_factor: Callable[[Any, Any, Mapping[str, Any]], Any] | None = None
-    """Of the state before the update, the schedule and the options: the factor of the weight decay. Unset: `make`
-    applies the decay itself."""
+    """Maps the state before the update, the schedule and the options to the factor of the weight decay. None: `make`
+    applies the decay."""
 
     @property
     def betas(self) -> tuple[float, ...]:
-        """The defaults of what torch calls `betas`."""
+        """Default values of the arguments that torch calls `betas`."""
         return self.options.get("betas") or tuple(self.options[key] for key in self.beta_names)
 
     @property
     def beta_names(self) -> tuple[str, ...]:
-        """The arguments that torch has in one, `betas`."""
+        """Names of the arguments that torch combines in `betas`."""
         return tuple(key for key in ("b1", "b2", "b3") if key in self.options)
 
 
@@ -87,7 +87,7 @@ def _our_adamw(
 
 
 def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.GradientTransformation:
-    """`transform`, after which the weights shrink by rate · weight decay."""
+    """Return `transform` with decoupled weight decay: the weights also shrink by rate · weight decay."""
     decay = optax.chain(optax.add_decayed_weights(p.weight_decay), optax.scale_by_learning_rate(p.rate))
 
     def update(grad: Any, state: Any, value: Any) -> tuple[Any, Any]:
@@ -103,7 +103,7 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     transform = optax.adafactor(
         p.rate,
-        decay_rate=abs(decay_rate),  # torch and transformers have the exponent itself, -0.8
+        decay_rate=abs(decay_rate),  # torch and transformers give the exponent with its sign, -0.8
         clipping_threshold=clipping_threshold or None,
         momentum=momentum or None,
         **options,
@@ -116,7 +116,7 @@ def _lion(p: Parameter, *, b1: float, b2: float) -> optax.GradientTransformation
 
 
 def _sgd(p: Parameter, *, momentum: float, nesterov: bool) -> optax.GradientTransformation:
-    """As torch's: the weight decay is part of the gradient."""
+    """Return SGD as in torch: the weight decay is part of the gradient."""
     if nesterov and not momentum:
         raise UserError("[optimizer] nesterov = true needs a momentum above 0")
     return optax.chain(optax.add_decayed_weights(p.weight_decay), optax.sgd(p.rate, momentum or None, nesterov))
@@ -125,10 +125,10 @@ def _sgd(p: Parameter, *, momentum: float, nesterov: bool) -> optax.GradientTran
 def _muon(
     p: Parameter, *, b1: float, b2: float, eps: float, consistent_rms: float, **options: Any
 ) -> optax.GradientTransformation:
-    """Muon for matrices, AdamW for the rest.
+    """Return Muon for a matrix, AdamW for other parameters and for matrices with a side below `MUON_SMALLEST_SIDE`.
 
-    A matrix's update is scaled to the RMS `consistent_rms`, near AdamW's, so that both can have one learning rate
-    (arXiv 2502.16982, and diffusion-pipe's muon); 0 is the original scaling, √max(1, out / in).
+    A matrix's update is scaled to an RMS of `consistent_rms`, near AdamW's, so that both can use the same learning rate
+    (arXiv 2502.16982, and diffusion-pipe's muon); 0 selects the original scaling, √max(1, out / in).
     """
     if not is_decayed(p.tensor) or min(p.tensor.shape) < MUON_SMALLEST_SIDE:
         return _adamw(p, b1=b1, b2=b2, eps=eps)
@@ -146,7 +146,7 @@ def _muon(
 def _schedule_free(base: optax.GradientTransformation, p: Parameter, b1: float, weight_lr_power: float):
     if not b1:
         raise UserError("[optimizer] schedule-free averaging needs a first beta above 0")
-    # optax's counter begins at 1; a step's weight in the average is that of its own rate (arXiv 2405.15682).
+    # optax's counter starts at 1, but a step's weight in the average follows from its own rate (arXiv 2405.15682).
     rate = p.rate
     return optax.contrib.schedule_free(
         optax.chain(base, optax.add_decayed_weights(p.weight_decay), optax.scale_by_learning_rate(rate)),
@@ -179,7 +179,7 @@ def _prodigy(
     safeguard_warmup: bool,
     use_bias_correction: bool,
 ) -> optax.GradientTransformation:
-    """optax's, which always corrects Adam's bias: unless that is asked for, the rate undoes the correction."""
+    """Return optax's Prodigy. It always corrects Adam's bias; without `use_bias_correction`, the rate undoes that."""
     shaped = rate if use_bias_correction else lambda step: rate(step) / _bias_correction(step + 1, betas)
     return optax.contrib.prodigy(shaped, betas, beta3, eps, d0, d_coef, safeguard_warmup=safeguard_warmup)
 
@@ -190,7 +190,7 @@ def _bias_correction(step: Any, betas: tuple[float, float]) -> Any:
 
 
 def _estimated_rate(state: Any, rate: Any, options: Mapping[str, Any]) -> Any:
-    """Return d · rate, times the bias correction if there is one: the papers' factor of the weight decay."""
+    """Return the papers' factor of the weight decay: d · rate, times the bias correction if there is one."""
     corrected = options.get("use_bias_correction", True)
     correction = _bias_correction(state.count + 1, options["betas"]) if corrected else 1.0
     return state.estim_lr * rate(state.count) * correction
@@ -276,13 +276,13 @@ FROM_OPTAX: Mapping[str, Mapping[str, Any]] = {
     "optimistic_adam": {"fixed_rate": True},
     "rmsprop": {"aliases": {"alpha": "decay"}},
 }
-"""What the signatures of optax's functions do not say: fields of their rows."""
+"""Name of a function in optax → fields of its row that do not follow from its signature."""
 
 NUMBERS_OR_NONE = ("momentum", "seed", "optimism", "init_estim_sq_dist")
 """Arguments of optax's functions that are numbers although their default is None."""
 
 SET_HERE = ("learning_rate", "weight_decay", "weight_decay_mask", "trust_ratio_mask")
-"""Arguments of optax's functions that follow from the learning rates and the parameters."""
+"""Arguments of optax's functions that are set here, from the learning rates and the parameters."""
 
 NEEDS_MORE = "needs more than gradients; 'prodigy' needs no learning rate tuned, 'schedule_free_adamw' no schedule"
 
@@ -294,11 +294,11 @@ REFUSED = {
     **dict.fromkeys(("lbfgs", "scale_by_lbfgs", "momo", "momo_adam", "sophia", "scale_by_polyak"), NEEDS_MORE),
     **dict.fromkeys(("polyak_sgd", "mechanize", "reduce_on_plateau", "sam", "schedule_free", "dpsgd"), NEEDS_MORE),
 }
-"""Names that a configuration may have, and what to use instead."""
+"""Name of an optimizer that is not available → why, or what to use instead."""
 
 
 def _optax_row(name: str) -> Row | None:
-    """Return the row of a function of optax; None if it is not an optimizer or a TOML cannot have its arguments."""
+    """Return the row of a function in optax; None if it is not an optimizer or a TOML cannot express its arguments."""
     function = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     if name.startswith("_") or not callable(function) or isinstance(function, type):
         return None
@@ -318,14 +318,14 @@ def _optax_row(name: str) -> Row | None:
 
 
 def _makes_optimizer(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Return whether a function of optax with these parameters turns gradients into updates with a TOML's values."""
+    """Return whether a function in optax makes an optimizer and requires no argument but the learning rate."""
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     updates = "learning_rate" in parameters or name.startswith("scale_by_")
     return updates and required <= {"learning_rate"} and name != "scale_by_learning_rate"
 
 
 def _optax(function: Callable[..., Any], p: Parameter, **options: Any) -> optax.GradientTransformation:
-    """A function of optax for one parameter."""
+    """Return the transformation that a function in optax makes for one parameter."""
     parameters = inspect.signature(function).parameters
     if "learning_rate" not in parameters:
         return optax.chain(
@@ -338,7 +338,11 @@ def _optax(function: Callable[..., Any], p: Parameter, **options: Any) -> optax.
 
 
 def _shared_optax(function: Callable[..., Any], ps: Mapping[str, Parameter], rate: Any, **options: Any) -> Any:
-    """A function of optax for all parameters. Weight decay is applied with a mask, or with the row's `decay_factor`."""
+    """Return the transformation that a function in optax makes for all parameters.
+
+    A mask selects the parameters with weight decay if the function has one; else the row's `decay_factor` applies it.
+    Raises UserError if weight decay is set and the function has none.
+    """
     parameters = inspect.signature(function).parameters
     if "key" in parameters:
         options["key"] = 0
@@ -353,14 +357,17 @@ def _shared_optax(function: Callable[..., Any], ps: Mapping[str, Parameter], rat
 
 @functools.cache
 def rows() -> Mapping[str, Row]:
-    """Return every optimizer by name, those of `ROWS` first."""
+    """Return all optimizers by name, those of `ROWS` first."""
     own = {row.name: row for row in ROWS}
     others = sorted({*dir(optax), *dir(optax.contrib)} - {*own, *REFUSED})
     return own | {name: row for name in others if name.islower() and (row := _optax_row(name))}
 
 
 def find(name: str) -> Row:
-    """Return the row of this name; case, `_` and `-` do not matter. Raises UserError with the nearest valid name."""
+    """Return the row of the optimizer `name`; case, `_` and `-` are ignored.
+
+    Raises UserError, with the nearest valid name, if it is unknown or not available.
+    """
     plain = _plain(name)
     for refused, why in REFUSED.items():
         if _plain(refused) == plain:
