@@ -1,6 +1,6 @@
-"""Batches of a run: planned examples with their cached latents, masks, and each one's text in this epoch.
+"""Batches of a run: cached latents and masks of the planned examples, and the text of each in its epoch.
 
-`Batches.load` runs in the loader's threads, only on the host. It returns text that is not cached as token ids, which
+`Batches.load` runs on the host, in the loader's threads. If text is not cached, it returns token ids, which
 `OnlineText` encodes on the device just before the step.
 Axes: b batch, l image tokens, p the 4 latent pixels of a token, n source and m target text tokens, d features.
 """
@@ -30,7 +30,7 @@ from anima_jax.training.step import TrainBatch
 
 
 class Loaded(NamedTuple):
-    """A step's batch, the number of its micro-batches, and the number of its tier."""
+    """The batch of a step, its number of micro-batches, and the index of its tier."""
 
     batch: TrainBatch
     accumulation: int
@@ -38,9 +38,9 @@ class Loaded(NamedTuple):
 
 
 class Batches:
-    """The batch of each step of a plan. All batches of a tier have one shape.
+    """The batch of each step of a plan. All batches of a tier have the same shape.
 
-    Each process reads the rows of its own devices; `put` makes global arrays of what all processes have read.
+    Each process loads the rows of its own devices; `put` combines the rows of all processes into global arrays.
     """
 
     def __init__(self, run: Run, data: TrainingData, tokenizers: Tokenizers):
@@ -61,13 +61,13 @@ class Batches:
         return self._run.accumulations(self._data)
 
     def put(self, batch: TrainBatch, tier: int) -> TrainBatch:
-        """Return a batch of this tier, sharded on the devices."""
+        """Return this process's rows as a global batch of tier `tier`, sharded over the devices."""
         return shard_local_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
 
     def evaluated(self) -> Iterator[tuple[TrainBatch, np.ndarray]]:
-        """Yield every example once, in batches on the devices, and the examples' weights: 0 for padding.
+        """Yield every example once, in batches on the devices, with the weights of the examples: 0 for padding.
 
-        Each tier has one batch size; its last batch is padded.
+        All batches of a tier have the same size; the last one is padded.
         """
         for number, tier in enumerate(self._data.plan.tiers):
             for rows, weights in padded_batches(len(tier.indices), tier.batch_size):
@@ -101,12 +101,12 @@ class Batches:
         return weights_blp
 
     def _text(self, captions: Sequence[str]) -> Text:
-        """Return the captions' states, or the text encoder's token ids (b, n) if text is not cached."""
+        """Return the text states of the captions, or the text encoder's token ids (b, n) if text is not cached."""
         if self._config.model.cache_text_embeddings:
             rows = [self._data.cache.text(caption) for caption in captions]
             return text_rows(rows, self._source_length, self._target_length)
         ids = self._tokenizers.training_ids(captions, self._config.model.max_caption_tokens)
-        # Shuffled tags may need more tokens than was reserved: then this batch compiles its own program.
+        # Shuffled tags may need more tokens than reserved; the step is then compiled for this batch's length.
         source = rounded_up(max(self._source_length, int(ids.qwen_mask.sum(1).max())), TEXT_ROW_STEP)
         target = rounded_up(max(self._target_length, int(ids.t5_mask.sum(1).max())), TEXT_ROW_STEP)
         return Text(
@@ -117,19 +117,19 @@ class Batches:
 
 
 def _resized(rows_bn: np.ndarray, length: int) -> np.ndarray:
-    """Return the rows cut or padded with zeros to `length` columns; only padding is cut off."""
+    """Return the rows, cut or padded with zeros to `length` columns. Callers cut off only padding."""
     return np.pad(rows_bn[:, :length], ((0, 0), (0, max(0, length - rows_bn.shape[1]))))
 
 
 class OnlineText:
-    """Encodes the text of each batch just before its step, with the program that sampling also uses."""
+    """Encodes the text of each batch just before its step, with the same program as sampling."""
 
     def __init__(self, qwen: Qwen3, config: MainConfig):
         self._encode = encode_tokens(qwen, jnp.dtype(config.compute_dtype))
         self._last: Text | None = None
 
     def __call__(self, text: Text) -> Text:
-        """Return `text` with states instead of token ids."""
+        """Return `text` with text states in place of the token ids."""
         self._last = text
         return text._replace(source_bnd=self._encode(text.source_bnd, text.source_mask_bn))
 

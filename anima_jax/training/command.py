@@ -1,4 +1,4 @@
-"""The command line of `python -m anima_jax.train`: its flags, and what it prints."""
+"""The command line of `python -m anima_jax.train`: flags, logging, and the command that samples from a run."""
 
 import argparse
 import io
@@ -33,13 +33,13 @@ SWITCHES = {
 """Flags that set a key of the configuration to true."""
 
 SHARED_FLAGS = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "profile")
-"""Flags besides those that set keys, which must be equal in all processes of a run."""
+"""Flags that do not set keys and must be equal in all processes of a run."""
 
 LOGGER = logging.getLogger("anima_jax")
 
 
 class _AboveBars(logging.Handler):
-    """Writes to stderr, above the progress bars that are shown."""
+    """Log handler that writes to stderr, above the visible progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -49,10 +49,10 @@ class _AboveBars(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Send this package's log to stderr, one line per message, whatever handlers other libraries have installed."""
+    """Send this package's log to stderr, one line per message, regardless of handlers that other libraries install."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × or → still shows the rest
+            stream.reconfigure(errors="replace")  # a terminal that cannot show × or → still shows the rest
     handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.handlers[:] = [handler]
@@ -106,26 +106,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def unsupported_flags(arguments: argparse.Namespace) -> list[str]:
-    """Return a line for each given flag of diffusion-pipe that cannot apply."""
+    """Return a message for each given flag of diffusion-pipe that has no effect here."""
     given = (flag for flag in unsupported_keys.FLAGS if getattr(arguments, flag) is not None)
     return [f"--{flag}: does nothing here: {unsupported_keys.FLAGS[flag]}" for flag in given]
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """Return the keys that the command line sets, as KEY=VALUE."""
+    """Return the configuration keys that the command line sets, as KEY=VALUE."""
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
     run = arguments.resume_from_checkpoint
     return keys if run is None else [*keys, f"resume_from_checkpoint={json.dumps(run) if run else 'true'}"]
 
 
 def shared_arguments(config: MainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what must be equal in all processes of a run."""
+    """Return the JAX version, flags and settings that must be equal in all processes of a run."""
     flags = {f"--{flag}": getattr(arguments, flag) for flag in SHARED_FLAGS}
     return {"jax": jax.__version__, **flags, **shared_settings(config.model_dump(mode="json"))}
 
 
 def sample_command(config: MainConfig, data: TrainingData, arguments: argparse.Namespace, run: pathlib.Path) -> str:
-    """Return a command line that draws a prompt of the run with what the run saved."""
+    """Return a command line that samples from the saved model, with the first sample prompt or else a caption."""
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
     words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
     words += itertools.chain.from_iterable(("--set", override) for override in arguments.set)

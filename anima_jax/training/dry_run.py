@@ -1,4 +1,4 @@
-"""--dry_run: what a run would be, and the memory, FLOPs and step time that it needs, from shapes alone."""
+"""--dry_run: tables of a run and of the memory, FLOPs and step time that it needs, computed from shapes alone."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def dry_run(
     devices: int | None = None,
     device_kind: str | None = None,
 ) -> None:
-    """Print what a run of `partition` (shapes) would be and need, on this machine or on `devices` of `device_kind`.
+    """Print the tables of a run of `partition` (shapes), on this machine or on `devices` devices of `device_kind`.
 
     Raises UserError if it does not fit the devices' memory.
     """
@@ -50,9 +50,10 @@ def dry_run(
 
 
 def specs_of(devices: int | None, device_kind: str | None) -> tuple[Sequence[DeviceSpec], float | None, str]:
-    """Return the specs that the devices may have, the memory of each in bytes (None: unknown), and their name.
+    """Return the possible specs of the devices, the memory of each device in bytes (None: unknown), and their name.
 
-    `devices` that are not here and whose kind is not given may be of every kind.
+    If a number of `devices` is given without a kind on a machine that has only a CPU, every known kind is possible.
+    Raises UserError if `device_kind` is not known.
     """
     if device_kind:
         spec = find_device_spec(device_kind)

@@ -1,7 +1,7 @@
 """Memory, FLOPs and step time of a run, estimated before anything is loaded.
 
-All numbers follow from shapes. Activations are what the backward pass saves, or what XLA reports for the compiled step
-where that is meaningful: not on a CPU, whose programs hold 16-bit weights in float32.
+All numbers follow from shapes. The bytes of activations are those that the backward pass saves, or those that XLA
+reports for the compiled step. By default XLA's are not used on a CPU, whose programs keep 16-bit weights in float32.
 Axes: b batch, l image tokens, n source and m target text tokens, d features.
 """
 
@@ -49,21 +49,21 @@ GIB = 2**30
 Device = Any  # jax.Device, which type checkers do not accept as a class
 
 WORKSPACE = 64 * 2**20
-"""Bytes that attention needs at every size: a block of scores, one of weights and their gradients, 16 MiB each."""
+"""Bytes that attention needs at any size: a 16 MiB block each of scores, weights and their two gradients."""
 
 
 def peak_flops(devices: Sequence[Device], dtype: Any) -> float | None:
-    """Return the peak FLOPs per second of `devices`; None for an unknown kind or a dtype of more than 16 bits."""
+    """Return the total peak FLOPs per second of `devices`; None for an unknown kind or a dtype wider than 16 bits."""
     spec = local_device_spec(devices[0])
     return None if spec is None or jnp.dtype(dtype).itemsize > 2 else len(devices) * spec.flops
 
 
 def abstract_partition(config: MainConfig) -> ParamPartition:
-    """Return what `prepare` would, with shapes in place of arrays. Only the headers of files are read."""
+    """Return the partition that `prepare` makes, with shapes in place of arrays. Only file headers are read."""
     prepared, mesh, sizes = list[ParamPartition](), current_mesh(), dit_config(config)
 
     def arrays() -> tuple[Params, Params]:
-        with jax.disable_jit():  # a jit with options for its compiler cannot be traced
+        with jax.disable_jit():  # a jit with compiler options cannot be traced
             prepared.append(prepare(config, lambda: blank_text_encoder(config), mesh, sizes=sizes))
         return prepared[0].params, prepared[0].frozen
 
@@ -77,7 +77,7 @@ def example_flops(partition: ParamPartition, config: StepConfig, work: Workload)
 
 
 def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
-    """Return the workload of each tier of the batch plan; captions are padded to these numbers of rows."""
+    """Return the workload of each tier of the batch plan; text is padded to `source_rows` and `target_rows`."""
     return [
         Workload(tier.name, tier.batch_size, accumulation, tier.tokens, size.grid, source_rows, target_rows)
         for tier, accumulation, size in zip(data.plan.tiers, run.accumulations(data), data.largest_sizes, strict=True)
@@ -87,7 +87,7 @@ def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: 
 def abstract_batch(
     work: Workload, size: int, config: DiTConfig, dtype: Any, *, masked: bool = False, text_ids: bool = False
 ) -> TrainBatch:
-    """Return the shapes of `size` examples, latents and text states in `dtype`; ids replace states with `text_ids`."""
+    """Return the shapes of `size` examples, latents and text states in `dtype`; `text_ids`: token ids, not states."""
 
     def shape(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((size, *sizes), dtype)
@@ -117,9 +117,9 @@ def _abstract_text(work: Workload, size: int, config: DiTConfig, dtype: Any, ids
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose: on each device (`rows`) and in host memory for each device (`on_host`).
+    """Bytes by purpose: on each device (`rows`) and in host memory per device (`on_host`).
 
-    `measured` if the activations are those of the compiled program.
+    `measured` says whether the activations are those of the compiled program.
     """
 
     rows: Mapping[str, int]
@@ -144,10 +144,10 @@ def memory(
     moments_on_host: bool = False,
     measure: bool | None = None,
 ) -> Memory:
-    """Return the memory of a run whose largest step is `work`; `dtype` is that of cached examples.
+    """Return the memory of a run whose largest step is `work`; `dtype` is the dtype of cached examples.
 
-    `partition` may contain shapes. `sizes` are those of the mesh, by default of the one that is set. `measure` compiles
-    the step for the mesh that is set to get the exact bytes; by default only if the back end is not a CPU.
+    `partition` may contain shapes. `sizes` are the mesh sizes, by default those of the current mesh. `measure` compiles
+    the step for the current mesh to get the exact bytes; by default only without `sizes`, and not on a CPU.
     """
     mesh = current_mesh()
     measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
@@ -171,14 +171,14 @@ def memory(
     if measure and (temporary := _compiled_bytes(partition, optimizer, config, work, batch, state)) is not None:
         return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     if work.accumulation > 1:
-        rows["gradients"] *= 2  # the sum so far, and those of a micro-batch
+        rows["gradients"] *= 2  # the running sum and the gradients of one micro-batch
     copies = jax.eval_shape(lambda params: cast_to_compute(params, config.compute_dtype), state.params)
     rows["compute copies"] = bytes_of(
         {path: copy for path, copy in copies.items() if copy.dtype != state.params[path].dtype}
     )
     rows["gathered weights"] = _gathered_bytes(partition, config, sizes) if sizes["fsdp"] > 1 else 0
     saved = activation_bytes(partition, config, work, dtype, masked=masked) // sizes["context"]
-    # Between blocks every device of the tensor axis has all features, inside a block only its own.
+    # Between blocks, every device of the tensor axis has all features; inside a block, only its shard.
     between = 0 if config.remat == "offload" else min(saved, inputs)
     rows["activations"] = WORKSPACE + examples * (between + (saved - between) // sizes["tensor"])
     return Memory(rows, on_host)
@@ -189,7 +189,7 @@ def _float32_shapes(params: Params) -> Params:
 
 
 def _gathered_bytes(partition: ParamPartition, config: StepConfig, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of two blocks' weights gathered over `fsdp`: the running block and the next one."""
+    """Return the bytes of two blocks' weights gathered over `fsdp`: the current block's and the next one's."""
     weights: Params = {**partition.frozen, **partition.params}
     block = {
         path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), config.compute_dtype)
@@ -202,7 +202,10 @@ def _gathered_bytes(partition: ParamPartition, config: StepConfig, sizes: Mappin
 def activation_bytes(
     partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
 ) -> int:
-    """Return the bytes that the backward pass saves of one example, those of blocks while recomputed included."""
+    """Return the bytes that the backward pass saves for one example, including those of blocks being recomputed.
+
+    With remat "offload", the inputs of blocks do not count: they are in host memory.
+    """
 
     def saved(**changes: Any) -> int:
         return _saved_bytes(partition, dataclasses.replace(config, **changes), work, dtype, masked)
@@ -218,12 +221,12 @@ def activation_bytes(
 
 
 def _block_inputs_bytes(partition: ParamPartition, config: StepConfig, work: Workload) -> int:
-    """Return the bytes of one example's tokens before each block, which "offload" moves to the host."""
+    """Return the bytes of one example's tokens at the inputs of all blocks, which "offload" moves to the host."""
     return partition.config.blocks * work.tokens * partition.config.width * jnp.dtype(config.compute_dtype).itemsize
 
 
 def _saved_bytes(partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, masked: bool) -> int:
-    """Return the bytes that two examples' backward pass saves beyond one example's: so weights do not count."""
+    """Return the bytes that the backward pass saves for two examples minus those for one, so without the weights."""
 
     def backward(params: Params, frozen: Params, batch: TrainBatch) -> Any:
         def loss_of(params: Params):
@@ -247,7 +250,7 @@ def _compiled_bytes(
     batch: TrainBatch,
     state: TrainState,
 ) -> int | None:
-    """Return the bytes that the compiled step needs besides its arguments; None if the back end does not tell."""
+    """Return the bytes that the compiled step needs besides its arguments; None if the backend does not report it."""
     dtype, mesh = batch.latents_blc.dtype, current_mesh()
     empty = _abstract_text(work, 1, partition.config, dtype, partition.text_ids) if config.uncond_fraction else None
     shardings = rules.shardings(state, partition.params, mesh)
@@ -267,23 +270,23 @@ def _compiled_bytes(
 
 
 def num_bytes(tree: Any) -> int:
-    """Return the bytes of the arrays, or shapes of arrays, in `tree`."""
+    """Return the total bytes of the arrays (or their shapes) in `tree`."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(device: Device) -> int | None:
-    """Return the bytes that a program may use, on a CPU those of this machine or its container; None: unknown."""
+    """Return the bytes that a program may use (on a CPU, the memory of the machine or container); None: unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and version 1
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
     return min(limits)
 
 
 def check_memory(total: int, limit: float | None, device_kind: str) -> None:
-    """Raise UserError if `total` bytes are more than the `limit` of a device (None: unknown)."""
+    """Raise UserError if `total` bytes exceed the `limit` of a device (None: unknown)."""
     if limit is not None and total > limit:
         raise UserError(
             f"the run needs about {total / GIB:.1f} GiB of memory on each device, {device_kind} has "
@@ -297,9 +300,9 @@ def check_memory(total: int, limit: float | None, device_kind: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a run will need: memory (of its largest step), FLOPs of one example by workload, quantiles of the times.
+    """Memory of a run's largest step, FLOPs of one example by workload, and training times at the quantiles.
 
-    On several devices also what each of them sends in a step, by tier, and the time of a step, by tier and device name.
+    On several devices also the traffic of each device in a step, by tier, and the step time, by tier and device name.
     """
 
     memory: Memory
@@ -321,10 +324,10 @@ def estimate(
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
-    """Estimate what the run will need; `partition` may contain shapes instead of arrays.
+    """Estimate the memory, FLOPs and step time of a run; `partition` may contain shapes instead of arrays.
 
-    `sizes` are those of the mesh, by default of the one that is set. Step times are computed for those `device_specs`
-    that have enough memory.
+    `sizes` are the mesh sizes, by default those of the current mesh. Step times are computed for the `device_specs`
+    with enough memory.
     """
     largest = max(workloads, key=lambda work: work.micro_batch * work.tokens)
     needed = memory(
@@ -359,7 +362,7 @@ def estimate(
 
 
 def time_quantiles(config: StepConfig, workloads: Sequence[Workload]) -> dict[str, list[float]]:
-    """Return the training times at the nine quantiles: by tier if they depend on the size, else one row."""
+    """Return the training times at the nine quantiles, by tier if they depend on the size, else as one row."""
     by_size = config.times.flux_shift and config.times.shift is None
     grids = {work.tier: work.grid for work in workloads} if by_size else {"all sizes": workloads[0].grid}
     uniform = jnp.array(QUANTILES)

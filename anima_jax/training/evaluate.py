@@ -1,8 +1,8 @@
 """Losses on held-out examples at nine fixed times with fixed noise.
 
 As in diffusion-pipe (train.py, `evaluate`): the times are quantiles of the distribution that training draws from. An
-example's noise depends only on its id, so losses of different evaluations are comparable, for any seed, batch
-size and devices of the run. Axes: q quantiles, b batch, l image tokens.
+example's noise depends only on its id, so the losses of different evaluations are comparable, whatever the seed, batch
+size and devices of the runs. Axes: q quantiles, b batch, l image tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,18 +27,18 @@ NOISE_SEED = 0
 
 
 def padded_batches(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the numbers below `count` in batches (b,), and each number's weight: 0 for what pads the last batch."""
+    """Yield the numbers below `count` in batches (b,), with their weights (b,): 0 for the padding of the last batch."""
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size)
         yield np.minimum(rows, count - 1), (rows < count).astype(np.float32)
 
 
 class Evaluation:
-    """The jitted losses at all nine times; each new batch shape compiles a program."""
+    """A jitted function of the losses at all nine times; it is compiled for each new batch shape."""
 
     def __init__(self, graphdef: nnx.GraphDef[Any], config: StepConfig):
         def losses_of(params: Params, batch: TrainBatch) -> Array:
-            """Return each example's loss at each quantile's time, (q, b)."""
+            """Return the loss of each example at the time of each quantile, (q, b)."""
             model = merge(graphdef, cast_to_compute(params, config.compute_dtype))
             first_epoch_b = jnp.zeros(batch.ids_b2.shape[0], jnp.int32)
             keys_b = example_keys(NOISE_SEED, first_epoch_b, batch.ids_b2, Purpose.EVALUATION_NOISE)
@@ -55,8 +55,8 @@ class Evaluation:
     def __call__(self, params: Params, batches: Iterable[tuple[TrainBatch, np.ndarray]]) -> dict[str, float]:
         """Return `loss_quantile_0.10` … `loss_quantile_0.90`, each a mean over the examples, and their mean, `loss`.
 
-        `params` are all parameters, trained and frozen. Each batch comes with its weights (b,): 0 for padding. Raises
-        ValueError if no example has a weight above 0.
+        `params` are all parameters, trained and frozen. Each batch comes with example weights (b,): 0 for padding.
+        Raises ValueError if no example has a weight above 0.
         """
         total_q, weight = np.zeros(len(QUANTILES)), 0.0
         for losses_qb, weights_b in _one_behind((self._losses(params, batch), weights) for batch, weights in batches):

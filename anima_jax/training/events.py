@@ -1,4 +1,4 @@
-"""What happens at some steps of a run: exports, evaluations, samples, and checks of a step's metrics."""
+"""Events at some steps of a run: exports, evaluations, and checks of a step's metrics."""
 
 import pathlib
 import shutil
@@ -22,35 +22,35 @@ from anima_jax.training.writer import Writer, warn_and_continue
 
 
 class Interruptible(Protocol):
-    """What may be cut short by a request to stop, and is repeated when the run resumes."""
+    """An event that a request to stop may cut short; a resumed run repeats it."""
 
     def due(self, at: Moment) -> bool:
-        """Return whether it happens at this moment."""
+        """Return whether the event happens at this moment."""
         ...
 
     def done(self, at: Moment) -> bool:
-        """Return whether an earlier attempt did it at this moment, where the run resumes."""
+        """Return whether an earlier attempt completed the event at this moment, from which the run resumes."""
         ...
 
     def run(self, at: Moment, state: TrainState) -> None:
-        """Do it with the weights of this state."""
+        """Run the event with the weights of this state."""
         ...
 
 
 class Export:
-    """Saves the model into the run's folder after epochs, steps, and at the end."""
+    """Exports the model to the run's folder after some epochs and steps, and at the end."""
 
     def __init__(self, run: Run, partition: ParamPartition, folder: pathlib.Path, writer: Writer):
         self._run, self._partition, self._folder, self._writer = run, partition, folder, writer
         self.error = ""
-        """Why the last export is missing, empty if it is there."""
+        """Why the last export failed; empty if it succeeded."""
 
     def due(self, at: Moment) -> list[str]:
-        """Return the names of the folders to save the model in."""
+        """Return the names of the folders in which to save the model at this moment; empty if none is due."""
         return export_names(self._run, at)
 
     def run(self, at: Moment, state: TrainState) -> None:
-        """Save the model into every folder that is due, and delete the oldest exports."""
+        """Save the model in every folder that is due, and delete the oldest exports."""
         for name in self.due(at):
             self._writer.flush()
             config, folder = self._run.config, self._folder / name
@@ -69,7 +69,7 @@ class Export:
 
 
 def export_names(run: Run, at: Moment) -> list[str]:
-    """Return the names of the folders to save the model in at this moment: `epochN`, `stepN`, none or both."""
+    """Return the names of the folders in which to save the model at this moment: `epochN`, `stepN`, both or none."""
     names = [f"epoch{at.epochs[1]}"] if crosses_multiple(run.config.save_every_n_epochs, *at.epochs) else []
     if crosses_multiple(run.save_every_steps, at.step - 1, at.step) or (at.step == at.total_steps and not names):
         names.append(f"step{at.step}")
@@ -115,11 +115,11 @@ class Evaluate:
 
 
 class SelfCheck:
-    """Checks in a run's first steps that every parameter group learns that should, and no other."""
+    """Checks in the first steps of a run that trained parameter groups have gradients and frozen ones do not move."""
 
     def __init__(self, run: Run, partition: ParamPartition, first_step: int, writer: Writer):
         rates, self._adapter = run.config.learning_rates, run.config.adapter is not None
-        # Which groups have an adapter is the configuration's choice.
+        # The configuration chooses which groups have an adapter; the others have nothing to learn.
         self._rates = {group: rates[group] for group in partition.groups.values()} if self._adapter else rates
         self._first_step, self._writer = first_step, writer
 
@@ -127,7 +127,7 @@ class SelfCheck:
         return at.step - self._first_step <= ATTEMPTS
 
     def run(self, at: Moment, norms: GroupNorms | None) -> None:
-        """Judge the norms that the step measured. Raises UserError as `self_check` does."""
+        """Check the norms that the step measured (None: skip the check). Raises UserError as `self_check` does."""
         if norms is None:
             return
         self._writer.flush()
@@ -138,14 +138,14 @@ class SelfCheck:
 
 
 class SkippedUpdates:
-    """Reports updates that were skipped because they were not finite, and stops a run with too many in a row."""
+    """Reports updates skipped because loss or gradient was not finite, and stops a run with too many in a row."""
 
     def __init__(self, run: Run, folder: pathlib.Path, checkpointer: Checkpointer, writer: Writer):
         self._limit, self._folder, self._checkpoints = run.config.max_skipped_steps, folder, checkpointer.checkpoints
         self._writer, self._reported = writer, 0
 
     def check(self) -> None:
-        """Look at the newest metrics. Raises UserError that names the last good checkpoint."""
+        """Check the newest metrics. Raises UserError, naming the last good checkpoint, if too many were skipped."""
         skipped = int(self._writer.last.get("skipped", 0))
         if skipped > self._reported:
             self._writer.print(f"the loss or its gradient is not finite: {skipped} updates in a row were skipped")

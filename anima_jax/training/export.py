@@ -1,4 +1,4 @@
-"""Models and adapters that a run saves, in diffusion-pipe's layout; sampling uses the newest."""
+"""Models and adapters that a run exports, in diffusion-pipe's layout; sampling uses the newest."""
 
 import importlib.metadata
 import json
@@ -27,8 +27,8 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 EMA_FOLDER = "ema"
-"""The averaged weights' folder in an export's folder. It is a folder of its own because diffusion-pipe's
-`init_from_existing` expects a folder with a single file."""
+"""Subfolder of an export for the averaged weights, separate because diffusion-pipe's `init_from_existing` expects a
+folder with a single file."""
 
 _EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
 _DELETED = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.old")
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 class AboutAdapter(NamedTuple):
-    """What is saved with an adapter: its file's metadata, and PEFT's settings."""
+    """Description of an adapter, saved with it: the metadata of its file, and PEFT's settings."""
 
     metadata: Mapping[str, str]
     peft: Mapping[str, Any]
 
 
 def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> AboutAdapter | None:
-    """Return the description of a run's adapter, None if it trains none. Reads the base model's whole file once."""
+    """Return the description of a run's adapter; None if it trains none. Reads the whole base model file once."""
     adapter, base = config.adapter, config.model.transformer_path
     if adapter is None or partition.specs is None:
         return None
@@ -63,7 +63,7 @@ def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> A
 def _version() -> str:
     try:
         return importlib.metadata.version("anima-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from its folder
+    except importlib.metadata.PackageNotFoundError:  # not installed: run from the source tree
         return "of no release"
 
 
@@ -76,10 +76,10 @@ def export(
     *,
     ema: Params | None = None,
 ) -> pathlib.Path:
-    """Write `params`, values of the trained parameters, into `folder`: the whole model, or only the adapter.
+    """Write `params`, the values of the trained parameters, to `folder`, as the full model or only the adapter.
 
-    Averaged weights are written into `folder/ema`. Returns the file of the averaged weights if there are any, else of
-    `params`.
+    Averaged weights (`ema`) are written to `folder/ema`. Returns the path of the averaged weights' file if there is
+    one, else of that of `params`.
     """
     path = _write(folder, partition, params, dtype, about)
     return path if ema is None else _write(folder / EMA_FOLDER, partition, ema, dtype, about)
@@ -103,9 +103,9 @@ def _write(
 
 
 def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
-    """Delete all but the newest `keep` of a run's `epoch…` folders, and likewise of its `step…` folders.
+    """Delete all but the newest `keep` of a run's `epoch…` folders and all but the newest `keep` `step…` folders.
 
-    None deletes nothing. Returns the names of the deleted folders; one that cannot be deleted is logged.
+    None deletes nothing. Returns the names of the deleted folders; a folder that cannot be deleted is logged.
     """
     found: dict[str, list[tuple[int, pathlib.Path]]] = {"epoch": [], "step": []}
     for path in list(run.iterdir()):
@@ -118,7 +118,7 @@ def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
     for exports in found.values():
         for _, path in sorted(exports)[: 0 if keep is None else -keep]:
             try:
-                # Renamed first, so that a half deleted export is never mistaken for one.
+                # Rename first, so that a half-deleted export is never mistaken for a complete one.
                 shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
                 deleted.append(path.name)
             except OSError as error:
@@ -127,9 +127,9 @@ def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
 
 
 def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the model or adapter at `path`: the file itself, the one in a folder, or a run's newest.
+    """Return the model or adapter file at `path`: the file itself, or the newest export in a folder or run.
 
-    Averaged weights are preferred if the export has them. Raises UserError if there is none.
+    Of an export with averaged weights, it is the file of those. Raises UserError if there is no model or adapter.
     """
     root = pathlib.Path(path)
     if root.is_file():

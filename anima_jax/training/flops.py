@@ -1,4 +1,4 @@
-"""FLOPs of a training step, computed from sizes: those of matrix products and attention, which outweigh all others."""
+"""FLOPs of a training step, computed from sizes. Only matmuls and attention count; the rest is negligible."""
 
 import re
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params
 
 ATTENTION_BACKWARD = 4 / 2
-"""Products in attention's backward pass per product in its forward pass; it also recomputes the scores."""
+"""Matmuls in attention's backward pass per matmul in its forward pass, without recomputing the scores."""
 
 
 class Workload(NamedTuple):
-    """The step of one tier: examples in a batch, micro-batches, and the tokens and text rows of each example."""
+    """The step of one tier: examples in a batch, micro-batches, and the tokens and text rows of an example."""
 
     tier: str
     batch: int
@@ -31,7 +31,7 @@ class Workload(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of one example: of the forward and backward pass, and of what the backward pass recomputes."""
+    """FLOPs of one example in the forward pass, in the backward pass, and in recomputation."""
 
     forward: float
     backward: float
@@ -50,7 +50,7 @@ RECOMPUTED = {
     "attention": (1, 0),
     "offload": (1, 1),
 }
-"""How often a remat policy recomputes a block's products with weights, and its attention."""
+"""Remat policy → how often it recomputes the weight matmuls of a block, and its attention."""
 
 _ROWS_OF_TEXT = re.compile(r"(llm_adapter\.)?blocks\.cross_attn\.[kv]_proj\.")
 _ROWS_OF_TIME = re.compile(r"t_embedder\.|.*adaln_modulation")
@@ -60,14 +60,14 @@ _INPUT_IS_DATA = re.compile(r"x_embedder|t_embedder\.linear_1|llm_adapter\.block
 def flops(
     config: DiTConfig, trained: Params, work: Workload, remat: str, remat_every: int = 1, frozen: Params | None = None
 ) -> Flops:
-    """Return the FLOPs of one example of `work`; `trained` includes an adapter's factors.
+    """Return the FLOPs of one example of `work`; `trained` includes the factors of an adapter.
 
-    Only the text encoder's parameters of `frozen` count: it runs in the step if it has an adapter.
+    Of `frozen`, only the text encoder's parameters count: it runs inside the step if it has an adapter.
     """
     base = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
     base |= {path: leaf for path, leaf in (frozen or {}).items() if path.startswith(TEXT_ENCODER)}
     adapts = any(path.startswith(("llm_adapter.", TEXT_ENCODER)) for path in trained)
-    # Blocks recomputed together are recomputed once more than each alone.
+    # Blocks recomputed together are recomputed once more than blocks recomputed one by one.
     again_dense, again_attention = (times + (remat_every > 1) for times in RECOMPUTED[remat])
     parts = []
     for path, product, is_behind in [*_kernel_products(base | trained, work), *_factor_products(trained, work)]:
@@ -83,7 +83,7 @@ def flops(
 
 
 def _recomputed(path: str, adapts: bool, again: int) -> int:
-    """Return how often the product with the matrix at `path` is recomputed: `again` times in the main blocks."""
+    """Return how often the matmul with the matrix at `path` is recomputed: `again` times in the main blocks."""
     if path.startswith("llm_adapter."):
         return int(adapts and ".blocks." in path)
     if path.startswith(TEXT_ENCODER):
@@ -92,14 +92,17 @@ def _recomputed(path: str, adapts: bool, again: int) -> int:
 
 
 def _kernel_products(params: Params, work: Workload) -> Iterator[tuple[str, float, bool]]:
-    """Yield path, FLOPs of one example's product with it, and False, of every kernel."""
+    """Yield for each kernel its path, the FLOPs of its matmul for one example, and False.
+
+    As in `_factor_products`, the last item says whether its input is the output of a factor.
+    """
     for path, leaf in params.items():
         if path.endswith(".kernel"):
             yield path, 2.0 * leaf.size * _rows(path, work), False
 
 
 def _factor_products(trained: Params, work: Workload) -> Iterator[tuple[str, float, bool]]:
-    """Yield path, FLOPs of one example's product with it, and whether its input is another's output, of each factor."""
+    """Yield for each factor its path, its matmul's FLOPs for one example, and whether its input is another's output."""
     modules: dict[str, dict[str, Any]] = {}
     for path, leaf in trained.items():
         module, _, name = path.rpartition(".")
@@ -114,7 +117,7 @@ def _factor_products(trained: Params, work: Workload) -> Iterator[tuple[str, flo
 
 
 def _rows(path: str, work: Workload) -> int:
-    """Return the number of rows of one example that are multiplied with a matrix of the module at `path`."""
+    """Return how many rows of one example are multiplied by a matrix of the module at `path`."""
     if path.startswith(TEXT_ENCODER):
         return work.source_rows
     if _ROWS_OF_TEXT.match(path):
@@ -125,14 +128,14 @@ def _rows(path: str, work: Workload) -> int:
 
 
 def _needs_input_gradient(path: str, adapts: bool) -> bool:
-    """Return whether anything trained comes before the matrix at `path`. The scanned blocks count as one."""
+    """Return whether a trained parameter comes before the matrix at `path`. The scanned blocks count as one."""
     if _INPUT_IS_DATA.match(path):
         return False
     return adapts or not (path.startswith("llm_adapter.") or _ROWS_OF_TEXT.match(path))
 
 
 def _attention_products(config: DiTConfig, work: Workload) -> list[tuple[bool, float]]:
-    """Return (in the LLM adapter?, FLOPs of q·kᵀ and of the weighted sum of values) for each kind of attention."""
+    """Return, per kind of attention, whether it is in the LLM adapter, and the FLOPs of q·kᵀ and of weights·v."""
     assert config.adapter is not None
     of_dit = 4.0 * config.blocks * config.width * work.tokens
     of_adapter = 4.0 * config.adapter.blocks * config.adapter.width * work.target_rows

@@ -1,13 +1,13 @@
-"""Points between the steps of a run, and what is due there."""
+"""Moments between the steps of a run, and intervals of recurring events."""
 
 import dataclasses
 from typing import NamedTuple
 
 
 class Moment(NamedTuple):
-    """A point between two steps: `step` of `total_steps` steps are finished, and `examples` examples consumed.
+    """A point between two steps, when `step` of `total_steps` steps are finished and `examples` examples consumed.
 
-    `epochs` are the numbers of finished epochs before and after the last step.
+    `epochs` are the numbers of finished epochs before and after the latest step.
     """
 
     step: int
@@ -18,7 +18,7 @@ class Moment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """When something happens: every so many steps or epochs (None: not by these), before the first step, at the end."""
+    """When an event happens: every `steps` steps or `epochs` epochs (None: not counted), at the start, at the end."""
 
     steps: int | None = None
     epochs: int | None = None
@@ -26,7 +26,7 @@ class Every:
     at_end: bool = False
 
     def due(self, at: Moment) -> bool:
-        """Return whether it is due at this moment."""
+        """Return whether the event is due at this moment."""
         if at.step == 0:
             return self.at_start
         return (

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def user_cache_folder() -> pathlib.Path:
-    """Return this user's folder of compiled programs. They are executable code, so it is not shared."""
+    """Return the user's folder of compiled programs. It is not shared, because they are executable code."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG base directory specification says to ignore a relative path.
     base = pathlib.Path(root) if os.path.isabs(root) else pathlib.Path("~/.cache").expanduser()
@@ -26,10 +26,10 @@ def user_cache_folder() -> pathlib.Path:
 
 
 def use_compilation_cache(folder: str | None) -> str | None:
-    """Keep compiled programs in `folder` from now on. Returns the folder used, None if there is no cache.
+    """Cache compiled programs in `folder`. Returns the folder that is used, None if there is no cache.
 
-    None means JAX's own setting (JAX_COMPILATION_CACHE_DIR), else the user's cache folder, else no cache if that cannot
-    be written. The empty string turns the cache off. Raises UserError if the given `folder` cannot be written.
+    None selects JAX's own setting (JAX_COMPILATION_CACHE_DIR) or else the user's cache folder; if that is not writable,
+    there is no cache. The empty string turns the cache off. Raises UserError if a given `folder` is not writable.
     """
     chosen = folder
     if chosen is None:
@@ -47,7 +47,7 @@ def use_compilation_cache(folder: str | None) -> str | None:
 
 
 def _make_writable(folder: str) -> bool:
-    """Make `folder` if it does not exist, and return whether it can be written."""
+    """Create `folder` if it does not exist, and return whether it is writable."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError:
@@ -57,7 +57,7 @@ def _make_writable(folder: str) -> bool:
 
 @dataclasses.dataclass
 class Compilation:
-    """A compilation: seconds, programs looked up in the cache, and programs found there."""
+    """Seconds of a compilation, number of programs looked up in the cache, and number of programs found there."""
 
     seconds: float = 0.0
     lookups: int = 0
@@ -71,7 +71,7 @@ class Compilation:
 
 @contextlib.contextmanager
 def watch_compilation() -> Iterator[Compilation]:
-    """Measure what the block compiles: a jitted function's first call returns once it is compiled."""
+    """Measure compilation in the block, which should be a jitted function's first call: it returns once compiled."""
     found = Compilation()
 
     def listen(event: str, **_) -> None:
@@ -88,7 +88,7 @@ def watch_compilation() -> Iterator[Compilation]:
 
 
 def parse_steps(text: str) -> range:
-    """Parse START:STOP, the steps from START (1 is the first) up to but not including STOP, or raise UserError."""
+    """Parse START:STOP, the steps from START (from 1) to STOP − 1. Raises UserError if `text` is not valid."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match and 1 <= int(match[1]) < int(match[2]):
         return range(int(match[1]), int(match[2]))
@@ -96,14 +96,14 @@ def parse_steps(text: str) -> range:
 
 
 class Profiler:
-    """Runs train steps and writes an xprof trace of those in `steps` to `folder` (`xprof FOLDER` shows it)."""
+    """Runs train steps and writes an xprof trace of those in `steps` to `folder`; `xprof FOLDER` shows it."""
 
     def __init__(self, steps: range | None, folder: pathlib.Path):
         self._steps, self._folder = steps or range(0), folder
         self._tracing = False
 
     def run(self, number: int, step: Callable[..., Result], *arguments: Any) -> Result:
-        """Return `step(*arguments)`, step `number` (from 1) of the run."""
+        """Run step `number` (from 1) of the run and return `step(*arguments)`."""
         if number in self._steps and not self._tracing:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
@@ -114,11 +114,11 @@ class Profiler:
         return result
 
     def close(self) -> None:
-        """Write the trace if its last step was not reached."""
+        """Write an unfinished trace, if the run ended before the last step to trace."""
         if self._tracing:
             self._stop(None)
 
     def _stop(self, result: Any) -> None:
-        jax.block_until_ready(result)  # steps run asynchronously: without this the trace lacks their end
+        jax.block_until_ready(result)  # steps run asynchronously; without this the trace ends early
         jax.profiler.stop_trace()
         self._tracing, self._steps = False, range(0)

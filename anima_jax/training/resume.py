@@ -1,8 +1,8 @@
-"""Saving a run so that a resumed run equals one that was never stopped, and saying what changed where it cannot.
+"""Saving and resuming a run. A resumed run equals one that was never stopped, or messages say what changed.
 
-A checkpoint is four items (parameters, optimizer, EMA, counters; never frozen parameters) and JSON metadata: the
-position in the data, and a description of the model, the data set and the configuration. Since every random number and
-the order of the data are functions of the seed, the epoch and the step, a run has no other state.
+A checkpoint has four items (parameters, optimizer, EMA, counters; never frozen parameters) and JSON metadata: the
+position in the data, and a description of the model, the data set and the configuration. A run has no other state,
+because random numbers and the order of the data are functions of the seed, the epoch and the step.
 """
 
 import pathlib
@@ -24,28 +24,28 @@ from anima_jax.training.intervals import Moment
 from anima_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
-"""The folder of checkpoints in a run's folder."""
+"""Name of the folder of checkpoints in a run's folder."""
 
 SCHEMA = 2
 """Version of a checkpoint's items and metadata."""
 
 MAX_SETTINGS = 12
-"""At most this many changed keys of the configuration are named."""
+"""Maximum number of changed keys of the configuration that messages name."""
 
-# Keys of the configuration that do not change what is trained.
+# Keys of the configuration that do not affect training, or that are compared in another way.
 _IRRELEVANT = re.compile(
     r"path|messages|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
     r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
     r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples"
 )
 
-# Keys that may differ between processes. Data and encoders, which lie at some of these paths, are compared by content.
+# Keys that may differ between processes. Data and encoders at some of these paths are compared by their contents.
 _PER_PROCESS = re.compile(
     r"(\w+\.)*(\w*path|dataset|config)|messages|cache_local_dir|compilation_cache_dir|map_num_proc"
     r"|monitoring\.\w+"
 )
 
-_HYPER_PARAMETERS = re.compile(r"(^|/)hyperparams/|/b1$")  # of inject_hyperparams, and of schedule-free
+_HYPER_PARAMETERS = re.compile(r"(^|/)hyperparams/|/b1$")  # names in optax's inject_hyperparams and schedule_free
 
 # ---- describing a run ---------------------------------------------------------------------------------------------
 
@@ -63,9 +63,9 @@ def run_metadata(
 ) -> dict[str, Any]:
     """Return the description of a run that its checkpoints contain.
 
-    `params` (arrays or shapes) are those trained, `groups` their parameter groups by path; `ids` and `contents` as in
-    `data_fingerprint`; `settings` from `training_settings`. `files` are fingerprints of what the run uses but does not
-    train, by a name for messages. `replicas` are those that its batches were planned for.
+    `params` (arrays or shapes) are the trained parameters, `groups` their groups by path; `ids` and `contents` are as
+    in `data_fingerprint`, `settings` is from `training_settings`. `files` maps the name, for messages, of each encoder
+    or set of weights that the run uses but does not train to its fingerprint. `replicas` is `Run.batch_replicas`.
     """
     return {
         "replicas": replicas,
@@ -78,7 +78,7 @@ def run_metadata(
 
 
 def frozen_fingerprint(frozen: Params) -> dict[str, str]:
-    """Return a checksum of frozen weights, bit for bit as stored, on any devices; empty if there are none."""
+    """Return a checksum of the bits of the frozen weights, the same on any devices; empty if there are none."""
     return {"the frozen weights": f"{int(_sum_of_bits(frozen)):x}"} if frozen else {}
 
 
@@ -92,7 +92,7 @@ def _sum_of_bits(params: Params) -> jax.Array:
 
 
 def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a configuration (`model_dump(mode="json")`) that matter to training: dotted key → value."""
+    """Return the keys of a configuration (`model_dump(mode="json")`) that affect training: dotted key → value."""
     return _dotted({key: value for key, value in config.items() if not _IRRELEVANT.fullmatch(key)})
 
 
@@ -102,7 +102,7 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested tables and lists of tables; keys without a value are left out."""
+    """Flatten nested tables and lists of tables into dotted keys, without keys whose value is None."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -118,7 +118,10 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Difference(NamedTuple):
-    """How a run differs from a checkpoint. With a `remedy` it cannot resume, unless the flag `waived_by` is given."""
+    """A difference between a run and a checkpoint.
+
+    One with a `remedy` is an error: the run cannot resume, unless the flag `waived_by` is given.
+    """
 
     message: str
     remedy: str = ""
@@ -126,7 +129,7 @@ class Difference(NamedTuple):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return how two runs' metadata differ: model, data, files, configuration, versions."""
+    """Return the differences between the metadata of two runs: model, data, files, configuration, versions."""
     found = [*_model_differences(old["model"], new["model"]), *_data_differences(old, new)]
     messages = [f"{name} changed" for name, own in new["files"].items() if old["files"].get(name, own) != own]
     before, now = old["settings"], new["settings"]
@@ -171,7 +174,7 @@ def _parameters(table: Mapping[str, Mapping[str, str]], paths: list[str]) -> str
 
 
 def _rank_change(changed: Mapping[str, tuple[str, str]]) -> str:
-    """Return the message if all that changed is a LoRA's rank, else the empty string."""
+    """Return a message if the only change is the rank of a LoRA, else the empty string."""
     if not all(path.endswith((".lora_a", ".lora_b")) for path in changed):
         return ""
     ranks = {
@@ -184,7 +187,7 @@ def _rank_change(changed: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Compare seeds and tiers."""
+    """Return the differences between the seeds and between the tiers."""
     (seed, old_tiers), (new_seed, new_tiers) = ((each["data"]["seed"], each["data"]["tiers"]) for each in (old, new))
     found = [Difference(f"seed was {seed}, now {new_seed}")] if seed != new_seed else []
     for name in dict.fromkeys([*old_tiers, *new_tiers]):
@@ -217,10 +220,11 @@ def _restart_epoch(old: Mapping[str, Any]) -> str:
 
 
 class Position(NamedTuple):
-    """Where a run is, in finished steps.
+    """The position of a run, in finished steps.
 
-    `step` counts the run's, `data_step` the plan's (another number after `--reset_dataloader` or a change of the data),
-    `optimizer_step` those since the optimizer's state was new, which its learning rate follows.
+    `step` counts the steps of the run, `data_step` those of the batch plan (a different number after
+    `--reset_dataloader` or a change of the data), `optimizer_step` those since the optimizer was initialised, which
+    determine the learning rate.
     """
 
     step: int
@@ -228,12 +232,12 @@ class Position(NamedTuple):
     optimizer_step: int
 
     def at(self, step: int) -> "Position":
-        """Return the position of the same run when `step` of its steps are finished."""
+        """Return the position of the same run after `step` steps."""
         return Position(*(number + step - self.step for number in self))
 
 
 class Checkpointer:
-    """Saves a run into `run/checkpoints` and restores it. Close it: a program that ends while saving hangs.
+    """Saves a run to `run/checkpoints` and restores it. It must be closed: a program that ends while saving hangs.
 
     `metadata` is from `run_metadata`. The newest `keep` checkpoints are kept (None: all).
     """
@@ -253,7 +257,7 @@ class Checkpointer:
         self._announced: int | None = None
         self.checkpoints = RunCheckpoints(run / FOLDER, keep=keep)
         self.start = Position(0, 0, 0)
-        """Where training starts: at 0, or after `restore` where the run resumes."""
+        """The position at which training starts: 0, or after `restore` the one at which the run resumes."""
 
     def restore(
         self,
@@ -264,13 +268,14 @@ class Checkpointer:
         reset_optimizer: bool = False,
         reset_optimizer_params: bool = False,
     ) -> tuple[TrainState, list[str]]:
-        """Return the newest checkpoint's state, and messages about what changed; `start` is where the run resumes.
+        """Return the state of the newest checkpoint, and messages about what changed; set `start`.
 
-        `state` is a new one, whose shardings are kept; the arrays that the checkpoint replaces are deleted, as if
-        donated. With `reset_dataloader` the epoch that was under way restarts; with `reset_optimizer` the optimizer
-        does, and parameters that were not trained before start from `state`. Hyper-parameters are the configuration's,
-        except for those in an optimizer's state, which need `reset_optimizer_params`.
-        Raises UserError, with every reason, if the checkpoint does not fit.
+        `state` is a newly initialised one, whose shardings the result has; its arrays that the checkpoint replaces are
+        deleted, as if donated. With `reset_dataloader`, the epoch in progress restarts. With `reset_optimizer`, the
+        optimizer restarts, and parameters that were not trained before keep their values in `state`. Hyper-parameters
+        in the optimizer's state are the checkpoint's, unless `reset_optimizer_params` or `reset_optimizer` is set; all
+        others are the configuration's.
+        Raises UserError, with every reason, if the run cannot resume from the checkpoint.
         """
         step = self.checkpoints.latest()
         if step is None:
@@ -342,10 +347,10 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, *, wait: bool = False, announce: Callable[[str], None] = lambda line: None
     ) -> bool:
-        """Start writing a checkpoint of the state after `step` steps; `state` may be donated when this returns.
+        """Start writing a checkpoint of the state after `step` steps; `state` may be donated once this returns.
 
-        With `wait` it returns when the checkpoint is written. `announce` gets a line, once for each step. Returns False
-        if the checkpoint could not be saved, which is logged.
+        With `wait`, it returns when the checkpoint is written. `announce` is called with a message, once per step.
+        Returns False if the checkpoint could not be saved; the error is logged.
         """
         position = self.start.at(step)
         items = {"params": state.params, "optimizer": state.opt_state, "counters": _counters(state)}
@@ -370,11 +375,11 @@ class Checkpointer:
         return saved
 
     def overdue(self) -> bool:
-        """Return whether the last checkpoint is `every_n_minutes` old by this process's clock."""
+        """Return whether the last checkpoint is at least `every_n_minutes` old by the clock of this process."""
         return self._minutes is not None and self._clock() - self._saved_at >= 60 * self._minutes
 
     def postpone(self) -> None:
-        """Restart the minutes: a checkpoint is requested, which the processes agree on a step later."""
+        """Restart the interval after a request for a checkpoint, on which the processes agree one step later."""
         self._saved_at = self._clock()
 
     def close(self) -> None:
@@ -382,13 +387,13 @@ class Checkpointer:
         self.checkpoints.close()
 
     def total_steps(self, epochs: int, max_steps: int | None = None) -> int:
-        """Return the run's steps when `epochs` epochs of the data, or `max_steps`, are over."""
+        """Return the number of steps of the run after `epochs` epochs of the data, at most `max_steps`."""
         steps = self.start.step + max(0, self._plan.steps_for(epochs) - self.start.data_step)
         return steps if max_steps is None else min(steps, max_steps)
 
     @property
     def epoch_start(self) -> int:
-        """The run's step after which the epoch under way at `start` began."""
+        """The step of the run after which the epoch in progress at `start` began."""
         epochs = self._plan.epochs_finished(self.start.data_step)
         return self.start.step - self.start.data_step + self._plan.steps_for(epochs)
 
@@ -400,12 +405,12 @@ class Checkpointer:
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
-    """Return the fields that count steps: those that are no tree of parameters or of the optimizer."""
+    """Return the fields of the state that count steps, by name: all but parameters, optimizer and EMA."""
     return {name: value for name, value in state._asdict().items() if name not in {"params", "opt_state", "ema"}}
 
 
 def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
-    """Return shapes, dtypes and shardings of `tree`, and delete its arrays except for those with the `spared` ids."""
+    """Return the shapes, dtypes and shardings of `tree`, and delete its arrays except those with the `spared` ids."""
 
     def abstract(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -419,10 +424,10 @@ def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
 
 
 def _matching(tree: Any, pattern: re.Pattern[str]) -> dict[str, Any]:
-    """Return the leaves whose path matches: path → leaf."""
+    """Return the leaves whose path matches `pattern`, by path."""
     return {path: leaf for path, leaf in flat(tree).items() if pattern.search(path)}
 
 
 def _replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Return `tree` with these leaves instead of its own."""
+    """Return `tree` with the leaves at the paths in `leaves` replaced."""
     return jax.tree.unflatten(jax.tree.structure(tree), {**flat(tree), **leaves}.values())

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16: up or down at random, so that the mean is the value itself.
+"""Stochastic rounding to bfloat16: up or down at random, so that the expected result is the value itself.
 
 Rounding to nearest would lose every update smaller than half a step of bfloat16 (2^-9 of a weight).
 """
@@ -9,9 +9,9 @@ from jax import Array
 
 
 def stochastic_round(values: Array, key: Array) -> Array:
-    """Return float32 `values` as bfloat16, rounded up with the probability of the fraction of a step that is cut off.
+    """Return float32 `values` as bfloat16; the probability of rounding away from 0 is the fraction of a step cut off.
 
-    Values that bfloat16 can represent are unchanged, infinities and NaN too; no finite value becomes infinite.
+    Values that bfloat16 can represent, infinities and NaN are unchanged; no finite value becomes infinite.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""A run's folder in output_dir: making a new one, finding the one to resume, and training in it alone."""
+"""The folder of a run in output_dir: creating a new one, finding the one to resume, and locking it."""
 
 import contextlib
 import datetime
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(\d{8}_\d{2}-\d{2}-\d{2})(.*)")
 
 
 def new_folder(root: pathlib.Path) -> pathlib.Path:
-    """Make a new run's folder in `root`, named by the time (UTC)."""
+    """Create the folder of a new run in `root`, named by the time (UTC). Raises UserError if that is not possible."""
     name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H-%M-%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         try:
@@ -35,7 +35,7 @@ def new_folder(root: pathlib.Path) -> pathlib.Path:
 
 
 def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
-    """Copy the TOMLs into the run's folder."""
+    """Copy the TOML files of a run to its folder."""
     used: set[str] = set()
     for path in (config.path, config.dataset, *(each.config for each in config.eval_datasets)):
         name = pathlib.Path(path).name
@@ -49,8 +49,8 @@ def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
 def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
     """Return the folder of the run to resume.
 
-    `name` is a name in `output_dir` or a path; "" is the newest run in `output_dir` that has a checkpoint. Raises
-    UserError if there is no such run, or if it has no checkpoint.
+    `name` is the name of a run in `output_dir` or a path; "" selects the newest run in `output_dir` with a checkpoint.
+    Raises UserError if there is no such run, or if it has no checkpoint.
     """
     root = pathlib.Path(output_dir)
     folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
@@ -78,7 +78,7 @@ def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def replicas_of(run: pathlib.Path) -> int:
-    """Return the replicas that a run's batches were planned for. Raises UserError if its checkpoint is not readable."""
+    """Return the number of replicas of a run's batches. Raises UserError if its newest checkpoint is not readable."""
     checkpoints = RunCheckpoints(run / FOLDER, keep=None)
     step = checkpoints.latest()
     return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
@@ -88,8 +88,8 @@ def replicas_of(run: pathlib.Path) -> int:
 def alone_in(run: pathlib.Path) -> Iterator[None]:
     """Prevent other runs from training in this folder during the block.
 
-    Of several processes, process 0 locks the folder; the lock ends with the process. Raises UserError if another run
-    has it. A file system without locks lets everyone in.
+    Process 0 locks the folder; the lock ends with the process. Raises UserError if another run has the lock. On a file
+    system without locks, nothing is prevented.
     """
     if not is_process_0():
         yield
@@ -115,5 +115,5 @@ def _has_checkpoint(run: pathlib.Path) -> bool:
 
 
 def _age(run: re.Match[str]) -> tuple[str, int, str]:
-    """Sort key of runs' names: time, then suffix, with -2 before -10."""
+    """Return the sort key of a run's name: time, then suffix, with -2 before -10."""
     return run[1], len(run[2]), run[2]

@@ -1,4 +1,4 @@
-"""Images that a run draws during training, always of the same prompts and seeds."""
+"""Images sampled during training, always from the same prompts and seeds."""
 
 import pathlib
 import textwrap
@@ -19,17 +19,17 @@ from anima_jax.training.step import TrainState, trained_weights
 from anima_jax.training.writer import Writer, warn_and_continue
 
 _MIN_TILE, _MARGIN, _LINE = 128, 4, 12
-"""Pixels of a grid: the least width of an image, the gap between images, the height of a line of text."""
+"""Sizes in a grid, in pixels: minimum width of an image, gap between images, height of a line of text."""
 
 
 TAG = "samples"
-"""Name of the grids in TensorBoard and W&B."""
+"""Tag of the grids in TensorBoard and W&B."""
 
 
 class Samples:
-    """Draws `[sample]`'s prompts and seeds as one grid, `step000500.png` in `folder`, and shows it with `writer`.
+    """Samples the prompts and seeds of `[sample]` into one grid, such as `step000500.png` in `folder`.
 
-    `pipeline` is of the model that is trained; `frozen` are its parameters that are not.
+    `writer` shows the grid on the dashboards. `pipeline` is that of the trained model, `frozen` its frozen parameters.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Samples:
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
     def due(self, at: Moment) -> bool:
-        """Return whether samples are drawn at this moment."""
+        """Return whether the run samples at this moment."""
         return self._every.due(at)
 
     def done(self, at: Moment) -> bool:
-        """Return whether an earlier attempt drew the samples of this moment, where the run resumes."""
+        """Return whether an earlier attempt saved the samples of this moment, from which the run resumes."""
         return at.step > 0 and self._path(at).exists()
 
     def run(self, at: Moment, state: TrainState) -> None:
-        """Draw with the averaged weights if there are any, else with the trained ones."""
+        """Sample with the averaged weights if there are any, else with the trained ones."""
         self._writer.flush()
         with warn_and_continue():
             weights = trained_weights(state) if state.ema is None else state.ema
@@ -65,10 +65,10 @@ class Samples:
         return self._folder / f"step{at.step:06d}.png"
 
     def _draw(self, at: Moment, params: Params) -> Image.Image:
-        """Draw with these parameters of the model, write the grid and return it.
+        """Sample with these parameters, save the grid and return it.
 
-        The PNG's text chunks describe it: `prompt` and `seed` (one line per tile, row by row), `step`, and the
-        sampler's settings.
+        The text chunks of the PNG are `prompt` and `seed` (one line per tile, row by row), `step`, and `parameters`,
+        the settings of the sampler.
         """
         config, (width, height) = self._config, self._size_wh
         self._pipeline.dit_params = cast_to_compute(params, self._pipeline.dtype)
@@ -88,7 +88,7 @@ class Samples:
                 shift=config.shift,
                 seed=seed,
             )
-        self._pipeline.dit_params = {}  # training donates them
+        self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
         text = {
@@ -110,7 +110,7 @@ def make_samples(
     folder: pathlib.Path,
     writer: Writer,
 ) -> list[Samples]:
-    """Return the samples that the configuration asks for: one or none."""
+    """Return the `Samples` of the configuration in a list, empty without `[sample]`."""
     if config.sample is None:
         return []
     model = merge(partition.graphdef, partition.frozen | state.params)
@@ -120,7 +120,7 @@ def make_samples(
 
 
 def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Return the images in rows, each above its caption. Small images are enlarged so that captions can be read."""
+    """Return a grid of the images, each above its caption. Small images are enlarged so that captions are readable."""
     scale = -(-_MIN_TILE // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
     font = ImageFont.load_default(size=10)

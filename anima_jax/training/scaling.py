@@ -1,9 +1,9 @@
-"""Traffic between devices in a training step and the step's time, computed from sizes.
+"""Traffic between devices in a training step, and the step time, computed from sizes.
 
-The model is simple on purpose (docs/scaling.md). A mesh axis has the `intra_bandwidth` of its devices while it and the
-axes inside it fit into their domain, else the `inter_bandwidth`. In a ring of p devices each sends n·(p − 1)/p bytes to
-all-gather or reduce-scatter n, twice that to all-reduce them, and n·(p − 1)/p of its own n in an all-to-all.
-The traffic of weights can overlap with computation, that of activations cannot: so the time has two bounds.
+The model is simple on purpose (docs/scaling.md). A mesh axis has `intra_bandwidth` if it and the axes inside it fit
+into a domain, else `inter_bandwidth`. In a ring of p devices, each sends n·(p − 1)/p bytes to all-gather or
+reduce-scatter n bytes, twice that to all-reduce them, and n·(p − 1)/p of its own n bytes in an all-to-all.
+Weight traffic can overlap with computation, activation traffic cannot, so the step time has two bounds.
 """
 
 import math
@@ -17,14 +17,14 @@ from anima_jax.parallel.devices import DeviceSpec
 from anima_jax.training.flops import RECOMPUTED, Flops, Workload
 
 EFFICIENCY = 0.5
-"""Fraction of a device's peak FLOPs that good programs of these shapes reach."""
+"""Fraction of a device's peak FLOPs per second that good programs of these shapes reach."""
 
 _ALL_REDUCES, _ALL_TO_ALLS = 3, 4
 """Per block: all-reduces over `tensor` (after self-attention, cross-attention, MLP), all-to-alls over `context`."""
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device sends over each mesh axis in one step."""
+    """Bytes that each device sends over each mesh axis in a step."""
 
     data: float
     fsdp: float
@@ -48,7 +48,7 @@ def traffic(
 ) -> Traffic:
     """Return the traffic of a step of `work` on a mesh of these sizes; weights and activations have `itemsize` bytes.
 
-    `params` are trained, `frozen` have no gradients; both may be shapes.
+    `params` are the trained parameters, `frozen` the others, which have no gradients; both may be shapes.
     """
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     data = fsdp = context = 0.0
@@ -62,7 +62,7 @@ def traffic(
             fsdp += 2 * held * share["fsdp"] * work.accumulation  # forward and backward
         if path not in params:
             continue
-        # Each micro-batch's gradient is reduced over the devices with other examples or tokens.
+        # The gradient of each micro-batch is reduced over the devices that have other examples or tokens.
         shard = held / sizes["fsdp"] if "fsdp" in over else held
         fsdp += (1 if "fsdp" in over else 2) * held * share["fsdp"] * work.accumulation
         data += 2 * shard * share["data"] * work.accumulation
@@ -77,7 +77,7 @@ def traffic(
 
 
 def bandwidths(spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the bytes per second that a device sends over each axis."""
+    """Return the bandwidth of a device over each axis, in bytes per second."""
     inside, found = 1, {}
     for axis in reversed(rules.AXES):
         inside *= sizes[axis]
@@ -86,7 +86,7 @@ def bandwidths(spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 class Seconds(NamedTuple):
-    """Seconds of a step by purpose: computation, and traffic over each mesh axis."""
+    """Seconds of a step for computation and for the traffic over each mesh axis."""
 
     compute: float
     data: float
@@ -96,17 +96,17 @@ class Seconds(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Seconds of a step whose weight traffic overlaps with computation."""
+        """Seconds of a step if all weight traffic overlaps with computation."""
         return max(self.compute, self.data + self.fsdp) + self.tensor + self.context
 
     @property
     def most(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
+        """Seconds of a step if nothing overlaps."""
         return sum(self)
 
 
 def step_seconds(spec: DeviceSpec, sizes: Mapping[str, int], work: Workload, example: Flops, sent: Traffic) -> Seconds:
-    """Return the time of a step; `example` are the FLOPs of one example."""
+    """Return the time of a step; `example` contains the FLOPs of one example."""
     bandwidth = bandwidths(spec, sizes)
     compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * spec.flops)
     return Seconds(compute, **{axis: size / bandwidth[axis] for axis, size in sent._asdict().items()})

@@ -1,7 +1,7 @@
-"""A check at the start of every run: groups that should learn have gradients, and frozen groups do not move.
+"""A check at the start of every run: trained groups have gradients, and frozen groups do not move.
 
-Otherwise a group without gradients would go unnoticed for days, as when a text adapter's output never reaches the
-network. The train step measures the norms, `self_check` decides.
+Without it, a group without gradients could go unnoticed for days, for example if a text adapter's output never reaches
+the network. The train step measures the norms; `self_check` decides.
 """
 
 import math
@@ -17,20 +17,20 @@ from anima_jax.models.parameters import Params
 ATTEMPTS = 2
 """Steps within which a group must have a gradient.
 
-In a new network only the output layer has one in the first step: it starts at zero and passes nothing on before its
-first update.
+In a new network, only the output layer has a gradient in the first step: its weights start at zero, so none reaches
+the other layers before its first update.
 """
 
 
 class GroupNorms(NamedTuple):
-    """By parameter group: the norms of the gradient and of the update."""
+    """Norms of the gradient and of the update of each parameter group."""
 
     gradient: Mapping[str, Array | float]
     update: Mapping[str, Array | float]
 
 
 def group_norms(values: Params, groups: Mapping[str, str]) -> dict[str, Array]:
-    """Return the norm of each group of `values`; `groups` by parameter path."""
+    """Return the norm of the `values` of each group; `groups` maps the path of a parameter to its group."""
     return {
         group: optax.global_norm([value for path, value in values.items() if groups[path] == group])
         for group in sorted({groups[path] for path in values})
@@ -42,10 +42,10 @@ def self_check(
 ) -> bool:
     """Return whether the run has passed; if not, the next step must be measured too.
 
-    `rates` are the groups' learning rates, 0 for frozen. `step` is the run's step, the `attempt`-th since it started
-    (from 1), with this `loss`: 0 (all masked) or one that is not finite proves nothing. An `adapter` has no parameters
-    in the group `base`. Raises UserError with the names of groups that are frozen and moved, or that should learn and
-    have no gradient in attempt `ATTEMPTS`.
+    `rates` are the learning rates of the groups, 0 if frozen. `step` is the step of the run, the `attempt`-th (from 1)
+    since it started or resumed, with this `loss`. A loss of 0 (all masked), or a loss or gradient that is not finite,
+    proves nothing. An `adapter` has no parameters in the group `base`. Raises UserError that names the groups that are
+    frozen but moved, or that should learn but have no gradient in attempt `ATTEMPTS`.
     """
     moved = [group for group, norm in norms.update.items() if not rates[group] and float(norm) > 0]
     if moved:
@@ -64,13 +64,13 @@ def self_check(
 
 
 def _without_gradient(norms: GroupNorms, rates: Mapping[str, float], adapter: bool) -> list[str]:
-    """Return the groups that should learn and have no gradient."""
+    """Return the groups that should learn but have no gradient."""
     learning = [group for group, rate in rates.items() if rate > 0 and not (adapter and group == "base")]
     return [group for group in learning if not float(norms.gradient.get(group, 0.0))]
 
 
 def norms_table(norms: GroupNorms) -> str:
-    """Return a table of the norms of each group's gradient and update."""
+    """Return a table of the gradient and update norms of each group."""
     lines = [f"{'group':<12} {'gradient':>12} {'update':>12}"]
     for group, norm in norms.gradient.items():
         lines.append(f"{group:<12} {float(norm):>12.3e} {float(norms.update[group]):>12.3e}")

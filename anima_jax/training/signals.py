@@ -1,4 +1,4 @@
-"""Requests to a run to save, or to save and stop: diffusion-pipe's signal files, and SIGTERM."""
+"""Requests to a run to save, or to save and stop, by diffusion-pipe's signal files or SIGTERM."""
 
 import contextlib
 import pathlib
@@ -11,21 +11,21 @@ from anima_jax.parallel.hosts import Consensus, is_process_0, is_single_process
 Request = Literal["save", "save_quit"]
 
 REQUESTS: tuple[Request | None, ...] = (None, "save", "save_quit")
-"""By their numbers; of several requests, the one with the largest number counts."""
+"""Requests in order of priority: of several requests, the last in this list counts."""
 
 FILES: tuple[Request, ...] = ("save_quit", "save")
-"""Empty files of these names in the run's folder are requests; the first one found counts."""
+"""Names of (empty) files in the run's folder that are requests; the first one found counts."""
 
 
 class _CutShort(BaseException):
-    """Ends what `Signals.cut_short` runs. Not an Exception, which libraries may catch."""
+    """Ends the action of `Signals.cut_short`. It is not an Exception, because libraries may catch those."""
 
 
 class Signals:
     """Requests to the run in `run_folder`. Until `close`, the first SIGTERM is a request to save and quit.
 
-    The second SIGTERM ends the process at once, as it would without this class; so does a keyboard interrupt. With a
-    `consensus` the processes of a run agree on requests. Create it in the main thread.
+    A second SIGTERM ends the process at once, as it would without this class; so does a keyboard interrupt. With a
+    `consensus`, the processes of a run agree on requests. Create the object in the main thread.
     """
 
     def __init__(self, run_folder: pathlib.Path, consensus: Consensus | None = None):
@@ -34,9 +34,9 @@ class Signals:
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def requested(self) -> Request | None:
-        """Return what this process was asked for since the last call, None if nothing.
+        """Return the request that this process received since the last call, None if there is none.
 
-        Of several processes, process 0 looks for files; the file of the returned request is removed.
+        Only process 0 looks for files. It removes the file of the request that it returns.
         """
         if self._terminated:
             self._terminated = False
@@ -44,14 +44,14 @@ class Signals:
         for name in FILES if is_process_0() else ():
             path = self._folder / name
             if path.is_file():
-                # If another program's file or a read-only folder keeps it, it asks again and again, but stops nothing.
+                # If the file cannot be removed, the request repeats at every call; that is no reason to fail.
                 with contextlib.suppress(OSError):
                     path.unlink()
                 return name
         return None
 
     def agreed(self, *, save: bool = False) -> Request | None:
-        """Return what any of the run's processes was asked for; `save` is a request of this one's own.
+        """Return the request on which the processes of the run agree; `save` adds a request of this process to save.
 
         Several processes agree one call late, so that none waits for the others. All must call it equally often.
         """
@@ -61,14 +61,14 @@ class Signals:
     def cut_short(self, action: Callable[[], None]) -> None:
         """Run an action that may take long and can be repeated later. SIGTERM ends it at once, or prevents its start.
 
-        Several processes that run it together complete it: one of them cannot leave alone.
+        Several processes always complete it, because none may leave an action that they run together.
         """
         if self._terminated and is_single_process():
             return
         try:
             self._cutting = is_single_process()
             action()
-            self._cutting = False  # inside the block, where a signal that comes before is still caught
+            self._cutting = False  # inside `try`, so that a signal just before it is still caught
         except _CutShort:
             pass
         finally:

@@ -1,4 +1,4 @@
-"""A run's networks and optimizer: which parameters are trained, at what rate, and from which values they start."""
+"""The model and optimizer of a run: its trained parameters, their learning rates and their initial values."""
 
 import dataclasses
 import itertools
@@ -31,12 +31,12 @@ from anima_jax.training.optimizers import groups_by_path
 
 @dataclasses.dataclass(frozen=True)
 class ParamPartition:
-    """A transformer whose parameters are divided into those to train (float32) and frozen ones.
+    """A transformer whose parameters are divided into trained (float32) and frozen ones.
 
-    Frozen parameters have the compute dtype, or are stored as `[model] transformer_dtype` says, some `Quantised`.
-    `params` are the values that training starts from.
-    `tensors` are the trained parameters' tensors in an exported file; `specs` the adapters by module path, None in full
-    training. `rates` are learning rates relative to the group's, one for each layer, of parameters that have their own.
+    `params` are the trained parameters, with their initial values. `frozen` have the compute dtype or the storage dtype
+    of `[model] transformer_dtype`, which makes some of them `Quantised`.
+    `tensors` are the tensors of the trained parameters in an exported file; `specs` are the adapters by module path,
+    None in full training. `rates` maps parameters with learning rates per layer to these, relative to their group's.
     `messages` are for the user.
     """
 
@@ -51,12 +51,12 @@ class ParamPartition:
 
     @property
     def groups(self) -> dict[str, str]:
-        """The group of each trained parameter."""
+        """The group of each trained parameter, by path."""
         return groups_by_path(self.tensors)
 
     @property
     def text_ids(self) -> bool:
-        """Whether the step trains the text encoder, and so takes token ids instead of text states."""
+        """Whether the step trains the text encoder, so that its batches contain token ids instead of text states."""
         return any(path.startswith(TEXT_ENCODER) for path in self.params)
 
 
@@ -67,14 +67,13 @@ def prepare(
     *,
     sizes: DiTConfig | None = None,
 ) -> ParamPartition:
-    """Load the transformer that the configuration names, or initialise a new one, and divide its parameters.
+    """Load the transformer of the configuration, or initialise a new one, and divide its parameters.
 
-    With `sizes` one of these sizes is initialised even if the configuration names a file.
-
-    They are sharded on `mesh` (by default the current one); no device or host ever has more than its part.
-    `text_encoder` loads the text encoder, if an adapter on it is trained; by default from its file.
-    Raises UserError for a file that does not fit, if nothing would be trained, if `transformer_dtype` would round what
-    is trained, and for a `remat_every` that does not divide the number of blocks.
+    If `sizes` is given, a transformer of these sizes is initialised even if the configuration names a file.
+    Parameters are sharded over `mesh` (by default the current one); no device or host ever has more than its shards.
+    `text_encoder` is called to load the text encoder if an adapter on it is trained; the default loads its file.
+    Raises UserError if a file does not fit, if nothing would be trained, if `transformer_dtype` would round trained
+    parameters, or if `remat_every` does not divide the number of blocks.
     """
     mesh = mesh or current_mesh()
     model_config, graphdef, base = _base(config, sizes or config.model.config, mesh)
@@ -96,7 +95,7 @@ def prepare(
 def _with_adapter(
     config: MainConfig, model_config: DiTConfig, base: Params, load_text_encoder: Callable[[], Qwen3], mesh: Mesh
 ) -> ParamPartition:
-    """Freeze the base model and add adapters to train."""
+    """Return the partition of the frozen base model with trained adapters."""
     qwen = load_text_encoder() if config.trains_text_encoder else None
     if qwen is not None:
         base = base | {TEXT_ENCODER + path: value for path, value in parameters.split(qwen)[1].items()}
@@ -134,7 +133,7 @@ def _text_encoder(config: MainConfig) -> Qwen3:
 
 
 def blank_text_encoder(config: MainConfig) -> Qwen3:
-    """Return the text encoder with zeros for weights: only the header of its file is read."""
+    """Return the text encoder with weights of zero; only the header of its file is read."""
     with open_text_encoder(config.model.llm_path) as checkpoint:
         zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
         return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
@@ -146,9 +145,9 @@ def _stored_text(config: MainConfig, model: Qwen3) -> Qwen3:
 
 
 def dit_config(config: MainConfig) -> DiTConfig:
-    """Return the transformer's sizes, from the configuration or from its file's header.
+    """Return the sizes of the transformer, from the configuration or from the header of its file.
 
-    Raises UserError as `prepare` does.
+    Raises UserError if the file does not fit.
     """
     if config.model.config is not None:
         return config.model.config
@@ -158,9 +157,10 @@ def dit_config(config: MainConfig) -> DiTConfig:
 
 
 def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-    """Return the transformer without adapter, initialised with these sizes or, if None, loaded from its file.
+    """Return the sizes, graphdef and parameters of the transformer without adapter.
 
-    Frozen parameters have their storage dtype, those to train float32.
+    It is initialised with `sizes` or, if None, loaded from its file. Frozen parameters have their storage dtype,
+    trained ones float32.
     """
     if sizes is not None:
         graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
@@ -173,7 +173,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
     with open_dit(path, adapter_path=adapter_path) as checkpoint:
         trained = _trained_in_base(config, checkpoint.abstract)
         base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
-        # One parameter at a time, so that those to be quantised are never all on the device before.
+        # Load one parameter at a time, so that they are never all on the device before they are quantised.
         for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
             dtype = jnp.float32 if name in trained else _read_dtype(config, name)
             value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype, shardings)[name]
@@ -182,7 +182,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
 
 
 def _read_dtype(config: MainConfig, path: str) -> Any:
-    """Return the dtype in which a frozen parameter is read: the compute dtype if it will be quantised."""
+    """Return the dtype in which a frozen parameter is loaded: the compute dtype if it is quantised afterwards."""
     own = config.model.transformer_dtype
     if own is None or own in quantised.STORED or not quantised.in_transformer_dtype(path):
         own = config.compute_dtype
@@ -190,7 +190,7 @@ def _read_dtype(config: MainConfig, path: str) -> Any:
 
 
 def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
-    """Return a frozen parameter as it is stored: in the compute dtype, or as `transformer_dtype` says."""
+    """Return a frozen parameter in its storage dtype: the compute dtype, or that of `transformer_dtype`."""
     storage, value = config.model.transformer_dtype, value.astype(_read_dtype(config, path))
     if storage not in quantised.STORED:
         return value
@@ -199,7 +199,10 @@ def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
 
 
 def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
-    """Return the paths of the transformer's own parameters that are trained: none with an adapter."""
+    """Return the paths of the transformer's own trained parameters: none with an adapter.
+
+    Raises UserError if `transformer_dtype` would round them, or if there is no adapter and every rate is 0.
+    """
     if config.adapter is not None:
         return set()
     trained, storage = _trained_paths(config, base), config.model.transformer_dtype
@@ -214,7 +217,7 @@ def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
 
 
 def _trained_paths(config: MainConfig, base: Params) -> set[str]:
-    """Return the paths of the transformer's parameters whose group has a learning rate; a rate of 0 freezes."""
+    """Return the paths of the parameters whose group has a rate above 0. Raises UserError if there are none."""
     groups = groups_by_path(file_tensors(dit.RULES, base))
     trained = {path for path, group in groups.items() if config.learning_rates[group] > 0}
     if not trained:
@@ -223,9 +226,9 @@ def _trained_paths(config: MainConfig, base: Params) -> set[str]:
 
 
 def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.LearningRates:
-    """Return the learning rates of a run. Schedules cover all epochs, whatever `max_steps` is.
+    """Return the learning rates of a run. Schedules span all epochs, regardless of `max_steps`.
 
-    Without a plan the number of steps is not known: enough to check the optimizer, not to train.
+    Without a plan, the number of steps is unknown, which is enough to check the optimizer but not to train.
     """
     schedule = config.schedule
     steps = plan.steps_for(config.epochs) if plan else 1
@@ -235,7 +238,7 @@ def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimiz
 def build_optimizer(
     config: MainConfig, partition: ParamPartition, plan: BatchPlan | None = None
 ) -> optax.GradientTransformation:
-    """Build the optimizer of a run; without a plan, only to check the configuration."""
+    """Return the optimizer of a run; without a plan, it serves only to check the configuration."""
     return optimizers.build(
         config.optimizer,
         learning_rates(config, plan),

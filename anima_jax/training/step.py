@@ -1,7 +1,7 @@
-"""One optimizer step: noising, network, loss, gradients, update, EMA. One jitted function with donated state.
+"""The train step: noising, network, loss, gradients, update and EMA in one jitted function with donated state.
 
-`train_step` calls `loss_fn`, in micro-batches, and `apply_gradients`. A step whose loss or gradient is not finite
-changes only its counters; the device decides that.
+`train_step` calls `loss_fn`, in micro-batches, and `apply_gradients`. If the loss or gradient is not finite, the step
+changes only the counters; the device decides that, without the host.
 
 Axes: b batch, l image tokens, n source text tokens, m target text tokens, d features, c the 64 values of a token.
 """
@@ -34,15 +34,15 @@ from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
 _ROUNDING = zlib.crc32(b"stochastic rounding")
-"""Separates the keys of rounding from those of examples, whose first number is an epoch."""
+"""Folded into the keys of rounding, so that they differ from those of examples, where an epoch comes first."""
 
 
 class TrainBatch(NamedTuple):
     """The examples of one step, as NumPy or JAX arrays.
 
     Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `text.source_bnd` contains states of the
-    text encoder, or token ids (b, n) if that is trained too. `mask_blp` weights the loss of each of a token's four
-    latent pixels; None if no example of the run has a mask.
+    text encoder, or token ids (b, n) if the encoder is trained. `mask_blp` weights the loss of each of the four latent
+    pixels of a token; None if no example of the run has a mask.
     """
 
     latents_blc: Any
@@ -54,10 +54,10 @@ class TrainBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `params` are only the trained parameters; `ema` is their float32 moving average, or None.
+    """The state that a step updates. `params` are the trained parameters only; `ema` is their float32 average or None.
 
-    `step` counts every step, including those whose update was skipped: the last `skipped` in a row, `total_skipped` in
-    total.
+    `step` counts all steps, including those whose update was skipped: `skipped` is the number of the latest ones in a
+    row, `total_skipped` the number of all.
     """
 
     step: Array
@@ -69,10 +69,10 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Loss (mean over the batch) and global gradient norm before clipping; whether both are `finite`.
+    """Loss (mean over the batch), global gradient norm before clipping, and whether both are `finite`.
 
-    `skipped` counts the updates skipped in a row up to this step: 0 if this one was applied. `norms` are those of each
-    parameter group's gradient and update, if the groups are given.
+    `skipped` counts the updates skipped in a row up to this step: 0 if this one was applied. `norms` are the norms of
+    the gradient and update of each parameter group, if `train_step` is given the groups.
     """
 
     loss: Array
@@ -83,13 +83,13 @@ class Metrics(NamedTuple):
 
     @property
     def scalars(self) -> dict[str, Array]:
-        """Everything but the norms, by name."""
+        """All metrics but the norms, by name."""
         return {name: value for name, value in self._asdict().items() if name != "norms"}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What the compiled step depends on: hashable, and equal for configurations that compile to the same program."""
+    """Settings of the compiled step: hashable, and equal for configurations that compile to the same program."""
 
     compute_dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.float32
@@ -106,7 +106,7 @@ class StepConfig:
 
     @classmethod
     def of(cls, config: MainConfig) -> "StepConfig":
-        """Return what a run's configuration says about its steps."""
+        """Return the step settings of a run's configuration."""
         model, adapter, (loss, parameter) = config.model, config.adapter, config.loss
         return cls(
             compute_dtype=jnp.dtype(config.compute_dtype),
@@ -120,11 +120,11 @@ class StepConfig:
 
 
 _SAME_NAME = ("seed", "uncond_fraction", "ema_decay", "remat", "remat_every", "scan_unroll")
-"""Fields of `StepConfig` that are keys of the configuration."""
+"""Fields of `StepConfig` that have the same name in the configuration."""
 
 
 def trained_weights(state: TrainState) -> Params:
-    """Return the trained weights; of a schedule-free optimizer, the averaged ones."""
+    """Return the trained weights, or with a schedule-free optimizer the averaged ones."""
     averaged = optimizers.averaged(state.opt_state, state.params)
     return state.params if averaged is None else averaged
 
@@ -132,22 +132,22 @@ def trained_weights(state: TrainState) -> Params:
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, config: StepConfig, mesh: Mesh | None = None
 ) -> TrainState:
-    """Return the state before the first step. `params` are the parameters to train, to be stored in `param_dtype`.
+    """Return the state before the first step; `params`, the trained parameters, are stored in `param_dtype`.
 
-    Their average and the optimizer's state are sharded as they are, on `mesh` (by default the current one).
+    Their average and the optimizer's state have the same sharding, on `mesh` (by default the current one).
     """
     mesh = mesh or current_mesh()
     params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, replicated(mesh))
-    # Moments have the dtype of the parameters that they are initialised from: always float32.
+    # Moments have the dtype of the parameters from which they are initialised, and should be float32.
     wide = as_float32(params)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(optimizer, wide, mesh))(wide)
     return TrainState(step, params, opt_state, ema, skipped, total_skipped)
 
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
-    """Return the shardings of the optimizer's state of float32 parameters (or their shapes), some in host memory."""
+    """Return the shardings of the optimizer's state for float32 `params` (or shapes); some are in host memory."""
     jaxpr, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
     shardings, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
     shardings = [
@@ -158,14 +158,14 @@ def opt_state_shardings(optimizer: optax.GradientTransformation, params: Params,
 
 
 def as_float32(params: Params) -> Params:
-    """Return the parameters in float32: themselves, unless they are stored in another dtype."""
+    """Return the parameters in float32, unchanged if they already are."""
     return {path: value.astype(jnp.float32) for path, value in params.items()}
 
 
 def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b: Array, config: StepConfig) -> Array:
     """Return the loss of each example, (b,), at these times and with this noise."""
     x0_blc, text = batch.latents_blc.astype(jnp.float32), batch.text
-    if model.text_encoder is not None:  # it is trained, so the batch contains its token ids
+    if model.text_encoder is not None:  # it is trained, so the batch contains token ids
         states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=config.compute_dtype)
         text = text._replace(source_bnd=states_bnd)
     assert model.llm_adapter is not None
@@ -186,10 +186,10 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
 
 
 def loss_fn(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, config: StepConfig) -> Array:
-    """Return the mean loss of a batch, with every random number drawn from its example's id.
+    """Return the mean loss of a batch. The random numbers of an example follow from the seed, its id and its epoch.
 
-    `unconditional` is the empty caption, with a batch axis of 1, which replaces the captions of `uncond_fraction` of
-    the examples; None drops no caption.
+    `unconditional` is the empty caption, with a batch axis of 1, which replaces a caption with probability
+    `uncond_fraction`; None drops no caption.
     """
 
     def keys_b(purpose: Purpose) -> Array:
@@ -206,7 +206,7 @@ def loss_fn(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, conf
 
 
 def _drop_captions(text: Text, dropped_b: Array, unconditional: Text) -> Text:
-    """Return `text` with `unconditional`, padded with zeros to its length, in the rows of `dropped_b`."""
+    """Return `text` with the rows of `dropped_b` replaced by `unconditional`, padded with zeros to the same length."""
 
     def replaced(given: Array, empty: Array) -> Array:
         empty = jnp.pad(empty, [(0, 0), (0, given.shape[1] - empty.shape[1]), *[(0, 0)] * (given.ndim - 2)])
@@ -227,9 +227,10 @@ def train_step(
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Update the state with one batch, in `accumulation` micro-batches; `frozen` are the parameters not trained.
+    """Return the state updated with one batch, in `accumulation` micro-batches, and the metrics of the step.
 
-    With `groups`, which maps each trained parameter's path to its group, the metrics include the groups' norms.
+    `frozen` are the frozen parameters. If `groups` maps the path of each trained parameter to its group, the metrics
+    include the norms of the groups.
     """
     loss, grads = loss_and_gradients(
         state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
@@ -247,18 +248,18 @@ def loss_and_gradients(
     config: StepConfig,
     accumulation: int = 1,
 ) -> tuple[Array, Params]:
-    """Return the mean loss of a batch and its gradients, float32, computed in `accumulation` micro-batches."""
+    """Return the mean loss of a batch and its float32 gradients, computed in `accumulation` micro-batches."""
 
     @jax.value_and_grad
     def value_and_grad(params: Params, micro_batch: TrainBatch) -> Array:
-        # Frozen weights keep their storage dtype: the linear operation dequantises them layer by layer.
+        # Frozen weights keep their storage dtype: each linear layer dequantises its own.
         model = merge(graphdef, frozen | cast_to_compute(params, config.compute_dtype))
         return loss_fn(model, micro_batch, unconditional, config)
 
     params = as_float32(params)
     if accumulation == 1:
         return value_and_grad(params, batch)
-    # Micro-batches take every n-th example, so that each device keeps its own.
+    # A micro-batch is every `accumulation`-th example, so that examples stay on their devices.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro_batch):
@@ -278,7 +279,7 @@ def apply_gradients(
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after a step with this loss and these gradients, unchanged if they are not finite."""
+    """Return the state and metrics of a step with this loss and gradients; if not finite, only counters change."""
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     old = as_float32(state.params)
@@ -287,7 +288,7 @@ def apply_gradients(
     ema = state.ema
     if ema is not None and config.ema_decay is not None:
         ema = update_ema(ema, as_float32(params), state.step, config.ema_decay)
-    # A select, not a branch: on an accelerator, a branch would make the host wait for the condition.
+    # A select, not a branch: with a branch, the host of an accelerator would wait for the condition.
     params, opt_state, ema = jax.tree.map(
         functools.partial(_where, finite),
         (params, opt_state, ema),
@@ -304,7 +305,7 @@ def apply_gradients(
 
 
 def _where(condition: Array, new: Array, old: Array) -> Array:
-    """Return `jnp.where(condition, new, old)`, computed on the device also for moments in host memory."""
+    """Return `jnp.where(condition, new, old)`, computed on the device even for moments in host memory."""
     if jax.typeof(old).memory_space != jax.memory.Space.Host:
         return jnp.where(condition, new, old)
     new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
@@ -312,9 +313,9 @@ def _where(condition: Array, new: Array, old: Array) -> Array:
 
 
 def _in_param_dtype(params: Params, step: Array, config: StepConfig) -> Params:
-    """Return updated float32 parameters in `param_dtype`, stochastically rounded to bfloat16.
+    """Return updated float32 parameters in `param_dtype`, stochastically rounded if that is bfloat16.
 
-    Rounding to nearest would always lose a step smaller than half of bfloat16's spacing (0.4 % of a weight).
+    Rounding to nearest would always lose updates smaller than half of bfloat16's spacing (0.4 % of a weight).
     """
     if jnp.dtype(config.param_dtype) == jnp.float32:
         return params
@@ -338,10 +339,10 @@ def compile_step(
     groups: Mapping[str, str] | None = None,
     shardings: Any = None,
 ):
-    """Return `train_step` jitted: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
+    """Return the jitted `train_step`: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
-    The old state is donated; `shardings` are those of its leaves, which the new state keeps. A new batch shape or
-    another accumulation compiles a new program.
+    The old state is donated; `shardings` are those of its leaves, which the new state keeps. Each batch shape and
+    `accumulation` compiles a program of its own.
     """
     step = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
     out_shardings = None if shardings is None else (shardings, replicated(shardings.step.mesh))

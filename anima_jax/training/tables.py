@@ -1,4 +1,4 @@
-"""What a person reads before a run: tables of the model, of its parameters, and of where they are placed."""
+"""Tables printed before a run: the model, its parameters and their sharding, and the estimate of a dry run."""
 
 import math
 import textwrap
@@ -20,7 +20,7 @@ from anima_jax.training.state import ParamPartition
 
 
 def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> str:
-    """Return what a run is about to do: the model, its parameters by group, and the data as `data` describes them."""
+    """Return the table of a run: the model, its parameters by group, and `data`, the description of its data."""
     model = partition.config
     sizes = f"{model.blocks} blocks of width {model.width:,}, {model.heads} heads, MLP {model.mlp_width:,}"
     if model.adapter:
@@ -38,7 +38,7 @@ def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> 
 
 
 def adapter_line(specs: Mapping[str, AdapterSpec]) -> str:
-    """Return the kind, ranks and number of the adapters."""
+    """Return a line with the kind, ranks and number of the adapters."""
     ranks = [rank for spec in specs.values() for rank in spec.ranks if rank]
     span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
     kind = KINDS[next(iter(specs.values())).kind].title
@@ -48,7 +48,7 @@ def adapter_line(specs: Mapping[str, AdapterSpec]) -> str:
 def parameter_table(
     partition: ParamPartition, learning_rates: Mapping[str, float], param_dtype: str = "float32"
 ) -> str:
-    """Return each group's number of parameters, trained parameters and learning rate, and the dtypes of its storage.
+    """Return a table of each group's parameters, trained parameters, learning rate and storage dtypes.
 
     Trained parameters are stored in `param_dtype` during training.
     """
@@ -63,7 +63,7 @@ def parameter_table(
 
     for group, _ in GROUPS:
         trained: Params = {path: value for path, value in partition.params.items() if partition.groups[path] == group}
-        # `group_of` searches for words that paths and names in files share.
+        # `group_of` accepts paths too: it looks for parts that they have in common with names in files.
         frozen: Params = {path: value for path, value in partition.frozen.items() if group_of(path) == group}
         if group == "text_encoder" and not frozen:
             continue
@@ -75,7 +75,7 @@ def parameter_table(
 def mesh_table(
     sizes: Mapping[str, int], partition: ParamPartition, learning_rates: Mapping[str, float], device_name: str
 ) -> str:
-    """Return the mesh, and each parameter's shape, sharding and learning rate (0 if frozen)."""
+    """Return a table of the mesh and, on several devices, each parameter's shape, sharding and rate (0 if frozen)."""
     axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     lines = [f"mesh of {math.prod(sizes.values())} devices ({device_name}): {axes}"]
     if math.prod(sizes.values()) == 1:
@@ -91,7 +91,7 @@ def mesh_table(
 
 
 def estimate_table(estimate: Estimate) -> str:
-    """Return memory, FLOPs, traffic and time per step, and the quantiles of the training times."""
+    """Return tables of memory, of FLOPs, traffic and time per step, and of the training times at the quantiles."""
     parts = [_memory_lines(estimate), _flops_lines(estimate), _traffic_lines(estimate), _times_lines(estimate)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
@@ -132,5 +132,5 @@ def _times_lines(estimate: Estimate) -> list[str]:
 
 
 def _line(name: str, cells: Sequence[str], width: int = 10) -> str:
-    """Return a line of a table: a name, and right-aligned cells."""
+    """Return a line of a table: a name and right-aligned cells."""
     return " ".join([f"{name:<22}", *(f"{cell:>{width}}" for cell in cells)])

@@ -1,8 +1,8 @@
-"""A run's figures: its progress bar, metrics.jsonl, evaluations.jsonl, TensorBoard and Weights & Biases.
+"""Output of a run's metrics: progress bar, metrics.jsonl, evaluations.jsonl, TensorBoard and Weights & Biases.
 
-TensorBoard's tags are diffusion-pipe's (train.py): `train/loss`, `train/grad_norm`, `train/epoch_loss`,
-`<eval>/loss_quantile_0.10`…, `<eval>/loss`, `eval/eval_time_sec`; there are more of ours. A full disk stops neither the
-files nor the run.
+TensorBoard's tags are those of diffusion-pipe (train.py): `train/loss`, `train/grad_norm`, `train/epoch_loss`,
+`<eval>/loss_quantile_0.10`…, `<eval>/loss`, `eval/eval_time_sec`, and more of ours. A full disk does not stop the run,
+and writing continues once there is space again.
 """
 
 import contextlib
@@ -32,22 +32,22 @@ from anima_jax.training.intervals import Moment
 log = logging.getLogger(__name__)
 
 _RETRYING = "retrying"
-"""tensorboardX opens files whose path begins with this and a colon with `_RetryingFiles`."""
+"""Path prefix (before a colon) of files that tensorboardX opens with `_RetryingFiles`."""
 
 
 class RetryingFile:
-    """A file to write to. What the disk has no room for stays in memory for the next `flush`; the log says so once."""
+    """A file for writing. Data that cannot be written stay in memory for the next `flush`; a warning is logged once."""
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "wb"):
         self._path, self._waiting, self._warned = os.fspath(path), bytearray(), False
         self._file = open(path, mode, buffering=0)  # noqa: SIM115 - `close` closes it
 
     def write(self, data: bytes) -> None:
-        """Append `data` to what the next `flush` writes."""
+        """Add `data` to the buffer that the next `flush` writes."""
         self._waiting += data
 
     def flush(self) -> None:
-        """Write what is waiting, or as much of it as there is room for."""
+        """Write the buffer, or as much of it as possible."""
         try:
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
@@ -65,11 +65,11 @@ class RetryingFile:
 
 
 class JsonlWriter(RetryingFile):
-    """A file of JSON lines, `{"step": …}` and the figures of that step, continued after `after_step`.
+    """A file of JSON lines, each `{"step": …}` with the metrics of that step, continued after `after_step`.
 
-    Lines that an earlier attempt wrote beyond that step are dropped, and so is a line that a kill cut off. `kept` are
-    the remaining lines from the step `remembered` (by default `after_step`) on. Only process 0 writes, but `kept` is
-    known to all processes. Raises UserError if the file cannot be written.
+    Lines that an earlier attempt wrote for later steps are dropped, and so is an incomplete line. `kept` are the
+    remaining lines from step `remembered` (by default `after_step`) on. Only process 0 writes, but all processes have
+    `kept`. Raises UserError if the file cannot be written.
     """
 
     def __init__(self, path: pathlib.Path, after_step: int, *, remembered: int | None = None):
@@ -89,14 +89,14 @@ class JsonlWriter(RetryingFile):
             super().__init__(path if is_process_0() else os.devnull, "ab")
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write a line. Figures that are not finite, which JSON does not have, become null."""
+        """Write a line. Values that are not finite become null, because JSON does not have them."""
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self.write((json.dumps({"step": step, **finite}) + "\n").encode())
         self.flush()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return a line's content; None if the line is not complete."""
+    """Return the content of a line; None if the line is incomplete or has no step."""
     with contextlib.suppress(ValueError):
         found = json.loads(line)
         if isinstance(found, dict) and isinstance(found.get("step"), int) and line.endswith(b"\n"):
@@ -105,7 +105,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class _RetryingFiles:
-    """How tensorboardX opens files."""
+    """A tensorboardX writer factory: opens event files as `RetryingFile`s."""
 
     @staticmethod
     def directory_check(path: str) -> None:
@@ -117,7 +117,7 @@ class _RetryingFiles:
 
 
 def check_monitoring(config: MainConfig) -> None:
-    """Raise UserError if wandb is enabled but not installed; nothing is loaded or written."""
+    """Raise UserError if wandb is enabled but not installed. It is not imported, and nothing is written."""
     if config.monitoring.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"{config.path}: [monitoring] enable_wandb = true, but wandb is not installed "
@@ -126,9 +126,9 @@ def check_monitoring(config: MainConfig) -> None:
 
 
 class Dashboards:
-    """TensorBoard and Weights & Biases, as far as the configuration enables them. Only process 0 writes.
+    """TensorBoard and Weights & Biases, each if the configuration enables it. Only process 0 writes.
 
-    `resumed_at` is the moment at which a resumed run starts: TensorBoard hides what an earlier attempt wrote beyond it.
+    `resumed_at` is the moment at which a resumed run starts: TensorBoard hides what an earlier attempt wrote after it.
     Raises UserError if wandb cannot be used.
     """
 
@@ -141,7 +141,7 @@ class Dashboards:
         if config.monitoring.enable_tensorboard:
             from tensorboardX import SummaryWriter, record_writer
 
-            # Its warnings of values that are not finite: the run itself reports those.
+            # Hide its warnings about values that are not finite: the run itself reports those.
             logging.getLogger("tensorboardX").setLevel(logging.ERROR)
             record_writer.register_writer_factory(_RETRYING, _RetryingFiles)
             purged = None if resumed_at is None else self._x(resumed_at) + 1
@@ -150,9 +150,9 @@ class Dashboards:
             self._wandb = _start_wandb(folder, config)
 
     def scalars(self, at: Moment, values: Mapping[str, float], *, x: int | None = None) -> None:
-        """Write figures of this moment; `x` is another point to plot them at.
+        """Write values of this moment; TensorBoard plots them at `x`, if given.
 
-        W&B gets only the finite ones.
+        W&B receives only the finite ones.
         """
         if self._tensorboard:
             for tag, value in values.items():
@@ -170,7 +170,7 @@ class Dashboards:
             self._wandb.log({tag: self._wandb.Image(image), "step": at.step})
 
     def close(self) -> None:
-        """Write what is buffered and close."""
+        """Write buffered data and close the dashboards."""
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -194,7 +194,7 @@ def _start_wandb(folder: pathlib.Path, config: MainConfig) -> Any:
             config=config.model_dump(mode="json", exclude={"monitoring": {"wandb_api_key"}}),
             dir=str(folder),
         )
-    except Exception as error:  # whatever wandb or its network raises, the user sees the same line
+    except Exception as error:  # any error of wandb or its network gives the same message
         raise UserError(f"{config.path}: [monitoring] enable_wandb: wandb does not start: {error}") from error
     return wandb
 
@@ -210,7 +210,7 @@ class _Pending(NamedTuple):
 
 @dataclasses.dataclass
 class _Window:
-    """Sums over the steps since figures were last logged."""
+    """Sums over the steps since metrics were last logged."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -226,7 +226,7 @@ class _Window:
         self.waited += waited
 
     def speeds(self, peak_flops: float | None) -> dict[str, float]:
-        """Return steps and images per second, seconds per step spent waiting for data, and MFU if the peak is known."""
+        """Return steps and images per second, seconds per step waiting for data, and MFU if the peak is known."""
         seconds = max(self.seconds, 1e-9)
         figures = {
             "steps_per_second": self.steps / seconds,
@@ -239,13 +239,13 @@ class _Window:
 
 
 class Writer:
-    """Where a run's figures go: a progress bar, `metrics.jsonl`, `evaluations.jsonl` and dashboards.
+    """Writes the metrics of a run to a progress bar, `metrics.jsonl`, `evaluations.jsonl` and dashboards.
 
-    Metrics are fetched from the device one step late, so that the host never waits for a step. `start` is where the run
-    starts, and `epoch_losses` are the losses of the epoch under way there.
-    `rates` maps a step (from 0) to each group's learning rate; `peak_flops` is what all devices can compute per second,
-    if known. Every `steps_per_print` steps the bar shows new figures, or a line of them is printed where there is no
-    terminal; every `logging_steps` steps the dashboards get them.
+    Metrics are fetched from the device one step late, so that the host never waits for a step. `start` is the moment at
+    which the run starts, `epoch_losses` are the earlier losses of the epoch in progress at that moment.
+    `rates` maps a step (from 0) to the learning rate of each group; `peak_flops` is the peak FLOPs per second of all
+    devices, if known. Metrics go to the bar, or without a terminal to a printed line, every `steps_per_print` steps,
+    and to the dashboards every `logging_steps` steps.
     """
 
     def __init__(
@@ -270,32 +270,33 @@ class Writer:
         bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
         self._bar = tqdm(total=start.total_steps, initial=start.step, file=self._silence, **bar)
         self._pending: _Pending | None = None
-        self._clock = 0.0  # when the device was known to begin the pending step
+        self._clock = 0.0  # when the device began the pending step, as far as the host knows
         self._spans: list[float] = []  # seconds of each step; the first may include other waits
         self._window = _Window()
         self._epoch_losses = list(epoch_losses)
         self._average: float | None = None
         self._speed = ""
         self.last: dict[str, float] = {}
-        """The newest metrics that were fetched."""
+        """The newest metrics fetched from the device."""
 
     @property
     def evaluated(self) -> bool:
-        """Whether an earlier attempt made the evaluation of the step at which the run starts."""
+        """Whether an earlier attempt completed the evaluation of the step at which the run starts."""
         return bool(self._evaluations and self._evaluations.kept)
 
     @property
     def seconds_a_step(self) -> float:
-        """Mean time of the steps after the first, without what happens between steps."""
+        """Mean time of a step in seconds, without the first step and without events between steps."""
         return sum(self._spans[1:]) / max(1, len(self._spans) - 1)
 
     def step(self, at: Moment, metrics: Mapping[str, Any], *, flops: float = 0.0, waited: float = 0.0) -> None:
-        """Record that step `at.step` was started; its `metrics` may still be computed. Writes those of the one before.
+        """Record that step `at.step` has started, and write the metrics of the previous step.
 
-        The step takes `flops`, and its data were there after `waited` seconds.
+        The device may still be computing `metrics`. The step takes `flops` FLOPs, and the host waited `waited` seconds
+        for its data.
         """
         if self._pending is None:
-            # The device was idle until now: samples, exports and evaluations do not count as a step's time.
+            # The device was idle: the time of samples, exports and evaluations is not part of a step.
             self._clock = time.monotonic() - waited
         self.flush()
         self._pending = _Pending(at, metrics, flops, waited)
@@ -322,7 +323,7 @@ class Writer:
             self._write_epoch(at)
         self._metrics.add(at.step, {**metrics, **speeds})
         if len(self._spans) == 1:
-            self._bar.unpause()  # compilation and samples before the first step do not count
+            self._bar.unpause()  # exclude compilation and samples before the first step
         self._bar.update()
         if at.step % self._steps_per_print == 0:
             self._bar.set_postfix_str(self._postfix(rates, speeds), refresh=False)
@@ -337,14 +338,14 @@ class Writer:
             self._dashboards.scalars(at, figures | device_memory())
 
     def _write_epoch(self, at: Moment) -> None:
-        """Write the mean loss of the epoch that ended, at the epoch's number as in diffusion-pipe."""
+        """Write the mean loss of the epoch that ended, plotted at the epoch's number as in diffusion-pipe."""
         if self._dashboards and self._epoch_losses:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
             self._dashboards.scalars(at, {"train/epoch_loss": mean}, x=at.epochs[1])
         self._epoch, self._epoch_losses = at.epochs[1], []
 
     def _postfix(self, rates: Mapping[str, float], speeds: dict) -> str:
-        """Return loss, learning rate (the highest of all groups) and images per second; tqdm adds steps and ETA."""
+        """Return loss, highest learning rate of a group and images per second; tqdm adds steps and ETA."""
         parts = [] if self._average is None else [f"loss {self._average:.4f}"]
         if rates:
             parts.append(f"lr {max(rates.values()):.3g}")
@@ -354,7 +355,7 @@ class Writer:
         return ", ".join([*parts, *([self._speed] if self._speed else [])])
 
     def evaluation(self, at: Moment, figures: Mapping[str, float]) -> None:
-        """Write an evaluation's figures."""
+        """Write the metrics of an evaluation."""
         if self._dashboards:
             self._dashboards.scalars(at, figures)
         if self._evaluations:
@@ -366,7 +367,7 @@ class Writer:
             self._dashboards.image(at, tag, image)
 
     def updated(self) -> bool:
-        """Return whether the newest step changed the weights; while updates are skipped, no checkpoint is wanted."""
+        """Return whether the newest step updated the weights; while updates are skipped, no checkpoint is saved."""
         self.flush()
         return not self.last.get("skipped")
 
@@ -376,7 +377,7 @@ class Writer:
             self._bar.write(line)
 
     def close(self) -> None:
-        """Write what is pending, leave the bar on the screen, and close the files."""
+        """Write pending metrics, leave the bar on the screen, and close the files."""
         with contextlib.ExitStack() as stack:
             for each in (self._metrics, self._dashboards, self._evaluations, self._silence):
                 if each is not None:
@@ -388,9 +389,9 @@ class Writer:
 def open_writer(
     config: MainConfig, folder: pathlib.Path, start: Moment, *, epoch_start: int, evaluates: bool, **options: Any
 ) -> Writer:
-    """Open the files of a run in its folder and return their writer.
+    """Return the writer of a run, with its files in `folder` open.
 
-    `epoch_start` is the step after which the epoch under way at `start` began; `evaluates` says whether there will be
+    `epoch_start` is the step after which the epoch in progress at `start` began; `evaluates` says whether the run has
     evaluations. `options` are further arguments of `Writer`. Raises UserError if a file or wandb cannot be used.
     """
     resumed = config.resume_from_checkpoint is not None
@@ -408,7 +409,7 @@ def open_writer(
 
 
 def device_memory() -> dict[str, float]:
-    """Return GiB in use on the first local device, now and at the peak; empty if the back end does not report them."""
+    """Return the GiB in use on the first local device, now and at the peak; empty if the backend reports none."""
     found = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device/memory_gib", "peak_bytes_in_use": "device/peak_memory_gib"}
     return {tag: found[name] / 2**30 for name, tag in names.items() if name in found}
@@ -416,7 +417,7 @@ def device_memory() -> dict[str, float]:
 
 @contextlib.contextmanager
 def warn_and_continue() -> Iterator[None]:
-    """Log an error of the block in writing files as a warning; the run continues."""
+    """Log OSError and UserError in the block, such as a full disk, as warnings; the run continues."""
     try:
         yield
     except (OSError, UserError) as error:
