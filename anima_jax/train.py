@@ -43,10 +43,10 @@ from anima_jax.training.writer import check_monitoring, open_writer
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR0915 - see its docstring
-    """Train as the configuration says.
+    """Train a model as the configuration says.
 
-    Read from top to bottom, this is the whole program: configuration, mesh, data, model, optimizer, restore, loop.
-    One function: each part consists of a few calls and uses what the parts before it made.
+    This is the whole program, from top to bottom: configuration, mesh, data, model, optimizer, restore, loop.
+    It is one function because each part is a few calls that use the results of the parts before it.
     """
     command.log_to_console()
     arguments = command.parse_arguments(argv)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         # ---- mesh -------------------------------------------------------------------------------------------------
 
-        if arguments.devices:  # a dry run for other devices needs none of them
+        if arguments.devices:  # a dry run does not need the devices that it is for
             mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
             sizes = resolve_sizes(config.mesh.sizes, arguments.devices)
         else:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         check_mesh(sizes, network.width, network.heads)
         stack.enter_context(jax.set_mesh(mesh))
 
-        # ---- errors and messages before hours of encoding ---------------------------------------------------------
+        # ---- checks and messages, before hours of encoding --------------------------------------------------------
 
         profiled_steps = parse_steps(arguments.profile) if arguments.profile else None
         check_monitoring(config)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         # ---- model and optimizer ----------------------------------------------------------------------------------
 
-        # A text encoder that is trained runs inside the step.
+        # A trained text encoder runs inside the step.
         ready = config.model.cache_text_embeddings or config.trains_text_encoder
         online_text = None if ready else OnlineText(encoders.text_encoder, config)
         encode_text = online_text or (lambda text: text)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         workloads = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
         flops = [estimate.example_flops(partition, step_config, each).model * each.batch for each in workloads]
         state = init_state(partition.params, optimizer, step_config)
-        partition = dataclasses.replace(partition, params={})  # the steps donate them
+        partition = dataclasses.replace(partition, params={})  # train_step donates them
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         train_step = compile_step(partition.graphdef, optimizer, step_config, partition.groups, shardings)
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             for message in messages:
                 print(f"  {message}")
 
-        # ---- what happens at steps --------------------------------------------------------------------------------
+        # ---- events -----------------------------------------------------------------------------------------------
 
         start, total = checkpointer.start, checkpointer.total_steps(config.epochs, config.max_steps)
         at, rates = checkpointer.moment(start.step, total), learning_rates(config, data.plan)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             *make_samples(config, partition, state, encoders, folder, writer),
         ]
         if ready:
-            encoders.release()  # what nothing uses need not stay on the device
+            encoders.release()  # frees device memory: training does not use them
         self_check = events.SelfCheck(run, partition, start.step, writer)
         skipped_updates = events.SkippedUpdates(run, folder, checkpointer, writer)
         export = events.Export(run, partition, folder, writer)
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             return checkpointer.save(at.step, state, wait=wait, announce=writer.print)
 
         def stop_for(request: Request | None, at: Moment) -> bool:
-            """Save if requested, and return whether to stop. A run that cannot be saved is better off continuing."""
+            """Save if requested, and return whether to stop. If the checkpoint cannot be saved, the run continues."""
             saved = request is not None and save_checkpoint(at, wait=request == "save_quit")
             if request != "save_quit" or not saved:
                 return False
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         # ---- loop -------------------------------------------------------------------------------------------------
 
-        # A resumed run first does what the earlier attempt was stopped before.
+        # A resumed run first does what was due when the earlier attempt stopped.
         repeats = at.step > 0 and config.reset_dataloader
         run_interruptible(
             at, [event for event in interruptible if event.due(at) and not event.done(at) and not repeats]
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             waiting = time.monotonic()
             host_batch, accumulation, tier_number = next(loaded)
             waited, tier = time.monotonic() - waiting, data.plan.tiers[tier_number]
-            # The device is still busy with the step before: it never waits for the host, nor the host for it.
+            # The device is still computing the previous step: it does not wait for the host, and the host not for it.
             batch = batches.put(host_batch, tier_number)
             batch = batch._replace(text=encode_text(batch.text))
             program = (tier.tokens, tier.batch_size)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             if compilation:
                 compiled.add(program)
                 writer.print(f"the step of tier {tier.name} was compiled in {compilation}")
-            # This writes the metrics of the step before.
+            # This writes the metrics of the previous step.
             writer.step(at, metrics.scalars, flops=flops[tier_number], waited=waited)
             if self_check.due(at):
                 self_check.run(at, metrics.norms)
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         if online_text:
             print(f"encoding text took {online_text.share(writer.seconds_a_step):.0%} of a step")
-        with contextlib.suppress(UserError):  # a run that was stopped early has saved no model yet
+        with contextlib.suppress(UserError):  # a run that stopped early may have saved no model
             find_export(folder)
             print(f"sample with: {command.sample_command(config, data, arguments, folder)}")
 
