@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
     """Train a model as the configuration says.
 
     This is the whole program, from top to bottom: configuration, mesh, data, model, optimizer, restore, loop.
-    It is one function because each part is a few calls that use the results of the parts before it.
+    One function: each part is a few calls that use the results of the parts before it.
     """
     command.log_to_console()
     arguments = command.parse_arguments(argv)
