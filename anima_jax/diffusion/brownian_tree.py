@@ -21,7 +21,7 @@ _ENTROPY_POOL = 24
 
 @dataclasses.dataclass
 class _Node:
-    """An interval and the motion's increment over it; `path` is its index in its level of the tree, and that level."""
+    """An interval and the motion's increment over it; `path` is (index within its level of the tree, level)."""
 
     start: float
     end: float

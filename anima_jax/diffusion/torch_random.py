@@ -73,9 +73,9 @@ def _box_muller_blocks(uniforms: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CUDADevice:
-    """An NVIDIA GPU's size, which determines the order of the numbers that `torch.randn` draws on it.
+    """The part of an NVIDIA GPU's specification that determines the order of the numbers `torch.randn` draws on it.
 
-    What matters is the number of threads that can be resident at once.
+    The order depends on the number of threads that can be resident at once.
     """
 
     multiprocessors: int

@@ -33,7 +33,7 @@ def linear(
     narrower dtype than `x`.
     """
     if isinstance(kernel_io, Quantised):
-        # Without the checkpoint the backward pass would keep every layer's dequantised weights, which saves nothing.
+        # Without the checkpoint the backward pass would keep every layer's dequantised weights.
         run = functools.partial(_linear_quantised, out_dtype=out_dtype)
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
     if kernel_io.dtype.itemsize < x.dtype.itemsize:

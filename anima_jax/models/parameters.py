@@ -43,7 +43,10 @@ def initial(
 
 
 def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
-    """Jit a `function` that runs once, on a CPU with little compiler optimisation. `shardings` are its results'."""
+    """Jit a `function` that runs only once; on CPUs, compile it with little optimisation.
+
+    `shardings` are those of its results.
+    """
     # On a CPU full optimisation takes longer than running the program.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
