@@ -1,7 +1,11 @@
 """The table of adapter kinds: the single source of everything that depends on an adapter's kind.
 
 Names in files, shapes, sharding, initial values, arithmetic on devices and on the host, FLOPs, `[adapter] type` and
-PEFT's settings are read from `KINDS`; adding a kind means adding a row. In the layout of files, where W is (out, in):
+PEFT's settings are read from `KINDS`; adding a kind means adding a row. A row is enough if the axes of each factor are
+(in, rank), (rank, out), or labels other than "in" and "out"; a vector must start at zero, needs a name that ends in
+`scale`, `bias` or `magnitude`, and needs an entry in `NEVER_DECAYED` in checkpoints/names/groups.py.
+
+In the layout of files, where W is (out, in):
 
 lora   ΔW = s · B A (arXiv 2106.09685)
 dora   W + ΔW = m ⊙ (W + s · B A) / ‖W + s · B A‖, one norm per output (2402.09353)
