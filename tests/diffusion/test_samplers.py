@@ -18,7 +18,7 @@ RECORDED = [key for key in DATA if key.split(".")[0] in SAMPLERS and not key.end
 
 
 def field(x, sigma):
-    """The velocity field that the goldens were sampled on (REFERENCE)."""
+    """The velocity field that ComfyUI's samplers ran on (tests/golden/README.md, `samplers`)."""
     return jnp.tanh(1.3 * x + 0.2) * (0.7 + 0.3 * sigma) - 0.4 * x * jnp.cos(2 * sigma) + 0.1
 
 

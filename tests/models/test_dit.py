@@ -233,14 +233,15 @@ def test_seventeen_input_channels_predict_sixteen():
     assert out.shape == (1, 2, 4, 4, 16)
     other = velocity(model, latents.at[..., 16].add(1.0), jnp.array([0.5]), random(1, 3, 24))
     assert relative_error(other, out) > 1e-3
-    # Height and width are extrapolated by 3 instead of 4 (REFERENCE section 1).
+    # Height and width are extrapolated by 3 instead of 4 (diffusion-pipe's cosmos_predict2.py, `get_dit_config`).
     positions = jnp.array([[[0, 1, 0]]])
     ratio = 3.0 ** (8 / 6) * 1e4
     expected = ratio ** -(np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(module.rotary_angles_3d(positions, config)[0, 0, 4:8], expected, rtol=1e-5)
 
 
-# Rows of the table of released sizes (REFERENCE section 1): (width, head size) → heads, from shapes alone.
+# Sizes of released models (diffusion-pipe's cosmos_predict2.py, `get_dit_config`): (width, head size) → heads, from
+# shapes alone.
 @pytest.mark.parametrize(
     ("width", "head_size", "blocks", "heads"), [(2048, 128, 28, 16), (5120, 128, 36, 40), (1280, 64, 20, 20)]
 )

@@ -85,7 +85,7 @@ def test_latents_equal_comfyuis(sampler, schedule):
         callback=None if sampler == "euler" else ignore,
     )
     assert not noises
-    # REFERENCE asks for 1e-3: a random network amplifies rounding.
+    # 1e-3 as tests/golden/README.md says: a random network amplifies rounding.
     assert relative_error(latents, channel_last(data[f"{sampler}.{schedule}"])[0]) < 1e-3
 
 

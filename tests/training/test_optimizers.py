@@ -19,7 +19,8 @@ CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=LLMAdapterConfig(16, 1, 1, 32, 1
 TENSORS = file_tensors(dit.RULES, parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
 
 
-# diffusion-pipe's rule (REFERENCE section 5): the first pattern that the original name contains.
+# diffusion-pipe's rule (models/cosmos_predict2.py, `CosmosPredict2Pipeline.get_param_groups`): the first pattern that
+# the original name contains.
 @pytest.mark.parametrize(
     ("name", "group"),
     [
