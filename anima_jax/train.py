@@ -29,7 +29,7 @@ from anima_jax.training import command, estimate, events, optimizers, tables
 from anima_jax.training.batches import Batches, OnlineText
 from anima_jax.training.dry_run import dry_run
 from anima_jax.training.export import find_export
-from anima_jax.training.intervals import Every, Moment
+from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.profiling import Profiler, parse_steps, use_compilation_cache, watch_compilation
 from anima_jax.training.resume import Checkpointer, frozen_fingerprint, run_metadata, training_settings
 from anima_jax.training.run import Run
@@ -183,17 +183,17 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         # ---- events -----------------------------------------------------------------------------------------------
 
         start, total = checkpointer.start, checkpointer.total_steps(config.epochs, config.max_steps)
-        at, rates = checkpointer.moment(start.step, total), learning_rates(config, data.plan)
+        point, rates = checkpointer.point_after(start.step, total), learning_rates(config, data.plan)
         signals = training.enter_context(contextlib.closing(Signals(folder, hosts.Consensus(mesh))))
         training.enter_context(contextlib.closing(checkpointer))
         profiler = training.enter_context(contextlib.closing(Profiler(profiled_steps, folder / "profile")))
         writer = open_writer(
             config,
             folder,
-            at,
+            point,
             epoch_start=checkpointer.epoch_start,
             evaluates=bool(eval_batches),
-            rates=lambda step: rates.at(start.at(step).optimizer_step),
+            rates=lambda step: rates.after(start.position_after(step).optimizer_step),
             peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
         )
         training.enter_context(contextlib.closing(writer))
@@ -208,39 +208,43 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         export = events.Export(run, partition, folder, writer)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
 
-        def run_interruptible(at: Moment, due: Sequence[events.Interruptible]) -> None:
+        def run_interruptible(point: RunPoint, due: Sequence[events.Interruptible]) -> None:
             def run_all() -> None:
                 for event in due:
-                    event.run(at, state)
+                    event.run(point, state)
 
             signals.cut_short(run_all)
 
-        def save_checkpoint(at: Moment, *, wait: bool = False) -> bool:
+        def save_checkpoint(point: RunPoint, *, wait: bool = False) -> bool:
             writer.flush()
-            return checkpointer.save(at.step, state, wait=wait, announce=writer.print)
+            return checkpointer.save(point.step, state, wait=wait, announce=writer.print)
 
-        def stop_for(request: Request | None, at: Moment) -> bool:
+        def stop_for(request: Request | None, point: RunPoint) -> bool:
             """Save if requested, and return whether to stop. If the checkpoint cannot be saved, the run continues."""
-            saved = request is not None and save_checkpoint(at, wait=request == "save_quit")
+            saved = request is not None and save_checkpoint(point, wait=request == "save_quit")
             if request != "save_quit" or not saved:
                 return False
-            writer.print(f"stopped after step {at.step}, as requested; resume with --resume_from_checkpoint {folder}")
+            writer.print(
+                f"stopped after step {point.step}, as requested; resume with --resume_from_checkpoint {folder}"
+            )
             return True
 
         # ---- loop -------------------------------------------------------------------------------------------------
 
         # A resumed run first does what was due when the earlier attempt stopped.
-        repeats = at.step > 0 and config.reset_dataloader
+        repeats = point.step > 0 and config.reset_dataloader
         run_interruptible(
-            at, [event for event in interruptible if event.due(at) and not event.done(at) and not repeats]
+            point, [event for event in interruptible if event.due(point) and not event.done(point) and not repeats]
         )
-        stopped = stop_for(signals.agreed(), at)
+        stopped = stop_for(signals.agreed(), point)
         unconditional = encode_text(batches.unconditional()) if config.uncond_fraction and not stopped else None
         compiled: set[tuple[int, int]] = set()
-        loading = prefetched(batches.load, start.data_step, start.at(total).data_step, threads=config.map_num_proc)
+        loading = prefetched(
+            batches.load, start.data_step, start.position_after(total).data_step, threads=config.map_num_proc
+        )
         loaded = training.enter_context(contextlib.closing(loading))
-        while not stopped and at.step < total:
-            at = checkpointer.moment(at.step + 1, total)
+        while not stopped and point.step < total:
+            point = checkpointer.point_after(point.step + 1, total)
             waiting = time.monotonic()
             host_batch, accumulation, tier_number = next(loaded)
             waited, tier = time.monotonic() - waiting, data.plan.tiers[tier_number]
@@ -250,28 +254,28 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             program = (tier.tokens, tier.batch_size)
             with contextlib.nullcontext() if program in compiled else watch_compilation() as compilation:
                 state, metrics = profiler.run(
-                    at.step, train_step, state, partition.frozen, batch, unconditional, accumulation
+                    point.step, train_step, state, partition.frozen, batch, unconditional, accumulation
                 )
             if compilation:
                 compiled.add(program)
                 writer.print(f"the step of tier {tier.name} was compiled in {compilation}")
             # This writes the metrics of the previous step.
-            writer.step(at, metrics.scalars, flops=flops[tier_number], waited=waited)
-            if self_check.due(at):
-                self_check.run(at, metrics.norms)
+            writer.step(point, metrics.scalars, flops=flops[tier_number], waited=waited)
+            if self_check.due(point):
+                self_check.run(point, metrics.norms)
             skipped_updates.check()
-            if export.due(at):
-                export.run(at, state)
-            if at.step == total or (checkpoint_every.due(at) and writer.updated()):
-                save_checkpoint(at)
+            if export.due(point):
+                export.run(point, state)
+            if point.step == total or (checkpoint_every.due(point) and writer.updated()):
+                save_checkpoint(point)
             overdue = hosts.is_process_0() and checkpointer.overdue() and writer.updated()
             if overdue:
                 checkpointer.postpone()
-            stopped = stop_for(signals.agreed(save=overdue), at)
-            due = [event for event in interruptible if event.due(at)]
+            stopped = stop_for(signals.agreed(save=overdue), point)
+            due = [event for event in interruptible if event.due(point)]
             if due and not stopped:
-                run_interruptible(at, due)
-                stopped = stop_for(signals.agreed(), at)
+                run_interruptible(point, due)
+                stopped = stop_for(signals.agreed(), point)
         if not stopped:
             writer.flush()
             skipped_updates.check()

@@ -215,7 +215,7 @@ def test_a_step_is_handed_over_before_the_one_before_is_computed(config, tmp_pat
 
     def noted(writer):
         if writer._pending is not None and sys._getframe(1).f_code is not Writer.step.__code__:
-            read.append(writer._pending.at.step)
+            read.append(writer._pending.point.step)
         flush(writer)
 
     monkeypatch.setattr(Writer, "flush", noted)

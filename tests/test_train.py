@@ -15,7 +15,7 @@ from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.generate import main as generate
 from anima_jax.train import main as train
 from anima_jax.training.events import export_names
-from anima_jax.training.intervals import Moment
+from anima_jax.training.intervals import RunPoint
 from anima_jax.training.run import Run
 from tests.small_run import ASSETS, write_config, write_transformer
 
@@ -106,9 +106,9 @@ def test_models_are_saved_after_the_epochs_and_steps_that_the_configuration_name
     plan = BatchPlan([Tier("64", np.arange(10), 16, 4)], seed=0)  # epochs end in steps 3 (2.5), 5, 8 (7.5) and 10
     run = Run(load_config(config, ["micro_batch_size_per_gpu=4"]), replicas=1)
     epochs = {step: (plan.epochs_finished(step - 1), plan.epochs_finished(step)) for step in range(1, 11)}
-    names = {step: export_names(run, Moment(step, 10, epochs[step])) for step in range(1, 11)}
+    names = {step: export_names(run, RunPoint(step, 10, epochs[step])) for step in range(1, 11)}
     assert {step: found for step, found in names.items() if found} == {5: ["epoch2", "step5"], 10: ["epoch4", "step10"]}
-    assert export_names(run, Moment(9, 9, epochs[9])) == ["step9"]
+    assert export_names(run, RunPoint(9, 9, epochs[9])) == ["step9"]
 
 
 def complaint(capsys, main, *arguments) -> str:

@@ -12,7 +12,7 @@ from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.batches import Batches
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
-from anima_jax.training.intervals import Every, Moment, crosses_multiple
+from anima_jax.training.intervals import Every, RunPoint, crosses_multiple
 from anima_jax.training.resume import Checkpointer
 from anima_jax.training.run import Run
 from anima_jax.training.selfcheck import ATTEMPTS, GroupNorms, norms_table, self_check
@@ -24,15 +24,15 @@ from anima_jax.training.writer import Writer, warn_and_continue
 class Interruptible(Protocol):
     """An event that a request to stop may cut short; a resumed run repeats it."""
 
-    def due(self, at: Moment) -> bool:
-        """Return whether the event happens at this moment."""
+    def due(self, point: RunPoint) -> bool:
+        """Return whether the event happens at this point."""
         ...
 
-    def done(self, at: Moment) -> bool:
-        """Return whether an earlier attempt completed the event at this moment, from which the run resumes."""
+    def done(self, point: RunPoint) -> bool:
+        """Return whether an earlier attempt completed the event at this point, from which the run resumes."""
         ...
 
-    def run(self, at: Moment, state: TrainState) -> None:
+    def run(self, point: RunPoint, state: TrainState) -> None:
         """Run the event with the weights of this state."""
         ...
 
@@ -45,16 +45,16 @@ class Export:
         self.error = ""
         """Why the last export failed; empty if it succeeded."""
 
-    def due(self, at: Moment) -> list[str]:
-        """Return the names of the folders in which to save the model at this moment; empty if none is due."""
-        return export_names(self._run, at)
+    def due(self, point: RunPoint) -> list[str]:
+        """Return the names of the folders in which to save the model at this point; empty if none is due."""
+        return export_names(self._run, point)
 
-    def run(self, at: Moment, state: TrainState) -> None:
+    def run(self, point: RunPoint, state: TrainState) -> None:
         """Save the model in every folder that is due, and delete the oldest exports."""
-        for name in self.due(at):
+        for name in self.due(point):
             self._writer.flush()
             config, folder = self._run.config, self._folder / name
-            about = about_adapter(config, self._partition, at.step)
+            about = about_adapter(config, self._partition, point.step)
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
                 path = export(
@@ -68,11 +68,13 @@ class Export:
                 self._writer.print(f"deleted {self._folder / old}")
 
 
-def export_names(run: Run, at: Moment) -> list[str]:
-    """Return the names of the folders in which to save the model at this moment: `epochN`, `stepN`, both or none."""
-    names = [f"epoch{at.epochs[1]}"] if crosses_multiple(run.config.save_every_n_epochs, *at.epochs) else []
-    if crosses_multiple(run.save_every_steps, at.step - 1, at.step) or (at.step == at.total_steps and not names):
-        names.append(f"step{at.step}")
+def export_names(run: Run, point: RunPoint) -> list[str]:
+    """Return the names of the folders in which to save the model at this point: `epochN`, `stepN`, both or none."""
+    names = [f"epoch{point.epochs[1]}"] if crosses_multiple(run.config.save_every_n_epochs, *point.epochs) else []
+    if crosses_multiple(run.save_every_steps, point.step - 1, point.step) or (
+        point.step == point.total_steps and not names
+    ):
+        names.append(f"step{point.step}")
     return names
 
 
@@ -94,13 +96,13 @@ class Evaluate:
         self._evaluation = Evaluation(partition.graphdef, step_config)
         self._encode_text, self._writer = encode_text, writer
 
-    def due(self, at: Moment) -> bool:
-        return bool(self._data_sets) and self._every.due(at)
+    def due(self, point: RunPoint) -> bool:
+        return bool(self._data_sets) and self._every.due(point)
 
-    def done(self, at: Moment) -> bool:
+    def done(self, point: RunPoint) -> bool:
         return self._writer.evaluated
 
-    def run(self, at: Moment, state: TrainState) -> None:
+    def run(self, point: RunPoint, state: TrainState) -> None:
         self._writer.flush()
         params, began, figures = self._frozen | trained_weights(state), time.monotonic(), {}
         for name, batches in self._data_sets.items():
@@ -109,9 +111,9 @@ class Evaluate:
                 for batch, weights_b in batches.evaluated()
             )
             figures |= {f"{name}/{key}": loss for key, loss in self._evaluation(params, encoded).items()}
-            self._writer.print(f"evaluation after step {at.step}: {name} {figures[f'{name}/loss']:.4f}")
+            self._writer.print(f"evaluation after step {point.step}: {name} {figures[f'{name}/loss']:.4f}")
         figures["eval/eval_time_sec"] = time.monotonic() - began
-        self._writer.evaluation(at, figures)
+        self._writer.evaluation(point, figures)
 
 
 class SelfCheck:
@@ -123,16 +125,16 @@ class SelfCheck:
         self._rates = {group: rates[group] for group in partition.groups.values()} if self._adapter else rates
         self._first_step, self._writer = first_step, writer
 
-    def due(self, at: Moment) -> bool:
-        return at.step - self._first_step <= ATTEMPTS
+    def due(self, point: RunPoint) -> bool:
+        return point.step - self._first_step <= ATTEMPTS
 
-    def run(self, at: Moment, norms: GroupNorms | None) -> None:
+    def run(self, point: RunPoint, norms: GroupNorms | None) -> None:
         """Check the norms that the step measured (None: skip the check). Raises UserError as `self_check` does."""
         if norms is None:
             return
         self._writer.flush()
-        attempt, loss = at.step - self._first_step, self._writer.last["loss"]
-        passed = self_check(norms, self._rates, step=at.step, attempt=attempt, loss=loss, adapter=self._adapter)
+        attempt, loss = point.step - self._first_step, self._writer.last["loss"]
+        passed = self_check(norms, self._rates, step=point.step, attempt=attempt, loss=loss, adapter=self._adapter)
         if passed and attempt == 1:
             self._writer.print(norms_table(norms))
 

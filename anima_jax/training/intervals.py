@@ -1,10 +1,10 @@
-"""Moments between the steps of a run, and intervals of recurring events."""
+"""Points between the steps of a run, and intervals of recurring events."""
 
 import dataclasses
 from typing import NamedTuple
 
 
-class Moment(NamedTuple):
+class RunPoint(NamedTuple):
     """A point between two steps, when `step` of `total_steps` steps are finished and `examples` examples consumed.
 
     `epochs` are the numbers of finished epochs before and after the latest step.
@@ -25,14 +25,14 @@ class Every:
     at_start: bool = False
     at_end: bool = False
 
-    def due(self, at: Moment) -> bool:
-        """Return whether the event is due at this moment."""
-        if at.step == 0:
+    def due(self, point: RunPoint) -> bool:
+        """Return whether the event is due at this point."""
+        if point.step == 0:
             return self.at_start
         return (
-            crosses_multiple(self.steps, at.step - 1, at.step)
-            or crosses_multiple(self.epochs, *at.epochs)
-            or (self.at_end and at.step == at.total_steps)
+            crosses_multiple(self.steps, point.step - 1, point.step)
+            or crosses_multiple(self.epochs, *point.epochs)
+            or (self.at_end and point.step == point.total_steps)
         )
 
 

@@ -20,7 +20,7 @@ from anima_jax.data.batch_plan import BatchPlan, data_fingerprint
 from anima_jax.data.examples import CONTENTS
 from anima_jax.errors import UserError, shorten, show_value
 from anima_jax.models.parameters import Params
-from anima_jax.training.intervals import Moment
+from anima_jax.training.intervals import RunPoint
 from anima_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -231,7 +231,7 @@ class Position(NamedTuple):
     data_step: int
     optimizer_step: int
 
-    def at(self, step: int) -> "Position":
+    def position_after(self, step: int) -> "Position":
         """Return the position of the same run after `step` steps."""
         return Position(*(number + step - self.step for number in self))
 
@@ -352,7 +352,7 @@ class Checkpointer:
         With `wait`, it returns when the checkpoint is written. `announce` is called with a message, once per step.
         Returns False if the checkpoint could not be saved; the error is logged.
         """
-        position = self.start.at(step)
+        position = self.start.position_after(step)
         items = {"params": state.params, "optimizer": state.opt_state, "counters": _counters(state)}
         if state.ema is not None:
             items["ema"] = state.ema
@@ -397,11 +397,11 @@ class Checkpointer:
         epochs = self._plan.epochs_finished(self.start.data_step)
         return self.start.step - self.start.data_step + self._plan.steps_for(epochs)
 
-    def moment(self, step: int, total_steps: int) -> Moment:
-        """Return the moment after `step` steps."""
-        before, after = (max(0, self.start.at(number).data_step) for number in (step - 1, step))
+    def point_after(self, step: int, total_steps: int) -> RunPoint:
+        """Return the point after `step` steps."""
+        before, after = (max(0, self.start.position_after(number).data_step) for number in (step - 1, step))
         epochs = self._plan.epochs_finished(before), self._plan.epochs_finished(after)
-        return Moment(step, total_steps, epochs, self._plan.position(after))
+        return RunPoint(step, total_steps, epochs, self._plan.position(after))
 
 
 def _counters(state: TrainState) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.training.intervals import Every, Moment
+from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import TrainState, trained_weights
 from anima_jax.training.writer import Writer, warn_and_continue
@@ -45,26 +45,26 @@ class Samples:
         self._folder, self._writer = folder, writer
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
-    def due(self, at: Moment) -> bool:
-        """Return whether the run samples at this moment."""
-        return self._every.due(at)
+    def due(self, point: RunPoint) -> bool:
+        """Return whether the run samples at this point."""
+        return self._every.due(point)
 
-    def done(self, at: Moment) -> bool:
-        """Return whether an earlier attempt saved the samples of this moment, from which the run resumes."""
-        return at.step > 0 and self._path(at).exists()
+    def done(self, point: RunPoint) -> bool:
+        """Return whether an earlier attempt saved the samples of this point, from which the run resumes."""
+        return point.step > 0 and self._path(point).exists()
 
-    def run(self, at: Moment, state: TrainState) -> None:
+    def run(self, point: RunPoint, state: TrainState) -> None:
         """Sample with the averaged weights if there are any, else with the trained ones."""
         self._writer.flush()
         with warn_and_continue():
             weights = trained_weights(state) if state.ema is None else state.ema
-            self._writer.image(at, TAG, self._draw(at, self._frozen | weights))
-            self._writer.print(f"drew {self._path(at)}")
+            self._writer.image(point, TAG, self._draw(point, self._frozen | weights))
+            self._writer.print(f"drew {self._path(point)}")
 
-    def _path(self, at: Moment) -> pathlib.Path:
-        return self._folder / f"step{at.step:06d}.png"
+    def _path(self, point: RunPoint) -> pathlib.Path:
+        return self._folder / f"step{point.step:06d}.png"
 
-    def _draw(self, at: Moment, params: Params) -> Image.Image:
+    def _draw(self, point: RunPoint, params: Params) -> Image.Image:
         """Sample with these parameters, save the grid and return it.
 
         The text chunks of the PNG are `prompt` and `seed` (one line per tile, row by row), `step`, and `parameters`,
@@ -94,11 +94,11 @@ class Samples:
         text = {
             "prompt": "\n".join(prompt for prompt, _ in tiles),
             "seed": "\n".join(str(seed) for _, seed in tiles),
-            "step": str(at.step),
+            "step": str(point.step),
             "parameters": f"steps {config.steps}, guidance_scale {config.guidance_scale}, shift {config.shift}",
         }
         if is_process_0():
-            save_image(grid, self._path(at), text)
+            save_image(grid, self._path(point), text)
         return grid
 
 

@@ -27,7 +27,7 @@ from anima_jax.checkpoints.locations import writing_to
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, os_reason
 from anima_jax.parallel.hosts import is_process_0
-from anima_jax.training.intervals import Moment
+from anima_jax.training.intervals import RunPoint
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +128,11 @@ def check_monitoring(config: MainConfig) -> None:
 class Dashboards:
     """TensorBoard and Weights & Biases, each if the configuration enables it. Only process 0 writes.
 
-    `resumed_at` is the moment at which a resumed run starts: TensorBoard hides what an earlier attempt wrote after it.
+    `resumed_at` is the point at which a resumed run starts: TensorBoard hides what an earlier attempt wrote after it.
     Raises UserError if wandb cannot be used.
     """
 
-    def __init__(self, folder: pathlib.Path, config: MainConfig, *, resumed_at: Moment | None = None):
+    def __init__(self, folder: pathlib.Path, config: MainConfig, *, resumed_at: RunPoint | None = None):
         self._by_examples = config.x_axis_examples
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -149,25 +149,25 @@ class Dashboards:
         if config.monitoring.enable_wandb:
             self._wandb = _start_wandb(folder, config)
 
-    def scalars(self, at: Moment, values: Mapping[str, float], *, x: int | None = None) -> None:
-        """Write values of this moment; TensorBoard plots them at `x`, if given.
+    def scalars(self, point: RunPoint, values: Mapping[str, float], *, x: int | None = None) -> None:
+        """Write values of this point; TensorBoard plots them at `x`, if given.
 
         W&B receives only the finite ones.
         """
         if self._tensorboard:
             for tag, value in values.items():
-                self._tensorboard.add_scalar(tag, value, self._x(at) if x is None else x)
+                self._tensorboard.add_scalar(tag, value, self._x(point) if x is None else x)
         if self._wandb and values:
             finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-            self._wandb.log({**finite, "step": at.step})
+            self._wandb.log({**finite, "step": point.step})
 
-    def image(self, at: Moment, tag: str, image: Image.Image) -> None:
-        """Write an image of this moment."""
+    def image(self, point: RunPoint, tag: str, image: Image.Image) -> None:
+        """Write an image of this point."""
         if self._tensorboard:
             pixels = np.asarray(image.convert("RGB"))
-            self._tensorboard.add_image(tag, pixels, self._x(at), dataformats="HWC")
+            self._tensorboard.add_image(tag, pixels, self._x(point), dataformats="HWC")
         if self._wandb:
-            self._wandb.log({tag: self._wandb.Image(image), "step": at.step})
+            self._wandb.log({tag: self._wandb.Image(image), "step": point.step})
 
     def close(self) -> None:
         """Write buffered data and close the dashboards."""
@@ -176,8 +176,8 @@ class Dashboards:
         if self._wandb:
             self._wandb.finish()
 
-    def _x(self, at: Moment) -> int:
-        return at.examples if self._by_examples else at.step
+    def _x(self, point: RunPoint) -> int:
+        return point.examples if self._by_examples else point.step
 
 
 def _start_wandb(folder: pathlib.Path, config: MainConfig) -> Any:
@@ -202,7 +202,7 @@ def _start_wandb(folder: pathlib.Path, config: MainConfig) -> Any:
 class _Pending(NamedTuple):
     """A step that the device may still be computing."""
 
-    at: Moment
+    point: RunPoint
     metrics: Mapping[str, Any]
     flops: float
     waited: float
@@ -241,8 +241,8 @@ class _Window:
 class Writer:
     """Writes the metrics of a run to a progress bar, `metrics.jsonl`, `evaluations.jsonl` and dashboards.
 
-    Metrics are fetched from the device one step late, so that the host never waits for a step. `start` is the moment at
-    which the run starts, `epoch_losses` are the earlier losses of the epoch in progress at that moment.
+    Metrics are fetched from the device one step late, so that the host never waits for a step. `start` is the point at
+    which the run starts, `epoch_losses` are the earlier losses of the epoch in progress at that point.
     `rates` maps a step (from 0) to the learning rate of each group; `peak_flops` is the peak FLOPs per second of all
     devices, if known. Metrics go to the bar, or without a terminal to a printed line, every `steps_per_print` steps,
     and to the dashboards every `logging_steps` steps.
@@ -250,7 +250,7 @@ class Writer:
 
     def __init__(
         self,
-        start: Moment,
+        start: RunPoint,
         metrics: JsonlWriter,
         *,
         dashboards: Dashboards | None = None,
@@ -289,7 +289,7 @@ class Writer:
         """Mean time of a step in seconds, without the first step and without events between steps."""
         return sum(self._spans[1:]) / max(1, len(self._spans) - 1)
 
-    def step(self, at: Moment, metrics: Mapping[str, Any], *, flops: float = 0.0, waited: float = 0.0) -> None:
+    def step(self, point: RunPoint, metrics: Mapping[str, Any], *, flops: float = 0.0, waited: float = 0.0) -> None:
         """Record that step `at.step` has started, and write the metrics of the previous step.
 
         The device may still be computing `metrics`. The step takes `flops` FLOPs, and the host waited `waited` seconds
@@ -299,50 +299,50 @@ class Writer:
             # The device was idle: the time of samples, exports and evaluations is not part of a step.
             self._clock = time.monotonic() - waited
         self.flush()
-        self._pending = _Pending(at, metrics, flops, waited)
+        self._pending = _Pending(point, metrics, flops, waited)
 
     def flush(self) -> None:
         """Wait for the pending step and write its metrics."""
         if self._pending is None:
             return
-        (at, pending, flops, waited), self._pending = self._pending, None
+        (point, pending, flops, waited), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(dict(pending)).items()}
         now = time.monotonic()
         span, self._clock = now - self._clock, now
         self._spans.append(span)
-        self._window.add(span, at.examples - self._examples, flops, waited)
-        self._examples, self.last, loss = at.examples, metrics, metrics["loss"]
+        self._window.add(span, point.examples - self._examples, flops, waited)
+        self._examples, self.last, loss = point.examples, metrics, metrics["loss"]
         if math.isfinite(loss):
             self._epoch_losses.append(loss)
             self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
-        rates, speeds = self._rates(at.step - 1), {}
-        if at.step % self._logging_steps == 0:
+        rates, speeds = self._rates(point.step - 1), {}
+        if point.step % self._logging_steps == 0:
             speeds, self._window = self._window.speeds(self._peak), _Window()
-            self._write_dashboards(at, metrics, rates, speeds)
-        if at.epochs[1] > self._epoch:
-            self._write_epoch(at)
-        self._metrics.add(at.step, {**metrics, **speeds})
+            self._write_dashboards(point, metrics, rates, speeds)
+        if point.epochs[1] > self._epoch:
+            self._write_epoch(point)
+        self._metrics.add(point.step, {**metrics, **speeds})
         if len(self._spans) == 1:
             self._bar.unpause()  # exclude compilation and samples before the first step
         self._bar.update()
-        if at.step % self._steps_per_print == 0:
+        if point.step % self._steps_per_print == 0:
             self._bar.set_postfix_str(self._postfix(rates, speeds), refresh=False)
             if self._silence:
                 print(self._bar, file=sys.stderr)
 
-    def _write_dashboards(self, at: Moment, metrics: dict, rates: Mapping[str, float], speeds: dict) -> None:
+    def _write_dashboards(self, point: RunPoint, metrics: dict, rates: Mapping[str, float], speeds: dict) -> None:
         if self._dashboards:
             figures = {f"train/{name}": value for name, value in metrics.items()}
             figures |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
             figures |= {f"speed/{name}": value for name, value in speeds.items()}
-            self._dashboards.scalars(at, figures | device_memory())
+            self._dashboards.scalars(point, figures | device_memory())
 
-    def _write_epoch(self, at: Moment) -> None:
+    def _write_epoch(self, point: RunPoint) -> None:
         """Write the mean loss of the epoch that ended, plotted at the epoch's number as in diffusion-pipe."""
         if self._dashboards and self._epoch_losses:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
-            self._dashboards.scalars(at, {"train/epoch_loss": mean}, x=at.epochs[1])
-        self._epoch, self._epoch_losses = at.epochs[1], []
+            self._dashboards.scalars(point, {"train/epoch_loss": mean}, x=point.epochs[1])
+        self._epoch, self._epoch_losses = point.epochs[1], []
 
     def _postfix(self, rates: Mapping[str, float], speeds: dict) -> str:
         """Return loss, highest learning rate of a group and images per second; tqdm adds steps and ETA."""
@@ -354,17 +354,17 @@ class Writer:
             self._speed = f"{speed:,.{0 if speed >= 100 else 2}f} images/s"
         return ", ".join([*parts, *([self._speed] if self._speed else [])])
 
-    def evaluation(self, at: Moment, figures: Mapping[str, float]) -> None:
+    def evaluation(self, point: RunPoint, figures: Mapping[str, float]) -> None:
         """Write the metrics of an evaluation."""
         if self._dashboards:
-            self._dashboards.scalars(at, figures)
+            self._dashboards.scalars(point, figures)
         if self._evaluations:
-            self._evaluations.add(at.step, figures)
+            self._evaluations.add(point.step, figures)
 
-    def image(self, at: Moment, tag: str, image: Image.Image) -> None:
+    def image(self, point: RunPoint, tag: str, image: Image.Image) -> None:
         """Show an image on the dashboards."""
         if self._dashboards:
-            self._dashboards.image(at, tag, image)
+            self._dashboards.image(point, tag, image)
 
     def updated(self) -> bool:
         """Return whether the newest step updated the weights; while updates are skipped, no checkpoint is saved."""
@@ -387,7 +387,7 @@ class Writer:
 
 
 def open_writer(
-    config: MainConfig, folder: pathlib.Path, start: Moment, *, epoch_start: int, evaluates: bool, **options: Any
+    config: MainConfig, folder: pathlib.Path, start: RunPoint, *, epoch_start: int, evaluates: bool, **options: Any
 ) -> Writer:
     """Return the writer of a run, with its files in `folder` open.
 

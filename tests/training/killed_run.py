@@ -72,12 +72,12 @@ def run(folder: pathlib.Path, pause_s: float = 0.0) -> None:
         jitted = jax.jit(step, donate_argnums=0)
         with open(folder / "losses", "a", encoding="ascii") as log:
             for number in range(checkpointer.start.step, STEPS):
-                batch = PLAN.batch(checkpointer.start.at(number).data_step)
+                batch = PLAN.batch(checkpointer.start.position_after(number).data_step)
                 state, loss = jitted(state, IDS[batch.indices], batch.epochs)
                 log.write(f"\n{json.dumps([number, float(loss).hex()])}")
                 log.flush()
                 time.sleep(pause_s)
-                if (number + 1) % 5 == 0 or Every(epochs=1).due(checkpointer.moment(number + 1, STEPS)):
+                if (number + 1) % 5 == 0 or Every(epochs=1).due(checkpointer.point_after(number + 1, STEPS)):
                     checkpointer.save(number + 1, state)
         assert checkpointer.save(STEPS, state, wait=True)
     finally:

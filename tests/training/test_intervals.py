@@ -2,7 +2,7 @@
 
 import pytest
 
-from anima_jax.training.intervals import Every, Moment, crosses_multiple
+from anima_jax.training.intervals import Every, RunPoint, crosses_multiple
 
 
 def test_a_multiple_of_an_interval_is_reached_once():
@@ -24,5 +24,5 @@ def test_a_multiple_of_an_interval_is_reached_once():
 )
 def test_steps_epochs_start_and_end_each_make_it_due(every, due):
     # An epoch ends after every third of ten steps.
-    moments = [Moment(n, 10, (max(0, n - 1) // 3, n // 3)) for n in range(11)]
-    assert [at.step for at in moments if every.due(at)] == due
+    points = [RunPoint(n, 10, (max(0, n - 1) // 3, n // 3)) for n in range(11)]
+    assert [point.step for point in points if every.due(point)] == due

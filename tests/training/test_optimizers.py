@@ -78,13 +78,13 @@ def test_learning_rates_equal_torchs(kind, warmup):
     np.testing.assert_allclose(
         [np.asarray(schedule(jnp.array(n))) for n in range(total)], expected, rtol=1e-5, atol=1e-12
     )
-    reported = [rates.at(n)["base"] for n in range(total)]
+    reported = [rates.after(n)["base"] for n in range(total)]
     np.testing.assert_allclose(reported, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_rate_of_a_frozen_group_stays_0():
     rates = LearningRates({"mlp": 1e-3, "mod": 0.0}, "cosine", total_steps=10)
-    assert [rates.at(step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
+    assert [rates.after(step)["mod"] for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
 
 
 def test_updates_equal_torchs_adamw_with_groups_clipping_and_weight_decay():

@@ -316,7 +316,7 @@ def test_settings_that_matter_to_training_are_compared_and_others_are_not():
 def test_checkpoints_are_due_after_so_many_epochs_or_minutes(tmp_path):
     now = [0.0]
     checkpointer = resumable(tmp_path)
-    due = [step for step in range(1, 40) if Every(epochs=2).due(checkpointer.moment(step, 40))]
+    due = [step for step in range(1, 40) if Every(epochs=2).due(checkpointer.point_after(step, 40))]
     assert due == [PLAN.steps_for(epochs) for epochs in (2, 4, 6) if PLAN.steps_for(epochs) < 40]
     checkpointer = resumable(tmp_path, every_n_minutes=2, clock=lambda: now[0])
     now[0] = 119.0

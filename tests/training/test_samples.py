@@ -7,7 +7,7 @@ from PIL import Image
 
 from anima_jax import AnimaPipeline
 from anima_jax.config.load import load_config
-from anima_jax.training.intervals import Moment
+from anima_jax.training.intervals import RunPoint
 from anima_jax.training.samples import Samples
 from anima_jax.training.step import TrainState
 from anima_jax.training.writer import Dashboards, JsonlWriter, Writer
@@ -30,7 +30,7 @@ def test_samples_are_due_by_steps_or_epochs_and_at_the_end(tmp_path, configured)
     def due(sample):
         samples = Samples(configured(sample).sample, (32, 32), None, {}, tmp_path, None)  # type: ignore[arg-type]
         # An epoch ends after every three steps.
-        return [n for n in range(1, 11) if samples.due(Moment(n, 10, ((n - 1) // 3, n // 3)))]
+        return [n for n in range(1, 11) if samples.due(RunPoint(n, 10, ((n - 1) // 3, n // 3)))]
 
     assert due("prompts = ['a']\nevery_n_steps = 4") == [4, 8, 10]
     assert due("prompts = ['a']\nevery_n_epochs = 2") == [6, 10]
@@ -54,9 +54,9 @@ def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configu
         for image in pipeline(["a cat", "猫"], width=32, height=32, steps=1, guidance_scale=1.0, seed=seed)
     ]
     log = JsonlWriter(tmp_path / "metrics.jsonl", 0)
-    writer = Writer(Moment(499, 500), log, dashboards=Dashboards(tmp_path / "board", config))
+    writer = Writer(RunPoint(499, 500), log, dashboards=Dashboards(tmp_path / "board", config))
     samples = Samples(config.sample, (32, 32), pipeline, {}, tmp_path / "samples", writer)
-    samples.run(Moment(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
+    samples.run(RunPoint(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
     writer.close()
     picture = Image.open(tmp_path / "samples" / "step000500.png")
     assert picture.text["prompt"] == "a cat\n猫\na cat\n猫"

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
 from anima_jax.training import writer as writer_module
-from anima_jax.training.intervals import Moment
+from anima_jax.training.intervals import RunPoint
 from anima_jax.training.writer import Dashboards, JsonlWriter, RetryingFile, Writer, check_monitoring
 from tests.small_run import write_config, write_transformer
 
@@ -133,7 +133,7 @@ def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tm
 
 def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, config, log):
     writer = Writer(
-        Moment(2, 6, examples=16),
+        RunPoint(2, 6, examples=16),
         log,
         logging_steps=2,
         dashboards=Dashboards(tmp_path, config()),
@@ -143,8 +143,8 @@ def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, conf
     waits = {3: 0.0, 4: 0.0, 5: 0.02, 6: 0.04}
     for step, wait in waits.items():
         figures = {"loss": float(step), "grad_norm": 2.0}
-        at = Moment(step, 6, ((step - 1) // 4, step // 4), 8 * step)
-        writer.step(at, figures, flops=1e3, waited=wait)
+        point = RunPoint(step, 6, ((step - 1) // 4, step // 4), 8 * step)
+        writer.step(point, figures, flops=1e3, waited=wait)
         time.sleep(0.05)
     writer.close()
     found = scalars(tmp_path)
@@ -166,12 +166,12 @@ def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, conf
 
 
 def test_a_step_reports_one_step_late_and_what_is_not_finite_is_null_and_outside_the_mean(capsys, tmp_path, log):
-    writer = Writer(Moment(0, 3), log)
-    writer.step(Moment(1, 10), {"loss": 1.0, "grad_norm": 1.0})
+    writer = Writer(RunPoint(0, 3), log)
+    writer.step(RunPoint(1, 10), {"loss": 1.0, "grad_norm": 1.0})
     assert not lines_of(tmp_path)
-    writer.step(Moment(2, 10), {"loss": float("nan"), "grad_norm": float("inf")})
+    writer.step(RunPoint(2, 10), {"loss": float("nan"), "grad_norm": float("inf")})
     assert [line["step"] for line in lines_of(tmp_path)] == [1]
-    writer.step(Moment(3, 10), {"loss": 1.0, "grad_norm": 1.0})
+    writer.step(RunPoint(3, 10), {"loss": 1.0, "grad_norm": 1.0})
     assert np.isnan(writer.last["loss"])
     writer.close()
     assert [line["loss"] for line in lines_of(tmp_path)] == [1.0, None, 1.0]
@@ -179,9 +179,9 @@ def test_a_step_reports_one_step_late_and_what_is_not_finite_is_null_and_outside
 
 
 def test_the_bar_shows_loss_rate_speed_and_the_time_that_is_left(capsys, log):
-    writer = Writer(Moment(0, 10), log, rates=lambda step: {"mlp": 0.0, "base": 2e-5})
+    writer = Writer(RunPoint(0, 10), log, rates=lambda step: {"mlp": 0.0, "base": 2e-5})
     for step in range(1, 4):
-        writer.step(Moment(step, 10, examples=4 * step), {"loss": 0.5})
+        writer.step(RunPoint(step, 10, examples=4 * step), {"loss": 0.5})
     writer.close()
     last = capsys.readouterr().err.splitlines()[-1]
     assert "3/10" in last
@@ -192,9 +192,9 @@ def test_the_bar_shows_loss_rate_speed_and_the_time_that_is_left(capsys, log):
 
 
 def test_where_no_terminal_shows_a_bar_every_so_many_steps_are_a_line(capsys, log):
-    writer = Writer(Moment(0, 6), log, steps_per_print=2)
+    writer = Writer(RunPoint(0, 6), log, steps_per_print=2)
     for step in range(1, 6):
-        writer.step(Moment(step, 10), {"loss": 0.5})
+        writer.step(RunPoint(step, 10), {"loss": 0.5})
     writer.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("|")[-1].split()[0] for line in lines] == ["2/6", "4/6"]
@@ -202,13 +202,13 @@ def test_where_no_terminal_shows_a_bar_every_so_many_steps_are_a_line(capsys, lo
 
 
 def test_time_between_steps_is_no_steps_time(log):
-    writer = Writer(Moment(0, 4), log)
+    writer = Writer(RunPoint(0, 4), log)
     for step in (1, 2):
-        writer.step(Moment(step, 10), {"loss": 0.5})
+        writer.step(RunPoint(step, 10), {"loss": 0.5})
     writer.flush()
     time.sleep(1.5)  # samples are drawn
     for step in (3, 4):
-        writer.step(Moment(step, 10), {"loss": 0.5})
+        writer.step(RunPoint(step, 10), {"loss": 0.5})
     writer.close()
     assert writer.seconds_a_step < 0.4  # of three steps that take nothing; the pause would make it 0.5
 
@@ -216,11 +216,11 @@ def test_time_between_steps_is_no_steps_time(log):
 @pytest.mark.parametrize(("by_examples", "x"), [("false", 3), ("true", 24)])
 def test_scalars_and_pictures_stand_at_their_step_or_their_examples(tmp_path, config, by_examples, x):
     dashboards = Dashboards(tmp_path, config(f"x_axis_examples={by_examples}"))
-    at = Moment(3, 10, examples=24)
-    dashboards.scalars(at, {"train/loss": 0.5, "held_out/loss_quantile_0.10": 0.25})
-    dashboards.scalars(at, {"train/epoch_loss": 2.0}, x=1)
+    point = RunPoint(3, 10, examples=24)
+    dashboards.scalars(point, {"train/loss": 0.5, "held_out/loss_quantile_0.10": 0.25})
+    dashboards.scalars(point, {"train/epoch_loss": 2.0}, x=1)
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    dashboards.image(at, "samples", picture)
+    dashboards.image(point, "samples", picture)
     dashboards.close()
     assert scalars(tmp_path) == {
         "train/loss": [(x, 0.5)],
@@ -234,7 +234,7 @@ def test_scalars_and_pictures_stand_at_their_step_or_their_examples(tmp_path, co
 
 
 def test_a_resumed_run_hides_what_was_written_beyond_the_step_it_goes_on_from(tmp_path, config):
-    Dashboards(tmp_path, config(), resumed_at=Moment(7, 10, examples=56)).close()
+    Dashboards(tmp_path, config(), resumed_at=RunPoint(7, 10, examples=56)).close()
     # TensorBoard drops the points from the step on that a session's first event names.
     assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [8]
 
@@ -243,7 +243,7 @@ def test_tensorboard_outlives_a_full_disk_without_a_broken_record(tmp_path, conf
     dashboards = Dashboards(tmp_path, config())
     with no_file_longer_than(200):
         for step in range(50):
-            dashboards.scalars(Moment(step, 50), {"train/loss": 1.0})
+            dashboards.scalars(RunPoint(step, 50), {"train/loss": 1.0})
         file, deadline = next(tmp_path.glob("events.*")), time.monotonic() + 60
         while file.stat().st_size < 200 and time.monotonic() < deadline:  # a thread writes
             time.sleep(0.01)
@@ -256,8 +256,8 @@ def test_tensorboard_outlives_a_full_disk_without_a_broken_record(tmp_path, conf
 def test_nothing_is_written_where_tensorboard_is_turned_off(tmp_path, config):
     (tmp_path / "run").mkdir()
     dashboards = Dashboards(tmp_path / "run", config("monitoring.enable_tensorboard=false"))
-    dashboards.scalars(Moment(1, 1), {"train/loss": 1.0})
-    dashboards.image(Moment(1, 1), "samples", Image.new("RGB", (4, 4)))
+    dashboards.scalars(RunPoint(1, 1), {"train/loss": 1.0})
+    dashboards.image(RunPoint(1, 1), "samples", Image.new("RGB", (4, 4)))
     dashboards.close()
     assert not list((tmp_path / "run").iterdir())
 
@@ -288,8 +288,8 @@ def wandb(tmp_path, monkeypatch):
 def test_wandb_is_told_what_tensorboard_is_with_the_step_among_the_figures(tmp_path, config, wandb):
     names = ("monitoring.enable_wandb=true", "monitoring.wandb_api_key=secret", "monitoring.wandb_tracker_name=anima")
     dashboards = Dashboards(tmp_path, config(*names))
-    dashboards.scalars(Moment(3, 10), {"train/loss": 0.5, "train/grad_norm": float("nan")})
-    dashboards.image(Moment(3, 10), "samples", Image.new("RGB", (6, 4)))
+    dashboards.scalars(RunPoint(3, 10), {"train/loss": 0.5, "train/grad_norm": float("nan")})
+    dashboards.image(RunPoint(3, 10), "samples", Image.new("RGB", (6, 4)))
     dashboards.close()
     (_, key), (_, options), *rest = wandb.log_of_calls
     assert key == {"key": "secret"}

@@ -36,7 +36,7 @@ class LearningRates:
         """Return the group's rate as a function of the number of finished steps."""
         return lambda step: jnp.asarray(self._rate(group, step, jnp), jnp.float32)
 
-    def at(self, step: int) -> dict[str, float]:
+    def after(self, step: int) -> dict[str, float]:
         """Return each group's rate after `step` steps, computed on the host so that it does not wait for a device."""
         return {group: float(self._rate(group, step, np)) if rate else 0.0 for group, rate in self.by_group.items()}
 
