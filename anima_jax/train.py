@@ -86,14 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             check_networks(network, text_encoder.config, tokenizers)
         abstract = estimate.abstract_partition(config)
         build_optimizer(config, abstract)
-        resumed, run = None, Run(config, replicas(sizes))
+        resumed = None
+        run = Run(config, replicas(sizes))
         if config.resume_from_checkpoint is not None and not arguments.cache_only:
             resumed = find_run(config.output_dir, config.resume_from_checkpoint)
             run = dataclasses.replace(run, restored_replicas=replicas_of(resumed))
 
         # ---- data -------------------------------------------------------------------------------------------------
 
-        problems, keep = Problems(strict=config.strict_data), hosts.is_process_0() and not arguments.dry_run
+        problems = Problems(strict=config.strict_data)
+        keep = hosts.is_process_0() and not arguments.dry_run
         with hosts.process_0_first():
             data = read_data(config, problems, batch_size_of=run.global_batch, keep=keep)
         hosts.assert_same_on_all_processes(data.described_fingerprint)
@@ -126,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         if arguments.cache_only or arguments.dump_dataset:
             return
         folder = hosts.from_process_0(lambda: resumed or new_folder(pathlib.Path(config.output_dir)))
-        training = stack.enter_context(contextlib.ExitStack())
-        training.enter_context(alone_in(folder))
+        resources = stack.enter_context(contextlib.ExitStack())
+        resources.enter_context(alone_in(folder))
         copy_configuration(config, folder)
         encoders = encoders.on(mesh)
         batches = Batches(run, data, tokenizers)
@@ -136,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         # ---- model and optimizer ----------------------------------------------------------------------------------
 
         # A trained text encoder runs inside the step.
-        ready = config.model.cache_text_embeddings or config.trains_text_encoder
-        online_text = None if ready else OnlineText(encoders.text_encoder, config)
+        encodes_online = not (config.model.cache_text_embeddings or config.trains_text_encoder)
+        online_text = OnlineText(encoders.text_encoder, config) if encodes_online else None
         encode_text = online_text or (lambda text: text)
         partition = prepare(config, lambda: encoders.text_encoder)
         print(tables.start_up_table(config, partition, data.describe(tokenizers)))
-        step_config, optimizer = StepConfig.of(config), build_optimizer(config, partition, data.plan)
+        step_config = StepConfig.of(config)
+        optimizer = build_optimizer(config, partition, data.plan)
         workloads = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
         flops = [estimate.example_flops(partition, step_config, each).model * each.batch for each in workloads]
         state = init_state(partition.params, optimizer, step_config)
@@ -182,11 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         # ---- events -----------------------------------------------------------------------------------------------
 
-        start, total = checkpointer.start, checkpointer.total_steps(config.epochs, config.max_steps)
-        point, rates = checkpointer.point_after(start.step, total), learning_rates(config, data.plan)
-        signals = training.enter_context(contextlib.closing(Signals(folder, hosts.Consensus(mesh))))
-        training.enter_context(contextlib.closing(checkpointer))
-        profiler = training.enter_context(contextlib.closing(Profiler(profiled_steps, folder / "profile")))
+        start = checkpointer.start
+        total = checkpointer.total_steps(config.epochs, config.max_steps)
+        point = checkpointer.point_after(start.step, total)
+        rates = learning_rates(config, data.plan)
+        signals = resources.enter_context(contextlib.closing(Signals(folder, hosts.Consensus(mesh))))
+        resources.enter_context(contextlib.closing(checkpointer))
+        profiler = resources.enter_context(contextlib.closing(Profiler(profiled_steps, folder / "profile")))
         writer = open_writer(
             config,
             folder,
@@ -196,12 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             rates=lambda step: rates.after(start.position_after(step).optimizer_step),
             peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
         )
-        training.enter_context(contextlib.closing(writer))
+        resources.enter_context(contextlib.closing(writer))
         interruptible: list[events.Interruptible] = [
             events.Evaluate(run, eval_batches, partition, step_config, encode_text, writer),
             *make_samples(config, partition, state, encoders, folder, writer),
         ]
-        if ready:
+        if not encodes_online:
             encoders.release()  # frees device memory: training does not use them
         self_check = events.SelfCheck(run, partition, start.step, writer)
         skipped_updates = events.SkippedUpdates(run, folder, checkpointer, writer)
@@ -242,12 +247,13 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         loading = prefetched(
             batches.load, start.data_step, start.position_after(total).data_step, threads=config.map_num_proc
         )
-        loaded = training.enter_context(contextlib.closing(loading))
+        loaded = resources.enter_context(contextlib.closing(loading))
         while not stopped and point.step < total:
             point = checkpointer.point_after(point.step + 1, total)
             waiting = time.monotonic()
             host_batch, accumulation, tier_number = next(loaded)
-            waited, tier = time.monotonic() - waiting, data.plan.tiers[tier_number]
+            waited = time.monotonic() - waiting
+            tier = data.plan.tiers[tier_number]
             # The device is still computing the previous step: it does not wait for the host, and the host not for it.
             batch = batches.put(host_batch, tier_number)
             batch = batch._replace(text=encode_text(batch.text))
@@ -281,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             skipped_updates.check()
             if export.error:
                 raise UserError(export.error)
-        training.close()
+        resources.close()
 
         if online_text:
             print(f"encoding text took {online_text.share(writer.seconds_a_step):.0%} of a step")

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from anima_jax.adapters import modules, training
+from anima_jax.adapters import modules, planning
 from anima_jax.adapters.dialects import ADAPTER_RULES
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
@@ -107,7 +107,7 @@ def _with_adapter(
         return model
 
     targets = modules.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
-    specs, rates = training.plan(config, targets)
+    specs, rates = planning.plan(config, targets)
 
     def build(rngs) -> AnimaDiT:
         model = bare(rngs)
@@ -117,10 +117,10 @@ def _with_adapter(
     graphdef, abstract = parameters.abstract(build)
     factors = {path: leaf for path, leaf in abstract.items() if modules.is_factor(path)}
     params = modules.initial(abstract | base, specs, config.seed, rules.shardings(factors, factors, mesh))
-    scales = training.scales(config, specs)
-    messages = training.idle_exclusions(config, targets)
+    scales = planning.scales(config, specs)
+    messages = planning.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
-        loaded, more = training.existing(config, specs, scales, params)
+        loaded, more = planning.existing(config, specs, scales, params)
         params |= loaded
         messages += more
     tensors = file_tensors(ADAPTER_RULES, params)

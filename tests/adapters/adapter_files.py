@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.adapters import modules, training
+from anima_jax.adapters import modules, planning
 from anima_jax.adapters.dialects import LAYOUTS, module_names
 from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.kinds import FACTORS, SCALE
@@ -141,4 +141,4 @@ def beside(path, model):
         modules.attach(model, specs)
         graphdef, params = parameters.split(model)
         params |= {name: jnp.asarray(value) for name, value in scales.items()}
-        return graphdef, params | training.factors_of(adapter, specs, scales, params, str(path)), specs
+        return graphdef, params | planning.factors_of(adapter, specs, scales, params, str(path)), specs

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import dialects as names
-from anima_jax.adapters import training
+from anima_jax.adapters import planning
 from anima_jax.adapters.depths import depth_map, remapped
 from anima_jax.adapters.dialects import DIALECTS
 from anima_jax.adapters.file import Adapter, fitted, open_adapter, write_adapter
@@ -318,7 +318,7 @@ def test_what_only_merging_can_do_cannot_be_trained_on(kind, trained, part):
     specs = {"blocks.self_attn.q_proj": adapter_spec(trained, (3, 64, 64), (3, 3, 3))}
     scales = {"blocks.self_attn.q_proj.lora_scale": np.ones(3, np.float32)}
     with pytest.raises(UserError, match=f"x: {Q_PROJ}: {part} cannot be trained on; merge the file instead"):
-        training.factors_of(Adapter("x", {Q_PROJ: patch}), specs, scales, {}, "x")
+        planning.factors_of(Adapter("x", {Q_PROJ: patch}), specs, scales, {}, "x")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

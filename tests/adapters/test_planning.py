@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from anima_jax.adapters import modules, training
+from anima_jax.adapters import modules, planning
 from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.dialects import module_names
 from anima_jax.adapters.file import open_adapter
@@ -58,8 +58,8 @@ def targets() -> dict[str, tuple[int, ...]]:
 def planned(folder, adapter, *overrides):
     """Specs, relative rates and scales, without drawing anything."""
     config = configured(folder, adapter, *overrides)
-    specs, rates = training.plan(config, targets())
-    return specs, rates, training.scales(config, specs)
+    specs, rates = planning.plan(config, targets())
+    return specs, rates, planning.scales(config, specs)
 
 
 def names(specs) -> dict[str, int]:
@@ -137,7 +137,7 @@ def adapted_by_peft(peer) -> set[str]:
 
 def test_an_exclusion_that_excludes_nothing_is_told(folder):
     keys = "type = 'lora'\nrank = 2\nexclude_modules = ['self_atn', 'v_proj', 'llm_adapter']"
-    (note,) = training.idle_exclusions(configured(folder, keys, "model.llm_adapter_lr=0"), targets())
+    (note,) = planning.idle_exclusions(configured(folder, keys, "model.llm_adapter_lr=0"), targets())
     assert note.endswith("adapter.exclude_modules: 'self_atn' fits no module (did you mean 'self_attn'?)")
 
 
