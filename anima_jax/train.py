@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         hosts.barrier("the data are encoded")
         if arguments.cache_only or arguments.dump_dataset:
             return
-        folder = hosts.from_process_0(lambda: resumed or new_folder(pathlib.Path(config.output_dir)))
+        run_folder = hosts.from_process_0(lambda: resumed or new_folder(pathlib.Path(config.output_dir)))
         resources = stack.enter_context(contextlib.ExitStack())
-        resources.enter_context(alone_in(folder))
-        copy_configuration(config, folder)
+        resources.enter_context(alone_in(run_folder))
+        copy_configuration(config, run_folder)
         encoders = encoders.on(mesh)
         batches = Batches(run, data, tokenizers)
         eval_batches = {name: Batches(run, each, tokenizers) for name, each in eval_data.items()}
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             replicas=run.batch_replicas,
         )
         checkpointer = Checkpointer(
-            folder,
+            run_folder,
             data.plan,
             metadata,
             keep=config.max_checkpoints,
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 reset_optimizer=config.reset_optimizer,
                 reset_optimizer_params=config.reset_optimizer_params,
             )
-            print(f"resumed {folder} after step {checkpointer.start.step}")
+            print(f"resumed {run_folder} after step {checkpointer.start.step}")
             for message in messages:
                 print(f"  {message}")
 
@@ -189,12 +189,12 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         total = checkpointer.total_steps(config.epochs, config.max_steps)
         point = checkpointer.point_after(start.step, total)
         rates = learning_rates(config, data.plan)
-        signals = resources.enter_context(contextlib.closing(Signals(folder, hosts.Consensus(mesh))))
+        signals = resources.enter_context(contextlib.closing(Signals(run_folder, hosts.Consensus(mesh))))
         resources.enter_context(contextlib.closing(checkpointer))
-        profiler = resources.enter_context(contextlib.closing(Profiler(profiled_steps, folder / "profile")))
+        profiler = resources.enter_context(contextlib.closing(Profiler(profiled_steps, run_folder / "profile")))
         writer = open_writer(
             config,
-            folder,
+            run_folder,
             point,
             epoch_start=checkpointer.epoch_start,
             evaluates=bool(eval_batches),
@@ -204,19 +204,19 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         resources.enter_context(contextlib.closing(writer))
         interruptible: list[events.Interruptible] = [
             events.Evaluate(run, eval_batches, partition, step_config, encode_text, writer),
-            *make_samples(config, partition, state, encoders, folder, writer),
+            *make_samples(config, partition, state, encoders, run_folder, writer),
         ]
         if not encodes_online:
             encoders.release()  # frees device memory: training does not use them
         self_check = events.SelfCheck(run, partition, start.step, writer)
-        skipped_updates = events.SkippedUpdates(run, folder, checkpointer, writer)
-        export = events.Export(run, partition, folder, writer)
+        skipped_updates = events.SkippedUpdates(run, run_folder, checkpointer, writer)
+        export = events.Export(run, partition, run_folder, writer)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
 
         def run_interruptible(point: RunPoint, due: Sequence[events.Interruptible]) -> None:
             def run_all() -> None:
                 for event in due:
-                    event.run(point, state)
+                    event.perform(point, state)
 
             signals.cut_short(run_all)
 
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             if request != "save_quit" or not saved:
                 return False
             writer.print(
-                f"stopped after step {point.step}, as requested; resume with --resume_from_checkpoint {folder}"
+                f"stopped after step {point.step}, as requested; resume with --resume_from_checkpoint {run_folder}"
             )
             return True
 
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             batch = batch._replace(text=encode_text(batch.text))
             program = (tier.tokens, tier.batch_size)
             with contextlib.nullcontext() if program in compiled else watch_compilation() as compilation:
-                state, metrics = profiler.run(
+                state, metrics = profiler.run_step(
                     point.step, train_step, state, partition.frozen, batch, unconditional, accumulation
                 )
             if compilation:
@@ -268,10 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             # This writes the metrics of the previous step.
             writer.step(point, metrics.scalars, flops=flops[tier_number], waited=waited)
             if self_check.due(point):
-                self_check.run(point, metrics.norms)
+                self_check.perform(point, metrics.norms)
             skipped_updates.check()
             if export.due(point):
-                export.run(point, state)
+                export.perform(point, state)
             if point.step == total or (checkpoint_every.due(point) and writer.updated()):
                 save_checkpoint(point)
             overdue = hosts.is_process_0() and checkpointer.overdue() and writer.updated()
@@ -292,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         if online_text:
             print(f"encoding text took {online_text.share(writer.seconds_a_step):.0%} of a step")
         with contextlib.suppress(UserError):  # a run that stopped early may have saved no model
-            find_export(folder)
-            print(f"sample with: {command.sample_command(config, data, arguments, folder)}")
+            find_export(run_folder)
+            print(f"sample with: {command.sample_command(config, data, arguments, run_folder)}")
 
 
 if __name__ == "__main__":

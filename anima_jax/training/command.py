@@ -114,8 +114,8 @@ def unsupported_flags(arguments: argparse.Namespace) -> list[str]:
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the configuration keys that the command line sets, as KEY=VALUE."""
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
-    run = arguments.resume_from_checkpoint
-    return keys if run is None else [*keys, f"resume_from_checkpoint={json.dumps(run) if run else 'true'}"]
+    resumed = arguments.resume_from_checkpoint
+    return keys if resumed is None else [*keys, f"resume_from_checkpoint={json.dumps(resumed) if resumed else 'true'}"]
 
 
 def shared_arguments(config: MainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,10 +124,12 @@ def shared_arguments(config: MainConfig, arguments: argparse.Namespace) -> dict[
     return {"jax": jax.__version__, **flags, **shared_settings(config.model_dump(mode="json"))}
 
 
-def sample_command(config: MainConfig, data: TrainingData, arguments: argparse.Namespace, run: pathlib.Path) -> str:
+def sample_command(
+    config: MainConfig, data: TrainingData, arguments: argparse.Namespace, run_folder: pathlib.Path
+) -> str:
     """Return a command line that samples from the saved model, with the first sample prompt or else a caption."""
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
     words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
     words += itertools.chain.from_iterable(("--set", override) for override in arguments.set)
-    words += ["--checkpoint", str(run), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
+    words += ["--checkpoint", str(run_folder), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
     return shlex.join([*words, "--seed", "1", "-o", "out.png"])

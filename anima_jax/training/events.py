@@ -32,16 +32,16 @@ class Interruptible(Protocol):
         """Return whether an earlier attempt completed the event at this point, from which the run resumes."""
         ...
 
-    def run(self, point: RunPoint, state: TrainState) -> None:
-        """Run the event with the weights of this state."""
+    def perform(self, point: RunPoint, state: TrainState) -> None:
+        """Perform the event with the weights of this state."""
         ...
 
 
 class Export:
     """Exports the model to the run's folder after some epochs and steps, and at the end."""
 
-    def __init__(self, run: Run, partition: ParamPartition, folder: pathlib.Path, writer: Writer):
-        self._run, self._partition, self._folder, self._writer = run, partition, folder, writer
+    def __init__(self, run: Run, partition: ParamPartition, run_folder: pathlib.Path, writer: Writer):
+        self._run, self._partition, self._run_folder, self._writer = run, partition, run_folder, writer
         self.error = ""
         """Why the last export failed; empty if it succeeded."""
 
@@ -49,11 +49,11 @@ class Export:
         """Return the names of the folders in which to save the model at this point; empty if none is due."""
         return export_names(self._run, point)
 
-    def run(self, point: RunPoint, state: TrainState) -> None:
+    def perform(self, point: RunPoint, state: TrainState) -> None:
         """Save the model in every folder that is due, and delete the oldest exports."""
         for name in self.due(point):
             self._writer.flush()
-            config, folder = self._run.config, self._folder / name
+            config, folder = self._run.config, self._run_folder / name
             about = about_adapter(config, self._partition, point.step)
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
@@ -64,8 +64,8 @@ class Export:
                     shutil.copy(config.path, folder)
                 self._writer.print(f"saved {path}")
                 self.error = ""
-            for old in rotate(self._folder, config.max_checkpoints) if is_process_0() else ():
-                self._writer.print(f"deleted {self._folder / old}")
+            for old in rotate(self._run_folder, config.max_checkpoints) if is_process_0() else ():
+                self._writer.print(f"deleted {self._run_folder / old}")
 
 
 def export_names(run: Run, point: RunPoint) -> list[str]:
@@ -102,7 +102,7 @@ class Evaluate:
     def done(self, point: RunPoint) -> bool:
         return self._writer.evaluated
 
-    def run(self, point: RunPoint, state: TrainState) -> None:
+    def perform(self, point: RunPoint, state: TrainState) -> None:
         self._writer.flush()
         params, began, figures = self._frozen | trained_weights(state), time.monotonic(), {}
         for name, batches in self._data_sets.items():
@@ -128,7 +128,7 @@ class SelfCheck:
     def due(self, point: RunPoint) -> bool:
         return point.step - self._first_step <= ATTEMPTS
 
-    def run(self, point: RunPoint, norms: GroupNorms | None) -> None:
+    def perform(self, point: RunPoint, norms: GroupNorms | None) -> None:
         """Check the norms that the step measured (None: skip the check). Raises UserError as `self_check` does."""
         if norms is None:
             return
@@ -142,8 +142,12 @@ class SelfCheck:
 class SkippedUpdates:
     """Reports updates skipped because loss or gradient was not finite, and stops a run with too many in a row."""
 
-    def __init__(self, run: Run, folder: pathlib.Path, checkpointer: Checkpointer, writer: Writer):
-        self._limit, self._folder, self._checkpoints = run.config.max_skipped_steps, folder, checkpointer.checkpoints
+    def __init__(self, run: Run, run_folder: pathlib.Path, checkpointer: Checkpointer, writer: Writer):
+        self._limit, self._run_folder, self._checkpoints = (
+            run.config.max_skipped_steps,
+            run_folder,
+            checkpointer.checkpoints,
+        )
         self._writer, self._reported = writer, 0
 
     def check(self) -> None:
@@ -156,4 +160,4 @@ class SkippedUpdates:
             self._checkpoints.wait()
             latest = self._checkpoints.latest()
             good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
-            raise UserError(f"{self._folder}: {skipped} steps in a row had no finite loss or gradient; {good}")
+            raise UserError(f"{self._run_folder}: {skipped} steps in a row had no finite loss or gradient; {good}")

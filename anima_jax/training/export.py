@@ -102,13 +102,13 @@ def _write(
     return path
 
 
-def rotate(run: pathlib.Path, keep: int | None) -> list[str]:
+def rotate(run_folder: pathlib.Path, keep: int | None) -> list[str]:
     """Delete all but the newest `keep` of a run's `epoch…` folders and all but the newest `keep` `step…` folders.
 
     None deletes nothing. Returns the names of the deleted folders; a folder that cannot be deleted is logged.
     """
     found: dict[str, list[tuple[int, pathlib.Path]]] = {"epoch": [], "step": []}
-    for path in list(run.iterdir()):
+    for path in list(run_folder.iterdir()):
         if _DELETED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
         match = _EXPORT_FOLDER.fullmatch(path.name)

@@ -102,7 +102,7 @@ class Profiler:
         self._steps, self._folder = steps or range(0), folder
         self._tracing = False
 
-    def run(self, number: int, step: Callable[..., Result], *arguments: Any) -> Result:
+    def run_step(self, number: int, step: Callable[..., Result], *arguments: Any) -> Result:
         """Run step `number` (from 1) of the run and return `step(*arguments)`."""
         if number in self._steps and not self._tracing:
             jax.profiler.start_trace(str(self._folder))

@@ -237,14 +237,14 @@ class Position(NamedTuple):
 
 
 class Checkpointer:
-    """Saves a run to `run/checkpoints` and restores it. It must be closed: a program that ends while saving hangs.
+    """Saves a run to `run_folder/checkpoints` and restores it. It must be closed: a program that ends while saving hangs.
 
     `metadata` is from `run_metadata`. The newest `keep` checkpoints are kept (None: all).
     """
 
     def __init__(
         self,
-        run: pathlib.Path,
+        run_folder: pathlib.Path,
         plan: BatchPlan,
         metadata: Mapping[str, Any],
         *,
@@ -255,7 +255,7 @@ class Checkpointer:
         self._plan, self._metadata = plan, metadata
         self._minutes, self._clock, self._saved_at = every_n_minutes, clock, clock()
         self._announced: int | None = None
-        self.checkpoints = RunCheckpoints(run / FOLDER, keep=keep)
+        self.checkpoints = RunCheckpoints(run_folder / FOLDER, keep=keep)
         self.start = Position(0, 0, 0)
         """The position at which training starts: 0, or after `restore` the one at which the run resumes."""
 

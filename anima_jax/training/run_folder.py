@@ -34,7 +34,7 @@ def new_folder(root: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{root}: 100 runs already started this second")
 
 
-def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
+def copy_configuration(config: MainConfig, run_folder: pathlib.Path) -> None:
     """Copy the TOML files of a run to its folder."""
     used: set[str] = set()
     for path in (config.path, config.dataset, *(each.config for each in config.eval_datasets)):
@@ -42,8 +42,8 @@ def copy_configuration(config: MainConfig, run: pathlib.Path) -> None:
         while name in used:
             name = f"dataset_{name}"
         used.add(name)
-        with writing_to(str(run / name)):
-            shutil.copy(path, run / name)
+        with writing_to(str(run_folder / name)):
+            shutil.copy(path, run_folder / name)
 
 
 def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
@@ -77,15 +77,15 @@ def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
     raise UserError(f"resume_from_checkpoint: found {name}, expected the name of a run in {root} or its path{near}")
 
 
-def replicas_of(run: pathlib.Path) -> int:
+def replicas_of(run_folder: pathlib.Path) -> int:
     """Return the number of replicas of a run's batches. Raises UserError if its newest checkpoint is not readable."""
-    checkpoints = RunCheckpoints(run / FOLDER, keep=None)
+    checkpoints = RunCheckpoints(run_folder / FOLDER, keep=None)
     step = checkpoints.latest()
     return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
 
 
 @contextlib.contextmanager
-def alone_in(run: pathlib.Path) -> Iterator[None]:
+def alone_in(run_folder: pathlib.Path) -> Iterator[None]:
     """Prevent other runs from training in this folder during the block.
 
     Process 0 locks the folder; the lock ends with the process. Raises UserError if another run has the lock. On a file
@@ -94,14 +94,14 @@ def alone_in(run: pathlib.Path) -> Iterator[None]:
     if not is_process_0():
         yield
         return
-    with writing_to(os.fspath(run)):
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with writing_to(os.fspath(run_folder)):
+        descriptor = os.open(run_folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             lock(descriptor, wait=False)
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace").strip()
-            raise UserError(f"{run}: is being trained by {owner or 'another process'}") from None
+            raise UserError(f"{run_folder}: is being trained by {owner or 'another process'}") from None
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -110,10 +110,10 @@ def alone_in(run: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _has_checkpoint(run: pathlib.Path) -> bool:
-    return RunCheckpoints(run / FOLDER, keep=None).latest() is not None
+def _has_checkpoint(run_folder: pathlib.Path) -> bool:
+    return RunCheckpoints(run_folder / FOLDER, keep=None).latest() is not None
 
 
-def _age(run: re.Match[str]) -> tuple[str, int, str]:
+def _age(match: re.Match[str]) -> tuple[str, int, str]:
     """Return the sort key of a run's name: time, then suffix, with -2 before -10."""
-    return run[1], len(run[2]), run[2]
+    return match[1], len(match[2]), match[2]

@@ -53,7 +53,7 @@ class Samples:
         """Return whether an earlier attempt saved the samples of this point, from which the run resumes."""
         return point.step > 0 and self._path(point).exists()
 
-    def run(self, point: RunPoint, state: TrainState) -> None:
+    def perform(self, point: RunPoint, state: TrainState) -> None:
         """Sample with the averaged weights if there are any, else with the trained ones."""
         self._writer.flush()
         with warn_and_continue():

@@ -95,7 +95,7 @@ def test_a_trace_of_the_chosen_steps_is_written_even_if_the_run_ends_before_the_
     profiler = Profiler(steps, tmp_path / "profile")
     x, traced = jnp.ones(3), []
     for number in range(1, run + 1):
-        x = profiler.run(number, double, x)
+        x = profiler.run_step(number, double, x)
         traced.append(bool(list(tmp_path.rglob("*.xplane.pb"))))
     profiler.close()
     assert float(x[0]) == 2.0**run
@@ -107,6 +107,6 @@ def test_a_trace_of_the_chosen_steps_is_written_even_if_the_run_ends_before_the_
 
 def test_without_chosen_steps_no_trace_is_written(tmp_path):
     profiler = Profiler(None, tmp_path / "profile")
-    assert profiler.run(1, lambda x: x + 1, 1) == 2
+    assert profiler.run_step(1, lambda x: x + 1, 1) == 2
     profiler.close()
     assert not list(tmp_path.iterdir())

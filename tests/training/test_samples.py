@@ -56,7 +56,7 @@ def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configu
     log = JsonlWriter(tmp_path / "metrics.jsonl", 0)
     writer = Writer(RunPoint(499, 500), log, dashboards=Dashboards(tmp_path / "board", config))
     samples = Samples(config.sample, (32, 32), pipeline, {}, tmp_path / "samples", writer)
-    samples.run(RunPoint(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
+    samples.perform(RunPoint(500, 500), TrainState(jnp.array(500), params, ((), ()), None, jnp.array(0), jnp.array(0)))
     writer.close()
     picture = Image.open(tmp_path / "samples" / "step000500.png")
     assert picture.text["prompt"] == "a cat\n猫\na cat\n猫"
