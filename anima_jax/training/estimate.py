@@ -29,6 +29,7 @@ from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DeviceSpec, local_device_spec
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
+from anima_jax.training import optimizers
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Workload, flops
 from anima_jax.training.run import Run
@@ -338,7 +339,7 @@ def estimate(
         jnp.dtype(config.cached_dtype),
         sizes=sizes,
         masked=masked,
-        moments_on_host=config.optimizer.type == "offload" and jax.default_backend() != "cpu",
+        moments_on_host=optimizers.find(config.optimizer.type).on_host and jax.default_backend() != "cpu",
         measure=measure,
     )
     flops_of = {work: example_flops(partition, step_config, work) for work in workloads}

@@ -237,7 +237,7 @@ class Position(NamedTuple):
 
 
 class Checkpointer:
-    """Saves a run to `run_folder/checkpoints` and restores it. It must be closed: a program that ends while saving hangs.
+    """Saves a run to `run_folder/checkpoints` and restores it. Close it: a program that ends while saving hangs.
 
     `metadata` is from `run_metadata`. The newest `keep` checkpoints are kept (None: all).
     """

@@ -251,6 +251,17 @@ def test_quantised_weights_count_in_their_stored_size(tmp_path):
     assert found["int8"]["activations"] == pytest.approx(found["float32"]["activations"], rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["offload", "off_load", "OffLoad"])
+def test_offloaded_moments_need_no_device_memory_however_the_name_is_written(tmp_path, monkeypatch, name):
+    (tmp_path / "pictures").mkdir()
+    write_transformer(tmp_path / "base.safetensors")
+    config = load_config(write_config(tmp_path, tmp_path / "pictures", "epochs = 1"), [f"optimizer.type='{name}'"])
+    partition = abstract_partition(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = estimate.estimate(config, FLOAT32, partition, optax.adamw(1e-3), [WORK], measure=False)
+    assert found.memory.rows["optimizer"] == 0
+
+
 def test_the_estimate_prints_memory_flops_and_times(tmp_path):
     (tmp_path / "pictures").mkdir()
     write_transformer(tmp_path / "base.safetensors")

@@ -3,7 +3,7 @@
 from anima_jax.checkpoints.names.groups import GROUPS, group_of, groups_by_path, is_decayed
 from anima_jax.training.optimizers.build import averaged, build, check
 from anima_jax.training.optimizers.rates import LearningRates
-from anima_jax.training.optimizers.table import rows
+from anima_jax.training.optimizers.table import find, rows
 
 __all__ = [
     "GROUPS",
@@ -11,6 +11,7 @@ __all__ = [
     "averaged",
     "build",
     "check",
+    "find",
     "group_of",
     "groups_by_path",
     "is_decayed",

@@ -20,18 +20,14 @@ from anima_jax.training.optimizers.rates import LearningRates
 from anima_jax.training.optimizers.table import Parameter, Row, find
 
 IGNORED = (
-    *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "kahan_sum", "compile"),
+    *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "compile"),
     *("is_paged", "block_wise", "fsdp_in_use"),
 )
-"""Arguments in other libraries that choose an implementation and do not change the results.
-
-`kahan_sum` is one of them because weights are not rounded to nearest here.
-"""
+"""Arguments in other libraries that choose an implementation and do not change the results."""
 
 OFF = {
     "amsgrad": "use type = 'amsgrad'",
     "maximize": "losses are minimised here",
-    "gradient_release": "gradients and updates are one program already; 'adafactor' or 'adamw8bit' save memory",
     "decouple_lr": "weight decay is multiplied by the learning rate",
     "dampening": "leave it at 0",
     "cpu_offload": "use type = 'offload'",
@@ -41,7 +37,7 @@ OFF = {
 """Arguments in other libraries that must be off → what to do instead."""
 
 ON = ("decouple", "weight_decouple")
-"""Arguments in other libraries that must be on, except with sgd, whose weight decay is part of the gradient."""
+"""Arguments in other libraries that must be on, except with optimizers whose weight decay is part of the gradient."""
 
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", tuple: "a list"}
 """Type of an argument's default → the expected type in error messages."""
@@ -74,7 +70,7 @@ def build(
         raise UserError(
             f"[optimizer] type = '{row.name}' needs a constant learning rate: no lr_scheduler or warmup_steps"
         )
-    if layer_rates and row.name.startswith("schedule_free"):
+    if layer_rates and row.averages_weights:
         raise UserError(f"[optimizer] type = '{row.name}' averages over all of its steps: no [adapter] lr_pattern")
     decay = row.weight_decay if config.weight_decay is None else config.weight_decay
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
@@ -189,7 +185,7 @@ def _error(row: Row, key: str, value: Any) -> str | None:
         return _type_error(key, value, row.options[own])
     if key in OFF:
         return f"{key} = {value!r}: not available with '{row.name}'; {OFF[key]}" if value else None
-    if key in ON and row.name != "sgd":
+    if key in ON and not row.decay_in_gradient:
         return None if value is True else f"{key} = {value!r}: weight decay is always decoupled with '{row.name}'"
     if key in IGNORED:
         return None

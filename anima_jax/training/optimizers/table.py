@@ -59,6 +59,10 @@ class Row:
     """Whether the learning rate is a number, which cannot follow a schedule."""
     on_host: bool = False
     """Whether the moments are kept in host memory."""
+    averages_weights: bool = False
+    """Whether the optimizer averages the weights of all steps, which rules out learning rates per layer."""
+    decay_in_gradient: bool = False
+    """Whether the weight decay is part of the gradient, as in torch's SGD; otherwise it is decoupled."""
     decay_factor: Callable[[Any, Any, Mapping[str, Any]], Any] | None = None
     """Maps the state before the update, the schedule and the options to the factor of the weight decay. None: `make`
     applies the decay."""
@@ -229,7 +233,7 @@ ROWS = (
         },
     ),
     Row("lion", _lion, {"b1": 0.9, "b2": 0.99}, elementwise=True),
-    Row("sgd", _sgd, {"momentum": 0.0, "nesterov": False}, elementwise=True),
+    Row("sgd", _sgd, {"momentum": 0.0, "nesterov": False}, elementwise=True, decay_in_gradient=True),
     Row(
         "muon",
         _muon,
@@ -259,8 +263,20 @@ ROWS = (
         shared=True,
         decay_factor=_estimated_rate,
     ),
-    Row("schedule_free_adamw", _schedule_free_adamw, {**_ADAM, "weight_lr_power": 2.0}, elementwise=True),
-    Row("schedule_free_sgd", _schedule_free_sgd, {"b1": 0.9, "weight_lr_power": 2.0}, elementwise=True),
+    Row(
+        "schedule_free_adamw",
+        _schedule_free_adamw,
+        {**_ADAM, "weight_lr_power": 2.0},
+        elementwise=True,
+        averages_weights=True,
+    ),
+    Row(
+        "schedule_free_sgd",
+        _schedule_free_sgd,
+        {"b1": 0.9, "weight_lr_power": 2.0},
+        elementwise=True,
+        averages_weights=True,
+    ),
 )
 
 # optax's own ------------------------------------------------------------------------------------------------------
