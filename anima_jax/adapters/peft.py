@@ -13,7 +13,7 @@ from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.config.optimizer import AdapterConfig
+from anima_jax.config.adapter import AdapterConfig
 from anima_jax.errors import UserError
 
 FILE = "adapter_config.json"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.config.main import MainConfig, SampleConfig
+from anima_jax.config.main import MainConfig
+from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0

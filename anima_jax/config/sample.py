@@ -1,0 +1,46 @@
+"""`[sample]`: images drawn while training."""
+
+from typing import Annotated
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from anima_jax.config.schema import (
+    Count,
+    Listed,
+    NotEmpty,
+    NotNegative,
+    PixelSide,
+    Positive,
+    Section,
+    documented_as,
+    invalid,
+)
+
+TorchSeed = Annotated[int, Field(ge=0, lt=2**64), documented_as("whole number ≥ 0 and < 2⁶⁴")]
+
+
+class SampleConfig(Section):
+    """Ours: images drawn while training, one for each prompt and seed."""
+
+    prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
+    every_n_epochs: Count | None = Field(None, description="draw every n epochs, and at the start and the end")
+    every_n_steps: Count | None = Field(
+        default_factory=lambda table: 500 if table["every_n_epochs"] is None else None,
+        description="draw every n steps, and at the start and the end; unset: 500, or only by epochs if "
+        "every_n_epochs is set",
+    )
+    steps: Count = Field(30, description="sampler steps")
+    guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
+    shift: Positive = Field(3.0, description="shifts the sampler's times as [model] shift does those of training")
+    seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the initial noise")
+    width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: that of the training images")
+    height: PixelSide | None = Field(
+        None, validate_default=True, description="in pixels, a multiple of 16; unset: that of the training images"
+    )
+
+    @field_validator("height")
+    @classmethod
+    def _both_or_none(cls, height: int | None, info: ValidationInfo) -> int | None:
+        if "width" in info.data and (info.data["width"] is None) != (height is None):
+            raise invalid("expected both width and height, or neither; found one")
+        return height
