@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 pathlib.Path(path).mkdir(parents=True, exist_ok=True)
         with hosts.process_0_first():
             eval_data = {
-                each.name: read_data(config, problems, batch_size_of=run.eval_batch, evaluated=each.data, keep=keep)
+                each.name: read_data(config, problems, batch_size_of=run.eval_batch, eval_dataset=each, keep=keep)
                 for each in config.eval_datasets
             }
         for each in eval_data.values():

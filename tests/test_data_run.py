@@ -369,6 +369,18 @@ def test_uncached_text_equals_cached_text(run):
     np.testing.assert_allclose(online, cached, rtol=1e-5)
 
 
+def test_evaluation_data_without_a_usable_example_are_named(run, tmp_path, capsys):
+    write_pictures(tmp_path / "held_out", 1)
+    broken = tmp_path / "held_out" / "00.png"
+    broken.write_bytes(broken.read_bytes()[:400])
+    dataset = (tmp_path / "dataset.toml").read_text().replace(str(tmp_path / "pictures"), str(tmp_path / "held_out"))
+    (tmp_path / "held_out.toml").write_text(dataset)
+    with pytest.raises(SystemExit) as exit_:
+        train(["--config", str(run), "--cache_only", "--set", f"eval_datasets=['{tmp_path}/held_out.toml']"])
+    expected = f"{tmp_path}/held_out.toml: nothing to evaluate: none of 1 examples could be encoded"
+    assert expected in f"{exit_.value}{capsys.readouterr().err}"
+
+
 def test_too_long_captions_are_counted_and_cut(run, tmp_path, capsys):
     (tmp_path / "pictures" / "00.txt").write_text("a red circle on a blue background " * 40)
     train(["--config", str(run), "--cache_only", "--set", "model.max_caption_tokens=64"])

@@ -58,13 +58,14 @@ def load_config(
         files.append(file)
         return data
 
-    data, evaluated = dataset_at(table.get("dataset")), table.get("eval_datasets")
-    if isinstance(evaluated, list):
-        evaluated[:] = [{"config": entry} if isinstance(entry, str) else entry for entry in evaluated]
-        for index, entry in enumerate(evaluated):
+    data = dataset_at(table.get("dataset"))
+    eval_datasets = table.get("eval_datasets")
+    if isinstance(eval_datasets, list):
+        eval_datasets[:] = [{"config": entry} if isinstance(entry, str) else entry for entry in eval_datasets]
+        for index, entry in enumerate(eval_datasets):
             if isinstance(entry, dict):
                 _add_loaded(main, entry, ("eval_datasets", index), {"data": dataset_at(entry.get("config"))})
-    if evaluated and not any(map(table.get, EVAL_EVERY)):
+    if eval_datasets and not any(map(table.get, EVAL_EVERY)):
         main.message(
             ("eval_datasets",), f"used only before the first step: neither {EVAL_EVERY[0]} nor the like is set"
         )

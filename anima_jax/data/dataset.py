@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anima_jax.checkpoints.locations import is_remote
-from anima_jax.config.dataset import DatasetConfig
+from anima_jax.config.eval_dataset import EvalDataset
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sizes import Size
 from anima_jax.data.batch_plan import BatchPlan, data_fingerprint, describe, make_tiers
@@ -31,17 +31,17 @@ def read_data(
     problems: Problems,
     *,
     batch_size_of: Callable[[Size], int],
-    evaluated: DatasetConfig | None = None,
+    eval_dataset: EvalDataset | None = None,
     keep: bool = True,
 ) -> "TrainingData":
-    """Return the examples of every source of the dataset TOML, or of `evaluated` if given. Nothing is encoded yet.
+    """Return the examples of every source of the dataset TOML, or of `eval_dataset` if given; none is encoded yet.
 
     `batch_size_of` maps a size to the number of examples per step, over all processes. The file index is saved in the
     cache for the next run; without `keep` nothing is written. Raises UserError if there are no examples.
     """
     ignore_pil_warnings()
     folders, sources, indexes = [], [], dict[str, FileIndex]()
-    for source in (evaluated or config.data).sources:
+    for source in (eval_dataset or config).data.sources:
         reader = reader_of(source, prepare=keep)
         folders.append(config.cache_dir or reader.cache_dir)
         path = os.path.join(folders[-1], f"files-{_short_hash(reader.location)}.jsonl")
@@ -49,12 +49,18 @@ def read_data(
             indexes[path] = FileIndex(path, keep=keep, trust=config.trust_cache)
         sources.append((reader, indexes[path]))
     shuffle_each_epoch = not config.model.cache_text_embeddings
-    groups = read_examples(sources, problems, threads=config.map_num_proc, shuffle_each_epoch=shuffle_each_epoch)
-    return TrainingData(config, folders, groups, batch_size_of)
+    empty = f"{eval_dataset.config}: nothing to evaluate" if eval_dataset else f"{config.dataset}: nothing to train on"
+    groups = read_examples(
+        sources, problems, threads=config.map_num_proc, shuffle_each_epoch=shuffle_each_epoch, empty_error=empty
+    )
+    return TrainingData(config, folders, groups, batch_size_of, empty_error=empty)
 
 
 class TrainingData:
-    """The examples of a run. `encode` drops those that cannot be encoded and writes the others to `cache`."""
+    """The examples of a run. `encode` drops those that cannot be encoded and writes the others to `cache`.
+
+    `empty_error` begins the error of a data set without any example that can be encoded.
+    """
 
     cache: Cache
     """Set by `open_cache`."""
@@ -71,8 +77,11 @@ class TrainingData:
         folders: Sequence[str],
         groups: Sequence[list[Example]],
         batch_size_of: Callable[[Size], int],
+        *,
+        empty_error: str = "nothing to train on",
     ):
         self._config, self._folders, self._batch_size_of = config, folders, batch_size_of
+        self._empty_error = empty_error
         self._use(groups)
 
     def _use(self, groups: Sequence[list[Example]]) -> None:
@@ -135,7 +144,7 @@ class TrainingData:
         if missing := before - sum(map(len, encoded)):
             print(f"{missing} of {before} examples cannot be encoded and are left out")
         if not any(encoded):
-            raise UserError(f"nothing to train on: none of {before} examples could be encoded")
+            raise UserError(f"{self._empty_error}: none of {before} examples could be encoded")
         if missing:
             self._use(encoded)
 

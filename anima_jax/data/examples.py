@@ -91,11 +91,12 @@ def read_examples(
     *,
     threads: int = 8,
     shuffle_each_epoch: bool = False,
+    empty_error: str = "nothing to train on",
 ) -> list[list[Example]]:
     """Return the examples of each source, in order. Log one line per source; unusable files go to `problems`.
 
-    `shuffle_each_epoch` is as in `examples_of`. Raises UserError if a source does not exist or if there are no examples
-    at all.
+    `shuffle_each_epoch` is as in `examples_of`. Raises UserError if a source does not exist, or, beginning with
+    `empty_error`, if there are no examples at all.
     """
     groups, lines = [], []
     for reader, index in sources:
@@ -107,7 +108,7 @@ def read_examples(
         log.info("%s", lines[-1])
         groups.append(examples)
     if not any(groups):
-        raise UserError(f"nothing to train on: {'; '.join(lines)}")
+        raise UserError(f"{empty_error}: {'; '.join(lines)}")
     return groups
 
 

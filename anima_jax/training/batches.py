@@ -64,7 +64,7 @@ class Batches:
         """Return this process's rows as a global batch of tier `tier`, sharded over the devices."""
         return shard_local_rows(batch, self._mesh, self._rows[tier], self._data.plan.tiers[tier].batch_size)
 
-    def evaluated(self) -> Iterator[tuple[TrainBatch, np.ndarray]]:
+    def for_evaluation(self) -> Iterator[tuple[TrainBatch, np.ndarray]]:
         """Yield every example once, in batches on the devices, with the weights of the examples: 0 for padding.
 
         All batches of a tier have the same size; the last one is padded.

@@ -100,7 +100,7 @@ class Evaluate:
         return bool(self._data_sets) and self._every.due(point)
 
     def done(self, point: RunPoint) -> bool:
-        return self._writer.evaluated
+        return self._writer.evaluation_done
 
     def perform(self, point: RunPoint, state: TrainState) -> None:
         self._writer.flush()
@@ -108,7 +108,7 @@ class Evaluate:
         for name, batches in self._data_sets.items():
             encoded = (
                 (batch._replace(text=self._encode_text(batch.text)), weights_b)
-                for batch, weights_b in batches.evaluated()
+                for batch, weights_b in batches.for_evaluation()
             )
             figures |= {f"{name}/{key}": loss for key, loss in self._evaluation(params, encoded).items()}
             self._writer.print(f"evaluation after step {point.step}: {name} {figures[f'{name}/loss']:.4f}")

@@ -280,7 +280,7 @@ class Writer:
         """The newest metrics fetched from the device."""
 
     @property
-    def evaluated(self) -> bool:
+    def evaluation_done(self) -> bool:
         """Whether an earlier attempt completed the evaluation of the step at which the run starts."""
         return bool(self._evaluations and self._evaluations.kept)
 
