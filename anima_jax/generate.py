@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from PIL import Image, ImageOps
 
 from anima_jax.adapters.kinds import adapter_kind
-from anima_jax.adapters.merge import weighted
+from anima_jax.adapters.merge import parse_lora_argument
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
@@ -240,7 +240,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
     A transformer comes with its own LLM adapter file and LoRAs: they are never taken from a later source than the
     transformer. Raises UserError if no source names a required file.
     """
-    loras: list[tuple[Any, float]] = [weighted(text) for text in arguments.lora]
+    loras: list[tuple[Any, float]] = [parse_lora_argument(text) for text in arguments.lora]
     exported = {}
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
@@ -257,7 +257,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
             {"dtype": config.compute_dtype},
         ]
-    older_loras = [weighted(line) for line in like.get("lora", "").splitlines()]
+    older_loras = [parse_lora_argument(line) for line in like.get("lora", "").splitlines()]
     layers += [transformer_files(like.get("transformer"), like.get("adapter"), older_loras), like]
     files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None})
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from anima_jax.adapters.file import file_of
-from anima_jax.adapters.merge import changes, matched, merged, weighted
+from anima_jax.adapters.merge import changes, match_adapters, merged, parse_lora_argument
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write OUT, which is BASE with the adapters merged; tensors that no adapter changes are copied."""
-    paths, weights = zip(*map(weighted, arguments.loras), strict=True)
+    paths, weights = zip(*map(parse_lora_argument, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(SafetensorsFile(arguments.base))
@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{file.path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
         shapes = {name: file.tensors[key].shape for key, name in names.items()}
         files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
-        changed = changes(matched(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused), weights)
+        changed = changes(
+            match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused), weights
+        )
 
         broken: list[str] = []
 

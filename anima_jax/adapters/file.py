@@ -139,7 +139,7 @@ def _without_idle_alpha(patch: Patch) -> Patch:
     return Patch({name: part for name, part in patch.parts.items() if name != "alpha" or patch.scale != 1.0})
 
 
-def fitted(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
+def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
     """Return the part of an adapter that changes `weights` (tensor name, such as `….weight`, → shape).
 
     Prints how many modules matched. Warns about an adapter that seems made for fewer blocks, which fits but changes the

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from anima_jax.adapters.base_model import base_mismatch
-from anima_jax.adapters.file import Adapter, adapter_in, file_of, fitted
+from anima_jax.adapters.file import Adapter, adapter_in, file_of, fit_to_weights
 from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints import copying, gathered
 from anima_jax.checkpoints.locations import PathLike
@@ -71,7 +71,7 @@ def _same(wanted: str, name: str) -> bool:
     return wanted == name
 
 
-def matched(
+def match_adapters(
     files: Sequence[SafetensorsFile],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -82,11 +82,11 @@ def matched(
 
     Tensors have their names in the original files, with the prefix `text_encoder.` for the text encoder's. Prints how
     many modules matched, and warns about an adapter that was trained on another model than the file `base`. Raises
-    UserError as `open_adapter` and `fitted` do.
+    UserError as `open_adapter` and `fit_to_weights` do.
     """
     adapters = []
     for file in files:
-        adapter = fitted(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
+        adapter = fit_to_weights(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
         adapters.append(adapter)
         if base is not None and (warning := base_mismatch(adapter.path, adapter.metadata, base)):
             print(warning, file=sys.stderr)
@@ -144,7 +144,7 @@ class AdapterStack:
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         files = [SafetensorsFile(file_of(path)) for path in paths]
-        self._adapters = matched(files, shapes, base=base, allow_unused=allow_unused)
+        self._adapters = match_adapters(files, shapes, base=base, allow_unused=allow_unused)
         touched = changes(self._adapters, [1.0] * len(paths))
         self._tensors: dict[str, list[FileTensor]] = {}
         for tensor in tensors:
@@ -153,7 +153,7 @@ class AdapterStack:
         self._base = {path: gathered.on_host(params[path]) for path in self._tensors}
         self._shardings = {path: getattr(params[path], "sharding", None) for path in self._tensors}
 
-    def at(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
+    def params_for(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
         """Return the changed parameters of the transformer and of the text encoder, given one weight per adapter.
 
         Raises UserError for a wrong number of weights, or for a part of the network that an adapter does not change.
@@ -184,7 +184,7 @@ class AdapterStack:
         return out
 
 
-def weighted(text: str) -> tuple[str, float]:
+def parse_lora_argument(text: str) -> tuple[str, float]:
     """Split `FILE` or `FILE:WEIGHT` into path and weight (default 1). Raises UserError unless the weight is finite."""
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text) or weight.startswith("//"):

@@ -130,7 +130,7 @@ class AnimaPipeline:
         """
         if self._loras is None:
             raise UserError(f"found {len(weights)} weights, but the pipeline was loaded without LoRAs")
-        transformer, text_encoder = self._loras.at(weights)
+        transformer, text_encoder = self._loras.params_for(weights)
         self.dit_params = self.dit_params | transformer
         self.text_encoder_params = self.text_encoder_params | text_encoder
 

@@ -119,7 +119,7 @@ def rank_axes(factor: str) -> list[int]:
 def merged(path, model, **options):
     """`model` with a file's adapter in its weights, as the pipeline loads it."""
     graphdef, params = parameters.split(model)
-    return parameters.merge(graphdef, params | AdapterStack([path], params, {}, **options).at([1.0])[0])
+    return parameters.merge(graphdef, params | AdapterStack([path], params, {}, **options).params_for([1.0])[0])
 
 
 def beside(path, model):

@@ -106,7 +106,7 @@ def main(folder: pathlib.Path) -> None:
     saved("read back", prepared(f"init_from_existing = '{path.parent}'").params)
     params = parameters.split(load_dit(folder / "base.safetensors", jnp.float32))[1]
     saved("base", {name: base[name] for name in params})
-    saved("merged", AdapterStack([path], params, {}).at([1.0])[0])
+    saved("merged", AdapterStack([path], params, {}).params_for([1.0])[0])
 
     graphdef, stack = adapted("moslora", STACK_RANKS)
     x = jnp.asarray(normal(5, WIDTH_IN, seed=1))

@@ -13,7 +13,7 @@ from anima_jax.adapters import dialects as names
 from anima_jax.adapters import planning
 from anima_jax.adapters.depths import depth_map, remapped
 from anima_jax.adapters.dialects import DIALECTS
-from anima_jax.adapters.file import Adapter, fitted, open_adapter, write_adapter
+from anima_jax.adapters.file import Adapter, fit_to_weights, open_adapter, write_adapter
 from anima_jax.adapters.merge import AdapterStack
 from anima_jax.adapters.modules import adapter_spec
 from anima_jax.adapters.patch import Part, Patch, truncated
@@ -249,7 +249,7 @@ def test_a_text_encoder_takes_adapters_too(tmp_path):
         {f"lora_te_layers_1_self_attn_q_proj.{n}{'.weight' if 'lora_' in n else ''}": a for n, a in parts.items()},
         tmp_path / "te.safetensors",
     )
-    changed = AdapterStack([tmp_path / "te.safetensors"], {}, params).at([1.0])[1]
+    changed = AdapterStack([tmp_path / "te.safetensors"], {}, params).params_for([1.0])[1]
     assert set(changed) == {"layers.self_attn.q_proj.kernel"}
     kernel = np.asarray(params["layers.self_attn.q_proj.kernel"])
     expected = np.stack([kernel[0], expected_weight(kernel[1].T, parts, 1.0).T, kernel[2]])
@@ -449,9 +449,9 @@ def test_an_adapter_that_ends_with_another_models_blocks_is_pointed_out(tmp_path
     with open_adapter(tmp_path / "lora.safetensors") as adapter:
         if blocks > depth:
             with pytest.raises(UserError, match=r"12 keys are unused: .*; it seems made for 40.* lora --remap 40:28`"):
-                fitted(adapter, weights)
+                fit_to_weights(adapter, weights)
         else:
-            fitted(adapter, weights)
+            fit_to_weights(adapter, weights)
     advice = "made for 28 blocks, and the model has 40; `python -m convert lora --remap 28:40`"
     assert (advice in capsys.readouterr().err) == ((blocks, depth) == (28, 40))
 
