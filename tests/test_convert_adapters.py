@@ -56,19 +56,33 @@ def test_lora_moves_between_depths(tmp_path, capsys):
     assert all(np.array_equal(array, back[name]) for name, array in original.items())
 
 
-def test_lora_says_what_it_did_and_what_it_refuses(tmp_path, capsys):
+def test_lora_multiplies_a_scale_into_b_and_says_so(tmp_path, capsys):
     kohya = lora_as("kohya", tmp_path / "kohya.safetensors", 2.0)
     convert("lora", kohya, tmp_path / "out.safetensors", "--to", "diffusers", "--dtype", "bf16")
     assert "was multiplied into lora_B" in capsys.readouterr().out
     assert {array.dtype for array in load_file(tmp_path / "out.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_lora_refuses_parts_that_the_dialect_has_no_place_for(tmp_path, capsys):
     assert "have no place for lokr_w1" in refusal(capsys, "lora", LOKR, tmp_path / "no", "--to", "diffusers")
-    for wrong in ("28", "28:41"):
-        assert "expected two numbers of blocks, as in 28:40, of 28, 40, 52" in refusal(
-            capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", wrong
-        )
-    assert "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks does not have" in refusal(
-        capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", "40:28"
-    )
+
+
+@pytest.mark.parametrize(
+    ("remap", "message"),
+    [
+        ("28", "expected two numbers of blocks, as in 28:40, of 28, 40, 52"),
+        ("28:41", "expected two numbers of blocks, as in 28:40, of 28, 40, 52"),
+        (
+            "40:28",
+            "lora_rank4.safetensors: the adapter changes blocks 2, which a model of 28 blocks does not have",
+        ),
+    ],
+)
+def test_lora_refuses_depths_that_do_not_fit(tmp_path, capsys, remap, message):
+    assert message in refusal(capsys, "lora", LORA, tmp_path / "no", "--to", "kohya", "--remap", remap)
+
+
+def test_lora_leaves_unused_keys_out_only_if_allowed(tmp_path, capsys):
     stray = load_file(LORA) | {"lora_unet_blocks_0_self_attn_qkv.lora_down.weight": np.zeros((4, 64), np.float32)}
     save_file(stray, tmp_path / "stray.safetensors")
     arguments = ("lora", tmp_path / "stray.safetensors", tmp_path / "no", "--to", "kohya")
@@ -274,7 +288,7 @@ def folder(tmp_path_factory):
     return root / "anima"
 
 
-def test_a_folder_of_diffusers_holds_every_network_and_gives_back_the_same_bytes(folder, tmp_path, capsys):
+def test_a_folder_of_diffusers_contains_and_describes_every_network(folder):
     assert {path.name for path in folder.iterdir()} == {
         *("transformer", "text_conditioner", "text_encoder", "vae", "scheduler", "modular_model_index.json")
     }
@@ -282,6 +296,9 @@ def test_a_folder_of_diffusers_holds_every_network_and_gives_back_the_same_bytes
     assert (index["_class_name"], index["_blocks_class_name"]) == ("AnimaModularPipeline", "AnimaAutoBlocks")
     assert index["transformer"][:2] == ["diffusers", "CosmosTransformer3DModel"]
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
+
+
+def test_a_folder_of_diffusers_returns_the_same_bytes(folder, tmp_path):
     names = ("anima", "qwen3", "vae")
     dit, qwen, vae = (tmp_path / f"{name}.safetensors" for name in names)
     convert("checkpoint", folder, dit, "--prefix", "net.", "--text_encoder", qwen, "--vae", vae)
@@ -293,16 +310,22 @@ def test_a_folder_of_diffusers_holds_every_network_and_gives_back_the_same_bytes
             assert found[name].dtype == array.dtype
 
 
-def test_what_a_folder_needs_is_said(folder, tmp_path, capsys):
+def test_a_folder_without_some_networks_is_written_and_they_are_named(tmp_path, capsys):
     convert("checkpoint", DIT_FILE, tmp_path / "half", "--to", "diffusers")
     assert "without text_encoder, vae" in capsys.readouterr().out
     assert "has no vae" in refusal(capsys, "checkpoint", tmp_path / "half", tmp_path / "x", "--vae", tmp_path / "v")
+
+
+def test_a_folder_that_is_not_diffusers_is_neither_overwritten_nor_read(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     line = refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "full", "--to", "diffusers", "--force")
     assert "exists already" in line
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
     assert "is a folder without transformer/" in refusal(capsys, "checkpoint", tmp_path / "full", tmp_path / "x")
+
+
+def test_the_output_format_must_be_another_one(folder, tmp_path, capsys):
     assert "is already a diffusers folder" in refusal(capsys, "checkpoint", folder, tmp_path / "x", "--to", "diffusers")
     assert "choose an output format: --to diffusers" in refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "x")
 

@@ -81,8 +81,10 @@ def test_every_linear_of_the_blocks_and_of_the_adapters_blocks_gets_one(folder, 
     assert not any(part in name for name in found for part in ("norm", "embed"))
 
 
-def test_patterns_choose_modules_ranks_and_rates(folder):
-    trained = prepared(
+@pytest.fixture(scope="module")
+def patterned(folder):
+    """A run whose patterns choose some modules, with their own ranks and rates."""
+    return prepared(
         folder,
         r"""
         type = 'lora'
@@ -93,16 +95,28 @@ def test_patterns_choose_modules_ranks_and_rates(folder):
         lr_pattern = { 'blocks\.1\.self_attn\.q_proj' = 5e-4, 'blocks\.1\.self_attn\.k_proj' = 0 }
         """,
     )
+
+
+def test_patterns_choose_modules_and_ranks(patterned):
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
-    assert names(trained.specs) == expected | {"blocks.1.mlp.layer1": 4}
-    assert all(modules.is_factor(path) for path in trained.params)
-    assert not any(modules.is_factor(path) for path in trained.frozen)
-    assert trained.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
-    assert trained.params["blocks.self_attn.q_proj.lora_a"].shape == (2, 64, 4)
-    assert not np.any(trained.params["blocks.self_attn.q_proj.lora_a"][0, :, 2:])
-    assert not np.any(trained.params["blocks.mlp.layer1.lora_a"][0])
-    np.testing.assert_array_equal(trained.frozen["blocks.mlp.layer1.lora_scale"], [0.0, 1.0])
+    assert names(patterned.specs) == expected | {"blocks.1.mlp.layer1": 4}
+
+
+def test_patterns_choose_rates(patterned):
+    assert patterned.rates == {f"blocks.self_attn.q_proj.lora_{x}": (1.0, 0.5) for x in "ab"}
+
+
+def test_exactly_the_factors_are_trained(patterned):
+    assert all(modules.is_factor(path) for path in patterned.params)
+    assert not any(modules.is_factor(path) for path in patterned.frozen)
+
+
+def test_layers_of_less_rank_or_none_are_zero_beyond_it(patterned):
+    assert patterned.params["blocks.self_attn.q_proj.lora_a"].shape == (2, 64, 4)
+    assert not np.any(patterned.params["blocks.self_attn.q_proj.lora_a"][0, :, 2:])
+    assert not np.any(patterned.params["blocks.mlp.layer1.lora_a"][0])
+    np.testing.assert_array_equal(patterned.frozen["blocks.mlp.layer1.lora_scale"], [0.0, 1.0])
 
 
 def test_exclude_modules_is_pefts(folder):
@@ -398,14 +412,26 @@ def test_a_folder_must_hold_one_adapter(folder, tmp_path):
 # ---- the text encoder ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(folder):
+@pytest.fixture(scope="module")
+def with_text_encoder(folder):
+    """The configuration and the parameters of a run that trains the text encoder too."""
     keys = "type = 'lora'\nrank = 2\ntext_encoder_lr = 1e-3"
     config = configured(folder, keys, model="cache_text_embeddings = false\n")
-    trained = prepare(config)
+    return config, prepare(config)
+
+
+@pytest.mark.slow
+def test_a_trained_text_encoder_is_a_group_of_its_own_and_needs_token_ids(with_text_encoder):
+    _, trained = with_text_encoder
     assert {path for path in trained.params if path.startswith("text_encoder.")}
     assert trained.groups["text_encoder.layers.self_attn.q_proj.lora_a"] == "text_encoder"
     assert trained.text_ids
+    assert json.dumps(trained.messages) == "[]"
+
+
+@pytest.mark.slow
+def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(folder, with_text_encoder):
+    config, trained = with_text_encoder
     ids, mask = np.arange(14).reshape(2, 7) + 5, np.array([[1] * 7, [1] * 4 + [0] * 3])
     target = np.arange(10).reshape(2, 5)
     text = Text(ids, mask, target, np.ones((2, 5), np.int32))
@@ -436,4 +462,3 @@ def test_a_trained_text_encoder_runs_in_the_step_and_all_that_is_trained_learns(
     )
     assert float(fresh) == pytest.approx(float(expected), rel=1e-5)
     assert float(value) != pytest.approx(float(fresh), rel=1e-3)
-    assert json.dumps(trained.messages) == "[]"

@@ -261,12 +261,16 @@ def test_overrides_are_toml_or_bare_words(load):
         "sample.prompts=['a = b']",
     ]
     config = load(overrides=overrides)
-    assert (config.optimizer.lr, config.optimizer.betas, config.model.dtype) == (1e-4, (0.8, 0.9), "float32")
-    assert config.adapter is not None
-    assert config.adapter.rank == 4
-    assert config.sample is not None
-    assert config.sample.prompts == ("a = b",)
-    assert config.seed == 7
+    expected = {
+        "optimizer.lr": 1e-4,
+        "optimizer.betas": (0.8, 0.9),
+        "model.dtype": "float32",
+        "seed": 7,
+        "adapter.type": "lora",
+        "adapter.rank": 4,
+        "sample.prompts": ("a = b",),
+    }
+    assert {key: operator.attrgetter(key)(config) for key in expected} == expected
     assert config.output_dir.endswith("/2026-08-01")
 
 

@@ -45,15 +45,20 @@ BUCKETINGS = st.builds(
 
 
 @given(bucketing=BUCKETINGS, width=SIDES, height=SIDES, frames=st.integers(1, 200))
-def test_every_resolution_gets_a_bucket_of_its_area_and_the_nearest_ratio(bucketing, width, height, frames):
+def test_every_resolution_gets_a_bucket_of_the_longest_length_that_fits(bucketing, width, height, frames):
     buckets = bucketing.place(width, height, frames)
     lengths = [length for length in bucketing.frame_buckets if length <= frames and (length > 1 or frames == 1)]
     assert [bucket.resolution for bucket in buckets] == (list(bucketing.resolutions) if lengths else [])
-    ratio = min(bucketing.aspect_ratios, key=lambda ratio: abs(math.log(width / height / ratio)))
     assert {bucket.size for bucket in buckets} <= set(bucketing.sizes)
-    for size, resolution in buckets:
+    for bucket in buckets:
+        assert bucket.size.frames == max(lengths)
+
+
+@given(bucketing=BUCKETINGS, width=SIDES, height=SIDES, frames=st.integers(1, 200))
+def test_a_bucket_has_the_area_of_its_resolution_and_the_nearest_ratio(bucketing, width, height, frames):
+    ratio = min(bucketing.aspect_ratios, key=lambda ratio: abs(math.log(width / height / ratio)))
+    for size, resolution in bucketing.place(width, height, frames):
         assert resolution is not None
-        assert size.frames == max(lengths)
         assert size.width % 16 == size.height % 16 == 0
         # Rounding moves a side by 8 pixels at most.
         nearest = [

@@ -44,8 +44,12 @@ def losses_of(folder) -> dict[int, str]:
     return losses
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_random_moments_also_while_saving_equals_the_undisturbed_one(tmp_path, kills):
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(10, marks=pytest.mark.slow)], ids=lambda kills: f"{kills} kills"
+)
+def two_runs(request, tmp_path_factory):
+    """Folders of an undisturbed run, and of one that was killed at random moments, also while saving."""
+    tmp_path = tmp_path_factory.mktemp("killed")
     # Forked from a process that has imported everything: a start takes a tenth of a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([killed_run.__name__])
@@ -58,7 +62,7 @@ def test_a_run_that_is_killed_at_random_moments_also_while_saving_equals_the_und
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng, while_saving = random.Random(seed), 0
-    for kill in range(kills):
+    for kill in range(request.param):
         process = context.Process(target=killed_run.main, args=(str(disturbed), 0.01))
         process.start()
         before, until = len(losses_after(disturbed)), rng.randint(1, 6)
@@ -79,9 +83,17 @@ def test_a_run_that_is_killed_at_random_moments_also_while_saving_equals_the_und
     one.join(120)
     assert (one.exitcode, last.exitcode) == (0, 0)
     assert while_saving >= 1
+    return undisturbed, disturbed
+
+
+def test_a_run_that_is_killed_at_random_moments_has_the_losses_of_the_undisturbed_one(two_runs):
+    undisturbed, disturbed = two_runs
     assert losses_of(disturbed) == losses_of(undisturbed)
     assert len(losses_of(undisturbed)) == STEPS
-    ends = [resumable(folder).restore(fresh_state(), OPTIMIZER.init)[0] for folder in (undisturbed, disturbed)]
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_in_the_state_of_the_undisturbed_one(two_runs):
+    ends = [resumable(folder).restore(fresh_state(), OPTIMIZER.init)[0] for folder in two_runs]
     assert bits(ends[0]) == bits(ends[1])
     assert int(ends[0].step) == STEPS
 
@@ -158,6 +170,12 @@ def test_reset_optimizer_keeps_the_weights_and_begins_the_optimizer_and_its_rate
     assert bits(found.opt_state) == bits(OPTIMIZER.init(state.params))
     assert checkpointer.start == Position(6, 6, 0)
     assert len(messages) == 1
+
+
+def test_later_resumes_remember_that_the_optimizer_was_reset(tmp_path):
+    advanced(tmp_path, 6)
+    checkpointer = resumable(tmp_path)
+    found, _ = checkpointer.restore(fresh_state(), OPTIMIZER.init, reset_optimizer=True)
     assert checkpointer.save(8, found, wait=True)
     again = resumable(tmp_path)
     again.restore(fresh_state(), OPTIMIZER.init)

@@ -43,21 +43,31 @@ def test_a_rate_of_zero_freezes_a_group_in_the_compute_dtype(files):
     assert set(trained.groups.values()) == {"self_attn", "cross_attn", "mod", "base"}
 
 
-def test_a_lora_trains_its_factors_alone_and_leaves_frozen_groups_out(files):
-    folder, params = files
-    trained = prepare(configured(folder, "model.llm_adapter_lr=0", adapter="type = 'lora'\nrank = 4\nalpha = 8.0"))
-    assert {path for path in trained.frozen if not path.endswith(".lora_scale")} == params.keys()
-    assert all(modules.is_factor(path) and path.startswith("blocks.") for path in trained.params)
-    assert len(trained.specs) == 16  # linear layers of a block
-    assert {spec.ranks for spec in trained.specs.values()} == {(4, 4)}
-    for path, value in trained.params.items():
+@pytest.fixture(scope="module")
+def lora(files):
+    return prepare(configured(files[0], "model.llm_adapter_lr=0", adapter="type = 'lora'\nrank = 4\nalpha = 8.0"))
+
+
+def test_a_lora_trains_its_factors_alone_and_leaves_frozen_groups_out(files, lora):
+    _, params = files
+    assert {path for path in lora.frozen if not path.endswith(".lora_scale")} == params.keys()
+    assert all(modules.is_factor(path) and path.startswith("blocks.") for path in lora.params)
+    assert {tensor.name.split(".")[0] for tensor in lora.tensors} == {"diffusion_model"}
+
+
+def test_a_lora_is_on_every_linear_layer_of_every_block(lora):
+    assert len(lora.specs) == 16  # linear layers of a block
+    assert {spec.ranks for spec in lora.specs.values()} == {(4, 4)}
+
+
+def test_a_fresh_lora_starts_as_pefts_does(lora):
+    for path, value in lora.params.items():
         if path.endswith("lora_b"):
             assert not np.any(value)
         else:
-            # PEFT's start: uniform within 1/sqrt(features in).
+            # Uniform within 1/sqrt(features in).
             bound = 1 / np.sqrt(value.shape[1])
             assert 0.9 * bound < np.abs(value).max() <= bound
-    assert {tensor.name.split(".")[0] for tensor in trained.tensors} == {"diffusion_model"}
 
 
 def test_a_fresh_transformer_has_the_configured_sizes_and_starts_with_no_velocity(files):

@@ -131,7 +131,9 @@ def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tm
     assert (tmp_path / "figures").read_bytes() == b"one\ntwo\nthree\nfour\n"
 
 
-def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, config, log):
+@pytest.fixture
+def four_steps(tmp_path, config, log):
+    """What dashboards and metrics.jsonl contain of steps 3 to 6, of which every second one is logged."""
     writer = Writer(
         RunPoint(2, 6, examples=16),
         log,
@@ -147,11 +149,19 @@ def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, conf
         writer.step(point, figures, flops=1e3, waited=wait)
         time.sleep(0.05)
     writer.close()
-    found = scalars(tmp_path)
+    return scalars(tmp_path), lines_of(tmp_path)
+
+
+def test_figures_reach_the_dashboards_under_diffusion_pipes_names(four_steps):
+    found, _ = four_steps
     assert found["train/loss"] == [(4, 4.0), (6, 6.0)]
     assert found["train/grad_norm"] == [(4, 2.0), (6, 2.0)]
     assert found["train/epoch_loss"] == [(1, 3.5)]  # of steps 3 and 4; epoch 1 ended with step 4
     np.testing.assert_allclose([y for _, y in found["learning_rate/base"]], [0.3, 0.5], rtol=1e-6)
+
+
+def test_speeds_follow_from_the_time_of_a_step(four_steps):
+    found, _ = four_steps
     assert found["speed/data_wait_seconds"][1][1] == pytest.approx(0.03, rel=1e-6)
     speeds = {tag: [y for _, y in points] for tag, points in found.items() if tag.startswith("speed/")}
     # A step takes 0.05 s and what a busy machine adds; each has 8 images and 1,000 FLOPs of a peak of 1,000,000.
@@ -160,7 +170,10 @@ def test_figures_reach_the_dashboards_under_diffusion_pipes_names(tmp_path, conf
         speeds["speed/images_per_second"], np.multiply(speeds["speed/steps_per_second"], 8), 1e-5
     )
     np.testing.assert_allclose(speeds["speed/mfu"], np.multiply(speeds["speed/steps_per_second"], 1e-3), 1e-5)
-    lines = lines_of(tmp_path)
+
+
+def test_every_step_has_a_line_and_logged_steps_have_speeds(four_steps):
+    _, lines = four_steps
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(n, n, 2.0) for n in range(3, 7)]
     assert ["images_per_second" in line for line in lines] == [False, True, False, True]
 
