@@ -72,8 +72,8 @@ class StepNoise:
     def __init__(self, kind: NoiseKind, seed: int, shape: tuple[int, ...], sampler: Sampler, sigmas: np.ndarray):
         self._shape, self._path = shape, None
         on_gpu = functools.partial(CUDAStream, device=kind.gpu) if kind.gpu else None
-        if sampler.path:
-            stream = CPUStream if on_gpu is None or sampler.path == "cpu" else on_gpu
+        if sampler.brownian_path_on:
+            stream = CPUStream if on_gpu is None or sampler.brownian_path_on == "cpu" else on_gpu
             first, last = float(np.max(sigmas)), float(np.min(sigmas[sigmas > 0]))
             self._path = BrownianTree(seed, last, first, shape, stream)
         else:

@@ -3,7 +3,8 @@
 The program depends on the number of tokens and images, on the number of arrays that the sampler carries between
 evaluations and, without a progress callback, on the number of evaluations. Everything else is an argument: prompts,
 sizes, noise levels, guidance, the network's parameters.
-Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token; _n in sigmas_n: evaluations.
+Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token. In the arrays of a sampler's
+plan, n is evaluations of the network instead, and q new noise arrays.
 """
 
 import functools
@@ -80,14 +81,15 @@ def sample(
 
     def step_inputs(part: slice) -> StepInputs:
         """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if JAX draws it."""
-        noises_nq = plan.noises_nq[part]
-        if step_noise is not None and shared.noise_keys_b3 is None:
-            numbers, noises_nq = noises_nq, np.zeros((*noises_nq.shape, *start_blc.shape), np.float32)
-            for index, number in np.ndenumerate(numbers):
-                if number >= 0:
-                    noises_nq[index] = packing.pack(step_noise(plan.draws[number]))
+        draws_nq = plan.draw_numbers_nq[part]
         guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
-        return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nq, guided)
+        if step_noise is None or shared.noise_keys_b3 is not None:
+            return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], draws_nq, guided)
+        noises_nqblc = np.zeros((*draws_nq.shape, *start_blc.shape), np.float32)
+        for index, number in np.ndenumerate(draws_nq):
+            if number >= 0:
+                noises_nqblc[index] = packing.pack(step_noise(plan.draws[number]))
+        return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
 
     def run(carry: list[Any], part: slice) -> tuple[list[Array], Array]:
         steps = replicate(step_inputs(part))
@@ -137,25 +139,25 @@ def advance(
         """Return the estimates with the prompt and the negative prompt: the former twice unless both are needed."""
 
         def pair(x_blc: Array) -> tuple[Array, Array]:
-            negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), step.sigmas_n, slice(None)), 2)
+            negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), step.sigma, slice(None)), 2)
             return positive, negative
 
         def prompt_only(x_blc: Array) -> tuple[Array, Array]:
-            positive = velocity(x_blc, step.sigmas_n, slice(len(x_blc), None))
+            positive = velocity(x_blc, step.sigma, slice(len(x_blc), None))
             return positive, positive
 
-        velocities = jax.lax.cond(step.guidance_n.both, pair, prompt_only, x_blc)
+        velocities = jax.lax.cond(step.guidance.both, pair, prompt_only, x_blc)
         # Padding stays zero, so sums over tokens include only the image's own tokens.
-        positive_blc, negative_blc = (x_blc - step.sigmas_n * real_bl1 * velocity_blc for velocity_blc in velocities)
+        positive_blc, negative_blc = (x_blc - step.sigma * real_bl1 * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
     def denoise(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
         inpaint = shared.inpaint
         if inpaint is not None:
-            noisy_blc = samplers.start(inpaint.noise_blc, step.sigmas_n, inpaint.latents_blc)
+            noisy_blc = samplers.start(inpaint.noise_blc, step.sigma, inpaint.latents_blc)
             x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
         positive_blc, negative_blc = estimates(x_blc, step)
-        out_blc = guidance.guided(x_blc, positive_blc, negative_blc, step.guidance_n.scale, shared.zero_star)
+        out_blc = guidance.guided(x_blc, positive_blc, negative_blc, step.guidance.scale, shared.zero_star)
         if inpaint is not None:
             out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
         return out_blc, negative_blc

@@ -25,8 +25,8 @@ def field(x, sigma):
 def sample(name, x, levels, step_noise):
     """The sampler's result on `field` from `x` along `levels`, in float32; `step_noise` are its noises in order."""
     plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
-    noises = np.zeros((*plan.noises_nq.shape, *x.shape), np.float32)
-    for index, number in np.ndenumerate(plan.noises_nq):
+    noises = np.zeros((*plan.draw_numbers_nq.shape, *x.shape), np.float32)
+    for index, number in np.ndenumerate(plan.draw_numbers_nq):
         if number >= 0:
             noises[index] = step_noise[number]
     steps = StepInputs(plan.sigmas_n, plan.factors_nkj, noises)
@@ -34,7 +34,7 @@ def sample(name, x, levels, step_noise):
 
 
 def denoise(x, step):
-    estimate = x - step.sigmas_n * field(x, step.sigmas_n)
+    estimate = x - step.sigma * field(x, step.sigma)
     return estimate, estimate
 
 
@@ -57,7 +57,7 @@ def on_host(name, levels, noises, x, estimates):
     """The plan of `name` run in float64; `estimates(x, σ)` are the guided one and the negative prompt's."""
     plan = make_plan(SAMPLERS[name].formulas, levels, 3.0)
     arrays = [x, *[np.zeros_like(x)] * (plan.factors_nkj.shape[1] - 1)]
-    for sigma, factors, drawn in zip(plan.sigmas_n, plan.factors_nkj, plan.noises_nq, strict=True):
+    for sigma, factors, drawn in zip(plan.sigmas_n, plan.factors_nkj, plan.draw_numbers_nq, strict=True):
         guided, negative = estimates(arrays[0], float(sigma))
         fresh = [noises[number] if number >= 0 else 0 * x for number in drawn]
         inputs = [*arrays, guided, *([negative] if plan.both else []), *fresh]
@@ -121,7 +121,7 @@ def test_every_sampler_works_with_few_steps(name, steps):
 @pytest.mark.parametrize("name", ["heun", "dpmpp_3m_sde", "uni_pc"])
 def test_a_run_in_parts_equals_the_run_at_once(name):
     plan = make_plan(SAMPLERS[name].formulas, DATA["sigmas.beta.10"], 3.0)
-    noise = np.random.default_rng(1).standard_normal((*plan.noises_nq.shape, 4), np.float32)
+    noise = np.random.default_rng(1).standard_normal((*plan.draw_numbers_nq.shape, 4), np.float32)
     steps, x = StepInputs(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
 
     full, estimate = run_scan(denoise, initial_carry(plan, x), steps, both=False)

@@ -40,7 +40,7 @@ def test_evaluations_and_noises_are_those_of_the_samplers():
             assert len(plan.draws) == number(noises, count), name
         else:
             assert bool(plan.draws) == (noises.strip() in ("path", "in the middle")), name
-            assert (sampler.path is not None) == (noises == "path")
+            assert (sampler.brownian_path_on is not None) == (noises == "path")
 
 
 def number(text: str, n: int) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Sampler:
     without_penultimate: bool = False
     """Whether its schedules have one more step and no last level above 0."""
 
-    path: str | None = None
+    brownian_path_on: Literal["cpu", "device"] | None = None
     """Where its noise, a Brownian path over the levels, is drawn: on the "cpu", or on the "device" that ComfyUI uses.
 
     None if its noise is not such a path.
@@ -51,15 +51,15 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_2_ancestral": Sampler(sde.dpm_2_ancestral, without_penultimate=True),
     "lms": Sampler(ode.lms),
     "dpmpp_2s_ancestral": Sampler(sde.dpmpp_2s_ancestral),
-    "dpmpp_sde": Sampler(sde.dpmpp_sde, path="cpu"),
-    "dpmpp_sde_gpu": Sampler(sde.dpmpp_sde, path="device"),
+    "dpmpp_sde": Sampler(sde.dpmpp_sde, brownian_path_on="cpu"),
+    "dpmpp_sde_gpu": Sampler(sde.dpmpp_sde, brownian_path_on="device"),
     "dpmpp_2m": Sampler(ode.dpmpp_2m),
-    "dpmpp_2m_sde": Sampler(sde.dpmpp_2m_sde, path="cpu"),
-    "dpmpp_2m_sde_gpu": Sampler(sde.dpmpp_2m_sde, path="device"),
-    "dpmpp_2m_sde_heun": Sampler(sde.dpmpp_2m_sde_heun, path="cpu"),
-    "dpmpp_2m_sde_heun_gpu": Sampler(sde.dpmpp_2m_sde_heun, path="device"),
-    "dpmpp_3m_sde": Sampler(sde.dpmpp_3m_sde, path="cpu"),
-    "dpmpp_3m_sde_gpu": Sampler(sde.dpmpp_3m_sde, path="device"),
+    "dpmpp_2m_sde": Sampler(sde.dpmpp_2m_sde, brownian_path_on="cpu"),
+    "dpmpp_2m_sde_gpu": Sampler(sde.dpmpp_2m_sde, brownian_path_on="device"),
+    "dpmpp_2m_sde_heun": Sampler(sde.dpmpp_2m_sde_heun, brownian_path_on="cpu"),
+    "dpmpp_2m_sde_heun_gpu": Sampler(sde.dpmpp_2m_sde_heun, brownian_path_on="device"),
+    "dpmpp_3m_sde": Sampler(sde.dpmpp_3m_sde, brownian_path_on="cpu"),
+    "dpmpp_3m_sde_gpu": Sampler(sde.dpmpp_3m_sde, brownian_path_on="device"),
     "ddim": Sampler(ode.euler, fresh_noise_outside_mask=True),
     "uni_pc": Sampler(ode.uni_pc, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
     "uni_pc_bh2": Sampler(ode.uni_pc_bh2, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
@@ -78,14 +78,14 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 class StepInputs(NamedTuple):
-    """Inputs of the step function at each of n evaluations."""
+    """Inputs of the step function at one evaluation; `run_scan` expects them with a leading axis of n evaluations."""
 
-    sigmas_n: Any
-    factors_nkj: Any
-    noises_nq: Any
-    """Noise arrays, (n, q, …) with the shape of the latents, or the input from which `draw` makes them."""
+    sigma: Any
+    factors_kj: Any
+    noises_q: Any
+    """Noise arrays, (q, …) with the shape of the latents, or the input from which `draw` makes them."""
 
-    guidance_n: Any = None
+    guidance: Any = None
     """Further inputs for evaluating the network, if any."""
 
 
@@ -106,11 +106,11 @@ def run_scan(
     def step(state: tuple[list[Array], Array], inputs: StepInputs) -> tuple[tuple[list[Array], Array], None]:
         carry, _ = state
         guided, unconditional = denoise(carry[0], inputs)
-        arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_nq)]
+        arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_q)]
         # A matrix product would not be computed in float32 on every device.
         carry = [
             functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
-            for factors in inputs.factors_nkj
+            for factors in inputs.factors_kj
         ]
         return (carry, guided), None
 

@@ -127,8 +127,8 @@ class SamplerPlan(NamedTuple):
     factors_nkj: np.ndarray
     """Factors of the next k arrays, which are sums of the j inputs, float32."""
 
-    noises_nq: np.ndarray
-    """Indices into `draws` of the noise arrays that are new at each evaluation, int; −1 for none."""
+    draw_numbers_nq: np.ndarray
+    """Numbers in `draws` of the noise arrays that are new at each evaluation, int; −1 for none."""
 
     draws: tuple[Draw, ...]
     both: bool
