@@ -45,8 +45,8 @@ def shorten(items: Sequence[str], limit: int = 4) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Return `count` and the noun in the right number: "1 tensor", "2 tensors", "2 tensors of a file"."""
-    head, preposition, rest = noun.partition(" of ")
-    return f"{count} {head}{'' if count == 1 else 's'}{preposition}{rest}"
+    head, *rest = re.split(r"(?= (?:of|in|without|ignored)\b)", noun, maxsplit=1)
+    return f"{count} {head}{'' if count == 1 else 's'}{''.join(rest)}"
 
 
 def show_value(value: Any) -> str:

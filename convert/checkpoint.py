@@ -85,7 +85,7 @@ def _to_folder(arguments: argparse.Namespace) -> None:
     """Write the index and a subfolder per network. The folder appears only when it is complete."""
     target = pathlib.Path(os.path.abspath(arguments.output))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{arguments.output}: exists already; choose a new folder or an empty one")
+        raise UserError(f"{arguments.output}: already exists; choose a new folder or an empty one")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

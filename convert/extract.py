@@ -11,7 +11,7 @@ from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
-from anima_jax.errors import UserError, shorten
+from anima_jax.errors import UserError, plural, shorten
 from convert import outputs
 
 SUMMARY = "make a LoRA of the difference between a model and its fine-tune"
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.tuned}: has the same values as {arguments.base}")
     metadata = {"format": "pt", "rank": str(arguments.rank), **identify(arguments.base).metadata}
     write_adapter(arguments.output, {module: Patch(own) for module, own in parts.items()}, metadata=metadata)
-    print(f"{arguments.output}: {len(parts)} modules, rank {arguments.rank}, {kept / total:.2%} of the energy kept")
+    modules = plural(len(parts), "module")
+    print(f"{arguments.output}: {modules}, rank {arguments.rank}, {kept / total:.2%} of the energy kept")
 
 
 def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -47,7 +47,7 @@ def _contents(file: SafetensorsFile) -> Iterator[Row]:
         yield from _network(network, file)
     if not networks:
         yield "kind", "unknown"
-        yield "unknown", f"{len(file.tensors)} tensors: {shorten(list(file.tensors))}"
+        yield "unknown", f"{plural(len(file.tensors), 'tensor')}: {shorten(list(file.tensors))}"
 
 
 def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:

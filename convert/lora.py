@@ -5,7 +5,7 @@ import argparse
 from anima_jax.adapters.depths import DEPTHS, remapped
 from anima_jax.adapters.dialects import DIALECTS
 from anima_jax.adapters.file import open_adapter, write_adapter
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural
 from convert import outputs
 
 SUMMARY = "write an adapter (LoRA, LoKr, LoHa, DoRA) in another dialect"
@@ -34,9 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         except UserError as error:
             raise UserError(f"{adapter.path}: {error}") from error
         messages = write_adapter(arguments.output, patches, dialect, dtype=dtype, metadata=adapter.metadata)
-        print(
-            f"{arguments.output}: {len(patches)} modules matched ({adapter.summary}), in the names of {dialect.title}"
-        )
+        matched = f"{plural(len(patches), 'module')} matched ({adapter.summary})"
+        print(f"{arguments.output}: {matched}, with the key names of {dialect.title}")
     for message in messages:
         print(message)
 

@@ -12,7 +12,7 @@ from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
-from anima_jax.errors import UserError, shorten
+from anima_jax.errors import UserError, plural, shorten
 from convert import outputs
 
 SUMMARY = "add adapters to the weights of a model"
@@ -59,8 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
         tensors = [TensorInfo(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
     if broken:
-        print(
-            f"warning: {arguments.output}: NaN or infinite values in {len(broken)} tensors: {shorten(broken)}",
-            file=sys.stderr,
-        )
+        where = f"{plural(len(broken), 'tensor')}: {shorten(broken)}"
+        print(f"warning: {arguments.output}: NaN or infinite values in {where}", file=sys.stderr)
     print(f"{arguments.output}: {len(changed)} of {len(tensors)} tensors changed")

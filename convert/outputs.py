@@ -22,7 +22,7 @@ def check(target: str, *sources: str, force: bool) -> None:
     if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
         raise UserError(f"{target}: is IN itself; choose another OUT")
     if not force:
-        raise UserError(f"{target}: exists already; choose another OUT, or --force to replace it")
+        raise UserError(f"{target}: already exists; choose another OUT, or --force to replace it")
 
 
 def positive(text: str) -> int:

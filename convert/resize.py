@@ -4,6 +4,7 @@ import argparse
 
 from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.adapters.patch import resized
+from anima_jax.errors import plural
 from convert import outputs
 
 SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"
@@ -31,4 +32,5 @@ def run(arguments: argparse.Namespace) -> None:
         dtype = outputs.OUTPUT_DTYPES.get(arguments.dtype)
         write_adapter(arguments.output, patches, dtype=dtype, metadata=metadata)
     share = kept / total if total else 1.0
-    print(f"{arguments.output}: {len(patches)} modules, rank {arguments.rank}, {share:.2%} of the energy kept")
+    modules = plural(len(patches), "module")
+    print(f"{arguments.output}: {modules}, rank {arguments.rank}, {share:.2%} of the energy kept")

@@ -85,7 +85,7 @@ def test_what_is_left_out_is_printed(tmp_path, capsys):
 def test_existing_output_is_kept_unless_forced(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
-    assert "exists already" in refusal(capsys, "checkpoint", DIT_FILE, out, "--prefix", "net.")
+    assert "already exists" in refusal(capsys, "checkpoint", DIT_FILE, out, "--prefix", "net.")
     assert out.read_bytes() == b"precious"
     main(["checkpoint", DIT_FILE, str(out), "--prefix", "net.", "--force"])
     assert load_file(out).keys() == golden("dit_image.model").keys()

@@ -91,7 +91,7 @@ def test_lora_leaves_unused_keys_out_only_if_allowed(tmp_path, capsys):
     convert(*arguments, "--allow_unused")
     assert "warning: " in capsys.readouterr().err
     assert len(load_file(tmp_path / "no")) == 3 * 68
-    assert "exists already" in refusal(capsys, *arguments)
+    assert "already exists" in refusal(capsys, *arguments)
 
 
 # ---- merge, extract, resize, diff ------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_merge_warns_of_an_adapter_that_breaks_the_model(tmp_path, capsys):
     }
     save_file(broken, tmp_path / "lora.safetensors")
     convert("merge", DIT_FILE, tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
-    assert "NaN or infinite values in 1 tensors: net.blocks.1.mlp.layer1.weight" in capsys.readouterr().err
+    assert "NaN or infinite values in 1 tensor: net.blocks.1.mlp.layer1.weight" in capsys.readouterr().err
 
 
 def test_an_adapter_that_was_trained_on_another_model_is_named_with_both(tmp_path, capsys):
@@ -320,7 +320,7 @@ def test_a_folder_that_is_not_diffusers_is_neither_overwritten_nor_read(tmp_path
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     line = refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "full", "--to", "diffusers", "--force")
-    assert "exists already" in line
+    assert "already exists" in line
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
     assert "is a folder without transformer/" in refusal(capsys, "checkpoint", tmp_path / "full", tmp_path / "x")
 

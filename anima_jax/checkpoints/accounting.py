@@ -21,7 +21,7 @@ from anima_jax.checkpoints.names.networks import (
     locate,
 )
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
-from anima_jax.errors import UserError, did_you_mean, shorten
+from anima_jax.errors import UserError, did_you_mean, plural, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,11 @@ def looks_like(keys: Iterable[str]) -> str:
     if kind := adapter_kind(keys):
         return f"it looks like: {kind.title}"
     titles = [network.title for network in NETWORKS if locate(network, keys)]
-    return f"it looks like: {' and '.join(titles)}" if titles else f"it contains {len(keys)} tensors: {shorten(keys)}"
+    return (
+        f"it looks like: {' and '.join(titles)}"
+        if titles
+        else f"it contains {plural(len(keys), 'tensor')}: {shorten(keys)}"
+    )
 
 
 def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:

@@ -113,7 +113,7 @@ class Source(Section):
     )
     frame_buckets: Annotated[tuple[Count, ...], Listed, NotEmpty] = Field(
         (1,),
-        description="lengths of clips in frames, 16 a second, best 1 + 4n; a clip is cut to the longest that it "
+        description="lengths of clips in frames, 16 per second, best 1 + 4n; a clip is cut to the longest that it "
         "fills, and left out if it fills none above 1; 1, for images, is always among them",
     )
     num_repeats: Positive = Field(1.0, description="how often an epoch repeats the examples; may be a fraction")

@@ -25,7 +25,7 @@ from anima_jax.data.folder_source import FolderReader
 from anima_jax.data.problems import Problems
 from anima_jax.data.sources import SourceReader, read_entries
 from anima_jax.data.tfds_source import TfdsReader
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def read_examples(
         examples = examples_of(entries, reader.source, problems, shuffle_each_epoch=shuffle_each_epoch)
         num_repeats = reader.source.num_repeats
         repeats = "" if num_repeats == 1 else f" (num_repeats = {num_repeats:g})"
-        lines.append(f"{line}: {len(examples)} examples an epoch{repeats}")
+        lines.append(f"{line}: {plural(len(examples), 'example')} per epoch{repeats}")
         log.info("%s", lines[-1])
         groups.append(examples)
     if not any(groups):
@@ -169,7 +169,7 @@ def _placed(
             clips = [length for length in lengths if length > 1]
             if entry.frames > 1:
                 expected = f"at least {min(clips)}" if clips else "an image: no frame bucket is above 1"
-                message = f"found a video of {entry.frames} frames (16 a second), expected {expected}"
+                message = f"found a video of {entry.frames} frames (16 per second), expected {expected}"
             else:
                 message = f"found an image, expected a video of at least {min(clips)} frames: no size bucket has 1"
             problems.skip(f"{entry.media.name}: {message}")

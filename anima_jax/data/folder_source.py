@@ -69,18 +69,18 @@ class FolderReader(SourceReader[DirectorySource]):
                 candidates += _candidates(name, media, tables, texts, mask_of, ignored)
         stems = {_stem(name) for name in members if _kind(name) == "media"}
         orphans = [text.name for stem, text in texts.items() if stem not in stems]
-        count_and_name(counts, "captions without an image", orphans)
-        counts[f"other files ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
+        count_and_name(counts, "caption without an image", orphans)
+        counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
 
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
         source = self.source
         if self._table is not None:
-            counts[f"names in {CAPTIONS_JSON} without an image"] = self._table.unused()
+            counts[f"name in {CAPTIONS_JSON} without an image"] = self._table.unused()
         if source.mask_path and not source.default_mask_file:
             count_and_name(counts, "without a mask", [entry.media.name for entry in entries if entry.mask is None])
         masks_inside = source.mask_path and os.path.dirname(os.path.normpath(source.mask_path))
-        counts["subfolders ignored"] = self._folders - (masks_inside == os.path.normpath(source.path))
+        counts["subfolder ignored"] = self._folders - (masks_inside == os.path.normpath(source.path))
 
     def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
         """Return the entries with the current captions of captions.json if `online_captions` is on."""

@@ -16,7 +16,7 @@ from anima_jax.data.file_index import Entry, FileIndex, Summary
 from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media
 from anima_jax.data.problems import Problems
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural
 
 log = logging.getLogger(__name__)
 
@@ -168,5 +168,11 @@ def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -
 
 def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
     videos = sum(entry.frames > 1 for entry in entries)
-    line = f"{name}: {len(entries) - videos} images" + (f", {videos} videos" if videos else "")
-    return line + "".join(f", {number} {what}" for what, number in counts.items() if number)
+    line = f"{name}: {plural(len(entries) - videos, 'image')}" + (f", {plural(videos, 'video')}" if videos else "")
+    # "2 captions without an image", but "2 without a mask".
+    nouns = ("caption", "name", "other file", "subfolder")
+    return line + "".join(
+        f", {plural(number, what) if what.startswith(nouns) else f'{number} {what}'}"
+        for what, number in counts.items()
+        if number
+    )

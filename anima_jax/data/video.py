@@ -67,7 +67,7 @@ def read_clip(data: bytes, container: str, size: Size, name: str, *, from_middle
             clip[found] = np.asarray(fitted)
             found += 1
     if found < size.frames:
-        raise UserError(f"{name}: {found} frames at {FRAME_RATE} a second, expected at least {size.frames}")
+        raise UserError(f"{name}: {found} frames at {FRAME_RATE} per second, expected at least {size.frames}")
     return clip
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from anima_jax.errors import plural
 from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
@@ -94,7 +95,7 @@ class DiTConfig:
 
     def __str__(self) -> str:
         return (
-            f"width {self.width}, {self.blocks} blocks, {self.heads} heads of {self.head_size}, "
+            f"width {self.width}, {plural(self.blocks, 'block')}, {plural(self.heads, 'head')} of {self.head_size}, "
             f"MLP {self.mlp_width}, context width {self.context_width}, AdaLN rank {self.adaln_rank}, "
             f"{self.latent_channels} latent channels"
         )

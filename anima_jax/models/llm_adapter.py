@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from anima_jax.errors import plural
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
@@ -47,7 +48,7 @@ class LLMAdapterConfig:
 
     def __str__(self) -> str:
         return (
-            f"width {self.width}, {self.blocks} blocks, {self.heads} heads, MLP {self.mlp_width}, "
+            f"width {self.width}, {plural(self.blocks, 'block')}, {plural(self.heads, 'head')}, MLP {self.mlp_width}, "
             f"text states {self.source_width} -> context {self.target_width}, vocabulary {self.vocabulary}"
         )
 

@@ -18,7 +18,7 @@ import numpy as np
 from anima_jax.checkpoints.orbax import RunCheckpoints, flat, layout_differences, layout_of
 from anima_jax.data.batch_plan import BatchPlan, data_fingerprint
 from anima_jax.data.examples import CONTENTS
-from anima_jax.errors import UserError, shorten, show_value
+from anima_jax.errors import UserError, plural, shorten, show_value
 from anima_jax.models.parameters import Params
 from anima_jax.training.intervals import RunPoint
 from anima_jax.training.step import TrainState
@@ -194,7 +194,7 @@ def _data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Di
         tier, now = old_tiers.get(name), new_tiers.get(name)
         counts = [each["examples"] if each else 0 for each in (tier, now)]
         if counts[0] != counts[1]:
-            found.append(Difference(f"the data set had {counts[0]} examples in tier {name}, now {counts[1]}"))
+            found.append(Difference(f"the data set had {plural(counts[0], 'example')} in tier {name}, now {counts[1]}"))
         elif tier["set"] != now["set"]:
             found.append(Difference(f"the {counts[0]} examples of tier {name} are not the same as before"))
         elif tier["order"] != now["order"]:

@@ -13,7 +13,7 @@ from anima_jax.checkpoints.locations import writing_to
 from anima_jax.checkpoints.locks import lock
 from anima_jax.checkpoints.orbax import RunCheckpoints
 from anima_jax.config.main import MainConfig
-from anima_jax.errors import UserError, did_you_mean, os_reason
+from anima_jax.errors import UserError, did_you_mean, os_reason, plural
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.resume import FOLDER
 
@@ -59,7 +59,7 @@ def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
         for match in reversed(runs):
             if _has_checkpoint(root / match[0]):
                 return root / match[0]
-        found = f"the newest of {len(runs)} runs is {runs[-1][0]}" if runs else "there is no run"
+        found = f"the newest of {plural(len(runs), 'run')} is {runs[-1][0]}" if runs else "there is no run"
         raise UserError(f"resume_from_checkpoint: no run in {root} has a checkpoint ({found})")
     given = pathlib.Path(name)
     given = given.parent if given.name == FOLDER else given

@@ -10,6 +10,7 @@ from anima_jax.adapters.kinds import KINDS
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.checkpoints.names.groups import GROUPS, group_of
 from anima_jax.config.main import MainConfig
+from anima_jax.errors import plural
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
 from anima_jax.training.estimate import GIB, Estimate
@@ -22,9 +23,10 @@ from anima_jax.training.state import ParamPartition
 def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> str:
     """Return the table of a run: the model, its parameters by group, and `data`, the description of its data."""
     model = partition.config
-    sizes = f"{model.blocks} blocks of width {model.width:,}, {model.heads} heads, MLP {model.mlp_width:,}"
+    sizes = f"{plural(model.blocks, 'block')} of width {model.width:,}, {plural(model.heads, 'head')}, "
+    sizes += f"MLP {model.mlp_width:,}"
     if model.adapter:
-        sizes += f"; LLM adapter: {model.adapter.blocks} blocks of width {model.adapter.width:,}"
+        sizes += f"; LLM adapter: {plural(model.adapter.blocks, 'block')} of width {model.adapter.width:,}"
     trained = "full training"
     if partition.specs is not None:
         trained = "\n".join([adapter_line(partition.specs), *partition.messages])
@@ -42,7 +44,7 @@ def adapter_line(specs: Mapping[str, AdapterSpec]) -> str:
     ranks = [rank for spec in specs.values() for rank in spec.ranks if rank]
     span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
     kind = KINDS[next(iter(specs.values())).kind].title
-    return f"{kind} of rank {span} on {len(ranks)} modules, {len(specs)} linear layers a block"
+    return f"{kind} of rank {span} on {plural(len(ranks), 'module')}, {plural(len(specs), 'linear layer')} per block"
 
 
 def parameter_table(

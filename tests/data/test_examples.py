@@ -122,8 +122,8 @@ def test_a_subsample_follows_the_content_and_not_the_order():
 @pytest.mark.parametrize(
     ("sizes", "frames", "message"),
     [
-        (TWO_SIZES, 3, "found a video of 3 frames (16 a second), expected at least 5"),
-        (SQUARE, 3, "found a video of 3 frames (16 a second), expected an image: no frame bucket is above 1"),
+        (TWO_SIZES, 3, "found a video of 3 frames (16 per second), expected at least 5"),
+        (SQUARE, 3, "found a video of 3 frames (16 per second), expected an image: no frame bucket is above 1"),
         ({"size_buckets": (Size(64, 64, 9),)}, 1, "found an image, expected a video of at least 9 frames"),
     ],
 )
@@ -249,9 +249,9 @@ def test_sources_stay_separate_and_each_logs_a_line(folder, tmp_path_factory, ca
         ["picture a", "picture b", "picture a", "picture b"],
     ]
     assert caplog.messages == [
-        f"{folder}: 2 images: 2 examples an epoch",
-        f"{empty}: 0 images: 0 examples an epoch",
-        f"{folder}: 2 images: 4 examples an epoch (num_repeats = 2)",
+        f"{folder}: 2 images: 2 examples per epoch",
+        f"{empty}: 0 images: 0 examples per epoch",
+        f"{folder}: 2 images: 4 examples per epoch (num_repeats = 2)",
     ]
     # The same picture at the same size is the same example, whichever source names it.
     assert [e.id for e in groups[0]] == [e.id for e in groups[2][:2]]
@@ -264,7 +264,7 @@ def test_a_broken_file_in_a_folder_that_is_named_twice_is_one_problem(folder, ca
     with caplog.at_level(logging.INFO):
         read_examples(twice, problems)
     assert problems.count == 1
-    line = f"{folder}: 1 images, 1 could not be used: 1 examples an epoch"
+    line = f"{folder}: 1 image, 1 could not be used: 1 example per epoch"
     assert [message.partition(": ")[0] for message in caplog.messages] == ["skipped", str(folder), str(folder)]
     assert caplog.messages[1:] == [line, line]
 

@@ -90,9 +90,9 @@ def test_every_ignored_file_is_counted(folder):
     entries, line, problems = read(folder)
     assert shown(entries) == {"b.png": ("picture b",)}
     assert line == (
-        f"{folder}: 1 images, 1 captions without an image, 2 other files ignored (.tiff, hidden), "
+        f"{folder}: 1 image, 1 caption without an image, 2 other files ignored (.tiff, hidden), "
         "1 left out with an empty caption (skip_empty_caption), 1 left out without a caption (skip_empty_caption), "
-        "1 subfolders ignored"
+        "1 subfolder ignored"
     )
     assert problems.count == 0
 
@@ -106,7 +106,7 @@ def test_files_without_a_partner_are_named_up_to_three(folder, tmp_path, caplog)
         read(folder, mask_path=str(tmp_path / "masks"))
     without = ", ".join(f"{folder}/bare{number}.png" for number in range(3))
     assert caplog.messages == [
-        f"captions without an image: {folder}/orphan.txt",
+        f"caption without an image: {folder}/orphan.txt",
         f"left out without a caption (skip_empty_caption): {without} and 1 more",
         f"without a mask: {folder}/C.webp, {folder}/a.jpg, {folder}/b.png",
     ]
@@ -184,7 +184,7 @@ def test_captions_json_replaces_all_text_files(folder):
     entries, line, _ = read(folder)
     assert shown(entries) == {"a.jpg": ("one", "two"), "b.png": ("alone",)}
     assert "1 left out without a caption" in line  # C.webp, in spite of C.txt
-    assert "1 names in captions.json without an image" in line
+    assert "1 name in captions.json without an image" in line
 
 
 def test_captions_json_may_leave_the_suffix_out(folder):
@@ -192,7 +192,7 @@ def test_captions_json_may_leave_the_suffix_out(folder):
     put_tar(folder / "t.tar", {"x/p.png": encoded(1)})
     entries, line, _ = read(folder)
     assert shown(entries) == {"a.jpg": ("stem",), "b.png": ("name",), "t.tar/x/p.png": ("in a tar",)}
-    assert "1 names in captions.json without an image" in line
+    assert "1 name in captions.json without an image" in line
 
 
 def test_a_captions_json_that_is_not_a_table_is_an_error(folder):

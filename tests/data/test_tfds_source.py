@@ -201,7 +201,7 @@ def test_another_data_set_is_read_with_its_own_feature_names(other_dir):
     assert entry.captions == ("a grey square",)
     assert (entry.width, entry.height, entry.frames) == (40, 20, 1)
     np.testing.assert_array_equal(pixels(entry), np.full((20, 40, 3), 90))
-    assert line.endswith("split train: 1 images, 1 left out with an empty caption (skip_empty_caption)")
+    assert line.endswith("split train: 1 image, 1 left out with an empty caption (skip_empty_caption)")
 
 
 def test_a_sequence_of_texts_is_several_captions(other_dir):
@@ -218,7 +218,7 @@ def test_unusable_records_are_named_and_left_out(other_dir, caplog):
     assert problems.count == 2
     assert f"{other_dir} damaged[0] text: byte 0 is 0xff, expected UTF-8" in caplog.text
     assert f"{other_dir} damaged[2] photo: " in caplog.text
-    assert "1 images, 2 could not be used" in line
+    assert "1 image, 2 could not be used" in line
 
 
 def test_an_unchanged_data_set_is_not_read_again(other_dir, tmp_path):

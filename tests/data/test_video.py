@@ -144,7 +144,7 @@ def test_a_clip_is_the_first_frames_or_those_around_the_middle():
 
 @pytest.mark.parametrize("mode", ["single_beginning", "single_middle"])
 def test_a_video_shorter_than_its_bucket_is_refused_with_both_numbers(mode):
-    with pytest.raises(UserError, match=r"clip\.mp4: 20 frames at 16 a second, expected at least 33"):
+    with pytest.raises(UserError, match=r"clip\.mp4: 20 frames at 16 per second, expected at least 33"):
         read_clip(written(numbered(20)), Size(64, 48, 33), mode=mode, name="clip.mp4")
 
 
