@@ -1,4 +1,4 @@
-"""The code base stays in order: sizes of files and functions, no side effects at import, no retired names.
+"""The code base stays in order: sizes of files, functions and tests, no side effects at import, no retired names.
 
 The layers of the packages are import-linter's (`lint-imports`), declared dependencies deptry's, dead code vulture's:
 their settings are in pyproject.toml, and `.ci/run` runs them.
@@ -19,8 +19,15 @@ PRODUCT = {
 }
 """Path → text of every module that is installed."""
 
+TESTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))
+}
+
 FILE_LINES = 450
 FUNCTION_LINES = 60
+ASSERTIONS = 6
+"""How many things a test may check: one that checks more does not say in its name what it proves."""
+
 REASON = "One function:"
 """How the docstring of a function that is too long or too complex begins its reason."""
 
@@ -128,6 +135,13 @@ def defined_names(tree: ast.AST) -> Iterator[str]:
             yield node.attr
 
 
+def assertions(function: Function) -> int:
+    """Return how many `assert` statements and calls of `np.testing.assert_…` a test has."""
+    calls = (ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call))
+    statements = sum(isinstance(node, ast.Assert) for node in ast.walk(function))
+    return statements + sum(".testing.assert_" in call for call in calls)
+
+
 def test_no_file_is_too_long():
     assert {path: lines for path, text in PRODUCT.items() if (lines := len(text.splitlines())) > FILE_LINES} == {}
 
@@ -171,3 +185,13 @@ def test_no_two_classes_have_the_same_name():
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(path)
     assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_no_test_checks_too_many_things():
+    found = {
+        f"{path}::{function.name}": count
+        for path, text in TESTS.items()
+        for function in functions(ast.parse(text))
+        if function.name.startswith("test_") and (count := assertions(function)) > ASSERTIONS
+    }
+    assert found == {}

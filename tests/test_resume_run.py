@@ -1,5 +1,7 @@
 """A run that is stopped and goes on, by its command line: bit for bit the run that was never stopped."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,18 +30,22 @@ MAIN = (
 )
 
 
-@pytest.fixture
-def config(tmp_path):
-    """Nine pictures at one size, 18 steps of two in four epochs."""
-    folder = tmp_path / "pictures"
+def small_config(root: pathlib.Path) -> pathlib.Path:
+    """Write nine pictures of one size, and the configuration of 18 steps of two in four epochs."""
+    folder = root / "pictures"
     folder.mkdir()
     for number in range(9):
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)).save(
             folder / f"{number}.png"
         )
         (folder / f"{number}.txt").write_text(f"a red square number {number}")
-    write_transformer(tmp_path / "base.safetensors")
-    return write_config(tmp_path, folder, MAIN)
+    write_transformer(root / "base.safetensors")
+    return write_config(root, folder, MAIN)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_config(tmp_path)
 
 
 def command(config: pathlib.Path, output: pathlib.Path, *arguments: str) -> list[str]:
@@ -116,20 +123,38 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_identical(config, tmp_path)
     check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
 
 
-@pytest.fixture
-def evaluated(config, tmp_path):
+def evaluated_config(root: pathlib.Path) -> pathlib.Path:
     """The same run, evaluated before its first step and after each second epoch."""
-    (tmp_path / "eval.toml").write_text((tmp_path / "dataset.toml").read_text())
-    more = f"eval_datasets = [{{name = 'held_out', config = '{tmp_path / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
+    config = small_config(root)
+    (root / "eval.toml").write_text((root / "dataset.toml").read_text())
+    more = f"eval_datasets = [{{name = 'held_out', config = '{root / 'eval.toml'}'}}]\neval_every_n_epochs = 2\n"
     config.write_text(more + config.read_text())
     return config
 
 
-@pytest.mark.slow
-def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(evaluated, tmp_path, monkeypatch, capsys):
+def output_of(arguments: list[str]) -> str:
+    """What a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(arguments)
+    return output.getvalue()
+
+
+class CutShort(NamedTuple):
+    """A run whose evaluations SIGTERM cut short before the first step and after step 7, and an undisturbed one."""
+
+    outputs: list[str]
+    """What each of its three attempts printed."""
+
+    run: pathlib.Path
+    undisturbed: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def cut_short(tmp_path_factory) -> CutShort:
+    root = tmp_path_factory.mktemp("cut_short")
     sets = ("checkpoint_every_n_epochs=100", "eval_every_n_steps=7", "max_steps=9")  # 7: in the second epoch
-    arguments = ["--config", str(evaluated), *(word for key in sets for word in ("--set", key))]
-    train([*arguments, "--set", f"output_dir={tmp_path / 'one'}"])
+    arguments = ["--config", str(evaluated_config(root)), *(word for key in sets for word in ("--set", key))]
+    train([*arguments, "--set", f"output_dir={root / 'one'}"])
     whole, calls = Evaluation.__call__, []
 
     def disturbed(*given):
@@ -138,26 +163,41 @@ def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(evaluated, tmp_pat
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(*given)
 
-    monkeypatch.setattr(Evaluation, "__call__", disturbed)
-    arguments += ["--set", f"output_dir={tmp_path / 'two'}"]
-    capsys.readouterr()
-    train(arguments)
-    out = capsys.readouterr().out
-    assert "stopped after step 0" in out
-    assert "sample with" not in out  # nothing is saved yet
-    train([*arguments, "--resume_from_checkpoint"])
-    assert "stopped after step 7" in capsys.readouterr().out
-    train([*arguments, "--resume_from_checkpoint"])
-    assert "sample with" in capsys.readouterr().out
-    two, one = run_of(tmp_path / "two"), run_of(tmp_path / "one")
-    check_equal(two, one)
-    lines = [[json.loads(x) for x in (run / "evaluations.jsonl").read_text().splitlines()] for run in (two, one)]
+    arguments += ["--set", f"output_dir={root / 'two'}"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Evaluation, "__call__", disturbed)
+        attempts = (arguments, *[[*arguments, "--resume_from_checkpoint"]] * 2)
+        outputs = [output_of(attempt) for attempt in attempts]
+    return CutShort(outputs, run_of(root / "two"), run_of(root / "one"))
+
+
+@pytest.mark.slow
+def test_sigterm_in_an_evaluation_stops_the_run_after_the_step_before_it(cut_short):
+    first, second, third = cut_short.outputs
+    assert "stopped after step 0" in first
+    assert "sample with" not in first  # nothing is saved yet
+    assert "stopped after step 7" in second
+    assert "sample with" in third
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_sigterm_cuts_short_is_made_up_for(cut_short):
+    check_equal(cut_short.run, cut_short.undisturbed)
+    lines = [
+        [json.loads(x) for x in (run / "evaluations.jsonl").read_text().splitlines()]
+        for run in (cut_short.run, cut_short.undisturbed)
+    ]
     for line in itertools.chain(*lines):
         line.pop("eval/eval_time_sec")
     assert [line["step"] for line in lines[0]] == [0, 7, 9]
     assert lines[0] == lines[1]
-    assert scalars(one)["train/epoch_loss"][1][0] == 2  # ended after step 9, and begun before the stop
-    assert dict(scalars(two)["train/epoch_loss"]) == dict(scalars(one)["train/epoch_loss"])
+
+
+@pytest.mark.slow
+def test_the_mean_loss_of_an_epoch_includes_the_steps_before_a_stop(cut_short):
+    two, one = (dict(scalars(run)["train/epoch_loss"]) for run in (cut_short.run, cut_short.undisturbed))
+    assert scalars(cut_short.undisturbed)["train/epoch_loss"][1][0] == 2  # ended after step 9, began before the stop
+    assert two == one
 
 
 def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_saved(config, tmp_path, capsys):
@@ -191,19 +231,37 @@ def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path,
     assert exit_.value.code == 2
 
 
-def test_evaluation_monitoring_and_exports_of_a_whole_run(evaluated, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> tuple[str, pathlib.Path]:
+    """What a run with evaluations, exports, checkpoints and a profile printed, and its folder."""
+    root = tmp_path_factory.mktemp("whole_run")
     options = ["--regenerate_cache", "--profile", "3:5"]  # both data sets share one cache
-    train(["--config", str(evaluated), "--set", "save_every_n_epochs=1", *options])
-    out = capsys.readouterr().out
+    out = output_of(["--config", str(evaluated_config(root)), "--set", "save_every_n_epochs=1", *options])
+    return out, run_of(root / "runs")
+
+
+def test_a_run_tells_that_the_llm_adapter_is_trained(whole_run):
+    out, _ = whole_run
     assert "the LLM adapter is trained too" in out.replace("The LLM", "the LLM")
-    run = run_of(tmp_path / "runs")
+
+
+def test_an_evaluation_is_the_mean_over_the_quantiles_of_time(whole_run):
+    _, run = whole_run
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations] == [0, 9, 18]
     for line in evaluations:
         quantiles = [line[f"held_out/loss_quantile_0.{n}0"] for n in range(1, 10)]
         assert line["held_out/loss"] == pytest.approx(np.mean(quantiles), rel=1e-6)
+
+
+def test_the_newest_exports_and_checkpoints_are_kept(whole_run):
+    _, run = whole_run
     assert sorted(path.name for path in run.glob("epoch*")) == ["epoch3", "epoch4"]  # max_checkpoints = 2
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["14", "18"]
+
+
+def test_a_runs_folder_has_its_dashboards_profile_and_configuration(whole_run):
+    _, run = whole_run
     assert list(run.glob("events.out.tfevents.*"))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert {path.name for path in run.glob("*.toml")} == {"main.toml", "dataset.toml", "eval.toml"}

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -50,22 +51,36 @@ def losses_of(run: pathlib.Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", [None, "type = 'lora'\nrank = 8"])
-def test_training_on_photographs_lowers_the_loss_and_what_it_saves_can_be_sampled(tmp_path, adapter):
-    skimage = pytest.importorskip("skimage")
-    source, folder = pathlib.Path(skimage.__file__).parent / "data", tmp_path / "photographs"
+LORA = "type = 'lora'\nrank = 8"
+
+
+class TrainedRun(NamedTuple):
+    """A run on photographs: its configuration, its folder, and the parameters of the base model."""
+
+    config: pathlib.Path
+    run: pathlib.Path
+    base: dict
+
+    def saved(self, name: str) -> dict[str, np.ndarray]:
+        return load_file(self.run / "step100" / name)
+
+
+@pytest.fixture(scope="module", params=[None, LORA], ids=["full", "lora"])
+def trained(request, tmp_path_factory) -> TrainedRun:
+    """A run of 100 steps that trains the whole transformer, or a LoRA."""
+    skimage, adapter, root = pytest.importorskip("skimage"), request.param, tmp_path_factory.mktemp("trained")
+    source, folder = pathlib.Path(skimage.__file__).parent / "data", root / "photographs"
     folder.mkdir()
     for name, caption in PHOTOGRAPHS.items():
         (folder / name).write_bytes((source / name).read_bytes())
         (folder / name).with_suffix(".txt").write_text(caption)
-    base = write_transformer(tmp_path / "base.safetensors")
+    base = write_transformer(root / "base.safetensors")
     tables = {
         "optimizer": f"type = 'adamw'\nlr = {1e-2 if adapter else 2e-3}",
         "sample": "prompts = ['a cat']\nsteps = 2",
     }
     config = write_config(
-        tmp_path,
+        root,
         folder,
         "epochs = 100\nmicro_batch_size_per_gpu = 4\ngradient_accumulation_steps = 2\n"
         "ema_decay = 0.9\nsave_dtype = 'float32'",
@@ -76,24 +91,44 @@ def test_training_on_photographs_lowers_the_loss_and_what_it_saves_can_be_sample
         [sys.executable, "-m", "anima_jax.train", "--config", str(config)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    run = run_folder(tmp_path)
-    losses = losses_of(run)
+    return TrainedRun(config, run_folder(root), base)
+
+
+@pytest.mark.slow
+def test_training_on_photographs_lowers_the_loss(trained):
+    losses = losses_of(trained.run)
     assert len(losses) == 100
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    assert (run / "main.toml").read_text() == config.read_text()
-    assert (run / "samples" / "step000100.png").is_file()
 
-    saved = load_file(run / "step100" / ("adapter_model.safetensors" if adapter else "model.safetensors"))
-    if adapter:
-        assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in saved)
-        assert any(np.any(array) for name, array in saved.items() if "lora_B" in name)
-    else:
-        original = load_file(tmp_path / "base.safetensors")
-        assert saved.keys() == original.keys()
-        assert sum(array.size for array in saved.values()) == sum(array.size for array in base.values())
-        changed = [name for name in saved if not np.array_equal(saved[name], original[name])]
-        assert len(changed) > 0.9 * len(saved)
-    arguments = ["--config", str(config), "--checkpoint", str(run), "--prompt", "a cat", "--steps", "2", "--seed", "7"]
+
+@pytest.mark.slow
+def test_a_run_keeps_its_configuration_and_draws_samples(trained):
+    assert (trained.run / "main.toml").read_text() == trained.config.read_text()
+    assert (trained.run / "samples" / "step000100.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [LORA], indirect=True, ids=["lora"])
+def test_a_saved_lora_contains_trained_factors_and_nothing_else(trained):
+    saved = trained.saved("adapter_model.safetensors")
+    assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in saved)
+    assert any(np.any(array) for name, array in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [None], indirect=True, ids=["full"])
+def test_a_saved_model_has_every_tensor_of_the_base_and_nearly_all_changed(trained):
+    saved, original = trained.saved("model.safetensors"), load_file(trained.config.parent / "base.safetensors")
+    assert saved.keys() == original.keys()
+    assert sum(array.size for array in saved.values()) == sum(array.size for array in trained.base.values())
+    changed = [name for name in saved if not np.array_equal(saved[name], original[name])]
+    assert len(changed) > 0.9 * len(saved)
+
+
+@pytest.mark.slow
+def test_what_a_run_saves_can_be_sampled_and_a_seed_gives_the_same_image(trained, tmp_path):
+    arguments = ["--config", str(trained.config), "--checkpoint", str(trained.run)]
+    arguments += ["--prompt", "a cat", "--steps", "2", "--seed", "7"]
     for name in ("one.png", "two.png"):
         generate([*arguments, "-o", str(tmp_path / name)])
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
