@@ -53,8 +53,8 @@ RULES: tuple[tuple[str, P], ...] = (
 """Every parameter of the networks and their adapters matches exactly one row."""
 
 
-def spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """Return the spec of the parameter at `path` on a mesh with these axis sizes.
+def partition_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    """Return the PartitionSpec of the parameter at `path` on a mesh with these axis sizes.
 
     A dimension that the mesh axes do not divide is replicated. Raises LookupError unless exactly one rule matches.
     """
@@ -69,13 +69,13 @@ def _fitted(rule: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def parts(axes: Any, sizes: Mapping[str, int]) -> int:
-    """Return into how many parts an entry of a spec (a mesh axis, a tuple of them or None) splits a dimension."""
+    """Return into how many parts an entry of a PartitionSpec (an axis, a tuple of axes or None) splits a dimension."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sizes[name] for name in names if name)
 
 
-def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
-    """Return the spec of every leaf of `tree`: parameters, or a tree with one or more leaves under each path.
+def partition_specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
+    """Return the PartitionSpec of every leaf of `tree`: parameters, or a tree with one or more leaves under each path.
 
     A leaf with as many axes as its parameter is sharded like it; counters and factored moments are replicated. `params`
     may contain shapes instead of arrays.
@@ -85,15 +85,17 @@ def specs(tree: Any, params: Params, sizes: Mapping[str, int]) -> Any:
         path = next((key.key for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
         if path is None or leaf.ndim != params[path].ndim:
             return P()
-        return spec(path, leaf.shape, sizes)
+        return partition_spec(path, leaf.shape, sizes)
 
     return jax.tree.map_with_path(of_leaf, tree)
 
 
 def shardings(tree: Any, params: Params, mesh: Mesh) -> Any:
-    """Return the result of `specs` as shardings on `mesh`."""
+    """Return the result of `partition_specs` as shardings on `mesh`."""
     return jax.tree.map(
-        lambda one: NamedSharding(mesh, one), specs(tree, params, mesh.shape), is_leaf=lambda one: isinstance(one, P)
+        lambda one: NamedSharding(mesh, one),
+        partition_specs(tree, params, mesh.shape),
+        is_leaf=lambda one: isinstance(one, P),
     )
 
 
@@ -104,4 +106,4 @@ def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
         return leaf.size * leaf.dtype.itemsize // math.prod(parts(axes, sizes) for axes in one)
 
     is_spec = lambda one: isinstance(one, P)  # noqa: E731
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, specs(tree, params, sizes), is_leaf=is_spec)))
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, partition_specs(tree, params, sizes), is_leaf=is_spec)))

@@ -32,7 +32,7 @@ def dry_run(
     print(tables.start_up_table(config, partition, data.describe(tokenizers)))
     optimizer = build_optimizer(config, partition, data.plan)
     workloads = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
-    specs, memory, name = specs_of(devices, device_kind)
+    device_specs, memory, name = device_specs_of(devices, device_kind)
     sizes = resolve_sizes(config.mesh.sizes, devices) if devices else None
     found = estimate.estimate(
         config,
@@ -41,7 +41,7 @@ def dry_run(
         optimizer,
         workloads,
         sizes=sizes,
-        device_specs=specs,
+        device_specs=device_specs,
         masked=data.masked,
     )
     print(tables.mesh_table(sizes or current_mesh().shape, partition, config.learning_rates, name))
@@ -49,7 +49,7 @@ def dry_run(
     estimate.check_memory(found.memory.total, memory, name)
 
 
-def specs_of(devices: int | None, device_kind: str | None) -> tuple[Sequence[DeviceSpec], float | None, str]:
+def device_specs_of(devices: int | None, device_kind: str | None) -> tuple[Sequence[DeviceSpec], float | None, str]:
     """Return the possible specs of the devices, the memory of each device in bytes (None: unknown), and their name.
 
     If a number of `devices` is given without a kind on a machine that has only a CPU, every known kind is possible.

@@ -46,7 +46,7 @@ class AboutAdapter(NamedTuple):
 def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> AboutAdapter | None:
     """Return the description of a run's adapter; None if it trains none. Reads the whole base model file once."""
     adapter, base = config.adapter, config.model.transformer_path
-    if adapter is None or partition.specs is None:
+    if adapter is None or partition.adapter_specs is None:
         return None
     metadata = {
         "format": "pt",
@@ -57,7 +57,7 @@ def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> A
         **(identify(base).metadata if base else {}),
     }
     blocks = partition.config.adapter.blocks if partition.config.adapter else 0
-    return AboutAdapter(metadata, peft.settings(adapter, partition.specs, base, blocks))
+    return AboutAdapter(metadata, peft.settings(adapter, partition.adapter_specs, base, blocks))
 
 
 def _version() -> str:
@@ -89,12 +89,12 @@ def _write(
     folder: pathlib.Path, partition: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
 ) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if partition.specs is None:
+    if partition.adapter_specs is None:
         path = folder / MODEL_FILE
         save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype))
         return path
     path = folder / ADAPTER_FILE
-    patches = patches_of(partition.frozen | params, partition.specs)
+    patches = patches_of(partition.frozen | params, partition.adapter_specs)
     write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
     if about and about.peft and is_process_0():
         with replacing(folder / peft.FILE) as file:

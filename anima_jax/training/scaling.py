@@ -53,7 +53,7 @@ def traffic(
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     data = fsdp = context = 0.0
     for path, leaf in {**frozen, **params}.items():
-        axes = rules.spec(path, leaf.shape, sizes)
+        axes = rules.partition_spec(path, leaf.shape, sizes)
         over = {name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,))}
         # Bytes on a device once gathered over fsdp.
         held = itemsize * math.prod(leaf.shape) / math.prod(rules.parts(entry, sizes) for entry in axes)
@@ -76,12 +76,12 @@ def traffic(
     return Traffic(data, fsdp, tensor, context)
 
 
-def bandwidths(spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
+def bandwidths(device_spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return the bandwidth of a device over each axis, in bytes per second."""
     inside, found = 1, {}
     for axis in reversed(rules.AXES):
         inside *= sizes[axis]
-        found[axis] = spec.intra_bandwidth if inside <= spec.domain_size else spec.inter_bandwidth
+        found[axis] = device_spec.intra_bandwidth if inside <= device_spec.domain_size else device_spec.inter_bandwidth
     return found
 
 
@@ -105,8 +105,10 @@ class Seconds(NamedTuple):
         return sum(self)
 
 
-def step_seconds(spec: DeviceSpec, sizes: Mapping[str, int], work: Workload, example: Flops, sent: Traffic) -> Seconds:
+def step_seconds(
+    device_spec: DeviceSpec, sizes: Mapping[str, int], work: Workload, example: Flops, sent: Traffic
+) -> Seconds:
     """Return the time of a step; `example` contains the FLOPs of one example."""
-    bandwidth = bandwidths(spec, sizes)
-    compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * spec.flops)
+    bandwidth = bandwidths(device_spec, sizes)
+    compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * device_spec.flops)
     return Seconds(compute, **{axis: size / bandwidth[axis] for axis, size in sent._asdict().items()})

@@ -35,9 +35,9 @@ class ParamPartition:
 
     `params` are the trained parameters, with their initial values. `frozen` have the compute dtype or the storage dtype
     of `[model] transformer_dtype`, which makes some of them `Quantised`.
-    `tensors` are the tensors of the trained parameters in an exported file; `specs` are the adapters by module path,
-    None in full training. `rates` maps parameters with learning rates per layer to these, relative to their group's.
-    `messages` are for the user.
+    `tensors` are the tensors of the trained parameters in an exported file; `adapter_specs` are the adapters by module
+    path, None in full training. `rates` maps parameters with learning rates per layer to these, relative to their
+    group's. `messages` are for the user.
     """
 
     config: DiTConfig
@@ -45,7 +45,7 @@ class ParamPartition:
     params: Params
     frozen: Params
     tensors: list[FileTensor]
-    specs: Mapping[str, modules.AdapterSpec] | None
+    adapter_specs: Mapping[str, modules.AdapterSpec] | None
     rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     messages: Sequence[str] = ()
 
@@ -107,25 +107,25 @@ def _with_adapter(
         return model
 
     targets = modules.target_shapes(nnx.eval_shape(lambda: bare(nnx.Rngs(0))))
-    specs, rates = planning.plan(config, targets)
+    adapter_specs, rates = planning.plan(config, targets)
 
     def build(rngs) -> AnimaDiT:
         model = bare(rngs)
-        modules.attach(model, specs)
+        modules.attach(model, adapter_specs)
         return model
 
     graphdef, abstract = parameters.abstract(build)
     factors = {path: leaf for path, leaf in abstract.items() if modules.is_factor(path)}
-    params = modules.initial(abstract | base, specs, config.seed, rules.shardings(factors, factors, mesh))
-    scales = planning.scales(config, specs)
+    params = modules.initial(abstract | base, adapter_specs, config.seed, rules.shardings(factors, factors, mesh))
+    scales = planning.scales(config, adapter_specs)
     messages = planning.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
-        loaded, more = planning.existing(config, specs, scales, params)
+        loaded, more = planning.existing(config, adapter_specs, scales, params)
         params |= loaded
         messages += more
     tensors = file_tensors(ADAPTER_RULES, params)
     frozen = base | replicate(scales, mesh)
-    return ParamPartition(model_config, graphdef, params, frozen, tensors, specs, rates, messages)
+    return ParamPartition(model_config, graphdef, params, frozen, tensors, adapter_specs, rates, messages)
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:

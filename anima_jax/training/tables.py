@@ -28,8 +28,8 @@ def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> 
     if model.adapter:
         sizes += f"; LLM adapter: {plural(model.adapter.blocks, 'block')} of width {model.adapter.width:,}"
     trained = "full training"
-    if partition.specs is not None:
-        trained = "\n".join([adapter_line(partition.specs), *partition.messages])
+    if partition.adapter_specs is not None:
+        trained = "\n".join([adapter_line(partition.adapter_specs), *partition.messages])
     start = "a fresh network" if config.model.config else config.model.transformer_path
     parts = {
         "model": f"{start}\n{sizes}\ncomputed in {config.compute_dtype}\n{trained}",
@@ -39,12 +39,13 @@ def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> 
     return "\n".join(f"{name}\n{textwrap.indent(text, '  ')}" for name, text in parts.items())
 
 
-def adapter_line(specs: Mapping[str, AdapterSpec]) -> str:
+def adapter_line(adapter_specs: Mapping[str, AdapterSpec]) -> str:
     """Return a line with the kind, ranks and number of the adapters."""
-    ranks = [rank for spec in specs.values() for rank in spec.ranks if rank]
+    ranks = [rank for spec in adapter_specs.values() for rank in spec.ranks if rank]
     span = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
-    kind = KINDS[next(iter(specs.values())).kind].title
-    return f"{kind} of rank {span} on {plural(len(ranks), 'module')}, {plural(len(specs), 'linear layer')} per block"
+    kind = KINDS[next(iter(adapter_specs.values())).kind].title
+    modules, layers = plural(len(ranks), "module"), plural(len(adapter_specs), "linear layer")
+    return f"{kind} of rank {span} on {modules}, {layers} per block"
 
 
 def parameter_table(
@@ -84,7 +85,7 @@ def mesh_table(
         return lines[0]
     lines.append(f"{'parameter':<52} {'shape':>16} {'sharded over':>24} {'learning rate':>14}")
     for path, leaf in sorted({**partition.frozen, **partition.params}.items()):
-        spec = rules.spec(path, leaf.shape, sizes)
+        spec = rules.partition_spec(path, leaf.shape, sizes)
         over = ", ".join("+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec)
         rate = learning_rates[partition.groups[path]] if path in partition.params else 0.0
         shape = "×".join(map(str, leaf.shape))

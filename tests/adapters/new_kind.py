@@ -95,7 +95,7 @@ def main(folder: pathlib.Path) -> None:
     trained = {}
     for seed, (path, fresh) in enumerate(partition.params.items()):
         module, _, name = path.rpartition(".")
-        values, spec = np.zeros(fresh.shape, np.float32), partition.specs[module]
+        values, spec = np.zeros(fresh.shape, np.float32), partition.adapter_specs[module]
         for layer in range(len(values)):
             shape = spec.layer_shape(name, layer)
             values[layer][tuple(map(slice, shape))] = normal(*shape, seed=100 * seed + layer)
@@ -115,7 +115,7 @@ def main(folder: pathlib.Path) -> None:
     work = Workload("", 1, 1, TOKENS, (1, 2, 5), 16, 16)
     names = [*partition.frozen, *partition.params]
     results = {
-        "kinds": sorted({spec.kind for spec in partition.specs.values()}),
+        "kinds": sorted({spec.kind for spec in partition.adapter_specs.values()}),
         "matching rules": {name: sum(bool(re.fullmatch(rule, name)) for rule, _ in rules.RULES) for name in names},
         "flops": [flops(partition.config, own, work, "none").forward for own in ({}, partition.params)],
     }

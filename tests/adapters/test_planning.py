@@ -100,7 +100,7 @@ def patterned(folder):
 def test_patterns_choose_modules_and_ranks(patterned):
     expected = {f"blocks.{n}.self_attn.{x}_proj": 4 if n else 2 for n in range(2) for x in "qkv"}
     del expected["blocks.1.self_attn.k_proj"]
-    assert names(patterned.specs) == expected | {"blocks.1.mlp.layer1": 4}
+    assert names(patterned.adapter_specs) == expected | {"blocks.1.mlp.layer1": 4}
 
 
 def test_patterns_choose_rates(patterned):
@@ -221,7 +221,7 @@ def randomised(trained):
     for seed, (path, leaf) in enumerate(trained.params.items()):
         module, _, name = path.rpartition(".")
         value, axis = normal(*leaf.shape, seed=seed) * 0.3, next(iter(rank_axes(name)), None)
-        for layer, rank in enumerate(trained.specs[module].ranks):
+        for layer, rank in enumerate(trained.adapter_specs[module].ranks):
             keep = rank if axis is not None else (leaf.shape[1] if rank else 0)
             value[layer][(slice(keep, None),) if axis in {0, None} else (slice(None), slice(keep, None))] = 0.0
         values[path] = jnp.asarray(value)
@@ -271,7 +271,7 @@ def test_the_files_are_diffusion_pipes_with_our_metadata(folder, tmp_path):
     trained = prepare(config)
     path = export(tmp_path / "epoch1", trained, randomised(trained), "bfloat16", about_adapter(config, trained, 12))
     assert {file.name for file in path.parent.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.specs) for x in "AB"}
+    expected = {f"diffusion_model.{name}.lora_{x}.weight" for name in names(trained.adapter_specs) for x in "AB"}
     with safe_open(path, "np") as file:
         assert set(file.keys()) == expected  # no alpha, no llm_adapter, as in diffusion-pipe
         metadata = file.metadata()
@@ -298,7 +298,7 @@ def test_alphas_are_written_only_where_they_say_something(folder, tmp_path):
     assert alphas
     assert set(alphas.values()) == {2.0}
     assert {key.removesuffix(".alpha") for key in alphas} == {
-        f"diffusion_model.{name}" for name, rank in names(trained.specs).items() if rank == 4
+        f"diffusion_model.{name}" for name, rank in names(trained.adapter_specs).items() if rank == 4
     }
 
 

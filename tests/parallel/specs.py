@@ -38,7 +38,7 @@ def table() -> str:
         replicated = []
         lines += ["", f"# {network}"]
         for path, leaf in sorted(parameters.abstract(build)[1].items()):
-            (spec,) = {rules.spec(path, leaf.shape, sizes) for sizes in MESHES}
+            (spec,) = {rules.partition_spec(path, leaf.shape, sizes) for sizes in MESHES}
             if not any(spec):
                 replicated.append(path)
                 continue

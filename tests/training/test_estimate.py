@@ -234,7 +234,11 @@ def test_abstract_shapes_equal_those_of_loaded_arrays(tmp_path, adapter, storage
         described = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), part) for part in (found, wanted))
         assert next(described) == next(described)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found))
-    assert (shapes.tensors, shapes.specs, shapes.config) == (loaded.tensors, loaded.specs, loaded.config)
+    assert (shapes.tensors, shapes.adapter_specs, shapes.config) == (
+        loaded.tensors,
+        loaded.adapter_specs,
+        loaded.config,
+    )
 
 
 def test_quantised_weights_count_in_their_stored_size(tmp_path):

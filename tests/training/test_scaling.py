@@ -30,7 +30,9 @@ def test_replicas_only_all_reduce_gradients():
 
 def test_fsdp_gathers_weights_twice_and_scatters_their_gradients():
     found = sent(sizes(fsdp=8))
-    kept = {path: leaf for path, leaf in PARAMS.items() if not any(rules.spec(path, leaf.shape, sizes(fsdp=8)))}
+    kept = {
+        path: leaf for path, leaf in PARAMS.items() if not any(rules.partition_spec(path, leaf.shape, sizes(fsdp=8)))
+    }
     shared = 2 * (parameters.count(PARAMS) - parameters.count(kept))
     assert found.fsdp == pytest.approx((3 * shared + 2 * 2 * parameters.count(kept)) * 7 / 8)
     twice = sent(sizes(fsdp=8), work=WORK._replace(accumulation=2))
@@ -40,7 +42,11 @@ def test_fsdp_gathers_weights_twice_and_scatters_their_gradients():
 def test_frozen_weights_are_gathered_and_have_no_gradients():
     assert sent(sizes(data=8), {}, PARAMS).total == 0
     assert sent(sizes(fsdp=8), {}, PARAMS).fsdp == pytest.approx(
-        2 * 2 * 7 / 8 * sum(leaf.size for p, leaf in PARAMS.items() if any(rules.spec(p, leaf.shape, sizes(fsdp=8))))
+        2
+        * 2
+        * 7
+        / 8
+        * sum(leaf.size for p, leaf in PARAMS.items() if any(rules.partition_spec(p, leaf.shape, sizes(fsdp=8))))
     )
 
 

@@ -56,8 +56,8 @@ def test_a_lora_trains_its_factors_alone_and_leaves_frozen_groups_out(files, lor
 
 
 def test_a_lora_is_on_every_linear_layer_of_every_block(lora):
-    assert len(lora.specs) == 16  # linear layers of a block
-    assert {spec.ranks for spec in lora.specs.values()} == {(4, 4)}
+    assert len(lora.adapter_specs) == 16  # linear layers of a block
+    assert {spec.ranks for spec in lora.adapter_specs.values()} == {(4, 4)}
 
 
 def test_a_fresh_lora_starts_as_pefts_does(lora):
