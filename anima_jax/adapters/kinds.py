@@ -2,8 +2,8 @@
 
 Names in files, shapes, sharding, initial values, arithmetic on devices and on the host, FLOPs, `[adapter] type` and
 PEFT's settings are read from `KINDS`; adding a kind means adding a row. A row is enough if the axes of each factor are
-(in, rank), (rank, out), or labels other than "in" and "out"; a vector must start at zero, needs a name that ends in
-`scale`, `bias` or `magnitude`, and needs an entry in `NEVER_DECAYED` in checkpoints/names/groups.py.
+(in, rank), (rank, out), or labels other than "in" and "out"; a vector other than `MAGNITUDE` must start at zero, have
+a name that ends in `scale`, `bias` or `magnitude`, and have an entry in `NEVER_DECAYED` in checkpoints/names/groups.py.
 
 In the layout of files, where W is (out, in):
 
