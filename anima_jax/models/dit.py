@@ -3,7 +3,7 @@
 Source: `MiniTrainDIT` in diffusion-pipe's models/cosmos_predict2_modeling.py. The core works on tokens, so that images
 of every aspect ratio share one compiled program. A token is a patch of 2×2 latent pixels, with values in the order (y,
 x, channel); `grid_b3` is each example's number of frames, rows and columns of patches.
-Axes: b batch, l image tokens, n text tokens, d width, h heads, k head size, c channels, t frames, y rows, x columns.
+Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, c channels, t frames, y rows, x columns.
 """
 
 import dataclasses

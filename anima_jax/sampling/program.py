@@ -131,9 +131,9 @@ def advance(
     grids = jnp.concatenate([shared.grid_b3, shared.grid_b3])
 
     def velocity(x_blc: Array, sigma: Array, prompts: slice) -> Array:
-        rows_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[prompts], shared.context)
+        context_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[prompts], shared.context)
         times_b = jnp.full(len(x_blc), sigma)
-        return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, rows_bnd, context_lengths_b=lengths_b)
+        return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, context_bnd, context_lengths_b=lengths_b)
 
     def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
         """Return the estimates with the prompt and the negative prompt: the former twice unless both are needed."""

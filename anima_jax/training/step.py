@@ -3,7 +3,8 @@
 `train_step` calls `loss_fn`, in micro-batches, and `apply_gradients`. If the loss or gradient is not finite, the step
 changes only the counters; the device decides that, without the host.
 
-Axes: b batch, l image tokens, n source text tokens, m target text tokens, d features, c the 64 values of a token.
+Axes: b batch, l image tokens, n source text tokens or context rows, m target text tokens, d features, c the 64 values
+of a token.
 """
 
 import dataclasses
@@ -169,15 +170,15 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
         states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=config.compute_dtype)
         text = text._replace(source_bnd=states_bnd)
     assert model.llm_adapter is not None
-    context_bmd = model.llm_adapter(
+    context_bnd = model.llm_adapter(
         text.source_bnd.astype(config.compute_dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
     )
     velocity_blc = model.velocity(
         interpolate(x0_blc, noise_blc, times_b).astype(config.compute_dtype),
         batch.grid_b3,
         times_b,
-        context_bmd,
-        zero_context=max(0, CONTEXT_ROWS - context_bmd.shape[1]),
+        context_bnd,
+        zero_context=max(0, CONTEXT_ROWS - context_bnd.shape[1]),
         remat=config.remat,
         remat_every=config.remat_every,
         scan_unroll=config.scan_unroll,
