@@ -79,17 +79,19 @@ class Samples:
         if text_encoder:
             self._pipeline.text_encoder_params = text_encoder
         images = []
-        for seed in config.seeds:
-            images += self._pipeline(
-                config.prompts,
-                width=width,
-                height=height,
-                steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                shift=config.shift,
-                seed=seed,
-            )
-        self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
+        try:
+            for seed in config.seeds:
+                images += self._pipeline(
+                    config.prompts,
+                    width=width,
+                    height=height,
+                    steps=config.steps,
+                    guidance_scale=config.guidance_scale,
+                    shift=config.shift,
+                    seed=seed,
+                )
+        finally:
+            self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
         text = {
@@ -117,6 +119,7 @@ def make_samples(
     model = merge(partition.graphdef, partition.frozen | state.params)
     text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
     pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
+    pipeline.dit_params = {}  # each drawing sets its own; a copy of these would take memory until the first one
     return [Samples(config.sample, config.sample_size_wh, pipeline, partition.frozen, folder / "samples", writer)]
 
 

@@ -290,7 +290,7 @@ class Writer:
         return sum(self._spans[1:]) / max(1, len(self._spans) - 1)
 
     def step(self, point: RunPoint, metrics: Mapping[str, Any], *, flops: float = 0.0, waited: float = 0.0) -> None:
-        """Record that step `at.step` has started, and write the metrics of the previous step.
+        """Record that step `point.step` has started, and write the metrics of the previous step.
 
         The device may still be computing `metrics`. The step takes `flops` FLOPs, and the host waited `waited` seconds
         for its data.
@@ -396,11 +396,13 @@ def open_writer(
     """
     resumed = config.resume_from_checkpoint is not None
     metrics = JsonlWriter(folder / "metrics.jsonl", start.step, remembered=epoch_start + 1)
+    evaluations = JsonlWriter(folder / "evaluations.jsonl", start.step) if evaluates else None
     return Writer(
         start,
         metrics,
+        # Last, so that no wandb run is left open when a file cannot be written.
         dashboards=Dashboards(folder, config, resumed_at=start if resumed else None),
-        evaluations=JsonlWriter(folder / "evaluations.jsonl", start.step) if evaluates else None,
+        evaluations=evaluations,
         steps_per_print=config.steps_per_print,
         logging_steps=config.logging_steps,
         epoch_losses=[line["loss"] for line in metrics.kept if line.get("loss") is not None],
