@@ -1,7 +1,6 @@
 """The table of kinds agrees with the networks' layers, with files and with the arithmetic on the host."""
 
 import functools
-import itertools
 import subprocess
 import sys
 
@@ -10,19 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anima_jax.adapters import modules
 from anima_jax.adapters.dialects import COMFYUI, LAYOUTS
 from anima_jax.adapters.kinds import FACTORS, KINDS, TRAINABLE, Operations, adapter_kind, kind_of, split_key
 from anima_jax.adapters.patch import Part, Patch
 from anima_jax.models import parameters
-from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.llm_adapter import LLMAdapterConfig
-from anima_jax.models.qwen3 import Qwen3, Qwen3Config
-from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 from tests.golden_files import relative_error
 from tests.models.networks import normal
-
-CONFIG = DiTConfig(64, 2, 2, 128, 32, 16, adapter=LLMAdapterConfig(32, 1, 2, 64, 24, 32, 40))
+from tests.parallel.specs import NETWORKS
 
 ON_HOST = Operations(np.matmul, lambda h: h, lambda h, _: h, lambda function: function)
 """The operations of a layer with s = 1 and without dropout, in NumPy."""
@@ -70,21 +63,6 @@ def test_a_scale_for_each_output_makes_a_dora_of_a_lora_only():
     assert kind_of(["hada_w1_a", "dora_scale"]).name == "loha"
     assert kind_of(["lokr_w1", "dora_scale"]).name == "lokr"
     assert kind_of(["dora_scale", "alpha"]) is None
-
-
-def adapted(rngs) -> AnimaDiT:
-    """A transformer with every kind of adapter somewhere."""
-    model, kinds = AnimaDiT(CONFIG, rngs=rngs), itertools.cycle(TRAINABLE)
-    shapes = modules.target_shapes(model).items()
-    modules.attach(model, {path: modules.adapter_spec(next(kinds), shape, [4] * shape[0]) for path, shape in shapes})
-    return model
-
-
-NETWORKS = {
-    "transformer": adapted,
-    "text encoder": lambda rngs: Qwen3(Qwen3Config(), rngs=rngs),
-    "VAE": lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs),
-}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
