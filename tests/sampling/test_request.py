@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_every_parameter_is_a_flag():
-    from anima_jax.generate import parse_arguments
+    from anima_jax.sampling.flags import parse_arguments
 
     arguments = parse_arguments(["--prompt", "x", "-o", "x.png"])
     for field in dataclasses.fields(SamplingParams):

@@ -1,0 +1,104 @@
+"""What a command line of `generate` asks for: each value comes from the first source that sets it.
+
+The sources are flags, the older image of `--like`, the training configuration of `--config`, and the defaults.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from anima_jax.config.main import MainConfig
+from anima_jax.errors import UserError
+from anima_jax.parallel import hosts
+from anima_jax.parallel.rules import AXES
+from anima_jax.sampling.request import (
+    SIZE_STEP,
+    ImageRequest,
+    SamplingParams,
+    expand_request,
+    from_text,
+    read_prompts,
+)
+
+
+def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict[str, int]:
+    """Return the number of devices along each axis: from the flag, else the configuration, else all along `data`.
+
+    Raises UserError for an unknown axis, an invalid size or more than one -1, and for previews in several processes.
+    """
+    if arguments.preview and not hosts.is_single_process():
+        raise UserError("--preview: works in a single process only")
+    if arguments.mesh is None and config:
+        return config.mesh.sizes
+    sizes = {axis: -1 if axis == "data" else 1 for axis in AXES}
+    for text in arguments.mesh or []:
+        axis, equals, size = text.partition("=")
+        if axis not in sizes or not equals or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"--mesh {text}: expected AXIS=N, one of {', '.join(AXES)} and a number of devices, or -1")
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError("--mesh: at most one axis may be -1 (data is, unless set)")
+    return sizes
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are set, as one layer of a `ChainMap`, where the first layer with a key wins."""
+    return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+
+def sampling_params(
+    arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]
+) -> SamplingParams:
+    """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if interval := flags.get("guidance_interval"):
+        flags["guidance_interval"] = tuple(interval)
+    older = dataclasses.asdict(from_text(arguments.like, like)[1]) if like else {}
+    sample = config.sample if config else None
+    configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}
+    return SamplingParams(**ChainMap(flags, older, configured))
+
+
+def image_requests(
+    arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str], image: Image.Image | None
+) -> list[ImageRequest]:
+    """Return a request for every prompt in every size with every seed.
+
+    What flags do not set is taken from the older image. Without one, the size is that of `image`, else the
+    configuration's, else the default. Raises UserError if the size of `image` is needed but is not a multiple of
+    `SIZE_STEP`.
+    """
+    size = image.size if image else config.sample_size_wh if config else (ImageRequest.width, ImageRequest.height)
+    size_is_given = like or (arguments.width and arguments.height)
+    if image and not size_is_given and any(side % SIZE_STEP for side in size):
+        found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP}"
+        raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
+    base = from_text(arguments.like, like)[0] if like else ImageRequest("", *size)
+    prompts = [arguments.prompt] if arguments.prompt is not None else None
+    if arguments.prompts:
+        prompts = read_prompts(arguments.prompts)
+    return expand_request(base, prompts, arguments.width, arguments.height, arguments.seed, arguments.batch_size)
+
+
+def resized(part: Image.Image | None, request: ImageRequest) -> Image.Image | None:
+    """Return an image or a mask, cropped and scaled to the size of `request`. Raises UserError if that is not valid."""
+    request.check()
+    size = request.width, request.height
+    return part if part is None or part.size == size else ImageOps.fit(part, size, Image.Resampling.LANCZOS)
+
+
+def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """Return the files to write. Raises UserError unless `output` is a PNG in a folder that exists."""
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: expected a .png file in a folder that exists")
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}_{index + 1}") for index in range(count)]
+    if folder := next((path for path in paths if path.is_dir()), None):
+        raise UserError(f"--output {output}: {folder} is a folder, expected a .png file")
+    return paths

@@ -1,0 +1,94 @@
+"""The flags of `python -m anima_jax.generate`. Those of `SamplingParams` have the names of its fields."""
+
+import argparse
+from collections.abc import Sequence
+
+from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.errors import ArgumentParser
+from anima_jax.parallel import hosts
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Raises UserError if it is not valid."""
+    parser = ArgumentParser(prog="python -m anima_jax.generate", description="Generate images with Anima.")
+    add_prompts(parser)
+    add_networks(parser)
+    add_images(parser)
+    add_sampling(parser)
+    add_machine(parser)
+    arguments = parser.parse_args(argv)
+    if not (arguments.prompt is not None or arguments.prompts or arguments.like):
+        parser.error("one of --prompt, --prompts and --like is required")
+    if arguments.set and not arguments.config:
+        parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
+    for flag in ("at_once", "preview", "batch_size"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag} {value}, expected at least 1")
+    return arguments
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts and output")
+    add = group.add_argument
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="what to draw, with ComfyUI's weights: (text), (text:1.3)")
+    prompts.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
+    add("--negative_prompt", metavar="TEXT")
+    add("-o", "--output", required=True, metavar="FILE.png", help="several images become FILE_1.png, FILE_2.png, …")
+    add("--like", metavar="FILE.png", help="generate this image again; other flags override its parameters")
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("networks").add_argument
+    add("--config", metavar="FILE.toml", help="a training configuration: networks, sizes, [sample]")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one of its keys")
+    add("--checkpoint", metavar="PATH", help="a run's folder, or a model or adapter file")
+    add("--transformer", metavar="FILE", help="anima….safetensors")
+    add("--vae", metavar="FILE", help="qwen_image_vae.safetensors")
+    add("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
+    add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter; may be repeated")
+    add("--allow_unused", action="store_true", help="ignore keys of an adapter that match no module")
+    add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("images").add_argument
+    add("--width", type=int, nargs="+", metavar="PIXELS", help="several, with as many heights: images of each size")
+    add("--height", type=int, nargs="+", metavar="PIXELS")
+    add("--seed", type=int, nargs="+", help="several: an image for each, the same as it is alone")
+    add("--batch_size", type=int, help="images of each prompt, size and seed, their noise drawn together")
+    add("--image", metavar="FILE", help="an image to start from")
+    add("--mask", metavar="FILE", help="what to redraw of it: white or transparent pixels")
+    add("--denoise", type=float, help="how much of it to redraw, 0 to 1")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=int)
+    add("--guidance_scale", type=float)
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="where guidance works, 0 (first step) to 1",
+    )
+    add("--cfg_zero_star", action=argparse.BooleanOptionalAction, help="CFG-Zero*")
+    add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+    add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
+    add("--shift", type=float, help="more steps at high noise (3)")
+    add("--noise", metavar="KIND", help="noise of the sampler's steps: torch-cpu, torch-cuda, torch-cuda:GPU or jax")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("devices").add_argument
+    add("--at_once", type=int, default=4, metavar="IMAGES", help="how many share a device (default: 4)")
+    add("--offload", action="store_true", help="keep text encoder and VAE in host memory while they are idle")
+    add("--preview", type=int, nargs="?", const=5, metavar="EVERY", help="also write every 5th (EVERY-th) estimate")
+    add("--mesh", nargs="+", metavar="AXIS=N", help="devices along data, fsdp, tensor, context (default: data=-1)")
+    hosts.add_flags(parser)
