@@ -100,7 +100,7 @@ def test_an_image_starts_from_another_one_and_keeps_what_the_mask_covers(network
     [
         (["--sampler", "eulr"], "sampler 'eulr', expected one of euler, "),
         (["--steps", "-3"], "steps -3, expected 1 to 1000"),
-        (["--width", "40", "--height", "48"], "width 40, expected a positive multiple of 16 (nearest: 32 and 48)"),
+        (["--width", "44", "--height", "48"], "width 44, expected a positive multiple of 8 (nearest: 40 and 48)"),
         (
             ["--width", "32", "48", "64", "--height", "32", "48"],
             "3 values of --width, 2 of --height, expected one or equally many",
@@ -141,7 +141,7 @@ def test_errors_name_the_files(networks, tmp_path, capsys):
         (["--prompt", "x", "--mask", tmp_path / "mask.png"], "a mask without an image"),
         (
             ["--prompt", "x", "--image", tmp_path / "odd.png"],
-            "odd.png: 70×50 pixels, expected multiples of 16; ",
+            "odd.png: 70×50 pixels, expected multiples of 8 (nearest: 72×48); ",
         ),
     ):
         assert message in error_of(capsys, *networks, *output, *flags)

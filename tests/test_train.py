@@ -192,7 +192,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsy
 @pytest.mark.parametrize(
     ("arguments", "output", "expected"),
     [
-        (["--width", "72"], "out.png", "multiple of 16"),
+        (["--width", "76"], "out.png", "multiple of 8 (nearest: 72 and 80)"),
         (["--steps", "0"], "out.png", "steps"),
         (["--sampler", "eular"], "out.png", "did you mean 'euler'"),
         (["--schedule", "simpel"], "out.png", "did you mean 'simple'"),

@@ -78,7 +78,8 @@ def image_requests(
     size = image.size if image else config.sample_size_wh if config else (ImageRequest.width, ImageRequest.height)
     size_is_given = like or (arguments.width and arguments.height)
     if image and not size_is_given and any(side % SIZE_STEP for side in size):
-        found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP}"
+        nearest = "×".join(str(max(1, round(side / SIZE_STEP)) * SIZE_STEP) for side in size)
+        found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP} (nearest: {nearest})"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
     base = from_text(arguments.like, like)[0] if like else ImageRequest("", *size)
     prompts = [arguments.prompt] if arguments.prompt is not None else None

@@ -150,7 +150,7 @@ class AnimaPipeline:
     ) -> list[Image.Image]:
         """Generate a batch: one image for each prompt, size and seed, or `batch_size` images of a single one.
 
-        A single prompt, size or seed is repeated for all images. `width` and `height` are in pixels, multiples of 16. A
+        A single prompt, size or seed is repeated for all images. `width` and `height` are in pixels, multiples of 8. A
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
         below 1); it is kept where `mask` is black. `params` are the fields of `SamplingParams`: steps, guidance_scale,
@@ -285,7 +285,7 @@ class AnimaPipeline:
             plan,
             packing,
             [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)],
-            SharedInputs(packing.grid_b3, contexts, params.cfg_zero_star, inpaint, noise.keys_b3),
+            SharedInputs(packing.size_b3, contexts, params.cfg_zero_star, inpaint, noise.keys_b3),
             guidance.scale_schedule(plan.sigmas_n, params.guidance_scale, params.guidance_interval, params.shift),
             noise.step,
             callback,

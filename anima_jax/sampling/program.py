@@ -26,7 +26,7 @@ from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
-from anima_jax.sampling.packing import TokenPacking
+from anima_jax.sampling.packing import TokenPacking, grid_of, real_values, wrapped
 
 
 class GuidanceInputs(NamedTuple):
@@ -51,7 +51,7 @@ class SharedInputs(NamedTuple):
     streams.
     """
 
-    grid_b3: Any
+    size_b3: Any
     context: Context
     zero_star: Any
     inpaint: InpaintMask | None = None
@@ -127,13 +127,15 @@ def advance(
     """Run the evaluations in `steps`. Return the carried arrays and the last clean estimate."""
     model: AnimaDiT = merge(graphdef, params)
     length = carry[0].shape[1]
-    real_bl1 = (jnp.arange(length) < jnp.prod(shared.grid_b3, axis=1)[:, None])[..., None]
-    grids = jnp.concatenate([shared.grid_b3, shared.grid_b3])
+    real_blc = real_values(shared.size_b3, length)
+    sizes = jnp.concatenate([shared.size_b3, shared.size_b3])
 
     def velocity(x_blc: Array, sigma: Array, prompts: slice) -> Array:
         context_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[prompts], shared.context)
         times_b = jnp.full(len(x_blc), sigma)
-        return model.velocity(x_blc.astype(dtype), grids[prompts], times_b, context_bnd, context_lengths_b=lengths_b)
+        x_blc = wrapped(x_blc.astype(dtype), sizes[prompts])
+        grid_b3 = grid_of(sizes[prompts])
+        return model.velocity(x_blc, grid_b3, times_b, context_bnd, context_lengths_b=lengths_b)
 
     def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
         """Return the estimates with the prompt and the negative prompt: the former twice unless both are needed."""
@@ -148,7 +150,7 @@ def advance(
 
         velocities = jax.lax.cond(step.guidance.both, pair, prompt_only, x_blc)
         # Padding stays zero, so sums over tokens include only the image's own tokens.
-        positive_blc, negative_blc = (x_blc - step.sigma * real_bl1 * velocity_blc for velocity_blc in velocities)
+        positive_blc, negative_blc = (x_blc - step.sigma * real_blc * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
     def denoise(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
@@ -165,7 +167,7 @@ def advance(
     def draw(number_or_noise: Array) -> Array:
         if shared.noise_keys_b3 is None:
             return number_or_noise
-        return real_bl1 * _jax_noise(shared.noise_keys_b3, number_or_noise, carry[0].shape[1:])
+        return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry[0].shape[1:])
 
     # On a mesh the network shards images and tokens; the results are replicated on every device.
     return jax.tree.map(

@@ -17,10 +17,9 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.models.dit import PATCH
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 
-SIZE_STEP = PIXELS_PER_LATENT * PATCH
+SIZE_STEP = PIXELS_PER_LATENT
 """Widths and heights are multiples of this many pixels."""
 
 MAX_SIZE = 16384

@@ -42,7 +42,7 @@ def test_missing_text_chunks_mean_the_default_and_wrong_ones_are_an_error():
         ({"seed": "1\n2"}, "x.png: seed '1\n2' in its text chunks"),
         ({"cfg_zero_star": "yes"}, "x.png: cfg_zero_star 'yes'"),
         ({"guidance_interval": "0.5"}, "x.png: guidance_interval '0.5'"),
-        ({"width": "40"}, "width 40, expected a positive multiple of 16"),
+        ({"width": "44"}, "width 44, expected a positive multiple of 8"),
         ({"batch_index": "1"}, "batch_index 1, expected 0 to 0"),
         ({"sampler": "eular"}, "sampler 'eular'"),
     ):
