@@ -1,9 +1,9 @@
 """Key formats of adapter files: every dialect in use for Anima, for every kind of adapter (kinds.py).
 
-A key is the name of a module, in one of the formats in `SPELLINGS`, and a suffix for the part. Inside this package,
-modules have their names in the original files, with the prefix `text_encoder.` for the text encoder's, and parts have
-ComfyUI's names. Module names are looked up in a table generated from the network's tensors, so the code never guesses
-whether a `_` stands for a dot.
+A key is the name of a module, in one of the formats in `NAMES` and after any `WRAPPERS`, and a suffix for the part.
+Inside this package, modules have their names in the original files, with the prefix `text_encoder.` for the text
+encoder's, and parts have ComfyUI's names. Module names are looked up in a table generated from the network's tensors,
+so the code never guesses whether a `_` stands for a dot.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from anima_jax.adapters.kinds import FACTORS, KINDS, PARTS, split_key
 from anima_jax.checkpoints.names import LINEAR, FileLayout, Rule, diffusers, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.networks import DIT, QWEN3, TEXT_ENCODER
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -52,17 +52,16 @@ def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool
     return spell
 
 
-def _diffusers(transformer: str, llm_adapter: str, *, flat: bool = False) -> Spelling:
+def _diffusers(transformer: str, llm_adapter: str) -> Spelling:
     """Return the format that puts prefixes before diffusers' names for the transformer and its text conditioner."""
 
     def spell(module: str) -> str | None:
         if module.startswith(TEXT_ENCODER):
             return None
         inside = module.startswith(dit.ADAPTER)
-        name = (
+        return (
             llm_adapter + diffusers.text_conditioner(module) if inside else transformer + diffusers.transformer(module)
         )
-        return name.replace(".", "_") if flat else name
 
     return spell
 
@@ -91,28 +90,43 @@ DIALECTS = {
 }
 """Dialects that can be written."""
 
-_TEXT_ENCODER_PREFIXES = (TEXT_ENCODER, "text_encoder.model.", "base_model.model.model.")
+NAMES: tuple[Spelling, ...] = (_original("", ""), _diffusers("", "text_conditioner."))
+"""Formats of module names without wrappers; each is read with `.` and with `_` for every dot."""
 
-SPELLINGS: tuple[Spelling, ...] = (
-    *(dialect.module for dialect in DIALECTS.values()),
-    _original("lora_prior_unet_", "lora_te1_", flat=True),
-    _original("lycoris_", "lycoris_text_encoder_", flat=True),
-    _original("lora_unet_net_", "lora_te_model_", flat=True),
-    _diffusers("lora_transformer_", "lora_text_conditioner_", flat=True),
-    *(_original(prefix) for prefix in (*DIT.prefixes, "diffusion_model.net.", "transformer.")),
-    _original("base_model.model.", "base_model.model."),
-    *(_original(None, prefix) for prefix in (*QWEN3.prefixes, *_TEXT_ENCODER_PREFIXES)),
-    _diffusers("", "text_conditioner."),
-    _diffusers("base_model.model.", "base_model.model.text_conditioner."),
-)
-"""Module name formats that can be read."""
+_COMMON = "base_model model module _orig_mod pipe pipeline lora lycoris transformer"
+WRAPPERS = {
+    False: f"{_COMMON} net network dit unet core diffusion_model prior_unet lora_unet lora_prior_unet lora_dit",
+    True: f"{_COMMON} text_encoders text_encoder cond_stage_model qwen3_06b qwen3 qwen te te1 language_model "
+    "lora_te lora_te1 clip llm",
+}
+"""Names that programs put before a module's own, in any order and number: for the transformer's and, if True, the text
+encoder's."""
+
+_WRAPPER = {is_text: re.compile(rf"({'|'.join(words.split())})(\.|_(?!.*\.))") for is_text, words in WRAPPERS.items()}
 
 
 def modules_by_spelling(spellings: Iterable[str]) -> dict[str, str]:
     """Return name in a file → module, for the `spellings` that name a module of an Anima model of any depth."""
     spellings = list(spellings)
-    known = _known_spellings(spellings)
-    return {spelling: known[spelling] for spelling in spellings if spelling in known}
+    known = _known_names(spellings)
+    found = {spelling: _module(spelling, known) for spelling in spellings}
+    return {spelling: module for spelling, module in found.items() if module}
+
+
+def _module(spelling: str, known: Mapping[str, str]) -> str | None:
+    """Return the module that a name in a file means, or None: its wrappers are removed until the rest is known.
+
+    A wrapper of the text encoder does not lead to a module of the transformer, and the reverse.
+    """
+    for is_text in (False, True):
+        rest: str | None = spelling
+        while rest is not None:
+            module = known.get(rest)
+            if module is not None and module.startswith(TEXT_ENCODER) == is_text:
+                return module
+            wrapper = _WRAPPER[is_text].match(rest)
+            rest = rest[wrapper.end() :] if wrapper else None
+    return None
 
 
 def nearest_spelling(key: str) -> str:
@@ -122,30 +136,38 @@ def nearest_spelling(key: str) -> str:
     """
     if not (split := split_key(key)):
         return ""
-    spelling, known = split[0], _known_spellings(split[:1])
-    alike = (one for one in known if one[:4] == spelling[:4])
-    return "" if spelling in known else did_you_mean(spelling, alike)
+    spelling, known = split[0], _known_names(split[:1])
+    if _module(spelling, known):
+        return ""
+    rest, before = spelling, ""
+    while wrapper := _WRAPPER[False].match(rest):
+        rest, before = rest[wrapper.end() :], before + wrapper[0]
+    return did_you_mean(spelling, (before + name for name in known if name[:4] == rest[:4]))
 
 
-def _known_spellings(spellings: Sequence[str]) -> dict[str, str]:
-    """Return name in any format → module, for networks as deep as the numbers in `spellings` require."""
+def _known_names(spellings: Sequence[str]) -> dict[str, str]:
+    """Return name without wrappers → module, for networks as deep as the numbers in `spellings` require."""
     numbered = re.compile(r"(?:blocks|layers)[._](\d{1,3})(?!\d)")
     numbers = {int(number) for spelling in spellings for number in numbered.findall(spelling)}
-    return _all_spellings(1 + max(numbers, default=0))
+    return _all_names(1 + max(numbers, default=0))
 
 
 @functools.lru_cache(maxsize=4)
-def _all_spellings(blocks: int) -> dict[str, str]:
-    """Return name in any format → module, for networks with `blocks` blocks in each stack."""
+def _all_names(blocks: int) -> dict[str, str]:
+    """Return name without wrappers → module, for networks with `blocks` blocks in each stack.
+
+    Every module has its original name and diffusers', each also with `_` for every dot.
+    """
     sizes = Qwen3Config(8, blocks, 1, 1, 8, 8, 4)
     _, text_encoder = parameters.abstract(lambda rngs: Qwen3(sizes, rngs=rngs))
     names = dit.tensor_names(blocks) + [TEXT_ENCODER + one.name for one in file_tensors(qwen3.RULES, text_encoder)]
     known: dict[str, str] = {}
     for module in (name.removesuffix(".weight") for name in names):
-        for spell in SPELLINGS:
+        for spell in NAMES:
             spelling = spell(module)
             if spelling is not None:
                 known.setdefault(spelling, module)
+                known.setdefault(spelling.replace(".", "_"), module)
     return known
 
 

@@ -25,8 +25,10 @@ from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.adapters.patch import Part, Patch
 from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
 from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.names import dit
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError, shorten
+from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models.parameters import Params
 
 UNUSED_SHOWN = 20
@@ -39,13 +41,15 @@ ALPHA_IS_RANK = "alpha_is_rank"
 class Adapter:
     """The contents of an adapter file: module → patch, and the `unused` keys, which belong to no Anima module.
 
-    Modules have their names in the original files, with the prefix `text_encoder.` for the text encoder's.
+    Modules have their names in the original files, with the prefix `text_encoder.` for the text encoder's. `tensors`
+    describes every tensor of the file.
     """
 
     path: str
     patches: Mapping[str, Patch]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: Sequence[str] = ()
+    tensors: Mapping[str, safetensors.TensorInfo] = dataclasses.field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -56,22 +60,27 @@ class Adapter:
         span = f" of rank {ranks[0]}" if ranks else ""
         return " and ".join(titles.values()) + span + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
-    def require_all_used(self, *, allow_unused: bool, advice: str = "") -> None:
+    def require_all_used(self, *, allow_unused: bool, advice: str = "", whole_parts: bool = False) -> None:
         """Raise UserError if there is no patch or keys are unused; with `allow_unused`, only warn about the keys.
 
-        `advice` on the cause is added to the message.
+        `advice` on the cause is added to the message. The message names --allow_unused only where that is safe: if few
+        keys are unused, or only parts for networks that the model does not have (`whole_parts`).
         """
         if not self.patches:
-            what = accounting.looks_like(self.unused)
+            what = accounting.looks_like(self.tensors, self.metadata)
             listed = f", with the keys {shorten(self.unused, UNUSED_SHOWN)}" if adapter_kind(self.unused) else ""
             raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:
             return
         near = dialects.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
         text = f"{self.path}: {len(self.unused)} keys are unused: {shorten(self.unused, UNUSED_SHOWN)}{near}"
-        if not allow_unused:
+        if allow_unused:
+            print(f"warning: {text}", file=sys.stderr)
+            return
+        few = not advice and len(self.unused) <= accounting.MOST_UNUSED * len(self.tensors)
+        if few or whole_parts:
             raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
-        print(f"warning: {text}", file=sys.stderr)
+        raise UserError(f"{text}; only {plural(len(self.patches), 'module')} fit{accounting.foreign_hint(self.tensors)}")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -132,7 +141,7 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
     patches, metadata = peft.with_alphas(file, known, patches)
     if metadata.pop(ALPHA_IS_RANK, None):
         patches = {module: _without_idle_alpha(patch) for module, patch in patches.items()}
-    return Adapter(file.path, patches, metadata, unused)
+    return Adapter(file.path, patches, metadata, unused, file.tensors)
 
 
 def _without_idle_alpha(patch: Patch) -> Patch:
@@ -150,7 +159,7 @@ def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, 
     found = {module: patch for module, patch in found.items() if patch.parts}
     for module, patch in found.items():
         if error := patch.error(weights.get(f"{module}.weight"), weights.get(f"{module}.bias")):
-            raise UserError(f"{adapter.path}: {module} {error}")
+            raise UserError(f"{adapter.path}: {module} {error}{accounting.foreign_hint(adapter.tensors)}")
     print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
     absent = [
         part.key
@@ -164,8 +173,17 @@ def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, 
     advice = f"it seems {depths}" if depths else ""
     if advice and not absent:
         print(f"warning: {adapter.path}: {advice}", file=sys.stderr)
-    dataclasses.replace(adapter, unused=absent).require_all_used(allow_unused=allow_unused, advice=advice)
+    networks = {_network_of(name) for name in weights}
+    elsewhere = all(_network_of(module) not in networks for module in adapter.patches if module not in found)
+    dataclasses.replace(adapter, unused=absent).require_all_used(
+        allow_unused=allow_unused, advice=advice, whole_parts=elsewhere
+    )
     return dataclasses.replace(adapter, patches=found)
+
+
+def _network_of(name: str) -> str:
+    """Return which network a module or tensor belongs to: the text encoder, the LLM adapter or the transformer ("")."""
+    return next((network for network in (TEXT_ENCODER, dit.ADAPTER) if name.startswith(network)), "")
 
 
 def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:

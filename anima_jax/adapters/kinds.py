@@ -128,7 +128,7 @@ class AdapterKind:
 
 # ---- LoRA and DoRA -----------------------------------------------------------------------------------------------
 
-_DEFAULT = r"(\.default)?(\.weight)?"
+_DEFAULT = r"(\.(?!bias$)\w+?)?(\.weight)?"  # PEFT puts the adapter's own name, "default", in between
 LORA_A = Factor(
     "lora_a",
     ("in", "rank"),
@@ -300,7 +300,9 @@ PARTS: Mapping[str, str] = {
 }
 """Part of an adapter in a file → pattern for the endings of its keys. `alpha` is a number, `diff_b` changes a bias."""
 
-_PART = re.compile(r"\.(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in PARTS.items()) + ")$")
+_PART = re.compile(
+    r"(?:\.|_(?=lora\.))(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in PARTS.items()) + ")$"
+)
 
 
 def split_key(key: str) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from anima_jax.adapters.kinds import adapter_kind
+from anima_jax.checkpoints import families
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.networks import (
     ADAPTER,
@@ -22,6 +23,9 @@ from anima_jax.checkpoints.names.networks import (
 )
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, did_you_mean, plural, shorten
+
+MOST_UNUSED = 0.1
+"""Share of unused tensors up to which it is safe to advise going on without them: a few odd ones, not a part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ def find(network: Network, file: SafetensorsFile) -> NetworkKeys:
     """Locate `network` in `file`. Raises UserError if it is missing or its weights are quantised or integers."""
     located = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if located is None:
-        raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors)}")
+        raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors, file.metadata)}")
     quantised = [key for key in (*located.keys.values(), *located.unknown) if QUANTISED.search(key)]
     if quantised:
         raise UserError(
@@ -76,17 +80,30 @@ def original_names(file: SafetensorsFile) -> dict[str, str]:
     return found
 
 
-def looks_like(keys: Iterable[str]) -> str:
-    """Return a short description of what a file with these keys seems to contain."""
+def networks_in(keys: Iterable[str]) -> list[Network]:
+    """Return the networks in a file with these keys; a transformer counts together with its LLM adapter."""
     keys = list(keys)
-    if kind := adapter_kind(keys):
-        return f"it looks like: {kind.title}"
-    titles = [network.title for network in NETWORKS if locate(network, keys)]
-    return (
-        f"it looks like: {' and '.join(titles)}"
-        if titles
-        else f"it contains {plural(len(keys), 'tensor')}: {shorten(keys)}"
-    )
+    found = [network for network in NETWORKS if locate(network, keys)]
+    return [network for network in found if network is not ADAPTER or DIT not in found]
+
+
+def looks_like(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> str:
+    """Return a short description of what a file with these tensors (name → anything with `.shape`) contains."""
+    kind = adapter_kind(tensors)
+    titles = [kind.title] if kind else [network.title for network in networks_in(tensors)]
+    foreign = families.family({name: tensor.shape for name, tensor in tensors.items()})
+    if foreign and (kind or not titles):
+        return f"it looks like: {foreign}"
+    if titles:
+        named = families.from_metadata(metadata or {}) if kind else None
+        return f"it looks like: {' and '.join(titles)}" + (f" for {named!a}" if named else "")
+    return f"it contains {plural(len(tensors), 'tensor')}: {shorten(list(tensors))}"
+
+
+def foreign_hint(tensors: Mapping[str, TensorInfo], title: str = "") -> str:
+    """Return `"; it looks like: …"` for tensors of another model than Anima and of another network than `title`."""
+    found = families.family({name: tensor.shape for name, tensor in tensors.items()})
+    return f"; it looks like: {found}" if found and not (title and title in found) else ""
 
 
 def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -107,21 +124,35 @@ def sizes(network: Network, path: str, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def require_match(
-    path: str, title: str, expected: Sequence[FileTensor], found: Mapping[str, StoredTensor], unknown: Iterable[str]
-) -> None:
-    """Raise UserError unless `found` (by name) has exactly the `expected` tensors and shapes and none is `unknown`."""
+    path: str,
+    title: str,
+    expected: Sequence[FileTensor],
+    found: Mapping[str, StoredTensor],
+    unknown: Iterable[str],
+    *,
+    allow_unused: bool = False,
+) -> list[str]:
+    """Return the keys of `found` (name → tensor) and `unknown` that are not among the `expected` tensors.
+
+    Raises UserError unless every expected tensor is there in its shape, and, unless `allow_unused`, if there are
+    others.
+    """
     names = {tensor.name for tensor in expected}
-    unknown = [*unknown, *(source.key for name, source in found.items() if name not in names)]
+    unused = [*unknown, *(source.key for name, source in found.items() if name not in names)]
     missing = [tensor.name for tensor in expected if tensor.name not in found]
     misshapen = [
         f"{found[tensor.name].key} is {found[tensor.name].info.shape}, expected {tensor.shape}"
         for tensor in expected
         if tensor.name in found and found[tensor.name].info.shape != tensor.shape
     ]
-    problems = {"unknown in the file": unknown, "missing for the model": missing, "of another shape": misshapen}
+    problems = {"unknown in the file": unused, "missing for the model": missing, "of another shape": misshapen}
     listed = [f"{len(items)} {what}: {shorten(items)}" for what, items in problems.items() if items]
-    if listed:
-        raise UserError(f"{path}: does not fit the {title}; {'; '.join(listed)}")
+    only_unused = not (missing or misshapen)
+    if listed and not (only_unused and allow_unused):
+        advice = "; --allow_unused (allow_unused=True) goes on without them"
+        few = only_unused and len(unused) <= MOST_UNUSED * len(expected)
+        raise UserError(f"{path}: does not fit the {title}; {'; '.join(listed)}{advice if few else ''}")
+    return unused
 
 
 def _require_complete_stacks(path: str, stacks: Iterable[tuple[str, str]], names: Iterable[str]) -> None:

@@ -5,23 +5,22 @@ Values are read and written as stored. The diffusers library is not needed.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import Checkpoint, fit
-from anima_jax.checkpoints.names import diffusers, dit, file_tensors, wan_vae
-from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
+from anima_jax.checkpoints.names import diffusers
+from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError, shorten
-from anima_jax.models import parameters
+from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
-from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
+from anima_jax.models.wan_vae import WanVAEConfig
 
 VERSION = "0.42.0"
 """Version of diffusers whose settings format is written."""
@@ -174,38 +173,9 @@ def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
         keys = {key: StoredTensor(file, key) for file in files for key in file.tensors}
-        original = _original_names(component, root, keys)
-        unknown = [key for key in keys if key not in original]
-        if unknown:
-            raise UserError(f"{root}: {len(unknown)} tensors do not belong to a {component}: {shorten(unknown)}")
-        sources = {original[key]: source for key, source in keys.items()}
-        yield fit(COMPONENTS[component].network, str(root), sources, files[0].metadata, NetworkKeys())
-
-
-def _original_names(component: str, root: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, str]:
-    """Return name in the folder → original name for every tensor that such a network can have."""
-    if component == "vae":
-        config = _vae_config(root)
-        _, shapes = parameters.abstract(lambda rngs: WanVAE(config, rngs=rngs))
-        names = [tensor.name for tensor in file_tensors(wan_vae.rules(config), shapes)]
-        return {folder_name(component, name, config): name for name in names}
-    if component == "text_encoder":
-        return {key: key.removeprefix("model.") for key in keys}
-    blocks = max(1, dit.count_blocks(keys, "transformer_blocks." if component == "transformer" else "blocks."))
-    of_adapter = component == "text_conditioner"
-    names = [name for name in dit.tensor_names(blocks) if name.startswith(dit.ADAPTER) == of_adapter]
-    return {folder_name(component, name, None): name for name in names}
-
-
-def _vae_config(root: pathlib.Path) -> WanVAEConfig:
-    path = root / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return WanVAEConfig(
-            base_width=found["base_dim"],
-            multipliers=tuple(found["dim_mult"]),
-            blocks_per_level=found["num_res_blocks"],
-            temporal_down=tuple(found["temperal_downsample"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: does not describe the VAE: {error}") from error
+        network = COMPONENTS[component].network
+        located = locate(network, keys)
+        if located is None:
+            raise UserError(f"{root}: has no {network.title}; {accounting.looks_like(keys)}")
+        sources = {name: keys[key] for name, key in located.keys.items()}
+        yield fit(network, str(root), sources, files[0].metadata, located, located.unknown)

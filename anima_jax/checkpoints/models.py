@@ -25,13 +25,14 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
+from anima_jax.parallel.hosts import is_process_0
 
 DTypes = DTypeLike | Mapping[str, DTypeLike] | None
 """One dtype for all parameters, or one per parameter path; None (or a path without an entry) keeps the file's."""
@@ -46,7 +47,8 @@ class Checkpoint:
 
     `abstract` has a `jax.ShapeDtypeStruct` for each parameter, in the dtype stored in the file. `tensors` lists the
     file's tensors in the order of the parameters; `sources` maps their names to the stored tensors. `metadata` is the
-    file's; `located` contains the network's keys in the file and the file's other keys.
+    file's; `located` contains the network's keys in the file and the file's other keys; `unused` are keys that belong
+    to no network. `label` names the file in messages.
     """
 
     config: Any
@@ -56,6 +58,23 @@ class Checkpoint:
     sources: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     located: NetworkKeys
+    label: str = ""
+    unused: Sequence[str] = ()
+
+    @property
+    def messages(self) -> list[str]:
+        """What a user should know about the tensors of the file that are not loaded; empty for an ordinary file."""
+        connector = [key for key in self.located.elsewhere if dit.CONNECTOR in key]
+        found = []
+        if connector:
+            found.append(
+                f"{self.label}: a bundle of Anima-3.8B v1.1: its base transformer is used alone, without the semantic "
+                f"connector for Qwen3.5-4B ({plural(len(connector), 'tensor')}: {shorten(connector, 1)})"
+            )
+        for what, keys in (("harmless extra", self.located.skipped), ("unknown", self.unused)):
+            if keys:
+                found.append(f"{self.label}: skipped {plural(len(keys), f'{what} tensor')}: {shorten(keys)}")
+        return found
 
     def stored(self, prefix: str = "") -> dict[str, StoredTensor]:
         """Return `prefix` + original name → stored tensor for all tensors of the model."""
@@ -109,45 +128,57 @@ class Checkpoint:
         return tensor.layout.to_model(values)
 
 
-def load_dit(path: PathLike, dtype: DTypes = None, *, adapter_path: PathLike | None = None) -> AnimaDiT:
+def load_dit(
+    path: PathLike, dtype: DTypes = None, *, adapter_path: PathLike | None = None, allow_unused: bool = False
+) -> AnimaDiT:
     """Load Anima's transformer, with its LLM adapter if the file or `adapter_path` contains one.
 
     `path` is a .safetensors file, local, `gs://…` or `hf://owner/repo/file`, with the names and prefix of any known
     tool; its tensors determine the sizes. An adapter in `adapter_path` replaces one in `path`. `dtype` is one dtype, or
     one per parameter path; None keeps the stored dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`)
-    by the rules in parallel/rules.py, or placed on the default device if there is none. Raises UserError if a file
+    by the rules in parallel/rules.py, or placed on the default device if there is none. Harmless extra buffers are
+    skipped, with `allow_unused` all tensors that belong to no network; both are printed. Raises UserError if a file
     cannot be read or does not contain the network, or if tensors are missing, unknown or of another shape.
     """
-    with open_dit(path, adapter_path=adapter_path) as checkpoint:
+    with open_dit(path, adapter_path=adapter_path, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
-def load_text_encoder(path: PathLike, dtype: DTypes = None) -> Qwen3:
+def load_text_encoder(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> Qwen3:
     """Load the Qwen3 text encoder from a file with Hugging Face's names or an all-in-one file.
 
     Arguments, placement and errors are those of `load_dit`.
     """
-    with open_text_encoder(path) as checkpoint:
+    with open_network(QWEN3, path, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
-def load_vae(path: PathLike, dtype: DTypes = None) -> WanVAE:
+def load_vae(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> WanVAE:
     """Load the Wan 2.1 VAE from a file with the original names or an all-in-one file.
 
     Arguments, placement and errors are those of `load_dit`.
     """
-    with open_network(WAN_VAE, path) as checkpoint:
+    with open_network(WAN_VAE, path, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
 def _load(checkpoint: Checkpoint, dtype: DTypes) -> Any:
+    print_messages(checkpoint)
     mesh = jax.sharding.get_mesh()
     shardings = None if mesh.empty else rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
     return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
 
 
+def print_messages(checkpoint: Checkpoint) -> None:
+    """Print a checkpoint's messages, in one of several processes."""
+    for message in checkpoint.messages if is_process_0() else ():
+        print(message)
+
+
 @contextlib.contextmanager
-def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterator[Checkpoint]:
+def open_dit(
+    path: PathLike, *, adapter_path: PathLike | None = None, allow_unused: bool = False
+) -> Iterator[Checkpoint]:
     """Open the transformer in a file; an adapter in `adapter_path` replaces one inside the file."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(SafetensorsFile(path))
@@ -161,20 +192,21 @@ def open_dit(path: PathLike, *, adapter_path: PathLike | None = None) -> Iterato
             sources |= accounting.sources(adapter, adapter_file)
             unknown += adapter.unknown
             label = f"{file.path} with {adapter_file.path}"
-        yield fit(DIT, label, sources, file.metadata, located, unknown)
+        yield fit(DIT, label, sources, file.metadata, located, unknown, allow_unused=allow_unused)
 
 
 @contextlib.contextmanager
-def open_network(network: Network, path: PathLike) -> Iterator[Checkpoint]:
+def open_network(network: Network, path: PathLike, *, allow_unused: bool = False) -> Iterator[Checkpoint]:
     """Open a network in a file of one or more networks. An LLM adapter's parameter paths begin with `llm_adapter.`."""
     with SafetensorsFile(path) as file:
         located = accounting.find(network, file)
-        yield fit(network, file.path, accounting.sources(located, file), file.metadata, located, located.unknown)
+        sources = accounting.sources(located, file)
+        yield fit(network, file.path, sources, file.metadata, located, located.unknown, allow_unused=allow_unused)
 
 
-def open_text_encoder(path: PathLike) -> contextlib.AbstractContextManager[Checkpoint]:
+def open_text_encoder(path: PathLike, *, allow_unused: bool = False) -> contextlib.AbstractContextManager[Checkpoint]:
     """Open the Qwen3 text encoder in a file."""
-    return open_network(QWEN3, path)
+    return open_network(QWEN3, path, allow_unused=allow_unused)
 
 
 def fit(
@@ -184,19 +216,25 @@ def fit(
     metadata: Mapping[str, str],
     located: NetworkKeys,
     unknown: Sequence[str] = (),
+    *,
+    allow_unused: bool = False,
 ) -> Checkpoint:
     """Return the checkpoint of a network from its tensors (by original name); `label` names the file in errors.
 
-    Raises UserError unless the tensors are exactly those of the model that their shapes describe, and none is
-    `unknown`.
+    Raises UserError unless the tensors are those of the model that their shapes describe, and, unless `allow_unused`,
+    no others.
     """
-    config = accounting.sizes(network, label, {name: source.info.shape for name, source in sources.items()})
     try:
-        graphdef, abstract = _abstract(network, config)
-        tensors = tuple(file_tensors(network.rules(config), abstract))
-    except (ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{label}: no {network.title} can have the sizes {config!r}: {error}") from error
-    accounting.require_match(label, network.title, tensors, sources, unknown)
+        config = accounting.sizes(network, label, {name: source.info.shape for name, source in sources.items()})
+        try:
+            graphdef, abstract = _abstract(network, config)
+            tensors = tuple(file_tensors(network.rules(config), abstract))
+        except (ValueError, TypeError, IndexError, ArithmeticError) as error:
+            raise UserError(f"{label}: no {network.title} can have the sizes {config!r}: {error}") from error
+        unused = accounting.require_match(label, network.title, tensors, sources, unknown, allow_unused=allow_unused)
+    except UserError as error:
+        hint = accounting.foreign_hint({source.key: source.info for source in sources.values()}, network.title)
+        raise UserError(*(f"{message}{hint}" for message in error.messages)) from error
     stored: dict[str, np.dtype[Any]] = {}
     for tensor in tensors:
         dtype = sources[tensor.name].info.dtype
@@ -205,7 +243,7 @@ def fit(
         path: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(stored[path]))
         for path, leaf in abstract.items()
     }
-    return Checkpoint(config, graphdef, abstract, tensors, sources, metadata, located)
+    return Checkpoint(config, graphdef, abstract, tensors, sources, metadata, located, label, unused)
 
 
 @functools.lru_cache(maxsize=8)

@@ -56,14 +56,11 @@ def same_updates(path, expected, tolerance=1e-6):
 
 
 def test_no_two_modules_have_one_spelling():
-    with_blocks = names._all_spellings(3)
-    modules = set(with_blocks.values())
-    for spell in names.SPELLINGS:
-        spelled = [spelling for module in modules if (spelling := spell(module)) is not None]
-        assert len(spelled) == len(set(spelled))
-    # The first spelling of a module is that of its own, not of another that came before.
-    for module in modules:
-        assert with_blocks[names.COMFYUI.module(module)] == module
+    modules = set(names._all_names(3).values())
+    for spell in (*names.NAMES, *(dialect.module for dialect in DIALECTS.values())):
+        spelled = {spelling: module for module in modules if (spelling := spell(module)) is not None}
+        assert len(spelled) == sum(spell(module) is not None for module in modules)
+        assert names.modules_by_spelling(spelled) == spelled
 
 
 @pytest.mark.parametrize("dialect", ["comfyui", "kohya"])
@@ -301,7 +298,7 @@ def test_a_model_is_no_adapter(tmp_path):
 def test_a_lora_of_another_family_is_told_by_its_keys(tmp_path):
     other = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{x}.weight": np.ones((4, 4), "f4") for x in ("up", "down")}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="it looks like: LoRA, with the keys lora_unet_double_blocks_0_img_attn_qkv"):
+    with pytest.raises(UserError, match=r"looks like: Flux \(LoRA\), with the keys lora_unet_double_blocks_0_img_attn_qkv"):
         updates(tmp_path / "other.safetensors")
 
 

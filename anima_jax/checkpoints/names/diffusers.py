@@ -7,7 +7,9 @@ AnimaTextConditioner, AutoencoderKLQwenImage) in diffusers 0.42.
 import re
 from collections.abc import Sequence
 
+from anima_jax.checkpoints.names import dit, wan_vae
 from anima_jax.checkpoints.names.dit import ADAPTER
+from anima_jax.models.wan_vae import WanVAEConfig
 
 _TRANSFORMER = (
     (r"^blocks\.", "transformer_blocks."),
@@ -71,3 +73,20 @@ def vae(name: str, blocks_per_level: int) -> str:
         return f"decoder.up_blocks.{level}.{part}."
 
     return _renamed(re.sub(r"^decoder\.upsamples\.(\d+)\.", upsampling, name), _VAE)
+
+
+def transformer_aliases(names: Sequence[str]) -> dict[str, str]:
+    """Return name in `transformer/` → original name for a transformer as deep as these names; {} for other formats."""
+    blocks = dit.count_blocks(names, "transformer_blocks.")
+    originals = [name for name in dit.tensor_names(blocks) if not name.startswith(ADAPTER)] if blocks else []
+    return {transformer(name): name for name in originals}
+
+
+def vae_aliases(names: Sequence[str]) -> dict[str, str]:
+    """Return name in `vae/` → original name for a VAE as deep as these names; {} for other formats."""
+    numbers = [match for name in names if (match := re.match(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)\.", name))]
+    if not numbers:
+        return {}
+    levels, blocks = (max(int(match[group]) for match in numbers) for group in (1, 2))
+    config = WanVAEConfig(multipliers=(1,) * (levels + 1), blocks_per_level=blocks, temporal_down=(True,) * levels)
+    return {vae(rule.name, blocks): rule.name for rule in wan_vae.rules(config)}

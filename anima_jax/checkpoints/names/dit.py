@@ -1,7 +1,7 @@
 """Names of the diffusion transformer and its LLM adapter in the original files, without a prefix such as `net.`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from anima_jax.models.llm_adapter import LLMAdapterConfig
 
 ADAPTER = "llm_adapter."
 
-EXTRA_BUFFERS = (r"pos_embedder\..*", r"accum_.*", r"(.*\.)?_extra_state")
-"""Patterns of tensors in old Cosmos files that the network does not need."""
+CONNECTOR = "anima_v2_connector."
+"""Module of Anima-3.8B v1.1 that adds the states of a second text encoder, Qwen3.5-4B, to the transformer's."""
 
 
 def _patches_to_model(file: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def adapter_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LLMAdap
     )
 
 
-def count_blocks(names: Mapping[str, object], prefix: str) -> int:
+def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Return the number of distinct N in names that begin with `<prefix>N.`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in names if (match := pattern.match(name))})

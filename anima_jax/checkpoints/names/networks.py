@@ -1,9 +1,10 @@
 """The networks in a file and their prefixes: every tool that saves Anima adds its own prefix to the names.
 
 A `Network` describes the names of one network without the prefix. `locate` finds the prefix under which most of them
-occur. Every other tensor in the file is a known extra buffer, which is skipped, part of another network, or unknown.
+occur. Every other tensor in the file is a harmless buffer, which is skipped, part of another network, or unknown.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,14 +12,24 @@ from typing import Any
 
 from flax import nnx
 
-from anima_jax.checkpoints.names import Rule, dit, qwen3, wan_vae
+from anima_jax.checkpoints.names import Rule, diffusers, dit, qwen3, wan_vae
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 
-_DIT_PREFIXES = ("model.diffusion_model.net.", "model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
-_QWEN_IN_BUNDLE = "text_encoders.qwen3_06b.transformer."
+_NAMES = r"(?P<prefix>(?:[A-Za-z_][\w-]*\.)*?)"
+"""A prefix: the names of the modules in which a tool wraps a network, whatever they are. None of them is a number."""
+
+HARMLESS = re.compile(
+    r"(.*\.)?("
+    r"pos_embedder\..*|accum_\w+|_extra_state"  # of Cosmos and TransformerEngine
+    r"|(model_sampling|denoiser)\.\w+|(log_)?sigmas|betas|(\w+_)?alphas(_\w+)?|posterior_\w+|model_ema\.(decay|num_updates)"
+    r"|inv_freq|(cos|sin)_cached|freqs_(cis|cos|sin)|position_ids|num_batches_tracked"
+    r"|logit_scale|lm_head\.weight|spiece_model|tekken_model"
+    r")"
+)
+"""Pattern for tensors that are known to change nothing: buffers that are computed, noise levels, an unused head."""
 
 
 class AdapterAlone(nnx.Module):
@@ -32,41 +43,40 @@ class AdapterAlone(nnx.Module):
 class Network:
     """One network and its tensors in files.
 
-    Names are read with any of `prefixes` and written with `saved_prefix`. `typical` matches the beginning of names
-    (without prefix) that no other network has. `stacks` are its numbered blocks: (the part that contains them, their
-    name). `rules` and `config_from_shapes` are the network's table. `extra_buffers` are patterns for tensors that it
-    does not need. `rename` is prepended to names to form those in the table.
+    Names are read with any prefix and written with `saved_prefix`. `typical` matches the beginning of names (without
+    prefix) that no other network has. `stacks` are its numbered blocks: (the part that contains them, their name).
+    `rules` and `config_from_shapes` are the network's table. `aliases(names)` returns name in diffusers' format → name
+    in the table, for a file with these names. `rename` is prepended to names to form those in the table.
     """
 
     title: str
     module: Callable[..., nnx.Module]
-    prefixes: tuple[str, ...]
     saved_prefix: str
     typical: str
     stacks: tuple[tuple[str, str], ...]
     rules: Callable[[Any], Sequence[Rule]]
     config_from_shapes: Callable[[Mapping[str, tuple[int, ...]]], Any]
-    extra_buffers: tuple[str, ...] = ()
+    aliases: Callable[[Sequence[str]], Mapping[str, str]] = lambda names: {}
     rename: str = ""
 
 
 DIT = Network(
     title="Anima transformer",
     module=AnimaDiT,
-    prefixes=_DIT_PREFIXES,
     saved_prefix="net.",
-    typical=r"(x_embedder|t_embedder|t_embedding_norm|final_layer)\.|blocks\.\d+\.(adaln_\w+|self_attn\.output_proj|mlp\.layer)",
+    typical=r"x_embedder\.proj\.1\.|t_embedder\.1\.linear_|t_embedding_norm\."
+    r"|blocks\.\d+\.(adaln_modulation_\w+\.[12]|self_attn\.output_proj|mlp\.layer[12])\."
+    r"|transformer_blocks\.\d+\.norm\d\.linear_[12]\.|time_embed\.(norm|t_embedder)\.",
     stacks=(("", "blocks."), (dit.ADAPTER, "blocks.")),
     rules=lambda config: dit.RULES,
     config_from_shapes=dit.config_from_shapes,
-    extra_buffers=dit.EXTRA_BUFFERS,
+    aliases=diffusers.transformer_aliases,
 )
 ADAPTER = Network(
     title="Anima text adapter",
     module=AdapterAlone,
-    prefixes=(*(prefix + dit.ADAPTER for prefix in _DIT_PREFIXES), *_DIT_PREFIXES),
     saved_prefix="net.",
-    typical=r"(embed|in_proj|out_proj)\.|blocks\.\d+\.(norm_\w+|mlp\.[02]|(self|cross)_attn\.o_proj)\.",
+    typical=r"blocks\.\d+\.(norm_(self_attn|cross_attn|mlp)|(self|cross)_attn\.o_proj)\.",
     stacks=((dit.ADAPTER, "blocks."),),
     rules=lambda config: dit.RULES,
     config_from_shapes=dit.adapter_config_from_shapes,
@@ -75,30 +85,34 @@ ADAPTER = Network(
 QWEN3 = Network(
     title="Qwen3 text encoder",
     module=Qwen3,
-    prefixes=(_QWEN_IN_BUNDLE + "model.", _QWEN_IN_BUNDLE, "model.", ""),
     saved_prefix="model.",
-    typical=r"embed_tokens\.|layers\.\d+\.",
+    typical=r"layers\.\d+\.(input_layernorm|self_attn\.[qk]_norm|mlp\.gate_proj)\.",
     stacks=(("", "layers."),),
     rules=lambda config: qwen3.RULES,
     config_from_shapes=qwen3.config_from_shapes,
-    extra_buffers=(*qwen3.EXTRA_BUFFERS, r"rotary_emb\.inv_freq"),
 )
 WAN_VAE = Network(
     title="Wan VAE",
     module=WanVAE,
-    prefixes=("first_stage_model.", "vae.", ""),
     saved_prefix="",
-    typical=r"(encoder|decoder)\.(conv1|downsamples|upsamples|middle|head)\.",
+    typical=r"(encoder|decoder)\.((down|up)samples|middle|head)\.\d+\.|(encoder|decoder)\.[\w.]+\.gamma",
     stacks=(),
     rules=wan_vae.rules,
     config_from_shapes=wan_vae.config_from_shapes,
+    aliases=diffusers.vae_aliases,
 )
 NETWORKS = (DIT, ADAPTER, QWEN3, WAN_VAE)
+
+_ADAPTER_MODULES = (dit.ADAPTER, "text_conditioner.")
+"""Names of the LLM adapter's module: Anima's and diffusers'."""
 
 TEXT_ENCODER = "text_encoder."
 """Prefix of the text encoder's modules and parameter paths where they appear next to the transformer's."""
 
-BUNDLED = ("model.diffusion_model.", "text_encoders.", "first_stage_model.", "vae.")
+BUNDLED = (
+    *("model.diffusion_model.", "text_encoders.", "cond_stage_model.", "conditioner."),
+    *("text_encoder.", "first_stage_model.", "vae."),
+)
 """Prefixes of the networks in a file that contains several."""
 
 QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|scaled_fp8)$")
@@ -109,7 +123,7 @@ QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input
 class NetworkKeys:
     """The keys of a file, classified for one network.
 
-    `keys` maps each name in the network's table to the file's key. `skipped` are known extra buffers, `elsewhere` are
+    `keys` maps each name in the network's table to the file's key. `skipped` are harmless buffers, `elsewhere` are
     tensors of other networks, `unknown` are all other keys.
     """
 
@@ -121,36 +135,61 @@ class NetworkKeys:
 
 
 def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
-    """Classify the keys of a file for `network`; return None if no name is typical of it."""
+    """Classify the keys of a file for `network`; return None if no name is typical of it.
+
+    Its prefix is the one under which most of its typical names occur.
+    """
     file_keys = list(file_keys)
-    typical = re.compile(network.typical)
-    counts = {
-        prefix: sum(1 for key in file_keys if key.startswith(prefix) and typical.match(key, len(prefix)))
-        for prefix in network.prefixes
-    }
-    prefix = max(counts, key=lambda prefix: counts[prefix])
-    if not counts[prefix]:
+    prefix = _prefix(network, file_keys)
+    if prefix is None:
         return None
-    extra = re.compile("|".join(network.extra_buffers) or r"(?!)")
+    others = {*BUNDLED, *_other_prefixes(network, file_keys)}
+    names = {key: key.removeprefix(prefix) for key in file_keys if key.startswith(prefix)}
+    aliases = network.aliases(list(names.values()))
+    own_adapter = _adapter_beside(network, prefix, file_keys)
     keys: dict[str, str] = {}
     skipped: list[str] = []
     elsewhere: list[str] = []
     unknown: list[str] = []
     for key in file_keys:
-        name = key.removeprefix(prefix) if key.startswith(prefix) else None
-        if extra.fullmatch(key) or (name is not None and extra.fullmatch(name)):
+        if HARMLESS.fullmatch(key):
             skipped.append(key)
-        elif _is_elsewhere(network, prefix, key):
+        elif key in own_adapter:
+            keys[own_adapter[key]] = key
+        elif _is_elsewhere(network, prefix, key, others):
             elsewhere.append(key)
-        elif name is not None:
-            keys[network.rename + name] = key
+        elif key in names:
+            keys[network.rename + aliases.get(names[key], names[key])] = key
         else:
             unknown.append(key)
     return NetworkKeys(prefix, keys, tuple(skipped), tuple(elsewhere), tuple(unknown))
 
 
-def _is_elsewhere(network: Network, prefix: str, key: str) -> bool:
+def _prefix(network: Network, file_keys: Iterable[str]) -> str | None:
+    """Return the prefix under which most names are typical of `network`, or None if none is."""
+    typical = re.compile(f"{_NAMES}(?:{network.typical})")
+    counts = collections.Counter(match["prefix"] for key in file_keys if (match := typical.match(key)))
+    return max(counts, key=lambda prefix: counts[prefix], default=None)
+
+
+def _other_prefixes(network: Network, file_keys: Sequence[str]) -> set[str]:
+    """Return the prefixes of the file's other networks; the transformer contains the adapter's."""
+    others = [other for other in NETWORKS if other is not network and {other, network} != {DIT, ADAPTER}]
+    return {prefix for other in others if (prefix := _prefix(other, file_keys))}
+
+
+def _adapter_beside(network: Network, prefix: str, file_keys: Sequence[str]) -> dict[str, str]:
+    """Return key → name of an LLM adapter that a file of diffusers or SimpleTuner has beside the transformer."""
+    found = _prefix(ADAPTER, file_keys) if network is DIT else None
+    if found is None or found == prefix + dit.ADAPTER or not found.endswith(_ADAPTER_MODULES):
+        return {}
+    return {key: dit.ADAPTER + key.removeprefix(found) for key in file_keys if key.startswith(found)}
+
+
+def _is_elsewhere(network: Network, prefix: str, key: str, others: Iterable[str]) -> bool:
     """Return whether `key` belongs to another network of a bundle, or to the transformer that contains the adapter."""
-    if network is ADAPTER and prefix.endswith(dit.ADAPTER):
+    if network is ADAPTER and prefix.endswith(_ADAPTER_MODULES):
         return not key.startswith(prefix)
-    return any(key.startswith(other) and not prefix.startswith(other) for other in BUNDLED)
+    if network is DIT and key.startswith(prefix + dit.CONNECTOR):
+        return True
+    return any(key.startswith(other) and not prefix.startswith(other) for other in others)

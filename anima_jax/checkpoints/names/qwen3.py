@@ -6,9 +6,6 @@ from anima_jax.checkpoints.names import LINEAR, Rule
 from anima_jax.checkpoints.names.dit import count_blocks
 from anima_jax.models.qwen3 import Qwen3Config
 
-EXTRA_BUFFERS = (r"lm_head\.weight",)
-"""The language-model head, which is not part of the encoder."""
-
 RULES = (
     Rule(r"embed_tokens\.embedding", "embed_tokens.weight"),
     Rule(r"norm\.scale", "norm.weight"),
