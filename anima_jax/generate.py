@@ -52,7 +52,9 @@ def generate(arguments: argparse.Namespace) -> None:
     paths = output_paths(pathlib.Path(arguments.output), len(requests))
     files = networks(arguments, config, like)
     mesh = make_mesh(sizes := mesh_sizes(arguments, config))
-    with open_dit(files["transformer"], adapter_path=files["adapter"]) as checkpoint:
+    with open_dit(
+        files["transformer"], adapter_path=files["adapter"], allow_unused=arguments.allow_unused
+    ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
     numbered = {f"image {number}": str(request) for number, request in enumerate(requests, 1)}

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         for line in (*command.unsupported_flags(arguments), *config.messages, *summary(config)):
             print(line)
         tokenizers = load_tokenizers(config.model.tokenizer_path)
-        with open_text_encoder(config.model.llm_path) as text_encoder:
+        with open_text_encoder(config.model.llm_path, allow_unused=config.allow_unused) as text_encoder:
             check_networks(network, text_encoder.config, tokenizers)
         abstract = estimate.abstract_partition(config)
         build_optimizer(config, abstract)

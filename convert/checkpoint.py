@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vae", metavar="FILE", help="the VAE's file, to copy into the folder, or from it")
     parser.add_argument("--tokenizers", metavar="FOLDER", help="a folder with qwen/ and t5/, to copy into the folder")
+    parser.add_argument("--allow_unused", action="store_true", help="leave out tensors that belong to no network")
     outputs.add_arguments(parser)
 
 
@@ -71,10 +72,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
     """Write the transformer to a file, with another prefix or dtype."""
-    with open_dit(arguments.input) as checkpoint:
+    with open_dit(arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
         stored, located = checkpoint.stored(prefix), checkpoint.located
         _write(arguments.output, stored, arguments.dtype, checkpoint.metadata)
-    for what, keys in (("extra buffer", located.skipped), ("tensor of other networks", located.elsewhere)):
+    left_out = {
+        "extra buffer": located.skipped,
+        "tensor of other networks": located.elsewhere,
+        "unknown tensor": checkpoint.unused,
+    }
+    for what, keys in left_out.items():
         if keys:
             print(f"left out {plural(len(keys), what)}: {shorten(keys)}")
     names = arguments.prefix or arguments.to
@@ -111,7 +117,7 @@ def _to_folder(arguments: argparse.Namespace) -> None:
 
 def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping[str, StoredTensor]]]:
     """Yield component, config and tensors (by original name) of each network in IN or in a file given by a flag."""
-    with open_dit(arguments.input) as checkpoint:
+    with open_dit(arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
         transformer, adapter = {}, {}
         for name, tensor in checkpoint.stored().items():
             (adapter if name.startswith(ADAPTER) else transformer)[name] = tensor
@@ -124,7 +130,7 @@ def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping
         network = diffusers.COMPONENTS[name].network
         path = getattr(arguments, name) or (arguments.input if locate(network, keys) else None)
         if path is not None:
-            with open_network(network, path) as checkpoint:
+            with open_network(network, path, allow_unused=arguments.allow_unused) as checkpoint:
                 yield name, checkpoint.config, checkpoint.stored()
 
 
@@ -168,7 +174,9 @@ def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
         with contextlib.ExitStack() as stack:
             tensors: dict[str, StoredTensor] = {}
             for name in sources:
-                tensors |= stack.enter_context(diffusers.open_component(arguments.input, name)).stored(saved_prefix)
+                tensors |= stack.enter_context(
+                    diffusers.open_component(arguments.input, name, allow_unused=arguments.allow_unused)
+                ).stored(saved_prefix)
             _write(path, tensors, arguments.dtype, {"format": "pt"})
             print(f"{path}: {plural(len(tensors), 'tensor')}, from {' and '.join(sources)}")
 

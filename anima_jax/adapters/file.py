@@ -80,7 +80,9 @@ class Adapter:
         few = not advice and len(self.unused) <= accounting.MOST_UNUSED * len(self.tensors)
         if few or whole_parts:
             raise UserError(f"{text}; --allow_unused (allow_unused=True) goes on without them")
-        raise UserError(f"{text}; only {plural(len(self.patches), 'module')} fit{accounting.foreign_hint(self.tensors)}")
+        raise UserError(
+            f"{text}; only {plural(len(self.patches), 'module')} fit{accounting.foreign_hint(self.tensors)}"
+        )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

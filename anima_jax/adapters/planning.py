@@ -123,7 +123,7 @@ def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params
     assert adapter.init_from_existing is not None
     places = module_names({path: len(spec.ranks) for path, spec in specs.items()})
     trained = {name for name, (path, layer) in places.items() if specs[path].ranks[layer]}
-    with open_adapter(adapter.init_from_existing) as found:
+    with open_adapter(adapter.init_from_existing, allow_unused=config.allow_unused) as found:
         label = f"{config.path}: init_from_existing: {found.path}"
         if strangers := [name for name in found.patches if name not in trained]:
             raise UserError(

@@ -164,7 +164,7 @@ def components_in(folder: PathLike) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
+def open_component(folder: PathLike, component: str, *, allow_unused: bool = False) -> Iterator[Checkpoint]:
     """Open a network in a diffusers folder under its original names; several weight files are read as one."""
     root = pathlib.Path(folder) / component
     paths = sorted(root.glob("*.safetensors"))
@@ -178,4 +178,4 @@ def open_component(folder: PathLike, component: str) -> Iterator[Checkpoint]:
         if located is None:
             raise UserError(f"{root}: has no {network.title}; {accounting.looks_like(keys)}")
         sources = {name: keys[key] for name, key in located.keys.items()}
-        yield fit(network, str(root), sources, files[0].metadata, located, located.unknown)
+        yield fit(network, str(root), sources, files[0].metadata, located, located.unknown, allow_unused=allow_unused)

@@ -155,6 +155,11 @@ class MainConfig(Section):
         False,
         description="ours; stop at a file that cannot be used, instead of reporting it; also --strict_data",
     )
+    allow_unused: bool = Field(
+        False,
+        description="ours; load model and adapter files without the tensors that belong to no network; also "
+        "--allow_unused",
+    )
     caching_batch_size: Count = Field(
         1, description="images or clips that one device encodes at once while the cache is filled"
     )

@@ -47,13 +47,17 @@ class Encoders:
     @functools.cached_property
     def vae(self) -> WanVAE:
         with jax.set_mesh(self._mesh):
-            return load_vae(self._config.model.vae_path, self._config.compute_dtype)
+            return load_vae(
+                self._config.model.vae_path, self._config.compute_dtype, allow_unused=self._config.allow_unused
+            )
 
     @functools.cached_property
     def text_encoder(self) -> Qwen3:
         model = self._config.model
         with jax.set_mesh(self._mesh):
-            loaded = load_text_encoder(model.llm_path, self._config.compute_dtype)
+            loaded = load_text_encoder(
+                model.llm_path, self._config.compute_dtype, allow_unused=self._config.allow_unused
+            )
         return quantise_text_encoder(loaded, model.text_encoder_storage) if model.text_encoder_storage else loaded
 
     @functools.cached_property

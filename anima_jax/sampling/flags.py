@@ -52,7 +52,7 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     add("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter; may be repeated")
-    add("--allow_unused", action="store_true", help="ignore keys of an adapter that match no module")
+    add("--allow_unused", action="store_true", help="ignore tensors of models and adapters that belong to no network")
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
 
 

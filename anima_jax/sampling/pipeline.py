@@ -108,13 +108,15 @@ class AnimaPipeline:
         `tokenizers` is a folder with `qwen/` and `t5/`, or None for those on the Hugging Face hub. `adapter` is a file
         with the LLM adapter, if the transformer's file has none. `loras` are adapters of any kind and dialect, each
         with its weight: a number, or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`,
-        keys of the adapters that match no module are not an error. Raises UserError for anything missing or
-        incompatible.
+        tensors of the files that belong to no network or module are not an error. Raises UserError for anything
+        missing or incompatible.
         """
-        networks = load_dit(transformer, dtype, adapter_path=adapter), load_vae(vae, dtype)
-        pipeline = cls(
-            *networks, load_text_encoder(text_encoder, dtype), load_tokenizers(tokenizers), dtype=dtype, offload=offload
+        networks = (
+            load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused),
+            load_vae(vae, dtype, allow_unused=allow_unused),
+            load_text_encoder(text_encoder, dtype, allow_unused=allow_unused),
         )
+        pipeline = cls(*networks, load_tokenizers(tokenizers), dtype=dtype, offload=offload)
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]

@@ -26,6 +26,7 @@ SWITCHES = {
     "regenerate_cache": "encode everything again",
     "trust_cache": "train on what the cache contains, without looking for changed or new files",
     "strict_data": "stop at a file that cannot be used, instead of naming it and continuing",
+    "allow_unused": "load files without the tensors that belong to no network",
     "reset_dataloader": "when resuming, restart the current epoch",
     "reset_optimizer": "when resuming, restart the optimizer and its learning rates",
     "reset_optimizer_params": "when resuming, use the configuration's settings of the optimizer",

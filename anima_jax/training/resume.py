@@ -36,7 +36,7 @@ MAX_SETTINGS = 12
 _IRRELEVANT = re.compile(
     r"path|messages|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume_from_checkpoint"
     r"|max_checkpoints|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
-    r"|map_num_proc|strict_data|steps_per_print|logging_steps|x_axis_examples"
+    r"|map_num_proc|strict_data|allow_unused|steps_per_print|logging_steps|x_axis_examples"
 )
 
 # Keys that may differ between processes. Data and encoders at some of these paths are compared by their contents.

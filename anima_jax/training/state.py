@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from anima_jax.adapters import modules, planning
 from anima_jax.adapters.dialects import ADAPTER_RULES
-from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder
+from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder, print_messages
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
@@ -129,12 +129,13 @@ def _with_adapter(
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:
-    return _stored_text(config, load_text_encoder(config.model.llm_path, config.compute_dtype))
+    loaded = load_text_encoder(config.model.llm_path, config.compute_dtype, allow_unused=config.allow_unused)
+    return _stored_text(config, loaded)
 
 
 def blank_text_encoder(config: MainConfig) -> Qwen3:
     """Return the text encoder with weights of zero; only the header of its file is read."""
-    with open_text_encoder(config.model.llm_path) as checkpoint:
+    with open_text_encoder(config.model.llm_path, allow_unused=config.allow_unused) as checkpoint:
         zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
         return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
 
@@ -152,7 +153,8 @@ def dit_config(config: MainConfig) -> DiTConfig:
     if config.model.config is not None:
         return config.model.config
     assert config.model.transformer_path is not None
-    with open_dit(config.model.transformer_path, adapter_path=config.model.llm_adapter_path) as checkpoint:
+    path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
+    with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
         return checkpoint.config
 
 
@@ -170,7 +172,8 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
         return sizes, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
     path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
     assert path is not None
-    with open_dit(path, adapter_path=adapter_path) as checkpoint:
+    with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
+        print_messages(checkpoint)
         trained = _trained_in_base(config, checkpoint.abstract)
         base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
         # Load one parameter at a time, so that they are never all on the device before they are quantised.

@@ -298,7 +298,9 @@ def test_a_model_is_no_adapter(tmp_path):
 def test_a_lora_of_another_family_is_told_by_its_keys(tmp_path):
     other = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{x}.weight": np.ones((4, 4), "f4") for x in ("up", "down")}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"looks like: Flux \(LoRA\), with the keys lora_unet_double_blocks_0_img_attn_qkv"):
+    with pytest.raises(
+        UserError, match=r"looks like: Flux \(LoRA\), with the keys lora_unet_double_blocks_0_img_attn_qkv"
+    ):
         updates(tmp_path / "other.safetensors")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.checkpoints.names import dit, file_tensors, networks, qwen3
+from anima_jax.checkpoints.names import diffusers, dit, file_tensors, networks, qwen3
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from tests.golden_files import golden
 from tests.models.dit_peer import original_names
 from tests.small_run import CONFIG
 
@@ -63,9 +64,25 @@ def test_the_text_encoders_parameters():
     assert set(rows("Parameters of the text encoder")) == in_files(qwen3.RULES, lambda rngs: Qwen3(config, rngs=rngs))
 
 
-@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.title)
-def test_every_prefix_that_is_read_is_listed(network):
+@pytest.mark.parametrize(
+    ("network", "row", "file"),
+    [
+        (networks.DIT, "transformer", "dit_image"),
+        (networks.DIT, "transformer, with diffusers' names", "dit_image"),
+        (networks.QWEN3, "text encoder", "qwen3"),
+        (networks.WAN_VAE, "VAE", "vae"),
+    ],
+)
+def test_every_prefix_that_is_listed_is_read(network, row, file):
     section = PAGE.split("\n## Prefixes of files\n")[1].split("\n## ")[0]
-    plain = {prefix.removesuffix(dit.ADAPTER) if network is networks.ADAPTER else prefix for prefix in network.prefixes}
-    for prefix in plain - {"", "text_encoders.qwen3_06b.transformer."}:  # the page says these in words
-        assert f"`{prefix}`" in section
+    names = {name.removeprefix(network.saved_prefix) for name in golden(f"{file}.model")}
+    names = {name for name in names if not name.startswith(dit.ADAPTER)}
+    spell = diffusers.transformer if "diffusers" in row else str
+    prefixes = [
+        p for line in section.splitlines() if line.startswith(f"| {row} |") for p in re.findall(r"`([\w.]+\.)`", line)
+    ]
+    assert len(prefixes) > 1
+    for prefix in (*prefixes, ""):
+        located = networks.locate(network, [prefix + spell(name) for name in names])
+        assert located is not None
+        assert (located.prefix, located.keys.keys(), located.unknown) == (prefix, names, ())
