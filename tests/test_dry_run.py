@@ -16,7 +16,7 @@ from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.parallel.devices import DEVICE_SPECS
 from anima_jax.train import main as train
-from anima_jax.training import estimate
+from anima_jax.training import dry_run
 from tests.small_run import ASSETS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 def test_a_shipped_configuration_dry_runs(folder, name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(estimate, "device_bytes", lambda _: 80 * 2**30)  # a GPU's, whatever this machine has
+    monkeypatch.setattr(dry_run, "device_bytes", lambda _: 80 * 2**30)  # a GPU's, whatever this machine has
     before = sorted(folder.rglob("*"))
     options = [] if name == "shapes" else ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}"]
     train(["--config", str(CONFIGS / f"{name}.toml"), "--dry_run", *options])
@@ -140,7 +140,7 @@ def test_a_lora_of_rank_32_on_every_block_fits_a_small_gpu(folder, storage, limi
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(estimate, "device_bytes", lambda _: 8 * 2**30)
+    monkeypatch.setattr(dry_run, "device_bytes", lambda _: 8 * 2**30)
     options = ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}"]
     with pytest.raises(SystemExit) as exit_:
         train(["--config", str(CONFIGS / "anima_full.toml"), "--dry_run", *options])

@@ -1,6 +1,9 @@
-"""Specifications of devices: speed, memory and bandwidth, from vendors' data sheets."""
+"""Devices: their memory, and from vendors' data sheets their speed, memory and bandwidth."""
 
+import contextlib
 import dataclasses
+import os
+import pathlib
 import re
 from typing import Any
 
@@ -65,3 +68,46 @@ def _plain(name: str) -> str:
 def local_device_spec(device: Any) -> DeviceSpec | None:
     """Return the row for a JAX device, or None if it is unknown."""
     return device_spec(device.device_kind)
+
+
+def device_bytes(device: Any) -> int | None:
+    """Return the bytes that a program may use (on a CPU, the memory of the machine or container); None: unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    limits = [_container_limit()]
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def free_bytes(device: Any) -> int | None:
+    """Return the bytes that a JAX device has left, None if that is unknown. A host's CPU devices share its memory."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    free = []
+    with contextlib.suppress(OSError):
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text()):
+            free.append(int(found[1]) * 1024)
+    if (limit := _container_limit()) is not None:
+        free.append(limit - _container_use())
+    return max(0, min(free)) // len(device.client.local_devices()) if free else None
+
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
+
+
+def _container_limit() -> int | None:
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            return int((_CGROUP / name).read_text())
+    return None
+
+
+def _container_use() -> int:
+    """Return the bytes that the container's processes hold, without the pages that files leave in memory."""
+    for name, row in (("memory.stat", r"^anon (\d+)"), ("memory/memory.stat", r"^total_rss (\d+)")):
+        with contextlib.suppress(OSError):
+            if found := re.search(row, (_CGROUP / name).read_text(), re.MULTILINE):
+                return int(found[1])
+    return 0

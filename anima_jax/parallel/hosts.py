@@ -165,6 +165,14 @@ def _gathered(own: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
+def smallest(number: int | None) -> int | None:
+    """Return the smallest number of all processes; None, the answer of a process that has none, does not count."""
+    if is_single_process():
+        return number
+    numbers = [found for found in map(json.loads, _gathered(json.dumps(number).encode())) if found is not None]
+    return min(numbers, default=None)
+
+
 class Consensus:
     """A function that returns the maximum of the numbers that all processes passed to it in the previous call.
 

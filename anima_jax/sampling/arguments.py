@@ -58,6 +58,8 @@ def sampling_params(
     """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if flags.get("paste") is False:
+        flags["paste"] = None
     if interval := flags.get("guidance_interval"):
         flags["guidance_interval"] = tuple(interval)
     older = dataclasses.asdict(from_text(arguments.like, like)[1]) if like else {}

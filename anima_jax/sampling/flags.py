@@ -64,6 +64,8 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, help="images of each prompt, size and seed, their noise drawn together")
     add("--image", metavar="FILE", help="an image to start from")
     add("--mask", metavar="FILE", help="what to redraw of it: white or transparent pixels")
+    add("--paste", type=int, nargs="?", const=0, metavar="PIXELS", help="black pixels stay the image's own; feathered")
+    add("--no-paste", dest="paste", action="store_false", default=None, help="even if the older image was")
     add("--denoise", type=float, help="how much of it to redraw, 0 to 1")
 
 
@@ -90,5 +92,13 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--at_once", type=int, default=4, metavar="IMAGES", help="how many share a device (default: 4)")
     add("--offload", action="store_true", help="keep text encoder and VAE in host memory while they are idle")
     add("--preview", type=int, nargs="?", const=5, metavar="EVERY", help="also write every 5th (EVERY-th) estimate")
+    add(
+        "--tile",
+        type=int,
+        nargs="?",
+        const=1024,
+        metavar="PIXELS",
+        help="VAE in tiles of 1024 or PIXELS; 0: never",
+    )
     add("--mesh", nargs="+", metavar="AXIS=N", help="devices along data, fsdp, tensor, context (default: data=-1)")
     hosts.add_flags(parser)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from scipy import ndimage
 
 from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.data.images import eight_bit
@@ -61,6 +62,22 @@ def mask_values(mask: Image.Image) -> np.ndarray:
     else:
         values = np.asarray(mask.convert("L"), np.float32)
     return values[None, ..., None] / np.float32(255.0)
+
+
+def paste_original(drawn: Image.Image, original: Image.Image, values_1yx1: np.ndarray, feather: int) -> Image.Image:
+    """Return `drawn` with the original's own pixels where `mask_values` are 0.
+
+    Elsewhere the two are mixed: grey of the mask is the share of `drawn`, which also rises with the distance from the
+    nearest black pixel, over `feather` pixels. Transparency of the original is dropped.
+    """
+    share_yx = values_1yx1[0, :, :, 0]
+    kept_yx = share_yx == 0.0
+    if feather and kept_yx.any():
+        distance_yx = np.asarray(ndimage.distance_transform_edt(~kept_yx), np.float32)
+        share_yx = share_yx * np.minimum(distance_yx / np.float32(feather + 1), np.float32(1.0))
+    own, new = (np.asarray(image.convert("RGB"), np.float32) for image in (original, drawn))
+    mixed = share_yx[..., None] * new + (1.0 - share_yx[..., None]) * own
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def latent_mask(values_1yx1: np.ndarray) -> np.ndarray:

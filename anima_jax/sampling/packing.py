@@ -46,7 +46,8 @@ class TokenPacking:
         tokens_blc = np.zeros((len(latents), self.length, features), np.float32)
         for row, image in zip(tokens_blc, latents, strict=True):
             edges = [(0, 0), *((0, -side % PATCH) for side in image.shape[1:3]), (0, 0)]
-            patches = patchify(np.pad(image, edges)[None])[0]
+            whole: Any = np.pad(image, edges)[None]
+            patches = patchify(whole)[0]
             row[: len(patches)] = patches
         return tokens_blc
 

@@ -7,7 +7,6 @@ Latents of one image are (t, y, x, c); the images of a batch may differ in size.
 
 import functools
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -32,22 +31,27 @@ from anima_jax.models.parameters import Params, cast_to_compute, count, merge, s
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
+from anima_jax.parallel.hosts import is_single_process
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch
 from anima_jax.sampling import program
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
-from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, to_images, to_pixels
+from anima_jax.sampling.images import (
+    PIXELS_PER_LATENT,
+    latent_mask,
+    mask_values,
+    paste_original,
+    to_images,
+    to_pixels,
+)
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
-from anima_jax.sampling.tiles import in_tiles
+from anima_jax.sampling.tiles import TILE, in_tiles, tile_side
 from anima_jax.text.prompts import embeddings, spans
 from anima_jax.text.states import padded, rounded_up, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
-
-UNTILED_PIXELS = 1_500_000
-"""Images with more pixels than this pass through the VAE in tiles."""
 
 
 class AnimaPipeline:
@@ -77,6 +81,7 @@ class AnimaPipeline:
         self.dit_graphdef, params = split(dit)
         self.dit_params = cast_to_compute(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
+        self._vae_width = vae.config.base_width
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
         if offload:
@@ -174,10 +179,11 @@ class AnimaPipeline:
     ) -> list[Image.Image]:
         """Generate these images in one batch. Raises UserError for invalid requests, parameters, image or mask.
 
-        With a mask, black pixels are the VAE's reconstruction of `image`, unaffected by redrawn pixels next to them.
+        With a mask, black pixels are the VAE's reconstruction of `image`, unaffected by redrawn pixels next to them, or
+        with `paste` those of `image` itself.
         """
         check_requests(requests, params, image, mask)
-        original = None if image is None else self.encode_image(to_pixels(image))
+        original = None if image is None else self.encode_image(to_pixels(image), params.tile)
         redrawn = None if mask is None else mask_values(mask)
         latents = self.draw_latents(
             requests,
@@ -186,11 +192,13 @@ class AnimaPipeline:
             mask=None if redrawn is None else latent_mask(redrawn),
             callback=callback,
         )
-        pixels = self.decode(latents)
-        if redrawn is not None and original is not None:
-            (kept,) = self.decode([original])
-            pixels = [np.where(redrawn > 0.0, drawn, kept) for drawn in pixels]
-        return to_images(pixels)
+        pixels = self.decode(latents, params.tile)
+        if image is None or redrawn is None or original is None:
+            return to_images(pixels)
+        if params.paste is not None:
+            return [paste_original(drawn, image, redrawn, params.paste) for drawn in to_images(pixels)]
+        (kept,) = self.decode([original], params.tile)
+        return to_images(np.where(redrawn > 0.0, drawn, kept) for drawn in pixels)
 
     def draw_latents(
         self,
@@ -296,14 +304,15 @@ class AnimaPipeline:
         # Where the mask is grey, the last estimate is already mixed with the original.
         return latents if mask is None else [np.where(mask > 0.0, x, clean[0]) for x in latents]
 
-    def encode_image(self, pixels_tyxc: np.ndarray) -> np.ndarray:
-        """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; large images in blended tiles."""
-        return np.asarray(_tiled_if_large(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1)[0])
+    def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
+        """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; `tile` is that of `decode`."""
+        return self._run_vae(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1, tile)[0]
 
-    def decode(self, latents: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """Return pixels (t, y, x, 3) in about [−1, 1], float32; large images in blended tiles.
+    def decode(self, latents: Iterable[np.ndarray], tile: int | None = None) -> list[np.ndarray]:
+        """Return pixels (t, y, x, 3) in about [−1, 1], float32.
 
-        Each device decodes one image at a time; consecutive images of one size are decoded together.
+        Each device decodes one image at a time; consecutive images of one size are decoded together. `tile` is the side
+        of blended tiles in pixels, 0 for whole images, None for tiles only if an image does not fit the memory.
         """
         run, batch_size = self._vae(decode_latents), replicas(current_mesh().shape)
         pixels: list[np.ndarray] = []
@@ -311,8 +320,32 @@ class AnimaPipeline:
             images = list(same_size)
             for first in range(0, len(images), batch_size):
                 batch_btyxc = np.stack(images[first : first + batch_size])
-                pixels += list(np.asarray(_tiled_if_large(run, batch_btyxc, 1, PIXELS_PER_LATENT)))
+                pixels += list(self._run_vae(run, batch_btyxc, 1, PIXELS_PER_LATENT, tile))
         return pixels
+
+    def _run_vae(
+        self,
+        run: Callable[[np.ndarray], Array],
+        array_btyxc: np.ndarray,
+        unit_in: int,
+        unit_out: int,
+        tile: int | None,
+    ) -> np.ndarray:
+        """Run the VAE, in tiles if `tile_side` says so.
+
+        `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result.
+        """
+        rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
+        side = tile_side(rows, columns, self._vae_width, tile)
+        if side is not None:
+            return in_tiles(run, array_btyxc, unit_in, unit_out, tile=side)
+        try:
+            return np.asarray(run(array_btyxc))
+        except jax.errors.JaxRuntimeError as error:
+            if tile is not None or "RESOURCE_EXHAUSTED" not in str(error) or not is_single_process():
+                raise
+        print(f"the VAE ran out of memory: it runs in tiles of {TILE * PIXELS_PER_LATENT} pixels", file=sys.stderr)
+        return in_tiles(run, array_btyxc, unit_in, unit_out)
 
     def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
         """Return `run` bound to the VAE's parameters, which stay on the device as long as the result exists."""
@@ -338,15 +371,6 @@ def _on_devices(params: Params) -> Params:
     """Return the parameters, which `offload` keeps in host memory, on the devices of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
-
-
-def _tiled_if_large(run: Callable[[np.ndarray], Any], array_btyxc: np.ndarray, unit_in: int, unit_out: int) -> Any:
-    """Run the VAE, in tiles if the images are large.
-
-    `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result.
-    """
-    pixels = math.prod(size // unit_in * PIXELS_PER_LATENT for size in array_btyxc.shape[2:4])
-    return run(array_btyxc) if pixels <= UNTILED_PIXELS else in_tiles(run, array_btyxc, unit_in, unit_out)
 
 
 def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokenizers) -> None:

@@ -26,6 +26,7 @@ MAX_SIZE = 16384
 """Largest width and height in pixels, as in ComfyUI's nodes."""
 
 MIN_DENOISE = 0.001
+MIN_TILE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ class SamplingParams:
     noise: str = "torch-cpu"
     cfg_zero_star: bool = False
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    paste: int | None = None
+    tile: int | None = None
 
     def check(self) -> None:
         """Raise UserError for a value out of range or an unknown name."""
@@ -92,6 +95,11 @@ class SamplingParams:
         first, last = self.guidance_interval
         if not 0 <= first <= last <= 1:
             raise UserError(f"guidance_interval {first} {last}, expected two ascending numbers from 0 to 1")
+        if self.paste is not None and not 0 <= self.paste <= MAX_SIZE:
+            raise UserError(f"paste {self.paste}, expected a number of pixels from 0 to {MAX_SIZE}")
+        if self.tile and not (MIN_TILE <= self.tile <= MAX_SIZE and self.tile % PIXELS_PER_LATENT == 0):
+            expected = f"0, or a multiple of {PIXELS_PER_LATENT} from {MIN_TILE} to {MAX_SIZE}"
+            raise UserError(f"tile {self.tile}, expected {expected}")
         NoiseKind.parse(self.noise)
 
 
@@ -107,10 +115,14 @@ def check_requests(
             raise UserError("a mask without an image: there is nothing to keep where the mask is black")
         if params.denoise < 1:
             raise UserError(f"denoise {params.denoise} needs an image to start from; without one it is 1")
+        if params.paste is not None:
+            raise UserError(f"paste {params.paste} needs an image and a mask: there is nothing to put back")
         return
     for request in requests:
         if image.size != (request.width, request.height):
             raise UserError(f"the image is {image.width}×{image.height}, expected {request.width}×{request.height}")
+    if mask is None and params.paste is not None:
+        raise UserError(f"paste {params.paste} needs a mask: it puts pixels of the image back where that is black")
     if mask is not None and mask.size != image.size:
         raise UserError(f"the mask is {mask.width}×{mask.height}, expected the image's {image.width}×{image.height}")
 
@@ -189,7 +201,8 @@ def read_prompts(path: str) -> list[str]:
 def to_text(request: ImageRequest, params: SamplingParams) -> dict[str, str]:
     """Return text chunks of a PNG that describe how the image was made, with numbers in full precision."""
     values = dataclasses.asdict(request) | dataclasses.asdict(params)
-    return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in values.items()}
+    set_values = {name: value for name, value in values.items() if value is not None}
+    return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in set_values.items()}
 
 
 def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
@@ -225,6 +238,7 @@ def _interval(text: str) -> tuple[float, float]:
 _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     int: int,
+    int | None: int,
     float: float,
     bool: {"True": True, "False": False}.__getitem__,
     tuple[float, float]: _interval,

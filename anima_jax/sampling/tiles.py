@@ -1,19 +1,65 @@
-"""The VAE on large images: computed in tiles, which are blended where they overlap.
+"""The VAE on images that do not fit the memory: computed in tiles, which are blended where they overlap.
 
 All tiles have the same size, so they share a compiled program, and are spaced evenly over the image.
 Axes: b batch, t frames, y rows, x columns, c channels.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
+from anima_jax.parallel import hosts
+from anima_jax.parallel.devices import GB, free_bytes
+from anima_jax.parallel.mesh import current_mesh
+from anima_jax.sampling.images import PIXELS_PER_LATENT
+
 TILE = 128
-"""Side of a tile in latent pixels: 1,024 pixels, which need no more memory than the largest untiled image."""
+"""Side of a tile in latent pixels: 1,024 pixels."""
+
+SMALLER_TILES = (96, 64, 48, 32)
+"""Sides of the tiles, in latent pixels, for devices without the memory for a larger one."""
 
 OVERLAP = 24
-"""Minimum overlap of neighbouring tiles in latent pixels."""
+"""Minimum overlap of neighbouring tiles in latent pixels; less in tiles of less than four times as much."""
+
+BYTES_PER_VALUE = 32
+"""The VAE's peak memory divided by its pixels and the channels of its first level.
+
+XLA's own count for the released VAE is 20 to 26, in float32 as in bfloat16; the rest is for the scratch memory of
+convolutions.
+"""
+
+
+def tile_side(rows: int, columns: int, width: int, tile: int | None) -> int | None:
+    """Return the side of the tiles, in latent pixels, for an image of this size in latent pixels; None: the whole.
+
+    `width` is the number of channels of the VAE's first level. `tile` is the side in pixels that the user asks for; 0
+    for the whole image. With None the image is computed whole if it fits the memory that is free on every device, or if
+    that is unknown; otherwise in the largest tiles that fit.
+    """
+    if tile is not None:
+        return tile // PIXELS_PER_LATENT or None
+    devices = current_mesh().devices.flat
+    own = [free_bytes(device) for device in devices if device.process_index == jax.process_index()]
+    free = hosts.smallest(min((found for found in own if found is not None), default=None))
+
+    needed = vae_bytes(rows, columns, width)
+    if free is None or needed <= free:
+        return None
+    side = next((side for side in (TILE, *SMALLER_TILES) if vae_bytes(side, side, width) <= free), SMALLER_TILES[-1])
+    if hosts.is_process_0():
+        size = f"{columns * PIXELS_PER_LATENT}×{rows * PIXELS_PER_LATENT} pixels"
+        needs = f"needs about {needed / GB:.1f} GB for {size}, {free / GB:.1f} GB are free"
+        print(f"the VAE {needs}: it runs in tiles of {side * PIXELS_PER_LATENT} pixels", file=sys.stderr)
+    return side
+
+
+def vae_bytes(rows: int, columns: int, width: int) -> int:
+    """Return an estimate of the VAE's peak memory for an image of this size in latent pixels."""
+    return BYTES_PER_VALUE * width * rows * columns * PIXELS_PER_LATENT**2
 
 
 def in_tiles(
@@ -23,14 +69,15 @@ def in_tiles(
     unit_out: int,
     *,
     tile: int = TILE,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
 ) -> np.ndarray:
     """Return `run(array_btyxc)`, computed in tiles, (b, t, y, x, c), float32.
 
     `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result. Where tiles overlap, the
     result is their weighted mean; along each side, the weight is the distance to the tile's nearest edge, capped at the
-    overlap.
+    overlap, by default `OVERLAP` or a quarter of a smaller tile.
     """
+    overlap = min(OVERLAP, tile // 4) if overlap is None else overlap
     rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
     height, width = min(tile, rows), min(tile, columns)
     weight_yx1 = _ramp(height, overlap, unit_out)[:, None, None] * _ramp(width, overlap, unit_out)[:, None]

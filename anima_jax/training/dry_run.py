@@ -6,7 +6,7 @@ import jax
 
 from anima_jax.data.dataset import TrainingData
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, find_device_spec, local_device_spec
+from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, device_bytes, find_device_spec, local_device_spec
 from anima_jax.parallel.mesh import current_mesh, resolve_sizes
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training import estimate, tables
@@ -66,4 +66,4 @@ def device_specs_of(devices: int | None, device_kind: str | None) -> tuple[Seque
     if devices and device.platform == "cpu":
         return DEVICE_SPECS, None, "of any kind; --device_kind names one"
     spec = local_device_spec(device)
-    return [spec] if spec else [], estimate.device_bytes(device), device.device_kind
+    return [spec] if spec else [], device_bytes(device), device.device_kind

@@ -5,12 +5,9 @@ reports for the compiled step. By default XLA's are not used on a CPU, whose pro
 Axes: b batch, l image tokens, n source and m target text tokens, d features.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -273,17 +270,6 @@ def _compiled_bytes(
 def num_bytes(tree: Any) -> int:
     """Return the total bytes of the arrays (or their shapes) in `tree`."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def device_bytes(device: Device) -> int | None:
-    """Return the bytes that a program may use (on a CPU, the memory of the machine or container); None: unknown."""
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2 and v1
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
-    return min(limits)
 
 
 def check_memory(total: int, limit: float | None, device_kind: str) -> None:

@@ -370,15 +370,47 @@ def test_a_mask_redraws_white_or_transparent_pixels_and_is_scaled_as_in_torch():
     np.testing.assert_allclose(latent_mask(mask_values(transparent)), found, atol=1e-6)
 
 
-def test_large_images_go_through_the_vae_in_tiles(pipeline, monkeypatch):
+def test_the_vae_runs_in_tiles_where_the_memory_is_short_or_the_user_says_so(pipeline, monkeypatch):
     pixels = to_pixels(random_image())
     latents = pipeline.encode_image(pixels)
-    untiled = pipeline.decode([latents])[0]
-    monkeypatch.setattr("anima_jax.sampling.pipeline.in_tiles", lambda run, x, *units: run(x) + sum(units))
-    np.testing.assert_array_equal(pipeline.decode([latents])[0], untiled)
-    monkeypatch.setattr("anima_jax.sampling.pipeline.UNTILED_PIXELS", 32 * 48 - 1)
-    np.testing.assert_allclose(pipeline.decode([latents])[0], untiled + 9.0, atol=1e-5)
-    np.testing.assert_allclose(pipeline.encode_image(pixels), latents + 9.0, atol=1e-5)
+    whole = pipeline.decode([latents])[0]
+    in_tiles = lambda run, x, *units, tile: run(x) + sum(units) + tile  # noqa: E731 - it stands for a function
+    monkeypatch.setattr("anima_jax.sampling.pipeline.in_tiles", in_tiles)
+    np.testing.assert_array_equal(pipeline.decode([latents], 0)[0], whole)
+    np.testing.assert_allclose(pipeline.decode([latents], 64)[0], whole + 17.0, atol=1e-5)
+    monkeypatch.setattr("anima_jax.sampling.tiles.free_bytes", lambda device: 10**5)
+    np.testing.assert_allclose(pipeline.decode([latents])[0], whole + 41.0, atol=1e-5)
+    np.testing.assert_allclose(pipeline.encode_image(pixels), latents + 41.0, atol=1e-5)
+    np.testing.assert_array_equal(pipeline.decode([latents], 0)[0], whole)
+
+
+def test_the_vae_runs_in_tiles_after_it_ran_out_of_memory(pipeline, monkeypatch, capsys):
+    latents = pipeline.encode_image(to_pixels(random_image()))
+    tiles = []
+
+    def decode(params, latents, **_):
+        if not tiles:
+            tiles.append(latents)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB")
+        return latents[..., :3].repeat(8, 2).repeat(8, 3)
+
+    monkeypatch.setattr("anima_jax.sampling.pipeline.decode_latents", decode)
+    np.testing.assert_allclose(pipeline.decode([latents])[0][:, ::8, ::8], latents[..., :3], rtol=1e-6)
+    assert capsys.readouterr().err == "the VAE ran out of memory: it runs in tiles of 1024 pixels\n"
+
+
+@pytest.mark.parametrize("feather", [0, 3])
+def test_pasted_pixels_are_the_images_own_where_the_mask_is_black(pipeline, feather):
+    image, mask = random_image(), Image.new("L", (32, 48))
+    mask.paste(255, (13, 0, 32, 48))
+    options = SETTINGS | {"image": image, "mask": mask}
+    found, plain = (np.asarray(pipeline("x", **options, paste=paste)[0], float) for paste in (feather, None))
+    own = np.asarray(image, float)
+    np.testing.assert_array_equal(found[:, :13], own[:, :13])
+    assert np.any(plain[:, :13] != own[:, :13])
+    # Inside, the share of what was drawn rises by 1 / (feather + 1) per pixel; redrawn pixels do not depend on `paste`.
+    share = np.minimum(np.arange(1, 20) / (feather + 1), 1.0)[:, None]
+    np.testing.assert_allclose(found[:, 13:], share * plain[:, 13:] + (1 - share) * own[:, 13:], atol=0.501)
 
 
 def test_pixels_are_clipped_and_rounded_down():
@@ -407,6 +439,10 @@ def test_pixels_are_clipped_and_rounded_down():
         ({"seed": 2**64}, "seed 18446744073709551616, expected a whole number ≥ 0 and < 2⁶⁴"),
         ({"seed": [1, 2, 3], "width": [32, 48]}, "2 widths for 3 images, expected 1 or 3"),
         ({"mask": Image.new("L", (32, 48))}, "a mask without an image"),
+        ({"paste": 3}, "paste 3 needs an image and a mask"),
+        ({"paste": 3, "image": Image.new("RGB", (32, 48))}, "paste 3 needs a mask"),
+        ({"paste": -1}, "paste -1, expected a number of pixels from 0 to 16384"),
+        ({"tile": 40}, "tile 40, expected 0, or a multiple of 8 from 64 to 16384"),
         ({"image": Image.new("RGB", (32, 32))}, "the image is 32×32, expected 32×48"),
         (
             {"image": Image.new("RGB", (32, 48)), "mask": Image.new("L", (48, 32))},

@@ -13,7 +13,9 @@ from anima_jax.sampling.images import read_image, save_image
 from anima_jax.sampling.request import ImageRequest, SamplingParams, from_text, to_text
 
 REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
-PARAMS = SamplingParams("ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3))
+PARAMS = SamplingParams(
+    "ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3), paste=0, tile=512
+)
 
 
 def test_a_png_keeps_its_text_chunks(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from PIL import Image
 from anima_jax.checkpoints.models import load_vae
 from anima_jax.data.shapes import draw, scenes
 from anima_jax.models import parameters
-from anima_jax.sampling.pipeline import UNTILED_PIXELS, decode_latents, encode_pixels
-from anima_jax.sampling.tiles import TILE, in_tiles
+from anima_jax.sampling.pipeline import decode_latents, encode_pixels
+from anima_jax.sampling.tiles import TILE, in_tiles, tile_side, vae_bytes
 from tests.models.networks import normal
 from tests.small_run import ASSETS
 
@@ -65,10 +66,34 @@ def test_the_vae_in_tiles_is_within_one_level_of_the_full_image():
     assert levels_apart(in_tiles(decode, latents, 1, 8, tile=24, overlap=8), decode(latents)) < 1.0
 
 
+def test_the_estimate_of_the_vaes_memory_covers_what_xla_counts():
+    graphdef, params = parameters.split(load_vae(ASSETS / "tiny_vae.safetensors", jnp.float32))
+    width = parameters.merge(graphdef, params).config.base_width
+    for run, unit, channels in ((decode_latents, 1, 16), (encode_pixels, 8, 3)):
+        array = jax.ShapeDtypeStruct((1, 1, 64 * unit, 64 * unit, channels), jnp.float32)
+        program = run.lower(params, array, graphdef=graphdef, dtype=jnp.dtype("float32")).compile()
+        needed = program.memory_analysis().temp_size_in_bytes
+        assert 0.5 * vae_bytes(64, 64, width) < needed < vae_bytes(64, 64, width)
+
+
+def test_an_image_is_computed_whole_if_it_fits_the_free_memory_or_in_the_largest_tiles_that_do(monkeypatch, capsys):
+    def side(rows, columns, free, tile=None):
+        monkeypatch.setattr("anima_jax.sampling.tiles.free_bytes", lambda device: free)
+        return tile_side(rows, columns, 96, tile)
+
+    # 4096² pixels of the released VAE on devices of 80, 24 and 2 GB, and where nothing is known.
+    expected = {80 * 10**9: None, 24 * 10**9: TILE, 2 * 10**9: 96, 10**7: 32, None: None}
+    assert {free: side(512, 512, free) for free in expected} == expected
+    assert side(135, 240, 24 * 10**9) is None
+    needs = "the VAE needs about 51.5 GB for 4096×4096 pixels, 24.0 GB are free"
+    assert capsys.readouterr().err.splitlines()[0] == f"{needs}: it runs in tiles of 1024 pixels"
+
+    assert (side(512, 512, 80 * 10**9, tile=512), side(512, 512, 1, tile=0)) == (64, None)
+
+
 @pytest.mark.slow
 def test_smaller_tiles_than_the_default_are_within_one_level_at_1024():
     assert TILE > 96
-    assert UNTILED_PIXELS > 1024**2
     encode, decode = vae_calls()
     pixels = shapes_image(1024)
     latents = np.asarray(encode(pixels))

@@ -18,6 +18,7 @@ from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
+from anima_jax.parallel.devices import device_bytes
 from anima_jax.training import estimate
 from anima_jax.training.estimate import abstract_batch, abstract_partition, flops, memory
 from anima_jax.training.flops import Workload
@@ -174,7 +175,7 @@ def test_remat_saves_less_and_offload_moves_the_inputs_of_blocks():
 
 def test_a_run_that_does_not_fit_is_an_error_with_the_numbers():
     device = jax.devices()[0]
-    limit = estimate.device_bytes(device)
+    limit = device_bytes(device)
     assert limit > 2**28
     estimate.check_memory(limit, limit, "cpu")
     estimate.check_memory(2**40, None, "cpu")
