@@ -4,13 +4,11 @@ Source: ComfyUI comfy/samplers.py (`cfg_function`, timestep ranges) and its CFGZ
 Axes: b batch, l tokens, c values of a token; n evaluations.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from anima_jax.diffusion.schedules import shifted
+from anima_jax.diffusion.schedules import percent_to_sigma
 
 
 def guided(x_blc: Array, positive_blc: Array, negative_blc: Array, scale: Array, zero_star: Array) -> Array:
@@ -31,6 +29,7 @@ def scale_schedule(sigmas_n: np.ndarray, scale: float, interval: tuple[float, fl
 
     `interval` is two fractions of the sampling, from 0 (start) to 1 (end), counted before the shift as in ComfyUI.
     """
-    first, last = (shifted(1.0 - fraction, shift) for fraction in interval)
-    first = math.inf if interval[0] == 0 else first
-    return np.where((sigmas_n <= first) & (sigmas_n >= last), scale, 1.0).astype(np.float32)
+    first, last = (np.float32(percent_to_sigma(fraction, shift)) for fraction in interval)
+    # The largest level of some shifts is just above 1; without an interval, ComfyUI compares nothing.
+    inside_n = (sigmas_n <= first) & (sigmas_n >= last) if interval != (0.0, 1.0) else np.True_
+    return np.where(inside_n, scale, np.ones_like(sigmas_n)).astype(np.float32)

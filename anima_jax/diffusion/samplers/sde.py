@@ -13,7 +13,7 @@ import numpy as np
 
 from anima_jax.diffusion.samplers.ode import lagrange_integrals, midpoint_step, res_step, weighted
 from anima_jax.diffusion.samplers.plan import Trace, Vector
-from anima_jax.diffusion.schedules import shifted
+from anima_jax.diffusion.schedules import percent_to_sigma
 
 ER_POINTS = 200
 
@@ -177,7 +177,7 @@ def dpmpp_sde(trace: Trace) -> Vector:
         denoised = trace.denoise(x, sigma)
         if after == 0:
             return denoised
-        middle = _sigma((_snr(sigma) + _snr(after)) / 2)
+        middle = _middle_level(sigma, after)
         denoised = trace.denoise(_ancestral_sde(trace, x, denoised, sigma, middle), middle)
         x = _ancestral_sde(trace, x, denoised, sigma, after)
     return x
@@ -188,6 +188,16 @@ def _ancestral_sde(trace: Trace, x: Vector, denoised: Vector, sigma: float, afte
     alpha, ratio = 1 - after, sigma / (1 - sigma)
     down, up = split_variance(ratio, after / alpha)
     return alpha * (down / ratio / (1 - sigma) * x + (1 - down / ratio) * denoised + up * trace.noise(sigma, after))
+
+
+def _middle_level(sigma: float, after: float) -> float:
+    """Return the level in the middle of a step in λ, with ComfyUI's float32 rounding: the Brownian path is read there.
+
+    A level one unit in the last place away may round to the next of the path's times.
+    """
+    one = np.float32(1.0)
+    start, end = (np.float32(-math.log(level / (one - level))) for level in (np.float32(sigma), np.float32(after)))
+    return float(one / (one + np.float32(math.exp(start + (end - start) / 2))))
 
 
 def seeds_2(trace: Trace) -> Vector:
@@ -281,7 +291,7 @@ def sa_solver(trace: Trace) -> Vector:
     """
     levels = _finite_levels(trace)
     count = len(levels) - 1
-    first, last = (shifted(1 - done, trace.shift) for done in SA_NOISY)
+    first, last = (percent_to_sigma(done, trace.shift) for done in SA_NOISY)
     x = point = trace.start
     noise, before, tau = Vector({}), None, 0.0
     estimates: list[Vector] = []
@@ -344,7 +354,7 @@ def _renoised(trace: Trace, x: Vector, sigma: float, after: float) -> Vector:
 def _finite_levels(trace: Trace) -> list[float]:
     """Return the levels. A first level of 1, at which λ is infinite, is lowered slightly."""
     first, *rest = trace.sigmas
-    return [float(np.float32(shifted(1 - 1e-4, trace.shift))) if first >= 1 else first, *rest]
+    return [float(np.float32(percent_to_sigma(1e-4, trace.shift))) if first >= 1 else first, *rest]
 
 
 def _snr(sigma: float) -> float:
