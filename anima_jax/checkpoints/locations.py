@@ -6,6 +6,7 @@ downloaded once into the hub's own cache and is local from then on.
 
 import contextlib
 import hashlib
+import io
 import os
 import secrets
 import stat
@@ -71,8 +72,8 @@ def read_into(file: IO[bytes], buffer: memoryview) -> int:
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     """Open a file that becomes `path` if the block ends without an error; otherwise an existing `path` is unchanged.
 
-    Until then the data is in the same folder under a temporary name. Raises UserError if `path` cannot be written; an
-    error in the block itself passes through unchanged.
+    Until then the data is in the same folder under a temporary name. A call of the file's `write` writes all its bytes.
+    Raises UserError if `path` cannot be written; any other error in the block passes through unchanged.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -84,7 +85,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: exists and is not an ordinary file")
         temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:200]}.{secrets.token_hex(4)}.tmp")
-        file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0)
+        file = _WholeWrites(temporary, path)
     try:
         with file:
             yield file
@@ -97,6 +98,23 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+class _WholeWrites(io.FileIO):
+    """A new unbuffered file, in errors called `path`, whose `write` writes all bytes, however few the system takes."""
+
+    def __init__(self, temporary: str, path: str):
+        super().__init__(temporary, "xb")
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, any object with contiguous memory. Raises UserError, as for a full disk."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        with writing_to(self._path):
+            while rest:
+                rest = rest[super().write(rest[: 2**30]) :]
+        return size
 
 
 @contextlib.contextmanager

@@ -75,12 +75,12 @@ def write(
     ordered = in_file_order(tensors)
     header = safetensors_header.build(ordered, metadata)
     with locations.replacing(path) as file:
-        _write_all(path, file, memoryview(header))
+        file.write(header)
         for tensor in ordered:
             array = array_of(tensor.name)
             if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(f"{tensor} was announced, the array is {array.dtype} {array.shape}")
-            _write_all(path, file, _bytes_of(np.ascontiguousarray(array)))
+            file.write(_bytes_of(np.ascontiguousarray(array)))
             del array
 
 
@@ -92,13 +92,6 @@ def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 def _bytes_of(array: np.ndarray) -> memoryview:
     """Return the memory of a C-contiguous array as bytes."""
     return array.reshape(-1).view(np.uint8).data
-
-
-def _write_all(path: locations.PathLike, file: IO[bytes], data: memoryview) -> None:
-    while data:
-        with locations.writing_to(os.fspath(path)):
-            written = file.write(data[: 2**30])
-            data = data[written:]
 
 
 def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) -> None:
