@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import pathlib
+import sys
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -19,12 +20,22 @@ from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, command_line
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
-from anima_jax.sampling.arguments import given, image_requests, mesh_sizes, output_paths, resized, sampling_params
+from anima_jax.sampling.arguments import (
+    given,
+    image_requests,
+    mesh_sizes,
+    older_image,
+    output_paths,
+    resized,
+    sampling_params,
+)
 from anima_jax.sampling.callbacks import progress
 from anima_jax.sampling.flags import DTYPES, parse_arguments
+from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.images import read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.request import SamplingParams, check_requests, from_text, to_text
+from anima_jax.sampling.recipe import IMAGES, Recipe
+from anima_jax.sampling.request import SamplingParams, check_requests
 from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
 
@@ -41,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def generate(arguments: argparse.Namespace) -> None:
     """Generate the images that the flags describe, on the mesh given by the flags or the configuration."""
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
-    like = text_of(arguments.like) if arguments.like else {}
+    like = older_image(arguments)
     params = sampling_params(arguments, config, like)
-    sources = {name: getattr(arguments, name) or like.get(name) for name in ("image", "mask")}
+    sources = {name: getattr(arguments, name) or like.find(name, arguments.models) for name in IMAGES}
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
     requests = image_requests(arguments, config, like, image)
@@ -71,21 +82,12 @@ def generate(arguments: argparse.Namespace) -> None:
                 images = pipeline.draw(requests[batch], params, image=image, mask=mask, callback=callback)
             for drawn, request, path in zip(images, requests[batch], paths[batch], strict=True):
                 if hosts.is_process_0():
-                    save_image(drawn, path, to_text(request, params) | text_of_files(files | sources))
+                    text = to_text(request, params, files | sources)
+                    report_dropped(path, save_image(drawn, path, text, arguments.quality))
                 print(path)
 
 
-def text_of(path: str) -> dict[str, str]:
-    """Return the text chunks of a PNG. Raises UserError if they do not describe how the image was made."""
-    info = read_image(path).info
-    text = {name: value for name, value in info.items() if isinstance(name, str) and isinstance(value, str)}
-    from_text(path, text)
-    if text.get("dtype", DTYPES[0]) not in DTYPES:
-        raise UserError(f"{path}: dtype '{text['dtype']}' in its text chunks, expected one of {', '.join(DTYPES)}")
-    return text
-
-
-def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]) -> dict[str, Any]:
+def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> dict[str, Any]:
     """Return the arguments of `AnimaPipeline.load` from the flags, else the configuration, else the older image.
 
     A transformer comes with its own LLM adapter file and LoRAs: they are never taken from a later source than the
@@ -108,8 +110,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Map
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
             {"dtype": config.compute_dtype},
         ]
-    older_loras = [parse_lora_argument(line) for line in like.get("lora", "").splitlines()]
-    layers += [transformer_files(like.get("transformer"), like.get("adapter"), older_loras), like]
+    layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))
     files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None})
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
@@ -122,10 +123,21 @@ def transformer_files(transformer: Any, adapter: Any = None, loras: Sequence[tup
     return {"transformer": transformer, "adapter": adapter, "loras": loras} if transformer else {}
 
 
-def text_of_files(files: Mapping[str, Any]) -> dict[str, str]:
-    """Return text chunks that name the files an image was made from, as the user wrote them."""
-    loras = "\n".join(f"{path}:{weight}" for path, weight in files["loras"])
-    return {name: str(value) for name, value in {**files, "loras": None, "lora": loras}.items() if value}
+def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[str, Any]:
+    """Return the files of an older image that are not `given`. Raises UserError if one of them is not found."""
+    files: dict[str, Any] = {"dtype": like.dtype} if like.dtype else {}
+    for name in ("vae", "text_encoder", "tokenizers"):
+        if name not in given and (path := like.find(name, models)):
+            files[name] = path
+    if "transformer" not in given and (path := like.find("transformer", models)):
+        loras = [] if "loras" in given else like.found_loras(models)
+        files |= transformer_files(path, like.find("adapter", models), loras)
+    return files
+
+
+def report_dropped(path: pathlib.Path, dropped: Sequence[str]) -> None:
+    if dropped:
+        print(f"{path}: has no room for {', '.join(dropped)}; a PNG has", file=sys.stderr)
 
 
 def is_adapter_file(path: pathlib.Path) -> bool:

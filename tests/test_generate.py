@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from anima_jax import generate
-from anima_jax.sampling.request import from_text
+from anima_jax.sampling.image_text import from_text
 from tests.small_run import ASSETS, write_transformer
 
 
@@ -45,8 +45,8 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     assert Image.open(again).text == Image.open(first).text
     run("--like", first, "-o", other, "--seed", 4, "--no-cfg_zero_star")
     assert np.any(np.asarray(Image.open(other)) != np.asarray(Image.open(first)))
-    request, params = from_text("c.png", Image.open(other).text)
-    assert (request.seed, params.cfg_zero_star, params.shift) == (4, False, 1.7)
+    values = from_text("c.png", Image.open(other).text).values
+    assert (values["seed"], values["cfg_zero_star"], values["shift"]) == (4, False, 1.7)
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
 
@@ -64,9 +64,9 @@ def test_every_prompt_is_generated_in_every_size_with_every_seed(networks, tmp_p
     prompts.write_bytes("\ufeffa red circle\r\n\r\n  猫 \r\n".encode())
     flags = ["--width", 32, 48, "--height", 48, 32, "--seed", 1, 2, "--steps", 1, "--sampler", "euler", "--at_once", 8]
     run(*networks, "--prompts", prompts, *flags, "-o", tmp_path / "x.png")
-    found = [from_text("x", Image.open(tmp_path / f"x_{index}.png").text)[0] for index in range(1, 9)]
+    found = [from_text("x", Image.open(tmp_path / f"x_{index}.png").text).values for index in range(1, 9)]
     expected = [(p, w, h, s) for p in ("a red circle", "猫") for w, h in ((32, 48), (48, 32)) for s in (1, 2)]
-    assert [(x.prompt, x.width, x.height, x.seed) for x in found] == expected
+    assert [(x["prompt"], x["width"], x["height"], x["seed"]) for x in found] == expected
     assert len({np.asarray(Image.open(tmp_path / f"x_{index}.png")).tobytes() for index in range(1, 9)}) == 8
 
 
@@ -146,7 +146,9 @@ def test_errors_name_the_files(networks, tmp_path, capsys):
     ):
         assert message in error_of(capsys, *networks, *output, *flags)
     assert "one of --prompt, --prompts and --like is required" in error_of(capsys, *networks, *output)
-    assert "expected a .png file in a folder that exists" in error_of(capsys, *networks, "--prompt", "x", "-o", "x.jpg")
+    assert "x.gif: images are written as .png, .jpg, .jpeg, .webp, found '.gif'" in error_of(
+        capsys, *networks, "--prompt", "x", "-o", "x.gif"
+    )
     (tmp_path / "x_2.png").mkdir()
     batch = ["--prompt", "x", "--batch_size", 2]
     assert "x_2.png is a folder, expected a .png file" in error_of(capsys, *networks, *output, *batch)

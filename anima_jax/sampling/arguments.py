@@ -7,22 +7,25 @@ import argparse
 import dataclasses
 import pathlib
 import re
+import sys
 from collections import ChainMap
-from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from anima_jax.checkpoints.locations import writing_to
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError
 from anima_jax.parallel import hosts
 from anima_jax.parallel.rules import AXES
+from anima_jax.sampling.image_text import read_recipe
+from anima_jax.sampling.images import image_format
+from anima_jax.sampling.recipe import Recipe, quoted
 from anima_jax.sampling.request import (
     SIZE_STEP,
     ImageRequest,
     SamplingParams,
     expand_request,
-    from_text,
     read_prompts,
 )
 
@@ -52,9 +55,25 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [])}
 
 
-def sampling_params(
-    arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str]
-) -> SamplingParams:
+def older_image(arguments: argparse.Namespace) -> Recipe:
+    """Return what the image of `--like` says, or nothing; prints what of it is left out.
+
+    Raises UserError if the file does not say how an image was made.
+    """
+    if not arguments.like:
+        return Recipe()
+    like = read_recipe(arguments.like)
+    if not (arguments.image or "image" in like.files) and like.values.pop("denoise", 1.0) != 1.0:
+        like.messages.append("it started from an image that it does not name: give --image and --denoise")
+    if arguments.transformer or arguments.config or arguments.checkpoint:
+        for name, weight in [] if arguments.lora else like.loras:
+            like.messages.append(f"its LoRA {quoted(name)} at {weight} belongs to its own transformer and is left out")
+    for message in like.messages if hosts.is_process_0() else []:
+        print(f"{arguments.like}: {message}", file=sys.stderr)
+    return like
+
+
+def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> SamplingParams:
     """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -62,14 +81,14 @@ def sampling_params(
         flags["paste"] = None
     if interval := flags.get("guidance_interval"):
         flags["guidance_interval"] = tuple(interval)
-    older = dataclasses.asdict(from_text(arguments.like, like)[1]) if like else {}
+    older = {name: like.values[name] for name in names if name in like.values}
     sample = config.sample if config else None
     configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}
     return SamplingParams(**ChainMap(flags, older, configured))
 
 
 def image_requests(
-    arguments: argparse.Namespace, config: MainConfig | None, like: Mapping[str, str], image: Image.Image | None
+    arguments: argparse.Namespace, config: MainConfig | None, like: Recipe, image: Image.Image | None
 ) -> list[ImageRequest]:
     """Return a request for every prompt in every size with every seed.
 
@@ -78,12 +97,14 @@ def image_requests(
     `SIZE_STEP`.
     """
     size = image.size if image else config.sample_size_wh if config else (ImageRequest.width, ImageRequest.height)
-    size_is_given = like or (arguments.width and arguments.height)
+    size_is_given = like.path or (arguments.width and arguments.height)
     if image and not size_is_given and any(side % SIZE_STEP for side in size):
         nearest = "×".join(str(max(1, round(side / SIZE_STEP)) * SIZE_STEP) for side in size)
         found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP} (nearest: {nearest})"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
-    base = from_text(arguments.like, like)[0] if like else ImageRequest("", *size)
+    names = [field.name for field in dataclasses.fields(ImageRequest)]
+    older = {name: like.values[name] for name in names if name in like.values}
+    base = ImageRequest(**{"prompt": "", "width": size[0], "height": size[1]} | older)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompts:
         prompts = read_prompts(arguments.prompts)
@@ -98,10 +119,11 @@ def resized(part: Image.Image | None, request: ImageRequest) -> Image.Image | No
 
 
 def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Return the files to write. Raises UserError unless `output` is a PNG in a folder that exists."""
-    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: expected a .png file in a folder that exists")
+    """Return the files to write. Raises UserError unless `output` can be an image, in a folder that can be made."""
+    image_format(output)
+    with writing_to(str(output)):
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}_{index + 1}") for index in range(count)]
     if folder := next((path for path in paths if path.is_dir()), None):
-        raise UserError(f"--output {output}: {folder} is a folder, expected a .png file")
+        raise UserError(f"--output {output}: {folder} is a folder, expected a {output.suffix} file")
     return paths

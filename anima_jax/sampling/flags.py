@@ -24,6 +24,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("one of --prompt, --prompts and --like is required")
     if arguments.set and not arguments.config:
         parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
+    if arguments.quality is not None and not 1 <= arguments.quality <= 100:
+        parser.error(f"--quality {arguments.quality}, expected 1 to 100")
     for flag in ("at_once", "preview", "batch_size"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -38,8 +40,16 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", help="what to draw, with ComfyUI's weights: (text), (text:1.3)")
     prompts.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
     add("--negative_prompt", metavar="TEXT")
-    add("-o", "--output", required=True, metavar="FILE.png", help="several images become FILE_1.png, FILE_2.png, …")
-    add("--like", metavar="FILE.png", help="generate this image again; other flags override its parameters")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=".png, .jpg, .webp; several images: FILE_1, FILE_2, …",
+    )
+    add("--quality", type=int, metavar="1-100", help="of .jpg (default: 95) and .webp (default: lossless)")
+    add("--like", metavar="FILE", help="generate this image of ours, ComfyUI or A1111 again; other flags override")
+    add("--models", action="append", default=[], metavar="FOLDER", help="where to look for the files that it names")
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:

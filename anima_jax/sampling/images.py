@@ -1,32 +1,60 @@
-"""Images and masks: reading files, writing PNGs, and conversion to and from the networks' arrays."""
+"""Images and masks: reading and writing files, and conversion to and from the networks' arrays."""
 
 import io
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.data.images import eight_bit
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, first_line
+from anima_jax.sampling.exif import exif_of_text, text_chunks
 
 PIXELS_PER_LATENT = 8
 """Pixels along each side of one latent pixel: the VAE's downsampling factor."""
 
 
-def save_image(image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with these text chunks. The file appears under its name only once it is complete."""
-    chunks, data = PngInfo(), io.BytesIO()
-    for key, value in (text or {}).items():
-        chunks.add_itxt(key, value)  # iTXt chunks are UTF-8
-    image.save(data, format="PNG", pnginfo=chunks)
+WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Ending of an image file to write → PIL's name of its format."""
+
+
+def save_image(
+    image: Image.Image, path: pathlib.Path, text: Mapping[str, str] | None = None, quality: int | None = None
+) -> list[str]:
+    """Write a PNG, JPEG or WebP file, as the ending of `path` says, with these texts (`sampling.image_text`).
+
+    `quality` is that of JPEG and WebP, 1 to 100; without it a JPEG has 95 and a WebP is lossless. The file appears
+    under its name only once it is complete. Returns the names of texts for which the file has no room. Raises UserError
+    for another ending, for an image that is too large for the format, and if the file cannot be written.
+    """
+    kind, data = image_format(path), io.BytesIO()
+    options: dict[str, Any] = {"pnginfo": text_chunks(text or {})} if kind == "PNG" else {}
+    dropped: list[str] = []
+    if kind != "PNG":
+        exif, dropped = exif_of_text(text or {})
+        options = {"exif": exif, "quality": quality or 95}
+        options |= {"subsampling": 0} if kind == "JPEG" else {"lossless": quality is None}
+    try:
+        image.save(data, format=kind, **options)
+    except (OSError, ValueError) as error:
+        size = f"{image.width}×{image.height} pixels"
+        raise UserError(f"{path}: {size} cannot be written as {kind}: {first_line(error)}") from None
     with writing_to(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(data.getbuffer())
+    return dropped
+
+
+def image_format(path: pathlib.Path) -> str:
+    """Return the format of an image to write. Raises UserError for an ending that is not in `WRITTEN`."""
+    if path.suffix.lower() not in WRITTEN:
+        raise UserError(f"{path}: images are written as {', '.join(WRITTEN)}, found '{path.suffix}'")
+    return WRITTEN[path.suffix.lower()]
 
 
 def read_image(path: str) -> Image.Image:

@@ -1,13 +1,13 @@
 """Sampling requests: each image's prompt, size and seed, and the parameters that all images of a run share.
 
-Both are written to the PNG's text chunks, from which the image can be sampled again.
+`sampling.image_text` writes both into the image's file, from which the image can be sampled again.
 """
 
 import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -196,53 +196,6 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise UserError(f"{path}: contains no prompt, expected one per line")
     return prompts
-
-
-def to_text(request: ImageRequest, params: SamplingParams) -> dict[str, str]:
-    """Return text chunks of a PNG that describe how the image was made, with numbers in full precision."""
-    values = dataclasses.asdict(request) | dataclasses.asdict(params)
-    set_values = {name: value for name, value in values.items() if value is not None}
-    return {name: " ".join(map(repr, x)) if isinstance(x, tuple) else str(x) for name, x in set_values.items()}
-
-
-def from_text(path: str, text: Mapping[str, str]) -> tuple[ImageRequest, SamplingParams]:
-    """Return what `to_text` wrote; a missing chunk means the default.
-
-    Raises UserError, which names the file `path`, if the prompt or the seed is missing or a value is not valid.
-    """
-    if "prompt" not in text or "seed" not in text:
-        raise UserError(f"{path}: no parameters in its text chunks, expected a PNG that anima_jax.generate wrote")
-    request = ImageRequest(**_read(ImageRequest, path, text))
-    request.check()
-    params = SamplingParams(**_read(SamplingParams, path, text))
-    params.check()
-    return request, params
-
-
-def _read(kind: type[ImageRequest] | type[SamplingParams], path: str, text: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.name in text:
-            try:
-                values[field.name] = _READERS[field.type](text[field.name])
-            except (ValueError, KeyError):
-                raise UserError(f"{path}: {field.name} '{text[field.name]}' in its text chunks") from None
-    return values
-
-
-def _interval(text: str) -> tuple[float, float]:
-    first, last = map(float, text.split())
-    return first, last
-
-
-_READERS: dict[Any, Callable[[str], Any]] = {
-    str: str,
-    int: int,
-    int | None: int,
-    float: float,
-    bool: {"True": True, "False": False}.__getitem__,
-    tuple[float, float]: _interval,
-}
 
 
 def _nearest(size: int) -> str:

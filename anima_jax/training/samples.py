@@ -1,5 +1,6 @@
 """Images sampled during training, always from the same prompts and seeds."""
 
+import json
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -94,12 +95,9 @@ class Samples:
             self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
-        text = {
-            "prompt": "\n".join(prompt for prompt, _ in tiles),
-            "seed": "\n".join(str(seed) for _, seed in tiles),
-            "step": str(point.step),
-            "parameters": f"steps {config.steps}, guidance_scale {config.guidance_scale}, shift {config.shift}",
-        }
+        settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step, "steps": config.steps}
+        settings |= {"guidance_scale": config.guidance_scale, "shift": config.shift}
+        text = {"anima_jax_samples": json.dumps(settings)}
         if is_process_0():
             save_image(grid, self._path(point), text)
         return grid

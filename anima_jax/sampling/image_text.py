@@ -1,0 +1,113 @@
+"""The text in image files that says how the image was made: ours, ComfyUI's and A1111's.
+
+A PNG has text chunks of these names: `anima_jax`, JSON with everything; `prompt`, ComfyUI's graph; `parameters`,
+A1111's text. JPEG and WebP files hold them in their EXIF data (`sampling.exif`).
+"""
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from anima_jax.errors import UserError
+from anima_jax.sampling.comfyui_graph import comfyui_graph
+from anima_jax.sampling.exif import read_text
+from anima_jax.sampling.images import read_image
+from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
+from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
+from anima_jax.sampling.webui_text import from_webui, to_webui
+
+OWN = "anima_jax"
+"""The name of our own chunk."""
+
+FIELDS: dict[str, Any] = get_type_hints(ImageRequest) | get_type_hints(SamplingParams)
+"""Field of `ImageRequest` or `SamplingParams` → its type."""
+
+SIZE = ("width", "height")
+
+LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
+
+
+def to_text(request: ImageRequest, params: SamplingParams, files: Mapping[str, Any]) -> dict[str, str]:
+    """Return chunk → text of an image.
+
+    `files` are the files it was made from, by kind (`NETWORKS`, `IMAGES`), `loras` with their weights, and the dtype.
+    """
+    values = dataclasses.asdict(request) | dataclasses.asdict(params)
+    named = {name: str(file) for name, file in files.items() if file and name != "loras"}
+    adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
+    graph, left_out = comfyui_graph(values, named, adapters)
+    own = values | named | {"loras": adapters} | ({"left_out_for_comfyui": left_out} if left_out else {})
+    return {
+        "parameters": to_webui(values, named, adapters, {}),
+        "prompt": json.dumps(graph, allow_nan=False),
+        OWN: json.dumps(own, allow_nan=False),
+    }
+
+
+def read_recipe(path: str) -> Recipe:
+    """Return what an image says about how it was made. Raises UserError if it says nothing or cannot be read.
+
+    A size that it does not say is its own.
+    """
+    image = read_image(path)
+    recipe = from_text(path, read_text(image))
+    sizes = {name: max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for name, side in zip(SIZE, image.size, strict=True)}
+    recipe.values = sizes | recipe.values
+    return recipe
+
+
+def from_text(path: str, text: Mapping[str, str]) -> Recipe:
+    """Return what the chunks of the image `path` say. Raises UserError if they do not say how it was made."""
+    if OWN in text:
+        return _from_own(path, _parsed(path, OWN, text[OWN]))
+    if "prompt" in text and "seed" in text:
+        return _from_lines(path, text)
+    if "parameters" in text:
+        return from_webui(path, text["parameters"])
+    raise UserError(f"{path}: no parameters in its text chunks, expected an image of anima_jax, ComfyUI or A1111")
+
+
+def _parsed(path: str, chunk: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its {chunk} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: its {chunk} is not a JSON object")
+    return value
+
+
+def _from_own(path: str, own: Mapping[str, Any]) -> Recipe:
+    """Return what our own chunk says; a missing field means the default."""
+    values = {name: _typed(path, name, TypeAdapter(kind), own[name]) for name, kind in FIELDS.items() if name in own}
+    words = TypeAdapter(str)
+    files = {name: _typed(path, name, words, own[name]) for name in (*NETWORKS, *IMAGES) if own.get(name)}
+    loras = _typed(path, "loras", LORAS, own.get("loras", []))
+    dtype = _typed(path, "dtype", words, own["dtype"]) if "dtype" in own else None
+    return Recipe(path, values, files, loras, dtype)
+
+
+def _typed(path: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:
+    try:
+        return kind.validate_python(value)
+    except (ValidationError, RecursionError):
+        raise UserError(f"{path}: {name} {quoted(value)} in its text chunks") from None
+
+
+def _from_lines(path: str, text: Mapping[str, str]) -> Recipe:
+    """Return what a PNG of an early version says: a chunk for each field, numbers as in Python, one LoRA per line."""
+    own: dict[str, Any] = dict(text)
+    for name, kind in FIELDS.items():
+        if name in text and kind is not str:
+            try:
+                words = [ast.literal_eval(word) for word in text[name].split(" ")]
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise UserError(f"{path}: {name} {quoted(text[name])} in its text chunks") from None
+            own[name] = words if len(words) > 1 else words[0]
+    lines = [re.fullmatch(r"(.*):([^:]*)", line) for line in text.get("lora", "").splitlines()]
+    return _from_own(path, own | {"loras": [match.groups() for match in lines if match]})

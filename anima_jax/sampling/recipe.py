@@ -1,0 +1,123 @@
+"""How an image was made, read from a file: names and numbers that a stranger may have written.
+
+A file that is named there is opened only if it is on this machine: an address in someone's image must not make this
+machine contact another one.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from anima_jax.errors import UserError
+
+NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "adapter")
+"""Files of a recipe that are networks, by the names of `AnimaPipeline.load`'s arguments."""
+
+IMAGES = ("image", "mask")
+
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+"""Endings that A1111 leaves out where it names a model."""
+
+FOLDERS = {
+    "transformer": ("diffusion_models", "unet", "checkpoints", "stable-diffusion"),
+    "text_encoder": ("text_encoders", "clip", "text_encoder", "checkpoints"),
+    "vae": ("vae", "checkpoints"),
+    "lora": ("loras", "lora"),
+    "image": ("input",),
+    "mask": ("input",),
+}
+"""Kind of file → the folders of ComfyUI and Forge that hold it; they decide between files of one name."""
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What a file says about how an image was made.
+
+    `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
+    `loras` names with weights, and `messages` what the file says but cannot be followed.
+    """
+
+    path: str = ""
+    values: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    files: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    loras: list[tuple[str, Any]] = dataclasses.field(default_factory=list[tuple[str, Any]])
+    dtype: str | None = None
+    messages: list[str] = dataclasses.field(default_factory=list[str])
+
+    def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
+        """Return the path of the file that the recipe names as `kind`, None if it names none; see `find_file`."""
+        return find_file(self.path, kind, self.files[kind], models) if kind in self.files else None
+
+    def found_loras(self, models: Sequence[str] = ()) -> list[tuple[str, Any]]:
+        """Return the LoRAs' paths with their weights; see `find_file`."""
+        return [(find_file(self.path, "lora", name, models), weight) for name, weight in self.loras]
+
+
+def quoted(*words: object) -> str:
+    """Return words from a file for a message: each in one line, without control characters, at most 100 of them."""
+    shown = [repr(str(word))[1:-1] for word in words[:4]]
+    more = f" and {len(words) - 4} more" if len(words) > 4 else ""
+    return ", ".join(f"'{word if len(word) <= 100 else word[:97] + '…'}'" for word in shown) + more
+
+
+def is_remote_name(name: str) -> bool:
+    """Return whether opening `name` could contact another machine: an address, or a network share of Windows."""
+    return "://" in name or re.match(r"[\\/]{2}", name) is not None
+
+
+def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
+    """Return the path of a local file that the image `source` names.
+
+    `models` are folders that are searched with all their sub-folders by the file's own name; then the name is taken as
+    it is, relative to the current folder. Raises UserError if the name is an address, or if no file or more than one
+    has the name.
+    """
+    what, flag = f"{source}: names the {kind.replace('_', ' ')} {quoted(name)}", f"--{kind}"
+    if is_remote_name(name):
+        raise UserError(f"{what}: an address that an image names is not opened; give it with {flag}")
+    if found := _search(kind, name, models):
+        if len(found) > 1:
+            raise UserError(f"{what}, and there are {len(found)} of that name: {quoted(*found)}; choose with {flag}")
+        return found[0]
+    for path in (name, name.replace("\\", "/")):
+        if os.path.isfile(path) or (kind == "tokenizers" and os.path.isdir(path)):
+            return path
+    where = f"in {quoted(*models)}" if models else "here; --models DIR says where to look"
+    raise UserError(f"{what}: there is no such file {where}, or give {flag}")
+
+
+def _search(kind: str, name: str, models: Sequence[str]) -> list[str]:
+    """Return the files in `models` with this name: those that fit best, which is one unless the choice is unclear."""
+    parts = [part for part in re.split(r"[\\/]", name.casefold()) if part]
+    if not parts:
+        return []
+    named = {parts[-1], *(parts[-1] + suffix for suffix in SUFFIXES if kind not in IMAGES)}
+    found = [path for folder in models for last, path in _files_in(folder) if last in named]
+    for fits in (
+        lambda path: os.path.basename(path).casefold() == parts[-1],
+        lambda path: _folded(path)[-len(parts) :] == parts,
+        lambda path: not set(_folded(path)).isdisjoint(FOLDERS.get(kind, ())),
+    ):
+        found = [path for path in found if fits(path)] or found
+    return sorted({os.path.realpath(path): path for path in found}.values())
+
+
+def _folded(path: str) -> list[str]:
+    return path.casefold().replace("\\", "/").split("/")
+
+
+def _files_in(folder: str) -> list[tuple[str, str]]:
+    """Return the folder's files as (name in lower case, path). Raises UserError if it is not a folder."""
+    if not os.path.isdir(folder):
+        raise UserError(f"--models {folder}: is not a folder")
+    files, visited = list[tuple[str, str]](), set[str]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()  # a link to a folder above it
+            continue
+        visited.add(real)
+        files += [(name.casefold(), os.path.join(parent, name)) for name in names]
+    return files

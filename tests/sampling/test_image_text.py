@@ -1,0 +1,91 @@
+"""What our images say about how they were made, in our own words."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from anima_jax.errors import UserError
+from anima_jax.sampling.image_text import from_text, read_recipe, to_text
+from anima_jax.sampling.images import save_image
+from anima_jax.sampling.request import ImageRequest, SamplingParams
+
+REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
+PARAMS = SamplingParams(
+    "ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3), paste=0, tile=512
+)
+LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", {"": 0.5, "text_encoder": 0.25})]
+FILES = {"transformer": "a/base.safetensors", "vae": "vae.safetensors", "text_encoder": "qwen.safetensors"}
+FILES |= {"tokenizers": "folder", "adapter": None, "image": "start.png", "mask": None, "dtype": "float32"}
+
+
+def values_of(request: ImageRequest, params: SamplingParams) -> dict[str, object]:
+    return dataclasses.asdict(request) | dataclasses.asdict(params)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])
+def test_a_file_keeps_every_setting_in_a_folder_that_is_made(tmp_path, suffix):
+    path = tmp_path / "a" / f"b{suffix}"
+    text = to_text(REQUEST, PARAMS, FILES | {"loras": LORAS})
+    assert not save_image(Image.new("RGB", (16, 16), "red"), path, text)
+    recipe = read_recipe(str(path))
+    assert recipe.values == values_of(REQUEST, PARAMS)
+    assert recipe.files | {"dtype": recipe.dtype} == {name: file for name, file in FILES.items() if file}
+    assert (recipe.loras, recipe.messages) == (LORAS, [])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_no_setting_of_these_tests_is_a_default():
+    for kind, changed in ((ImageRequest(""), REQUEST), (SamplingParams(), PARAMS)):
+        defaults = dataclasses.asdict(kind)
+        assert all(value != defaults[name] for name, value in dataclasses.asdict(changed).items())
+
+
+@given(st.floats(0.001, 1.0), st.text(), st.integers(0, 2**64 - 1))
+def test_numbers_and_text_survive_exactly(number, words, seed):
+    request = ImageRequest(words, seed=seed)
+    params = SamplingParams(words, shift=number, guidance_interval=(0.0, number))
+    assert from_text("x", to_text(request, params, {})).values == values_of(request, params)
+
+
+OLD = {"prompt": "a\n猫", "width": "512", "height": "768", "seed": "18446744073709551615", "batch_size": "3"}
+OLD |= {"batch_index": "2", "negative_prompt": "", "steps": "7", "guidance_scale": "3.3", "sampler": "heun"}
+OLD |= {"schedule": "beta57", "shift": "2.5", "denoise": "0.30000000000000004", "noise": "jax", "cfg_zero_star": "True"}
+OLD |= {"guidance_interval": "0.1 0.3333333333333333", "transformer": "base.safetensors", "dtype": "bfloat16"}
+OLD |= {"lora": "C:\\a.safetensors:0.7\nb.safetensors:1.0", "image": "start.png"}
+"""The text chunks of a PNG that version 0.1 wrote."""
+
+
+def test_images_of_early_versions_are_read():
+    recipe = from_text("x.png", OLD)
+    request = ImageRequest("a\n猫", 512, 768, 2**64 - 1, 3, 2)
+    params = SamplingParams("", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "jax", True, (0.1, 1 / 3))
+    assert values_of(request, params) | recipe.values == values_of(request, params)
+    assert set(recipe.values) == set(OLD) & set(values_of(request, params))
+    assert recipe.files == {"transformer": "base.safetensors", "image": "start.png"}
+    assert recipe.loras == [("C:\\a.safetensors", 0.7), ("b.safetensors", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({}, "no parameters in its text chunks"),
+        (OLD | {"seed": "1\n2"}, "seed '1\\n2'"),
+        (OLD | {"cfg_zero_star": "yes"}, "cfg_zero_star 'yes'"),
+        (OLD | {"guidance_interval": "0.5"}, "guidance_interval '0.5'"),
+        ({"anima_jax": "[1]"}, "its anima_jax is not a JSON object"),
+        ({"anima_jax": "{"}, "its anima_jax is not JSON"),
+        ({"anima_jax": "[" * 100_000}, "its anima_jax is not JSON"),
+        ({"anima_jax": json.dumps({"steps": "many\x1b[31m"})}, "steps 'many\\x1b[31m'"),
+        ({"anima_jax": json.dumps({"loras": [["a", "b"]]})}, "loras"),
+        ({"anima_jax": json.dumps({"vae": 3})}, "vae '3'"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_named_in_one_line(text, message):
+    with pytest.raises(UserError, match=re.escape(f"x.png: {message}")) as error:
+        from_text("x.png", text)
+    assert len(str(error.value).splitlines()) == 1
