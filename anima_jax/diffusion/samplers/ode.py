@@ -180,37 +180,55 @@ def uni_pc_bh2(trace: Trace) -> Vector:
 
 
 def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
-    """Take steps of a predictor in t = −ln σ and a corrector that uses the estimate at the predicted point.
+    """Take steps of a predictor in λ and a corrector that uses the estimate at the predicted point.
 
-    `scale` is B(h). A last level of 0 is replaced by `UNI_PC_LAST`.
+    `scale` is B(h). The points are those of the VP diffusion, x·α with α = 1 / √(1 + σ²). A last level of 0 is replaced
+    by `UNI_PC_LAST`.
     """
     levels = [*trace.sigmas[:-1], trace.sigmas[-1] or UNI_PC_LAST]
     count = len(levels) - 1
-    x = point = trace.start
+    alphas, stds, snrs = zip(*map(_vp_terms, levels), strict=True)
+    x = point = trace.start / math.hypot(1, levels[0])
     estimates: list[Vector] = []
     corrector = None
-    for index in range(count):
-        new = trace.denoise(point, levels[index])
+
+    def moved(x: Vector, index: int, factors: Sequence[float], estimates: Sequence[Vector]) -> Vector:
+        return (stds[index] / stds[index - 1]) * x + alphas[index] * weighted(factors, estimates)
+
+    for index, sigma in enumerate(levels[:-1]):
+        whole = math.hypot(1, sigma) * point
+        noise = (whole - trace.denoise(whole, sigma)) / sigma
+        new = trace.keep((point - stds[index] * noise) / alphas[index])
         if corrector is not None:
-            x = trace.keep((levels[index] / levels[index - 1]) * x + weighted(corrector, [*estimates, new]))
+            x = trace.keep(moved(x, index, corrector, [*estimates, new]))
         order = min(index + 1, max(1, min(3, count - 1)), count - index)
         estimates = [new, *estimates][:order]
-        past = levels[index::-1][:order]
-        predictor, corrector = _uni_pc_factors(past, levels[index + 1], scale)
-        point = (levels[index + 1] / levels[index]) * x + weighted(predictor, estimates)
-    return point
+        predictor, corrector = _uni_pc_factors(snrs[index::-1][:order], snrs[index + 1], scale)
+        point = moved(x, index + 1, predictor, estimates)
+    return point / alphas[-1]
+
+
+def _vp_terms(sigma: float) -> tuple[float, float, float]:
+    """Return the VP diffusion's α, std and λ = ln(α / std) at level `sigma` as ComfyUI's UniPC computes them.
+
+    In float32 its 1 − α² has few digits at small levels: the std at 0.001 is 0.00101.
+    """
+    one = np.float32(1.0)
+    log_alpha = np.float32(math.log(one / (np.float32(sigma) * np.float32(sigma) + one))) / 2
+    variance = one - np.float32(math.exp(2 * log_alpha))
+    return math.exp(log_alpha), math.sqrt(variance), float(log_alpha - np.float32(math.log(variance)) / 2)
 
 
 def _uni_pc_factors(
-    levels: Sequence[float], after: float, scale: Callable[[float], float]
+    snrs: Sequence[float], after: float, scale: Callable[[float], float]
 ) -> tuple[list[float], list[float]]:
-    """Return the predictor's and the corrector's factors of the estimates at `levels`, newest first.
+    """Return the predictor's and the corrector's factors of the estimates at these λ, newest first.
 
-    The corrector's last factor is that of the new estimate.
+    The corrector's last factor is that of the new estimate at `after`.
     """
-    order = len(levels)
-    h = math.log(after / levels[0])
-    ratios = np.array([math.log(level / levels[0]) / h for level in levels[1:]] + [1.0])
+    order = len(snrs)
+    h = snrs[0] - after
+    ratios = np.array([(snrs[0] - snr) / h for snr in snrs[1:]] + [1.0])
     moments: list[float] = []
     phi = math.expm1(h) / h - 1
     for power in range(1, order + 1):
