@@ -115,7 +115,8 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
     names = ("transformer", "vae", "text_encoder", "tokenizers", "adapter", "loras")
-    return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"])}
+    comfyui_dora = arguments.comfyui_dora or like.get("comfyui_dora") == str(True)
+    return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 
 
 def transformer_files(transformer: Any, adapter: Any = None, loras: Sequence[tuple[Any, float]] = ()) -> dict[str, Any]:

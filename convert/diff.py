@@ -54,7 +54,10 @@ def models(first: str, second: str) -> Iterator[Pair]:
 
 
 def adapters(first: str, second: str) -> Iterator[Pair]:
-    """Yield the updates of every module of two adapters, which may differ in kind and dialect."""
+    """Yield the updates of every module of two adapters, which may differ in kind and dialect.
+
+    The factors instead, where the update depends on the model (GLoRA, OFT).
+    """
     with open_adapter(first) as one, open_adapter(second) as other:
         for name in dict.fromkeys([*one.patches, *other.patches]):
             yield Pair(name, _update(one.patches.get(name)), _update(other.patches.get(name)))
@@ -63,8 +66,11 @@ def adapters(first: str, second: str) -> Iterator[Pair]:
 def _update(patch: Patch | None) -> np.ndarray | None:
     if patch is None:
         return None
-    parts = [patch.update()] if patch.update_shape is not None else []
-    parts += [patch.parts[name].float32() for name in ("diff_b", "dora_scale") if name in patch.parts]
+    if patch.kind.on_weight:  # ΔW is not known without the model
+        parts = [part.float32() for _, part in sorted(patch.parts.items())]
+    else:
+        parts = [patch.update()] if patch.update_shape is not None else []
+        parts += [patch.parts[name].float32() for name in ("diff_b", "set_b", "dora_scale") if name in patch.parts]
     return np.concatenate([part.ravel() for part in parts])
 
 

@@ -121,10 +121,17 @@ def _dialects(file: SafetensorsFile) -> list[str]:
 
 
 def _norms(patches: Mapping[str, Patch]) -> Iterator[Row]:
-    """Yield a row per block with ‖ΔW‖ of all its modules together."""
+    """Yield a row per block with ‖ΔW‖ of all its modules together, without those for which it depends on the model."""
     squares: dict[str, float] = collections.defaultdict(float)
+    dependent = collections.Counter[str]()
     for module, patch in patches.items():
-        squares[block_of(module)] += patch.norm() ** 2
+        norm = patch.norm()
+        if norm is None:
+            dependent[patch.kind.title] += 1
+        else:
+            squares[block_of(module)] += norm**2
+    for title, count in dependent.items():
+        yield "norm", f"{title}: depends on the model's weights ({plural(count, 'module')})"
     yield from (("norm", f"{block:<24} {square**0.5:.4g}") for block, square in squares.items())
 
 

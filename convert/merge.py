@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from anima_jax.adapters.file import file_of
-from anima_jax.adapters.merge import changes, match_adapters, merged, parse_lora_argument
+from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match_adapters, merged, parse_lora_argument
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("loras", metavar="LORA[:WEIGHT]", nargs="+", help="adapters of any kind, and their weights")
     parser.add_argument("output", metavar="OUT", help="the file to write, with BASE's names")
     parser.add_argument("--allow_unused", action="store_true", help="ignore keys that fit no module of BASE")
+    parser.add_argument("--comfyui_dora", action="store_true", help=COMFYUI_DORA)
     outputs.add_arguments(parser)
 
 
@@ -38,10 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{file.path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
         shapes = {name: file.tensors[key].shape for key, name in names.items()}
         files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
-        changed = changes(
-            match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused), weights
-        )
-
+        adapters = match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused, extend=True)
+        changed = changes(adapters, weights)
         broken: list[str] = []
 
         def stored_dtype(key: str) -> np.dtype:
@@ -51,12 +50,15 @@ def run(arguments: argparse.Namespace) -> None:
             values, name = file.read(key), names.get(key, key)
             if name not in changed:
                 return cast(values, stored_dtype(key), key)
-            out = merged(name, values, changed[name], stored_dtype(key))
+            out = merged(name, values, changed[name], stored_dtype(key), comfyui_dora=arguments.comfyui_dora)
             if not np.isfinite(out).all():
                 broken.append(key)
             return out
 
-        tensors = [TensorInfo(key, stored_dtype(key), tensor.shape) for key, tensor in file.tensors.items()]
+        def shape_of(key: str) -> tuple[int, ...]:
+            return changed_shape(file.tensors[key].shape, changed.get(names.get(key, key), ()))
+
+        tensors = [TensorInfo(key, stored_dtype(key), shape_of(key)) for key in file.tensors]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
     if broken:
         where = f"{plural(len(broken), 'tensor')}: {shorten(broken)}"

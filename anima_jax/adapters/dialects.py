@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from anima_jax.adapters.kinds import FACTORS, KINDS, PARTS, split_key
+from anima_jax.adapters.kinds import FACTORS, SUFFIXES, split_key
 from anima_jax.checkpoints.names import LINEAR, FileLayout, Rule, diffusers, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.errors import did_you_mean
@@ -66,12 +66,7 @@ def _diffusers(transformer: str, llm_adapter: str) -> Spelling:
     return spell
 
 
-_SUFFIXES = {factor.part: factor.suffix for kind in KINDS.values() for factor in kind.factors}
-_COMFYUI_PARTS = {part: f".{part}{_SUFFIXES.get(part, '')}" for part in PARTS}
-
-COMFYUI = Dialect(
-    "ComfyUI", _original("diffusion_model.", "text_encoders.qwen3_06b.transformer.model."), _COMFYUI_PARTS
-)
+COMFYUI = Dialect("ComfyUI", _original("diffusion_model.", "text_encoders.qwen3_06b.transformer.model."), SUFFIXES)
 """The dialect that the trainer writes."""
 
 DIALECTS = {
@@ -79,12 +74,16 @@ DIALECTS = {
     "kohya": Dialect(
         "kohya's sd-scripts",
         _original("lora_unet_", "lora_te_", flat=True),
-        {**_COMFYUI_PARTS, "lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight"},
+        {
+            **{part: suffix for part, suffix in SUFFIXES.items() if part != "set_b"},
+            "lora_A": ".lora_down.weight",
+            "lora_B": ".lora_up.weight",
+        },
     ),
     "diffusers": Dialect(
         "diffusers",
         _diffusers("transformer.", "text_conditioner."),
-        {part: _COMFYUI_PARTS[part] for part in ("lora_A", "lora_B")},
+        {part: SUFFIXES[part] for part in ("lora_A", "lora_B")},
         alpha=False,
     ),
 }

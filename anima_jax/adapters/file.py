@@ -8,6 +8,7 @@ not 1.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
@@ -22,7 +23,7 @@ from anima_jax.adapters.depths import depth_mismatch
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS, LAYOUTS, Dialect, module_names
 from anima_jax.adapters.kinds import FACTORS, SCALE, adapter_kind, split_key
 from anima_jax.adapters.modules import AdapterSpec
-from anima_jax.adapters.patch import Part, Patch
+from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Part, Patch
 from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import dit
@@ -59,6 +60,14 @@ class Adapter:
         ranks = sorted({patch.rank for patch in self.patches.values() if patch.rank})
         span = f" of rank {ranks[0]}" if ranks else ""
         return " and ".join(titles.values()) + span + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a remark about modules with parts of several kinds, of which only one counts."""
+        several = {module: patch for module, patch in self.patches.items() if patch.idle}
+        for module, patch in itertools.islice(several.items(), 1):
+            others = f" and {plural(len(several) - 1, 'other module')}" if len(several) > 1 else ""
+            idle = ", ".join(sorted(patch.idle))
+            yield f"{module}{others}: {idle} beside {patch.kind.title} has no effect, as in ComfyUI"
 
     def require_all_used(self, *, allow_unused: bool, advice: str = "", whole_parts: bool = False) -> None:
         """Raise UserError if there is no patch or keys are unused; with `allow_unused`, only warn about the keys.
@@ -106,6 +115,8 @@ def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
     for module, patch in adapter.patches.items():
         if error := patch.error():
             raise UserError(f"{file.path}: {module} {error}")
+    for warning in adapter.warnings():
+        print(f"warning: {file.path}: {warning}", file=sys.stderr)
     return adapter
 
 
@@ -132,13 +143,19 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
             continue
         module, name = known[spelling], part
         if module.endswith(".bias"):  # ComfyUI's name for a bias difference
-            module, name = module.removesuffix(".bias"), "diff_b" if part == "diff" else part
+            if part != "diff":
+                continue
+            module, name = module.removesuffix(".bias"), "diff_b"
         own, tensor = parts.setdefault(module, {}), file.tensors[key]
         if name in own:
             raise UserError(f"{file.path}: {key}: a second {name} of {module}")
         own[name] = Part(tensor.shape, tensor.dtype, lambda key=key: file.read(key), key)
-    patches = {module: Patch(own) for module, own in parts.items() if own.keys() - {"alpha", "dora_scale"}}
-    used = {part.key for patch in patches.values() for part in patch.parts.values()}
+    patches = {
+        module: _with_inputs_scaled(Patch(own))
+        for module, own in parts.items()
+        if own.keys() - {"alpha", "dora_scale", "inv_scale", "reshape_weight"}
+    }
+    used = {part.key for module in patches for part in parts[module].values()}
     unused = tuple(key for key in file.tensors if key not in used)
     patches, metadata = peft.with_alphas(file, known, patches)
     if metadata.pop(ALPHA_IS_RANK, None):
@@ -148,6 +165,18 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
 
 def _without_idle_alpha(patch: Patch) -> Patch:
     return Patch({name: part for name, part in patch.parts.items() if name != "alpha" or patch.scale != 1.0})
+
+
+def _with_inputs_scaled(patch: Patch) -> Patch:
+    """Return a patch whose `inv_scale` is multiplied into its factor of the inputs, if its kind has one."""
+    inputs = (factor for factor in patch.kind.factors if "in" in factor.axes)
+    name = next((factor.part for factor in inputs), "")
+    shapes = [patch.parts[part].shape for part in (name, "inv_scale") if part in patch.parts]
+    if len(shapes) < 2 or shapes[0][1:] != shapes[1]:
+        return patch
+    factor, scale = patch.parts[name], patch.parts["inv_scale"]
+    scaled = dataclasses.replace(factor, dtype=FLOAT32, read=lambda: factor.float32() * scale.float32())
+    return Patch({part: one for part, one in patch.parts.items() if part != "inv_scale"} | {name: scaled})
 
 
 def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
@@ -190,7 +219,7 @@ def _network_of(name: str) -> str:
 
 def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:
     """Return the patch without parts whose weight or bias the model does not have."""
-    has = {name: f"{module}.{'bias' if name == 'diff_b' else 'weight'}" in weights for name in patch.parts}
+    has = {name: f"{module}.{'bias' if name in BIAS_PARTS else 'weight'}" in weights for name in patch.parts}
     return Patch({name: part for name, part in patch.parts.items() if has[name]})
 
 

@@ -9,12 +9,17 @@ In the layout of files, where W is (out, in):
 
 lora   ΔW = s · B A (arXiv 2106.09685)
 dora   W + ΔW = m ⊙ (W + s · B A) / ‖W + s · B A‖, one norm per output (2402.09353)
-lokr   ΔW = s · w1 ⊗ w2, each a matrix or a product of two matrices (2212.10650, LyCORIS)
 loha   ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) (2108.06098)
-diff   ΔW itself, in files only
+lokr   ΔW = s · w1 ⊗ w2, each a matrix or a product of two matrices (2212.10650, LyCORIS)
+glora  ΔW = s · (b1 b2 + W a1 a2) (2306.07967, LyCORIS; older files have the factors in the opposite order)
+oft    ΔW = k (Rᵀ − 1) W, with one rotation R per block of outputs (2306.07280), k the strength
+boft   ΔW = Rₘ … R₁ W − W, with butterfly permutations between the rotations (2311.06243)
+diff   ΔW itself
+set    W + ΔW itself
 
-s is alpha / rank. A model's parameters are the transposed factors. This module must not import JAX, because the
-configuration reads the table too.
+s is alpha / rank. The last five are in files only, and computed as ComfyUI does (comfy/weight_adapter). A module with
+the parts of several kinds has the last one, as in ComfyUI (comfy/lora.py). A model's parameters are the transposed
+factors. This module must not import JAX, because the configuration reads the table too.
 """
 
 import dataclasses
@@ -25,6 +30,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from anima_jax.adapters import glora, oft
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Factor name → shape of its parameter in one layer."""
@@ -40,7 +47,8 @@ class Factor:
     `name` is the last component of its parameter's path. `axes` are the axes of the parameter in one layer: "in" and
     "out" for the features of the adapted layer, "rank", or any other label. As in PEFT, a new factor is zero if `zero`,
     else random. In files the factor is called `part` (ComfyUI's name): keys are read if they end in `endings` (a
-    regular expression), and written with the ending `.<part>` plus `suffix`.
+    regular expression), and written with the ending `.<part>` plus `suffix`. Two factors may have one `part` if they
+    differ in `dims`, their number of axes in files (0 for any).
     """
 
     name: str
@@ -49,6 +57,7 @@ class Factor:
     part: str = ""
     endings: str = ""
     suffix: str = ""
+    dims: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "part", self.part or self.name)
@@ -56,10 +65,16 @@ class Factor:
 
 
 class Product(NamedTuple):
-    """A matrix that is stored either as the product of `factors`, the output side first, or as one `matrix`."""
+    """A matrix that is stored either as the product of `factors`, the output side first, or as one `matrix`.
+
+    Some files have a `core` after the first factor (Tucker decomposition). If `flipped`, the first factor is then
+    stored as (rank, out).
+    """
 
     factors: tuple[Factor, ...]
     matrix: Factor | None = None
+    core: Factor | None = None
+    flipped: bool = False
 
 
 class Operations(NamedTuple):
@@ -80,12 +95,29 @@ Factors = Mapping[str, Any]
 """Factor name → array of one layer."""
 
 
+class OnWeight(NamedTuple):
+    """The arithmetic, in files only, of a kind whose ΔW depends on the weight W. Arrays are float32.
+
+    `shape(shapes)` returns the shape of the weights that factors of these shapes (part → shape) fit, with None for an
+    arbitrary size, or None if the factors do not fit together. `rank(shapes)` returns the divisor of alpha, or None if
+    alpha is no scale. `change(factors, weight, alpha, strength)` returns ΔW / s; the caller multiplies it by s and by
+    the strength.
+    """
+
+    factors: tuple[Factor, ...]
+    optional: tuple[Factor, ...]
+    shape: Callable[[Shapes], tuple[int | None, ...] | None]
+    change: Callable[[Mapping[str, np.ndarray], np.ndarray, float, float], np.ndarray]
+    rank: Callable[[Shapes], int | None] = lambda _: None
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterKind:
     """A row of the table.
 
-    ΔW is the Kronecker product of `products`, or the elementwise product if `elementwise`. With a `magnitude`, the
-    weights of each output are then rescaled to a trained norm.
+    ΔW is the Kronecker product of `products`, or the elementwise product if `elementwise`, or what `on_weight` says.
+    With a `magnitude`, the weights of each output are then rescaled to a trained norm. If it `replaces`, the matrix is
+    the new weight at any strength.
 
     `forward` returns s · ΔW x in JAX; a kind without it can be read from files, but not trained.
 
@@ -100,8 +132,10 @@ class AdapterKind:
 
     name: str
     title: str
-    products: tuple[Product, ...]
+    products: tuple[Product, ...] = ()
+    on_weight: OnWeight | None = None
     elementwise: bool = False
+    replaces: bool = False
     magnitude: Factor | None = None
     forward: Callable[[Operations, Any, Factors], Any] | None = None
     shapes: Callable[[int, int, int, int], Shapes] = lambda *_: {}
@@ -112,8 +146,15 @@ class AdapterKind:
     @property
     def factors(self) -> tuple[Factor, ...]:
         """All factors, including the alternatives."""
-        found = [factor for factors, matrix in self.products for factor in (*factors, matrix) if factor]
-        return (*found, self.magnitude) if self.magnitude else tuple(found)
+        found = [factor for product in self.products for factor in (*product.factors, product.matrix) if factor]
+        return (*found, *(self.on_weight.factors if self.on_weight else ()), *self.optional)
+
+    @property
+    def optional(self) -> tuple[Factor, ...]:
+        """Factors that an adapter of this kind may lack."""
+        cores = (product.core for product in self.products)
+        own = self.on_weight.optional if self.on_weight else ()
+        return tuple(factor for factor in (*cores, *own, self.magnitude) if factor)
 
     def combine(self, matrices: Iterable[np.ndarray]) -> np.ndarray:
         """Return ΔW / s from the products."""
@@ -162,6 +203,9 @@ def _dora_rows(shapes: Shapes, rows: int) -> dict[str, float]:
     return {"lora_a": rows + shapes["lora_b"][1], "lora_b": rows}
 
 
+LORA_MID = Factor("lora_mid", ("rank", "rank"), endings=r"lora_mid\.weight", suffix=".weight")
+_LORA = Product((LORA_B, LORA_A), core=LORA_MID)
+
 # ---- LoKr: in = m · p and out = k · q features, w1 is (m, k) and w2 is (p, q) -------------------------------------
 
 _W1 = Factor("lokr_w1", ("m", "k"), zero=True)
@@ -171,6 +215,7 @@ _W2, _W2_A, _W2_B = (
     Factor("lokr_w2_a", ("rank", "q")),
     Factor("lokr_w2_b", ("p", "rank")),
 )
+_T2 = Factor("lokr_t2", ("rank", "rank"))
 
 
 def factorised(features: int, limit: int) -> tuple[int, int]:
@@ -213,6 +258,7 @@ def _lokr_rows(shapes: Shapes, rows: int) -> dict[str, float]:
 
 _HADA_W1_A, _HADA_W1_B = Factor("hada_w1_a", ("rank", "out")), Factor("hada_w1_b", ("in", "rank"))
 _HADA_W2_A, _HADA_W2_B = Factor("hada_w2_a", ("rank", "out")), Factor("hada_w2_b", ("in", "rank"), zero=True)
+_HADA_T1, _HADA_T2 = Factor("hada_t1", ("rank", "rank")), Factor("hada_t2", ("rank", "rank"))
 
 
 def _loha_shapes(rank: int, features_in: int, features_out: int, _: int) -> Shapes:
@@ -236,15 +282,23 @@ def _loha_rows(shapes: Shapes, rows: int) -> dict[str, float]:
     return {"hada_w1_b": features_out * (2 + rows / rank)}
 
 
+# ---- GLoRA, OFT and BOFT, which are read from files -----------------------------------------------------------------
+
+_GLORA = tuple(Factor(name, (), suffix=".weight", endings=rf"{name}\.weight") for name in ("a1", "a2", "b1", "b2"))
+_BLOCKS = {dims: Factor(f"oft_blocks_{dims}", (), part="oft_blocks", dims=dims) for dims in (3, 4)}
+_RESCALE = Factor("rescale", ())
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 DIFF = Factor("diff", ("in", "out"), endings="(diff|w_norm)")
+SET = Factor("set_weight", ("in", "out"))
 
 _ROWS = (
     AdapterKind(
         "lora",
         "LoRA",
-        products=(Product((LORA_B, LORA_A)),),
+        products=(_LORA,),
         forward=_lora,
         shapes=_lora_shapes,
         rows=lambda shapes, rows: {"lora_a": rows, "lora_b": rows},
@@ -253,7 +307,7 @@ _ROWS = (
     AdapterKind(
         "dora",
         "DoRA",
-        products=(Product((LORA_B, LORA_A)),),
+        products=(_LORA,),
         magnitude=MAGNITUDE,
         forward=_lora,
         shapes=lambda *sizes: {**_lora_shapes(*sizes), "lora_magnitude": (sizes[2],)},
@@ -261,19 +315,12 @@ _ROWS = (
         peft_type="LORA",
     ),
     AdapterKind(
-        "lokr",
-        "LoKr",
-        products=(Product((_W1_A, _W1_B), _W1), Product((_W2_A, _W2_B), _W2)),
-        forward=_lokr,
-        shapes=_lokr_shapes,
-        rows=_lokr_rows,
-        peft_type="LOKR",
-        peft_keys=("rank_dropout", "decompose_factor"),
-    ),
-    AdapterKind(
         "loha",
         "LoHa",
-        products=(Product((_HADA_W1_A, _HADA_W1_B)), Product((_HADA_W2_A, _HADA_W2_B))),
+        products=(
+            Product((_HADA_W1_A, _HADA_W1_B), core=_HADA_T1, flipped=True),
+            Product((_HADA_W2_A, _HADA_W2_B), core=_HADA_T2, flipped=True),
+        ),
         elementwise=True,
         forward=_loha,
         shapes=_loha_shapes,
@@ -281,7 +328,21 @@ _ROWS = (
         peft_type="LOHA",
         peft_keys=("rank_dropout",),
     ),
+    AdapterKind(
+        "lokr",
+        "LoKr",
+        products=(Product((_W1_A, _W1_B), _W1), Product((_W2_A, _W2_B), _W2, _T2, flipped=True)),
+        forward=_lokr,
+        shapes=_lokr_shapes,
+        rows=_lokr_rows,
+        peft_type="LOKR",
+        peft_keys=("rank_dropout", "decompose_factor"),
+    ),
+    AdapterKind("glora", "GLoRA", on_weight=OnWeight(_GLORA, (), glora.shape, glora.change, glora.rank)),
+    AdapterKind("oft", "OFT", on_weight=OnWeight((_BLOCKS[3],), (_RESCALE,), oft.shape, oft.change)),
+    AdapterKind("boft", "BOFT", on_weight=OnWeight((_BLOCKS[4],), (_RESCALE,), oft.shape, oft.butterfly)),
     AdapterKind("diff", "differences of weights", products=(Product((), DIFF),)),
+    AdapterKind("set", "new weights", products=(Product((), SET),), replaces=True),
 )
 
 KINDS = {kind.name: kind for kind in _ROWS}
@@ -290,15 +351,31 @@ KINDS = {kind.name: kind for kind in _ROWS}
 TRAINABLE = tuple(name for name, kind in KINDS.items() if kind.forward)
 """Values of `[adapter] type`."""
 
-FACTORS = {factor.name: factor for name in TRAINABLE for factor in KINDS[name].factors}
+_CORES = {product.core.part for kind in KINDS.values() for product in kind.products if product.core}
+
+FACTORS = {factor.name: factor for name in TRAINABLE for factor in KINDS[name].factors if factor.part not in _CORES}
 """Last component of a trained parameter's path → its factor."""
 
 PARTS: Mapping[str, str] = {
     **{factor.part: factor.endings for kind in KINDS.values() for factor in kind.factors},
     "alpha": "alpha",
     "diff_b": "(diff_b|b_norm)",
+    "set_b": r"bias\.set_weight",
+    "reshape_weight": "reshape_weight",
+    "inv_scale": "inv_scale",
 }
-"""Part of an adapter in a file → pattern for the endings of its keys. `alpha` is a number, `diff_b` changes a bias."""
+"""Part of an adapter in a file → pattern for the endings of its keys.
+
+`alpha` is a number. `diff_b` changes a bias, `set_b` replaces it. `reshape_weight` is the shape to which a LoRA extends
+the weight with zeros. `inv_scale` multiplies each input of the adapter (anima_lora, networks/lora_modules).
+"""
+
+SUFFIXES: Mapping[str, str] = {
+    **{part: f".{part}" for part in PARTS if part != "inv_scale"},
+    **{factor.part: f".{factor.part}{factor.suffix}" for kind in KINDS.values() for factor in kind.factors},
+    "set_b": ".bias.set_weight",
+}
+"""Part → ending of its key in ComfyUI's files, which have no `inv_scale`."""
 
 _PART = re.compile(
     r"(?:\.|_(?=lora\.))(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in PARTS.items()) + ")$"
@@ -311,19 +388,18 @@ def split_key(key: str) -> tuple[str, str] | None:
     return (key[: match.start()], match.lastgroup) if match and match.lastgroup else None
 
 
-def kind_of(parts: Iterable[str]) -> AdapterKind | None:
+def kind_of(parts: Iterable[str], dims: Mapping[str, int] | None = None) -> AdapterKind | None:
     """Return the kind of an adapter with these parts, or None if they do not belong to a kind.
 
-    It is the first kind in the table with one of its matrices among the parts, unless a later kind has all of the same
-    parts and more.
+    It is the last kind in the table with a part that no earlier kind has. `dims` are the numbers of axes of the parts.
     """
     parts, best, explained = set(parts), None, set()
     for kind in KINDS.values():
-        own = parts & {factor.part for factor in kind.factors}
-        is_there = own - ({kind.magnitude.part} if kind.magnitude else set())
-        if is_there and (best is None or own > explained):
-            best, explained = kind, own
-    return best or (KINDS["diff"] if "diff_b" in parts else None)
+        fitting = (f for f in kind.factors if not f.dims or (dims or {}).get(f.part, f.dims) == f.dims)
+        own = parts & {factor.part for factor in fitting}
+        if own - {factor.part for factor in kind.optional} and not own <= explained:
+            best, explained = kind, explained | own
+    return best or (KINDS["diff"] if parts & {"diff_b", "set_b"} else None)
 
 
 def adapter_kind(keys: Iterable[str]) -> AdapterKind | None:

@@ -6,11 +6,12 @@ file therefore has the same numbers as the base with its adapters loaded.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 
 from anima_jax.adapters.base_model import base_mismatch
 from anima_jax.adapters.file import Adapter, adapter_in, file_of, fit_to_weights
-from anima_jax.adapters.patch import FLOAT32, Patch
+from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Patch
 from anima_jax.checkpoints import copying, gathered
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
@@ -26,6 +27,9 @@ from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
+
+COMFYUI_DORA = "DoRA by output as in ComfyUI: W + ΔW divided by the norm of W (default: by its own, as it was trained)"
+"""Help of the flag --comfyui_dora."""
 
 Weight = float | Mapping[str, float]
 """An adapter's weight: one number, or one number per part of the network, with prefixes of module names as keys.
@@ -77,47 +81,76 @@ def match_adapters(
     *,
     base: PathLike | None = None,
     allow_unused: bool = False,
+    extend: bool = False,
 ) -> list[Adapter]:
     """Return the adapters in open files, reduced to the patches of the tensors in `shapes`.
 
     Tensors have their names in the original files, with the prefix `text_encoder.` for the text encoder's. Prints how
-    many modules matched, and warns about an adapter that was trained on another model than the file `base`. Raises
-    UserError as `open_adapter` and `fit_to_weights` do.
+    many modules matched, and warns about an adapter that was trained on another model than the file `base`. With
+    `extend`, an adapter may extend weights with zeros (`reshape_weight`), and the next ones have to fit the new shapes.
+    Raises UserError as `open_adapter` and `fit_to_weights` do, and for an extended weight without `extend`.
     """
     adapters = []
     for file in files:
         adapter = fit_to_weights(adapter_in(file, allow_unused=allow_unused), shapes, allow_unused=allow_unused)
         adapters.append(adapter)
+        new = {weight: patch.reshaped(shapes[weight]) for weight, patch in _weights_of(adapter)}
+        for weight, shape in () if extend else new.items():
+            if shape != shapes[weight]:
+                raise UserError(f"{adapter.path}: extends {weight} to {shape}; the network takes {shapes[weight]}")
+        shapes = {**shapes, **new}
         if base is not None and (warning := base_mismatch(adapter.path, adapter.metadata, base)):
             print(warning, file=sys.stderr)
     return adapters
 
 
+def _weights_of(adapter: Adapter) -> Iterator[tuple[str, Patch]]:
+    """Yield the name of each weight that an adapter changes, with its patch."""
+    for module, patch in adapter.patches.items():
+        if patch.update_shape is not None:
+            yield f"{module}.weight", patch
+
+
 def changes(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Changes:
-    """Return the changes that the adapters make at these weights, one weight per adapter."""
+    """Return the changes that the adapters make at these weights, one weight per adapter.
+
+    An adapter whose weight is 0 everywhere makes none, as in ComfyUI's LoraLoader.
+    """
     found: dict[str, list[tuple[Patch, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for module, strength in strengths(adapter, weight).items():
+        own = strengths(adapter, weight)
+        for module, strength in own.items() if any(own.values()) else ():
             patch = adapter.patches[module]
             if patch.update_shape is not None:
                 found.setdefault(f"{module}.weight", []).append((patch, strength))
-            if "diff_b" in patch.parts:
+            if patch.parts.keys() & BIAS_PARTS:
                 found.setdefault(f"{module}.bias", []).append((patch, strength))
     return found
 
 
+def changed_shape(shape: tuple[int, ...], patches: Sequence[tuple[Patch, float]]) -> tuple[int, ...]:
+    """Return the shape of a weight after the patches."""
+    return functools.reduce(lambda before, one: one[0].reshaped(before), patches, shape)
+
+
 def merged(
-    name: str, values: np.ndarray, patches: Sequence[tuple[Patch, float]], dtype: np.dtype | None = None
+    name: str,
+    values: np.ndarray,
+    patches: Sequence[tuple[Patch, float]],
+    dtype: np.dtype | None = None,
+    *,
+    comfyui_dora: bool = False,
 ) -> np.ndarray:
-    """Return `values`, the tensor `name` of a file, with all `patches` applied; `dtype` None keeps the tensor's."""
+    """Return `values`, the tensor `name` of a file, with all `patches` applied in order.
+
+    `dtype` None keeps the tensor's. With `comfyui_dora`, DoRAs count as in ComfyUI (`Patch.applied`).
+    """
     weight = copying.contiguous(values).astype(FLOAT32)
     for patch, strength in patches:
-        if strength == 0.0:
-            continue
         if name.endswith(".bias"):
-            weight = weight + np.float32(strength) * patch.parts["diff_b"].float32()
-        else:
-            weight = patch.applied(weight, strength)
+            weight = patch.applied_to_bias(weight, strength)
+        elif strength or patch.kind.replaces:
+            weight = patch.applied(weight, strength, comfyui_dora=comfyui_dora)
     return copying.cast(weight, values.dtype if dtype is None else dtype, name)
 
 
@@ -135,6 +168,7 @@ class AdapterStack:
         *,
         base: PathLike | None = None,
         allow_unused: bool = False,
+        comfyui_dora: bool = False,
     ):
         params = transformer | {TEXT_ENCODER + path: value for path, value in text_encoder.items()}
         tensors = [*file_tensors(dit.RULES, transformer)]
@@ -143,6 +177,7 @@ class AdapterStack:
                 dataclasses.replace(tensor, name=TEXT_ENCODER + tensor.name, path=TEXT_ENCODER + tensor.path)
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
+        self._comfyui_dora = comfyui_dora
         files = [SafetensorsFile(file_of(path)) for path in paths]
         self._adapters = match_adapters(files, shapes, base=base, allow_unused=allow_unused)
         touched = changes(self._adapters, [1.0] * len(paths))
@@ -179,7 +214,8 @@ class AdapterStack:
         out = self._base[path].copy()
         for tensor in self._tensors[path]:
             own = out if tensor.layer is None else out[tensor.layer]
-            values = merged(tensor.name, tensor.layout.to_file(own), found[tensor.name])
+            patches, values = found.get(tensor.name, ()), tensor.layout.to_file(own)
+            values = merged(tensor.name, values, patches, comfyui_dora=self._comfyui_dora)
             copying.copy_into(own, tensor.layout.to_model(values))
         return out
 

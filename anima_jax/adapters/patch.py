@@ -1,9 +1,10 @@
 """The change that an adapter makes to one weight, independent of dialects, computed on the host in float32.
 
 Arrays have the layout of files: a weight W and an update ΔW are (out, in). The table of kinds (kinds.py) defines how ΔW
-is formed. `dora_scale`, (out, 1) or (1, in), may accompany any kind in a file. It is the norm of W + ΔW along the other
-axis (arXiv 2402.09353), as PEFT and LyCORIS train it. ComfyUI divides by ‖W‖ instead if it is (out, 1), so such a file
-has a slightly different effect there.
+is formed. Factors of convolutions with a 1 × 1 kernel, (out, rank, 1, 1), count as matrices. `dora_scale`, (out, 1) or
+(1, in), may accompany any kind with a scale. It is the norm of W + ΔW along the other axis (arXiv 2402.09353), as PEFT
+and LyCORIS train it. ComfyUI (comfy/weight_adapter/base.py, weight_decompose) divides by ‖W‖ instead if it is (out, 1),
+which is computed on demand.
 """
 
 import dataclasses
@@ -14,10 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from anima_jax.adapters.kinds import KINDS, AdapterKind, kind_of
+from anima_jax.adapters.kinds import KINDS, AdapterKind, Product, kind_of
 from anima_jax.errors import UserError
 
 FLOAT32 = np.dtype(np.float32)
+_EPSILON = np.finfo(FLOAT32).eps
+
+BIAS_PARTS = {"diff_b", "set_b"}
+_BESIDE = {"alpha", "dora_scale", "inv_scale", *BIAS_PARTS}
+"""Parts that may accompany those of any kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +44,26 @@ class Part:
         """Return a float32 copy of the values."""
         return self.read().astype(FLOAT32)
 
+    @property
+    def matrix(self) -> "Part":
+        """The part with all axes after the first as one, or the part itself if it has fewer than three axes."""
+        if len(self.shape) < 3:
+            return self
+        shape = (self.shape[0], math.prod(self.shape[1:]))
+        return dataclasses.replace(self, shape=shape, read=lambda: self.read().reshape(shape))
+
+    @property
+    def transposed(self) -> "Part":
+        """The transposed part."""
+        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().T)
+
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
     """The parts of one module's adapter. The other members are defined only if `error` returns None.
 
-    Besides the parts of its kind, an adapter may have `alpha`, `dora_scale`, `diff` (added to ΔW) and `diff_b` (added
-    to the bias).
+    Besides the parts of its kind, an adapter may have `alpha`, `dora_scale`, `inv_scale` (a factor on each input),
+    parts for the bias, and, as a LoRA, `reshape_weight`. Parts of other kinds have no effect (`idle`).
     """
 
     parts: Mapping[str, Part]
@@ -52,26 +71,75 @@ class Patch:
     @functools.cached_property
     def kind(self) -> AdapterKind:
         """The row in the table of kinds."""
-        return kind_of(self.parts) or KINDS["diff"]
+        return self._kind or KINDS["diff"]
+
+    @functools.cached_property
+    def _kind(self) -> AdapterKind | None:
+        return kind_of(self.parts, {name: len(part.shape) for name, part in self.parts.items()})
+
+    @functools.cached_property
+    def _chains(self) -> list[dict[str, Part]]:
+        """For each matrix that ΔW is formed from, the matrices whose product it is, by part."""
+        return [self._chain(product) for product in self.kind.products]
+
+    def _chain(self, product: Product) -> dict[str, Part]:
+        if product.matrix and product.matrix.part in self.parts:
+            whole = self.parts[product.matrix.part]
+            return {product.matrix.part: whole.matrix if product.factors else whole}
+        first, *others = (factor.part for factor in product.factors or (product.matrix,) if factor)
+        core = [product.core.part] if product.core and product.core.part in self.parts else []
+        found = {name: self.parts[name].matrix for name in (first, *core, *others) if name in self.parts}
+        if core and product.flipped and first in found:
+            found[first] = found[first].transposed
+        return found
+
+    @functools.cached_property
+    def _factors(self) -> dict[str, Part]:
+        """The parts of a kind whose change depends on the weight; matrices, if they are named `….weight` in files."""
+        rule = self.kind.on_weight
+        factors = (*rule.factors, *rule.optional) if rule else ()
+        present = {factor.part: factor for factor in factors if factor.part in self.parts}
+        return {name: self.parts[name].matrix if one.suffix else self.parts[name] for name, one in present.items()}
+
+    @property
+    def idle(self) -> list[str]:
+        """Parts without effect: those of other kinds than `kind`, as in ComfyUI."""
+        used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self._chains)}
+        return [name for name in self.parts if name not in used and not (name == "reshape_weight" and self._is_lora)]
+
+    @property
+    def _is_lora(self) -> bool:
+        return self.kind.products == KINDS["lora"].products
 
     @property
     def rank(self) -> int | None:
-        """The rank of the last product, or None if there is no product."""
-        products = [factors for factors, _ in self.kind.products if factors and factors[-1].part in self.parts]
-        return self.parts[products[-1][-1].part].shape[0] if products else None
+        """The divisor of alpha: the rank of the product (LoKr: of the last one), or None if there is no product."""
+        if self.kind.on_weight:
+            return self.kind.on_weight.rank({name: part.shape for name, part in self._factors.items()})
+        names = [factors[-1].part for factors, *_ in self.kind.products if factors and factors[-1].part in self.parts]
+        return self.parts[names[0 if self.kind.elementwise else -1]].shape[0] if names else None
+
+    @functools.cached_property
+    def alpha(self) -> float | None:
+        """The number in the part of this name, or None."""
+        return float(self.parts["alpha"].float32().reshape(())) if "alpha" in self.parts else None
 
     @property
     def scale(self) -> float:
         """The factor on the product: alpha / rank, or 1 without an alpha or a rank."""
-        if "alpha" not in self.parts or self.rank is None:
-            return 1.0
-        return float(self.parts["alpha"].float32().reshape(())) / self.rank
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     def with_alpha(self, alpha: float | None) -> "Patch":
         """Return the patch with this alpha, or unchanged if it is None."""
         if alpha is None:
             return self
         return Patch({**self.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})
+
+    def reshaped(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the changed weight, which a LoRA may extend with zeros (`reshape_weight`)."""
+        if not self._is_lora or "reshape_weight" not in self.parts:
+            return weight_shape
+        return tuple(int(size) for size in self.parts["reshape_weight"].read().reshape(-1))
 
     def error(
         self, weight_shape: tuple[int, ...] | None = None, bias_shape: tuple[int, ...] | None = None
@@ -80,91 +148,149 @@ class Patch:
         return self._incomplete() or next(self._misfits(weight_shape, bias_shape), None)
 
     def _misfits(self, weight_shape: tuple[int, ...] | None, bias_shape: tuple[int, ...] | None) -> Iterator[str]:
-        """Yield errors about shapes that can be multiplied, but are wrong."""
+        """Yield errors about shapes that can be multiplied, but are wrong, and about the alpha."""
         shapes, found = {name: part.shape for name, part in self.parts.items()}, self.update_shape
         if math.prod(shapes.get("alpha", ())) != 1:
             yield f"alpha is {shapes['alpha']}, expected one number"
-        if found is None and self.kind.name != "diff":
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            yield f"alpha is {self.alpha}, expected a finite number"
+        if found is None and not shapes.keys() & BIAS_PARTS:
             yield "has two products of different shapes"
-        if bias_shape is not None and shapes.get("diff_b", bias_shape) != bias_shape:
-            yield f"changes a bias of shape {shapes['diff_b']}, the model's is {bias_shape}"
+        for name in sorted(BIAS_PARTS) if bias_shape is not None else ():
+            if shapes.get(name, bias_shape) != bias_shape:
+                yield f"changes a bias of shape {shapes[name]}, the model's is {bias_shape}"
         if weight_shape is None or found is None:
             return
-        if found != weight_shape:
-            yield f"changes a weight of shape {found}, the model's is {weight_shape}"
-        norms = {weight_shape[:1], (*weight_shape[:1], 1), (1, *weight_shape[1:])}
-        if "dora_scale" in shapes and shapes["dora_scale"] not in norms:
-            yield f"dora_scale is {shapes['dora_scale']}, the weight {weight_shape}"
+        target = self.reshaped(weight_shape)
+        if len(target) != len(weight_shape) or any(map(int.__lt__, target, weight_shape)):
+            yield f"reshape_weight is {target}, smaller than the weight {weight_shape}"
+        if not _fits(found, target):
+            yield f"changes a weight of shape {_shown(found)}, the model's is {target}"
+        if self.kind.on_weight and self.rank is None and "dora_scale" in shapes:
+            yield f"has dora_scale beside {self.kind.title}, which has no scale"
+        norms = {target[:1], target[1:], (1, *target[1:])} if len(target) > 1 else {}
+        if "dora_scale" in shapes and _stripped(shapes["dora_scale"]) not in norms:
+            yield f"dora_scale is {shapes['dora_scale']}, the weight {target}"
+        if "inv_scale" in shapes and shapes["inv_scale"] != target[-1:]:
+            yield f"inv_scale is {shapes['inv_scale']}, the weight {target}"
 
     def _incomplete(self) -> str | None:
-        """Return an error about a missing part, a superfluous part or shapes that cannot be multiplied, or None."""
-        allowed = {"alpha", "dora_scale", "diff", "diff_b"}
-        for factors, matrix in self.kind.products:
-            if matrix and matrix.part in self.parts:
-                allowed.add(matrix.part)
-                shape = self.parts[matrix.part].shape
-                if factors and len(shape) != 2:
-                    return f"{matrix.part} is {shape}, expected (out, in)"
+        """Return an error about a missing part or shapes that cannot be multiplied, or None."""
+        if self._kind is None:
+            shapes = {name: part.shape for name, part in self.parts.items() if name not in _BESIDE}
+            return f"has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, which is no adapter"
+        for product, chain in zip(self.kind.products, self._chains, strict=True):
+            names = [factor.part for factor in product.factors]
+            if (product.matrix and product.matrix.part in chain) or not names:
+                odd = [name for name in chain if names and len(chain[name].shape) != 2]
+                if odd:
+                    return f"{odd[0]} is {self.parts[odd[0]].shape}, expected (out, in)"
                 continue
-            names = [factor.part for factor in factors]
-            found = [name for name in names if name in self.parts]
-            if missing := [name for name in names if name not in self.parts]:
+            found = [name for name in names if name in chain]
+            if missing := [name for name in names if name not in chain]:
                 return f"has {found[0]} but not {missing[0]}" if found else f"has no {names[0].removesuffix('_a')}"
-            for left, right in itertools.pairwise(names):
-                shapes = self.parts[left].shape, self.parts[right].shape
+            for left, right in itertools.pairwise(chain):
+                shapes = chain[left].shape, chain[right].shape
                 if not all(len(shape) == 2 and all(shape) for shape in shapes) or shapes[0][1] != shapes[1][0]:
                     return f"{left} is {shapes[0]} and {right} {shapes[1]}, expected (out, rank) and (rank, in)"
-            allowed |= set(names)
-        odd = sorted(self.parts.keys() - allowed)
-        return f"has {odd[0]} beside a {self.kind.title}" if odd else None
+        return self._incomplete_on_weight()
+
+    def _incomplete_on_weight(self) -> str | None:
+        rule = self.kind.on_weight
+        if not rule:
+            return None
+        if missing := [factor.part for factor in rule.factors if factor.part not in self.parts]:
+            return f"has {next(iter(self._factors))} but not {missing[0]}"
+        shapes = {name: part.shape for name, part in self._factors.items()}
+        if all(shape and all(shape) for shape in shapes.values()) and rule.shape(shapes):
+            return None
+        return f"has factors that do not fit together: {', '.join(f'{n} {shape}' for n, shape in shapes.items())}"
 
     @property
-    def _matrices(self) -> list[list[Part]]:
-        """For each matrix that ΔW is formed from, the parts whose product it is."""
-        chosen = [
-            (matrix,) if matrix and matrix.part in self.parts else factors for factors, matrix in self.kind.products
-        ]
-        return [[self.parts[factor.part] for factor in factors] for factors in chosen]
+    def update_shape(self) -> tuple[int | None, ...] | None:
+        """The shape of ΔW, with None for an arbitrary size, or None if the patch changes only the bias."""
+        if self.kind.on_weight:
+            return self.kind.on_weight.shape({name: part.shape for name, part in self._factors.items()})
+        chains = [list(chain.values()) for chain in self._chains]
+        if not all(chains):
+            return None
+        if not all(product.factors for product in self.kind.products):
+            return chains[0][0].shape
+        return self.kind.combined_shape([(chain[0].shape[0], chain[-1].shape[1]) for chain in chains])
 
-    @property
-    def update_shape(self) -> tuple[int, ...] | None:
-        """The shape of ΔW, or None if the patch changes only the bias."""
-        if self.kind.name == "diff":
-            return self.parts["diff"].shape if "diff" in self.parts else None
-        return self.kind.combined_shape([(parts[0].shape[0], parts[-1].shape[1]) for parts in self._matrices])
+    def update(self, weight: np.ndarray | None = None, strength: float = 1.0) -> np.ndarray:
+        """Return ΔW in float32, without the effect of `dora_scale`.
 
-    def update(self) -> np.ndarray:
-        """Return ΔW in float32, without the effect of `dora_scale`."""
-        out = self.kind.combine(
-            functools.reduce(np.matmul, (part.float32() for part in parts)) for parts in self._matrices
-        )
-        if self.kind.name == "diff":
-            return out
-        out *= np.float32(self.scale)
-        return out + self.parts["diff"].float32() if "diff" in self.parts else out
+        Where ΔW depends on the weight (`kind.on_weight`), `weight` is required, and ΔW may depend on the strength,
+        which is not multiplied in.
+        """
+        if self.kind.on_weight:
+            assert weight is not None
+            factors = {name: part.float32() for name, part in self._factors.items()}
+            out = self.kind.on_weight.change(factors, weight, self.alpha or 0.0, strength)
+        else:
+            chains = ([part.float32() for part in chain.values()] for chain in self._chains)
+            out = self.kind.combine(functools.reduce(np.matmul, chain) for chain in chains)
+        if self.scale != 1.0:
+            out *= np.float32(self.scale)
+        return out * self.parts["inv_scale"].float32() if "inv_scale" in self.parts else out
 
-    def norm(self) -> float:
-        """Return the Frobenius norm ‖ΔW‖, without forming ΔW where that can be avoided."""
+    def norm(self) -> float | None:
+        """Return the Frobenius norm ‖ΔW‖, without forming ΔW where that can be avoided; None if it depends on W."""
+        if self.kind.on_weight or self.kind.replaces:
+            return None
         if self.update_shape is None:
             return 0.0
-        if self.kind.elementwise or "diff" in self.parts:
+        if self.kind.elementwise or "inv_scale" in self.parts:
             return float(np.linalg.norm(self.update()))
-        return abs(self.scale) * math.prod(map(_norm_of_product, self._matrices))
+        return abs(self.scale) * math.prod(_norm_of_product(list(chain.values())) for chain in self._chains)
 
-    def applied(self, weight: np.ndarray, strength: float) -> np.ndarray:
-        """Return the weight (float32) with this adapter at `strength`, an interpolation if it has a `dora_scale`."""
-        update = self.update()
+    def applied(self, weight: np.ndarray, strength: float, *, comfyui_dora: bool = False) -> np.ndarray:
+        """Return the weight (float32) with this adapter at `strength`, an interpolation if it has a `dora_scale`.
+
+        With `comfyui_dora` a magnitude per output is a factor on W + ΔW divided by ‖W‖, as in ComfyUI.
+        """
+        if self.kind.replaces:
+            return self.update().reshape(weight.shape)
+        if (target := self.reshaped(weight.shape)) != weight.shape:
+            before, weight = weight, np.zeros(target, FLOAT32)
+            weight[tuple(map(slice, before.shape))] = before
+        update = self.update(weight, strength).reshape(weight.shape)
         if "dora_scale" not in self.parts:
             update *= np.float32(strength)
             update += weight
             return update
         update += weight
-        scale = self.parts["dora_scale"].float32()
-        scale = scale[:, None] if scale.ndim == 1 else scale
-        axis = 1 if scale.shape[0] == weight.shape[0] else 0
-        norms = np.sqrt(np.sum(update * update, axis=axis, keepdims=True))
-        update *= scale / np.where(norms > 0, norms, 1.0)
+        scale = self.parts["dora_scale"].matrix.float32()
+        if scale.ndim == 1:
+            scale = scale.reshape((-1, 1) if len(scale) == len(weight) else (1, -1))
+        by_output = scale.shape[0] == weight.shape[0]
+        normed = weight if by_output and comfyui_dora else update
+        norms = np.sqrt(np.sum(normed * normed, axis=int(by_output), keepdims=True))
+        update *= scale / (norms + _EPSILON)
         return update if strength == 1.0 else weight + np.float32(strength) * (update - weight)
+
+    def applied_to_bias(self, bias: np.ndarray, strength: float) -> np.ndarray:
+        """Return the bias (float32) with this adapter at `strength`."""
+        if "set_b" in self.parts:
+            return self.parts["set_b"].float32()
+        return bias + np.float32(strength) * self.parts["diff_b"].float32()
+
+
+def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape without ones at its end, as those of a column or of a 1 × 1 kernel."""
+    return shape if len(shape) < 2 or shape[-1] != 1 else _stripped(shape[:-1])
+
+
+def _fits(found: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether an update of the shape `found` changes weights of `shape`; axes of size 1 do not count."""
+    if None in found:
+        return found[0] == shape[0]
+    return [size for size in found if size != 1] == [size for size in shape if size != 1]
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape)}{',' if len(shape) == 1 else ''})"
 
 
 def _norm_of_product(parts: list[Part]) -> float:
@@ -213,17 +339,26 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     """Return the patch as a LoRA of at most this rank, the energy ‖ΔW‖² before, and the energy that is kept.
 
     A LoRA of at most this rank is returned unchanged, as are parts that are not products. The scale is multiplied in,
-    so the new LoRA has no alpha. Raises UserError for a LoHa or LoKr with a `dora_scale`, which cannot become a LoRA.
+    so the new LoRA has no alpha. Parts without effect are left out. Raises UserError for an adapter that cannot become
+    a LoRA: one with `dora_scale` that is none, and one whose change depends on the weight.
     """
+    patch = Patch({name: part for name, part in patch.parts.items() if name not in patch.idle})
     is_lora = patch.kind.products == KINDS["lora"].products
-    if patch.kind.name == "diff" or (is_lora and (patch.rank or 0) <= rank):
-        energy = patch.norm() ** 2
-        return patch, energy, energy
+    energy = patch.norm()
+    if patch.kind.on_weight:
+        raise UserError(
+            f"a {patch.kind.title} cannot become a LoRA without the model, on whose weights its change depends; "
+            "`python -m convert merge` it, then `python -m convert extract`"
+        )
+    if energy is None or patch.kind.name == "diff" or (is_lora and (patch.rank or 0) <= rank):
+        return patch, (energy or 0.0) ** 2, (energy or 0.0) ** 2
     if not is_lora and "dora_scale" in patch.parts:
-        raise UserError(f"a {patch.kind.name} with dora_scale cannot become a LoRA")
-    kept_parts = {name: part for name, part in patch.parts.items() if name in {"dora_scale", "diff", "diff_b"}}
+        raise UserError(f"a {patch.kind.title} with dora_scale cannot become a LoRA")
+    beside = {"dora_scale", "reshape_weight", *BIAS_PARTS}
+    kept_parts = {name: part for name, part in patch.parts.items() if name in beside}
     product = Patch({name: part for name, part in patch.parts.items() if name not in kept_parts})
-    b, a, total, kept = _refactored(product, rank) if is_lora else _factored(product, rank)
+    is_plain = is_lora and product.parts.keys() <= {"lora_A", "lora_B", "alpha"}
+    b, a, total, kept = _refactored(product, rank) if is_plain else _factored(product, rank)
     dtype = next(part.dtype for name, part in product.parts.items() if name != "alpha")
     factors = {"lora_A": Part.of(a.astype(dtype)), "lora_B": Part.of(b.astype(dtype))}
     return Patch({**factors, **kept_parts}), total, kept
@@ -231,7 +366,7 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
 
 def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Return B and A of a lower rank, exact and from the factors alone, ‖ΔW‖², and the energy that is kept."""
-    left, right = (lora.parts[part].float32() for part in ("lora_B", "lora_A"))
+    left, right = (lora.parts[part].matrix.float32() for part in ("lora_B", "lora_A"))
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T * np.float32(lora.scale), full_matrices=False)
     energy = np.square(s, dtype=np.float64)

@@ -168,13 +168,13 @@ def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[st
 
     Raises UserError if they do not match this layer of `spec`.
     """
-    names = {factor.part: factor.name for factor in KINDS[spec.kind].factors}
+    names = {factor.part: factor.name for factor in KINDS[spec.kind].factors if factor.name in FACTORS}
     unfit = [part for part in patch.parts if part not in names and part != "alpha"]
     if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
         unfit.append(f"{MAGNITUDE.part} for each input")
     if unfit:
         raise UserError(f"{label}: {unfit[0]} cannot be trained on; merge the file instead")
-    own = {name: patch.parts[part].float32() for part, name in names.items() if part in patch.parts}
+    own = {name: patch.parts[part].matrix.float32() for part, name in names.items() if part in patch.parts}
     factors = {name: LAYOUTS[name].to_model(values) for name, values in own.items()}
     found, expected = {n: f.shape for n, f in factors.items()}, {n: spec.layer_shape(n, layer) for n in spec.shapes}
     if found != expected:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from anima_jax.adapters.merge import COMFYUI_DORA
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser
@@ -63,6 +64,7 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the hub's)")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter; may be repeated")
     add("--allow_unused", action="store_true", help="ignore tensors of models and adapters that belong to no network")
+    add("--comfyui_dora", action="store_true", help=COMFYUI_DORA)
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
 
 

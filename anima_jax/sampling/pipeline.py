@@ -105,6 +105,7 @@ class AnimaPipeline:
         adapter: PathLike | None = None,
         loras: Sequence[tuple[PathLike, Weight]] = (),
         allow_unused: bool = False,
+        comfyui_dora: bool = False,
         dtype: DTypeLike = jnp.bfloat16,
         offload: bool = False,
     ) -> "AnimaPipeline":
@@ -113,8 +114,9 @@ class AnimaPipeline:
         `tokenizers` is a folder with `qwen/` and `t5/`, or None for those on the Hugging Face hub. `adapter` is a file
         with the LLM adapter, if the transformer's file has none. `loras` are adapters of any kind and dialect, each
         with its weight: a number, or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`,
-        tensors of the files that belong to no network or module are not an error. Raises UserError for anything
-        missing or incompatible.
+        tensors of the files that belong to no network or module are not an error. With `comfyui_dora`, a
+        DoRA by output counts as in ComfyUI: W + ΔW is divided by the norm of W, not by its own. Raises UserError for
+        anything missing or incompatible.
         """
         networks = (
             load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused),
@@ -125,7 +127,9 @@ class AnimaPipeline:
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]
-            pipeline._loras = AdapterStack(paths, *params, base=transformer, allow_unused=allow_unused)
+            pipeline._loras = AdapterStack(
+                paths, *params, base=transformer, allow_unused=allow_unused, comfyui_dora=comfyui_dora
+            )
             pipeline.set_lora_weights([weight for _, weight in loras])
         return pipeline
 

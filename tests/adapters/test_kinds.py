@@ -50,13 +50,15 @@ def test_every_factor_of_a_layer_has_the_axes_that_the_table_says(kind, sizes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_known_by_the_parts_of_its_files(kind):
-    products = [{factor.part for factor in factors} or {matrix.part} for factors, matrix in KINDS[kind].products]
-    parts = set().union(*products, {KINDS[kind].magnitude.part} if KINDS[kind].magnitude else ())
-    assert kind_of(parts) is KINDS[kind]
-    assert kind_of({*parts, "alpha", "diff_b"}) is KINDS[kind]
+    products = [{factor.part for factor in factors} or {matrix.part} for factors, matrix, *_ in KINDS[kind].products]
+    others = [*KINDS[kind].on_weight.factors] if KINDS[kind].on_weight else [KINDS[kind].magnitude]
+    parts = set().union(*products, {factor.part for factor in others if factor})
+    dims = {factor.part: factor.dims for factor in others if factor}
+    assert kind_of(parts, dims) is KINDS[kind]
+    assert kind_of({*parts, "alpha", "diff_b"}, dims) is KINDS[kind]
     keys = [f"diffusion_model.blocks.0.mlp.layer1{COMFYUI.parts[part]}" for part in parts]
     assert {split_key(key)[1] for key in keys} == parts
-    assert adapter_kind(keys) is KINDS[kind]
+    assert adapter_kind(keys) is KINDS["oft" if kind == "boft" else kind]  # their keys are the same
 
 
 def test_a_scale_for_each_output_makes_a_dora_of_a_lora_only():
