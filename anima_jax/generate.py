@@ -102,7 +102,8 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
         else:
             exported = transformer_files(file)
     layers = [given(loras=loras), exported, transformer_files(arguments.transformer)]
-    layers += [given(**{name: getattr(arguments, name) for name in ("vae", "text_encoder", "tokenizers", "dtype")})]
+    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype")
+    layers += [given(**{name: getattr(arguments, name) for name in named})]
     if config:
         model = config.model
         layers += [
@@ -111,10 +112,10 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             {"dtype": config.compute_dtype},
         ]
     layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))
-    files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None})
+    files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None, "embeddings": None})
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
-    names = ("transformer", "vae", "text_encoder", "tokenizers", "adapter", "loras")
+    names = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter", "loras")
     comfyui_dora = arguments.comfyui_dora or like.get("comfyui_dora") == str(True)
     return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 
@@ -133,6 +134,8 @@ def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[st
     if "transformer" not in given and (path := like.find("transformer", models)):
         loras = [] if "loras" in given else like.found_loras(models)
         files |= transformer_files(path, like.find("adapter", models), loras)
+    if "embeddings" not in given and (folder := like.embeddings_folder(models)):
+        files["embeddings"] = folder
     return files
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from anima_jax import generate
 from anima_jax.sampling.image_text import from_text
@@ -49,6 +50,23 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     assert (values["seed"], values["cfg_zero_star"], values["shift"]) == (4, False, 1.7)
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_embeddings_change_the_image_and_like_finds_their_folder(networks, tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    save_file({"x": np.full((2, 64), 0.5, np.float32)}, tmp_path / "sub" / "foo.safetensors")
+    names = first, again, positive, unknown, plain = [tmp_path / f"{name}.png" for name in "abcde"]
+    flags = [*networks, *SMALL, "--embeddings", tmp_path]
+    run(*flags, "--prompt", "red", "--negative_prompt", "(embedding:foo:1.3), blue", "-o", first)
+    run("--like", first, "-o", again)
+    run(*flags, "--prompt", "red embedding:foo", "-o", positive)
+    assert "ignored" not in capsys.readouterr().err
+    run(*flags, "--prompt", "red embedding:bar", "-o", unknown)
+    assert "embedding:bar is ignored" in capsys.readouterr().err
+    run(*networks, *SMALL, "--prompt", "red ", "-o", plain)
+    images = [np.asarray(Image.open(name)).tobytes() for name in names]
+    assert (images[0], images[3]) == (images[1], images[4])
+    assert len(set(images)) == 3
 
 
 def test_previews_are_written_next_to_the_output(networks, tmp_path):

@@ -82,7 +82,7 @@ class ModelConfig(TypedSection):
         None, description="the LLM adapter's own .safetensors file; unset: it is in transformer_path"
     )
     tokenizer_path: Annotated[InputFolder, AfterValidator(_check_tokenizers)] | None = Field(
-        None, description="ours; a folder with the tokenizers qwen/ and t5/; unset: those of the Hugging Face hub"
+        None, description="ours; a folder with the tokenizers qwen/ and t5/; unset: those that come with the package"
     )
     dtype: Dtype = Field(
         "bfloat16", description="dtype of the computation and of frozen weights; trained weights: see param_dtype"

@@ -52,19 +52,31 @@ class Qwen3(nnx.Module):
     def __repr__(self) -> str:
         return f"Qwen3({self.config}; {parameters.describe(self)})"
 
-    def __call__(self, ids_bn: Array, mask_bn: Array | None = None, *, dtype: DTypeLike | None = None) -> Array:
+    def __call__(
+        self,
+        ids_bn: Array,
+        mask_bn: Array | None = None,
+        *,
+        vectors_bnd: Array | None = None,
+        attended_bn: Array | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
         """Return the hidden states (b, n, width) of token ids in [0, vocabulary).
 
-        Where `mask_bn` is false (or 0) the result is 0 and no token attends to that position. `dtype` is the dtype of
+        Where `mask_bn` is false (or 0) the result is 0 and no token attends to that position; with `attended_bn` that
+        mask decides what is attended to. `vectors_bnd` replace the embeddings of negative ids. `dtype` is the dtype of
         the computation and the result; the default is the embedding table's.
         """
         x_bnd = self.embed_tokens(ids_bn)
+        if vectors_bnd is not None:
+            x_bnd = jnp.where(ids_bn[..., None] < 0, vectors_bnd.astype(x_bnd.dtype if dtype is None else dtype), x_bnd)
         x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")
         mask_bn = None if mask_bn is None else mask_bn.astype(bool)
+        attended_bn = mask_bn if attended_bn is None else attended_bn.astype(bool)
         angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
 
         def run_layer(x_bnd: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x_bnd, angles_1ni, mask_bn), None
+            return layer(x_bnd, angles_1ni, attended_bn), None
 
         x_bnd, _ = jax.lax.scan(jax.checkpoint(run_layer, prevent_cse=False), x_bnd, self.layers)
         x_bnd = self.norm(x_bnd)

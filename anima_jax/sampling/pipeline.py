@@ -36,6 +36,7 @@ from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_bat
 from anima_jax.sampling import program
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
+from anima_jax.sampling.embeddings import Embeddings
 from anima_jax.sampling.images import (
     PIXELS_PER_LATENT,
     latent_mask,
@@ -49,8 +50,7 @@ from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.sampling.tiles import TILE, in_tiles, tile_side
-from anima_jax.text.prompts import embeddings, spans
-from anima_jax.text.states import padded, rounded_up, text_states
+from anima_jax.text.states import padded, padded_prompt, rounded_up, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
 
@@ -71,6 +71,7 @@ class AnimaPipeline:
         text_encoder: Qwen3,
         tokenizers: Tokenizers,
         *,
+        embeddings: PathLike | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         offload: bool = False,
     ):
@@ -78,6 +79,7 @@ class AnimaPipeline:
         self.config = dit.config
         self.dtype = jnp.dtype(dtype)
         self.tokenizers = tokenizers
+        self._embeddings = Embeddings(embeddings, text_encoder.config.width)
         self.dit_graphdef, params = split(dit)
         self.dit_params = cast_to_compute(params, dtype)
         self._vae_graphdef, self._vae_params = split(vae)
@@ -101,7 +103,8 @@ class AnimaPipeline:
         transformer: PathLike,
         vae: PathLike,
         text_encoder: PathLike,
-        tokenizers: str | None = None,
+        tokenizers: PathLike | None = None,
+        embeddings: PathLike | None = None,
         adapter: PathLike | None = None,
         loras: Sequence[tuple[PathLike, Weight]] = (),
         allow_unused: bool = False,
@@ -111,19 +114,19 @@ class AnimaPipeline:
     ) -> "AnimaPipeline":
         """Load everything from files: local paths, `gs://` or `hf://owner/repo/file`.
 
-        `tokenizers` is a folder with `qwen/` and `t5/`, or None for those on the Hugging Face hub. `adapter` is a file
-        with the LLM adapter, if the transformer's file has none. `loras` are adapters of any kind and dialect, each
-        with its weight: a number, or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`,
-        tensors of the files that belong to no network or module are not an error. With `comfyui_dora`, a
-        DoRA by output counts as in ComfyUI: W + ΔW is divided by the norm of W, not by its own. Raises UserError for
-        anything missing or incompatible.
+        `tokenizers` is a folder with `qwen/` and `t5/`, or None for those of the package. `embeddings` is a local
+        folder with the files that `embedding:name` in a prompt stands for. `adapter` is a file with the LLM adapter, if
+        the transformer's file has none. `loras` are adapters of any kind and dialect, each with its weight: a number,
+        or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`, tensors of the files that
+        belong to no network or module are not an error. With `comfyui_dora`, a DoRA by output counts as in ComfyUI:
+        W + ΔW is divided by the norm of W, not by its own. Raises UserError for anything missing or incompatible.
         """
         networks = (
             load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused),
             load_vae(vae, dtype, allow_unused=allow_unused),
             load_text_encoder(text_encoder, dtype, allow_unused=allow_unused),
         )
-        pipeline = cls(*networks, load_tokenizers(tokenizers), dtype=dtype, offload=offload)
+        pipeline = cls(*networks, load_tokenizers(tokenizers), embeddings=embeddings, dtype=dtype, offload=offload)
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]
@@ -239,7 +242,7 @@ class AnimaPipeline:
         )
 
     def encode(self, prompts: Sequence[str]) -> Context:
-        """Return the context rows of prompts, which may contain ComfyUI's weights.
+        """Return the context rows of prompts, which may contain ComfyUI's weights and embeddings.
 
         Qwen3's states pass through the LLM adapter. Tokens are padded to a multiple of 512 and masked, which does not
         change the rows of real tokens. Raises UserError if a prompt's weight is not finite.
@@ -249,21 +252,18 @@ class AnimaPipeline:
         return join_contexts(*(contexts[prompt] for prompt in prompts))
 
     def _encode_prompt(self, text_params: Params, prompt: str) -> Context:
-        source_n, target_m, weights_m = self.tokenizers.prompt_ids(spans(prompt))
-        for name in embeddings(prompt):
-            print(f"prompt '{prompt}': embedding:{name} is ignored: there are no embeddings for Anima", file=sys.stderr)
-        if not np.isfinite(weights_m).all():
+        ids = self.tokenizers.prompt_ids(self._embeddings.spans(prompt))
+        if not np.isfinite(ids.t5_weights).all():
             raise UserError(f"prompt '{prompt}': a weight is not a finite number")
-        source = padded([source_n], rounded_up(len(source_n), CONTEXT_ROWS))
-        target = padded([target_m], rounded_up(len(target_m), CONTEXT_ROWS))
-        weights_bm, _ = padded([weights_m], target[0].shape[1])
-        source_bn, source_mask_bn, target_bm, target_mask_bm, weights_bm = replicate((*source, *target, weights_bm))
+        source = padded_prompt(ids, rounded_up(len(ids.qwen_ids), CONTEXT_ROWS))
+        target = padded([ids.t5_ids], rounded_up(len(ids.t5_ids), CONTEXT_ROWS))
+        weights_bm, _ = padded([ids.t5_weights], target[0].shape[1])
+        source, target, weights_bm = replicate((source, target, weights_bm))
         # Qwen3's largest activations exceed the range of float16.
         dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
-        states_bnd = text_states(text_params, source_bn, source_mask_bn, graphdef=self._text_graphdef, dtype=dtype)
-        text = states_bnd, source_mask_bn, target_bm, target_mask_bm, weights_bm
-        rows_bmd = context_rows(self.dit_params, *text, graphdef=self.dit_graphdef)
-        length = max(len(target_m), CONTEXT_ROWS)
+        states_bnd = text_states(text_params, *source, graphdef=self._text_graphdef, dtype=dtype)
+        rows_bmd = context_rows(self.dit_params, states_bnd, source[1], *target, weights_bm, graphdef=self.dit_graphdef)
+        length = max(len(ids.t5_ids), CONTEXT_ROWS)
         return Context(rows_bmd, np.array([length], np.int32) if rows_bmd.shape[1] > CONTEXT_ROWS else None)
 
     def sample(

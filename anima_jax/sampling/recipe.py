@@ -12,8 +12,8 @@ from typing import Any
 
 from anima_jax.errors import UserError
 
-NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "adapter")
-"""Files of a recipe that are networks, by the names of `AnimaPipeline.load`'s arguments."""
+NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter")
+"""Files and folders of a recipe that networks need, by the names of `AnimaPipeline.load`'s arguments."""
 
 IMAGES = ("image", "mask")
 
@@ -49,6 +49,18 @@ class Recipe:
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
         """Return the path of the file that the recipe names as `kind`, None if it names none; see `find_file`."""
         return find_file(self.path, kind, self.files[kind], models) if kind in self.files else None
+
+    def embeddings_folder(self, models: Sequence[str] = ()) -> str | None:
+        """Return the folder of textual inversions, or None if no prompt needs one: that of the recipe or of `models`.
+
+        Raises UserError if a prompt needs it and the recipe names one that is not here.
+        """
+        if not any("embedding:" in str(self.values.get(name)) for name in ("prompt", "negative_prompt")):
+            return None
+        folders = [os.path.join(folder, "embeddings") for folder in models]
+        named = [name for kind, name in self.files.items() if kind == "embeddings" and not is_remote_name(name)]
+        found = next((folder for folder in named + folders if os.path.isdir(folder)), None)
+        return found or self.find("embeddings", models)
 
     def found_loras(self, models: Sequence[str] = ()) -> list[tuple[str, Any]]:
         """Return the LoRAs' paths with their weights; see `find_file`."""

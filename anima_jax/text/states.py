@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.qwen3 import Qwen3
+from anima_jax.text.tokenizers import VECTOR, PromptIds
 
 LENGTH_STEP = 64
 """Token lists are padded to a multiple of this, so that captions of many lengths share a few programs."""
@@ -35,9 +36,18 @@ def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.nda
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def text_states(params: Params, ids_bn: Any, mask_bn: Any, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> jax.Array:
-    """Return Qwen3's states (b, n, d), computed in `dtype`; padded rows are 0."""
-    return merge(graphdef, params)(ids_bn, mask_bn, dtype=dtype)
+def text_states(
+    params: Params,
+    ids_bn: Any,
+    mask_bn: Any,
+    vectors_bnd: Any = None,
+    attended_bn: Any = None,
+    *,
+    graphdef: nnx.GraphDef[Any],
+    dtype: Any,
+) -> jax.Array:
+    """Return Qwen3's states (b, n, d), computed in `dtype`; padded rows are 0. See `Qwen3.__call__`."""
+    return merge(graphdef, params)(ids_bn, mask_bn, vectors_bnd=vectors_bnd, attended_bn=attended_bn, dtype=dtype)
 
 
 def text_rows(captions: Sequence[EncodedText], source_length: int, target_length: int) -> Text:
@@ -55,6 +65,18 @@ def padded(arrays: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.nd
         joined[row, : len(array)] = array
         mask[row, : len(array)] = 1
     return joined, mask
+
+
+def padded_prompt(ids: PromptIds, length: int) -> tuple[np.ndarray, ...]:
+    """Return the arguments of `text_states` for one prompt: ids and mask (1, length), and what its embeddings need."""
+    source = padded([ids.qwen_ids], length)
+    if ids.vectors is None and ids.attended is None:
+        return source
+    vectors_nd = np.zeros((len(ids.qwen_ids), 1 if ids.vectors is None else ids.vectors.shape[1]), np.float32)
+    if ids.vectors is not None:
+        vectors_nd[ids.qwen_ids == VECTOR] = ids.vectors
+    attended = np.ones(len(ids.qwen_ids), np.int32) if ids.attended is None else ids.attended
+    return *source, padded([vectors_nd], length)[0], padded([attended], length)[0]
 
 
 def rounded_up(length: int, step: int = LENGTH_STEP) -> int:

@@ -1,9 +1,10 @@
 """Text to token ids: Qwen3's for the text encoder, T5's for the LLM adapter.
 
-Both are fast tokenizers of transformers, which is imported at first use; they do not need torch.
-Axes: b captions, n tokens.
+Both are tokenizers of Hugging Face's `tokenizers`. They are never changed after they are loaded, so any number of
+threads may share them. Axes: b captions, n tokens.
 """
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -11,49 +12,32 @@ import importlib.util
 import json
 import os
 import pathlib
-import threading
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from anima_jax.errors import UserError, first_line
 from anima_jax.text.prompts import Span
 
-SMALL_TOKENIZERS = pathlib.Path(__file__).parent.parent / "assets" / "tokenizers"
+_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+
+PACKAGED_TOKENIZERS = _ASSETS / "anima_tokenizers"
+"""Folder of the real tokenizers, which come with the package."""
+
+SMALL_TOKENIZERS = _ASSETS / "tokenizers"
 """Folder of the quick start's tokenizers (`make_assets/tokenizers.py`)."""
 
 TRAINING_LENGTH = 512
 """Tokens per caption in training."""
 
+VECTOR = -1
+"""Stands among Qwen ids for a vector of an embedding."""
 
-@dataclasses.dataclass(frozen=True)
-class _Format:
-    """The files of a tokenizer, the transformers class that reads them, and a package that the class needs."""
-
-    files: tuple[str, ...]
-    class_name: str
-    needs: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Repository:
-    """The location and file formats of one of the two tokenizers, and its pad token if its files name none."""
-
-    folder: str
-    hub_name: str
-    pad_token: str
-    formats: tuple[_Format, ...]
-
-
-# Not AutoTokenizer: importing it also imports torch if that is installed.
-_COMPLETE = _Format(("tokenizer.json",), "PreTrainedTokenizerFast")
-_QWEN_BPE = _Format(("vocab.json", "merges.txt"), "Qwen2TokenizerFast")
-_T5_UNIGRAM = _Format(("spiece.model",), "T5TokenizerFast", needs="sentencepiece")
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-
-_QWEN = _Repository("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE))
-_T5 = _Repository("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
+_EMBEDDING_T5_ID = 0
+"""T5 id of an embedding's tokens (`AnimaTEModel` in ComfyUI comfy/text_encoders/anima.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,38 +51,41 @@ class TextIds:
 
 
 class PromptIds(NamedTuple):
-    """One prompt: ids, int32 (n,) and (m,), and the weight of each T5 token, float32 (m,). Qwen ids have no weights."""
+    """One prompt: ids, int32 (n,) and (m,), and the weight of each T5 token, float32 (m,). Qwen ids have no weights.
+
+    `vectors` float32 (v, d) are for the ids `VECTOR`, in order. `attended` is int32 (n,): 0 for tokens that other
+    tokens of Qwen3 do not attend to. Both are None if there are no such tokens.
+    """
 
     qwen_ids: np.ndarray
     t5_ids: np.ndarray
     t5_weights: np.ndarray
+    vectors: np.ndarray | None = None
+    attended: np.ndarray | None = None
 
 
 class Tokenizers:
     """Both tokenizers. They do not parse prompt weights."""
 
-    def __init__(self, qwen: Any, t5: Any):
-        self._qwen, self._t5 = qwen, t5
-        self._one_at_a_time = threading.Lock()  # a fast tokenizer stores padding and truncation as state
+    def __init__(self, qwen: Tokenizer, t5: Tokenizer, qwen_pad: int, t5_pad: int):
+        self._qwen, self._t5, self._qwen_pad, self._t5_pad = qwen, t5, qwen_pad, t5_pad
 
     @property
     def qwen_vocabulary(self) -> int:
         """All Qwen ids are below this number; the text encoder's embedding needs at least as many rows."""
-        return len(self._qwen)
+        return self._qwen.get_vocab_size()
 
     @property
     def t5_vocabulary(self) -> int:
         """All T5 ids are below this number; the LLM adapter's embedding needs at least as many rows."""
-        return len(self._t5)
+        return self._t5.get_vocab_size()
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """SHA-256 of everything that determines the ids of a text."""
         digest = hashlib.sha256()
         for tokenizer in (self._qwen, self._t5):
-            table = json.loads(tokenizer.backend_tokenizer.to_str())
-            # The last call sets these two; they are not part of the tokenizer itself.
-            digest.update(json.dumps(table | {"padding": None, "truncation": None}, sort_keys=True).encode())
+            digest.update(json.dumps(json.loads(tokenizer.to_str()), sort_keys=True).encode())
         return digest.digest()
 
     def training_ids(self, captions: Sequence[str], length: int = TRAINING_LENGTH) -> TextIds:
@@ -107,19 +94,14 @@ class Tokenizers:
         Each caption ends with T5's end token, even if truncated. Qwen has no end token, so an empty caption is all
         padding.
         """
-        with self._one_at_a_time:
-            qwen_ids, qwen_mask = _padded(self._qwen, captions, length)
-            t5_ids, t5_mask = _padded(self._t5, captions, length)
-        return TextIds(qwen_ids, qwen_mask, t5_ids, t5_mask)
+        return TextIds(
+            *_padded(self._qwen, self._qwen_pad, captions, length), *_padded(self._t5, self._t5_pad, captions, length)
+        )
 
     def lengths(self, captions: Sequence[str]) -> np.ndarray:
         """Return the number of (Qwen, T5) tokens of each caption in training before truncation, int64 (b, 2)."""
-        with self._one_at_a_time:
-            encoded = [
-                tokenizer(list(captions), truncation=False, padding=False, verbose=False)["input_ids"]
-                for tokenizer in (self._qwen, self._t5)
-            ]
-        return np.array([list(map(len, ids)) for ids in encoded], np.int64).reshape(2, -1).T
+        lengths = [list(map(len, _encode(tokenizer, captions))) for tokenizer in (self._qwen, self._t5)]
+        return np.array(lengths, np.int64).reshape(2, -1).T
 
     def prompt_ids(self, prompt: str | Sequence[Span]) -> PromptIds:
         """Return the ids of one prompt for inference: each span tokenized by itself, then T5's end token, no padding.
@@ -127,90 +109,211 @@ class Tokenizers:
         A string is one span of weight 1. The empty prompt is Qwen's pad token and T5's end token.
         """
         spans = [Span(prompt, 1.0)] if isinstance(prompt, str) else prompt
-        (end,) = self._t5("", verbose=False)["input_ids"]
-        qwen_ids, t5_ids, t5_weights = [], [], []
-        for text, weight in spans:
-            qwen_ids += self._qwen(text, verbose=False)["input_ids"]
-            words = self._t5(text, verbose=False)["input_ids"][:-1]
-            t5_ids += words
-            t5_weights += [weight] * len(words)
+        (end,) = _encode(self._t5, [""])
+        qwen_ids: list[int] = []
+        t5_ids: list[int] = []
+        t5_weights: list[float] = []
+        for text, weight, embedding in spans:
+            if embedding is None:
+                (words,) = _encode(self._qwen, [text])
+                (t5_words,) = _encode(self._t5, [text])
+                t5_words = t5_words[: len(t5_words) - len(end)]
+            else:
+                words = [VECTOR] * len(embedding.vectors_nd)
+                t5_words = [_EMBEDDING_T5_ID] * embedding.t5_tokens
+            qwen_ids += words
+            t5_ids += t5_words
+            t5_weights += [weight] * len(t5_words)
+        embeddings = [span.embedding for span in spans if span.embedding]
+        padding = sum(embedding.padding for embedding in embeddings)
+        ids_n = np.array(qwen_ids + [self._qwen_pad] * padding or [self._qwen_pad], np.int32)
+        vectors = [embedding.vectors_nd for embedding in embeddings if len(embedding.vectors_nd)]
         return PromptIds(
-            np.array(qwen_ids or [self._qwen.pad_token_id], np.int32),
-            np.array([*t5_ids, end], np.int32),
-            np.array([*t5_weights, 1.0], np.float32),
+            ids_n,
+            np.array([*t5_ids, *end], np.int32),
+            np.array([*t5_weights, *[1.0] * len(end)], np.float32),
+            np.concatenate(vectors) if vectors else None,
+            _attended(ids_n, len(ids_n) - padding, self._qwen_pad),
         )
 
 
-def load_tokenizers(folder: str | os.PathLike[str] | None) -> Tokenizers:
-    """Load `qwen/` and `t5/` from `folder`; if it is None, from the Hugging Face hub (its local cache first).
+def _attended(ids_n: np.ndarray, length: int, pad: int) -> np.ndarray | None:
+    """Return the mask of the tokens that other tokens attend to, or None if it is 1 everywhere.
 
-    Raises UserError if a file is broken, or if files are missing; then the message says which files to put where.
+    As ComfyUI takes Qwen's pad token for padding, also where a prompt contains it: it masks pad tokens at the
+    beginning, and then all tokens from the first pad token on, embeddings excepted (`SDClipModel.process_tokens` in
+    comfy/sd1_clip.py). Everything from `length` on is padding.
     """
-    return Tokenizers(*(_load(repository, folder) for repository in (_QWEN, _T5)))
+    tokens = np.flatnonzero(ids_n[:length] != VECTOR)
+    is_pad = ids_n[tokens] == pad
+    if (ids_n == pad).all():
+        return None  # pad tokens alone attend to each other
+    first = int(np.argmin(is_pad)) if len(ids_n) and ids_n[0] == pad else 0
+    last = first + int(np.argmax(is_pad[first:])) if is_pad[first:].any() else len(tokens)
+    mask_n = np.ones(len(ids_n), np.int32)
+    mask_n[tokens[:first]] = mask_n[tokens[last:]] = mask_n[length:] = 0
+    return None if mask_n.all() else mask_n
 
 
-def _load(repository: _Repository, folder: str | os.PathLike[str] | None) -> Any:
-    path = _hub_folder(repository) if folder is None else pathlib.Path(folder) / repository.folder
-    files = _format(repository, path)
-    if files is None:
-        raise UserError(f"{path}: no tokenizer found, expected {_expected(repository)} of {repository.hub_name}")
-    if files.needs and importlib.util.find_spec(files.needs) is None:
-        raise UserError(f"{path}: {files.files[0]} needs `pip install {files.needs}`; tokenizer.json needs no package")
-    try:
-        # Otherwise transformers prints advice to install PyTorch when it is imported.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        import transformers
-
-        tokenizer = getattr(transformers, files.class_name).from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers and its parsers raise errors of many types for broken files
-        raise UserError(f"{path / files.files[0]}: the tokenizer cannot be read: {first_line(error)}") from None
-    return _checked(tokenizer, repository, path)
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(tokenizer: Any, repository: _Repository, path: pathlib.Path) -> Any:
-    """Pad and truncate on the right, and set the pad token. Raises UserError if there are no words or no pad token."""
-    if not set(tokenizer("a picture")["input_ids"]) - set(tokenizer.all_special_ids):
-        raise UserError(f"{path}: the tokenizer has no vocabulary, expected the files of {repository.hub_name}")
-    if tokenizer.pad_token_id is None and repository.pad_token in tokenizer.get_vocab():
-        tokenizer.pad_token = repository.pad_token
-    if tokenizer.pad_token_id is None:
-        expected = f"{repository.pad_token} or tokenizer_config.json"
-        raise UserError(f"{path}: the tokenizer has no pad token, expected {expected}")
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
+def _read_complete(path: pathlib.Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 
-def _format(repository: _Repository, path: pathlib.Path) -> _Format | None:
-    """Return the first format whose files are all in `path`, or None."""
-    return next((one for one in repository.formats if all((path / file).is_file() for file in one.files)), None)
+def _read_qwen(path: pathlib.Path) -> Tokenizer:
+    """Return a byte-level BPE tokenizer, as `Qwen2Tokenizer` in transformers builds it.
+
+    Without vocab.json the ids are those of Qwen: the 256 bytes in order, then the merges in order.
+    """
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if (path / "vocab.json").is_file():
+        vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    else:
+        words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+        vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))  # pyright: ignore[reportArgumentType]
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
-def _hub_folder(repository: _Repository) -> pathlib.Path:
-    """Return the tokenizer's folder in the local Hugging Face cache, after a download if necessary."""
-    import huggingface_hub
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen's split of a text into words (`PRETOKENIZE_REGEX` in transformers' tokenization_qwen2.py)."""
 
-    wanted = [*_SETTINGS, *(file for one in repository.formats for file in one.files)]
-    reason = ""
-    for local_files_only in (True, False):
-        try:
-            path = huggingface_hub.snapshot_download(
-                repository.hub_name, allow_patterns=wanted, local_files_only=local_files_only
-            )
-        except Exception as error:  # no cache, no network, an error page of a proxy, …
-            reason = first_line(error)
-        else:
-            if _format(repository, pathlib.Path(path)):
-                return pathlib.Path(path)
-    raise UserError(
-        f"tokenizer {repository.hub_name}: not in the Hugging Face cache, and the download failed ({reason}); "
-        f"give a tokenizers folder with {repository.folder}/ that contains {_expected(repository)}"
+
+def _read_sentencepiece(path: pathlib.Path) -> Tokenizer:
+    # Otherwise transformers prints advice to install PyTorch when it is imported.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    t5_class: Any = getattr(transformers, "T5TokenizerFast")  # noqa: B009 - its type is not known
+    return t5_class.from_pretrained(path, local_files_only=True).backend_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """The files of a tokenizer, the function that reads them, and a package that the function needs."""
+
+    files: tuple[str, ...]
+    read: Callable[[pathlib.Path], Tokenizer]
+    needs: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repository:
+    """The folder and file formats of one of the two tokenizers, and its pad token if its files name none."""
+
+    folder: str
+    hub_name: str
+    pad_token: str
+    formats: tuple[_Format, ...]
+
+
+_COMPLETE = _Format(("tokenizer.json",), _read_complete)
+_QWEN_BPE = _Format(("vocab.json", "merges.txt"), _read_qwen)
+_QWEN_MERGES = _Format(("merges.txt",), _read_qwen)
+_T5_UNIGRAM = _Format(("spiece.model",), _read_sentencepiece, needs="sentencepiece")
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+
+_QWEN = _Repository("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE, _QWEN_MERGES))
+_T5 = _Repository("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
+
+
+def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
+    """Load `qwen/` and `t5/` from `folder`; if it is None, those that come with the package.
+
+    Raises UserError if a file is broken, or if files are missing; then the message says which files to put where.
+    """
+    folder = PACKAGED_TOKENIZERS if folder is None else pathlib.Path(folder)
+    (qwen, qwen_pad), (t5, t5_pad) = (_load(repository, folder / repository.folder) for repository in (_QWEN, _T5))
+    return Tokenizers(qwen, t5, qwen_pad, t5_pad)
+
+
+def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:
+    """Return a tokenizer and the id of its pad token."""
+    found = next((one for one in repository.formats if all((path / file).is_file() for file in one.files)), None)
+    if found is None:
+        expected = ", or ".join(" and ".join(one.files) for one in repository.formats)
+        raise UserError(f"{path}: no tokenizer found, expected {expected} of {repository.hub_name}")
+    if found.needs and importlib.util.find_spec(found.needs) is None:
+        raise UserError(f"{path}: {found.files[0]} needs `pip install {found.needs}`; tokenizer.json needs no package")
+    try:
+        settings: dict[str, Any] = {}
+        for file in _SETTINGS:
+            if (path / file).is_file():
+                settings |= json.loads((path / file).read_text(encoding="utf-8"))
+        tokenizer = found.read(path)
+        _add_tokens(tokenizer, settings)
+        if str(settings.get("tokenizer_class")).startswith("T5Tokenizer"):
+            _split_as_t5(tokenizer)
+        pad = settings.get("pad_token") or repository.pad_token
+        pad_id = tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
+        words = set(tokenizer.encode("a picture").ids) - tokenizer.get_added_tokens_decoder().keys()
+    except Exception as error:  # the parsers raise errors of many types for broken files
+        raise UserError(f"{path / found.files[0]}: the tokenizer cannot be read: {first_line(error)}") from None
+    if not words:
+        raise UserError(f"{path}: the tokenizer has no vocabulary, expected the files of {repository.hub_name}")
+    if pad_id is None:
+        expected = f"{repository.pad_token} or tokenizer_config.json with 'pad_token'"
+        raise UserError(f"{path}: the tokenizer has no pad token, expected {expected}")
+    return tokenizer, pad_id
+
+
+def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Add the tokens of tokenizer_config.json that the tokenizer lacks. Raises ValueError if their ids differ."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    numbered = sorted((int(number), token) for number, token in settings.get("added_tokens_decoder", {}).items())
+    for number, token in numbered:
+        if token["content"] not in known:
+            tokenizer.add_tokens([AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != number:
+                raise ValueError(f"tokenizer_config.json: {token['content']} cannot have the id {number}")
+
+
+def _split_as_t5(tokenizer: Tokenizer) -> None:
+    """Split text at white space, as `T5Tokenizer` in transformers does, whose files say something else.
+
+    Their difference shows only after a literal `</s>` and the like, and at U+0085.
+    """
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    for part in normalizer.get("normalizers", [normalizer]):
+        if part.get("type") == "Precompiled":
+            tokenizer.normalizer = normalizers.Precompiled(base64.b64decode(part["precompiled_charsmap"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
 
 
-def _expected(repository: _Repository) -> str:
-    return ", or ".join(" and ".join(one.files) for one in repository.formats)
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
+    except (TypeError, UnicodeEncodeError):
+        broken = next((text for text in texts if re.search("[\ud800-\udfff]", text)), "")
+        raise UserError(f"text {ascii(broken)[:80]}: is not valid Unicode") from None
 
 
-def _padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    encoded = tokenizer(list(captions), truncation=True, padding="max_length", max_length=length)
-    return np.array(encoded["input_ids"], np.int32), np.array(encoded["attention_mask"], np.int32)
+def _padded(tokenizer: Tokenizer, pad: int, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (b, length) of the captions and their mask. The tokens of an empty text end every caption."""
+    (end,) = _encode(tokenizer, [""])
+    ids = np.full((len(captions), length), pad, np.int32)
+    mask = np.zeros_like(ids)
+    for row, tokens in enumerate(_encode(tokenizer, captions)):
+        kept = tokens if len(tokens) <= length else [*tokens[: max(0, length - len(end))], *end][:length]
+        ids[row, : len(kept)] = kept
+        mask[row, : len(kept)] = 1
+    return ids, mask
