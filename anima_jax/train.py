@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
-from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.checkpoints.orbax import errors_reported_once
 from anima_jax.config.load import load_config
@@ -28,12 +28,12 @@ from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.training import command, estimate, events, optimizers, tables
 from anima_jax.training.batches import Batches, OnlineText
 from anima_jax.training.dry_run import dry_run
-from anima_jax.training.export import find_export
+from anima_jax.training.export import find_export, sweep
 from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.profiling import Profiler, parse_steps, use_compilation_cache, watch_compilation
 from anima_jax.training.resume import Checkpointer, frozen_fingerprint, run_metadata, training_settings
 from anima_jax.training.run import Run
-from anima_jax.training.run_folder import alone_in, copy_configuration, find_run, new_folder, replicas_of
+from anima_jax.training.run_folder import alone_in, configuration_files, find_run, new_folder, replicas_of
 from anima_jax.training.samples import make_samples
 from anima_jax.training.signals import Request, Signals
 from anima_jax.training.state import build_optimizer, dit_config, learning_rates, prepare
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
             check_optimizer=optimizers.check,
         )
+        toml_files = configuration_files(config)  # now: they may be renamed during the run
         hosts.assert_same_on_all_processes(lambda: command.shared_arguments(config, arguments))
 
         # ---- mesh -------------------------------------------------------------------------------------------------
@@ -130,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         run_folder = hosts.from_process_0(lambda: resumed or new_folder(pathlib.Path(config.output_dir)))
         resources = stack.enter_context(contextlib.ExitStack())
         resources.enter_context(alone_in(run_folder))
-        copy_configuration(config, run_folder)
+        if hosts.is_process_0():
+            sweep(run_folder)
+            for name, content in toml_files.items():
+                with replacing(run_folder / name) as file:
+                    file.write(content)
         encoders = encoders.on(mesh)
         batches = Batches(run, data, tokenizers)
         eval_batches = {name: Batches(run, each, tokenizers) for name, each in eval_data.items()}
@@ -210,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             encoders.release()  # frees device memory: training does not use them
         self_check = events.SelfCheck(run, partition, start.step, writer)
         skipped_updates = events.SkippedUpdates(run, run_folder, checkpointer, writer)
-        export = events.Export(run, partition, run_folder, writer)
+        export = events.Export(run, partition, run_folder, writer, toml_files)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
 
         def run_interruptible(point: RunPoint, due: Sequence[events.Interruptible]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from anima_jax.data.dataset import TrainingData
 from anima_jax.train import main as train
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.writer import Writer
@@ -211,6 +212,28 @@ def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_
     assert f"{run}/step7: the model could not be saved" in err
     assert "the checkpoint of step 5 could not be saved" in err
     assert len(losses_of(run)) == 7
+
+
+def test_a_run_does_not_need_its_configuration_files_once_it_has_read_them(config, tmp_path, monkeypatch):
+    """They may be renamed or edited while it trains; its copies, which it advises to upload, contain no key."""
+    config.write_text(config.read_text() + "[monitoring]\nwandb_api_key = 'a secret'\n")
+    encode = TrainingData.encode
+
+    def renamed(*arguments):
+        for path in list(tmp_path.glob("*.toml")):
+            path.rename(path.with_suffix(".old"))
+        encode(*arguments)
+
+    monkeypatch.setattr(TrainingData, "encode", renamed)
+    arguments = ["--config", str(config), "--set", "max_steps=2", "--set", "monitoring.wandb_run_name='mine'"]
+    out = output_of(arguments)
+    assert "--set max_steps=2" in out
+    assert "monitoring" not in out  # the command to sample with has no secrets
+    run = run_of(tmp_path / "runs")
+    copies = {str(path.relative_to(run)): path.read_text() for path in run.rglob("*.toml")}
+    assert copies.keys() == {"main.toml", "dataset.toml", "step2/main.toml"}
+    for name in ("main.toml", "step2/main.toml"):
+        assert copies[name] == (tmp_path / "main.old").read_text().replace("'a secret'", '""')
 
 
 def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path, capsys):

@@ -93,7 +93,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         with writing_to(path):
             os.replace(temporary, path)
-            _sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(path))
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -128,7 +128,7 @@ def writing_to(path: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {os_reason(error)}") from error
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: PathLike) -> None:
     """Make a rename in this folder survive a power failure, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

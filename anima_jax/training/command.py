@@ -131,6 +131,7 @@ def sample_command(
     """Return a command line that samples from the saved model, with the first sample prompt or else a caption."""
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
     words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
-    words += itertools.chain.from_iterable(("--set", override) for override in arguments.set)
+    kept = (override for override in arguments.set if not override.lstrip().startswith("monitoring"))  # it has a secret
+    words += itertools.chain.from_iterable(("--set", override) for override in kept)
     words += ["--checkpoint", str(run_folder), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
     return shlex.join([*words, "--seed", "1", "-o", "out.png"])

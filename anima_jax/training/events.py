@@ -1,7 +1,6 @@
 """Events at some steps of a run: exports, evaluations, and checks of a step's metrics."""
 
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -38,10 +37,22 @@ class Interruptible(Protocol):
 
 
 class Export:
-    """Exports the model to the run's folder after some epochs and steps, and at the end."""
+    """Exports the model to the run's folder after some epochs and steps, and at the end.
 
-    def __init__(self, run: Run, partition: ParamPartition, run_folder: pathlib.Path, writer: Writer):
+    `toml_files` is from `configuration_files`; each export has a copy of the main one.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        partition: ParamPartition,
+        run_folder: pathlib.Path,
+        writer: Writer,
+        toml_files: Mapping[str, bytes],
+    ):
         self._run, self._partition, self._run_folder, self._writer = run, partition, run_folder, writer
+        main = pathlib.Path(run.config.path).name
+        self._files = {main: toml_files[main]}
         self.error = ""
         """Why the last export failed; empty if it succeeded."""
 
@@ -57,15 +68,13 @@ class Export:
             about = about_adapter(config, self._partition, point.step)
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
-                path = export(
-                    folder, self._partition, trained_weights(state), config.export_dtype, about, ema=state.ema
-                )
-                if is_process_0():
-                    shutil.copy(config.path, folder)
+                weights, dtype = trained_weights(state), config.export_dtype
+                path = export(folder, self._partition, weights, dtype, about, ema=state.ema, files=self._files)
                 self._writer.print(f"saved {path}")
                 self.error = ""
-            for old in rotate(self._run_folder, config.max_checkpoints) if is_process_0() else ():
-                self._writer.print(f"deleted {self._run_folder / old}")
+                # Only now: if the export failed, the older ones are all there is.
+                for old in rotate(self._run_folder, config.max_checkpoints) if is_process_0() else ():
+                    self._writer.print(f"deleted {self._run_folder / old}")
 
 
 def export_names(run: Run, point: RunPoint) -> list[str]:

@@ -1,5 +1,6 @@
 """Models and adapters that a run exports, in diffusion-pipe's layout; sampling uses the newest."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from anima_jax.adapters import peft
 from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import patches_of, write_adapter
-from anima_jax.checkpoints.locations import replacing
+from anima_jax.checkpoints.locations import replacing, sync_folder, writing_to
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, os_reason
@@ -31,7 +32,11 @@ EMA_FOLDER = "ema"
 folder with a single file."""
 
 _EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
-_DELETED = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.old")
+_REMAINS = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.(old|partial)")
+"""Names of folders that are being deleted or written."""
+
+_UNFINISHED = re.compile(r"\.(step\d+\.png|.+\.safetensors|.+\.json|.+\.toml)\.[0-9a-f]{8}\.tmp")
+"""Names under which `replacing` writes the files of a run."""
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +80,60 @@ def export(
     about: AboutAdapter | None = None,
     *,
     ema: Params | None = None,
+    files: Mapping[str, bytes] = {},
 ) -> pathlib.Path:
     """Write `params`, the values of the trained parameters, to `folder`, as the full model or only the adapter.
 
-    Averaged weights (`ema`) are written to `folder/ema`. Returns the path of the averaged weights' file if there is
-    one, else of that of `params`.
+    Averaged weights (`ema`) are written to `folder/ema`, and `files` (name → content) to `folder`. Until everything is
+    written, it is in a hidden folder, which an error removes; files that `folder` already has are replaced at the end.
+    Returns the path of the averaged weights' file if there is one, else of that of `params`.
     """
-    path = _write(folder, partition, params, dtype, about)
-    return path if ema is None else _write(folder / EMA_FOLDER, partition, ema, dtype, about)
+    with _completed(folder) as partial:
+        path = _write(partial, partition, params, dtype, about)
+        if ema is not None:
+            path = _write(partial / EMA_FOLDER, partition, ema, dtype, about)
+        for name, content in files.items() if is_process_0() else ():
+            with replacing(partial / name) as file:
+                file.write(content)
+    return folder / path.relative_to(partial)
+
+
+@contextlib.contextmanager
+def _completed(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a folder to write to, whose files move to `folder` if the block succeeds. Only process 0 has them."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if not is_process_0():
+        yield partial
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        with writing_to(os.fspath(folder)):
+            if folder.exists():
+                for path in sorted(partial.rglob("*")):
+                    target = folder / path.relative_to(partial)
+                    if path.is_dir():
+                        target.mkdir(exist_ok=True)
+                    else:
+                        path.replace(target)
+                        sync_folder(target.parent)
+            else:
+                partial.rename(folder)
+                sync_folder(folder.parent)
+    except UserError as error:
+        raise UserError(
+            *(str(message).replace(f"/{partial.name}/", f"/{folder.name}/") for message in error.args)
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(
     folder: pathlib.Path, partition: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
 ) -> pathlib.Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_process_0():
+        with writing_to(os.fspath(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
     if partition.adapter_specs is None:
         path = folder / MODEL_FILE
         save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype))
@@ -105,15 +150,14 @@ def _write(
 def rotate(run_folder: pathlib.Path, keep: int | None) -> list[str]:
     """Delete all but the newest `keep` of a run's `epoch…` folders and all but the newest `keep` `step…` folders.
 
-    None deletes nothing. Returns the names of the deleted folders; a folder that cannot be deleted is logged.
+    None deletes nothing. A folder without a model does not count, and stays. Returns the names of the deleted folders;
+    a folder that cannot be deleted is logged.
     """
     found: dict[str, list[tuple[int, pathlib.Path]]] = {"epoch": [], "step": []}
-    for path in list(run_folder.iterdir()):
-        if _DELETED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        match = _EXPORT_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[match[1]].append((int(match[2]), path))
+    _remove_remains(run_folder)
+    for path in _export_folders(run_folder):
+        if any(path.glob("*.safetensors")):
+            found[path.name.rstrip("0123456789")].append((int(re.sub(r"\D", "", path.name)), path))
     deleted = []
     for exports in found.values():
         for _, path in sorted(exports)[: 0 if keep is None else -keep]:
@@ -124,6 +168,31 @@ def rotate(run_folder: pathlib.Path, keep: int | None) -> list[str]:
             except OSError as error:
                 log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
     return deleted
+
+
+def sweep(run_folder: pathlib.Path) -> None:
+    """Remove what killed or failed attempts left in a run's folder: unfinished files, half and empty exports.
+
+    No other process may be writing to the folder.
+    """
+    _remove_remains(run_folder)
+    for pattern in (".*.tmp", "*/.*.tmp", f"*/{EMA_FOLDER}/.*.tmp"):
+        for path in filter(lambda path: _UNFINISHED.fullmatch(path.name), list(run_folder.glob(pattern))):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    for path in _export_folders(run_folder):
+        for folder in (path / EMA_FOLDER, path):
+            with contextlib.suppress(OSError):  # a folder with files stays
+                folder.rmdir()
+
+
+def _remove_remains(run_folder: pathlib.Path) -> None:
+    for path in filter(lambda path: _REMAINS.fullmatch(path.name), list(run_folder.iterdir())):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _export_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in folder.iterdir() if _EXPORT_FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
 def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -137,7 +206,7 @@ def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder, expected a model, an adapter, or the folder of a run")
     runs = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
-    folders = [root, *(f for run in runs for f in run.iterdir() if f.is_dir() and _EXPORT_FOLDER.fullmatch(f.name))]
+    folders = [root, *(folder for run in runs for folder in _export_folders(run))]
     files = [folder / name for folder in folders for name in (MODEL_FILE, ADAPTER_FILE) if (folder / name).is_file()]
     if not files:
         raise UserError(

@@ -5,8 +5,8 @@ import datetime
 import os
 import pathlib
 import re
-import shutil
 import socket
+import tomllib
 from collections.abc import Iterator
 
 from anima_jax.checkpoints.locations import writing_to
@@ -34,16 +34,34 @@ def new_folder(root: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{root}: 100 runs already started this second")
 
 
-def copy_configuration(config: MainConfig, run_folder: pathlib.Path) -> None:
-    """Copy the TOML files of a run to its folder."""
-    used: set[str] = set()
+def configuration_files(config: MainConfig) -> dict[str, bytes]:
+    """Return the TOML files of a run, the main one first, without the secrets in them: name → content."""
+    found: dict[str, bytes] = {}
     for path in (config.path, config.dataset, *(each.config for each in config.eval_datasets)):
         name = pathlib.Path(path).name
-        while name in used:
+        while name in found:
             name = f"dataset_{name}"
-        used.add(name)
-        with writing_to(str(run_folder / name)):
-            shutil.copy(path, run_folder / name)
+        try:
+            found[name] = without_secrets(pathlib.Path(path).read_bytes().decode("utf-8-sig")).encode()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {os_reason(error)}") from error
+    return found
+
+
+_SECRET = re.compile(
+    r"""((?:^|[\s.,{#])(?:wandb_api_key|"wandb_api_key"|'wandb_api_key')[ \t]*=[ \t]*)"""
+    r'''("""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\\n])*"|'''
+    r"""'''.*?'''|'[^'\n]*')""",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return a TOML text with an empty `wandb_api_key`, also in comments; else as it was."""
+    cleaned = _SECRET.sub(r'\1""', text)
+    if tomllib.loads(cleaned).get("monitoring", {}).get("wandb_api_key"):  # such as with escapes in the key
+        return "# This file is not copied, because the value of its wandb_api_key could not be removed.\n"
+    return cleaned
 
 
 def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
