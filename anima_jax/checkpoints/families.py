@@ -1,87 +1,123 @@
 """What a safetensors file contains if it is not Anima's: the family of a model or adapter, by names and shapes.
 
 Tools write the same module with dots or underscores and under many prefixes, so names are compared with a dot for every
-`.` and `_`. Sources: ComfyUI's `model_detection.py` and `lora.py`, diffusers' `lora_conversion_utils.py`.
+`.` and `_`; only `transformer_blocks` stays one word (`tblocks`), to tell it from `blocks` in a module `transformer`.
+Sources: ComfyUI's `model_detection.py` and `lora.py`, and the state dicts of diffusers' models.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from anima_jax.adapters.kinds import adapter_kind
 
-_UNET = (
-    r"\b(input|output|middle|down|up|mid)\.blocks?\.(\d+\.)*(attentions|resnets|transformer\.blocks|in\.layers|1\.proj)"
-)
 _LLM = r"\blayers\.\d+\.(input\.layernorm|self\.attn\.q\.proj)\b"
+_OF_UNET = "a UNet of Stable Diffusion"
 
 FAMILIES: tuple[tuple[str, str], ...] = (
-    # Control networks and other files that are neither a model nor its adapter.
+    # Files that are neither a model nor its adapter.
     ("an Anima ControlNet-LLLite control network", r"^lllite\.(dit|conditioning1|modules)\."),
     ("an SDXL ControlNet-LLLite control network", r"^lllite\.unet\."),
     ("a VACE control network of Wan", r"\bvace\.(blocks|patch)"),
+    ("an IP-Adapter", r"\b(ip\.adapter|image\.proj(\.model)?)\.|\bto\.[kv]\.ip\b"),
+    ("a T2I-Adapter", r"^adapter\.body\.|^body\.\d+\.(in\.conv|block1)\."),
+    ("an AnimateDiff motion module", r"\bmotion\.modules\."),
     (
         "a ControlNet",
-        r"\bcontrol(net)?\.(model|blocks|cond|down|mid|add|x\.embedder|mode|net)|\b(input\.hint\.block|zero\.convs)\b",
+        r"\bcontrol(net)?\.(model|blocks|cond|down|mid|add|x\.embedder|mode|net|img)\b|\b(input\.hint\.block|zero\.convs)\b",
     ),
-    ("an IP-Adapter", r"\b(ip\.adapter|image\.proj(\.model)?)\.|\bto\.[kv]\.ip\b"),
-    ("an AnimateDiff motion module", r"\bmotion\.modules\."),
-    ("the semantic connector of Anima-3.8B v1.1", r"\b(anima\.v2\.connector|semantic\.resampler|quality\.anchor)\."),
+    ("the semantic connector of Anima-3.8B v1.1", r"\banima\.v2\.connector\.|^(semantic\.resampler|quality\.anchor)\."),
+    # UNets: `_unet` tells which.
+    (
+        _OF_UNET,
+        r"(?<!coder\.)\b(input|output|middle|down|up|mid)\.blocks?\.(\d+\.)*(attentions|resnets|tblocks|in\.layers|1\.proj)",
+    ),
+    ("Stable Cascade", r"\bclip\.txt\.pooled\.mapper\b|\b(down|up)\.blocks\.\d+\.\d+\.(channelwise|attention)\b"),
     # Transformers.
     ("Chroma", r"\bdistilled\.guidance\.layer\."),
     ("Flux.2", r"\b(double|single)\.stream\.modulation\b|\bto\.qkv\.mlp\.proj\b"),
     (
         "HunyuanVideo",
-        r"\bindividual\.token\.refiner\b|\bdouble\.blocks\.\d+\.(img|txt)\.mlp\.fc[12]\b|\bdouble\.blocks\.(19|[2-9]\d)\.",
+        r"\b(individual\.)?token\.refiner\.|\bdouble\.blocks\.(\d+\.(img|txt)\.mlp\.fc[12]\b|(19|[2-9]\d)\.)"
+        r"|\bsingle\.(t?blocks)\.(3[89]|[4-9]\d)\.",
     ),
-    ("Kandinsky 5", r"\b(visual|text)\.transformer\.blocks\.\d"),
-    ("AuraFlow", r"\b(double|single)\.layers\.\d|\bjoint\.transformer\.blocks\.\d"),
+    ("Kandinsky 5", r"\b(visual|text)\.tblocks\.\d"),
+    (
+        "AuraFlow",
+        r"\b(double|single)\.layers\.\d|\b(joint|single)\.tblocks\.\d+\.(attn\.add|ff\.(linear|out))|\bjoint\.tblocks\.\d",
+    ),
     ("HiDream", r"\b(double|single)\.stream\.blocks\.\d"),
+    ("Qwen-Image", r"(?<!single\.)\btblocks\.(\d+\.(img|txt)\.(mod|mlp)\b|(3[89]|[45]\d)\.attn\.(add|to)\b)"),
+    ("Flux", r"\bdouble\.blocks\.\d+\.(img|txt)|\bsingle\.t?blocks\.\d"),
+    ("Mochi", r"\btblocks\.\d+\.attn1\.(add|to\.add)\b|\bblocks\.\d+\.attn\.(qkv|proj)\.[xy]\b"),
+    ("Stable Diffusion 3", r"\bjoint\.blocks\.\d|\btblocks\.\d+\.(attn2?\.(add|to\.add)\b|ff\.context|norm1\.context)"),
     (
-        "Qwen-Image",
-        r"(?<!single\.)\btransformer\.blocks\.(\d+\.(img|txt)\.(mod|mlp)|(3[89]|[45]\d)\.attn\.(add|to))\b",
+        "LTX-Video",
+        r"\bpatchify\.proj\b|\baudio\.(attn|to\.video)|\btblocks\.\d+\.scale\.shift\.table(?=[\s\S]*\bcaption\.projection)(?![\s\S]*pos\.embed)",
     ),
-    ("Flux", r"\bdouble\.blocks\.\d+\.(img|txt)|\bsingle\.(transformer\.)?blocks\.\d"),
-    (
-        "Stable Diffusion 3",
-        r"\bjoint\.blocks\.\d|\btransformer\.blocks\.\d+\.(attn2?\.(add|to\.add)|ff\.context|norm1\.context)",
-    ),
-    ("LTX-Video", r"\bpatchify\.proj\b|\baudio\.(attn|to\.video)"),
-    ("PixArt", r"\bscale\.shift\.table\b(?=[\s\S]*\b(adaln\.single|y\.embedder))|\bcross\.attn\.(q|kv)\.linear\b"),
     ("Sana", r"\bff\.conv\.(inverted|depth|point)|\bmlp\.(inverted|depth|point)\.conv"),
-    ("HunyuanDiT", r"\battn[12]\.(Wqkv|q\.proj|kv\.proj)\b|\bmlp\.t5\."),
-    ("Mochi", r"\bblocks\.\d+\.attn\.(qkv|proj)\.[xy]\b"),
+    (
+        "PixArt",
+        r"\bscale\.shift\.table\b(?=[\s\S]*\b(adaln\.single|y\.embedder|t\.block)\b)|\bcross\.attn\.(q|kv)\.linear\b",
+    ),
+    ("HunyuanDiT", r"\battn[12]\.(Wqkv|q\.proj|kv\.proj)\b|\bmlp\.t5\.|\bblocks\.\d+\.skip\.(linear|norm)\b"),
+    ("CogVideoX", r"\btblocks\.\d+\.norm[12]\.linear\.(weight|lora|bias)|\bpatch\.embed\.text\.proj\b"),
     ("Wan", r"\bblocks\.\d+\.((self|cross)\.attn\.[qkvo]\b(?!\.(proj|norm))|attn[12]\.to\.[qkv]\b|ffn\.(net|0|2)\b)"),
-    ("CogVideoX", r"\btransformer\.blocks\.\d+\.norm[12]\.linear\.(weight|lora|bias)|\bpatch\.embed\.text\.proj\b"),
     ("Cosmos 1", r"\bblocks\.block\d+\."),
-    ("Stable Cascade", r"\bclip\.txt\.pooled\.mapper\b|\bdown\.blocks\.\d+\.\d+\.channelwise\b"),
     ("OmniGen2", r"\bref\.image\.refiner\b"),
     ("Lumina 2 or Z-Image", r"\blayers\.\d+\.(attention\.|feed\.forward\.w|adaLN)|\b(noise|context)\.refiner\.\d"),
-    # UNets; see `_unet` for which.
-    ("UNet", _UNET),
-    # Text encoders and VAEs.
-    ("a Qwen3.5 text encoder, which only the connector of Anima-3.8B v1.1 uses", r"\blayers\.\d+\.linear\.attn\."),
-    ("a T5 text encoder", r"\bblock\.\d+\.layer\.\d\.(SelfAttention|DenseReluDense)\."),
+    # VAEs, text encoders and others.
+    (
+        "the VAE of Wan 2.2",
+        r"\b(down|up)samples\.\d+\.(down|up)samples\.|\bdown\.blocks\.\d\.resnets\.\d\.norm1\.gamma",
+    ),
+    (
+        "a VAE of Stable Diffusion or Flux",
+        r"coder\.((down|up)\.\d+\.block|(down|up)\.blocks\.\d\.resnets\.\d\.norm1\.weight)",
+    ),
+    (
+        "a VAE of another model",
+        r"\b(en|de)coder\.(mid\.block|(down|up)\.blocks|stages)\.\d*\.?(resnets|res\.blocks|op\.list|\d)\b(?!.*gamma)",
+    ),
+    ("a tiny VAE (TAESD)", r"^(taes?d?\w*\.)?((en|de)coder\.)?(layers\.)?\d+\.conv\.\d"),
+    (
+        "the Qwen3.5 text encoder of Anima-3.8B's semantic connector, which is not supported",
+        r"\blayers\.\d+\.linear\.attn\.",
+    ),
+    (
+        "a T5 text encoder",
+        r"\bblock\.\d+\.layer\.\d\.(SelfAttention|DenseReluDense)\.|\btoken\.embedding\b(?=[\s\S]*\bpos\.embedding)",
+    ),
     ("a CLIP vision encoder", r"\bvision\.model\.(encoder|embeddings)\.|\bvisual\.transformer\.resblocks\."),
     ("a CLIP text encoder", r"\btext\.model\.(encoder|embeddings)\.|\btransformer\.resblocks\."),
     ("a BERT text encoder", r"\bencoder\.layer\.\d+\.attention\.self\."),
-    ("a vision-language model", rf"{_LLM}(?=[\s\S]*\bvisual\.)|\bvisual\.(?=[\s\S]*{_LLM})"),
+    ("a vision-language model's encoder", rf"{_LLM}(?=[\s\S]*\bvisual\.)|\bvisual\.(?=[\s\S]*{_LLM})"),
     ("a Gemma text encoder", r"\blayers\.\d+\.pre\.feedforward\.layernorm\b"),
     ("a Qwen2 or Qwen2.5 text encoder", r"\blayers\.\d+\.self\.attn\.q\.proj\.bias\b"),
     ("a Qwen3 text encoder", r"\blayers\.\d+\.self\.attn\.q\.norm\b"),
     ("a Llama or Mistral text encoder", _LLM),
-    ("the VAE of Wan 2.2", r"\bencoder\.downsamples\.\d+\.downsamples\."),
-    ("the VAE of LTX-Video", r"\b(down|up)\.blocks\.\d+\.res\.blocks\."),
-    ("a VAE of Stable Diffusion or Flux", r"\bdecoder\.(up\.\d+\.block|up\.blocks\.\d+\.resnets)\."),
-    ("a tiny VAE (TAESD)", r"^(taes?d?\w*\.)?((en|de)coder\.)?(layers\.)?\d+\.conv\.\d"),
     ("an upscaler", r"\b(RDB\d|rdb\d)\.|\bupsampler?\.\d\.weight|^layers\.\d+\.residual\.group\."),
 )
 """(what the file contains, pattern for one of its names); the first match applies."""
+
+_BY_WIDTH: tuple[tuple[str, Mapping[int, str]], ...] = (
+    (
+        r"\btblocks\.\d+\.attn\.to\.[qkv]\b",
+        {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3", 3072: "Flux or Qwen-Image"},
+    ),
+    (r"\btblocks\.\d+\.attn2\.to\.[kv]\b", {2048: "LTX-Video"}),
+    (r"\btblocks\.\d+\.attn1\.to\.[qkv]\b", {1152: "PixArt", 1920: "CogVideoX", 2240: "Sana", 3072: "CogVideoX"}),
+    (r"\bblocks\.\d+\.self\.attn\.[qkv]\.proj\b", {5120: "Cosmos-Predict2 14B"}),
+    (r"\btblocks\.\d+\.attn1\.to\.[qkv]\b", {4096: "LTX-Video or Cosmos 1", 5120: "Cosmos 14B"}),
+)
+"""(pattern for a matrix, its input width → family), for names that several families share; the first match applies."""
 
 _CROSS_WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Width of the text states that a UNet's cross-attention reads → family."""
 
 _EMBEDDING = re.compile(r"emb_params|clip_[lgh]|t5xxl|qwen3_06b|string_to_param\.\*|<[^>]*>")
+
+_MATRIX = r"\.(weight|lora\.(A|down)\b.*)$"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -89,48 +125,41 @@ Shapes = Mapping[str, tuple[int, ...]]
 def family(shapes: Shapes) -> str | None:
     """Return what a file with tensors of these `shapes` contains, such as "Flux (LoRA)"; None if it is not known.
 
-    Names of Anima's own networks match no row: for these, see `networks.locate`.
+    Names of Anima's own networks match no row, except the text encoder's: for these, see `networks.locate`.
     """
     if 0 < len(shapes) <= 4 and all(_EMBEDDING.fullmatch(name) for name in shapes):
-        return "a textual-inversion embedding, expected under a name in a prompt"
-    text = "\n".join(_dotted(name) for name in shapes)
-    found = next((title for title, pattern in FAMILIES if re.search(pattern, text, re.MULTILINE)), None)
+        return "a textual-inversion embedding, which belongs in a prompt (embedding:name)"
+    text, kind = "\n".join(map(_dotted, shapes)), adapter_kind(shapes)
+    rows = [row for row in FAMILIES if not (kind and row[0].startswith("a ") and row[0].endswith(" encoder"))]
+    found = next((title for title, pattern in rows if re.search(pattern, text, re.MULTILINE)), None)
     if found is None:
-        found = _cosmos(shapes)
-    if found == "UNet":
+        found = next((titles[w] for rule, titles in _BY_WIDTH for w in _widths(shapes, rule) if w in titles), None)
+    if found == _OF_UNET:
         found = _unet(text, shapes)
     if found is None or found.startswith(("a ", "an ", "the ")):
         return found
-    kind = adapter_kind(shapes)
     return f"{found} ({kind.title if kind else 'a model'})"
 
 
 def _dotted(name: str) -> str:
-    return re.sub(r"[._]+", ".", name)
+    return re.sub(r"[._]+", ".", name.replace("transformer_blocks", "tblocks"))
 
 
 def _unet(text: str, shapes: Shapes) -> str:
     """Return which Stable Diffusion a UNet or its adapter belongs to, from its cross-attention and text encoders."""
-    widths = _widths(shapes, r"attn2\.to\.[kv]\.(weight|lora\.(A|down)\b.*)$")
-    is_xl = re.search(
-        r"\b(te2|label\.emb|add\.embedding|text\.encoder\.2|embedders\.1)\b|\.transformer\.blocks\.[2-9]\.", text
-    )
-    return next(filter(None, map(_CROSS_WIDTHS.get, widths)), "SDXL" if is_xl else "Stable Diffusion (a UNet)")
+    titles = [_CROSS_WIDTHS[width] for width in _widths(shapes, r"\battn2\.to\.[kv]\b") if width in _CROSS_WIDTHS]
+    is_xl = re.search(r"\b(te2|label\.emb|add\.embedding|text\.encoder\.2|embedders\.1)\b|\btblocks\.[2-9]\.", text)
+    return titles[0] if titles else "SDXL" if is_xl else "Stable Diffusion"
 
 
-def _cosmos(shapes: Shapes) -> str | None:
-    """Return the size of a Cosmos-Predict2 model or adapter, whose names are Anima's, if it has another width."""
-    widths = _widths(shapes, r"\bblocks\.\d+\.self\.attn\.[qkv]\.proj\.(weight|lora\.(A|down)\b.*)$")
-    return "Cosmos-Predict2 14B" if 5120 in widths else None
-
-
-def _widths(shapes: Shapes, pattern: str) -> Iterable[int]:
-    """Return the input widths of the matrices whose names match."""
-    return {shape[1] for name, shape in shapes.items() if len(shape) > 1 and re.search(pattern, _dotted(name))}
+def _widths(shapes: Shapes, pattern: str) -> list[int]:
+    """Return the input widths of the matrices whose names match, sorted."""
+    matrix = re.compile(pattern + _MATRIX)
+    return sorted({shape[1] for name, shape in shapes.items() if len(shape) > 1 and matrix.search(_dotted(name))})
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> str | None:
     """Return the base model that a file's header names, if it is not Anima; None if it names none."""
-    keys = ("modelspec.architecture", "ss_base_model_version", "base_model", "general.architecture")
+    keys = ("modelspec.architecture", "ss_base_model_version")
     named = next((str(metadata[key]) for key in keys if metadata.get(key)), "")
     return named[:80] if named and "anima" not in named.lower() else None

@@ -7,17 +7,20 @@ instead of crashing the process, and a model is not in memory twice while it is 
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO
 
 import numpy as np
 
-from anima_jax.checkpoints import locations, safetensors_header
+from anima_jax.checkpoints import file_types, locations, safetensors_header
 from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, TensorInfo
 from anima_jax.errors import UserError, os_reason
 
-__all__ = ["CODES", "DTYPES", "SafetensorsFile", "TensorInfo", "write"]
+__all__ = ["CODES", "DTYPES", "ForeignFileError", "SafetensorsFile", "TensorInfo", "write"]
+
+
+class ForeignFileError(UserError):
+    """A file of another type than safetensors, as its first bytes tell; the message says which."""
 
 
 class SafetensorsFile:
@@ -113,8 +116,10 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
     start = bytearray(min(size, 512))
     _read_exactly(path, file, 0, memoryview(start))
     length = int.from_bytes(start[:8], "little")
+    if (start[8:9] != bytearray(b"{") or length > size - 8) and (what := file_types.describe(path, bytes(start))):
+        raise ForeignFileError(f"{path}: is {what}")
     if start[8:9] != bytearray(b"{"):
-        raise HeaderError(_what_else(path, bytes(start)))
+        raise HeaderError("is not a safetensors file, or its beginning is damaged")
     if length > size - 8:
         raise HeaderError(f"is cut off or damaged: its header should have {length} bytes, the file has {size}")
     if length > safetensors_header.LIMIT:
@@ -122,20 +127,3 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
     header = bytearray(length)
     _read_exactly(path, file, 8, memoryview(header))
     return header
-
-
-def _what_else(path: str, start: bytes) -> str:
-    """Return a message about a file that is not safetensors: what it is, and what to do about it."""
-    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
-        return (
-            "is a pickle (PyTorch .pth, .ckpt, .pt), which can run code and is not supported; convert it once where "
-            'PyTorch is installed: python -c "import torch, safetensors.torch as s; s.save_file(torch.load('
-            f"{os.path.basename(path)!r}, map_location='cpu', weights_only=True), 'converted.safetensors')\""
-        )
-    if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself; run `git lfs pull` or download the file"
-    if re.match(rb"\s*(<!doctype|<html|<\?xml)", start, re.IGNORECASE):
-        return "is a web page, not a model: the download went wrong (often a login or licence page)"
-    if start.startswith(b"GGUF"):
-        return "is a GGUF file, whose quantised weights are not supported; use the model's .safetensors file"
-    return "is not a safetensors file, or its beginning is damaged"
