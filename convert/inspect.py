@@ -1,53 +1,90 @@
-"""Describe a file: its networks, their prefix and sizes, and whether every tensor belongs to the model."""
+"""Describe a file: its networks, their prefix and sizes, and whether every tensor belongs to the model; or a folder."""
 
 import argparse
 import collections
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from anima_jax.adapters.dialects import DIALECTS, modules_by_spelling
-from anima_jax.adapters.file import read_adapter
-from anima_jax.adapters.kinds import KINDS, adapter_kind, split_key
-from anima_jax.adapters.patch import Patch
+from anima_jax.adapters.file import Adapter, read_adapter
+from anima_jax.adapters.kinds import adapter_kind, split_key
+from anima_jax.adapters.patch import BIAS_PARTS, Patch
+from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.models import open_network
 from anima_jax.checkpoints.names import dit
-from anima_jax.checkpoints.names.networks import ADAPTER, DIT, NETWORKS, TEXT_ENCODER, Network, locate
-from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
+from anima_jax.checkpoints.safetensors import ForeignFileError, SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, plural, shorten
+from convert import folders
+from convert.values import ValueCheck, check_values
 
-SUMMARY = "describe a file"
+SUMMARY = "describe a file, or every file in a folder"
 
 Row = tuple[str, str]
 
 METADATA_SHOWN = 20
 
+_LOOKS = "it looks like: "
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("file", metavar="FILE", help="a .safetensors file: local, gs:// or hf://owner/repo/file")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="a file, local, gs:// or hf://owner/repo/file; or a folder, for a table of its files",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the description of FILE."""
-    with SafetensorsFile(arguments.file) as file:
-        rows = [("file", file.path), *_contents(file), *_totals(file.tensors.values()), *_metadata(file.metadata)]
-    for label, text in rows:
+    """Print the description of FILE. A file that is no model or adapter is named as well as possible."""
+    if os.path.isdir(arguments.file):
+        for line in folders.table(arguments.file, summary):
+            print(line)
+        return
+    for label, text in _rows(arguments.file):
         print(f"{label:<10}{text}")
 
 
-def _contents(file: SafetensorsFile) -> Iterator[Row]:
+def _rows(path: str) -> list[Row]:
+    try:
+        with SafetensorsFile(path) as file:
+            values = check_values(file)
+            return [
+                ("file", file.path),
+                *_contents(file, values),
+                *_totals(file.tensors.values()),
+                *_metadata(file.metadata),
+            ]
+    except ForeignFileError as error:
+        return [("file", path), ("kind", str(error).removeprefix(f"{path}: is "))]
+
+
+def summary(path: str) -> str:
+    """Return what a file contains, in one line. Raises UserError if it cannot be read."""
+    with SafetensorsFile(path) as file:
+        rows = list(_contents(file, check_values(file)))
+    shown = [text for label, text in rows if label in ("kind", "sizes", "changes")]
+    return "; ".join(shown + [f"problem: {text}" for label, text in rows if label == "problem"])
+
+
+def _contents(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
     if adapter_kind(file.tensors):
-        yield from _adapter(file)
+        yield from _adapter(file, values)
         return
-    networks = [network for network in NETWORKS if locate(network, file.tensors)]
-    if DIT in networks and ADAPTER in networks:
-        networks.remove(ADAPTER)
+    networks = accounting.networks_in(file.tensors)
     for network in networks:
         yield from _network(network, file)
     if not networks:
-        yield "kind", "unknown"
+        found = accounting.looks_like(file.tensors, file.metadata)
+        yield "kind", f"{found.removeprefix(_LOOKS)}, not Anima's" if found.startswith(_LOOKS) else "unknown"
         yield "unknown", f"{plural(len(file.tensors), 'tensor')}: {shorten(list(file.tensors))}"
+    if values.problem:
+        yield "problem", values.problem
+    if networks and values.zero:
+        yield "zeros", f"{plural(len(values.zero), 'tensor')} of zeros only: {shorten(values.zero)}"
 
 
 def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
@@ -67,16 +104,34 @@ def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
     except UserError as error:
         yield from (("problem", message.removeprefix(f"{file.path}: ")) for message in error.messages)
     if located.skipped:
-        yield "skipped", f"{plural(len(located.skipped), 'known extra buffer')}: {shorten(located.skipped)}"
+        yield "skipped", f"{plural(len(located.skipped), 'harmless extra tensor')}: {shorten(located.skipped)}"
+    if connector := [key for key in located.elsewhere if dit.CONNECTOR in key]:
+        yield (
+            "connector",
+            f"{plural(len(connector), 'tensor')} of Anima-3.8B v1.1's semantic connector, which is not used",
+        )
     if located.unknown:
         yield "unknown", f"{plural(len(located.unknown), 'tensor')}: {shorten(located.unknown)}"
 
 
-def _adapter(file: SafetensorsFile) -> Iterator[Row]:
+def _adapter(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
     """Yield rows about an adapter: its kind, dialect and ranks, and how much it changes each block."""
     adapter = read_adapter(file)
     kinds = collections.Counter(patch.kind.title for patch in adapter.patches.values())
-    yield "kind", f"{' and '.join(kinds) or (adapter_kind(file.tensors) or KINDS['lora']).title} (adapter)"
+    if adapter.patches:
+        yield "kind", f"{' and '.join(kinds)} (adapter)"
+    else:
+        yield "kind", f"{accounting.looks_like(file.tensors, file.metadata).removeprefix(_LOOKS)}, not Anima's"
+    if values.problem:
+        yield "problem", values.problem
+    if adapter.patches:
+        yield from _modules(file, adapter, finite=not values.not_finite)
+    else:
+        yield "unknown", f"{plural(len(adapter.unused), 'name')}: {shorten(adapter.unused)}"
+
+
+def _modules(file: SafetensorsFile, adapter: Adapter, *, finite: bool) -> Iterator[Row]:
+    """Yield rows about the modules that an adapter changes, with norms if all values are `finite`."""
     yield "prefix", ", ".join(_dialects(file)) or "unknown"
     yield "sizes", _ranks(adapter.patches)
     yield "changes", _changes(adapter.patches)
@@ -84,8 +139,15 @@ def _adapter(file: SafetensorsFile) -> Iterator[Row]:
     yield from (("problem", problem) for problem in problems)
     if adapter.unused:
         yield "unknown", f"{len(adapter.unused)} names that are not Anima's: {shorten(adapter.unused)}"
-    if not problems:
-        yield from _norms(adapter.patches)
+    if problems or not finite:
+        return
+    norms = {module: patch.norm() for module, patch in adapter.patches.items() if patch.parts.keys() - BIAS_PARTS}
+    idle = [module for module, norm in norms.items() if norm == 0.0]
+    if idle and len(idle) == len(norms):
+        yield "problem", "it changes nothing: every update is zero"
+    elif idle:
+        yield "zeros", f"{plural(len(idle), 'module')} with an update of zero: {shorten(idle)}"
+    yield from _norms(norms, adapter.patches)
 
 
 def _ranks(patches: Mapping[str, Patch]) -> str:
@@ -120,14 +182,13 @@ def _dialects(file: SafetensorsFile) -> list[str]:
     return [f"{prefix or 'none'}{whose}" for prefix, whose in found.items()]
 
 
-def _norms(patches: Mapping[str, Patch]) -> Iterator[Row]:
+def _norms(norms: Mapping[str, float | None], patches: Mapping[str, Patch]) -> Iterator[Row]:
     """Yield a row per block with ‖ΔW‖ of all its modules together, without those for which it depends on the model."""
     squares: dict[str, float] = collections.defaultdict(float)
     dependent = collections.Counter[str]()
-    for module, patch in patches.items():
-        norm = patch.norm()
+    for module, norm in norms.items():
         if norm is None:
-            dependent[patch.kind.title] += 1
+            dependent[patches[module].kind.title] += 1
         else:
             squares[block_of(module)] += norm**2
     for title, count in dependent.items():
@@ -143,7 +204,10 @@ def block_of(name: str) -> str:
 
 def _totals(tensors: Iterable[TensorInfo]) -> Iterator[Row]:
     tensors = list(tensors)
-    yield "tensors", f"{len(tensors)}, {_size(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}"
+    yield (
+        "tensors",
+        f"{len(tensors)}, {folders.size_text(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}",
+    )
 
 
 def _dtypes(tensors: Iterable[TensorInfo]) -> str:
@@ -160,11 +224,3 @@ def _metadata(metadata: dict[str, str]) -> Iterator[Row]:
         yield "metadata", f"and {len(metadata) - METADATA_SHOWN} more"
     if not metadata:
         yield "metadata", "none"
-
-
-def _size(count: int) -> str:
-    """Format a number of bytes in decimal units."""
-    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{count} bytes"

@@ -69,4 +69,4 @@ def _json(path: str, start: bytes) -> str | None:
     if any("class_type" in node for node in nodes):
         keys |= {"nodes", "links"}
     known = (what for some, what in _JSON_FILES if any(needed <= keys for needed in some))
-    return f"{next(known, 'a file')} (JSON), not a model"
+    return f"{next(known, 'a file')} in JSON, not a model"

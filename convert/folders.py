@@ -1,0 +1,91 @@
+"""A table of the files in a folder: a diffusers folder, a run of the trainer, or a collection of adapters."""
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+from anima_jax.checkpoints import file_types
+from anima_jax.errors import UserError, plural, shorten
+
+LIMIT = 1000
+"""Maximum number of lines."""
+
+_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}
+_SUFFIXES = {
+    ".toml": "a configuration (TOML)",
+    ".jsonl": "figures of a run (JSON lines)",
+    ".array_record": "cached latents and captions",
+}
+
+
+def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
+    """Yield a line that says what the folder is, then one per file: path, size, and what the file is.
+
+    `describe(path)` describes a safetensors file. Hidden files are left out; a checkpoint of a run is one line.
+    """
+    root = pathlib.Path(folder)
+    rows = []
+    for path in _entries(root):
+        if len(rows) == LIMIT:
+            break
+        size = 0 if path.is_dir() else path.stat().st_size
+        rows.append((str(path.relative_to(root)), size_text(size) if size else "", _what(path, describe)))
+    yield f"{folder}: {_kind(root)}, {plural(len(rows), 'file')}" + (" and more" if len(rows) == LIMIT else "")
+    width = min(60, max((len(name) for name, _, _ in rows), default=0))
+    for name, size, what in rows:
+        yield f"{shorten([name]):<{width}}  {size:>8}  {what}".rstrip()
+
+
+def _kind(root: pathlib.Path) -> str:
+    if any((root / name).is_file() for name in ("modular_model_index.json", "model_index.json")):
+        return "a diffusers folder"
+    if (root / "checkpoints").is_dir() or any(root.glob("epoch[0-9]*")) or any(root.glob("step[0-9]*")):
+        return "the folder of a training run"
+    if (root / "adapter_config.json").is_file():
+        return "a folder with an adapter of PEFT"
+    return "a folder"
+
+
+def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the files below a folder, sorted, and the folders of checkpoints instead of their files.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    try:
+        found = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in found:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink() and not _is_checkpoint(path):
+            yield from _entries(path)
+        elif path.is_file() or path.is_dir():
+            yield path
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    return any((folder / name).exists() for name in _ORBAX)
+
+
+def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
+    """Return what a file is, in one line."""
+    if path.is_dir():
+        return "a checkpoint to resume from" if _is_checkpoint(path) else "a link to a folder"
+    try:
+        if path.suffix == ".safetensors":
+            return describe(str(path))
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except UserError as error:
+        return error.messages[0].removeprefix(f"{path}: ")
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return _SUFFIXES.get(path.suffix) or file_types.describe(str(path), start) or "unknown"
+
+
+def size_text(count: int) -> str:
+    """Format a number of bytes in decimal units."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{count} bytes"

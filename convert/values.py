@@ -1,0 +1,55 @@
+"""Values that a file should not have: NaN, infinity, and tensors of zeros only."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.errors import plural, shorten
+
+_CHUNK = 2**26  # bytes that are read at once
+
+
+class ValueCheck(NamedTuple):
+    """The tensors of a file with NaN or infinite values, each with their number, and those of zeros only."""
+
+    not_finite: dict[str, int]
+    zero: list[str]
+
+    @property
+    def problem(self) -> str | None:
+        """The tensors with NaN or infinite values as text, or None."""
+        if not self.not_finite:
+            return None
+        listed = shorten([f"{name} ({count})" for name, count in self.not_finite.items()])
+        return f"NaN or infinite values in {plural(len(self.not_finite), 'tensor')}: {listed}"
+
+
+def check_values(file: SafetensorsFile) -> ValueCheck:
+    """Read every tensor of floating-point numbers, a part at a time."""
+    found = ValueCheck({}, [])
+    for name, tensor in file.tensors.items():
+        if tensor.dtype.kind in "iub" or not tensor.nbytes:
+            continue
+        broken, any_value = 0, False
+        for rows in _chunks(tensor):
+            values = file.read(name, rows)
+            finite = np.isfinite(values)
+            broken += values.size - int(np.count_nonzero(finite))
+            any_value = any_value or bool(values.reshape(-1).view(np.uint8).any())
+        if broken:
+            found.not_finite[name] = broken
+        if not any_value:
+            found.zero.append(name)
+    return found
+
+
+def _chunks(tensor: TensorInfo) -> Iterator[slice | None]:
+    """Yield ranges of rows of the tensor's first axis that together are all of it."""
+    if not tensor.shape:
+        yield None
+        return
+    rows = max(1, _CHUNK // max(1, tensor.nbytes // tensor.shape[0]))
+    for first in range(0, tensor.shape[0], rows):
+        yield slice(first, first + rows)
