@@ -137,6 +137,7 @@ def _modules(file: SafetensorsFile, adapter: Adapter, *, finite: bool) -> Iterat
     yield "changes", _changes(adapter.patches)
     problems = [f"{module} {problem}" for module, patch in adapter.patches.items() if (problem := patch.error())]
     yield from (("problem", problem) for problem in problems)
+    yield from (("remark", remark) for remark in adapter.warnings())
     if adapter.unused:
         yield "unknown", f"{len(adapter.unused)} names that are not Anima's: {shorten(adapter.unused)}"
     if problems or not finite:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from anima_jax.adapters import dialects, peft
 from anima_jax.adapters.depths import depth_mismatch
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS, LAYOUTS, Dialect, module_names
-from anima_jax.adapters.kinds import FACTORS, SCALE, adapter_kind, split_key
+from anima_jax.adapters.kinds import FACTORS, SCALE, adapter_kind, split_key, unsupported
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Part, Patch
 from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
@@ -76,11 +76,12 @@ class Adapter:
         keys are unused, or only parts for networks that the model does not have (`whole_parts`).
         """
         if not self.patches:
-            what = accounting.looks_like(self.tensors, self.metadata)
+            what = unsupported(self.tensors) or accounting.looks_like(self.tensors, self.metadata)
             listed = f", with the keys {shorten(self.unused, UNUSED_SHOWN)}" if adapter_kind(self.unused) else ""
             raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:
             return
+        advice = "; ".join(filter(None, (unsupported(self.unused), advice)))
         near = dialects.nearest_spelling(self.unused[0]) + (advice and f"; {advice}")
         text = f"{self.path}: {len(self.unused)} keys are unused: {shorten(self.unused, UNUSED_SHOWN)}{near}"
         if allow_unused:
@@ -114,10 +115,16 @@ def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
     adapter.require_all_used(allow_unused=allow_unused)
     for module, patch in adapter.patches.items():
         if error := patch.error():
-            raise UserError(f"{file.path}: {module} {error}")
+            raise UserError(f"{file.path}: {_named(module, patch)} {error}")
     for warning in adapter.warnings():
         print(f"warning: {file.path}: {warning}", file=sys.stderr)
     return adapter
+
+
+def _named(module: str, patch: Patch) -> str:
+    """Return the module with one of its keys in the file, if that has another name for it."""
+    key = next((part.key for part in patch.parts.values() if part.key), module)
+    return module if module in key else f"{module} ({key})"
 
 
 def file_of(path: PathLike) -> PathLike:
@@ -169,7 +176,7 @@ def _without_idle_alpha(patch: Patch) -> Patch:
 
 def _with_inputs_scaled(patch: Patch) -> Patch:
     """Return a patch whose `inv_scale` is multiplied into its factor of the inputs, if its kind has one."""
-    inputs = (factor for factor in patch.kind.factors if "in" in factor.axes)
+    inputs = (factor for factor in patch.kind.factors if {"in", "rank"} <= {*factor.axes})
     name = next((factor.part for factor in inputs), "")
     shapes = [patch.parts[part].shape for part in (name, "inv_scale") if part in patch.parts]
     if len(shapes) < 2 or shapes[0][1:] != shapes[1]:
@@ -190,7 +197,9 @@ def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, 
     found = {module: patch for module, patch in found.items() if patch.parts}
     for module, patch in found.items():
         if error := patch.error(weights.get(f"{module}.weight"), weights.get(f"{module}.bias")):
-            raise UserError(f"{adapter.path}: {module} {error}{accounting.foreign_hint(adapter.tensors)}")
+            raise UserError(
+                f"{adapter.path}: {_named(module, patch)} {error}{accounting.foreign_hint(adapter.tensors)}"
+            )
     print(f"{adapter.path}: {len(found)} of {len(adapter.patches)} modules matched ({adapter.summary})")
     absent = [
         part.key
@@ -280,14 +289,15 @@ def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dty
 
 
 def _folded(patch: Patch) -> Patch:
-    """Return a LoRA with its scale multiplied into lora_B and no alpha; return any other patch unchanged."""
-    if not patch.parts.keys() >= {"alpha", "lora_B"}:
+    """Return a LoRA of matrices with its scale multiplied into lora_B and no alpha, or any other patch unchanged."""
+    if "lora_B" not in patch.parts:
         return patch
-    left, scale = patch.parts["lora_B"], np.float32(patch.scale)
+    left, scale = patch.parts["lora_B"].matrix, np.float32(patch.scale)
     if scale != 1.0:
-        read = lambda: copying.cast(patch.parts["lora_B"].float32() * scale, left.dtype, "lora_B")  # noqa: E731
-        left = dataclasses.replace(left, read=read)
-    return Patch({name: part for name, part in patch.parts.items() if name != "alpha"} | {"lora_B": left})
+        dtype, values = FLOAT32 if left.dtype.kind in "iub" else left.dtype, left.float32
+        left = dataclasses.replace(left, dtype=dtype, read=lambda: copying.cast(values() * scale, dtype, "lora_B"))
+    own = {name: part.matrix for name, part in patch.parts.items() if name != "alpha"}
+    return Patch(own | {"lora_B": left})
 
 
 def _cast(part: Part, name: str, dtype: np.dtype | None) -> Part:

@@ -382,6 +382,25 @@ _PART = re.compile(
 )
 
 
+_UNSUPPORTED = {
+    r"oft_R(\.\w+)*": "PEFT's OFT",
+    r"boft_[Rs](\.\w+)*": "PEFT's BOFT",
+    r"vera_(lambda_[bd]|[AB])(\.\w+)*": "VeRA",
+    r"lora_E(\.\w+)*": "AdaLoRA",
+    r"(ia3_l|on_input)(\.\w+)*": "(IA)³",
+    r"oft_diag": "OFT of old LyCORIS",
+    r"lora_(ups|downs)\.\d+\.weight|router\.(weight|bias)": "anima_lora's Hydra, whose router chooses at run time,",
+}
+"""Pattern for the endings of keys → adapter that cannot be read."""
+
+
+def unsupported(keys: Iterable[str]) -> str:
+    """Return a remark that names the kinds of adapters with these keys that cannot be read, or ""."""
+    keys = list(keys)
+    found = [title for ending, title in _UNSUPPORTED.items() if any(re.search(rf"\.({ending})$", key) for key in keys)]
+    return f"{' and '.join(found)} cannot be read" if found else ""
+
+
 def split_key(key: str) -> tuple[str, str] | None:
     """Split an adapter file's key into module name and part; return None if it does not end in a known part."""
     match = _PART.search(key)

@@ -22,7 +22,7 @@ FLOAT32 = np.dtype(np.float32)
 _EPSILON = np.finfo(FLOAT32).eps
 
 BIAS_PARTS = {"diff_b", "set_b"}
-_BESIDE = {"alpha", "dora_scale", "inv_scale", *BIAS_PARTS}
+_BESIDE = {"alpha", "dora_scale", *BIAS_PARTS}
 """Parts that may accompany those of any kind."""
 
 
@@ -102,38 +102,59 @@ class Patch:
         return {name: self.parts[name].matrix if one.suffix else self.parts[name] for name, one in present.items()}
 
     @property
+    def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: part.shape for name, part in self._factors.items()}
+
+    @property
     def idle(self) -> list[str]:
         """Parts without effect: those of other kinds than `kind`, as in ComfyUI."""
         used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self._chains)}
-        return [name for name in self.parts if name not in used and not (name == "reshape_weight" and self._is_lora)]
+        used |= {"reshape_weight"} if self._is_lora else set()
+        used |= {"inv_scale"} if self._is_product else set()
+        return [name for name in self.parts if name not in used]
 
     @property
     def _is_lora(self) -> bool:
         return self.kind.products == KINDS["lora"].products
 
     @property
+    def _is_product(self) -> bool:
+        return any(product.factors for product in self.kind.products)
+
+    @property
     def rank(self) -> int | None:
         """The divisor of alpha: the rank of the product (LoKr: of the last one), or None if there is no product."""
-        if self.kind.on_weight:
-            return self.kind.on_weight.rank({name: part.shape for name, part in self._factors.items()})
+        if rule := self.kind.on_weight:
+            return None if self._incomplete_on_weight() else rule.rank(self._factor_shapes)
         names = [factors[-1].part for factors, *_ in self.kind.products if factors and factors[-1].part in self.parts]
-        return self.parts[names[0 if self.kind.elementwise else -1]].shape[0] if names else None
+        shape = self.parts[names[0 if self.kind.elementwise else -1]].shape if names else ()
+        return shape[0] if shape else None
 
     @functools.cached_property
     def alpha(self) -> float | None:
         """The number in the part of this name, or None."""
-        return float(self.parts["alpha"].float32().reshape(())) if "alpha" in self.parts else None
+        part = self.parts.get("alpha")
+        return float(part.float32().reshape(())) if part and math.prod(part.shape) == 1 else None
 
     @property
     def scale(self) -> float:
         """The factor on the product: alpha / rank, or 1 without an alpha or a rank."""
-        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+        return self.alpha / self.rank if self.alpha is not None and self.rank else 1.0
 
     def with_alpha(self, alpha: float | None) -> "Patch":
         """Return the patch with this alpha, or unchanged if it is None."""
         if alpha is None:
             return self
         return Patch({**self.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})
+
+    def multiplied(self, factor: float) -> "Patch":
+        """Return a patch of products with the factor multiplied into its first matrix, or any other patch unchanged."""
+        if not self._is_product:
+            return self
+        name = next(iter(self._chains[0]))
+        part = self.parts[name]
+        scaled = dataclasses.replace(part, dtype=FLOAT32, read=lambda: part.float32() * np.float32(factor))
+        return Patch({**self.parts, name: scaled})
 
     def reshaped(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the changed weight, which a LoRA may extend with zeros (`reshape_weight`)."""
@@ -177,7 +198,7 @@ class Patch:
     def _incomplete(self) -> str | None:
         """Return an error about a missing part or shapes that cannot be multiplied, or None."""
         if self._kind is None:
-            shapes = {name: part.shape for name, part in self.parts.items() if name not in _BESIDE}
+            shapes = {name: part.shape for name, part in self.parts.items() if name not in {*_BESIDE, "inv_scale"}}
             return f"has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, which is no adapter"
         for product, chain in zip(self.kind.products, self._chains, strict=True):
             names = [factor.part for factor in product.factors]
@@ -201,8 +222,10 @@ class Patch:
             return None
         if missing := [factor.part for factor in rule.factors if factor.part not in self.parts]:
             return f"has {next(iter(self._factors))} but not {missing[0]}"
-        shapes = {name: part.shape for name, part in self._factors.items()}
-        if all(shape and all(shape) for shape in shapes.values()) and rule.shape(shapes):
+        shapes = self._factor_shapes
+        axes = {factor.part: factor.dims or 2 for factor in rule.factors}
+        fitting = (all(shape) and len(shape) == axes.get(name, len(shape)) for name, shape in shapes.items())
+        if all(fitting) and rule.shape(shapes):
             return None
         return f"has factors that do not fit together: {', '.join(f'{n} {shape}' for n, shape in shapes.items())}"
 
@@ -210,7 +233,7 @@ class Patch:
     def update_shape(self) -> tuple[int | None, ...] | None:
         """The shape of ΔW, with None for an arbitrary size, or None if the patch changes only the bias."""
         if self.kind.on_weight:
-            return self.kind.on_weight.shape({name: part.shape for name, part in self._factors.items()})
+            return self.kind.on_weight.shape(self._factor_shapes)
         chains = [list(chain.values()) for chain in self._chains]
         if not all(chains):
             return None
@@ -233,7 +256,8 @@ class Patch:
             out = self.kind.combine(functools.reduce(np.matmul, chain) for chain in chains)
         if self.scale != 1.0:
             out *= np.float32(self.scale)
-        return out * self.parts["inv_scale"].float32() if "inv_scale" in self.parts else out
+        has_inputs_scaled = "inv_scale" in self.parts and "inv_scale" not in self.idle
+        return out * self.parts["inv_scale"].float32() if has_inputs_scaled else out
 
     def norm(self) -> float | None:
         """Return the Frobenius norm ‖ΔW‖, without forming ΔW where that can be avoided; None if it depends on W."""
@@ -359,7 +383,8 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     product = Patch({name: part for name, part in patch.parts.items() if name not in kept_parts})
     is_plain = is_lora and product.parts.keys() <= {"lora_A", "lora_B", "alpha"}
     b, a, total, kept = _refactored(product, rank) if is_plain else _factored(product, rank)
-    dtype = next(part.dtype for name, part in product.parts.items() if name != "alpha")
+    dtype = next(part.dtype for name, part in product.parts.items() if name not in {"alpha", "inv_scale"})
+    dtype = FLOAT32 if dtype.kind in "iub" else dtype
     factors = {"lora_A": Part.of(a.astype(dtype)), "lora_B": Part.of(b.astype(dtype))}
     return Patch({**factors, **kept_parts}), total, kept
 

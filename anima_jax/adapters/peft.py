@@ -21,7 +21,10 @@ FILE = "adapter_config.json"
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"
 """Metadata key under which diffusers stores PEFT's settings."""
 
-_PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
+_COMPONENTS = ("transformer.", "text_conditioner.")
+"""What diffusers' settings and names begin with."""
+
+_PREFIXES = ("base_model.model.", *_COMPONENTS)
 """Prefixes of names in PEFT's files, whose alphas are in the metadata or in `adapter_config.json`."""
 
 
@@ -29,17 +32,21 @@ _PREFIXES = ("base_model.model.", "transformer.", "text_conditioner.")
 
 
 def with_alphas(
-    file: SafetensorsFile, spellings: Iterable[str], patches: Mapping[str, Patch]
+    file: SafetensorsFile, spellings: Mapping[str, str], patches: Mapping[str, Patch]
 ) -> tuple[dict[str, Patch], dict[str, str]]:
     """Return the patches of a file with the alphas from its settings, and its metadata without the settings.
 
-    `spellings` are the file's module names. Raises UserError if the settings cannot be read.
+    `spellings` maps the file's module names to modules. Settings in the metadata count for names of any format. Raises
+    UserError if the settings cannot be read.
     """
-    metadata = {key: value for key, value in file.metadata.items() if key != DIFFUSERS_SETTINGS}
-    if not any(spelling.startswith(_PREFIXES) for spelling in spellings):
+    in_header = {key for key in file.metadata if key == DIFFUSERS_SETTINGS or key.startswith(_COMPONENTS)}
+    metadata = {key: value for key, value in file.metadata.items() if key not in in_header}
+    if not in_header and not any(spelling.startswith(_PREFIXES) for spelling in spellings):
         return dict(patches), metadata
-    settings = _read(file)
-    return {module: patch.with_alpha(_alpha(module, patch, settings)) for module, patch in patches.items()}, metadata
+    settings, names = _read(file), {module: spelling for spelling, module in spellings.items()}
+    return {
+        module: _scaled(patch, module, names.get(module, ""), settings) for module, patch in patches.items()
+    }, metadata
 
 
 def _read(file: SafetensorsFile) -> dict[str, Any]:
@@ -48,28 +55,37 @@ def _read(file: SafetensorsFile) -> dict[str, Any]:
     try:
         if DIFFUSERS_SETTINGS in file.metadata:
             return json.loads(file.metadata[DIFFUSERS_SETTINGS])
+        if direct := {key: json.loads(value) for key, value in file.metadata.items() if key.startswith(_COMPONENTS)}:
+            return direct
         is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
         return json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{file.path}: its PEFT settings ({FILE}) cannot be read: {error}") from error
 
 
-def _alpha(module: str, patch: Patch, settings: Mapping[str, Any]) -> float | None:
-    """Return the alpha that the settings add to a module, or None if they add none.
+def _scaled(patch: Patch, module: str, spelling: str, settings: Mapping[str, Any]) -> Patch:
+    """Return the patch with the alpha that the settings give it; a patch that has its own is returned unchanged.
 
-    Keys of diffusers' settings begin with the component.
+    Keys of diffusers' settings begin with the component. PEFT multiplies a LoKr of two matrices by alpha / r too, where
+    an alpha would not count in other files, so that the scale is multiplied into a matrix.
     """
-    rank, spelled = patch.rank, DIALECTS["diffusers"].module(module) or module
-    component, _, name = spelled.partition(".")
+    component = (DIALECTS["diffusers"].module(module) or module).partition(".")[0]
     own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
-    alpha = own.get("lora_alpha", own.get("alpha"))
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
-        matched = re.compile(rf"(.*\.)?({pattern.removeprefix('^')})")
-        alpha = value if any(map(matched.fullmatch, (name, module, spelled))) else alpha
-    if alpha is None or rank is None or "alpha" in patch.parts:
-        return None
+    name = next((spelling.removeprefix(prefix) for prefix in _PREFIXES if spelling.startswith(prefix)), spelling)
+    alpha = _of_pattern(own.get("alpha_pattern"), name, own.get("lora_alpha", own.get("alpha")))
+    rank = patch.rank or _of_pattern(own.get("rank_pattern"), name, own.get("r"))
+    if alpha is None or not rank or "alpha" in patch.parts:
+        return patch
     alpha = float(alpha) * rank**0.5 if own.get("use_rslora") else float(alpha)
-    return None if alpha == rank else alpha
+    if alpha == rank:
+        return patch
+    return patch.with_alpha(alpha) if patch.rank else patch.multiplied(alpha / rank)
+
+
+def _of_pattern(values: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the name or its end, as in PEFT's get_pattern_key."""
+    matching = (value for pattern, value in (values or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(matching, default)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
