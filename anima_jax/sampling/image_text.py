@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_graph import comfyui_graph
+from anima_jax.sampling.comfyui_reader import from_comfyui
 from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.images import read_image
 from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
@@ -67,8 +68,19 @@ def from_text(path: str, text: Mapping[str, str]) -> Recipe:
         return _from_own(path, _parsed(path, OWN, text[OWN]))
     if "prompt" in text and "seed" in text:
         return _from_lines(path, text)
+    if "prompt" in text:
+        try:
+            recipe = from_comfyui(path, _parsed(path, "prompt", text["prompt"]))
+        except UserError:
+            if "parameters" not in text:
+                raise
+        else:
+            if "prompt" in recipe.values or "parameters" not in text:
+                return recipe
     if "parameters" in text:
         return from_webui(path, text["parameters"])
+    if "workflow" in text:
+        raise UserError(f"{path}: has a workflow of ComfyUI's editor, but no prompt: the graph that was run")
     raise UserError(f"{path}: no parameters in its text chunks, expected an image of anima_jax, ComfyUI or A1111")
 
 

@@ -1,0 +1,212 @@
+"""ComfyUI's graph of an image read back: the nodes that lead to the saved image, as far as this package has them.
+
+A node that is not known is followed by the names of its inputs, and a message names it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from anima_jax.errors import UserError
+from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
+from anima_jax.sampling.recipe import Recipe
+
+IMAGE_LINKS = ("images", "image", "samples", "latent_image", "latent", "pixels", "source", "input", "latents")
+CONDITIONING_LINKS = ("conditioning", "conditioning_1", "conditioning_to", "positive", "conditioning_2", "negative")
+TEXTS = ("text", "populated_text", "prompt", "text_g", "t5xxl", "clip_l", "string", "text_positive")
+
+PLAIN = re.compile(
+    r"vaedecode|reroute|switch|previewimage|saveimage|imagescale$|repeatlatentbatch|torchcompile|sageattention|"
+    r"imagefrombatch|setlatentnoisemask|loadimage|vaeencode(tiled)?$|empty.*latent|primitive|masktoimage|imagetomask"
+)
+"""Classes that need no message: they do not change the image, or what they do is read from their inputs."""
+
+
+class GraphReader(NodeGraph):
+    """Reads a graph into a recipe, from the node that saves the image upwards."""
+
+    def read(self) -> Recipe:
+        """Return what the graph says. Raises UserError if no sampler leads to a saved image."""
+        trail = self._trail()
+        samplers = [key for key in trail if self._is_sampler(key)]
+        if not samplers:
+            raise UserError(f"{self.recipe.path}: no sampler leads to a saved image in its ComfyUI graph")
+        for key in samplers[:-1]:
+            self.leave_out(key, "a later pass")
+        first = trail.index(samplers[-1])
+        for key in trail[1:first]:
+            self._read_finish(key)
+        for key in trail[first + 1 :]:
+            self._read_start(key)
+        self._read_sampler(trail[first])
+        return self.recipe
+
+    def _is_sampler(self, key: str) -> bool:
+        names = set(self.inputs(key))
+        guided = "guider" in names or {"positive", "negative"} <= names
+        return guided and bool(names & {"steps", "sigmas"}) and bool(names & {"latent_image", "latent", "samples"})
+
+    def _trail(self) -> list[str]:
+        """Return the nodes from the one that saves the image up to where it starts, or none without a sampler."""
+        used = {link[0] for key in self.nodes for link in self.links(key).values()}
+        saving = [key for key in self.nodes if re.search(r"save.*image|image.*save", self.kind(key))]
+        saving += [key for key in self.nodes if key not in used and key not in saving]
+        trails = [list(self.chain((key, 0), IMAGE_LINKS)) for key in saving]
+        return next((trail for trail in trails if any(map(self._is_sampler, trail))), [])
+
+    def _read_finish(self, key: str) -> None:
+        """Read a node between the sampler and the saved image."""
+        inputs = self.inputs(key)
+        if "vae" in inputs and "vae" not in self.recipe.files:
+            self._read_loader("vae", self.link(inputs["vae"]), ("vae",), ("vae_name", "ckpt_name"))
+        if "batch_index" in inputs:
+            self.set("batch_index", int, key, "batch_index")
+        elif "destination" in inputs and "mask" in inputs:
+            self.recipe.values["paste"] = 0
+        elif not PLAIN.search(self.kind(key)) and not self._is_sampler(key):
+            self.leave_out(key)
+
+    def _read_start(self, key: str) -> None:
+        """Read a node before the sampler: empty latents, or an image to start from and its mask."""
+        inputs = self.inputs(key)
+        if not {"width", "height"} & set(self.recipe.values):
+            for name in ("width", "height"):
+                self.set(name, int, key, name, f"empty_latent_{name}")
+        if "batch_size" in inputs or "amount" in inputs:
+            self.set("batch_size", int, key, "batch_size", "amount")
+        if mask := self.link(inputs.get("mask")):
+            for found in self.chain(mask, ("mask", "image", "masks")):
+                self._read_image("mask", found)
+        self._read_image("image", key)
+
+    def _read_image(self, file: str, key: str) -> None:
+        if isinstance(name := self.inputs(key).get("image"), str):
+            self.recipe.files[file] = re.sub(r" \[(input|output|temp)\]$", "", name)
+        if not PLAIN.search(self.kind(key)):
+            self.leave_out(key)
+
+    def _read_sampler(self, key: str) -> None:
+        inputs = self.inputs(key)
+        guider = self._end(key, "guider")
+        self.set("seed", int, self._end(key, "noise"), "seed", "noise_seed")
+        self._read_sampler_object(self._end(key, "sampler"))
+        self._read_sigmas(self._end(key, "sigmas"))
+        guided = self.inputs(guider)
+        if not self.set("guidance_scale", float, guider, "cfg") and "negative" not in guided:
+            self.recipe.values["guidance_scale"] = 1.0  # BasicGuider
+        positive = next(
+            (link for name in ("positive", "conditioning", "cond1") if (link := self.link(guided.get(name)))), None
+        )
+        encoder = self._read_prompts(positive, self.link(guided.get("negative")))
+        clip = self.link(self.inputs(encoder).get("clip")) if encoder else None
+        self._read_model(self.link(guided.get("model", inputs.get("model"))), clip)
+
+    def _end(self, key: str, name: str) -> str:
+        """Return the node that a sampler's input is linked to, or the sampler itself without such a link."""
+        link = self.link(self.inputs(key).get(name))
+        return next((k for k in self.chain(link, (name,)) if not re.search(r"reroute|switch", self.kind(k))), key)
+
+    def _read_sampler_object(self, key: str) -> None:
+        if not self.set("sampler", str, key, "sampler_name"):
+            self.leave_out(key)
+
+    def _read_sigmas(self, key: str) -> None:
+        if not self.set("schedule", str, key, "scheduler"):
+            self.leave_out(key)
+        self.set("steps", int, key, "steps")
+        self.set("denoise", float, key, "denoise")
+
+    # Prompts
+
+    def _read_prompts(self, positive: Link | None, negative: Link | None) -> str | None:
+        """Set both prompts and the guidance interval, and return the node that encodes the positive one."""
+        found = self._prompts(positive)
+        if not found:
+            self.recipe.messages.append("its prompt is not in its ComfyUI graph")
+            return None
+        prompt, _, _, encoder = found[0]
+        others = [part for part in self._prompts(negative) if part[0] != prompt]
+        text, start, end, _ = others[0] if others else ("", 0.0, 1.0, "")
+        self.recipe.values |= {"prompt": prompt, "negative_prompt": text}
+        if (start, end) != (0.0, 1.0):
+            self.recipe.values["guidance_interval"] = (start, end)
+        for name, parts, first in (("prompts", found, prompt), ("negative prompts", others, text)):
+            if any(part[0] != first for part in parts):
+                self.recipe.messages.append(f"{len(parts)} {name} are combined, the first is taken")
+        return encoder
+
+    def _prompts(
+        self, link: Link | None, start: float = 0.0, end: float = 1.0, depth: int = 0
+    ) -> list[tuple[str, float, float, str]]:
+        """Return the texts of a conditioning, each with its range of the sampling and the node that encodes it."""
+        if link is None or depth > MAX_DEPTH:
+            return []
+        key, index = link
+        inputs, kind = self.inputs(key), self.kind(key)
+        if self.link(inputs.get("clip")) and isinstance(text := self.value(key, TEXTS), str):
+            return [(text, start, end, key)]
+        if {"positive", "negative"} <= set(inputs):  # ControlNetApplyAdvanced: its outputs are in this order
+            self.leave_out(key)
+            value = inputs["negative" if index == 1 else "positive"]
+            return self._prompts(self.link(value), start, end, depth + 1)
+        if "combine" in kind:
+            links = self.links(key).values()
+            return [part for link in links for part in self._prompts(link, start, end, depth + 1)]
+        if "timesteprange" in kind:
+            start = max(start, number_or(self.value(key, ("start",)), 0.0))
+            end = min(end, number_or(self.value(key, ("end",)), 1.0))
+        elif not PLAIN.search(kind):
+            self.leave_out(key)
+        return self._prompts(self.next(key, CONDITIONING_LINKS), start, end, depth + 1)
+
+    # Networks
+
+    def _read_loader(self, file: str, link: Link | None, links: Sequence[str], names: Sequence[str]) -> list[str]:
+        """Set a file from the loader at the end of a chain, and return the nodes of the chain."""
+        chain = list(self.chain(link, links))
+        for key in chain:
+            if isinstance(name := self.value(key, names), str):
+                self.recipe.files[file] = name
+                break
+        return chain
+
+    def _read_model(self, link: Link | None, clip: Link | None) -> None:
+        """Read transformer, text encoder, LoRAs and what changes the sampling."""
+        models = self._read_loader("transformer", link, ("model",), ("unet_name", "ckpt_name", "gguf_name"))
+        clips = self._read_loader("text_encoder", clip, ("clip",), ("clip_name", "clip_name1", "ckpt_name"))
+        for key in [*(key for key in clips if key not in models), *models][::-1]:
+            for name, model, text_encoder in self._loras(key):
+                weights = {"": model if key in models else 0.0, "text_encoder": text_encoder if key in clips else 0.0}
+                self.recipe.loras.append((name, model if weights[""] == weights["text_encoder"] else weights))
+        for key in [*models, *(key for key in clips if key not in models)]:
+            self._read_patch(key)
+
+    def _loras(self, key: str) -> Iterator[tuple[str, float, float]]:
+        """Yield name and strengths, of the model and the text encoder, for each LoRA of a node."""
+        if isinstance(name := self.value(key, ("lora_name",)), str) and name != "None":
+            model = number_or(self.value(key, ("strength_model", "lora_model_strength", "strength")), 1.0)
+            yield name, model, number_or(self.value(key, ("strength_clip", "lora_clip_strength")), model)
+        for row in self.inputs(key).values():  # rgthree's Power Lora Loader
+            if isinstance(row, Mapping) and isinstance(name := row.get("lora"), str) and row.get("on"):
+                model = number_or(row.get("strength"), 1.0)
+                yield name, model, number_or(row.get("strengthTwo"), model)
+
+    def _read_patch(self, key: str) -> None:
+        """Read a node between a loader and the sampler; the nearest to the sampler counts."""
+        kind, inputs = self.kind(key), self.inputs(key)
+        if "modelsampling" in kind and "shift" in inputs:
+            if "shift" not in self.recipe.values:
+                self.set("shift", float, key, "shift")
+        elif kind == "cfgzerostar":
+            self.recipe.values["cfg_zero_star"] = True
+        elif not any(self._loras(key)) and not PLAIN.search(kind) and not re.search(r"load", kind):
+            self.leave_out(key)
+
+
+def from_comfyui(path: str, graph: Mapping[str, Any]) -> Recipe:
+    """Return what ComfyUI's graph, in API format, says. Raises UserError if no sampler leads to a saved image."""
+    if isinstance(graph.get("output"), Mapping):  # as the frontend returns it, beside `workflow`
+        graph = graph["output"]
+    if isinstance(graph.get("nodes"), Sequence) and "links" in graph:
+        raise UserError(f"{path}: a workflow of ComfyUI's editor, expected its API format (File, Export (API))")
+    return GraphReader(path, graph).read()
