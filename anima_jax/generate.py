@@ -116,7 +116,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
     names = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter", "loras")
-    comfyui_dora = arguments.comfyui_dora or like.get("comfyui_dora") == str(True)
+    comfyui_dora = arguments.comfyui_dora or like.loading.get("comfyui_dora", False)
     return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 
 
@@ -127,7 +127,7 @@ def transformer_files(transformer: Any, adapter: Any = None, loras: Sequence[tup
 
 def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[str, Any]:
     """Return the files of an older image that are not `given`. Raises UserError if one of them is not found."""
-    files: dict[str, Any] = {"dtype": like.dtype} if like.dtype else {}
+    files = dict[str, Any](like.loading)
     for name in ("vae", "text_encoder", "tokenizers"):
         if name not in given and (path := like.find(name, models)):
             files[name] = path

@@ -12,6 +12,7 @@ import numpy as np
 
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import sigmas
+from anima_jax.sampling.recipe import model_and_text_encoder
 
 Graph = dict[str, dict[str, Any]]
 Link = list[str | int]
@@ -53,11 +54,9 @@ class GraphWriter:
         if self._files.get("adapter"):
             self.left_out.append("the LLM adapter's own file")
         for name, weight in self._loras:
-            by_part = weight if isinstance(weight, Mapping) else {"": weight}
-            if not set(by_part) <= {"", "text_encoder"}:
+            if isinstance(weight, Mapping) and not set(weight) <= {"", "text_encoder"}:
                 self.left_out.append(f"the weights of parts of {file_name(name)}")
-            strength = by_part.get("", 1.0)
-            strengths = {"strength_model": strength, "strength_clip": by_part.get("text_encoder", strength)}
+            strengths = dict(zip(("strength_model", "strength_clip"), model_and_text_encoder(weight), strict=True))
             model = self.add("LoraLoader", model=model, clip=clip, lora_name=file_name(name), **strengths)
             clip = output(model, 1)
         return self.patched(model), clip, vae

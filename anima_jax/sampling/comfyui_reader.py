@@ -176,8 +176,8 @@ class GraphReader(NodeGraph):
         clips = self._read_loader("text_encoder", clip, ("clip",), ("clip_name", "clip_name1", "ckpt_name"))
         for key in [*(key for key in clips if key not in models), *models][::-1]:
             for name, model, text_encoder in self._loras(key):
-                weights = {"": model if key in models else 0.0, "text_encoder": text_encoder if key in clips else 0.0}
-                self.recipe.loras.append((name, model if weights[""] == weights["text_encoder"] else weights))
+                weights = (model if key in models else 0.0, text_encoder if key in clips else 0.0)
+                self.recipe.loras.append((name, model if weights[0] == weights[1] else weights))
         for key in [*models, *(key for key in clips if key not in models)]:
             self._read_patch(key)
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +17,7 @@ from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_graph import comfyui_graph
 from anima_jax.sampling.comfyui_reader import from_comfyui
 from anima_jax.sampling.exif import read_text
+from anima_jax.sampling.flags import DTYPES
 from anima_jax.sampling.images import read_image
 from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
@@ -30,19 +31,24 @@ FIELDS: dict[str, Any] = get_type_hints(ImageRequest) | get_type_hints(SamplingP
 
 SIZE = ("width", "height")
 
-LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
+LORAS = TypeAdapter(list[tuple[str, float | tuple[float, float] | dict[str, float]]])
+
+LOADING: dict[str, Any] = {"dtype": Literal[DTYPES], "comfyui_dora": bool}
 
 
 def to_text(request: ImageRequest, params: SamplingParams, files: Mapping[str, Any]) -> dict[str, str]:
     """Return chunk → text of an image.
 
-    `files` are the files it was made from, by kind (`NETWORKS`, `IMAGES`), `loras` with their weights, and the dtype.
+    `files` are the arguments of `AnimaPipeline.load` and the images that it was made from (`IMAGES`).
     """
     values = dataclasses.asdict(request) | dataclasses.asdict(params)
-    named = {name: str(file) for name, file in files.items() if file and name != "loras"}
+    named = {name: str(files[name]) for name in (*NETWORKS, *IMAGES) if files.get(name)}
+    loading = {
+        name: files[name] if kind is bool else str(files[name]) for name, kind in LOADING.items() if files.get(name)
+    }
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
     graph, left_out = comfyui_graph(values, named, adapters)
-    own = values | named | {"loras": adapters} | ({"left_out_for_comfyui": left_out} if left_out else {})
+    own = values | named | loading | {"loras": adapters} | ({"left_out_for_comfyui": left_out} if left_out else {})
     return {
         "parameters": to_webui(values, named, adapters, {}),
         "prompt": json.dumps(graph, allow_nan=False),
@@ -100,8 +106,8 @@ def _from_own(path: str, own: Mapping[str, Any]) -> Recipe:
     words = TypeAdapter(str)
     files = {name: _typed(path, name, words, own[name]) for name in (*NETWORKS, *IMAGES) if own.get(name)}
     loras = _typed(path, "loras", LORAS, own.get("loras", []))
-    dtype = _typed(path, "dtype", words, own["dtype"]) if "dtype" in own else None
-    return Recipe(path, values, files, loras, dtype)
+    loading = {name: _typed(path, name, TypeAdapter(kind), own[name]) for name, kind in LOADING.items() if name in own}
+    return Recipe(path, values, files, loras, loading)
 
 
 def _typed(path: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:

@@ -7,7 +7,7 @@ machine contact another one.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anima_jax.errors import UserError
@@ -36,14 +36,15 @@ class Recipe:
     """What a file says about how an image was made.
 
     `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
-    `loras` names with weights, and `messages` what the file says but cannot be followed.
+    `loras` names with weights (`adapters.merge.Weight`), `loading` other arguments of `AnimaPipeline.load`, and
+    `messages` what the file says but cannot be followed.
     """
 
     path: str = ""
     values: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     files: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     loras: list[tuple[str, Any]] = dataclasses.field(default_factory=list[tuple[str, Any]])
-    dtype: str | None = None
+    loading: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     messages: list[str] = dataclasses.field(default_factory=list[str])
 
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
@@ -72,6 +73,14 @@ def quoted(*words: object) -> str:
     shown = [repr(str(word))[1:-1] for word in words[:4]]
     more = f" and {len(words) - 4} more" if len(words) > 4 else ""
     return ", ".join(f"'{word if len(word) <= 100 else word[:97] + '…'}'" for word in shown) + more
+
+
+def model_and_text_encoder(weight: Any) -> tuple[float, float]:
+    """Return the weights of a LoRA (`adapters.merge.Weight`) for the transformer and for the text encoder."""
+    if not isinstance(weight, Mapping):
+        return weight if isinstance(weight, tuple) else (weight, weight)
+    model = weight.get("", 1.0)
+    return model, weight.get("text_encoder", model)
 
 
 def is_remote_name(name: str) -> bool:

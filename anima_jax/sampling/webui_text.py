@@ -14,7 +14,7 @@ from typing import Any
 
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
-from anima_jax.sampling.recipe import Recipe, quoted
+from anima_jax.sampling.recipe import Recipe, model_and_text_encoder, quoted
 
 SAMPLER_NAMES = {
     "euler": "Euler",
@@ -220,15 +220,12 @@ def _without_loras(prompt: str) -> tuple[str, list[tuple[str, Any]]]:
                 weights[key if equals else ("te", "unet")[index] if index < 2 else ""] = _finite(value)
         text_encoder = weights.get("te", 1.0)
         model = weights.get("unet", text_encoder)
-        loras.append((name, model if model == text_encoder else {"": model, "text_encoder": text_encoder}))
+        loras.append((name, model if model == text_encoder else (model, text_encoder)))
     return _LORA.sub("", prompt), loras
 
 
 def _weights(weight: Any) -> str:
-    if not isinstance(weight, Mapping):
-        return _number(weight)
-    model = weight.get("", 1.0)
-    text_encoder = weight.get("text_encoder", model)
+    model, text_encoder = model_and_text_encoder(weight)
     return _number(model) if model == text_encoder else f"{_number(text_encoder)}:{_number(model)}"
 
 

@@ -18,9 +18,10 @@ REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
 PARAMS = SamplingParams(
     "ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3), paste=0, tile=512
 )
-LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", {"": 0.5, "text_encoder": 0.25})]
+LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", (0.5, 0.25)), ("l3.safetensors", {"": 2.0, "blocks.0-3": 0.0})]
 FILES = {"transformer": "a/base.safetensors", "vae": "vae.safetensors", "text_encoder": "qwen.safetensors"}
-FILES |= {"tokenizers": "folder", "adapter": None, "image": "start.png", "mask": None, "dtype": "float32"}
+FILES |= {"tokenizers": "folder", "adapter": None, "image": "start.png", "mask": None}
+LOADING = {"dtype": "float32", "comfyui_dora": True}
 
 
 def values_of(request: ImageRequest, params: SamplingParams) -> dict[str, object]:
@@ -30,12 +31,12 @@ def values_of(request: ImageRequest, params: SamplingParams) -> dict[str, object
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])
 def test_a_file_keeps_every_setting_in_a_folder_that_is_made(tmp_path, suffix):
     path = tmp_path / "a" / f"b{suffix}"
-    text = to_text(REQUEST, PARAMS, FILES | {"loras": LORAS})
+    text = to_text(REQUEST, PARAMS, FILES | LOADING | {"loras": LORAS})
     assert not save_image(Image.new("RGB", (16, 16), "red"), path, text)
     recipe = read_recipe(str(path))
     assert recipe.values == values_of(REQUEST, PARAMS)
-    assert recipe.files | {"dtype": recipe.dtype} == {name: file for name, file in FILES.items() if file}
-    assert (recipe.loras, recipe.messages) == (LORAS, [])
+    assert recipe.files == {name: file for name, file in FILES.items() if file}
+    assert (recipe.loras, recipe.loading, recipe.messages) == (LORAS, LOADING, [])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -83,6 +84,7 @@ def test_images_of_early_versions_are_read():
         ({"anima_jax": json.dumps({"steps": "many\x1b[31m"})}, "steps 'many\\x1b[31m'"),
         ({"anima_jax": json.dumps({"loras": [["a", "b"]]})}, "loras"),
         ({"anima_jax": json.dumps({"vae": 3})}, "vae '3'"),
+        ({"anima_jax": json.dumps({"dtype": "int4"})}, "dtype 'int4'"),
     ],
 )
 def test_texts_that_cannot_be_read_are_named_in_one_line(text, message):
