@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.config.main import MainConfig
+from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, check_options
 from anima_jax.errors import UserError
 from anima_jax.parallel import hosts
 from anima_jax.parallel.rules import AXES
@@ -75,7 +76,7 @@ def older_image(arguments: argparse.Namespace) -> Recipe:
 
 def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> SamplingParams:
     """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    names = {field.name for field in dataclasses.fields(SamplingParams)} - {"sampler_options"}
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if flags.get("paste") is False:
         flags["paste"] = None
@@ -84,7 +85,22 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
     older = {name: like.values[name] for name in names if name in like.values}
     sample = config.sample if config else None
     configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}
-    return SamplingParams(**ChainMap(flags, older, configured))
+    params = SamplingParams(**ChainMap(flags, older, configured))
+    # The older image's options belong to its sampler.
+    kept = like.values.get("sampler_options", {}) if older.get("sampler") == params.sampler else {}
+    return dataclasses.replace(params, sampler_options=kept | sampler_options(arguments, params.sampler))
+
+
+def sampler_options(arguments: argparse.Namespace, sampler: str) -> dict[str, Any]:
+    """Return the options of the sampler that flags set. Raises UserError if it does not have one, or for its value."""
+    options: dict[str, Any] = {}
+    for text in arguments.sampler_options or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--sampler_options {text}: expected NAME=VALUE")
+        options[name] = value
+    options |= {name: value for name in OPTIONS if (value := getattr(arguments, name, None)) is not None}
+    return check_options(sampler, options) if sampler in SAMPLERS else options
 
 
 def image_requests(

@@ -18,8 +18,9 @@ Latents = Callable[[], list[np.ndarray]]
 ProgressCallback = Callable[[int, int, Latents], None]
 """Called with the number of evaluations done, their total, and a function that returns the latest clean latents.
 
-The call for one evaluation happens while the next one runs. The latents are the network's estimate, (t, y, x, c) for
-each image; before the first evaluation they are the starting point.
+The total is an estimate that changes if the sampler chooses its steps as it goes. The call for one evaluation happens
+while the next one runs. The latents are the network's estimate, (t, y, x, c) for each image; before the first
+evaluation they are the starting point.
 """
 
 Decode = Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -37,6 +38,7 @@ class ProgressBar:
     def __call__(self, done: int, total: int, latents: Latents) -> None:
         if self._bar is None:
             self._bar = tqdm(total=total, unit="it", dynamic_ncols=True, disable=not is_process_0())
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
@@ -50,11 +52,13 @@ class Previews:
 
     def __init__(self, decode: Decode, paths: Sequence[pathlib.Path], every: int):
         self._decode, self._paths, self._every = decode, paths, every
+        self._written = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: list[concurrent.futures.Future[None]] = []
 
     def __call__(self, done: int, total: int, latents: Latents) -> None:
-        if 0 < done < total and done % self._every == 0:
+        due, self._written = done // self._every > self._written, done // self._every
+        if due and done < total:
             self._pending.append(self._thread.submit(self._write, done, [downsample(x) for x in latents()]))
 
     def _write(self, done: int, latents: list[np.ndarray]) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from anima_jax.adapters.merge import COMFYUI_DORA
-from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser
 from anima_jax.parallel import hosts
@@ -95,6 +95,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--cfg_zero_star", action=argparse.BooleanOptionalAction, help="CFG-Zero*")
     add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
+    options = ", ".join(OPTIONS)
+    add(
+        "--sampler_options",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help=f"options of the sampler, which may also be flags: --eta 0.5 ({options})",
+    )
+    for name in OPTIONS:
+        if name != "version":  # That flag would be taken for the program's.
+            add(f"--{name}", nargs="?", const="True", metavar="VALUE", help=argparse.SUPPRESS)
     add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
     add("--shift", type=float, help="more steps at high noise (3)")
     add("--noise", metavar="KIND", help="noise of the sampler's steps: torch-cpu, torch-cuda, torch-cuda:GPU or jax")

@@ -40,6 +40,11 @@ class TokenPacking:
         self.size_b3 = np.array(sizes, np.int32)
         self.length = token_budget(int(grid_of(self.size_b3).prod(axis=1).max()))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (b, l, c) of packed latents."""
+        return len(self.size_b3), self.length, PATCH * PATCH * OUT_CHANNELS
+
     def pack(self, latents: Sequence[Any]) -> np.ndarray:
         """Return each image's latents as tokens (b, l, c), float32."""
         features = PATCH * PATCH * latents[0].shape[-1]

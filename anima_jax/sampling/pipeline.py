@@ -23,7 +23,7 @@ from anima_jax.adapters.merge import AdapterStack, Weight
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers, schedules
-from anima_jax.diffusion.samplers.plan import make_plan
+from anima_jax.diffusion.samplers.plan import SamplerPlan
 from anima_jax.errors import UserError
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
@@ -33,7 +33,8 @@ from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_single_process
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch
-from anima_jax.sampling import program
+from anima_jax.sampling import adaptive, program
+from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
 from anima_jax.sampling.embeddings import Embeddings
@@ -168,10 +169,12 @@ class AnimaPipeline:
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
         below 1); it is kept where `mask` is black. `params` are the fields of `SamplingParams`: steps, guidance_scale,
-        sampler, schedule, shift, denoise, noise and others. `progress` shows a progress bar. Raises UserError for a
-        value out of range or an unknown name.
+        sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be given as they
+        are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
         """
         requests = batch_of_requests(prompt, width, height, seed, batch_size)
+        options = {name: params.pop(name) for name in samplers.OPTIONS if name in params}
+        params["sampler_options"] = params.get("sampler_options", {}) | options
         callback = ProgressBar() if progress else None
         return self.draw(requests, SamplingParams(negative_prompt, **params), image=image, mask=mask, callback=callback)
 
@@ -230,16 +233,20 @@ class AnimaPipeline:
             denoise=params.denoise,
             without_penultimate=sampler.without_penultimate,
         )
-        return self.sample(
-            self.encode([request.prompt for request in requests]),
-            self.encode([params.negative_prompt] * len(requests)),
-            BatchNoise(requests, params.noise, sampler, sigmas),
-            sigmas,
-            params,
-            original=original,
-            mask=mask,
-            callback=callback,
-        )
+
+        def drawn(requests: Sequence[ImageRequest], callback: ProgressCallback | None) -> list[np.ndarray]:
+            return self.sample(
+                self.encode([request.prompt for request in requests]),
+                self.encode([params.negative_prompt] * len(requests)),
+                BatchNoise(requests, params.noise, sampler, sigmas),
+                sigmas,
+                params,
+                original=original,
+                mask=mask,
+                callback=callback,
+            )
+
+        return draw_whole_batches(requests, drawn, callback) if sampler.controller else drawn(requests, callback)
 
     def encode(self, prompts: Sequence[str]) -> Context:
         """Return the context rows of prompts, which may contain ComfyUI's weights and embeddings.
@@ -284,7 +291,6 @@ class AnimaPipeline:
         `original` where `mask` (1, y, x, 1) is 0.
         """
         sampler = samplers.SAMPLERS[params.sampler]
-        plan = make_plan(sampler.formulas, sigmas, params.shift)
         packing = TokenPacking([array.shape[:3] for array in noise.start])
         clean = [np.zeros_like(array) if original is None else original for array in noise.start]
         inpaint = None
@@ -292,18 +298,24 @@ class AnimaPipeline:
             masks = [np.broadcast_to(mask, array.shape) for array in clean]
             inpaint = InpaintMask(*map(packing.pack, (masks, clean, noise.outside_mask)))
         contexts = join_contexts(negative, positive)
-        latents = program.sample(
-            self.dit_params,
-            self.dit_graphdef,
-            self.dtype,
-            plan,
-            packing,
-            [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)],
-            SharedInputs(packing.size_b3, contexts, params.cfg_zero_star, inpaint, noise.keys_b3),
-            guidance.scale_schedule(plan.sigmas_n, params.guidance_scale, params.guidance_interval, params.shift),
-            noise.step,
-            callback,
-        )
+        start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)]
+        shared = SharedInputs(packing.size_b3, contexts, params.cfg_zero_star, inpaint, noise.keys_b3)
+
+        def plan_of(sigmas: np.ndarray) -> SamplerPlan:
+            return samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
+
+        def scale_of(sigmas_n: np.ndarray) -> np.ndarray:
+            return guidance.scale_schedule(sigmas_n, params.guidance_scale, params.guidance_interval, params.shift)
+
+        network = self.dit_params, self.dit_graphdef, self.dtype
+        if controller := samplers.controller(params.sampler, sigmas, params.sampler_options):
+            latents = adaptive.sample(
+                *network, controller, plan_of, packing, start, shared, scale_of, noise.step, callback
+            )
+        else:
+            plan = plan_of(sigmas)
+            scale_n = scale_of(plan.sigmas_n)
+            latents = program.sample(*network, plan, packing, start, shared, scale_n, noise.step, callback)
         latents = [x / np.float32(1.0 - sampler.ends_at) for x in latents]
         # Where the mask is grey, the last estimate is already mixed with the original.
         return latents if mask is None else [np.where(mask > 0.0, x, clean[0]) for x in latents]

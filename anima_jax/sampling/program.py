@@ -78,21 +78,10 @@ def sample(
     """
     total = len(plan.sigmas_n)
     start_blc = packing.pack(start)
-
-    def step_inputs(part: slice) -> StepInputs:
-        """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if JAX draws it."""
-        draws_nq = plan.draw_numbers_nq[part]
-        guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
-        if step_noise is None or shared.noise_keys_b3 is not None:
-            return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], draws_nq, guided)
-        noises_nqblc = np.zeros((*draws_nq.shape, *start_blc.shape), np.float32)
-        for index, number in np.ndenumerate(draws_nq):
-            if number >= 0:
-                noises_nqblc[index] = packing.pack(step_noise(plan.draws[number]))
-        return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
+    noise = None if step_noise is None or shared.noise_keys_b3 is not None else step_noise
 
     def run(carry: list[Any], part: slice) -> tuple[list[Array], Array]:
-        steps = replicate(step_inputs(part))
+        steps = replicate(step_inputs(plan, part, scale_n, packing, noise))
         return advance(params, carry, steps, replicated, graphdef=graphdef, both=plan.both, dtype=dtype)
 
     carry, replicated = replicate(samplers.initial_carry(plan, start_blc)), replicate(shared)
@@ -102,13 +91,33 @@ def sample(
     finished_blc: Any = start_blc
     for index in range(total):
         carry, estimate_blc = run(carry, slice(index, index + 1))
-        _report(callback, index, total, finished_blc, packing)
+        report(callback, index, total, finished_blc, packing)
         finished_blc = estimate_blc
-    _report(callback, total, total, finished_blc, packing)
+    report(callback, total, total, finished_blc, packing)
     return packing.unpack(carry[0])
 
 
-def _report(callback: ProgressCallback, done: int, total: int, estimate_blc: Any, packing: TokenPacking) -> None:
+def step_inputs(
+    plan: SamplerPlan,
+    part: slice,
+    scale_n: np.ndarray,
+    packing: TokenPacking,
+    noise: Callable[[Draw], Sequence[np.ndarray]] | None,
+) -> StepInputs:
+    """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if `noise` is None."""
+    draws_nq = plan.draw_numbers_nq[part]
+    noises_nqblc = draws_nq
+    if noise is not None:
+        noises_nqblc = np.zeros((*draws_nq.shape, *packing.shape), np.float32)
+        for index, number in np.ndenumerate(draws_nq):
+            if number >= 0:
+                noises_nqblc[index] = packing.pack(noise(plan.draws[number]))
+    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
+    return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
+
+
+def report(callback: ProgressCallback, done: int, total: int, estimate_blc: Any, packing: TokenPacking) -> None:
+    """Call `callback` once the estimate is computed."""
     jax.block_until_ready(estimate_blc)
     callback(done, total, lambda: packing.unpack(estimate_blc))
 

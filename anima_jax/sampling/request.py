@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.samplers import SAMPLERS, check_options
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, did_you_mean
@@ -77,6 +77,7 @@ class SamplingParams:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     paste: int | None = None
     tile: int | None = None
+    sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def check(self) -> None:
         """Raise UserError for a value out of range or an unknown name."""
@@ -101,6 +102,7 @@ class SamplingParams:
             expected = f"0, or a multiple of {PIXELS_PER_LATENT} from {MIN_TILE} to {MAX_SIZE}"
             raise UserError(f"tile {self.tile}, expected {expected}")
         NoiseKind.parse(self.noise)
+        check_options(self.sampler, self.sampler_options)
 
 
 def check_requests(

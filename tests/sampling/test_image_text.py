@@ -16,7 +16,19 @@ from anima_jax.sampling.request import ImageRequest, SamplingParams
 
 REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
 PARAMS = SamplingParams(
-    "ugly", 7, 3.3, "heun", "beta57", 2.5, 0.1 + 0.2, "torch-cuda:rtx3060", True, (0.1, 1 / 3), paste=0, tile=512
+    "ugly",
+    7,
+    3.3,
+    "seeds_2",
+    "beta57",
+    2.5,
+    0.1 + 0.2,
+    "torch-cuda:rtx3060",
+    True,
+    (0.1, 1 / 3),
+    paste=0,
+    tile=512,
+    sampler_options={"eta": 1 / 3, "solver_type": "phi_2"},
 )
 LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", (0.5, 0.25)), ("l3.safetensors", {"": 2.0, "blocks.0-3": 0.0})]
 FILES = {"transformer": "a/base.safetensors", "vae": "vae.safetensors", "text_encoder": "qwen.safetensors"}

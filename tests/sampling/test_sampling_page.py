@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 import re
 
-from anima_jax.diffusion.samplers import SAMPLERS
-from anima_jax.diffusion.samplers.plan import make_plan
+from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, sampler_plan
 from anima_jax.diffusion.schedules import SCHEDULES, sigmas
 from anima_jax.diffusion.step_noise import KINDS
 from anima_jax.sampling.request import ImageRequest, SamplingParams
@@ -23,10 +22,21 @@ def test_every_sampler_schedule_noise_and_parameter_has_its_row():
         assert name in NAMED, name
 
 
+def test_options_are_those_of_the_samplers():
+    above = ""
+    for name, sampler in SAMPLERS.items():
+        if not name.endswith("_gpu"):
+            listed = NAMED[name][3]
+            options = (above if listed == "the same" else listed).replace(", ", " ").split()
+            assert set(options) >= set(sampler.options), name
+            above = listed
+    assert NAMED.keys() >= set(OPTIONS)
+
+
 def test_evaluations_and_noises_are_those_of_the_samplers():
     count = 12
     for name, sampler in SAMPLERS.items():
-        if name.endswith("_gpu"):
+        if name.endswith("_gpu") or sampler.controller:
             continue
         _, evaluations, noises, *_ = NAMED[name]
         names = re.findall(r"`([a-z0-9_]+)`", NAMED[name][0])
@@ -34,7 +44,7 @@ def test_evaluations_and_noises_are_those_of_the_samplers():
             cell.split(",")[names.index(name) if "," in cell else 0] for cell in (evaluations, noises)
         )
         levels = sigmas("karras", count, without_penultimate=sampler.without_penultimate)
-        plan = make_plan(sampler.formulas, levels, 3.0)
+        plan = sampler_plan(name, levels, 3.0)
         assert len(plan.sigmas_n) == number(evaluations, count), name
         if "N" in noises:
             assert len(plan.draws) == number(noises, count), name

@@ -8,7 +8,8 @@ Axes: n evaluations of the network, k arrays carried between them, j inputs of a
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from anima_jax.diffusion.samplers import ode, sde
-from anima_jax.diffusion.samplers.plan import Formulas, SamplerPlan
+from anima_jax.diffusion.samplers import ancestral, cfg_pp, dpm_solver, ode, sde
+from anima_jax.diffusion.samplers.dpm_solver import StepController
+from anima_jax.diffusion.samplers.options import Option, options_of, read_options
+from anima_jax.diffusion.samplers.plan import Formulas, SamplerPlan, make_plan
+from anima_jax.errors import UserError, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,41 +44,103 @@ class Sampler:
     fresh_noise_outside_mask: bool = False
     """Whether inpainting adds different noise to the kept part than the noise from which sampling starts."""
 
+    controller: type[StepController] | None = None
+    """What chooses the sizes of its steps while it runs, if they depend on the image. `formulas` are one step then."""
+
+    @functools.cached_property
+    def options(self) -> Mapping[str, Option]:
+        """The sampler's options by name."""
+        return options_of(self.formulas) | (options_of(self.controller) if self.controller else {})
+
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(ode.euler),
-    "euler_cfg_pp": Sampler(sde.euler_cfg_pp),
-    "euler_ancestral": Sampler(sde.euler_ancestral),
-    "euler_ancestral_cfg_pp": Sampler(sde.euler_ancestral_cfg_pp),
+    "euler_cfg_pp": Sampler(cfg_pp.euler_cfg_pp),
+    "euler_ancestral": Sampler(ancestral.euler_ancestral),
+    "euler_ancestral_cfg_pp": Sampler(cfg_pp.euler_ancestral_cfg_pp),
     "heun": Sampler(ode.heun),
+    "heunpp2": Sampler(ode.heunpp2),
+    "exp_heun_2_x0": Sampler(functools.partial(sde.seeds_2, solver_type="phi_2", eta=0.0, r=1.0)),
+    "exp_heun_2_x0_sde": Sampler(functools.partial(sde.seeds_2, solver_type="phi_2", r=1.0)),
     "dpm_2": Sampler(ode.dpm_2, without_penultimate=True),
-    "dpm_2_ancestral": Sampler(sde.dpm_2_ancestral, without_penultimate=True),
+    "dpm_2_ancestral": Sampler(ancestral.dpm_2_ancestral, without_penultimate=True),
     "lms": Sampler(ode.lms),
-    "dpmpp_2s_ancestral": Sampler(sde.dpmpp_2s_ancestral),
+    "dpm_fast": Sampler(dpm_solver.dpm_fast),
+    "dpm_adaptive": Sampler(dpm_solver.dpm_adaptive, controller=StepController),
+    "dpmpp_2s_ancestral": Sampler(ancestral.dpmpp_2s_ancestral),
+    "dpmpp_2s_ancestral_cfg_pp": Sampler(cfg_pp.dpmpp_2s_ancestral_cfg_pp),
     "dpmpp_sde": Sampler(sde.dpmpp_sde, brownian_path_on="cpu"),
     "dpmpp_sde_gpu": Sampler(sde.dpmpp_sde, brownian_path_on="device"),
     "dpmpp_2m": Sampler(ode.dpmpp_2m),
+    "dpmpp_2m_cfg_pp": Sampler(cfg_pp.dpmpp_2m_cfg_pp),
     "dpmpp_2m_sde": Sampler(sde.dpmpp_2m_sde, brownian_path_on="cpu"),
     "dpmpp_2m_sde_gpu": Sampler(sde.dpmpp_2m_sde, brownian_path_on="device"),
-    "dpmpp_2m_sde_heun": Sampler(sde.dpmpp_2m_sde_heun, brownian_path_on="cpu"),
-    "dpmpp_2m_sde_heun_gpu": Sampler(sde.dpmpp_2m_sde_heun, brownian_path_on="device"),
+    "dpmpp_2m_sde_heun": Sampler(functools.partial(sde.dpmpp_2m_sde, solver_type="heun"), brownian_path_on="cpu"),
+    "dpmpp_2m_sde_heun_gpu": Sampler(
+        functools.partial(sde.dpmpp_2m_sde, solver_type="heun"), brownian_path_on="device"
+    ),
     "dpmpp_3m_sde": Sampler(sde.dpmpp_3m_sde, brownian_path_on="cpu"),
     "dpmpp_3m_sde_gpu": Sampler(sde.dpmpp_3m_sde, brownian_path_on="device"),
-    "ddim": Sampler(ode.euler, fresh_noise_outside_mask=True),
-    "uni_pc": Sampler(ode.uni_pc, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
-    "uni_pc_bh2": Sampler(ode.uni_pc_bh2, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
+    "ddpm": Sampler(ancestral.ddpm),
+    "lcm": Sampler(ancestral.lcm),
     "ipndm": Sampler(ode.ipndm),
     "ipndm_v": Sampler(ode.ipndm_v),
     "deis": Sampler(ode.deis),
+    "cfgpp_ud10_ab": Sampler(cfg_pp.cfgpp_ud10_ab),
     "res_multistep": Sampler(ode.res_multistep),
-    "res_multistep_ancestral": Sampler(sde.res_multistep_ancestral),
+    "res_multistep_cfg_pp": Sampler(cfg_pp.res_multistep_cfg_pp),
+    "res_multistep_ancestral": Sampler(ancestral.res_multistep_ancestral),
+    "res_multistep_ancestral_cfg_pp": Sampler(cfg_pp.res_multistep_ancestral_cfg_pp),
     "gradient_estimation": Sampler(ode.gradient_estimation),
+    "gradient_estimation_cfg_pp": Sampler(cfg_pp.gradient_estimation_cfg_pp),
     "er_sde": Sampler(sde.er_sde),
     "seeds_2": Sampler(sde.seeds_2),
     "seeds_3": Sampler(sde.seeds_3),
     "sa_solver": Sampler(sde.sa_solver),
-    "lcm": Sampler(sde.lcm),
+    "sa_solver_pece": Sampler(functools.partial(sde.sa_solver, use_pece=True)),
+    "ddim": Sampler(ode.euler, fresh_noise_outside_mask=True),
+    "uni_pc": Sampler(ode.uni_pc, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
+    "uni_pc_bh2": Sampler(ode.uni_pc_bh2, without_penultimate=True, ends_at=ode.UNI_PC_LAST),
 }
+"""ComfyUI's KSampler names, in its order."""
+
+OPTIONS: tuple[str, ...] = tuple(dict.fromkeys(name for row in SAMPLERS.values() for name in row.options))
+"""The names of all options."""
+
+
+def check_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sampler's options as their types. Raises UserError for an unknown name and for an invalid value."""
+    return read_options(sampler, SAMPLERS[sampler].options, options)
+
+
+def sampler_plan(
+    sampler: str, sigmas: np.ndarray, shift: float, options: Mapping[str, Any] = types.MappingProxyType({})
+) -> SamplerPlan:
+    """Return the plan of a sampler with these options along `sigmas`; for a sampler with a controller, of one step.
+
+    Raises UserError if an option is not valid, or if there are no finite factors for these options and levels.
+    """
+    formulas, read = SAMPLERS[sampler].formulas, check_options(sampler, options)
+    try:
+        plan = make_plan(functools.partial(formulas, **_own(formulas, read)), sigmas, shift)
+    except (ArithmeticError, ValueError):
+        plan = None
+    if plan is None or not np.isfinite(plan.factors_nkj).all():
+        given = "".join(f", {name}={value}" for name, value in read.items())
+        levels = shorten([f"{level:.4g}" for level in sigmas])
+        raise UserError(f"sampler '{sampler}'{given}: no finite numbers at the noise levels {levels}")
+    return plan
+
+
+def controller(sampler: str, sigmas: np.ndarray, options: Mapping[str, Any]) -> StepController | None:
+    """Return what chooses the sampler's steps while it runs, or None. Raises UserError if an option is not valid."""
+    kind = SAMPLERS[sampler].controller
+    return kind and kind(sigmas, **_own(kind, check_options(sampler, options)))
+
+
+def _own(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options that the function has."""
+    return {name: value for name, value in options.items() if name in options_of(function)}
 
 
 class StepInputs(NamedTuple):

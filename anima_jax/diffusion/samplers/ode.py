@@ -6,10 +6,14 @@ polynomial through the last derivatives (Adams-Bashforth).
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
 
 import numpy as np
 
+from anima_jax.diffusion.samplers.options import Between
 from anima_jax.diffusion.samplers.plan import Trace, Vector
+
+MaxOrder = Annotated[int, Between(1, 4)]
 
 UNI_PC_LAST = 0.001
 
@@ -33,6 +37,25 @@ def heun(trace: Trace) -> Vector:
         if after > 0:
             d = (d + derivative(trace, x + (after - sigma) * d, after)) / 2
         x = x + (after - sigma) * d
+    return x
+
+
+def heunpp2(trace: Trace) -> Vector:
+    """Take Euler steps with a mean of the derivatives at up to three levels ahead, weighted by those levels.
+
+    The last step has one derivative, the one before it two.
+    """
+    x, levels = trace.start, trace.sigmas
+    for index, (sigma, after) in enumerate(trace.steps):
+        ahead = levels[index + 1 : -1][:2]
+        shares = [level / ((len(ahead) + 1) * levels[0]) for level in ahead]
+        d = derivative(trace, x, sigma)
+        mean, point = (1 - sum(shares)) * d, x
+        for before, level, share in zip([sigma, *ahead], ahead, shares, strict=False):
+            point = point + (level - before) * d
+            d = derivative(trace, point, level)
+            mean = mean + share * d
+        x = x + (after - sigma) * mean
     return x
 
 
@@ -70,13 +93,13 @@ def dpmpp_2m(trace: Trace) -> Vector:
     return x
 
 
-def gradient_estimation(trace: Trace, gamma: float = 2.0) -> Vector:
-    """Take Euler steps with the derivative extrapolated by `gamma` from the previous one (arXiv 2306.04848)."""
+def gradient_estimation(trace: Trace, *, ge_gamma: float = 2.0) -> Vector:
+    """Take Euler steps with the derivative extrapolated by `ge_gamma` from the previous one (arXiv 2306.04848)."""
     x, before = trace.start, None
     for sigma, after in trace.steps:
         d = mean = trace.keep(derivative(trace, x, sigma))
         if before and after > 0:
-            mean = before + gamma * (d - before)
+            mean = before + ge_gamma * (d - before)
         x = x + (after - sigma) * mean
         before = d
     return x
@@ -103,23 +126,24 @@ def res_step(
         return (after / sigma) * x + (1 - after / sigma) * denoised
     earlier, earlier_sigma, reached = before
     h = math.log(sigma / after)
-    position = math.log(reached / earlier_sigma) / h
+    # A step that ended at 0 has no share in the next one.
+    position = math.log(reached / earlier_sigma) / h if reached else math.inf
     phi_1 = -math.expm1(-h) / h
-    phi_2 = (1 - phi_1) / h
-    return math.exp(-h) * x + h * ((phi_1 - phi_2 / position) * denoised + (phi_2 / position) * earlier)
+    share = (1 - phi_1) / h / position
+    return math.exp(-h) * x + h * ((phi_1 - share) * denoised + share * earlier)
 
 
-def lms(trace: Trace) -> Vector:
-    """Take Adams-Bashforth steps of order 4 with polynomials in the level itself."""
-    return _multistep(trace, 4, lambda levels, after: lagrange_integrals(levels, levels[0], after))
+def lms(trace: Trace, *, order: Annotated[int, Between(1, 100)] = 4) -> Vector:
+    """Take Adams-Bashforth steps with polynomials in the level itself."""
+    return _multistep(trace, order, lambda levels, after: lagrange_integrals(levels, levels[0], after))
 
 
-def deis(trace: Trace) -> Vector:
-    """Take steps of DEIS (arXiv 2204.13902), 'tab' of order 3.
+def deis(trace: Trace, *, max_order: MaxOrder = 3) -> Vector:
+    """Take steps of DEIS (arXiv 2204.13902), 'tab'.
 
     d is a polynomial in the VP diffusion's time, integrated over σ.
     """
-    return _multistep(trace, 3, lambda levels, after: lagrange_integrals(levels, levels[0], after, of=_vp_time))
+    return _multistep(trace, max_order, lambda levels, after: lagrange_integrals(levels, levels[0], after, of=_vp_time))
 
 
 def _vp_time(sigma: np.ndarray) -> np.ndarray:
@@ -130,14 +154,14 @@ def _vp_time(sigma: np.ndarray) -> np.ndarray:
     return (np.sqrt(start**2 + 2 * slope * np.log1p(sigma**2)) - start) / slope
 
 
-def ipndm(trace: Trace) -> Vector:
-    """Take Adams-Bashforth steps of order 4 with the factors for evenly spaced levels (arXiv 2202.09778)."""
+def ipndm(trace: Trace, *, max_order: MaxOrder = 4) -> Vector:
+    """Take Adams-Bashforth steps with the factors for evenly spaced levels (arXiv 2202.09778)."""
     even = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-    return _multistep(trace, 4, lambda levels, after: (after - levels[0]) * np.array(even[len(levels) - 1]))
+    return _multistep(trace, max_order, lambda levels, after: (after - levels[0]) * np.array(even[len(levels) - 1]))
 
 
-def ipndm_v(trace: Trace) -> Vector:
-    """Take Adams-Bashforth steps of order 4 for uneven levels, except for three terms, which follow ComfyUI.
+def ipndm_v(trace: Trace, *, max_order: MaxOrder = 4) -> Vector:
+    """Take Adams-Bashforth steps for uneven levels, except for three terms, which follow ComfyUI.
 
     They are the share of the second difference, the sign of `bend` in the share of the third, and the last of the third
     difference's factors, whose ratio should be h2 / h3.
@@ -166,7 +190,7 @@ def ipndm_v(trace: Trace) -> Vector:
         terms = [share * np.array(row[:order]) for share, row in zip(shares[:order], differences[:order], strict=True)]
         return h * np.sum(terms, axis=0)
 
-    return _multistep(trace, 4, weights)
+    return _multistep(trace, max_order, weights)
 
 
 def uni_pc(trace: Trace) -> Vector:

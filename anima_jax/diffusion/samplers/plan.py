@@ -9,7 +9,7 @@ change.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,7 +118,8 @@ class SamplerPlan(NamedTuple):
     """A sampler's n evaluations, with k arrays carried between them.
 
     The j inputs of a step are the k arrays, the estimate, the negative prompt's estimate if `both`, and the new noise
-    arrays. Array 0 is the point at which the network is evaluated; after the last step it is the result.
+    arrays. Array 0 is the point at which the network is evaluated; after the last step it is the result, and further
+    results follow it.
     """
 
     sigmas_n: np.ndarray
@@ -134,16 +135,20 @@ class SamplerPlan(NamedTuple):
     both: bool
 
 
-Formulas = Callable[[Trace], Vector]
-"""A sampler's formulas: a function that computes the result from `trace.start` and evaluations of the network."""
+Formulas = Callable[..., Vector | list[Vector]]
+"""A sampler's formulas: a function that computes the result from `trace.start` and evaluations of the network.
+
+Its first argument is the `Trace`, its keyword-only parameters are the sampler's options.
+"""
 
 
 def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> SamplerPlan:
     """Return the plan of a sampler's formulas along `sigmas`, at least two descending levels."""
     trace = Trace(sigmas, shift)
-    trace.keep(result := formulas(trace))
+    results = formulas(trace)
+    results = [trace.keep(Vector(result.terms)) for result in (results if isinstance(results, list) else [results])]
     evaluations = trace.evaluations
-    carried = _carried(evaluations, result.number)
+    carried = _carried(evaluations, [result.number for result in results])
     used = {source for evaluation in evaluations for terms in evaluation.sums.values() for source in terms}
     both = any(evaluation.unconditional in used for evaluation in evaluations)
     fresh = max(len(evaluation.noises) for evaluation in evaluations)
@@ -166,9 +171,9 @@ def make_plan(formulas: Formulas, sigmas: np.ndarray, shift: float) -> SamplerPl
     return SamplerPlan(levels, factors.astype(np.float32), noises, tuple(trace.draws), both)
 
 
-def _carried(evaluations: list[_Evaluation], result: int) -> list[list[int]]:
+def _carried(evaluations: list[_Evaluation], results: Sequence[int]) -> list[list[int]]:
     """Return the arrays carried into each evaluation and out of the last: the point, then those needed later."""
-    carried = [[result]]
+    carried = [list(results)]
     for evaluation in reversed(evaluations):
         sources = {source for number in carried[-1] for source in _expanded(evaluation.sums, number)}
         new = {evaluation.point, evaluation.denoised, evaluation.unconditional, *evaluation.noises}
