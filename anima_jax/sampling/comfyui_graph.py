@@ -12,6 +12,7 @@ import numpy as np
 
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import sigmas
+from anima_jax.sampling.comfyui_samplers import sampler_node
 from anima_jax.sampling.recipe import model_and_text_encoder
 
 Graph = dict[str, dict[str, Any]]
@@ -130,7 +131,11 @@ class GraphWriter:
         values = self._values
         common = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
         common["cfg"] = values["guidance_scale"]
-        if values["schedule"] != "beta57":
+        options = values["sampler_options"]
+        node = sampler_node(values["sampler"], options) if options else None
+        if options and node is None:
+            self.left_out.append(f"options of the sampler: {', '.join(options)}")
+        if values["schedule"] != "beta57" and node is None:
             return self.add(
                 "KSampler",
                 seed=values["seed"],
@@ -140,10 +145,14 @@ class GraphWriter:
                 denoise=values["denoise"],
                 **common,
             )
-        sampler = self.add("KSamplerSelect", sampler_name=values["sampler"])
-        levels = self.add(
-            "ManualSigmas", sigmas=", ".join(np.format_float_positional(level, trim="0") for level in self.levels())
-        )
+        name, inputs = node or ("KSamplerSelect", {"sampler_name": values["sampler"]})
+        sampler = self.add(name, **inputs, **({"model": model} if name == "SamplerSASolver" else {}))
+        if values["schedule"] == "beta57":
+            numbers = ", ".join(np.format_float_positional(level, trim="0") for level in self.levels())
+            levels = self.add("ManualSigmas", sigmas=numbers)
+        else:
+            schedule = {"scheduler": values["schedule"], "steps": values["steps"], "denoise": values["denoise"]}
+            levels = self.add("BasicScheduler", model=model, **schedule)
         noise = {"add_noise": True, "noise_seed": values["seed"]}
         return self.add("SamplerCustom", sampler=sampler, sigmas=levels, **noise, **common)
 

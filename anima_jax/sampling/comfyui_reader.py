@@ -9,7 +9,8 @@ from typing import Any
 
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
-from anima_jax.sampling.recipe import Recipe
+from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
+from anima_jax.sampling.recipe import Recipe, quoted
 
 IMAGE_LINKS = ("images", "image", "samples", "latent_image", "latent", "pixels", "source", "input", "latents")
 CONDITIONING_LINKS = ("conditioning", "conditioning_1", "conditioning_to", "positive", "conditioning_2", "negative")
@@ -107,7 +108,13 @@ class GraphReader(NodeGraph):
         return next((k for k in self.chain(link, (name,)) if not re.search(r"reroute|switch", self.kind(k))), key)
 
     def _read_sampler_object(self, key: str) -> None:
-        if not self.set("sampler", str, key, "sampler_name"):
+        if self.kind(key) in OF_NODE:
+            inputs = {name: self.value(key, (name,)) for name in self.inputs(key) if name != "model"}
+            sampler, options, left = sampler_of(self.kind(key), inputs)
+            self.recipe.values |= {"sampler": sampler, "sampler_options": options}
+            for name in left:
+                self.leave_out(key, f"whose {quoted(name)} has no equivalent here")
+        elif not self.set("sampler", str, key, "sampler_name"):
             self.leave_out(key)
 
     def _read_sigmas(self, key: str) -> None:

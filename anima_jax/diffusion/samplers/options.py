@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import UserError, did_you_mean, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,11 @@ def read_options(sampler: str, known: Mapping[str, Option], values: Mapping[str,
     for name, value in values.items():
         if name not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UserError(f"sampler '{sampler}' has no option '{name}': {has}{did_you_mean(name, known)}")
+            near = did_you_mean(str(name), known)
+            raise UserError(f"sampler '{sampler}' has no option '{shorten([str(name)])}': {has}{near}")
         try:
             read[name] = known[name].read(value)
-        except (ValueError, TypeError):
-            raise UserError(f"{name} '{value}' of sampler '{sampler}', expected {known[name].expected}") from None
+        except (ValueError, TypeError, OverflowError):
+            found = shorten([str(value)])
+            raise UserError(f"{name} '{found}' of sampler '{sampler}', expected {known[name].expected}") from None
     return read
