@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from anima_jax.adapters.dialects import DIALECTS, modules_by_spelling
 from anima_jax.adapters.file import Adapter, read_adapter
-from anima_jax.adapters.kinds import adapter_kind, split_key
+from anima_jax.adapters.kinds import adapter_kind, split_key, unsupported
 from anima_jax.adapters.patch import BIAS_PARTS, Patch
 from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.models import open_network
@@ -79,7 +79,8 @@ def _contents(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
         yield from _network(network, file)
     if not networks:
         found = accounting.looks_like(file.tensors, file.metadata)
-        yield "kind", f"{found.removeprefix(_LOOKS)}, not Anima's" if found.startswith(_LOOKS) else "unknown"
+        foreign = f"{found.removeprefix(_LOOKS)}, not Anima's" if found.startswith(_LOOKS) else "unknown"
+        yield "kind", unsupported(file.tensors) or foreign
         yield "unknown", f"{plural(len(file.tensors), 'tensor')}: {shorten(list(file.tensors))}"
     if values.problem:
         yield "problem", values.problem

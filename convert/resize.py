@@ -4,7 +4,7 @@ import argparse
 
 from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.adapters.patch import resized
-from anima_jax.errors import plural
+from anima_jax.errors import UserError, plural
 from convert import outputs
 
 SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"
@@ -25,7 +25,10 @@ def run(arguments: argparse.Namespace) -> None:
     with open_adapter(arguments.input, allow_unused=arguments.allow_unused) as adapter:
         patches, total, kept = {}, 0.0, 0.0
         for module, patch in adapter.patches.items():
-            patches[module], before, after = resized(patch, arguments.rank)
+            try:
+                patches[module], before, after = resized(patch, arguments.rank)
+            except UserError as error:
+                raise UserError(f"{adapter.path}: {module}: {error}") from error
             total, kept = total + before, kept + after
         metadata = {**adapter.metadata, "rank": str(arguments.rank)}
         metadata.pop("alpha", None)

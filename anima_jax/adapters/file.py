@@ -76,7 +76,7 @@ class Adapter:
         keys are unused, or only parts for networks that the model does not have (`whole_parts`).
         """
         if not self.patches:
-            what = unsupported(self.tensors) or accounting.looks_like(self.tensors, self.metadata)
+            what = accounting.looks_like(self.tensors, self.metadata)
             listed = f", with the keys {shorten(self.unused, UNUSED_SHOWN)}" if adapter_kind(self.unused) else ""
             raise UserError(f"{self.path}: holds no adapter of Anima's; {what}{listed}")
         if not self.unused:

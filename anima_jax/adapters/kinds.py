@@ -389,16 +389,16 @@ _UNSUPPORTED = {
     r"lora_E(\.\w+)*": "AdaLoRA",
     r"(ia3_l|on_input)(\.\w+)*": "(IA)³",
     r"oft_diag": "OFT of old LyCORIS",
-    r"lora_(ups|downs)\.\d+\.weight|router\.(weight|bias)": "anima_lora's Hydra, whose router chooses at run time,",
+    r"lora_(ups|downs)\.\d+\.weight|router\.(weight|bias)": "anima_lora's Hydra, whose router chooses at run time",
 }
 """Pattern for the endings of keys → adapter that cannot be read."""
 
 
 def unsupported(keys: Iterable[str]) -> str:
-    """Return a remark that names the kinds of adapters with these keys that cannot be read, or ""."""
+    """Return the names of the kinds of adapters with these keys that cannot be read, with that remark, or ""."""
     keys = list(keys)
     found = [title for ending, title in _UNSUPPORTED.items() if any(re.search(rf"\.({ending})$", key) for key in keys)]
-    return f"{' and '.join(found)} cannot be read" if found else ""
+    return f"{' and '.join(found)}, which cannot be read" if found else ""
 
 
 def split_key(key: str) -> tuple[str, str] | None:

@@ -108,6 +108,8 @@ class Patch:
     @property
     def idle(self) -> list[str]:
         """Parts without effect: those of other kinds than `kind`, as in ComfyUI."""
+        if self._kind is None:
+            return []
         used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self._chains)}
         used |= {"reshape_weight"} if self._is_lora else set()
         used |= {"inv_scale"} if self._is_product else set()
@@ -180,6 +182,10 @@ class Patch:
         for name in sorted(BIAS_PARTS) if bias_shape is not None else ():
             if shapes.get(name, bias_shape) != bias_shape:
                 yield f"changes a bias of shape {shapes[name]}, the model's is {bias_shape}"
+        if "inv_scale" not in self.idle and shapes.get("inv_scale", (found or ())[-1:]) != (found or ())[-1:]:
+            yield f"inv_scale is {shapes['inv_scale']}, and ΔW {_shown(found or ())}"
+        if "reshape_weight" in shapes and self.parts["reshape_weight"].dtype.kind not in "iu":
+            yield f"reshape_weight is {self.parts['reshape_weight'].dtype}, expected integers"
         if weight_shape is None or found is None:
             return
         target = self.reshaped(weight_shape)
@@ -192,8 +198,6 @@ class Patch:
         norms = {target[:1], target[1:], (1, *target[1:])} if len(target) > 1 else {}
         if "dora_scale" in shapes and _stripped(shapes["dora_scale"]) not in norms:
             yield f"dora_scale is {shapes['dora_scale']}, the weight {target}"
-        if "inv_scale" in shapes and shapes["inv_scale"] != target[-1:]:
-            yield f"inv_scale is {shapes['inv_scale']}, the weight {target}"
 
     def _incomplete(self) -> str | None:
         """Return an error about a missing part or shapes that cannot be multiplied, or None."""
@@ -371,13 +375,15 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     energy = patch.norm()
     if patch.kind.on_weight:
         raise UserError(
-            f"a {patch.kind.title} cannot become a LoRA without the model, on whose weights its change depends; "
+            f"{patch.kind.title} cannot become a LoRA without the model, on whose weights its change depends: "
             "`python -m convert merge` it, then `python -m convert extract`"
         )
+    if energy is not None and not math.isfinite(energy):
+        raise UserError("has NaN or infinite values")
     if energy is None or patch.kind.name == "diff" or (is_lora and (patch.rank or 0) <= rank):
         return patch, (energy or 0.0) ** 2, (energy or 0.0) ** 2
     if not is_lora and "dora_scale" in patch.parts:
-        raise UserError(f"a {patch.kind.title} with dora_scale cannot become a LoRA")
+        raise UserError(f"{patch.kind.title} with dora_scale cannot become a LoRA")
     beside = {"dora_scale", "reshape_weight", *BIAS_PARTS}
     kept_parts = {name: part for name, part in patch.parts.items() if name in beside}
     product = Patch({name: part for name, part in patch.parts.items() if name not in kept_parts})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from anima_jax.adapters.kinds import adapter_kind
+from anima_jax.adapters.kinds import adapter_kind, unsupported
 from anima_jax.checkpoints import families
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.networks import (
@@ -97,6 +97,8 @@ def looks_like(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = 
     if titles:
         named = families.from_metadata(metadata or {}) if kind else None
         return f"it looks like: {' and '.join(titles)}" + (f" for {named!a}" if named else "")
+    if other := unsupported(tensors):
+        return f"it looks like: {other}"
     return f"it contains {plural(len(tensors), 'tensor')}: {shorten(list(tensors))}"
 
 
