@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             encoders.release()  # frees device memory: training does not use them
         self_check = events.SelfCheck(run, partition, start.step, writer)
         skipped_updates = events.SkippedUpdates(run, run_folder, checkpointer, writer)
-        export = events.Export(run, partition, run_folder, writer, toml_files)
+        export = events.Export(run, partition, run_folder, writer, toml_files, data)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
 
         def run_interruptible(point: RunPoint, due: Sequence[events.Interruptible]) -> None:

@@ -24,7 +24,7 @@ from anima_jax.adapters.dialects import COMFYUI, DIALECTS, LAYOUTS, Dialect, mod
 from anima_jax.adapters.kinds import FACTORS, SCALE, adapter_kind, split_key, unsupported
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Part, Patch
-from anima_jax.checkpoints import accounting, copying, gathered, locations, safetensors
+from anima_jax.checkpoints import accounting, copying, gathered, hashes, locations, safetensors
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
@@ -260,8 +260,15 @@ def write_adapter(
         messages = [
             f"alpha / rank of {count} modules was multiplied into lora_B, as files of {dialect.title} have no alpha"
         ]
-    tensors = [safetensors.TensorInfo(key, part.dtype, part.shape) for key, part in parts.items()]
-    gathered.write(path, tensors, lambda key: copying.contiguous(parts[key].read()), metadata)
+    # By name, as sd-scripts orders them, whose hashes depend on the order.
+    tensors = [safetensors.TensorInfo(key, part.dtype, part.shape) for key, part in sorted(parts.items())]
+
+    def array_of(key: str) -> np.ndarray:
+        return copying.contiguous(parts[key].read())
+
+    if any(key.startswith("ss_") for key in metadata):
+        metadata |= hashes.sd_scripts_hashes(tensors, array_of, metadata)
+    gathered.write(path, tensors, array_of, metadata)
     return messages
 
 

@@ -22,6 +22,7 @@ from anima_jax.config.sample import SampleConfig
 from anima_jax.config.schema import (
     Count,
     Dtype,
+    FileName,
     Fraction,
     Listed,
     LocalFile,
@@ -194,6 +195,11 @@ class MainConfig(Section):
     )
     checkpoint_every_n_minutes: Positive | None = Field(
         None, description="save a checkpoint, from which a run can be resumed, every n minutes"
+    )
+    output_name: FileName | None = Field(
+        None,
+        description="ours; name of exported files, without .safetensors; unset: diffusion-pipe's names, adapter_model "
+        "and model",
     )
     max_checkpoints: Count | None = Field(
         None,

@@ -189,6 +189,17 @@ def output_folder(path: str) -> str:
     return folder
 
 
+def file_name(name: str) -> str:
+    """Return a name for a file without its ending `.safetensors`, or raise an error if no file can have the name."""
+    name = name.removesuffix(".safetensors")
+    if not name.strip(" .") or name.startswith(".") or re.search(r'[\x00-\x1f<>:"/\\|?*]', name):
+        raise invalid(f"found {name!r}, expected the name of a file, without a folder")
+    if len(name.encode()) > 200:
+        raise invalid(f"found a name of {len(name.encode())} bytes, expected at most 200")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(file_name), documented_as("text")]
 InputFile = Annotated[str, existing("a file", os.path.isfile), documented_as("file")]
 InputFolder = Annotated[str, existing("a folder", os.path.isdir), documented_as("folder")]
 LocalFile = Annotated[InputFile, AfterValidator(on_this_machine)]

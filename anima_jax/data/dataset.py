@@ -1,13 +1,15 @@
 """The data of a run: the examples of the dataset TOML, their cache, and the plan of which step uses which examples."""
 
+import collections
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from anima_jax.checkpoints.locations import is_remote
+from anima_jax.config.dataset import DirectorySource, TfdsSource
 from anima_jax.config.eval_dataset import EvalDataset
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sizes import Size
@@ -24,6 +26,9 @@ from anima_jax.text.states import rounded_up
 from anima_jax.text.tokenizers import Tokenizers
 
 TEXT_ROW_STEP = 16
+
+TAGS_COUNTED = 1000
+"""Maximum number of tags of a source that `TrainingData.tag_counts` returns."""
 
 
 def read_data(
@@ -110,6 +115,38 @@ class TrainingData:
     def masked(self) -> bool:
         """Whether any example has a mask."""
         return any(example.entry.mask is not None for example in self.examples)
+
+    def tag_counts(self) -> dict[str, dict[str, int]]:
+        """Return source → tag → number of its occurrences, one caption per image, for the most frequent tags.
+
+        As in sd-scripts' `ss_tag_frequency`, tags are what commas separate, in lower case.
+        """
+        found = {}
+        for name, group in self._named_groups():
+            captions = {id(example.entry): example.captions[0] for example in reversed(group)}
+            tags = (tag.strip().lower() for caption in captions.values() for tag in caption.split(","))
+            counts = collections.Counter(filter(None, tags))
+            found[name] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAGS_COUNTED])
+        return found
+
+    def image_counts(self) -> dict[str, dict[str, float]]:
+        """Return source → {"n_repeats": …, "img_count": …}, as in sd-scripts' `ss_dataset_dirs`."""
+        return {
+            name: {"n_repeats": group[0].source.num_repeats, "img_count": len({id(each.entry) for each in group})}
+            for name, group in self._named_groups()
+        }
+
+    def _named_groups(self) -> Iterator[tuple[str, list[Example]]]:
+        """Yield the name of each source, which is that of its folder and made unique, with its examples."""
+        names = collections.Counter[str]()
+        for group in filter(None, self._groups):
+            source = group[0].source
+            place = source.path if isinstance(source, DirectorySource) else ""
+            if isinstance(source, TfdsSource):
+                place = source.name or source.builder_dir or ""
+            name = os.path.basename(os.path.normpath(place))
+            names[name] += 1
+            yield f"{name} ({names[name]})" if names[name] > 1 else name, group
 
     def fingerprint(self) -> dict[str, Any]:
         """Return `data_fingerprint` of these examples."""

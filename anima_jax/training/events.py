@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from anima_jax.data.dataset import TrainingData
 from anima_jax.errors import UserError
 from anima_jax.models.llm_adapter import Text
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.batches import Batches
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.export import about_adapter, export, rotate
+from anima_jax.training.export_metadata import export_metadata
 from anima_jax.training.intervals import Every, RunPoint, crosses_multiple
 from anima_jax.training.resume import Checkpointer
 from anima_jax.training.run import Run
@@ -39,7 +41,8 @@ class Interruptible(Protocol):
 class Export:
     """Exports the model to the run's folder after some epochs and steps, and at the end.
 
-    `toml_files` is from `configuration_files`; each export has a copy of the main one.
+    `toml_files` is from `configuration_files`; each export has a copy of the main one. `data` is described in its
+    metadata.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Export:
         run_folder: pathlib.Path,
         writer: Writer,
         toml_files: Mapping[str, bytes],
+        data: TrainingData,
     ):
         self._run, self._partition, self._run_folder, self._writer = run, partition, run_folder, writer
+        self._data = data
         main = pathlib.Path(run.config.path).name
         self._files = {main: toml_files[main]}
         self.error = ""
@@ -66,10 +71,21 @@ class Export:
             self._writer.flush()
             config, folder = self._run.config, self._run_folder / name
             about = about_adapter(config, self._partition, point.step)
+            metadata = export_metadata(self._run, self._data, point, about and about.metadata.get("base_model_sha256"))
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
                 weights, dtype = trained_weights(state), config.export_dtype
-                path = export(folder, self._partition, weights, dtype, about, ema=state.ema, files=self._files)
+                path = export(
+                    folder,
+                    self._partition,
+                    weights,
+                    dtype,
+                    about,
+                    ema=state.ema,
+                    files=self._files,
+                    metadata=metadata,
+                    name=config.output_name,
+                )
                 self._writer.print(f"saved {path}")
                 self.error = ""
                 # Only now: if the export failed, the older ones are all there is.

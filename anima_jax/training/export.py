@@ -81,19 +81,23 @@ def export(
     *,
     ema: Params | None = None,
     files: Mapping[str, bytes] = {},
+    metadata: Mapping[str, str] = {},
+    name: str | None = None,
 ) -> pathlib.Path:
     """Write `params`, the values of the trained parameters, to `folder`, as the full model or only the adapter.
 
-    Averaged weights (`ema`) are written to `folder/ema`, and `files` (name → content) to `folder`. Until everything is
+    Averaged weights (`ema`) are written to `folder/ema`, and `files` (name → content) to `folder`. `metadata` is added
+    to that of `about`. `name` is the file's without its ending; by default it is diffusion-pipe's. Until everything is
     written, it is in a hidden folder, which an error removes; files that `folder` already has are replaced at the end.
     Returns the path of the averaged weights' file if there is one, else of that of `params`.
     """
     with _completed(folder) as partial:
-        path = _write(partial, partition, params, dtype, about)
+        own = f"{name}.safetensors" if name else MODEL_FILE if partition.adapter_specs is None else ADAPTER_FILE
+        path = _write(partial / own, partition, params, dtype, about, metadata)
         if ema is not None:
-            path = _write(partial / EMA_FOLDER, partition, ema, dtype, about)
-        for name, content in files.items() if is_process_0() else ():
-            with replacing(partial / name) as file:
+            path = _write(partial / EMA_FOLDER / own, partition, ema, dtype, about, metadata)
+        for file_name, content in files.items() if is_process_0() else ():
+            with replacing(partial / file_name) as file:
                 file.write(content)
     return folder / path.relative_to(partial)
 
@@ -129,20 +133,24 @@ def _completed(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _write(
-    folder: pathlib.Path, partition: ParamPartition, params: Params, dtype: str, about: AboutAdapter | None
+    path: pathlib.Path,
+    partition: ParamPartition,
+    params: Params,
+    dtype: str,
+    about: AboutAdapter | None,
+    metadata: Mapping[str, str],
 ) -> pathlib.Path:
     if is_process_0():
-        with writing_to(os.fspath(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(os.fspath(path.parent)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**(about.metadata if about else {"format": "pt"}), **metadata}
     if partition.adapter_specs is None:
-        path = folder / MODEL_FILE
-        save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype))
+        save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype), metadata=metadata)
         return path
-    path = folder / ADAPTER_FILE
     patches = patches_of(partition.frozen | params, partition.adapter_specs)
-    write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=about and about.metadata)
+    write_adapter(path, patches, dtype=jnp.dtype(dtype), metadata=metadata)
     if about and about.peft and is_process_0():
-        with replacing(folder / peft.FILE) as file:
+        with replacing(path.with_name(peft.FILE)) as file:
             file.write(json.dumps(about.peft, indent=2).encode())
     return path
 
@@ -206,12 +214,24 @@ def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder, expected a model, an adapter, or the folder of a run")
     runs = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
-    folders = [root, *(folder for run in runs for folder in _export_folders(run))]
-    files = [folder / name for folder in folders for name in (MODEL_FILE, ADAPTER_FILE) if (folder / name).is_file()]
-    if not files:
+    folders = [folder for run in runs for folder in _export_folders(run)]
+    files = [file for folder in folders for file in _exported(folder)] + _named(root) or _exported(root)
+    if not files or (len(files) > 1 and not folders and not _named(root)):
         raise UserError(
-            f"{root}: contains no {MODEL_FILE} and no {ADAPTER_FILE}, and neither do its epoch… and step… folders"
+            f"{root}: contains no {MODEL_FILE}, no {ADAPTER_FILE} and {len(files)} other .safetensors files; expected "
+            "one of these, or epoch… and step… folders"
         )
     newest = max(files, key=lambda file: file.stat().st_mtime_ns)
     averaged = newest.parent / EMA_FOLDER / newest.name
     return averaged if averaged.is_file() else newest
+
+
+def _named(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the models and adapters in a folder with diffusion-pipe's names."""
+    return [path for name in (MODEL_FILE, ADAPTER_FILE) if (path := folder / name).is_file()]
+
+
+def _exported(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the models and adapters in a folder: those with diffusion-pipe's names, or else all safetensors files."""
+    others = (path for path in folder.glob("*.safetensors") if path.is_file() and not path.name.startswith("."))
+    return _named(folder) or list(others)
