@@ -84,13 +84,13 @@ def test_samplers_equal_comfyuis(key):
     assert SAMPLERS[sampler].controller or len(sampler_plan(sampler, levels, 3.0).draws) == len(noise)
 
 
-def in_adaptive_steps(levels, x, step_noise=(), **options):
-    """The result of `dpm_adaptive` on `field`, with the error taken over all of `x`."""
+def in_adaptive_steps(levels, x, step_noise=(), estimates=unguided, **options):
+    """The result of `dpm_adaptive`, by default on `field`, with the error taken over all of `x`."""
     steps = controller("dpm_adaptive", levels, options)
     low, accepted = x, 0
     while not steps.finished:
         noise = step_noise[accepted : accepted + 1]
-        results = run_on_host(sampler_plan("dpm_adaptive", steps.levels, 3.0, options), noise, x, unguided)
+        results = run_on_host(sampler_plan("dpm_adaptive", steps.levels, 3.0, options), noise, x, estimates)
         tolerance = np.maximum(steps.atol, steps.rtol * np.maximum(abs(results[1]), abs(low)))
         if steps.accept(float(np.sqrt(np.mean((results[2] / tolerance) ** 2)))):
             x, low = results[:2]
