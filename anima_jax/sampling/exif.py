@@ -5,13 +5,21 @@ A1111 writes its text as EXIF's user comment. ComfyUI writes `name:JSON` into th
 """
 
 import contextlib
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+
+ASCII, LONG, UNDEFINED = 2, 4, 7
+"""TIFF's types of values."""
+
+TIFF_HEADER_BYTES = 8
+
+_HEADER = b"Exif\0\0" + b"II*\0" + struct.pack("<I", TIFF_HEADER_BYTES)
 
 PARAMETERS = "parameters"
 """The name of A1111's text; in EXIF data it has none."""
@@ -47,14 +55,29 @@ def exif_of_text(text: Mapping[str, str]) -> tuple[bytes, list[str]]:
 
 
 def _exif(text: Mapping[str, str]) -> bytes:
-    exif = Image.Exif()
-    for name, tag in TAGS.items():
-        if name in text:
-            exif[tag] = f"{name}:{text[name]}"
-    if PARAMETERS in text:
-        comment = b"UNICODE\0" + encodable(text[PARAMETERS]).encode("utf-16-be")
-        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
-    return exif.tobytes() if text else b""
+    texts = [(tag, ASCII, f"{name}:{text[name]}\0".encode()) for name, tag in TAGS.items() if name in text]
+    if PARAMETERS not in text:
+        return _HEADER + _directory(texts, TIFF_HEADER_BYTES) if texts else b""
+    texts.append((EXIF_IFD, LONG, b""))
+    after = TIFF_HEADER_BYTES + len(_directory(texts, 0))
+    comment = b"UNICODE\0" + encodable(text[PARAMETERS]).encode("utf-16-be")
+    texts[-1] = (EXIF_IFD, LONG, struct.pack("<I", after))
+    return _HEADER + _directory(texts, TIFF_HEADER_BYTES) + _directory([(USER_COMMENT, UNDEFINED, comment)], after)
+
+
+def _directory(entries: Sequence[tuple[int, int, bytes]], start: int) -> bytes:
+    """Return a TIFF directory of (tag, type, value) and its values, for byte `start` of the file.
+
+    PIL would write the user comment with a type that A1111 does not read.
+    """
+    rows, data, end = b"", b"", start + 2 + 12 * len(entries) + 4
+    for tag, kind, value in sorted(entries):
+        if kind == LONG:
+            rows += struct.pack("<HHI", tag, kind, 1) + value.ljust(4, b"\0")
+            continue
+        rows += struct.pack("<HHII", tag, kind, len(value), end + len(data))
+        data += value + b"\0" * (len(value) % 2)
+    return struct.pack("<H", len(entries)) + rows + bytes(4) + data
 
 
 def encodable(text: str) -> str:
