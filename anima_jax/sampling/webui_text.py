@@ -190,6 +190,8 @@ def _sampler_and_schedule(pairs: Mapping[str, str]) -> dict[str, str]:
     sampler = samplers.get(_key(key)) or samplers.get(_key(name), name)
     schedules = {_key(known): known for known in SCHEDULES} | OTHER_SCHEDULES
     schedules |= {_key(label): known for known, label in SCHEDULE_NAMES.items()}
+    if _key(kind) == "beta" and (pairs.get("Beta schedule alpha"), pairs.get("Beta schedule beta")) == ("0.5", "0.7"):
+        kind = "beta57"
     automatic = next((schedule for schedule, users in AUTOMATIC.items() if sampler in users), "normal")
     return {"sampler": sampler, "schedule": automatic if kind == "Automatic" else schedules.get(_key(kind), kind)}
 
