@@ -1,10 +1,15 @@
 """PEFT's settings (`adapter_config.json`): read for their alphas, and written with the trainer's adapters."""
 
+import functools
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from anima_jax.adapters.dialects import DIALECTS, module_names
 from anima_jax.adapters.kinds import KINDS
@@ -14,7 +19,7 @@ from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.adapter import AdapterConfig
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, first_line, show_value
 
 FILE = "adapter_config.json"
 
@@ -37,55 +42,165 @@ def with_alphas(
     """Return the patches of a file with the alphas from its settings, and its metadata without the settings.
 
     `spellings` maps the file's module names to modules. Settings in the metadata count for names of any format. Raises
-    UserError if the settings cannot be read.
+    UserError if the settings cannot be read or a value is not valid.
     """
     in_header = {key for key in file.metadata if key == DIFFUSERS_SETTINGS or key.startswith(_COMPONENTS)}
     metadata = {key: value for key, value in file.metadata.items() if key not in in_header}
     if not in_header and not any(spelling.startswith(_PREFIXES) for spelling in spellings):
         return dict(patches), metadata
-    settings, names = _read(file), {module: spelling for spelling, module in spellings.items()}
+    source, settings = _read(file)
+    of_component = functools.cache(lambda component: _Scales(source, settings, component))
+    names = {module: spelling for spelling, module in spellings.items()}
     return {
-        module: _scaled(patch, module, names.get(module, ""), settings) for module, patch in patches.items()
+        module: patch if "alpha" in patch.parts else _scaled(patch, module, names.get(module, module), of_component)
+        for module, patch in patches.items()
     }, metadata
 
 
-def _read(file: SafetensorsFile) -> dict[str, Any]:
-    """Return the settings in a file's metadata, where diffusers stores them, or in the JSON next to it, or else {}."""
-    beside = pathlib.Path(file.path).with_name(FILE)
-    try:
-        if DIFFUSERS_SETTINGS in file.metadata:
-            return json.loads(file.metadata[DIFFUSERS_SETTINGS])
-        if direct := {key: json.loads(value) for key, value in file.metadata.items() if key.startswith(_COMPONENTS)}:
-            return direct
-        is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
-        return json.loads(beside.read_text(encoding="utf-8")) if is_peft and beside.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file.path}: its PEFT settings ({FILE}) cannot be read: {error}") from error
+def _read(file: SafetensorsFile) -> tuple[str, dict[str, Any]]:
+    """Return where a file's settings are, and their values.
 
-
-def _scaled(patch: Patch, module: str, spelling: str, settings: Mapping[str, Any]) -> Patch:
-    """Return the patch with the alpha that the settings give it; a patch that has its own is returned unchanged.
-
-    Keys of diffusers' settings begin with the component. PEFT multiplies a LoKr of two matrices by alpha / r too, where
-    an alpha would not count in other files, so that the scale is multiplied into a matrix.
+    They are in its metadata, where diffusers stores them, or in the JSON next to it; without either they are {}.
     """
-    component = (DIALECTS["diffusers"].module(module) or module).partition(".")[0]
-    own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+    if DIFFUSERS_SETTINGS in file.metadata:
+        source = f"{file.path}: {DIFFUSERS_SETTINGS}"
+        return source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS])
+    if direct := {key: _value(text) for key, text in file.metadata.items() if key.startswith(_COMPONENTS)}:
+        return f"{file.path}: its metadata", direct
+    source = str(pathlib.Path(file.path).with_name(FILE))
+    if not (any(key.startswith("base_model.model.") for key in file.tensors) and os.path.isfile(source)):
+        return source, {}
+    try:
+        with open(source, encoding="utf-8") as opened:
+            text = opened.read(_LONGEST + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: PEFT's settings cannot be read: {first_line(error)}") from error
+    return source, _parsed(source, text)
+
+
+_LONGEST = 10_000_000
+"""Characters of settings; real ones have thousands."""
+
+
+def _parsed(source: str, text: str) -> dict[str, Any]:
+    try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"longer than {_LONGEST} characters")
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: PEFT's settings cannot be read: {first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{source}: found {_shown(settings)}, expected an object with PEFT's settings")
+    return settings
+
+
+def _value(text: str) -> Any:
+    """Return the JSON value of a text, or the text if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _scaled(patch: Patch, module: str, spelling: str, of_component: Callable[[str], "_Scales"]) -> Patch:
+    """Return the patch with the alpha that the settings give it.
+
+    PEFT multiplies a LoKr of two matrices by alpha / r too, where an alpha would not count in other files, so that the
+    scale is multiplied into a matrix.
+    """
+    scales = of_component((DIALECTS["diffusers"].module(module) or module).partition(".")[0])
     name = next((spelling.removeprefix(prefix) for prefix in _PREFIXES if spelling.startswith(prefix)), spelling)
-    alpha = _of_pattern(own.get("alpha_pattern"), name, own.get("lora_alpha", own.get("alpha")))
-    rank = patch.rank or _of_pattern(own.get("rank_pattern"), name, own.get("r"))
-    if alpha is None or not rank or "alpha" in patch.parts:
+    alpha, rank = scales.alpha.of(name, module), patch.rank or scales.rank.of(name, module)
+    if alpha is None or not rank:
         return patch
-    alpha = float(alpha) * rank**0.5 if own.get("use_rslora") else float(alpha)
+    if scales.root_of_rank:
+        alpha *= rank**0.5
     if alpha == rank:
         return patch
     return patch.with_alpha(alpha) if patch.rank else patch.multiplied(alpha / rank)
 
 
-def _of_pattern(values: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the name or its end, as in PEFT's get_pattern_key."""
-    matching = (value for pattern, value in (values or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(matching, default)
+class _Scales:
+    """The alphas and ranks of a component's modules. Keys of diffusers' settings begin with the component."""
+
+    def __init__(self, source: str, settings: Mapping[str, Any], component: str):
+        own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+        alphas = [key for key in ("lora_alpha", "alpha") if own.get(key) is not None]
+        self.alpha = _Numbers(source, own, alphas[0] if alphas else "alpha", "alpha_pattern")
+        self.rank = _Numbers(source, own, "r", "rank_pattern")
+        self.root_of_rank = own.get("use_rslora") or False
+        if not isinstance(self.root_of_rank, bool):
+            raise UserError(f"{source}: use_rslora is {_shown(self.root_of_rank)}, expected true or false")
+
+
+class _Numbers:
+    """A number for each module, as PEFT finds it in its settings (`get_pattern_key` in peft/utils/other.py).
+
+    The first pattern that matches a module's name, or its end after a dot, decides. Patterns are regular expressions.
+    Most are names, which are looked up; the others are matched in linear time by Rust's engine.
+    """
+
+    def __init__(self, source: str, settings: Mapping[str, Any], key: str, patterns_key: str):
+        default, patterns = settings.get(key), settings.get(patterns_key) or {}
+        self._default = None if default is None else _number(source, key, default)
+        self._names: dict[str, tuple[int, float]] = {}
+        self._expressions: list[tuple[int, float, SchemaValidator]] = []
+        if not isinstance(patterns, dict):
+            raise UserError(f"{source}: {patterns_key} is {_shown(patterns)}, expected an object")
+        for index, (pattern, value) in enumerate(patterns.items()):
+            where = f"{patterns_key} of {show_value(pattern)}"
+            number = _number(source, where, value)
+            if _NAME.fullmatch(pattern):
+                self._names.setdefault(re.sub(r"\\(.)", r"\1", pattern.removesuffix("$")), (index, number))
+            elif len(self._expressions) == _MOST_EXPRESSIONS:
+                raise UserError(f"{source}: {patterns_key} has over {_MOST_EXPRESSIONS} regular expressions")
+            else:
+                self._expressions.append((index, number, _compiled(f"{source}: {where}", pattern)))
+
+    def of(self, *names: str) -> float | None:
+        """Return the number of the module with these names, or None if there is none."""
+        ends = ["^" + name for name in names]
+        ends += [name[at:] for name in names for at in (0, *(dot.end() for dot in re.finditer(r"\.", name)))]
+        found = [self._names[end] for end in ends if end in self._names]
+        found += [
+            (index, number)
+            for index, number, expression in self._expressions
+            if any(map(expression.isinstance_python, names))
+        ]
+        return min(found)[1] if found else self._default
+
+
+_NAME = re.compile(r"\^?(\w|\.|\\[.\-_])+\$?")
+"""A pattern that is a module's name: a dot, escaped or not, is a dot."""
+
+_MOST_EXPRESSIONS, _MOST_REPEATS, _LONGEST_EXPRESSION = 100, 10, 200
+"""Bounds of what a file may make us match."""
+
+
+def _compiled(where: str, pattern: str) -> SchemaValidator:
+    """Return a validator of the names that a pattern matches. Raises UserError if it cannot be matched quickly."""
+    reason = "is too complex"
+    if "{" not in pattern and len(pattern) <= _LONGEST_EXPRESSION and sum(map(pattern.count, "*+?")) <= _MOST_REPEATS:
+        try:
+            whole = rf"^(?:(?:.*\.)?(?:{pattern}))$"
+            return SchemaValidator(core_schema.str_schema(pattern=whole, regex_engine="rust-regex"))
+        except SchemaError:
+            reason = "cannot be matched in linear time, or is none"
+    raise UserError(f"{where}: this regular expression {reason}")
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _number(source: str, key: str, value: Any) -> float:
+    """Return a setting as a number. Raises UserError if it is none that a float32 can hold."""
+    if type(value) in (int, float) and abs(value) <= _LARGEST:
+        return float(value)
+    raise UserError(f"{source}: {key} is {_shown(value)}, expected a number")
+
+
+def _shown(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, (dict, list)) else show_value(ascii(value))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
