@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from anima_jax.adapters.kinds import adapter_kind
-from anima_jax.adapters.merge import parse_lora_argument
+from anima_jax.adapters.merge import Weight, parse_lora_argument
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
@@ -93,7 +93,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     A transformer comes with its own LLM adapter file and LoRAs: they are never taken from a later source than the
     transformer. Raises UserError if no source names a required file.
     """
-    loras: list[tuple[Any, float]] = [parse_lora_argument(text) for text in arguments.lora]
+    loras: list[tuple[Any, Weight]] = [parse_lora_argument(text) for text in arguments.lora]
     exported = {}
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
@@ -120,7 +120,9 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 
 
-def transformer_files(transformer: Any, adapter: Any = None, loras: Sequence[tuple[Any, float]] = ()) -> dict[str, Any]:
+def transformer_files(
+    transformer: Any, adapter: Any = None, loras: Sequence[tuple[Any, Weight]] = ()
+) -> dict[str, Any]:
     """Return a transformer with its LLM adapter file and LoRAs, or nothing if there is no transformer."""
     return {"transformer": transformer, "adapter": adapter, "loras": loras} if transformer else {}
 

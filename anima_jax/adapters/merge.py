@@ -38,6 +38,9 @@ Weight = float | Mapping[str, float]
 A module has the weight of the longest matching prefix; if none matches, it has the weight of `""`, or else 1.
 """
 
+MODEL_AND_TEXT_ENCODER = ("", TEXT_ENCODER.rstrip("."))
+"""The parts of the two weights that ComfyUI's LoraLoader has."""
+
 Changes = Mapping[str, Sequence[tuple[Patch, float]]]
 """Tensor name → the patches that change it, in this order, each with its strength."""
 
@@ -45,7 +48,8 @@ Changes = Mapping[str, Sequence[tuple[Patch, float]]]
 def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
     """Return module → strength.
 
-    Raises UserError for a weight that is not finite, and for a part that matches no module of the adapter.
+    Raises UserError for a weight that is not finite, and for a part that matches no module of the adapter, except for
+    the text encoder: the same two weights may be given to adapters with and without it, as in ComfyUI.
     """
     for value in weight.values() if isinstance(weight, Mapping) else [weight]:
         if not math.isfinite(value):
@@ -54,7 +58,7 @@ def strengths(adapter: Adapter, weight: Weight) -> dict[str, float]:
         return dict.fromkeys(adapter.patches, float(weight))
     parts = sorted(weight, key=lambda part: part.count(".") if part else -1)
     for part in parts:
-        if part and not any(_within(part, module) for module in adapter.patches):
+        if f"{part}." not in (".", TEXT_ENCODER) and not any(_within(part, module) for module in adapter.patches):
             raise UserError(f"{adapter.path}: weight of '{part}': the adapter has no such module, as in 'blocks.0-9'")
     found = {}
     for module in adapter.patches:
@@ -220,12 +224,29 @@ class AdapterStack:
         return out
 
 
-def parse_lora_argument(text: str) -> tuple[str, float]:
-    """Split `FILE` or `FILE:WEIGHT` into path and weight (default 1). Raises UserError unless the weight is finite."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text) or weight.startswith("//"):
-        return text, 1.0
+def parse_lora_argument(text: str) -> tuple[str, Weight]:
+    """Split `FILE`, `FILE:WEIGHT` or `FILE:MODEL:TEXT_ENCODER` into path and weight (default 1).
+
+    The colons of `C:\\file` and `hf://…` belong to the path. Raises UserError unless the weights are finite numbers.
+    """
+    path, weights = text, list[float]()
+    while len(weights) < 2 and not os.path.exists(path):
+        head, colon, word = path.rpartition(":")
+        is_drive = len(head) == 1 and head.isalpha() and _number(word) is None
+        if not colon or re.search(r"[/\\]", word) or is_drive:
+            break
+        number = _number(word)
+        if not head or number is None:
+            expected = "FILE, FILE:WEIGHT or FILE:MODEL:TEXT_ENCODER with numbers"
+            raise UserError(f"{text}: expected {expected}, found '{word}'")
+        path, weights = head, [number, *weights]
+    if len(weights) == 2:
+        return path, dict(zip(MODEL_AND_TEXT_ENCODER, weights, strict=True))
+    return path, weights[0] if weights else 1.0
+
+
+def _number(text: str) -> float | None:
     with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(weight)):
-            return path, number
-    raise UserError(f"{text}: expected FILE or FILE:WEIGHT with a number, found '{weight}'")
+        if math.isfinite(number := float(text)):
+            return number
+    return None

@@ -63,7 +63,7 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     add("--text_encoder", metavar="FILE", help="qwen_3_06b_base.safetensors")
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the package's own)")
     add("--embeddings", metavar="FOLDER", help="files that embedding:NAME in a prompt stands for")
-    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="an adapter; may be repeated")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="adapter; or FILE:MODEL:TEXT_ENCODER")
     add("--allow_unused", action="store_true", help="ignore tensors of models and adapters that belong to no network")
     add("--comfyui_dora", action="store_true", help=COMFYUI_DORA)
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anima_jax import AnimaPipeline
+from anima_jax.adapters.merge import parse_lora_argument
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.errors import UserError
 from anima_jax.generate import main as generate
@@ -130,6 +131,54 @@ def test_each_block_can_have_its_weight(files):
     assert different(rest, full) == {"blocks.self_attn.q_proj.kernel"}
     with pytest.raises(UserError, match=r"weight of 'blocks.7-9': the adapter has no such module"):
         load(files, loras=[(files / "style.safetensors", {"blocks.7-9": 0.5})])
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("x.safetensors", "x.safetensors", 1.0),
+        ("x.safetensors:0.7", "x.safetensors", 0.7),
+        ("x.safetensors:-1e-1", "x.safetensors", -0.1),
+        ("x.safetensors:0.7:0.5", "x.safetensors", (0.7, 0.5)),
+        ("F:0.7:0.5", "F", (0.7, 0.5)),
+        (r"C:\loras\x.safetensors", r"C:\loras\x.safetensors", 1.0),
+        (r"C:\loras\x.safetensors:0.7", r"C:\loras\x.safetensors", 0.7),
+        ("C:/x.safetensors:0.7:0.5", "C:/x.safetensors", (0.7, 0.5)),
+        ("C:x.safetensors:0.7", "C:x.safetensors", 0.7),
+        ("hf://owner/repo/x.safetensors", "hf://owner/repo/x.safetensors", 1.0),
+        ("hf://owner/repo@main/x.safetensors:0.7:0", "hf://owner/repo@main/x.safetensors", (0.7, 0.0)),
+    ],
+)
+def test_an_adapters_weights_follow_its_path(text, path, weight):
+    if isinstance(weight, tuple):
+        weight = {"": weight[0], "text_encoder": weight[1]}
+    assert parse_lora_argument(text) == (path, weight)
+
+
+@pytest.mark.parametrize(
+    "text", ["style:y", "style:nan", "style:0.5:y", "style:y:0.5", "style:", ":0.5", "hf://owner/repo/x:y"]
+)
+def test_a_weight_that_is_no_finite_number_is_an_error(text):
+    with pytest.raises(UserError, match="expected FILE, FILE:WEIGHT or FILE:MODEL:TEXT_ENCODER with numbers, found '"):
+        parse_lora_argument(text)
+
+
+def test_a_file_with_a_colon_in_its_name_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x:0.5").touch()
+    assert parse_lora_argument("x:0.5") == ("x:0.5", 1.0)
+    assert parse_lora_argument("x:0.5:0.7") == ("x:0.5", 0.7)
+
+
+def test_transformer_and_text_encoder_have_weights_of_their_own(files):
+    pair = load(files, loras=[(files / "style.safetensors", {"": 0.7, "text_encoder": 0.25})])
+    by_part = load(files, loras=[(files / "style.safetensors", {"blocks": 0.7, "text_encoder": 0.25})])
+    assert different(pair, by_part) == set()
+    assert different(load(files), pair) == TOUCHED
+    # An adapter without modules of one of the two takes a pair as well.
+    weights = 0.5, {"": 0.5, "text_encoder": 9.0}
+    lokr = [load(files, loras=[(files / "lokr.safetensors", weight)]) for weight in weights]
+    assert different(*lokr) == set()
 
 
 def test_merging_is_loading(files, tmp_path):
