@@ -9,8 +9,8 @@ In the layout of files, where W is (out, in):
 
 lora   ΔW = s · B A (arXiv 2106.09685)
 dora   W + ΔW = m ⊙ (W + s · B A) / ‖W + s · B A‖, one norm per output (2402.09353)
-loha   ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) (2108.06098)
 lokr   ΔW = s · w1 ⊗ w2, each a matrix or a product of two matrices (2212.10650, LyCORIS)
+loha   ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) (2108.06098)
 glora  ΔW = s · (b1 b2 + W a1 a2) (2306.07967, LyCORIS; older files have the factors in the opposite order)
 oft    ΔW = k (Rᵀ − 1) W, with one rotation R per block of outputs (2306.07280), k the strength
 boft   ΔW = Rₘ … R₁ W − W, with butterfly permutations between the rotations (2311.06243)
@@ -18,8 +18,8 @@ diff   ΔW itself
 set    W + ΔW itself
 
 s is alpha / rank. The last five are in files only, and computed as ComfyUI does (comfy/weight_adapter). A module with
-the parts of several kinds has the last one, as in ComfyUI (comfy/lora.py). A model's parameters are the transposed
-factors. This module must not import JAX, because the configuration reads the table too.
+the parts of several kinds has the last one, or a LoKr rather than a LoHa, as in ComfyUI (comfy/lora.py). A model's
+parameters are the transposed factors. This module must not import JAX, because the configuration reads the table too.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ class AdapterKind:
 
     ΔW is the Kronecker product of `products`, or the elementwise product if `elementwise`, or what `on_weight` says.
     With a `magnitude`, the weights of each output are then rescaled to a trained norm. If it `replaces`, the matrix is
-    the new weight at any strength.
+    the new weight at any strength. `outranks` names later kinds that do not count for a module with both.
 
     `forward` returns s · ΔW x in JAX; a kind without it can be read from files, but not trained.
 
@@ -136,6 +136,7 @@ class AdapterKind:
     on_weight: OnWeight | None = None
     elementwise: bool = False
     replaces: bool = False
+    outranks: tuple[str, ...] = ()
     magnitude: Factor | None = None
     forward: Callable[[Operations, Any, Factors], Any] | None = None
     shapes: Callable[[int, int, int, int], Shapes] = lambda *_: {}
@@ -315,6 +316,17 @@ _ROWS = (
         peft_type="LORA",
     ),
     AdapterKind(
+        "lokr",
+        "LoKr",
+        products=(Product((_W1_A, _W1_B), _W1), Product((_W2_A, _W2_B), _W2, _T2, flipped=True)),
+        forward=_lokr,
+        shapes=_lokr_shapes,
+        rows=_lokr_rows,
+        outranks=("loha",),
+        peft_type="LOKR",
+        peft_keys=("rank_dropout", "decompose_factor"),
+    ),
+    AdapterKind(
         "loha",
         "LoHa",
         products=(
@@ -327,16 +339,6 @@ _ROWS = (
         rows=_loha_rows,
         peft_type="LOHA",
         peft_keys=("rank_dropout",),
-    ),
-    AdapterKind(
-        "lokr",
-        "LoKr",
-        products=(Product((_W1_A, _W1_B), _W1), Product((_W2_A, _W2_B), _W2, _T2, flipped=True)),
-        forward=_lokr,
-        shapes=_lokr_shapes,
-        rows=_lokr_rows,
-        peft_type="LOKR",
-        peft_keys=("rank_dropout", "decompose_factor"),
     ),
     AdapterKind("glora", "GLoRA", on_weight=OnWeight(_GLORA, (), glora.shape, glora.change, glora.rank)),
     AdapterKind("oft", "OFT", on_weight=OnWeight((_BLOCKS[3],), (_RESCALE,), oft.shape, oft.change)),
@@ -410,13 +412,15 @@ def split_key(key: str) -> tuple[str, str] | None:
 def kind_of(parts: Iterable[str], dims: Mapping[str, int] | None = None) -> AdapterKind | None:
     """Return the kind of an adapter with these parts, or None if they do not belong to a kind.
 
-    It is the last kind in the table with a part that no earlier kind has. `dims` are the numbers of axes of the parts.
+    It is the last kind in the table with a part that no earlier kind has, except for kinds that an earlier one
+    outranks. `dims` are the numbers of axes of the parts.
     """
     parts, best, explained = set(parts), None, set()
     for kind in KINDS.values():
         fitting = (f for f in kind.factors if not f.dims or (dims or {}).get(f.part, f.dims) == f.dims)
         own = parts & {factor.part for factor in fitting}
-        if own - {factor.part for factor in kind.optional} and not own <= explained:
+        is_there = own - {factor.part for factor in kind.optional} and not own <= explained
+        if is_there and not (best and kind.name in best.outranks):
             best, explained = kind, explained | own
     return best or (KINDS["diff"] if parts & {"diff_b", "set_b"} else None)
 

@@ -1,7 +1,7 @@
 """OFT and BOFT (arXiv 2306.07280, 2311.06243), as ComfyUI merges the files of LyCORIS and sd-scripts.
 
 Source: comfy/weight_adapter/oft.py and boft.py. Where ComfyUI differs from LyCORIS, ComfyUI is followed: alpha limits
-‖Q‖ itself and not alpha times the outputs, the strength of an OFT counts twice, and its `rescale` does not count.
+‖Q‖ itself and not alpha times the outputs, the strength counts twice, and the `rescale` of an OFT does not count.
 Factors have the layout of files. The functions are what `kinds.OnWeight` asks for.
 """
 

@@ -40,6 +40,8 @@ class GraphReader(NodeGraph):
         for key in trail[first + 1 :]:
             self._read_start(key)
         self._read_sampler(trail[first])
+        if self.recipe.loras:
+            self.recipe.loading["comfyui_dora"] = True  # as ComfyUI drew the image
         return self.recipe
 
     def _is_sampler(self, key: str) -> bool:

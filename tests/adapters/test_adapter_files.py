@@ -310,10 +310,17 @@ def test_a_lora_of_another_family_is_told_by_its_keys(tmp_path):
         ("diff", "lora", "diff"),
         ("loha dora", "loha", "dora_scale"),
         ("dora by input", "dora", "dora_scale for each input"),
+        ("lora with a core", "lora", "lora_mid"),
+        ("lora of another shape", "lora", "reshape_weight"),
     ],
 )
 def test_what_only_merging_can_do_cannot_be_trained_on(kind, trained, part):
-    patch = Patch({name: Part.of(array) for name, array in random_parts(kind).items()})
+    more = {
+        "lora with a core": {"lora_mid": normal(3, 3)},
+        "lora of another shape": {"reshape_weight": np.array([64, 64])},
+    }
+    parts = random_parts(kind.partition(" ")[0] if kind in more else kind) | more.get(kind, {})
+    patch = Patch({name: Part.of(array) for name, array in parts.items()})
     specs = {"blocks.self_attn.q_proj": adapter_spec(trained, (3, 64, 64), (3, 3, 3))}
     scales = {"blocks.self_attn.q_proj.lora_scale": np.ones(3, np.float32)}
     with pytest.raises(UserError, match=f"x: {Q_PROJ}: {part} cannot be trained on; merge the file instead"):

@@ -201,6 +201,7 @@ def test_graphs_are_followed(name):
     recipe = read(BASE | nodes)
     assert recipe.values == {key: value for key, value in (VALUES | changed).items() if value is not None}
     assert (recipe.files, recipe.loras, recipe.messages) == (files, loras, [])
+    assert recipe.loading == ({"comfyui_dora": True} if loras else {})
 
 
 def upscaled(**more):
