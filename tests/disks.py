@@ -28,3 +28,36 @@ def fill(folder: pathlib.Path, *, leave: int) -> None:
     found = os.statvfs(folder)
     with open(folder / "ballast", "wb") as file:
         file.write(bytes(found.f_bavail * found.f_frsize - leave))
+
+
+class LoopDisk:
+    """A file system in a file, whose power can fail: what was not flushed to it is lost."""
+
+    def __init__(self, folder: pathlib.Path, mib: int = 64):
+        self._image, self._restored, self.folder = folder / "image", folder / "image after", folder / "disk"
+        self._after = folder / "disk after"
+        self._mounted: list[pathlib.Path] = []
+        if not shutil.which("mkfs.ext4"):
+            pytest.skip("this machine has no mkfs.ext4")
+        with open(self._image, "wb") as file:
+            file.truncate(mib * 2**20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(self._image)], check=True)
+        self._mount(self._image, self.folder)
+
+    def _mount(self, image: pathlib.Path, folder: pathlib.Path) -> None:
+        folder.mkdir()
+        # `commit`: by itself, the file system flushes nothing for five minutes.
+        command = ["mount", "-o", "loop,commit=300", str(image), str(folder)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("this machine does not let a test mount a file system")
+        self._mounted.append(folder)
+
+    def after_a_power_failure(self) -> pathlib.Path:
+        """Mount a copy of the disk as it is now, without what is only in memory. Only once."""
+        shutil.copyfile(self._image, self._restored)
+        self._mount(self._restored, self._after)
+        return self._after
+
+    def close(self) -> None:
+        for folder in self._mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,13 +1,17 @@
 """A run's checkpoints, stored with Orbax (v1 API): `FOLDER/<step>` contains named items, which are pytrees of arrays.
 
 Each item is stored as a flat table, path in the tree → array, independent of the tree's container types. Before
-anything is loaded, the stored layout is compared with the expected one, because Orbax itself would cast and reshape. A
-checkpoint is written under a temporary name and renamed when it is complete: if the process dies or the disk is full,
-the earlier checkpoints are unchanged.
+anything is loaded, the stored layout is compared with the expected one, because Orbax itself would cast and reshape.
+
+A checkpoint is written under a temporary name, flushed to the disk with checksums of its files, and then renamed; only
+then are older ones deleted. If the process dies, the power fails or the disk is full, the earlier checkpoints are
+unchanged. The folder is on a local file system or one that all processes share: Orbax's process k writes its arrays,
+process 0 flushes and checks all files.
 """
 
 import concurrent.futures
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
@@ -20,9 +24,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
+from anima_jax.checkpoints import checksums
+from anima_jax.checkpoints.locations import sync_folder
 from anima_jax.errors import UserError, os_reason, shorten
+from anima_jax.parallel import hosts
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +39,12 @@ SAVE_TIMEOUT_S = 4 * 3600
 
 _LAST_FILE = "_CHECKPOINT_METADATA"
 """File that Orbax writes last; an incomplete copy of a checkpoint does not have it."""
+
+_DAMAGED = "damaged"
+"""Ending of the name of a checkpoint that was found damaged."""
+
+_BARRIERS = itertools.count()
+"""Numbers of the barriers between processes, whose names must differ."""
 
 
 @contextlib.contextmanager
@@ -70,6 +84,7 @@ class RunCheckpoints:
         self.folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._saved: int | None = None  # the newest step that this object saved
         self.failure: str | None = None
         """Why the last finished save failed, on one line; None if it succeeded."""
 
@@ -89,13 +104,56 @@ class RunCheckpoints:
         """Return the step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
+    def newest_intact(self) -> int | None:
+        """Return the step of the newest checkpoint whose files are as they were written; None if there is none.
+
+        Damaged ones that are newer are renamed and logged. All processes must call this and get the same step; each
+        reads a part of the files. Checkpoints of earlier versions have no checksums: of those, only the metadata is
+        read. Raises UserError, and renames nothing, if all are damaged or if a file cannot be read for another reason.
+        """
+        damaged: dict[pathlib.Path, str] = {}
+        for path in hosts.value_of_process_0(self._candidates):
+            found = hosts.values_of_all(self._damage(self.folder / path))
+            reason = next(filter(None, found), None)
+            if reason is None:
+                break
+            damaged[self.folder / path] = reason
+        else:
+            if damaged:
+                raise UserError(*(f"{path}: is damaged: {reason}" for path, reason in damaged.items()))
+            return None
+        for old, reason in damaged.items() if jax.process_index() == 0 else ():
+            kept = self._set_aside(old)
+            log.warning(f"{old}: is damaged: {reason}; the run goes on from step {path}, and it is kept as {kept.name}")
+        hosts.barrier("damaged checkpoints are set aside")
+        return int(path)
+
+    def _candidates(self) -> list[str]:
+        """Return the names of all folders of checkpoints that are not empty, newest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        names = [path.name for path in found if path.name.isdecimal() and path.is_dir() and any(path.iterdir())]
+        return sorted(names, key=int, reverse=True)
+
+    def _damage(self, path: pathlib.Path) -> str | None:
+        """Return what is wrong with this process's part of a checkpoint's files; None if nothing is."""
+        if checksums.is_sealed(path):
+            return checksums.damage(path, jax.process_index(), jax.process_count())
+        if not (path / _LAST_FILE).is_file():
+            return f"{_LAST_FILE} is missing"
+        try:
+            self._read(int(path.name))
+        except UserError as error:
+            return str(error).removeprefix(f"{path}: ")
+        return None
+
     def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Wait for the previous save, then start to write a checkpoint; an existing checkpoint is left unchanged.
 
         `metadata` must be JSON-serialisable. An error, now or during the write, is logged as one line and not raised.
         """
         self.wait()
-        if step in self.steps():
+        if step == self._saved or step in self.steps():
+            self.failure = None
             return
         leaves = {name: flat(tree) for name, tree in items.items()}
         custom = {"run": dict(metadata), "layout": {name: layout_of(tree) for name, tree in items.items()}}
@@ -103,7 +161,7 @@ class RunCheckpoints:
             self._sweep()
             self.folder.mkdir(parents=True, exist_ok=True)
             with _context():
-                path = os.fspath(self.folder / str(step))
+                path = os.fspath(self._unsealed(step))
                 saving = ocp.save_checkpointables_async(path, _not_empty(leaves), custom_metadata=custom)
         except Exception as error:  # Orbax, TensorStore and file systems raise their own types
             self._failed(step, error)
@@ -171,12 +229,20 @@ class RunCheckpoints:
             raise UserError(f"{path}: cannot be read ({os_reason(error)}){advice}") from error
 
     def _finish(self, step: int, saving: "ocp.AsyncResponse[None]") -> None:
+        path = self.folder / str(step)
         try:
             saving.result()
+            if jax.process_index() == 0:
+                self._complete(step, path)
         except Exception as error:
             self._failed(step, error)
             return
-        self.failure = None
+        finally:
+            self._wait_for_all(step)
+        if not path.is_dir():
+            self._failed(step, UserError("process 0 could not complete it"))
+            return
+        self.failure, self._saved = None, step
         if self._keep is not None and jax.process_index() == 0:
             for old in self.steps()[: -self._keep]:
                 path = self.folder / str(old)
@@ -185,6 +251,34 @@ class RunCheckpoints:
                     shutil.rmtree(path.rename(self.folder / f"{old}.old"))
                 except OSError as error:
                     log.warning(f"{path}: cannot be deleted: {os_reason(error)}")
+
+    def _complete(self, step: int, path: pathlib.Path) -> None:
+        """Make the checkpoint that Orbax wrote durable, and give it its name."""
+        unsealed = self._unsealed(step)
+        checksums.seal(unsealed)
+        if path.exists():  # the remains of one: `steps` does not list it
+            self._set_aside(path)
+        unsealed.rename(path)
+        for folder in (self.folder, *self.folder.parents[:2]):  # a new run's folders too
+            sync_folder(folder)
+
+    def _wait_for_all(self, step: int) -> None:
+        """Wait until process 0 has completed the checkpoint, in the thread that saves: not with the devices."""
+        if wait := multihost.get_barrier_sync_fn():
+            wait(key=f"checkpoint of step {step}, {next(_BARRIERS)}", timeout_ms=1000 * SAVE_TIMEOUT_S)
+
+    def _unsealed(self, step: int) -> pathlib.Path:
+        """Return the path of a checkpoint that Orbax has written and that is not durable yet; `_sweep` deletes it."""
+        return self.folder / f"{step}.unsealed"
+
+    def _set_aside(self, path: pathlib.Path) -> pathlib.Path:
+        """Rename a damaged checkpoint, so that it is neither used nor deleted, and return its new path."""
+        new = path.with_name(f"{path.name}.{_DAMAGED}")
+        for number in range(2, 100):
+            if not new.exists():
+                break
+            new = path.with_name(f"{path.name}.{_DAMAGED}-{number}")
+        return path.rename(new)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._sweep()
@@ -197,7 +291,7 @@ class RunCheckpoints:
         """Delete the remains of interrupted saves and deletions."""
         if jax.process_index() == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if re.fullmatch(r"\d+\..+", path.name):
+                if re.fullmatch(rf"\d+\.(?!{_DAMAGED}).+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
 
 

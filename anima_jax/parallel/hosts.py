@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.errors import UserError, show_value
+
+T = TypeVar("T")
 
 HEARTBEAT_S = 30
 """Seconds without a heartbeat after which a process counts as dead, and JAX aborts all others."""
@@ -136,6 +138,18 @@ def from_process_0(make: Callable[[], pathlib.Path]) -> pathlib.Path:
         return make()
     own = os.fsencode(make()) if is_process_0() else b""
     return pathlib.Path(os.fsdecode(_gathered(own)[0]))
+
+
+def value_of_process_0(make: Callable[[], T]) -> T:
+    """Return the JSON value that `make` returns in process 0; it is not called in other processes."""
+    if is_single_process():
+        return make()
+    return json.loads(_gathered(json.dumps(make()).encode() if is_process_0() else b"")[0])
+
+
+def values_of_all(own: T) -> list[T]:
+    """Return every process's JSON value, in the order of process ids."""
+    return [own] if is_single_process() else list(map(json.loads, _gathered(json.dumps(own).encode())))
 
 
 def assert_same_on_all_processes(values: Callable[[], Mapping[str, Any]]) -> None:

@@ -268,8 +268,9 @@ class Checkpointer:
         reset_optimizer: bool = False,
         reset_optimizer_params: bool = False,
     ) -> tuple[TrainState, list[str]]:
-        """Return the state of the newest checkpoint, and messages about what changed; set `start`.
+        """Return the state of the newest intact checkpoint, and messages about what changed; set `start`.
 
+        Damaged checkpoints that are newer are renamed and logged (`RunCheckpoints.newest_intact`).
         `state` is a newly initialised one, whose shardings the result has; its arrays that the checkpoint replaces are
         deleted, as if donated. With `reset_dataloader`, the epoch in progress restarts. With `reset_optimizer`, the
         optimizer restarts, and parameters that were not trained before keep their values in `state`. Hyper-parameters
@@ -277,7 +278,7 @@ class Checkpointer:
         others are the configuration's.
         Raises UserError, with every reason, if the run cannot resume from the checkpoint.
         """
-        step = self.checkpoints.latest()
+        step = self.checkpoints.newest_intact()
         if step is None:
             raise UserError(f"{self.checkpoints.folder}: contains no checkpoint to resume from")
         old, layout = self.checkpoints.metadata(step), self.checkpoints.layout(step)
@@ -368,7 +369,7 @@ class Checkpointer:
         self.checkpoints.save(step, items, metadata)
         if wait:
             self.checkpoints.wait()
-        saved = self.checkpoints.writing or step in self.checkpoints.steps()
+        saved = self.checkpoints.writing or self.checkpoints.failure is None
         if saved and step != self._announced:
             self._announced = step
             announce(f"{'wrote' if wait else 'writing'} the checkpoint of step {step} to {self.checkpoints.folder}")

@@ -96,10 +96,16 @@ def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def replicas_of(run_folder: pathlib.Path) -> int:
-    """Return the number of replicas of a run's batches. Raises UserError if its newest checkpoint is not readable."""
+    """Return the number of replicas of a run's batches, which all its checkpoints record.
+
+    Raises UserError if none of them is readable.
+    """
     checkpoints = RunCheckpoints(run_folder / FOLDER, keep=None)
-    step = checkpoints.latest()
-    return 1 if step is None else checkpoints.metadata(step).get("replicas", 1)
+    *damaged, oldest = reversed(checkpoints.steps())
+    for step in damaged:
+        with contextlib.suppress(UserError):
+            return checkpoints.metadata(step).get("replicas", 1)
+    return checkpoints.metadata(oldest).get("replicas", 1)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,132 @@
+"""Checkpoints survive a power failure, and a changed byte is noticed: the checkpoint before is taken."""
+
+import contextlib
+import logging
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
+from anima_jax.errors import UserError
+from tests.disks import LoopDisk
+
+
+def items(step: int) -> dict:
+    return {
+        "params": {"w": jax.random.normal(jax.random.key(step), (50, 40)), "b": jnp.full(3, step)},
+        "counters": {"step": jnp.int32(step)},
+    }
+
+
+def saved(folder, *steps: int, keep=None) -> None:
+    checkpoints = RunCheckpoints(folder, keep=keep)
+    for step in steps:
+        checkpoints.save(step, items(step), {"step": step})
+    checkpoints.close()
+    assert checkpoints.failure is None
+
+
+def check_restores(folder, step: int) -> None:
+    checkpoints = RunCheckpoints(folder, keep=None)
+    assert checkpoints.newest_intact() == step
+    assert checkpoints.metadata(step) == {"step": step}
+    found = checkpoints.restore(step, items(0))
+    for name, expected in jax.tree.leaves_with_path(items(step)):
+        (value,) = (leaf for path, leaf in jax.tree.leaves_with_path(found) if path == name)
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_a_checkpoint_that_is_written_survives_a_power_failure(tmp_path):
+    with contextlib.closing(LoopDisk(tmp_path)) as disk:
+        saved(disk.folder / "run" / "checkpoints", 1, 2, keep=1)  # the first is deleted, as the second is there
+        after = disk.after_a_power_failure() / "run" / "checkpoints"
+        check_restores(after, 2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    saved(folder, 1, 2)
+    return folder
+
+
+@pytest.fixture
+def damaged(two, tmp_path):
+    """A copy of the two checkpoints, to damage."""
+    return shutil.copytree(two, tmp_path / "checkpoints")
+
+
+def files_of(checkpoint) -> list:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(two, tmp_path):
+    rng = random.Random(0)
+    for number, original in enumerate(files_of(two / "2")):
+        folder = shutil.copytree(two, tmp_path / str(number))
+        path = folder / original.relative_to(two)
+        data = bytearray(path.read_bytes())
+        where = rng.randrange(len(data)) if path.name != "checksums.json" else data.index(b'"files"') + 3
+        data[where] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        assert RunCheckpoints(folder, keep=None).newest_intact() == 1, path.name
+
+
+@pytest.mark.parametrize("what", ["cut", "gone", "_CHECKPOINT_METADATA", "checksums"])
+def test_a_damaged_checkpoint_is_named_in_one_line_and_kept_and_the_one_before_is_taken(damaged, what, caplog):
+    largest = max(files_of(damaged / "2"), key=lambda path: path.stat().st_size)
+    if what == "cut":
+        largest.write_bytes(largest.read_bytes()[:-1])
+    elif what == "gone":
+        largest.unlink()
+    elif what == "checksums":
+        (damaged / "2" / "checksums.json").write_text("{")
+    else:
+        (damaged / "2" / what).unlink()
+    kept = files_of(damaged / "2")
+    with caplog.at_level(logging.WARNING), errors_reported_once():
+        check_restores(damaged, 1)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"{damaged / '2'}: is damaged: ")
+    assert message.endswith("the run goes on from step 1, and it is kept as 2.damaged")
+    assert "\n" not in message
+    assert [path.name for path in files_of(damaged / "2.damaged")] == [path.name for path in kept]
+    saved(damaged, 2, 3, keep=1)  # which neither deletes what was set aside nor fails because of it
+    assert sorted(path.name for path in damaged.iterdir()) == ["2.damaged", "3"]
+
+
+def test_if_all_are_damaged_each_is_named_and_nothing_is_renamed(damaged):
+    for step in ("1", "2"):
+        for path in files_of(damaged / step):
+            path.write_bytes(b"")
+    with pytest.raises(UserError) as refused, errors_reported_once():
+        RunCheckpoints(damaged, keep=None).newest_intact()
+    assert [message[: len(f"{damaged}/1: is dam")] for message in refused.value.messages] == [
+        f"{damaged}/{step}: is dam" for step in (2, 1)
+    ]
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_restored(damaged):
+    (damaged / "2" / "checksums.json").unlink()
+    check_restores(damaged, 2)
+
+
+def test_a_checkpoint_of_an_earlier_version_whose_metadata_is_damaged_is_set_aside(damaged, caplog):
+    (damaged / "2" / "checksums.json").unlink()
+    (damaged / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    with caplog.at_level(logging.WARNING), errors_reported_once():
+        check_restores(damaged, 1)
+    assert len(caplog.records) == 1
+
+
+def test_what_a_killed_save_left_is_neither_taken_nor_kept(damaged):
+    (damaged / "2").rename(damaged / "2.unsealed")
+    (damaged / "3.orbax-checkpoint-tmp").mkdir()
+    check_restores(damaged, 1)
+    saved(damaged, 4)
+    assert sorted(path.name for path in damaged.iterdir()) == ["1", "4"]
