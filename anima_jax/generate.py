@@ -17,6 +17,7 @@ from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
+from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.errors import UserError, command_line
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
@@ -76,6 +77,8 @@ def generate(arguments: argparse.Namespace) -> None:
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
         at_once = arguments.at_once * replicas(mesh.shape)
+        if SAMPLERS[params.sampler].controller:  # It draws whole batches, each of which should be drawn once.
+            at_once = max(1, at_once // requests[0].batch_size) * requests[0].batch_size
         for first in range(0, len(requests), at_once):
             batch = slice(first, first + at_once)
             with progress(pipeline.decode, paths[batch], arguments.preview) as callback:
