@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield original name and TUNED − BASE, in float32, of each tensor that differs.
 
-    Raises UserError if the models have different tensors or shapes.
+    Raises UserError if the models have different tensors or shapes, or values that are not finite.
     """
     with opened_both(base, tuned) as (mine, theirs):
         alone = sorted(mine.keys() ^ theirs.keys())
@@ -63,6 +63,8 @@ def differences(base: str, tuned: str) -> Iterator[tuple[str, np.ndarray]]:
             if source.info.shape != theirs[name].info.shape:
                 raise UserError(f"{tuned}: {name} is {theirs[name].info.shape}, in {base} {source.info.shape}")
             difference = theirs[name].read().astype(np.float32) - source.read().astype(np.float32)
+            if not np.isfinite(difference).all():
+                raise UserError(f"{tuned}: {name}: NaN or infinite values in it or in {base}")
             if np.any(difference):
                 yield name, difference
 

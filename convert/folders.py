@@ -80,6 +80,8 @@ def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
         return error.messages[0].removeprefix(f"{path}: ")
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    if ".tfevents." in path.name:
+        return "figures of a run (TensorBoard)"
     return _SUFFIXES.get(path.suffix) or file_types.describe(str(path), start) or "unknown"
 
 

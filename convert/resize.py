@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise UserError(f"{adapter.path}: {module}: {error}") from error
             total, kept = total + before, kept + after
         metadata = {**adapter.metadata, "rank": str(arguments.rank)}
+        metadata |= {key: str(arguments.rank) for key in ("ss_network_dim", "ss_network_alpha") if key in metadata}
         metadata.pop("alpha", None)
         dtype = outputs.OUTPUT_DTYPES.get(arguments.dtype)
         write_adapter(arguments.output, patches, dtype=dtype, metadata=metadata)

@@ -334,8 +334,11 @@ def truncated(update: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, fl
     """Return the best factors (o, r), (r, i) of a float32 matrix, and the fraction of its energy ‖·‖² that they keep.
 
     Exact if a side is small; otherwise a randomised SVD with power iterations (arXiv 0909.4061), whose error is within
-    a fraction of a per cent of the best possible for the spectra of trained updates.
+    a fraction of a per cent of the best possible for the spectra of trained updates. Raises UserError for values that
+    are not finite.
     """
+    if not np.isfinite(update).all():
+        raise UserError("NaN or infinite values")
     rank = min(rank, *update.shape)
     u, s, vt = _leading(update, rank)
     total = float(np.sum(np.square(update), dtype=np.float64))

@@ -73,7 +73,7 @@ class Checkpoint:
             )
         for what, keys in (("harmless extra", self.located.skipped), ("unknown", self.unused)):
             if keys:
-                found.append(f"{self.label}: skipped {plural(len(keys), f'{what} tensor')}: {shorten(keys)}")
+                found.append(f"{self.label}: skipped {plural(len(keys), f'{what} tensor')}: {shorten(keys, 20)}")
         return found
 
     def stored(self, prefix: str = "") -> dict[str, StoredTensor]:

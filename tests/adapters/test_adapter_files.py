@@ -96,6 +96,111 @@ def test_names_of_the_text_encoder():
     assert set(names.modules_by_spelling(spellings).values()) == {"text_encoder.layers.1.self_attn.q_proj"}
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        *("base_model.model.net.{}", "pipe.dit.{}", "transformer.net.{}", "module.model.diffusion_model.{}", "unet.{}"),
+        *(
+            "base_model.model.transformer.{}",
+            "diffusion_model.net.{}",
+            "lora_unet_{}",
+            "lora_unet_net_{}",
+            "lycoris_{}",
+        ),
+        *("lora_unet_model_{}", "lora_transformer_{}", "lora_prior_unet_{}"),
+    ],
+)
+def test_any_wrappers_before_a_module_are_removed(spelling):
+    for module in ("blocks.1.cross_attn.output_proj", "llm_adapter.blocks.0.mlp.2", "final_layer.linear"):
+        name = spelling.format(module.replace(".", "_") if spelling.endswith("_{}") else module)
+        assert names.modules_by_spelling([name]) == {name: module}
+
+
+@pytest.mark.parametrize("prefix", ["transformer.core.", "transformer.", "lycoris_", "base_model.model.core.", ""])
+def test_diffusers_names_are_read_after_any_wrappers(prefix):
+    for module, name in (
+        ("blocks.1.self_attn.q_proj", "transformer_blocks.1.attn1.to_q"),
+        ("blocks.0.mlp.layer1", "transformer_blocks.0.ff.net.0.proj"),
+    ):
+        spelled = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        assert names.modules_by_spelling([spelled]) == {spelled: module}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        *(
+            "text_encoders.transformer.model.{}",
+            "text_encoders.qwen3_06b.transformer.{}",
+            "text_encoder.{}",
+            "te.model.{}",
+        ),
+        *(
+            "base_model.model.model.{}",
+            "cond_stage_model.qwen3_06b.transformer.model.{}",
+            "lora_te_{}",
+            "lora_te1_model_{}",
+        ),
+    ],
+)
+def test_any_wrappers_before_a_module_of_the_text_encoder_are_removed(spelling):
+    module = "layers.1.self_attn.q_proj"
+    name = spelling.format(module.replace(".", "_") if spelling.endswith("_{}") else module)
+    assert names.modules_by_spelling([name]) == {name: f"text_encoder.{module}"}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        *(
+            "diffusion_model.layers.0.self_attn.q_proj",
+            "lora_unet_layers_0_self_attn_q_proj",
+        ),  # no text encoder's prefix
+        *(
+            "text_encoders.blocks.0.mlp.layer1",
+            "lora_te_blocks_0_mlp_layer1",
+            "text_encoders.t5xxl.layers.0.mlp.up_proj",
+        ),
+        *("control.blocks.0.mlp.layer1", "vace_blocks.0.self_attn.q_proj", "transformer_blocks.0.mlp.layer1"),
+        *("transformer.blocks.0.attn1.to_q", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"),
+    ],
+)
+def test_a_module_of_another_network_is_none_of_animas(spelling):
+    assert names.modules_by_spelling([spelling]) == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "a", "b"),
+    [
+        ("transformer.{}", "_lora.down.weight", "_lora.up.weight"),
+        ("base_model.model.net.{}", ".lora_A.default.weight", ".lora_B.default.weight"),
+        ("base_model.model.net.{}", ".lora_A.my_style", ".lora_B.my_style"),
+        ("lora_unet_{}", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    ],
+)
+def test_every_ending_of_loras_factors_is_read(tmp_path, module, a, b):
+    tensors = {}
+    for key, array in load_file(LORA).items():
+        name, part = split(key)
+        tensors[module.format(name.replace(".", "_") if "unet" in module else name) + {"A": a, "B": b}[part]] = array
+    save_file(tensors, tmp_path / "lora.safetensors")
+    same_updates(tmp_path / "lora.safetensors", updates(LORA))
+
+
+@pytest.mark.parametrize(("kept", "advised"), [(1.0, True), (0.5, False), (0.1, False)])
+def test_allow_unused_is_advised_only_where_few_keys_are_unused(tmp_path, kept, advised):
+    tensors = load_file(LORA)
+    known = dict(list(tensors.items())[: int(len(tensors) * kept)])
+    other = {f"diffusion_model.single_blocks.{n}.linear1.lora_A.weight": np.ones((4, 4), "f4") for n in range(9)}
+    save_file(
+        known | (other if kept < 1 else {"odd.lora_A.weight": np.ones((4, 4), "f4")}), tmp_path / "mixed.safetensors"
+    )
+    with pytest.raises(UserError, match="keys are unused") as caught, open_adapter(tmp_path / "mixed.safetensors"):
+        pass
+    assert ("--allow_unused" in str(caught.value)) == advised
+    assert ("looks like: Flux" in str(caught.value)) == (not advised)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

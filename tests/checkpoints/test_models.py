@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import anima_jax
 from anima_jax.checkpoints import models
 from anima_jax.checkpoints.copying import cast, contiguous
-from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE
+from anima_jax.checkpoints.names import diffusers
+from anima_jax.checkpoints.names.networks import DIT, QWEN3, WAN_VAE, locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -138,6 +139,34 @@ def test_transformer_is_read_under_every_prefix(tmp_path, dit_params, prefix):
     assert_same_params(params_of(anima_jax.load_dit(saved(tmp_path, dit_tensors(prefix)))), dit_params)
 
 
+OTHER_PREFIXES = ("pipe.dit.", "transformer.net.", "base_model.model.net.", "module._orig_mod.model.", "ema_model.x.")
+
+
+@pytest.mark.parametrize("prefix", OTHER_PREFIXES)
+def test_every_network_is_found_under_any_prefix(prefix):
+    for network, file in ((DIT, "dit_image.model"), (QWEN3, "qwen3.model"), (WAN_VAE, "vae.model")):
+        names = {name.removeprefix(network.saved_prefix) for name in golden(file)}
+        located = locate(network, [prefix + name for name in names] + ["vae_scale"])
+        assert located is not None
+        assert located.keys == {name: prefix + name for name in names}
+        assert (located.prefix, located.unknown) == (prefix, ("vae_scale",))
+
+
+@pytest.mark.parametrize("core", ["", "transformer.", "transformer.core.", "model.diffusion_model."])
+def test_transformer_with_diffusers_names_is_read(tmp_path, dit_params, core):
+    tensors = {}
+    for name, array in dit_tensors("").items():
+        inside = name.startswith("llm_adapter.")
+        tensors[f"transformer.{name}" if inside else core + diffusers.transformer(name)] = array
+    assert_same_params(params_of(anima_jax.load_dit(saved(tmp_path, tensors))), dit_params)
+
+
+def test_vae_with_diffusers_names_is_read(tmp_path):
+    tensors = {f"vae.{diffusers.vae(name, 2)}": array for name, array in golden("vae.model").items()}
+    expected = params_of(anima_jax.load_vae(GOLDEN / "vae.model.safetensors"))
+    assert_same_params(params_of(anima_jax.load_vae(saved(tmp_path, tensors))), expected)
+
+
 @pytest.mark.parametrize("prefix", [*DIT_PREFIXES, *(f"{prefix}llm_adapter." for prefix in DIT_PREFIXES)])
 def test_adapter_in_its_own_file_is_read_under_every_prefix(tmp_path, dit_params, prefix):
     inside = "net.llm_adapter."
@@ -183,11 +212,60 @@ def test_text_encoder_is_read_without_prefix_and_with_a_language_model_head(tmp_
     assert_same_params(params_of(anima_jax.load_text_encoder(headed)), expected)
 
 
-def test_extra_buffers_of_old_files_are_skipped(tmp_path, dit_params):
-    extra = ("pos_embedder.seq", "pos_embedder.dim_spatial_range", "accum_iteration", "blocks.0.mlp._extra_state")
-    tensors = dit_tensors() | {f"net.{name}": np.zeros(3, np.int64) for name in extra}
-    tensors["accum_image_sample_counter"] = np.zeros(1, np.int64)
+BUFFERS = (
+    *("pos_embedder.seq", "pos_embedder.dim_spatial_range", "accum_iteration", "blocks.0.mlp._extra_state"),
+    *("model_sampling.sigmas", "blocks.0.self_attn.rotary_emb.inv_freq", "rope.inv_freq", "alphas_cumprod"),
+)
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.", "", "model.diffusion_model."])
+def test_buffers_that_change_nothing_are_named_and_skipped(tmp_path, capsys, dit_params, prefix):
+    tensors = dit_tensors(prefix) | {f"{prefix}{name}": np.zeros(3, np.int64) for name in BUFFERS}
+    tensors |= {name: np.zeros(1, np.float32) for name in ("accum_image_sample_counter", "model.model_sampling.sigmas")}
     assert_same_params(params_of(anima_jax.load_dit(saved(tmp_path, tensors))), dit_params)
+    extra, printed = tensors.keys() - dit_tensors(prefix).keys(), capsys.readouterr().out
+    assert f"skipped {len(extra)} harmless extra tensors: " in printed
+    assert all(name in printed for name in extra)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["text_encoders.qwen3_06b.transformer.model.", "text_encoders.transformer.model.", "model."]
+)
+def test_text_encoder_of_a_bundle_is_read_with_its_head_and_its_logit_scale(tmp_path, prefix):
+    tensors = {prefix + name.removeprefix("model."): array for name, array in golden("qwen3.model").items()}
+    tensors[prefix.removesuffix("model.") + "lm_head.weight"] = np.zeros((4, 4), np.float32)
+    tensors["text_encoders.qwen3_06b.logit_scale"] = np.zeros((), np.float32)
+    expected = params_of(anima_jax.load_text_encoder(GOLDEN / "qwen3.model.safetensors"))
+    assert_same_params(params_of(anima_jax.load_text_encoder(saved(tmp_path, tensors))), expected)
+
+
+def test_an_unknown_tensor_is_left_out_only_if_that_is_allowed(tmp_path, capsys, dit_params):
+    path = saved(tmp_path, dit_tensors() | {"net.odd": np.zeros(2, np.float32)})
+    line = refusal(path)
+    assert "1 unknown in the file: net.odd; --allow_unused (allow_unused=True) goes on without them" in line
+    assert_same_params(params_of(anima_jax.load_dit(path, allow_unused=True)), dit_params)
+    assert f"{path}: skipped 1 unknown tensor: net.odd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("removed", ["net.llm_adapter.out_proj.weight", "net.x_embedder.proj.1.weight"])
+def test_allow_unused_is_no_advice_where_a_part_of_the_model_would_be_lost(tmp_path, removed):
+    tensors = {name: array for name, array in dit_tensors().items() if name != removed}
+    path = saved(tmp_path, tensors | {"net.odd": np.zeros(2, np.float32)})
+    assert "--allow_unused" not in refusal(path)
+
+
+def test_the_base_of_the_anima_3_8b_bundle_is_read_with_a_message(tmp_path, capsys, dit_params):
+    parts = (
+        "semantic_resampler.blocks.0.attn.q_proj.weight",
+        "quality_anchor.layer_mix_logits",
+        "blocks.0.mlp.layer1.weight",
+    )
+    tensors = dit_tensors() | {f"net.anima_v2_connector.{name}": np.zeros((2, 2), np.float32) for name in parts}
+    save_file(tensors, tmp_path / "v11.safetensors", {"anima_v2_bundle_format": "1"})
+    assert_same_params(params_of(anima_jax.load_dit(tmp_path / "v11.safetensors")), dit_params)
+    printed = capsys.readouterr().out
+    assert "a bundle of Anima-3.8B v1.1: its base transformer is used alone, without the semantic connector" in printed
+    assert "3 tensors: net.anima_v2_connector." in printed
 
 
 # --- files that do not fit ---
