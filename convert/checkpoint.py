@@ -20,6 +20,7 @@ from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, plural, shorten
+from anima_jax.text.tokenizers import save_packaged
 from convert import outputs
 
 SUMMARY = "write a model with another prefix, in another dtype, or as a diffusers folder and back"
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text_encoder", metavar="FILE", help="the text encoder's file, to copy into the folder, or from it"
     )
     parser.add_argument("--vae", metavar="FILE", help="the VAE's file, to copy into the folder, or from it")
-    parser.add_argument("--tokenizers", metavar="FOLDER", help="a folder with qwen/ and t5/, to copy into the folder")
+    parser.add_argument("--tokenizers", metavar="FOLDER", help="qwen/ and t5/ to copy (default: the package's own)")
     parser.add_argument("--allow_unused", action="store_true", help="leave out tensors that belong to no network")
     outputs.add_arguments(parser)
 
@@ -144,7 +145,8 @@ def _write_component(
 
 def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> list[str]:
     if source is None:
-        return []
+        save_packaged({ours: folder / theirs for ours, theirs in TOKENIZERS.items()})
+        return list(TOKENIZERS.values())
     for ours, theirs in TOKENIZERS.items():
         if not (pathlib.Path(source) / ours).is_dir():
             raise UserError(f"{source}: has no folder {ours}, expected qwen/ and t5/ in it")

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -242,6 +243,15 @@ def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
     folder = PACKAGED_TOKENIZERS if folder is None else pathlib.Path(folder)
     (qwen, qwen_pad), (t5, t5_pad) = (_load(repository, folder / repository.folder) for repository in (_QWEN, _T5))
     return Tokenizers(qwen, t5, qwen_pad, t5_pad)
+
+
+def save_packaged(folders: Mapping[str, pathlib.Path]) -> None:
+    """Write the package's tokenizers into the folders for `qwen` and `t5`, as transformers reads them."""
+    for repository in (_QWEN, _T5):
+        target, source = folders[repository.folder], PACKAGED_TOKENIZERS / repository.folder
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / "tokenizer_config.json", target / "tokenizer_config.json")
+        _load(repository, source)[0].save(str(target / "tokenizer.json"), pretty=False)
 
 
 def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:

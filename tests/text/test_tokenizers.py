@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from anima_jax.data.shapes import BACKGROUNDS, COLOURS, SHAPES, scenes
 from anima_jax.errors import UserError
 from anima_jax.text.prompts import Span, spans
-from anima_jax.text.tokenizers import SMALL_TOKENIZERS, TextIds, Tokenizers, load_tokenizers
+from anima_jax.text.tokenizers import SMALL_TOKENIZERS, TextIds, Tokenizers, load_tokenizers, save_packaged
 from make_assets import tokenizers as make_tokenizers
 from tests.golden_files import GOLDEN
 
@@ -54,6 +54,19 @@ def test_the_packaged_tokenizers_give_the_references_prompt_ids(real):
         assert qwen_ids.tolist() == case["qwen_ids"]
         assert t5_ids.tolist() == case["t5_ids"]
         np.testing.assert_allclose(t5_weights, case["t5_weights"], rtol=1e-7)
+
+
+def test_odd_prompts_have_comfyuis_ids_and_weights(real):
+    for case in json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8")):
+        ids = real.prompt_ids(spans(case["prompt"]))
+        assert ids.qwen_ids.tolist() == case["qwen_ids"], case["prompt"]
+        assert ids.t5_ids.tolist() == case["t5_ids"], case["prompt"]
+        np.testing.assert_allclose(ids.t5_weights, case["t5_weights"], rtol=1e-7)
+
+
+def test_text_that_is_not_unicode_is_an_error(real):
+    with pytest.raises(UserError, match=r"text 'a \\udcff': is not valid Unicode"):
+        real.prompt_ids("a \udcff")
 
 
 def test_spans_are_tokenized_separately_and_only_t5s_tokens_have_weights(small):
@@ -235,6 +248,15 @@ def test_the_packaged_tokenizers_load_without_network_cache_or_transformers(tmp_
     out = run(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert out.returncode == 0, out.stderr
     assert out.stdout.splitlines() == ["[3, 9, 1131, 8196, 1]", "[]"]
+
+
+def test_transformers_reads_the_packaged_tokenizers_that_are_written_for_it(tmp_path, real):
+    transformers = pytest.importorskip("transformers")
+    save_packaged({"qwen": tmp_path / "tokenizer", "t5": tmp_path / "t5_tokenizer"})
+    for name, at in (("tokenizer", 0), ("t5_tokenizer", 1)):
+        peer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        for text in ("a red circle, 猫 (1.2)  <|im_end|> <tool_call>\n", "x </s> ﬁ\x85[ <extra_id_3>,"):
+            assert real.prompt_ids(text)[at].tolist() == peer(text)["input_ids"]
 
 
 def test_many_threads_share_the_tokenizers(real):
