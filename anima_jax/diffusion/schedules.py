@@ -178,3 +178,15 @@ def sigmas(
     if partial:
         levels = levels[-(steps + 1) :]
     return levels[np.diff(levels, prepend=np.inf) != 0]
+
+
+def part(levels: np.ndarray, start: int, end: int | None, *, leftover_noise: bool) -> np.ndarray:
+    """Return the levels of the steps from `start` up to `end` (None: the last), as ComfyUI's KSamplerAdvanced does.
+
+    A part that ends early ends at 0, unless noise may be left over. If no step is left there are no levels.
+    """
+    if end is not None and end < len(levels) - 1:
+        levels = levels[: end + 1]
+        if not leftover_noise:
+            levels = np.append(levels[:-1], np.float32(0.0))
+    return levels[start:] if start < len(levels) - 1 else levels[:0]

@@ -20,7 +20,7 @@ from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.packing import TokenPacking, real_values
-from anima_jax.sampling.program import SharedInputs, advance, report, step_inputs
+from anima_jax.sampling.program import Carry, SharedInputs, advance, report, step_inputs
 
 
 def sample(
@@ -43,9 +43,10 @@ def sample(
     attempt. Raises UserError if a step's error is not finite, and if sampling would never end.
     """
     start_blc = packing.pack(start)
-    x_blc, previous_blc, replicated = replicate((start_blc, start_blc, shared))
+    x_blc, previous_blc, momentum_blc, replicated = replicate((start_blc, start_blc, np.zeros_like(start_blc), shared))
     finished_blc: Any = start_blc
     done = accepted = 0
+    level = -np.inf
     unused: list[Sequence[np.ndarray]] = []
 
     def noise(draw: Draw) -> Sequence[np.ndarray]:
@@ -58,10 +59,17 @@ def sample(
         on_device = shared.noise_keys_b3 is not None
         if on_device:
             plan = plan._replace(draw_numbers_nq=np.where(plan.draw_numbers_nq < 0, -1, accepted))
-        steps = step_inputs(plan, slice(None), scale_of(plan.sigmas_n), packing, None if on_device else noise)
-        carry = [x_blc, *(jnp.zeros_like(x_blc) for _ in range(plan.factors_nkj.shape[1] - 1))]
-        results, estimate_blc = advance(
-            params, carry, replicate(steps), replicated, graphdef=graphdef, both=plan.both, dtype=dtype
+        steps = step_inputs(plan, slice(None), scale_of(plan.sigmas_n), packing, None if on_device else noise, level)
+        level = plan.sigmas_n[-1]
+        arrays = [x_blc, *(jnp.zeros_like(x_blc) for _ in range(plan.factors_nkj.shape[1] - 1))]
+        (results, momentum_blc), estimate_blc = advance(
+            params,
+            Carry(arrays, momentum_blc),
+            replicate(steps),
+            replicated,
+            graphdef=graphdef,
+            both=plan.both,
+            dtype=dtype,
         )
         after_blc, low_blc, difference_blc, before_blc = results[:4]
         error = step_error(low_blc, difference_blc, previous_blc, replicated.size_b3, controller.rtol, controller.atol)

@@ -5,6 +5,7 @@ The sources are flags, the older image of `--like`, the training configuration o
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import re
 import sys
@@ -82,6 +83,8 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
         flags["paste"] = None
     if interval := flags.get("guidance_interval"):
         flags["guidance_interval"] = tuple(interval)
+    if levels := flags.get("sigmas"):
+        flags["sigmas"] = tuple(itertools.chain(*levels))
     older = {name: like.values[name] for name in names if name in like.values}
     sample = config.sample if config else None
     configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}

@@ -19,6 +19,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_networks(parser)
     add_images(parser)
     add_sampling(parser)
+    add_guidance(parser)
     add_machine(parser)
     arguments = parser.parse_args(argv)
     if not (arguments.prompt is not None or arguments.prompts or arguments.like):
@@ -85,15 +86,6 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int)
-    add("--guidance_scale", type=float)
-    add(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar=("FROM", "TO"),
-        help="where guidance works, 0 (first step) to 1",
-    )
-    add("--cfg_zero_star", action=argparse.BooleanOptionalAction, help="CFG-Zero*")
     add("--sampler", metavar="NAME", help=", ".join(SAMPLERS))
     options = ", ".join(OPTIONS)
     add(
@@ -108,6 +100,41 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
     add("--shift", type=float, help="more steps at high noise (3)")
     add("--noise", metavar="KIND", help="noise of the sampler's steps: torch-cpu, torch-cuda, torch-cuda:GPU or jax")
+    levels = "noise levels instead of steps and schedule, from 1 (noise) to 0 (image)"
+    add("--sigmas", type=comma_separated, nargs="+", metavar="SIGMA", help=levels)
+    add("--start_at_step", type=int, metavar="STEP", help="the first step to run, counted from 0")
+    add("--end_at_step", type=int, metavar="STEP", help="the step to stop before")
+    add(
+        "--add_noise",
+        action=argparse.BooleanOptionalAction,
+        help="start from noise (default), or from --image as it is",
+    )
+    leftover = "end at the level of --end_at_step instead of 0"
+    add("--return_with_leftover_noise", action=argparse.BooleanOptionalAction, help=leftover)
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("guidance").add_argument
+    add("--guidance_scale", type=float)
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="where guidance works, 0 (first step) to 1",
+    )
+    add("--cfg_zero_star", action=argparse.BooleanOptionalAction, help="CFG-Zero*")
+    add("--rescale_cfg", type=float, nargs="?", const=0.7, metavar="MULTIPLIER", help="RescaleCFG (0.7); 0 is off")
+    add("--cfg_norm", type=float, nargs="?", const=1.0, metavar="STRENGTH", help="CFGNorm (1); 0 is off")
+    add("--apg", action=argparse.BooleanOptionalAction, help="adaptive projected guidance")
+    add("--apg_eta", type=float, metavar="SHARE", help="of the guidance along the prompt's estimate (1)")
+    add("--apg_norm_threshold", type=float, metavar="NORM", help="the guidance's largest norm (5); 0 is no limit")
+    add("--apg_momentum", type=float, metavar="SHARE", help="of earlier guidance that is added (0)")
+
+
+def comma_separated(text: str) -> list[float]:
+    """Return the numbers of a text like ComfyUI's "1, 0.5"."""
+    return [float(number) for number in text.replace(",", " ").split()]
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

@@ -18,10 +18,20 @@ class BatchNoise:
     Images with the same seed, size and batch size share one draw.
     """
 
-    def __init__(self, requests: Sequence[ImageRequest], kind: str, sampler: Sampler, sigmas: np.ndarray):
+    def __init__(
+        self,
+        requests: Sequence[ImageRequest],
+        kind: str,
+        sampler: Sampler,
+        sigmas: np.ndarray,
+        *,
+        add_noise: bool = True,
+    ):
         self._requests = requests
-        self.start = self._per_image(lambda request: initial_noise(request.seed, _shape(request)))
-        """The noise from which sampling starts."""
+        self.start = self._per_image(
+            lambda request: initial_noise(request.seed, _shape(request)) if add_noise else np.zeros(_shape(request))
+        )
+        """The noise from which sampling starts; zeros without `add_noise`, for latents that are noisy already."""
         self.outside_mask = self.start
         """The noise added to the latents that inpainting keeps."""
         if sampler.fresh_noise_outside_mask:

@@ -22,7 +22,7 @@ from PIL import Image
 from anima_jax.adapters.merge import AdapterStack, Weight
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
-from anima_jax.diffusion import guidance, samplers, schedules
+from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
 from anima_jax.errors import UserError
 from anima_jax.models.constraints import constrain
@@ -215,33 +215,33 @@ class AnimaPipeline:
         requests: Sequence[ImageRequest],
         params: SamplingParams,
         *,
-        original: np.ndarray | None = None,
+        original: np.ndarray | Sequence[np.ndarray] | None = None,
         mask: np.ndarray | None = None,
         callback: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Return the images' normalised latents, each (t, y, x, c), sampled from noise or from `original` latents.
 
-        Where `mask` (1, y, x, 1) is 0, the latents stay equal to `original`.
+        `original` is one array for all images or one for each, for instance what another call returned: with
+        `end_at_step` and `return_with_leftover_noise` there, `start_at_step` and no `add_noise` here, both calls are
+        one sampling. Where `mask` (1, y, x, 1) is 0, the latents stay equal to `original`.
         """
-        if original is not None and params.denoise == 0:
-            return [original] * len(requests)
-        sampler = samplers.SAMPLERS[params.sampler]
-        sigmas = schedules.sigmas(
-            params.schedule,
-            params.steps,
-            params.shift,
-            denoise=params.denoise,
-            without_penultimate=sampler.without_penultimate,
-        )
+        if original is None:
+            original = [np.zeros((1, *request.latent_size, OUT_CHANNELS), np.float32) for request in requests]
+        originals = [original] * len(requests) if isinstance(original, np.ndarray) else list(original)
+        sampler, sigmas = samplers.SAMPLERS[params.sampler], params.levels()
+        if params.denoise == 0 or not len(sigmas):
+            return originals
+
+        by_request = dict(zip(requests, originals, strict=True))
 
         def drawn(requests: Sequence[ImageRequest], callback: ProgressCallback | None) -> list[np.ndarray]:
             return self.sample(
                 self.encode([request.prompt for request in requests]),
                 self.encode([params.negative_prompt] * len(requests)),
-                BatchNoise(requests, params.noise, sampler, sigmas),
+                BatchNoise(requests, params.noise, sampler, sigmas, add_noise=params.add_noise),
                 sigmas,
                 params,
-                original=original,
+                originals=[by_request.get(request, originals[0]) for request in requests],
                 mask=mask,
                 callback=callback,
             )
@@ -281,25 +281,26 @@ class AnimaPipeline:
         sigmas: np.ndarray,
         params: SamplingParams,
         *,
-        original: np.ndarray | None = None,
+        originals: Sequence[np.ndarray] | None = None,
         mask: np.ndarray | None = None,
         callback: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Return each image's normalised latents (t, y, x, c), float32, sampled along `sigmas`.
 
-        Sampling starts at the first level on the line from `original` (zeros if None) to `noise`. Latents stay
-        `original` where `mask` (1, y, x, 1) is 0.
+        Sampling starts at the first level on the line from `originals` (zeros if None) to `noise`. Latents stay
+        `originals` where `mask` (1, y, x, 1) is 0. If the last level σ is above 0 they are divided by 1 − σ, as in
+        ComfyUI, where another sampling multiplies them by it to go on from there.
         """
         sampler = samplers.SAMPLERS[params.sampler]
         packing = TokenPacking([array.shape[:3] for array in noise.start])
-        clean = [np.zeros_like(array) if original is None else original for array in noise.start]
+        clean = originals or [np.zeros_like(array) for array in noise.start]
         inpaint = None
         if mask is not None:
             masks = [np.broadcast_to(mask, array.shape) for array in clean]
             inpaint = InpaintMask(*map(packing.pack, (masks, clean, noise.outside_mask)))
         contexts = join_contexts(negative, positive)
         start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)]
-        shared = SharedInputs(packing.size_b3, contexts, params.cfg_zero_star, inpaint, noise.keys_b3)
+        shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3)
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:
             return samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
@@ -316,9 +317,12 @@ class AnimaPipeline:
             plan = plan_of(sigmas)
             scale_n = scale_of(plan.sigmas_n)
             latents = program.sample(*network, plan, packing, start, shared, scale_n, noise.step, callback)
-        latents = [x / np.float32(1.0 - sampler.ends_at) for x in latents]
+        last = np.float32(sigmas[-1] or sampler.ends_at)
+        latents = [x / (np.float32(1.0) - last) for x in latents]
+        if mask is None or sigmas[-1] > 0.0:
+            return latents
         # Where the mask is grey, the last estimate is already mixed with the original.
-        return latents if mask is None else [np.where(mask > 0.0, x, clean[0]) for x in latents]
+        return [np.where(mask > 0.0, x, kept) for x, kept in zip(latents, clean, strict=True)]
 
     def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
         """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; `tile` is that of `decode`."""

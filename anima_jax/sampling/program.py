@@ -7,8 +7,8 @@ Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a 
 plan, n is evaluations of the network instead, and q new noise arrays.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,11 @@ from flax import nnx
 from jax import Array
 
 from anima_jax.diffusion import guidance, samplers
+from anima_jax.diffusion.guidance import Estimates, Variants
 from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.models.constraints import constrain
-from anima_jax.models.dit import AnimaDiT
+from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
@@ -30,10 +31,18 @@ from anima_jax.sampling.packing import TokenPacking, grid_of, real_values, wrapp
 
 
 class GuidanceInputs(NamedTuple):
-    """Guidance at one evaluation: its scale, and whether the negative prompt is evaluated."""
+    """Guidance at one evaluation: its scale, whether the negative prompt is evaluated, whether APG forgets the past."""
 
     scale: Any
     both: Any
+    restart: Any
+
+
+class Carry(NamedTuple):
+    """What one evaluation passes on to the next: the sampler's arrays, the point first, and the guidance of APG."""
+
+    arrays: list[Any]
+    momentum_blc: Any
 
 
 class InpaintMask(NamedTuple):
@@ -53,7 +62,7 @@ class SharedInputs(NamedTuple):
 
     size_b3: Any
     context: Context
-    zero_star: Any
+    variants: Variants = Variants()
     inpaint: InpaintMask | None = None
     noise_keys_b3: Any = None
 
@@ -80,21 +89,22 @@ def sample(
     start_blc = packing.pack(start)
     noise = None if step_noise is None or shared.noise_keys_b3 is not None else step_noise
 
-    def run(carry: list[Any], part: slice) -> tuple[list[Array], Array]:
+    def run(carry: Carry, part: slice) -> tuple[Carry, Array]:
         steps = replicate(step_inputs(plan, part, scale_n, packing, noise))
         return advance(params, carry, steps, replicated, graphdef=graphdef, both=plan.both, dtype=dtype)
 
-    carry, replicated = replicate(samplers.initial_carry(plan, start_blc)), replicate(shared)
+    carry = replicate(Carry(samplers.initial_carry(plan, start_blc), np.zeros_like(start_blc)))
+    replicated = replicate(shared)
     if callback is None:
         carry, _ = run(carry, slice(0, total))
-        return packing.unpack(carry[0])
+        return packing.unpack(carry.arrays[0])
     finished_blc: Any = start_blc
     for index in range(total):
         carry, estimate_blc = run(carry, slice(index, index + 1))
         report(callback, index, total, finished_blc, packing)
         finished_blc = estimate_blc
     report(callback, total, total, finished_blc, packing)
-    return packing.unpack(carry[0])
+    return packing.unpack(carry.arrays[0])
 
 
 def step_inputs(
@@ -103,8 +113,12 @@ def step_inputs(
     scale_n: np.ndarray,
     packing: TokenPacking,
     noise: Callable[[Draw], Sequence[np.ndarray]] | None,
+    before: float = -np.inf,
 ) -> StepInputs:
-    """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if `noise` is None."""
+    """Return the inputs of these evaluations; noise as arrays, or as numbers of draws if `noise` is None.
+
+    `before` is the level of the evaluation before the plan, if there was one.
+    """
     draws_nq = plan.draw_numbers_nq[part]
     noises_nqblc = draws_nq
     if noise is not None:
@@ -112,7 +126,8 @@ def step_inputs(
         for index, number in np.ndenumerate(draws_nq):
             if number >= 0:
                 noises_nqblc[index] = packing.pack(noise(plan.draws[number]))
-    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both)
+    rising_n = np.diff(plan.sigmas_n, prepend=before) > 0
+    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both, rising_n[part])
     return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
 
 
@@ -122,20 +137,20 @@ def report(callback: ProgressCallback, done: int, total: int, estimate_blc: Any,
     callback(done, total, lambda: packing.unpack(estimate_blc))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carry",))
+@partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carry",))
 def advance(
     params: Params,
-    carry: list[Array],
+    carry: Carry,
     steps: StepInputs,
     shared: SharedInputs,
     *,
     graphdef: nnx.GraphDef[Any],
     both: bool,
     dtype: Any,
-) -> tuple[list[Array], Array]:
-    """Run the evaluations in `steps`. Return the carried arrays and the last clean estimate."""
+) -> tuple[Carry, Array]:
+    """Run the evaluations in `steps`. Return what they pass on and the last clean estimate."""
     model: AnimaDiT = merge(graphdef, params)
-    length = carry[0].shape[1]
+    length = carry.momentum_blc.shape[1]
     real_blc = real_values(shared.size_b3, length)
     sizes = jnp.concatenate([shared.size_b3, shared.size_b3])
 
@@ -162,26 +177,49 @@ def advance(
         positive_blc, negative_blc = (x_blc - step.sigma * real_blc * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
-    def denoise(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
+    def combined(estimates: Estimates, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array]:
+        """Return the guided estimate and what APG remembers."""
+        # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
+        variants = shared.variants._replace(apg=shared.variants.apg & step.guidance.both)
+
+        def varied() -> tuple[Array, Array]:
+            patches = partial(jnp.reshape, shape=(*momentum_blc.shape[:2], PATCH, PATCH, -1))
+            x, positive, negative, past, real = map(
+                patches,
+                (*estimates[:3], jnp.where(step.guidance.restart, 0.0, momentum_blc), real_blc),
+            )
+            columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
+            out, momentum = guidance.guided_by_variants(
+                Estimates(x, positive, negative, estimates.sigma), step.guidance.scale, variants, past, columns_bl, real
+            )
+            return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
+
+        def plain() -> tuple[Array, Array]:
+            return guidance.guided(estimates, step.guidance.scale), momentum_blc
+
+        return jax.lax.cond(variants.are_on(), varied, plain)
+
+    def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array, Array]:
         inpaint = shared.inpaint
         if inpaint is not None:
             noisy_blc = samplers.start(inpaint.noise_blc, step.sigma, inpaint.latents_blc)
             x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
         positive_blc, negative_blc = estimates(x_blc, step)
-        out_blc = guidance.guided(x_blc, positive_blc, negative_blc, step.guidance.scale, shared.zero_star)
+        out_blc, momentum_blc = combined(Estimates(x_blc, positive_blc, negative_blc, step.sigma), step, momentum_blc)
         if inpaint is not None:
             out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
-        return out_blc, negative_blc
+        return out_blc, negative_blc, momentum_blc
 
     def draw(number_or_noise: Array) -> Array:
         if shared.noise_keys_b3 is None:
             return number_or_noise
-        return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry[0].shape[1:])
+        return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry.momentum_blc.shape[1:])
 
-    # On a mesh the network shards images and tokens; the results are replicated on every device.
-    return jax.tree.map(
-        lambda x_blc: constrain(x_blc, "nnn"), samplers.run_scan(denoise, carry, steps, both=both, draw=draw)
+    arrays, estimate_blc, (momentum_blc,) = samplers.run_scan(
+        denoise, carry.arrays, steps, both=both, draw=draw, memory=[carry.momentum_blc]
     )
+    # On a mesh the network shards images and tokens; the results are replicated on every device.
+    return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), (Carry(arrays, momentum_blc), estimate_blc))
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from anima_jax.diffusion.guidance import Variants
 from anima_jax.diffusion.samplers import SAMPLERS, check_options
-from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
+from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE, part, sigmas
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.sampling.images import PIXELS_PER_LATENT
@@ -26,6 +27,18 @@ MAX_SIZE = 16384
 """Largest width and height in pixels, as in ComfyUI's nodes."""
 
 MIN_DENOISE = 0.001
+
+MAX_LEVEL = 1.00001
+"""Largest noise level: with some shifts, ComfyUI's first level is rounded to just above 1."""
+
+RANGES = {
+    "rescale_cfg": (0.0, 1.0),
+    "cfg_norm": (0.0, 100.0),
+    "apg_eta": (-10.0, 10.0),
+    "apg_norm_threshold": (0.0, 50.0),
+    "apg_momentum": (-5.0, 1.0),
+}
+"""Parameter of guidance → the range of ComfyUI's node."""
 MIN_TILE = 64
 
 
@@ -75,9 +88,23 @@ class SamplingParams:
     noise: str = "torch-cpu"
     cfg_zero_star: bool = False
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    rescale_cfg: float = 0.0
+    cfg_norm: float = 0.0
+    apg: bool = False
+    apg_eta: float = 1.0
+    apg_norm_threshold: float = 5.0
+    apg_momentum: float = 0.0
+    sigmas: tuple[float, ...] = ()
+    start_at_step: int = 0
+    end_at_step: int | None = None
+    add_noise: bool = True
+    return_with_leftover_noise: bool = False
     paste: int | None = None
     tile: int | None = None
     sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
 
     def check(self) -> None:
         """Raise UserError for a value out of range or an unknown name."""
@@ -103,6 +130,42 @@ class SamplingParams:
             raise UserError(f"tile {self.tile}, expected {expected}")
         NoiseKind.parse(self.noise)
         check_options(self.sampler, self.sampler_options)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} {value}, expected {low:g} to {high:g}")
+        if self.apg and self.guidance_scale == 0:
+            raise UserError("guidance_scale 0 with apg, which divides by it: expected another scale")
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """Raise UserError if the levels or the first and last step are out of range."""
+        if self.start_at_step < 0 or (self.end_at_step is not None and self.end_at_step < 0):
+            raise UserError(f"start_at_step {self.start_at_step}, end_at_step {self.end_at_step}, expected at least 0")
+        if not self.sigmas:
+            return
+        shown = " ".join(map(str, self.sigmas))
+        if len(self.sigmas) < 2 or not all(0 <= level <= MAX_LEVEL for level in self.sigmas):
+            raise UserError(f"sigmas {shown}, expected two or more noise levels from 1 (noise) to 0 (image)")
+        if 0 in self.sigmas[:-1] or self.sigmas[-1] >= 1:
+            raise UserError(f"sigmas {shown}, expected levels above 0 up to the last one, which is below 1")
+        if self.denoise != 1:
+            raise UserError(f"denoise {self.denoise} with sigmas: the first level says how much is redrawn")
+
+    @property
+    def variants(self) -> Variants:
+        """The variants of guidance."""
+        apg = self.apg, float(self.apg_eta), float(self.apg_norm_threshold), float(self.apg_momentum)
+        return Variants(self.cfg_zero_star, float(self.rescale_cfg), float(self.cfg_norm), *apg)
+
+    def levels(self) -> np.ndarray:
+        """Return the noise levels to sample at, float32; none if no step is left between first and last step."""
+        without_penultimate = SAMPLERS[self.sampler].without_penultimate
+        options: dict[str, Any] = {"denoise": self.denoise or 1.0, "without_penultimate": without_penultimate}
+        levels = np.array(self.sigmas, np.float32)
+        if not self.sigmas:
+            levels = sigmas(self.schedule, self.steps, self.shift, **options)
+        return part(levels, self.start_at_step, self.end_at_step, leftover_noise=self.return_with_leftover_noise)
 
 
 def check_requests(

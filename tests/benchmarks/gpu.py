@@ -168,7 +168,7 @@ def sample(sizes: Sizes) -> Result:
     plan = make_plan(samplers.SAMPLERS["euler"].formulas, sigmas, 3.0)
     size = (1, sizes.side // 8, sizes.side // 8)
     start, packing = np.random.default_rng(0).standard_normal((*size, 16), np.float32), TokenPacking([size])
-    shared = SharedInputs(packing.size_b3, Context(context, None), False)
+    shared = SharedInputs(packing.size_b3, Context(context, None))
     scales = np.full(len(plan.sigmas_n), 4.0, np.float32)
 
     def run():

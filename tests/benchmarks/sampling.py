@@ -81,7 +81,7 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     noise, contexts, levels = inputs(options, config.context_width)
     packing = TokenPacking([noise.shape[1:4]])
     plan = make_plan(SAMPLERS["euler"].formulas, levels, 3.0)
-    shared = program.SharedInputs(packing.size_b3, program.Context(jax.device_put(contexts), None), False)
+    shared = program.SharedInputs(packing.size_b3, program.Context(jax.device_put(contexts), None))
     scales = np.full(options.steps, GUIDANCE_SCALE, np.float32)
 
     def run(callback=None):

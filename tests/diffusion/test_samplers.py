@@ -177,10 +177,10 @@ def test_a_run_in_parts_equals_the_run_at_once(name):
     noise = np.random.default_rng(1).standard_normal((*plan.draw_numbers_nq.shape, 4), np.float32)
     steps, x = StepInputs(plan.sigmas_n, plan.factors_nkj, noise), jnp.linspace(-2.0, 2.0, 4)
 
-    full, estimate = run_scan(denoise, initial_carry(plan, x), steps, both=False)
+    full, estimate, _ = run_scan(denoise, initial_carry(plan, x), steps, both=False)
     carry = initial_carry(plan, x)
     for part in (slice(0, 4), slice(4, 5), slice(5, None)):
-        carry, last = run_scan(denoise, carry, jax.tree.map(lambda leaf, part=part: leaf[part], steps), both=False)
+        carry, last, _ = run_scan(denoise, carry, jax.tree.map(lambda leaf, part=part: leaf[part], steps), both=False)
     np.testing.assert_allclose(carry[0], full[0], rtol=1e-6)
     np.testing.assert_allclose(last, estimate, rtol=1e-6)
 

@@ -155,8 +155,11 @@ class StepInputs(NamedTuple):
     """Further inputs for evaluating the network, if any."""
 
 
-Denoise = Callable[[Array, StepInputs], tuple[Array, Array]]
-"""(x, inputs of the step) → the guided estimate of the clean latents and the negative prompt's own estimate."""
+Denoise = Callable[..., tuple[Array, ...]]
+"""(x, inputs of the step, *memory) → the guided estimate of the clean latents, the negative prompt's own, *memory.
+
+The memory is arrays that an evaluation passes on to the next one; most have none.
+"""
 
 
 def run_scan(
@@ -166,21 +169,22 @@ def run_scan(
     *,
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
-) -> tuple[list[Array], Array]:
-    """Run the evaluations in `steps`. Return the carried arrays, the point first, and the last estimate."""
+    memory: Sequence[Array] = (),
+) -> tuple[list[Array], Array, list[Array]]:
+    """Run the evaluations in `steps`. Return the carried arrays, the point first, the last estimate, and the memory."""
 
-    def step(state: tuple[list[Array], Array], inputs: StepInputs) -> tuple[tuple[list[Array], Array], None]:
-        carry, _ = state
-        guided, unconditional = denoise(carry[0], inputs)
+    def step(state: tuple[list[Array], Array, list[Array]], inputs: StepInputs) -> tuple[Any, None]:
+        carry, _, memory = state
+        guided, unconditional, *memory = denoise(carry[0], inputs, *memory)
         arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_q)]
         # A matrix product would not be computed in float32 on every device.
         carry = [
             functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
             for factors in inputs.factors_kj
         ]
-        return (carry, guided), None
+        return (carry, guided, memory), None
 
-    return jax.lax.scan(step, (list(carry), carry[0]), steps)[0]
+    return jax.lax.scan(step, (list(carry), carry[0], list(memory)), steps)[0]
 
 
 def initial_carry(plan: SamplerPlan, x: Any) -> list[Any]:
