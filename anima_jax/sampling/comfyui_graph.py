@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from anima_jax.diffusion.samplers import SAMPLERS
-from anima_jax.diffusion.schedules import sigmas
 from anima_jax.sampling.comfyui_samplers import sampler_node
 from anima_jax.sampling.recipe import model_and_text_encoder
+from anima_jax.sampling.request import SamplingParams
 
 Graph = dict[str, dict[str, Any]]
 Link = list[str | int]
@@ -23,6 +22,12 @@ TEXT_ENCODER_TYPE = "stable_diffusion"
 
 RANGES = {"guidance_scale": (0.0, 100.0), "shift": (0.0, 100.0)}
 """Parameter → what ComfyUI's widgets accept."""
+
+BY_HAND = ("sigmas", "start_at_step", "end_at_step", "add_noise", "return_with_leftover_noise")
+"""Parameters that KSampler does not have: the graph lists the noise levels then."""
+
+LEVELS = ("sampler", "schedule", "steps", "shift", "denoise", *BY_HAND)
+"""Parameters that determine the noise levels."""
 
 INTERVAL_STEP = 0.001
 """The step of ConditioningSetTimestepRange's widgets, a fraction of the sampling."""
@@ -65,8 +70,16 @@ class GraphWriter:
     def patched(self, model: Link) -> Link:
         """Add the nodes that change how the model is sampled."""
         model = self.add("ModelSamplingAuraFlow", model=model, shift=self._values["shift"])
-        if self._values["cfg_zero_star"]:
+        values = self._values
+        if values["apg"]:
+            apg = {name: values[f"apg_{name}"] for name in ("eta", "norm_threshold", "momentum")}
+            model = self.add("APG", model=model, **apg)
+        if values["rescale_cfg"]:
+            model = self.add("RescaleCFG", model=model, multiplier=values["rescale_cfg"])
+        if values["cfg_zero_star"]:
             model = self.add("CFGZeroStar", model=model)
+        if values["cfg_norm"]:
+            model = self.add("CFGNorm", model=model, strength=values["cfg_norm"])
         return model
 
     def conditionings(self, clip: Link) -> tuple[Link, Link]:
@@ -99,17 +112,8 @@ class GraphWriter:
         return first, last
 
     def levels(self) -> np.ndarray:
-        """Return the noise levels of the image's steps, with the final 0."""
-        values = self._values
-        denoise = values["denoise"] or 1.0
-        without_penultimate = SAMPLERS[values["sampler"]].without_penultimate
-        return sigmas(
-            values["schedule"],
-            values["steps"],
-            values["shift"],
-            denoise=denoise,
-            without_penultimate=without_penultimate,
-        )
+        """Return the noise levels of the image's steps, with the last one."""
+        return SamplingParams(**{name: self._values[name] for name in LEVELS}).levels()
 
     def latent(self, vae: Link) -> Link:
         """Add the starting point and return the link to it."""
@@ -135,7 +139,11 @@ class GraphWriter:
         node = sampler_node(values["sampler"], options) if options else None
         if options and node is None:
             self.left_out.append(f"options of the sampler: {', '.join(options)}")
-        if values["schedule"] != "beta57" and node is None:
+        # No node has these schedules, or both a denoise and a first step.
+        by_hand = values["schedule"] == "beta57" or any(
+            values[name] != getattr(SamplingParams, name) for name in BY_HAND
+        )
+        if not by_hand and node is None:
             return self.add(
                 "KSampler",
                 seed=values["seed"],
@@ -147,13 +155,13 @@ class GraphWriter:
             )
         name, inputs = node or ("KSamplerSelect", {"sampler_name": values["sampler"]})
         sampler = self.add(name, **inputs, **({"model": model} if name == "SamplerSASolver" else {}))
-        if values["schedule"] == "beta57":
+        if by_hand:
             numbers = ", ".join(np.format_float_positional(level, trim="0") for level in self.levels())
             levels = self.add("ManualSigmas", sigmas=numbers)
         else:
             schedule = {"scheduler": values["schedule"], "steps": values["steps"], "denoise": values["denoise"]}
             levels = self.add("BasicScheduler", model=model, **schedule)
-        noise = {"add_noise": True, "noise_seed": values["seed"]}
+        noise = {"add_noise": values["add_noise"], "noise_seed": values["seed"]}
         return self.add("SamplerCustom", sampler=sampler, sigmas=levels, **noise, **common)
 
     def write(self) -> None:

@@ -23,6 +23,15 @@ PLAIN = re.compile(
 """Classes that need no message: they do not change the image, or what they do is read from their inputs."""
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cfgzerostar": {"cfg_zero_star": True},
+    "rescalecfg": {"rescale_cfg": "multiplier"},
+    "cfgnorm": {"cfg_norm": "strength"},
+    "apg": {"apg": True, "apg_eta": "eta", "apg_norm_threshold": "norm_threshold", "apg_momentum": "momentum"},
+}
+"""Class of a node in lower case → our parameters, each True or the input that has its value."""
+
+
 class GraphReader(NodeGraph):
     """Reads a graph into a recipe, from the node that saves the image upwards."""
 
@@ -92,6 +101,7 @@ class GraphReader(NodeGraph):
         inputs = self.inputs(key)
         guider = self._end(key, "guider")
         self.set("seed", int, self._end(key, "noise"), "seed", "noise_seed")
+        self._read_steps(key)
         self._read_sampler_object(self._end(key, "sampler"))
         self._read_sigmas(self._end(key, "sigmas"))
         guided = self.inputs(guider)
@@ -103,6 +113,17 @@ class GraphReader(NodeGraph):
         encoder = self._read_prompts(positive, self.link(guided.get("negative")))
         clip = self.link(self.inputs(encoder).get("clip")) if encoder else None
         self._read_model(self.link(guided.get("model", inputs.get("model"))), clip)
+
+    def _read_steps(self, key: str) -> None:
+        """Read KSamplerAdvanced's first and last step, and whether noise is added and left over."""
+        values, usual = self.recipe.values, {"start_at_step": 0, "end_at_step": 10000, "add_noise": True}
+        for name in ("start_at_step", "end_at_step"):
+            self.set(name, int, key, name)
+        for name in ("add_noise", "return_with_leftover_noise"):
+            values[name] = self.value(key, (name,)) in (True, "enable") if name in self.inputs(key) else None
+        for name, default in (usual | {"return_with_leftover_noise": False}).items():
+            if values.get(name) in (None, default):
+                values.pop(name, None)
 
     def _end(self, key: str, name: str) -> str:
         """Return the node that a sampler's input is linked to, or the sampler itself without such a link."""
@@ -120,6 +141,9 @@ class GraphReader(NodeGraph):
             self.leave_out(key)
 
     def _read_sigmas(self, key: str) -> None:
+        if self.kind(key) == "manualsigmas" and isinstance(text := self.value(key, ("sigmas",)), str):
+            self.recipe.values["sigmas"] = tuple(map(float, re.findall(r"[-+]?(?:\d*\.*\d+)", text)))
+            return
         if not self.set("schedule", str, key, "scheduler"):
             self.leave_out(key)
         self.set("steps", int, key, "steps")
@@ -206,8 +230,9 @@ class GraphReader(NodeGraph):
         if "modelsampling" in kind and "shift" in inputs:
             if "shift" not in self.recipe.values:
                 self.set("shift", float, key, "shift")
-        elif kind == "cfgzerostar":
-            self.recipe.values["cfg_zero_star"] = True
+        elif kind in VARIANTS:
+            for name, value in VARIANTS[kind].items():
+                self.recipe.values[name] = value if value is True else number_or(self.value(key, (value,)), 0.0)
         elif not any(self._loras(key)) and not PLAIN.search(kind) and not re.search(r"load", kind):
             self.leave_out(key)
 

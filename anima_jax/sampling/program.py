@@ -177,35 +177,14 @@ def advance(
         positive_blc, negative_blc = (x_blc - step.sigma * real_blc * velocity_blc for velocity_blc in velocities)
         return positive_blc, negative_blc
 
-    def combined(estimates: Estimates, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array]:
-        """Return the guided estimate and what APG remembers."""
-        # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
-        variants = shared.variants._replace(apg=shared.variants.apg & step.guidance.both)
-
-        def varied() -> tuple[Array, Array]:
-            patches = partial(jnp.reshape, shape=(*momentum_blc.shape[:2], PATCH, PATCH, -1))
-            x, positive, negative, past, real = map(
-                patches,
-                (*estimates[:3], jnp.where(step.guidance.restart, 0.0, momentum_blc), real_blc),
-            )
-            columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
-            out, momentum = guidance.guided_by_variants(
-                Estimates(x, positive, negative, estimates.sigma), step.guidance.scale, variants, past, columns_bl, real
-            )
-            return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
-
-        def plain() -> tuple[Array, Array]:
-            return guidance.guided(estimates, step.guidance.scale), momentum_blc
-
-        return jax.lax.cond(variants.are_on(), varied, plain)
-
     def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array, Array]:
         inpaint = shared.inpaint
         if inpaint is not None:
             noisy_blc = samplers.start(inpaint.noise_blc, step.sigma, inpaint.latents_blc)
             x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
         positive_blc, negative_blc = estimates(x_blc, step)
-        out_blc, momentum_blc = combined(Estimates(x_blc, positive_blc, negative_blc, step.sigma), step, momentum_blc)
+        both = Estimates(x_blc, positive_blc, negative_blc, step.sigma)
+        out_blc, momentum_blc = guided(both, step.guidance, shared, momentum_blc)
         if inpaint is not None:
             out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
         return out_blc, negative_blc, momentum_blc
@@ -220,6 +199,32 @@ def advance(
     )
     # On a mesh the network shards images and tokens; the results are replicated on every device.
     return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), (Carry(arrays, momentum_blc), estimate_blc))
+
+
+def guided(
+    estimates: Estimates, step: GuidanceInputs, shared: SharedInputs, momentum_blc: Array
+) -> tuple[Array, Array]:
+    """Return the guided estimate, and the guidance that APG remembers."""
+    # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
+    variants = shared.variants._replace(apg=shared.variants.apg & step.both)
+
+    def varied() -> tuple[Array, Array]:
+        length = momentum_blc.shape[1]
+        past_blc = jnp.where(step.restart, 0.0, momentum_blc)
+        x, positive, negative, past, real = (
+            array_blc.reshape(*momentum_blc.shape[:2], PATCH, PATCH, -1)
+            for array_blc in (*estimates[:3], past_blc, real_values(shared.size_b3, length))
+        )
+        columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
+        out, momentum = guidance.guided_by_variants(
+            Estimates(x, positive, negative, estimates.sigma), step.scale, variants, past, columns_bl, real
+        )
+        return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
+
+    def plain() -> tuple[Array, Array]:
+        return guidance.guided(estimates, step.scale), momentum_blc
+
+    return jax.lax.cond(variants.are_on(), varied, plain)
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:

@@ -127,9 +127,35 @@ CHANGES = {
     "KSamplerAdvanced": (
         sampled_by(
             "KSamplerAdvanced",
-            {"noise_seed": 9, "steps": 20, "cfg": 1, "sampler_name": "euler", "scheduler": "karras"} | ENDS,
+            {"noise_seed": 9, "steps": 20, "cfg": 1, "sampler_name": "euler", "scheduler": "karras"}
+            | {"add_noise": "enable", "start_at_step": 0, "end_at_step": 10000, "return_with_leftover_noise": "disable"}
+            | ENDS,
         ),
         {"seed": 9, "steps": 20, "guidance_scale": 1.0, "sampler": "euler", "schedule": "karras"},
+    ),
+    "KSamplerAdvanced, a part": (
+        sampled_by(
+            "KSamplerAdvanced",
+            {"noise_seed": 9, "steps": 20, "cfg": 1, "sampler_name": "euler", "scheduler": "karras"}
+            | {"add_noise": "disable", "start_at_step": 4, "end_at_step": 9, "return_with_leftover_noise": "enable"}
+            | ENDS,
+        ),
+        {"seed": 9, "steps": 20, "guidance_scale": 1.0, "sampler": "euler", "schedule": "karras"}
+        | {"start_at_step": 4, "end_at_step": 9, "add_noise": False, "return_with_leftover_noise": True},
+    ),
+    "ManualSigmas and variants of guidance": (
+        sampled_by(
+            "SamplerCustom",
+            CUSTOM | {"model": ["apg", 0]},
+            select=SELECT,
+            levels=("ManualSigmas", {"sigmas": "1, 0.5 .25,0.0"}),
+            norm=("CFGNorm", {"model": ["model", 0], "strength": 1.2}),
+            rescale=("RescaleCFG", {"model": ["norm", 0], "multiplier": 0.7}),
+            apg=("APG", {"model": ["rescale", 0], "eta": 0.5, "norm_threshold": 15, "momentum": -0.5}),
+        ),
+        {"seed": 2**64 - 1, "guidance_scale": 3.0, "sampler": "dpmpp_2m", "sigmas": (1.0, 0.5, 0.25, 0.0)}
+        | {"cfg_norm": 1.2, "rescale_cfg": 0.7, "apg": True, "apg_eta": 0.5, "apg_norm_threshold": 15.0}
+        | {"apg_momentum": -0.5, "steps": None, "schedule": None},
     ),
     "SamplerCustom": (
         sampled_by("SamplerCustom", CUSTOM, select=SELECT, levels=BASIC),

@@ -29,6 +29,17 @@ PARAMS = SamplingParams(
     paste=0,
     tile=512,
     sampler_options={"eta": 1 / 3, "solver_type": "phi_2"},
+    rescale_cfg=0.6,
+    cfg_norm=1.1,
+    apg=True,
+    apg_eta=0.1 + 0.2,
+    apg_norm_threshold=0.0,
+    apg_momentum=-0.5,
+    sigmas=(0.9, 0.1 + 0.2, 0.0),
+    start_at_step=1,
+    end_at_step=2,
+    add_noise=False,
+    return_with_leftover_noise=True,
 )
 LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", (0.5, 0.25)), ("l3.safetensors", {"": 2.0, "blocks.0-3": 0.0})]
 FILES = {"transformer": "a/base.safetensors", "vae": "vae.safetensors", "text_encoder": "qwen.safetensors"}
