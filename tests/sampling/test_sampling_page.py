@@ -33,6 +33,13 @@ def test_options_are_those_of_the_samplers():
     assert NAMED.keys() >= set(OPTIONS)
 
 
+def test_the_page_says_how_closely_every_sampler_agrees_with_comfyui():
+    rows = [re.fullmatch(r"\| ([a-z0-9_]+) \| (\d+) \| (\d+) \|", line) for line in PAGE.splitlines()]
+    figures = {row[1]: (int(row[2]), int(row[3])) for row in rows if row}
+    assert list(figures) == list(SAMPLERS)
+    assert min(map(min, figures.values())) >= 80
+
+
 def test_evaluations_and_noises_are_those_of_the_samplers():
     count = 12
     for name, sampler in SAMPLERS.items():
