@@ -1,15 +1,18 @@
 """The images of a `[[tfds]]`: a tensorflow-datasets data set stored as array_record. TensorFlow is not used.
 
-tensorflow_datasets is imported only when such a data set is read.
+tensorflow_datasets is imported only when such a data set is read. It imports the classes that a data set's files
+name, so those are checked first (`_check_classes`): reading a data set must not run code that comes with it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -20,10 +23,14 @@ from anima_jax.data.folder_source import CACHE
 from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
 from anima_jax.data.sources import Candidate, Counts, SourceReader
-from anima_jax.errors import UserError, did_you_mean, first_line
+from anima_jax.errors import UserError, did_you_mean, first_line, shorten
 
 SHAPES = "anima_shapes"
 """The data set of the quick start, generated at first use (`shapes_builder`)."""
+
+
+_CLASS_KEYS = ("pythonClassName", "python_class_name")
+_TFDS_CLASS = re.compile(r"tensorflow_datasets(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +125,7 @@ def _record(media: RecordMedia) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _records(builder_dir: str, split: str, image_feature: str) -> Any:
     tfds = _tfds()
-    builder = tfds.builder_from_directory(builder_dir)
+    builder = _from_directory(builder_dir)
     return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
 
 
@@ -134,6 +141,51 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="anima_shapes_", ignore_cleanup_errors=True)
 
 
+def _from_directory(builder_dir: str) -> Any:
+    """Return the builder of a prepared data set. Raises UserError if its files are damaged or name foreign code."""
+    _check_classes(epath.Path(builder_dir).expanduser())
+    try:
+        return _tfds().builder_from_directory(builder_dir)
+    except Exception as error:  # tfds, protobuf and json raise many types
+        raise UserError(f"tfds data set {builder_dir!r}: cannot be read: {first_line(error)}") from None
+
+
+def _check_classes(folder: epath.Path) -> None:
+    """Raise UserError if the files of a prepared data set name a class that is not part of tensorflow_datasets."""
+    for path in (folder / "features.json", folder / "dataset_info.json"):
+        if not path.exists():
+            continue
+        try:
+            foreign = next(
+                filter(lambda name: not _TFDS_CLASS.fullmatch(name), _classes(json.loads(path.read_text()))), ""
+            )
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+        if foreign:
+            raise UserError(
+                f"{path}: names the class {shorten([foreign])}, expected only classes of tensorflow_datasets: to read "
+                "this data set would run code that comes with it"
+            )
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """Yield the names of classes in a description of features: that of a protobuf, or an older one in plain JSON.
+
+    An older one may be in the text of a newer one.
+    """
+    if isinstance(value, list):
+        for item in value:
+            yield from _classes(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, str) and (key in _CLASS_KEYS or (key == "type" and "." in item)):
+                yield item
+            yield from _classes(item)
+    elif isinstance(value, str) and value.lstrip()[:1] in {"{", "["}:
+        with contextlib.suppress(ValueError):
+            yield from _classes(json.loads(value))
+
+
 def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) -> Any:
     """Return a builder whose data is on disk as array_record. Raises UserError if there is none."""
     tfds = _tfds()
@@ -143,7 +195,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) 
         drawn = AnimaShapes(data_dir=data_dir).data_path.exists()
         return prepared_builder(data_dir if prepare or drawn else _temporary_folder().name)
     if (epath.Path(name) / "dataset_info.json").exists():
-        builder = tfds.builder_from_directory(name)
+        builder = _from_directory(name)
     else:
         builder = _from_files(name, data_dir) or _from_code(name, data_dir)
     if not builder.info.splits:
@@ -157,11 +209,24 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None, prepare: bool) 
 def _from_files(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     """Return a builder of the prepared files, or None, without running the data set's code, which may need TF."""
     from tensorflow_datasets.core import naming, read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
 
     try:
         parsed, kwargs = naming.parse_builder_name_kwargs(name, data_dir=data_dir)
+    except Exception:  # `_from_code` reports what is wrong with the name
+        return None
+    if parsed.namespace:
+        raise UserError(
+            f"tfds data set {name!r}: community data sets run code from the network, which is not supported; prepare "
+            "it with tensorflow_datasets as array_record and give its builder_dir"
+        )
+    for root in file_utils.list_data_dirs(given_data_dir=data_dir):
+        for pattern in ("*", "*/*"):  # version, or configuration and version
+            for path in (epath.Path(root) / parsed.name).glob(f"{pattern}/dataset_info.json"):
+                _check_classes(path.parent)
+    try:
         return read_only_builder.builder_from_files(str(parsed), **kwargs)
-    except Exception:  # tfds raises many types; `_from_code` reports what is wrong with the name
+    except Exception:  # of many types, as above
         return None
 
 

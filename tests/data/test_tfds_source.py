@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -303,6 +304,70 @@ def test_a_prepared_data_set_is_found_by_name_without_its_code(other_dir, name):
     data_dir = pathlib.Path(other_dir).parents[2]
     entries, _, _ = read(in_dir(data_dir, name=name, image="photo", caption="text"))
     assert [entry.captions for entry in entries] == [("a grey square",)]
+
+
+ATTACKS = {
+    "a feature": ("features.json", lambda known: {**known, "pythonClassName": "stranger.Evil"}),
+    "a protobuf's own key": ("features.json", lambda known: {"python_class_name": "stranger.Evil"}),
+    "a nested feature": (
+        "features.json",
+        lambda known: {**known, "featuresDict": {"features": {"a": {"pythonClassName": "stranger.Evil", "text": {}}}}},
+    ),
+    "an older description": ("features.json", lambda known: {"type": "stranger.Evil", "content": {}}),
+    "an older one in the text of a newer one": (
+        "features.json",
+        lambda known: {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "jsonFeature": {"json": json.dumps({"feature": {"type": "stranger.Evil", "content": "{}"}, "length": 1})},
+        },
+    ),
+    "the description of the data set": (
+        "dataset_info.json",
+        lambda known: {**known, "features": {"pythonClassName": "stranger.Evil", "text": {}}},
+    ),
+    "a name that only begins like ours": (
+        "features.json",
+        lambda known: {**known, "pythonClassName": "tensorflow_datasets_stranger.Evil"},
+    ),
+}
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by folder", "by name"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_data_set_that_names_foreign_code_is_refused_before_it_runs(
+    other_dir, tmp_path, monkeypatch, attack, by_name
+):
+    folder = tmp_path / "data" / "coco_captions" / "2014" / "1.0.0"
+    shutil.copytree(other_dir, folder)
+    file, changed = ATTACKS[attack]
+    (folder / file).write_text(json.dumps(changed(json.loads((folder / file).read_text()))))
+    for module in ("stranger", "tensorflow_datasets_stranger"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = in_dir(tmp_path / "data", "coco_captions", split="train", image="photo", caption="text")
+    with pytest.raises(
+        UserError, match=rf"^{folder / file}: names the class \w*stranger\.Evil, expected only"
+    ) as caught:
+        read(source if by_name else other(folder))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"\xff", b'["' + b"[" * 100_000 + b'"]', b"null"], ids=["bytes", "deep", "null"])
+def test_damaged_files_of_a_data_set_are_one_line(other_dir, tmp_path, file, content):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(other_dir, folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(other(folder))
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_community_data_sets_whose_code_is_on_the_network_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'kaggle:cats': community data sets run code from the network"):
+        read(in_dir(tmp_path, name="kaggle:cats"))
 
 
 def test_a_known_name_that_is_not_prepared_is_an_error_with_the_folder(tmp_path):
