@@ -34,6 +34,9 @@ from anima_jax.models.parameters import Params
 
 UNUSED_SHOWN = 20
 
+WITH_CORE = {part: DIALECTS["kohya"].parts[part] for part in ("lora_A", "lora_B")}
+"""Endings of the factors beside `lora_mid`: ComfyUI ignores it beside others."""
+
 ALPHA_IS_RANK = "alpha_is_rank"
 """Metadata key of a file whose alphas were added only because its dialect requires them."""
 
@@ -284,9 +287,11 @@ def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dty
         if spelling is None:
             lost.setdefault("text encoder", []).append(module)
             continue
+        suffixes = {**dialect.parts, **(WITH_CORE if "lora_mid" in patch.parts else {})}
         for name, part in patch.parts.items():
             if name in dialect.parts:
-                parts[spelling + dialect.parts[name]] = _cast(part, name, dtype)
+                stored = _column_or_row(part, patch) if name == "dora_scale" else part
+                parts[spelling + suffixes[name]] = _cast(stored, name, dtype)
             else:
                 lost.setdefault(name, []).append(module)
     if lost:
@@ -307,8 +312,18 @@ def _folded(patch: Patch) -> Patch:
     return Patch(own | {"lora_B": left})
 
 
+def _column_or_row(part: Part, patch: Patch) -> Part:
+    """Return a magnitude with two axes, as ComfyUI needs it: PEFT's has one."""
+    if len(part.shape) != 1:
+        return part
+    shape = (-1, 1) if (patch.update_shape or part.shape)[0] == part.shape[0] else (1, -1)
+    return dataclasses.replace(
+        part, shape=tuple(part.shape[0] if n < 0 else 1 for n in shape), read=lambda: part.read().reshape(shape)
+    )
+
+
 def _cast(part: Part, name: str, dtype: np.dtype | None) -> Part:
-    if dtype is None or name == "alpha":
+    if dtype is None or name in {"alpha", "reshape_weight"}:
         return part
     return Part(part.shape, dtype, lambda: copying.cast(part.read(), dtype, name))
 

@@ -22,7 +22,7 @@ FLOAT32 = np.dtype(np.float32)
 _EPSILON = np.finfo(FLOAT32).eps
 
 BIAS_PARTS = {"diff_b", "set_b"}
-_BESIDE = {"alpha", "dora_scale", *BIAS_PARTS}
+_BESIDE = {"alpha", *BIAS_PARTS}
 """Parts that may accompany those of any kind."""
 
 
@@ -112,7 +112,7 @@ class Patch:
             return []
         used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self._chains)}
         used |= {"reshape_weight"} if self._is_lora else set()
-        used |= {"inv_scale"} if self._is_product else set()
+        used |= {"inv_scale", "dora_scale"} if self._is_product else {"dora_scale"} if self.kind.on_weight else set()
         return [name for name in self.parts if name not in used]
 
     @property
@@ -128,7 +128,8 @@ class Patch:
         """The divisor of alpha: the rank of the product (LoKr: of the last one), or None if there is no product."""
         if rule := self.kind.on_weight:
             return None if self._incomplete_on_weight() else rule.rank(self._factor_shapes)
-        names = [factors[-1].part for factors, *_ in self.kind.products if factors and factors[-1].part in self.parts]
+        lasts = [product.factors[-1].part if product.factors else "" for product in self.kind.products]
+        names = [last for last, chain in zip(lasts, self._chains, strict=True) if last in chain]
         shape = self.parts[names[0 if self.kind.elementwise else -1]].shape if names else ()
         return shape[0] if shape else None
 
@@ -196,13 +197,14 @@ class Patch:
         if self.kind.on_weight and self.rank is None and "dora_scale" in shapes:
             yield f"has dora_scale beside {self.kind.title}, which has no scale"
         norms = {target[:1], target[1:], (1, *target[1:])} if len(target) > 1 else {}
-        if "dora_scale" in shapes and _stripped(shapes["dora_scale"]) not in norms:
+        if "dora_scale" in shapes and "dora_scale" not in self.idle and _stripped(shapes["dora_scale"]) not in norms:
             yield f"dora_scale is {shapes['dora_scale']}, the weight {target}"
 
     def _incomplete(self) -> str | None:
         """Return an error about a missing part or shapes that cannot be multiplied, or None."""
         if self._kind is None:
-            shapes = {name: part.shape for name, part in self.parts.items() if name not in {*_BESIDE, "inv_scale"}}
+            beside = {*_BESIDE, "dora_scale", "inv_scale"}
+            shapes = {name: part.shape for name, part in self.parts.items() if name not in beside}
             return f"has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, which is no adapter"
         for product, chain in zip(self.kind.products, self._chains, strict=True):
             names = [factor.part for factor in product.factors]
@@ -284,7 +286,7 @@ class Patch:
             before, weight = weight, np.zeros(target, FLOAT32)
             weight[tuple(map(slice, before.shape))] = before
         update = self.update(weight, strength).reshape(weight.shape)
-        if "dora_scale" not in self.parts:
+        if "dora_scale" not in self.parts or "dora_scale" in self.idle:
             update *= np.float32(strength)
             update += weight
             return update

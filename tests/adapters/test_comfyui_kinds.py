@@ -111,6 +111,43 @@ def test_an_adapter_is_the_same_after_a_way_through_kohyas_names(tmp_path, case,
             assert all(np.array_equal(parts[name].read(), part.read()) for name, part in patch.parts.items())
 
 
+def test_comfyui_gets_what_it_reads(tmp_path):
+    """It ignores `lora_mid` beside `lora_A`, and takes a magnitude of one axis for a row."""
+    module = f"diffusion_model.{Q_PROJ}"
+    tensors = {f"{module}.lora_A.weight": normal(3, 64), f"{module}.lora_B.weight": normal(64, 3)}
+    more = {"lora_mid.weight": normal(3, 3), "lora_magnitude_vector": normal(64), "reshape_weight": np.array([64, 64])}
+    start = written(tmp_path / "start.safetensors", tensors | {f"{module}.{name}": one for name, one in more.items()})
+    convert(["lora", str(start), str(tmp_path / "out.safetensors"), "--to", "comfyui", "--dtype", "bf16"])
+    with SafetensorsFile(tmp_path / "out.safetensors") as file:
+        found = {key.removeprefix(f"{module}."): tensor for key, tensor in file.tensors.items()}
+    assert found.keys() == {"lora_up.weight", "lora_down.weight", "lora_mid.weight", "dora_scale", "reshape_weight"}
+    assert found["dora_scale"].shape == (64, 1)
+    assert found["reshape_weight"].dtype == np.int64
+
+
+@pytest.mark.parametrize("command", ["resize", "extract"])
+def test_nan_is_told_by_resize_and_extract(tmp_path, command, capsys):
+    out = str(tmp_path / "out.safetensors")
+    if command == "resize":
+        a, b = np.full((9, 64), np.nan, np.float32), normal(64, 9)
+        tensors = {f"diffusion_model.{Q_PROJ}.lora_A.weight": a, f"diffusion_model.{Q_PROJ}.lora_B.weight": b}
+        files = [written(tmp_path / "nan.safetensors", tensors)]
+    else:
+        with SafetensorsFile(DIT_FILE) as file:
+            tensors = {key: file.read(key) for key in file.tensors}
+        name = f"net.{Q_PROJ}.weight"
+        files = [
+            DIT_FILE,
+            written(tmp_path / "nan.safetensors", {**tensors, name: np.full_like(tensors[name], np.nan)}),
+        ]
+    with pytest.raises(SystemExit):
+        convert([command, *map(str, files), out, "--rank", "2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nan.safetensors" in line
+    assert Q_PROJ in line
+    assert "NaN or infinite values" in line
+
+
 @pytest.mark.parametrize(
     ("case", "title", "resized"),
     [
