@@ -137,7 +137,7 @@ def test_merge_refuses_what_the_base_has_not(tmp_path, capsys):
     assert "48 of 68 modules matched" in capsys.readouterr().out
     save_file(dict(golden("vae.model")), tmp_path / "vae.safetensors")
     for number in ("nan", "inf", "much"):
-        assert "expected FILE or FILE:WEIGHT with a number" in refusal(
+        assert "expected FILE, FILE:WEIGHT or FILE:MODEL:TEXT_ENCODER with numbers" in refusal(
             capsys, "merge", DIT_FILE, f"{LORA}:{number}", tmp_path / "no"
         )
     biased = "diffusion_model.llm_adapter.blocks.0.mlp.0.diff_b"
