@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from anima_jax.checkpoints.safetensors import TensorInfo, write
 from convert.__main__ import main
 from tests.golden_files import GOLDEN, golden
 
@@ -193,3 +194,101 @@ def test_inspect_reports_what_is_wrong_with_a_file(tmp_path, capsys):
     printed = inspect(capsys, tmp_path / "odd.safetensors")
     assert "1 unknown in the file: net.blocks.0.odd" in printed
     assert "1 missing for the model: blocks.0.self_attn.q_proj.weight" in printed
+
+
+# ---- values and folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("dit_image.model", "net.final_layer.linear.weight"),
+        ("lora_rank4", "diffusion_model.blocks.1.mlp.layer1.lora_B.weight"),
+    ],
+)
+def test_inspect_names_the_tensors_with_nan_or_infinity(tmp_path, capsys, file, key, dtype, value):
+    tensors = {name: array.astype(dtype) for name, array in golden(file).items()}
+    tensors[key][0, :3] = value
+    write(tmp_path / "odd.safetensors", [TensorInfo(n, a.dtype, a.shape) for n, a in tensors.items()], tensors.get)
+    assert f"problem   NaN or infinite values in 1 tensor: {key} (3)" in inspect(capsys, tmp_path / "odd.safetensors")
+
+
+def test_inspect_names_zeros(tmp_path, capsys):
+    lora, zero = golden("lora_rank4"), lambda array: 0 * array
+    idle = {name: zero(array) if ".lora_B." in name else array for name, array in lora.items()}
+    save_file(idle, tmp_path / "idle.safetensors")
+    assert "problem   it changes nothing: every update is zero" in inspect(capsys, tmp_path / "idle.safetensors")
+    key = "diffusion_model.blocks.1.mlp.layer1.lora_B.weight"
+    save_file(lora | {key: zero(lora[key])}, tmp_path / "half.safetensors")
+    printed = inspect(capsys, tmp_path / "half.safetensors")
+    assert "zeros     1 module with an update of zero: blocks.1.mlp.layer1" in printed
+    assert "problem" not in printed
+    model = golden("dit_image.model")
+    save_file(
+        model | {"net.t_embedding_norm.weight": zero(model["net.t_embedding_norm.weight"])}, tmp_path / "m.safetensors"
+    )
+    assert "zeros     1 tensor of zeros only: net.t_embedding_norm.weight" in inspect(
+        capsys, tmp_path / "m.safetensors"
+    )
+
+
+def lines_of(capsys, folder):
+    first, *rest = inspect(capsys, folder).splitlines()
+    return first, {line.split()[0]: line for line in rest}
+
+
+def test_inspect_describes_every_file_of_a_folder(tmp_path, capsys):
+    (tmp_path / "loras" / "old").mkdir(parents=True)
+    for name in ("lora_rank4", "lokr_rank4", "vae.model"):
+        save_file(golden(name), tmp_path / "loras" / f"{name}.safetensors")
+    idle = {name: 0 * array for name, array in golden("lora_rank4").items()}
+    save_file(idle, tmp_path / "loras" / "old" / "zero.safetensors")
+    flux = {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{x}.weight": np.ones((4, 4), "f4") for x in "AB"}
+    save_file(flux, tmp_path / "loras" / "flux.safetensors")
+    cut = (tmp_path / "loras" / "lora_rank4.safetensors").read_bytes()[:-9]
+    (tmp_path / "loras" / "cut.safetensors").write_bytes(cut)
+    (tmp_path / "loras" / "notes.txt").write_text("trigger words of my adapters")
+    first, lines = lines_of(capsys, tmp_path / "loras")
+    assert first == f"{tmp_path}/loras: a folder, 7 files"
+    expected = {
+        "lora_rank4.safetensors": "LoRA (adapter); 68 modules, rank 4",
+        "lokr_rank4.safetensors": "LoKr (adapter)",
+        "vae.model.safetensors": "Wan VAE",
+        "flux.safetensors": "Flux (LoRA), not Anima's",
+        "cut.safetensors": "is cut off or damaged",
+        "notes.txt": "a text file",
+        "old/zero.safetensors": "problem: it changes nothing",
+    }
+    assert {name: words for name, words in expected.items() if words not in lines[name]} == {}
+
+
+def test_inspect_describes_diffusers_folders_and_runs(tmp_path, capsys):
+    main(["checkpoint", DIT_FILE, str(tmp_path / "anima"), "--to", "diffusers"])
+    capsys.readouterr()
+    first, lines = lines_of(capsys, tmp_path / "anima")
+    assert "a diffusers folder" in first
+    assert "Anima transformer" in lines["transformer/diffusion_pytorch_model.safetensors"]
+    assert "Anima text adapter" in lines["text_conditioner/diffusion_pytorch_model.safetensors"]
+    assert "the settings of a model" in lines["transformer/config.json"]
+    run = tmp_path / "run"
+    (run / "epoch1").mkdir(parents=True)
+    save_file(golden("lora_rank4"), run / "epoch1" / "my_style.safetensors")
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    (run / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("{}")
+    first, lines = lines_of(capsys, run)
+    assert "the folder of a training run" in first
+    assert lines["checkpoints/4"].endswith("a checkpoint to resume from")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_checkpoint_leaves_unknown_tensors_out_only_if_that_is_allowed(tmp_path, capsys, allowed):
+    save_file(golden("dit_image.model") | {"net.odd": np.zeros(4)}, tmp_path / "in.safetensors")
+    arguments = ["checkpoint", tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "comfyui"]
+    if not allowed:
+        assert "1 unknown in the file: net.odd; --allow_unused" in refusal(capsys, *arguments)
+        return
+    main([*map(str, arguments), "--allow_unused"])
+    assert "left out 1 unknown tensor: net.odd" in capsys.readouterr().out
+    assert len(load_file(tmp_path / "out.safetensors")) == len(golden("dit_image.model"))
