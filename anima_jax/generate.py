@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections import ChainMap
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from anima_jax.sampling.flags import DTYPES, parse_arguments
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.images import read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
+from anima_jax.sampling.prompt_loras import apply_tags, shared_slots
 from anima_jax.sampling.recipe import IMAGES, Recipe
 from anima_jax.sampling.request import SamplingParams, check_requests
 from anima_jax.training.export import find_export
@@ -61,6 +63,7 @@ def generate(arguments: argparse.Namespace) -> None:
     requests = image_requests(arguments, config, like, image)
     image, mask = (resized(part, requests[0]) for part in (image, mask))
     check_requests(requests, params, image, mask)
+    requests, params, tagged = apply_tags(requests, params, arguments.lora_dir)
     paths = output_paths(pathlib.Path(arguments.output), len(requests))
     files = networks(arguments, config, like)
     mesh = make_mesh(sizes := mesh_sizes(arguments, config))
@@ -74,20 +77,33 @@ def generate(arguments: argparse.Namespace) -> None:
         lambda: {"jax": jax.__version__, **flags, **dataclasses.asdict(params), **numbered}
     )
     use_compilation_cache(config.compilation_cache_dir if config else None)
+    loras, (own_files, weights) = list(files["loras"]), shared_slots(tagged)
+    files["loras"] = [*loras, *((path, 0.0) for path in own_files)]
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
         at_once = arguments.at_once * replicas(mesh.shape)
         if SAMPLERS[params.sampler].controller:  # It draws whole batches, each of which should be drawn once.
             at_once = max(1, at_once // requests[0].batch_size) * requests[0].batch_size
-        for first in range(0, len(requests), at_once):
-            batch = slice(first, first + at_once)
+        for batch in batches(weights, at_once):
+            if own_files:
+                pipeline.set_lora_weights([*(weight for _, weight in loras), *weights[batch.start]])
             with progress(pipeline.decode, paths[batch], arguments.preview) as callback:
                 images = pipeline.draw(requests[batch], params, image=image, mask=mask, callback=callback)
-            for drawn, request, path in zip(images, requests[batch], paths[batch], strict=True):
+            for drawn, request, path, own in zip(images, requests[batch], paths[batch], tagged[batch], strict=True):
                 if hosts.is_process_0():
-                    text = to_text(request, params, files | sources)
+                    text = to_text(request, params, files | sources | {"loras": [*loras, *own]})
                     report_dropped(path, save_image(drawn, path, text, arguments.quality))
                 print(path)
+
+
+def batches(weights: Sequence[Sequence[Weight]], at_once: int) -> Iterator[slice]:
+    """Yield slices of at most `at_once` images; those of a slice have the same LoRA weights."""
+    first = 0
+    for _, group in itertools.groupby(weights):
+        end = first + sum(1 for _ in group)
+        for start in range(first, end, at_once):
+            yield slice(start, min(start + at_once, end))
+        first = end
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> dict[str, Any]:

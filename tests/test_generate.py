@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from anima_jax import generate
-from anima_jax.sampling.image_text import from_text
+from anima_jax.sampling.image_text import from_text, read_recipe
 from tests.small_run import ASSETS, write_transformer
 
 
@@ -123,7 +123,10 @@ def test_an_image_starts_from_another_one_and_keeps_what_the_mask_covers(network
             ["--width", "32", "48", "64", "--height", "32", "48"],
             "3 values of --width, 2 of --height, expected one or equally many",
         ),
-        (["--seed", "-1"], "seed -1, expected a whole number ≥ 0"),
+        (["--seed", "-2"], "seed -2, expected a whole number ≥ 0"),
+        (["--s", "5"], "ambiguous option: --s could match --set, --seed, --steps, --sampler"),
+        (["--pr", "x"], "ambiguous option: --pr could match --prompt, --prompts, --preview, --process_id"),
+        (["--cf", "x"], "ambiguous option: --cf could match --cfg, --cfg_zero_star"),
         (["--denoise", "0.5"], "denoise 0.5 needs an image to start from"),
         (["--noise", "torch-gpu"], "noise 'torch-gpu', expected one of torch-cpu, torch-cuda, jax"),
         (["--set", "model.dtype=x"], "--set model.dtype=x: without --config there is no key to replace"),
@@ -171,3 +174,22 @@ def test_errors_name_the_files(networks, tmp_path, capsys):
     batch = ["--prompt", "x", "--batch_size", 2]
     assert "x_2.png is a folder, expected a .png file" in error_of(capsys, *networks, *output, *batch)
     assert "give --transformer, --vae, --text_encoder, or --config" in error_of(capsys, "--prompt", "x", *output)
+
+
+def seeds_of(folder, capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed ")]
+    said = [int(line.removeprefix("seed ")) for line in lines]
+    stored = [read_recipe(str(path)).values["seed"] for path in sorted(folder.glob("*.png"))]
+    return said, stored
+
+
+def test_a_random_seed_is_said_and_stored_and_each_is_another_one(networks, tmp_path, capsys):
+    flags = ["--prompt", "x", "--width", 32, "--height", 32, "--steps", 1, "--cfg", 2.5, "-o", tmp_path / "a.png"]
+    run(*networks, *flags, "--seed", "random", "7", "-1")
+    said, stored = seeds_of(tmp_path, capsys)
+    assert stored == [said[0], 7, said[1]]
+    assert len({*said, 7}) == 3
+    assert all(0 <= seed < 2**32 for seed in said)
+    run("--like", tmp_path / "a_1.png", "-o", tmp_path / "b.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "b.png"), Image.open(tmp_path / "a_1.png"))
+    assert read_recipe(str(tmp_path / "b.png")).values["guidance_scale"] == 2.5

@@ -196,7 +196,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsy
         (["--steps", "0"], "out.png", "steps"),
         (["--sampler", "eular"], "out.png", "did you mean 'euler'"),
         (["--schedule", "simpel"], "out.png", "did you mean 'simple'"),
-        (["--seed", "one"], "out.png", "invalid int"),
+        (["--seed", "one"], "out.png", "invalid seed value"),
         (["--checkpoint", "{folder}/pictures"], "out.png", "model.safetensors"),
         (["--checkpoint", "{folder}/nothing"], "out.png", "no such file"),
         ([], "out.tiff", ".png"),

@@ -38,7 +38,7 @@ Weight = float | Mapping[str, float]
 A module has the weight of the longest matching prefix; if none matches, it has the weight of `""`, or else 1.
 """
 
-MODEL_AND_TEXT_ENCODER = ("", TEXT_ENCODER.rstrip("."))
+MODEL_AND_TEXT_ENCODER: tuple[str, str] = ("", TEXT_ENCODER.rstrip("."))
 """The parts of the two weights that ComfyUI's LoraLoader has."""
 
 Changes = Mapping[str, Sequence[tuple[Patch, float]]]

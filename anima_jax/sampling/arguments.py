@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+import secrets
 import sys
 from collections import ChainMap
 from typing import Any
@@ -24,6 +25,7 @@ from anima_jax.sampling.image_text import read_recipe
 from anima_jax.sampling.images import image_format
 from anima_jax.sampling.recipe import Recipe, quoted
 from anima_jax.sampling.request import (
+    RANDOM_SEED,
     SIZE_STEP,
     ImageRequest,
     SamplingParams,
@@ -127,7 +129,16 @@ def image_requests(
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompts:
         prompts = read_prompts(arguments.prompts)
-    return expand_request(base, prompts, arguments.width, arguments.height, arguments.seed, arguments.batch_size)
+    seeds = [drawn_seed() if seed == RANDOM_SEED else seed for seed in arguments.seed or []]
+    return expand_request(base, prompts, arguments.width, arguments.height, seeds, arguments.batch_size)
+
+
+def drawn_seed() -> int:
+    """Return a random seed, the same in all processes. It has 32 bits, which all programs that read our images take."""
+    seed = hosts.smallest(secrets.randbits(32))
+    if hosts.is_process_0():
+        print(f"seed {seed}", file=sys.stderr)
+    return seed or 0
 
 
 def resized(part: Image.Image | None, request: ImageRequest) -> Image.Image | None:

@@ -8,6 +8,7 @@ from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser
 from anima_jax.parallel import hosts
+from anima_jax.sampling.request import RANDOM_SEED
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -65,16 +66,22 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     add("--tokenizers", metavar="FOLDER", help="folder with qwen/ and t5/ (default: the package's own)")
     add("--embeddings", metavar="FOLDER", help="files that embedding:NAME in a prompt stands for")
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="adapter; or FILE:MODEL:TEXT_ENCODER")
+    add("--lora_dir", metavar="FOLDER", help="files that <lora:NAME:WEIGHT> in a prompt stands for")
     add("--allow_unused", action="store_true", help="ignore tensors of models and adapters that belong to no network")
     add("--comfyui_dora", action="store_true", help=COMFYUI_DORA)
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
+
+
+def seed(text: str) -> int:
+    """Return the number of a seed; -1 for "random"."""
+    return RANDOM_SEED if text == "random" else int(text)
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--width", type=int, nargs="+", metavar="PIXELS", help="several, with as many heights: images of each size")
     add("--height", type=int, nargs="+", metavar="PIXELS")
-    add("--seed", type=int, nargs="+", help="several: an image for each, the same as it is alone")
+    add("--seed", type=seed, nargs="+", help="several: an image for each, the same as it is alone; random or -1: any")
     add("--batch_size", type=int, help="images of each prompt, size and seed, their noise drawn together")
     add("--image", metavar="FILE", help="an image to start from")
     add("--mask", metavar="FILE", help="what to redraw of it: white or transparent pixels")
@@ -115,7 +122,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("guidance").add_argument
-    add("--guidance_scale", type=float)
+    add("--guidance_scale", "--cfg", type=float)
     add(
         "--guidance_interval",
         type=float,

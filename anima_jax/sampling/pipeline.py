@@ -49,6 +49,7 @@ from anima_jax.sampling.images import (
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.program import InpaintMask, SharedInputs
+from anima_jax.sampling.prompt_loras import remark
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.sampling.tiles import TILE, in_tiles, tile_side
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_states
@@ -87,6 +88,7 @@ class AnimaPipeline:
         self._vae_width = vae.config.base_width
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
+        self._remarks: set[str] = set()
         if offload:
             self._vae_params, self.text_encoder_params = jax.device_get((self._vae_params, self.text_encoder_params))
 
@@ -256,6 +258,9 @@ class AnimaPipeline:
         """
         params = _on_devices(self.text_encoder_params)
         contexts = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
+        for line in {line for prompt in prompts if (line := remark(prompt))} - self._remarks:
+            self._remarks.add(line)
+            print(line, file=sys.stderr)
         return join_contexts(*(contexts[prompt] for prompt in prompts))
 
     def _encode_prompt(self, text_params: Params, prompt: str) -> Context:

@@ -39,6 +39,10 @@ RANGES = {
     "apg_momentum": (-5.0, 1.0),
 }
 """Parameter of guidance → the range of ComfyUI's node."""
+
+RANDOM_SEED = -1
+"""What stands for a random seed on the command line, as in A1111."""
+
 MIN_TILE = 64
 
 
@@ -241,7 +245,7 @@ def expand_request(
         raise UserError(f"{len(widths)} values of --width, {len(heights)} of --height, expected one or equally many")
     sizes = [(widths[index % len(widths)], heights[index % len(heights)]) for index in range(count)]
     positions = [(batch_size or 1, index) for index in range(batch_size or 1)]
-    if batch_size is None and seeds is None:
+    if batch_size is None and not seeds:
         positions = [(base.batch_size, base.batch_index)]
     combinations = itertools.product(prompts or [base.prompt], sizes, seeds or [base.seed], positions)
     return [ImageRequest(prompt, *size, seed, *position) for prompt, size, seed, position in combinations]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from anima_jax import AnimaPipeline
@@ -13,6 +14,8 @@ from anima_jax.checkpoints.models import load_dit
 from anima_jax.errors import UserError
 from anima_jax.generate import main as generate
 from anima_jax.models import parameters
+from anima_jax.sampling.prompt_loras import apply_tags, tags, without_tags
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.training.profiling import watch_compilation
 from convert.__main__ import main as convert
 from tests.models.networks import normal
@@ -197,6 +200,80 @@ def test_the_base_is_kept_once_where_memory_is_the_hosts(files):
     assert jax.default_backend() == "cpu"
     assert pipeline._loras is not None
     assert all(not base.flags.owndata for base in pipeline._loras._base.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "found"),
+    [
+        ("a red circle", "a red circle", []),
+        ("a <lora:x:0.8>", "a", [("x", 0.8)]),
+        ("<LORA:x>, a, b", "a, b", [("x", 1.0)]),
+        ("a, <lyco:sub/x.y:-1>, b", "a, b", [("sub/x.y", -1.0)]),
+        ("a, <lora:x:0.8:0.5> <lora:y:te=0.5:unet=0.8>", "a", [("x", (0.8, 0.5)), ("y", (0.8, 0.5))]),
+        ("a <lora:x:te=0.5> b", "a b", [("x", 0.5)]),
+        ("a <b:1> (c:1.2) <hypernet:x:1>", "a <b:1> (c:1.2) <hypernet:x:1>", []),
+    ],
+)
+def test_tags_are_read_and_leave_no_gap(prompt, text, found):
+    pairs = [(name, {"": w[0], "text_encoder": w[1]} if isinstance(w, tuple) else w) for name, w in found]
+    assert (without_tags(prompt), tags(prompt)) == (text, pairs)
+
+
+@pytest.mark.parametrize("tag", ["<lora:x:a>", "<lora::1>", "<lora:x:nan>", "<lora:x:1:2:3>", "<lora:x:1:lbw=2>"])
+def test_a_tag_that_cannot_be_read_is_an_error(tag):
+    with pytest.raises(UserError, match=f"{tag}: expected <lora:NAME:WEIGHT> or "):
+        tags(tag)
+
+
+def test_each_image_has_the_loras_of_its_prompt(files, tmp_path, capsys):
+    (tmp_path / "loras" / "sub").mkdir(parents=True)
+    (tmp_path / "loras" / "sub" / "style.safetensors").symlink_to(files / "style.safetensors")
+    (tmp_path / "loras" / "lokr.safetensors").symlink_to(files / "lokr.safetensors")
+    prompts = ["a <lora:style:0.8:0.5>", "a", "a <lora:lokr:0.5> <lora:style:-1>"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    networks = {"transformer": files / "base.safetensors", "vae": ASSETS / "tiny_vae.safetensors"}
+    networks |= {"text_encoder": ASSETS / "tiny_qwen3.safetensors", "tokenizers": ASSETS / "tokenizers"}
+    command = [word for name, file in networks.items() for word in (f"--{name}", str(file))]
+    command += ["--width", "32", "--height", "32", "--steps", "1", "--seed", "5"]
+    command += ["--negative_prompt", "b <lora:lokr:0.25>"]
+    folder = ["--lora_dir", str(tmp_path / "loras")]
+    generate([*command, *folder, "--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "x.png")])
+    expected = AnimaPipeline.load(**networks, loras=[(files / f"{n}.safetensors", 0.0) for n in ("style", "lokr")])
+    for number, weights in enumerate([({"": 0.8, "text_encoder": 0.5}, 0.25), (0.0, 0.25), (-1.0, 0.75)], 1):
+        expected.set_lora_weights(weights)
+        (alone,) = expected("a", "b", width=32, height=32, steps=1, seed=5)
+        assert levels_apart(Image.open(tmp_path / f"x_{number}.png"), alone) <= 1  # bfloat16's rounding of 0.5 and 0.25
+    generate(["--like", str(tmp_path / "x_1.png"), "-o", str(tmp_path / "again.png")])
+    assert levels_apart(Image.open(tmp_path / "again.png"), Image.open(tmp_path / "x_1.png")) <= 1
+    assert levels_apart(Image.open(tmp_path / "x_1.png"), Image.open(tmp_path / "x_2.png")) > 1
+
+
+def levels_apart(first, second):
+    return np.abs(np.asarray(first, int) - np.asarray(second, int)).max()
+
+
+def test_unknown_and_unclear_names_in_a_prompt_are_errors_and_no_folder_is_remarked_on(files, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "style.safetensors").touch()
+    requests = [ImageRequest("x <lora:style:1>")]
+    for prompt, message in (
+        (
+            "x <lora:style:1>",
+            r"<lora:style>: names 2 files: .*a/style.saf.*, .*b/style.saf.* in --lora_dir",
+        ),
+        ("x <lora:stile:1>", r"<lora:stile>: there is no stile.safetensors \(did you mean 'style'\?\) in --lora_dir"),
+    ):
+        with pytest.raises(UserError, match=message):
+            apply_tags([ImageRequest(prompt)], SamplingParams(), str(tmp_path))
+    found, _, loras = apply_tags([ImageRequest("x <lora:a/style:1>")], SamplingParams(), str(tmp_path))
+    assert (found[0].prompt, loras) == ("x", [[(str(tmp_path / "a" / "style.safetensors"), 1.0)]])
+    assert apply_tags(requests, SamplingParams(), None) == (requests, SamplingParams(), [()])
+    pipeline = load(files)
+    for _ in range(2):
+        pipeline.encode(["x <lora:style:1>", "y"])
+    said = "prompt 'x <lora:style:1>': <lora:style:1> is read as words, as in ComfyUI; --lora_dir DIR applies it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_generate_takes_several_and_names_what_it_cannot_use(files, tmp_path, capsys):
