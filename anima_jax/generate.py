@@ -36,7 +36,7 @@ from anima_jax.sampling.flags import DTYPES, parse_arguments
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.images import read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.prompt_loras import apply_tags, shared_slots
+from anima_jax.sampling.prompt_loras import apply_tags, shared_loras
 from anima_jax.sampling.recipe import IMAGES, Recipe
 from anima_jax.sampling.request import SamplingParams, check_requests
 from anima_jax.training.export import find_export
@@ -77,7 +77,7 @@ def generate(arguments: argparse.Namespace) -> None:
         lambda: {"jax": jax.__version__, **flags, **dataclasses.asdict(params), **numbered}
     )
     use_compilation_cache(config.compilation_cache_dir if config else None)
-    loras, (own_files, weights) = list(files["loras"]), shared_slots(tagged)
+    loras, (own_files, weights) = list(files["loras"]), shared_loras(tagged)
     files["loras"] = [*loras, *((path, 0.0) for path in own_files)]
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)

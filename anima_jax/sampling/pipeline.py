@@ -88,7 +88,7 @@ class AnimaPipeline:
         self._vae_width = vae.config.base_width
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
-        self._remarks: set[str] = set()
+        self._said: set[str] = set()
         if offload:
             self._vae_params, self.text_encoder_params = jax.device_get((self._vae_params, self.text_encoder_params))
 
@@ -258,8 +258,8 @@ class AnimaPipeline:
         """
         params = _on_devices(self.text_encoder_params)
         contexts = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
-        for line in {line for prompt in prompts if (line := remark(prompt))} - self._remarks:
-            self._remarks.add(line)
+        for line in {line for prompt in prompts if (line := remark(prompt))} - self._said:
+            self._said.add(line)
             print(line, file=sys.stderr)
         return join_contexts(*(contexts[prompt] for prompt in prompts))
 

@@ -76,20 +76,20 @@ def apply_tags(
     )
 
 
-def shared_slots(loras_of_images: Sequence[Loras]) -> tuple[list[str], list[list[Weight]]]:
+def shared_loras(loras_of_images: Sequence[Loras]) -> tuple[list[str], list[list[Weight]]]:
     """Return the files that any image uses, and for each image their weights, 0 for those that it does not use.
 
     A file that an image uses twice is there twice.
     """
-    slots: dict[tuple[str, int], int] = {}
+    places: dict[tuple[str, int], int] = {}
     numbered: list[dict[tuple[str, int], Weight]] = []
     for loras in loras_of_images:
         own: dict[tuple[str, int], Weight] = {}
         for path, weight in loras:
             own[path, sum(path == used for used, _ in own)] = weight
-        slots |= {slot: len(slots) for slot in own if slot not in slots}
+        places |= {place: len(places) for place in own if place not in places}
         numbered.append(own)
-    return [path for path, _ in slots], [[own.get(slot, 0.0) for slot in slots] for own in numbered]
+    return [path for path, _ in places], [[own.get(place, 0.0) for place in places] for own in numbered]
 
 
 def _files_in(folder: str) -> dict[str, list[str]]:
