@@ -7,7 +7,7 @@ our options. `noise_device` stands for the `_gpu` forms of samplers.
 from collections.abc import Mapping
 from typing import Any
 
-from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.samplers import SAMPLERS, check_options
 
 NODES = {
     "SamplerEulerAncestral": "euler_ancestral",
@@ -48,7 +48,8 @@ def sampler_node(sampler: str, options: Mapping[str, Any]) -> tuple[str, dict[st
     name = next((node for node, known in NODES.items() if known == base), None)
     if name is None:
         return None
-    inputs = {option: row.default for option, row in SAMPLERS[sampler].options.items()} | dict(options)
+    inputs = {option: row.default for option, row in SAMPLERS[sampler].options.items()}
+    inputs |= check_options(sampler, options)
     if SAMPLERS[sampler].brownian_path_on:
         inputs["noise_device"] = "gpu" if sampler.endswith("_gpu") else "cpu"
     return name, inputs | NOT_OURS.get(name, {})

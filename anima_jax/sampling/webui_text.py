@@ -44,6 +44,9 @@ SAMPLER_NAMES = {
 
 OTHER_SAMPLERS = {"dpmpp2sarf": "dpmpp_2s_ancestral", "extendedreversesde": "er_sde", "ddimcfgpp": "euler_cfg_pp"}
 
+OPTION_NAMES = {"Eta": "eta", "Sigma noise": "s_noise"}
+"""A1111's name of an option → ours."""
+
 SCHEDULE_NAMES = {
     "simple": "Simple",
     "sgm_uniform": "SGM Uniform",
@@ -97,6 +100,7 @@ def to_webui(
         "Model hash": hashes.get(files.get("transformer", "")),
         "Model": _stem(files.get("transformer", "")),
         "Denoising strength": _number(values["denoise"]) if files.get("image") else None,
+        **{name: values["sampler_options"].get(option) for name, option in OPTION_NAMES.items()},
         "VAE": _file_name(files.get("vae", "")),
         "Module 1": _stem(files.get("vae", "")),
         "Module 2": _stem(files.get("text_encoder", "")),
@@ -129,6 +133,7 @@ def from_webui(path: str, text: str) -> Recipe:
     if match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", pairs.get("Size", "")):
         recipe.values |= {"width": int(match[1]), "height": int(match[2])}
     recipe.values |= _sampler_and_schedule(pairs)
+    known |= _add_options(recipe, pairs)
     _add_files(recipe, pairs)
     if "Denoising strength" in pairs and "Hires upscale" not in pairs and "Hires resize" not in pairs:
         with contextlib.suppress(ValueError):
@@ -141,6 +146,23 @@ def from_webui(path: str, text: str) -> Recipe:
     if pairs and pairs.get("RNG") != "CPU":
         recipe.messages.append("its web UI draws other starting noise than ComfyUI unless its RNG is CPU")
     return recipe
+
+
+def _add_options(recipe: Recipe, pairs: Mapping[str, str]) -> set[str]:
+    """Add the options that the sampler has, and return their names in the text."""
+    sampler = SAMPLERS.get(recipe.values.get("sampler", ""))
+    known = {name for name, option in OPTION_NAMES.items() if name in pairs and sampler and option in sampler.options}
+    options: dict[str, Any] = {}
+    for name in sorted(known):
+        assert sampler
+        try:
+            options[OPTION_NAMES[name]] = sampler.options[OPTION_NAMES[name]].read(pairs[name])
+        except ValueError:
+            recipe.messages.append(
+                f"{name} {quoted(pairs[name])} is not {sampler.options[OPTION_NAMES[name]].expected}"
+            )
+    recipe.values |= {"sampler_options": options} if options else {}
+    return known
 
 
 def _integer(text: str) -> int:

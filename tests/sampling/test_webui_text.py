@@ -45,6 +45,17 @@ def test_our_text_has_a1111s_layout():
     assert text.splitlines()[-1].startswith("Steps: 30, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 4.5, ")
 
 
+def test_eta_and_noise_are_options_of_the_samplers_that_have_them():
+    params = SamplingParams(sampler="euler_ancestral", sampler_options={"eta": 0.5, "s_noise": 1.003})
+    text = to_text(ImageRequest("a"), params, FILES)["parameters"]
+    assert {"Eta": "0.5", "Sigma noise": "1.003"}.items() <= as_a1111_reads(text).items()
+    assert from_text("x.png", {"parameters": text}).values["sampler_options"] == params.sampler_options
+    bad = from_text("x.png", {"parameters": text.replace("Eta: 0.5", "Eta: x")})
+    assert bad.values["sampler_options"] == {"s_noise": 1.003}
+    assert "Eta 'x' is not a number from 0 to 100" in bad.messages
+    assert "sampler_options" not in from_text("x.png", {"parameters": text.replace("Euler a", "Euler")}).values
+
+
 @pytest.mark.parametrize(
     ("sampler", "schedule", "ours"),
     [
