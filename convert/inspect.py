@@ -15,7 +15,7 @@ from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.models import open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
-from anima_jax.checkpoints.safetensors import ForeignFileError, SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
 from anima_jax.errors import UserError, plural, shorten
 from convert import folders
 from convert.values import ValueCheck, check_values
@@ -59,7 +59,7 @@ def _rows(path: str) -> list[Row]:
                 *_metadata(file.metadata),
             ]
     except ForeignFileError as error:
-        return [("file", path), ("kind", str(error).removeprefix(f"{path}: is "))]
+        return [("file", path), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
 
 
 def summary(path: str) -> str:

@@ -17,6 +17,7 @@ from anima_jax.checkpoints.names.networks import (
     QUANTISED,
     QWEN3,
     TEXT_ENCODER,
+    WAN_VAE,
     Network,
     NetworkKeys,
     locate,
@@ -92,7 +93,7 @@ def looks_like(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = 
     kind = adapter_kind(tensors)
     titles = [kind.title] if kind else [network.title for network in networks_in(tensors)]
     foreign = families.family({name: tensor.shape for name, tensor in tensors.items()})
-    if foreign and (kind or not titles):
+    if foreign and (kind or not titles or titles == [WAN_VAE.title]):
         return f"it looks like: {foreign}"
     if titles:
         named = families.from_metadata(metadata or {}) if kind else None

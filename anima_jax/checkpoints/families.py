@@ -51,15 +51,10 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("Flux", r"\bdouble\.blocks\.\d+\.(img|txt)|\bsingle\.t?blocks\.\d"),
     ("Mochi", r"\btblocks\.\d+\.attn1\.(add|to\.add)\b|\bblocks\.\d+\.attn\.(qkv|proj)\.[xy]\b"),
     ("Stable Diffusion 3", r"\bjoint\.blocks\.\d|\btblocks\.\d+\.(attn2?\.(add|to\.add)\b|ff\.context|norm1\.context)"),
-    (
-        "LTX-Video",
-        r"\bpatchify\.proj\b|\baudio\.(attn|to\.video)|\btblocks\.\d+\.scale\.shift\.table(?=[\s\S]*\bcaption\.projection)(?![\s\S]*pos\.embed)",
-    ),
+    ("LTX-Video", r"\bpatchify\.proj\b|\baudio\.(attn|to\.video)"),
     ("Sana", r"\bff\.conv\.(inverted|depth|point)|\bmlp\.(inverted|depth|point)\.conv"),
-    (
-        "PixArt",
-        r"\bscale\.shift\.table\b(?=[\s\S]*\b(adaln\.single|y\.embedder|t\.block)\b)|\bcross\.attn\.(q|kv)\.linear\b",
-    ),
+    ("PixArt", r"\b(adaln\.single|y\.embedder)\.|\bcross\.attn\.(q|kv)\.linear\b"),
+    ("LTX-Video", r"\btblocks\.\d+\.scale\.shift\.table\b"),
     ("HunyuanDiT", r"\battn[12]\.(Wqkv|q\.proj|kv\.proj)\b|\bmlp\.t5\.|\bblocks\.\d+\.skip\.(linear|norm)\b"),
     ("CogVideoX", r"\btblocks\.\d+\.norm[12]\.linear\.(weight|lora|bias)|\bpatch\.embed\.text\.proj\b"),
     ("Wan", r"\bblocks\.\d+\.((self|cross)\.attn\.[qkvo]\b(?!\.(proj|norm))|attn[12]\.to\.[qkv]\b|ffn\.(net|0|2)\b)"),

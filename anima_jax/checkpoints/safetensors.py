@@ -16,7 +16,11 @@ from anima_jax.checkpoints import file_types, locations, safetensors_header
 from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, TensorInfo
 from anima_jax.errors import UserError, os_reason
 
-__all__ = ["CODES", "DTYPES", "ForeignFileError", "SafetensorsFile", "TensorInfo", "write"]
+__all__ = ["CODES", "DTYPES", "EXPECTED", "ForeignFileError", "SafetensorsFile", "TensorInfo", "write"]
+
+
+EXPECTED = ", expected a .safetensors file"
+"""End of what a message says about a file of another type, before its advice."""
 
 
 class ForeignFileError(UserError):
@@ -117,7 +121,8 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
     _read_exactly(path, file, 0, memoryview(start))
     length = int.from_bytes(start[:8], "little")
     if (start[8:9] != bytearray(b"{") or length > size - 8) and (what := file_types.describe(path, bytes(start))):
-        raise ForeignFileError(f"{path}: is {what}")
+        what, semicolon, advice = what.partition("; ")
+        raise ForeignFileError(f"{path}: is {what}{EXPECTED}{semicolon}{advice}")
     if start[8:9] != bytearray(b"{"):
         raise HeaderError("is not a safetensors file, or its beginning is damaged")
     if length > size - 8:
