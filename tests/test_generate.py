@@ -7,7 +7,8 @@ from safetensors.numpy import save_file
 
 from anima_jax import generate
 from anima_jax.sampling.image_text import from_text, read_recipe
-from tests.small_run import ASSETS, write_transformer
+from tests.models.networks import normal
+from tests.small_run import ASSETS, CONFIG, write_transformer
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,21 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     assert (values["seed"], values["cfg_zero_star"], values["shift"]) == (4, False, 1.7)
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_a_dora_is_applied_as_trained_or_as_in_comfyui_and_like_does_the_same(networks, tmp_path):
+    module, width = "diffusion_model.blocks.0.mlp.layer1", CONFIG.width
+    factors = {"lora_A.weight": (4, width), "lora_B.weight": (CONFIG.mlp_width, 4), "dora_scale": (CONFIG.mlp_width, 1)}
+    tensors = {f"{module}.{name}": np.abs(normal(*shape)) for name, shape in factors.items()}
+    save_file(tensors, tmp_path / "dora.safetensors")
+    trained, comfyui, again = paths = [tmp_path / f"{name}.png" for name in ("trained", "comfyui", "again")]
+    flags = [*networks, *SMALL, "--prompt", "red", "--lora", tmp_path / "dora.safetensors"]
+    run(*flags, "-o", trained)
+    run(*flags, "--comfyui_dora", "-o", comfyui)
+    run("--like", comfyui, "-o", again)
+    images = [np.asarray(Image.open(path), int) for path in paths]
+    assert np.any(images[0] != images[1])
+    np.testing.assert_array_equal(images[1], images[2])
 
 
 def test_embeddings_change_the_image_and_like_finds_their_folder(networks, tmp_path, capsys):
