@@ -32,6 +32,7 @@ from anima_jax.sampling.arguments import (
     sampling_params,
 )
 from anima_jax.sampling.callbacks import progress
+from anima_jax.sampling.file_hashes import FileHashes
 from anima_jax.sampling.flags import DTYPES, parse_arguments
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.images import read_image, save_image
@@ -81,6 +82,7 @@ def generate(arguments: argparse.Namespace) -> None:
     files["loras"] = [*loras, *((path, 0.0) for path in own_files)]
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
+        hashes = FileHashes(str(files["transformer"]), [str(path) for path, _ in files["loras"]])
         at_once = arguments.at_once * replicas(mesh.shape)
         if SAMPLERS[params.sampler].controller:  # It draws whole batches, each of which should be drawn once.
             at_once = max(1, at_once // requests[0].batch_size) * requests[0].batch_size
@@ -91,7 +93,8 @@ def generate(arguments: argparse.Namespace) -> None:
                 images = pipeline.draw(requests[batch], params, image=image, mask=mask, callback=callback)
             for drawn, request, path, own in zip(images, requests[batch], paths[batch], tagged[batch], strict=True):
                 if hosts.is_process_0():
-                    text = to_text(request, params, files | sources | {"loras": [*loras, *own]})
+                    named = files | sources | {"loras": [*loras, *own]}
+                    text = to_text(request, params, named, mask=mask, hashes=hashes.wait())
                     report_dropped(path, save_image(drawn, path, text, arguments.quality))
                 print(path)
 

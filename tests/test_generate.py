@@ -1,8 +1,11 @@
 """The command line: what it generates, what it writes next to the pixels, and its error messages."""
 
+import json
+import pathlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 from anima_jax import generate
@@ -209,3 +212,57 @@ def test_a_random_seed_is_said_and_stored_and_each_is_another_one(networks, tmp_
     run("--like", tmp_path / "a_1.png", "-o", tmp_path / "b.png")
     np.testing.assert_array_equal(Image.open(tmp_path / "b.png"), Image.open(tmp_path / "a_1.png"))
     assert read_recipe(str(tmp_path / "b.png")).values["guidance_scale"] == 2.5
+
+
+COMFYUI = {
+    "3": (
+        "KSampler",
+        {"seed": 5, "steps": 4, "cfg": 2.0, "sampler_name": "heun", "scheduler": "karras", "denoise": 1.0},
+    ),
+    "4": ("UNETLoader", {"unet_name": "base.safetensors", "weight_dtype": "default"}),
+    "5": ("EmptyLatentImage", {"width": 32, "height": 48, "batch_size": 1}),
+    "6": ("CLIPTextEncode", {"text": "a (red:1.3) circle", "clip": ["10", 0]}),
+    "7": ("CLIPTextEncode", {"text": "ugly", "clip": ["10", 0]}),
+    "8": ("VAEDecode", {"samples": ["3", 0], "vae": ["11", 0]}),
+    "9": ("SaveImage", {"filename_prefix": "ComfyUI", "images": ["8", 0]}),
+    "10": ("CLIPLoader", {"clip_name": "tiny_qwen3.safetensors", "type": "stable_diffusion"}),
+    "11": ("VAELoader", {"vae_name": "tiny_vae.safetensors"}),
+}
+COMFYUI["3"][1].update(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0])
+WEBUI = """a (red:1.3) circle
+Negative prompt: ugly
+Steps: 4, Sampler: Heun, Schedule type: Karras, CFG scale: 2, Seed: 5, Size: 32x48, Model: base, \
+Module 1: tiny_vae, Module 2: tiny_qwen3, RNG: CPU"""
+
+
+def write_exif(path, tag, text):
+    """An image with one text, as piexif writes A1111's and PIL ComfyUI's."""
+    exif = Image.Exif()
+    if tag == "UserComment":
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    else:
+        exif[0x0110] = f"{tag}:{text}"
+    Image.new("RGB", (32, 48)).save(path, exif=exif)
+
+
+def test_images_of_comfyui_and_a1111_are_drawn_in_every_format(networks, tmp_path):
+    text = json.dumps({key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in COMFYUI.items()})
+    for name, words in (("prompt", text), ("parameters", WEBUI)):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text(name, words)
+        Image.new("RGB", (32, 48)).save(tmp_path / f"{name}.png", pnginfo=chunks)
+    write_exif(tmp_path / "a1111.jpg", "UserComment", WEBUI)
+    write_exif(tmp_path / "a1111.webp", "UserComment", WEBUI)
+    write_exif(tmp_path / "comfyui.webp", "prompt", text)
+    (tmp_path / "graph.json").write_text(text)
+    names = ["prompt.png", "parameters.png", "a1111.jpg", "a1111.webp", "comfyui.webp", "graph.json"]
+    flags = ["--prompt", "a (red:1.3) circle", "--negative_prompt", "ugly", "--guidance_scale", 2, "--sampler", "heun"]
+    run(*networks, *SMALL, *flags, "--schedule", "karras", "--seed", 5, "-o", tmp_path / "expected.png")
+    expected = np.asarray(Image.open(tmp_path / "expected.png"))
+    models = ["--models", pathlib.Path(networks[1]).parent, "--models", ASSETS, "--tokenizers", ASSETS / "tokenizers"]
+    for name in names:
+        run("--like", tmp_path / name, *models, "--dtype", "float32", "-o", tmp_path / "folder" / f"{name}.webp")
+        np.testing.assert_array_equal(Image.open(tmp_path / "folder" / f"{name}.webp"), expected, name)
+    run("--like", tmp_path / "folder" / "a1111.jpg.webp", "-o", tmp_path / "again.jpg", "--quality", 100)
+    difference = np.asarray(Image.open(tmp_path / "again.jpg"), int) - expected
+    assert np.abs(difference).mean() < 3  # JPEG's loss; the random network's image is noise

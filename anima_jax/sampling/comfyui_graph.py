@@ -4,12 +4,16 @@ The graph has ComfyUI's API format: id → {class_type, inputs}, where an input 
 and ranges are those of `nodes.py` and `comfy_extras/`. What no node does is named in the second result.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
+from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.sampling.comfyui_samplers import sampler_node
 from anima_jax.sampling.recipe import model_and_text_encoder
 from anima_jax.sampling.request import SamplingParams
@@ -23,11 +27,13 @@ TEXT_ENCODER_TYPE = "stable_diffusion"
 RANGES = {"guidance_scale": (0.0, 100.0), "shift": (0.0, 100.0)}
 """Parameter → what ComfyUI's widgets accept."""
 
-BY_HAND = ("sigmas", "start_at_step", "end_at_step", "add_noise", "return_with_leftover_noise")
-"""Parameters that KSampler does not have: the graph lists the noise levels then."""
+KSAMPLER_SCHEDULES = frozenset(SCHEDULES) - {"beta57"}
 
-LEVELS = ("sampler", "schedule", "steps", "shift", "denoise", *BY_HAND)
-"""Parameters that determine the noise levels."""
+BETA57 = {"alpha": 0.5, "beta": 0.7}
+"""BetaSamplingScheduler's inputs for the schedule `beta57`, which KSampler does not have."""
+
+KSAMPLER_LAST_STEP = 10000
+"""KSamplerAdvanced's default for the last step: all steps."""
 
 INTERVAL_STEP = 0.001
 """The step of ConditioningSetTimestepRange's widgets, a fraction of the sampling."""
@@ -36,10 +42,24 @@ INTERVAL_STEP = 0.001
 class GraphWriter:
     """The graph of one image, and what it leaves out."""
 
-    def __init__(self, values: Mapping[str, Any], files: Mapping[str, str], loras: Sequence[tuple[str, Any]]):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        files: Mapping[str, str],
+        loras: Sequence[tuple[str, Weight]],
+        mask_channel: str,
+    ):
         self.graph: Graph = {}
         self.left_out: list[str] = []
-        self._values, self._files, self._loras = values, files, loras
+        self._values, self._files, self._loras, self._mask_channel = values, files, loras, mask_channel
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        self._levels = SamplingParams(**{name: values[name] for name in names}).levels()
+        self._original: Link | None = None
+        self._encoded: Link | None = None
+        self._mask: Link | None = None
+
+    def _name_of(self, kind: str) -> str:
+        return file_name(self._files.get(kind, ""))
 
     def add(self, class_type: str, **inputs: Any) -> Link:
         """Add a node and return the link to its first output."""
@@ -49,18 +69,18 @@ class GraphWriter:
 
     def load(self) -> tuple[Link, Link, Link]:
         """Add the loaders and LoRAs, and return the links to model, text encoder and VAE."""
-        names = {kind: file_name(self._files.get(kind, "")) for kind in ("transformer", "text_encoder", "vae")}
-        if len({self._files.get(kind) for kind in names}) == 1:
-            model = self.add("CheckpointLoaderSimple", ckpt_name=names["transformer"])
+        if len({self._files.get(kind) for kind in ("transformer", "text_encoder", "vae")}) == 1:
+            model = self.add("CheckpointLoaderSimple", ckpt_name=self._name_of("transformer"))
             clip, vae = output(model, 1), output(model, 2)
         else:
-            model = self.add("UNETLoader", unet_name=names["transformer"], weight_dtype="default")
-            clip = self.add("CLIPLoader", clip_name=names["text_encoder"], type=TEXT_ENCODER_TYPE, device="default")
-            vae = self.add("VAELoader", vae_name=names["vae"])
+            model = self.add("UNETLoader", unet_name=self._name_of("transformer"), weight_dtype="default")
+            text_encoder = {"clip_name": self._name_of("text_encoder"), "type": TEXT_ENCODER_TYPE}
+            clip = self.add("CLIPLoader", device="default", **text_encoder)
+            vae = self.add("VAELoader", vae_name=self._name_of("vae"))
         if self._files.get("adapter"):
             self.left_out.append("the LLM adapter's own file")
         for name, weight in self._loras:
-            if isinstance(weight, Mapping) and not set(weight) <= {"", "text_encoder"}:
+            if isinstance(weight, Mapping) and not set(weight) <= set(MODEL_AND_TEXT_ENCODER):
                 self.left_out.append(f"the weights of parts of {file_name(name)}")
             strengths = dict(zip(("strength_model", "strength_clip"), model_and_text_encoder(weight), strict=True))
             model = self.add("LoraLoader", model=model, clip=clip, lora_name=file_name(name), **strengths)
@@ -68,9 +88,9 @@ class GraphWriter:
         return self.patched(model), clip, vae
 
     def patched(self, model: Link) -> Link:
-        """Add the nodes that change how the model is sampled."""
-        model = self.add("ModelSamplingAuraFlow", model=model, shift=self._values["shift"])
+        """Add the nodes that change how the model is sampled, in the order in which they count."""
         values = self._values
+        model = self.add("ModelSamplingAuraFlow", model=model, shift=values["shift"])
         if values["apg"]:
             apg = {name: values[f"apg_{name}"] for name in ("eta", "norm_threshold", "momentum")}
             model = self.add("APG", model=model, **apg)
@@ -102,18 +122,14 @@ class GraphWriter:
 
     def _separated(self, interval: tuple[float, float]) -> tuple[float, float]:
         """Return the interval with ends at which no step is, because both prompts would count there."""
-        levels = self.levels()[:-1]
+        levels = self._levels[:-1]
         steps = 1.0 - levels / (self._values["shift"] - (self._values["shift"] - 1.0) * levels)
         first, last = interval
-        if first > 0.0 and np.abs(steps - first).min() < INTERVAL_STEP / 10:
+        if first > 0.0 and (np.abs(steps - first) < INTERVAL_STEP / 10).any():
             first = max(round(first - INTERVAL_STEP, 6), 0.0)
-        if last < 1.0 and np.abs(steps - last).min() < INTERVAL_STEP / 10:
+        if last < 1.0 and (np.abs(steps - last) < INTERVAL_STEP / 10).any():
             last = min(round(last + INTERVAL_STEP, 6), 1.0)
         return first, last
-
-    def levels(self) -> np.ndarray:
-        """Return the noise levels of the image's steps, with the last one."""
-        return SamplingParams(**{name: self._values[name] for name in LEVELS}).levels()
 
     def latent(self, vae: Link) -> Link:
         """Add the starting point and return the link to it."""
@@ -121,13 +137,14 @@ class GraphWriter:
         batch = values["batch_size"]
         if not self._files.get("image"):
             return self.add("EmptyLatentImage", **size, batch_size=batch)
-        image = self.add("LoadImage", image=file_name(self._files["image"]))
-        image = self.add("ImageScale", image=image, upscale_method="lanczos", crop="center", **size)
-        latent = self.add("VAEEncode", pixels=image, vae=vae)
-        if mask := self._files.get("mask"):
-            mask = self.add("LoadImageMask", image=file_name(mask), channel=self._values.get("mask_channel", "red"))
-            latent = self.add("SetLatentNoiseMask", samples=latent, mask=mask)
-            self.left_out.append("the original's pixels, as the VAE reconstructs them, where the mask is black")
+        scale = {"upscale_method": "lanczos", "crop": "center", **size}
+        self._original = self.add("ImageScale", image=self.add("LoadImage", image=self._name_of("image")), **scale)
+        latent = self._encoded = self.add("VAEEncode", pixels=self._original, vae=vae)
+        if self._files.get("mask"):
+            mask = self.add("LoadImageMask", image=self._name_of("mask"), channel=self._mask_channel)
+            mask = self.add("ImageScale", image=self.add("MaskToImage", mask=mask), **scale)
+            self._mask = self.add("ImageToMask", image=mask, channel="red")
+            latent = self.add("SetLatentNoiseMask", samples=latent, mask=self._mask)
         return self.add("RepeatLatentBatch", samples=latent, amount=batch) if batch > 1 else latent
 
     def sampled(self, model: Link, positive: Link, negative: Link, latent: Link) -> Link:
@@ -139,30 +156,56 @@ class GraphWriter:
         node = sampler_node(values["sampler"], options) if options else None
         if options and node is None:
             self.left_out.append(f"options of the sampler: {', '.join(options)}")
-        # No node has these schedules, or both a denoise and a first step.
-        by_hand = values["schedule"] == "beta57" or any(
-            values[name] != getattr(SamplingParams, name) for name in BY_HAND
-        )
-        if not by_hand and node is None:
-            return self.add(
-                "KSampler",
-                seed=values["seed"],
-                steps=values["steps"],
-                sampler_name=values["sampler"],
-                scheduler=values["schedule"],
-                denoise=values["denoise"],
-                **common,
-            )
+        steps = {"sampler_name": values["sampler"], "scheduler": values["schedule"], "steps": values["steps"]}
+        is_plain = node is None and not values["sigmas"] and values["schedule"] in KSAMPLER_SCHEDULES
+        if values["denoise"] == 0 or (is_plain and not self._is_part()):
+            return self.add("KSampler", seed=values["seed"], denoise=values["denoise"], **steps, **common)
+        noise = {"noise_seed": values["seed"]}
+        if is_plain and values["denoise"] == 1:
+            noise["add_noise"] = "enable" if values["add_noise"] else "disable"
+            leftover = "enable" if values["return_with_leftover_noise"] else "disable"
+            end = KSAMPLER_LAST_STEP if values["end_at_step"] is None else values["end_at_step"]
+            part = {"start_at_step": values["start_at_step"], "end_at_step": end}
+            return self.add("KSamplerAdvanced", return_with_leftover_noise=leftover, **part, **noise, **steps, **common)
         name, inputs = node or ("KSamplerSelect", {"sampler_name": values["sampler"]})
         sampler = self.add(name, **inputs, **({"model": model} if name == "SamplerSASolver" else {}))
-        if by_hand:
-            numbers = ", ".join(np.format_float_positional(level, trim="0") for level in self.levels())
-            levels = self.add("ManualSigmas", sigmas=numbers)
-        else:
-            schedule = {"scheduler": values["schedule"], "steps": values["steps"], "denoise": values["denoise"]}
-            levels = self.add("BasicScheduler", model=model, **schedule)
-        noise = {"add_noise": values["add_noise"], "noise_seed": values["seed"]}
-        return self.add("SamplerCustom", sampler=sampler, sigmas=levels, **noise, **common)
+        noise["add_noise"] = values["add_noise"]
+        return self.add("SamplerCustom", sampler=sampler, sigmas=self._sigmas(model), **noise, **common)
+
+    def _is_part(self) -> bool:
+        """Return whether KSamplerAdvanced's inputs differ from their defaults."""
+        values = self._values
+        steps = values["start_at_step"] or values["end_at_step"] is not None
+        return bool(steps) or not values["add_noise"] or values["return_with_leftover_noise"]
+
+    def _sigmas(self, model: Link) -> Link:
+        """Add the noise levels: a schedule if it is one as a whole, else a list of numbers."""
+        values = self._values
+        if not (values["sigmas"] or self._is_part() or SAMPLERS[values["sampler"]].without_penultimate):
+            if values["schedule"] in KSAMPLER_SCHEDULES:
+                schedule = {"scheduler": values["schedule"], "denoise": values["denoise"]}
+                return self.add("BasicScheduler", model=model, steps=values["steps"], **schedule)
+            if values["denoise"] == 1:
+                return self.add("BetaSamplingScheduler", model=model, steps=values["steps"], **BETA57)
+        numbers = ", ".join(np.format_float_positional(level, trim="0") for level in self._levels)
+        return self.add("ManualSigmas", sigmas=numbers)
+
+    def image(self, samples: Link, vae: Link) -> Link:
+        """Add what comes after the sampler and return the link to the image."""
+        values = self._values
+        image = self.add("VAEDecode", samples=samples, vae=vae)
+        if values["batch_size"] > 1:
+            image = self.add("ImageFromBatch", image=image, batch_index=values["batch_index"], length=1)
+        if self._mask is None:
+            return image
+        if values["paste"]:
+            self.left_out.append(f"the {values['paste']} blended pixels of paste")
+        mask, original = self._mask, self._original
+        if values["paste"] is None:  # where the mask is black, the image as the VAE reconstructs it
+            mask = self.add("ThresholdMask", mask=mask, value=0.0)
+            original = self.add("VAEDecode", samples=self._encoded, vae=vae)
+        where = {"x": 0, "y": 0, "resize_source": False}
+        return self.add("ImageCompositeMasked", destination=original, source=image, mask=mask, **where)
 
     def write(self) -> None:
         """Add all nodes."""
@@ -175,21 +218,21 @@ class GraphWriter:
         model, clip, vae = self.load()
         positive, negative = self.conditionings(clip)
         samples = self.sampled(model, positive, negative, self.latent(vae))
-        image = self.add("VAEDecode", samples=samples, vae=vae)
-        if values["batch_size"] > 1:
-            image = self.add("ImageFromBatch", image=image, batch_index=values["batch_index"], length=1)
-        self.add("SaveImage", images=image, filename_prefix="anima")
+        self.add("SaveImage", images=self.image(samples, vae), filename_prefix="anima")
 
 
 def comfyui_graph(
-    values: Mapping[str, Any], files: Mapping[str, str], loras: Sequence[tuple[str, Any]]
+    values: Mapping[str, Any],
+    files: Mapping[str, str],
+    loras: Sequence[tuple[str, Weight]],
+    mask_channel: str = "red",
 ) -> tuple[Graph, list[str]]:
     """Return the graph that draws an image in ComfyUI, and what it leaves out of the request.
 
     `values` are the fields of `ImageRequest` and `SamplingParams`, `files` and `loras` names of files: the graph has
-    their last parts, as files are named in ComfyUI's folders.
+    their last parts, as files are named in ComfyUI's folders. `mask_channel` has the mask's values: red or alpha.
     """
-    writer = GraphWriter(values, files, loras)
+    writer = GraphWriter(values, files, loras, mask_channel)
     writer.write()
     return writer.graph, writer.left_out
 

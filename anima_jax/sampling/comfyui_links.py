@@ -113,18 +113,24 @@ class NodeGraph:
         values = [value for value in inputs.values() if isinstance(value, str | int | float)]
         return values[0] if len(values) == 1 and not links else None
 
-    def set(self, field: str, kind: type[Any], key: str, *names: str) -> bool:
-        """Set a field of the recipe from the first of these inputs; return whether it is there and of this type."""
+    def typed(self, key: str, kind: type[Any], *names: str) -> Any:
+        """Return the first of these inputs as this type, or None if there is none; says so if it is of another type."""
         value = self.value(key, names)
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             if kind is not str:
                 value = kind(number(value))
             if isinstance(value, kind):
-                self.recipe.values[field] = value
-                return True
+                return value
         if any(name in self.inputs(key) for name in names):
             self.leave_out(key, f"whose {names[0]} is not a value")
-        return False
+        return None
+
+    def set(self, field: str, kind: type[Any], key: str, *names: str) -> bool:
+        """Set a field of the recipe from the first of these inputs; return whether it is there and of this type."""
+        value = self.typed(key, kind, *names)
+        if value is not None:
+            self.recipe.values[field] = value
+        return value is not None
 
 
 def number(value: Any) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
 from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
-from anima_jax.sampling.recipe import Recipe, quoted
+from anima_jax.sampling.comfyui_sigmas import read_sigmas
+from anima_jax.sampling.recipe import Recipe, lora_weight, quoted
 
 IMAGE_LINKS = ("images", "image", "samples", "latent_image", "latent", "pixels", "source", "input", "latents")
 CONDITIONING_LINKS = ("conditioning", "conditioning_1", "conditioning_to", "positive", "conditioning_2", "negative")
@@ -23,13 +24,16 @@ PLAIN = re.compile(
 """Classes that need no message: they do not change the image, or what they do is read from their inputs."""
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "cfgzerostar": {"cfg_zero_star": True},
+SHIFT = 3.0
+"""ComfyUI's for Anima, without a node that sets it."""
+
+PATCHES = {
+    "cfgzerostar": {"cfg_zero_star": ""},
     "rescalecfg": {"rescale_cfg": "multiplier"},
     "cfgnorm": {"cfg_norm": "strength"},
-    "apg": {"apg": True, "apg_eta": "eta", "apg_norm_threshold": "norm_threshold", "apg_momentum": "momentum"},
+    "apg": {"apg": "", "apg_eta": "eta", "apg_norm_threshold": "norm_threshold", "apg_momentum": "momentum"},
 }
-"""Class of a node in lower case → our parameters, each True or the input that has its value."""
+"""Class of a node that changes guidance → the parameters that it sets, each with the input or "" for True."""
 
 
 class GraphReader(NodeGraph):
@@ -41,17 +45,27 @@ class GraphReader(NodeGraph):
         samplers = [key for key in trail if self._is_sampler(key)]
         if not samplers:
             raise UserError(f"{self.recipe.path}: no sampler leads to a saved image in its ComfyUI graph")
-        for key in samplers[:-1]:
-            self.leave_out(key, "a later pass")
         first = trail.index(samplers[-1])
         for key in trail[1:first]:
             self._read_finish(key)
         for key in trail[first + 1 :]:
             self._read_start(key)
         self._read_sampler(trail[first])
+        for key in samplers[-2::-1]:
+            if not self._continues(key, trail[first]):
+                self.leave_out(key, "a later pass")
         if self.recipe.loras:
             self.recipe.loading["comfyui_dora"] = True  # as ComfyUI drew the image
         return self.recipe
+
+    def _continues(self, key: str, first: str) -> bool:
+        """Read the last step of a KSamplerAdvanced that continues the first one; return whether it is one."""
+        inputs, end = self.inputs(key), self.recipe.values.get("end_at_step")
+        if inputs.get("add_noise") != "disable" or self.value(key, ("start_at_step",)) != end:
+            return False
+        self._read_steps(key)
+        same = ("model", "positive", "negative", "steps", "cfg", "sampler_name", "scheduler")
+        return all(inputs.get(name) == self.inputs(first).get(name) for name in same)
 
     def _is_sampler(self, key: str) -> bool:
         names = set(self.inputs(key))
@@ -74,7 +88,10 @@ class GraphReader(NodeGraph):
         if "batch_index" in inputs:
             self.set("batch_index", int, key, "batch_index")
         elif "destination" in inputs and "mask" in inputs:
-            self.recipe.values["paste"] = 0
+            if not any(
+                "vae" in self.kind(found) for found in self.chain(self.link(inputs["destination"]), IMAGE_LINKS)
+            ):
+                self.recipe.values["paste"] = 0
         elif not PLAIN.search(self.kind(key)) and not self._is_sampler(key):
             self.leave_out(key)
 
@@ -99,11 +116,14 @@ class GraphReader(NodeGraph):
 
     def _read_sampler(self, key: str) -> None:
         inputs = self.inputs(key)
-        guider = self._end(key, "guider")
-        self.set("seed", int, self._end(key, "noise"), "seed", "noise_seed")
+        guider = self._end(key, "guider")[0]
+        noise = self._end(key, "noise")[0]
+        if "disable" in self.kind(noise):
+            self.recipe.values["add_noise"] = False
+        else:
+            self.set("seed", int, noise, "seed", "noise_seed")
+        self._read_sampler_object(self._end(key, "sampler")[0])
         self._read_steps(key)
-        self._read_sampler_object(self._end(key, "sampler"))
-        self._read_sigmas(self._end(key, "sigmas"))
         guided = self.inputs(guider)
         if not self.set("guidance_scale", float, guider, "cfg") and "negative" not in guided:
             self.recipe.values["guidance_scale"] = 1.0  # BasicGuider
@@ -113,22 +133,31 @@ class GraphReader(NodeGraph):
         encoder = self._read_prompts(positive, self.link(guided.get("negative")))
         clip = self.link(self.inputs(encoder).get("clip")) if encoder else None
         self._read_model(self.link(guided.get("model", inputs.get("model"))), clip)
+        self.recipe.values |= read_sigmas(self, self._end(key, "sigmas"), self.recipe.values.get("shift", SHIFT))
+
+    def _end(self, key: str, name: str) -> Link:
+        """Return the link of a sampler's input past nodes that only pass it on, or one to the sampler itself."""
+        link = self.link(self.inputs(key).get(name))
+        for _ in range(MAX_DEPTH):
+            if not link or not re.search(r"reroute|switch", self.kind(link[0])):
+                break
+            link = self.next(link[0], (name,))
+        return link or (key, 0)
 
     def _read_steps(self, key: str) -> None:
-        """Read KSamplerAdvanced's first and last step, and whether noise is added and left over."""
-        values, usual = self.recipe.values, {"start_at_step": 0, "end_at_step": 10000, "add_noise": True}
-        for name in ("start_at_step", "end_at_step"):
-            self.set(name, int, key, name)
-        for name in ("add_noise", "return_with_leftover_noise"):
-            values[name] = self.value(key, (name,)) in (True, "enable") if name in self.inputs(key) else None
-        for name, default in (usual | {"return_with_leftover_noise": False}).items():
-            if values.get(name) in (None, default):
-                values.pop(name, None)
-
-    def _end(self, key: str, name: str) -> str:
-        """Return the node that a sampler's input is linked to, or the sampler itself without such a link."""
-        link = self.link(self.inputs(key).get(name))
-        return next((k for k in self.chain(link, (name,)) if not re.search(r"reroute|switch", self.kind(k))), key)
+        """Read KSamplerAdvanced's part of the steps, and whether noise is added."""
+        inputs, values = self.inputs(key), self.recipe.values
+        if inputs.get("add_noise") in ("disable", False) and "add_noise" not in values and "seed" in values:
+            values["add_noise"] = False
+        values.pop("end_at_step", None)
+        if self.value(key, ("start_at_step",)) and "start_at_step" not in values:
+            self.set("start_at_step", int, key, "start_at_step")
+        steps = number_or(self.value(key, ("steps",)), 0)
+        if "end_at_step" in inputs and number_or(self.value(key, ("end_at_step",)), steps) < steps:
+            self.set("end_at_step", int, key, "end_at_step")
+        values.pop("return_with_leftover_noise", None)
+        if inputs.get("return_with_leftover_noise") == "enable":
+            values["return_with_leftover_noise"] = True
 
     def _read_sampler_object(self, key: str) -> None:
         if self.kind(key) in OF_NODE:
@@ -139,15 +168,6 @@ class GraphReader(NodeGraph):
                 self.leave_out(key, f"whose {quoted(name)} has no equivalent here")
         elif not self.set("sampler", str, key, "sampler_name"):
             self.leave_out(key)
-
-    def _read_sigmas(self, key: str) -> None:
-        if self.kind(key) == "manualsigmas" and isinstance(text := self.value(key, ("sigmas",)), str):
-            self.recipe.values["sigmas"] = tuple(map(float, re.findall(r"[-+]?(?:\d*\.*\d+)", text)))
-            return
-        if not self.set("schedule", str, key, "scheduler"):
-            self.leave_out(key)
-        self.set("steps", int, key, "steps")
-        self.set("denoise", float, key, "denoise")
 
     # Prompts
 
@@ -209,8 +229,8 @@ class GraphReader(NodeGraph):
         clips = self._read_loader("text_encoder", clip, ("clip",), ("clip_name", "clip_name1", "ckpt_name"))
         for key in [*(key for key in clips if key not in models), *models][::-1]:
             for name, model, text_encoder in self._loras(key):
-                weights = (model if key in models else 0.0, text_encoder if key in clips else 0.0)
-                self.recipe.loras.append((name, model if weights[0] == weights[1] else weights))
+                weight = lora_weight(model if key in models else 0.0, text_encoder if key in clips else 0.0)
+                self.recipe.loras.append((name, weight))
         for key in [*models, *(key for key in clips if key not in models)]:
             self._read_patch(key)
 
@@ -230,17 +250,24 @@ class GraphReader(NodeGraph):
         if "modelsampling" in kind and "shift" in inputs:
             if "shift" not in self.recipe.values:
                 self.set("shift", float, key, "shift")
-        elif kind in VARIANTS:
-            for name, value in VARIANTS[kind].items():
-                self.recipe.values[name] = value if value is True else number_or(self.value(key, (value,)), 0.0)
+        elif kind in PATCHES:
+            self.recipe.values |= {field: True for field in PATCHES[kind] if PATCHES[kind][field] == ""}
+            for field, name in PATCHES[kind].items():
+                if name:
+                    self.set(field, float, key, name)
+        elif kind == "cfgoverride" and self.value(key, ("cfg",)) == 1:
+            start, end = (number_or(self.value(key, (name,)), 0.0) for name in ("start_percent", "end_percent"))
+            first, last = self.recipe.values.get("guidance_interval", (0.0, 1.0))
+            self.recipe.values["guidance_interval"] = (end, last) if start <= first else (first, start)
         elif not any(self._loras(key)) and not PLAIN.search(kind) and not re.search(r"load", kind):
             self.leave_out(key)
 
 
 def from_comfyui(path: str, graph: Mapping[str, Any]) -> Recipe:
     """Return what ComfyUI's graph, in API format, says. Raises UserError if no sampler leads to a saved image."""
-    if isinstance(graph.get("output"), Mapping):  # as the frontend returns it, beside `workflow`
-        graph = graph["output"]
+    for wrapper in ("output", "prompt"):  # as the frontend has it beside `workflow`, and as it is sent to the server
+        if isinstance(graph.get(wrapper), Mapping) and "class_type" not in graph[wrapper]:
+            graph = graph[wrapper]
     if isinstance(graph.get("nodes"), Sequence) and "links" in graph:
         raise UserError(f"{path}: a workflow of ComfyUI's editor, expected its API format (File, Export (API))")
     return GraphReader(path, graph).read()

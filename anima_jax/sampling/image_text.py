@@ -7,10 +7,12 @@ A1111's text. JPEG and WebP files hold them in their EXIF data (`sampling.exif`)
 import ast
 import dataclasses
 import json
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_type_hints
 
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from anima_jax.errors import UserError
@@ -20,7 +22,7 @@ from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.flags import DTYPES
 from anima_jax.sampling.images import read_image
 from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
-from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
+from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams, read_utf8
 from anima_jax.sampling.webui_text import from_webui, to_webui
 
 OWN = "anima_jax"
@@ -31,15 +33,23 @@ FIELDS: dict[str, Any] = get_type_hints(ImageRequest) | get_type_hints(SamplingP
 
 SIZE = ("width", "height")
 
-LORAS = TypeAdapter(list[tuple[str, float | tuple[float, float] | dict[str, float]]])
+LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 
 LOADING: dict[str, Any] = {"dtype": Literal[DTYPES], "comfyui_dora": bool}
 
 
-def to_text(request: ImageRequest, params: SamplingParams, files: Mapping[str, Any]) -> dict[str, str]:
+def to_text(
+    request: ImageRequest,
+    params: SamplingParams,
+    files: Mapping[str, Any],
+    *,
+    mask: Image.Image | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Return chunk → text of an image.
 
-    `files` are the arguments of `AnimaPipeline.load` and the images that it was made from (`IMAGES`).
+    `files` are the arguments of `AnimaPipeline.load` and the images that it was made from (`IMAGES`); `mask` is opened,
+    and `hashes` are those of some of the files, by path (`file_hashes`).
     """
     values = dataclasses.asdict(request) | dataclasses.asdict(params)
     named = {name: str(files[name]) for name in (*NETWORKS, *IMAGES) if files.get(name)}
@@ -47,10 +57,11 @@ def to_text(request: ImageRequest, params: SamplingParams, files: Mapping[str, A
         name: files[name] if kind is bool else str(files[name]) for name, kind in LOADING.items() if files.get(name)
     }
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
-    graph, left_out = comfyui_graph(values, named, adapters)
+    channel = "alpha" if mask is not None and mask.has_transparency_data else "red"
+    graph, left_out = comfyui_graph(values, named, adapters, channel)
     own = values | named | loading | {"loras": adapters} | ({"left_out_for_comfyui": left_out} if left_out else {})
     return {
-        "parameters": to_webui(values, named, adapters, {}),
+        "parameters": to_webui(values, named, adapters, hashes or {}),
         "prompt": json.dumps(graph, allow_nan=False),
         OWN: json.dumps(own, allow_nan=False),
     }
@@ -59,8 +70,10 @@ def to_text(request: ImageRequest, params: SamplingParams, files: Mapping[str, A
 def read_recipe(path: str) -> Recipe:
     """Return what an image says about how it was made. Raises UserError if it says nothing or cannot be read.
 
-    A size that it does not say is its own.
+    A size that it does not say is its own. A file that ends in .json or .txt is a graph of ComfyUI's or A1111's text.
     """
+    if chunk := {".json": "prompt", ".txt": "parameters"}.get(pathlib.Path(path).suffix.lower()):
+        return from_text(path, {chunk: read_utf8(path)})
     image = read_image(path)
     recipe = from_text(path, read_text(image))
     sizes = {name: max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for name, side in zip(SIZE, image.size, strict=True)}

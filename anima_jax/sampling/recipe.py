@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
 from anima_jax.errors import UserError
 
 NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter")
@@ -19,6 +20,9 @@ IMAGES = ("image", "mask")
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 """Endings that A1111 leaves out where it names a model."""
+
+ANIMA_FILES = {"vae": "qwen_image_vae.safetensors", "text_encoder": "qwen_3_06b_base.safetensors"}
+"""Names of Anima's own files, which A1111's text does not have."""
 
 FOLDERS = {
     "transformer": ("diffusion_models", "unet", "checkpoints", "stable-diffusion"),
@@ -36,20 +40,25 @@ class Recipe:
     """What a file says about how an image was made.
 
     `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
-    `loras` names with weights (`adapters.merge.Weight`), `loading` other arguments of `AnimaPipeline.load`, and
+    `loras` names with weights, `loading` other arguments of `AnimaPipeline.load`, and
     `messages` what the file says but cannot be followed.
     """
 
     path: str = ""
     values: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     files: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    loras: list[tuple[str, Any]] = dataclasses.field(default_factory=list[tuple[str, Any]])
+    loras: list[tuple[str, Weight]] = dataclasses.field(default_factory=list[tuple[str, Weight]])
     loading: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     messages: list[str] = dataclasses.field(default_factory=list[str])
 
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
-        """Return the path of the file that the recipe names as `kind`, None if it names none; see `find_file`."""
-        return find_file(self.path, kind, self.files[kind], models) if kind in self.files else None
+        """Return the path of the file that the recipe names as `kind`; see `find_file`.
+
+        A VAE or text encoder that it does not name is Anima's own in `models`. Returns None if there is none.
+        """
+        if kind in self.files:
+            return find_file(self.path, kind, self.files[kind], models)
+        return next(iter(_search(kind, ANIMA_FILES.get(kind, ""), models)), None)
 
     def embeddings_folder(self, models: Sequence[str] = ()) -> str | None:
         """Return the folder of textual inversions, or None if no prompt needs one: that of the recipe or of `models`.
@@ -63,7 +72,7 @@ class Recipe:
         found = next((folder for folder in named + folders if os.path.isdir(folder)), None)
         return found or self.find("embeddings", models)
 
-    def found_loras(self, models: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    def found_loras(self, models: Sequence[str] = ()) -> list[tuple[str, Weight]]:
         """Return the LoRAs' paths with their weights; see `find_file`."""
         return [(find_file(self.path, "lora", name, models), weight) for name, weight in self.loras]
 
@@ -75,12 +84,18 @@ def quoted(*words: object) -> str:
     return ", ".join(f"'{word if len(word) <= 100 else word[:97] + '…'}'" for word in shown) + more
 
 
-def model_and_text_encoder(weight: Any) -> tuple[float, float]:
-    """Return the weights of a LoRA (`adapters.merge.Weight`) for the transformer and for the text encoder."""
+def lora_weight(model: float, text_encoder: float) -> Weight:
+    """Return a LoRA's weight from those of ComfyUI's LoraLoader."""
+    both = (model, text_encoder)
+    return model if model == text_encoder else dict(zip(MODEL_AND_TEXT_ENCODER, both, strict=True))
+
+
+def model_and_text_encoder(weight: Weight) -> tuple[float, float]:
+    """Return the weights of a LoRA for the transformer and for the text encoder, without those of parts of them."""
     if not isinstance(weight, Mapping):
-        return weight if isinstance(weight, tuple) else (weight, weight)
-    model = weight.get("", 1.0)
-    return model, weight.get("text_encoder", model)
+        return weight, weight
+    model = weight.get(MODEL_AND_TEXT_ENCODER[0], 1.0)
+    return model, weight.get(MODEL_AND_TEXT_ENCODER[1], model)
 
 
 def is_remote_name(name: str) -> bool:

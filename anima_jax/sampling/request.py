@@ -253,18 +253,22 @@ def expand_request(
 
 def read_prompts(path: str) -> list[str]:
     """Return the non-blank lines of a text file. Raises UserError if there are none or the file cannot be read."""
+    prompts = [line.strip() for line in read_utf8(path).split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: contains no prompt, expected one per line")
+    return prompts
+
+
+def read_utf8(path: str) -> str:
+    """Return the text of a file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
-        lines = pathlib.Path(path).read_bytes().decode("utf-8-sig").split("\n")
+        return pathlib.Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         data = error.object
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path}: contains no prompt, expected one per line")
-    return prompts
 
 
 def _nearest(size: int) -> str:

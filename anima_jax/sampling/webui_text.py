@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anima_jax.adapters.merge import Weight
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
-from anima_jax.sampling.recipe import Recipe, model_and_text_encoder, quoted
+from anima_jax.sampling.recipe import Recipe, lora_weight, model_and_text_encoder, quoted
 
 SAMPLER_NAMES = {
     "euler": "Euler",
@@ -80,7 +81,7 @@ _LORA = re.compile(r"<(?:lora|lyco):([^:<>]+)((?::[^:<>]*)*)>")
 
 
 def to_webui(
-    values: Mapping[str, Any], files: Mapping[str, Any], loras: Sequence[tuple[str, Any]], hashes: Mapping[str, str]
+    values: Mapping[str, Any], files: Mapping[str, Any], loras: Sequence[tuple[str, Weight]], hashes: Mapping[str, str]
 ) -> str:
     """Return A1111's text for an image.
 
@@ -233,9 +234,9 @@ def _add_files(recipe: Recipe, pairs: Mapping[str, str]) -> None:
             recipe.files.setdefault("vae" if is_vae else "text_encoder", module)
 
 
-def _without_loras(prompt: str) -> tuple[str, list[tuple[str, Any]]]:
+def _without_loras(prompt: str) -> tuple[str, list[tuple[str, Weight]]]:
     """Return the prompt without its LoRA tags, and their names and weights, which are (text encoder, model) if two."""
-    loras = list[tuple[str, Any]]()
+    loras = list[tuple[str, Weight]]()
     for name, arguments in _LORA.findall(prompt):
         weights: dict[str, float] = {}
         for index, argument in enumerate(arguments.split(":")[1:]):
@@ -244,11 +245,11 @@ def _without_loras(prompt: str) -> tuple[str, list[tuple[str, Any]]]:
                 weights[key if equals else ("te", "unet")[index] if index < 2 else ""] = _finite(value)
         text_encoder = weights.get("te", 1.0)
         model = weights.get("unet", text_encoder)
-        loras.append((name, model if model == text_encoder else (model, text_encoder)))
+        loras.append((name, lora_weight(model, text_encoder)))
     return _LORA.sub("", prompt), loras
 
 
-def _weights(weight: Any) -> str:
+def _weights(weight: Weight) -> str:
     model, text_encoder = model_and_text_encoder(weight)
     return _number(model) if model == text_encoder else f"{_number(text_encoder)}:{_number(model)}"
 

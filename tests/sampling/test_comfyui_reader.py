@@ -69,11 +69,11 @@ CHANGES = {
             last=("LoraLoaderModelOnly", {"lora_name": "m.safetensors", "strength_model": -1, "model": ["one", 0]}),
             pos=("CLIPTextEncode", {"text": "a (cat:1.2)", "clip": ["one", 1]}),
         ),
-        {"loras": [("l.safetensors", 0.8), ("m.safetensors", (-1.0, 0.0))]},
+        {"loras": [("l.safetensors", 0.8), ("m.safetensors", {"": -1.0, "text_encoder": 0.0})]},
     ),
     "a LoRA whose text encoder is not used": (
         model_through(last=("LoraLoader", LORA | {"strength_clip": 1.0, "clip": ["clip", 0]})),
-        {"loras": [("l.safetensors", (0.8, 0.0))]},
+        {"loras": [("l.safetensors", {"": 0.8, "text_encoder": 0.0})]},
     ),
     "rgthree's list of LoRAs": (
         model_through(

@@ -41,7 +41,11 @@ PARAMS = SamplingParams(
     add_noise=False,
     return_with_leftover_noise=True,
 )
-LORAS = [("a/l1.safetensors", 0.7), ("l2.safetensors", (0.5, 0.25)), ("l3.safetensors", {"": 2.0, "blocks.0-3": 0.0})]
+LORAS = [
+    ("a/l1.safetensors", 0.7),
+    ("l2.safetensors", {"": 0.5, "text_encoder": 0.25}),
+    ("l3.safetensors", {"": 2.0, "blocks.0-3": 0.0}),
+]
 FILES = {"transformer": "a/base.safetensors", "vae": "vae.safetensors", "text_encoder": "qwen.safetensors"}
 FILES |= {"tokenizers": "folder", "adapter": None, "image": "start.png", "mask": None}
 LOADING = {"dtype": "float32", "comfyui_dora": True}

@@ -1,10 +1,12 @@
 """A1111's text: ours is read by A1111's rules, and theirs by ours."""
 
+import hashlib
 import json
 import re
 
 import pytest
 
+from anima_jax.sampling.file_hashes import FileHashes
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 
@@ -30,10 +32,24 @@ def as_a1111_reads(text: str) -> dict[str, str]:
     return read | {name: "\n".join(lines) for name, lines in found.items()}
 
 
+def test_files_have_a1111s_hashes(tmp_path):
+    header = b'{"__metadata__":{}}'
+    data = len(header).to_bytes(8, "little") + header + b"values"
+    model, lora = tmp_path / "model.safetensors", tmp_path / "style.safetensors"
+    model.write_bytes(data)
+    lora.write_bytes(data)
+    files = {"transformer": model, "loras": [(lora, 1.0), ("hf://a/b/c.safetensors", 1.0)]}
+    hashes = FileHashes(str(model), [str(lora), "hf://a/b/c.safetensors"]).wait()
+    found = as_a1111_reads(to_text(ImageRequest("a"), SamplingParams(), files, hashes=hashes)["parameters"])
+    # A checkpoint's is that of the file, a LoRA's that of its values.
+    assert found["Model hash"] == hashlib.sha256(data).hexdigest()[:10]
+    assert found["Lora hashes"] == f"style: {hashlib.sha256(b'values').hexdigest()[:12]}"
+
+
 def test_our_text_has_a1111s_layout():
     request = ImageRequest("1girl, (red:1.2) ü猫\nrain", 832, 1216, 2**64 - 1)
     params = SamplingParams("bad: worse,\nworst", 30, 4.5, "dpmpp_2m_sde_gpu", "karras", 2.5, 0.75)
-    loras = [("b/x.safetensors", 0.8), ("y, z.safetensors", (1.0, 0.5))]
+    loras = [("b/x.safetensors", 0.8), ("y, z.safetensors", {"": 1.0, "text_encoder": 0.5})]
     text = to_text(request, params, FILES | {"loras": loras, "image": "i.png"})["parameters"]
     found = as_a1111_reads(text)
     assert found["Prompt"] == "1girl, (red:1.2) ü猫\nrain <lora:x:0.8> <lora:y z:0.5:1>"
@@ -130,7 +146,7 @@ def test_a_forge_image_is_read():
         "schedule": "sgm_uniform",
     }
     # A tag with two numbers: the text encoder's, then the model's. Ours: the model's first.
-    assert recipe.loras == [("style", 0.8), ("other_v2", (0.25, 0.5)), ("third", 1.0)]
+    assert recipe.loras == [("style", 0.8), ("other_v2", {"": 0.25, "text_encoder": 0.5}), ("third", 1.0)]
     files = {"transformer": "anima_baseV10", "vae": "qwen_image_vae", "text_encoder": "qwen_3_06b_base"}
     assert recipe.files == files
     hires, brackets, noise = recipe.messages
