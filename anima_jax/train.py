@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 print(problems.summary())
             dry_run(run, abstract, data, tokenizers, devices=arguments.devices, device_kind=arguments.device_kind)
             return
+        stack.enter_context(command.output_may_fail())
         for path in filter(None, [config.output_dir, arguments.dump_dataset]):
             with writing_to(path):
                 pathlib.Path(path).mkdir(parents=True, exist_ok=True)
@@ -247,6 +248,11 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             point, [event for event in interruptible if event.due(point) and not event.done(point) and not repeats]
         )
         stopped = stop_for(signals.agreed(), point)
+        if point.step == total and not stopped:
+            writer.print(
+                f"the run is finished: {point.step} of {total} steps; to train longer, raise epochs or max_steps"
+            )
+            export.perform(point, state, export.missing(point))
         unconditional = encode_text(batches.unconditional()) if config.uncond_fraction and not stopped else None
         compiled: set[tuple[int, int]] = set()
         loading = prefetched(

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,18 @@ def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path,
     with pytest.raises(SystemExit) as exit_:
         train([*arguments, "--resume_from_checkpoint", "20200101_00-00-00"])
     assert exit_.value.code == 2
+
+
+def test_a_finished_run_says_so_and_makes_up_for_a_model_that_it_could_not_save(config, tmp_path):
+    arguments = ["--config", str(config), "--set", "max_steps=2"]
+    train(arguments)
+    run = run_of(tmp_path / "runs")
+    saved = (run / "step2" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "step2")  # as after a full disk
+    out = output_of([*arguments, "--resume_from_checkpoint"])
+    assert "the run is finished: 2 of 2 steps; to train longer, raise epochs or max_steps" in out
+    assert (run / "step2" / "model.safetensors").read_bytes() == saved
+    assert "saved" not in output_of([*arguments, "--resume_from_checkpoint"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The command line of `python -m anima_jax.train`: flags, logging, and the command that samples from a run."""
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -9,7 +10,7 @@ import pathlib
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,39 @@ def log_to_console() -> None:
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+
+
+class _Unfailing(io.FileIO):
+    """An open file to which every write succeeds: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write `data`, or nothing if that fails."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+@contextlib.contextmanager
+def output_may_fail() -> Iterator[None]:
+    """Drop output of the block that cannot be written: training continues without its terminal, `tee` or log file."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_unfailing, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _unfailing(stream: Any) -> Any:
+    try:
+        stream.flush()
+        raw = _Unfailing(stream.fileno(), "wb", closefd=False)
+    except (OSError, ValueError, AttributeError):  # not a file, or closed
+        return stream
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

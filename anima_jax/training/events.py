@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from anima_jax.data.dataset import TrainingData
@@ -65,9 +65,13 @@ class Export:
         """Return the names of the folders in which to save the model at this point; empty if none is due."""
         return export_names(self._run, point)
 
-    def perform(self, point: RunPoint, state: TrainState) -> None:
-        """Save the model in every folder that is due, and delete the oldest exports."""
-        for name in self.due(point):
+    def missing(self, point: RunPoint) -> list[str]:
+        """Return those folders of `due` that have no model, as when an earlier attempt had a full disk."""
+        return [name for name in self.due(point) if not any((self._run_folder / name).glob("*.safetensors"))]
+
+    def perform(self, point: RunPoint, state: TrainState, names: Sequence[str] | None = None) -> None:
+        """Save the model in every folder that is due, or those of `names`, and delete the oldest exports."""
+        for name in self.due(point) if names is None else names:
             self._writer.flush()
             config, folder = self._run.config, self._run_folder / name
             about = about_adapter(config, self._partition, point.step)

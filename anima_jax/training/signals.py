@@ -1,6 +1,7 @@
-"""Requests to a run to save, or to save and stop, by diffusion-pipe's signal files or SIGTERM."""
+"""Requests to a run to save, or to save and stop, by diffusion-pipe's signal files or by signals."""
 
 import contextlib
+import os
 import pathlib
 import signal
 from collections.abc import Callable
@@ -17,21 +18,35 @@ FILES: tuple[Request, ...] = ("save_quit", "save")
 """Names of (empty) files in the run's folder that are requests; the first one found counts."""
 
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+"""Signals that are requests to save and quit: schedulers' (SIGTERM, SIGUSR1), Ctrl-C, and a terminal that closes.
+
+After the first SIGTERM or SIGINT, the next one ends the process at once. The others are requests every time: a terminal
+that closes may send several, and SLURM sends SIGTERM after its warning. Native Windows has only the first two.
+"""
+
+_AT_ONCE = (signal.SIGTERM, signal.SIGINT)
+
+_INTERRUPTED = b"\nsaving a checkpoint after the current step; press Ctrl-C again to end at once\n"
+
+
 class _CutShort(BaseException):
     """Ends the action of `Signals.cut_short`. It is not an Exception, because libraries may catch those."""
 
 
 class Signals:
-    """Requests to the run in `run_folder`. Until `close`, the first SIGTERM is a request to save and quit.
+    """Requests to the run in `run_folder`. Until `close`, `SIGNALS` that were not ignored ask to save and quit.
 
-    A second SIGTERM ends the process at once, as it would without this class; so does a keyboard interrupt. With a
-    `consensus`, the processes of a run agree on requests. Create the object in the main thread.
+    With a `consensus`, the processes of a run agree on requests. Create the object in the main thread.
     """
 
     def __init__(self, run_folder: pathlib.Path, consensus: Consensus | None = None):
         self._folder, self._consensus = run_folder, consensus
         self._terminated = self._cutting = False
-        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        # nohup ignores SIGHUP, and a shell without job control SIGINT for what runs in the background.
+        listened = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in listened}
 
     def requested(self) -> Request | None:
         """Return the request that this process received since the last call, None if there is none.
@@ -59,7 +74,7 @@ class Signals:
         return REQUESTS[self._consensus(number) if self._consensus else number]
 
     def cut_short(self, action: Callable[[], None]) -> None:
-        """Run an action that may take long and can be repeated later. SIGTERM ends it at once, or prevents its start.
+        """Run an action that may take long and can be repeated later. A signal ends it at once, or prevents its start.
 
         Several processes always complete it, because none may leave an action that they run together.
         """
@@ -75,12 +90,18 @@ class Signals:
             self._cutting = False
 
     def close(self) -> None:
-        """Restore the previous handler of SIGTERM."""
-        signal.signal(signal.SIGTERM, self._before)
+        """Restore the previous handlers of the signals."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _on_sigterm(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         self._terminated = True
-        signal.signal(number, self._before)
+        for again in _AT_ONCE if number in _AT_ONCE else ():
+            if again in self._before:
+                signal.signal(again, self._before[again])
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, _INTERRUPTED)  # `print` may be what the signal interrupted
         if self._cutting:
             self._cutting = False
             raise _CutShort
