@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import modules
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.quantised import Quantised
+from anima_jax.training.command import overrides, parse_arguments
 from anima_jax.training.state import prepare
 from tests.small_run import CONFIG, write_config, write_transformer
 
@@ -129,3 +131,19 @@ def test_blocks_that_are_computed_again_together_divide_the_blocks(files):
     folder, _ = files
     with pytest.raises(UserError, match="remat_every = 3, expected a divisor of the transformer's 2 blocks: 1, 2"):
         prepare(configured(folder, "remat_every=3"))
+
+
+def test_an_unknown_tensor_is_left_out_only_with_the_flag(files, tmp_path, capsys):
+    folder, params = files
+    odd = tmp_path / "odd.safetensors"
+    extra = {"net.odd": np.zeros(2, np.float32), "net.pos_embedder.seq": np.zeros(2, np.float32)}
+    save_file(load_file(folder / "base.safetensors") | extra, odd)
+    file = f"model.transformer_path={odd}"
+    with pytest.raises(UserError, match=r"1 unknown in the file: net\.odd; --allow_unused"):
+        prepare(configured(folder, file))
+    flag = overrides(parse_arguments(["--config", "main.toml", "--allow_unused"]))
+    trained = prepare(configured(folder, file, *flag))
+    assert trained.params.keys() == params.keys()
+    printed = capsys.readouterr().out
+    assert f"{odd}: skipped 1 harmless extra tensor: net.pos_embedder.seq" in printed
+    assert f"{odd}: skipped 1 unknown tensor: net.odd" in printed
