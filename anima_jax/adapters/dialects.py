@@ -15,7 +15,7 @@ import numpy as np
 
 from anima_jax.adapters.kinds import FACTORS, SUFFIXES, split_key
 from anima_jax.checkpoints.names import LINEAR, FileLayout, Rule, diffusers, dit, file_tensors, qwen3
-from anima_jax.checkpoints.names.networks import TEXT_ENCODER
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER, unwrapped
 from anima_jax.errors import did_you_mean
 from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -118,7 +118,7 @@ def _module(spelling: str, known: Mapping[str, str]) -> str | None:
     A wrapper of the text encoder does not lead to a module of the transformer, and the reverse.
     """
     for is_text in (False, True):
-        rest: str | None = spelling
+        rest: str | None = unwrapped(spelling)
         while rest is not None:
             module = known.get(rest)
             if module is not None and module.startswith(TEXT_ENCODER) == is_text:

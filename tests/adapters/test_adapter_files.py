@@ -99,7 +99,13 @@ def test_names_of_the_text_encoder():
 @pytest.mark.parametrize(
     "spelling",
     [
-        *("base_model.model.net.{}", "pipe.dit.{}", "transformer.net.{}", "module.model.diffusion_model.{}", "unet.{}"),
+        *(
+            "base_model.model.net.{}",
+            "pipe.dit.{}",
+            "transformer.net.{}",
+            "module.model.diffusion_model.{}",
+            "_orig_mod.{}",
+        ),
         *(
             "base_model.model.transformer.{}",
             "diffusion_model.net.{}",

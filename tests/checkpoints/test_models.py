@@ -139,7 +139,7 @@ def test_transformer_is_read_under_every_prefix(tmp_path, dit_params, prefix):
     assert_same_params(params_of(anima_jax.load_dit(saved(tmp_path, dit_tensors(prefix)))), dit_params)
 
 
-OTHER_PREFIXES = ("pipe.dit.", "transformer.net.", "base_model.model.net.", "module._orig_mod.model.", "ema_model.x.")
+OTHER_PREFIXES = ("pipe.dit.", "transformer.net.", "base_model.model.net.", "module.model.", "ema_model.x.")
 
 
 @pytest.mark.parametrize("prefix", OTHER_PREFIXES)
@@ -150,6 +150,16 @@ def test_every_network_is_found_under_any_prefix(prefix):
         assert located is not None
         assert located.keys == {name: prefix + name for name in names}
         assert (located.prefix, located.unknown) == (prefix, ("vae_scale",))
+
+
+def test_modules_that_pytorch_puts_between_are_removed(tmp_path, dit_params):
+    tensors = {}
+    for name, array in dit_tensors("").items():
+        wrapped = re.sub(r"^(blocks\.\d+)", r"\1._orig_mod._checkpoint_wrapped_module", name)
+        tensors["_orig_mod.net." + wrapped.replace("q_proj.", "q_proj.base_layer.")] = array
+    assert_same_params(params_of(anima_jax.load_dit(saved(tmp_path, tensors))), dit_params)
+    both = {"net.final_layer._orig_mod.linear.weight": tensors["_orig_mod.net.final_layer.linear.weight"]}
+    assert "1 unknown in the file: net.final_layer._orig_mod" in refusal(saved(tmp_path, dit_tensors() | both))
 
 
 @pytest.mark.parametrize("core", ["", "transformer.", "transformer.core.", "model.diffusion_model."])
@@ -235,6 +245,7 @@ def test_text_encoder_of_a_bundle_is_read_with_its_head_and_its_logit_scale(tmp_
     tensors = {prefix + name.removeprefix("model."): array for name, array in golden("qwen3.model").items()}
     tensors[prefix.removesuffix("model.") + "lm_head.weight"] = np.zeros((4, 4), np.float32)
     tensors["text_encoders.qwen3_06b.logit_scale"] = np.zeros((), np.float32)
+    tensors["text_encoders.t5xxl.transformer.shared.weight"] = np.zeros((2, 2), np.float32)
     expected = params_of(anima_jax.load_text_encoder(GOLDEN / "qwen3.model.safetensors"))
     assert_same_params(params_of(anima_jax.load_text_encoder(saved(tmp_path, tensors))), expected)
 

@@ -21,6 +21,8 @@ from anima_jax.models.wan_vae import WanVAE
 _NAMES = r"(?P<prefix>(?:[A-Za-z_][\w-]*\.)*?)"
 """A prefix: the names of the modules in which a tool wraps a network, whatever they are. None of them is a number."""
 
+_BETWEEN = re.compile(r"(?<=[\w])[._](_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)(?=[._])")
+
 HARMLESS = re.compile(
     r"(.*\.)?("
     r"pos_embedder\..*|accum_\w+|_extra_state"  # of Cosmos and TransformerEngine
@@ -139,30 +141,39 @@ def locate(network: Network, file_keys: Iterable[str]) -> NetworkKeys | None:
 
     Its prefix is the one under which most of its typical names occur.
     """
-    file_keys = list(file_keys)
-    prefix = _prefix(network, file_keys)
+    file_keys = dict.fromkeys(file_keys)
+    stored: dict[str, str] = {}
+    for key in file_keys:
+        name = unwrapped(key)
+        stored[key if name in stored or name in file_keys else name] = key
+    prefix = _prefix(network, stored)
     if prefix is None:
         return None
-    others = {*BUNDLED, *_other_prefixes(network, file_keys)}
-    names = {key: key.removeprefix(prefix) for key in file_keys if key.startswith(prefix)}
+    others = {*BUNDLED, *_other_prefixes(network, list(stored))}
+    names = {key: key.removeprefix(prefix) for key in stored if key.startswith(prefix)}
     aliases = network.aliases(list(names.values()))
-    own_adapter = _adapter_beside(network, prefix, file_keys)
+    own_adapter = _adapter_beside(network, prefix, list(stored))
     keys: dict[str, str] = {}
     skipped: list[str] = []
     elsewhere: list[str] = []
     unknown: list[str] = []
-    for key in file_keys:
-        if HARMLESS.fullmatch(key):
+    for name, key in stored.items():
+        if HARMLESS.fullmatch(name):
             skipped.append(key)
-        elif key in own_adapter:
-            keys[own_adapter[key]] = key
-        elif _is_elsewhere(network, prefix, key, others):
+        elif name in own_adapter:
+            keys[own_adapter[name]] = key
+        elif _is_elsewhere(network, prefix, name, others):
             elsewhere.append(key)
-        elif key in names:
-            keys[network.rename + aliases.get(names[key], names[key])] = key
+        elif name in names:
+            keys[network.rename + aliases.get(names[name], names[name])] = key
         else:
             unknown.append(key)
     return NetworkKeys(prefix, keys, tuple(skipped), tuple(elsewhere), tuple(unknown))
+
+
+def unwrapped(key: str) -> str:
+    """Return a name without the modules that PyTorch and PEFT put between a network's own: `_orig_mod` and others."""
+    return _BETWEEN.sub("", key)
 
 
 def _prefix(network: Network, file_keys: Iterable[str]) -> str | None:
@@ -192,4 +203,10 @@ def _is_elsewhere(network: Network, prefix: str, key: str, others: Iterable[str]
         return not key.startswith(prefix)
     if network is DIT and key.startswith(prefix + dit.CONNECTOR):
         return True
-    return any(key.startswith(other) and not prefix.startswith(other) for other in others)
+    if any(key.startswith(other) and not prefix.startswith(other) for other in others):
+        return True
+    # In a bundle's folder of text encoders, every text encoder has its own.
+    root, _, rest = prefix.partition(".")
+    return (
+        root == "text_encoders" and key.startswith(f"{root}.") and not key.startswith(f"{root}.{rest.split('.')[0]}.")
+    )
