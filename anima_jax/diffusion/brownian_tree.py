@@ -45,9 +45,14 @@ class BrownianTree:
         self._nodes = [_Node(round(start, _DIGITS), round(end, _DIGITS), total, (0, 0), np.zeros(shape))]
 
     def __call__(self, sigma: float, next_sigma: float) -> np.ndarray:
-        """Return standard normal noise, float32: the increment from `sigma` down to `next_sigma`, over its std."""
+        """Return standard normal noise, float32: the increment from `sigma` to `next_sigma`, over its std.
+
+        It is 0 between two equal levels.
+        """
+        if sigma == next_sigma:
+            return np.zeros(self._shape, np.float32)
         moved = self._at(next_sigma) - self._at(sigma)
-        return (moved / math.sqrt(sigma - next_sigma)).astype(np.float32)
+        return (moved / math.sqrt(abs(sigma - next_sigma))).astype(np.float32)
 
     def _at(self, time: float) -> np.ndarray:
         """Return the motion at `time`, float64.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anima_jax.diffusion.schedules import SCHEDULES, percent_to_sigma, sigma_table, sigmas
+from anima_jax.diffusion.schedules import SCHEDULES, part, percent_to_sigma, sigma_table, sigmas
 from tests.golden_files import golden
 
 DATA = golden("levels")
@@ -29,6 +29,13 @@ def test_the_table_and_fractions_of_the_sampling_are_comfyuis(index):
     np.testing.assert_array_equal(sigma_table(SHIFTS[index]), DATA["table"][index])
     for percent, expected in zip(DATA["percent"].tolist(), DATA["percent_to_sigma"][index], strict=True):
         assert percent_to_sigma(percent, SHIFTS[index]) == expected
+
+
+@pytest.mark.parametrize("key", [key for key in DATA if key.startswith("part")])
+def test_a_part_of_the_steps_has_the_levels_of_ksampler_advanced(key):
+    _, start, end, leftover = key.split("|")
+    found = part(sigmas("simple", 10), int(start), int(end), leftover_noise=leftover == "True")
+    np.testing.assert_array_equal(found, DATA[key])
 
 
 def test_every_schedule_has_recorded_levels():

@@ -36,6 +36,12 @@ def test_a_brownian_path_does_not_depend_on_the_order_of_evaluation():
     np.testing.assert_allclose(sum(parts), tree(1.0, 0.3) * np.sqrt(0.7), rtol=1e-5)
 
 
+def test_a_brownian_path_stays_between_equal_levels_and_runs_in_both_directions():
+    tree = BrownianTree(5, 0.05, 1.0, (4,), CPUStream)
+    np.testing.assert_array_equal(tree(0.5, 0.5), np.zeros(4))
+    np.testing.assert_array_equal(tree(0.5, 0.7), -tree(0.7, 0.5))
+
+
 def noises(kind, seed, sampler, count=2):
     stream = StepNoise(NoiseKind.parse(kind), seed, SHAPE, SAMPLERS[sampler], LEVELS)
     return [stream.next(Draw(float(LEVELS[i]), float(LEVELS[i + 1]))) for i in range(count)]

@@ -190,6 +190,8 @@ def test_prompt_seed_guidance_levels_and_parameters_compile_nothing(pipeline):
         pipeline("x " * 200, "a green square", **(SETTINGS | {"seed": 2**63}))
         for changes in ({"guidance_scale": 1.0}, {"guidance_interval": (0.2, 0.8)}, {"cfg_zero_star": True}):
             pipeline("a red circle", **SETTINGS, **changes)
+        pipeline("a red circle", **SETTINGS, rescale_cfg=0.5, cfg_norm=1, apg=True, apg_momentum=-0.5)
+        pipeline("a red circle", **SETTINGS, sigmas=[0.9, 0.5, 0.1, 0])
         pipeline("a red circle", **SETTINGS, shift=1.0, schedule="karras")
         pipeline.dit_params = others
         pipeline("a red circle", **SETTINGS)
@@ -319,6 +321,25 @@ def test_the_less_is_denoised_the_nearer_the_image_stays(pipeline):
     assert 0 < apart[0] < apart[1] < apart[2]
 
 
+def test_two_calls_with_noise_left_over_are_one_sampling(pipeline):
+    requests = [ImageRequest("x", 32, 48, 1), ImageRequest("y", 48, 32, 2)]
+    params = SamplingParams(sampler="dpm_2", steps=5)
+
+    def drawn(original=None, **changes):
+        changed = dataclasses.replace(params, **changes)
+        return pipeline.draw_latents(requests, changed, original=original, callback=ignore)
+
+    first = drawn(end_at_step=2, return_with_leftover_noise=True)
+    found = drawn(first, start_at_step=2, add_noise=False)
+    by_hand = drawn(sigmas=params.levels()[:3])
+    at_once = drawn()
+    for index, latents in enumerate(at_once):
+        assert relative_error(found[index], latents) < 1e-5
+        np.testing.assert_array_equal(by_hand[index], first[index])
+        assert relative_error(first[index], latents) > 1e-2
+    assert drawn(first, start_at_step=5)[1] is first[1]
+
+
 @pytest.mark.parametrize("sampler", ["er_sde", "uni_pc"])
 def test_inpainting_keeps_the_latents_where_the_mask_is_black(pipeline, sampler):
     image, mask = random_image(), Image.new("L", (32, 48))
@@ -442,6 +463,14 @@ def test_pixels_are_clipped_and_rounded_down():
         ({"paste": 3}, "paste 3 needs an image and a mask"),
         ({"paste": 3, "image": Image.new("RGB", (32, 48))}, "paste 3 needs a mask"),
         ({"paste": -1}, "paste -1, expected a number of pixels from 0 to 16384"),
+        ({"rescale_cfg": 1.5}, "rescale_cfg 1.5, expected 0 to 1"),
+        ({"apg_momentum": float("nan")}, "apg_momentum nan, expected -5 to 1"),
+        ({"apg": True, "guidance_scale": 0.0}, "guidance_scale 0 with apg, which divides by it"),
+        ({"start_at_step": -1}, "start_at_step -1, end_at_step None, expected at least 0"),
+        ({"sigmas": [14.6, 7.0, 0.0]}, r"sigmas 14.6 7.0 0.0, expected two or more noise levels from 1 \(noise\) to 0"),
+        ({"sigmas": [1.0]}, "sigmas 1.0, expected two or more noise levels"),
+        ({"sigmas": [1.0, 0.0, 0.0]}, "sigmas 1.0 0.0 0.0, expected levels above 0 up to the last one"),
+        ({"sigmas": [0.1, 0.9], "sampler": "dpmpp_2m_sde"}, "sampler 'dpmpp_2m_sde': no finite numbers at the noise"),
         ({"tile": 40}, "tile 40, expected 0, or a multiple of 8 from 64 to 16384"),
         ({"image": Image.new("RGB", (32, 32))}, "the image is 32×32, expected 32×48"),
         (

@@ -301,7 +301,8 @@ def sa_solver(
             std = after * math.sqrt(-math.expm1(-2 * tau**2 * h))
             noise = trace.keep(s_noise * std * trace.noise(sigma, after))
         point = point + noise
-    return point
+    # As in ComfyUI, a sampling that ends with noise left over ends at the corrected point of its last evaluation.
+    return x
 
 
 def _stochastic_adams(
