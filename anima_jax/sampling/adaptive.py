@@ -5,6 +5,7 @@ runs the same compiled program. All processes come to the same decisions, becaus
 Axes: b batch, l image tokens, c the 64 values of a token, q new noise arrays, n evaluations of the network.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def sample(
 
     `plan_of` returns the plan of a step for its levels, with the results of `dpm_adaptive`; `scale_of` returns the
     guidance scale at the levels of its evaluations. Noise that a rejected step would have added is kept for the next
-    attempt. Raises UserError if a step's error is not finite, and if sampling would never end.
+    attempt. A step whose error is NaN is the last one: the network or its input is. Raises UserError if sampling would
+    never end.
     """
     start_blc = packing.pack(start)
     x_blc, previous_blc, momentum_blc, replicated = replicate((start_blc, start_blc, np.zeros_like(start_blc), shared))
@@ -79,6 +81,9 @@ def sample(
             report(callback, done, max(whole, done + count), finished_blc, packing)
         finished_blc = estimate_blc
         done += count
+        if math.isnan(error):
+            x_blc = after_blc
+            break
         if controller.accept(float(error)):
             x_blc, previous_blc = after_blc, low_blc
             accepted += 1

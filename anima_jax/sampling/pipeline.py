@@ -5,6 +5,7 @@ Axes: b batch, t frames, y rows, x columns, c channels; n source (Qwen3) tokens,
 Latents of one image are (t, y, x, c); the images of a batch may differ in size.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -235,6 +236,7 @@ class AnimaPipeline:
             return originals
 
         by_request = dict(zip(requests, originals, strict=True))
+        by_batch = {dataclasses.replace(request, batch_index=0): x for request, x in by_request.items()}
 
         def drawn(requests: Sequence[ImageRequest], callback: ProgressCallback | None) -> list[np.ndarray]:
             return self.sample(
@@ -243,7 +245,10 @@ class AnimaPipeline:
                 BatchNoise(requests, params.noise, sampler, sigmas, add_noise=params.add_noise),
                 sigmas,
                 params,
-                originals=[by_request.get(request, originals[0]) for request in requests],
+                originals=[
+                    by_request.get(request, by_batch[dataclasses.replace(request, batch_index=0)])
+                    for request in requests
+                ],
                 mask=mask,
                 callback=callback,
             )

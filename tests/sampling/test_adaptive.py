@@ -76,15 +76,33 @@ class Start:
 
 def test_an_image_does_not_depend_on_what_else_is_drawn(pipeline):
     params = {"noise": "jax", "sampler_options": OPTIONS}
-    (first, second, odd), calls = latents_of(pipeline, (32, 24, 3, 2, 0), (32, 24, 3, 2, 1), (24, 40, 9), **params)
-    ((alone,), _), ((other,), _) = (latents_of(pipeline, one, **params) for one in ((32, 24, 3, 2, 1), (24, 40, 9)))
-    np.testing.assert_array_equal(second, alone)
-    np.testing.assert_array_equal(odd, other)
+    requests = (32, 24, 3, 2, 0), (32, 24, 3, 2, 1), (24, 32, 9, 2, 1)
+    (first, second, other), calls = latents_of(pipeline, *requests, **params)
+    for request, together in zip(requests[1:], (second, other), strict=True):
+        (alone,), _ = latents_of(pipeline, request, **params)
+        np.testing.assert_array_equal(together, alone)
     assert relative_error(second, first) > 1e-2
     done, totals, shown = zip(*calls, strict=True)
     assert list(done) == sorted(done)
     assert [d == t for d, t in zip(done, totals, strict=True)] == [False] * (len(done) - 1) + [True]
-    assert [image.shape for image in shown[-1]] == [first.shape, second.shape, odd.shape]
+    assert [image.shape for image in shown[-1]] == [first.shape, second.shape, other.shape]
+
+
+def test_a_network_that_returns_nan_ends_the_sampling(pipeline, monkeypatch):
+    broken = {name: value * np.nan for name, value in pipeline.dit_params.items()}
+    monkeypatch.setattr(pipeline, "dit_params", broken)
+    (latents,), calls = latents_of(pipeline, (32, 24, 3, 2, 0), sampler_options=OPTIONS)
+    assert np.isnan(latents).all()
+    assert calls[-1][:2] == (3, 3)
+
+
+def test_options_are_arguments_of_the_pipeline(pipeline):
+    def drawn(**params):
+        return np.asarray(pipeline("x", width=32, height=24, steps=3, seed=1, **params)[0]).astype(int)
+
+    ancestral, euler = drawn(sampler="euler_ancestral", eta=0.0), drawn(sampler="euler")
+    assert np.abs(ancestral - euler).max() <= 1
+    np.testing.assert_array_equal(drawn(sampler="euler_ancestral", sampler_options={"eta": 0}), ancestral)
 
 
 def test_a_batch_is_drawn_once_and_whole():
