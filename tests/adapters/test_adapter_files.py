@@ -260,7 +260,7 @@ def test_pefts_alpha_counts_in_pefts_files_and_diffusers_in_theirs(tmp_path, dia
         assert {one for module, one in scales.items() if module.startswith("llm_adapter.")} == {0.5}
 
 
-Q_PROJ = "blocks.1.self_attn.q_proj"
+Q_PROJ, Q_PATH = "blocks.1.self_attn.q_proj", "blocks.self_attn.q_proj"
 
 
 def random_parts(kind: str, out: int = 64, into: int = 64) -> dict[str, np.ndarray]:
@@ -436,6 +436,20 @@ def test_what_only_merging_can_do_cannot_be_trained_on(kind, trained, part):
     scales = {"blocks.self_attn.q_proj.lora_scale": np.ones(3, np.float32)}
     with pytest.raises(UserError, match=f"x: {Q_PROJ}: {part} cannot be trained on; merge the file instead"):
         planning.factors_of(Adapter("x", {Q_PROJ: patch}), specs, scales, {}, "x")
+
+
+def test_a_run_begins_from_factors_of_1x1_convolutions_as_from_matrices():
+    parts, spec = random_parts("lora"), {Q_PATH: adapter_spec("lora", (3, 64, 64), (3, 3, 3))}
+    scales = {f"{Q_PATH}.lora_scale": np.ones(3, np.float32)}
+    fresh = {f"{Q_PATH}.{name}": jnp.zeros((3, *shape)) for name, shape in spec[Q_PATH].shapes.items()}
+    convolutions = {name: one if name == "alpha" else one[..., None, None] for name, one in parts.items()}
+    found = []
+    for own in (parts, convolutions):
+        patch = Patch({name: Part.of(array) for name, array in own.items()})
+        found.append(planning.factors_of(Adapter("x", {Q_PROJ: patch}), spec, scales, fresh, "x"))
+    assert np.any(np.asarray(found[0][f"{Q_PATH}.lora_b"]))
+    for path, array in found[0].items():
+        np.testing.assert_array_equal(found[1][path], array)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
