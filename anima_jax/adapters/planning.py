@@ -130,7 +130,9 @@ def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params
                 f"{label} changes {len(strangers)} modules that get no adapter in this run, as {strangers[0]}"
             )
         if other := next((patch for patch in found.patches.values() if patch.kind.name != adapter.type), None):
-            raise UserError(f"{label} is a {other.kind.title}, and type is '{adapter.type}'")
+            title = other.kind.title
+            article = "" if title.islower() else "an " if title.startswith("O") else "a "
+            raise UserError(f"{label} is {article}{title}, and type is '{adapter.type}'")
         messages = [f"{len(found.patches)} of {len(trained)} modules begin from {found.path} ({found.summary})"]
         base = config.model.transformer_path
         if base is not None and (warning := base_mismatch(found.path, found.metadata, base)):

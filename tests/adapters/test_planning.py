@@ -404,6 +404,21 @@ def test_an_existing_adapter_that_is_another_one_is_refused(folder, tmp_path, ke
         prepared(folder, f"{FEW}\n{keys}\ninit_from_existing = '{path}'")
 
 
+@pytest.mark.parametrize(
+    ("part", "shape", "title"),
+    [
+        ("oft_blocks", (16, 8, 8), "an OFT"),
+        ("diff", (128, 64), "differences of weights"),
+        ("set_weight", (128, 64), "new weights"),
+    ],
+)
+def test_a_kind_that_is_only_read_cannot_be_trained_on(folder, tmp_path, part, shape, title):
+    path = tmp_path / "adapter.safetensors"
+    save_file({f"diffusion_model.blocks.0.mlp.layer1.{part}": np.zeros(shape, np.float32)}, path)
+    with pytest.raises(UserError, match=f"is {title}, and type is 'lora'"):
+        prepared(folder, f"{FEW}\ntype = 'lora'\nrank = 4\ninit_from_existing = '{path}'")
+
+
 def test_a_folder_must_hold_one_adapter(folder, tmp_path):
     with pytest.raises(UserError, match=r"holds 0 .safetensors files, expected one adapter"):
         prepared(folder, f"type = 'lora'\nrank = 4\ninit_from_existing = '{tmp_path}'")
