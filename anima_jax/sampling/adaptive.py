@@ -5,6 +5,7 @@ runs the same compiled program. All processes come to the same decisions, becaus
 Axes: b batch, l image tokens, c the 64 values of a token, q new noise arrays, n evaluations of the network.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ def sample(
     attempt. A step whose error is NaN is the last one: the network or its input is. Raises UserError if sampling would
     never end.
     """
+    run = functools.partial(advance, params, graphdef=graphdef, dtype=dtype)
     start_blc = packing.pack(start)
     x_blc, previous_blc, momentum_blc, replicated = replicate((start_blc, start_blc, np.zeros_like(start_blc), shared))
     finished_blc: Any = start_blc
@@ -64,15 +66,8 @@ def sample(
         steps = step_inputs(plan, slice(None), scale_of(plan.sigmas_n), packing, None if on_device else noise, level)
         level = plan.sigmas_n[-1]
         arrays = [x_blc, *(jnp.zeros_like(x_blc) for _ in range(plan.factors_nkj.shape[1] - 1))]
-        (results, momentum_blc), estimate_blc = advance(
-            params,
-            Carry(arrays, momentum_blc),
-            replicate(steps),
-            replicated,
-            graphdef=graphdef,
-            both=plan.both,
-            dtype=dtype,
-        )
+        carry = Carry(arrays, momentum_blc)
+        (results, momentum_blc), estimate_blc = run(carry, replicate(steps), replicated, both=plan.both)
         after_blc, low_blc, difference_blc, before_blc = results[:4]
         error = step_error(low_blc, difference_blc, previous_blc, replicated.size_b3, controller.rtol, controller.atol)
         count = len(plan.sigmas_n)
@@ -85,8 +80,7 @@ def sample(
             x_blc = after_blc
             break
         if controller.accept(float(error)):
-            x_blc, previous_blc = after_blc, low_blc
-            accepted += 1
+            x_blc, previous_blc, accepted = after_blc, low_blc, accepted + 1
             unused.clear()
         else:
             x_blc = before_blc

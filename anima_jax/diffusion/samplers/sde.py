@@ -301,8 +301,8 @@ def sa_solver(
             std = after * math.sqrt(-math.expm1(-2 * tau**2 * h))
             noise = trace.keep(s_noise * std * trace.noise(sigma, after))
         point = point + noise
-    # As in ComfyUI, a sampling that ends with noise left over ends at the corrected point of its last evaluation.
-    return x
+    # Where noise is left over, ComfyUI 0.3.75 returned the last evaluation's point instead; later versions do not.
+    return point
 
 
 def _stochastic_adams(
