@@ -19,6 +19,8 @@ P = ParamSpec("P")
 class UserError(Exception):
     """One or more user errors, one message per argument: the file or key, what was found and what was expected."""
 
+    exit_code = 2
+
     @property
     def messages(self) -> tuple[str, ...]:
         """The messages, each on one line."""
@@ -26,6 +28,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+class NotFiniteError(UserError, RuntimeError):
+    """NaN or infinite values in a file or in what was computed from it: the file and tensors, or where they arose."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -105,8 +113,8 @@ INTERRUPTED = 130
 def command_line(main: Callable[P, None]) -> Callable[P, None]:
     """Decorate a program's `main` so that user errors and keyboard interrupts end it without a traceback.
 
-    A `UserError` is printed on stderr as one `error: …` line per message, with exit code 2. A keyboard interrupt prints
-    one line, with exit code 130.
+    A `UserError` is printed on stderr as one `error: …` line per message, with its exit code (2, or 1 for values that
+    are not finite). A keyboard interrupt prints one line, with exit code 130.
     """
 
     @functools.wraps(main)
@@ -120,7 +128,7 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             for message in error.messages:
                 print(f"error: {message}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             interrupted = True
             print("interrupted", file=sys.stderr)

@@ -16,9 +16,9 @@ from anima_jax.checkpoints.models import open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.errors import UserError, plural, shorten
 from convert import folders
-from convert.values import ValueCheck, check_values
 
 SUMMARY = "describe a file, or every file in a folder"
 

@@ -256,7 +256,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, UserError):
         for message in error.messages:
             print(f"error: {message}", file=sys.stderr)
-        return 2
+        return error.exit_code
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
             f"error: {_this_process()} stops: another process has ended or cannot be reached, or a device has failed; "

@@ -21,6 +21,7 @@ from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
+from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, real_values
 from anima_jax.sampling.program import Carry, SharedInputs, advance, report, step_inputs
 
@@ -48,7 +49,7 @@ def sample(
     run = functools.partial(advance, params, graphdef=graphdef, dtype=dtype)
     start_blc = packing.pack(start)
     x_blc, previous_blc, momentum_blc, replicated = replicate((start_blc, start_blc, np.zeros_like(start_blc), shared))
-    finished_blc: Any = start_blc
+    finished: Any = start_blc, True
     done = accepted = 0
     level = -np.inf
     unused: list[Sequence[np.ndarray]] = []
@@ -73,8 +74,8 @@ def sample(
         count = len(plan.sigmas_n)
         if callback:
             whole = round(done / controller.progress) if controller.progress else 0
-            report(callback, done, max(whole, done + count), finished_blc, packing)
-        finished_blc = estimate_blc
+            report(callback, done, max(whole, done + count), finished, packing)
+        finished = estimate_blc, all_finite(estimate_blc)
         done += count
         if math.isnan(error):
             x_blc = after_blc
@@ -85,7 +86,7 @@ def sample(
         else:
             x_blc = before_blc
     if callback:
-        report(callback, done, done, finished_blc, packing)
+        report(callback, done, done, finished, packing)
     return packing.unpack(x_blc)
 
 

@@ -41,6 +41,11 @@ class ProgressBar:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """End the bar's line, so that an error that stops sampling has its own."""
+        if self._bar is not None:
             self._bar.close()
 
 
@@ -77,11 +82,12 @@ def progress(
     decode: Decode, paths: Sequence[pathlib.Path], preview_every: int | None
 ) -> Generator[ProgressCallback, None, None]:
     """Yield a callback that shows a progress bar and, with `preview_every`, writes previews of images at `paths`."""
-    bar = ProgressBar()
-    if preview_every is None:
-        yield bar
-        return
-    with contextlib.closing(Previews(decode, paths, preview_every)) as previews:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(contextlib.closing(ProgressBar()))
+        if preview_every is None:
+            yield bar
+            return
+        previews = stack.enter_context(contextlib.closing(Previews(decode, paths, preview_every)))
 
         def callback(done: int, total: int, latents: Latents) -> None:
             bar(done, total, latents)

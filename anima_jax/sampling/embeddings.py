@@ -13,7 +13,7 @@ import numpy as np
 
 from anima_jax.checkpoints.locations import PathLike, is_remote
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError, show_value
+from anima_jax.errors import NotFiniteError, UserError, show_value
 from anima_jax.text.prompts import Span, TextualInversion, spans
 
 _QWEN_KEY, _T5_KEY = "qwen3_06b", "t5xxl"
@@ -58,7 +58,7 @@ class Embeddings:
                 return TextualInversion(np.zeros((0, self._width), np.float32), t5_tokens, padding=count)
             values = np.concatenate([file.read(one) for one in qwen_names]).astype(np.float32)
         if not np.isfinite(values).all():
-            raise UserError(f"{path}: {', '.join(qwen_names)} contains NaN or infinite values")
+            raise NotFiniteError(f"{path}: {', '.join(qwen_names)} contains NaN or infinite values")
         return TextualInversion(values.reshape(-1, self._width), t5_tokens)
 
     def _paths(self, name: str) -> Iterator[str]:

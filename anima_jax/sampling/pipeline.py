@@ -20,25 +20,26 @@ from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
 
+from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import AdapterStack, Weight
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
-from anima_jax.errors import UserError
+from anima_jax.errors import NotFiniteError, UserError
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params, cast_to_compute, count, merge, split
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
-from anima_jax.parallel.hosts import is_single_process
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch
 from anima_jax.sampling import adaptive, program
 from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
 from anima_jax.sampling.embeddings import Embeddings
+from anima_jax.sampling.finite import are_finite, not_finite
 from anima_jax.sampling.images import (
     PIXELS_PER_LATENT,
     latent_mask,
@@ -52,7 +53,7 @@ from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.prompt_loras import remark
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
-from anima_jax.sampling.tiles import TILE, in_tiles, tile_side
+from anima_jax.sampling.tiles import run_vae
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
@@ -90,6 +91,7 @@ class AnimaPipeline:
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
         self._said: set[str] = set()
+        self._files: list[PathLike] = []
         if offload:
             self._vae_params, self.text_encoder_params = jax.device_get((self._vae_params, self.text_encoder_params))
 
@@ -131,9 +133,11 @@ class AnimaPipeline:
             load_text_encoder(text_encoder, dtype, allow_unused=allow_unused),
         )
         pipeline = cls(*networks, load_tokenizers(tokenizers), embeddings=embeddings, dtype=dtype, offload=offload)
+        pipeline._files += [*(path for path in (transformer, adapter, vae, text_encoder) if path is not None)]
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]
+            pipeline._files += map(file_of, paths)
             pipeline._loras = AdapterStack(
                 paths, *params, base=transformer, allow_unused=allow_unused, comfyui_dora=comfyui_dora
             )
@@ -253,7 +257,14 @@ class AnimaPipeline:
                 callback=callback,
             )
 
-        return draw_whole_batches(requests, drawn, callback) if sampler.controller else drawn(requests, callback)
+        draw = functools.partial(draw_whole_batches, draw=drawn) if sampler.controller else drawn
+        try:
+            latents = draw(requests, callback=callback)
+            if callback is None and not are_finite(latents):  # Again, to find out where it begins.
+                latents = draw(requests, callback=lambda *_: None)
+        except FloatingPointError as error:
+            raise self._not_finite(str(error)) from None
+        return self._checked(latents, "the last evaluation")
 
     def encode(self, prompts: Sequence[str]) -> Context:
         """Return the context rows of prompts, which may contain ComfyUI's weights and embeddings.
@@ -336,7 +347,8 @@ class AnimaPipeline:
 
     def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
         """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; `tile` is that of `decode`."""
-        return self._run_vae(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1, tile)[0]
+        latents = run_vae(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1, self._vae_width, tile)
+        return self._checked([latents[0]], "the latents of the image")[0]
 
     def decode(self, latents: Iterable[np.ndarray], tile: int | None = None) -> list[np.ndarray]:
         """Return pixels (t, y, x, 3) in about [−1, 1], float32.
@@ -350,32 +362,18 @@ class AnimaPipeline:
             images = list(same_size)
             for first in range(0, len(images), batch_size):
                 batch_btyxc = np.stack(images[first : first + batch_size])
-                pixels += list(self._run_vae(run, batch_btyxc, 1, PIXELS_PER_LATENT, tile))
-        return pixels
+                pixels += list(run_vae(run, batch_btyxc, 1, PIXELS_PER_LATENT, self._vae_width, tile))
+        return self._checked(pixels, "the VAE's decoder")
 
-    def _run_vae(
-        self,
-        run: Callable[[np.ndarray], Array],
-        array_btyxc: np.ndarray,
-        unit_in: int,
-        unit_out: int,
-        tile: int | None,
-    ) -> np.ndarray:
-        """Run the VAE, in tiles if `tile_side` says so.
+    def _checked(self, arrays: list[np.ndarray], where: str) -> list[np.ndarray]:
+        """Return the arrays. Raises NotFiniteError if a value is NaN or infinite."""
+        if not are_finite(arrays):
+            raise self._not_finite(where)
+        return arrays
 
-        `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result.
-        """
-        rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
-        side = tile_side(rows, columns, self._vae_width, tile)
-        if side is not None:
-            return in_tiles(run, array_btyxc, unit_in, unit_out, tile=side)
-        try:
-            return np.asarray(run(array_btyxc))
-        except jax.errors.JaxRuntimeError as error:
-            if tile is not None or "RESOURCE_EXHAUSTED" not in str(error) or not is_single_process():
-                raise
-        print(f"the VAE ran out of memory: it runs in tiles of {TILE * PIXELS_PER_LATENT} pixels", file=sys.stderr)
-        return in_tiles(run, array_btyxc, unit_in, unit_out)
+    def _not_finite(self, where: str) -> NotFiniteError:
+        networks = {"the VAE": self._vae_params, "the text encoder": self.text_encoder_params}
+        return not_finite(where, self._files, {"the transformer": self.dit_params} | networks, self.dtype)
 
     def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
         """Return `run` bound to the VAE's parameters, which stay on the device as long as the result exists."""

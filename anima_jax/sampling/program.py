@@ -27,6 +27,7 @@ from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
+from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, grid_of, real_values, wrapped
 
 
@@ -98,12 +99,12 @@ def sample(
     if callback is None:
         carry, _ = run(carry, slice(0, total))
         return packing.unpack(carry.arrays[0])
-    finished_blc: Any = start_blc
+    finished: Any = start_blc, True
     for index in range(total):
         carry, estimate_blc = run(carry, slice(index, index + 1))
-        report(callback, index, total, finished_blc, packing)
-        finished_blc = estimate_blc
-    report(callback, total, total, finished_blc, packing)
+        report(callback, index, total, finished, packing)
+        finished = estimate_blc, all_finite(estimate_blc)
+    report(callback, total, total, finished, packing)
     return packing.unpack(carry.arrays[0])
 
 
@@ -131,8 +132,14 @@ def step_inputs(
     return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
 
 
-def report(callback: ProgressCallback, done: int, total: int, estimate_blc: Any, packing: TokenPacking) -> None:
-    """Call `callback` once the estimate is computed."""
+def report(callback: ProgressCallback, done: int, total: int, finished: tuple[Any, Any], packing: TokenPacking) -> None:
+    """Call `callback` once the estimate is computed. Raises FloatingPointError if it has values that are not finite.
+
+    `finished` is the estimate, and `all_finite` of it: computed before the next evaluation, for which it never waits.
+    """
+    estimate_blc, is_finite = finished
+    if not is_finite:
+        raise FloatingPointError(f"evaluation {done} of {total}")
     jax.block_until_ready(estimate_blc)
     callback(done, total, lambda: packing.unpack(estimate_blc))
 

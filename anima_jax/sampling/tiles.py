@@ -33,6 +33,31 @@ convolutions.
 """
 
 
+def run_vae(
+    run: Callable[[np.ndarray], Any],
+    array_btyxc: np.ndarray,
+    unit_in: int,
+    unit_out: int,
+    width: int,
+    tile: int | None,
+) -> np.ndarray:
+    """Return `run(array_btyxc)`, computed whole or in tiles as `tile_side` says, or in tiles if the memory runs out.
+
+    `unit_in` and `unit_out` are the side of a latent pixel in the argument and in the result.
+    """
+    rows, columns = (size // unit_in for size in array_btyxc.shape[2:4])
+    side = tile_side(rows, columns, width, tile)
+    if side is not None:
+        return in_tiles(run, array_btyxc, unit_in, unit_out, tile=side)
+    try:
+        return np.asarray(run(array_btyxc))
+    except jax.errors.JaxRuntimeError as error:
+        if tile is not None or "RESOURCE_EXHAUSTED" not in str(error) or not hosts.is_single_process():
+            raise
+    print(f"the VAE ran out of memory: it runs in tiles of {TILE * PIXELS_PER_LATENT} pixels", file=sys.stderr)
+    return in_tiles(run, array_btyxc, unit_in, unit_out)
+
+
 def tile_side(rows: int, columns: int, width: int, tile: int | None) -> int | None:
     """Return the side of the tiles, in latent pixels, for an image of this size in latent pixels; None: the whole.
 

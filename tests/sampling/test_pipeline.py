@@ -396,7 +396,7 @@ def test_the_vae_runs_in_tiles_where_the_memory_is_short_or_the_user_says_so(pip
     latents = pipeline.encode_image(pixels)
     whole = pipeline.decode([latents])[0]
     in_tiles = lambda run, x, *units, tile: run(x) + sum(units) + tile  # noqa: E731 - it stands for a function
-    monkeypatch.setattr("anima_jax.sampling.pipeline.in_tiles", in_tiles)
+    monkeypatch.setattr("anima_jax.sampling.tiles.in_tiles", in_tiles)
     np.testing.assert_array_equal(pipeline.decode([latents], 0)[0], whole)
     np.testing.assert_allclose(pipeline.decode([latents], 64)[0], whole + 17.0, atol=1e-5)
     monkeypatch.setattr("anima_jax.sampling.tiles.free_bytes", lambda device: 10**5)
