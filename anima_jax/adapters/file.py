@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -145,10 +146,10 @@ def file_of(path: PathLike) -> PathLike:
 
 def read_adapter(file: SafetensorsFile) -> Adapter:
     """Return the adapter in an open file with its unused keys, without checking that its parts fit together."""
-    keys = {key: split for key in file.tensors if (split := split_key(key))}
-    known = dialects.modules_by_spelling(dict.fromkeys(spelling for spelling, _ in keys.values()))
+    keys = [(key, spelling, part) for key in file.tensors for spelling, part in _split(key)]
+    known = dialects.modules_by_spelling(dict.fromkeys(spelling for _, spelling, _ in keys))
     parts: dict[str, dict[str, Part]] = {}
-    for key, (spelling, part) in keys.items():
+    for key, spelling, part in keys:
         if spelling not in known:
             continue
         module, name = known[spelling], part
@@ -171,6 +172,19 @@ def read_adapter(file: SafetensorsFile) -> Adapter:
     if metadata.pop(ALPHA_IS_RANK, None):
         patches = {module: _without_idle_alpha(patch) for module, patch in patches.items()}
     return Adapter(file.path, patches, metadata, unused, file.tensors)
+
+
+def _split(key: str) -> Iterator[tuple[str, str]]:
+    """Yield the module names and part that a key means, or nothing if it is not a part's.
+
+    anima_lora trains fused projections and splits them on export, but leaves their `inv_scale` in one piece.
+    """
+    split = split_key(key)
+    fused = re.fullmatch(r"(.*attn[._])(qkv|kv)(_proj)", split[0]) if split and split[1] == "inv_scale" else None
+    if fused and split:
+        yield from ((fused[1] + letter + fused[3], split[1]) for letter in fused[2])
+    elif split:
+        yield split
 
 
 def _without_idle_alpha(patch: Patch) -> Patch:

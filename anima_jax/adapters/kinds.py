@@ -391,7 +391,9 @@ _UNSUPPORTED = {
     r"lora_E(\.\w+)*": "AdaLoRA",
     r"(ia3_l|on_input)(\.\w+)*": "(IA)³",
     r"oft_diag": "OFT of old LyCORIS",
-    r"lora_(ups|downs)\.\d+\.weight|router\.(weight|bias)": "anima_lora's Hydra, whose router chooses at run time",
+    r"(S_[pq]|[PQ]_basis|lambda_layer|base_lambda)": "anima_lora's OrthoLoRA as it is trained",
+    r"(learned_source|rotate_layer)\.(weight|bias)": "ReFT",
+    r"lora_(ups|downs)\.\d+\.weight|lora_up_weight|router\.(weight|bias)": "anima_lora's Hydra (a router at run time)",
 }
 """Pattern for the endings of keys → adapter that cannot be read."""
 

@@ -260,6 +260,18 @@ def test_inv_scale_multiplies_each_input_of_the_adapter(tmp_path, kind, capsys):
     assert relative_error(updates(tmp_path / "out.safetensors")[Q_PROJ], updates(path)[Q_PROJ]) < TOLERANCE
 
 
+def test_inv_scale_of_a_fused_projection_counts_for_each_of_its_parts(tmp_path):
+    """As anima_lora exported its files: factors split into q, k and v, one `inv_scale` for all."""
+    attention, scale, factors = "lora_unet_blocks_1_self_attn", np.abs(normal(64, seed=9)), {}
+    for n, letter in enumerate("qkv"):
+        factors[f"{attention}_{letter}_proj.lora_down.weight"] = normal(3, 64, seed=n)
+        factors[f"{attention}_{letter}_proj.lora_up.weight"] = normal(64, 3, seed=10 + n)
+    plain = updates(written(tmp_path / "plain.safetensors", factors))
+    path = written(tmp_path / "scaled.safetensors", factors | {f"{attention}_qkv_proj.inv_scale": scale})
+    for module, update in updates(path).items():
+        assert relative_error(update, plain[module] * scale) < TOLERANCE
+
+
 # ---- what is no adapter ----------------------------------------------------------------------------------------------
 
 LORA = {"lora_up.weight": (64, 4), "lora_down.weight": (4, 64)}
