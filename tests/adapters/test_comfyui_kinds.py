@@ -303,7 +303,7 @@ BROKEN = {
     r"has dora_scale beside OFT, which has no scale": {"oft_blocks": (8, 8, 8), "dora_scale": (64, 1)},
     r"changes a weight of shape \(64, 32\), the model's is \(64, 64\)": {"set_weight": (64, 32)},
     r"it looks like: PEFT's OFT, which cannot be read": {"oft_R.weight": (8, 28)},
-    r"anima_lora's Hydra, .* cannot be read": {"lora_ups.0.weight": (64, 4), "lora_down.weight": (4, 64)},
+    r"anima_lora's Hydra .*, which cannot be read": {"lora_ups.0.weight": (64, 4), "lora_down.weight": (4, 64)},
 }  # fmt: skip
 
 
