@@ -36,7 +36,7 @@ from anima_jax.sampling.callbacks import progress
 from anima_jax.sampling.file_hashes import FileHashes
 from anima_jax.sampling.flags import DTYPES, parse_arguments
 from anima_jax.sampling.image_text import to_text
-from anima_jax.sampling.images import read_image, save_image
+from anima_jax.sampling.images import check_room, read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.prompt_loras import apply_tags, shared_loras
 from anima_jax.sampling.recipe import IMAGES, Recipe
@@ -68,6 +68,8 @@ def generate(arguments: argparse.Namespace) -> None:
     check_requests(requests, params, image, mask)
     requests, params, tagged = apply_tags(requests, params, arguments.lora_dir)
     paths = output_paths(pathlib.Path(arguments.output), len(requests))
+    if hosts.is_process_0():
+        check_room(paths, [(request.width, request.height) for request in requests])
     files = networks(arguments, config, like)
     mesh = make_mesh(sizes := mesh_sizes(arguments, config))
     with open_dit(

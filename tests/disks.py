@@ -26,7 +26,7 @@ def small_disk(folder: pathlib.Path, kib: int) -> Iterator[pathlib.Path]:
 def fill(folder: pathlib.Path, *, leave: int) -> None:
     """Fill the file system of `folder` except for `leave` bytes, rounded down to its blocks."""
     found = os.statvfs(folder)
-    with open(folder / "ballast", "wb") as file:
+    with open(folder / "ballast", "ab") as file:
         file.write(bytes(found.f_bavail * found.f_frsize - leave))
 
 

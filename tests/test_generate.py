@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax import generate
 from anima_jax.sampling.image_text import from_text, read_recipe
+from tests.disks import fill, small_disk
 from tests.models.networks import normal
 from tests.small_run import ASSETS, CONFIG, write_transformer
 
@@ -57,6 +58,17 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     assert {name: values[name] for name in expected} == expected
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_drawn(networks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate.AnimaPipeline, "load", None)  # which would take minutes
+    with small_disk(tmp_path / "disk", 128) as disk:
+        fill(disk, leave=8192)
+        found = error_of(capsys, *networks, *SMALL, "--prompt", "a", "-o", disk / "new" / "a.png")
+        assert found == f"{disk}/new/a.png: may need 9 kB, but only 8 kB are free on the disk of {disk}/new"
+        fill(disk, leave=0)
+        found = error_of(capsys, *networks, *SMALL, "--prompt", "a", "-o", disk / "a.png")
+        assert found == f"{disk}/a.png: cannot be written: the disk is full"
 
 
 def test_a_dora_is_applied_as_trained_or_as_in_comfyui_and_like_does_the_same(networks, tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 import pathlib
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,23 @@ def save_image(
     with replacing(path) as file:
         file.write(data.getbuffer())
     return dropped
+
+
+def check_room(paths: Sequence[pathlib.Path], sizes_wh: Iterable[tuple[int, int]]) -> None:
+    """Raise UserError unless `paths`, all in one existing folder, can be written: better before the images are drawn.
+
+    A lossless image takes at most about three bytes a pixel.
+    """
+    folder, needed = paths[0].absolute().parent, sum(3 * width * height + 2**12 for width, height in sizes_wh)
+    with writing_to(str(paths[0])):
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"0")
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{paths[0]}: may need {needed / 1000:,.0f} kB, but only {free / 1000:,.0f} kB are free on the disk of "
+            f"{folder}"
+        )
 
 
 def image_format(path: pathlib.Path) -> str:
