@@ -24,7 +24,7 @@ class UserError(Exception):
     @property
     def messages(self) -> tuple[str, ...]:
         """The messages, each on one line."""
-        return tuple(" ".join(str(message).split()) for message in self.args)
+        return tuple(map(one_line, self.args))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
@@ -34,6 +34,12 @@ class NotFiniteError(UserError, RuntimeError):
     """NaN or infinite values in a file or in what was computed from it: the file and tensors, or where they arose."""
 
     exit_code = 1
+
+
+def one_line(text: object) -> str:
+    """Return a message as one line of printable characters. What it quotes from files and prompts may have others."""
+    line = " ".join(str(text).split())
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -339,8 +339,6 @@ def truncated(update: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, fl
     a fraction of a per cent of the best possible for the spectra of trained updates. Raises UserError for values that
     are not finite.
     """
-    if not np.isfinite(update).all():
-        raise UserError("NaN or infinite values")
     rank = min(rank, *update.shape)
     u, s, vt = _leading(update, rank)
     total = float(np.sum(np.square(update), dtype=np.float64))
@@ -353,14 +351,21 @@ _EXACT_BELOW, _OVERSAMPLE, _POWER_ITERATIONS = 512, 16, 4
 def _leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first `rank` singular vectors and values."""
     if min(matrix.shape) <= max(_EXACT_BELOW, 2 * rank):
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        u, s, vt = _svd(matrix)
         return u[:, :rank], s[:rank], vt[:rank]
     start = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + _OVERSAMPLE), FLOAT32)
     basis = np.linalg.qr(matrix @ start)[0]
     for _ in range(_POWER_ITERATIONS):
         basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-    u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    u, s, vt = _svd(basis.T @ matrix)
     return basis @ u[:, :rank], s[:rank], vt[:rank]
+
+
+def _svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return u, s and vt. Raises UserError for values that are not finite, with which LAPACK may never return."""
+    if not np.isfinite(matrix).all():
+        raise UserError("NaN or infinite values")
+    return np.linalg.svd(matrix, full_matrices=False)
 
 
 def _balanced(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -404,7 +409,7 @@ def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, 
     """Return B and A of a lower rank, exact and from the factors alone, ‖ΔW‖², and the energy that is kept."""
     left, right = (lora.parts[part].matrix.float32() for part in ("lora_B", "lora_A"))
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T * np.float32(lora.scale), full_matrices=False)
+    u, s, vt = _svd(r_left @ r_right.T * np.float32(lora.scale))
     energy = np.square(s, dtype=np.float64)
     b, a = _balanced(q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T)
     return b, a, float(energy.sum()), float(energy[:rank].sum())

@@ -13,7 +13,7 @@ import numpy as np
 
 from anima_jax.checkpoints.locations import PathLike, is_remote
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import NotFiniteError, UserError, show_value
+from anima_jax.errors import NotFiniteError, UserError, one_line, show_value
 from anima_jax.text.prompts import Span, TextualInversion, spans
 
 _QWEN_KEY, _T5_KEY = "qwen3_06b", "t5xxl"
@@ -107,4 +107,4 @@ def _entry(file: SafetensorsFile, key: str) -> tuple[Sequence[str], tuple[int, .
 
 
 def _remark(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr)
+    print(one_line(text), file=sys.stderr)

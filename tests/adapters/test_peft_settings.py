@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from anima_jax.adapters.file import open_adapter
 from anima_jax.errors import UserError
+from convert.__main__ import main
 
 MODULES = [f"blocks.{block}.{layer}" for block in (0, 1, 11) for layer in ("self_attn.q_proj", "mlp.layer1")]
 MODULES += ["llm_adapter.blocks.0.self_attn.q_proj"]
@@ -17,7 +18,7 @@ RANK = 4
 
 
 def write(folder, text: str | None = None, metadata: str | None = None):
-    """A LoRA in PEFT's names, with settings beside it or in its header."""
+    """Write a LoRA in PEFT's names, with settings beside it or in its header."""
     tensors = {}
     for module in MODULES:
         name = f"base_model.model.{module}"
@@ -109,3 +110,12 @@ def test_no_pattern_takes_long(tmp_path, pattern):
     with contextlib.suppress(UserError):  # too complex
         assert set(alphas(path).values()) == {8.0}
     assert time.monotonic() - begin < 5
+
+
+def test_an_alpha_beyond_float32_ends_resize(tmp_path, capsys):
+    """LAPACK may never return from the singular values of infinity."""
+    path = write(tmp_path, json.dumps({"lora_alpha": 3e38}))
+    with pytest.raises(SystemExit) as ended:
+        main(["resize", str(path), str(tmp_path / "out.safetensors"), "--rank", "1"])
+    assert ended.value.code == 2
+    assert "NaN or infinite values" in capsys.readouterr().err
