@@ -15,7 +15,8 @@ from tests.parallel.meshes import MESHES, name
 from tests.small_run import ASSETS, write_transformer
 
 ONE = dict.fromkeys(rules.AXES, 1)
-PARAMS = SamplingParams(steps=3, sampler="er_sde")
+VARIANTS = {"cfg_zero_star": True, "rescale_cfg": 0.5, "cfg_norm": 1.0, "apg": True, "apg_momentum": -0.5}
+PARAMS = SamplingParams(steps=3, sampler="er_sde", **VARIANTS)
 LARGE = {"width": 128, "height": 96, "seed": 3}
 SIZES = {"width": [64, 48] * 4, "height": [64, 80] * 4, "seed": 5}
 
