@@ -7,6 +7,8 @@ of the noise that is replaced, `s_noise` the factor of the new noise.
 import math
 from typing import Annotated
 
+import numpy as np
+
 from anima_jax.diffusion.samplers.ode import midpoint_step, res_step
 from anima_jax.diffusion.samplers.options import Between, Strength
 from anima_jax.diffusion.samplers.plan import Trace, Vector
@@ -111,17 +113,20 @@ def lcm(trace: Trace, *, s_noise: LCMNoise = 1.0, s_noise_end: LCMNoise = 1.0) -
 def ddpm(trace: Trace) -> Vector:
     """Take steps of the posterior of a variance-preserving diffusion (arXiv 2006.11239), α² = 1 / (1 + σ²).
 
-    As in ComfyUI, the points of the flow model are taken for those of the other diffusion.
+    As in ComfyUI, the points of the flow model are taken for those of the other diffusion, and the factors are float32,
+    whose 1 − α² has few digits at small levels.
     """
-    x = trace.start
+    x, one = trace.start, np.float32(1.0)
     for sigma, after in trace.steps:
-        kept, kept_after = 1 / (1 + sigma**2), 1 / (1 + after**2)
+        squares = np.array([sigma, after], np.float32) ** 2
+        kept, kept_after = one / (squares + one)
+        scale, scale_after = np.sqrt(one + squares)
         share = kept / kept_after
         noise = (x - trace.denoise(x, sigma)) / sigma
-        x = math.sqrt(1 / share) * (math.sqrt(kept) * x - (1 - share) / math.sqrt(1 - kept) * noise)
+        x = np.sqrt(one / share) * (x / scale - ((one - share) / np.sqrt(one - kept)) * noise)
         if after > 0:
-            std = math.sqrt((1 - share) * (1 - kept_after) / (1 - kept))
-            x = math.sqrt(1 + after**2) * (x + std * trace.noise(sigma, after))
+            std = np.sqrt((one - share) * (one - kept_after) / (one - kept))
+            x = scale_after * (x + std * trace.noise(sigma, after))
     return x
 
 

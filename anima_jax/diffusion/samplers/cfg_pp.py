@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Literal
 
 from anima_jax.diffusion.samplers.ancestral import split_variance
-from anima_jax.diffusion.samplers.ode import adams_factors, res_step, weighted
+from anima_jax.diffusion.samplers.ode import lagrange_integrals, res_step, weighted
 from anima_jax.diffusion.samplers.options import Between, Strength
 from anima_jax.diffusion.samplers.plan import Trace, Vector
 
@@ -153,7 +153,7 @@ def cfgpp_ud10_ab(trace: Trace) -> Vector:
             ahead = noise + NOISE_HISTORY_WEIGHT * ((after - sigma) / gap) * (noise - earlier_noise)
             step = (1 - after) * denoised + after * ahead - x
             slope = trace.keep(step / (after - sigma))
-            adams = weighted(adams_factors([sigma, earlier_sigma], after), [slope, earlier_slope])
+            adams = weighted(lagrange_integrals([sigma, earlier_sigma], sigma, after), [slope, earlier_slope])
             step = step + HISTORY_WEIGHT * (adams - step)
         x = x + step
         before = denoised, noise, slope, sigma

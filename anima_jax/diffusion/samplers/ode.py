@@ -6,10 +6,9 @@ polynomial through the last derivatives (Adams-Bashforth).
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import scipy.integrate
 
 from anima_jax.diffusion.samplers.options import Between
 from anima_jax.diffusion.samplers.plan import Trace, Vector
@@ -136,7 +135,7 @@ def res_step(
 
 def lms(trace: Trace, *, order: Annotated[int, Between(1, 100)] = 4) -> Vector:
     """Take Adams-Bashforth steps with polynomials in the level itself."""
-    return _multistep(trace, order, adams_factors)
+    return _multistep(trace, order, lambda levels, after: lagrange_integrals(levels, levels[0], after))
 
 
 def deis(trace: Trace, *, max_order: MaxOrder = 3) -> Vector:
@@ -226,7 +225,9 @@ def _uni_pc(trace: Trace, scale: Callable[[float], float]) -> Vector:
         new = trace.keep((point - stds[index] * noise) / alphas[index])
         if corrector is not None:
             x = trace.keep(moved(x, index, corrector, [*estimates, new]))
-        order = min(index + 1, max(1, min(3, count - 1)), count - index)
+        if count == 1:
+            break  # ComfyUI does not move the point in a single step.
+        order = min(index + 1, count - 1, 3, count - index)
         estimates = [new, *estimates][:order]
         predictor, corrector = _uni_pc_factors(snrs[index::-1][:order], snrs[index + 1], scale)
         point = moved(x, index + 1, predictor, estimates)
@@ -299,20 +300,6 @@ def derivative(trace: Trace, x: Vector, sigma: float) -> Vector:
     """Evaluate the network and return (x − D)/σ."""
     denoised = trace.denoise(x, sigma)
     return (x - denoised) / sigma
-
-
-def adams_factors(levels: Sequence[float], after: float) -> list[float]:
-    """Return the integrals of the levels' Lagrange polynomials from the first of the levels to `after`.
-
-    As in ComfyUI they are computed in float32, whose rounding shows where levels are close.
-    """
-    nodes = np.asarray(levels, np.float32)
-
-    def polynomial(at: float, node: np.float32, *others: np.float32) -> Any:
-        return math.prod((at - other) / (node - other) for other in others)
-
-    orders = [(node, *np.delete(nodes, index)) for index, node in enumerate(nodes)]
-    return [scipy.integrate.quad(polynomial, nodes[0], after, order, epsrel=1e-4)[0] for order in orders]
 
 
 def lagrange_integrals(
