@@ -27,8 +27,9 @@ from anima_jax.text.tokenizers import Tokenizers
 
 TEXT_ROW_STEP = 16
 
-TAGS_COUNTED = 1000
-"""Maximum number of tags of a source that `TrainingData.tag_counts` returns."""
+TAGS_COUNTED, TAG_LENGTH = 10_000, 200
+"""Maximum number of tags that `TrainingData.tag_counts` returns (a tenth of it per source), and of their characters: they
+are for the header of a file."""
 
 
 def read_data(
@@ -97,6 +98,7 @@ class TrainingData:
         self.plan = BatchPlan(tiers, self._config.seed)
         self.captions = ["", *sorted({caption for example in self.examples for caption in example.captions} - {""})]
         self._lengths: np.ndarray | None = None
+        self._tag_counts: dict[str, dict[str, int]] | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -121,13 +123,10 @@ class TrainingData:
 
         As in sd-scripts' `ss_tag_frequency`, tags are what commas separate, in lower case.
         """
-        found = {}
-        for name, group in self._named_groups():
-            captions = {id(example.entry): example.captions[0] for example in reversed(group)}
-            tags = (tag.strip().lower() for caption in captions.values() for tag in caption.split(","))
-            counts = collections.Counter(filter(None, tags))
-            found[name] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TAGS_COUNTED])
-        return found
+        if self._tag_counts is None:
+            limit = max(1, TAGS_COUNTED // max(10, len(self._groups)))
+            self._tag_counts = {name: _most_frequent_tags(group, limit) for name, group in self._named_groups()}
+        return self._tag_counts
 
     def image_counts(self) -> dict[str, dict[str, float]]:
         """Return source → {"n_repeats": …, "img_count": …}, as in sd-scripts' `ss_dataset_dirs`."""
@@ -224,3 +223,13 @@ class TrainingData:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _most_frequent_tags(examples: Sequence[Example], limit: int) -> dict[str, int]:
+    """Return tag → number of occurrences in the first caption of each image, for the `limit` most frequent tags."""
+    captions = {id(example.entry): example.captions[0] for example in reversed(examples)}
+    counts = collections.Counter[str]()
+    for caption in captions.values():
+        tags = (tag.strip().lower() for tag in caption.split(","))
+        counts.update(tag for tag in tags if 0 < len(tag) <= TAG_LENGTH)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit])
