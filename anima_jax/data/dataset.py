@@ -28,8 +28,8 @@ from anima_jax.text.tokenizers import Tokenizers
 TEXT_ROW_STEP = 16
 
 TAGS_COUNTED, TAG_LENGTH = 10_000, 200
-"""Maximum number of tags that `TrainingData.tag_counts` returns (a tenth of it per source), and of their characters: they
-are for the header of a file."""
+"""Maximum number of tags that `TrainingData.tag_counts` returns, at most a tenth of it per source, and of characters of
+a tag: they are for the header of a file."""
 
 
 def read_data(
