@@ -81,4 +81,6 @@ class StepNoise:
 
     def next(self, draw: Draw) -> np.ndarray:
         """Return the next noise; for samplers with a Brownian path, its increment between the levels of `draw`."""
-        return self._path(*draw) if self._path else self._stream.randn(self._shape)
+        noise = self._path(*draw[:2]) if self._path else self._stream.randn(self._shape)
+        limit = draw.clip_std * np.std(noise, ddof=1)
+        return np.clip(noise, -limit, limit) if limit else noise

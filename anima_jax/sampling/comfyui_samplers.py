@@ -26,8 +26,8 @@ NODES = {
 }
 """Node → sampler. Its inputs are the sampler's options."""
 
-OF_NODE = {node.casefold(): (node, sampler) for node, sampler in NODES.items()}
-"""Node in lower case → its name and its sampler."""
+OF_NODE = {node.casefold(): sampler for node, sampler in NODES.items()}
+"""Node in lower case → its sampler."""
 
 FORMS_OF = {
     "exp_heun_2_x0": "seeds_2",
@@ -36,9 +36,6 @@ FORMS_OF = {
     "sa_solver_pece": "sa_solver",
 }
 """Samplers that are others with other defaults."""
-
-NOT_OURS: dict[str, dict[str, Any]] = {"SamplerLCM": {"noise_clip_std": 0.0}}
-"""Inputs of nodes that have no effect at these values, and are not options here."""
 
 
 def sampler_node(sampler: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -52,7 +49,7 @@ def sampler_node(sampler: str, options: Mapping[str, Any]) -> tuple[str, dict[st
     inputs |= check_options(sampler, options)
     if SAMPLERS[sampler].brownian_path_on:
         inputs["noise_device"] = "gpu" if sampler.endswith("_gpu") else "cpu"
-    return name, inputs | NOT_OURS.get(name, {})
+    return name, inputs
 
 
 def sampler_of(kind: str, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
@@ -60,11 +57,9 @@ def sampler_of(kind: str, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
     An input of None means the default.
     """
-    name, sampler = OF_NODE[kind]
+    sampler = OF_NODE[kind]
     if inputs.get("noise_device") == "gpu" and f"{sampler}_gpu" in SAMPLERS:
         sampler += "_gpu"
     known = SAMPLERS[sampler].options
     options = {option: inputs[option] for option, row in known.items() if inputs.get(option) not in (None, row.default)}
-    without_effect = {"noise_device": inputs.get("noise_device")} | NOT_OURS.get(name, {})
-    left = [key for key, value in inputs.items() if key not in known and without_effect.get(key) != value]
-    return sampler, options, left
+    return sampler, options, [name for name in inputs if name not in known and name != "noise_device"]

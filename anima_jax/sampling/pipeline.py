@@ -324,7 +324,10 @@ class AnimaPipeline:
         shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3)
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:
-            return samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
+            plan = samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
+            if noise.keys_b3 is not None and any(draw.clip_std for draw in plan.draws):
+                raise UserError("noise_clip_std: works with torch's noise, not with noise jax")
+            return plan
 
         def scale_of(sigmas_n: np.ndarray) -> np.ndarray:
             return guidance.scale_schedule(sigmas_n, params.guidance_scale, params.guidance_interval, params.shift)

@@ -40,7 +40,7 @@ def test_sampling_may_end_above_0(name):
         (
             "lcm",
             {"s_nois": 1},
-            r"no option 's_nois': its options are s_noise, s_noise_end \(did you mean 's_noise'\?\)",
+            r"no option 's_nois': its options are s_noise, .*std \(did you mean 's_noise'\?\)",
         ),
         ("lms", {"order": 0}, "order '0' of sampler 'lms', expected a whole number from 1 to 100"),
         ("lms", {"order": "2.5"}, "order '2.5' of sampler 'lms'"),

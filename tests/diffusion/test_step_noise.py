@@ -72,3 +72,12 @@ def test_noise_kinds_are_parsed_and_unknown_ones_are_an_error():
     for wrong in ("torch", "torch-cpu:h100", "torch-cuda:", "torch-cuda:abacus", "jax:a100", ""):
         with pytest.raises(UserError, match=f"noise '{wrong}'"):
             NoiseKind.parse(wrong)
+
+
+def test_noise_is_clipped_to_standard_deviations_of_the_whole_draw():
+    kind, levels = NoiseKind.parse("torch-cpu"), np.array([1.0, 0.5, 0.0], np.float32)
+    plain, clipped = (
+        StepNoise(kind, 3, (2, 4, 1, 5, 6), SAMPLERS["lcm"], levels).next(Draw(1.0, 0.5, clip)) for clip in (0.0, 1.5)
+    )
+    std = np.sqrt(np.sum((plain - plain.mean()) ** 2, dtype=np.float64) / (plain.size - 1))  # torch's std
+    np.testing.assert_allclose(clipped, np.clip(plain, -1.5 * std, 1.5 * std), rtol=1e-6)

@@ -18,7 +18,7 @@ NODES = {
     "SamplerDPMPP_2M_SDE": ("dpmpp_2m_sde", {"eta": 0.5, "solver_type": "heun"}, {"noise_device": "cpu", "s_noise": 1}),
     "SamplerDPMPP_3M_SDE": ("dpmpp_3m_sde", {"eta": 0.5, "s_noise": 1.1}, {"noise_device": "cpu"}),
     "SamplerLMS": ("lms", {"order": 2}, {}),
-    "SamplerLCM": ("lcm", {"s_noise": 1.2, "s_noise_end": 0.9}, {"noise_clip_std": 0.0}),
+    "SamplerLCM": ("lcm", {"s_noise": 1.2, "s_noise_end": 0.9, "noise_clip_std": 2.5}, {}),
     "SamplerDPMAdaptative": (
         "dpm_adaptive",
         {"order": 2, "rtol": 0.01, "atol": 0.001, "h_init": 0.1, "pcoeff": 0.1, "icoeff": 0.9, "dcoeff": 0.2}
@@ -74,5 +74,5 @@ def test_what_no_node_does_is_named():
     assert left_out == ["options of the sampler: max_order"]
     graph, _ = graph_of(sampler="lcm", sampler_options={"s_noise": 0.9})
     (node,) = (node for node in graph.values() if node["class_type"] == "SamplerLCM")
-    node["inputs"] |= {"noise_clip_std": 2.5, "s_noise": 1.0}
-    assert "noise_clip_std" in from_comfyui("x.png", graph).messages[0]
+    node["inputs"] |= {"new_input": 2.5, "s_noise": 1.0}
+    assert "new_input" in from_comfyui("x.png", graph).messages[0]

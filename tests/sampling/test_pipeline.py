@@ -471,6 +471,8 @@ def test_pixels_are_clipped_and_rounded_down():
         ({"sigmas": [1.0]}, "sigmas 1.0, expected two or more noise levels"),
         ({"sigmas": [1.0, 0.0, 0.0]}, "sigmas 1.0 0.0 0.0, expected levels above 0 up to the last one"),
         ({"sigmas": [0.1, 0.9], "sampler": "dpmpp_2m_sde"}, "sampler 'dpmpp_2m_sde': no finite numbers at the noise"),
+        ({"sampler": "lms", "order": 0}, "order '0' of sampler 'lms', expected a whole number from 1 to 100"),
+        ({"sampler": "lcm", "noise": "jax", "noise_clip_std": 2}, "noise_clip_std: works with torch's noise"),
         ({"tile": 40}, "tile 40, expected 0, or a multiple of 8 from 64 to 16384"),
         ({"image": Image.new("RGB", (32, 32))}, "the image is 32×32, expected 32×48"),
         (

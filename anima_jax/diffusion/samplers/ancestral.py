@@ -96,17 +96,24 @@ def split_variance(sigma: float, after: float, eta: float = 1.0) -> tuple[float,
     return math.sqrt(after**2 - up**2), up
 
 
-def lcm(trace: Trace, *, s_noise: LCMNoise = 1.0, s_noise_end: LCMNoise = 1.0) -> Vector:
+def lcm(
+    trace: Trace,
+    *,
+    s_noise: LCMNoise = 1.0,
+    s_noise_end: LCMNoise = 1.0,
+    noise_clip_std: Annotated[float, Between(0.0, 10.0)] = 0.0,
+) -> Vector:
     """Take steps σ'·n + (1 − σ')·D: new noise on each estimate (latent consistency models, arXiv 2310.04378).
 
-    The factor of the noise changes linearly from `s_noise` to `s_noise_end`.
+    The factor of the noise changes linearly from `s_noise` to `s_noise_end`. If `noise_clip_std` is above 0, noise is
+    limited to this many of its standard deviations.
     """
     x, last = trace.start, max(1, len(trace.sigmas) - 2)
     for index, (sigma, after) in enumerate(trace.steps):
         x = (1 - after) * trace.denoise(x, sigma)
         if after > 0:
             factor = s_noise + (s_noise_end - s_noise) * index / last
-            x = x + factor * after * trace.noise(sigma, after)
+            x = x + factor * after * trace.noise(sigma, after, noise_clip_std)
     return x
 
 

@@ -47,10 +47,14 @@ class Vector:
 
 
 class Draw(NamedTuple):
-    """A noise array that a sampler uses between one noise level and the next."""
+    """A noise array that a sampler uses between one noise level and the next.
+
+    It is limited to `clip_std` of its standard deviations, unless that is 0.
+    """
 
     sigma: float
     next_sigma: float
+    clip_std: float = 0.0
 
 
 @dataclasses.dataclass
@@ -99,10 +103,10 @@ class Trace:
         self.evaluations.append(_Evaluation(sigma, point.number, guided.number, unconditional.number))
         return guided, unconditional
 
-    def noise(self, sigma: float, next_sigma: float) -> Vector:
-        """Return new standard normal noise for the path from `sigma` to `next_sigma`."""
+    def noise(self, sigma: float, next_sigma: float, clip_std: float = 0.0) -> Vector:
+        """Return new standard normal noise for the path from `sigma` to `next_sigma`; for `clip_std` see `Draw`."""
         drawn = self._new()
-        self.draws.append(Draw(sigma, next_sigma))
+        self.draws.append(Draw(sigma, next_sigma, clip_std))
         self.evaluations[-1].noises.append(drawn.number)
         return drawn
 
