@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
+from anima_jax.checkpoints.locks import lock
 from anima_jax.errors import UserError, first_line, os_reason, shorten
 
 PathLike = str | os.PathLike[str]
@@ -105,6 +106,7 @@ class _WholeWrites(io.FileIO):
 
     def __init__(self, temporary: str, path: str):
         super().__init__(temporary, "xb")
+        lock(self.fileno())  # shows that the writer is alive
         self._path = path
 
     def write(self, data: Any) -> int:
@@ -126,6 +128,15 @@ def writing_to(path: str) -> Iterator[None]:
         raise UserError(f"{path}: the folder {os.path.dirname(path)} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {os_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def reading_folders(path: PathLike) -> Iterator[None]:
+    """Convert the operating system's errors about reading `path`, or what it contains, to UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or os.fspath(path)}: cannot be read: {os_reason(error)}") from error
 
 
 def sync_folder(folder: PathLike) -> None:

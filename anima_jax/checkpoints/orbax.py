@@ -28,7 +28,7 @@ from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from anima_jax.checkpoints import checksums
-from anima_jax.checkpoints.locations import sync_folder
+from anima_jax.checkpoints.locations import reading_folders, sync_folder
 from anima_jax.errors import UserError, os_reason, shorten
 from anima_jax.parallel import hosts
 
@@ -130,16 +130,18 @@ class RunCheckpoints:
 
     def _candidates(self) -> list[str]:
         """Return the names of all folders of checkpoints that are not empty, newest first."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        names = [path.name for path in found if path.name.isdecimal() and path.is_dir() and any(path.iterdir())]
+        with reading_folders(self.folder):
+            found = self.folder.iterdir() if self.folder.is_dir() else ()
+            names = [path.name for path in found if path.name.isdecimal() and path.is_dir() and any(path.iterdir())]
         return sorted(names, key=int, reverse=True)
 
     def _damage(self, path: pathlib.Path) -> str | None:
         """Return what is wrong with this process's part of a checkpoint's files; None if nothing is."""
-        if checksums.is_sealed(path):
-            return checksums.damage(path, jax.process_index(), jax.process_count())
-        if not (path / _LAST_FILE).is_file():
-            return f"{_LAST_FILE} is missing"
+        with reading_folders(path):
+            if checksums.is_sealed(path):
+                return checksums.damage(path, jax.process_index(), jax.process_count())
+            if not (path / _LAST_FILE).is_file():
+                return f"{_LAST_FILE} is missing"
         try:
             self._read(int(path.name))
         except UserError as error:

@@ -394,15 +394,16 @@ def _replacing(target: Any) -> Iterator[Any]:
 
 
 def _sweep(folder: pathlib.Path, *, orphans: bool) -> None:
-    """Remove unfinished files of killed processes and, with `orphans`, old record files without keys."""
+    """Remove unfinished parts and memos of killed processes and, with `orphans`, old record files without keys."""
     for path in folder.iterdir():
         unfinished = re.fullmatch(rf"\.{_PART_FILE.pattern}\.(.+)\.[0-9a-f]{{8}}\.tmp", path.name)
+        memo = re.fullmatch(r"\.files-.+\.[0-9a-f]{8}\.tmp", path.name)
         orphan = orphans and path.suffix == _RECORDS and _PART_FILE.fullmatch(path.name)
-        if not unfinished and (not orphan or path.with_suffix(_KEYS).exists()):
+        if not (unfinished or memo) and (not orphan or path.with_suffix(_KEYS).exists()):
             continue
         with contextlib.suppress(OSError), path.open("rb") as file:  # BlockingIOError while its writer is alive
             old = time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_S
-            of_this_host = unfinished and unfinished[3] == _HOST
+            of_this_host = memo or (unfinished and unfinished[3] == _HOST)
             if old or (of_this_host and lock(file.fileno(), wait=False)):
                 path.unlink()
 

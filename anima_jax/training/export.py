@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from anima_jax.adapters import peft
 from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import patches_of, write_adapter
-from anima_jax.checkpoints.locations import replacing, sync_folder, writing_to
+from anima_jax.checkpoints.locations import reading_folders, replacing, sync_folder, writing_to
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, os_reason
@@ -208,13 +208,20 @@ def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
 
     Of an export with averaged weights, it is the file of those. Raises UserError if there is no model or adapter.
     """
-    root = pathlib.Path(path)
+    with reading_folders(path):
+        return _find_export(pathlib.Path(path))
+
+
+def _find_export(root: pathlib.Path) -> pathlib.Path:
     if root.is_file():
         return root
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder, expected a model, an adapter, or the folder of a run")
-    runs = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
-    folders = [folder for run in runs for folder in _export_folders(run)]
+    runs = [folder for folder in root.iterdir() if folder.is_dir()]
+    folders = _export_folders(root)
+    for run in runs:
+        with contextlib.suppress(PermissionError):  # such as lost+found
+            folders += _export_folders(run)
     files = [file for folder in folders for file in _exported(folder)] + _named(root) or _exported(root)
     if not files or (len(files) > 1 and not folders and not _named(root)):
         raise UserError(

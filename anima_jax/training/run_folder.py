@@ -9,7 +9,7 @@ import socket
 import tomllib
 from collections.abc import Iterator
 
-from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locations import reading_folders, writing_to
 from anima_jax.checkpoints.locks import lock
 from anima_jax.checkpoints.orbax import RunCheckpoints
 from anima_jax.config.main import MainConfig
@@ -70,7 +70,11 @@ def find_run(output_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
     `name` is the name of a run in `output_dir` or a path; "" selects the newest run in `output_dir` with a checkpoint.
     Raises UserError if there is no such run, or if it has no checkpoint.
     """
-    root = pathlib.Path(output_dir)
+    with reading_folders(output_dir):
+        return _find_run(pathlib.Path(output_dir), name)
+
+
+def _find_run(root: pathlib.Path, name: str) -> pathlib.Path:
     folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     runs = sorted((match for folder in folders if (match := _NAME.fullmatch(folder))), key=_age)
     if name == "":

@@ -2,8 +2,13 @@
 
 import contextlib
 import logging
+import os
+import pathlib
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +17,9 @@ import pytest
 
 from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
 from anima_jax.errors import UserError
+from anima_jax.training.run_folder import find_run
 from tests.disks import LoopDisk
+from tests.ports import free_port
 
 
 def items(step: int) -> dict:
@@ -130,3 +137,43 @@ def test_what_a_killed_save_left_is_neither_taken_nor_kept(damaged):
     check_restores(damaged, 1)
     saved(damaged, 4)
     assert sorted(path.name for path in damaged.iterdir()) == ["1", "4"]
+
+
+@contextlib.contextmanager
+def without_root_rights():
+    """Run the block as a user who is not root, whom the rights of files bind."""
+    before = os.geteuid()
+    os.seteuid(65534 if before == 0 else before)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("what", ["", "checkpoints", "checkpoints/2", "checkpoints/2/params"])
+def test_a_folder_that_may_not_be_read_is_named_and_nothing_is_set_aside(two, what):
+    with tempfile.TemporaryDirectory() as root:
+        run = pathlib.Path(root, "20260101_10-00-00")
+        shutil.copytree(two, run / "checkpoints")
+        os.chmod(root, 0o755)
+        os.chmod(run / what, 0)
+        with without_root_rights(), pytest.raises(UserError) as refused:
+            RunCheckpoints(find_run(root, "") / "checkpoints", keep=None).newest_intact()
+        os.chmod(run / what, 0o755)
+        assert f"{run / what}" in str(refused.value)
+        assert "cannot be read: Permission denied" in str(refused.value)
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_newest_intact_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "tests.checkpoints.two_savers", str(tmp_path), str(free_port())]
+    processes = [
+        subprocess.Popen([*command, number], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in "01"
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [out.splitlines()[-1] for out, _ in said] == ["[2, [0.0, 2.0, 4.0, 6.0]]", "[2, [8.0, 10.0, 12.0, 14.0]]"]
+    assert [err.count(f"{tmp_path}/3: is damaged") for _, err in said] == [1, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3.damaged"]

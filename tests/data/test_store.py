@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import fsspec
@@ -314,6 +315,28 @@ def test_leftovers_of_other_hosts_go_when_they_are_old(tmp_path):
     Store(tmp_path).write_part(some_records("a"))
     left = [path for path in (young, old, orphan, young_orphan, mine) if path.exists()]
     assert left == [young, young_orphan, mine]
+
+
+WRITING = """
+    import sys, time
+    from anima_jax.checkpoints.locations import replacing
+    with replacing(sys.argv[1]) as file:
+        file.write(b"half")
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_killed_writers_memo_goes_and_a_living_ones_stays(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(WRITING), str(tmp_path / "files-0123456789abcdef.jsonl")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        (unfinished,) = tmp_path.iterdir()
+        Store(tmp_path).write_part(some_records("a"))
+        assert unfinished.exists()
+        process.kill()
+    Store(tmp_path).write_part(some_records("b"))
+    assert not unfinished.exists()
 
 
 # ---- damage and mistakes --------------------------------------------------------------------------------------------
