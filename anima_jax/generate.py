@@ -135,6 +135,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
         layers += [
             transformer_files(model.transformer_path, model.llm_adapter_path),
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
+            given(embeddings=config.sample and config.sample.embeddings),
             {"dtype": config.compute_dtype},
         ]
     layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))

@@ -9,10 +9,13 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
 
 from anima_jax import generate
+from anima_jax.config.load import load_config
+from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, read_recipe
+from anima_jax.sampling.recipe import Recipe
 from tests.disks import fill, small_disk
 from tests.models.networks import normal
-from tests.small_run import ASSETS, CONFIG, write_transformer
+from tests.small_run import ASSETS, CONFIG, write_config, write_transformer
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,17 @@ def test_embeddings_change_the_image_and_like_finds_their_folder(networks, tmp_p
     images = [np.asarray(Image.open(name)).tobytes() for name in names]
     assert (images[0], images[3]) == (images[1], images[4])
     assert len(set(images)) == 3
+
+
+def test_the_configurations_embeddings_count_unless_a_flag_names_others(networks, tmp_path):
+    (tmp_path / "base.safetensors").write_bytes(pathlib.Path(networks[1]).read_bytes())
+    (tmp_path / "own").mkdir()
+    config = write_config(tmp_path, tmp_path, "epochs = 1", sample=f"prompts = ['x']\nembeddings = '{tmp_path}'")
+    flags = ["--config", str(config), "--prompt", "x", "-o", "x.png"]
+    for more, expected in (([], tmp_path), (["--embeddings", str(tmp_path / "own")], tmp_path / "own")):
+        arguments = parse_arguments([*flags, *more])
+        files = generate.networks(arguments, load_config(config, i_know_what_i_am_doing=True), Recipe())
+        assert files["embeddings"] == str(expected)
 
 
 def test_previews_are_written_next_to_the_output(networks, tmp_path):

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from anima_jax.config.schema import (
     Count,
+    InputFolder,
     Listed,
     NotEmpty,
     NotNegative,
@@ -36,6 +37,10 @@ class SampleConfig(Section):
     width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: that of the training images")
     height: PixelSide | None = Field(
         None, validate_default=True, description="in pixels, a multiple of 16; unset: that of the training images"
+    )
+
+    embeddings: InputFolder | None = Field(
+        None, description="a folder with the files that embedding:name in a prompt stands for"
     )
 
     @field_validator("height")

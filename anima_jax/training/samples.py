@@ -116,7 +116,14 @@ def make_samples(
         return []
     model = merge(partition.graphdef, partition.frozen | state.params)
     text_encoder = encoders.text_encoder if model.text_encoder is None else model.text_encoder
-    pipeline = AnimaPipeline(model, encoders.vae, text_encoder, encoders.tokenizers, dtype=config.compute_dtype)
+    pipeline = AnimaPipeline(
+        model,
+        encoders.vae,
+        text_encoder,
+        encoders.tokenizers,
+        embeddings=config.sample.embeddings,
+        dtype=config.compute_dtype,
+    )
     pipeline.dit_params = {}  # each drawing sets its own; a copy of these would take memory until the first one
     return [Samples(config.sample, config.sample_size_wh, pipeline, partition.frozen, folder / "samples", writer)]
 
