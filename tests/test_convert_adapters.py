@@ -290,7 +290,8 @@ def folder(tmp_path_factory):
 
 def test_a_folder_of_diffusers_contains_and_describes_every_network(folder):
     assert {path.name for path in folder.iterdir()} == {
-        *("transformer", "text_conditioner", "text_encoder", "vae", "scheduler", "modular_model_index.json")
+        *("transformer", "text_conditioner", "text_encoder", "vae", "scheduler", "modular_model_index.json"),
+        *("tokenizer", "t5_tokenizer"),  # the package's own, as no others are given
     }
     index = json.loads((folder / "modular_model_index.json").read_text())
     assert (index["_class_name"], index["_blocks_class_name"]) == ("AnimaModularPipeline", "AnimaAutoBlocks")
