@@ -181,7 +181,8 @@ class AnimaPipeline:
         """
         requests = batch_of_requests(prompt, width, height, seed, batch_size)
         options = {name: params.pop(name) for name in samplers.OPTIONS if name in params}
-        params["sampler_options"] = params.get("sampler_options", {}) | options
+        if options:
+            params["sampler_options"] = params.get("sampler_options", {}) | options
         callback = ProgressBar() if progress else None
         return self.draw(requests, SamplingParams(negative_prompt, **params), image=image, mask=mask, callback=callback)
 

@@ -42,6 +42,7 @@ def test_sampling_may_end_above_0(name):
             {"s_nois": 1},
             r"no option 's_nois': its options are s_noise, .*std \(did you mean 's_noise'\?\)",
         ),
+        ("lms", ["order"], r"sampler_options \['order'\], expected names with values"),
         ("lms", {"order": 0}, "order '0' of sampler 'lms', expected a whole number from 1 to 100"),
         ("lms", {"order": "2.5"}, "order '2.5' of sampler 'lms'"),
         ("er_sde", {"solver_type": "ode"}, "solver_type 'ode' of .*, expected one of ER-SDE, Reverse-time SDE, ODE"),

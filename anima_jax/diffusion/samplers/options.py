@@ -9,7 +9,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from anima_jax.errors import UserError, did_you_mean, shorten
 
@@ -84,13 +84,15 @@ def _option(name: str, hint: Any, default: Any) -> Option:
     return Option(name, hint, default)
 
 
-def read_options(sampler: str, known: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(sampler: str, known: Mapping[str, Option], values: Any) -> dict[str, Any]:
     """Return the values of a sampler's options, which may be texts, as their types.
 
     Raises UserError for an option that the sampler does not have and for a value that is not valid.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"sampler_options {shorten([str(values)])}, expected names with values, as in {{'eta': 0.5}}")
     read: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, value in cast(Mapping[str, Any], values).items():
         if name not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
             near = did_you_mean(str(name), known)
