@@ -409,7 +409,9 @@ def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, 
     """Return B and A of a lower rank, exact and from the factors alone, ‖ΔW‖², and the energy that is kept."""
     left, right = (lora.parts[part].matrix.float32() for part in ("lora_B", "lora_A"))
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right.T)
-    u, s, vt = _svd(r_left @ r_right.T * np.float32(lora.scale))
+    with np.errstate(over="ignore", invalid="ignore"):
+        middle = r_left @ r_right.T * np.float32(lora.scale)
+    u, s, vt = _svd(middle)
     energy = np.square(s, dtype=np.float64)
     b, a = _balanced(q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T)
     return b, a, float(energy.sum()), float(energy[:rank].sum())

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,12 @@ from anima_jax.adapters.dialects import DIALECTS, module_names
 from anima_jax.adapters.kinds import KINDS
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.adapters.patch import Patch
+from anima_jax.checkpoints import locations
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.adapter import AdapterConfig
-from anima_jax.errors import UserError, first_line, show_value
+from anima_jax.errors import UserError, first_line, one_line, show_value
 
 FILE = "adapter_config.json"
 
@@ -67,12 +69,21 @@ def _read(file: SafetensorsFile) -> tuple[str, dict[str, Any]]:
         return source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS])
     if direct := {key: _value(text) for key, text in file.metadata.items() if key.startswith(_COMPONENTS)}:
         return f"{file.path}: its metadata", direct
-    source = str(pathlib.Path(file.path).with_name(FILE))
-    if not (any(key.startswith("base_model.model.") for key in file.tensors) and os.path.isfile(source)):
+    remote = locations.is_remote(file.path)
+    source = f"{file.path.rpartition('/')[0]}/{FILE}" if remote else str(pathlib.Path(file.path).with_name(FILE))
+    is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
+    if not is_peft or not (remote or os.path.isfile(source)):
         return source, {}
     try:
-        with open(source, encoding="utf-8") as opened:
-            text = opened.read(_LONGEST + 1)
+        opened, _ = locations.open_for_reading(locations.resolve(source))
+    except UserError as error:
+        if not remote:
+            raise
+        print(f"warning: {one_line(error)}; without PEFT's settings the scale of {file.path} is 1", file=sys.stderr)
+        return source, {}
+    try:
+        with opened:
+            text = opened.read(_LONGEST + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: PEFT's settings cannot be read: {first_line(error)}") from error
     return source, _parsed(source, text)

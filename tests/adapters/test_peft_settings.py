@@ -62,6 +62,22 @@ def test_an_alpha_of_0_turns_an_adapter_off(tmp_path):
     assert set(alphas(write(tmp_path, '{"lora_alpha": 0}')).values()) == {0.0}
 
 
+def test_the_settings_of_a_file_on_the_hub_are_beside_it(tmp_path, monkeypatch, capsys):
+    """What the hub's cache holds is enough; where it has no settings, that is said."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "models--me--lora" / "snapshots" / "abc"
+    (tmp_path / "models--me--lora" / "refs").mkdir(parents=True)
+    (tmp_path / "models--me--lora" / "refs" / "main").write_text("abc")
+    cached.mkdir(parents=True)
+    write(cached, '{"lora_alpha": 8}')
+    assert set(alphas("hf://me/lora/adapter_model.safetensors").values()) == {8.0}
+    assert capsys.readouterr().err == ""
+    (cached / "adapter_config.json").unlink()
+    assert set(alphas("hf://me/lora/adapter_model.safetensors").values()) == {float(RANK)}
+    assert "without PEFT's settings the scale" in capsys.readouterr().err
+
+
 WRONG = {
     "[1, 2]": "expected an object",
     "3": "expected an object",
