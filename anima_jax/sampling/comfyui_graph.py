@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
+from anima_jax.diffusion.guidance import scale_schedule
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.sampling.comfyui_samplers import sampler_node
@@ -122,14 +123,16 @@ class GraphWriter:
 
     def _separated(self, interval: tuple[float, float]) -> tuple[float, float]:
         """Return the interval with ends at which no step is, because both prompts would count there."""
-        levels = self._levels[:-1]
-        steps = 1.0 - levels / (self._values["shift"] - (self._values["shift"] - 1.0) * levels)
-        first, last = interval
-        if first > 0.0 and (np.abs(steps - first) < INTERVAL_STEP / 10).any():
-            first = max(round(first - INTERVAL_STEP, 6), 0.0)
-        if last < 1.0 and (np.abs(steps - last) < INTERVAL_STEP / 10).any():
-            last = min(round(last + INTERVAL_STEP, 6), 1.0)
-        return first, last
+        levels, shift = self._levels[:-1], self._values["shift"]
+        steps = 1.0 - levels / (shift - (shift - 1.0) * levels)
+        guided = scale_schedule(levels, 2.0, interval, shift) != 1.0
+        ends = list(interval)
+        for index, outwards in ((0, -INTERVAL_STEP), (1, INTERVAL_STEP)):
+            at_end = np.abs(steps - interval[index]) < INTERVAL_STEP / 10
+            if 0.0 < interval[index] < 1.0 and at_end.any():
+                moved = interval[index] + (outwards if guided[at_end].any() else -outwards)
+                ends[index] = min(max(round(moved, 6), 0.0), 1.0)
+        return ends[0], max(ends)
 
     def latent(self, vae: Link) -> Link:
         """Add the starting point and return the link to it."""

@@ -89,7 +89,8 @@ class NodeGraph:
         inputs = self.inputs(key)
         name = next((name for name in names if inputs.get(name) is not None), None)
         if name is None or not (link := self.link(inputs[name])):
-            return None if name is None else inputs[name]
+            value = None if name is None else inputs[name]
+            return value.get("__value__", value) if isinstance(value, Mapping) else value  # the frontend wraps lists
         value = self._linked_value(link[0], name, depth + 1) if depth < MAX_DEPTH else None
         if value is None:
             self.leave_out(link[0], f"which computes {quoted(name)}")

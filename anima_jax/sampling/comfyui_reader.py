@@ -233,6 +233,8 @@ class GraphReader(NodeGraph):
                 self.recipe.loras.append((name, weight))
         for key in [*models, *(key for key in clips if key not in models)]:
             self._read_patch(key)
+            if self.inputs(key).get("weight_dtype", "default") != "default":
+                self.leave_out(key, "which rounds the weights")
 
     def _loras(self, key: str) -> Iterator[tuple[str, float, float]]:
         """Yield name and strengths, of the model and the text encoder, for each LoRA of a node."""

@@ -15,6 +15,7 @@ from typing import Any
 from anima_jax.adapters.merge import Weight
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.errors import UserError
 from anima_jax.sampling.recipe import Recipe, lora_weight, model_and_text_encoder, quoted
 
 SAMPLER_NAMES = {
@@ -118,7 +119,12 @@ def to_webui(
 
 
 def from_webui(path: str, text: str) -> Recipe:
-    """Return what A1111's text says; values that this package does not have are remarked on."""
+    """Return what A1111's text says; messages name values that this package does not have.
+
+    Raises UserError for the JSON that other programs write under the same name.
+    """
+    if text.lstrip().startswith("{") and '"' in text:
+        raise UserError(f"{path}: its parameters are another program's JSON, expected A1111's text")
     prompt, negative, pairs = _split(text)
     recipe = Recipe(path)
     prompt, recipe.loras = _without_loras(prompt)

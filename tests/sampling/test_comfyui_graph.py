@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from anima_jax.diffusion.samplers import SAMPLERS
-from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.diffusion.schedules import SCHEDULES, percent_to_sigma
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.request import ImageRequest, SamplingParams
@@ -120,12 +120,23 @@ def test_levels_between_schedules_are_listed_exactly():
     np.testing.assert_array_equal(np.array(found, np.float32), params.levels())
 
 
-def test_guidance_changes_at_no_step_itself():
+@pytest.mark.parametrize("interval", [(0.2, 0.7), (0.05, 0.95), (0.3, 0.3), (0.0, 0.65)])
+def test_guidance_changes_at_no_step_itself(interval):
     """Both prompts would count at a step that is exactly at the end of their ranges."""
-    params = SamplingParams(guidance_interval=(0.2, 0.7), steps=20, negative_prompt="b")
+    params = SamplingParams(guidance_interval=interval, steps=20, negative_prompt="b")
     graph = json.loads(to_text(ImageRequest("a"), params, FILES)["prompt"])
-    ranges = [node["inputs"] for node in graph.values() if node["class_type"] == "ConditioningSetTimestepRange"]
-    assert sorted((row["start"], row["end"]) for row in ranges) == [(0.0, 0.199), (0.199, 0.701), (0.701, 1.0)]
+    levels = params.levels()[:-1]
+    counting = {}
+    for node in graph.values():
+        if node["class_type"] == "ConditioningSetTimestepRange":
+            row = node["inputs"]
+            high, low = (np.float32(percent_to_sigma(row[end], 3.0)) for end in ("start", "end"))
+            text = graph[row["conditioning"][0]]["inputs"]["text"]
+            counting[text] = counting.get(text, 0) + ((low <= levels) & (levels <= high))
+    # ComfyUI's comparison of the interval itself, in which a step at an end is inside or not by float32's rounding.
+    high, low = (np.float32(percent_to_sigma(end, 3.0)) for end in interval)
+    np.testing.assert_array_equal(counting["b"], (low <= levels) & (levels <= high))
+    np.testing.assert_array_equal(counting["a"] + counting["b"], 1)
 
 
 def png_chunks(data):

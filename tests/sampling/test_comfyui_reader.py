@@ -246,6 +246,7 @@ def upscaled(**more):
     ("nodes", "named"),
     [
         (upscaled(), ["again (KSampler)", "up (LatentUpscaleBy)", "sharp (ImageSharpen)"]),
+        (model_through(last=("UNETLoader", {"unet_name": "a", "weight_dtype": "fp8_e4m3fn"})), ["last (UNETLoader)"]),
         (model_through(last=("EasyCache", {"model": ["model", 0]})), ["last (EasyCache)"]),
         (
             graph(

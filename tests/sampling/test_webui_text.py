@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from anima_jax.errors import UserError
 from anima_jax.sampling.file_hashes import FileHashes
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.request import ImageRequest, SamplingParams
@@ -152,6 +153,11 @@ def test_a_forge_image_is_read():
     hires, brackets, noise = recipe.messages
     assert hires == "not followed: 'Hires upscale: 2', 'Hires steps: 10', 'Hires upscaler: a, b: \"c\"'"
     assert ("plain text here" in brackets, "RNG" in noise) == (True, True)
+
+
+def test_other_programs_json_is_named():
+    with pytest.raises(UserError, match=r"x\.png: its parameters are another program's JSON, expected A1111's text"):
+        from_text("x.png", {"parameters": '{"sui_image_params": {"prompt": "a"}}'})
 
 
 BETA57 = "Beta schedule alpha: 0.5, Beta schedule beta: 0.7"
