@@ -118,7 +118,7 @@ def _module(spelling: str, known: Mapping[str, str]) -> str | None:
     A wrapper of the text encoder does not lead to a module of the transformer, and the reverse.
     """
     for is_text in (False, True):
-        rest: str | None = unwrapped(spelling)
+        rest: str | None = unwrapped(spelling) if len(spelling) < 300 else None
         while rest is not None:
             module = known.get(rest)
             if module is not None and module.startswith(TEXT_ENCODER) == is_text:

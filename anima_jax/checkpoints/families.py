@@ -5,6 +5,7 @@ Tools write the same module with dots or underscores and under many prefixes, so
 Sources: ComfyUI's `model_detection.py` and `lora.py`, and the state dicts of diffusers' models.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from anima_jax.adapters.kinds import adapter_kind
 _LLM = r"\blayers\.\d+\.(input\.layernorm|self\.attn\.q\.proj)\b"
 _OF_UNET = "a UNet of Stable Diffusion"
 
-FAMILIES: tuple[tuple[str, str], ...] = (
+FAMILIES: tuple[tuple[str, ...], ...] = (
     # Files that are neither a model nor its adapter.
     ("an Anima ControlNet-LLLite control network", r"^lllite\.(dit|conditioning1|modules)\."),
     ("an SDXL ControlNet-LLLite control network", r"^lllite\.unet\."),
@@ -79,21 +80,19 @@ FAMILIES: tuple[tuple[str, str], ...] = (
         "the Qwen3.5 text encoder of Anima-3.8B's semantic connector, which is not supported",
         r"\blayers\.\d+\.linear\.attn\.",
     ),
-    (
-        "a T5 text encoder",
-        r"\bblock\.\d+\.layer\.\d\.(SelfAttention|DenseReluDense)\.|\btoken\.embedding\b(?=[\s\S]*\bpos\.embedding)",
-    ),
+    ("a T5 text encoder", r"\bblock\.\d+\.layer\.\d\.(SelfAttention|DenseReluDense)\."),
+    ("a T5 text encoder", r"^(.*\.)?token\.embedding\.weight$", r"\bpos\.embedding\b"),
     ("a CLIP vision encoder", r"\bvision\.model\.(encoder|embeddings)\.|\bvisual\.transformer\.resblocks\."),
     ("a CLIP text encoder", r"\btext\.model\.(encoder|embeddings)\.|\btransformer\.resblocks\."),
     ("a BERT text encoder", r"\bencoder\.layer\.\d+\.attention\.self\."),
-    ("a vision-language model's encoder", rf"{_LLM}(?=[\s\S]*\bvisual\.)|\bvisual\.(?=[\s\S]*{_LLM})"),
+    ("a vision-language model's encoder", _LLM, r"\bvisual\."),
     ("a Gemma text encoder", r"\blayers\.\d+\.pre\.feedforward\.layernorm\b"),
     ("a Qwen2 or Qwen2.5 text encoder", r"\blayers\.\d+\.self\.attn\.q\.proj\.bias\b"),
     ("a Qwen3 text encoder", r"\blayers\.\d+\.self\.attn\.q\.norm\b"),
     ("a Llama or Mistral text encoder", _LLM),
     ("an upscaler", r"\b(RDB\d|rdb\d)\.|\bupsampler?\.\d\.weight|^layers\.\d+\.residual\.group\."),
 )
-"""(what the file contains, pattern for one of its names); the first match applies."""
+"""(what the file contains, patterns that each match one of its names); the first row that applies counts."""
 
 _BY_WIDTH: tuple[tuple[str, Mapping[int, str]], ...] = (
     (
@@ -114,6 +113,9 @@ _EMBEDDING = re.compile(r"emb_params|clip_[lgh]|t5xxl|qwen3_06b|string_to_param\
 
 _MATRIX = r"\.(weight|lora\.(A|down)\b.*)$"
 
+_MOST_NAMES, _LONGEST = 20_000, 300
+"""Number of names that are compared, and of characters of each: a header can have 100 MB of names."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -124,9 +126,11 @@ def family(shapes: Shapes) -> str | None:
     """
     if 0 < len(shapes) <= 4 and all(_EMBEDDING.fullmatch(name) for name in shapes):
         return "a textual-inversion embedding, which belongs in a prompt (embedding:name)"
-    text, kind = "\n".join(map(_dotted, shapes)), adapter_kind(shapes)
+    kind = adapter_kind(shapes)
+    text = "\n".join(_dotted(name[:_LONGEST]) for name in itertools.islice(shapes, _MOST_NAMES))
     rows = [row for row in FAMILIES if not (kind and row[0].startswith("a ") and row[0].endswith(" encoder"))]
-    found = next((title for title, pattern in rows if re.search(pattern, text, re.MULTILINE)), None)
+    searched = ((title, (re.search(pattern, text, re.MULTILINE) for pattern in patterns)) for title, *patterns in rows)
+    found = next((title for title, matches in searched if all(matches)), None)
     if found is None:
         found = next((titles[w] for rule, titles in _BY_WIDTH for w in _widths(shapes, rule) if w in titles), None)
     if found == _OF_UNET:

@@ -5,6 +5,7 @@ downloaded once into the hub's own cache and is local from then on.
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -150,7 +151,7 @@ def sync_folder(folder: PathLike) -> None:
 
 
 def _candidates(folder: str) -> str:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    names = sorted(glob.glob("*.safetensors", root_dir=folder) or glob.glob("*/*.safetensors", root_dir=folder))
     return f"; it contains {shorten(names, 3)}" if names else ""
 
 

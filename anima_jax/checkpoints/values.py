@@ -37,7 +37,7 @@ def check_values(file: SafetensorsFile) -> ValueCheck:
             values = file.read(name, rows)
             finite = np.isfinite(values)
             broken += values.size - int(np.count_nonzero(finite))
-            any_value = any_value or bool(values.reshape(-1).view(np.uint8).any())
+            any_value = any_value or bool(np.any(values))
         if broken:
             found.not_finite[name] = broken
         if not any_value:

@@ -11,6 +11,9 @@ from anima_jax.checkpoints.names import dit, wan_vae
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.models.wan_vae import WanVAEConfig
 
+MOST_BLOCKS = 256
+"""Number of blocks up to which names are translated; the largest Anima has 52."""
+
 _TRANSFORMER = (
     (r"^blocks\.", "transformer_blocks."),
     (r"\.self_attn\.", ".attn1."),
@@ -77,7 +80,7 @@ def vae(name: str, blocks_per_level: int) -> str:
 
 def transformer_aliases(names: Sequence[str]) -> dict[str, str]:
     """Return name in `transformer/` → original name for a transformer as deep as these names; {} for other formats."""
-    blocks = dit.count_blocks(names, "transformer_blocks.")
+    blocks = min(MOST_BLOCKS, dit.count_blocks(names, "transformer_blocks."))
     originals = [name for name in dit.tensor_names(blocks) if not name.startswith(ADAPTER)] if blocks else []
     return {transformer(name): name for name in originals}
 

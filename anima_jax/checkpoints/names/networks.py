@@ -97,7 +97,7 @@ WAN_VAE = Network(
     title="Wan VAE",
     module=WanVAE,
     saved_prefix="",
-    typical=r"(encoder|decoder)\.((down|up)samples|middle|head)\.\d+\.|(encoder|decoder)\.[\w.]+\.gamma",
+    typical=r"(encoder|decoder)\.((down|up)samples|middle|head)\.\d+\.|(encoder|decoder)\.(\w+\.){1,8}gamma",
     stacks=(),
     rules=wan_vae.rules,
     config_from_shapes=wan_vae.config_from_shapes,
@@ -179,7 +179,7 @@ def unwrapped(key: str) -> str:
 def _prefix(network: Network, file_keys: Iterable[str]) -> str | None:
     """Return the prefix under which most names are typical of `network`, or None if none is."""
     typical = re.compile(f"{_NAMES}(?:{network.typical})")
-    counts = collections.Counter(match["prefix"] for key in file_keys if (match := typical.match(key)))
+    counts = collections.Counter(match["prefix"] for key in file_keys if (match := typical.match(key, 0, 300)))
     return max(counts, key=lambda prefix: counts[prefix], default=None)
 
 
