@@ -101,7 +101,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> Any:
         """Parse as argparse does. Raises UserError for an unknown flag, with the nearest known one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if found := re.search("[\ud800-\udfff]", word):
+                byte = f" (byte 0x{ord(found[0]) - 0xDC00:02x})" if "\udc80" <= found[0] <= "\udcff" else ""
+                self.error(f"{word!a}: is not UTF-8 text{byte}")
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
             near = did_you_mean(flag, [name for action in self._actions for name in action.option_strings])
@@ -111,6 +116,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+
+CLOSED_PIPE = 141
+"""Exit code after the reader of stdout has gone (`| head`), as shells report it."""
 
 INTERRUPTED = 130
 """Exit code after a keyboard interrupt, as shells report it."""
@@ -131,6 +139,11 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
         try:
             with _interrupts_raised_again():
                 main(*args, **kwargs)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not _stdout_is_closed():
+                raise
+            sys.exit(CLOSED_PIPE)
         except UserError as error:
             for message in error.messages:
                 print(f"error: {message}", file=sys.stderr)
@@ -144,6 +157,16 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
                 atexit.unregister(_exit_without_teardown)
 
     return wrapped
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether nobody reads stdout any more; if so, whatever is still to be written to it goes nowhere."""
+    try:
+        print(flush=True)  # Without a buffer there may be nothing left to flush.
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _exit_without_teardown() -> None:

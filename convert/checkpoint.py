@@ -14,7 +14,7 @@ import numpy as np
 
 from anima_jax.checkpoints import copying, diffusers, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.locations import check_local, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import locate
@@ -90,6 +90,7 @@ def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
 
 def _to_folder(arguments: argparse.Namespace) -> None:
     """Write the index and a subfolder per network. The folder appears only when it is complete."""
+    check_local("OUT", arguments.output)
     target = pathlib.Path(os.path.abspath(arguments.output))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{arguments.output}: already exists; choose a new folder or an empty one")

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from anima_jax.checkpoints.locations import check_address, is_remote
 from anima_jax.checkpoints.safetensors import DTYPES
 from anima_jax.errors import UserError
 
@@ -17,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "by default e
 
 def check(target: str, *sources: str, force: bool) -> None:
     """Raise UserError if `target` is one of the `sources`, or exists and `force` is not set."""
-    if not os.path.exists(target):
+    check_address(target, is_output=True)
+    if is_remote(target) or not os.path.exists(target):
         return
     if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
         raise UserError(f"{target}: is IN itself; choose another OUT")

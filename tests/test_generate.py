@@ -1,8 +1,12 @@
 """The command line: what it generates, what it writes next to the pixels, and its error messages."""
 
 import json
+import os
 import pathlib
 import socket
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
 
 from anima_jax import generate
+from anima_jax.checkpoints import locations
 from anima_jax.config.load import load_config
 from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, read_recipe, to_text
@@ -185,6 +190,22 @@ def test_an_image_starts_from_another_one_and_keeps_what_the_mask_covers(network
         (["--image", "missing.png"], "missing.png: no such file"),
         (["--transformer", "hf://owner/repo"], "hf://owner/repo: expected hf://owner/repo/file"),
         (["--like", "missing.png"], "missing.png: no such file"),
+        (
+            ["--transformer", "https://example.com/x.safetensors"],
+            "https://example.com/x.safetensors: is a web address; ",
+        ),
+        (["--lora", "https://example.com/x.safetensors:0.5"], "https://example.com/x.safetensors: is a web address; "),
+        (
+            ["--vae", "https://huggingface.co/datasets/a/b/resolve/main/x"],
+            "https://huggingface.co/datasets/a/b/resolve",
+        ),
+        (
+            ["--image", "https://example.com/x.png"],
+            "--image https://example.com/x.png: is an address, expected",
+        ),
+        (["--config", "s3://bucket/x.toml"], "--config s3://bucket/x.toml: is an address, expected a path on this"),
+        (["-o", "gs://bucket/x.png"], "--output gs://bucket/x.png: is an address, expected a path on this machine"),
+        (["--negative_prompt", "caf\udce9"], "'caf\\udce9': is not UTF-8 text (byte 0xe9)"),
         (["--prompts", "a.txt"], "argument --prompts: not allowed with argument --prompt"),
     ],
 )
@@ -365,3 +386,34 @@ def test_an_overflow_names_the_evaluation_and_what_to_do(networks, tmp_path, cap
     flags = ["--transformer", tmp_path / "large", "--guidance_scale", 1e38, "--sampler", "euler"]
     line = error_of(capsys, *networks, *flags, *SMALL, "--prompt", "x", "-o", tmp_path / "x.png", code=1)
     assert line.startswith("evaluation 1 of 4: NaN or infinite values, but none in the files: float32 overflowed; ")
+
+
+def test_a_web_address_of_the_hub_is_the_hubs_file(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision: (repo, file, revision))
+    for address, expected in (
+        ("https://huggingface.co/o/r/resolve/main/a/b.safetensors?download=true", ("o/r", "a/b.safetensors", None)),
+        ("https://huggingface.co/o/r/blob/v1/b.safetensors", ("o/r", "b.safetensors", "v1")),
+        ("hf://o/r/b.safetensors", ("o/r", "b.safetensors", None)),
+    ):
+        assert locations.resolve(address) == expected
+
+
+def test_postscript_that_is_named_as_an_image_is_not_run(networks, tmp_path, capsys):
+    code = "(" + str(tmp_path / "run") + ") (w) file closefile"
+    (tmp_path / "x.png").write_text(f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 48\n%%EndComments\n{code}\n")
+    for flag in ("--image", "--like"):
+        line = error_of(capsys, *networks, "--prompt", "x", flag, tmp_path / "x.png", "-o", tmp_path / "y.png")
+        assert "x.png: cannot be read as an image" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_end_of_a_pipe_is_quiet(tmp_path):
+    command = "from convert.__main__ import main; main(['inspect', 'x.safetensors'])"
+    save_file({f"{number}.weight": np.zeros(1, np.float32) for number in range(9)}, tmp_path / "x.safetensors")
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(generate.__file__).parents[1])}
+    reader, writer = os.pipe()
+    os.close(reader)
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdout": writer, "stderr": subprocess.PIPE}
+    found = subprocess.run([sys.executable, "-c", command], check=False, **options)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, b"")

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -20,10 +21,42 @@ from anima_jax.errors import UserError, first_line, os_reason, shorten
 PathLike = str | os.PathLike[str]
 
 
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([^/]+)/([^/]+)/(?:resolve|blob)/([^/]+)/([^?#]+)"
+)
+"""The web address of a file on the hub: owner, repository, revision, file."""
+
+
 def resolve(path: PathLike) -> str:
-    """Return the path to open: for a file on the hub, its copy in the local cache, downloaded if needed."""
+    """Return the path to open: for a file on the hub, its copy in the local cache, downloaded if needed.
+
+    The web address of a file on the hub is taken for its `hf://` address. Raises UserError for other web addresses.
+    """
     path = os.fspath(path)
+    check_address(path)
+    if match := _HUB_PAGE.match(path):
+        owner, repo, revision, file = match.groups()
+        path = f"hf://{owner}/{repo}{'' if revision == 'main' else f'@{revision}'}/{file}"
     return _from_hub(path) if path.startswith("hf://") else path
+
+
+def check_address(path: str, *, is_file: bool = True, is_output: bool = False) -> None:
+    """Raise UserError for a web address, except of a file on the hub, and for an output on the hub.
+
+    `is_file` is False for a folder, and `is_output` True for what is to be written.
+    """
+    on_web = re.match(r"(?i)(https?|ftp)://", path)
+    if is_output and (on_web or path.startswith("hf://")):
+        raise UserError(f"found {path}, expected a local path or gs://, which can be written to")
+    if on_web and not (is_file and _HUB_PAGE.match(path)):
+        hub = ", or hf://owner/repo/file for a file on the hub" if is_file else ""
+        raise UserError(f"{path}: is a web address; download it and give its local path{hub}")
+
+
+def check_local(what: str, path: str) -> None:
+    """Raise UserError if `path`, the value of `what`, is an address."""
+    if is_remote(path):
+        raise UserError(f"{what} {path}: is an address, expected a path on this machine")
 
 
 def is_remote(path: PathLike) -> bool:
@@ -78,6 +111,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     Raises UserError if `path` cannot be written; any other error in the block passes through unchanged.
     """
     path = os.fspath(path)
+    check_address(path, is_output=True)
     if is_remote(path):
         with _replacing_remote(path) as file:
             yield file
@@ -156,11 +190,12 @@ def _candidates(folder: str) -> str:
 
 
 def _remote(path: str) -> Any:
+    check_address(path)
     try:
         from etils import epath
 
         return epath.Path(path)
-    except (ImportError, ValueError, NotImplementedError) as error:
+    except (ImportError, ValueError, NotImplementedError, LookupError) as error:
         raise UserError(f"{path}: this kind of address is not supported: {error}") from error
 
 
@@ -179,13 +214,26 @@ def _replacing_remote(path: str) -> Iterator[IO[bytes]]:
     target = _remote(path)
     temporary = _remote(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _named_errors(path):
+            opened = temporary.open("wb")
+        with opened as file:
             yield file
-        temporary.replace(target)
+        with _named_errors(path):
+            temporary.replace(target)
     except BaseException:
         with contextlib.suppress(Exception):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _named_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{path}: writing it needs another package: {error}") from error
+    except Exception as error:  # every object store's client raises its own types
+        raise UserError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def _from_hub(address: str) -> str:

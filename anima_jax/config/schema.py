@@ -25,8 +25,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from anima_jax.checkpoints.locations import check_address
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
-from anima_jax.errors import did_you_mean
+from anima_jax.errors import UserError, did_you_mean
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Positive = Annotated[float, Field(gt=0)]
@@ -157,6 +158,10 @@ def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
     def check(path: str, info: ValidationInfo) -> str:
         if not path:
             raise invalid(f"found an empty path, expected {what}")
+        try:
+            check_address(path, is_file=exists is not os.path.isdir)
+        except UserError as error:
+            raise invalid(str(error)) from None
         candidates = resolve(path, (info.context or {}).get("folder"))
         for candidate in candidates:
             if is_address(candidate) or exists(candidate):
@@ -181,8 +186,10 @@ def output_folder(path: str) -> str:
     """Return the absolute path of an output folder, which may not exist yet."""
     if not path:
         raise invalid("found an empty path, expected a folder to write to")
-    if path.startswith("hf://"):
-        raise invalid(f"found {path}, expected a local folder or gs://, which can be written to")
+    try:
+        check_address(path, is_file=False, is_output=True)
+    except UserError as error:
+        raise invalid(str(error)) from None
     (folder,) = resolve(path)
     if not is_address(folder) and os.path.lexists(folder) and not os.path.isdir(folder):
         raise invalid(f"{folder} is a file, expected a folder to write to")

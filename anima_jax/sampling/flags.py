@@ -4,11 +4,15 @@ import argparse
 from collections.abc import Sequence
 
 from anima_jax.adapters.merge import COMFYUI_DORA
+from anima_jax.checkpoints.locations import check_local
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser
 from anima_jax.parallel import hosts
 from anima_jax.sampling.request import RANDOM_SEED
+
+LOCAL = ("output", "image", "mask", "like", "prompts", "config", "checkpoint", "tokenizers", "embeddings", "lora_dir")
+"""Flags whose paths are on this machine; the files of networks and LoRAs may have addresses."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -29,6 +33,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
     if arguments.quality is not None and not 1 <= arguments.quality <= 100:
         parser.error(f"--quality {arguments.quality}, expected 1 to 100")
+    for flag in LOCAL:
+        for value in [getattr(arguments, flag)] if isinstance(getattr(arguments, flag), str) else []:
+            check_local(f"--{flag}", value)
     for flag in ("at_once", "preview", "batch_size"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:

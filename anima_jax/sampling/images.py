@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from anima_jax.checkpoints.locations import replacing, writing_to
-from anima_jax.data.images import eight_bit
+from anima_jax.data.images import FORMATS, eight_bit
 from anima_jax.errors import UserError, first_line
 from anima_jax.sampling.exif import exif_of_text, text_chunks
 
@@ -79,7 +79,7 @@ def image_format(path: pathlib.Path) -> str:
 def read_image(path: str) -> Image.Image:
     """Read an 8-bit image, rotated according to its EXIF orientation. Raises UserError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return eight_bit(ImageOps.exif_transpose(image))
     except FileNotFoundError:

@@ -123,7 +123,7 @@ MAIN_ERRORS = [
         "/pictures does not contain qwen and t5, expected qwen/ and t5/ in it",
     ),
     ({"output_dir": "dit.safetensors"}, "/dit.safetensors is a file, expected a folder to write to"),
-    ({"output_dir": "hf://owner/repo"}, "output_dir: found hf://owner/repo, expected a local folder or gs://"),
+    ({"output_dir": "hf://owner/repo"}, "output_dir: found hf://owner/repo, expected a local path or gs://"),
     ({"output_dir": "gs://bucket/runs"}, "output_dir: found gs://bucket/runs, expected a path on this machine"),
     ({"dataset": "no.toml"}, "dataset: expected a file, found nothing at "),
     ({"dataset": "gs://bucket/d.toml"}, "dataset: found gs://bucket/d.toml, expected a path on this machine"),
