@@ -72,15 +72,29 @@ class Qwen3(nnx.Module):
             x_bnd = jnp.where(ids_bn[..., None] < 0, vectors_bnd.astype(x_bnd.dtype if dtype is None else dtype), x_bnd)
         x_bnd = constrain(x_bnd if dtype is None else x_bnd.astype(dtype), "bnd")
         mask_bn = None if mask_bn is None else mask_bn.astype(bool)
+        uniform_bnn = None if attended_bn is None else _uniform_weights(attended_bn.astype(bool))
         attended_bn = mask_bn if attended_bn is None else attended_bn.astype(bool)
         angles_1ni = rotary_angles(jnp.arange(ids_bn.shape[1]), self.config.head_size, ROTARY_THETA)[None]
 
         def run_layer(x_bnd: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x_bnd, angles_1ni, attended_bn), None
+            return layer(x_bnd, angles_1ni, attended_bn, uniform_bnn), None
 
         x_bnd, _ = jax.lax.scan(jax.checkpoint(run_layer, prevent_cse=False), x_bnd, self.layers)
         x_bnd = self.norm(x_bnd)
         return x_bnd if mask_bn is None else x_bnd * mask_bn[..., None]
+
+
+def _uniform_weights(attended_bn: Array) -> Array:
+    """Return the attention weights (b, n, n), float32, of the tokens before the first that is attended to; else 0.
+
+    In ComfyUI their scores vanish next to the finite masks: all keys that only one mask hides have the same weight.
+    """
+    n = attended_bn.shape[1]
+    causal_nn = jnp.tril(jnp.ones((n, n), bool))
+    hidden_by_one = causal_nn | attended_bn[:, None]
+    blind_bn = jnp.cumsum(attended_bn, axis=1) == 0
+    weights_bnn = (hidden_by_one & blind_bn[..., None]).astype(jnp.float32)
+    return weights_bnn / jnp.maximum(weights_bnn.sum(axis=-1, keepdims=True), 1.0)
 
 
 class Layer(nnx.Module):
@@ -92,8 +106,10 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_width, rngs=rngs)
 
-    def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None) -> Array:
-        x_bnd += self.self_attn(self.input_layernorm(x_bnd), angles_1ni, mask_bn)
+    def __call__(
+        self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None, uniform_bnn: Array | None = None
+    ) -> Array:
+        x_bnd += self.self_attn(self.input_layernorm(x_bnd), angles_1ni, mask_bn, uniform_bnn)
         return constrain(x_bnd + self.mlp(self.post_attention_layernorm(x_bnd)), "bnd")
 
 
@@ -109,7 +125,7 @@ class CausalAttention(nnx.Module):
         self.q_norm = RMSNorm(config.head_size)
         self.k_norm = RMSNorm(config.head_size)
 
-    def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None) -> Array:
+    def __call__(self, x_bnd: Array, angles_1ni: Array, mask_bn: Array | None, uniform_bnn: Array | None) -> Array:
         q_bnhk, k_bngk, v_bngk = (
             projected.reshape(*projected.shape[:2], -1, self.head_size)
             for projected in (self.q_proj(x_bnd), self.k_proj(x_bnd), self.v_proj(x_bnd))
@@ -117,6 +133,9 @@ class CausalAttention(nnx.Module):
         q_bnhk = apply_rotary(self.q_norm(q_bnhk), angles_1ni)
         k_bngk = apply_rotary(self.k_norm(k_bngk), angles_1ni)
         out_bnhk = attention(q_bnhk, k_bngk, v_bngk, key_mask_bn=mask_bn, causal=True)
+        if uniform_bnn is not None:  # such tokens have no key, and the result of attention for them is 0
+            mean_bngk = jnp.einsum("bnm,bmgk->bngk", uniform_bnn.astype(v_bngk.dtype), v_bngk)
+            out_bnhk += jnp.repeat(mean_bngk, q_bnhk.shape[2] // v_bngk.shape[2], axis=2)
         return self.o_proj(out_bnhk.reshape(*x_bnd.shape[:2], -1))
 
 
