@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from anima_jax import generate
 from anima_jax.checkpoints import locations
 from anima_jax.config.load import load_config
+from anima_jax.sampling.arguments import older_image
 from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, read_recipe, to_text
 from anima_jax.sampling.images import save_image
@@ -239,6 +240,10 @@ def test_errors_name_the_files(networks, tmp_path, capsys):
     ):
         assert message in error_of(capsys, *networks, *output, *flags)
     assert "one of --prompt, --prompts and --like is required" in error_of(capsys, *networks, *output)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written: Not a directory" in error_of(
+        capsys, *networks, "--prompt", "x", "-o", tmp_path / "file" / "folder" / "x.png"
+    )
     assert "x.gif: images are written as .png, .jpg, .jpeg, .webp, found '.gif'" in error_of(
         capsys, *networks, "--prompt", "x", "-o", "x.gif"
     )
@@ -260,7 +265,7 @@ def test_an_address_in_an_image_is_not_opened_without_its_flag(networks, tmp_pat
     # ComfyUI's graph has the names alone, which are looked for here.
     line = error_of(capsys, *networks[2:], "--like", tmp_path / "prompt.png", "-o", tmp_path / "x.png")
     assert "names the transformer 'a.safetensors': there is no such file here; --models DIR says where to look" in line
-    run(*networks, "--like", tmp_path / "anima_jax.png", "-o", tmp_path / "x.png")
+    older_image(parse_arguments([*networks, "--like", str(tmp_path / "anima_jax.png"), "-o", "x.png"]))
     assert (
         "its LoRA 'https://example.com/b.safetensors' at 1.0 belongs to its own transformer" in capsys.readouterr().err
     )

@@ -111,6 +111,14 @@ def test_what_no_node_does_is_named(params, files, left_out):
     assert json.loads(text["anima_jax"])["left_out_for_comfyui"] == [left_out]
 
 
+@pytest.mark.parametrize(("mode", "channel"), [("L", "red"), ("RGB", "red"), ("LA", "alpha"), ("RGBA", "alpha")])
+def test_a_masks_values_are_where_its_file_has_them(mode, channel):
+    """White of a file without transparency, transparent parts of one with it."""
+    text = to_text(ImageRequest("a"), SamplingParams(), FILES | MASK, mask=Image.new(mode, (8, 8)))
+    (node,) = (node for node in json.loads(text["prompt"]).values() if node["class_type"] == "LoadImageMask")
+    assert node["inputs"] == {"image": "mask.png", "channel": channel}
+
+
 def test_levels_between_schedules_are_listed_exactly():
     """float32's numbers, without an exponent: ComfyUI reads 1e-05 as 1 and 5."""
     params = SamplingParams(schedule="beta57", denoise=0.5, steps=400)
