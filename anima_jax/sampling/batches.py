@@ -1,7 +1,7 @@
 """Images that depend on the rest of their ComfyUI batch: `dpm_adaptive` chooses its steps by the batch's error."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,36 +13,51 @@ Draw = Callable[[Sequence[ImageRequest], ProgressCallback], list[np.ndarray]]
 
 
 def draw_whole_batches(
-    requests: Sequence[ImageRequest], draw: Draw, callback: ProgressCallback | None
+    requests: Sequence[ImageRequest], callback: ProgressCallback | None, draw: Draw
 ) -> list[np.ndarray]:
     """Return each image's latents, from its whole ComfyUI batch, so that it does not depend on the other `requests`.
 
     One batch after the other is drawn, each once. `callback` is told the progress of all of them.
     """
-    firsts = list(dict.fromkeys(dataclasses.replace(request, batch_index=0) for request in requests))
-    drawn: dict[ImageRequest, list[np.ndarray]] = {}
-    finished = 0
+    batches = list(whole_batches(requests))
+    drawn: dict[ImageRequest, np.ndarray] = {}
+    done_before = done_now = 0
 
-    def images(known: dict[ImageRequest, list[np.ndarray]]) -> list[np.ndarray]:
-        """Return the images of all requests; those of batches that are not drawn yet are blank."""
-        blank = np.zeros_like(next(iter(known.values()))[0])
-        batches = [known.get(dataclasses.replace(request, batch_index=0)) for request in requests]
-        return [
-            batch[request.batch_index] if batch else blank for request, batch in zip(requests, batches, strict=True)
-        ]
+    def progress(done: int, total: int, latents: Latents) -> None:
+        nonlocal done_now
+        done_now, batch, left = done, batches[0], len(batches)
+        if callback:
+            callback(done_before + done, done_before + total * left, lambda: images(drawn | named(batch, latents())))
 
-    for left, first in zip(range(len(firsts), 0, -1), firsts, strict=True):
-        before = finished
+    def images(known: dict[ImageRequest, np.ndarray]) -> list[np.ndarray]:
+        """Return the images of all requests; those that are not known yet are blank."""
+        blank = np.zeros_like(next(iter(known.values())))
+        return [known.get(request, blank) for request in requests]
 
-        def of_all(
-            done: int, total: int, latents: Latents, left: int = left, first: ImageRequest = first, before: int = before
-        ) -> None:
-            nonlocal finished
-            finished = before + done
-            if callback:
-                callback(finished, before + total * left, lambda: images(drawn | {first: latents()}))
-
-        drawn[first] = draw(
-            [dataclasses.replace(first, batch_index=index) for index in range(first.batch_size)], of_all
-        )
+    while batches:
+        drawn.update(named(batches[0], draw(batches[0], progress)))
+        done_before += done_now
+        batches.pop(0)
     return images(drawn)
+
+
+def named(batch: Sequence[ImageRequest], latents: Sequence[np.ndarray]) -> dict[ImageRequest, np.ndarray]:
+    return dict(zip(batch, latents, strict=True))
+
+
+def whole_batches(requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
+    """Yield the ComfyUI batches that the requests belong to, each with all of its images.
+
+    Requests that are a whole batch together may have different prompts. Images that are missing have the prompt of the
+    others of their batch.
+    """
+    groups: dict[ImageRequest, list[ImageRequest]] = {}
+    for request in requests:
+        groups.setdefault(dataclasses.replace(request, prompt="", batch_index=0), []).append(request)
+    for key, group in groups.items():
+        indices = range(key.batch_size)
+        if sorted(request.batch_index for request in group) == list(indices):
+            yield sorted(group, key=lambda request: request.batch_index)
+        else:
+            for prompt in dict.fromkeys(request.prompt for request in group):
+                yield [dataclasses.replace(key, prompt=prompt, batch_index=index) for index in indices]

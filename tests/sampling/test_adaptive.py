@@ -6,7 +6,8 @@ import pytest
 
 from anima_jax import AnimaPipeline
 from anima_jax.diffusion import samplers, schedules
-from anima_jax.sampling.batches import draw_whole_batches
+from anima_jax.errors import NotFiniteError
+from anima_jax.sampling.batches import draw_whole_batches, whole_batches
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.diffusion.test_samplers import in_adaptive_steps
@@ -91,9 +92,8 @@ def test_an_image_does_not_depend_on_what_else_is_drawn(pipeline):
 def test_a_network_that_returns_nan_ends_the_sampling(pipeline, monkeypatch):
     broken = {name: value * np.nan for name, value in pipeline.dit_params.items()}
     monkeypatch.setattr(pipeline, "dit_params", broken)
-    (latents,), calls = latents_of(pipeline, (32, 24, 3, 2, 0), sampler_options=OPTIONS)
-    assert np.isnan(latents).all()
-    assert calls[-1][:2] == (3, 3)
+    with pytest.raises(NotFiniteError):
+        latents_of(pipeline, (32, 24, 3, 2, 0), sampler_options=OPTIONS)
 
 
 def test_options_are_arguments_of_the_pipeline(pipeline):
@@ -117,10 +117,23 @@ def test_a_batch_is_drawn_once_and_whole():
         ImageRequest("x", seed=seed, batch_size=3, batch_index=index) for seed, index in ((1, 2), (2, 0), (1, 0))
     ]
     told = []
-    found = draw_whole_batches(requests, draw, lambda done, total, latents: told.append((done, total, latents())))
+    found = draw_whole_batches(requests, lambda done, total, latents: told.append((done, total, latents())), draw)
     assert drawn == [[(1, 0), (1, 1), (1, 2)], [(2, 0), (2, 1), (2, 2)]]
     assert [float(image.item()) for image in found] == [1.2, 2.0, 1.0]
     assert [(done, total, [image.item() for image in images]) for done, total, images in told] == [
         (5, 10, [1.2, 0.0, 1.0]),
         (10, 10, [1.2, 2.0, 1.0]),
     ]
+
+
+def test_requests_that_are_a_batch_together_may_have_different_prompts():
+    def batches(*requests):
+        found = whole_batches(
+            [ImageRequest(prompt, seed=seed, batch_size=2, batch_index=i) for prompt, seed, i in requests]
+        )
+        return [[(request.prompt, request.seed, request.batch_index) for request in batch] for batch in found]
+
+    assert batches(("b", 1, 1), ("a", 1, 0)) == [[("a", 1, 0), ("b", 1, 1)]]
+    assert batches(("a", 1, 0), ("b", 2, 1)) == [[("a", 1, 0), ("a", 1, 1)], [("b", 2, 0), ("b", 2, 1)]]
+    two = [("a", 1, 0), ("a", 1, 1), ("b", 1, 0), ("b", 1, 1)]
+    assert batches(*two) == [two[:2], two[2:]]
