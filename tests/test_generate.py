@@ -58,15 +58,23 @@ def test_like_generates_the_same_image_and_flags_override_its_parameters(network
     first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
     flags = ["--negative_prompt", "ugly", "--guidance_scale", "2.5", "--sampler", "heun", "--schedule", "beta"]
     flags += ["--shift", "1.7", "--guidance_interval", "0.1", "0.9", "--cfg_zero_star", "--noise", "jax"]
-    flags += ["--rescale_cfg", "--cfg_norm", "1.2", "--apg", "--apg_momentum", "-0.5", "--sigmas", "1,0.8", "0.3", "0"]
+    flags += ["--rescale_cfg", "--cfg_norm", "1.2", "--apg_momentum", "-0.5", "--sigmas", "1,0.8", "0.3", "0"]
     run(*networks, *SMALL, *flags, "--prompt", "a (red:1.3) circle", "--seed", 2**63 + 1, "-o", first)
     run("--like", first, "-o", again)
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
     assert Image.open(again).text == Image.open(first).text
-    run("--like", first, "-o", other, "--seed", 4, "--no-cfg_zero_star")
+    run("--like", first, "-o", other, "--seed", 4, "--no-cfg_zero_star", "--no-apg")
     assert np.any(np.asarray(Image.open(other)) != np.asarray(Image.open(first)))
     values = from_text("c.png", Image.open(other).text).values
-    expected = {"seed": 4, "cfg_zero_star": False, "shift": 1.7, "rescale_cfg": 0.7, "sigmas": (1.0, 0.8, 0.3, 0.0)}
+    expected = {
+        "seed": 4,
+        "apg": False,
+        "apg_momentum": 0.0,
+        "cfg_zero_star": False,
+        "shift": 1.7,
+        "rescale_cfg": 0.7,
+        "sigmas": (1.0, 0.8, 0.3, 0.0),
+    }
     assert {name: values[name] for name in expected} == expected
     assert capsys.readouterr().out.split() == [str(first), str(again), str(other)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]

@@ -25,6 +25,7 @@ from anima_jax.sampling.image_text import read_recipe
 from anima_jax.sampling.images import image_format
 from anima_jax.sampling.recipe import Recipe, quoted
 from anima_jax.sampling.request import (
+    APG,
     RANDOM_SEED,
     SIZE_STEP,
     ImageRequest,
@@ -77,6 +78,10 @@ def older_image(arguments: argparse.Namespace) -> Recipe:
     return like
 
 
+SUPERSEDED = {"sigmas": ("denoise",), "steps": ("sigmas",), "schedule": ("sigmas",), "denoise": ("sigmas",)}
+"""Flag → parameters of the older image that it replaces, too."""
+
+
 def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> SamplingParams:
     """Return the parameters, each from the first of these that sets it: flags, older image, configuration, default."""
     names = {field.name for field in dataclasses.fields(SamplingParams)} - {"sampler_options"}
@@ -87,7 +92,11 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
         flags["guidance_interval"] = tuple(interval)
     if levels := flags.get("sigmas"):
         flags["sigmas"] = tuple(itertools.chain(*levels))
-    older = {name: like.values[name] for name in names if name in like.values}
+    if any(name in flags for name in APG):
+        flags.setdefault("apg", True)
+    superseded = {name for flag, others in SUPERSEDED.items() if flag in flags for name in others}
+    superseded |= set(APG) if flags.get("apg") is False else set()
+    older = {name: like.values[name] for name in names - superseded if name in like.values}
     sample = config.sample if config else None
     configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}
     params = SamplingParams(**ChainMap(flags, older, configured))

@@ -148,7 +148,10 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
 
 def comma_separated(text: str) -> list[float]:
     """Return the numbers of a text like ComfyUI's "1, 0.5"."""
-    return [float(number) for number in text.replace(",", " ").split()]
+    try:
+        return [float(number) for number in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}', expected numbers") from None
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

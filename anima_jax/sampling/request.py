@@ -40,6 +40,9 @@ RANGES = {
 }
 """Parameter of guidance → the range of ComfyUI's node."""
 
+APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
+"""Parameters that change nothing without `apg`."""
+
 RANDOM_SEED = -1
 """What stands for a random seed on the command line, as in A1111."""
 
@@ -134,13 +137,19 @@ class SamplingParams:
             raise UserError(f"tile {self.tile}, expected {expected}")
         NoiseKind.parse(self.noise)
         check_options(self.sampler, self.sampler_options)
+        self._check_guidance()
+        self._check_levels()
+
+    def _check_guidance(self) -> None:
+        """Raise UserError if a parameter of a variant of guidance is out of range or has no effect."""
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name} {value}, expected {low:g} to {high:g}")
         if self.apg and self.guidance_scale == 0:
             raise UserError("guidance_scale 0 with apg, which divides by it: expected another scale")
-        self._check_levels()
+        if not self.apg and (changed := [name for name in APG if getattr(self, name) != getattr(SamplingParams, name)]):
+            raise UserError(f"{changed[0]} {getattr(self, changed[0])} without apg: expected apg, too")
 
     def _check_levels(self) -> None:
         """Raise UserError if the levels or the first and last step are out of range."""
