@@ -116,7 +116,7 @@ class FileIndex:
                     return entries, Summary(str(row["summary"]), skipped, str(row["fingerprint"]))
                 elif "file" not in row:
                     return None
-        except (ValueError, LookupError, TypeError, AttributeError):  # a damaged line
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # a damaged line
             return None
         return None
 
@@ -153,10 +153,10 @@ class FileIndex:
                     continue
                 (width, height, frames), stamp = row["size"], row["stamp"]
                 size, digest = Size(int(width), int(height), int(frames)), bytes.fromhex(row["digest"])
-                if min(size) < 1 or len(digest) != 32:
+                if not (0 < min(size) <= max(size) < 2**31) or len(digest) != 32 or not isinstance(row["file"], str):
                     return
                 yield row["file"], FileInfo((int(stamp[0]), int(stamp[1])) if stamp else None, digest, size)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return
 
     def _entry(self, row: dict[str, Any], types: dict[str, Callable[..., Media]]) -> Entry:

@@ -56,6 +56,21 @@ def test_unchanged_files_are_not_read_again(folder):
     assert read(folder)[:2] == (entries, line)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"file": ["x"]}, {"file": {}}, {"size": [float("inf"), 1, 1]}, {"size": [10**400, 1, 1]}, {"stamp": [1e999, 0]}],
+    ids=["a list", "a table", "infinite", "huge", "an infinite time"],
+)
+def test_odd_values_in_a_memo_only_cost_time(folder, changes):
+    entries, line, _ = read(folder)
+    path = folder.parent / "index" / "files.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    number = next(number for number, row in enumerate(rows) if "file" in row)
+    rows[number] |= changes
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(folder)[:2] == (entries, line)
+
+
 @pytest.mark.parametrize("change", ["size", "time"])
 def test_a_changed_file_is_read_again_and_only_that(folder, change):
     before = {entry.media.name: entry.digest for entry in read(folder)[0]}
