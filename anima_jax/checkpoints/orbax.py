@@ -49,14 +49,17 @@ _BARRIERS = itertools.count()
 
 @contextlib.contextmanager
 def errors_reported_once() -> Iterator[None]:
-    """Silence the output of Orbax and TensorStore about a failed save, which `RunCheckpoints` reports in one line.
+    """Silence what Orbax and TensorStore print about a failed save or load: `RunCheckpoints` reports it in one line.
 
-    Orbax logs each error with a traceback from every one of its threads. When a save fails, Orbax drops coroutines and
-    closes an event loop that TensorStore's threads still notify; Python reports both on stderr.
+    Orbax logs each error with a traceback from every one of its threads. If it fails, it drops coroutines and tasks and
+    closes an event loop that TensorStore's threads still notify; Python reports all of them on stderr.
     """
 
     def is_not_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
+
+    def is_retrieved(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.msg
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
         if str(args.exc_value) != "Event loop is closed":
@@ -64,12 +67,14 @@ def errors_reported_once() -> Iterator[None]:
 
     before, sys.unraisablehook = sys.unraisablehook, unraisable
     logging.getLogger("absl").addFilter(is_not_orbax)
+    logging.getLogger("asyncio").addFilter(is_retrieved)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+            warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
             yield
     finally:
         logging.getLogger("absl").removeFilter(is_not_orbax)
+        logging.getLogger("asyncio").removeFilter(is_retrieved)
         sys.unraisablehook = before
 
 
@@ -228,7 +233,9 @@ class RunCheckpoints:
         except Exception as error:  # of any type, as in `save`
             older = [other for other in self.steps() if other < step]
             advice = f"; without that folder, the run resumes from step {older[-1]}" if older else ""
-            raise UserError(f"{path}: cannot be read ({os_reason(error)}){advice}") from error
+            # What Orbax says if any file of an item cannot be read, and the checkpoint is too old to have checksums.
+            reason = "its files are damaged" if "incompatible handler" in str(error) else os_reason(error)
+            raise UserError(f"{path}: cannot be read ({reason}){advice}") from error
 
     def _finish(self, step: int, saving: "ocp.AsyncResponse[None]") -> None:
         path = self.folder / str(step)

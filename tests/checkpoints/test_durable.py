@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,31 @@ def test_a_checkpoint_of_an_earlier_version_whose_metadata_is_damaged_is_set_asi
     with caplog.at_level(logging.WARNING), errors_reported_once():
         check_restores(damaged, 1)
     assert len(caplog.records) == 1
+
+
+RESTORE = """
+    import logging, sys
+    from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
+    from anima_jax.errors import UserError
+    from tests.checkpoints.test_durable import items
+    logging.basicConfig()
+    with errors_reported_once():
+        try:
+            RunCheckpoints(sys.argv[1], keep=None).restore(2, items(0))
+        except UserError as error:
+            print(error, file=sys.stderr)
+"""
+
+
+def test_a_damaged_checkpoint_of_an_earlier_version_is_one_line(damaged):
+    (damaged / "2" / "checksums.json").unlink()
+    (largest,) = (damaged / "2" / "params" / "ocdbt.process_0" / "d").iterdir()
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(RESTORE), str(damaged)], capture_output=True, text=True, check=False
+    )
+    reason = "cannot be read (its files are damaged); without that folder, the run resumes from step 1"
+    assert child.stderr == f"{damaged}/2: {reason}\n"
 
 
 def test_what_a_killed_save_left_is_neither_taken_nor_kept(damaged):
