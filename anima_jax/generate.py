@@ -117,7 +117,8 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     """Return the arguments of `AnimaPipeline.load` from the flags, else the configuration, else the older image.
 
     A transformer comes with its own LLM adapter file and LoRAs: they are never taken from a later source than the
-    transformer. Raises UserError if no source names a required file.
+    transformer, except that `--models` applies the older image's LoRAs to any transformer. Raises UserError if no
+    source names a required file.
     """
     loras: list[tuple[Any, Weight]] = [parse_lora_argument(text) for text in arguments.lora]
     exported = {}
@@ -127,6 +128,8 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             loras.append((file, 1.0))
         else:
             exported = transformer_files(file)
+    if arguments.models and not loras:
+        loras = like.found_loras(arguments.models)
     layers = [given(loras=loras), exported, transformer_files(arguments.transformer)]
     named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype")
     layers += [given(**{name: getattr(arguments, name) for name in named})]

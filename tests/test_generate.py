@@ -279,6 +279,17 @@ def test_an_address_in_an_image_is_not_opened_without_its_flag(networks, tmp_pat
     )
 
 
+def test_models_applies_an_images_loras_to_another_transformer(networks, tmp_path):
+    text = WEBUI.replace("circle", "circle <lora:style:0.5>", 1)
+    (tmp_path / "image.txt").write_text(text)
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    flags = [*networks, "--like", tmp_path / "image.txt", "--models", tmp_path, "-o", "x.png"]
+    for more, expected in (([], [(str(tmp_path / "style.safetensors"), 0.5)]), (["--lora", "a:2"], [("a", 2.0)])):
+        arguments = parse_arguments([str(flag) for flag in [*flags, *more]])
+        files = generate.networks(arguments, None, older_image(arguments))
+        assert (files["transformer"], list(files["loras"])) == (str(networks[1]), expected)
+
+
 def seeds_of(folder, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed ")]
     said = [int(line.removeprefix("seed ")) for line in lines]

@@ -70,9 +70,12 @@ def older_image(arguments: argparse.Namespace) -> Recipe:
     like = read_recipe(arguments.like)
     if not (arguments.image or "image" in like.files) and like.values.pop("denoise", 1.0) != 1.0:
         like.messages.append("it started from an image that it does not name: give --image and --denoise")
-    if arguments.transformer or arguments.config or arguments.checkpoint:
+    if (arguments.transformer or arguments.config or arguments.checkpoint) and not arguments.models:
         for name, weight in [] if arguments.lora else like.loras:
-            like.messages.append(f"its LoRA {quoted(name)} at {weight} belongs to its own transformer and is left out")
+            like.messages.append(
+                f"its LoRA {quoted(name)} at {weight} belongs to its own transformer and is left out; "
+                "--models DIR or --lora applies it"
+            )
     for message in like.messages if hosts.is_process_0() else []:
         print(f"{arguments.like}: {message}", file=sys.stderr)
     return like
