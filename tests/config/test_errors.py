@@ -9,7 +9,7 @@ from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import key_table
 from anima_jax.config.unsupported_keys import MAIN
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, one_line
 from anima_jax.train import main as train
 from tests.config.files import REMOVE, changed, write
 
@@ -22,7 +22,7 @@ def errors(tmp_path, monkeypatch):
     def lines(changes=None, dataset=None, overrides=()):
         with pytest.raises(UserError) as caught:
             load_config(write(tmp_path, changes, dataset).name, overrides)
-        assert str(caught.value).splitlines() == list(caught.value.messages)
+        assert [one_line(line) for line in str(caught.value).splitlines()] == list(caught.value.messages)
         return caught.value.messages
 
     return lines
