@@ -249,7 +249,7 @@ def test_errors_name_the_files(networks, tmp_path, capsys):
         assert message in error_of(capsys, *networks, *output, *flags)
     assert "one of --prompt, --prompts and --like is required" in error_of(capsys, *networks, *output)
     (tmp_path / "file").write_text("")
-    assert "cannot be written: Not a directory" in error_of(
+    assert f"{tmp_path / 'file'} is a file, expected a folder" in error_of(
         capsys, *networks, "--prompt", "x", "-o", tmp_path / "file" / "folder" / "x.png"
     )
     assert "x.gif: images are written as .png, .jpg, .jpeg, .webp, found '.gif'" in error_of(

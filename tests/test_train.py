@@ -200,7 +200,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(tmp_path, pictures, capsy
         (["--checkpoint", "{folder}/pictures"], "out.png", "model.safetensors"),
         (["--checkpoint", "{folder}/nothing"], "out.png", "no such file"),
         ([], "out.tiff", ".png"),
-        ([], "no/folder/out.png", ".png"),
+        ([], f"{BASE}/out.png", f"{BASE} is a file, expected a folder"),
     ],
 )
 def test_generate_refuses_what_it_cannot_draw(tmp_path, pictures, capsys, arguments, output, expected):

@@ -163,6 +163,8 @@ def resized(part: Image.Image | None, request: ImageRequest) -> Image.Image | No
 def output_paths(output: pathlib.Path, count: int) -> list[pathlib.Path]:
     """Return the files to write. Raises UserError unless `output` can be an image, in a folder that can be made."""
     image_format(output)
+    if file := next((folder for folder in output.absolute().parents if folder.is_file()), None):
+        raise UserError(f"--output {output}: {file} is a file, expected a folder")
     with writing_to(str(output)):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}_{index + 1}") for index in range(count)]
