@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 
 import numpy as np
 
@@ -12,7 +11,8 @@ from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
-from anima_jax.errors import UserError, plural, shorten
+from anima_jax.checkpoints.values import first_problem
+from anima_jax.errors import NotFiniteError, UserError
 from convert import outputs
 
 SUMMARY = "add adapters to the weights of a model"
@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write OUT, which is BASE with the adapters merged; tensors that no adapter changes are copied."""
+    """Write OUT, which is BASE with the adapters merged; tensors that no adapter changes are copied.
+
+    Raises NotFiniteError if a changed tensor has NaN or infinite values; nothing is written then.
+    """
     paths, weights = zip(*map(parse_lora_argument, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:
@@ -41,7 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
         files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
         adapters = match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused, extend=True)
         changed = changes(adapters, weights)
-        broken: list[str] = []
 
         def stored_dtype(key: str) -> np.dtype:
             return outputs.OUTPUT_DTYPES.get(arguments.dtype, file.tensors[key].dtype)
@@ -52,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
                 return cast(values, stored_dtype(key), key)
             out = merged(name, values, changed[name], stored_dtype(key), comfyui_dora=arguments.comfyui_dora)
             if not np.isfinite(out).all():
-                broken.append(key)
+                problem = first_problem([*(one.path for one in files), arguments.base])
+                raise NotFiniteError(problem or f"{key}: is infinite with the adapters; their weights may be too large")
             return out
 
         def shape_of(key: str) -> tuple[int, ...]:
@@ -60,7 +63,4 @@ def run(arguments: argparse.Namespace) -> None:
 
         tensors = [TensorInfo(key, stored_dtype(key), shape_of(key)) for key in file.tensors]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
-    if broken:
-        where = f"{plural(len(broken), 'tensor')}: {shorten(broken)}"
-        print(f"warning: {arguments.output}: NaN or infinite values in {where}", file=sys.stderr)
     print(f"{arguments.output}: {len(changed)} of {len(tensors)} tensors changed")

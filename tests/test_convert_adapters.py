@@ -160,14 +160,19 @@ def test_merge_leaves_out_no_more_than_what_the_base_has_not(tmp_path, capsys):
     np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")[name], expected, atol=1e-6)
 
 
-def test_merge_warns_of_an_adapter_that_breaks_the_model(tmp_path, capsys):
+def test_merge_refuses_an_adapter_that_breaks_the_model(tmp_path, capsys):
     broken = {
         key: array * np.float32("nan") if "blocks.1.mlp.layer1" in key else array
         for key, array in load_file(LORA).items()
     }
     save_file(broken, tmp_path / "lora.safetensors")
-    convert("merge", DIT_FILE, tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
-    assert "NaN or infinite values in 1 tensor: net.blocks.1.mlp.layer1.weight" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        convert("merge", DIT_FILE, tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    assert ended.value.code == 1
+    line = capsys.readouterr().err
+    assert f"{tmp_path / 'lora.safetensors'}: NaN or infinite values in 2 tensors: " in line
+    assert "blocks.1.mlp.layer1" in line
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_an_adapter_that_was_trained_on_another_model_is_named_with_both(tmp_path, capsys):

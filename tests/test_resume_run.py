@@ -202,6 +202,7 @@ def test_the_mean_loss_of_an_epoch_includes_the_steps_before_a_stop(cut_short):
     assert two == one
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_saved(config, tmp_path, capsys):
     arguments = ["--config", str(config), "--set", "save_every_n_epochs=1"]
     with no_file_longer_than(200_000), pytest.raises(SystemExit) as exit_:
@@ -255,6 +256,7 @@ def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path,
     assert exit_.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_makes_up_for_a_model_that_it_could_not_save(config, tmp_path):
     arguments = ["--config", str(config), "--set", "max_steps=2"]
     train(arguments)

@@ -150,11 +150,12 @@ def merged(
     `dtype` None keeps the tensor's. With `comfyui_dora`, DoRAs count as in ComfyUI (`Patch.applied`).
     """
     weight = copying.contiguous(values).astype(FLOAT32)
-    for patch, strength in patches:
-        if name.endswith(".bias"):
-            weight = patch.applied_to_bias(weight, strength)
-        elif strength or patch.kind.replaces:
-            weight = patch.applied(weight, strength, comfyui_dora=comfyui_dora)
+    with np.errstate(invalid="ignore", over="ignore"):  # callers look at the result
+        for patch, strength in patches:
+            if name.endswith(".bias"):
+                weight = patch.applied_to_bias(weight, strength)
+            elif strength or patch.kind.replaces:
+                weight = patch.applied(weight, strength, comfyui_dora=comfyui_dora)
     return copying.cast(weight, values.dtype if dtype is None else dtype, name)
 
 

@@ -1,12 +1,13 @@
 """Values that a file should not have: NaN, infinity, and tensors of zeros only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
-from anima_jax.errors import plural, shorten
+from anima_jax.errors import UserError, plural, shorten
 
 _CHUNK = 2**26  # bytes that are read at once
 
@@ -43,6 +44,19 @@ def check_values(file: SafetensorsFile) -> ValueCheck:
         if not any_value:
             found.zero.append(name)
     return found
+
+
+def first_problem(paths: Iterable[PathLike]) -> str | None:
+    """Return the first file that has NaN or infinite values, with their tensors, or None. Other paths are passed by."""
+    for path in paths:
+        try:
+            with SafetensorsFile(path) as file:
+                problem = check_values(file).problem
+        except UserError:  # a folder, or a file that has been deleted since
+            continue
+        if problem:
+            return f"{path}: {problem}"
+    return None
 
 
 def _chunks(tensor: TensorInfo) -> Iterator[slice | None]:

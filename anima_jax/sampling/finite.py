@@ -9,9 +9,8 @@ from jax import Array
 
 from anima_jax.checkpoints.gathered import on_host
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.checkpoints.values import check_values
-from anima_jax.errors import NotFiniteError, UserError
+from anima_jax.checkpoints.values import first_problem
+from anima_jax.errors import NotFiniteError
 from anima_jax.models.parameters import Params
 
 
@@ -33,14 +32,8 @@ def not_finite(
     It names the first of `files` that has such values, with their tensors; else the first of the `networks` whose
     parameters do, which come from files that are fine; else it says that `dtype` is too small.
     """
-    for path in files:
-        try:
-            with SafetensorsFile(path) as file:
-                problem = check_values(file).problem
-        except UserError:  # a folder, or a file that has been deleted since
-            continue
-        if problem:
-            return NotFiniteError(f"{path}: {problem}")
+    if problem := first_problem(files):
+        return NotFiniteError(problem)
     for name, params in networks.items():
         for path, value in params.items():
             if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(on_host(value)).all():
