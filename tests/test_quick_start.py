@@ -55,8 +55,9 @@ def test_the_quick_start_learns_to_draw_held_out_captions(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_what_the_captions_say(trained, sampler):
-    # CFG++ guides more strongly at the same scale.
-    scale = {"guidance_scale": 1.0} if "cfg_pp" in sampler or "cfgpp" in sampler else {}
+    # CFG++ guides more strongly at the same scale; its form of DPM-Solver++(2S) still needs more than 1.
+    weakest = 1.6 if sampler == "dpmpp_2s_ancestral_cfg_pp" else 1.0
+    scale = {"guidance_scale": weakest} if "cfg_pp" in sampler or "cfgpp" in sampler else {}
     noise = "torch-cuda" if sampler.endswith("_gpu") else "torch-cpu"
     scores = score(generate(trained, 0, steps=20, sampler=sampler, noise=noise, **scale), scenes(held_out=True))
     # 12 of 16 images; by chance it would be 3.
