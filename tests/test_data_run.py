@@ -270,6 +270,7 @@ def test_a_dry_run_over_mixed_sizes_plans_two_programs_and_writes_nothing(mixed,
     assert not (tmp_path / "pictures" / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_run_over_mixed_sizes_resolutions_and_masks(mixed, tmp_path, monkeypatch):
     run, folder = mixed, tmp_path / "pictures"
     traced = []

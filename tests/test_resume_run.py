@@ -216,6 +216,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_at_its_end_that_its_model_is_not_
     assert len(losses_of(run)) == 7
 
 
+@pytest.mark.slow
 def test_a_run_does_not_need_its_configuration_files_once_it_has_read_them(config, tmp_path, monkeypatch):
     """They may be renamed or edited while it trains; its copies, which it advises to upload, contain no key."""
     config.write_text(config.read_text() + "[monitoring]\nwandb_api_key = 'a secret'\n")
@@ -238,6 +239,7 @@ def test_a_run_does_not_need_its_configuration_files_once_it_has_read_them(confi
         assert copies[name] == (tmp_path / "main.old").read_text().replace("'a secret'", '""')
 
 
+@pytest.mark.slow
 def test_what_changed_is_said_and_what_cannot_go_on_is_refused(config, tmp_path, capsys):
     arguments = ["--config", str(config)]
     train([*arguments, "--set", "max_steps=3"])
