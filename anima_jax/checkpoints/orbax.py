@@ -11,6 +11,7 @@ process 0 flushes and checks all files.
 
 import concurrent.futures
 import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -52,7 +53,8 @@ def errors_reported_once() -> Iterator[None]:
     """Silence what Orbax and TensorStore print about a failed save or load: `RunCheckpoints` reports it in one line.
 
     Orbax logs each error with a traceback from every one of its threads. If it fails, it drops coroutines and tasks and
-    closes an event loop that TensorStore's threads still notify; Python reports all of them on stderr.
+    closes an event loop that TensorStore's threads still notify; Python reports all of them on stderr, some only when
+    they are collected as garbage.
     """
 
     def is_not_orbax(record: logging.LogRecord) -> bool:
@@ -62,7 +64,8 @@ def errors_reported_once() -> Iterator[None]:
         return "exception was never retrieved" not in record.msg
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
-        if str(args.exc_value) != "Event loop is closed":
+        code = getattr(args.object, "cr_code", None)
+        if not (code and "orbax" in code.co_filename) and str(args.exc_value) != "Event loop is closed":
             before(args)
 
     before, sys.unraisablehook = sys.unraisablehook, unraisable
@@ -71,7 +74,10 @@ def errors_reported_once() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-            yield
+            try:
+                yield
+            finally:
+                gc.collect()
     finally:
         logging.getLogger("absl").removeFilter(is_not_orbax)
         logging.getLogger("asyncio").removeFilter(is_retrieved)
