@@ -8,11 +8,12 @@ import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from anima_jax.checkpoints.locks import lock
@@ -172,6 +173,19 @@ def reading_folders(path: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or os.fspath(path)}: cannot be read: {os_reason(error)}") from error
+
+
+def folders_below(folder: str, above: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Yield a local folder and all below it, each with the names of its files, also through links.
+
+    A link to a folder that it is in is not followed; `above` are the real paths of those. Folders that cannot be read
+    are left out.
+    """
+    real = os.path.realpath(folder)
+    for _, children, names in itertools.islice(os.walk(folder), 0 if real in above else 1):
+        yield folder, sorted(names)
+        for child in sorted(children):
+            yield from folders_below(os.path.join(folder, child), (*above, real))
 
 
 def sync_folder(folder: PathLike) -> None:

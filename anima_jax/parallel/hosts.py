@@ -181,10 +181,7 @@ def _gathered(own: bytes) -> list[bytes]:
 
 def smallest(number: int | None) -> int | None:
     """Return the smallest number of all processes; None, the answer of a process that has none, does not count."""
-    if is_single_process():
-        return number
-    numbers = [found for found in map(json.loads, _gathered(json.dumps(number).encode())) if found is not None]
-    return min(numbers, default=None)
+    return min((found for found in values_of_all(number) if found is not None), default=None)
 
 
 class Consensus:

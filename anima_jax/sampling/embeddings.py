@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from anima_jax.checkpoints.locations import PathLike, is_remote
+from anima_jax.checkpoints.locations import PathLike, folders_below, is_remote
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.errors import NotFiniteError, UserError, one_line, show_value
 from anima_jax.text.prompts import Span, TextualInversion, spans
@@ -63,7 +63,7 @@ class Embeddings:
 
     def _paths(self, name: str) -> Iterator[str]:
         """Yield the files of this name, those in the folder itself before those in its subfolders."""
-        for folder in _folders(self._folder) if self._folder and name else ():
+        for folder, _ in folders_below(self._folder) if self._folder and name else ():
             path = os.path.normpath(os.path.join(folder, name))
             if path.startswith(os.path.join(folder, "")):
                 yield from filter(os.path.isfile, (path + extension for extension in _EXTENSIONS))
@@ -73,15 +73,6 @@ def _existing(folder: str) -> str:
     if is_remote(folder) or not os.path.isdir(folder):
         raise UserError(f"{folder}: is not a folder, expected a local one with embeddings")
     return folder
-
-
-def _folders(folder: str) -> Iterator[str]:
-    """Yield a folder and all below it, through links, each once."""
-    seen: set[str] = set()
-    for path, children, _ in os.walk(folder, followlinks=True):
-        children[:] = sorted(child for child in children if os.path.realpath(os.path.join(path, child)) not in seen)
-        seen |= {os.path.realpath(os.path.join(path, child)) for child in children}
-        yield path
 
 
 def _entry(file: SafetensorsFile, key: str) -> tuple[Sequence[str], tuple[int, ...]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
+from anima_jax.checkpoints.locations import folders_below
 from anima_jax.errors import UserError, did_you_mean, shorten
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 
@@ -97,8 +98,8 @@ def _files_in(folder: str) -> dict[str, list[str]]:
     if not os.path.isdir(folder):
         raise UserError(f"--lora_dir {folder}: is not a folder")
     found: dict[str, list[str]] = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(names):
+    for parent, names in folders_below(folder):
+        for name in names:
             if name.lower().endswith(SUFFIX):
                 path = os.path.join(parent, name)
                 within = os.path.relpath(path, folder).replace(os.sep, "/")[: -len(SUFFIX)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
+from anima_jax.checkpoints.locations import folders_below
 from anima_jax.errors import UserError
 
 NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter")
@@ -148,12 +149,4 @@ def _files_in(folder: str) -> list[tuple[str, str]]:
     """Return the folder's files as (name in lower case, path). Raises UserError if it is not a folder."""
     if not os.path.isdir(folder):
         raise UserError(f"--models {folder}: is not a folder")
-    files, visited = list[tuple[str, str]](), set[str]()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()  # a link to a folder above it
-            continue
-        visited.add(real)
-        files += [(name.casefold(), os.path.join(parent, name)) for name in names]
-    return files
+    return [(name.casefold(), os.path.join(parent, name)) for parent, names in folders_below(folder) for name in names]

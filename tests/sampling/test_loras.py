@@ -256,6 +256,7 @@ def test_unknown_and_unclear_names_in_a_prompt_are_errors_and_no_folder_is_remar
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "style.safetensors").touch()
+        (tmp_path / name / "up").symlink_to(tmp_path)  # a circle, which the search does not follow
     requests = [ImageRequest("x <lora:style:1>")]
     for prompt, message in (
         (
