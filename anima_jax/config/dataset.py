@@ -3,7 +3,9 @@
 A top-level key applies to every source; the same key inside a `[[directory]]` or a `[[tfds]]` overrides it there.
 """
 
+import functools
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -14,18 +16,21 @@ from anima_jax.config.schema import (
     InputFile,
     InputFolder,
     Listed,
+    LocalFile,
     NotEmpty,
     OutputFolder,
     Positive,
     Probability,
     Section,
     Whole,
+    choices,
     documented_as,
     expecting,
     invalid,
     multiple_of_16,
 )
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
+from anima_jax.errors import UserError, did_you_mean, os_reason
 
 SOURCES = ("directory", "tfds")
 """The kinds of source tables. Each may occur several times."""
@@ -37,6 +42,9 @@ MAX_SIDE = 16384
 """In pixels. A larger side is a typing error and would not fit in memory."""
 
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
+
+CAPTION_WAYS = ("tags", "nl", "tags_nl", "nl_tags")
+"""What a caption may consist of: tags, natural language, or one followed by the other."""
 
 Side = Annotated[int | float, Field(ge=16, le=MAX_SIDE)]
 Pair = tuple[float, float]
@@ -67,6 +75,33 @@ def _size_bucket(found: Any) -> Size:
     return Size(multiple_of_16(width), multiple_of_16(height), frames)
 
 
+def _weights(found: Any) -> dict[str, float]:
+    if not isinstance(found, dict):
+        raise invalid(f"found {found!r}, expected a table, as in {{tags = 50, nl = 10, tags_nl = 20, nl_tags = 20}}")
+    for way, weight in found.items():
+        if way not in CAPTION_WAYS:
+            raise invalid(f"found '{way}', expected {choices(CAPTION_WAYS)}{did_you_mean(str(way), CAPTION_WAYS)}")
+        if type(weight) not in {int, float} or not 0 <= weight < math.inf:
+            raise invalid(f"found {weight!r} for '{way}', expected a number of at least 0")
+    if not 0 < sum(found.values()) < math.inf:
+        raise invalid(f"found {found!r}, expected at least one weight above 0")
+    return {way: float(found.get(way, 0)) for way in CAPTION_WAYS}
+
+
+def _suffix(found: str) -> str:
+    if not re.fullmatch(r"\.?[\w-]{1,20}", found):
+        raise invalid(f"found {found!r}, expected the suffix of a file, as in '.txt'")
+    return "." + found.removeprefix(".").lower()
+
+
+def _tags_file(path: str) -> str:
+    try:
+        read_tags(path)
+    except UserError as error:
+        raise invalid(str(error)) from None
+    return path
+
+
 Resolution = Annotated[
     Side | Annotated[tuple[Side, Side], Listed],
     expecting(f"a side in pixels or [width, height], 16 to {MAX_SIDE} each"),
@@ -81,6 +116,8 @@ Ratio = Annotated[
 ]
 SizeBucket = Annotated[Any, AfterValidator(_size_bucket), documented_as("[width, height, frames]")]
 Share = Annotated[float, Field(gt=0, le=1)]
+Weights = Annotated[Any, AfterValidator(_weights), documented_as("{tags = …, nl = …, tags_nl = …, nl_tags = …}")]
+Suffix = Annotated[str, AfterValidator(_suffix), documented_as("suffix")]
 
 
 class Source(Section):
@@ -131,6 +168,18 @@ class Source(Section):
         description="ours; of several captions of one image: 'each' is an example of its own, or one is drawn at "
         "'random' in every epoch",
     )
+    caption_mode: Literal["tags", "nl", "tags_nl", "nl_tags", "mixed"] = Field(
+        "tags",
+        description="ours; which of an image's captions are used. 'tags': its caption file or tags, else its natural "
+        "language; 'nl': its natural language, else its tags; 'tags_nl' and 'nl_tags': one followed by the other; "
+        "'mixed': one of these ways, drawn in every epoch by mixed_weights. Natural language is in NAME_nl.txt, in "
+        "NAME.caption next to NAME.txt, or in JSON",
+    )
+    mixed_weights: Weights = Field(
+        {"tags": 50.0, "nl": 10.0, "tags_nl": 20.0, "nl_tags": 20.0},
+        description="ours; caption_mode 'mixed': how often each way is drawn, relative to the others; one that is not "
+        "named never, and of an image without natural language only tags",
+    )
     shuffle_tags: bool = Field(
         False,
         description="shuffle each caption's tags: once, or in every epoch if [model] cache_text_embeddings = false",
@@ -140,10 +189,31 @@ class Source(Section):
         description="number of shuffled copies that replace each caption, each an example; 0: see shuffle_tags",
     )
     cache_shuffle_delimiter: str = Field(", ", min_length=1, description="separator of a caption's tags")
+    keep_tokens: Whole = Field(
+        0, description="ours; number of tags at the start of each caption that are neither shuffled nor dropped"
+    )
+    keep_tokens_separator: str = Field(
+        "",
+        description="ours; a text such as '|||' that ends the tags which are neither shuffled nor dropped, in a "
+        "caption that has it, instead of keep_tokens; a second one begins such tags at the end; it is removed",
+    )
+    nl_shuffle_sentences: bool = Field(
+        False, description="ours; shuffle the sentences of natural language, as often as shuffle_tags shuffles tags"
+    )
+    nl_keep_first_sentence: bool = Field(
+        False, description="ours; nl_shuffle_sentences leaves the first sentence first"
+    )
     tag_dropout: Probability = Field(
         0.0,
         description="ours; probability that a tag is left out in an epoch, at least 0 and less than 1; "
         "needs [model] cache_text_embeddings = false",
+    )
+    protected_tags: Annotated[tuple[str, ...], Listed] = Field(
+        (), description="ours; tags that tag_dropout always keeps, without regard to capital letters"
+    )
+    protected_tags_file: Annotated[LocalFile, AfterValidator(_tags_file)] | None = Field(
+        None,
+        description="ours; a text file of more protected_tags, one in a line; lines that begin with # are comments",
     )
 
     @field_validator("enable_ar_bucket")
@@ -164,6 +234,12 @@ class Source(Section):
             )
         return dropout
 
+    @functools.cached_property
+    def all_protected_tags(self) -> frozenset[str]:
+        """The tags of `protected_tags` and `protected_tags_file`, case-folded. Raises UserError."""
+        more = read_tags(self.protected_tags_file) if self.protected_tags_file else ()
+        return frozenset(tag.strip().casefold() for tag in (*self.protected_tags, *more))
+
     @property
     def shuffled_copies(self) -> int:
         """Number of shuffled copies that replace each caption; 0 leaves captions unchanged."""
@@ -177,9 +253,20 @@ class Source(Section):
     @property
     def messages(self) -> dict[str, str]:
         """Key → message about a value with an effect that the user may not expect."""
-        return dict(self._messages())
+        return dict([*self._caption_messages(), *self._size_messages()])
 
-    def _messages(self) -> Iterator[tuple[str, str]]:
+    def _caption_messages(self) -> Iterator[tuple[str, str]]:
+        if self.caption_mode != "mixed":
+            yield "mixed_weights", "does nothing here: caption_mode is not 'mixed'"
+        if not self.nl_shuffle_sentences and self.nl_keep_first_sentence:
+            yield "nl_keep_first_sentence", "does nothing here: nl_shuffle_sentences is not true"
+        if not self.tag_dropout:
+            for key in ("protected_tags", "protected_tags_file"):
+                yield key, "does nothing here: tag_dropout is 0"
+            if not self.shuffled_copies:
+                yield "keep_tokens", "does nothing here: neither tags are shuffled nor dropped"
+
+    def _size_messages(self) -> Iterator[tuple[str, str]]:
         ratio_keys = (*RATIO_SPAN, "ar_buckets")
         if self.size_buckets:
             for key in ("resolutions", "frame_buckets", *ratio_keys, *["enable_ar_bucket"] * self.enable_ar_bucket):
@@ -208,7 +295,9 @@ class Source(Section):
 
 
 class DirectorySource(Source):
-    """A folder of images and videos, with captions in `.txt` files of the same name or in `captions.json`."""
+    """A folder of images and videos, with captions in `.txt`, `.caption` or `.json` files of the same name, or in
+    `captions.json`.
+    """
 
     path: InputFolder = Field(description="the folder")
     mask_path: InputFolder | None = Field(
@@ -217,6 +306,13 @@ class DirectorySource(Source):
         "values between are weights; of an image without a mask every pixel is trained",
     )
     default_mask_file: InputFile | None = Field(None, description="the mask of images that have none in mask_path")
+    caption_extension: Suffix | None = Field(
+        None, description="ours; suffix of the caption files; unset: .txt, else .caption, else .json"
+    )
+    captions_file: InputFile | None = Field(
+        None,
+        description="ours; a JSON file with the captions of all images; unset: captions.json, if the folder has it",
+    )
     online_captions: bool = Field(False, description="read captions.json at every start, even with --trust_cache")
 
 
@@ -230,6 +326,7 @@ class TfdsSource(Source):
     split: str = Field("train", min_length=1, description="split in tensorflow-datasets' notation: 'train[:90%]'")
     image: str = Field("image", min_length=1, description="feature with the image")
     caption: str = Field("caption", min_length=1, description="feature with the caption or captions")
+    nl: str | None = Field(None, min_length=1, description="feature with natural language, for caption_mode")
     data_dir: OutputFolder | None = Field(
         None, description="folder of prepared datasets; unset: tensorflow-datasets' own"
     )
@@ -245,6 +342,18 @@ class TfdsSource(Source):
 
 SHARED_KEYS = tuple(key for key in DirectorySource.model_fields if key != "path")
 """Keys that are also allowed at the top level."""
+
+
+def read_tags(path: str) -> tuple[str, ...]:
+    """Return the tags in a file, one per line; empty lines and comments (#) are left out. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {os_reason(error)}") from None
+    return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 def _side(resolution: float | Pair) -> float:

@@ -129,7 +129,7 @@ def _about(table: Mapping[str, Any]) -> str:
 
 
 def _row(key: str, node: Mapping[str, Any]) -> str:
-    meaning = re.sub(r"^ours\b", "**ours**", node["description"])
+    meaning = re.sub(r"^ours\b", "**ours**", node["description"]).replace("|", r"\|")
     return f"| `{key}` | {_type(node)} | {_default(node)} | {meaning} |"
 
 
