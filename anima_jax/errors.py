@@ -123,6 +123,9 @@ CLOSED_PIPE = 141
 INTERRUPTED = 130
 """Exit code after a keyboard interrupt, as shells report it."""
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can be resumed: sysexits.h's EX_TEMPFAIL, "try again"."""
+
 
 def command_line(main: Callable[P, None]) -> Callable[P, None]:
     """Decorate a program's `main` so that user errors and keyboard interrupts end it without a traceback.

@@ -1,5 +1,10 @@
 """Generate images from prompts: `python -m anima_jax.generate --prompt "…" -o out.png`."""
 
+if __name__ == "__main__":
+    from anima_jax import launch
+
+    launch.generate()  # which imports this module under its own name
+
 import argparse
 import dataclasses
 import itertools
@@ -180,7 +185,3 @@ def is_adapter_file(path: pathlib.Path) -> bool:
     """Return whether a safetensors file contains an adapter rather than a model."""
     with SafetensorsFile(path) as file:
         return adapter_kind(file.tensors) is not None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """python -m anima_jax.train --config FILE.toml"""
 
+if __name__ == "__main__":
+    from anima_jax.launch import train
+
+    train()  # which imports this module under its own name
+
 import contextlib
 import dataclasses
 import pathlib
@@ -305,7 +310,3 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         with contextlib.suppress(UserError):  # a run that stopped early may have saved no model
             find_export(run_folder)
             print(f"sample with: {command.sample_command(config, data, arguments, run_folder)}")
-
-
-if __name__ == "__main__":
-    main()

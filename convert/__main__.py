@@ -1,37 +1,10 @@
-"""python -m convert: inspect files and convert them between formats."""
-
-from collections.abc import Sequence
-from types import ModuleType
-
-from anima_jax.errors import ArgumentParser, command_line
-from convert import checkpoint, diff, extract, inspect, lora, merge, resize
-
-COMMANDS: dict[str, ModuleType] = {
-    "inspect": inspect,
-    "checkpoint": checkpoint,
-    "lora": lora,
-    "merge": merge,
-    "extract": extract,
-    "diff": diff,
-    "resize": resize,
-}
-"""Modules with `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
-
-
-@command_line
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command given on the command line."""
-    parser = ArgumentParser(
-        prog="python -m convert", description="Inspect Anima files and convert them between formats."
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
-    parsed.run(parsed)
-
+"""python -m convert: the same as `python -m anima_jax.convert`."""
 
 if __name__ == "__main__":
-    main()
+    from anima_jax.launch import convert
+
+    convert()
+
+from anima_jax.convert.__main__ import main
+
+__all__ = ["main"]

@@ -31,8 +31,13 @@ ASSERTIONS = 6
 REASON = "One function:"
 """How the docstring of a function that is too long or too complex begins its reason."""
 
-MAINS = {"anima_jax/train.py", "anima_jax/generate.py", "convert/__main__.py", "convert/__init__.py"}
-"""What a command runs. `convert/__init__.py` sets a variable that numpy reads when it is imported."""
+MAINS = {
+    "anima_jax/train.py",
+    "anima_jax/generate.py",
+    "anima_jax/convert/__main__.py",
+    "anima_jax/convert/__init__.py",
+}
+"""What a command runs. `anima_jax/convert/__init__.py` sets a variable that numpy reads when it is imported."""
 
 SIDE_EFFECT = re.compile(
     r"atexit\.register|warnings\.(filterwarnings|simplefilter)|\.(addFilter|addHandler|setLevel)$|logging\.basicConfig"

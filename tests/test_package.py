@@ -85,4 +85,4 @@ for package in (anima_jax, convert):
 
 
 def test_no_module_needs_unix_to_be_imported():
-    assert {"anima_jax.train", "anima_jax.generate", "convert.inspect"} <= set(python(IMPORT_ALL).split())
+    assert {"anima_jax.train", "anima_jax.generate", "anima_jax.convert.inspect"} <= set(python(IMPORT_ALL).split())

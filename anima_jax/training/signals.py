@@ -21,8 +21,9 @@ FILES: tuple[Request, ...] = ("save_quit", "save")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """Signals that are requests to save and quit: schedulers' (SIGTERM, SIGUSR1), Ctrl-C, and a terminal that closes.
 
-After the first SIGTERM or SIGINT, the next one ends the process at once. The others are requests every time: a terminal
-that closes may send several, and SLURM sends SIGTERM after its warning. Native Windows has only the first two.
+After the first SIGTERM or SIGINT, the next one kills the process, even if it is compiling. The others are requests
+every time: a terminal that closes may send several, and SLURM sends SIGTERM after its warning. Native Windows has only
+the first two.
 """
 
 _AT_ONCE = (signal.SIGTERM, signal.SIGINT)
@@ -98,7 +99,7 @@ class Signals:
         self._terminated = True
         for again in _AT_ONCE if number in _AT_ONCE else ():
             if again in self._before:
-                signal.signal(again, self._before[again])
+                signal.signal(again, signal.SIG_DFL)
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):
                 os.write(2, _INTERRUPTED)  # `print` may be what the signal interrupted

@@ -19,9 +19,9 @@ from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import locate
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.text.tokenizers import save_packaged
-from convert import outputs
 
 SUMMARY = "write a model with another prefix, in another dtype, or as a diffusers folder and back"
 

@@ -12,8 +12,8 @@ from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from anima_jax.checkpoints.values import first_problem
+from anima_jax.convert import outputs
 from anima_jax.errors import NotFiniteError, UserError
-from convert import outputs
 
 SUMMARY = "add adapters to the weights of a model"
 

@@ -11,9 +11,9 @@ from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.convert.extract import opened_both
+from anima_jax.convert.inspect import block_of
 from anima_jax.errors import UserError, shorten
-from convert.extract import opened_both
-from convert.inspect import block_of
 
 SUMMARY = "compare two models or two adapters"
 

@@ -4,8 +4,8 @@ import argparse
 
 from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.adapters.patch import resized
+from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural
-from convert import outputs
 
 SUMMARY = "give an adapter a lower rank; LoKr and LoHa become LoRA"
 

@@ -17,8 +17,8 @@ from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
 from anima_jax.checkpoints.values import ValueCheck, check_values
+from anima_jax.convert import folders
 from anima_jax.errors import UserError, plural, shorten
-from convert import folders
 
 SUMMARY = "describe a file, or every file in a folder"
 

@@ -5,8 +5,8 @@ import argparse
 from anima_jax.adapters.depths import DEPTHS, remapped
 from anima_jax.adapters.dialects import DIALECTS
 from anima_jax.adapters.file import open_adapter, write_adapter
+from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural
-from convert import outputs
 
 SUMMARY = "write an adapter (LoRA, LoKr, LoHa, DoRA) in another dialect"
 

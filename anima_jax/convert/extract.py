@@ -11,8 +11,8 @@ from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
+from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural, shorten
-from convert import outputs
 
 SUMMARY = "make a LoRA of the difference between a model and its fine-tune"
 

@@ -1,0 +1,57 @@
+"""The commands' entry points: they import a main, which takes seconds, and what signals do until it has handlers.
+
+`anima-train`, `anima-generate`, `anima-convert` and `python -m` of the same modules begin here.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+
+from anima_jax.errors import INTERRUPTED, STOPPED
+
+STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
+"""Signals with which schedulers and terminals end a run. Native Windows has only the first."""
+
+
+def train() -> None:
+    """Run `anima_jax.train`. While it is not in a training step, `STOP_SIGNALS` end it at once: nothing can be lost."""
+    _run("anima_jax.train", STOP_SIGNALS)
+
+
+def generate() -> None:
+    """Run `anima_jax.generate`."""
+    _run("anima_jax.generate")
+
+
+def convert() -> None:
+    """Run `anima_jax.convert`."""
+    _run("anima_jax.convert.__main__")
+
+
+def _run(module: str, stops: tuple[str, ...] = ()) -> None:
+    """Import a module and call its `main`. An interrupt during the import, or one of `stops`, ends the process."""
+    for name in ("SIGINT", *stops):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
+    main = importlib.import_module(module).main
+    if signal.getsignal(signal.SIGINT) == _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `command_line` reports a KeyboardInterrupt
+    main()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: say so in a line and end. An exception could be lost in a library that is being imported."""
+    interrupted = number == signal.SIGINT
+    name = signal.Signals(number).name
+    line = (
+        "interrupted\n" if interrupted else f"stopped by {name}; nothing is lost, start again with the same command\n"
+    )
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())  # `print` may be what the signal interrupted
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(INTERRUPTED if interrupted else STOPPED)
