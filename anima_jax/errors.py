@@ -6,14 +6,16 @@ import atexit
 import contextlib
 import difflib
 import functools
+import inspect
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -36,6 +38,10 @@ class NotFiniteError(UserError, RuntimeError):
     exit_code = 1
 
 
+class UnknownNameError(UserError, TypeError):
+    """A keyword argument that does not exist, with the nearest one that does."""
+
+
 def one_line(text: object) -> str:
     """Return a message as one line of printable characters. What it quotes from files and prompts may have others."""
     line = " ".join(str(text).split())
@@ -46,6 +52,26 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'optimizer'?)"` with the name in `known` closest to `word`, or "" if none is close."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UnknownNameError, with the nearest known name, for the first of `given` that is not in `known`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise UnknownNameError(f"{what} has no setting '{name}'{did_you_mean(name, known)}")
+
+
+def suggests_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function so that an unknown keyword argument is reported with the nearest known one."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_names(function.__qualname__, kwargs, parameters)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def shorten(items: Sequence[str], limit: int = 4) -> str:

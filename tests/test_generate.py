@@ -413,11 +413,11 @@ def test_an_overflow_names_the_evaluation_and_what_to_do(networks, tmp_path, cap
 
 
 def test_a_web_address_of_the_hub_is_the_hubs_file(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, revision: (repo, file, revision))
+    monkeypatch.setattr("anima_jax.checkpoints.hub.fetch", tuple)
     for address, expected in (
-        ("https://huggingface.co/o/r/resolve/main/a/b.safetensors?download=true", ("o/r", "a/b.safetensors", None)),
+        ("https://huggingface.co/o/r/resolve/main/a/b.safetensors?download=true", ("o/r", "a/b.safetensors", "main")),
         ("https://huggingface.co/o/r/blob/v1/b.safetensors", ("o/r", "b.safetensors", "v1")),
-        ("hf://o/r/b.safetensors", ("o/r", "b.safetensors", None)),
+        ("hf://o/r/b.safetensors", ("o/r", "b.safetensors", "main")),
     ):
         assert locations.resolve(address) == expected
 

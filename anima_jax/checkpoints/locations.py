@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+from anima_jax.checkpoints import hub
 from anima_jax.checkpoints.locks import lock
 from anima_jax.errors import UserError, first_line, os_reason, shorten
 
@@ -38,7 +39,7 @@ def resolve(path: PathLike) -> str:
     if match := _HUB_PAGE.match(path):
         owner, repo, revision, file = match.groups()
         path = f"hf://{owner}/{repo}{'' if revision == 'main' else f'@{revision}'}/{file}"
-    return _from_hub(path) if path.startswith("hf://") else path
+    return hub.local_copy(path) if path.startswith("hf://") else path
 
 
 def check_address(path: str, *, is_file: bool = True, is_output: bool = False) -> None:
@@ -248,22 +249,3 @@ def _named_errors(path: str) -> Iterator[None]:
         raise UserError(f"{path}: writing it needs another package: {error}") from error
     except Exception as error:  # every object store's client raises its own types
         raise UserError(f"{path}: cannot be written: {first_line(error)}") from error
-
-
-def _from_hub(address: str) -> str:
-    """Return the local copy of `hf://owner/repo[@revision]/path/of/file`, downloaded if needed."""
-    parts = address.removeprefix("hf://").split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise UserError(f"{address}: expected hf://owner/repo/file")
-    owner, repo, filename = parts
-    repo, _, revision = repo.partition("@")
-    from huggingface_hub import hf_hub_download, logging
-
-    logging.set_verbosity_error()  # without a network it warns about every retry; the error below is enough
-    try:
-        return hf_hub_download(f"{owner}/{repo}", filename, revision=revision or None)
-    except Exception as error:  # the client raises its own types and those of its HTTP library
-        raise UserError(
-            f"{address}: could not be downloaded and is not in the local cache ({first_line(error)}); without a "
-            f"network, fetch {filename} from https://huggingface.co/{owner}/{repo} and give its local path instead"
-        ) from error

@@ -25,7 +25,7 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
 from anima_jax.checkpoints.safetensors import SafetensorsFile
-from anima_jax.errors import UserError, plural, shorten
+from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params
@@ -128,6 +128,7 @@ class Checkpoint:
         return tensor.layout.to_model(values)
 
 
+@suggests_names
 def load_dit(
     path: PathLike, dtype: DTypes = None, *, adapter_path: PathLike | None = None, allow_unused: bool = False
 ) -> AnimaDiT:
@@ -144,6 +145,7 @@ def load_dit(
         return _load(checkpoint, dtype)
 
 
+@suggests_names
 def load_text_encoder(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> Qwen3:
     """Load the Qwen3 text encoder from a file with Hugging Face's names or an all-in-one file.
 
@@ -153,6 +155,7 @@ def load_text_encoder(path: PathLike, dtype: DTypes = None, *, allow_unused: boo
         return _load(checkpoint, dtype)
 
 
+@suggests_names
 def load_vae(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> WanVAE:
     """Load the Wan 2.1 VAE from a file with the original names or an all-in-one file.
 
@@ -283,6 +286,7 @@ def _rows_of(tensor: FileTensor, shards: Sequence[Bounds]) -> slice | None:
     return None if (first, last) == (0, tensor.shape[0]) else slice(first, last)
 
 
+@suggests_names
 def save_dit(
     path: PathLike, params: Params, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -7,15 +7,18 @@ Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, c 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from anima_jax.errors import plural
@@ -173,15 +176,19 @@ class AnimaDiT(nnx.Module):
 
         `latents_btyxc` are normalised latents (b, t, y, x, latent channels) with even y and x; their dtype is the
         compute dtype. `times_b` in [0, 1] (0 data, 1 noise) is (b,) or, per latent frame, (b, t). `context_bnd` are the
-        context rows (b, n, context width). `options` are passed to `velocity`. Raises ValueError for odd sides or a
-        wrong number of channels.
+        context rows (b, n, context width). `options` are passed to `velocity`. Raises ValueError for odd sides, a
+        wrong number of channels and what `velocity` refuses.
         """
+        if latents_btyxc.ndim != 5:
+            raise ValueError(f"latents have the shape {latents_btyxc.shape}, expected (batch, frames, y, x, channels)")
         _, frames, rows, columns, channels = latents_btyxc.shape
         if channels != self.config.latent_channels or rows % PATCH or columns % PATCH:
             raise ValueError(
                 f"latents are {rows}×{columns}×{channels}, "
                 f"expected even sides and {self.config.latent_channels} channels"
             )
+        if times_b.ndim == 2 and times_b.shape[1] != frames:
+            raise ValueError(f"times of {times_b.shape[1]} frames for latents of {plural(frames, 'frame')}")
         grid = (frames, rows // PATCH, columns // PATCH)
         return unpatchify(self.velocity(patchify(latents_btyxc), grid, times_b, context_bnd, **options), *grid)
 
@@ -206,8 +213,10 @@ class AnimaDiT(nnx.Module):
         rows take part in the softmax, including rows of zeros, up to `context_lengths_b` if given; `zero_context` is
         the number of additional zero rows after those of `context_bnd`. `remat` is a key of `REMAT_POLICIES`. With
         `remat_every` n, the backward pass keeps only the input of every n-th block and recomputes n blocks from it
-        under that policy. Raises ValueError if n does not divide the number of blocks.
+        under that policy. Raises ValueError if n does not divide the number of blocks, for arrays whose shapes or
+        dtypes do not fit together and, outside of `jax.jit`, for times outside [0, 1].
         """
+        _check_arrays(self.config, latents_blc, grid, times_b, context_bnd)
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
         padded = not isinstance(grid, tuple)
@@ -260,6 +269,36 @@ class AnimaDiT(nnx.Module):
         """Append the padding-mask channel (zeros) to each of a token's four latent pixels."""
         pixels = latents_blc.reshape(*latents_blc.shape[:2], PATCH * PATCH, self.config.latent_channels)
         return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
+
+
+def _check_arrays(
+    config: DiTConfig, tokens_blc: Array, grid: Array | tuple[int, int, int], times_b: Array, context_bnd: Array
+) -> None:
+    """Raise ValueError unless these inputs of `AnimaDiT.velocity` fit together. Traced times are not compared."""
+    for name, array in (("latents", tokens_blc), ("times", times_b), ("context rows", context_bnd)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} are {array.dtype}, expected floating-point numbers")
+    features = PATCH * PATCH * config.latent_channels
+    if tokens_blc.ndim != 3 or tokens_blc.shape[2] != features:
+        raise ValueError(f"tokens have the shape {tokens_blc.shape}, expected (batch, tokens, {features})")
+    if times_b.ndim not in (1, 2):
+        raise ValueError(f"times have the shape {times_b.shape}, expected (batch,) or (batch, frames)")
+    if context_bnd.ndim != 3 or context_bnd.shape[2] != config.context_width:
+        raise ValueError(f"context rows are {context_bnd.shape}, expected (batch, rows, {config.context_width})")
+    batches = {"latents": len(tokens_blc), "times": len(times_b), "context rows": len(context_bnd)}
+    if isinstance(grid, tuple):
+        if math.prod(grid) != tokens_blc.shape[1]:
+            raise ValueError(f"{tokens_blc.shape[1]} tokens for a grid of {' × '.join(map(str, grid))} patches")
+    else:
+        batches["grid"] = len(grid)
+    if len(set(batches.values())) > 1:
+        unequal = ", ".join(f"{name} {size}" for name, size in batches.items())
+        raise ValueError(f"batch sizes differ: {unequal}")
+    if isinstance(times_b, Tracer) or not getattr(times_b, "is_fully_addressable", True):
+        return
+    times = np.asarray(times_b, np.float32)
+    if not np.all((times >= 0) & (times <= 1)):
+        raise ValueError(f"times {times.min():g} to {times.max():g}, expected 0 (data) to 1 (noise)")
 
 
 class TimestepEmbedder(nnx.Module):

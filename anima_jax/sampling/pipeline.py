@@ -26,7 +26,7 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
-from anima_jax.errors import NotFiniteError, UserError
+from anima_jax.errors import NotFiniteError, UserError, suggests_names
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params, cast_to_compute, count, merge, split
@@ -103,6 +103,7 @@ class AnimaPipeline:
         return "\n".join(["AnimaPipeline(", sizes, *lines, ")"])
 
     @classmethod
+    @suggests_names
     def load(
         cls,
         *,
@@ -180,11 +181,8 @@ class AnimaPipeline:
         are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
         """
         requests = batch_of_requests(prompt, width, height, seed, batch_size)
-        options = {name: params.pop(name) for name in samplers.OPTIONS if name in params}
-        if options:
-            params["sampler_options"] = params.get("sampler_options", {}) | options
-        callback = ProgressBar() if progress else None
-        return self.draw(requests, SamplingParams(negative_prompt, **params), image=image, mask=mask, callback=callback)
+        settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
+        return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
 
     def draw(
         self,

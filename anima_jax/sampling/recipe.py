@@ -1,9 +1,11 @@
 """How an image was made, read from a file: names and numbers that a stranger may have written.
 
 A file that is named there is opened only if it is on this machine: an address in someone's image must not make this
-machine contact another one.
+machine contact another one. An image or mask to start from is opened only in the folder of the image that names it, or
+in a folder that the user gives: others are private, and would appear in what is drawn.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -108,8 +110,8 @@ def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
     """Return the path of a local file that the image `source` names.
 
     `models` are folders that are searched with all their sub-folders by the file's own name; then the name is taken as
-    it is, relative to the current folder. Raises UserError if the name is an address, or if no file or more than one
-    has the name.
+    it is, relative to the current folder. An image to start from must then be in the folder of `source`, where it is
+    also looked for. Raises UserError if the name is an address, or if no file or more than one has the name.
     """
     what, flag = f"{source}: names the {kind.replace('_', ' ')} {quoted(name)}", f"--{kind}"
     if is_remote_name(name):
@@ -118,11 +120,28 @@ def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
         if len(found) > 1:
             raise UserError(f"{what}, and there are {len(found)} of that name: {quoted(*found)}; choose with {flag}")
         return found[0]
-    for path in (name, name.replace("\\", "/")):
+    paths = (name, name.replace("\\", "/"))
+    if kind in IMAGES:
+        paths = _in_folder(os.path.dirname(source), name)
+    for path in paths:
         if os.path.isfile(path) or (kind == "tokenizers" and os.path.isdir(path)):
             return path
+    if kind in IMAGES:
+        raise UserError(f"{what}: there is no such file in the folder of {source}, or give {flag}")
     where = f"in {quoted(*models)}" if models else "here; --models DIR says where to look"
     raise UserError(f"{what}: there is no such file {where}, or give {flag}")
+
+
+def _in_folder(folder: str, name: str) -> list[str]:
+    """Return the paths in `folder`, or below it, that `name` can mean: as it is, from `folder`, or by its last part."""
+    folder, forms = os.path.realpath(folder), (name, name.replace("\\", "/"))
+    paths = [*forms, *(os.path.join(folder, each) for each in (*forms, forms[1].rpartition("/")[2]))]
+    found: list[str] = []
+    for path in paths:
+        with contextlib.suppress(ValueError, OSError):  # null bytes, other drives
+            if os.path.commonpath([os.path.realpath(path), folder]) == folder:
+                found.append(path)
+    return found
 
 
 def _search(kind: str, name: str, models: Sequence[str]) -> list[str]:

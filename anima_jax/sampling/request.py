@@ -6,18 +6,19 @@
 import dataclasses
 import itertools
 import math
+import numbers
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from anima_jax.diffusion.guidance import Variants
-from anima_jax.diffusion.samplers import SAMPLERS, check_options
+from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, check_options
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE, part, sigmas
 from anima_jax.diffusion.step_noise import NoiseKind
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import UserError, check_names, did_you_mean, show_value
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 
 SIZE_STEP = PIXELS_PER_LATENT
@@ -25,6 +26,12 @@ SIZE_STEP = PIXELS_PER_LATENT
 
 MAX_SIZE = 16384
 """Largest width and height in pixels, as in ComfyUI's nodes."""
+
+MAX_BATCH = 4096
+"""Largest batch of one prompt and seed, as in ComfyUI's nodes: the noise of all its images is drawn for any of them."""
+
+MAX_BATCH_LATENTS = 2**25
+"""Largest batch in latent pixels: noise of 2 GB, of 2048 images of 1024×1024 pixels."""
 
 MIN_DENOISE = 0.001
 
@@ -67,6 +74,7 @@ class ImageRequest:
 
     def check(self) -> None:
         """Raise UserError if the size, seed or position in the batch is out of range."""
+        _check_types(self)
         for name in ("width", "height"):
             size = getattr(self, name)
             if size < SIZE_STEP or size % SIZE_STEP:
@@ -75,8 +83,13 @@ class ImageRequest:
                 raise UserError(f"{name} {size}, expected at most {MAX_SIZE}")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed {self.seed}, expected a whole number ≥ 0 and < 2⁶⁴")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size {self.batch_size}, expected at least 1")
+        _check_batch(self.batch_size)
+        if self.batch_size * math.prod(self.latent_size) > MAX_BATCH_LATENTS:
+            size = f"{self.width}×{self.height}"
+            fits = MAX_BATCH_LATENTS // math.prod(self.latent_size)
+            raise UserError(
+                f"batch_size {self.batch_size} of {size} pixels, expected at most {fits} images of that size"
+            )
         if not 0 <= self.batch_index < self.batch_size:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
 
@@ -113,8 +126,22 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
 
+    @classmethod
+    def named(cls, settings: Mapping[str, Any]) -> "SamplingParams":
+        """Return the parameters with these names; options of samplers may stand beside them.
+
+        Raises UnknownNameError, with the nearest name, for one that does not exist.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        check_names("AnimaPipeline", settings, [*fields, *OPTIONS, *_OF_REQUESTS])
+        own = {name: value for name, value in settings.items() if name not in OPTIONS}
+        if options := {name: value for name, value in settings.items() if name in OPTIONS}:
+            own["sampler_options"] = own.get("sampler_options", {}) | options
+        return cls(**own)
+
     def check(self) -> None:
-        """Raise UserError for a value out of range or an unknown name."""
+        """Raise UserError for a value of another type or out of range, or an unknown name."""
+        _check_types(self)
         for what, table in (("sampler", SAMPLERS), ("schedule", SCHEDULES)):
             name = getattr(self, what)
             if name not in table:
@@ -181,6 +208,35 @@ class SamplingParams:
         return part(levels, self.start_at_step, self.end_at_step, leftover_noise=self.return_with_leftover_noise)
 
 
+_OF_REQUESTS = ("prompt", "width", "height", "seed", "batch_size", "image", "mask", "progress")
+"""Arguments of `AnimaPipeline.__call__` beside the parameters."""
+
+_TYPES: Mapping[Any, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    int | None: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "text"),
+}
+"""Type of a field → what its values are instances of, and how a message calls them."""
+
+
+def _check_types(settings: Any) -> None:
+    """Raise UserError for a field of a dataclass whose value has another type; arrays of one number are numbers."""
+    for field in dataclasses.fields(settings):
+        value, (expected, described) = getattr(settings, field.name), _TYPES.get(field.type, (object, ""))
+        if getattr(value, "shape", None) == ():
+            value = value.item()
+        number = isinstance(value, bool) and expected is not bool
+        if (number or not isinstance(value, expected)) and (value is not None or field.default is not None):
+            raise UserError(f"{field.name} {show_value(repr(value))}, expected {described}")
+
+
+def _check_batch(size: int) -> None:
+    if not 1 <= size <= MAX_BATCH:
+        raise UserError(f"batch_size {size}, expected 1 to {MAX_BATCH}")
+
+
 def check_requests(
     requests: Sequence[ImageRequest], params: SamplingParams, image: Image.Image | None, mask: Image.Image | None
 ) -> None:
@@ -217,6 +273,7 @@ def batch_of_requests(
     With a single seed, images of one size form a ComfyUI batch, whose noise is drawn together. Raises UserError if the
     numbers of values differ.
     """
+    _check_batch(batch_size)
     columns: list[list[Any]] = [
         [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
         for values in (prompt, width, height, seed)
@@ -248,6 +305,7 @@ def expand_request(
 
     Raises UserError unless the numbers of widths and heights are equal or one of them is 1.
     """
+    _check_batch(batch_size or 1)
     widths, heights = widths or [base.width], heights or [base.height]
     count = max(len(widths), len(heights))
     if not {len(widths), len(heights)} <= {1, count}:

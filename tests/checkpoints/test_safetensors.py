@@ -241,7 +241,7 @@ def test_hub_address_without_network_says_once_where_to_put_the_file(monkeypatch
         hub.logging.get_logger("huggingface_hub.utils").warning("Retrying in 1s")
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", offline)
     with pytest.raises(
         UserError, match=r"no route.*fetch some/file\.safetensors from https://huggingface\.co/owner/repo"
     ):

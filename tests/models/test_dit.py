@@ -266,6 +266,48 @@ def test_odd_sides_and_wrong_channels_are_refused(shape):
         small_model()(jnp.zeros(shape), jnp.zeros(1), jnp.zeros((1, 3, 24)))
 
 
+LATENTS, TIMES, CONTEXT = np.zeros((2, 1, 4, 4, 16), np.float32), np.full(2, 0.5, np.float32), np.zeros((2, 3, 24))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"latents": LATENTS.astype(np.int32)}, "latents are int32, expected floating-point numbers"),
+        ({"times": np.array([500, 20])}, "times are int64, expected floating-point numbers"),
+        ({"context": CONTEXT.astype(np.int8)}, "context rows are int8, expected floating-point numbers"),
+        (
+            {"latents": LATENTS[0]},
+            r"latents have the shape \(1, 4, 4, 16\), expected \(batch, frames, y, x, channels\)",
+        ),
+        ({"times": np.float32(0.5)}, r"times have the shape \(\), expected \(batch,\) or \(batch, frames\)"),
+        ({"times": TIMES[:1]}, "batch sizes differ: latents 2, times 1, context rows 2"),
+        ({"context": CONTEXT[:1]}, "batch sizes differ: latents 2, times 2, context rows 1"),
+        ({"latents": LATENTS[:1]}, "batch sizes differ: latents 1, times 2, context rows 2"),
+        ({"context": CONTEXT[..., :23]}, r"context rows are \(2, 3, 23\), expected \(batch, rows, 24\)"),
+        ({"times": np.full((2, 3), 0.5)}, "times of 3 frames for latents of 1 frame"),
+        ({"times": TIMES * 1000}, r"times 500 to 500, expected 0 \(data\) to 1 \(noise\)"),
+        ({"times": np.array([-0.01, 0.5])}, r"times -0.01 to 0.5, expected 0"),
+        ({"times": np.array([np.nan, 0.5])}, r"times nan to nan, expected 0"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(inputs, message):
+    arrays = {"latents": LATENTS, "times": TIMES, "context": CONTEXT} | inputs
+    with pytest.raises(ValueError, match=message):
+        small_model()(*map(jnp.asarray, arrays.values()) if "int64" not in message else arrays.values())
+    if "expected 0" not in message:  # also while it is traced
+        with pytest.raises(ValueError, match=message.replace("int64", "int32")):
+            jax.eval_shape(small_model(), *arrays.values())
+
+
+def test_tokens_must_fill_their_grid():
+    with pytest.raises(ValueError, match="4 tokens for a grid of 1 × 2 × 3 patches"):
+        small_model().velocity(jnp.zeros((2, 4, 64)), (1, 2, 3), jnp.asarray(TIMES), jnp.asarray(CONTEXT))
+    with pytest.raises(ValueError, match="batch sizes differ: latents 2, times 2, context rows 2, grid 1"):
+        small_model().velocity(jnp.zeros((2, 4, 64)), jnp.ones((1, 3), int), jnp.asarray(TIMES), jnp.asarray(CONTEXT))
+    with pytest.raises(ValueError, match=r"tokens have the shape \(2, 4, 60\), expected \(batch, tokens, 64\)"):
+        small_model().velocity(jnp.zeros((2, 4, 60)), (1, 2, 2), jnp.asarray(TIMES), jnp.asarray(CONTEXT))
+
+
 @pytest.mark.parametrize("width", [256, pytest.param(2048, marks=pytest.mark.slow)])
 def test_activations_beyond_float16_do_not_change_the_velocity(width):
     config = DiTConfig(width, 2, width // 128, 4 * width, 1024, 32, adapter=None)

@@ -1,5 +1,6 @@
 """Files that an image names: which file is opened, and that no other machine ever is."""
 
+import pathlib
 import socket
 
 import pytest
@@ -97,3 +98,22 @@ def test_without_folders_of_models_names_are_relative_to_here(models, monkeypatc
         find_file("x.png", "vae", "vae.SAFETENSORS", [])
     with pytest.raises(UserError, match="--models nowhere: is not a folder"):
         find_file("x.png", "vae", "vae.SAFETENSORS", ["nowhere"])
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_an_image_to_start_from_is_opened_only_in_the_folder_of_the_image_that_names_it(tmp_path, monkeypatch, kind):
+    (tmp_path / "theirs" / "sub").mkdir(parents=True)
+    for path in ("private.png", "theirs/mine.png", "theirs/sub/deep.png"):
+        (tmp_path / path).write_bytes(b"")
+    (tmp_path / "theirs" / "link.png").symlink_to(tmp_path / "private.png")
+    monkeypatch.chdir(tmp_path)
+    source = str(tmp_path / "theirs" / "x.png")
+    folder = tmp_path / "theirs"
+    for name in ("mine.png", "theirs/mine.png", str(folder / "mine.png"), "C:\\art\\mine.png", "/elsewhere/mine.png"):
+        assert pathlib.Path(find_file(source, kind, name, [])).resolve() == folder / "mine.png"
+    assert pathlib.Path(find_file(source, kind, "sub\\deep.png", [])).resolve() == folder / "sub" / "deep.png"
+    names = ("private.png", "../private.png", "sub/../../private.png", str(tmp_path / "private.png"), "link.png")
+    for name in (*names, "..\\private.png", "\0", ".", "", "/etc/passwd", "a" * 5000):
+        with pytest.raises(UserError, match=f"there is no such file in the folder of {source}, or give --{kind}"):
+            find_file(source, kind, name, [])
+    assert find_file(source, kind, "../private.png", [str(tmp_path)]) == str(tmp_path / "private.png")
