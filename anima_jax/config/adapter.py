@@ -10,6 +10,7 @@ from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.config.schema import (
     Count,
     Dtype,
+    FromFloat,
     Listed,
     NotNegative,
     Positive,
@@ -75,7 +76,7 @@ class AdapterConfig(TypedSection):
     rank_dropout: Probability = Field(
         0.0, description="fraction of an adapter's ranks ('lora', 'dora') or outputs (other types) that are dropped"
     )
-    decompose_factor: Annotated[int, Field(ge=-1)] = Field(
+    decompose_factor: Annotated[int, Field(ge=-1), FromFloat] = Field(
         -1,
         description="'lokr': the smaller of the two factors of a layer's width; -1: the one nearest to its square root",
     )

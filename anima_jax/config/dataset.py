@@ -27,7 +27,7 @@ from anima_jax.config.schema import (
     documented_as,
     expecting,
     invalid,
-    multiple_of_16,
+    whole_number,
 )
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
 from anima_jax.errors import UserError, did_you_mean, os_reason
@@ -69,10 +69,11 @@ def _some_but_few(resolutions: tuple[Any, ...], info: ValidationInfo) -> tuple[A
 
 
 def _size_bucket(found: Any) -> Size:
-    if not isinstance(found, list | tuple) or len(found) != 3 or any(type(x) is not int or x < 1 for x in found):
+    size = [whole_number(x) for x in found] if isinstance(found, list | tuple) else []
+    if len(size) != 3 or any(type(x) is not int or x < 1 for x in size):
         raise invalid(f"found {found!r}, expected [width, height, frames]")
-    width, height, frames = found
-    return Size(multiple_of_16(width), multiple_of_16(height), frames)
+    width, height, frames = size
+    return Size(nearest_multiple(width), nearest_multiple(height), frames)
 
 
 def _weights(found: Any) -> dict[str, float]:
@@ -125,8 +126,9 @@ class Source(Section):
 
     size_buckets: Annotated[tuple[SizeBucket, ...], Listed, NotEmpty] = Field(
         (),
-        description="[width, height, frames] each, sides in pixels, multiples of 16: exactly these sizes, instead of "
-        "resolutions and frame_buckets; each example goes to the one of the nearest ratio that it is long enough for",
+        description="[width, height, frames] each, sides in pixels, rounded to multiples of 16: exactly these sizes, "
+        "instead of resolutions and frame_buckets; each example goes to the one of the nearest ratio that it is long "
+        "enough for",
     )
     resolutions: Annotated[tuple[Resolution, ...], Listed, AfterValidator(_some_but_few)] = Field(
         (),

@@ -3,14 +3,15 @@
 import datetime
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from anima_jax.config import other_trainers
 from anima_jax.config.schema import key_table
-from anima_jax.config.unsupported_keys import Unsupported, set_aside
+from anima_jax.config.unsupported_keys import Answer, Unsupported, set_aside
 from anima_jax.errors import did_you_mean
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -54,7 +55,8 @@ class TomlFile:
     """A TOML file during validation, with its errors and messages.
 
     `other_keys` are dotted keys outside the schema that "did you mean" also suggests. `place_in_file` maps a value's
-    place in the schema to its place in the file.
+    place in the schema to its place in the file. `other_file` has the keys of the other TOML of a configuration, and
+    what it is called.
     """
 
     def __init__(
@@ -63,9 +65,13 @@ class TomlFile:
         schema: type[BaseModel],
         other_keys: Collection[str],
         place_in_file: Callable[[Place], Place] = lambda place: place,
+        other_file: tuple[str, Collection[str]] = ("", ()),
     ):
-        self.name, self.place_in_file = name, place_in_file
-        self._keys, self._known = key_table(schema), [*key_table(schema), *other_keys]
+        self.name, self.place_in_file, self._other_file = name, place_in_file, other_file
+        self._keys = key_table(schema)
+        self._known = [*self._keys, *(key for key in other_keys if "*" not in key)]
+        self._taken: dict[str, Place] = {}
+        """Dotted key → the place of the key of a fork that was taken as it."""
         self.from_command_line: list[str] = []
         """Dotted keys that were set with `--set`."""
         self.errors: list[str] = []
@@ -77,10 +83,33 @@ class TomlFile:
     def message(self, place: Place, text: str) -> None:
         self.messages.append(self._line(place, text))
 
-    def set_aside(self, table: dict[str, Any], rows: Mapping[str, Unsupported], at: Place = ()) -> None:
-        """Remove unsupported keys from `table`, which is at place `at`, and record an error or message for each."""
-        for path, text, is_error in set_aside(table, rows):
-            (self.error if is_error else self.message)((*at, *path), text)
+    def set_aside(
+        self,
+        table: dict[str, Any],
+        rows: Mapping[str, Unsupported],
+        at: Place = (),
+        elsewhere: dict[str, Any] | None = None,
+    ) -> None:
+        """Answer the keys of forks in `table`, which is at place `at`: see `unsupported_keys.set_aside`."""
+        self.tell(set_aside(table, rows, elsewhere), at)
+
+    def tell(self, answers: Iterable[Answer], at: Place = ()) -> None:
+        """Record an error or a message for each answer. Errors in the key that it set will name the key of the file."""
+        for answer in answers:
+            (self.error if answer.is_error else self.message)((*at, *answer.path), answer.text)
+            if answer.target:
+                self._taken[dotted((*at, *answer.target.split(".")))] = (*at, *answer.path)
+
+    def refuse_other_trainers(self, table: dict[str, Any]) -> None:
+        """Answer the keys of sd-scripts and the like with ours, as errors, and remove them from `table`."""
+        own: dict[str, Any] = {}
+        for key in self._known:
+            inner = own
+            for part in key.split("."):
+                inner = inner.setdefault(part, {})
+        own_name = "the main TOML" if "dataset" in self._other_file[0] else "the dataset TOML"
+        for place, text in other_trainers.answers(table, own):
+            self.error(place, f"unknown key; {text.replace(f' in {own_name}', '')}" if text else "unknown key")
 
     def validate(self, table: Mapping[str, Any], schema: type[SectionT], context: Mapping[str, Any]) -> SectionT | None:
         """Return the validated table, or record its errors and return None. Paths may be relative to the file."""
@@ -96,16 +125,24 @@ class TomlFile:
             return None
 
     def suggestion(self, place: Place) -> str:
-        """Return ` (did you mean '…'?)` with the nearest key of the table or the same key of another table, or ""."""
+        """Return where the key belongs, or ` (did you mean '…'?)` with the nearest key of the table, or ""."""
         *above, last = _without_positions(place).split(".")
         prefix = ".".join([*above, ""]) if above else ""
         siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
-        near = did_you_mean(last, [key for key in siblings if "." not in key])
         elsewhere = [key for key in self._known if key.split(".")[-1] == last]
+        if last in self._keys and above:
+            return f"; it belongs at the top of the file, above [{above[0]}] and every other table"
+        name, keys = self._other_file
+        if last in keys and not elsewhere:
+            return f"; it belongs in {name}"
+        near = did_you_mean(last, [key for key in siblings if "." not in key])
         return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not near else near
 
     def _line(self, place: Place, text: str) -> str:
         key = dotted(place)
+        taken = next((of for of in self._taken if key == of or key.startswith((f"{of}.", f"{of}["))), None)
+        if taken is not None and self._taken[taken] != place:
+            text, key = f"as {key}: {text}", dotted(self._taken[taken])
         overridden = any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in self.from_command_line)
         return f"{'--set' if overridden else self.name}: {key}: {text}" if key else f"{self.name}: {text}"
 

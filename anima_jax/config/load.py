@@ -1,21 +1,21 @@
 """Loader of a main TOML and the dataset TOMLs that it names. All errors of all files are reported at once."""
 
 import contextlib
-import datetime
 import os
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from anima_jax.config import unsupported_keys
-from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, apply_shared_keys
+from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, DirectorySource, apply_shared_keys
 from anima_jax.config.errors import Place, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
-from anima_jax.errors import UserError, os_reason
+from anima_jax.config.sizes import Size
+from anima_jax.config.syntax import read_toml, toml_value
+from anima_jax.errors import UserError
 
 
 def load_config(
@@ -33,74 +33,113 @@ def load_config(
     UserError for arguments that the optimizer does not accept.
     Raises UserError with one line for each error in any of the files.
     """
-    main = TomlFile(os.fspath(path), MainConfig, unsupported_keys.MAIN)
+    main = TomlFile(
+        os.fspath(path),
+        MainConfig,
+        unsupported_keys.MAIN,
+        other_file=("the dataset TOML", DirectorySource.model_fields),
+    )
     table = read_toml(main.name)
     for override in overrides:
         try:
             main.from_command_line.append(_override(table, override))
         except UserError as error:
             main.errors += error.messages
-    main.set_aside(table, unsupported_keys.MAIN)
     model = table.get("model")
-    context = {
-        "i_know_what_i_am_doing": i_know_what_i_am_doing,
-        "cached_text": not (isinstance(model, dict) and model.get("cache_text_embeddings") is False),
-    }
+    cached_text = not (isinstance(model, dict) and model.get("cache_text_embeddings") is False)
+    context = {"i_know_what_i_am_doing": i_know_what_i_am_doing, "cached_text": cached_text}
+    captions = _answer_other_keys(main, table, cached_text=cached_text)
     files = [main]
 
-    def dataset_at(named: Any) -> DatasetConfig | None:
+    def dataset_at(named: Any, defaults: Mapping[str, Any]) -> DatasetConfig | None:
         """Load a dataset TOML. Return None if it does not exist (validation reports this) or has errors."""
-        candidates = resolve(named, os.path.dirname(main.name)) if isinstance(named, str) and named else ()
-        found = next(filter(os.path.isfile, candidates), None)
+        found = _file_at(named, main)
         if found is None:
             return None
-        file, data = _load_dataset(found, context)
+        file, data = _load_dataset(found, context, defaults)
         files.append(file)
         return data
 
-    data = dataset_at(table.get("dataset"))
+    data = dataset_at(table.get("dataset"), captions)
     eval_datasets = table.get("eval_datasets")
     if isinstance(eval_datasets, list):
         eval_datasets[:] = [{"config": entry} if isinstance(entry, str) else entry for entry in eval_datasets]
         for index, entry in enumerate(eval_datasets):
             if isinstance(entry, dict):
-                _add_loaded(main, entry, ("eval_datasets", index), {"data": dataset_at(entry.get("config"))})
+                _add_loaded(main, entry, ("eval_datasets", index), {"data": dataset_at(entry.get("config"), {})})
     if eval_datasets and not any(map(table.get, EVAL_EVERY)):
         main.message(
             ("eval_datasets",), f"used only before the first step: neither {EVAL_EVERY[0]} nor the like is set"
         )
     messages = tuple(dict.fromkeys(message for file in files for message in file.messages))
     _add_loaded(main, table, (), {"data": data, "path": os.path.abspath(main.name), "messages": messages})
+    wrong_optimizer = _optimizer_errors(table, check_optimizer)
     config = main.validate(table, MainConfig, context)
-    with contextlib.suppress(ValidationError):  # these errors are already among those of the whole file
-        try:
-            check_optimizer(OptimizerConfig.model_validate(table.get("optimizer")))
-        except UserError as error:
-            main.errors += [f"{main.name}: {text}" for text in error.messages]
+    main.errors += [f"{main.name}: {text}" for text in wrong_optimizer]
     errors = dict.fromkeys(error for file in files for error in file.errors)
     if errors or config is None:
         raise UserError(*errors)
     return config
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """Read a TOML file, UTF-8 with or without byte order mark. Raises UserError; syntax errors name line and column."""
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder, expected a TOML file")
+def _file_at(named: Any, main: TomlFile) -> str | None:
+    """Return the absolute path of the file that the main TOML names, or None if there is none."""
+    candidates = resolve(named, os.path.dirname(main.name)) if isinstance(named, str) and named else ()
+    return next(filter(os.path.isfile, candidates), None)
+
+
+def _answer_other_keys(main: TomlFile, table: dict[str, Any], *, cached_text: bool) -> dict[str, Any]:
+    """Answer the main TOML's keys of forks and other trainers. Return keys that they mean in the dataset TOML."""
+    captions: dict[str, Any] = {}
+    _load_sample_file(main, table)
+    main.tell(unsupported_keys.alias_values(table))
+    rows = unsupported_keys.CACHED_CAPTIONS if cached_text else unsupported_keys.CAPTIONS
+    main.set_aside(table, {**unsupported_keys.MAIN, **rows}, elsewhere=captions)
+    main.refuse_other_trainers(table)
+    return captions
+
+
+def _load_sample_file(main: TomlFile, table: dict[str, Any]) -> None:
+    """Replace `sample = 'prompts.toml'`, as a fork has it, by a `[sample]` with the contents of that file."""
+    named = table.get("sample")
+    if not isinstance(named, str):
+        return
+    found = _file_at(named, main)
+    if found is None:
+        main.error(("sample",), f"expected a [sample] table, or the file of one; found nothing at {named}")
+        del table["sample"]
+        return
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file (looked for {os.path.abspath(path)})") from error
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is {error.object[error.start]:#04x}"
-        raise UserError(f"{path}: {found}, expected UTF-8 text; save the file as UTF-8") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {os_reason(error)}") from error
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid TOML: {error}") from error
+        sample = read_toml(found)
+    except UserError as error:
+        main.errors += error.messages
+        sample = {}
+    main.message(("sample",), f"is taken as a [sample] table with the contents of {found}")
+    main.set_aside(sample, unsupported_keys.SAMPLE_FILE, ("sample",))
+    prompts = sample.get("prompts")
+    if isinstance(prompts, list):
+        sample["prompts"] = [one.get("prompt") if isinstance(one, dict) else one for one in prompts]
+    if "seed" in sample:
+        sample["seeds"] = [sample.pop("seed")]
+    table["sample"] = sample
+
+
+def _optimizer_errors(table: dict[str, Any], check: Callable[[OptimizerConfig], None]) -> Sequence[str]:
+    """Return what `check` says of the optimizer's name, or if it is known, of its arguments.
+
+    If the name is wrong, the other keys mean nothing, and `table` gets an optimizer without errors.
+    """
+    found = table.get("optimizer")
+    named = {"type": found.get("type"), "lr": 1.0} if isinstance(found, dict) else None
+    for section in (named, found):
+        with contextlib.suppress(ValidationError):  # these errors are among those of the whole file
+            try:
+                check(OptimizerConfig.model_validate(section))
+            except UserError as error:
+                if section is named:
+                    table["optimizer"] = {"type": "adamw", "lr": 1.0}
+                return error.messages
+    return ()
 
 
 def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[str, Any]) -> None:
@@ -111,8 +150,13 @@ def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[s
     table |= loaded
 
 
-def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, DatasetConfig | None]:
-    """Load a dataset TOML; the configuration is None if the file has errors. `context` is passed to the validators."""
+def _load_dataset(
+    name: str, context: dict[str, bool], defaults: Mapping[str, Any]
+) -> tuple[TomlFile, DatasetConfig | None]:
+    """Load a dataset TOML; the configuration is None if the file has errors.
+
+    `context` is passed to the validators; `defaults` are shared keys to use unless the file sets them.
+    """
     table: dict[str, Any] = {}
 
     def place_in_file(place: Place) -> Place:
@@ -124,7 +168,7 @@ def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, Datase
 
     known = [*unsupported_keys.DATASET, *SHARED_KEYS]
     known += [f"{kind}.{key}" for kind in SOURCES for key in unsupported_keys.DATASET]
-    file = TomlFile(name, DatasetConfig, known, place_in_file)
+    file = TomlFile(name, DatasetConfig, known, place_in_file, ("the main TOML", MainConfig.model_fields))
     try:
         table |= read_toml(name)
     except UserError as error:
@@ -138,24 +182,41 @@ def _load_dataset(name: str, context: dict[str, bool]) -> tuple[TomlFile, Datase
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
                 file.set_aside(entry, rows, (kind, index))
-    config = file.validate(apply_shared_keys(table), DatasetConfig, context)
-    for place, text in _messages(config, place_in_file) if config else ():
+    file.refuse_other_trainers(table)
+    for key, value in defaults.items():
+        table.setdefault(key, value)
+    shared = apply_shared_keys(table)
+    config = file.validate(shared, DatasetConfig, context)
+    for place, text in _messages(shared, config, place_in_file) if config else ():
         file.message(place, text)
     return file, config
 
 
-def _messages(config: DatasetConfig, place_in_file: Callable[[Place], Place]) -> Iterator[tuple[Place, str]]:
+def _messages(
+    table: dict[str, Any], config: DatasetConfig, place_in_file: Callable[[Place], Place]
+) -> Iterator[tuple[Place, str]]:
     """Yield the messages about a key's value that apply to every source that uses the key."""
     found: dict[Place, set[str]] = {}
     for kind in SOURCES:
         for index, source in enumerate(getattr(config, kind)):
+            messages = {**source.messages, **_rounded(table[kind][index], source.size_buckets)}
             for key in type(source).model_fields:
                 if key in source.model_fields_set:
-                    found.setdefault(place_in_file((kind, index, key)), set()).add(source.messages.get(key, ""))
+                    found.setdefault(place_in_file((kind, index, key)), set()).add(messages.get(key, ""))
     for place, texts in found.items():
         text, *others = texts
         if text and not others:
             yield place, text
+
+
+def _rounded(table: dict[str, Any], sizes: tuple[Size, ...]) -> dict[str, str]:
+    """Return the message about size buckets whose sides were rounded, by key."""
+    rounded = [
+        f"{found[0]:g}×{found[1]:g} is rounded to {size.width}×{size.height}"
+        for found, size in zip(table.get("size_buckets", ()), sizes, strict=True)
+        if (found[0], found[1]) != (size.width, size.height)
+    ]
+    return {"size_buckets": f"sides are multiples of 16: {', '.join(rounded)}"} if rounded else {}
 
 
 def _override(table: dict[str, Any], override: str) -> str:
@@ -171,15 +232,5 @@ def _override(table: dict[str, Any], override: str) -> str:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - the user's value
             raise UserError(f"--set: {key.strip()}: {'.'.join(parts[:depth])} is not a table")
-    table[last] = _toml_value(value.strip())
+    table[last] = toml_value(value.strip())
     return ".".join(parts[:created])
-
-
-def _toml_value(text: str) -> Any:
-    """Return the TOML value of `text`, or `text` itself if it is not one, so that bare words need no quotes."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    value = parsed["value"]
-    return text if len(parsed) > 1 or isinstance(value, datetime.date | datetime.time) else value

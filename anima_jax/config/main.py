@@ -24,6 +24,7 @@ from anima_jax.config.schema import (
     Dtype,
     FileName,
     Fraction,
+    FromFloat,
     Listed,
     LocalFile,
     NotEmpty,
@@ -41,7 +42,7 @@ from anima_jax.config.schema import (
     output_folder,
 )
 
-Seed = Annotated[int, Field(ge=0, lt=2**32), documented_as("whole number ≥ 0 and < 2³²")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), FromFloat, documented_as("whole number ≥ 0 and < 2³²")]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 LocalFolder = Annotated[OutputFolder, AfterValidator(on_this_machine)]
 

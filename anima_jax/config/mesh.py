@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from anima_jax.config.schema import Section, documented_as, invalid
+from anima_jax.config.schema import FromFloat, Section, documented_as, invalid
 
 
 def _check_axis_size(size: int) -> int:
@@ -13,7 +13,7 @@ def _check_axis_size(size: int) -> int:
     return size
 
 
-AxisSize = Annotated[int, AfterValidator(_check_axis_size), documented_as("number of devices, or -1")]
+AxisSize = Annotated[int, FromFloat, AfterValidator(_check_axis_size), documented_as("number of devices, or -1")]
 
 
 class MeshConfig(Section):

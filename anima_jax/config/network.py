@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
-from anima_jax.config.schema import Count, Section, invalid
+from anima_jax.config.schema import Count, FromFloat, Section, invalid
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 
@@ -22,7 +22,7 @@ ADAPTER_HEAD_SIZES = (64, 32, 16)
 MIN_HEAD_SIZE = 6
 """Rotary positions have three axes, and each needs a pair of features."""
 
-EvenCount = Annotated[int, Field(ge=2, multiple_of=2)]
+EvenCount = Annotated[int, Field(ge=2, multiple_of=2), FromFloat]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from anima_jax.config import unsupported_keys
+from anima_jax.config import other_trainers, unsupported_keys
 from anima_jax.config.dataset import SOURCES, DatasetConfig, Source
 from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import choices, key_table
@@ -94,21 +94,41 @@ def _dataset() -> Iterator[str]:
 
 
 def _unsupported() -> Iterator[str]:
-    yield "## Keys and flags of diffusion-pipe and its forks that have no meaning here"
-    yield "They are accepted with a message that says what does their job here, or refused with the reason."
-    keys = {**unsupported_keys.MAIN, **unsupported_keys.DATASET}
-    rows = [f"| `{key}` | {_answer(row)} |" for key, row in keys.items()]
+    yield "## Keys and flags of diffusion-pipe, its forks and GUIs that are not keys here"
+    yield (
+        "They are taken as a key of ours that means the same, with a message; accepted with a message that says what "
+        "does their job here; or refused with what to write instead. Values that ask for nothing are accepted silently."
+    )
+    main = {**unsupported_keys.MAIN, **unsupported_keys.CAPTIONS}
+    rows = [f"| `{key}` | {_answer(row)} |" for key, row in main.items()]
+    rows += [f"| `{key}` (dataset) | {_answer(row)} |" for key, row in unsupported_keys.DATASET.items()]
     rows += [f"| `--{flag}` | does nothing here: {message} |" for flag, message in unsupported_keys.FLAGS.items()]
     yield "\n".join(["| key or flag | answer |", "| --- | --- |", *rows])
+    yield "## Keys of sd-scripts, OneTrainer, SimpleTuner and others"
+    yield "Other trainers have other files and defaults. Their keys are errors that say what they are called here."
+    named = [f"| {ours} | {_quoted(keys)} |" for ours, keys in other_trainers.NAMED.items()]
+    absent = [f"| – ({reason}) | {_quoted(keys)} |" for reason, keys in other_trainers.ABSENT.items()]
+    yield "\n".join(["| here | there |", "| --- | --- |", *named, *absent])
+
+
+def _quoted(keys: str) -> str:
+    return ", ".join(f"`{key}`" for key in keys.split())
 
 
 def _answer(row: unsupported_keys.Unsupported) -> str:
-    if row.renamed:
-        return f"another name of `{row.renamed}`"
+    if row.target:
+        target = row.target.replace(unsupported_keys.IN_DATASET, "")
+        where = " of the dataset TOML" if row.target != target else ""
+        values = [f"`{_toml(found)}` is `{_toml(ours)}`" for found, ours in (row.values or {}).items()]
+        return f"taken as `{target}`{where}{': ' if values else ''}{', '.join(values)}"
     if row.message:
         return f"does nothing here: {row.message}"
-    unless = f", unless it is {', '.join(f'`{json.dumps(value)}`' for value in row.harmless)}" if row.harmless else ""
+    unless = f", unless it is {', '.join(f'`{_toml(value)}`' for value in row.harmless)}" if row.harmless else ""
     return f"refused{unless}: {row.refusal}"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value)
 
 
 def _rows_of(table: str, keys: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

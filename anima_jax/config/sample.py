@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from anima_jax.config.schema import (
     Count,
+    FromFloat,
     InputFolder,
     Listed,
     NotEmpty,
@@ -17,7 +18,7 @@ from anima_jax.config.schema import (
     invalid,
 )
 
-TorchSeed = Annotated[int, Field(ge=0, lt=2**64), documented_as("whole number ≥ 0 and < 2⁶⁴")]
+TorchSeed = Annotated[int, Field(ge=0, lt=2**64), FromFloat, documented_as("whole number ≥ 0 and < 2⁶⁴")]
 
 
 class SampleConfig(Section):

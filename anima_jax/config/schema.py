@@ -1,6 +1,7 @@
 """Base classes and types for the tables of a configuration: strict, frozen, without unknown keys; and types of paths.
 
-Strict means that values have TOML's own types: `"1"` and `true` are not 1, but 1 is accepted where a float is expected.
+Strict means that values have TOML's own types: `"1"` and `true` are not 1. But 1 is accepted where a float is expected,
+and 1.0 or 1e6 where a whole number is.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -32,9 +34,18 @@ from anima_jax.errors import UserError, did_you_mean
 Dtype = Literal["bfloat16", "float16", "float32"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+
+
+def whole_number(found: Any) -> Any:
+    """Return a float without a fraction, such as 32.0 or 1e6, as the whole number; return other values unchanged."""
+    return int(found) if isinstance(found, float) and found.is_integer() and abs(found) <= 2**64 else found
+
+
+FromFloat = BeforeValidator(whole_number)
+"""For whole numbers: 32.0 and 1e6 are whole too."""
+Count = Annotated[int, Field(ge=1), FromFloat]
 """A whole number, at least 1."""
-Whole = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0), FromFloat]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -110,7 +121,11 @@ def multiple_of_16(pixels: int) -> int:
 
 
 PixelSide = Annotated[
-    int, Field(ge=PIXEL_MULTIPLE), AfterValidator(multiple_of_16), documented_as("whole number, a multiple of 16")
+    int,
+    Field(ge=PIXEL_MULTIPLE),
+    FromFloat,
+    AfterValidator(multiple_of_16),
+    documented_as("whole number, a multiple of 16"),
 ]
 
 

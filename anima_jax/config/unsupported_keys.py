@@ -1,26 +1,57 @@
-"""Keys of diffusion-pipe and its forks that are not supported: another key replaces them, or they do not apply here.
+"""Keys of diffusion-pipe, its forks and GUIs that are not ours, and how each is answered.
 
-A key is ignored with a message, refused with an error, or treated as another name of one of our keys. Values that
-change nothing (mostly the default) are accepted silently.
+A key is taken as the one of ours that means the same, ignored with a message, or refused with the name of our key.
+Values that ask for nothing (mostly the default) are accepted silently. The keys of other trainers are in
+`other_trainers.py`.
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+IN_DATASET = "dataset:"
+"""Prefix of a target in the main TOML's rows that is a key of the dataset TOML."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unsupported:
-    """How to answer a key whose value is not among `harmless`: exactly one of the other three fields is set."""
+    """How to answer a key whose value is not among `harmless`: exactly one of the next three fields is set."""
 
     message: str = ""
+    """It is ignored: what does its job here."""
     refusal: str = ""
-    renamed: str = ""
+    """It is an error: what to set instead, or why there is nothing."""
+    target: str = ""
+    """It is taken as this key, dotted, from the top of the file; see also `IN_DATASET`."""
+    values: Mapping[Any, Any] | None = None
+    """Its value → that of `target`; others are errors. None: it has the same value."""
+    removes: tuple[str, ...] = ()
+    """Dotted keys that lose their meaning if it is taken. If `target` is among them, its value is replaced."""
     harmless: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
         """Return whether the value needs nothing that is missing here. `true` is not equal to 1."""
         return any(known == value and isinstance(known, bool) == isinstance(value, bool) for known in self.harmless)
+
+    def value_of(self, value: Any) -> Any:
+        """Return the value of `target`. Raises KeyError if there is none."""
+        if self.values is None:
+            return value
+        for known, ours in self.values.items():
+            if known == value and type(known) is type(value):
+                return ours
+        raise KeyError(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the user is told about a key at `path`; `target` is set if the key was taken as another one."""
+
+    path: tuple[str, ...]
+    text: str
+    is_error: bool = False
+    target: str = ""
 
 
 def ignored(message: str, *harmless: Any) -> Unsupported:
@@ -31,52 +62,182 @@ def refused(refusal: str, *harmless: Any) -> Unsupported:
     return Unsupported(refusal=refusal, harmless=harmless)
 
 
+def taken(target: str, *harmless: Any, values: Mapping[Any, Any] | None = None) -> Unsupported:
+    return Unsupported(target=target, values=values, harmless=harmless)
+
+
 _MESH = "layers are never split between devices; [mesh] shards each of them"
 _SWAP = "activation_checkpointing = 'unsloth' and [model] transformer_dtype save memory"
-_TAGS = "is a key of the dataset TOML here, at its top or in a [[directory]]"
 _UPLOAD = "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that"
+_LINEAR = "the blocks' layers are linear, without convolutions"
+_DEBUG = "metrics.jsonl, TensorBoard and --dump_dataset show what is trained"
+_XLA = "every step is compiled by XLA"
+_RATES = {
+    "self_attn": "self_attn",
+    "cross_attn": "cross_attn",
+    "mlp": "mlp",
+    "adaln": "mod",
+    "llm_adapter": "llm_adapter",
+}
+"""Part as forks call it → the beginning of its rate's key."""
+
+
+def _toggles() -> dict[str, Unsupported]:
+    """Return the rows of `train_mlp = false`, `freeze_mlp = true` and the like, for every table that has them."""
+    rows: dict[str, Unsupported] = {}
+    for table in ("", "model.", "adapter."):
+        for part, rate in _RATES.items():
+            target = f"model.{rate}_lr"
+            frozen = Unsupported(target=target, values={False: 0}, removes=(target,), harmless=(True,))
+            rows[f"{table}train_{part}"] = frozen
+            rows[f"{table}freeze_{part}"] = dataclasses.replace(frozen, values={True: 0}, harmless=(False,))
+        rows[f"{table}train_text_encoder"] = refused("expected a rate: text_encoder_lr in [adapter]", False)
+        rows[f"{table}caption_dropout_percent"] = taken("uncond_fraction", 0)
+    return rows
+
+
+_ADAPTER: Mapping[str, Unsupported] = {
+    "factor": taken("adapter.decompose_factor"),
+    "dim": taken("adapter.rank"),
+    # Whatever its rank, w2 is one matrix, and alpha then scales nothing: the forks' rule, and LyCORIS's.
+    "full_matrix": Unsupported(
+        target="adapter.rank", values={True: 10**6}, removes=("adapter.rank", "adapter.alpha"), harmless=(False,)
+    ),
+    "preset": refused("expected target_modules, a list of modules", "full", "attn-mlp"),
+    "decompose_both": refused("the smaller factor of a LoKr is one matrix", False),
+    "unbalanced_factorization": refused("expected decompose_factor, the smaller factor of a layer's width", False),
+    **dict.fromkeys(
+        ("weight_decompose", "dora_wd", "use_dora"),
+        refused("expected type = 'dora', a LoRA with weight decomposition", False),
+    ),
+    "wd_on_out": ignored("type = 'dora' scales each output", True, False),
+    **dict.fromkeys(("rs_lora", "use_rslora"), refused("expected alpha = √rank times the alpha of rsLoRA", False)),
+    "loraplus_lr_ratio": refused("both factors have one rate; lr_pattern sets it for a module", 0, 1),
+    **dict.fromkeys(("use_tucker", "include_conv", "conv_dim", "conv_alpha"), ignored(_LINEAR, False, 0)),
+    **dict.fromkeys(
+        ("use_scalar", "rank_dropout_scale", "bypass_mode", "module_dropout", "train_norm", "oplora"),
+        refused(
+            "is a variant of adapters that is not trained here; expected dropout or rank_dropout, or none", False, 0
+        ),
+    ),
+    "bias": refused("an adapter has no biases", "none", False),
+    "target_include": refused("expected target_modules, regular expressions"),
+    "target_exclude": refused("expected exclude_modules, regular expressions"),
+    "fuse_adapters": refused(
+        "belongs to Flux and Chroma; set [model] transformer_path to a file with the adapters merged"
+    ),
+}
+
+_MODEL: Mapping[str, Unsupported] = {
+    "t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
+    "merge_adapters": refused("belongs to other models; set transformer_path to a file with the adapters merged"),
+    # From forks that trained Anima before diffusion-pipe did, and from its own keys for later models.
+    "qwen_path": taken("model.llm_path"),
+    "qwen_state_dict_path": Unsupported(target="model.llm_path", removes=("model.llm_path",), harmless=("",)),
+    "qwen_nf4": taken("model.text_encoder_nf4", False),
+    "qwen_fp8": taken("model.text_encoder_fp8", False),
+    "diffusion_model": taken("model.transformer_path"),
+    "diffusion_model_dtype": taken("model.transformer_dtype"),
+    "vae": taken("model.vae_path"),
+    "text_encoders": refused("expected llm_path, the file of Anima's text encoder"),
+    "load_to_cuda": ignored("weights are loaded straight onto the devices", False),
+    "caching_batch_size": taken("caching_batch_size"),
+    "max_text_length": taken("model.max_caption_tokens"),
+    "guidance": ignored("Anima has no guidance embedding", 1),
+    "flow_use_ot": refused("noise is drawn for each example alone, without optimal transport", False),
+    "cfm_enabled": refused("the loss is that of diffusion-pipe, without a contrastive term", False),
+    "cfm_lambda": ignored("the loss has no contrastive term"),
+    "contrastive_flow_lambda": refused("the loss is that of diffusion-pipe, without a contrastive term", 0),
+}
 
 MAIN: Mapping[str, Unsupported] = {
+    **_toggles(),
+    **{f"model.{key}": row for key, row in _MODEL.items()},
+    **{f"adapter.{key}": row for key, row in _ADAPTER.items()},
     "pipeline_stages": ignored(_MESH),
     "partition_method": ignored(_MESH),
     "partition_split": ignored(_MESH),
-    "blocks_to_swap": ignored(_SWAP),
+    "blocks_to_swap": ignored(_SWAP, 0),
     "disable_block_swap_for_eval": ignored(_SWAP),
     "reentrant_activation_checkpointing": ignored("activation_checkpointing has only one form, which always works"),
-    "compile": ignored("every step is compiled by XLA"),
+    "compile": ignored(_XLA),
+    "compile_mode": ignored(_XLA),
+    "compile_dynamic": ignored(_XLA),
+    "compile_disk_cache": ignored("compilation_cache_dir keeps compiled programs"),
     "eval_gradient_accumulation_steps": ignored(
         "evaluation does not depend on the batch size; eval_micro_batch_size_per_gpu sets it", 1
     ),
-    "image_eval_micro_batch_size_per_gpu": Unsupported(renamed="eval_image_micro_batch_size_per_gpu"),
+    "image_eval_micro_batch_size_per_gpu": taken("eval_image_micro_batch_size_per_gpu"),
     "huggingface_repo": ignored(_UPLOAD, ""),
     "upload_hf_from_epoch": ignored(_UPLOAD),
-    "model.t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
-    "model.merge_adapters": refused("belongs to other models; set transformer_path to a file with the adapters merged"),
-    # From forks that trained Anima before diffusion-pipe did.
-    "model.qwen_path": Unsupported(renamed="llm_path"),
-    "model.qwen_nf4": Unsupported(renamed="text_encoder_nf4"),
-    "model.train_self_attn": refused("expected self_attn_lr = 0", True),
-    "model.train_cross_attn": refused("expected cross_attn_lr = 0", True),
-    "model.train_mlp": refused("expected mlp_lr = 0", True),
-    "model.train_adaln": refused("expected mod_lr = 0", True),
-    "model.train_llm_adapter": refused("expected llm_adapter_lr = 0", True),
-    "model.shuffle_tags": refused(_TAGS, False),
-    "model.tag_delimiter": refused(f"{_TAGS}, as cache_shuffle_delimiter", ", "),
-    "model.tag_dropout_percent": refused(f"{_TAGS}, as tag_dropout", 0),
-    "model.caption_dropout_percent": refused("expected uncond_fraction, at the top of this file", 0),
+    "batch_fill_strategy": ignored("examples that do not fill a batch begin the next epoch, so that none is dropped"),
+    "bench": ignored("--profile measures steps", False),
+    "sample_every_n_epochs": taken("sample.every_n_epochs", 0),
+    "sample_every_n_steps": taken("sample.every_n_steps", 0),
+    "sample_at_first": ignored("[sample] always draws before the first step too", True),
+    "debug": ignored(_DEBUG),
+    "debug_*": ignored(_DEBUG, False),
+    "model.debug_*": ignored(_DEBUG, False),
     "optimizer.kahan_sum": ignored("trained weights are float32, which needs no compensated sums"),
     "optimizer.gradient_release": ignored(
         "gradients and updates are already one program; type = 'adamw8bit' or 'adafactor' saves memory", False
     ),
-    "adapter.fuse_adapters": refused(
-        "belongs to Flux and Chroma; set [model] transformer_path to a file with the adapters merged"
-    ),
 }
-"""Dotted keys of the main TOML."""
+"""Dotted keys of the main TOML, or patterns of them."""
+
+CAPTIONS: Mapping[str, Unsupported] = {
+    "model.shuffle_tags": taken(f"{IN_DATASET}shuffle_tags", False),
+    "model.tag_delimiter": taken(f"{IN_DATASET}cache_shuffle_delimiter", ", "),
+    "model.tag_dropout_percent": taken(f"{IN_DATASET}tag_dropout", 0),
+    "model.nl_shuffle_sentences": refused("the sentences of a caption keep their order", False),
+    "model.nl_keep_first_sentence": ignored("the sentences of a caption keep their order", False),
+    "model.shuffle_keep_first_n": refused("is not supported", 0),
+    "model.protected_tags_file": refused("is not supported", ""),
+    "model.caption_mode": refused("is not supported", "tags"),
+    "model.mixed_weights": ignored("is not supported"),
+}
+"""Keys of the main TOML with which a fork edits captions; it does so only if they are not cached."""
+
+CACHED_CAPTIONS: Mapping[str, Unsupported] = {
+    key: ignored("captions are cached and never change; it needs cache_text_embeddings = false", *row.harmless)
+    for key, row in CAPTIONS.items()
+}
+
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "model.type": {"cosmos_predict2": "anima"},
+    "adapter.type": {
+        "locon": "lora",
+        **{f"lycoris_{kind}": kind for kind in ("loha", "lokr")},
+        "lycoris_locon": "lora",
+    },
+}
+"""Our key → values of forks, in lower case, and ours that mean the same."""
 
 DATASET: Mapping[str, Unsupported] = {
     "control_path": refused("belongs to models that edit images; Anima draws them from text alone"),
     "shuffle_metadata": ignored("the order is drawn from seed, again in every epoch"),
+    "enable_random_caption": taken("caption_choice", False, values={True: "random"}),
+    "caption_sampling": taken("caption_choice", values={"all": "each", "random_per_epoch": "random"}),
+    "shuffle_caption": taken("shuffle_tags", False),
+    "tag_delimiter": taken("cache_shuffle_delimiter"),
+    "tag_dropout_rate": taken("tag_dropout", 0),
+    "tag_dropout_percent": taken("tag_dropout", 0),
+    **dict.fromkeys(
+        ("caption_dropout_percent", "caption_dropout_rate"), refused("expected uncond_fraction, in the main TOML", 0)
+    ),
+    "caption_extension": refused("captions are in .txt files or in captions.json", ".txt", "txt"),
+    "caption_mode": refused("is not supported", "tags"),
+    "caption_suffix": refused("expected caption_prefix", ""),
+    "prefix_tag_caption": refused(
+        "every caption is a list of tags: shuffle_tags and tag_dropout may be set per source", ""
+    ),
+    "multiline_captions": refused("expected captions.json, which may have several captions of an image", False),
+    "batch_fill_strategy": MAIN["batch_fill_strategy"],
+    **dict.fromkeys(
+        ("keep_latent_cache", "keep_text_embedding_cache"),
+        ignored("the cache keeps what has not changed; --trust_cache trains on it without looking", False),
+    ),
+    "debug_*": ignored(_DEBUG, False),
 }
 """Keys of the dataset TOML, at the top level and in each source."""
 
@@ -90,6 +251,16 @@ TFDS: Mapping[str, Unsupported] = {
 }
 """Keys of a `[[tfds]]`, including those that belong to a `[[directory]]`."""
 
+SAMPLE_FILE: Mapping[str, Unsupported] = {
+    "num_inference_steps": taken("steps"),
+    "cfg": taken("guidance_scale"),
+    "frames": refused("images are drawn, no videos", 1),
+    "num_frames": refused("images are drawn, no videos", 1),
+    "fps": ignored("images are drawn, no videos"),
+    "batch_size": refused("expected several seeds", 1),
+}
+"""Keys of the TOML of prompts that the main TOML of a fork names with `sample`."""
+
 FLAGS: Mapping[str, str] = {
     "deepspeed": "one program runs on all devices; [mesh] says how they share the work",
     "deepspeed_config": "the TOML holds every setting",
@@ -101,23 +272,82 @@ FLAGS: Mapping[str, str] = {
 
 
 def set_aside(
-    table: dict[str, Any], rows: Mapping[str, Unsupported], above: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """Remove the keys in `rows` from `table` and its nested tables; rename those that have another name here.
+    table: dict[str, Any], rows: Mapping[str, Unsupported], elsewhere: dict[str, Any] | None = None
+) -> Iterator[Answer]:
+    """Remove the keys in `rows` from `table` and its nested tables, and set those that they are taken as.
 
-    Yield (path, answer, whether it is an error) for each key that has an answer.
+    Values for the dataset TOML are added to `elsewhere`. Yield an answer for each key that is not silently accepted.
     """
-    for key in list(table):
-        path = (*above, key)
-        row = rows.get(".".join(path))
-        if row is None:
-            if isinstance(table[key], dict):
-                yield from set_aside(table[key], rows, path)
+    patterns = [key for key in rows if "*" in key]
+    found = list(_leaves(table, rows, patterns))
+    for path, row in found:
+        inner = _table_at(table, path[:-1])
+        value = inner.pop(path[-1]) if inner is not None else None
+        if row.accepts(value):
             continue
-        value = table.pop(key)
-        if row.renamed:
-            if row.renamed in table:
-                yield path, f"is another name of {row.renamed}, which is set too; expected one of the two", True
-            table.setdefault(row.renamed, value)
-        elif not row.accepts(value):
-            yield path, f"does nothing here: {row.message}" if row.message else row.refusal, not row.message
+        if row.target:
+            yield _take(table, {} if elsewhere is None else elsewhere, path, value, row)
+        else:
+            yield Answer(path, f"does nothing here: {row.message}" if row.message else row.refusal, not row.message)
+
+
+def alias_values(table: dict[str, Any]) -> Iterator[Answer]:
+    """Replace values of forks by ours that mean the same, and yield an answer for each."""
+    for name, aliases in VALUES.items():
+        *above, last = path = tuple(name.split("."))
+        inner = _table_at(table, tuple(above))
+        found = inner.get(last) if inner else None
+        if inner and isinstance(found, str) and found.lower() in aliases:
+            inner[last] = aliases[found.lower()]
+            yield Answer(path, f"{found!r} is taken as {inner[last]!r}")
+
+
+def _leaves(
+    table: dict[str, Any], rows: Mapping[str, Unsupported], patterns: list[str], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Unsupported]]:
+    """Yield the path and row of each key that has a row, in the order of the file."""
+    for key, value in table.items():
+        path = (*above, key)
+        name = ".".join(path)
+        row = rows.get(name) or next((rows[one] for one in patterns if fnmatch.fnmatchcase(name, one)), None)
+        if row is not None:
+            yield path, row
+        elif isinstance(value, dict):
+            yield from _leaves(value, rows, patterns, path)
+
+
+def _table_at(table: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the nested table at `path`, or None if something else is there. Missing ones are not made."""
+    for key in path:
+        inner = table.get(key)
+        if not isinstance(inner, dict):
+            return None
+        table = inner
+    return table
+
+
+def _take(
+    table: dict[str, Any], elsewhere: dict[str, Any], path: tuple[str, ...], value: Any, row: Unsupported
+) -> Answer:
+    """Set the key that another one is taken as, and say so. It is an error if both are set and differ."""
+    in_dataset = row.target.startswith(IN_DATASET)
+    target = row.target.removeprefix(IN_DATASET)
+    *above, last = target.split(".")
+    inner = elsewhere if in_dataset else _table_at(table, tuple(above))
+    where = f"{target} in the dataset TOML" if in_dataset else target
+    if inner is None:
+        return Answer(path, f"does nothing here: it means {where}, but there is no [{'.'.join(above)}]")
+    try:
+        ours = row.value_of(value)
+    except KeyError:
+        known = " or ".join(str(one).lower() if isinstance(one, bool) else repr(one) for one in row.values or ())
+        return Answer(path, f"found {value!r}, expected {known or where}", is_error=True)
+    for name in row.removes:
+        holder, key = _table_at(table, tuple(name.split(".")[:-1])), name.split(".")[-1]
+        if holder is not None:
+            holder.pop(key, None)
+    if inner.get(last, ours) != ours:
+        return Answer(path, f"is taken as {where}, which is set too; expected one of the two", is_error=True)
+    inner[last] = ours
+    text = f"is taken as {where}{'' if row.values is None else f' = {ours!r}'}"
+    return Answer(path, text, target="" if in_dataset else target)

@@ -277,7 +277,8 @@ def test_a_key_means_what_it_means_in_diffusion_pipe(load, text, key, value):
     ids=NAMES.values(),
 )
 def test_keys_that_do_nothing_here_have_a_message(load, text, keys):
-    assert [message.split(": ")[1] for message in load(text).messages] == keys
+    messages = [message for message in load(text).messages if "does nothing here" in message]
+    assert [message.split(": ")[1] for message in messages] == keys
 
 
 def test_batches_and_intervals_of_the_configurations(load):

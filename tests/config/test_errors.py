@@ -36,7 +36,7 @@ MAIN_ERRORS = [
     # wrong types: nothing is converted
     ({"epochs": "3"}, 'epochs: found "3" (a string), expected a whole number'),
     ({"epochs": True}, "epochs: found true (a boolean), expected a whole number"),
-    ({"epochs": 3.0}, "epochs: found 3.0 (a number), expected a whole number"),
+    ({"epochs": 3.5}, "epochs: found 3.5 (a number), expected a whole number"),
     ({"optimizer.lr": "2e-5"}, 'optimizer.lr: found "2e-5" (a string), expected a number'),
     ({"optimizer.lr": True}, "optimizer.lr: found true (a boolean), expected a number"),
     ({"model.flux_shift": 1}, "model.flux_shift: found 1 (a whole number), expected true or false"),
@@ -214,9 +214,11 @@ MAIN_ERRORS = [
         {"model.t5_path": "dit.safetensors"},
         "model.t5_path: belongs to Cosmos-Predict2; Anima's text encoder is llm_path",
     ),
-    ({"model.train_mlp": False}, "model.train_mlp: expected mlp_lr = 0"),
-    ({"model.caption_dropout_percent": 0.1}, "model.caption_dropout_percent: expected uncond_fraction, at the top of"),
-    ({"model.shuffle_tags": True}, "model.shuffle_tags: is a key of the dataset TOML here"),
+    ({"model.train_mlp": "no"}, "model.train_mlp: found 'no', expected false"),
+    (
+        {"model.caption_dropout_percent": 5},
+        "model.caption_dropout_percent: as uncond_fraction: found 5 (a whole number), e",
+    ),
     ({"adapter": ADAPTER | {"fuse_adapters": []}}, "adapter.fuse_adapters: belongs to Flux and Chroma"),
     (
         {"model.text_encoder_fp8": True, "model.text_encoder_nf4": True},
@@ -227,8 +229,8 @@ MAIN_ERRORS = [
         "eval_every_n_steps is set too, expected at most one of",
     ),
     (
-        {"eval_image_micro_batch_size_per_gpu": 1, "image_eval_micro_batch_size_per_gpu": 1},
-        "image_eval_micro_batch_size_per_gpu: is another name of eval_image_micro_batch_size_per_gpu, which is set too",
+        {"eval_image_micro_batch_size_per_gpu": 2, "image_eval_micro_batch_size_per_gpu": 1},
+        "image_eval_micro_batch_size_per_gpu: is taken as eval_image_micro_batch_size_per_gpu, which is set too",
     ),
 ]
 
@@ -257,7 +259,6 @@ DATASET_ERRORS = [
     ),
     ({"resolutions": [256, 512, 768, 1024]}, "start with --i_know_what_i_am_doing"),
     ({"directory": [{"path": "pictures", "resolutions": []}]}, "directory[0].resolutions: found none, expected at"),
-    ({"size_buckets": [[512, 500, 1]]}, "size_buckets[0]: found 500, expected a multiple of 16 (the nearest is 496)"),
     ({"size_buckets": [[512, 512]]}, "size_buckets[0]: found [512, 512], expected [width, height, frames]"),
     ({"size_buckets": [[512, 512, 0]]}, "size_buckets[0]: found [512, 512, 0], expected [width, height, frames]"),
     ({"size_buckets": []}, "size_buckets: found an empty list, expected at least one value"),
@@ -307,7 +308,7 @@ DATASET_ERRORS = [
     ({"directory": [{"path": "no"}]}, "directory[0].path: expected a folder, found nothing at "),
     ({"directory": [{"path": "dit.safetensors"}]}, "/dit.safetensors is a file, expected a folder"),
     ({"directory": [{"pth": "pictures", "path": "pictures"}]}, "directory[0].pth: unknown key (did you mean 'path'?)"),
-    ({"resolution": [512]}, "resolution: unknown key (did you mean 'resolutions'?)"),
+    ({"resolution": [512]}, "resolution: unknown key; here it is resolutions, as [1024]"),
     (
         {"directory": [{"path": "pictures", "num_repeats": 0}]},
         "directory[0].num_repeats: found 0 (a whole number), exp",
@@ -469,7 +470,7 @@ def test_a_long_value_is_cut_short_and_stays_on_one_line(errors):
     assert len(found) < 200
 
 
-KNOWN = [*key_table(MainConfig), *MAIN]
+KNOWN = [*key_table(MainConfig), *(key for key in MAIN if "*" not in key)]
 
 
 @settings(max_examples=150, deadline=None)

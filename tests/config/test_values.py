@@ -509,6 +509,9 @@ def test_keys_of_forks_are_accepted_unless_they_ask_for_something_missing_here(l
     fork = {"model.llm_path": REMOVE, "model.qwen_path": "llm.safetensors", "model.qwen_nf4": True}
     asks_for_nothing = {"train_mlp": True, "shuffle_tags": False, "tag_delimiter": ", ", "tag_dropout_percent": 0.0}
     config = load(fork | {f"model.{key}": value for key, value in asks_for_nothing.items()})
-    assert config.messages == ()
+    assert [message.split(": ", 1)[1] for message in config.messages] == [
+        "model.qwen_path: is taken as model.llm_path",
+        "model.qwen_nf4: is taken as model.text_encoder_nf4",
+    ]
     assert config.model.text_encoder_nf4
     assert config.model.llm_path.endswith("llm.safetensors")
