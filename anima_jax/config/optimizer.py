@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from anima_jax.config.schema import Listed, NotEmpty, NotNegative, Positive, Probability, Section, invalid
+from anima_jax.config.schema import Fraction, Listed, NotEmpty, NotNegative, Positive, Section, invalid
 
 
 def _lower(name: str) -> str:
@@ -14,7 +14,7 @@ def _lower(name: str) -> str:
 
 
 class OptimizerConfig(Section):
-    """The optimizer. Moments are float32 (except those of the 8-bit types), independently of `[model] dtype`.
+    """The optimizer. Moments are float32 (except those of the 8-bit types and of AdaFactor), independently of `[model] dtype`.
 
     All other keys are optimizer-specific arguments, in `options`. They are checked where the optimizer is built.
     """
@@ -23,11 +23,12 @@ class OptimizerConfig(Section):
 
     type: Annotated[str, AfterValidator(_lower)] = Field(
         description="in any case: 'adamw', 'adamw_optimi', 'stableadamw', 'adamw8bit', 'AdamW8bitKahan', 'offload' "
-        "(moments in the host's memory), 'adafactor', 'lion', 'sgd', 'muon', 'prodigy', 'schedule_free_adamw', or any "
+        "(moments in the host's memory), 'sgd', 'automagic', 'genericoptim' ('muon', 'adamuon' and 'normuon' are "
+        "genericoptim with that option), 'lion', 'AdaFactor', 'CAME', 'prodigy', 'schedule_free_adamw', or any "
         "transformation of optax or optax.contrib"
     )
     lr: NotNegative = Field(description="learning rate of every group without its own in [model]")
-    betas: Annotated[tuple[Probability, ...], Listed, NotEmpty] | None = Field(
+    betas: Annotated[tuple[Fraction, ...], Listed, NotEmpty] | None = Field(
         None,
         description="decay rates of the first and the second moment; unset: the optimizer's own, [0.9, 0.999] for "
         "'adamw' and [0.9, 0.99] for 'adamw_optimi'",
@@ -42,7 +43,7 @@ class OptimizerConfig(Section):
         description="decoupled weight decay; 1-D parameters and the adapter's token table have none; unset: the "
         "optimizer's own, 0.01 for 'adamw' and 'adamw_optimi'",
     )
-    eps: Positive | None = Field(
+    eps: Positive | Annotated[tuple[Positive, ...], Listed, NotEmpty] | None = Field(
         None,
         description="added to the square root of the second moment; unset: the optimizer's own, 1e-8 for 'adamw' and "
         "1e-6 for 'adamw_optimi'",

@@ -325,7 +325,7 @@ def estimate(
         jnp.dtype(config.cached_dtype),
         sizes=sizes,
         masked=masked,
-        moments_on_host=optimizers.find(config.optimizer.type).on_host and jax.default_backend() != "cpu",
+        moments_on_host=optimizers.on_host(config.optimizer) and jax.default_backend() != "cpu",
         measure=measure,
     )
     flops_of = {work: example_flops(partition, step_config, work) for work in workloads}

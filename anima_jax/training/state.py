@@ -249,4 +249,5 @@ def build_optimizer(
         clip_norm=config.gradient_clipping,
         global_batch=max(tier.batch_size for tier in plan.tiers) if plan else 1,
         layer_rates=partition.rates,
+        seed=config.seed,
     )

@@ -63,7 +63,7 @@ def test_rows_have_a_type_a_default_and_a_meaning():
         ("Evaluation", ["`eval_before_first_step`", "true or false", "`true`"]),
         ("Optimizer steps", ["`lr_scheduler`", "'constant', 'linear' or 'cosine'", "`'constant'`"]),
         ("`[sample]`", ["`prompts`", "[string, …]", "required", "what to draw"]),
-        ("`[optimizer]`", ["`betas`", "[number ≥ 0 and < 1, …]", "–"]),
+        ("`[optimizer]`", ["`betas`", "[number ≥ 0 and ≤ 1, …]", "–"]),
         ("`[[directory]]`", ["`default_mask_file`", "file", "–"]),
     ],
 )

@@ -117,19 +117,12 @@ def by_torch(make):
             {"momentum": 0.9, "nesterov": True},
             lambda t, p: t.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
-        # torch factors every matrix; its eps is inside the root, where it does not matter for gradients of 0.1.
-        (
-            "adafactor",
-            {"min_dim_size_to_factor": 1, "beta2_decay": -0.7, "d": 1.1},
-            lambda t, p: t.Adafactor(p, lr=1e-2, beta2_decay=-0.7, d=1.1),
-        ),
     ],
 )
 def test_updates_equal_torchs_on_the_files_tensors(name, options, make):
     expected = by_torch(make)
     ours = trained(name, weight_decay=0.1, **options)
-    # torch's Adafactor decays before it measures the weights' RMS, optax's after: 1e-3 of the update.
-    assert_same(ours, expected, atol=2e-5 if name == "adafactor" else 2e-6)
+    assert_same(ours, expected)
 
 
 PER_TENSOR = (
@@ -138,7 +131,6 @@ PER_TENSOR = (
     "lars",
     "novograd",
     "sm3",
-    "adafactor",
     "scale_by_trust_ratio",
     "scale_by_param_block_rms",
 )
@@ -148,13 +140,12 @@ SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg")
 @pytest.mark.parametrize("name", [*PER_TENSOR, *SHARED])
 def test_optimizers_that_use_shapes_or_norms_equal_optax_on_the_files_tensors(name):
     function = getattr(optax, name, None) or getattr(optax.contrib, name)
-    options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
-    own = {"use_bias_correction": True} if name == "prodigy" else options
+    own = {"use_bias_correction": True} if name == "prodigy" else {}
     rates = dict.fromkeys(GROUPS, 1.0 if name in SHARED else 1e-2)
     peer = (
         optax.chain(function(), optax.scale_by_learning_rate(1e-2))
         if name.startswith("scale_by")
-        else function(learning_rate=rates["base"], **options)
+        else function(learning_rate=rates["base"])
     )
     expected, _ = train(peer, to_file(START), [to_file(grads) for grads in GRADIENTS])
     ours = trained(name, rates=rates, weight_decay=0.0, **own)
@@ -215,34 +206,6 @@ def test_prodigy_has_one_estimate_and_updates_in_proportion_to_the_groups_rates(
     for path, start in START.items():
         share = 0.25 if ".mlp" in path else 1.0
         np.testing.assert_allclose(ours[path] - start, share * (peer[path] - start), rtol=1e-3, atol=1e-7)
-
-
-def newton_schulz(matrix: np.ndarray) -> np.ndarray:
-    """Five quintic iterations in float64 (Jordan 2024)."""
-    x = matrix / np.linalg.norm(matrix)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-@pytest.mark.parametrize("rms", [0.2, 0.0])
-def test_muon_orthogonalises_each_layers_momentum_and_uses_adamw_for_the_rest(rms):
-    ours = trained("muon", weight_decay=0.1, nesterov=False, consistent_rms=rms)
-    adamw = trained("adamw", weight_decay=0.1)
-    gradients = [to_file(grads) for grads in GRADIENTS]
-    for name, start in to_file(START).items():
-        if start.ndim == 1 or name == "llm_adapter.embed.weight":
-            np.testing.assert_allclose(ours[name], adamw[name], rtol=1e-6, err_msg=name)
-            continue
-        out, into = start.shape
-        scale = rms * math.sqrt(max(out, into)) if rms else math.sqrt(max(1, out / into))
-        weight, momentum = start.astype(np.float64), np.zeros(start.shape)
-        for grads in gradients:
-            momentum = 0.95 * momentum + 0.05 * grads[name]
-            weight = weight - 1e-2 * (scale * newton_schulz(momentum) + 0.1 * weight)
-        # The iteration's slope at 0 is 3.4445^5 = 485: float32's 6e-8 becomes 3e-5 of the update.
-        np.testing.assert_allclose(ours[name], weight, atol=1e-4 * scale, err_msg=name)
 
 
 def test_muon_uses_adamw_for_narrow_matrices():
@@ -327,7 +290,8 @@ def test_every_name_trains_every_parameter_with_float32_moments(name):
     assert {path: (u.shape, u.dtype) for path, u in updates.items()} == {p: (s, jnp.float32) for p, s in SHAPES.items()}
     assert jax.tree.structure(state) == jax.tree.structure(new)
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(state)] == [(a.shape, a.dtype) for a in jax.tree.leaves(new)]
-    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
+    # pytorch_optimizer's AdaFactor has its first moment in bfloat16.
+    assert name == "adafactor" or all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", ["prodigy", "dog", "schedule_free_adamw", "adamw8bit"])
@@ -344,8 +308,12 @@ def test_parameters_and_state_can_be_donated_together(name):
     ("name", "more", "message"),
     [
         ("adamq", {}, "did you mean 'adam"),
-        ("automagic", {}, "nearest is 'prodigy'"),
-        ("GenericOptim", {}, "'muon'"),
+        ("GenericOptim", {"muon": True, "normuon": True}, "only one of them can be true"),
+        ("GenericOptim", {"momentum_type": "emma"}, "expected 'ema' or 'sm' or 'none' (did you mean 'ema'?)"),
+        ("GenericOptim", {"momentum_type": "sm"}, "a rank above 0"),
+        ("came", {"betas": (0.9, 0.999)}, "'came' has 3, by default [0.9, 0.999, 0.9999]"),
+        ("adamw", {"betas": (0.9, 1.0)}, "expected numbers below 1"),
+        ("adamw", {"eps": (1e-8, 1e-3)}, "'adamw' has one"),
         ("lbfgs", {}, "needs more than gradients"),
         ("adamw", {"nesterof": True}, "nesterof: not an argument of 'adamw' (did you mean 'nesterov'?)"),
         ("adamw", {"amsgrad": True}, "use type = 'amsgrad'"),
@@ -356,12 +324,11 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("sgd", {"momentum": "much"}, "momentum = 'much': expected a number"),
         ("AdamWScheduleFree", {}, "did you mean 'schedule_free_"),
         ("prodigy", {"decouple": False}, "weight decay is always decoupled"),
-        ("adafactor", {"relative_step": True}, "lr_scheduler"),
         ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
         ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' has 2"),
         ("sm3", {"rates": LearningRates(SAME_RATES, "cosine")}, "a constant learning rate"),
         ("schedule_free_adamw", {"betas": (0.0, 0.99)}, "first beta above 0"),
-        ("muon", {"preconditioning": "none"}, "preconditioning"),
+        ("muon", {"preconditioning": "none"}, "preconditioning: not an argument of 'muon'"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_key(name, more, message):

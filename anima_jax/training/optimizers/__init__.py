@@ -1,7 +1,7 @@
 """Parameter groups, learning rates and optimizers. `build` returns the optimizer of a configuration."""
 
 from anima_jax.checkpoints.names.groups import GROUPS, group_of, groups_by_path, is_decayed
-from anima_jax.training.optimizers.build import averaged, build, check
+from anima_jax.training.optimizers.build import averaged, build, check, on_host
 from anima_jax.training.optimizers.rates import LearningRates
 from anima_jax.training.optimizers.table import find, rows
 
@@ -15,5 +15,6 @@ __all__ = [
     "group_of",
     "groups_by_path",
     "is_decayed",
+    "on_host",
     "rows",
 ]

@@ -17,11 +17,12 @@ from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, scale_layers, together
 from anima_jax.training.optimizers.rates import LearningRates
-from anima_jax.training.optimizers.table import Parameter, Row, find
+from anima_jax.training.optimizers.row import Parameter, Row
+from anima_jax.training.optimizers.table import find
 
 IGNORED = (
     *("fused", "foreach", "capturable", "differentiable", "triton", "use_triton", "compile"),
-    *("is_paged", "block_wise", "fsdp_in_use"),
+    *("is_paged", "block_wise", "fsdp_in_use", "kahan_buffer_offload", "skip_invalid_grads"),
 )
 """Arguments in other libraries that choose an implementation and do not change the results."""
 
@@ -48,6 +49,12 @@ def check(config: OptimizerConfig) -> None:
     _options(config, find(config.type))
 
 
+def on_host(config: OptimizerConfig) -> bool:
+    """Return whether the optimizer keeps its moments in host memory."""
+    row = find(config.type)
+    return row.on_host or (row.offloads and bool(config.options.get("cpu_offload")))
+
+
 def build(
     config: OptimizerConfig,
     rates: LearningRates,
@@ -56,12 +63,13 @@ def build(
     clip_norm: float = 1.0,
     global_batch: int = 1,
     layer_rates: Mapping[str, Sequence[float]] | None = None,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
     """Build the optimizer of the parameters in `tensors`.
 
     It first clips the global norm of the gradients to `clip_norm` (0: no clipping). `global_batch` (examples per step)
     turns `beta2_half_life` into β₂ = 0.5^(global_batch / beta2_half_life). `layer_rates` maps the paths of stacked
-    parameters to factors of the learning rate, one per layer.
+    parameters to factors of the learning rate, one per layer. Random numbers of the update follow from `seed`.
     Raises UserError if the optimizer or one of its arguments is unknown or invalid.
     """
     row = find(config.type)
@@ -72,11 +80,12 @@ def build(
         )
     if layer_rates and row.averages_weights:
         raise UserError(f"[optimizer] type = '{row.name}' averages over all of its steps: no [adapter] lr_pattern")
-    decay = row.weight_decay if config.weight_decay is None else config.weight_decay
+    parameters = _parameters(tensors, row, rates, config, seed)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     try:
-        main = (_shared if row.shared else _separate)(row, rates, decay, tensors, options)
-        steps = [clip, _on_host(main) if row.on_host else main, *([scale_layers(layer_rates)] if layer_rates else [])]
+        main = (_shared if row.shared else _separate)(row, rates, parameters, options)
+        main = _on_host(main) if on_host(config) else main
+        steps = [clip, main, *([scale_layers(layer_rates)] if layer_rates else [])]
         optimizer = in_float32(optax.chain(*steps))
         # Trace one step, because optax checks some arguments only then.
         params = _abstract(tensors)
@@ -98,19 +107,19 @@ def averaged(opt_state: Any, params: Params) -> Params | None:
 
 
 def _separate(
-    row: Row, rates: LearningRates, decay: float, tensors: Sequence[FileTensor], options: Mapping[str, Any]
+    row: Row, rates: LearningRates, parameters: Mapping[str, Parameter], options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
     """Return an optimizer with one transformation per parameter, at the rate of its group."""
-    parameters = _parameters(tensors, row, rates, decay)
+    del rates
     stacked = {path for path, one in parameters.items() if one.tensor.layer is not None and not row.elementwise}
     return by_tensor({path: row.make(one, **options) for path, one in parameters.items()}, stacked)
 
 
 def _shared(
-    row: Row, rates: LearningRates, decay: float, tensors: Sequence[FileTensor], options: Mapping[str, Any]
+    row: Row, rates: LearningRates, parameters: Mapping[str, Parameter], options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
     """Return one transformation at the highest rate of a group; updates of other groups are scaled down to theirs."""
-    groups, parameters = groups_by_path(tensors), _parameters(tensors, row, rates, decay)
+    groups = {path: one.group for path, one in parameters.items()}
     fastest = max(groups.values(), key=rates.by_group.__getitem__)
     rate = rates.of(fastest)
     relative = {path: rates.by_group[group] / rates.by_group[fastest] for path, group in groups.items()}
@@ -121,13 +130,18 @@ def _shared(
     return together(main, relative, own_decay, lambda state: factor(state, rate, options))
 
 
-def _parameters(tensors: Sequence[FileTensor], row: Row, rates: LearningRates, decay: float) -> dict[str, Parameter]:
-    """Return the rate, weight decay and first tensor of each parameter, by path."""
+def _parameters(
+    tensors: Sequence[FileTensor], row: Row, rates: LearningRates, config: OptimizerConfig, seed: int
+) -> dict[str, Parameter]:
+    """Return what an optimizer knows of each parameter, by path."""
+    decay = row.weight_decay if config.weight_decay is None else config.weight_decay
     groups = groups_by_path(tensors)
     first = {tensor.path: tensor for tensor in reversed(tensors)}
     rate_of = rates.by_group.__getitem__ if row.fixed_rate else rates.of
     return {
-        path: Parameter(rate_of(groups[path]), decay if is_decayed(tensor) else 0.0, tensor)
+        path: Parameter(
+            rate_of(groups[path]), decay if is_decayed(tensor) else 0.0, tensor, config.lr, groups[path], seed
+        )
         for path, tensor in first.items()
     }
 
@@ -171,6 +185,8 @@ def _options(config: OptimizerConfig, row: Row, global_batch: int = 1) -> dict[s
         given["eps"] = config.eps
         if "eps" not in row.options:
             errors.append(f"eps: not an argument of '{row.name}'")
+        elif isinstance(config.eps, tuple) and not isinstance(row.options["eps"], tuple):
+            errors.append(f"eps = {list(config.eps)!r}: '{row.name}' has one")
     if config.betas is not None or config.beta2_half_life is not None:
         given |= _betas(config, row, global_batch, errors)
     if errors:
@@ -182,7 +198,9 @@ def _error(row: Row, key: str, value: Any) -> str | None:
     """Return why the optimizer cannot have this argument; None if it can, or if the argument has no effect."""
     own = row.aliases.get(key, key)
     if own in row.options:
-        return _type_error(key, value, row.options[own])
+        return _type_error(key, value, row.options[own], row.choices.get(own))
+    if key == "cpu_offload" and row.offloads:
+        return _type_error(key, value, False)
     if key in OFF:
         return f"{key} = {value!r}: not available with '{row.name}'; {OFF[key]}" if value else None
     if key in ON and not row.decay_in_gradient:
@@ -194,8 +212,11 @@ def _error(row: Row, key: str, value: Any) -> str | None:
     return f"{key}: not an argument of '{row.name}'{near}; expected one of {arguments}"
 
 
-def _type_error(key: str, value: Any, default: Any) -> str | None:
+def _type_error(key: str, value: Any, default: Any, choices: Sequence[str] | None = None) -> str | None:
     """Return an error if `value` has the wrong type, else None. A whole number is accepted as a number."""
+    if choices and value not in choices:
+        expected = " or ".join(map(repr, choices))
+        return f"{key} = {value!r}: expected {expected}{did_you_mean(str(value), choices)}"
     allowed = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
     fits = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
     return None if default is None or fits else f"{key} = {value!r}: expected {TYPES[type(default)]}"
@@ -206,6 +227,12 @@ def _betas(config: OptimizerConfig, row: Row, global_batch: int, errors: list[st
     betas = list(row.betas if config.betas is None else config.betas)
     if not row.betas or len(betas) > len(row.betas):
         errors.append(f"betas (or beta2_half_life): '{row.name}' has {len(row.betas) or 'none'}")
+        return {}
+    if "betas" in row.options and len(betas) != len(row.betas):
+        errors.append(f"betas = {betas!r}: '{row.name}' has {len(row.betas)}, by default {list(row.betas)!r}")
+        return {}
+    if 1.0 in (betas[:1] if row.sums else betas):
+        errors.append(f"betas = {betas!r}: expected numbers below 1")
         return {}
     if config.beta2_half_life is not None:
         if len(betas) < 2:

@@ -3,7 +3,6 @@
 The defaults of our rows are those of the library that diffusion-pipe uses for that name.
 """
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -15,67 +14,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from anima_jax.checkpoints.names import FileTensor
-from anima_jax.checkpoints.names.groups import is_decayed
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.training.optimizers import adam
+from anima_jax.training.optimizers import adam, factored, generic
 from anima_jax.training.optimizers.layers import transformation
-
-MUON_SMALLEST_SIDE = 32
-"""With muon, AdamW updates matrices with a smaller side (diffusion-pipe's `GenericOptim.step`)."""
+from anima_jax.training.optimizers.row import Parameter, Row
 
 EIGHT_BIT_SMALLEST = 4096
 """Tensors with fewer values keep float32 moments (bitsandbytes' `min_8bit_size`)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter as an optimizer sees it: rate (number or schedule), weight decay, first tensor in the file."""
-
-    rate: Any
-    weight_decay: float
-    tensor: FileTensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """An optimizer and its arguments.
-
-    `make(parameter, **options)` returns the transformation of one parameter. If `shared`, all parameters have a common
-    estimate or source of noise, and `make({path: parameter}, rate, **options)` returns one transformation for all.
-    """
-
-    name: str
-    make: Callable[..., optax.GradientTransformation]
-    options: Mapping[str, Any]
-    """Argument → default."""
-    weight_decay: float = 0.0
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Name of an argument in another library → its name here."""
-    elementwise: bool = False
-    """Whether the update does not depend on the shape or norm of a tensor."""
-    shared: bool = False
-    fixed_rate: bool = False
-    """Whether the learning rate is a number, which cannot follow a schedule."""
-    on_host: bool = False
-    """Whether the moments are kept in host memory."""
-    averages_weights: bool = False
-    """Whether the optimizer averages the weights of all steps, which rules out learning rates per layer."""
-    decay_in_gradient: bool = False
-    """Whether the weight decay is part of the gradient, as in torch's SGD; otherwise it is decoupled."""
-    decay_factor: Callable[[Any, Any, Mapping[str, Any]], Any] | None = None
-    """Maps the state before the update, the schedule and the options to the factor of the weight decay. None: `make`
-    applies the decay."""
-
-    @property
-    def betas(self) -> tuple[float, ...]:
-        """Default values of the arguments that torch calls `betas`."""
-        return self.options.get("betas") or tuple(self.options[key] for key in self.beta_names)
-
-    @property
-    def beta_names(self) -> tuple[str, ...]:
-        """Names of the arguments that torch combines in `betas`."""
-        return tuple(key for key in ("b1", "b2", "b3") if key in self.options)
 
 
 def _adamw(p: Parameter, *, b1: float, b2: float, eps: float, nesterov: bool = False) -> optax.GradientTransformation:
@@ -102,19 +47,6 @@ def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.G
     return transformation(lambda value: (transform.init(value), decay.init(value)), update)
 
 
-def _adafactor(
-    p: Parameter, *, decay_rate: float, clipping_threshold: float, momentum: float, **options: Any
-) -> optax.GradientTransformation:
-    transform = optax.adafactor(
-        p.rate,
-        decay_rate=abs(decay_rate),  # torch and transformers give the exponent with its sign, -0.8
-        clipping_threshold=clipping_threshold or None,
-        momentum=momentum or None,
-        **options,
-    )
-    return _decoupled(transform, p)
-
-
 def _lion(p: Parameter, *, b1: float, b2: float) -> optax.GradientTransformation:
     return optax.lion(p.rate, b1, b2, weight_decay=p.weight_decay)
 
@@ -124,27 +56,6 @@ def _sgd(p: Parameter, *, momentum: float, nesterov: bool) -> optax.GradientTran
     if nesterov and not momentum:
         raise UserError("[optimizer] nesterov = true needs a momentum above 0")
     return optax.chain(optax.add_decayed_weights(p.weight_decay), optax.sgd(p.rate, momentum or None, nesterov))
-
-
-def _muon(
-    p: Parameter, *, b1: float, b2: float, eps: float, consistent_rms: float, **options: Any
-) -> optax.GradientTransformation:
-    """Return Muon for a matrix, AdamW for other parameters and for matrices with a side below `MUON_SMALLEST_SIDE`.
-
-    A matrix's update is scaled to an RMS of `consistent_rms`, near AdamW's, so that both can use the same learning rate
-    (arXiv 2502.16982, and diffusion-pipe's muon); 0 selects the original scaling, √max(1, out / in).
-    """
-    if not is_decayed(p.tensor) or min(p.tensor.shape) < MUON_SMALLEST_SIDE:
-        return _adamw(p, b1=b1, b2=b2, eps=eps)
-    out, into = p.tensor.shape
-    scale = consistent_rms * math.sqrt(max(out, into)) if consistent_rms else math.sqrt(max(1.0, out / into))
-    matrix = optax.contrib.MuonDimensionNumbers()
-    return optax.chain(
-        optax.contrib.scale_by_muon(eps=eps, weight_dimension_numbers=matrix, **options),
-        optax.scale(scale),
-        optax.add_decayed_weights(p.weight_decay),
-        optax.scale_by_learning_rate(p.rate),
-    )
 
 
 def _schedule_free(base: optax.GradientTransformation, p: Parameter, b1: float, weight_lr_power: float):
@@ -211,42 +122,8 @@ ROWS = (
     Row("adamw8bit", _our_adamw, {**_EIGHT_BIT, "stabilize": False}, 0.01),
     Row("adamw8bitkahan", _our_adamw, {**_EIGHT_BIT, "stabilize": True}, 0.01),
     Row("offload", _adamw, {**_ADAM, "nesterov": False}, 0.01, elementwise=True, on_host=True),
-    Row(
-        "adafactor",
-        _adafactor,
-        {
-            "min_dim_size_to_factor": 128,
-            "decay_rate": 0.8,
-            "decay_offset": 0,
-            "multiply_by_parameter_scale": True,
-            "clipping_threshold": 1.0,
-            "momentum": 0.0,
-            "eps": 1e-30,
-            "factored": True,
-        },
-        aliases={
-            "d": "clipping_threshold",
-            "clip_threshold": "clipping_threshold",
-            "beta2_decay": "decay_rate",
-            "beta1": "momentum",
-            "scale_parameter": "multiply_by_parameter_scale",
-        },
-    ),
     Row("lion", _lion, {"b1": 0.9, "b2": 0.99}, elementwise=True),
     Row("sgd", _sgd, {"momentum": 0.0, "nesterov": False}, elementwise=True, decay_in_gradient=True),
-    Row(
-        "muon",
-        _muon,
-        {
-            "beta": 0.95,
-            "nesterov": True,
-            "ns_steps": 5,
-            "preconditioning": "frobenius",
-            "consistent_rms": 0.2,
-            **_ADAM,
-        },
-        aliases={"momentum": "beta"},
-    ),
     Row(
         "prodigy",
         _prodigy,
@@ -277,6 +154,8 @@ ROWS = (
         elementwise=True,
         averages_weights=True,
     ),
+    *factored.ROWS,
+    *generic.ROWS,
 )
 
 # optax's own ------------------------------------------------------------------------------------------------------
@@ -303,10 +182,7 @@ SET_HERE = ("learning_rate", "weight_decay", "weight_decay_mask", "trust_ratio_m
 NEEDS_MORE = "needs more than gradients; 'prodigy' needs no learning rate tuned, 'schedule_free_adamw' no schedule"
 
 REFUSED = {
-    "automagic": "is not available; the nearest is 'prodigy', which estimates its learning rate too",
-    "genericoptim": "is not available; 'muon' is its muon = true, 'adafactor' and 'adamw8bit' save memory",
     "scale_by_muon": "is for matrices alone; 'muon' uses AdamW for the rest",
-    "came": "is not available; the nearest is 'adafactor'",
     **dict.fromkeys(("lbfgs", "scale_by_lbfgs", "momo", "momo_adam", "sophia", "scale_by_polyak"), NEEDS_MORE),
     **dict.fromkeys(("polyak_sgd", "mechanize", "reduce_on_plateau", "sam", "schedule_free", "dpsgd"), NEEDS_MORE),
 }
