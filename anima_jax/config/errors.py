@@ -109,7 +109,8 @@ class TomlFile:
                 inner = inner.setdefault(part, {})
         own_name = "the main TOML" if "dataset" in self._other_file[0] else "the dataset TOML"
         for place, text in other_trainers.answers(table, own):
-            self.error(place, f"unknown key; {text.replace(f' in {own_name}', '')}" if text else "unknown key")
+            here = f"; {text.replace(f' in {own_name}', '')}" if text else self.suggestion(place)
+            self.error(place, f"unknown key{here}")
 
     def validate(self, table: Mapping[str, Any], schema: type[SectionT], context: Mapping[str, Any]) -> SectionT | None:
         """Return the validated table, or record its errors and return None. Paths may be relative to the file."""
@@ -130,8 +131,8 @@ class TomlFile:
         prefix = ".".join([*above, ""]) if above else ""
         siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
         elsewhere = [key for key in self._known if key.split(".")[-1] == last]
-        if last in self._keys and above:
-            return f"; it belongs at the top of the file, above [{above[0]}] and every other table"
+        if last in self._known and above:
+            return "; it belongs at the top of the file, above every [table]"
         name, keys = self._other_file
         if last in keys and not elsewhere:
             return f"; it belongs in {name}"
@@ -155,6 +156,8 @@ class TomlFile:
         if kind == "missing":
             return f"missing, expected {self._keys[_without_positions(details['loc'])]['description']}"
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else details["msg"]
+        if kind == "tuple_type" and isinstance(found, dict):
+            expected += f": write [[{place[-1]}]], with two brackets"
         literals = [word.strip(" '") for word in context.get("expected", "").replace(" or ", ",").split(",")]
         near = did_you_mean(found, literals) if isinstance(found, str) else ""
         return f"found {shown(found)}, expected {expected}{near}"

@@ -87,6 +87,9 @@ NAMED: Mapping[str, str] = {
     "cache_shuffle_delimiter in the dataset TOML": "caption_separator secondary_separator",
     "shuffle_tags in the dataset TOML": "shuffle_caption shuffle_tokens",
     "tag_dropout in the dataset TOML": "caption_tag_dropout_rate tag_dropout_rate token_dropout_rate",
+    "caption_extension in the dataset TOML": "caption_extension caption_extention caption_strategy",
+    "keep_tokens in the dataset TOML": "keep_tokens",
+    "keep_tokens_separator in the dataset TOML": "keep_tokens_separator",
     "uncond_fraction in the main TOML": "caption_dropout_rate caption_dropout_probability "
     "caption_dropout_every_n_epochs",
     "caption_prefix in the dataset TOML": "class_tokens instance_prompt trigger_word caption_suffix",
@@ -124,8 +127,6 @@ ABSENT: Mapping[str, str] = {
     "activation_checkpointing, transformer_dtype in [model] and [mesh] save memory": "lowram highvram vae_chunk_size "
     "vae_disable_cache layer_offload_fraction offload_optimizer_device disable_mmap_load_safetensors",
     "every image is used: leave small ones out of the folder": "skip_image_resolution minimum_image_size",
-    "captions are in .txt files or in captions.json, beside the images": "caption_extension caption_extention "
-    "caption_strategy",
     "captions change only by shuffle_tags and tag_dropout, in the dataset TOML": "token_warmup_min "
     "token_warmup_step enable_wildcard",
     "images are cropped around the centre: prepare flipped or other versions as files": "flip_aug color_aug "

@@ -52,9 +52,43 @@ BOUNDS: Mapping[str, str] = {
 ANY_OPTION = "| any other | | | an argument of the optimizer's own, by its name in torch or optax |"
 
 
+DIFFERENCES: Mapping[str, str] = {
+    "Videos": "16 frames per second are chosen by the file's timestamps, repeated or dropped as needed, and turned "
+    "upright; diffusion-pipe takes frames at equal distances from all frames of the file, and counts the frames of "
+    "the file, not those at 16 per second, when it picks a frame bucket.",
+    "EXIF orientation": "images and masks are turned upright; diffusion-pipe trains them as they are stored.",
+    "16-bit grey": "scaled to 8 bits; diffusion-pipe clips it at 255, so that most of it is white.",
+    "Transparency": "composited over white in every mode; diffusion-pipe drops it from grey images with alpha, and "
+    "from RGB images with a transparent colour.",
+    "Encoding of captions": "UTF-8, with or without byte order mark, and any other is an error that names the file; "
+    "diffusion-pipe reads them in the encoding of the system, and a byte order mark becomes part of the caption.",
+    "Empty captions": "an empty caption file counts as no caption, see `skip_empty_caption`; diffusion-pipe leaves "
+    "out images without a file and trains those with an empty one.",
+    "Tars": "captions are also read from `.txt` files and `captions.json` inside the tar; diffusion-pipe reads only "
+    "a `captions.json` beside it.",
+    "`num_repeats`": "a fraction is rounded down once for each resolution and frame count, over all aspect ratios; "
+    "diffusion-pipe rounds down in each size bucket, so that small buckets vanish below 1.",
+    "`size_buckets`": "an example goes to the bucket of the nearest ratio that it is long enough for; "
+    "diffusion-pipe sorts the buckets by length and their ratios by size, and then takes one list's position in the "
+    "other, so that with several ratios an image may be cropped to another bucket than the nearest.",
+    "`subsample_ratio`": "a share of the images and clips, the same ones in every run; diffusion-pipe keeps the "
+    "first batches of its order.",
+    "`exclude_modules`": "a regular expression that matches a module's name or a part of it between dots; "
+    "diffusion-pipe hands it to PEFT, where a text must match the whole name, and an entry of a list its end.",
+    "Special tokens in a caption": "`<think>`, `</think>`, `<tool_response>` and `</tool_response>` are text, as in "
+    "ComfyUI; diffusion-pipe makes one token of each.",
+    "Order and seed": "the order of examples is drawn again in every epoch, from `seed`, and examples that do not "
+    "fill a batch begin the next epoch; diffusion-pipe has no seed, repeats its order in every epoch and drops "
+    "those examples.",
+    "`pseudo_huber_c`, `regenerate_cache` and `alpha`": "work in the TOML; diffusion-pipe ignores the first two and "
+    "refuses the third.",
+}
+"""What differs → what is done here, and in diffusion-pipe (its utils/dataset.py and models/base.py)."""
+
+
 def reference() -> str:
     """Return the whole page, in Markdown."""
-    return "\n\n".join([INTRO, *_main(), *_dataset(), *_unsupported()]) + "\n"
+    return "\n\n".join([INTRO, *_main(), *_dataset(), *_differences(), *_unsupported()]) + "\n"
 
 
 def _main() -> Iterator[str]:
@@ -91,6 +125,12 @@ def _dataset() -> Iterator[str]:
         yield f"### `[[{name}]]`"
         yield _about(keys[name]["table"])
         yield from _table(row for row in _rows_of(name, keys) if row.split(" | ")[0] not in common)
+
+
+def _differences() -> Iterator[str]:
+    yield "## Differs from diffusion-pipe"
+    yield "The same files train the same way, number for number, except for this:"
+    yield "\n".join(f"- **{what}**: {how}" for what, how in DIFFERENCES.items())
 
 
 def _unsupported() -> Iterator[str]:

@@ -167,12 +167,22 @@ def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[st
     return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
 
 
+def check_escapes(path: str) -> None:
+    """Raise an error for a path with control characters: `"C:\new"` in double quotes has a line end."""
+    if any(character < " " for character in path):
+        raise invalid(
+            f"found {path!r}: a backslash in double quotes begins an escape, expected a path in single quotes, as "
+            r"'C:\Users\me'"
+        )
+
+
 def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
     """Return a validator that replaces a path by the first one it may mean that passes `exists`, a test for `what`."""
 
     def check(path: str, info: ValidationInfo) -> str:
         if not path:
             raise invalid(f"found an empty path, expected {what}")
+        check_escapes(path)
         try:
             check_address(path, is_file=exists is not os.path.isdir)
         except UserError as error:
@@ -201,6 +211,7 @@ def output_folder(path: str) -> str:
     """Return the absolute path of an output folder, which may not exist yet."""
     if not path:
         raise invalid("found an empty path, expected a folder to write to")
+    check_escapes(path)
     try:
         check_address(path, is_file=False, is_output=True)
     except UserError as error:

@@ -32,8 +32,7 @@ HINTS: tuple[tuple[str, str], ...] = (
     (rf"{_KEY}=\s*[+-]?0\d", "a number does not begin with 0: 1, not 01"),
     (rf"{_KEY}=\s*[+-]?\d[\d.]*,\d", "a decimal point is a dot: 0.5"),
     (rf"{_KEY}=\s*(?![\"'\[{{\d.+-]|(inf|nan|true|false)\b)\S", "text is written in quotes: {key} = '…'"),
-    (rf"{_KEY}=\s*(\"\"\"|''')", "the closing quotation marks are missing"),
-    (rf"{_KEY}=\s*(\"[^\"]*|'[^']*)$", "the closing quotation mark is missing"),
+    (rf"{_KEY}=\s*(\"[^\"]+|'[^']+)$", "the closing quotation mark is missing"),
     (rf"{_KEY}=\s*'[^']*'\w", "text that contains ' is written in double quotes: \"it's\""),
     (r"\{[^}]*,\s*\}", "no comma stands after the last entry of a table in braces"),
     (r"\{[^}]*$", "a table in braces stands on one line: join its lines, or write it as a [table] of its own"),
@@ -46,6 +45,8 @@ OTHERWISE: tuple[tuple[str, str], ...] = (
     ("Unclosed array", "the entries of a list are separated by commas, and ] closes it"),
     ("Expected newline", "something follows the value: one key = value a line, text in quotes"),
     ("Expected '='", "expected key = a value"),
+    ("'''", "a text that begins with three quotation marks has no end"),
+    ('"""', "a text that begins with three quotation marks has no end"),
 )
 """The parser's message → what is wrong, if no line of `HINTS` matches."""
 

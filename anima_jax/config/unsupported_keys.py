@@ -26,8 +26,10 @@ class Unsupported:
     """It is taken as this key, dotted, from the top of the file; see also `IN_DATASET`."""
     values: Mapping[Any, Any] | None = None
     """Its value → that of `target`; others are errors. None: it has the same value."""
-    removes: tuple[str, ...] = ()
-    """Dotted keys that lose their meaning if it is taken. If `target` is among them, its value is replaced."""
+    replaces: bool = False
+    """Whether it replaces a value of `target`; otherwise, another value is an error."""
+    requires: tuple[str, str] = ("", "")
+    """Dotted key and the value without which it means nothing."""
     harmless: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
@@ -88,7 +90,7 @@ def _toggles() -> dict[str, Unsupported]:
     for table in ("", "model.", "adapter."):
         for part, rate in _RATES.items():
             target = f"model.{rate}_lr"
-            frozen = Unsupported(target=target, values={False: 0}, removes=(target,), harmless=(True,))
+            frozen = Unsupported(target=target, values={False: 0}, replaces=True, harmless=(True,))
             rows[f"{table}train_{part}"] = frozen
             rows[f"{table}freeze_{part}"] = dataclasses.replace(frozen, values={True: 0}, harmless=(False,))
         rows[f"{table}train_text_encoder"] = refused("expected a rate: text_encoder_lr in [adapter]", False)
@@ -99,9 +101,9 @@ def _toggles() -> dict[str, Unsupported]:
 _ADAPTER: Mapping[str, Unsupported] = {
     "factor": taken("adapter.decompose_factor"),
     "dim": taken("adapter.rank"),
-    # Whatever its rank, w2 is one matrix, and alpha then scales nothing: the forks' rule, and LyCORIS's.
+    # A LoKr of this rank has one matrix for w2 in every layer, and the scale 1: diffusion-pipe's own way to ask for it.
     "full_matrix": Unsupported(
-        target="adapter.rank", values={True: 10**6}, removes=("adapter.rank", "adapter.alpha"), harmless=(False,)
+        target="adapter.rank", values={True: 10**6}, replaces=True, requires=("adapter.type", "lokr"), harmless=(False,)
     ),
     "preset": refused("expected target_modules, a list of modules", "full", "attn-mlp"),
     "decompose_both": refused("the smaller factor of a LoKr is one matrix", False),
@@ -133,7 +135,7 @@ _MODEL: Mapping[str, Unsupported] = {
     "merge_adapters": refused("belongs to other models; set transformer_path to a file with the adapters merged"),
     # From forks that trained Anima before diffusion-pipe did, and from its own keys for later models.
     "qwen_path": taken("model.llm_path"),
-    "qwen_state_dict_path": Unsupported(target="model.llm_path", removes=("model.llm_path",), harmless=("",)),
+    "qwen_state_dict_path": Unsupported(target="model.llm_path", replaces=True, harmless=("",)),
     "qwen_nf4": taken("model.text_encoder_nf4", False),
     "qwen_fp8": taken("model.text_encoder_fp8", False),
     "diffusion_model": taken("model.transformer_path"),
@@ -189,12 +191,12 @@ CAPTIONS: Mapping[str, Unsupported] = {
     "model.shuffle_tags": taken(f"{IN_DATASET}shuffle_tags", False),
     "model.tag_delimiter": taken(f"{IN_DATASET}cache_shuffle_delimiter", ", "),
     "model.tag_dropout_percent": taken(f"{IN_DATASET}tag_dropout", 0),
-    "model.nl_shuffle_sentences": refused("the sentences of a caption keep their order", False),
-    "model.nl_keep_first_sentence": ignored("the sentences of a caption keep their order", False),
-    "model.shuffle_keep_first_n": refused("is not supported", 0),
-    "model.protected_tags_file": refused("is not supported", ""),
-    "model.caption_mode": refused("is not supported", "tags"),
-    "model.mixed_weights": ignored("is not supported"),
+    "model.shuffle_keep_first_n": taken(f"{IN_DATASET}keep_tokens", 0),
+    "model.protected_tags_file": taken(f"{IN_DATASET}protected_tags_file", ""),
+    "model.caption_mode": taken(f"{IN_DATASET}caption_mode", "tags"),
+    "model.mixed_weights": taken(f"{IN_DATASET}mixed_weights"),
+    "model.nl_shuffle_sentences": taken(f"{IN_DATASET}nl_shuffle_sentences", False),
+    "model.nl_keep_first_sentence": taken(f"{IN_DATASET}nl_keep_first_sentence", False),
 }
 """Keys of the main TOML with which a fork edits captions; it does so only if they are not cached."""
 
@@ -225,8 +227,6 @@ DATASET: Mapping[str, Unsupported] = {
     **dict.fromkeys(
         ("caption_dropout_percent", "caption_dropout_rate"), refused("expected uncond_fraction, in the main TOML", 0)
     ),
-    "caption_extension": refused("captions are in .txt files or in captions.json", ".txt", "txt"),
-    "caption_mode": refused("is not supported", "tags"),
     "caption_suffix": refused("expected caption_prefix", ""),
     "prefix_tag_caption": refused(
         "every caption is a list of tags: shuffle_tags and tag_dropout may be set per source", ""
@@ -342,11 +342,11 @@ def _take(
     except KeyError:
         known = " or ".join(str(one).lower() if isinstance(one, bool) else repr(one) for one in row.values or ())
         return Answer(path, f"found {value!r}, expected {known or where}", is_error=True)
-    for name in row.removes:
-        holder, key = _table_at(table, tuple(name.split(".")[:-1])), name.split(".")[-1]
-        if holder is not None:
-            holder.pop(key, None)
-    if inner.get(last, ours) != ours:
+    needed, value_needed = row.requires
+    *holder, key = needed.split(".")
+    if needed and (_table_at(table, tuple(holder)) or {}).get(key) != value_needed:
+        return Answer(path, f"belongs to {key} = '{value_needed}'", is_error=True)
+    if not row.replaces and inner.get(last, ours) != ours:
         return Answer(path, f"is taken as {where}, which is set too; expected one of the two", is_error=True)
     inner[last] = ours
     text = f"is taken as {where}{'' if row.values is None else f' = {ours!r}'}"

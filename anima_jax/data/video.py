@@ -1,8 +1,9 @@
 """Videos for training: 16 frames per second, upright, 8-bit RGB, cropped to one size. Decoded by PyAV.
 
 ffmpeg's `fps` filter repeats and drops frames according to the file's timestamps, so that a video with a variable frame
-rate keeps its speed. Frames are decoded one at a time, and only those of the clip are converted to RGB. Frames are
-chosen as in diffusion-pipe (`models/base.py`, PreprocessMediaFile).
+rate keeps its speed. Frames are decoded one at a time, and only those of the clip are converted to RGB. The clip is
+taken from the beginning or the middle as in diffusion-pipe (`models/base.py`, PreprocessMediaFile), but not frame by
+frame: diffusion-pipe picks frames at equal distances from all frames of the file, whatever their timestamps.
 """
 
 import contextlib
