@@ -9,6 +9,8 @@ import functools
 import inspect
 import os
 import re
+import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -100,6 +102,16 @@ def show_value(value: Any) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message, or the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def shell_command(module: str, *arguments: str) -> str:
+    """Return a command line that runs a module with this Python, to be pasted into a shell in the current folder."""
+    words = [sys.executable or "python", "-m", module, *arguments]
+    with contextlib.suppress(OSError, ValueError):  # a folder that was deleted, or another drive
+        relative = os.path.relpath(words[0])
+        if not relative.startswith(os.pardir):
+            words[0] = relative if os.path.dirname(relative) else os.path.join(os.curdir, relative)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 _DISK_ERRORS = (

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from anima_jax.data.encoders import Encoders
 from anima_jax.data.examples import contents_of
 from anima_jax.data.loader import prefetched
 from anima_jax.data.problems import Problems
-from anima_jax.errors import UserError, command_line
+from anima_jax.errors import STOPPED, UserError, command_line
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
@@ -38,7 +39,7 @@ from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.profiling import Profiler, parse_steps, use_compilation_cache, watch_compilation
 from anima_jax.training.resume import Checkpointer, frozen_fingerprint, run_metadata, training_settings
 from anima_jax.training.run import Run
-from anima_jax.training.run_folder import alone_in, configuration_files, find_run, new_folder, replicas_of
+from anima_jax.training.run_folder import ChosenRun, alone_in, choose_run, configuration_files, make_folder, replicas_of
 from anima_jax.training.samples import make_samples
 from anima_jax.training.signals import Request, Signals
 from anima_jax.training.state import build_optimizer, dit_config, learning_rates, prepare
@@ -92,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             check_networks(network, text_encoder.config, tokenizers)
         abstract = estimate.abstract_partition(config)
         build_optimizer(config, abstract)
-        resumed = None
-        run = Run(config, replicas(sizes))
-        if config.resume_from_checkpoint is not None and not arguments.cache_only:
-            resumed = find_run(config.output_dir, config.resume_from_checkpoint)
-            run = dataclasses.replace(run, restored_replicas=replicas_of(resumed))
+        run, resources = Run(config, replicas(sizes)), stack.enter_context(contextlib.ExitStack())
+        chosen = ChosenRun()
+        if not arguments.cache_only:
+            chosen = choose_run(config, resources, lock_folder=not (arguments.dry_run or arguments.dump_dataset))
+        if chosen.folder and chosen.resumed:
+            run = dataclasses.replace(run, restored_replicas=replicas_of(chosen.folder))
 
         # ---- data -------------------------------------------------------------------------------------------------
 
@@ -134,9 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         hosts.barrier("the data are encoded")
         if arguments.cache_only or arguments.dump_dataset:
             return
-        run_folder = hosts.from_process_0(lambda: resumed or new_folder(pathlib.Path(config.output_dir)))
-        resources = stack.enter_context(contextlib.ExitStack())
-        resources.enter_context(alone_in(run_folder))
+        run_folder = chosen.folder
+        if run_folder is None or not chosen.locked:
+            run_folder = hosts.from_process_0(lambda: make_folder(pathlib.Path(config.output_dir), chosen.folder))
+            resources.enter_context(alone_in(run_folder))
+        if config.resume and not chosen.resumed:
+            print(f"there is no checkpoint to resume from: the run begins, in {run_folder}")
         if hosts.is_process_0():
             sweep(run_folder)
             for name, content in toml_files.items():
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             keep=config.max_checkpoints,
             every_n_minutes=config.checkpoint_every_n_minutes,
         )
-        if config.resume_from_checkpoint is not None:
+        if chosen.resumed:
             state, messages = checkpointer.restore(
                 state,
                 lambda params: init_state(params, optimizer, step_config).opt_state,
@@ -209,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             point,
             epoch_start=checkpointer.epoch_start,
             evaluates=bool(eval_batches),
+            resumed=chosen.resumed,
             rates=lambda step: rates.after(start.position_after(step).optimizer_step),
             peak_flops=estimate.peak_flops(jax.devices(), config.compute_dtype),
         )
@@ -240,9 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             saved = request is not None and save_checkpoint(point, wait=request == "save_quit")
             if request != "save_quit" or not saved:
                 return False
-            writer.print(
-                f"stopped after step {point.step}, as requested; resume with --resume_from_checkpoint {run_folder}"
-            )
+            resume = command.resume_command(arguments, run_folder)
+            writer.print(f"stopped after step {point.step}, as requested; resume with: {resume}")
             return True
 
         # ---- loop -------------------------------------------------------------------------------------------------
@@ -310,3 +315,5 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         with contextlib.suppress(UserError):  # a run that stopped early may have saved no model
             find_export(run_folder)
             print(f"sample with: {command.sample_command(config, data, arguments, run_folder)}")
+    if stopped:
+        sys.exit(STOPPED)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.data.dataset import TrainingData
+from anima_jax.errors import STOPPED
 from anima_jax.train import main as train
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.writer import Writer
@@ -86,7 +87,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(
         metrics = next((tmp_path / "two").glob("*/metrics.jsonl"), None) if (tmp_path / "two").exists() else None
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait() == 0, stopped.stdout.read().decode()
+    assert stopped.wait() == STOPPED, stopped.stdout.read().decode()
     (stopped.stdout or sys.stdin).close()
     done = len(losses_of(run_of(tmp_path / "two")))
     again = subprocess.run(
@@ -134,10 +135,15 @@ def evaluated_config(root: pathlib.Path) -> pathlib.Path:
     return config
 
 
-def output_of(arguments: list[str]) -> str:
-    """What a run prints."""
+def output_of(arguments: list[str], *, code: int = 0) -> str:
+    """What a run prints that ends with this exit code."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        train(arguments)
+        try:
+            train(arguments)
+            ended = 0
+        except SystemExit as exit_:
+            ended = exit_.code
+    assert ended == code
     return output.getvalue()
 
 
@@ -169,7 +175,7 @@ def cut_short(tmp_path_factory) -> CutShort:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Evaluation, "__call__", disturbed)
         attempts = (arguments, *[[*arguments, "--resume_from_checkpoint"]] * 2)
-        outputs = [output_of(attempt) for attempt in attempts]
+        outputs = [output_of(attempt, code=code) for attempt, code in zip(attempts, (STOPPED, STOPPED, 0), strict=True)]
     return CutShort(outputs, run_of(root / "two"), run_of(root / "one"))
 
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from anima_jax.errors import STOPPED
 from tests.ports import free_port
 from tests.small_run import write_config, write_transformer
 
@@ -68,11 +69,11 @@ def start_two(config, output, *arguments, each=((), ())) -> list[subprocess.Pope
     ]
 
 
-def finished(*processes) -> list[str]:
-    """What the processes said; all of them must have ended well."""
+def finished(*processes, code: int = 0) -> list[str]:
+    """What the processes said; all of them must have ended with this code."""
     said = [process.communicate()[0] for process in processes]
     codes = [process.returncode for process in processes]
-    assert codes == [0] * len(processes), "\n".join(said)
+    assert codes == [code] * len(processes), "\n".join(said)
     return said
 
 
@@ -148,7 +149,7 @@ def test_sigterm_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     processes = start_two(config, output, "--set", "mesh.context=2")
     wait_for(lambda: len(lines_of(output)) >= 5 or processes[0].poll() is not None)
     processes[1].send_signal(signal.SIGTERM)
-    said = finished(*processes)
+    said = finished(*processes, code=STOPPED)
     done = len(lines_of(output))
     assert done < STEPS
     assert f"stopped after step {done}, as requested" in said[0]

@@ -83,6 +83,9 @@ class MainConfig(Section):
     """The keys of the main TOML, and what the loader adds: dataset TOMLs, the file's path and messages for the user."""
 
     output_dir: LocalFolder = Field(description="folder on this machine in which every run creates its own folder")
+    run_name: FileName | None = Field(
+        None, description="ours; name of the run's folder in output_dir; unset: the time; also --run_name"
+    )
     dataset: LocalFile = Field(description="the dataset TOML")
     eval_datasets: Annotated[tuple[EvalDataset, ...], Listed, AfterValidator(check_names_differ)] = Field(
         (), description="datasets to evaluate: {name = …, config = …} each, or the path of a dataset TOML"
@@ -215,6 +218,11 @@ class MainConfig(Section):
         None,
         description="resume the run in this folder, or of this name in output_dir; true: the newest run there that has "
         "a checkpoint; also --resume_from_checkpoint",
+    )
+    resume: Annotated[Literal["auto", False], only_one_of("resume_from_checkpoint", "resume")] = Field(
+        False,
+        description="ours; 'auto': resume if there is a checkpoint, else begin: in the folder run_name, else in one "
+        "named by the scheduler's job (docs/multihost.md), else the newest run with a checkpoint; also --resume auto",
     )
     reset_dataloader: bool = Field(
         False, description="ours; resume at the beginning of the current epoch; also --reset_dataloader"

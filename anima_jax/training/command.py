@@ -3,11 +3,9 @@
 import argparse
 import contextlib
 import io
-import itertools
 import json
 import logging
 import pathlib
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from tqdm import tqdm
 from anima_jax.config import unsupported_keys
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
-from anima_jax.errors import ArgumentParser
+from anima_jax.errors import ArgumentParser, shell_command
 from anima_jax.parallel import hosts
 from anima_jax.training.resume import shared_settings
 
@@ -102,13 +100,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key: --set optimizer.lr=1e-5"
     )
-    parser.add_argument(
+    resuming = parser.add_mutually_exclusive_group()
+    resuming.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
         const="",
         metavar="RUN",
         help="resume this run of output_dir (without RUN: the newest that has a checkpoint)",
     )
+    resuming.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=["auto"],
+        metavar="auto",
+        help="resume if there is a checkpoint, else begin: the same command starts, requeues and finishes a run",
+    )
+    parser.add_argument("--run_name", metavar="NAME", help="name of the run's folder in output_dir")
     for key, description in SWITCHES.items():
         parser.add_argument(f"--{key}", action="store_true", help=description)
     parser.add_argument("--cache_only", action="store_true", help="fill the cache and stop")
@@ -149,8 +157,12 @@ def unsupported_flags(arguments: argparse.Namespace) -> list[str]:
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the configuration keys that the command line sets, as KEY=VALUE."""
     keys = arguments.set + [f"{key}=true" for key in SWITCHES if getattr(arguments, key)]
-    resumed = arguments.resume_from_checkpoint
-    return keys if resumed is None else [*keys, f"resume_from_checkpoint={json.dumps(resumed) if resumed else 'true'}"]
+    if arguments.resume or arguments.resume_from_checkpoint is not None:
+        keys += ["resume=false", "resume_from_checkpoint=false"]  # what the file says
+    for key in ("resume", "run_name", "resume_from_checkpoint"):
+        if (value := getattr(arguments, key)) is not None:
+            keys.append(f"{key}={json.dumps(value) if value else 'true'}")
+    return keys
 
 
 def shared_arguments(config: MainConfig, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -164,8 +176,21 @@ def sample_command(
 ) -> str:
     """Return a command line that samples from the saved model, with the first sample prompt or else a caption."""
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
-    words = ["python", "-m", "anima_jax.generate", "--config", arguments.config]
-    kept = (override for override in arguments.set if not override.lstrip().startswith("monitoring"))  # it has a secret
-    words += itertools.chain.from_iterable(("--set", override) for override in kept)
+    words = ["--config", arguments.config, *_sets(arguments)]
     words += ["--checkpoint", str(run_folder), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
-    return shlex.join([*words, "--seed", "1", "-o", "out.png"])
+    return shell_command("anima_jax.generate", *words, "--seed", "1", "-o", "out.png")
+
+
+def resume_command(arguments: argparse.Namespace, run_folder: pathlib.Path) -> str:
+    """Return a command line that resumes the run."""
+    words = ["--config", arguments.config, *_sets(arguments), "--resume_from_checkpoint", str(run_folder)]
+    again = ("trust_cache", "strict_data", "allow_unused", "i_know_what_i_am_doing")
+    words += (f"--{flag}" for flag in again if getattr(arguments, flag))
+    return shell_command("anima_jax.train", *words)
+
+
+def _sets(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the given --set flags, without those of [monitoring], which has a secret."""
+    for override in arguments.set:
+        if not override.lstrip().startswith("monitoring"):
+            yield from ("--set", override)

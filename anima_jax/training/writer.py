@@ -387,14 +387,21 @@ class Writer:
 
 
 def open_writer(
-    config: MainConfig, folder: pathlib.Path, start: RunPoint, *, epoch_start: int, evaluates: bool, **options: Any
+    config: MainConfig,
+    folder: pathlib.Path,
+    start: RunPoint,
+    *,
+    epoch_start: int,
+    evaluates: bool,
+    resumed: bool,
+    **options: Any,
 ) -> Writer:
     """Return the writer of a run, with its files in `folder` open.
 
     `epoch_start` is the step after which the epoch in progress at `start` began; `evaluates` says whether the run has
-    evaluations. `options` are further arguments of `Writer`. Raises UserError if a file or wandb cannot be used.
+    evaluations, `resumed` whether it resumes an earlier attempt. `options` are further arguments of `Writer`. Raises
+    UserError if a file or wandb cannot be used.
     """
-    resumed = config.resume_from_checkpoint is not None
     metrics = JsonlWriter(folder / "metrics.jsonl", start.step, remembered=epoch_start + 1)
     evaluations = JsonlWriter(folder / "evaluations.jsonl", start.step) if evaluates else None
     return Writer(
