@@ -1,10 +1,14 @@
 """`[optimizer]`: how weights are updated."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from anima_jax.config.schema import Fraction, Listed, NotEmpty, NotNegative, Positive, Section, invalid
+
+OWN_RATE: Mapping[str, float] = {"automagic": 1e-6}
+"""Optimizer → its learning rate if `lr` is unset. diffusion-pipe's example sets none for it."""
 
 
 def _lower(name: str) -> str:
@@ -14,7 +18,7 @@ def _lower(name: str) -> str:
 
 
 class OptimizerConfig(Section):
-    """The optimizer. Moments are float32 (except those of the 8-bit types and of AdaFactor), independently of `[model] dtype`.
+    """The optimizer. Moments are float32 (except those of the 8-bit types and of AdaFactor), whatever `[model] dtype` is.
 
     All other keys are optimizer-specific arguments, in `options`. They are checked where the optimizer is built.
     """
@@ -27,7 +31,9 @@ class OptimizerConfig(Section):
         "genericoptim with that option), 'lion', 'AdaFactor', 'CAME', 'prodigy', 'schedule_free_adamw', or any "
         "transformation of optax or optax.contrib"
     )
-    lr: NotNegative = Field(description="learning rate of every group without its own in [model]")
+    lr: NotNegative = Field(
+        description="learning rate of every group without its own in [model]; only 'automagic' has one of its own, 1e-6"
+    )
     betas: Annotated[tuple[Fraction, ...], Listed, NotEmpty] | None = Field(
         None,
         description="decay rates of the first and the second moment; unset: the optimizer's own, [0.9, 0.999] for "
@@ -48,6 +54,12 @@ class OptimizerConfig(Section):
         description="added to the square root of the second moment; unset: the optimizer's own, 1e-8 for 'adamw' and "
         "1e-6 for 'adamw_optimi'",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_rate(cls, table: Any) -> Any:
+        name = table.get("type") if isinstance(table, Mapping) else None
+        return {"lr": OWN_RATE[name.lower()], **table} if isinstance(name, str) and name.lower() in OWN_RATE else table
 
     @property
     def options(self) -> dict[str, Any]:

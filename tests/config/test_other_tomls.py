@@ -373,6 +373,13 @@ def test_a_variant_of_an_adapter_is_named_with_our_key(errors, line, message):
     assert message in found
 
 
+def test_an_unknown_optimizer_is_judged_before_its_arguments(load, errors):
+    (found,) = errors(HEAD + MODEL + "[optimizer]\ntype = 'unheard_of'\nlr = 'fast'\nfoo = 1\n")
+    assert "type = 'unheard_of' is not known" in found
+    # diffusion-pipe's own example sets no rate for this one.
+    assert load(HEAD + MODEL + "[optimizer]\ntype = 'automagic'\nweight_decay = 0.01\n").optimizer.lr == 1e-6
+
+
 def test_a_file_of_prompts_is_needed_only_if_it_is_named(load, errors):
     (found,) = errors(FULL_MATRIX.replace("prompts.toml", "no.toml"))
     assert "sample: expected a [sample] table, or the file of one; found nothing at no.toml" in found
