@@ -18,7 +18,7 @@ def _lower(name: str) -> str:
 
 
 class OptimizerConfig(Section):
-    """The optimizer. Moments are float32 (except those of the 8-bit types and of AdaFactor), whatever `[model] dtype` is.
+    """The optimizer. Moments are float32 for every `[model] dtype`, except those of the 8-bit types and of AdaFactor.
 
     All other keys are optimizer-specific arguments, in `options`. They are checked where the optimizer is built.
     """

@@ -64,7 +64,7 @@ NAMED: Mapping[str, str] = {
     "save_every_n_epochs or save_every_n_steps": "save_n_epoch_ratio save_every save_every_unit "
     "checkpoint_step_interval checkpointing_steps checkpoint_epoch_interval",
     "checkpoint_every_n_epochs or checkpoint_every_n_minutes": "save_state save_state_on_train_end backup_after",
-    "resume_from_checkpoint": "resume continue_last_backup initial_epoch initial_step skip_until_initial_step",
+    "resume_from_checkpoint": "continue_last_backup initial_epoch initial_step skip_until_initial_step",
     "output_name": "output_model_destination save_model_name",
     "enable_tensorboard in [monitoring]": "logging_dir tensorboard tensorboard_expose report_to log_with",
     "wandb_tracker_name in [monitoring]": "log_tracker_name wandb_project tracker_project_name",
