@@ -223,10 +223,15 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             events.Evaluate(run, eval_batches, partition, step_config, encode_text, writer),
             *make_samples(config, partition, state, encoders, run_folder, writer),
         ]
-        if not encodes_online:
-            encoders.release()  # frees device memory: training does not use them
-        self_check = events.SelfCheck(run, partition, start.step, writer)
-        skipped_updates = events.SkippedUpdates(run, run_folder, checkpointer, writer)
+        encoders.release()  # frees device memory: what encodes text online or draws samples keeps its own references
+        self_check = events.SelfCheck(run, partition, writer)
+        skipped_updates = events.SkippedUpdates(
+            run,
+            run_folder,
+            checkpointer,
+            writer,
+            examples=lambda step: batches.names(start.position_after(step - 1).data_step),
+        )
         export = events.Export(run, partition, run_folder, writer, toml_files, data)
         checkpoint_every = Every(epochs=config.checkpoint_every_n_epochs)
 
@@ -288,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 writer.print(f"the step of tier {tier.name} was compiled in {compilation}")
             # This writes the metrics of the previous step.
             writer.step(point, metrics.scalars, flops=flops[tier_number], waited=waited)
-            if self_check.due(point):
+            if self_check.due:
                 self_check.perform(point, metrics.norms)
             skipped_updates.check()
             if export.due(point):

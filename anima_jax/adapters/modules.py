@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from anima_jax.adapters.kinds import FACTORS, KINDS, MAGNITUDE, Operations, Shapes
 from anima_jax.models.layers import Linear, linear
@@ -66,15 +67,16 @@ class AdaptedLinear(nnx.Module):
         self.dropout = self.rank_dropout = 0.0
         self.keys: nnx.Param[Array] | None = None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, out_dtype: DTypeLike | None = None) -> Array:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         factors = {name: getattr(self, name)[...] for name in self.factors}
+        product = functools.partial(linear, x, kernel, out_dtype=out_dtype, kernel_axes=self.kernel_axes)
         if MAGNITUDE.name not in factors:
-            return linear(x, kernel, bias, kernel_axes=self.kernel_axes) + self._update(x, factors)
+            return product(bias) + self._update(x, factors)
         magnitude_o = self._relative_magnitude(factors)
-        out = linear(x, kernel, kernel_axes=self.kernel_axes) + self._update(x, factors)
-        out = (out.astype(jnp.float32) * magnitude_o).astype(x.dtype)
-        return out if bias is None else out + bias.astype(x.dtype)
+        out = product() + self._update(x, factors)
+        out = (out.astype(jnp.float32) * magnitude_o).astype(out.dtype)
+        return out if bias is None else out + bias.astype(out.dtype)
 
     def _update(self, x: Array, factors: Mapping[str, Array]) -> Array:
         """Return s · ΔW x, which the adapter adds to the output."""

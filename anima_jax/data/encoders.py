@@ -5,6 +5,7 @@ c the 64 values of a token.
 """
 
 import functools
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -24,7 +25,7 @@ from anima_jax.models.quantised import quantise_text_encoder
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel.mesh import batch_sharding, local_mesh, replicated, shard_batch
-from anima_jax.text.states import EncodedText, encode_tokens, rounded_up
+from anima_jax.text.states import EncodedText, encode_tokens, rounded_up, text_dtype
 from anima_jax.text.tokenizers import TRAINING_LENGTH, TextIds, Tokenizers
 
 Item = TypeVar("Item")
@@ -41,8 +42,11 @@ class Encoders:
         self._config, self.tokenizers, self._mesh = config, tokenizers, mesh or local_mesh()
 
     def on(self, mesh: Mesh) -> "Encoders":
-        """Return the same encoders on `mesh`."""
-        return self if mesh == self._mesh else Encoders(self._config, self.tokenizers, mesh)
+        """Return the same encoders on `mesh`. Those on another mesh are released."""
+        if mesh == self._mesh:
+            return self
+        self.release()
+        return Encoders(self._config, self.tokenizers, mesh)
 
     @functools.cached_property
     def vae(self) -> WanVAE:
@@ -86,7 +90,7 @@ class Encoders:
             file_sha256(model.llm_path),
             self.tokenizers.fingerprint,
             model.max_caption_tokens,
-            config.compute_dtype,
+            text_dtype(config.compute_dtype).name,
             config.cached_dtype,
             model.text_encoder_storage,
         )
@@ -100,9 +104,10 @@ class Encoders:
         }
 
     def release(self) -> None:
-        """Drop the references to the networks; other users keep theirs."""
+        """Drop the references to the networks, which frees their memory now; other users keep theirs."""
         for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
             self.__dict__.pop(name, None)
+        gc.collect()  # a module's references are circular
 
 
 def hash_parts(*parts: str | bytes | int | None) -> bytes:

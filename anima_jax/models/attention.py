@@ -3,7 +3,8 @@
 `xla` runs on all hardware. It processes the queries in blocks, so the scores of all queries are never in memory at
 once. Its backward pass is hand-written and recomputes the scores, as in FlashAttention (arXiv 2205.14135). Softmax
 statistics are float32, and every product has operands of one dtype and a float32 result, which is the fast path for
-16-bit products on all hardware.
+16-bit products on all hardware. In float16 the weights and their gradients, which at 4,096 keys may be smaller than its
+smallest number, are multiplied by powers of two before they are rounded, and the products divided by them.
 `cudnn` is NVIDIA's fused kernel. Padding is passed to it as lengths, because it would materialise a mask.
 `splash` is JAX's Pallas kernel for TPUs. Padding is passed to it as segment ids.
 
@@ -33,6 +34,9 @@ _SCORE_BYTES = 16 * 2**20
 
 TILE = 128
 """Tokens per tile: the TPU kernel needs lengths that are multiples of this."""
+
+CUDNN_CAPABILITY = 8.0
+"""Compute capability from which NVIDIA devices have cuDNN's fused attention: Ampere; V100 has 7.0 and T4 7.5."""
 
 _FLOOR = -1e30
 """A finite stand-in for the maximum over no keys: exp(−inf − floor) is 0, not NaN."""
@@ -148,6 +152,7 @@ def _cudnn_supports(q_blhk: Array) -> bool:
     return (
         jax.default_backend() == "gpu"
         and "cuda" in jax.devices()[0].client.platform_version.lower()
+        and float(jax.local_devices()[0].compute_capability) >= CUDNN_CAPABILITY
         and q_blhk.dtype in (jnp.bfloat16, jnp.float16)
         and head_size % 8 == 0
         and head_size <= 128
@@ -266,10 +271,11 @@ def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad
         q_bgmk, grad_bgmk, shared, log_total, start = inputs
         weights = jnp.exp(_scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size) - log_total)
         grad_weights = _product("bgmk,bgnk->bgmn", grad_bgmk, v_bgnk)
-        grad_scores = (weights * (grad_weights - shared) * scale).astype(dtype)
-        grad_v += _product("bgmn,bgmk->bgnk", weights.astype(dtype), grad_bgmk)
-        grad_k += _product("bgmn,bgmk->bgnk", grad_scores, q_bgmk)
-        return (grad_k, grad_v), _product("bgmn,bgnk->bgmk", grad_scores, k_bgnk).astype(dtype)
+        grad_scores, divisor = _in_range(weights * (grad_weights - shared) * scale, dtype)
+        weights, weight_divisor = _in_range(weights, dtype, peak=1.0)
+        grad_v += _product("bgmn,bgmk->bgnk", weights, grad_bgmk) / weight_divisor
+        grad_k += _product("bgmn,bgmk->bgnk", grad_scores, q_bgmk) / divisor
+        return (grad_k, grad_v), (_product("bgmn,bgnk->bgmk", grad_scores, k_bgnk) / divisor).astype(dtype)
 
     zeros = (jnp.zeros(k_bgnk.shape, jnp.float32), jnp.zeros(v_bgnk.shape, jnp.float32))
     starts = jnp.arange(blocks_q.shape[0]) * size
@@ -283,6 +289,18 @@ def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
+
+
+def _in_range(x: Array, dtype: Any, peak: float | None = None) -> tuple[Array, Any]:
+    """Return `x` in `dtype` times a power of two, and that power; only float16, with its small range, needs one.
+
+    The largest value, `peak` if it is known, is then about 4,096, far from both ends of the range.
+    """
+    if dtype != jnp.float16:
+        return x.astype(dtype), 1.0
+    largest = jnp.max(jnp.abs(x)) if peak is None else jnp.float32(peak)
+    factor = jnp.exp2(12.0 - jnp.ceil(jnp.log2(jnp.clip(largest, 1e-30, 1e30))))
+    return (x * factor).astype(dtype), factor
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

@@ -251,7 +251,7 @@ class AnimaDiT(nnx.Module):
 
         # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
-        x_bld = constrain(into_stream(self.x_embedder, self._with_padding_mask(latents_blc), stream_dtype), "bld")
+        x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
         if remat_every == 1:
             x_bld, _ = run_blocks(x_bld, self.blocks)
         else:
@@ -375,13 +375,6 @@ def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
     return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
 
 
-def into_stream(layer: Callable[..., Array], x: Array, stream_dtype: DTypeLike) -> Array:
-    """Apply `layer`. A plain `Linear` (not an adapted one) returns the residual stream's dtype."""
-    if stream_dtype == x.dtype or not isinstance(layer, Linear):
-        return layer(x)
-    return layer(x, out_dtype=stream_dtype)
-
-
 class Attention(nnx.Module):
     """Attention of tokens to `memory_bnd` with per-head RMS norm, and rotary embedding if angles are given."""
 
@@ -410,7 +403,7 @@ class Attention(nnx.Module):
         if angles_bli is not None:
             q_blhk, k_bnhk = apply_rotary(q_blhk, angles_bli), apply_rotary(k_bnhk, angles_bli)
         out_bld = attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape)
-        return into_stream(self.output_proj, out_bld, stream_dtype)
+        return self.output_proj(out_bld, out_dtype=stream_dtype)
 
 
 class MLP(nnx.Module):
@@ -422,7 +415,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array, stream_dtype: DTypeLike) -> Array:
         hidden = constrain(jax.nn.gelu(self.layer1(x), approximate=False), "blf")
-        return into_stream(self.layer2, hidden, stream_dtype)
+        return self.layer2(hidden, out_dtype=stream_dtype)
 
 
 class FinalLayer(nnx.Module):

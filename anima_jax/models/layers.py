@@ -7,6 +7,7 @@ Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,13 @@ def linear(
     if kernel_io.dtype.itemsize < x.dtype.itemsize:
         # Gather a sharded kernel before the cast, so that the devices send it in the narrower dtype.
         kernel_io = constrain(kernel_io, kernel_axes)
-    kernel_io = kernel_io.astype(x.dtype)
-    if out_dtype is not None and out_dtype != x.dtype:
-        out = jnp.matmul(x, kernel_io, preferred_element_type=out_dtype)
-    elif x.dtype == jnp.float32 or jax.default_backend() != "cpu":
+    kernel_io, out_dtype = kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
+    out: Array
+    if x.dtype == jnp.float32 or (out_dtype == x.dtype and jax.default_backend() != "cpu"):
         # On GPUs and TPUs a plain 16-bit product is accumulated in float32 and is the fast path.
         out = x @ kernel_io
     else:
-        out = _matmul_16bit_cpu(x, kernel_io)
+        out = _matmul_16bit(x, kernel_io, out_dtype)  # pyright: ignore[reportAssignmentType]
     return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
@@ -54,31 +54,33 @@ def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_
     return linear(x, kernel_io.astype(x.dtype).values(), bias_o, out_dtype=out_dtype)
 
 
-@jax.custom_vjp
-def _matmul_16bit_cpu(x: Array, kernel_io: Array) -> Array:
-    """Return a 16-bit product on a CPU, which uses its fast matrix units only for a float32 result.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_16bit(x: Array, kernel_io: Array, out_dtype: Any) -> Array:
+    """Return a product of 16-bit operands in `out_dtype`, float32 or their own.
 
-    The backward pass is hand-written because the cotangent would otherwise be float32, and both of its products would
-    take the slow path.
+    A CPU uses its fast matrix units only for a float32 result. The backward pass is hand-written because the cotangent
+    would otherwise be float32, and both of its products would take the slow path, on all hardware.
     """
-    return _contract(x, kernel_io, ((x.ndim - 1,), (0,)))
+    return _contract(x, kernel_io, ((x.ndim - 1,), (0,)), out_dtype)
 
 
-def _matmul_16bit_cpu_forward(x: Array, kernel_io: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul_16bit_cpu(x, kernel_io), (x, kernel_io)
+def _matmul_16bit_forward(x: Array, kernel_io: Array, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul_16bit(x, kernel_io, out_dtype), (x, kernel_io)
 
 
-def _matmul_16bit_cpu_backward(residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
+def _matmul_16bit_backward(out_dtype: Any, residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
+    del out_dtype
     x, kernel_io = residuals
-    rows = tuple(range(x.ndim - 1))
-    return _contract(grad_out, kernel_io, ((x.ndim - 1,), (1,))), _contract(x, grad_out, (rows, rows))
+    grad_out, rows = grad_out.astype(x.dtype), tuple(range(x.ndim - 1))
+    grad_x = _contract(grad_out, kernel_io, ((x.ndim - 1,), (1,)), x.dtype)
+    return grad_x, _contract(x, grad_out, (rows, rows), x.dtype)
 
 
-def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], out_dtype: Any) -> Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-_matmul_16bit_cpu.defvjp(_matmul_16bit_cpu_forward, _matmul_16bit_cpu_backward)
+_matmul_16bit.defvjp(_matmul_16bit_forward, _matmul_16bit_backward)
 
 
 class Linear(nnx.Module):

@@ -54,7 +54,7 @@ from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.prompt_loras import remark
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.sampling.tiles import run_vae
-from anima_jax.text.states import padded, padded_prompt, rounded_up, text_states
+from anima_jax.text.states import padded, padded_prompt, rounded_up, text_dtype, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
 
@@ -286,9 +286,7 @@ class AnimaPipeline:
         target = padded([ids.t5_ids], rounded_up(len(ids.t5_ids), CONTEXT_ROWS))
         weights_bm, _ = padded([ids.t5_weights], target[0].shape[1])
         source, target, weights_bm = replicate((source, target, weights_bm))
-        # Qwen3's largest activations exceed the range of float16.
-        dtype = jnp.dtype(jnp.float32) if self.dtype == jnp.float16 else self.dtype
-        states_bnd = text_states(text_params, *source, graphdef=self._text_graphdef, dtype=dtype)
+        states_bnd = text_states(text_params, *source, graphdef=self._text_graphdef, dtype=text_dtype(self.dtype))
         rows_bmd = context_rows(self.dit_params, states_bnd, source[1], *target, weights_bm, graphdef=self.dit_graphdef)
         length = max(len(ids.t5_ids), CONTEXT_ROWS)
         return Context(rows_bmd, np.array([length], np.int32) if rows_bmd.shape[1] > CONTEXT_ROWS else None)

@@ -29,10 +29,21 @@ class EncodedText(NamedTuple):
     target_ids_m: np.ndarray
 
 
+def text_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Return the dtype in which text is computed: float32 instead of float16, whose range Qwen3's activations exceed.
+
+    All other dtypes are their own. The LLM adapter, which is small, is computed in it too.
+    """
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
+
+
 def encode_tokens(qwen: Qwen3, dtype: DTypeLike) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-    """Return `text_states` of this encoder: (ids_bn, mask_bn) → (b, n, d), on the devices of its parameters."""
-    graphdef, params = split(qwen)
-    return lambda ids_bn, mask_bn: text_states(params, ids_bn, mask_bn, graphdef=graphdef, dtype=jnp.dtype(dtype))
+    """Return `text_states` of this encoder: (ids_bn, mask_bn) → (b, n, d), on the devices of its parameters.
+
+    They are computed in the `text_dtype` of `dtype`.
+    """
+    (graphdef, params), dtype = split(qwen), text_dtype(dtype)
+    return lambda ids_bn, mask_bn: text_states(params, ids_bn, mask_bn, graphdef=graphdef, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))

@@ -56,6 +56,10 @@ class Batches:
         own = planned.take(self._rows[planned.tier])
         return Loaded(self._batch(own.tier, own.indices, own.epochs), self._accumulations[own.tier], own.tier)
 
+    def names(self, step: int) -> list[str]:
+        """Return the file names of all examples of the plan's step `step` (from 0), in the order of its batch."""
+        return [self._data.examples[index].entry.media.name for index in self._data.plan.batch(step).indices]
+
     @functools.cached_property
     def _accumulations(self) -> list[int]:
         return self._run.accumulations(self._data)

@@ -1,12 +1,13 @@
 """Events at some steps of a run: exports, evaluations, and checks of a step's metrics."""
 
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from anima_jax.data.dataset import TrainingData
-from anima_jax.errors import UserError
+from anima_jax.errors import NotFiniteError
 from anima_jax.models.llm_adapter import Text
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.batches import Batches
@@ -74,10 +75,11 @@ class Export:
         for name in self.due(point) if names is None else names:
             self._writer.flush()
             config, folder = self._run.config, self._run_folder / name
-            about = about_adapter(config, self._partition, point.step)
-            metadata = export_metadata(self._run, self._data, point, about and about.metadata.get("base_model_sha256"))
             self.error = f"{folder}: the model could not be saved"
             with warn_and_continue():
+                about = about_adapter(config, self._partition, point.step)
+                base = about and about.metadata.get("base_model_sha256")
+                metadata = export_metadata(self._run, self._data, point, base)
                 weights, dtype = trained_weights(state), config.export_dtype
                 path = export(
                     folder,
@@ -148,45 +150,78 @@ class Evaluate:
 class SelfCheck:
     """Checks in the first steps of a run that trained parameter groups have gradients and frozen ones do not move."""
 
-    def __init__(self, run: Run, partition: ParamPartition, first_step: int, writer: Writer):
+    def __init__(self, run: Run, partition: ParamPartition, writer: Writer):
         rates, self._adapter = run.config.learning_rates, run.config.adapter is not None
         # The configuration chooses which groups have an adapter; the others have nothing to learn.
         self._rates = {group: rates[group] for group in partition.groups.values()} if self._adapter else rates
-        self._first_step, self._writer = first_step, writer
+        self._attempts, self._writer = 0, writer
 
-    def due(self, point: RunPoint) -> bool:
-        return point.step - self._first_step <= ATTEMPTS
+    @property
+    def due(self) -> bool:
+        """Whether too few steps have been checked. Steps whose loss or gradient is not finite do not count."""
+        return self._attempts < ATTEMPTS
 
     def perform(self, point: RunPoint, norms: GroupNorms | None) -> None:
         """Check the norms that the step measured (None: skip the check). Raises UserError as `self_check` does."""
-        if norms is None:
-            return
         self._writer.flush()
-        attempt, loss = point.step - self._first_step, self._writer.last["loss"]
+        if norms is None or not self._writer.last["finite"]:
+            return
+        self._attempts += 1
+        loss, attempt = self._writer.last["loss"], self._attempts
         passed = self_check(norms, self._rates, step=point.step, attempt=attempt, loss=loss, adapter=self._adapter)
         if passed and attempt == 1:
             self._writer.print(norms_table(norms))
 
 
 class SkippedUpdates:
-    """Reports updates skipped because loss or gradient was not finite, and stops a run with too many in a row."""
+    """Reports updates skipped because loss or gradient was not finite, and stops a run with too many in a row.
 
-    def __init__(self, run: Run, run_folder: pathlib.Path, checkpointer: Checkpointer, writer: Writer):
+    `examples` maps a step of the run to the names of its examples.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        run_folder: pathlib.Path,
+        checkpointer: Checkpointer,
+        writer: Writer,
+        examples: Callable[[int], Sequence[str]],
+    ):
         self._limit, self._run_folder, self._checkpoints = (
             run.config.max_skipped_steps,
             run_folder,
             checkpointer.checkpoints,
         )
-        self._writer, self._reported = writer, 0
+        self._writer, self._examples, self._reported = writer, examples, 0
 
     def check(self) -> None:
-        """Check the newest metrics. Raises UserError, naming the last good checkpoint, if too many were skipped."""
-        skipped = int(self._writer.last.get("skipped", 0))
-        if skipped > self._reported:
-            self._writer.print(f"the loss or its gradient is not finite: {skipped} updates in a row were skipped")
-        self._reported = skipped
+        """Check the newest metrics, once a step.
+
+        Raises NotFiniteError, naming the last good checkpoint, if too many updates in a row were skipped.
+        """
+        last, step = self._writer.last, self._writer.last_step
+        if step == self._reported or last.get("finite", 1.0):
+            return
+        self._reported, skipped = step, int(last["skipped"])
+        if not skipped:
+            scale = f"the loss scale falls from {last['loss_scale']:g} to {last['loss_scale'] / 2:g}"
+            self._writer.print(f"step {step}: the gradient exceeded float16, so the update was skipped; {scale}")
+            return
+        name, in_a_row = "gradient" if math.isfinite(last["loss"]) else "loss", f" ({skipped} in a row)"
+        self._writer.print(
+            f"step {step}: the {name} is not finite, so the update was skipped{in_a_row if skipped > 1 else ''}; "
+            f"its examples: {_listed(self._examples(step))}"
+        )
         if skipped >= self._limit:
             self._checkpoints.wait()
             latest = self._checkpoints.latest()
             good = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
-            raise UserError(f"{self._run_folder}: {skipped} steps in a row had no finite loss or gradient; {good}")
+            steps = "1 step" if skipped == 1 else f"{skipped} steps in a row"
+            raise NotFiniteError(f"{self._run_folder}: {steps} had no finite loss or gradient; {good}")
+
+
+def _listed(names: Sequence[str], limit: int = 16) -> str:
+    """Return the first `limit` different names, and how many more there are."""
+    different = list(dict.fromkeys(names))
+    more = f" and {len(different) - limit} more" if len(different) > limit else ""
+    return ", ".join(different[:limit]) + more

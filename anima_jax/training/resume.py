@@ -1,8 +1,8 @@
 """Saving and resuming a run. A resumed run equals one that was never stopped, or messages say what changed.
 
-A checkpoint has four items (parameters, optimizer, EMA, counters; never frozen parameters) and JSON metadata: the
-position in the data, and a description of the model, the data set and the configuration. A run has no other state,
-because random numbers and the order of the data are functions of the seed, the epoch and the step.
+A checkpoint has up to five items (parameters, optimizer, EMA, counters, loss scale; never frozen parameters) and JSON
+metadata: the position in the data, and a description of the model, the data set and the configuration. A run has no
+other state, because random numbers and the order of the data are functions of the seed, the epoch and the step.
 """
 
 import pathlib
@@ -297,6 +297,8 @@ class Checkpointer:
             wanted["optimizer"] = state.opt_state
         if state.ema is not None and "ema" in layout:
             wanted["ema"] = {path: state.ema[path] for path in old["model"]}
+        if state.loss_scale is not None and "loss_scale" in layout:
+            wanted["loss_scale"] = state.loss_scale
         kept = _matching(state.opt_state, _HYPER_PARAMETERS) if reset_optimizer_params else {}
         found = self.checkpoints.restore(step, _abstract_and_deleted(wanted, set(map(id, kept.values()))))
 
@@ -309,7 +311,8 @@ class Checkpointer:
         elif "ema" in layout:
             messages.append("the average of the weights (EMA) in the checkpoint is not used: ema_decay is not set")
         opt_state = init_optimizer(params) if reset_optimizer else _replaced(found["optimizer"], kept)
-        state = state._replace(params=params, ema=ema, opt_state=opt_state, **found["counters"])
+        scale = found.get("loss_scale", state.loss_scale)
+        state = state._replace(params=params, ema=ema, opt_state=opt_state, loss_scale=scale, **found["counters"])
         self.start = Position(step, data_step, 0 if reset_optimizer else step - old["optimizer_start"])
         return state, messages
 
@@ -357,6 +360,8 @@ class Checkpointer:
         items = {"params": state.params, "optimizer": state.opt_state, "counters": _counters(state)}
         if state.ema is not None:
             items["ema"] = state.ema
+        if state.loss_scale is not None:
+            items["loss_scale"] = state.loss_scale
         metadata = {
             "schema": SCHEMA,
             "step": step,
@@ -406,8 +411,8 @@ class Checkpointer:
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
-    """Return the fields of the state that count steps, by name: all but parameters, optimizer and EMA."""
-    return {name: value for name, value in state._asdict().items() if name not in {"params", "opt_state", "ema"}}
+    """Return the fields of the state that count steps, by name."""
+    return {name: getattr(state, name) for name in ("step", "skipped", "total_skipped")}
 
 
 def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:

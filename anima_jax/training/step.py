@@ -1,7 +1,7 @@
 """The train step: noising, network, loss, gradients, update and EMA in one jitted function with donated state.
 
 `train_step` calls `loss_fn`, in micro-batches, and `apply_gradients`. If the loss or gradient is not finite, the step
-changes only the counters; the device decides that, without the host.
+changes only the counters and the loss scale; the device decides that, without the host.
 
 Axes: b batch, l image tokens, n source text tokens or context rows, m target text tokens, d features, c the 64 values
 of a token.
@@ -30,7 +30,9 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicated
-from anima_jax.training import optimizers
+from anima_jax.text.states import text_dtype
+from anima_jax.training import loss_scale, optimizers
+from anima_jax.training.loss_scale import LossScale
 from anima_jax.training.rounding import stochastic_round
 from anima_jax.training.selfcheck import GroupNorms, group_norms
 
@@ -58,7 +60,8 @@ class TrainState(NamedTuple):
     """The state that a step updates. `params` are the trained parameters only; `ema` is their float32 average or None.
 
     `step` counts all steps, including those whose update was skipped: `skipped` is the number of the latest ones in a
-    row, `total_skipped` the number of all.
+    row, `total_skipped` the number of all. `loss_scale` is None unless the compute dtype is float16; a step that was
+    skipped because the scale was too large is counted in `total_skipped`, but not in `skipped`.
     """
 
     step: Array
@@ -67,25 +70,29 @@ class TrainState(NamedTuple):
     ema: Params | None
     skipped: Array
     total_skipped: Array
+    loss_scale: LossScale | None = None
 
 
 class Metrics(NamedTuple):
     """Loss (mean over the batch), global gradient norm before clipping, and whether both are `finite`.
 
-    `skipped` counts the updates skipped in a row up to this step: 0 if this one was applied. `norms` are the norms of
-    the gradient and update of each parameter group, if `train_step` is given the groups.
+    `skipped` and `total_skipped` are those of `TrainState` after this step. `loss_scale` is the scale with which the
+    step was computed, None without one. `norms` are the norms of the gradient and update of each parameter group, if
+    `train_step` is given the groups.
     """
 
     loss: Array
     grad_norm: Array
     finite: Array
     skipped: Array
+    total_skipped: Array
+    loss_scale: Array | None = None
     norms: GroupNorms | None = None
 
     @property
     def scalars(self) -> dict[str, Array]:
         """All metrics but the norms, by name."""
-        return {name: value for name, value in self._asdict().items() if name != "norms"}
+        return {name: value for name, value in self._asdict().items() if name != "norms" and value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +147,14 @@ def init_state(
     mesh = mesh or current_mesh()
     params = {path: jnp.asarray(value, config.param_dtype) for path, value in params.items()}
     ema = None if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-    step, skipped, total_skipped = jax.device_put([np.zeros((), np.int32)] * 3, replicated(mesh))
+    counters = [np.zeros((), np.int32)] * 3
+    (step, skipped, total_skipped), scale = jax.device_put(
+        (counters, loss_scale.initial(config.compute_dtype)), replicated(mesh)
+    )
     # Moments have the dtype of the parameters from which they are initialised, and should be float32.
     wide = as_float32(params)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(optimizer, wide, mesh))(wide)
-    return TrainState(step, params, opt_state, ema, skipped, total_skipped)
+    return TrainState(step, params, opt_state, ema, skipped, total_skipped, scale)
 
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
@@ -165,13 +175,13 @@ def as_float32(params: Params) -> Params:
 
 def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b: Array, config: StepConfig) -> Array:
     """Return the loss of each example, (b,), at these times and with this noise."""
-    x0_blc, text = batch.latents_blc.astype(jnp.float32), batch.text
+    x0_blc, text, dtype = batch.latents_blc.astype(jnp.float32), batch.text, text_dtype(config.compute_dtype)
     if model.text_encoder is not None:  # it is trained, so the batch contains token ids
-        states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=config.compute_dtype)
+        states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=dtype)
         text = text._replace(source_bnd=states_bnd)
     assert model.llm_adapter is not None
     context_bnd = model.llm_adapter(
-        text.source_bnd.astype(config.compute_dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
+        text.source_bnd.astype(dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
     )
     velocity_blc = model.velocity(
         interpolate(x0_blc, noise_blc, times_b).astype(config.compute_dtype),
@@ -234,7 +244,14 @@ def train_step(
     include the norms of the groups.
     """
     loss, grads = loss_and_gradients(
-        state.params, frozen, batch, unconditional, graphdef=graphdef, config=config, accumulation=accumulation
+        state.params,
+        frozen,
+        batch,
+        unconditional,
+        graphdef=graphdef,
+        config=config,
+        accumulation=accumulation,
+        scale=state.loss_scale,
     )
     return apply_gradients(state, loss, grads, optimizer=optimizer, config=config, groups=groups)
 
@@ -248,14 +265,24 @@ def loss_and_gradients(
     graphdef: nnx.GraphDef,
     config: StepConfig,
     accumulation: int = 1,
+    scale: LossScale | None = None,
 ) -> tuple[Array, Params]:
-    """Return the mean loss of a batch and its float32 gradients, computed in `accumulation` micro-batches."""
+    """Return the mean loss of a batch and its float32 gradients, computed in `accumulation` micro-batches.
+
+    Inside, both are multiplied by the loss scale: `scale`, or if None the initial one of the compute dtype.
+    """
+    scale = scale or loss_scale.initial(config.compute_dtype)
 
     @jax.value_and_grad
-    def value_and_grad(params: Params, micro_batch: TrainBatch) -> Array:
+    def scaled_value_and_grad(params: Params, micro_batch: TrainBatch) -> Array:
         # Frozen weights keep their storage dtype: each linear layer dequantises its own.
         model = merge(graphdef, frozen | cast_to_compute(params, config.compute_dtype))
-        return loss_fn(model, micro_batch, unconditional, config)
+        loss = loss_fn(model, micro_batch, unconditional, config)
+        return loss if scale is None else loss * scale.scale
+
+    def value_and_grad(params: Params, micro_batch: TrainBatch) -> tuple[Array, Params]:
+        found = scaled_value_and_grad(params, micro_batch)
+        return found if scale is None else jax.tree.map(lambda x, divisor=scale.scale: x / divisor, found)
 
     params = as_float32(params)
     if accumulation == 1:
@@ -280,7 +307,10 @@ def apply_gradients(
     config: StepConfig,
     groups: Mapping[str, str] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Return the state and metrics of a step with this loss and gradients; if not finite, only counters change."""
+    """Return the state and metrics of a step with this loss and these gradients, which are not multiplied by the scale.
+
+    If they are not finite, only the counters and the loss scale change.
+    """
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     old = as_float32(state.params)
@@ -299,10 +329,12 @@ def apply_gradients(
     if groups is not None:
         change = jax.tree.map(jnp.subtract, as_float32(params), old)
         norms = GroupNorms(group_norms(grads, groups), group_norms(change, groups))
-    skipped_now = 1 - finite.astype(jnp.int32)
-    skipped = (state.skipped + 1) * skipped_now
-    state = TrainState(state.step + 1, params, opt_state, ema, skipped, state.total_skipped + skipped_now)
-    return state, Metrics(loss, grad_norm, finite, skipped, norms)
+    scale, overflowed = state.loss_scale, loss_scale.overflowed(state.loss_scale, loss, finite)
+    skipped = jnp.where(finite, 0, state.skipped + 1 - overflowed)
+    total_skipped = state.total_skipped + 1 - finite
+    new_scale = scale and loss_scale.adjusted(scale, loss, finite)
+    new = TrainState(state.step + 1, params, opt_state, ema, skipped, total_skipped, new_scale)
+    return new, Metrics(loss, grad_norm, finite, skipped, total_skipped, scale and scale.scale, norms)
 
 
 def _where(condition: Array, new: Array, old: Array) -> Array:

@@ -8,9 +8,9 @@ and writing continues once there is space again.
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
+import mmap
 import os
 import pathlib
 import sys
@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from anima_jax.checkpoints.locations import writing_to
 from anima_jax.config.main import MainConfig
-from anima_jax.errors import UserError, os_reason
+from anima_jax.errors import UserError
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.training.intervals import RunPoint
+from anima_jax.training.jsonl import JsonlWriter, RetryingFile
 
 log = logging.getLogger(__name__)
 
@@ -35,73 +35,8 @@ _RETRYING = "retrying"
 """Path prefix (before a colon) of files that tensorboardX opens with `_RetryingFiles`."""
 
 
-class RetryingFile:
-    """A file for writing. Data that cannot be written stay in memory for the next `flush`; a warning is logged once."""
-
-    def __init__(self, path: str | os.PathLike[str], mode: str = "wb"):
-        self._path, self._waiting, self._warned = os.fspath(path), bytearray(), False
-        self._file = open(path, mode, buffering=0)  # noqa: SIM115 - `close` closes it
-
-    def write(self, data: bytes) -> None:
-        """Add `data` to the buffer that the next `flush` writes."""
-        self._waiting += data
-
-    def flush(self) -> None:
-        """Write the buffer, or as much of it as possible."""
-        try:
-            while self._waiting:
-                del self._waiting[: self._file.write(self._waiting)]
-            self._warned = False
-        except OSError as error:
-            if not self._warned:
-                log.warning(f"{self._path}: cannot be written: {os_reason(error)}; the run continues without")
-            self._warned = True
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self.flush()
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-class JsonlWriter(RetryingFile):
-    """A file of JSON lines, each `{"step": …}` with the metrics of that step, continued after `after_step`.
-
-    Lines that an earlier attempt wrote for later steps are dropped, and so is an incomplete line. `kept` are the
-    remaining lines from step `remembered` (by default `after_step`) on. Only process 0 writes, but all processes have
-    `kept`. Raises UserError if the file cannot be written.
-    """
-
-    def __init__(self, path: pathlib.Path, after_step: int, *, remembered: int | None = None):
-        self.kept: list[dict[str, Any]] = []
-        with writing_to(os.fspath(path)):
-            if path.exists():
-                temporary = path.with_name(path.name + ".partial") if is_process_0() else pathlib.Path(os.devnull)
-                with open(path, "rb") as old, open(temporary, "wb") as new:
-                    for line in old:
-                        found = _parsed(line)
-                        if found and found["step"] <= after_step:
-                            new.write(line)
-                            if found["step"] >= (after_step if remembered is None else remembered):
-                                self.kept.append(found)
-                if is_process_0():
-                    temporary.replace(path)
-            super().__init__(path if is_process_0() else os.devnull, "ab")
-
-    def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write a line. Values that are not finite become null, because JSON does not have them."""
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self.write((json.dumps({"step": step, **finite}) + "\n").encode())
-        self.flush()
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the content of a line; None if the line is incomplete or has no step."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(line)
-        if isinstance(found, dict) and isinstance(found.get("step"), int) and line.endswith(b"\n"):
-            return found
-    return None
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps {elapsed}<{remaining}{postfix}"
+"""Layout of the bar. Its text fits 80 columns."""
 
 
 class _RetryingFiles:
@@ -267,7 +202,7 @@ class Writer:
         self._examples, self._epoch = start.examples, start.epochs[1]
         silent = not is_process_0() or not sys.stderr.isatty()
         self._silence = open(os.devnull, "w") if silent else None  # noqa: SIM115 - `close` closes it
-        bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05}
+        bar = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "bar_format": _BAR}
         self._bar = tqdm(total=start.total_steps, initial=start.step, file=self._silence, **bar)
         self._pending: _Pending | None = None
         self._clock = 0.0  # when the device began the pending step, as far as the host knows
@@ -278,6 +213,8 @@ class Writer:
         self._speed = ""
         self.last: dict[str, float] = {}
         """The newest metrics fetched from the device."""
+        self.last_step = start.step
+        """The step of these metrics."""
 
     @property
     def evaluation_done(self) -> bool:
@@ -311,7 +248,7 @@ class Writer:
         span, self._clock = now - self._clock, now
         self._spans.append(span)
         self._window.add(span, point.examples - self._examples, flops, waited)
-        self._examples, self.last, loss = point.examples, metrics, metrics["loss"]
+        self._examples, self.last, self.last_step, loss = point.examples, metrics, point.step, metrics["loss"]
         if math.isfinite(loss):
             self._epoch_losses.append(loss)
             self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
@@ -321,21 +258,21 @@ class Writer:
             self._write_dashboards(point, metrics, rates, speeds)
         if point.epochs[1] > self._epoch:
             self._write_epoch(point)
-        self._metrics.add(point.step, {**metrics, **speeds})
+        self._metrics.add(point.step, {**metrics, **_circumstances(point, rates), **speeds})
         if len(self._spans) == 1:
             self._bar.unpause()  # exclude compilation and samples before the first step
         self._bar.update()
         if point.step % self._steps_per_print == 0:
             self._bar.set_postfix_str(self._postfix(rates, speeds), refresh=False)
-            if self._silence:
-                print(self._bar, file=sys.stderr)
+            if self._silence and is_process_0():
+                print(_line(self._bar), file=sys.stderr)
 
     def _write_dashboards(self, point: RunPoint, metrics: dict, rates: Mapping[str, float], speeds: dict) -> None:
         if self._dashboards:
             figures = {f"train/{name}": value for name, value in metrics.items()}
             figures |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
             figures |= {f"speed/{name}": value for name, value in speeds.items()}
-            self._dashboards.scalars(point, figures | device_memory())
+            self._dashboards.scalars(point, figures | memory_in_use())
 
     def _write_epoch(self, point: RunPoint) -> None:
         """Write the mean loss of the epoch that ended, plotted at the epoch's number as in diffusion-pipe."""
@@ -345,14 +282,22 @@ class Writer:
         self._epoch, self._epoch_losses = point.epochs[1], []
 
     def _postfix(self, rates: Mapping[str, float], speeds: dict) -> str:
-        """Return loss, highest learning rate of a group and images per second; tqdm adds steps and ETA."""
-        parts = [] if self._average is None else [f"loss {self._average:.4f}"]
+        """Return loss, highest learning rate, images per second and skipped updates; tqdm adds steps and ETA.
+
+        The loss is a running mean, or that of the last step if it is not finite.
+        """
+        loss = self.last["loss"] if not math.isfinite(self.last["loss"]) else self._average
+        parts = [f"loss {loss:.4f}"]
         if rates:
             parts.append(f"lr {max(rates.values()):.3g}")
         if speeds.get("images_per_second"):
             speed = speeds["images_per_second"]
             self._speed = f"{speed:,.{0 if speed >= 100 else 2}f} images/s"
-        return ", ".join([*parts, *([self._speed] if self._speed else [])])
+        if self._speed:
+            parts.append(self._speed)
+        if skipped := int(self.last.get("total_skipped", 0)):
+            parts.append(f"{skipped} skipped")
+        return ", ".join(parts)
 
     def evaluation(self, point: RunPoint, figures: Mapping[str, float]) -> None:
         """Write the metrics of an evaluation."""
@@ -417,11 +362,34 @@ def open_writer(
     )
 
 
-def device_memory() -> dict[str, float]:
-    """Return the GiB in use on the first local device, now and at the peak; empty if the backend reports none."""
-    found = jax.local_devices()[0].memory_stats() or {}
+def memory_in_use() -> dict[str, float]:
+    """Return the GiB in use: on the first local device, now and at the peak, and by this process on the host.
+
+    What the backend or the operating system does not report is left out.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
     names = {"bytes_in_use": "device/memory_gib", "peak_bytes_in_use": "device/peak_memory_gib"}
-    return {tag: found[name] / 2**30 for name, tag in names.items() if name in found}
+    found = {tag: stats[name] / 2**30 for name, tag in names.items() if name in stats}
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", "rb") as file:  # Linux
+        found["host/memory_gib"] = int(file.read().split()[1]) * mmap.PAGESIZE / 2**30
+    return found
+
+
+def _circumstances(point: RunPoint, rates: Mapping[str, float]) -> dict[str, float]:
+    """Return what metrics.jsonl says of a step besides its metrics.
+
+    `epoch` is the number of the epoch, from 1, in which the step began; `wall_time` is in seconds since 1970.
+    """
+    counts = {"epoch": point.epochs[0] + 1, "examples": point.examples, "wall_time": round(time.time(), 3)}
+    return counts | {f"learning_rate/{group}": rate for group, rate in rates.items()} | memory_in_use()
+
+
+def _line(bar: "tqdm[Any]") -> str:
+    """Return the bar as a line for a log, without control characters."""
+    shown = bar.format_dict
+    rate, elapsed = shown["rate"], tqdm.format_interval(shown["elapsed"])
+    remaining = tqdm.format_interval((shown["total"] - shown["n"]) / rate) if rate else "?"
+    return f"{shown['n']}/{shown['total']} steps, {elapsed}<{remaining}, {shown['postfix']}"
 
 
 @contextlib.contextmanager

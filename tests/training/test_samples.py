@@ -10,9 +10,10 @@ from PIL import Image
 from anima_jax import AnimaPipeline
 from anima_jax.config.load import load_config
 from anima_jax.training.intervals import RunPoint
+from anima_jax.training.jsonl import JsonlWriter
 from anima_jax.training.samples import Samples
 from anima_jax.training.step import TrainState
-from anima_jax.training.writer import Dashboards, JsonlWriter, Writer
+from anima_jax.training.writer import Dashboards, Writer
 from tests.small_run import ASSETS, write_config, write_transformer
 from tests.training.test_writer import events
 

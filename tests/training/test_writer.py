@@ -18,9 +18,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from anima_jax.config.load import load_config
 from anima_jax.errors import UserError
-from anima_jax.training import writer as writer_module
+from anima_jax.training import jsonl
 from anima_jax.training.intervals import RunPoint
-from anima_jax.training.writer import Dashboards, JsonlWriter, RetryingFile, Writer, check_monitoring
+from anima_jax.training.jsonl import JsonlWriter, RetryingFile
+from anima_jax.training.writer import Dashboards, Writer, check_monitoring
 from tests.small_run import write_config, write_transformer
 
 RECORDER = """
@@ -115,7 +116,7 @@ def test_a_resumed_log_drops_what_lies_beyond_the_checkpoint_and_a_line_that_a_k
 
 def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(writer_module.log, "warning", said.append)
+    monkeypatch.setattr(jsonl.log, "warning", said.append)
     file = RetryingFile(tmp_path / "figures")
     file.write(b"one\n")
     file.flush()

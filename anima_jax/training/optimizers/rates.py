@@ -43,7 +43,10 @@ class LearningRates:
     def _rate(self, group: str, step: Any, xp: ModuleType) -> Any:
         """Return the rate: a linear warmup from 1 / `warmup_steps` of it, then the schedule from its start."""
         rate, warmup = self.by_group[group], self.warmup_steps
-        main = SCHEDULES[self.schedule](rate, xp.clip((step - warmup) / self.total_steps, 0.0, 1.0), xp)
+        # A constant rate does not depend on `total_steps`: a run resumed with more epochs compiles to the same program.
+        constant = self.schedule == "constant"
+        progress = 0.0 if constant else xp.clip((step - warmup) / self.total_steps, 0.0, 1.0)
+        main = SCHEDULES[self.schedule](rate, progress, xp)
         if not warmup:
             return main
         return xp.where(step < warmup, rate * (1.0 / warmup + (1.0 - 1.0 / warmup) * step / warmup), main)
