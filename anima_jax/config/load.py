@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from anima_jax.assets import shipped
 from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, DirectorySource, apply_shared_keys
 from anima_jax.config.errors import Place, TomlFile
@@ -27,14 +28,16 @@ def load_config(
 ) -> MainConfig:
     """Load the configuration from the main TOML at `path` and the dataset TOMLs that it names.
 
+    If there is no such file, `path` may name one that comes with the package: `shapes`, `configs/shapes.toml`.
     `overrides` are `key.sub=value` as in `--set`; a value that is not valid TOML is a plain string. Relative paths are
     resolved against the current directory, then against the folder of the TOML that names them; input files must exist.
     `i_know_what_i_am_doing` allows any number of resolutions, like the flag of the same name. `check_optimizer` raises
     UserError for arguments that the optimizer does not accept.
     Raises UserError with one line for each error in any of the files.
     """
+    path, note = _shipped_unless_there(os.fspath(path))
     main = TomlFile(
-        os.fspath(path),
+        path,
         MainConfig,
         unsupported_keys.MAIN,
         other_file=("the dataset TOML", DirectorySource.model_fields),
@@ -71,7 +74,7 @@ def load_config(
         main.message(
             ("eval_datasets",), f"used only before the first step: neither {EVAL_EVERY[0]} nor the like is set"
         )
-    messages = tuple(dict.fromkeys(message for file in files for message in file.messages))
+    messages = tuple(dict.fromkeys([*note, *(message for file in files for message in file.messages)]))
     _add_loaded(main, table, (), {"data": data, "path": os.path.abspath(main.name), "messages": messages})
     wrong_optimizer = _optimizer_errors(table, check_optimizer)
     config = main.validate(table, MainConfig, context)
@@ -80,6 +83,24 @@ def load_config(
     if errors or config is None:
         raise UserError(*errors)
     return config
+
+
+def _shipped_unless_there(path: str) -> tuple[str, list[str]]:
+    """Return the path of a main TOML, and a message if it is one that comes with the package.
+
+    Raises UserError, with the names of those, if there is no file and `path` is a single word.
+    """
+    folder, name = os.path.split(path)
+    configs = shipped("configs")
+    found = configs / (name if name.endswith(".toml") else f"{name}.toml")
+    if os.path.lexists(path) or folder not in {"", configs.name}:
+        return path, []
+    if found.is_file():
+        return os.fspath(found), [f"--config {path}: no such file here, so the one that comes with anima_jax: {found}"]
+    if folder or name.endswith(".toml"):
+        return path, []
+    names = sorted(each.stem for each in configs.glob("*.toml") if "dataset" not in each.stem)
+    raise UserError(f"{path}: no such file; those that come with anima_jax: {', '.join(names)}")
 
 
 def _file_at(named: Any, main: TomlFile) -> str | None:

@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from anima_jax.assets import PACKAGE
 from anima_jax.checkpoints.locations import check_address
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import UserError, did_you_mean
@@ -160,10 +161,15 @@ def is_address(path: str) -> bool:
 
 
 def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """Return the absolute paths that `path` may mean: from the current directory, then from the TOML's `folder`."""
+    """Return the absolute paths that `path` may mean: from the current directory, then from the TOML's `folder`.
+
+    A path that begins with `anima_jax` may also be that of a file in this package, wherever it is installed.
+    """
     if is_address(path):
         return (path,)
     roots = [Path.cwd(), *([Path(folder).absolute()] if folder is not None else [])]
+    if Path(path).parts[:1] == (PACKAGE.name,):
+        roots.append(PACKAGE.parent)
     return tuple(dict.fromkeys(os.path.normpath(root / Path(path).expanduser()) for root in roots))
 
 

@@ -8,6 +8,7 @@ import jax
 
 from anima_jax.adapters.kinds import KINDS
 from anima_jax.adapters.modules import AdapterSpec
+from anima_jax.assets import docs_page
 from anima_jax.checkpoints.names.groups import GROUPS, group_of
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import plural
@@ -125,7 +126,7 @@ def _traffic_lines(estimate: Estimate) -> list[str]:
     for (tier, device_name), seconds in estimate.seconds.items():
         parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
         bounds = f"{seconds.least:.3g} to {seconds.most:.3g} s per step on {device_name}"
-        lines.append(f"{tier}: {bounds} (seconds of {parts}; see docs/scaling.md)")
+        lines.append(f"{tier}: {bounds} (seconds of {parts}; see {docs_page('scaling.md')})")
     return lines
 
 
