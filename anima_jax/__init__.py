@@ -1,26 +1,54 @@
 """The Anima text-to-image model in JAX. Public names are imported on first use.
 
-`AnimaPipeline` generates images; `load_dit`, `load_vae` and `load_text_encoder` load individual networks from files.
+`AnimaPipeline` generates images. `load_dit`, `load_vae` and `load_text_encoder` load networks from files, `save_dit`
+writes one. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their like, `ArrayDataset`,
+`make_train_step` and `trained_model` for training in Python (docs/python.md).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
+    from anima_jax.adapters.on_model import add_adapter, load_adapter, save_adapter
+    from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae, save_dit
     from anima_jax.errors import UserError
     from anima_jax.sampling.pipeline import AnimaPipeline
+    from anima_jax.text.tokenizers import load_tokenizers
+    from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
 
     __version__: str
 
-__all__ = ["AnimaPipeline", "UserError", "__version__", "load_dit", "load_text_encoder", "load_vae"]
+__all__ = [
+    "AnimaPipeline",
+    "ArrayDataset",
+    "UserError",
+    "__version__",
+    "add_adapter",
+    "load_adapter",
+    "load_dit",
+    "load_text_encoder",
+    "load_tokenizers",
+    "load_vae",
+    "make_train_step",
+    "save_adapter",
+    "save_dit",
+    "trained_model",
+]
 
 _MODULES = {
     "AnimaPipeline": "anima_jax.sampling.pipeline",
+    "ArrayDataset": "anima_jax.training.own_loop",
     "UserError": "anima_jax.errors",
+    "add_adapter": "anima_jax.adapters.on_model",
+    "load_adapter": "anima_jax.adapters.on_model",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",
+    "load_tokenizers": "anima_jax.text.tokenizers",
     "load_vae": "anima_jax.checkpoints.models",
+    "make_train_step": "anima_jax.training.own_loop",
+    "save_adapter": "anima_jax.adapters.on_model",
+    "save_dit": "anima_jax.checkpoints.models",
+    "trained_model": "anima_jax.training.own_loop",
 }
 """Public name → module that defines it."""
 

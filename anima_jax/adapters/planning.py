@@ -46,8 +46,8 @@ def plan(
     for name in open_names:
         path, layer = names[name]
         rate = _first(adapter.lr_pattern, name, group_rates[name])
-        wanted = not adapter.target_modules or _any(adapter.target_modules, name)
-        if wanted and rate and not _any(adapter.exclude_modules, name):
+        wanted = not adapter.target_modules or matches(adapter.target_modules, name)
+        if wanted and rate and not matches(adapter.exclude_modules, name):
             ranks[path][layer] = int(_first(adapter.rank_pattern, name, adapter.rank))
             rates[path][layer] = rate / group_rates[name]
     specs = {
@@ -65,7 +65,7 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
     """Return a warning for each pattern in `exclude_modules` that matches nothing: a typo or another model's module."""
     assert config.adapter is not None
     names = list(module_names({path: shape[0] for path, shape in targets.items()}))
-    idle = [one for one in config.adapter.exclude_modules if not any(_any([one], name) for name in names)]
+    idle = [one for one in config.adapter.exclude_modules if not any(matches([one], name) for name in names)]
     return [
         f"warning: {config.path}: adapter.exclude_modules: '{one}' fits no module{_near(one, names)}" for one in idle
     ]
@@ -74,7 +74,7 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
 def _require_patterns_fit(config: MainConfig, names: list[str]) -> None:
     for key in ("target_modules", "rank_pattern", "lr_pattern"):
         for pattern in getattr(config.adapter, key):
-            if not any(_any([pattern], name) for name in names):
+            if not any(matches([pattern], name) for name in names):
                 raise UserError(
                     f"{config.path}: adapter.{key}: '{pattern}' fits none of the {len(names)} modules, as "
                     f"{names[0]}{_near(pattern, names)}"
@@ -88,13 +88,13 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     return did_you_mean(pattern, sorted(parts))
 
 
-def _any(patterns: Iterable[str], name: str) -> bool:
+def matches(patterns: Iterable[str], name: str) -> bool:
     """Return whether one of the patterns matches the name, or a part of it delimited by dots."""
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in patterns)
 
 
 def _first(values: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for pattern, value in values.items() if _any([pattern], name)), default)
+    return next((value for pattern, value in values.items() if matches([pattern], name)), default)
 
 
 # ---- initial values ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from anima_jax.adapters.kinds import SCALE
 from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
@@ -33,6 +34,7 @@ from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_process_0
+from anima_jax.parallel.mesh import current_mesh
 
 DTypes = DTypeLike | Mapping[str, DTypeLike] | None
 """One dtype for all parameters, or one per parameter path; None (or a path without an entry) keeps the file's."""
@@ -167,8 +169,9 @@ def load_vae(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False
 
 def _load(checkpoint: Checkpoint, dtype: DTypes) -> Any:
     print_messages(checkpoint)
-    mesh = jax.sharding.get_mesh()
-    shardings = None if mesh.empty else rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
+    shardings = None
+    if not jax.sharding.get_mesh().empty:
+        shardings = rules.shardings(checkpoint.abstract, checkpoint.abstract, current_mesh())
     return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
 
 
@@ -288,12 +291,15 @@ def _rows_of(tensor: FileTensor, shards: Sequence[Bounds]) -> slice | None:
 
 @suggests_names
 def save_dit(
-    path: PathLike, params: Params, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
+    path: PathLike, dit: AnimaDiT | Params, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a transformer, with its LLM adapter if it has one, under the names that the trainer uses.
+    """Write a transformer or its parameters, with the LLM adapter if it has one, under the names that the trainer uses.
 
-    Arguments and errors are those of `save_network`.
+    Arguments and errors are those of `save_network`. Raises UserError, too, for a transformer with a LoRA or the like.
     """
+    params = parameters.split(dit)[1] if isinstance(dit, AnimaDiT) else dit
+    if any(name.endswith(f".{SCALE}") for name in params):
+        raise UserError(f"{path}: the transformer has an adapter, which save_adapter writes")
     save_network(DIT, path, params, dtype=dtype, metadata=metadata)
 
 

@@ -12,7 +12,11 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor", "context")
+"""Axes of the mesh, slowest links first."""
 
 BATCH_AXES = (("data", "fsdp"), ("data",), ("fsdp",))
 """Mesh axes that can shard a batch: the first entry whose number of devices divides the batch is used."""
@@ -28,9 +32,16 @@ MESH_AXES: Mapping[str, Sequence[tuple[str, ...]]] = {
 
 
 def active_mesh() -> Any:
-    """Return the mesh that is set, or None if no mesh is set or it has a single device."""
+    """Return the mesh that is set, or None if no mesh is set or it has a single device.
+
+    Raises ValueError for a mesh with axes of other names or types; `parallel.mesh.standard` converts those of others.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    if mesh.empty or mesh.size == 1:
+        return None
+    if set(mesh.axis_names) != set(AXES) or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(f"the networks run on a mesh with the axes {', '.join(AXES)}, all of type Auto; found {mesh}")
+    return mesh
 
 
 def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:

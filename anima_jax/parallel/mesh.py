@@ -4,8 +4,9 @@ All its axes (data, fsdp, tensor, context) have type Auto. `data` and `fsdp` sha
 parameters, `context` the tokens of each example. `data` spans the slowest links: across hosts and slices.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,8 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.errors import UserError
-from anima_jax.models.constraints import BATCH_AXES, partition_spec
-from anima_jax.parallel.rules import AXES
+from anima_jax.models.constraints import AXES, BATCH_AXES, partition_spec
 
 Tree = TypeVar("Tree")
 
@@ -82,9 +82,38 @@ def local_mesh() -> Mesh:
 
 
 def current_mesh() -> Mesh:
-    """Return the mesh that is set (`jax.set_mesh`), else one of the first local device. Not usable while tracing."""
+    """Return the mesh that is set (`jax.set_mesh`), else one of the first local device. Not usable while tracing.
+
+    It has the form of `standard`.
+    """
     mesh = jax.sharding.get_mesh()
-    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1]) if mesh.empty else mesh
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1]) if mesh.empty else standard(mesh)
+
+
+def standard(mesh: Mesh) -> Mesh:
+    """Return a mesh of the same devices with the axes `AXES`, of type Auto; those that `mesh` lacks have size 1.
+
+    `mesh` is any that JAX makes, with axes of any type. Raises UserError if an axis of another name is larger than 1.
+    """
+    if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh
+    if others := [f"{name} ({size})" for name, size in mesh.shape.items() if size > 1 and name not in AXES]:
+        raise UserError(f"the mesh has the axis {', '.join(others)}, expected axes with the names {', '.join(AXES)}")
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    order += [number for number in range(mesh.devices.ndim) if number not in order]
+    grid = np.transpose(mesh.devices, order).reshape([mesh.shape.get(name, 1) for name in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def standard_mesh() -> Iterator[None]:
+    """Set the `standard` form of the mesh that is set, if one is. Also a decorator; not usable while tracing."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or (own := standard(mesh)) == mesh:
+        yield
+        return
+    with jax.set_mesh(own):
+        yield
 
 
 def replicas(sizes: Mapping[str, int]) -> int:

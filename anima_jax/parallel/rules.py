@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
+from anima_jax.models import constraints
 from anima_jax.models.parameters import Params
 
-AXES = ("data", "fsdp", "tensor", "context")
-"""Axes of the mesh, slowest links first."""
+AXES = constraints.AXES
 
 _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"

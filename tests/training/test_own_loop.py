@@ -1,0 +1,207 @@
+"""Training in Python: the page that shows it, the data set, and the step on any mesh."""
+
+import contextlib
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import anima_jax
+from anima_jax.adapters.on_model import add_adapter, load_adapter, save_adapter
+from anima_jax.checkpoints.models import save_dit
+from anima_jax.errors import UserError
+from anima_jax.models.parameters import merge, split
+from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
+from tests.small_run import ASSETS, write_transformer
+
+PAGE = (pathlib.Path(anima_jax.__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Without it most of these tests' time is LLVM's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Files under the names that the page gives, of small networks."""
+    root = tmp_path_factory.mktemp("files")
+    for name in ("diffusion_models", "vae", "text_encoders"):
+        (root / name).mkdir()
+    write_transformer(root / "diffusion_models" / "anima-base-v1.0.safetensors")
+    (root / "vae" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
+    (root / "text_encoders" / "qwen_3_06b_base.safetensors").symlink_to(ASSETS / "tiny_qwen3.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def networks(folder):
+    return {
+        "vae": anima_jax.load_vae(folder / "vae" / "qwen_image_vae.safetensors"),
+        "text_encoder": anima_jax.load_text_encoder(folder / "text_encoders" / "qwen_3_06b_base.safetensors"),
+        "tokenizers": anima_jax.load_tokenizers(ASSETS / "tokenizers"),
+    }
+
+
+@pytest.fixture(scope="module")
+def dit(folder):
+    return anima_jax.load_dit(folder / "diffusion_models" / "anima-base-v1.0.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(networks):
+    images = [np.full((32, 48, 3), level, np.uint8) for level in (0, 100, 200)]
+    return ArrayDataset.from_images(images, ["a", "b", "c"], **networks, dtype=jnp.float32)
+
+
+def test_the_page_runs_as_it_is_written(folder, tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+    for old, new in (
+        ("hf://circlestone-labs/Anima/split_files/", f"{folder}/"),
+        ("load_tokenizers()", f"load_tokenizers({str(ASSETS / 'tokenizers')!r})"),
+        ("steps=200", "steps=40"),
+        ("bfloat16", "float32"),
+        ("1e-4", "1e-2"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/python.md", "exec"), {})
+    losses = [float(value) for value in re.findall(r"loss (\S+),", capsys.readouterr().out)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert Image.open("grey.png").size == (64, 64)
+    assert len(code.splitlines()) < 50
+
+
+def randomised(dit, model, seed=0):
+    """The model with other numbers in the layers that its adapter changes."""
+    rng, graphdef, params = np.random.default_rng(seed), *split(model)
+    for path in params.keys() - split(dit)[1].keys():
+        stack, _, name = path.rpartition(".")
+        if name != "lora_scale":
+            used = np.asarray(params[f"{stack}.lora_scale"]) > 0
+            value = np.array(params[path])
+            value[used] += rng.standard_normal(value[used].shape, np.float32)
+            params[path] = jnp.asarray(value)
+    return merge(graphdef, params)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha"])
+def test_an_adapter_is_the_same_after_its_file(dit, tmp_path, kind):
+    targets = {"target_modules": ["self_attn"], "exclude_modules": [r"blocks\.0"]}
+    changed = randomised(dit, add_adapter(dit, kind, rank=3, alpha=2.0, **targets))
+    save_adapter(tmp_path / "a.safetensors", changed)
+    found, expected = (split(model)[1] for model in (load_adapter(dit, tmp_path / "a.safetensors"), changed))
+    assert found.keys() == expected.keys() > split(dit)[1].keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_a_model_with_an_adapter_is_refused_where_one_without_is_needed(dit, tmp_path):
+    adapted = add_adapter(dit, rank=2)
+    with pytest.raises(UserError, match="has an adapter, which save_adapter writes"):
+        save_dit(tmp_path / "x.safetensors", adapted)
+    with pytest.raises(UserError, match="already has an adapter"):
+        add_adapter(adapted)
+    with pytest.raises(UserError, match="has no adapter to write; save_dit writes the transformer"):
+        save_adapter(tmp_path / "x.safetensors", dit)
+    with pytest.raises(UserError, match=r"dialect 'kohy', expected one of .* \(did you mean 'kohya'\?\)"):
+        save_adapter(tmp_path / "x.safetensors", adapted, dialect="kohy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "lore"}, r"adapter 'lore', expected one of lora, .* \(did you mean 'lora'\?\)"),
+        ({"rank": 0}, "an adapter of rank 0"),
+        ({"alpha": float("nan")}, "an adapter of rank 16 and alpha nan"),
+        ({"target_modules": ["self_atn"]}, r"'self_atn' fits none of the 32 modules, such as blocks\.0"),
+        ({"exclude_modules": ["blocks"]}, "exclude_modules leaves no module"),
+        ({"rnk": 3}, r"add_adapter has no setting 'rnk' \(did you mean 'rank'\?\)"),
+    ],
+)
+def test_arguments_of_a_new_adapter(dit, arguments, message):
+    with pytest.raises(UserError, match=message):
+        add_adapter(dit, **arguments)
+
+
+def test_the_transformers_file_is_the_same_again(dit, tmp_path):
+    save_dit(tmp_path / "x.safetensors", dit)
+    found, expected = split(anima_jax.load_dit(tmp_path / "x.safetensors"))[1], split(dit)[1]
+    assert all(np.array_equal(found[path], value) for path, value in expected.items())
+
+
+def test_batches_have_every_example_once_an_epoch_in_an_order_of_the_seed(data):
+    def rows(**options):
+        return [batch.ids_b2[:, 1].tolist() for batch in data.batches(2, **options)]
+
+    found = rows(steps=6)
+    assert [sorted(np.ravel(found)[start : start + 3].tolist()) for start in range(0, 12, 3)] == [[0, 1, 2]] * 4
+    assert rows(steps=6) == found != rows(steps=6, seed=1)
+    epochs = [batch.epochs_b.tolist() for batch in data.batches(2, steps=3)]
+    assert epochs == [[0, 0], [0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            np.zeros((32, 40, 3), np.uint8),
+            r"expected \(y, x, 3\) with sides of multiples of 16",
+        ),
+        (np.zeros((32, 32), np.uint8), r"image 0: shape \(32, 32\), expected"),
+        (np.zeros((0, 32, 3), np.uint8), r"image 0: shape \(0, 32, 3\), expected"),
+        (np.zeros((2, 32, 32, 3), np.uint8), "image 0 has 2 frames, expected"),
+        (np.zeros((32, 32, 3), np.int64), "image 0: int64, expected uint8, or floating-point"),
+        (np.full((32, 32, 3), np.nan), r"image 0: float64, expected uint8, or floating-point numbers in \[0, 1\]"),
+        (np.full((32, 32, 3), 255.0), "image 0: float64, expected"),
+    ],
+)
+def test_images_of_another_form_are_refused(networks, image, message):
+    with pytest.raises(UserError, match=message):
+        ArrayDataset.from_images([image], ["x"], **networks)
+    with pytest.raises(UserError, match="0 images and 1 captions, expected as many"):
+        ArrayDataset.from_images([], ["x"], **networks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"times": "logitnormal"}, "times: time distribution 'logitnormal', expected one of"),
+        ({"shift": 0.0}, "shift 0.0, expected a number above 0"),
+        ({"ema_decay": 1.5}, "ema_decay 1.5, expected a number between 0 and 1"),
+        ({"remat": "ful"}, "remat ful, expected one of full"),
+        ({"sift": 3.0}, r"make_train_step has no setting 'sift' \(did you mean 'shift'\?\)"),
+    ],
+)
+def test_settings_of_the_step(dit, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_train_step(dit, optax.sgd(0.1), **settings)
+
+
+def test_the_step_is_the_same_on_another_mesh_and_leaves_the_callers_model_alone(dit, data):
+    """One step of SGD, so that a sum in another order cannot grow; an average is made on the way."""
+    adapted = add_adapter(dit, rank=2)
+    before = {path: np.array(value) for path, value in split(adapted)[1].items()}
+    (batch,) = data.batches(2, steps=1)
+    meshes = [None, jax.make_mesh((1, 1), ("tensor", "x"))]
+    found = []
+    for mesh in meshes:
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            state, step = make_train_step(adapted, optax.sgd(1.0), dtype=jnp.float32, ema_decay=0.5)
+            state, metrics = step(state, batch)
+            found.append((float(metrics.loss), trained_model(adapted, state, ema=True)))
+    assert len({loss for loss, _ in found}) == 1
+    after = [split(model)[1] for _, model in found]
+    for path, value in split(adapted)[1].items():
+        np.testing.assert_array_equal(value, before[path])
+        assert all(np.array_equal(each[path], after[0][path]) for each in after)
+    assert not np.array_equal(after[0]["blocks.mlp.layer1.lora_b"], before["blocks.mlp.layer1.lora_b"])
