@@ -2,9 +2,6 @@
 
 An example's id is a hash of its content, not a row number: the same media at the same size with the same caption index
 and repeat index has the same id, and therefore the same noise, in any order, folder and run.
-
-All randomness here comes from raw Philox words, because NumPy guarantees the raw stream of a bit generator, but not the
-results of methods such as `Generator.permutation`.
 """
 
 import collections
@@ -25,12 +22,22 @@ from anima_jax.data.folder_source import FolderReader
 from anima_jax.data.problems import Problems
 from anima_jax.data.sources import SourceReader, read_entries
 from anima_jax.data.tfds_source import TfdsReader
+from anima_jax.data.variants import (
+    CACHED_SENTENCES,
+    CACHED_SHUFFLE,
+    SENTENCES,
+    SHUFFLE,
+    Variant,
+    drawn,
+    shuffled,
+    text_of,
+    thinned,
+    variants_of,
+    with_shuffled_sentences,
+)
 from anima_jax.errors import UserError, plural
 
 log = logging.getLogger(__name__)
-
-CHOICE, SHUFFLE, DROPOUT, CACHED_SHUFFLE = range(4)
-"""Purposes of random words: the first part of the key in `_words`."""
 
 CONTENTS = ("captions", "masks")
 """Parts of an example that can change while its id stays the same."""
@@ -44,32 +51,31 @@ class Example:
     """63 bits, from `example_id`. Identical files share it."""
     entry: Entry
     bucket: Bucket
-    captions: tuple[str, ...]
-    """One caption, or several to draw from; prefixed, and already shuffled unless `shuffled_each_epoch`."""
+    variants: tuple[Variant, ...]
+    """One text, or several to draw from; already shuffled unless `shuffled_each_epoch`."""
     source: Source
     shuffled_each_epoch: bool = False
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The texts of `variants`, with the prefix."""
+        return tuple(text_of(variant, self.source) for variant in self.variants)
 
     def caption(self, seed: int, epoch: int) -> str:
         """Return the caption for an epoch, a pure function of the seed, the epoch and the example's id.
 
-        It is one of `captions`, with tags shuffled and dropped as configured. The prefix and at least one tag are kept.
+        It is one of `captions`, with tags shuffled and dropped, and sentences shuffled, as configured. The prefix, what
+        `keep_tokens` and `keep_tokens_separator` keep, and at least one tag stay.
         """
-        source, chosen = self.source, 0
-        if len(self.captions) > 1:
-            (word,) = _words(CHOICE, seed, epoch, self.id, count=1)
-            chosen = int(word) * len(self.captions) >> 64
-        caption = self.captions[chosen]
-        if not (self.shuffled_each_epoch or source.tag_dropout):
-            return caption
-        tags = caption[len(source.caption_prefix) :].split(source.cache_shuffle_delimiter)
+        source, key = self.source, (seed, epoch, self.id)
+        variant = drawn(self.variants, *key)
         if source.tag_dropout:
-            words = _words(DROPOUT, seed, epoch, self.id, count=len(tags))
-            # At most the largest word, so that its tag is always kept.
-            least = min(int(source.tag_dropout * 2.0**64), int(words.max()))
-            tags = [tag for tag, word in zip(tags, words, strict=True) if int(word) >= least]
-        if self.shuffled_each_epoch:
-            tags = _shuffled(tags, _words(SHUFFLE, seed, epoch, self.id, count=len(tags)))
-        return source.caption_prefix + source.cache_shuffle_delimiter.join(tags)
+            variant = thinned(variant, source, *key)
+        if self.shuffled_each_epoch and source.shuffled_copies:
+            variant = shuffled(variant, source, SHUFFLE, *key)
+        if self.shuffled_each_epoch and source.nl_shuffle_sentences:
+            variant = with_shuffled_sentences(variant, source, SENTENCES, *key)
+        return text_of(variant, source)
 
 
 def example_id(
@@ -117,19 +123,20 @@ def examples_of(
 ) -> list[Example]:
     """Return the examples of one source, grouped by resolution and frame count; repeats of a group follow each other.
 
-    Each caption (or each of its shuffled copies) in each bucket of an entry is one example; all captions together are
-    one if `caption_choice` is "random". `shuffle_each_epoch` shuffles tags in every epoch instead of once, for runs
-    that encode text at batch time. As in diffusion-pipe, a resolution and frame count has `int(n · num_repeats)`
-    examples; those of a partial repeat are picked by hash. Images and clips that fit no bucket go to `problems`.
+    Each caption (or each of its shuffled copies) in each bucket of an entry is one example, with several texts if
+    `caption_mode` mixes them; all captions together are one if `caption_choice` is "random". `shuffle_each_epoch`
+    shuffles tags and sentences in every epoch instead of once, for runs that encode text at batch time. As in
+    diffusion-pipe, a resolution and frame count has `int(n · num_repeats)` examples; those of a partial repeat are
+    picked by hash. Images and clips that fit no bucket go to `problems`.
     """
-    each_epoch = shuffle_each_epoch and source.shuffled_copies > 0
+    each_epoch = shuffle_each_epoch and (source.shuffled_copies > 0 or source.nl_shuffle_sentences)
     placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
     once: dict[tuple[float | None, int], list[tuple[int, Example]]] = collections.defaultdict(list)
     for entry, buckets in placed:
-        indexed_captions = _captions(entry, source, each_epoch)
+        indexed_variants = _variants(entry, source, each_epoch)
         for bucket in buckets:
-            for index, captions in indexed_captions:
-                example = Example(_id(entry, bucket, index, 0), entry, bucket, captions, source, each_epoch)
+            for index, variants in indexed_variants:
+                example = Example(_id(entry, bucket, index, 0), entry, bucket, variants, source, each_epoch)
                 once[bucket.resolution, bucket.size.frames].append((index, example))
     return list(itertools.chain.from_iterable(_repeated(group, source.num_repeats) for group in once.values()))
 
@@ -184,26 +191,26 @@ def _subsampled(placed: list[tuple[Entry, tuple[Bucket, ...]]], ratio: float) ->
     return [each for row, each in enumerate(placed) if row in kept]
 
 
-def _captions(entry: Entry, source: Source, each_epoch: bool) -> list[tuple[int, tuple[str, ...]]]:
-    """Return (caption index, captions) of each example that an entry has at one size.
+def _variants(entry: Entry, source: Source, each_epoch: bool) -> list[tuple[int, tuple[Variant, ...]]]:
+    """Return (caption index, variants) of each example that an entry has at one size.
 
     The index counts all captions of the entry, so that skipping an empty caption does not change the others.
     """
     indexed, copies = [], max(1, source.shuffled_copies)
-    for index, text in enumerate(entry.captions):
-        if source.skip_empty_caption and not text.strip():
-            continue
-        for copy in range(copies):
-            caption = text
+    content = struct.unpack("<4Q", entry.digest)
+    for index, variants in variants_of(entry.captions, entry.nl, source):
+        for copy in range(copies if any(variant.tags for variant in variants) else 1):
+            copied = variants
             if source.shuffled_copies and not each_epoch:
-                tags = text.split(source.cache_shuffle_delimiter)
-                content = struct.unpack("<4Q", entry.digest)
-                words = _words(CACHED_SHUFFLE, *content, index, copy, count=len(tags))
-                caption = source.cache_shuffle_delimiter.join(_shuffled(tags, words))
-            indexed.append((index * copies + copy, source.caption_prefix + caption))
+                key = (CACHED_SHUFFLE, *content, index, copy)
+                copied = tuple(shuffled(variant, source, *key) for variant in copied)
+            if source.nl_shuffle_sentences and not each_epoch:
+                key = (CACHED_SENTENCES, *content, index, copy)
+                copied = tuple(with_shuffled_sentences(variant, source, *key) for variant in copied)
+            indexed.append((index * copies + copy, copied))
     if source.caption_choice == "random":
-        return [(0, tuple(caption for _, caption in indexed))] if indexed else []
-    return [(index, (caption,)) for index, caption in indexed]
+        return [(0, tuple(variant for _, variants in indexed for variant in variants))] if indexed else []
+    return indexed
 
 
 def _repeated(group: Sequence[tuple[int, Example]], num_repeats: float) -> Iterator[Example]:
@@ -225,14 +232,3 @@ def _repeated(group: Sequence[tuple[int, Example]], num_repeats: float) -> Itera
             kept = set(sorted(range(len(repeated)), key=lambda row: repeated[row].id)[:missing])
             repeated = [example for row, example in enumerate(repeated) if row in kept]
         yield from repeated
-
-
-def _shuffled(tags: list[str], words: np.ndarray) -> list[str]:
-    return [tags[row] for row in np.argsort(words, kind="stable")]
-
-
-def _words(*key: int, count: int) -> np.ndarray:
-    """Return `count` random uint64 words, a pure function of the parts of `key`, each taken modulo 2**64."""
-    # 64 bits each, because SeedSequence joins integers of varying length without a separator.
-    parts = np.array([part % 2**64 for part in key], "<u8").view("<u4")
-    return np.random.Philox(np.random.SeedSequence(parts.tolist())).random_raw(count)

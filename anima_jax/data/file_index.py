@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -31,6 +31,9 @@ SAVE_SECONDS = 60
 
 _ROWS_PER_WRITE = 1024
 
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a damaged line raises."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
@@ -45,9 +48,11 @@ class Entry:
     frames: int
     """At 16 per second; 1 for an image."""
     captions: tuple[str, ...]
-    """At least one; each may be an empty string."""
+    """Lists of tags, or captions of any kind; at least one, which may be an empty string."""
     mask: Media | None = None
     mask_digest: bytes | None = None
+    nl: tuple[str, ...] = ()
+    """Captions that are known to be natural language."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class FileIndex:
 
         `types` are the dataclasses that the entries' media and masks may have.
         """
-        by_name = {each.__name__: each for each in types}
+        by_name: dict[str, type[Any]] = {each.__name__: each for each in types}
         head, entries = {"format": FORMAT, "about": about}, list[Entry]()
         rows = itertools.dropwhile(lambda row: row != head, self._lines())
         try:
@@ -116,7 +121,7 @@ class FileIndex:
                     return entries, Summary(str(row["summary"]), skipped, str(row["fingerprint"]))
                 elif "file" not in row:
                     return None
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # a damaged line
+        except _DAMAGED:
             return None
         return None
 
@@ -156,16 +161,19 @@ class FileIndex:
                 if not (0 < min(size) <= max(size) < 2**31) or len(digest) != 32 or not isinstance(row["file"], str):
                     return
                 yield row["file"], FileInfo((int(stamp[0]), int(stamp[1])) if stamp else None, digest, size)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        except _DAMAGED:
             return
 
-    def _entry(self, row: dict[str, Any], types: dict[str, Callable[..., Media]]) -> Entry:
+    def _entry(self, row: dict[str, Any], types: dict[str, type[Any]]) -> Entry:
         media = _media(row["entry"], types)
         mask = _media(row["mask"], types) if row["mask"] else None
-        info, captions = self._known[media.name], tuple(row["captions"])
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError("not a list of captions")
-        return Entry(media, info.digest, *info.size, captions, mask, self._known[mask.name].digest if mask else None)
+        info, captions, nl = self._known[media.name], tuple(row["captions"]), tuple(row.get("nl", ()))
+        for caption in (*captions, *nl):
+            caption.encode()  # raises ValueError for a lone surrogate, AttributeError for anything but a string
+        if not captions:
+            raise ValueError("no caption")
+        mask_digest = self._known[mask.name].digest if mask else None
+        return Entry(media, info.digest, *info.size, captions, mask, mask_digest, nl)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +208,8 @@ class FileIndex:
             yield {"file": name, "stamp": info.stamp, "digest": info.digest.hex(), "size": info.size}
         for entry in entries:
             mask = _row(entry.mask) if entry.mask else None
-            yield {"entry": _row(entry.media), "captions": entry.captions, "mask": mask}
+            nl = {"nl": entry.nl} if entry.nl else {}
+            yield {"entry": _row(entry.media), "captions": entry.captions, "mask": mask, **nl}
         if summary is not None:
             yield {"entries": len(entries), **dataclasses.asdict(summary)}
 
@@ -209,6 +218,12 @@ def _row(media: Any) -> list[Any]:
     return [type(media).__name__, *(getattr(media, field.name) for field in dataclasses.fields(media))]
 
 
-def _media(row: list[Any], types: dict[str, Callable[..., Media]]) -> Media:
+def _media(row: list[Any], types: dict[str, type[Any]]) -> Media:
+    """Return the media of a row. Raises ValueError, LookupError or TypeError if its values have other types."""
     name, folder, *rest = row
-    return types[name](sys.intern(folder), *rest)  # all media of a folder share one string
+    media = types[name](sys.intern(folder), *rest)  # all media of a folder share one string
+    for field in dataclasses.fields(media):
+        value = getattr(media, field.name)
+        if type(value) is not field.type or (isinstance(value, int) and not 0 <= value < 2**63):
+            raise ValueError(f"{field.name} is {value!r}")
+    return media

@@ -14,7 +14,7 @@ from etils import epath
 
 from anima_jax.config.dataset import DirectorySource
 from anima_jax.data import captions
-from anima_jax.data.captions import CAPTIONS_JSON, CaptionTable, decode_caption
+from anima_jax.data.captions import CAPTIONS_JSON, Captions, CaptionTable, decode_caption, json_captions
 from anima_jax.data.file_index import Entry
 from anima_jax.data.images import IMAGE_SUFFIXES
 from anima_jax.data.media import VIDEO_SUFFIXES, FileMedia, Media
@@ -23,8 +23,14 @@ from anima_jax.data.sources import Candidate, Counts, SourceReader, count_and_na
 from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError, os_reason
 
-SIDE_FILES = (".txt", ".npz", ".json", ".parquet", ".bak", ".db")
-"""Suffixes that diffusion-pipe ignores, because such files are often kept next to images."""
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+"""Suffixes of caption files. Of several files next to an image, the first of these has its caption."""
+
+SIDE_FILES = (*CAPTION_SUFFIXES, ".npz", ".parquet", ".bak", ".db")
+"""Suffixes of files that are often kept next to images; diffusion-pipe ignores them too, except `.caption`."""
+
+NL_ENDING = "_nl"
+"""`name_nl.txt` has the natural language of `name.png`, as in forks of diffusion-pipe."""
 
 CACHE = os.path.join("cache", "anima_jax")
 """Path of the cache inside the folder of a source."""
@@ -43,15 +49,16 @@ class FolderReader(SourceReader[DirectorySource]):
         self.name, self.location = source.path, repr(source.path)
         self.cache_dir = os.path.join(source.path, CACHE)
         keys = ("path", "mask_path", "default_mask_file", "skip_empty_caption", "online_captions")
+        keys += ("caption_mode", "caption_extension", "captions_file", "cache_shuffle_delimiter")
         self.about = {key: getattr(source, key) for key in keys}
         self._folders = 0
         self._table: CaptionTable | None = None
 
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
-        """List the folder and its tars. With a captions.json, the `.txt` files next to it are not used."""
+        """List the folder and its tars. With a captions.json, the caption files next to it are not used."""
         folder = self.source.path
         files, self._folders = _list_folder(folder, "a folder of images")
-        if CAPTIONS_JSON in files:
+        if CAPTIONS_JSON in files or self.source.captions_file:
             self._table = self._read_table()
         elif self.source.online_captions:
             raise UserError(
@@ -60,16 +67,14 @@ class FolderReader(SourceReader[DirectorySource]):
         tables = [self._table] if self._table else []
         mask_of, ignored = _masks(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
-        texts = {} if tables else _texts(members)
+        texts = None if tables else _CaptionFiles(members, self.source)
         candidates = list[Candidate]()
         for name, media in members.items():
             if _kind(name) == "tar":
-                candidates += _tar_candidates(media.name, tables, mask_of, problems, ignored)
+                candidates += self._tar_candidates(media.name, mask_of, problems, ignored)
             else:
                 candidates += _candidates(name, media, tables, texts, mask_of, ignored)
-        stems = {_stem(name) for name in members if _kind(name) == "media"}
-        orphans = [text.name for stem, text in texts.items() if stem not in stems]
-        count_and_name(counts, "caption without an image", orphans)
+        count_and_name(counts, "caption without an image", texts.orphans() if texts else [])
         counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
 
@@ -79,6 +84,9 @@ class FolderReader(SourceReader[DirectorySource]):
             counts[f"name in {CAPTIONS_JSON} without an image"] = self._table.unused()
         if source.mask_path and not source.default_mask_file:
             count_and_name(counts, "without a mask", [entry.media.name for entry in entries if entry.mask is None])
+        if source.caption_mode != "tags":
+            bare = [entry.media.name for entry in entries if not entry.nl]
+            count_and_name(counts, f"without natural language (caption_mode = '{source.caption_mode}')", bare)
         masks_inside = source.mask_path and os.path.dirname(os.path.normpath(source.mask_path))
         counts["subfolder ignored"] = self._folders - (masks_inside == os.path.normpath(source.path))
 
@@ -91,63 +99,119 @@ class FolderReader(SourceReader[DirectorySource]):
             media = entry.media
             name = media.member if isinstance(media, TarMember) else posixpath.basename(media.name)
             try:
-                texts = table.of(*_names(name)) or ()
+                found = _in_table(table, media, name) or Captions()
             except UserError as error:
                 problems.skip(error)
                 continue
-            if texts or not self.source.skip_empty_caption:
-                updated.append(dataclasses.replace(entry, captions=texts or ("",)))
+            if found.tags or found.nl or not self.source.skip_empty_caption:
+                updated.append(dataclasses.replace(entry, captions=found.tags or ("",), nl=found.nl))
             else:
                 lacking.append(media.name)
         log_names(f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
         return updated
 
     def _read_table(self) -> CaptionTable:
-        media = FileMedia(self.source.path, CAPTIONS_JSON)
-        return CaptionTable(media.read(), media.name)
+        folder, file = os.path.split(self.source.captions_file or os.path.join(self.source.path, CAPTIONS_JSON))
+        media = FileMedia(folder, file)
+        return CaptionTable(media.read(), media.name, self.source.cache_shuffle_delimiter)
+
+    def _tar_candidates(self, tar: str, mask_of: MaskOf, problems: Problems, ignored: Counts) -> Iterator[Candidate]:
+        """List a tar. The table of the folder takes precedence over one inside, and that over caption files inside."""
+        members = {member.member: member for member in read_members(tar, problems)}
+        delimiter = self.source.cache_shuffle_delimiter
+        try:
+            inside = [
+                CaptionTable(member.read(), member.name, delimiter)
+                for name, member in members.items()
+                if posixpath.basename(name) == CAPTIONS_JSON
+            ]
+        except UserError as error:
+            problems.skip(error)
+            return
+        tables = [*([self._table] if self._table else []), *inside]
+        texts = None if inside else _CaptionFiles(members, self.source)
+        for name, member in members.items():
+            yield from _candidates(name, member, tables, texts, mask_of, ignored)
 
 
-def _tar_candidates(
-    tar: str, tables: Sequence[CaptionTable], mask_of: MaskOf, problems: Problems, ignored: Counts
-) -> Iterator[Candidate]:
-    """List a tar. A captions.json next to the tar takes precedence over one inside, and that over `.txt` members."""
-    members = {member.member: member for member in read_members(tar, problems)}
-    try:
-        inside = [
-            CaptionTable(member.read(), member.name)
-            for name, member in members.items()
-            if posixpath.basename(name) == CAPTIONS_JSON
-        ]
-    except UserError as error:
-        problems.skip(error)
-        return
-    texts = {} if inside else _texts(members)
-    for name, member in members.items():
-        yield from _candidates(name, member, [*tables, *inside], texts, mask_of, ignored)
+class _CaptionFiles:
+    """The caption files next to the images of a folder or tar."""
+
+    def __init__(self, members: Mapping[str, FileMedia | TarMember], source: DirectorySource):
+        self._with_nl, self._delimiter = source.caption_mode != "tags", source.cache_shuffle_delimiter
+        self._suffixes = (source.caption_extension,) if source.caption_extension else CAPTION_SUFFIXES
+        images = [name for name in members if _kind(name) == "media"]
+        self._images = {*images, *map(_stem, images)}
+        self._files: dict[str, dict[str, FileMedia | TarMember]] = {suffix: {} for suffix in CAPTION_SUFFIXES}
+        self._files |= {suffix: {} for suffix in self._suffixes}
+        for name, media in members.items():
+            if self.has(name):
+                self._files[_suffix(name)][_stem(name)] = media
+
+    def has(self, name: str) -> bool:
+        """Return whether the file is a caption file by its name."""
+        return _suffix(name) in self._files and not posixpath.basename(name).startswith(".")
+
+    def orphans(self) -> list[str]:
+        """Return the names of the text files that belong to no image."""
+        files = [file for suffix, files in self._files.items() if suffix != ".json" for file in files.items()]
+        return [media.name for stem, media in files if not {stem, stem.removesuffix(NL_ENDING)} & self._images]
+
+    def of(self, name: str) -> Captions | None:
+        """Return an image's captions, None if it has no caption file. Raises UserError if one cannot be read.
+
+        Natural language that is not in the first caption file is read only if the source uses it.
+        """
+        found = [(suffix, file) for suffix in self._suffixes if (file := self._file(name, suffix))]
+        captions = self._read(*found[0]) if found else Captions()
+        if not self._with_nl:
+            return captions if found else None
+        nl, stem = list(captions.nl), _stem(name) + NL_ENDING
+        if stem not in self._images and (file := self._files[".txt"].get(stem)):
+            nl += self._read(".txt", file).tags
+        for suffix in CAPTION_SUFFIXES if found else ():
+            if suffix != found[0][0] and suffix != ".txt" and (file := self._file(name, suffix)):
+                more = self._read(suffix, file)
+                nl += more.nl if suffix == ".json" else more.tags
+        return Captions(captions.tags, tuple(filter(None, nl))) if found or nl else None
+
+    def _file(self, name: str, suffix: str) -> FileMedia | TarMember | None:
+        """Return the caption file of an image: `name.suffix`, or `name.png.suffix`, as gallery-dl writes it."""
+        return self._files[suffix].get(_stem(name)) or self._files[suffix].get(name)
+
+    def _read(self, suffix: str, file: FileMedia | TarMember) -> Captions:
+        data = file.read(captions.MAX_BYTES)
+        return json_captions(data, file.name, self._delimiter) if suffix == ".json" else _caption(data, file.name)
 
 
 def _candidates(
     name: str,
     media: FileMedia | TarMember,
     tables: Sequence[CaptionTable],
-    texts: Mapping[str, FileMedia | TarMember],
+    texts: _CaptionFiles | None,
     mask_of: MaskOf,
     ignored: Counts,
 ) -> Iterator[Candidate]:
     """Yield the candidate of a file in a folder or tar if it is an image or video."""
     base = posixpath.basename(name)
     if (kind := _kind(name)) == "media":
-        yield Candidate(media, functools.partial(_captions, name, tables, texts.get(_stem(name))), mask_of(base))
-    elif not kind:
+        yield Candidate(media, functools.partial(_captions, media, name, tables, texts), mask_of(base))
+    elif not kind and not (texts and texts.has(name)):
         ignored["hidden" if base.startswith(".") else os.path.splitext(base)[1] or base] += 1
 
 
-def _captions(name: str, tables: Sequence[CaptionTable], text: FileMedia | TarMember | None) -> tuple[str, ...] | None:
-    """Return a file's captions from the first table that has it, else from its `.txt` file; None if it has none."""
+def _captions(
+    media: FileMedia | TarMember, name: str, tables: Sequence[CaptionTable], texts: _CaptionFiles | None
+) -> Captions | None:
+    """Return a file's captions from the first table that has it, else from its caption files; None if it has none."""
     for table in tables:
-        if (found := table.of(*_names(name))) is not None:
+        if (found := _in_table(table, media, name)) is not None:
             return found
-    return (decode_caption(text.read(captions.MAX_BYTES), text.name),) if text else None
+    return texts.of(name) if texts else None
+
+
+def _caption(data: bytes, name: str) -> Captions:
+    return Captions((decode_caption(data, name),))
 
 
 def _masks(source: DirectorySource) -> MaskOf:
@@ -186,25 +250,24 @@ def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:
     return sorted(files), folders
 
 
-def _texts(members: Mapping[str, FileMedia | TarMember]) -> dict[str, FileMedia | TarMember]:
-    """Return stem → file for the `.txt` files."""
-    return {_stem(name): media for name, media in members.items() if _kind(name) == ".txt"}
-
-
-def _names(path: str) -> tuple[str, ...]:
-    """Return the names of a file in a captions.json: its path in a tar or its base name, with or without suffix."""
-    base = posixpath.basename(path)
-    return path, base, _stem(path), _stem(base)
+def _in_table(table: CaptionTable, media: Media, name: str) -> Captions | None:
+    """Return the captions of a file by its whole path, its path in a tar or its base name, with or without suffix."""
+    base = posixpath.basename(name)
+    return table.of(media.name, name, base, _stem(media.name), _stem(name), _stem(base), in_any_folder=base == name)
 
 
 def _stem(file: str) -> str:
     return os.path.splitext(file)[0]
 
 
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
 def _kind(path: str) -> str:
     """Return "media", "tar", the suffix of a side file, or "" if the file is not read."""
     base = posixpath.basename(path)
-    suffix = os.path.splitext(base)[1].lower()
+    suffix = _suffix(base)
     if base.startswith("."):
         return ""
     if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from anima_jax.config.dataset import Source
+from anima_jax.data.captions import Captions
 from anima_jax.data.file_index import Entry, FileIndex, Summary
 from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media
@@ -35,7 +36,7 @@ class Candidate:
     """An image or video listed by a source, not read yet."""
 
     media: Media
-    captions: Callable[[], tuple[str, ...] | None]
+    captions: Callable[[], Captions | None]
     """Reads the captions; returns None if there are none. Raises UserError if they cannot be read."""
     mask: Media | None = None
 
@@ -144,16 +145,17 @@ def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -
     """Return the entry, an error, or None if it has no caption; then the reason to count for its captions, or ""."""
     media, mask, reason = candidate.media, candidate.mask, ""
     try:
-        captions = candidate.captions() or ()
-        if not any(text.strip() for text in captions):
-            reason = "with an empty caption" if captions else "without a caption"
+        captions = candidate.captions() or Captions()
+        if captions.empty:
+            reason = "with an empty caption" if captions.tags or captions.nl else "without a caption"
             if skip_empty_caption:
                 return None, f"left out {reason} (skip_empty_caption)"
         info = index.inspect(media)
     except UserError as error:
         return error, ""
+    entry = Entry(media, info.digest, *info.size, captions.tags or ("",), nl=captions.nl)
     if mask is None:
-        return Entry(media, info.digest, *info.size, captions or ("",)), reason
+        return entry, reason
     try:
         mask_info = index.inspect(mask)
     except UserError as error:
@@ -163,7 +165,7 @@ def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -
         kind = "an image" if mask_info.size.frames == 1 else "a video"
         message = f"its mask {mask.name} is {kind} of {found} pixels, expected an image of {expected}"
         return UserError(f"{media.name}: {message}"), ""
-    return Entry(media, info.digest, *info.size, captions or ("",), mask, mask_info.digest), reason
+    return dataclasses.replace(entry, mask=mask, mask_digest=mask_info.digest), reason
 
 
 def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:

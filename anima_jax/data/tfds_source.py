@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from anima_jax.config.dataset import TfdsSource
-from anima_jax.data.captions import decode_caption
+from anima_jax.data.captions import Captions, decode_caption
 from anima_jax.data.folder_source import CACHE
 from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
@@ -70,6 +70,7 @@ class TfdsReader(SourceReader[TfdsSource]):
         split = {"name": self._data_set, **{key: getattr(source, key) for key in keys}}
         self.location = f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in split.items())})"
         self.about = {**split, "skip_empty_caption": source.skip_empty_caption, "mask": None}
+        self.about |= {"nl": source.nl} if source.nl else {}
         # The rule of tensorflow-datasets, without importing it.
         root = source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
         folder = source.builder_dir or os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0])
@@ -89,7 +90,7 @@ class TfdsReader(SourceReader[TfdsSource]):
         except Exception as error:  # an empty slice or one that tfds cannot parse, missing shards
             raise UserError(f"{self.name}: {first_line(error)}") from None
         media = (RecordMedia(builder_dir, source.split, index, source.image) for index in range(number))
-        return [Candidate(each, functools.partial(_captions, each, source.caption)) for each in media]
+        return [Candidate(each, functools.partial(_captions, each, source)) for each in media]
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -98,18 +99,21 @@ class TfdsReader(SourceReader[TfdsSource]):
         tfds, features, what = _tfds(), builder.info.features, f"tfds data set {self._data_set!r}"
         for part in self.source.split.split("+"):
             _check_known(what, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
-        _check_known(what, "feature", self.source.image, features)
-        _check_known(what, "feature", self.source.caption, features)
-        image, caption = features[self.source.image], features[self.source.caption]
-        if not isinstance(image, tfds.features.Image):
+        for name in filter(None, (self.source.image, self.source.caption, self.source.nl)):
+            _check_known(what, "feature", name, features)
+        if not isinstance(image := features[self.source.image], tfds.features.Image):
             raise UserError(f"{what}: feature {self.source.image} is {image!r}, expected an Image")
-        if not isinstance(getattr(caption, "feature", caption), tfds.features.Text):
-            found = f"feature {self.source.caption} is {caption!r}"
-            raise UserError(f"{what}: {found}, expected a Text or a Sequence of Text")
+        for name in filter(None, (self.source.caption, self.source.nl)):
+            if not isinstance(getattr(features[name], "feature", features[name]), tfds.features.Text):
+                raise UserError(f"{what}: feature {name} is {features[name]!r}, expected a Text or a Sequence of Text")
         return builder
 
 
-def _captions(media: RecordMedia, feature: str) -> tuple[str, ...]:
+def _captions(media: RecordMedia, source: TfdsSource) -> Captions:
+    return Captions(_texts(media, source.caption), _texts(media, source.nl) if source.nl else ())
+
+
+def _texts(media: RecordMedia, feature: str) -> tuple[str, ...]:
     found, name = _record(media)[feature], f"{media.builder_dir} {media.split}[{media.index}] {feature}"
     texts: Sequence[Any] = [found] if isinstance(found, bytes | str) else list(found)
     return tuple(text.strip() if isinstance(text, str) else decode_caption(text, name) for text in texts)

@@ -50,15 +50,15 @@ def test_a_huge_caption_file_is_refused_unread(tmp_path):
 @given(st.dictionaries(st.text(), st.lists(st.text())))
 def test_a_table_returns_captions_unchanged(captions):
     table = CaptionTable(json.dumps(captions).encode(), "captions.json")
-    assert {name: table.of(name) for name in captions} == {name: tuple(texts) for name, texts in captions.items()}
+    assert {name: table.of(name) for name in captions} == {name: (tuple(texts), ()) for name, texts in captions.items()}
     assert table.unused() == 0
 
 
 def test_a_single_text_is_a_list_of_one_and_the_first_known_name_counts():
     table = CaptionTable(b'\xef\xbb\xbf{"a.png": " one ", "x/a.png": ["two", "three"], "b.png": []}', "captions.json")
-    assert table.of("a.png") == (" one ",)
-    assert table.of("x/a.png", "a.png") == ("two", "three")
-    assert table.of("y/a.png", "a.png") == (" one ",)
+    assert table.of("a.png") == ((" one ",), ())
+    assert table.of("x/a.png", "a.png") == (("two", "three"), ())
+    assert table.of("y/a.png", "a.png") == ((" one ",), ())
     assert table.of("c.png") is None
     assert table.unused() == 1
 
@@ -84,17 +84,18 @@ def test_a_broken_table_is_named(content, message):
     [
         (5, "a.png has a number, expected a list of captions"),
         (None, "a.png has null"),
-        ({"caption": "x"}, "a.png has an object"),
+        ({"caption": {"x": "y"}}, "a.png has an object"),
+        ({"tags": ["x", 5]}, "a.png has a number"),
         (["x", ["y"]], "a.png has a list"),
         (["x", True], "a.png has true or false"),
-        ("\ud83d", "a caption of a.png contains half a character"),
+        ("\ud83d", "a.png has a caption with half a character"),
     ],
 )
 def test_an_entry_that_is_not_a_list_of_texts_is_named_and_others_still_work(value, message):
     table = CaptionTable(json.dumps({"a.png": value, "b.png": ["fine"]}).encode(), "captions.json")
     with pytest.raises(UserError, match=f"^captions.json: {message}"):
         table.of("a.png")
-    assert table.of("b.png") == ("fine",)
+    assert table.of("b.png") == (("fine",), ())
 
 
 @given(st.binary())

@@ -204,6 +204,76 @@ def test_a_captions_json_that_is_not_a_table_is_an_error(folder):
         read(folder, online_captions=True)
 
 
+@pytest.mark.parametrize(
+    ("files", "keys", "tags", "nl"),
+    [
+        ({"p.caption": "A cat."}, {}, "A cat.", ()),
+        ({"p.txt": "a, b", "p.caption": "A cat."}, {}, "a, b", ()),
+        ({"p.txt": "a, b", "p.caption": "A cat."}, {"caption_extension": ".caption"}, "A cat.", ()),
+        ({"p.tags": "a, b", "p.txt": "c"}, {"caption_extension": ".tags"}, "a, b", ()),
+        ({"p.txt": "a, b", "p.caption": "A cat."}, {"caption_mode": "mixed"}, "a, b", ("A cat.",)),
+        ({"p.txt": "a, b", "p_nl.txt": "A cat."}, {"caption_mode": "nl"}, "a, b", ("A cat.",)),
+        ({"p_nl.txt": "A cat."}, {"caption_mode": "mixed"}, "", ("A cat.",)),
+        ({"p.txt": "a", "p.json": '{"nl": ["One.", "Two."]}'}, {"caption_mode": "mixed"}, "a", ("One.", "Two.")),
+        ({"p.json": '{"tags": ["a b", "c"], "nl": "A cat."}'}, {}, "a b, c", ("A cat.",)),
+        ({"p.json": '{"caption": "A cat.", "tags": "a, b", "train_resolution": [64, 64]}'}, {}, "a, b", ("A cat.",)),
+        ({"p.json": '{"caption": "a, b", "nl": "A cat."}'}, {}, "a, b", ("A cat.",)),
+        ({"p.json": '{"caption": "A cat."}'}, {}, "", ("A cat.",)),
+        (
+            {"p.json": '{"tag_string": "long_hair 1girl ^_^ score_7", "id": 5}'},
+            {},
+            "long hair, 1girl, ^_^, score_7",
+            (),
+        ),
+        ({"p.png.json": '{"category": "danbooru", "tags": ["long_hair", "1girl"]}'}, {}, "long hair, 1girl", ()),
+        (
+            {"p.json": '{"category": "e621", "tags": {"general": ["big_cat"], "artist": ["b"]}, "description": "Hi"}'},
+            {},
+            "big cat, b",
+            (),
+        ),
+    ],
+)
+def test_caption_files_of_other_tools(tmp_path, files, keys, tags, nl):
+    (tmp_path / "p.png").write_bytes(encoded())
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    ((entry,), line, _), in_tar = read(tmp_path, **keys), tmp_path / "tar"
+    assert (entry.captions, entry.nl) == ((tags,), nl)
+    assert line == f"{tmp_path}: 1 image"
+    in_tar.mkdir()
+    put_tar(in_tar / "t.tar", {name: (tmp_path / name).read_bytes() for name in ["p.png", *files]})
+    (member,) = read(in_tar, **keys)[0]
+    assert (member.captions, member.nl) == ((tags,), nl)
+
+
+def test_a_metadata_file_of_sd_scripts_has_the_captions_of_all(folder, tmp_path):
+    table = {
+        "C": {"caption": "A sea.", "tags": "c, d"},
+        f"{folder}/a": {"tags": "a"},
+        "elsewhere/b.png": {"caption": "B"},
+    }
+    (tmp_path / "meta_lat.json").write_text(json.dumps(table))
+    entries, line, _ = read(folder, captions_file=str(tmp_path / "meta_lat.json"))
+    assert [(*entry.captions, *entry.nl) for entry in entries] == [("c, d", "A sea."), ("a",), ("", "B")]
+    assert line == f"{folder}: 3 images"
+
+
+def test_images_without_natural_language_are_counted_if_it_is_asked_for(folder):
+    (folder / "a_nl.txt").write_text("A cat.")
+    entries, line, _ = read(folder, caption_mode="tags_nl")
+    assert [entry.nl for entry in entries] == [(), ("A cat.",), ()]
+    assert line == f"{folder}: 3 images, 2 without natural language (caption_mode = 'tags_nl')"
+    assert read(folder)[1] == f"{folder}: 3 images"
+
+
+def test_a_broken_json_next_to_an_image_is_named_only_if_it_is_needed(folder):
+    (folder / "a.json").write_text("{")
+    assert read(folder)[2].count == 0
+    (folder / "a.txt").unlink()
+    assert [line.partition(": ")[0] for line in read(folder)[2].lines] == [f"{folder}/a.json"]
+
+
 def test_unusable_files_are_named_counted_and_left_out(folder, caplog):
     (folder / "a.jpg").write_bytes(b"\xff\xd8\xff not really")
     (folder / "b.png").write_bytes(b"")
