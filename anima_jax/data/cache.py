@@ -8,6 +8,8 @@ Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t fr
 """
 
 import collections
+import contextlib
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from anima_jax.data.encoders import Encoders, hash_parts
 from anima_jax.data.examples import Example
 from anima_jax.data.images import read_mask
 from anima_jax.data.loader import map_ahead
-from anima_jax.data.media import Media, content_digest, read_clip
+from anima_jax.data.media import Media, content_digest, read_clip, reading
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
 from anima_jax.errors import UserError
@@ -36,6 +38,9 @@ Record = tuple[bytes, bytes]
 
 CLIPS_PER_PART, SMALL_RECORDS_PER_PART = 64, 256
 """Records per write: the most that a killed process loses."""
+
+READ_AHEAD_BYTES = 2**30
+"""Pixels of clips that wait for the VAE, at most; a clip that has more waits alone."""
 
 RESIDENT_BYTES = 2**30
 """Records stay in host memory after the first read, up to this total size."""
@@ -167,12 +172,9 @@ class Cache:
             entry = example.entry
             assert entry.mask is not None
             try:
-                mask_yx = read_mask(
-                    _read_unchanged(entry.mask, entry.mask_digest),
-                    (entry.width, entry.height),
-                    (size.width, size.height),
-                    name=entry.mask.name,
-                )
+                with _reading_unchanged(entry.mask, entry.mask_digest) as data:
+                    media_wh, size_wh = (entry.width, entry.height), (size.width, size.height)
+                    mask_yx = read_mask(data, media_wh, size_wh, name=entry.mask.name)
             except UserError as error:
                 problems.skip(f"{entry.media.name}: its mask cannot be used: {error}")
                 return None
@@ -189,14 +191,15 @@ class Cache:
         def read(item: tuple[bytes, Example]) -> np.ndarray | None:
             entry, mode = item[1].entry, self._config.video_clip_mode
             try:
-                data = _read_unchanged(entry.media, entry.digest)
-                return read_clip(data, size, mode=mode, name=entry.media.name)[: size.encoded_frames]
+                with _reading_unchanged(entry.media, entry.digest) as data:
+                    return read_clip(data, size, mode=mode, name=entry.media.name)[: size.encoded_frames]
             except UserError as error:
                 problems.skip(error)
                 return None
 
         def clips() -> Iterator[np.ndarray]:
-            read_clips = map_ahead(read, items, threads=self._config.map_num_proc)
+            most = max(1, READ_AHEAD_BYTES // (3 * math.prod(size)))
+            read_clips = map_ahead(read, items, threads=min(self._config.map_num_proc, most))
             for item, clip_tyxc in zip(items, read_clips, strict=True):
                 if clip_tyxc is not None:
                     decoded.append(item)
@@ -219,12 +222,13 @@ def progress_bar(total: int, unit: str) -> "tqdm[Any]":
     return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
 
 
-def _read_unchanged(media: Media, digest: bytes | None) -> bytes:
-    """Return the bytes of a file. Raises UserError if their hash is no longer `digest`, which is in the cache key."""
-    data = media.read()
-    if content_digest(data) != digest:
-        raise UserError(f"{media.name}: changed since it was inspected; start again, without --trust_cache")
-    return data
+@contextlib.contextmanager
+def _reading_unchanged(media: Media, digest: bytes | None) -> Iterator[bytes]:
+    """Read a file (`reading`). Raises UserError if its hash is no longer `digest`, which is in the cache key."""
+    with reading(media) as data:
+        if content_digest(data) != digest:
+            raise UserError(f"{media.name}: changed since it was inspected; start again, without --trust_cache")
+        yield data
 
 
 def _by_size(items: Iterable[tuple[bytes, Example]]) -> list[tuple[Size, list[tuple[bytes, Example]]]]:

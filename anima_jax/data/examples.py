@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from anima_jax.config.dataset import DirectorySource, Source, TfdsSource
+from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucket, Bucketing
 from anima_jax.data.file_index import Entry, FileIndex
 from anima_jax.data.folder_source import FolderReader
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import SourceReader, read_entries
+from anima_jax.data.sources import SourceReader, log_names, read_entries
 from anima_jax.data.tfds_source import TfdsReader
 from anima_jax.data.variants import (
     CACHED_SENTENCES,
@@ -131,6 +132,7 @@ def examples_of(
     """
     each_epoch = shuffle_each_epoch and (source.shuffled_copies > 0 or source.nl_shuffle_sentences)
     placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
+    log_names("cropped by more than half of their area", _much_cropped(placed), logging.WARNING)
     once: dict[tuple[float | None, int], list[tuple[int, Example]]] = collections.defaultdict(list)
     for entry, buckets in placed:
         indexed_variants = _variants(entry, source, each_epoch)
@@ -180,6 +182,22 @@ def _placed(
             else:
                 message = f"found an image, expected a video of at least {min(clips)} frames: no size bucket has 1"
             problems.skip(f"{entry.media.name}: {message}")
+
+
+def _much_cropped(placed: Sequence[tuple[Entry, tuple[Bucket, ...]]]) -> list[str]:
+    """Return a description of each image or clip of which some bucket shows less than half of the area."""
+    found = []
+    for entry, buckets in placed:
+        ratio = entry.width / entry.height
+        kept, size = min((min(ratio / each, each / ratio), size) for each, size in _ratios(buckets))
+        if kept < 0.5:
+            sizes = f"{entry.width}×{entry.height} to {size.width}×{size.height}"
+            found.append(f"{entry.media.name} ({sizes}, {1 - kept:.0%} lost)")
+    return found
+
+
+def _ratios(buckets: Sequence[Bucket]) -> Iterator[tuple[float, Size]]:
+    return ((bucket.size.width / bucket.size.height, bucket.size) for bucket in buckets)
 
 
 def _subsampled(placed: list[tuple[Entry, tuple[Bucket, ...]]], ratio: float) -> list[tuple[Entry, tuple[Bucket, ...]]]:

@@ -20,7 +20,8 @@ from etils import epath
 
 from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.config.sizes import Size
-from anima_jax.data.media import Media, Stamp, content_digest, probe
+from anima_jax.data.images import is_black
+from anima_jax.data.media import Media, Stamp, content_digest, probe, reading
 from anima_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class FileInfo:
     stamp: Stamp | None
     digest: bytes
     size: Size
+    black: bool | None = None
+    """Whether a mask is black everywhere; None if it was not inspected as a mask."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,12 +94,14 @@ class FileIndex:
         self._used: dict[str, FileInfo] = {}
         self._lock, self._saved = threading.Lock(), time.monotonic()
 
-    def inspect(self, media: Media) -> FileInfo:
+    def inspect(self, media: Media, *, as_mask: bool = False) -> FileInfo:
         """Return a media file's info, from the index or by reading the file. Raises UserError if it cannot be used."""
         stamp, info = media.stamp(), self._known.get(media.name)
-        if info is None or stamp is None or info.stamp != stamp:
-            data = media.read()
-            info = FileInfo(stamp, content_digest(data), probe(data, media.name))
+        if info is None or stamp is None or info.stamp != stamp or (as_mask and info.black is None):
+            with reading(media) as data:
+                size = probe(data, media.name)
+                black = is_black(data, media.name) if as_mask and size.frames == 1 else None
+                info = FileInfo(stamp, content_digest(data), size, black)
         with self._lock:
             self._used[media.name] = info
             if time.monotonic() >= self._saved + SAVE_SECONDS:
@@ -160,7 +165,8 @@ class FileIndex:
                 size, digest = Size(int(width), int(height), int(frames)), bytes.fromhex(row["digest"])
                 if not (0 < min(size) <= max(size) < 2**31) or len(digest) != 32 or not isinstance(row["file"], str):
                     return
-                yield row["file"], FileInfo((int(stamp[0]), int(stamp[1])) if stamp else None, digest, size)
+                stamp = (int(stamp[0]), int(stamp[1])) if stamp else None
+                yield row["file"], FileInfo(stamp, digest, size, bool(row["black"]) if "black" in row else None)
         except _DAMAGED:
             return
 
@@ -205,7 +211,8 @@ class FileIndex:
     ) -> Iterator[dict[str, Any]]:
         yield {"format": FORMAT, "about": about}
         for name, info in self._used.items():
-            yield {"file": name, "stamp": info.stamp, "digest": info.digest.hex(), "size": info.size}
+            black = {} if info.black is None else {"black": info.black}
+            yield {"file": name, "stamp": info.stamp, "digest": info.digest.hex(), "size": info.size, **black}
         for entry in entries:
             mask = _row(entry.mask) if entry.mask else None
             nl = {"nl": entry.nl} if entry.nl else {}

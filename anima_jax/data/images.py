@@ -11,16 +11,28 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
+from anima_jax.data import memory
 from anima_jax.errors import UserError
 
 AVIF = "AVIF" in Image.registered_extensions().values()
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(["AVIF"] if AVIF else []))
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", *([".avif"] if AVIF else []))
+JPEG2000 = bool(features.check("jpg_2000"))
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *["AVIF"] * AVIF, "TIFF", *["JPEG2000"] * JPEG2000, "TGA")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".tga"),
+    *((".avif",) if AVIF else ()),
+    *((".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c") if JPEG2000 else ()),
+)
 
 MAX_PIXELS = 2 * 89_478_485
 """Larger images and frames are rejected before they are decoded. This is PIL's own limit for decompression bombs."""
+
+BYTES_PER_PIXEL = {"JPEG2000": 28, "AVIF": 16, "WEBP": 16}
+"""Peak memory of decoding and converting a format, in bytes per pixel, if it is more than `_USUAL_BYTES`."""
+
+_USUAL_BYTES = 12
+_STRIP_ROWS = 256
 
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +53,12 @@ def ignore_pil_warnings() -> None:
     action.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def is_black(data: bytes, name: str) -> bool:
+    """Return whether a mask is black everywhere. Raises UserError as `read_mask` does."""
+    with opened(data, name) as image:
+        return _red(_upright(image, data)).getextrema() == (0, 0)
 
 
 def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarray:
@@ -65,46 +83,68 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
         if mask.size != tuple(media_wh):
             found, expected = ("{}×{}".format(*size) for size in (mask.size, media_wh))
             raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its image")
-        red = eight_bit(mask).convert("RGB").getchannel("R")
-        return np.array(ImageOps.fit(red, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+        return np.array(ImageOps.fit(_red(mask), size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+
+
+def _red(mask: Image.Image) -> Image.Image:
+    return eight_bit(mask).convert("RGB").getchannel("R")
 
 
 def upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
     """Return the width and height in pixels after rotation, from the header only."""
     width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow versions differ in whether `size` is upright
+        width, height = image.tag_v2[256], image.tag_v2[257]
     return (height, width) if _orientation(image, data) >= 5 else (width, height)
 
 
 def over_white(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, with transparency composited over white."""
     image = eight_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    # In strips, which take a third of the memory.
+    for top in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8-bit grey (v / 257; PIL would clip at 255); return other images unchanged."""
+    """Scale 16-bit grey to 8-bit grey (v / 257; PIL would clip at 255); return other images unchanged.
+
+    Raises UserError for floating-point pixels, whose range is unknown.
+    """
+    if image.mode == "F":
+        raise UserError("the pixels are floating-point numbers, expected 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
-    wide = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((np.minimum(wide, 65535) + 128) // 257).astype(np.uint8))
+    wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
 
 
 @contextlib.contextmanager
 def opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """Open an image and read its header without decoding pixels. Raises UserError for any error inside the block."""
+    """Open an image and read its header without decoding pixels, whose memory is reserved during the block.
+
+    Raises UserError for any error inside the block.
+    """
     if not data:
         raise UserError(f"{name}: the file is empty, expected an image or a video")
+    # TGA has no mark at its beginning, so that other files may look like it.
+    is_tga = name.lower().endswith(".tga") or data[-18:-2] == b"TRUEVISION-XFILE"
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS if is_tga else FORMATS[:-1]) as image:
             if image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False):
-                raise UserError(f"{name}: an animated {image.format}, expected a still one (or a GIF, MP4 or WebM)")
-            yield image
-    except UserError:
-        raise
+                raise UserError(f"an animated {image.format}, expected a still one (or a GIF, MP4 or WebM)")
+            size = image.width * image.height * BYTES_PER_PIXEL.get(image.format or "", _USUAL_BYTES)
+            with memory.pixels().reserve(size):
+                yield image
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(name) else f"{name}: {message}") from None
     except Image.UnidentifiedImageError:
         found = f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, nor MP4, MOV, WebM, MKV or AVI"
         raise UserError(f"{name}: {found} (the file begins with {data[:8]!r})") from None
@@ -126,5 +166,5 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
 def _upright(image: Image.Image, data: bytes) -> Image.Image:
     image.load()
-    orientation = _orientation(image, data)
+    orientation = _orientation(image, data)  # PIL makes a TIFF upright itself, and then deletes its orientation
     return image.transpose(EXIF_TRANSPOSES[orientation]) if orientation in EXIF_TRANSPOSES else image

@@ -3,11 +3,13 @@
 The type is detected from the first bytes, not from the file name. PyAV is imported only when a video is read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ from etils import epath
 
 from anima_jax.checkpoints.locations import is_remote
 from anima_jax.config.sizes import Size
+from anima_jax.data import memory
 from anima_jax.data.images import opened, read_image, upright_size
 from anima_jax.errors import UserError, os_reason
 
@@ -74,6 +77,14 @@ class FileMedia:
 
     def stamp(self) -> Stamp:
         return stamp_of(self.name)
+
+
+@contextlib.contextmanager
+def reading(media: Media) -> Iterator[bytes]:
+    """Read a file, whose memory is reserved during the block. Raises UserError if it cannot be read."""
+    stamp = media.stamp()
+    with memory.files().reserve(stamp[0] if stamp else 0):
+        yield media.read()
 
 
 def probe(data: bytes, name: str) -> Size:

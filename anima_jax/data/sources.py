@@ -27,6 +27,12 @@ MAX_NAMES = 3
 MAX_QUEUED = 1024
 """Number of files queued for inspection; each takes about a kilobyte."""
 
+LEFT_OUT = "left out {} (skip_empty_caption)"
+LEFT_OUT_WITH_PREFIX = (
+    "left out {} although caption_prefix is set (skip_empty_caption = false trains the prefix as their caption)"
+)
+BLACK_MASK = "with a mask that is black everywhere, so that nothing of them is trained"
+
 Counts = collections.Counter[str]
 SourceT = TypeVar("SourceT", bound=Source)
 
@@ -94,7 +100,7 @@ def read_entries(
         return saved[0], saved[1].summary
     before, counts = len(problems.lines), Counts()
     candidates = reader.candidates(problems, counts)
-    entries = _inspect_all(candidates, reader.source.skip_empty_caption, index, problems, counts, threads)
+    entries = _inspect_all(candidates, reader.source, index, problems, counts, threads)
     reader.count_entries(entries, counts)
     skipped = tuple(problems.lines[before:])
     counts["could not be used"] = len(skipped)
@@ -103,22 +109,24 @@ def read_entries(
     return entries, line
 
 
-def count_and_name(counts: Counts, what: str, names: Sequence[str]) -> None:
+def count_and_name(counts: Counts, what: str, names: Sequence[str], level: int = logging.INFO) -> None:
     """Count skipped files and log the names of the first ones."""
     counts[what] = len(names)
-    log_names(what, names)
+    log_names(what, names, level)
 
 
-def log_names(what: str, names: Sequence[str]) -> None:
+def log_names(what: str, names: Sequence[str], level: int = logging.INFO) -> None:
     """Log the first of `names`, if any, and how many more there are."""
     if names:
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        log.info("%s: %s%s", what, ", ".join(names[:MAX_NAMES]), more)
+        # File names may contain bytes that are not UTF-8, which terminals reject; these become escapes.
+        shown = ", ".join(names[:MAX_NAMES]).encode("utf-8", "backslashreplace").decode()
+        log.log(level, "%s: %s%s", what, shown, more)
 
 
 def _inspect_all(
     candidates: Sequence[Candidate],
-    skip_empty_caption: bool,
+    source: Source,
     index: FileIndex,
     problems: Problems,
     counts: Counts,
@@ -126,46 +134,47 @@ def _inspect_all(
 ) -> list[Entry]:
     """Return the entries of usable candidates; the others go to `problems` or, without a caption, to `counts`."""
     entries, by_reason = [], collections.defaultdict[str, list[str]](list)
-    inspected = map_ahead(
-        lambda each: _inspect(each, index, skip_empty_caption), candidates, threads=threads, ahead=MAX_QUEUED
-    )
-    for candidate, (result, reason) in zip(candidates, inspected, strict=True):
-        if reason:
+    inspected = map_ahead(lambda each: _inspect(each, index, source), candidates, threads=threads, ahead=MAX_QUEUED)
+    for candidate, (result, reasons) in zip(candidates, inspected, strict=True):
+        for reason in reasons:
             by_reason[reason].append(candidate.media.name)
         if isinstance(result, UserError):
             problems.skip(result)
         elif result is not None:
             entries.append(result)
     for reason, names in by_reason.items():
-        count_and_name(counts, reason, names)
+        is_warning = reason == BLACK_MASK or "caption_prefix" in reason
+        count_and_name(counts, reason, names, logging.WARNING if is_warning else logging.INFO)
     return entries
 
 
-def _inspect(candidate: Candidate, index: FileIndex, skip_empty_caption: bool) -> tuple[Entry | UserError | None, str]:
-    """Return the entry, an error, or None if it has no caption; then the reason to count for its captions, or ""."""
-    media, mask, reason = candidate.media, candidate.mask, ""
+def _inspect(candidate: Candidate, index: FileIndex, source: Source) -> tuple[Entry | UserError | None, list[str]]:
+    """Return the entry, an error, or None if it is left out without a caption; then reasons to count it."""
+    media, mask, reasons = candidate.media, candidate.mask, list[str]()
     try:
         captions = candidate.captions() or Captions()
         if captions.empty:
-            reason = "with an empty caption" if captions.tags or captions.nl else "without a caption"
-            if skip_empty_caption:
-                return None, f"left out {reason} (skip_empty_caption)"
+            reasons.append("with an empty caption" if captions.tags or captions.nl else "without a caption")
+            if source.skip_empty_caption:
+                template = LEFT_OUT_WITH_PREFIX if source.caption_prefix else LEFT_OUT
+                return None, [template.format(reasons[0])]
         info = index.inspect(media)
     except UserError as error:
-        return error, ""
+        return error, []
     entry = Entry(media, info.digest, *info.size, captions.tags or ("",), nl=captions.nl)
     if mask is None:
-        return entry, reason
+        return entry, reasons
     try:
-        mask_info = index.inspect(mask)
+        mask_info = index.inspect(mask, as_mask=True)
     except UserError as error:
-        return UserError(f"{media.name}: its mask cannot be used: {error}"), ""
+        return UserError(f"{media.name}: its mask cannot be used: {error}"), []
     if mask_info.size != info.size._replace(frames=1):
         found, expected = (f"{size.width}×{size.height}" for size in (mask_info.size, info.size))
         kind = "an image" if mask_info.size.frames == 1 else "a video"
         message = f"its mask {mask.name} is {kind} of {found} pixels, expected an image of {expected}"
-        return UserError(f"{media.name}: {message}"), ""
-    return dataclasses.replace(entry, mask=mask, mask_digest=mask_info.digest), reason
+        return UserError(f"{media.name}: {message}"), []
+    reasons += [BLACK_MASK] * bool(mask_info.black)
+    return dataclasses.replace(entry, mask=mask, mask_digest=mask_info.digest), reasons
 
 
 def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:

@@ -9,7 +9,8 @@ frame: diffusion-pipe picks frames at equal distances from all frames of the fil
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 
 import av
 import av.error
@@ -19,11 +20,22 @@ from av.filter import Graph
 from PIL import Image, ImageOps
 
 from anima_jax.config.sizes import Size
-from anima_jax.data.images import MAX_PIXELS, over_white
+from anima_jax.data import memory
+from anima_jax.data.images import over_white
 from anima_jax.errors import UserError
 
 FRAME_RATE = 16
 """Frames per second at which the model was trained (diffusion-pipe's models/anima.py)."""
+
+MAX_FRAME_PIXELS = 8192 * 4608
+"""Frames larger than 8K are rejected, because a decoder keeps many of them."""
+
+MIN_EXPANSION, EXPANSION = 2**32, 10**5
+"""Pixels that any file may decode to, and pixels per byte that a larger file may decode to. A recording of a still
+screen has some 10,000 pixels per byte; a decompression bomb has millions."""
+
+KEPT_FRAMES = 16
+"""Frames that a decoder keeps besides those of its threads: the most that H.264 and H.265 refer to."""
 
 MAX_FRAMES = FRAME_RATE * 6 * 3600
 """Longer videos are rejected, because broken timestamps could repeat one frame for years."""
@@ -62,8 +74,9 @@ def read_clip(data: bytes, container: str, size: Size, name: str, *, from_middle
         start = max(0, (probe(data, container, name).frames - size.frames) // 2)
     clip = np.empty((size.frames, size.height, size.width, 3), np.uint8)
     found = 0
-    with _named_errors(name):
-        for frame in itertools.islice(_frames(data, container), start, start + size.frames):
+    # Closing gives the reserved memory back, even after an error.
+    with _named_errors(name), contextlib.closing(_frames(data, container)) as frames:
+        for frame in itertools.islice(frames, start, start + size.frames):
             fitted = ImageOps.fit(_upright_rgb(frame), (size.width, size.height), Image.Resampling.BICUBIC)
             clip[found] = np.asarray(fitted)
             found += 1
@@ -81,30 +94,45 @@ def _named_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: the video cannot be read: {reason or type(error).__name__}") from None
 
 
-def _frames(data: bytes, container: str) -> Iterator[av.VideoFrame]:
+def _frames(data: bytes, container: str) -> Generator[av.VideoFrame, None, None]:
     """Yield the frames of the video at 16 per second."""
     declared = _declared_bytes(data, container)
     if declared > len(data):
         raise ValueError(f"the file is truncated ({len(data)} of {declared} bytes)")
     with av.open(io.BytesIO(data), "r", format=container, metadata_errors="replace") as file:
-        yield from _at_frame_rate(_decoded(file))
+        stream = _stream(file)
+        pixels = stream.width * stream.height
+        threads = max(1, min(os.cpu_count() or 1, 2**28 // max(1, pixels)))
+        stream.codec_context.thread_count = threads
+        # 1.5 bytes per pixel of a frame as most files store it, and five times RGBA for the one that is converted.
+        with memory.pixels().reserve(pixels * (3 * (threads + KEPT_FRAMES) // 2 + 20)):
+            yield from _at_frame_rate(_decoded(file, stream, max(MIN_EXPANSION, EXPANSION * len(data))))
 
 
-def _decoded(file: InputContainer) -> Iterator[av.VideoFrame]:
+def _stream(file: InputContainer) -> av.VideoStream:
+    """Return the video stream of a file. Raises ValueError if there is none that can be decoded."""
     stream = file.streams.best("video")
     if not isinstance(stream, av.VideoStream):
         raise ValueError("it has no video stream")
     if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison] - PyAV's types leave it out
         raise ValueError("its codec is unknown")
-    if stream.width * stream.height > MAX_PIXELS:
-        raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_PIXELS} pixels")
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    if stream.width * stream.height > MAX_FRAME_PIXELS:
+        raise ValueError(f"frames of {stream.width}×{stream.height} pixels, expected at most {MAX_FRAME_PIXELS} pixels")
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     stream.thread_type = "AUTO"
-    last = -1
+    return stream
+
+
+def _decoded(file: InputContainer, stream: av.VideoStream, max_pixels: int) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream. Raises ValueError once they have more than `max_pixels` pixels altogether."""
+    last, pixels = -1, 0
     for packet in file.demux(stream):
         if packet.is_corrupt:
             raise ValueError("its data are damaged or cut short")
         for frame in packet.decode():
+            pixels += frame.width * frame.height
+            if pixels > max_pixels:
+                raise ValueError(f"a decompression bomb: it has over {max_pixels:,} pixels, too many for its size")
             if frame.pts is None or file.format.name == "avi":
                 # AVI stores only the decoding order, so its presentation times belong to other frames.
                 frame.pts = last + 1 if frame.dts is None else frame.dts

@@ -1,11 +1,14 @@
 """Pictures and masks as the trainer sees them. Oracles: PIL's own resize of known pixels, colours worked out by hand,
 torch's nearest-exact."""
 
+import concurrent.futures
 import contextlib
 import io
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -16,7 +19,8 @@ from PIL import Image, ImageOps
 from skimage import data as photographs
 
 from anima_jax.config.sizes import Size
-from anima_jax.data.images import AVIF, read_image, read_mask
+from anima_jax.data import memory
+from anima_jax.data.images import AVIF, JPEG2000, over_white, read_image, read_mask
 from anima_jax.data.media import probe, read_clip, read_file
 from anima_jax.errors import UserError
 
@@ -34,10 +38,20 @@ def photograph() -> Image.Image:
     return Image.fromarray(photographs.astronaut())
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
+LOSSLESS = {
+    "PNG": {},
+    "BMP": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {"compression": "tiff_lzw"},
+    "TGA": {"compression": "tga_rle"},
+    **({"JPEG2000": {"irreversible": False}} if JPEG2000 else {}),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
 def test_a_lossless_image_is_cropped_around_its_centre_and_resized_bicubically(photograph, kind):
     picture = photograph.crop((0, 0, 400, 300))
-    read = read_image(encoded(picture, kind, **({"lossless": True} if kind == "WEBP" else {})), (96, 96), name="p")
+    read = read_image(encoded(picture, kind, **LOSSLESS[kind]), (96, 96), name="p")
     # A square of a 400×300 picture is its middle 300 columns. Resampling sees the columns just outside (a bicubic
     # filter reaches two pixels far), a crop does not; elsewhere they may round one grey level apart.
     middle = picture.crop((50, 0, 350, 300)).resize((96, 96), Image.Resampling.BICUBIC)
@@ -105,7 +119,10 @@ STORED_AS = {
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
+)
 def test_exif_orientation_is_undone(photograph, orientation, kind, options):
     upright = np.asarray(photograph.crop((0, 0, 64, 48)))
     exif = Image.Exif()
@@ -189,6 +206,13 @@ def without_adobe_marker(jpeg: bytes) -> bytes:
         pytest.param(rgb16(257 * 100, 257 * 7, 65535), (100, 7, 255), id="16-bit colours"),
         pytest.param(encoded(solid("P", 0), "GIF", transparency=0), (255, 255, 255), id="GIF with transparency"),
         pytest.param(encoded(solid("P", 0), "PNG"), (0, 0, 0), id="palette"),
+        pytest.param(encoded(solid("RGBA", (0, 0, 0, 51)), "TIFF"), (204, 204, 204), id="TIFF with alpha"),
+        pytest.param(encoded(solid("RGBA", (0, 0, 0, 51)), "TGA"), (204, 204, 204), id="TGA with alpha"),
+        pytest.param(encoded(solid("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0), id="TIFF, CMYK red"),
+        pytest.param(
+            encoded(Image.fromarray(np.full((16, 16), 25700, np.uint16)), "TIFF"), (100,) * 3, id="TIFF, 16 bits"
+        ),
+        pytest.param(encoded(Image.fromarray(np.full((16, 16), -5, np.int32)), "TIFF"), (0, 0, 0), id="TIFF below 0"),
     ],
 )
 def test_every_kind_of_pixel_becomes_rgb(stored, colour):
@@ -229,6 +253,55 @@ def test_an_incomplete_image_is_named_with_the_reason(stored, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_floating_point_pixels_are_refused_and_a_text_is_no_tga_whatever_its_bytes():
+    stored = encoded(Image.fromarray(np.ones((16, 16), np.float32)), "TIFF")
+    with pytest.raises(UserError, match=r"^f\.tif: the pixels are floating-point numbers, expected 8 or 16 bits"):
+        read_image(stored, (16, 16), name="f.tif")
+    tga = encoded(solid("RGB", (1, 2, 3)), "TGA")[:-26]  # without its footer, as version 1 of the format
+    assert read_image(tga, (16, 16), name="x.TGA")[0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match=r"x\.png: not a readable PNG"):
+        read_image(tga, (16, 16), name="x.png")
+
+
+def test_transparency_over_white_is_the_same_in_strips():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(over_white(image)), np.asarray(whole))
+
+
+def test_threads_decode_no_more_pixels_together_than_the_budget_allows(monkeypatch):
+    budget = memory.Budget(1000)
+    together, most, lock = 0, 0, threading.Lock()
+
+    def decode(size: int) -> None:
+        nonlocal together, most
+        with budget.reserve(size):
+            with lock:
+                together += min(size, 1000)
+                most = max(most, together)
+            time.sleep(0.001)
+            with lock:
+                together -= min(size, 1000)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [300, 400, 5000, 10, 600] * 8))
+    assert (together, most) == (0, 1000)  # a request for more than all is granted alone
+    reserved = []
+    monkeypatch.setattr(memory, "pixels", lambda: Recorder(reserved))
+    read_image(encoded(solid("RGBA", 0, (100, 50))), (16, 16), name="p")
+    assert reserved[0] >= 100 * 50 * 8  # four bytes a pixel as decoded, and as composited
+
+
+class Recorder:
+    def __init__(self, sizes: list[int]):
+        self._sizes = sizes
+
+    def reserve(self, size: int) -> contextlib.AbstractContextManager[None]:
+        self._sizes.append(size)
+        return contextlib.nullcontext()
+
+
 def test_a_decompression_bomb_is_refused_by_its_header():
     with pytest.raises(UserError, match=r"bomb\.png: .*decompression bomb"):
         probe(png(60000, 60000, b"\0"), "bomb.png")
@@ -239,7 +312,8 @@ def picture_files() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     files = {kind: encoded(photograph, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP")}
-    files |= {kind: encoded(photograph, kind) for kind in ("BMP", "GIF", *(["AVIF"] if AVIF else []))}
+    others = ("BMP", "GIF", "TIFF", "TGA", *["AVIF"] * AVIF, *["JPEG2000"] * JPEG2000)
+    files |= {kind: encoded(photograph, kind) for kind in others}
     files["palette"] = encoded(photograph.quantize(16), "PNG", transparency=3)
     files["16 bits"] = rgb16(1, 2, 3)
     return files

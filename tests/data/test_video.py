@@ -275,8 +275,26 @@ def test_frames_of_absurd_size_are_refused_by_the_header():
     at = stored.index(b"strf") + 8 + 4
     assert struct.unpack("<2i", stored[at : at + 8]) == (64, 48)
     stored[at : at + 8] = struct.pack("<2i", 14000, 14000)
-    with pytest.raises(UserError, match=r"big\.avi: .*14000×14000 pixels, expected at most 178956970 pixels"):
+    with pytest.raises(UserError, match=r"big\.avi: .*14000×14000 pixels, expected at most 37748736 pixels"):
         probe(bytes(stored), "big.avi")
+
+
+def hostile_gif(side: int, frames: int) -> bytes:
+    """A GIF of `frames` frames of side² pixels, of which each is stored in 23 bytes, as a change of one pixel."""
+    change = b"\x21\xf9\x04\x00\x05\x00\x00\x00" + b"\x2c" + struct.pack("<4HB", 0, 0, 1, 1, 0)
+    change += b"\x02\x02\x44\x01\x00"
+    head = b"GIF89a" + struct.pack("<2H", side, side) + b"\xf0\x00\x00" + bytes(3) + b"\xff" * 3
+    return head + change * frames + b";"
+
+
+def test_a_few_bytes_that_are_many_frames_are_refused_in_bounded_time(monkeypatch):
+    with pytest.raises(UserError, match=r"x\.gif: .* frames of 13000×13000 pixels, expected at most 37748736"):
+        probe(hostile_gif(13000, 2000), "x.gif")
+    monkeypatch.setattr(video, "MIN_EXPANSION", 2**20)
+    monkeypatch.setattr(video, "EXPANSION", 100)
+    with pytest.raises(UserError, match=r"x\.gif: .*a decompression bomb: it has over 1,048,576 pixels"):
+        probe(hostile_gif(300, 200), "x.gif")
+    assert probe(hostile_gif(100, 50), "x.gif") == Size(100, 100, 40)  # 5/100 s each, so 2.5 s
 
 
 def test_timestamps_that_jump_by_years_do_not_repeat_a_frame_forever(monkeypatch):
