@@ -1,9 +1,10 @@
 """A key → record store on disk, in ArrayRecord files that are written once and then read in random order.
 
 Records that are written together form a part: two files, named by the hash of the part's keys. `NAME.array_record`
-contains the records; `NAME.keys` contains the size of that file and the keys in the order of the records. Both are
-written under temporary names, and the list of keys is renamed last. A part is therefore complete or absent, no matter
-when a process is killed and which other processes and hosts write to the folder. Equal records give equal files.
+contains the records; `NAME.keys` contains the size of that file, a checksum of its ends, and the keys in the order of
+the records. Both are written under temporary names, and the list of keys is renamed last. A part is therefore complete
+or absent, no matter when a process is killed and which other processes and hosts write to the folder. Equal records
+give equal files.
 """
 
 import bisect
@@ -23,6 +24,7 @@ import shutil
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +56,7 @@ _READER_BUFFER = 2**15  # bytes; larger buffers slow random reads
 
 _REMOTE_THREADS = 32  # for small requests to an object store, about 50 ms each
 _COPY_CHUNK = 2**24  # bytes
+_END_BYTES = 4096
 _KEYS, _RECORDS = ".keys", ".array_record"
 _PART_FILE = re.compile(rf"([0-9a-f]{{32}})({_KEYS}|{_RECORDS})".replace(".", r"\."))
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:64]
@@ -91,6 +94,7 @@ class _Part:
     name: str
     size: int  # of the record file, bytes
     keys: np.ndarray  # (rows,) S32
+    ends: int | None  # `_ends` of the record file; None in a part that is older than this checksum
     path: str | None = None
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -188,16 +192,16 @@ class Store:
         first = (self._local or pathlib.Path(self.folder)) / (name + _RECORDS)
         with _named_errors(first.parent, "be written"), _replacing(first) as path:
             _write_array_record(path, [record for _, record in records])
-            size = path.stat().st_size
+            size, ends = path.stat().st_size, _ends(path)
         with _named_errors(self.folder, "be written"):
             if self._local is not None:
                 with _replacing(_path(self.folder) / first.name) as path:
                     _copy(first, path)
-            head = json.dumps({"format": FORMAT, "bytes": size}).encode()
+            head = json.dumps({"format": FORMAT, "bytes": size, "ends": ends}).encode()
             with _replacing(_path(self.folder) / (name + _KEYS)) as path:
                 path.write_bytes(head + b"\n" + keys)
         with self._lock:
-            self._known().add(_Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), str(first)))
+            self._known().add(_Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), ends, str(first)))
 
     def refresh(self) -> None:
         """Read which parts other processes have added or removed. Incomplete parts are logged once and ignored."""
@@ -247,9 +251,9 @@ class Store:
         try:
             line, _, keys = listing.partition(b"\n")
             head = json.loads(line)
-            number, expected = head["format"], head["bytes"]
-        except (ValueError, KeyError, TypeError):
-            number, expected, keys = FORMAT, 0, b""
+            number, expected, ends = head["format"], head["bytes"], head.get("ends")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            number, expected, ends, keys = FORMAT, 0, None, b""
         if number != FORMAT:
             raise UserError(
                 f"{_path(self.folder) / (name + _KEYS)}: is of cache format {number}, expected {FORMAT}; {_REGENERATE}"
@@ -258,8 +262,11 @@ class Store:
             reason = "its list of keys is damaged"
         elif size is None or size != expected:
             reason = f"its file has {size or 'no'} bytes, expected {expected}"
+        elif self._local is None and ends not in (None, _ends(records)):
+            reason = "its file is another part's, or damaged"
         else:
-            return _Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), None if self._local else str(records))
+            path = None if self._local else str(records)
+            return _Part(name, size, np.frombuffer(keys, f"S{KEY_BYTES}"), ends, path)
         if name not in self._reported:
             log.warning("%s: is ignored, and its records are encoded again if they are needed: %s", records, reason)
         self._reported.add(name)
@@ -271,12 +278,12 @@ class Store:
             if part.path is None:
                 assert self._local is not None
                 local, origin = self._local / (part.name + _RECORDS), _path(self.folder) / (part.name + _RECORDS)
-                if _size(local) != part.size:
+                if not _is_of(part, local):
                     self._prepare(self._local, "cache_local_dir")
                     with _named_errors(origin, f"be copied to {self._local}"), _replacing(local) as path:
                         _copy(origin, path)
-                        if _size(path) != part.size:
-                            raise UserError(f"{origin}: changed while it was read; start again")
+                        if not _is_of(part, path):
+                            raise UserError(f"{origin}: changed while it was read, or is another part's; {_REGENERATE}")
                 part.path = str(local)
             return part.path
 
@@ -351,6 +358,18 @@ def _size(path: Any) -> int | None:
         return os.stat(path).st_size if isinstance(path, pathlib.Path) else path.stat().length
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _ends(path: pathlib.Path) -> int:
+    """Return a checksum of the first and last bytes of a file. The files of two parts differ there."""
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(-min(_END_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return zlib.crc32(first + file.read(_END_BYTES))
+
+
+def _is_of(part: _Part, path: pathlib.Path) -> bool:
+    return _size(path) == part.size and (part.ends is None or _ends(path) == part.ends)
 
 
 def _read(path: Any) -> bytes | None:

@@ -138,6 +138,15 @@ def test_what_fits_no_bucket_is_named(sizes, frames, message, caplog):
 # ---- captions ------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_cropped_by_more_than_half_is_warned_about(caplog):
+    sizes = [(200, 100), (201, 100), (100, 500), (100, 100)]
+    made([entry(number, width=width, height=height) for number, (width, height) in enumerate(sizes)], sizes=SQUARE)
+    assert caplog.messages == [
+        "cropped by more than half of their area: there/1.png (201×100 to 64×64, 50% lost), "
+        "there/2.png (100×500 to 64×64, 80% lost)"
+    ]
+
+
 def test_shuffled_copies_replace_the_caption():
     entries = [entry(n, ", ".join(TAGS)) for n in range(2)]
     examples = made(entries, cache_shuffle_num=3, caption_prefix="x, y, ")

@@ -83,14 +83,14 @@ def test_every_ignored_file_is_counted(folder):
     (folder / "orphan.txt").write_text("a caption of nothing")
     for side_file in ["x.npz", "x.json", "x.parquet", "x.bak", "x.db"]:
         (folder / side_file).write_bytes(b"")
-    (folder / "scan.tiff").write_bytes(b"")
+    (folder / "scan.psd").write_bytes(b"")
     (folder / "._b.png").write_bytes(b"a Mac's resource fork")
     (folder / "cache").mkdir()
     (folder / "more").mkdir()
     entries, line, problems = read(folder)
     assert shown(entries) == {"b.png": ("picture b",)}
     assert line == (
-        f"{folder}: 1 image, 1 caption without an image, 2 other files ignored (.tiff, hidden), "
+        f"{folder}: 1 image, 1 caption without an image, 2 other files ignored (.psd, hidden), "
         "1 left out with an empty caption (skip_empty_caption), 1 left out without a caption (skip_empty_caption), "
         "1 subfolder ignored"
     )
@@ -345,6 +345,38 @@ def test_an_image_whose_mask_has_another_size_is_skipped(folder, tmp_path, caplo
     size = "is an image of 16×32 pixels, expected an image of 32×16"
     assert caplog.messages[0] == f"skipped: {folder}/a.jpg: its mask {masks}/a.png {size}"
     assert caplog.messages[1].startswith(f"skipped: {folder}/b.png: its mask cannot be used: {masks}/b.png: not a ")
+
+
+def test_masks_that_are_black_everywhere_are_warned_about_in_every_run(folder, tmp_path, caplog):
+    (tmp_path / "masks").mkdir()
+    for name, shade in [("a", 0), ("b", 1)]:
+        (tmp_path / "masks" / f"{name}.png").write_bytes(encoded(shade))
+    said = "with a mask that is black everywhere, so that nothing of them is trained"
+    for _ in range(2):
+        caplog.clear()
+        index = FileIndex(tmp_path / "index.jsonl")
+        entries, line = read_entries(reader_of(folder, mask_path=str(tmp_path / "masks")), index, Problems())
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            f"{said}: {folder}/a.jpg"
+        ]
+        assert f", 1 {said}" in line
+        assert len(entries) == 3
+
+
+def test_captions_left_out_although_there_is_a_prefix_are_warned_about(folder, caplog):
+    (folder / "a.txt").write_text("")
+    (folder / "b.txt").unlink()
+    read(folder, caption_prefix="photo of ")
+    kinds = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    why = "although caption_prefix is set (skip_empty_caption = false trains the prefix as their caption)"
+    assert kinds == [
+        f"left out with an empty caption {why}: {folder}/a.jpg",
+        f"left out without a caption {why}: {folder}/b.png",
+    ]
+    caplog.clear()
+    read(folder)
+    read(folder, caption_prefix="photo of ", skip_empty_caption=False)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_masks_may_be_in_a_subfolder(folder):

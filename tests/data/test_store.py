@@ -2,6 +2,8 @@ import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
+import itertools
+import json
 import logging
 import os
 import pathlib
@@ -379,6 +381,34 @@ def test_a_damaged_part_counts_as_absent_and_is_written_again(tmp_path, caplog, 
     store.write_part(some_records("a"))
     assert contents(tmp_path).items() > files.items()
     assert {each: Store(tmp_path).read(each) for each, _ in some_records("a")} == dict(some_records("a"))
+
+
+def test_parts_whose_files_were_swapped_are_noticed_and_written_again(tmp_path, caplog):
+    store = Store(tmp_path)
+    parts = [some_records("a"), [(key(f"b {row}"), f"b {row} ".encode() * 1000) for row in range(3)]]
+    for part in parts:
+        store.write_part(part)
+    one, two = sorted(tmp_path.glob("*.array_record"))
+    assert one.stat().st_size == two.stat().st_size
+    one.rename(tmp_path / "other")
+    two.rename(one)
+    (tmp_path / "other").rename(two)
+    swapped = Store(tmp_path)
+    assert len(swapped) == 0
+    assert sum("its file is another part's, or damaged" in message for message in caplog.messages) == 2
+    for part in parts:
+        swapped.write_part(part)
+    again = Store(tmp_path)
+    assert all(again.read(name) == record for name, record in itertools.chain(*parts))
+
+
+def test_a_part_without_the_checksum_of_its_ends_is_read(tmp_path):
+    Store(tmp_path).write_part(some_records("a"))
+    listing = only(tmp_path, "*.keys")
+    head, _, keys = listing.read_bytes().partition(b"\n")
+    old = {name: value for name, value in json.loads(head).items() if name != "ends"}
+    listing.write_bytes(json.dumps(old).encode() + b"\n" + keys)
+    assert all(Store(tmp_path).read(name) == record for name, record in some_records("a"))
 
 
 def test_a_flipped_bit_in_a_record_is_found_when_it_is_read(tmp_path):
