@@ -20,6 +20,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+MOST_MESSAGES, MOST_CHARACTERS = 100, 4000
+"""Limits of what is printed about hostile input: errors, and characters of each."""
+
+
 class UserError(Exception):
     """One or more user errors, one message per argument: the file or key, what was found and what was expected."""
 
@@ -27,8 +31,9 @@ class UserError(Exception):
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """The messages, each on one line."""
-        return tuple(map(one_line, self.args))
+        """The messages, each on one line; of very many, the first ones and the number of the others."""
+        more = len(self.args) - MOST_MESSAGES
+        return (*map(one_line, self.args[:MOST_MESSAGES]), *([f"and {more} more errors"] if more > 0 else []))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
@@ -45,14 +50,21 @@ class UnknownNameError(UserError, TypeError):
 
 
 def one_line(text: object) -> str:
-    """Return a message as one line of printable characters. What it quotes from files and prompts may have others."""
-    line = " ".join(str(text).split())
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    """Return a message as one line of printable characters. What it quotes from files and prompts may have others.
+
+    If the line is longer than `MOST_CHARACTERS`, its middle is left out.
+    """
+    line = _shortened(" ".join(str(text).split()))
+    return _shortened("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1000]} … {line[-900:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'optimizer'?)"` with the name in `known` closest to `word`, or "" if none is close."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:200], list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

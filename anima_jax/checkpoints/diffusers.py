@@ -176,6 +176,7 @@ def open_component(folder: PathLike, component: str, *, allow_unused: bool = Fal
         network = COMPONENTS[component].network
         located = locate(network, keys)
         if located is None:
-            raise UserError(f"{root}: has no {network.title}; {accounting.looks_like(keys)}")
+            found = accounting.looks_like({key: each.info for key, each in keys.items()})
+            raise UserError(f"{root}: has no {network.title}; {found}")
         sources = {name: keys[key] for name, key in located.keys.items()}
         yield fit(network, str(root), sources, files[0].metadata, located, located.unknown, allow_unused=allow_unused)

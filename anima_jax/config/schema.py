@@ -33,8 +33,18 @@ from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import UserError, did_you_mean
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+LARGEST, SMALLEST = 1e18, 1e-30
+"""Range of positive numbers: float32 must represent them, and the square of the largest."""
+
+
+def _not_too_small(found: float) -> float:
+    if 0 < found < SMALLEST:
+        raise invalid(f"expected at least {SMALLEST:g}, found {found:g}")
+    return found
+
+
+Positive = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_not_too_small)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_not_too_small)]
 
 
 def whole_number(found: Any) -> Any:
@@ -44,9 +54,12 @@ def whole_number(found: Any) -> Any:
 
 FromFloat = BeforeValidator(whole_number)
 """For whole numbers: 32.0 and 1e6 are whole too."""
-Count = Annotated[int, Field(ge=1), FromFloat]
+MOST = 2**31 - 1
+"""Largest whole number: devices count in int32."""
+
+Count = Annotated[int, Field(ge=1, le=MOST), FromFloat]
 """A whole number, at least 1."""
-Whole = Annotated[int, Field(ge=0), FromFloat]
+Whole = Annotated[int, Field(ge=0, le=MOST), FromFloat]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 

@@ -84,8 +84,8 @@ def read_image(path: str) -> Image.Image:
             return eight_bit(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+    except Exception as error:  # PIL's decoders raise many types for damaged or hostile bytes
+        raise UserError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from None
 
 
 def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:

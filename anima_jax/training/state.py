@@ -17,6 +17,7 @@ from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
+from anima_jax.config.schema import MOST
 from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.errors import UserError
 from anima_jax.models import parameters, quantised
@@ -231,10 +232,15 @@ def _trained_paths(config: MainConfig, base: Params) -> set[str]:
 def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimizers.LearningRates:
     """Return the learning rates of a run. Schedules span all epochs, regardless of `max_steps`.
 
-    Without a plan, the number of steps is unknown, which is enough to check the optimizer but not to train.
+    Without a plan, the number of steps is unknown, which is enough to check the optimizer but not to train. Raises
+    UserError for more steps than the device can count.
     """
     schedule = config.schedule
     steps = plan.steps_for(config.epochs) if plan else 1
+    if min(steps, config.max_steps or steps) > MOST:
+        found = f"epochs = {config.epochs} of this data set are {steps} steps, expected at most {MOST} steps"
+        raise UserError(f"{config.path}: {found}; max_steps ends the run earlier")
+    steps = min(steps, MOST)
     return optimizers.LearningRates(config.learning_rates, schedule.shape, schedule.warmup_steps, steps)
 
 
