@@ -69,8 +69,7 @@ def _run_to_resume(found: Any) -> Any:
     return ("" if found else None) if isinstance(found, bool) else found
 
 
-LossParameter = Annotated[Annotated[Positive, Field(ge=1e-18)] | None, only_one_of(*LOSS_KEYS)]
-"""Its square is not 0 in float32."""
+LossParameter = Annotated[Positive | None, only_one_of(*LOSS_KEYS)]
 
 
 class Schedule(NamedTuple):

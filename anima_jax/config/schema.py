@@ -23,6 +23,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -30,21 +31,11 @@ from pydantic_core import PydanticCustomError
 from anima_jax.assets import PACKAGE
 from anima_jax.checkpoints.locations import check_address
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import UserError, did_you_mean, show_value
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-LARGEST, SMALLEST = 1e18, 1e-30
-"""Range of positive numbers: float32 must represent them, and the square of the largest."""
-
-
-def _not_too_small(found: float) -> float:
-    if 0 < found < SMALLEST:
-        raise invalid(f"expected at least {SMALLEST:g}, found {found:g}")
-    return found
-
-
-Positive = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_not_too_small)]
-NotNegative = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_not_too_small)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 def whole_number(found: Any) -> Any:
@@ -54,12 +45,11 @@ def whole_number(found: Any) -> Any:
 
 FromFloat = BeforeValidator(whole_number)
 """For whole numbers: 32.0 and 1e6 are whole too."""
-MOST = 2**31 - 1
-"""Largest whole number: devices count in int32."""
-
-Count = Annotated[int, Field(ge=1, le=MOST), FromFloat]
+Count = Annotated[int, Field(ge=1), FromFloat]
 """A whole number, at least 1."""
-Whole = Annotated[int, Field(ge=0, le=MOST), FromFloat]
+Whole = Annotated[int, Field(ge=0), FromFloat]
+MOST, LARGEST, SMALLEST = 2**31 - 1, 1e18, 1e-30
+"""Ranges of numbers: devices count in int32 and compute in float32, which also represents the square of `LARGEST`."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -73,6 +63,25 @@ class Section(BaseModel):
     """One table of a TOML file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _representable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return a value whose numbers the devices can represent; seeds have their own range."""
+        for number in () if "seed" in (info.field_name or "") else _numbers(value):
+            if isinstance(number, int) and abs(number) > MOST:
+                raise invalid(f"found {show_value(number)}, expected at most {MOST}")
+            if number and not SMALLEST <= abs(number) <= LARGEST:
+                raise invalid(f"found {show_value(number)}, expected a number from {SMALLEST:g} to {LARGEST:g} in size, or 0")
+        return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
 
 
 class TypedSection(Section):
