@@ -72,7 +72,8 @@ class Section(BaseModel):
             if isinstance(number, int) and abs(number) > MOST:
                 raise invalid(f"found {show_value(number)}, expected at most {MOST}")
             if number and not SMALLEST <= abs(number) <= LARGEST:
-                raise invalid(f"found {show_value(number)}, expected a number from {SMALLEST:g} to {LARGEST:g} in size, or 0")
+                expected = f"a number from {SMALLEST:g} to {LARGEST:g} in size, or 0"
+                raise invalid(f"found {show_value(number)}, expected {expected}")
         return value
 
 
