@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -18,6 +19,7 @@ from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.checkpoints.orbax import errors_reported_once
 from anima_jax.config.load import load_config
+from anima_jax.config.main import MainConfig
 from anima_jax.config.summary import summary
 from anima_jax.data.dataset import read_data
 from anima_jax.data.dump import dump_dataset
@@ -31,7 +33,7 @@ from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_siz
 from anima_jax.parallel.rules import AXES
 from anima_jax.sampling.pipeline import check_networks
 from anima_jax.text.tokenizers import load_tokenizers
-from anima_jax.training import command, estimate, events, optimizers, tables
+from anima_jax.training import command, estimate, events, fit, optimizers, tables
 from anima_jax.training.batches import Batches, OnlineText
 from anima_jax.training.dry_run import dry_run
 from anima_jax.training.export import find_export, sweep
@@ -44,6 +46,7 @@ from anima_jax.training.samples import make_samples
 from anima_jax.training.signals import Request, Signals
 from anima_jax.training.state import build_optimizer, dit_config, learning_rates, prepare
 from anima_jax.training.step import StepConfig, compile_step, init_state
+from anima_jax.training.target import target_of
 from anima_jax.training.writer import check_monitoring, open_writer
 
 
@@ -60,14 +63,18 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
     with hosts.abort_all_on_error(), errors_reported_once(), contextlib.ExitStack() as stack:
         # ---- configuration ----------------------------------------------------------------------------------------
 
-        config = load_config(
-            arguments.config,
-            command.overrides(arguments),
-            i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
-            check_optimizer=optimizers.check,
-        )
+        def load(keys: Sequence[str] = ()) -> MainConfig:
+            return load_config(
+                arguments.config,
+                [*command.overrides(arguments), *keys],
+                i_know_what_i_am_doing=arguments.i_know_what_i_am_doing,
+                check_optimizer=optimizers.check,
+            )
+
+        config = load()
         toml_files = configuration_files(config)  # now: they may be renamed during the run
         hosts.assert_same_on_all_processes(lambda: command.shared_arguments(config, arguments))
+        target = target_of(arguments)
 
         # ---- mesh -------------------------------------------------------------------------------------------------
 
@@ -107,10 +114,23 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         with hosts.process_0_first():
             data = read_data(config, problems, batch_size_of=run.global_batch, keep=keep)
         hosts.assert_same_on_all_processes(data.described_fingerprint)
+        fitted: fit.Keys | None = None
+        if config.memory == "fit" and not arguments.cache_only:
+            devices, rows = math.prod(sizes.values()), data.text_rows(tokenizers)
+            variants = fit.RunVariants(run, abstract, data, rows, load, devices=devices, platform=target.platform)
+            stored = fit.stored_keys(chosen.folder) if chosen.folder and chosen.resumed else None
+            fitted, variant = fit.choose(variants, target, stored, required=not arguments.dry_run)
+            config, abstract = variant.config, variant.partition
+            run = dataclasses.replace(run, config=config)
+            data.use_config(config)
+            if not arguments.devices:
+                mesh = make_mesh(config.mesh.sizes)
+                stack.enter_context(jax.set_mesh(mesh))
         if arguments.dry_run:
             if problems.count:
                 print(problems.summary())
-            dry_run(run, abstract, data, tokenizers, devices=arguments.devices, device_kind=arguments.device_kind)
+            before = fit.overrides_of(fitted or {})
+            dry_run(run, abstract, data, tokenizers, target, lambda keys: load([*before, *keys]))
             return
         stack.enter_context(command.output_may_fail())
         for path in filter(None, [config.output_dir, arguments.dump_dataset]):
@@ -147,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             for name, content in toml_files.items():
                 with replacing(run_folder / name) as file:
                     file.write(content)
+            if fitted is not None:
+                fit.store_keys(run_folder, fitted)
         encoders = encoders.on(mesh)
         batches = Batches(run, data, tokenizers)
         eval_batches = {name: Batches(run, each, tokenizers) for name, each in eval_data.items()}

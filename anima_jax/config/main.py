@@ -146,6 +146,12 @@ class MainConfig(Section):
         "for activation_checkpointing = true and 'offload' for 'unsloth'",
     )
     remat_every: Count = Field(1, description="ours; blocks recomputed together; must divide the number of blocks")
+    memory: Literal["fit"] | None = Field(
+        None,
+        description="ours; 'fit': if the run needs more memory than a device has, keys that are not set are chosen so "
+        "that it fits, in order of cost: remat, micro_batch_size_per_gpu, fsdp, param_dtype, an 8-bit optimizer.type, "
+        "transformer_dtype, and the host's memory; unset: nothing is changed",
+    )
     scan_unroll: Count = Field(
         1, description="ours; blocks compiled one after another instead of in a loop: more run faster, compile longer"
     )

@@ -90,6 +90,10 @@ class TrainingData:
         self._empty_error = empty_error
         self._use(groups)
 
+    def use_config(self, config: MainConfig) -> None:
+        """Use another configuration, with the same sources and the same examples in a step, before `open_cache`."""
+        self._config = config
+
     def _use(self, groups: Sequence[list[Example]]) -> None:
         """Set all attributes that are derived from the examples of each source."""
         self._groups = groups

@@ -32,7 +32,7 @@ SWITCHES = {
 }
 """Flags that set a key of the configuration to true."""
 
-SHARED_FLAGS = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "profile")
+SHARED_FLAGS = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "device_memory", "profile")
 """Flags that do not set keys and must be equal in all processes of a run."""
 
 LOGGER = logging.getLogger("anima_jax")
@@ -130,7 +130,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--devices", type=int, metavar="N", help="with --dry_run: for N devices instead of those here")
     parser.add_argument(
-        "--device_kind", metavar="KIND", help="with --dry_run: for this kind, as in 'TPU v5p' or 'H100'"
+        "--device_kind",
+        metavar="KIND",
+        help="with --dry_run: for this kind, as in 'RTX 3060', 'v5p' or 'a100-40gb'",
+    )
+    parser.add_argument(
+        "--device_memory", metavar="SIZE", help="with --dry_run: for devices with this much memory, as in 12GiB"
     )
     parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
     parser.add_argument(
@@ -140,7 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in unsupported_keys.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    for flag in ("devices", "device_kind"):
+    for flag in ("devices", "device_kind", "device_memory"):
         if getattr(arguments, flag) is not None and not arguments.dry_run:
             parser.error(f"--{flag}: is for --dry_run; a run uses the devices of this machine")
     if arguments.devices is not None and arguments.devices < 1:

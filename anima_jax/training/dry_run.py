@@ -1,18 +1,17 @@
-"""--dry_run: tables of a run and of the memory, FLOPs and step time that it needs, computed from shapes alone."""
+"""--dry_run: tables of a run and of the memory, FLOPs and time that it needs, computed from shapes alone."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 
-import jax
-
+from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
-from anima_jax.errors import UserError, did_you_mean
-from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, device_bytes, find_device_spec, local_device_spec
 from anima_jax.parallel.mesh import current_mesh, resolve_sizes
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training import estimate, tables
+from anima_jax.training import estimate, fit, tables
 from anima_jax.training.run import Run
 from anima_jax.training.state import ParamPartition, build_optimizer
 from anima_jax.training.step import StepConfig
+from anima_jax.training.target import COMMON, Target
 
 
 def dry_run(
@@ -20,50 +19,74 @@ def dry_run(
     partition: ParamPartition,
     data: TrainingData,
     tokenizers: Tokenizers,
-    *,
-    devices: int | None = None,
-    device_kind: str | None = None,
+    target: Target,
+    reload: fit.Reload,
 ) -> None:
-    """Print the tables of a run of `partition` (shapes), on this machine or on `devices` devices of `device_kind`.
+    """Print the tables of a run of `partition` (shapes) on the devices of `target`, and whether it fits them.
 
-    Raises UserError if it does not fit the devices' memory.
+    If it does not, print the first settings that do, which `reload` loads. Raises UserError if it does not fit devices
+    that the command line names.
     """
     config = run.config
     print(tables.start_up_table(config, partition, data.describe(tokenizers)))
-    optimizer = build_optimizer(config, partition, data.plan)
-    workloads = estimate.step_workloads(run, data, *data.text_rows(tokenizers))
-    device_specs, memory, name = device_specs_of(devices, device_kind)
-    sizes = resolve_sizes(config.mesh.sizes, devices) if devices else None
+    rows = data.text_rows(tokenizers)
+    sizes = resolve_sizes(config.mesh.sizes, target.devices) if target.devices else None
     found = estimate.estimate(
         config,
         StepConfig.of(config),
         partition,
-        optimizer,
-        workloads,
+        build_optimizer(config, partition, data.plan),
+        estimate.step_workloads(run, data, *rows),
         sizes=sizes,
-        device_specs=device_specs,
+        device_specs=target.specs or COMMON,
         masked=data.masked,
     )
-    print(tables.mesh_table(sizes or current_mesh().shape, partition, config.learning_rates, name))
+    mesh = sizes or current_mesh().shape
+    print(tables.mesh_table(mesh, partition, config.learning_rates, target.name))
     print(tables.estimate_table(found))
-    estimate.check_memory(found.memory.total, memory, name)
+    steps = run_steps(config, data)
+    if target.spec or target.devices:
+        print("\n".join(tables.time_lines(found, steps, target.memory)))
+    else:
+        print(f"\n{tables.kinds_table(found, steps)}\n")
+    variants = fit.RunVariants(
+        run, partition, data, rows, reload, devices=math.prod(mesh.values()), platform=target.platform
+    )
+    _judge(found, variants, steps, target)
 
 
-def device_specs_of(devices: int | None, device_kind: str | None) -> tuple[Sequence[DeviceSpec], float | None, str]:
-    """Return the possible specs of the devices, the memory of each device in bytes (None: unknown), and their name.
+def run_steps(config: MainConfig, data: TrainingData) -> dict[str, int]:
+    """Return the number of steps of each tier in the run, by the tier's name."""
+    steps = {tier.name: tier.batches(config.epochs) for tier in data.plan.tiers}
+    total, limit = sum(steps.values()), config.max_steps
+    if limit is None or limit >= total:
+        return steps
+    return {name: round(count * limit / total) for name, count in steps.items()}
 
-    If a number of `devices` is given without a kind on a machine that has only a CPU, every known kind is possible.
-    Raises UserError if `device_kind` is not known.
-    """
-    if device_kind:
-        spec = find_device_spec(device_kind)
-        if spec is None:
-            known = [spec.name for spec in DEVICE_SPECS]
-            near = did_you_mean(device_kind, known)
-            raise UserError(f"--device_kind {device_kind}: expected one of {', '.join(known)}{near}")
-        return [spec], spec.memory, spec.name
-    device = jax.local_devices()[0]
-    if devices and device.platform == "cpu":
-        return DEVICE_SPECS, None, "of any kind; --device_kind names one"
-    spec = local_device_spec(device)
-    return [spec] if spec else [], device_bytes(device), device.device_kind
+
+def _judge(found: estimate.Estimate, variants: fit.RunVariants, steps: Mapping[str, int], target: Target) -> None:
+    """Print whether the run fits, and if not the settings with which it does. Raises UserError as `dry_run`."""
+    if target.spec and target.spec.note:
+        print(f"{target.spec.name} {target.spec.note}")
+    given = fit.float16_keys(variants.config, target)
+    if given:
+        print(f"  {fit.set_line(given)}")
+    if target.memory is None:
+        return
+    needed = found.memory.total
+    if needed <= target.memory:
+        print(f"it fits: {estimate.need(needed, target.memory, target.name)}")
+        return
+    print(f"it does not fit: {estimate.need(needed, target.memory, target.name)}")
+    keys = fit.fitting_keys(variants, target.memory, given=given)
+    variant = variants.of(keys) if keys is not None else None
+    if keys is None or variant is None:
+        remedy = "no other setting is enough: expected an [adapter], smaller images, or devices with more memory"
+        print(remedy)
+    else:
+        remedy = fit.set_line(keys)
+        print(f"it fits with {variant.found.total / estimate.GIB:.1f} GiB if these flags are added:\n  {remedy}")
+        for line in fit.changes(keys):
+            print(f"  {line}")
+    if target.named:
+        estimate.check_memory(needed, target.memory, target.name, remedy)

@@ -34,7 +34,7 @@ MAX_SETTINGS = 12
 
 # Keys of the configuration that do not affect training, or that are compared in another way.
 _IRRELEVANT = re.compile(
-    r"path|messages|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume(_\w+)?|run_name"
+    r"path|messages|memory|seed|output_dir|dataset|monitoring|sample|(save|checkpoint|eval|reset)_\w+|resume(_\w+)?|run_name"
     r"|max_checkpoints|output_name|cache_dir|cache_local_dir|regenerate_cache|trust_cache|caching_batch_size|compilation_cache_dir"
     r"|map_num_proc|strict_data|allow_unused|steps_per_print|logging_steps|x_axis_examples"
 )

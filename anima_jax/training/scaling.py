@@ -8,7 +8,9 @@ Weight traffic can overlap with computation, activation traffic cannot, so the s
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.parameters import Params
@@ -85,19 +87,28 @@ def bandwidths(device_spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, f
     return found
 
 
+HOST_BANDWIDTH = 12e9
+"""Bytes per second from host memory to a device and back, which PCI Express reaches in practice."""
+
+
 class Seconds(NamedTuple):
-    """Seconds of a step for computation and for the traffic over each mesh axis."""
+    """Seconds of a step for computation, for the traffic over each mesh axis, and for weights and optimizer's state.
+
+    `state` is the time to read and write these in the device's memory, `host` that for what is in the host's.
+    """
 
     compute: float
     data: float
     fsdp: float
     tensor: float
     context: float
+    state: float = 0.0
+    host: float = 0.0
 
     @property
     def least(self) -> float:
         """Seconds of a step if all weight traffic overlaps with computation."""
-        return max(self.compute, self.data + self.fsdp) + self.tensor + self.context
+        return max(self.compute, self.data + self.fsdp, self.host) + self.tensor + self.context + self.state
 
     @property
     def most(self) -> float:
@@ -106,9 +117,25 @@ class Seconds(NamedTuple):
 
 
 def step_seconds(
-    device_spec: DeviceSpec, sizes: Mapping[str, int], work: Workload, example: Flops, sent: Traffic
+    device_spec: DeviceSpec,
+    sizes: Mapping[str, int],
+    work: Workload,
+    example: Flops,
+    sent: Traffic,
+    *,
+    dtype: Any = jnp.bfloat16,
+    moved: float = 0.0,
+    on_host: Mapping[str, int] = {},
 ) -> Seconds:
-    """Return the time of a step; `example` contains the FLOPs of one example."""
+    """Return the time of a step; `example` contains the FLOPs of one example, in `dtype`.
+
+    `moved` are the bytes of weights and optimizer's state that a device reads and writes, `on_host` the bytes by
+    purpose that it keeps in host memory: the optimizer's moments move once in a step, inputs of blocks in every
+    micro-batch, both there and back.
+    """
     bandwidth = bandwidths(device_spec, sizes)
-    compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * device_spec.flops)
-    return Seconds(compute, **{axis: size / bandwidth[axis] for axis, size in sent._asdict().items()})
+    compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * device_spec.peak_flops(dtype))
+    times = {"optimizer": 1, "inputs of blocks": work.accumulation}
+    host = sum(2 * size * times[name] for name, size in on_host.items()) / HOST_BANDWIDTH
+    seconds = {axis: size / bandwidth[axis] for axis, size in sent._asdict().items()}
+    return Seconds(compute, **seconds, state=moved / device_spec.memory_bandwidth, host=host)

@@ -14,6 +14,7 @@ from anima_jax.config.main import MainConfig
 from anima_jax.errors import plural
 from anima_jax.models.parameters import Params
 from anima_jax.parallel import rules
+from anima_jax.parallel.devices import DeviceSpec
 from anima_jax.training.estimate import GIB, Estimate
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops
@@ -123,11 +124,57 @@ def _traffic_lines(estimate: Estimate) -> list[str]:
     lines = [_line("GB sent per device", [*Traffic._fields, "total"])] if estimate.traffic else []
     for tier, sent in estimate.traffic.items():
         lines.append(_line(tier, [f"{size / 1e9:.3f}" for size in [*sent, sent.total]]))
-    for (tier, device_name), seconds in estimate.seconds.items():
-        parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
-        bounds = f"{seconds.least:.3g} to {seconds.most:.3g} s per step on {device_name}"
-        lines.append(f"{tier}: {bounds} (seconds of {parts}; see {docs_page('scaling.md')})")
     return lines
+
+
+def time_lines(estimate: Estimate, steps: Mapping[str, int], memory: float | None = None) -> list[str]:
+    """Return the time of a step of each tier and of the whole run, on each kind of device that has the memory.
+
+    `steps` are the steps of the run by tier. `memory` are the bytes of a device, by default those of its kind.
+    """
+    lines: list[str] = []
+    specs = dict.fromkeys(spec for _, spec in estimate.seconds)
+    fitting = [spec for spec in specs if (memory or spec.memory) >= estimate.memory.total]
+    for spec in fitting or (specs if len(specs) == 1 else ()):
+        for (work, of), seconds in estimate.seconds.items():
+            if of == spec:
+                parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
+                bounds = _range(seconds.least, seconds.most)
+                lines.append(
+                    f"{work.tier}: {bounds} s per step on {spec.name} (seconds of {parts}; see {docs_page('scaling.md')}), "
+                    f"{_range(work.batch / seconds.most, work.batch / seconds.least)} images/s"
+                )
+        least, most, images = run_time(estimate, steps, spec)
+        count = f"{plural(sum(steps.values()), 'step')}, {plural(images, 'image')}"
+        lines.append(f"the run: {count}, {_range(least / 3600, most / 3600)} hours on {spec.name}")
+    return lines
+
+
+def kinds_table(estimate: Estimate, steps: Mapping[str, int]) -> str:
+    """Return a table of the kinds of devices that the estimate is for: whether the run fits, and its time."""
+    lines = [f"{'on one device':<22} {'GB':>6} {'fits':>6} {'s per step':>12} {'images/s':>10} {'hours':>10}"]
+    total = sum(steps.values())
+    for spec in dict.fromkeys(spec for _, spec in estimate.seconds):
+        fits = spec.memory >= estimate.memory.total
+        _, most, images = run_time(estimate, steps, spec)
+        cells = [f"{number:.3g}" for number in (most / total, images / most, most / 3600)] if fits else ["", "", ""]
+        row = f"{spec.name:<22} {spec.memory / 1e9:>6.0f} {'yes' if fits else 'no':>6}"
+        lines.append(f"{row} {cells[0]:>12} {cells[1]:>10} {cells[2]:>10}".rstrip())
+    return "\n".join(lines)
+
+
+def run_time(estimate: Estimate, steps: Mapping[str, int], spec: DeviceSpec) -> tuple[float, float, int]:
+    """Return the least and most seconds of a run, and the number of its examples, given the steps of each tier."""
+    own = [(work, seconds) for (work, of), seconds in estimate.seconds.items() if of == spec]
+    least, most = (
+        sum(steps[work.tier] * getattr(seconds, bound) for work, seconds in own) for bound in ("least", "most")
+    )
+    return least, most, sum(steps[work.tier] * work.batch for work, _ in own)
+
+
+def _range(least: float, most: float) -> str:
+    low, high = f"{least:.3g}", f"{most:.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _times_lines(estimate: Estimate) -> list[str]:

@@ -20,8 +20,9 @@ from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
 from anima_jax.parallel.devices import device_bytes
 from anima_jax.training import estimate
-from anima_jax.training.estimate import abstract_batch, abstract_partition, flops, memory
+from anima_jax.training.estimate import abstract_partition, flops
 from anima_jax.training.flops import Workload
+from anima_jax.training.memory import WORKSPACE, abstract_batch, activation_bytes, memory
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, init_state, loss_fn
 from anima_jax.training.tables import estimate_table
@@ -147,8 +148,8 @@ def test_memory_equals_the_states_size_and_shrinks_with_the_micro_batch():
     assert counted.total == sum(counted.rows.values())
     whole = memory(trained, optimizer, settings, WORK._replace(accumulation=1), jnp.float32, measure=False)
     assert whole.rows["gradients"] == counted.rows["trained parameters"]
-    beyond = whole.rows["activations"] - estimate.WORKSPACE
-    assert beyond == 2 * (counted.rows["activations"] - estimate.WORKSPACE)
+    beyond = whole.rows["activations"] - WORKSPACE
+    assert beyond == 2 * (counted.rows["activations"] - WORKSPACE)
 
 
 @pytest.mark.slow
@@ -166,7 +167,7 @@ def test_activations_are_near_those_of_the_compiled_program(remat):
 
 def test_remat_saves_less_and_offload_moves_the_inputs_of_blocks():
     found = {
-        remat: estimate.activation_bytes(full(), StepConfig(compute_dtype=jnp.float32, remat=remat), WORK, jnp.float32)
+        remat: activation_bytes(full(), StepConfig(compute_dtype=jnp.float32, remat=remat), WORK, jnp.float32)
         for remat in ("offload", "full", "none")
     }
     assert found["full"] < found["none"]
@@ -177,12 +178,12 @@ def test_a_run_that_does_not_fit_is_an_error_with_the_numbers():
     device = jax.devices()[0]
     limit = device_bytes(device)
     assert limit > 2**28
-    estimate.check_memory(limit, limit, "cpu")
-    estimate.check_memory(2**40, None, "cpu")
+    estimate.check_memory(limit, limit, "cpu", "an adapter needs less")
+    estimate.check_memory(2**40, None, "cpu", "an adapter needs less")
     with pytest.raises(
         UserError, match=r"needs about 1024\.0 GiB of memory on each device, cpu has 2\.0 GiB; .*adapter"
     ):
-        estimate.check_memory(2**40, 2**31, "cpu")
+        estimate.check_memory(2**40, 2**31, "cpu", "an adapter needs less")
 
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=mesh_name)
@@ -195,7 +196,7 @@ def test_memory_per_device_is_divided_by_the_mesh(sizes):
     for row in ("trained parameters", "gradients", "optimizer"):
         assert one.rows[row] / parts <= found.rows[row] <= 2 * one.rows[row] / parts
     assert found.rows["batch"] == one.rows["batch"]
-    beyond, of_one = (each.rows["activations"] - estimate.WORKSPACE for each in (found, one))
+    beyond, of_one = (each.rows["activations"] - WORKSPACE for each in (found, one))
     assert of_one / sizes["context"] / sizes["tensor"] * 0.99 <= beyond <= of_one / sizes["context"]
 
 
