@@ -2,10 +2,9 @@
 
 import json
 import pathlib
-import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
@@ -13,6 +12,7 @@ from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
+from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.training.intervals import Every, RunPoint
@@ -20,8 +20,8 @@ from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import TrainState, trained_weights
 from anima_jax.training.writer import Writer, warn_and_continue
 
-_MIN_TILE, _MARGIN, _LINE = 128, 4, 12
-"""Sizes in a grid, in pixels: minimum width of an image, gap between images, height of a line of text."""
+_MIN_TILE, _MARGIN, _LINES = 128, 4, 6
+"""Sizes in a grid: minimum width of an image and gap between images, in pixels, and the most lines of a caption."""
 
 
 TAG = "samples"
@@ -132,15 +132,14 @@ def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns:
     """Return a grid of the images, each above its caption. Small images are enlarged so that captions are readable."""
     scale = -(-_MIN_TILE // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
-    font = ImageFont.load_default(size=10)
-    wrapped = [textwrap.wrap(caption, max(8, width // 6))[:3] for caption in captions]
-    cell = (width + _MARGIN, height + _MARGIN + _LINE * max(map(len, wrapped), default=0))
+    texts = [wrapped(caption, width - 4, _LINES) for caption in captions]
+    cell = (width + _MARGIN, height + _MARGIN + LINE_HEIGHT * max(map(len, texts), default=0))
     columns = min(columns, len(images))
     grid = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(images) // columns)), "white")
     pen = ImageDraw.Draw(grid)
-    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = cell[0] * (index % columns), cell[1] * (index // columns)
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         for number, line in enumerate(lines):
-            pen.text((x + 2, y + height + _LINE * number), line, fill="black", font=font)
+            draw_line(pen, x + 2, y + height + LINE_HEIGHT * number, line)
     return grid
