@@ -50,6 +50,8 @@ KINDS: tuple[tuple[type, str], ...] = (
 )
 MAX_SHOWN = 60
 
+BELONGS_ABOVE = "it belongs at the top of the file, above every [table]"
+
 
 class TomlFile:
     """A TOML file during validation, with its errors and messages.
@@ -132,7 +134,7 @@ class TomlFile:
         siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
         elsewhere = [key for key in self._known if key.split(".")[-1] == last]
         if last in self._known and above:
-            return "; it belongs at the top of the file, above every [table]"
+            return f"; {BELONGS_ABOVE}"
         name, keys = self._other_file
         if last in keys and not elsewhere:
             return f"; it belongs in {name}"

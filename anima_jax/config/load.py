@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from anima_jax.assets import shipped
 from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, DirectorySource, apply_shared_keys
-from anima_jax.config.errors import Place, TomlFile
+from anima_jax.config.errors import BELONGS_ABOVE, Place, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.config.schema import resolve
@@ -112,7 +112,7 @@ def _file_at(named: Any, main: TomlFile) -> str | None:
 def _answer_other_keys(main: TomlFile, table: dict[str, Any], *, cached_text: bool) -> dict[str, Any]:
     """Answer the main TOML's keys of forks and other trainers. Return keys that they mean in the dataset TOML."""
     captions: dict[str, Any] = {}
-    _load_sample_file(main, table)
+    _load_samples(main, table)
     main.tell(unsupported_keys.alias_values(table))
     rows = unsupported_keys.CACHED_CAPTIONS if cached_text else unsupported_keys.CAPTIONS
     main.set_aside(table, {**unsupported_keys.MAIN, **rows}, elsewhere=captions)
@@ -120,29 +120,40 @@ def _answer_other_keys(main: TomlFile, table: dict[str, Any], *, cached_text: bo
     return captions
 
 
-def _load_sample_file(main: TomlFile, table: dict[str, Any]) -> None:
-    """Replace `sample = 'prompts.toml'`, as a fork has it, by a `[sample]` with the contents of that file."""
-    named = table.get("sample")
-    if not isinstance(named, str):
-        return
-    found = _file_at(named, main)
-    if found is None:
-        main.error(("sample",), f"expected a [sample] table, or the file of one; found nothing at {named}")
+def _load_samples(main: TomlFile, table: dict[str, Any]) -> None:
+    """Replace `sample = 'prompts.toml'` or a `[preview]`, as forks have them, by a `[sample]` with their contents."""
+    named, preview = table.get("sample"), table.get("preview")
+    if named is False or named == "":
         del table["sample"]
+    elif isinstance(named, str):
+        found = _file_at(named, main)
+        if found is None:
+            main.error(("sample",), f"expected a [sample] table, or the file of one; found nothing at {named}")
+            del table["sample"]
+            return
+        try:
+            table["sample"] = read_toml(found)
+        except UserError as error:
+            main.errors += error.messages
+            table["sample"] = {}
+        main.message(("sample",), f"is taken as a [sample] table with the contents of {found}")
+    elif isinstance(preview, dict) and named is None:
+        del table["preview"]
+        if preview.pop("enabled", True):
+            table["sample"] = preview
+            main.message(("preview",), "is taken as [sample]")
+    sample = table.get("sample")
+    if not isinstance(sample, dict) or sample is named:
         return
-    try:
-        sample = read_toml(found)
-    except UserError as error:
-        main.errors += error.messages
-        sample = {}
-    main.message(("sample",), f"is taken as a [sample] table with the contents of {found}")
     main.set_aside(sample, unsupported_keys.SAMPLE_FILE, ("sample",))
     prompts = sample.get("prompts")
     if isinstance(prompts, list):
         sample["prompts"] = [one.get("prompt") if isinstance(one, dict) else one for one in prompts]
+        unused = {key for one in prompts if isinstance(one, dict) for key in one} - {"prompt", "name"}
+        if unused:
+            main.message(("sample", "prompts"), f"{', '.join(sorted(unused))} of one prompt alone does nothing here")
     if "seed" in sample:
         sample["seeds"] = [sample.pop("seed")]
-    table["sample"] = sample
 
 
 def _optimizer_errors(table: dict[str, Any], check: Callable[[OptimizerConfig], None]) -> Sequence[str]:
@@ -159,8 +170,15 @@ def _optimizer_errors(table: dict[str, Any], check: Callable[[OptimizerConfig], 
             except UserError as error:
                 if section is named:
                     table["optimizer"] = {"type": "adamw", "lr": 1.0}
-                return error.messages
+                return [_misplaced(line) for line in error.messages]
     return ()
+
+
+def _misplaced(line: str) -> str:
+    """Return an error about an argument of the optimizer, or where it belongs if it is a key of the whole file."""
+    key, unknown, _ = line.partition(": not an argument")
+    belongs = unknown and key.removeprefix("[optimizer] ") in MainConfig.model_fields
+    return f"{key}: unknown key; {BELONGS_ABOVE}" if belongs else line
 
 
 def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[str, Any]) -> None:

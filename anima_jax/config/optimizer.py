@@ -5,10 +5,26 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from anima_jax.config.schema import Fraction, Listed, NotEmpty, NotNegative, Positive, Section, invalid
+from anima_jax.config.schema import (
+    Fraction,
+    Listed,
+    NotEmpty,
+    NotNegative,
+    Positive,
+    Section,
+    documented_as,
+    expecting,
+    invalid,
+)
 
 OWN_RATE: Mapping[str, float] = {"automagic": 1e-6}
 """Optimizer → its learning rate if `lr` is unset. diffusion-pipe's example sets none for it."""
+
+Epsilon = Annotated[
+    Positive | Annotated[tuple[Positive, ...], Listed, NotEmpty],
+    expecting("more than 0, or a list of such numbers"),
+    documented_as("number > 0, or a list of them"),
+]
 
 
 def _lower(name: str) -> str:
@@ -49,7 +65,7 @@ class OptimizerConfig(Section):
         description="decoupled weight decay; 1-D parameters and the adapter's token table have none; unset: the "
         "optimizer's own, 0.01 for 'adamw' and 'adamw_optimi'",
     )
-    eps: Positive | Annotated[tuple[Positive, ...], Listed, NotEmpty] | None = Field(
+    eps: Epsilon | None = Field(
         None,
         description="added to the square root of the second moment; unset: the optimizer's own, 1e-8 for 'adamw' and "
         "1e-6 for 'adamw_optimi'",

@@ -13,7 +13,7 @@ NAMED: Mapping[str, str] = {
     "transformer_path in [model]": "pretrained_model_name_or_path pretrained_transformer_model_name_or_path dit unet "
     "base_model_name model_name_or_path",
     "vae_path in [model]": "vae pretrained_vae_model_name_or_path",
-    "llm_path in [model]": "qwen3 qwen3_path text_encoder text_encoder1",
+    "llm_path in [model]": "qwen qwen3 qwen3_path text_encoder text_encoder1",
     "tokenizer_path in [model]": "t5_tokenizer_path t5_tokenizer_dir tokenizer_cache_dir",
     "max_caption_tokens in [model]": "qwen3_max_token_length t5_max_token_length max_token_length tokenizer_max_length",
     "dtype in [model], as 'bfloat16', and param_dtype for trained weights": "mixed_precision train_dtype weight_dtype "
@@ -24,9 +24,9 @@ NAMED: Mapping[str, str] = {
     "epochs": "max_train_epochs num_train_epochs num_epochs max_epochs",
     "max_steps": "max_train_steps num_steps total_steps train_steps",
     "micro_batch_size_per_gpu": "train_batch_size batch_size per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation accumulate_grad_batches",
+    "gradient_accumulation_steps": "gradient_accumulation accumulate_grad_batches grad_accum",
     "activation_checkpointing, true or 'unsloth' (in the host's memory)": "gradient_checkpointing "
-    "unsloth_offload_checkpointing cpu_offload_checkpointing gradient_checkpointing_interval",
+    "unsloth_offload_checkpointing cpu_offload_checkpointing gradient_checkpointing_interval grad_checkpoint",
     # The adapter.
     "[adapter] type, 'lora', 'dora', 'lokr' or 'loha'; without [adapter] every weight is trained": "network_module "
     "network_args network_type lora_type peft_type training_method lycoris_config",
@@ -169,9 +169,10 @@ def answers(table: dict[str, Any], own: Mapping[str, Any], above: Place = ()) ->
                 yield from answers(inner, own[key], at)
         elif tables := _tables(place, value):
             found = [answer for at, inner in tables for answer in answers(inner, {}, at)]
-            if found or key in TABLES:
+            text = TABLES.get(key, HERE.get(key))
+            if found or text:
                 del table[key]
-                yield from [(place, TABLES[key])] if key in TABLES else []
+                yield from [(place, text)] if text else []
                 yield from found
                 yield from ((((*at, name), "")) for at, inner in tables for name in inner)
         elif key in HERE:

@@ -197,8 +197,8 @@ def resolve(path: str, folder: str | os.PathLike[str] | None = None) -> tuple[st
 
 
 def check_escapes(path: str) -> None:
-    """Raise an error for a path with control characters: `"C:\new"` in double quotes has a line end."""
-    if any(character < " " for character in path):
+    """Raise an error for a path with what a backslash makes in double quotes: `"C:\new"` has a line end."""
+    if any(character in "\b\t\n\f\r" for character in path):
         raise invalid(
             f"found {path!r}: a backslash in double quotes begins an escape, expected a path in single quotes, as "
             r"'C:\Users\me'"

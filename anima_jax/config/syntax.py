@@ -22,7 +22,7 @@ HINTS: tuple[tuple[str, str], ...] = (
         "a backslash in double quotes begins an escape: write a path in single quotes, as 'C:\\Users\\me'",
     ),
     ("[“”„‘’«»]", "the quotation marks are typographic: write ' or \""),
-    (rf"{_KEY}:\s", "TOML writes {key} = …, with an equals sign instead of a colon"),
+    (rf"{_KEY}:(\s|$)", "TOML writes {key} = …, with an equals sign instead of a colon"),
     (r"^\s*(//|;|--)|^[^\"'#]*=[^\"'#]*(//|;)", "a comment begins with #, and a line ends without a semicolon"),
     (rf"{_KEY}=\s*(True|False|TRUE|FALSE)\b", "true and false are lower case in TOML"),
     (rf"{_KEY}=\s*(None|none|null|nil|~)\b", "TOML has no empty value: leave the key out, or put # before it"),

@@ -170,6 +170,7 @@ MAIN: Mapping[str, Unsupported] = {
         "evaluation does not depend on the batch size; eval_micro_batch_size_per_gpu sets it", 1
     ),
     "image_eval_micro_batch_size_per_gpu": taken("eval_image_micro_batch_size_per_gpu"),
+    "max_checkpoints_to_keep": taken("max_checkpoints", 0),
     "huggingface_repo": ignored(_UPLOAD, ""),
     "upload_hf_from_epoch": ignored(_UPLOAD),
     "batch_fill_strategy": ignored("examples that do not fill a batch begin the next epoch, so that none is dropped"),
@@ -197,6 +198,10 @@ CAPTIONS: Mapping[str, Unsupported] = {
     "model.mixed_weights": taken(f"{IN_DATASET}mixed_weights"),
     "model.nl_shuffle_sentences": taken(f"{IN_DATASET}nl_shuffle_sentences", False),
     "model.nl_keep_first_sentence": taken(f"{IN_DATASET}nl_keep_first_sentence", False),
+    "model.attribution_*": refused("expected protected_tags and keep_tokens, in the dataset TOML", [], False, "fixed"),
+    "model.min_tags_kept": refused("tag_dropout in the dataset TOML keeps what protected_tags and keep_tokens name", 0),
+    "model.tag_min_count": refused("expected tag_dropout, in the dataset TOML", 0),
+    "model.tag_max_count": refused("expected tag_dropout, in the dataset TOML", 0),
 }
 """Keys of the main TOML with which a fork edits captions; it does so only if they are not cached."""
 
@@ -209,7 +214,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "model.type": {"cosmos_predict2": "anima"},
     "adapter.type": {
         "locon": "lora",
-        **{f"lycoris_{kind}": kind for kind in ("loha", "lokr")},
+        **{f"lycoris_{kind}": kind for kind in ("loha", "lokr", "dora")},
         "lycoris_locon": "lora",
     },
 }
@@ -217,6 +222,11 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 
 DATASET: Mapping[str, Unsupported] = {
     "control_path": refused("belongs to models that edit images; Anima draws them from text alone"),
+    "resolution_schedule": refused(
+        "every resolution is trained in every epoch; a second run with init_from_existing or transformer_path goes on "
+        "at another one",
+        {"enabled": False},
+    ),
     "shuffle_metadata": ignored("the order is drawn from seed, again in every epoch"),
     "enable_random_caption": taken("caption_choice", False, values={True: "random"}),
     "caption_sampling": taken("caption_choice", values={"all": "each", "random_per_epoch": "random"}),
@@ -258,8 +268,13 @@ SAMPLE_FILE: Mapping[str, Unsupported] = {
     "num_frames": refused("images are drawn, no videos", 1),
     "fps": ignored("images are drawn, no videos"),
     "batch_size": refused("expected several seeds", 1),
+    "preview_every_n_steps": taken("every_n_steps", 0),
+    "preview_every_n_epochs": taken("every_n_epochs", 0),
+    "preview_before_first_step": ignored("[sample] always draws before the first step too", True),
+    "preview_*": ignored("[sample] draws with the networks that are loaded, into samples/ and TensorBoard"),
+    "seed_stride": ignored("each prompt is drawn with each of seeds, the same at every step"),
 }
-"""Keys of the TOML of prompts that the main TOML of a fork names with `sample`."""
+"""Keys of the TOML of prompts that the main TOML of a fork names with `sample`, and of `[preview]`."""
 
 FLAGS: Mapping[str, str] = {
     "deepspeed": "one program runs on all devices; [mesh] says how they share the work",

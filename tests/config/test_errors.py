@@ -62,8 +62,8 @@ MAIN_ERRORS = [
     # out of range
     ({"epochs": 0}, "epochs: found 0 (a whole number), expected at least 1"),
     ({"optimizer.lr": -1}, "optimizer.lr: found -1 (a whole number), expected at least 0"),
-    ({"optimizer.eps": 0}, "optimizer.eps: found 0 (a whole number), expected more than 0"),
-    ({"optimizer.betas": [0.9, 1.0]}, "optimizer.betas[1]: found 1.0 (a number), expected less than 1"),
+    ({"optimizer.eps": 0}, "optimizer.eps: found 0, expected more than 0, or a list of such numbers"),
+    ({"optimizer.betas": [0.9, 1.5]}, "optimizer.betas[1]: found 1.5 (a number), expected at most 1"),
     ({"uncond_fraction": 1.5}, "uncond_fraction: found 1.5 (a number), expected at most 1"),
     ({"ema_decay": 1.0}, "ema_decay: found 1.0 (a number), expected less than 1"),
     ({"seed": 2**32}, "seed: found 4294967296 (a whole number), expected less than 4294967296"),

@@ -168,6 +168,23 @@ path = 'pictures'
 caption_extension = 'txt'
 """
 
+PREVIEWS = f"""{HEAD}
+max_checkpoints_to_keep = 3
+{MODEL.replace("'anima'", "'cosmos_predict2'")}
+[adapter]
+type = 'lycoris_dora'
+rank = 8
+{OPTIMIZER}
+[preview]
+enabled = true
+prompts = ["a red circle", {{ name = "blue", prompt = "a blue square", seed = 3 }}]
+preview_every_n_epochs = 2
+preview_save_png = true
+num_inference_steps = 20
+guidance_scale = 5
+seed = 42
+"""
+
 PER_EPOCH = """
 resolutions = [1024]
 caption_sampling = 'random_per_epoch'
@@ -283,6 +300,18 @@ MEANINGS = {
         (FLOATS,),
         {"adapter.rank": 10**6, "adapter.decompose_factor": 4, "micro_batch_size_per_gpu": ((512, 4), (1024, 1))},
     ),
+    "previews": (
+        (PREVIEWS,),
+        {
+            "adapter.type": "dora",
+            "max_checkpoints": 3,
+            "sample.prompts": ("a red circle", "a blue square"),
+            "sample.every_n_epochs": 2,
+            "sample.steps": 20,
+            "sample.guidance_scale": 5,
+            "sample.seeds": (42,),
+        },
+    ),
     "a GUI's file": (
         (GUI, PER_EPOCH),
         {
@@ -376,6 +405,8 @@ def test_a_variant_of_an_adapter_is_named_with_our_key(errors, line, message):
 def test_an_unknown_optimizer_is_judged_before_its_arguments(load, errors):
     (found,) = errors(HEAD + MODEL + "[optimizer]\ntype = 'unheard_of'\nlr = 'fast'\nfoo = 1\n")
     assert "type = 'unheard_of' is not known" in found
+    (found,) = errors(HEAD + MODEL + OPTIMIZER + "warmup_steps = 100\n")
+    assert "[optimizer] warmup_steps: unknown key; it belongs at the top of the file, above every [table]" in found
     # diffusion-pipe's own example sets no rate for this one.
     assert load(HEAD + MODEL + "[optimizer]\ntype = 'automagic'\nweight_decay = 0.01\n").optimizer.lr == 1e-6
 
@@ -383,6 +414,8 @@ def test_an_unknown_optimizer_is_judged_before_its_arguments(load, errors):
 def test_a_file_of_prompts_is_needed_only_if_it_is_named(load, errors):
     (found,) = errors(FULL_MATRIX.replace("prompts.toml", "no.toml"))
     assert "sample: expected a [sample] table, or the file of one; found nothing at no.toml" in found
+    assert load(HEAD + "sample = ''\n" + MODEL + OPTIMIZER).sample is None
+    assert load(PREVIEWS.replace("enabled = true", "enabled = false")).sample is None
     (message,) = load(HEAD + "sample_every_n_epochs = 1\n" + MODEL + OPTIMIZER).messages
     assert (
         "sample_every_n_epochs: does nothing here: it means sample.every_n_epochs, but there is no [sample]" in message
