@@ -1,6 +1,7 @@
 """Pydantic's errors as lines for the user: `file: dotted.key: what was found, what was expected`."""
 
 import datetime
+import difflib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -133,7 +134,8 @@ class TomlFile:
         prefix = ".".join([*above, ""]) if above else ""
         siblings = [key.removeprefix(prefix) for key in self._known if key.startswith(prefix)]
         elsewhere = [key for key in self._known if key.split(".")[-1] == last]
-        if last in self._known and above:
+        twins = difflib.get_close_matches(last, siblings, n=1, cutoff=0.87)  # seed in [sample] means its seeds
+        if last in self._known and above and not twins:
             return f"; {BELONGS_ABOVE}"
         name, keys = self._other_file
         if last in keys and not elsewhere:
