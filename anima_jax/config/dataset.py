@@ -43,6 +43,8 @@ MAX_SIDE = 16384
 
 RATIO_SPAN = ("min_ar", "max_ar", "num_ar_buckets")
 
+_KEEPING = ("keep_tokens", "keep_tokens_separator", "nl_keep_first_sentence")
+
 CAPTION_WAYS = ("tags", "nl", "tags_nl", "nl_tags")
 """What a caption may consist of: tags, natural language, or one followed by the other."""
 
@@ -241,6 +243,12 @@ class Source(Section):
         """The tags of `protected_tags` and `protected_tags_file`, case-folded. Raises UserError."""
         more = read_tags(self.protected_tags_file) if self.protected_tags_file else ()
         return frozenset(tag.strip().casefold() for tag in (*self.protected_tags, *more))
+
+    @functools.cached_property
+    def caption_rules(self) -> tuple[str, ...]:
+        """The options, as far as they are set, that decide which tags and sentences of a caption stay in place."""
+        kept = [f"{key} {value}" for key in _KEEPING if (value := getattr(self, key))]
+        return (*kept, *sorted(self.all_protected_tags)) if self.tag_dropout or kept else ()
 
     @property
     def shuffled_copies(self) -> int:

@@ -62,6 +62,12 @@ class Example:
         """The texts of `variants`, with the prefix."""
         return tuple(text_of(variant, self.source) for variant in self.variants)
 
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The options that decide which text of an epoch follows from `captions`, as far as they are set."""
+        weights = tuple(variant.weight for variant in self.variants if variant.weight != 1)
+        return tuple(map(str, (*self.source.caption_rules, *weights)))
+
     def caption(self, seed: int, epoch: int) -> str:
         """Return the caption for an epoch, a pure function of the seed, the epoch and the example's id.
 
@@ -151,7 +157,7 @@ def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         return np.frombuffer(b"".join(digests), "<u8")
 
     return {
-        "captions": hashes("\0".join(example.captions).encode() for example in examples),
+        "captions": hashes("\0".join((*example.captions, *example.rules)).encode() for example in examples),
         "masks": hashes(example.entry.mask_digest or b"" for example in examples),
     }
 

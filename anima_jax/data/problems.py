@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,8 @@ class Problems:
     def skip(self, *errors: UserError | str) -> None:
         """Log one line for each skipped file that was not reported before. Raises UserError if `strict`."""
         for error in errors:
-            line = " ".join(str(error).split())
             # File names may contain bytes that are not UTF-8, which terminals reject; these become escapes.
-            line = line.encode("utf-8", "backslashreplace").decode()
+            line = one_line(error)
             if self.strict:
                 raise UserError(line)
             with self._lock:

@@ -17,7 +17,7 @@ from anima_jax.data.file_index import Entry, FileIndex, Summary
 from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media
 from anima_jax.data.problems import Problems
-from anima_jax.errors import UserError, plural
+from anima_jax.errors import UserError, one_line, plural
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,7 @@ def log_names(what: str, names: Sequence[str], level: int = logging.INFO) -> Non
     """Log the first of `names`, if any, and how many more there are."""
     if names:
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        # File names may contain bytes that are not UTF-8, which terminals reject; these become escapes.
-        shown = ", ".join(names[:MAX_NAMES]).encode("utf-8", "backslashreplace").decode()
-        log.log(level, "%s: %s%s", what, shown, more)
+        log.log(level, "%s", one_line(f"{what}: {', '.join(names[:MAX_NAMES])}{more}"))
 
 
 def _inspect_all(
