@@ -4,7 +4,9 @@ import contextlib
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +59,19 @@ class LoopDisk:
         shutil.copyfile(self._image, self._restored)
         self._mount(self._restored, self._after)
         return self._after
+
+    def cut_power(self, pid: int) -> None:
+        """Lose what is only in memory, and the process that uses the disk; then mount it again."""
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)  # a write that the kernel has begun is either done or not
+        shutil.copyfile(self._image, self._restored)
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)  # files that are in use would keep the image busy
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
+        self._mounted.remove(self.folder)
+        self.folder.rmdir()
+        os.replace(self._restored, self._image)
+        self._mount(self._image, self.folder)
 
     def close(self) -> None:
         for folder in self._mounted:

@@ -1,63 +1,89 @@
-"""Check that a run that is killed with SIGKILL and resumed, over and over, is bit-identical to an undisturbed one.
+"""Check that a run that is killed, or loses its power, over and over, ends bit-identical to an undisturbed one.
 
-`python -m tests.benchmarks.kill CONFIG.toml --kills 10` trains twice through the command line: once undisturbed, once
-killed at random moments, every other time while a checkpoint is being written. It compares every loss, the last
-checkpoint's arrays and the last exports' bytes.
+`python -m tests.benchmarks.kill CONFIG.toml --kills 10` trains twice: once undisturbed, once killed with SIGKILL at
+random moments, of every three one at any time after the start and one while a checkpoint is being written. It compares
+every loss, the last checkpoint's arrays and the last exports' bytes. With `--power_cuts 20` the run is on a disk image
+that loses, with each kill, all that was not flushed to it.
+
+Processes are forked from one that has imported the trainer, so that an attempt takes seconds.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 
-POLL_S = 0.002
+from tests.disks import LoopDisk
+
+POLL_S = 0.02
+
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def main() -> None:
     options = parse_arguments()
+    FORKS.set_forkserver_preload(["anima_jax.train"])
     folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix="kill-"))
     print(f"in {folder}, random seed {options.seed}, load average {os.getloadavg()[0]:.1f}", flush=True)
-    undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
+    undisturbed = folder / "undisturbed"
     began = time.monotonic()
-    if start(options, undisturbed).wait():
+    if ended(start(options, undisturbed, folder)):
         sys.exit("the undisturbed run failed")
     (run,) = runs_of(undisturbed)
     total = max(losses_of([run]))
     print(f"undisturbed: {total} steps in {time.monotonic() - began:.0f} s", flush=True)
-
-    rng, while_saving = random.Random(options.seed), 0
-    for kill in range(options.kills):
-        target = int(total * (kill + rng.random()) / options.kills)
-        process = start(options, disturbed)
-        while process.poll() is None and max(losses_of(runs_of(disturbed)), default=0) < target:
-            time.sleep(POLL_S)
-        while kill % 2 and process.poll() is None and not saving(disturbed):
-            time.sleep(POLL_S)
-        time.sleep(rng.uniform(0, options.jitter))
-        if process.poll() is not None:
-            sys.exit(f"the run ended with {process.returncode} before kill {kill + 1}: it needs more steps")
-        while_saving += saving(disturbed)
-        process.kill()
-        process.wait()
-        print(f"kill {kill + 1} after step {max(losses_of(runs_of(disturbed)), default=0)}", flush=True)
-    if start(options, disturbed).wait():
-        sys.exit("the last attempt failed")
-    print(f"{options.kills} kills, {while_saving} of them while saving")
-    found = differences(run, runs_of(disturbed))
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(contextlib.closing(LoopDisk(folder))) if options.power_cuts else None
+        kills, while_saving = options.power_cuts or options.kills, 0
+        rng = random.Random(options.seed)
+        for kill in range(kills):
+            disturbed = (disk.folder if disk else folder) / "disturbed"
+            process = start(options, disturbed, folder)
+            target = int(total * (kill + rng.random()) / kills)
+            wait(process, disturbed, target, kill % 3, rng.uniform(0, options.jitter))
+            if process.exitcode is not None:
+                sys.exit(f"the run ended with {process.exitcode} before kill {kill + 1}: it needs more steps")
+            while_saving += saving(disturbed)
+            if disk:
+                disk.cut_power(process.pid or 0)
+            else:
+                process.kill()
+            process.join()
+            print(f"kill {kill + 1} after step {last_step(disturbed)} of {total}", flush=True)
+        disturbed = (disk.folder if disk else folder) / "disturbed"
+        if ended(start(options, disturbed, folder)):
+            sys.exit("the last attempt failed")
+        print(f"{kills} {'power cuts' if disk else 'kills'}, {while_saving} of them while saving")
+        found = differences(run, runs_of(disturbed))
     print("\n".join(found) or f"bit-identical: {total} losses, the last checkpoint and the exports")
     sys.exit(1 if found else 0)
+
+
+def wait(process: BaseProcess, output: pathlib.Path, target: int, how: int, jitter: float) -> None:
+    """Wait for the moment of a kill: 0 after step `target`, 1 then while a checkpoint is written, 2 at any time."""
+    if how == 2:
+        process.join(10 * jitter)
+        return
+    while process.is_alive() and last_step(output) < target:
+        time.sleep(POLL_S)
+    while how == 1 and process.is_alive() and not saving(output):
+        time.sleep(POLL_S / 10)
+    process.join(jitter if how == 0 else jitter / 10)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kill a run repeatedly and compare it with an undisturbed one.")
     parser.add_argument("config", help="main TOML; output_dir is replaced")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--power_cuts", type=int, default=0, help="instead of --kills; needs root and mkfs.ext4")
     parser.add_argument("--minutes", type=float, default=0.05, help="checkpoint_every_n_minutes")
     parser.add_argument("--jitter", type=float, default=0.2, help="maximum random delay before a kill, in seconds")
     parser.add_argument("--folder", help="folder for the runs (default: a new one)")
@@ -67,15 +93,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(options: argparse.Namespace, output: pathlib.Path) -> subprocess.Popen:
+def start(options: argparse.Namespace, output: pathlib.Path, folder: pathlib.Path) -> BaseProcess:
     """Start the run in `output`, or resume it from its newest checkpoint if there is one."""
     settings = [*options.set, f"output_dir='{output}'", f"checkpoint_every_n_minutes={options.minutes}"]
-    command = [sys.executable, "-m", "anima_jax.train", "--config", options.config]
-    command += [word for setting in settings for word in ("--set", setting)]
-    command += ["--resume_from_checkpoint"] if any(map(checkpoints_of, runs_of(output))) else []
-    with open(output.with_suffix(".log"), "a", encoding="utf-8") as log:
-        environment = {**os.environ, "JAX_PLATFORMS": options.platform}
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    words = ["--config", options.config, *(word for setting in settings for word in ("--set", setting))]
+    words += ["--resume_from_checkpoint"] if any(map(checkpoints_of, runs_of(output))) else []
+    process = FORKS.Process(target=train, args=(words, options.platform, str(folder / f"{output.name}.log")))
+    process.start()
+    return process
+
+
+def train(words: list[str], platform: str, log: str) -> None:
+    """What a process of the run does: `python -m anima_jax.train` with these words."""
+    os.environ["JAX_PLATFORMS"] = platform
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    from anima_jax.train import main
+
+    main(words)
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Wait for a process and return its exit code."""
+    process.join()
+    return process.exitcode
 
 
 def runs_of(output: pathlib.Path) -> list[pathlib.Path]:
@@ -88,7 +130,17 @@ def checkpoints_of(run: pathlib.Path) -> list[int]:
 
 
 def saving(output: pathlib.Path) -> bool:
-    return any(output.glob("*/checkpoints/*.orbax-checkpoint-tmp"))
+    return any(output.glob("*/checkpoints/*.unsealed*"))
+
+
+def last_step(output: pathlib.Path) -> int:
+    """The last step whose loss is in a log, 0 if there is none."""
+    for run in reversed(runs_of(output)):
+        log = run / "metrics.jsonl"
+        for line in reversed(log.read_bytes()[-4000:].splitlines()) if log.is_file() else ():
+            if found := re.search(rb'^{.*"step": (\d+).*}$', line):
+                return int(found[1])
+    return 0
 
 
 def losses_of(runs: list[pathlib.Path]) -> dict[int, float]:
