@@ -27,6 +27,13 @@ def test_each_mistake_is_one_line_and_the_exit_code_is_2(capsys, error, lines):
     assert capsys.readouterr() == ("", lines)
 
 
+def test_what_hostile_files_can_make_a_program_say_is_bounded():
+    error = UserError(*[f"{number} " + "\x00" * 10_000 + "the end" for number in range(1000)])
+    assert len(error.messages) == 101
+    assert error.messages[-1] == "and 900 more errors"
+    assert all(len(message) <= 4000 and message.endswith("the end") for message in error.messages[:-1])
+
+
 INTERRUPTED = """
 import signal, time
 from anima_jax.errors import command_line

@@ -39,6 +39,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LIMIT = 100_000_000
 """Largest header in bytes, as in the format's own library."""
 
+MOST_TENSORS = 100_000
+"""Models have thousands of tensors; the time and memory that a hostile header costs are bounded."""
+
 _ENTRY_LIMIT = 4096  # characters of one tensor's entry; a real one has about 80
 _MAX_AXES = 64  # numpy's limit
 _METADATA = "__metadata__"
@@ -162,6 +165,8 @@ class _Parser:
                 metadata = self._metadata()
             else:
                 entries[name] = self._entry(name)
+                if len(entries) > MOST_TENSORS:
+                    raise HeaderError(f"the header has more than {MOST_TENSORS} tensors")
         self._skip_space()
         if self.at != len(self.text):
             raise self._damaged("nothing more")

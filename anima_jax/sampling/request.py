@@ -33,6 +33,9 @@ MAX_BATCH = 4096
 MAX_BATCH_LATENTS = 2**25
 """Largest batch in latent pixels: noise of 2 GB, of 2048 images of 1024×1024 pixels."""
 
+LARGEST = 1e6
+"""Largest guidance scale and shift; with larger ones, and with smaller shifts than 1 / this, float32 overflows."""
+
 MIN_DENOISE = 0.001
 
 MAX_LEVEL = 1.00001
@@ -148,10 +151,11 @@ class SamplingParams:
                 raise UserError(f"{what} '{name}', expected one of {', '.join(table)}{did_you_mean(name, table)}")
         if not 1 <= self.steps <= TABLE_SIZE:
             raise UserError(f"steps {self.steps}, expected 1 to {TABLE_SIZE}")
-        if not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale {self.guidance_scale}, expected a finite number")
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"shift {self.shift}, expected a number above 0")
+        if not abs(self.guidance_scale) <= LARGEST:
+            raise UserError(f"guidance_scale {self.guidance_scale}, expected a finite number, at most {LARGEST:g}")
+        if not 1 / LARGEST <= self.shift <= LARGEST:
+            found = f"shift {self.shift}, expected a number above 0"
+            raise UserError(found if self.shift <= 0 else f"{found}, from {1 / LARGEST:g} to {LARGEST:g}")
         if self.denoise != 0 and not MIN_DENOISE <= self.denoise <= 1:
             raise UserError(f"denoise {self.denoise}, expected 0, or {MIN_DENOISE} to 1")
         first, last = self.guidance_interval

@@ -5,6 +5,7 @@ threads may share them. Axes: b captions, n tokens.
 """
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,13 +15,13 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from anima_jax.errors import UserError, first_line
+from anima_jax.errors import UserError, first_line, os_reason
 from anima_jax.text.prompts import Span
 
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
@@ -235,6 +236,10 @@ _QWEN = _Repository("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE,
 _T5 = _Repository("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
 
 
+_PROBES = ("a picture", "猫 🙂 ﬁ \x00", "x" * 600)
+"""Texts that every tokenizer can encode: if the library panics at a broken one, it should be at the start."""
+
+
 def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
     """Load `qwen/` and `t5/` from `folder`; if it is None, those that come with the package.
 
@@ -256,7 +261,10 @@ def save_packaged(folders: Mapping[str, pathlib.Path]) -> None:
 
 def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:
     """Return a tokenizer and the id of its pad token."""
-    found = next((one for one in repository.formats if all((path / file).is_file() for file in one.files)), None)
+    try:
+        found = next((one for one in repository.formats if all((path / file).is_file() for file in one.files)), None)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {os_reason(error)}") from None
     if found is None:
         expected = ", or ".join(" and ".join(one.files) for one in repository.formats)
         raise UserError(f"{path}: no tokenizer found, expected {expected} of {repository.hub_name}")
@@ -267,14 +275,17 @@ def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:
         for file in _SETTINGS:
             if (path / file).is_file():
                 settings |= json.loads((path / file).read_text(encoding="utf-8"))
-        tokenizer = found.read(path)
-        _add_tokens(tokenizer, settings)
-        if str(settings.get("tokenizer_class")).startswith("T5Tokenizer"):
-            _split_as_t5(tokenizer)
-        pad = settings.get("pad_token") or repository.pad_token
-        pad_id = tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
-        words = set(tokenizer.encode("a picture").ids) - tokenizer.get_added_tokens_decoder().keys()
-    except Exception as error:  # the parsers raise errors of many types for broken files
+        with _stderr_silenced():
+            tokenizer = found.read(path)
+            _add_tokens(tokenizer, settings)
+            if str(settings.get("tokenizer_class")).startswith("T5Tokenizer"):
+                _split_as_t5(tokenizer)
+            pad = settings.get("pad_token") or repository.pad_token
+            pad_id = tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
+            words, *_ = _encode(tokenizer, _PROBES)
+            words = set(words) - tokenizer.get_added_tokens_decoder().keys()
+    except BaseException as error:  # the parsers raise errors of many types for broken files
+        _raise_unless_of_rust(error)
         raise UserError(f"{path / found.files[0]}: the tokenizer cannot be read: {first_line(error)}") from None
     if not words:
         raise UserError(f"{path}: the tokenizer has no vocabulary, expected the files of {repository.hub_name}")
@@ -282,6 +293,23 @@ def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:
         expected = f"{repository.pad_token} or tokenizer_config.json with 'pad_token'"
         raise UserError(f"{path}: the tokenizer has no pad token, expected {expected}")
     return tokenizer, pad_id
+
+
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Drop what is written to stderr, also by the tokenizers library, which prints a backtrace of each panic."""
+    try:
+        before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stderr is closed
+        yield
+        return
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(null)
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
@@ -312,9 +340,18 @@ def _split_as_t5(tokenizer: Tokenizer) -> None:
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-    except (TypeError, UnicodeEncodeError):
-        broken = next((text for text in texts if re.search("[\ud800-\udfff]", text)), "")
+    except BaseException as error:
+        _raise_unless_of_rust(error)
+        broken = next((text for text in texts if re.search("[\ud800-\udfff]", text)), None)
+        if broken is None:
+            raise UserError(f"the tokenizer's files are broken: {first_line(error)}") from None
         raise UserError(f"text {ascii(broken)[:80]}: is not valid Unicode") from None
+
+
+def _raise_unless_of_rust(error: BaseException) -> None:
+    """Raise `error` again if it is neither an Exception nor a panic of the tokenizers library, which is not one."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _padded(tokenizer: Tokenizer, pad: int, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

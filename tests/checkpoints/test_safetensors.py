@@ -310,3 +310,12 @@ def test_writing_through_a_link_keeps_the_link(old_file, tmp_path):
     write_arrays(link, {"new": np.zeros(3, np.float32)})
     assert link.is_symlink()
     assert list(safetensors.numpy.load_file(old_file)) == ["new"]
+
+
+def test_a_header_of_a_million_tensors_is_refused_at_the_limit(tmp_path):
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % number for number in range(200_000)) + "}").encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="the header has more than 100000 tensors"):
+        SafetensorsFile(path)

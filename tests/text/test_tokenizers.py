@@ -221,6 +221,22 @@ def test_missing_or_broken_files_are_named(tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "BAAAAGFhYWE="}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    ],
+)
+def test_a_tokenizer_on_which_the_library_panics_is_one_line(tmp_path, capfd, part, value):
+    path = copied(tmp_path) / "t5" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    with pytest.raises(UserError, match=r"t5/tokenizer\.json: the tokenizer cannot be read: ") as caught:
+        load_tokenizers(path.parents[1])
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # the library prints a backtrace
+
+
 def test_a_tokenizer_without_vocabulary_is_an_error(tmp_path):
     folder = copied(tmp_path)
     (folder / "qwen" / "tokenizer.json").unlink()
