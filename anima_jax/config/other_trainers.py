@@ -97,7 +97,7 @@ NAMED: Mapping[str, str] = {
     # Data.
     "dataset, the path of a TOML": "dataset_config data_backend_config concept_file_name config_file",
     "path in a [[directory]] of the dataset TOML": "train_data_dir image_dir image_directory instance_data_dir "
-    "concepts folder_path metadata_file in_json video_directory",
+    "concepts folder_path video_directory",
     "num_repeats in the dataset TOML": "dataset_repeats repeats balancing",
     "resolutions in the dataset TOML, as [1024]": "resolution resolution_type target_downsample_size",
     "enable_ar_bucket in the dataset TOML": "enable_bucket aspect_ratio_bucketing",
@@ -107,6 +107,7 @@ NAMED: Mapping[str, str] = {
     "shuffle_tags in the dataset TOML": "shuffle_caption shuffle_tokens",
     "tag_dropout in the dataset TOML": "caption_tag_dropout_rate tag_dropout_rate token_dropout_rate",
     "caption_extension in the dataset TOML": "caption_extension caption_extention caption_strategy",
+    "captions_file in the dataset TOML": "metadata_file in_json",
     "keep_tokens in the dataset TOML": "keep_tokens",
     "keep_tokens_separator in the dataset TOML": "keep_tokens_separator",
     "uncond_fraction in the main TOML": "caption_dropout_rate caption_dropout_probability "

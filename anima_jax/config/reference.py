@@ -64,10 +64,13 @@ DIFFERENCES: Mapping[str, str] = {
     "diffusion-pipe reads them in the encoding of the system, and a byte order mark becomes part of the caption.",
     "Empty captions": "an empty caption file counts as no caption, see `skip_empty_caption`; diffusion-pipe leaves "
     "out images without a file and trains those with an empty one.",
-    "Tars": "captions are also read from `.txt` files and `captions.json` inside the tar; diffusion-pipe reads only "
-    "a `captions.json` beside it.",
-    "`num_repeats`": "a fraction is rounded down once for each resolution and frame count, over all aspect ratios; "
-    "diffusion-pipe rounds down in each size bucket, so that small buckets vanish below 1.",
+    "Captions' files": "`.txt`, `.caption`, `.json` and `NAME_nl.txt`, inside a tar too, and a `captions.json` with "
+    "texts, lists or tables, by name or path, with or without suffix; diffusion-pipe reads `.txt` files, for a tar "
+    "none, and a `captions.json` of lists by name.",
+    "Tars": "a link, and a member whose name leads out of the tar, is left out and named; diffusion-pipe reads both.",
+    "`num_repeats`": "a fraction is rounded down once for each resolution and frame count, over all aspect ratios, "
+    "and the images of the part are chosen by their contents; diffusion-pipe rounds down in each size bucket, so that "
+    "small buckets vanish below 1, and takes the first of its list.",
     "`size_buckets`": "an example goes to the bucket of the nearest ratio that it is long enough for; "
     "diffusion-pipe sorts the buckets by length and their ratios by size, and then takes one list's position in the "
     "other, so that with several ratios an image may be cropped to another bucket than the nearest.",

@@ -26,6 +26,8 @@ class Unsupported:
     """It is taken as this key, dotted, from the top of the file; see also `IN_DATASET`."""
     values: Mapping[Any, Any] | None = None
     """Its value → that of `target`; others are errors. None: it has the same value."""
+    fills: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Entries of a table that it has there unless it names them."""
     replaces: bool = False
     """Whether it replaces a value of `target`; otherwise, another value is an error."""
     requires: tuple[str, str] = ("", "")
@@ -39,7 +41,7 @@ class Unsupported:
     def value_of(self, value: Any) -> Any:
         """Return the value of `target`. Raises KeyError if there is none."""
         if self.values is None:
-            return value
+            return {**self.fills, **value} if self.fills and isinstance(value, dict) else value
         for known, ours in self.values.items():
             if known == value and type(known) is type(value):
                 return ours
@@ -195,7 +197,9 @@ CAPTIONS: Mapping[str, Unsupported] = {
     "model.shuffle_keep_first_n": taken(f"{IN_DATASET}keep_tokens", 0),
     "model.protected_tags_file": taken(f"{IN_DATASET}protected_tags_file", ""),
     "model.caption_mode": taken(f"{IN_DATASET}caption_mode", "tags"),
-    "model.mixed_weights": taken(f"{IN_DATASET}mixed_weights"),
+    "model.mixed_weights": Unsupported(
+        target=f"{IN_DATASET}mixed_weights", fills={"tags": 50, "nl": 10, "tags_nl": 20, "nl_tags": 20}
+    ),
     "model.nl_shuffle_sentences": taken(f"{IN_DATASET}nl_shuffle_sentences", False),
     "model.nl_keep_first_sentence": taken(f"{IN_DATASET}nl_keep_first_sentence", False),
     "model.attribution_*": refused("expected protected_tags and keep_tokens, in the dataset TOML", [], False, "fixed"),

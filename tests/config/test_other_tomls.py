@@ -255,7 +255,8 @@ MEANINGS = {
                 "keep_tokens": 2,
                 "all_protected_tags": {"solo"},
                 "caption_mode": "mixed",
-                "mixed_weights": {"tags": 60, "nl": 40, "tags_nl": 0, "nl_tags": 0},
+                # The fork's code reads a weight that is not named as 50, 10, 20 and 20.
+                "mixed_weights": {"tags": 60, "nl": 40, "tags_nl": 20, "nl_tags": 20},
                 "nl_shuffle_sentences": True,
                 "nl_keep_first_sentence": True,
             },
