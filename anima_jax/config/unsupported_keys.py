@@ -81,6 +81,8 @@ _RATES = {
     "cross_attn": "cross_attn",
     "mlp": "mlp",
     "adaln": "mod",
+    "adaln_modulation": "mod",
+    "mod": "mod",
     "llm_adapter": "llm_adapter",
 }
 """Part as forks call it → the beginning of its rate's key."""
@@ -95,6 +97,10 @@ def _toggles() -> dict[str, Unsupported]:
             frozen = Unsupported(target=target, values={False: 0}, replaces=True, harmless=(True,))
             rows[f"{table}train_{part}"] = frozen
             rows[f"{table}freeze_{part}"] = dataclasses.replace(frozen, values={True: 0}, harmless=(False,))
+        for part in ("norm", "final_layer", "x_embedder", "t_embedder", "embedders", "base"):
+            rows[f"{table}train_{part}"] = refused(
+                "has no rate of its own; [adapter] exclude_modules leaves it out", True
+            )
         rows[f"{table}train_text_encoder"] = refused("expected a rate: text_encoder_lr in [adapter]", False)
         rows[f"{table}caption_dropout_percent"] = taken("uncond_fraction", 0)
     return rows
