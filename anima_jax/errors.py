@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -177,49 +178,96 @@ STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed: sysexits.h's EX_TEMPFAIL, "try again"."""
 
 
+FAULT = 1
+"""Exit code after an error of the system, such as a full disk: the same command may work at another time."""
+
+_MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""Errors of the system that are a user's mistakes."""
+
+
 def command_line(main: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a program's `main` so that user errors and keyboard interrupts end it without a traceback.
+    """Decorate a program's `main` so that user errors, errors of the system and interrupts end it without a traceback.
 
     A `UserError` is printed on stderr as one `error: …` line per message, with its exit code (2, or 1 for values that
-    are not finite). A keyboard interrupt prints one line, with exit code 130.
+    are not finite), and so are errors of files and memory (`system_error`). A keyboard interrupt prints one line, with
+    exit code 130. If nobody reads stdout any more, nothing is printed, with exit code 141.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         # Registered before everything that `main` registers, so it runs last.
         atexit.register(_exit_without_teardown)
-        interrupted = False
+        code, lines = 0, []
         try:
             with _interrupts_raised_again():
                 main(*args, **kwargs)
                 sys.stdout.flush()
-        except BrokenPipeError:
-            if not _stdout_is_closed():
-                raise
-            sys.exit(CLOSED_PIPE)
         except UserError as error:
-            for message in error.messages:
-                print(f"error: {message}", file=sys.stderr)
-            sys.exit(error.exit_code)
+            code, lines = error.exit_code, [f"error: {message}" for message in error.messages]
         except KeyboardInterrupt:
-            interrupted = True
-            print("interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            code, lines = INTERRUPTED, ["interrupted"]
+        except Exception as error:
+            found = _stdout_error(error) or system_error(error)
+            if found is None:
+                raise
+            code, lines = found[0], [f"error: {found[1]}"] if found[1] else []
         finally:
-            if not interrupted:
+            if code != INTERRUPTED:
                 atexit.unregister(_exit_without_teardown)
+        with contextlib.suppress(OSError):  # stderr, too, may be a full disk
+            for line in lines:
+                print(line, file=sys.stderr)
+        if code:
+            sys.exit(code)
 
     return wrapped
 
 
-def _stdout_is_closed() -> bool:
-    """Return whether nobody reads stdout any more; if so, whatever is still to be written to it goes nowhere."""
+def system_error(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the message of an error of files or memory; None for any other error.
+
+    What main did not expect here names the line of the code, for a report.
+    """
+    text = first_line(error)
+    if isinstance(error, MemoryError):
+        code, text = FAULT, "out of memory" + ("" if text == type(error).__name__ else f": {text}")
+    elif type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text:
+        code, text = FAULT, f"out of memory: {text}"
+    elif isinstance(error, OSError):
+        code, text = (2 if isinstance(error, _MISTAKES) else FAULT), os_reason(error)
+        if error.filename is not None:
+            text = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {text}"
+        elif not in_a_folder():
+            code, text = 2, NO_FOLDER
+    else:
+        return None
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "anima_jax" in frame.filename]
+    return code, one_line(text) + (f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else "")
+
+
+NO_FOLDER = "the current folder has been deleted; change to another one"
+
+
+def in_a_folder() -> bool:
+    """Return whether the current folder still exists."""
     try:
-        print(flush=True)  # Without a buffer there may be nothing left to flush.
-    except BrokenPipeError:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def _stdout_error(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and a message if the error is stdout's; if so, the rest of the output goes nowhere."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        sys.stdout.write("\n")  # Without a buffer there may be nothing left to flush.
+        sys.stdout.flush()
+    except OSError as again:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        return (CLOSED_PIPE, "") if isinstance(again, BrokenPipeError) else (FAULT, f"stdout: {os_reason(again)}")
+    return None
 
 
 def _exit_without_teardown() -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 from types import FrameType
 
-from anima_jax.errors import INTERRUPTED, STOPPED
+from anima_jax.errors import INTERRUPTED, NO_FOLDER, STOPPED, in_a_folder
 
 STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 """Signals with which schedulers and terminals end a run. Native Windows has only the first."""
@@ -33,6 +33,10 @@ def convert() -> None:
 
 def _run(module: str, stops: tuple[str, ...] = ()) -> None:
     """Import a module and call its `main`. An interrupt during the import, or one of `stops`, ends the process."""
+    _open_standard_streams()
+    if not in_a_folder():
+        print(f"error: {NO_FOLDER}", file=sys.stderr)
+        sys.exit(2)
     for name in ("SIGINT", *stops):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -43,15 +47,23 @@ def _run(module: str, stops: tuple[str, ...] = ()) -> None:
     main()
 
 
+def _open_standard_streams() -> None:
+    """Open stdin, stdout and stderr to nowhere if they are closed: else the next file would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     """Handle a signal: say so in a line and end. An exception could be lost in a library that is being imported."""
-    interrupted = number == signal.SIGINT
-    name = signal.Signals(number).name
-    line = (
-        "interrupted\n" if interrupted else f"stopped by {name}; nothing is lost, start again with the same command\n"
-    )
+    line, code = f"stopped by {signal.Signals(number).name}; the same command starts it again", STOPPED
+    if number == signal.SIGINT:
+        line, code = "interrupted", INTERRUPTED
     with contextlib.suppress(OSError):
-        os.write(2, line.encode())  # `print` may be what the signal interrupted
+        os.write(2, f"{line}\n".encode())  # `print` may be what the signal interrupted
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    os._exit(INTERRUPTED if interrupted else STOPPED)
+    os._exit(code)

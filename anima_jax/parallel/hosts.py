@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from anima_jax.errors import UserError, show_value
+from anima_jax.errors import UserError, show_value, system_error
 
 T = TypeVar("T")
 
@@ -265,6 +265,9 @@ def _report(error: BaseException) -> int:
         return 130
     if isinstance(error, SystemExit):
         return int(error.code or 0)
+    if found := system_error(error):
+        print(f"error: {found[1]}", file=sys.stderr)
+        return found[0]
     traceback.print_exception(error)
     # If a process is lost, dispatching a step may also raise a ValueError.
     print(
