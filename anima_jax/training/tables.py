@@ -141,7 +141,8 @@ def time_lines(estimate: Estimate, steps: Mapping[str, int], memory: float | Non
                 parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
                 bounds = _range(seconds.least, seconds.most)
                 lines.append(
-                    f"{work.tier}: {bounds} s per step on {spec.name} (seconds of {parts}; see {docs_page('scaling.md')}), "
+                    f"{work.tier}: {bounds} s per step on {spec.name} "
+                    f"(seconds of {parts}; see {docs_page('scaling.md')}), "
                     f"{_range(work.batch / seconds.most, work.batch / seconds.least)} images/s"
                 )
         least, most, images = run_time(estimate, steps, spec)
