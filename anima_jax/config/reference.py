@@ -143,9 +143,13 @@ def _unsupported() -> Iterator[str]:
         "does their job here; or refused with what to write instead. Values that ask for nothing are accepted silently."
     )
     main = {**unsupported_keys.MAIN, **unsupported_keys.CAPTIONS}
-    rows = [f"| `{key}` | {_answer(row)} |" for key, row in main.items()]
-    rows += [f"| `{key}` (dataset) | {_answer(row)} |" for key, row in unsupported_keys.DATASET.items()]
-    rows += [f"| `--{flag}` | does nothing here: {message} |" for flag, message in unsupported_keys.FLAGS.items()]
+    answers = {f"`{key}`": _answer(row) for key, row in main.items()}
+    answers |= {f"`{key}` (dataset)": _answer(row) for key, row in unsupported_keys.DATASET.items()}
+    answers |= {f"`--{flag}`": f"does nothing here: {message}" for flag, message in unsupported_keys.FLAGS.items()}
+    same: dict[str, list[str]] = {}
+    for key, answer in answers.items():
+        same.setdefault(answer, []).append(key)
+    rows = [f"| {', '.join(keys)} | {answer} |" for answer, keys in same.items()]
     yield "\n".join(["| key or flag | answer |", "| --- | --- |", *rows])
     yield "## Keys of sd-scripts, OneTrainer, SimpleTuner and others"
     yield "Other trainers have other files and defaults. Their keys are errors that say what they are called here."

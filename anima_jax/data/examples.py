@@ -132,9 +132,9 @@ def examples_of(
 
     Each caption (or each of its shuffled copies) in each bucket of an entry is one example, with several texts if
     `caption_mode` mixes them; all captions together are one if `caption_choice` is "random". `shuffle_each_epoch`
-    shuffles tags and sentences in every epoch instead of once, for runs that encode text at batch time. As in
-    diffusion-pipe, a resolution and frame count has `int(n · num_repeats)` examples; those of a partial repeat are
-    picked by hash. Images and clips that fit no bucket go to `problems`.
+    shuffles tags and sentences in every epoch instead of once, for runs that encode text at batch time. A
+    resolution and frame count has `int(n · num_repeats)` examples (in diffusion-pipe, each of its ratios has); those of
+    a partial repeat are picked by hash. Images and clips that fit no bucket go to `problems`.
     """
     each_epoch = shuffle_each_epoch and (source.shuffled_copies > 0 or source.nl_shuffle_sentences)
     placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
