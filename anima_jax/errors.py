@@ -145,6 +145,12 @@ def os_reason(error: BaseException) -> str:
     return next(known, " ".join(text.split())[:200])
 
 
+def program(module: str) -> str:
+    """Return how this program was called, for its usage: `anima-train`, or else `python -m` and its module."""
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith("anima-") else f"python -m {module}"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that reports a wrong command line as a `UserError`: one line, with the nearest flag."""
 

@@ -7,7 +7,7 @@ changes the blocks that it was trained on, at their new positions.
 from collections.abc import Iterable, Mapping
 
 from anima_jax.adapters.patch import Patch
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shell_command
 
 INSERTED = {
     40: (2, 5, 8, 11, 14, 17, 21, 24, 27, 30, 33, 36),
@@ -48,7 +48,8 @@ def depth_mismatch(modules: Iterable[str], weights: Iterable[str]) -> str | None
     source, target = (1 + max(map(_number, names), default=-1) for names in (modules, weights))
     if source == target or not {source, target} <= set(DEPTHS):
         return None
-    return f"made for {source} blocks, and the model has {target}; `python -m convert lora --remap {source}:{target}`"
+    advice = shell_command("anima_jax.convert", "lora", "--remap", f"{source}:{target}")
+    return f"made for {source} blocks, and the model has {target}; `{advice}`"
 
 
 def _number(module: str) -> int:

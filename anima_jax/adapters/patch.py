@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from anima_jax.adapters.kinds import KINDS, AdapterKind, Product, kind_of
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shell_command
 
 FLOAT32 = np.dtype(np.float32)
 _EPSILON = np.finfo(FLOAT32).eps
@@ -386,7 +386,7 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     if patch.kind.on_weight:
         raise UserError(
             f"{patch.kind.title} cannot become a LoRA without the model, on whose weights its change depends: "
-            "`python -m convert merge` it, then `python -m convert extract`"
+            f"`{shell_command('anima_jax.convert', 'merge')}` it, then `{shell_command('anima_jax.convert', 'extract')}`"
         )
     if energy is not None and not math.isfinite(energy):
         raise UserError("has NaN or infinite values")

@@ -14,7 +14,7 @@ from anima_jax.adapters.modules import AdapterSpec, adapter_spec
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.names.groups import group_of
 from anima_jax.config.main import MainConfig
-from anima_jax.errors import UserError, did_you_mean
+from anima_jax.errors import UserError, did_you_mean, shell_command
 from anima_jax.models.parameters import Params
 
 Specs = Mapping[str, AdapterSpec]
@@ -182,6 +182,6 @@ def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[st
     if found != expected:
         raise UserError(
             f"{label} has rank {patch.rank}, expected {spec.ranks[layer]}; its factors are {found}, this run's "
-            f"{expected}; `python -m convert resize` changes a LoRA's rank"
+            f"{expected}; `{shell_command('anima_jax.convert', 'resize')}` changes a LoRA's rank"
         )
     return factors

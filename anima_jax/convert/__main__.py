@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from anima_jax.convert import checkpoint, diff, extract, inspect, lora, merge, resize
-from anima_jax.errors import ArgumentParser, command_line
+from anima_jax.errors import ArgumentParser, command_line, program
 
 COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
@@ -23,16 +23,21 @@ COMMANDS: dict[str, ModuleType] = {
 """Modules with `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
 
 
-@command_line
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command given on the command line."""
-    parser = ArgumentParser(
-        prog="python -m convert", description="Inspect Anima files and convert them between formats."
+def parser() -> ArgumentParser:
+    """Return the parser of the commands; what it parses has the command as `run`."""
+    whole = ArgumentParser(
+        prog=program("anima_jax.convert"), description="Inspect Anima files and convert them between formats."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    return whole
+
+
+@command_line
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command given on the command line."""
+    parsed = parser().parse_args(arguments)
     parsed.run(parsed)

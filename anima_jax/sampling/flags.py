@@ -7,7 +7,7 @@ from anima_jax.adapters.merge import COMFYUI_DORA
 from anima_jax.checkpoints.locations import check_local
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
-from anima_jax.errors import ArgumentParser
+from anima_jax.errors import ArgumentParser, program
 from anima_jax.parallel import hosts
 from anima_jax.sampling.request import RANDOM_SEED
 
@@ -19,7 +19,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError if it is not valid."""
-    parser = ArgumentParser(prog="python -m anima_jax.generate", description="Generate images with Anima.")
+    parser = ArgumentParser(prog=program("anima_jax.generate"), description="Generate images with Anima.")
     add_prompts(parser)
     add_networks(parser)
     add_images(parser)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from anima_jax.config import unsupported_keys
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
-from anima_jax.errors import ArgumentParser, shell_command
+from anima_jax.errors import ArgumentParser, program, shell_command
 from anima_jax.parallel import hosts
 from anima_jax.training.resume import shared_settings
 
@@ -95,7 +95,7 @@ def _unfailing(stream: Any) -> Any:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError if it is not valid."""
-    parser = ArgumentParser(prog="python -m anima_jax.train", description="Train Anima.")
+    parser = ArgumentParser(prog=program("anima_jax.train"), description="Train Anima.")
     parser.add_argument("--config", required=True, metavar="FILE.toml", help="the main TOML, as for diffusion-pipe")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key: --set optimizer.lr=1e-5"

@@ -18,7 +18,7 @@ from anima_jax.adapters.merge import AdapterStack
 from anima_jax.adapters.modules import adapter_spec
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.models import load_dit
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shell_command
 from anima_jax.models import parameters
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from tests.adapters.adapter_files import (
@@ -583,7 +583,8 @@ def test_an_adapter_that_ends_with_another_models_blocks_is_pointed_out(tmp_path
                 fit_to_weights(adapter, weights)
         else:
             fit_to_weights(adapter, weights)
-    advice = "made for 28 blocks, and the model has 40; `python -m convert lora --remap 28:40`"
+    command = shell_command("anima_jax.convert", "lora", "--remap", "28:40")
+    advice = f"made for 28 blocks, and the model has 40; `{command}`"
     assert (advice in capsys.readouterr().err) == ((blocks, depth) == (28, 40))
 
 
