@@ -133,14 +133,14 @@ def test_a_wheel_finds_its_own_configurations_and_documents_from_anywhere(built,
     wheel, _ = built
     (tmp_path / "convert.py").write_text("raise SystemExit('shadowed')")
     environment = os.environ | {"PYTHONPATH": f"{wheel}:."}
-    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
-    lines = subprocess.run([sys.executable, "-c", LOAD_SHIPPED], **run).stdout.splitlines()
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    lines = subprocess.run([sys.executable, "-c", LOAD_SHIPPED], check=True, **run).stdout.splitlines()
     assert lines[-1].endswith(f"the one that comes with anima_jax: {wheel}/anima_jax/configs/shapes.toml")
     assert all(path.startswith(f"{wheel}/anima_jax/") and os.path.exists(path) for path in lines[:3])
     named = {f"docs/{page}" for path in wheel.rglob("*.py") for page in re.findall(r"docs/(\w+\.md)", path.read_text())}
     assert {page for page in named if not (wheel / "anima_jax" / page).is_file()} == set()
     script = "from anima_jax.launch import convert; convert()"  # as the script anima-convert does
-    shown = subprocess.run([sys.executable, "-c", script, "--help"], **run).stdout
+    shown = subprocess.run([sys.executable, "-c", script, "--help"], check=True, **run).stdout
     assert "Inspect Anima files" in shown
     assert not (wheel / "convert").exists()
 
@@ -173,7 +173,8 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
     """The commands of this project in a page: modules, and their arguments as a shell would pass them."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.search(r"python -m (anima_jax\.\w+|convert) ([^>&\"]*(?:\"[^\"]*\"[^>&\"]*)*)", line) for line in lines]
+    pattern = r'python -m (anima_jax\.\w+|convert) ((?:[^>&"]|"[^>&"]*")*)'
+    found = [re.search(pattern, line) for line in lines]
     # Variables of a shell stand for numbers here.
     return [(m[1], shlex.split(re.sub(r"\$(\w+|\{.*?\})", "1", m[2]), comments=True)) for m in found if m]
 

@@ -386,7 +386,8 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     if patch.kind.on_weight:
         raise UserError(
             f"{patch.kind.title} cannot become a LoRA without the model, on whose weights its change depends: "
-            f"`{shell_command('anima_jax.convert', 'merge')}` it, then `{shell_command('anima_jax.convert', 'extract')}`"
+            f"`{shell_command('anima_jax.convert', 'merge')}` it, "
+            f"then `{shell_command('anima_jax.convert', 'extract')}`"
         )
     if energy is not None and not math.isfinite(energy):
         raise UserError("has NaN or infinite values")
