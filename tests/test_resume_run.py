@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -334,7 +335,10 @@ def test_a_run_whose_losses_stay_infinite_stops_and_names_its_last_checkpoint(co
     with pytest.raises(SystemExit) as exit_:
         train(["--config", str(config), *options, "--set", "checkpoint_every_n_minutes=0.0001"])
     assert exit_.value.code == 1
-    said, printed = (capsys.readouterr())[::-1]
+    printed, said = capsys.readouterr()
+    assert re.search(
+        r"step \d+: the \w+ is not finite.* \(3 in a row\); its examples: \S+\.png, \S+\.png$", printed, re.M
+    )
     assert "3 steps in a row had no finite loss or gradient; the last good checkpoint is that of step 1\n" in said
     assert [path.name for path in (run_of(tmp_path / "runs") / "checkpoints").iterdir()] == ["1"]
     assert len(losses_of(run_of(tmp_path / "runs"))) < 10

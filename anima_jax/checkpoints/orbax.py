@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,9 @@ _LAST_FILE = "_CHECKPOINT_METADATA"
 
 _DAMAGED = "damaged"
 """Ending of the name of a checkpoint that was found damaged."""
+
+_NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|PERMISSION_DENIED|Permission denied")
+"""Errors of a load that say nothing about the files themselves."""
 
 _BARRIERS = itertools.count()
 """Numbers of the barriers between processes, whose names must differ."""
@@ -84,6 +87,10 @@ def errors_reported_once() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+class DamagedError(UserError):
+    """A checkpoint whose files are not as they were written."""
+
+
 class RunCheckpoints:
     """The checkpoints in `folder`; only the newest `keep` are kept (None: all). Only one run at a time may write to it.
 
@@ -120,7 +127,8 @@ class RunCheckpoints:
 
         Damaged ones that are newer are renamed and logged. All processes must call this and get the same step; each
         reads a part of the files. Checkpoints of earlier versions have no checksums: of those, only the metadata is
-        read. Raises UserError, and renames nothing, if all are damaged or if a file cannot be read for another reason.
+        read, and `restore` may still find damage. Raises UserError, and renames nothing, if all are damaged or if a
+        file cannot be read for another reason.
         """
         damaged: dict[pathlib.Path, str] = {}
         for path in hosts.value_of_process_0(self._candidates):
@@ -138,6 +146,14 @@ class RunCheckpoints:
             log.warning(f"{old}: is damaged: {reason}; the run goes on from step {path}, and it is kept as {kept.name}")
         hosts.barrier("damaged checkpoints are set aside")
         return int(path)
+
+    def set_aside(self, step: int, reasons: Sequence[str | None]) -> None:
+        """Rename a damaged checkpoint, and log it with the first of `reasons`. All processes must call this."""
+        if jax.process_index() == 0:
+            path = self.folder / str(step)
+            kept = self._set_aside(path)
+            log.warning(f"{next(filter(None, reasons))}; the one before is taken, and this is kept as {kept.name}")
+        hosts.barrier("damaged checkpoints are set aside")
 
     def _candidates(self) -> list[str]:
         """Return the names of all folders of checkpoints that are not empty, newest first."""
@@ -203,8 +219,8 @@ class RunCheckpoints:
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         """Return the items in `abstract`, whose trees of arrays or `jax.ShapeDtypeStruct`s define the shardings.
 
-        The values are bit-identical to those saved. Raises UserError if a saved item is missing, has another layout or
-        is damaged.
+        The values are bit-identical to those saved. Raises UserError if a saved item is missing or has another layout,
+        DamagedError if it is damaged.
         """
         wanted = {name: flat(tree) for name, tree in abstract.items()}
         layout = self.layout(step)
@@ -237,11 +253,10 @@ class RunCheckpoints:
         try:
             return read(path)
         except Exception as error:  # of any type, as in `save`
-            older = [other for other in self.steps() if other < step]
-            advice = f"; without that folder, the run resumes from step {older[-1]}" if older else ""
             # What Orbax says if any file of an item cannot be read, and the checkpoint is too old to have checksums.
             reason = "its files are damaged" if "incompatible handler" in str(error) else os_reason(error)
-            raise UserError(f"{path}: cannot be read ({reason}){advice}") from error
+            sound = isinstance(error, MemoryError) or _NOT_DAMAGE.search(str(error))
+            raise (UserError if sound else DamagedError)(f"{path}: cannot be read ({reason})") from error
 
     def _finish(self, step: int, saving: "ocp.AsyncResponse[None]") -> None:
         path = self.folder / str(step)
@@ -320,6 +335,30 @@ def flat(tree: Any) -> dict[str, Any]:
     if len(found) != len(leaves):
         raise ValueError("two leaves of a tree have the same path")
     return found
+
+
+def abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
+    """Return the shapes, dtypes and shardings of `tree`, and delete its arrays except those with the `spared` ids."""
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    tree = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), tree)
+    found = jax.tree.map(abstract, tree)
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) not in spared:
+            leaf.delete()
+    return found
+
+
+def matching(tree: Any, pattern: re.Pattern[str]) -> dict[str, Any]:
+    """Return the leaves whose path matches `pattern`, by path."""
+    return {path: leaf for path, leaf in flat(tree).items() if pattern.search(path)}
+
+
+def replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Return `tree` with the leaves at the paths in `leaves` replaced."""
+    return jax.tree.unflatten(jax.tree.structure(tree), {**flat(tree), **leaves}.values())
 
 
 def layout_of(tree: Any) -> dict[str, str]:

@@ -69,6 +69,10 @@ def _run_to_resume(found: Any) -> Any:
     return ("" if found else None) if isinstance(found, bool) else found
 
 
+def _none_if_zero(found: Any) -> Any:
+    return None if type(found) in {int, float} and not found else found
+
+
 LossParameter = Annotated[Positive | None, only_one_of(*LOSS_KEYS)]
 
 
@@ -126,7 +130,9 @@ class MainConfig(Section):
     force_constant_lr: Positive | None = Field(
         None, description="this learning rate for every group that is not frozen, without schedule or warmup"
     )
-    ema_decay: Decay | None = Field(None, description="ours; decay of the weights' moving average (EMA); unset: no EMA")
+    ema_decay: Annotated[Decay | None, BeforeValidator(_none_if_zero)] = Field(
+        None, description="ours; decay of the weights' moving average (EMA); unset or 0: no EMA"
+    )
     uncond_fraction: Fraction = Field(0.0, description="fraction of examples trained with the empty caption")
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",

@@ -15,8 +15,10 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     documented_as,
+    expecting,
     invalid,
 )
+from anima_jax.errors import plural
 
 TorchSeed = Annotated[int, Field(ge=0, lt=2**64), FromFloat, documented_as("whole number ≥ 0 and < 2⁶⁴")]
 
@@ -25,6 +27,14 @@ class SampleConfig(Section):
     """Ours: images drawn while training, one for each prompt and seed."""
 
     prompts: Annotated[tuple[str, ...], Listed, NotEmpty] = Field(description="what to draw")
+    negative_prompt: Annotated[
+        str | Annotated[tuple[str, ...], Listed],
+        expecting("a string, or a list with one for each prompt"),
+        documented_as("string or list of strings"),
+    ] = Field(
+        "", description="what not to draw: one text for all prompts, or one for each; without effect if guidance is 1"
+    )
+    at_once: Count = Field(4, description="how many images share a device while they are drawn")
     every_n_epochs: Count | None = Field(None, description="draw every n epochs, and at the start and the end")
     every_n_steps: Count | None = Field(
         default_factory=lambda table: 500 if table["every_n_epochs"] is None else None,
@@ -43,6 +53,21 @@ class SampleConfig(Section):
     embeddings: InputFolder | None = Field(
         None, description="a folder with the files that embedding:name in a prompt stands for"
     )
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """The negative prompt of each prompt."""
+        own = self.negative_prompt
+        return (own,) * len(self.prompts) if isinstance(own, str) else own
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _one_for_each(cls, found: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
+        prompts = info.data.get("prompts")
+        if prompts is not None and not isinstance(found, str) and len(found) != len(prompts):
+            counts = f"{plural(len(found), 'text')} for {plural(len(prompts), 'prompt')}"
+            raise invalid(f"found {counts}, expected one text, or one for each")
+        return found
 
     @field_validator("height")
     @classmethod

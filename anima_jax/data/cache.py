@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sizes import Size
-from anima_jax.data.encoders import Encoders, hash_parts
+from anima_jax.data.encoders import Encoders, check_finite, hash_parts
 from anima_jax.data.examples import Example
 from anima_jax.data.images import read_mask
 from anima_jax.data.loader import map_ahead
@@ -30,7 +30,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store, pack, unpack
 from anima_jax.errors import UserError
 from anima_jax.models.dit import PATCH
-from anima_jax.parallel.hosts import barrier, is_process_0
+from anima_jax.parallel.hosts import barrier, is_process_0, progress_bar
 from anima_jax.text.states import EncodedText
 
 Item = TypeVar("Item")
@@ -207,19 +207,19 @@ class Cache:
 
         for latents_lc in encoders.encode_clips(clips()) if items else ():
             key, example = decoded.popleft()
-            header = {"name": example.entry.media.name, "size": "×".join(map(str, size))}
-            yield key, pack(header, {"latents": latents_lc.astype(np.dtype(self._config.cached_dtype))})
+            name, dtype = example.entry.media.name, self._config.cached_dtype
+            with np.errstate(over="ignore"):  # reported in the next line
+                stored_lc = latents_lc.astype(np.dtype(dtype))
+            check_finite(stored_lc, name, self._config.model.vae_path, dtype)
+            yield key, pack({"name": name, "size": "×".join(map(str, size))}, {"latents": stored_lc})
 
     def _text_records(self, items: Sequence[tuple[bytes, str]], encoders: Encoders) -> Iterator[Record]:
         encoded = encoders.encode_captions(caption for _, caption in items) if items else ()
         for (key, caption), text in zip(items, encoded, strict=True):
-            states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
+            with np.errstate(over="ignore"):
+                states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
+            check_finite(states_nd, f"caption '{caption}'", self._config.model.llm_path, self._config.cached_dtype)
             yield key, pack({"caption": caption}, {"states": states_nd, "t5_ids": text.target_ids_m})
-
-
-def progress_bar(total: int, unit: str) -> "tqdm[Any]":
-    """Return a progress bar over `total` items. Only process 0 shows it, and only if there are any items."""
-    return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not total or not is_process_0())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 
 from anima_jax.checkpoints.locations import file_sha256
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
+from anima_jax.checkpoints.values import first_problem
 from anima_jax.config.main import MainConfig
+from anima_jax.errors import NotFiniteError
 from anima_jax.models.dit import patchify
 from anima_jax.models.parameters import Params, merge, split
 from anima_jax.models.quantised import quantise_text_encoder
@@ -108,6 +110,16 @@ class Encoders:
         for name in ("vae", "text_encoder", "encode_clips", "encode_captions"):
             self.__dict__.pop(name, None)
         gc.collect()  # a module's references are circular
+
+
+def check_finite(values: np.ndarray, what: str, file: str, dtype: str) -> None:
+    """Raise NotFiniteError unless all `values`, which an encoder computed in `dtype` from `what`, are finite.
+
+    It names the encoder's `file` if that has such values.
+    """
+    if not np.isfinite(values).all():
+        where = f"{what}: NaN or infinite values after {file}, but none in that file: {dtype} overflowed"
+        raise NotFiniteError(first_problem([file]) or where)
 
 
 def hash_parts(*parts: str | bytes | int | None) -> bytes:

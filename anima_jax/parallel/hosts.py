@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 from anima_jax.errors import UserError, show_value, system_error
 
@@ -177,6 +178,39 @@ def _gathered(own: bytes) -> list[bytes]:
     padded = np.frombuffer(own.ljust(lengths.max(), b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+class _LogLines:
+    """Prints each state of a tqdm bar as a line on stderr, without control characters."""
+
+    def write(self, text: str) -> None:
+        """Print the text between a bar's control characters, if there is any."""
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_bar(total: int, unit: str) -> "tqdm[Any]":
+    """Return a progress bar over `total` items on stderr: in a terminal a bar, else a line a minute.
+
+    Only process 0 shows it, and only if there are any items.
+    """
+    disabled = not total or not is_process_0()
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, dynamic_ncols=True, disable=disabled)
+    layout = "{n_fmt}/{total_fmt} " + unit + "s, {elapsed}<{remaining}"
+    return tqdm(
+        total=total,
+        bar_format=layout,
+        mininterval=60,
+        maxinterval=60,
+        miniters=1,
+        delay=1,
+        file=_LogLines(),
+        disable=disabled,
+    )
 
 
 def smallest(number: int | None) -> int | None:

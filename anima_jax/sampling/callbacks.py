@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anima_jax.parallel.hosts import is_process_0
+from anima_jax.parallel.hosts import progress_bar
 from anima_jax.sampling.images import save_image, to_images
 
 Latents = Callable[[], list[np.ndarray]]
@@ -37,7 +37,7 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, latents: Latents) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="it", dynamic_ncols=True, disable=not is_process_0())
+            self._bar = progress_bar(total, "evaluation")
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if done == total:

@@ -199,7 +199,7 @@ def besides_of(config: MainConfig, sizes: Mapping[str, int], platform: str) -> B
     if config.sample:
         width, height = config.sample_size_wh
         guided = 1 if config.sample.guidance_scale == 1 else 2
-        images = -(-len(config.sample.prompts) // replicas(sizes))
+        images = min(config.sample.at_once, -(-len(config.sample.prompts) // replicas(sizes)))
         forward = max(forward, guided * images * Size(width, height, 1).tokens)
     return Besides(
         _encoder_bytes(config, sizes),
@@ -217,9 +217,11 @@ def _encoder_bytes(config: MainConfig, sizes: Mapping[str, int]) -> int:
 
 
 def _networks_bytes(config: MainConfig, sizes: tuple[tuple[str, int], ...]) -> int:
-    """Return the bytes of the VAE and the text encoder on a device of a mesh of these sizes."""
-    with open_network(WAN_VAE, config.model.vae_path, allow_unused=config.allow_unused) as vae:
-        found = num_bytes(shapes_in(vae.abstract, config.compute_dtype))
+    """Return the bytes of the text encoder, and of the VAE if samples are drawn, on a device of such a mesh."""
+    found = 0
+    if config.sample is not None:
+        with open_network(WAN_VAE, config.model.vae_path, allow_unused=config.allow_unused) as vae:
+            found = num_bytes(shapes_in(vae.abstract, config.compute_dtype))
     if config.trains_text_encoder:  # it is among the parameters
         return found
     text = jax.eval_shape(lambda: split(blank_text_encoder(config))[1])

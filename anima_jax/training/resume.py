@@ -15,11 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anima_jax.checkpoints.orbax import RunCheckpoints, flat, layout_differences, layout_of
+from anima_jax.checkpoints.orbax import (
+    DamagedError,
+    RunCheckpoints,
+    abstract_and_deleted,
+    layout_differences,
+    layout_of,
+    matching,
+    replaced,
+)
 from anima_jax.data.batch_plan import BatchPlan, data_fingerprint
 from anima_jax.data.examples import CONTENTS
 from anima_jax.errors import UserError, plural, shorten, show_value
 from anima_jax.models.parameters import Params
+from anima_jax.parallel import hosts
 from anima_jax.training.intervals import RunPoint
 from anima_jax.training.step import TrainState
 
@@ -270,7 +279,8 @@ class Checkpointer:
     ) -> tuple[TrainState, list[str]]:
         """Return the state of the newest intact checkpoint, and messages about what changed; set `start`.
 
-        Damaged checkpoints that are newer are renamed and logged (`RunCheckpoints.newest_intact`).
+        Damaged checkpoints that are newer are renamed and logged: those with checksums before anything is loaded, older
+        ones when they cannot be loaded.
         `state` is a newly initialised one, whose shardings the result has; its arrays that the checkpoint replaces are
         deleted, as if donated. With `reset_dataloader`, the epoch in progress restarts. With `reset_optimizer`, the
         optimizer restarts, and parameters that were not trained before keep their values in `state`. Hyper-parameters
@@ -278,12 +288,35 @@ class Checkpointer:
         others are the configuration's.
         Raises UserError, with every reason, if the run cannot resume from the checkpoint.
         """
-        step = self.checkpoints.newest_intact()
-        if step is None:
-            raise UserError(f"{self.checkpoints.folder}: contains no checkpoint to resume from")
-        old, layout = self.checkpoints.metadata(step), self.checkpoints.layout(step)
         resets = {"reset_dataloader"} if reset_dataloader else set()
         resets |= {"reset_optimizer"} if reset_optimizer else set()
+        while True:
+            step, result, error = self.checkpoints.newest_intact(), None, None
+            if step is None:
+                raise UserError(f"{self.checkpoints.folder}: contains no checkpoint to resume from")
+            try:
+                result = self._restored(step, state, init_optimizer, resets, keep_params=reset_optimizer_params)
+            except DamagedError as caught:
+                error = caught
+            reasons = hosts.values_of_all(None if error is None else str(error))
+            if result is not None and not any(reasons):
+                return result
+            if step == self.checkpoints.steps()[0]:
+                raise error or UserError(next(filter(None, reasons)))
+            self.checkpoints.set_aside(step, reasons)
+
+    def _restored(
+        self,
+        step: int,
+        state: TrainState,
+        init_optimizer: Callable[[Params], Any],
+        resets: set[str],
+        *,
+        keep_params: bool,
+    ) -> tuple[TrainState, list[str]]:
+        """Return what `restore` returns, from the checkpoint of `step`. Raises DamagedError if it cannot be loaded."""
+        reset_dataloader, reset_optimizer = (f"reset_{what}" in resets for what in ("dataloader", "optimizer"))
+        old, layout = self.checkpoints.metadata(step), self.checkpoints.layout(step)
         messages = self._check(step, old, layout, state.opt_state, resets)
         data_step = self._plan.steps_for(old["epoch"]) if reset_dataloader else self._plan.step_at(old["position"])
         if reset_dataloader:
@@ -299,8 +332,8 @@ class Checkpointer:
             wanted["ema"] = {path: state.ema[path] for path in old["model"]}
         if state.loss_scale is not None and "loss_scale" in layout:
             wanted["loss_scale"] = state.loss_scale
-        kept = _matching(state.opt_state, _HYPER_PARAMETERS) if reset_optimizer_params else {}
-        found = self.checkpoints.restore(step, _abstract_and_deleted(wanted, set(map(id, kept.values()))))
+        kept = matching(state.opt_state, _HYPER_PARAMETERS) if keep_params else {}
+        found = self.checkpoints.restore(step, abstract_and_deleted(wanted, set(map(id, kept.values()))))
 
         params, ema = state.params | found["params"], state.ema
         if ema is not None and "ema" not in layout:
@@ -310,7 +343,7 @@ class Checkpointer:
             ema = ema | found["ema"]
         elif "ema" in layout:
             messages.append("the average of the weights (EMA) in the checkpoint is not used: ema_decay is not set")
-        opt_state = init_optimizer(params) if reset_optimizer else _replaced(found["optimizer"], kept)
+        opt_state = init_optimizer(params) if reset_optimizer else replaced(found["optimizer"], kept)
         scale = found.get("loss_scale", state.loss_scale)
         state = state._replace(params=params, ema=ema, opt_state=opt_state, loss_scale=scale, **found["counters"])
         self.start = Position(step, data_step, 0 if reset_optimizer else step - old["optimizer_start"])
@@ -413,27 +446,3 @@ class Checkpointer:
 def _counters(state: TrainState) -> dict[str, Any]:
     """Return the fields of the state that count steps, by name."""
     return {name: getattr(state, name) for name in ("step", "skipped", "total_skipped")}
-
-
-def _abstract_and_deleted(tree: Any, spared: set[int]) -> Any:
-    """Return the shapes, dtypes and shardings of `tree`, and delete its arrays except those with the `spared` ids."""
-
-    def abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    tree = jax.tree.map(jnp.asarray, tree)
-    found = jax.tree.map(abstract, tree)
-    for leaf in jax.tree.leaves(tree):
-        if id(leaf) not in spared:
-            leaf.delete()
-    return found
-
-
-def _matching(tree: Any, pattern: re.Pattern[str]) -> dict[str, Any]:
-    """Return the leaves whose path matches `pattern`, by path."""
-    return {path: leaf for path, leaf in flat(tree).items() if pattern.search(path)}
-
-
-def _replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Return `tree` with the leaves at the paths in `leaves` replaced."""
-    return jax.tree.unflatten(jax.tree.structure(tree), {**flat(tree), **leaves}.values())

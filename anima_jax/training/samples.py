@@ -1,5 +1,6 @@
 """Images sampled during training, always from the same prompts and seeds."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
+from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
+from anima_jax.sampling.request import SamplingParams, batch_of_requests
 from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import TrainState, trained_weights
@@ -79,28 +82,38 @@ class Samples:
         }
         if text_encoder:
             self._pipeline.text_encoder_params = text_encoder
-        images = []
         try:
-            for seed in config.seeds:
-                images += self._pipeline(
-                    config.prompts,
-                    width=width,
-                    height=height,
-                    steps=config.steps,
-                    guidance_scale=config.guidance_scale,
-                    shift=config.shift,
-                    seed=seed,
-                )
+            images = self._images(width, height)
         finally:
             self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
         settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step, "steps": config.steps}
         settings |= {"guidance_scale": config.guidance_scale, "shift": config.shift}
+        settings |= {"negative_prompts": config.negative_prompts}
         text = {"anima_jax_samples": json.dumps(settings)}
         if is_process_0():
             save_image(grid, self._path(point), text)
         return grid
+
+    def _images(self, width: int, height: int) -> list[Image.Image]:
+        """Draw all prompts with the first seed, then with the second, and so on, `at_once` images on a device.
+
+        The prompts of a seed are one ComfyUI batch, however many are drawn at once.
+        """
+        config, images = self._config, list[Image.Image]()
+        at_once = config.at_once * replicas(current_mesh().shape)
+        for seed in config.seeds:
+            requests = batch_of_requests(config.prompts, width, height, seed, 1)
+            own = itertools.groupby(zip(requests, config.negative_prompts, strict=True), key=lambda each: each[1])
+            for negative, group in own:
+                params = SamplingParams(
+                    negative, steps=config.steps, guidance_scale=config.guidance_scale, shift=config.shift
+                )
+                same = [request for request, _ in group]
+                for first in range(0, len(same), at_once):
+                    images += self._pipeline.draw(same[first : first + at_once], params)
+        return images
 
 
 def make_samples(

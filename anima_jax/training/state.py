@@ -1,8 +1,9 @@
 """The model and optimizer of a run: its trained parameters, their learning rates and their initial values."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,19 +14,22 @@ from jax.sharding import Mesh
 
 from anima_jax.adapters import modules, planning
 from anima_jax.adapters.dialects import ADAPTER_RULES
+from anima_jax.adapters.file import file_of
+from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder, print_messages
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
+from anima_jax.checkpoints.values import first_problem
 from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import MOST
 from anima_jax.data.batch_plan import BatchPlan
-from anima_jax.errors import UserError
+from anima_jax.errors import NotFiniteError, UserError
 from anima_jax.models import parameters, quantised
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, replicate
+from anima_jax.parallel.mesh import current_mesh, replicate, replicated
 from anima_jax.training import optimizers
 from anima_jax.training.optimizers import groups_by_path
 
@@ -74,7 +78,8 @@ def prepare(
     Parameters are sharded over `mesh` (by default the current one); no device or host ever has more than its shards.
     `text_encoder` is called to load the text encoder if an adapter on it is trained; the default loads its file.
     Raises UserError if a file does not fit, if nothing would be trained, if `transformer_dtype` would round trained
-    parameters, or if `remat_every` does not divide the number of blocks.
+    parameters, or if `remat_every` does not divide the number of blocks; NotFiniteError if a file of the base model or
+    the adapter has NaN or infinite values.
     """
     mesh = mesh or current_mesh()
     model_config, graphdef, base = _base(config, sizes or config.model.config, mesh)
@@ -122,6 +127,9 @@ def _with_adapter(
     messages = planning.idle_exclusions(config, targets)
     if config.adapter and config.adapter.init_from_existing:
         loaded, more = planning.existing(config, adapter_specs, scales, params)
+        _check_finite(
+            [_is_finite(mesh)(value) for value in loaded.values()], [file_of(config.adapter.init_from_existing)]
+        )
         params |= loaded
         messages += more
     tensors = file_tensors(ADAPTER_RULES, params)
@@ -177,12 +185,28 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
         print_messages(checkpoint)
         trained = _trained_in_base(config, checkpoint.abstract)
         base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
+        finite: list[jax.Array] = []
         # Load one parameter at a time, so that they are never all on the device before they are quantised.
         for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
             dtype = jnp.float32 if name in trained else _read_dtype(config, name)
             value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype, shardings)[name]
+            finite.append(_is_finite(mesh)(value))
             base[name] = value if name in trained else _frozen(config, name, value, mesh)
+        _check_finite(finite, filter(None, (path, adapter_path)))
         return checkpoint.config, checkpoint.graphdef, base
+
+
+@functools.cache
+def _is_finite(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda value: jnp.isfinite(value).all(), out_shardings=replicated(mesh))
+
+
+def _check_finite(finite: Sequence[jax.Array], files: Iterable[PathLike]) -> None:
+    """Raise NotFiniteError, naming the first of `files` that has NaN or infinite values, unless all are `finite`."""
+    if not all(map(bool, jax.device_get(list(finite)))):
+        files = list(files)
+        problem = first_problem(files) or f"{files[0]}: NaN or infinite values"
+        raise NotFiniteError(f"{problem}; nothing can be trained on them")
 
 
 def _read_dtype(config: MainConfig, path: str) -> Any:

@@ -80,18 +80,25 @@ def parameter_table(
 def mesh_table(
     sizes: Mapping[str, int], partition: ParamPartition, learning_rates: Mapping[str, float], device_name: str
 ) -> str:
-    """Return a table of the mesh and, on several devices, each parameter's shape, sharding and rate (0 if frozen)."""
+    """Return a table of the mesh and, on several devices, each parameter's shape, sharding and rate (0 if frozen).
+
+    Parameters of a group that have all of these in common are one row, with the path of the first of them.
+    """
     axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     lines = [f"mesh of {math.prod(sizes.values())} devices ({device_name}): {axes}"]
     if math.prod(sizes.values()) == 1:
         return lines[0]
     lines.append(f"{'parameter':<52} {'shape':>16} {'sharded over':>24} {'learning rate':>14}")
+    alike: dict[tuple[str, ...], list[str]] = {}
     for path, leaf in sorted({**partition.frozen, **partition.params}.items()):
         spec = rules.partition_spec(path, leaf.shape, sizes)
         over = ", ".join("+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec)
         rate = learning_rates[partition.groups[path]] if path in partition.params else 0.0
         shape = "×".join(map(str, leaf.shape))
-        lines.append(f"{path:<52} {shape:>16} {over or 'replicated':>24} {rate:>14g}")
+        alike.setdefault((group_of(path), shape, over or "replicated", f"{rate:g}"), []).append(path)
+    for (_, shape, over, rate), (first, *others) in alike.items():
+        name = f"{first} +{len(others)}" if others else first
+        lines.append(f"{name:<52} {shape:>16} {over:>24} {rate:>14}")
     return "\n".join(lines)
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 
+from anima_jax.checkpoints.orbax import errors_reported_once
 from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.errors import UserError
 from anima_jax.models.quantised import quantise
 from anima_jax.training.intervals import Every
+from anima_jax.training.loss_scale import LossScale
 from anima_jax.training.resume import (
     Checkpointer,
     Position,
@@ -384,3 +386,38 @@ def test_the_newest_run_is_named_if_none_has_a_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"no run in .* has a checkpoint .*20260102_10-00-00"):
         find_run(tmp_path, "")
+
+
+def test_a_damaged_checkpoint_without_checksums_is_kept_aside_and_the_one_before_is_taken(tmp_path, caplog):
+    """As an earlier version wrote it: only reading its arrays shows the damage."""
+    before = advanced(tmp_path, 1)
+    advanced(tmp_path, 2)
+    folder = tmp_path / "checkpoints"
+    for step in ("1", "2"):
+        (folder / step / "checksums.json").unlink()
+    for part in (folder / "2" / "params").rglob("d/*"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    checkpointer = resumable(tmp_path)
+    with errors_reported_once():
+        state, _ = checkpointer.restore(fresh_state(), OPTIMIZER.init)
+    checkpointer.close()
+    assert checkpointer.start.step == 1
+    assert bits(state) == bits(before)
+    (line,) = (record.message for record in caplog.records if record.name.startswith("anima_jax"))
+    assert line == (
+        f"{folder}/2: cannot be read (its files are damaged); the one before is taken, and this is kept as 2.damaged"
+    )
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint_and_fresh_where_one_has_none(tmp_path):
+    scaled = fresh_state()._replace(loss_scale=LossScale(jnp.float32(64.0), jnp.int32(7)))
+    for state, folder in ((scaled, tmp_path / "float16"), (fresh_state(), tmp_path / "float32")):
+        checkpointer = resumable(folder)
+        assert checkpointer.save(1, state, wait=True)
+        for fresh, expected in ((64.0, 64.0), (2.0**16, 64.0)):
+            own = fresh_state()._replace(loss_scale=LossScale(jnp.float32(fresh), jnp.int32(0)))
+            found, _ = checkpointer.restore(own, OPTIMIZER.init)
+            assert float(found.loss_scale.scale) == (expected if state is scaled else fresh)
+            assert int(found.loss_scale.applied) == (7 if state is scaled else 0)
+        assert checkpointer.restore(fresh_state(), OPTIMIZER.init)[0].loss_scale is None
+        checkpointer.close()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from anima_jax import AnimaPipeline
 from anima_jax.config.load import load_config
+from anima_jax.errors import UserError
 from anima_jax.training.intervals import RunPoint
 from anima_jax.training.jsonl import JsonlWriter
 from anima_jax.training.samples import Samples
@@ -75,3 +76,37 @@ def test_a_grid_shows_every_prompt_with_every_seed_and_says_so(tmp_path, configu
     assert (event.step, value.tag) == (500, "samples")
     (tmp_path / "shown.png").write_bytes(value.image.encoded_image_string)
     np.testing.assert_array_equal(Image.open(tmp_path / "shown.png"), grid)
+
+
+def test_each_prompt_has_its_own_negative_prompt_however_many_are_drawn_at_once(tmp_path, configured):
+    sample = "prompts = ['a', 'b', 'c']\nnegative_prompt = ['x', 'x', 'y']\nseeds = [3, 5]\nat_once = 1\nsteps = 2"
+    config, calls = configured(sample).sample, []
+
+    class Pipeline:
+        """Notes what is asked for."""
+
+        dit_params, dtype = {}, jnp.float32
+
+        def draw(self, requests, params):
+            calls.append((requests, params))
+            return [Image.new("RGB", (32, 32))] * len(requests)
+
+    log = JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    for at_once in (1, 4):
+        calls.clear()
+        writer = Writer(RunPoint(0, 5), log)
+        own = config.model_copy(update={"at_once": at_once})
+        samples = Samples(own, (32, 32), Pipeline(), {}, tmp_path / str(at_once), writer)  # type: ignore[arg-type]
+        samples.perform(RunPoint(5, 5), TrainState(jnp.array(5), {}, ((), ()), None, jnp.array(0), jnp.array(0)))
+        assert [len(requests) for requests, _ in calls] == ([1] * 6 if at_once == 1 else [2, 1, 2, 1])
+        drawn = [(r.prompt, p.negative_prompt, r.seed, r.batch_index) for requests, p in calls for r in requests]
+        # A seed's images are one ComfyUI batch: each has the same noise, whatever is drawn with it.
+        each = [("a", "x", 0), ("b", "x", 1), ("c", "y", 2)]
+        assert drawn == [(prompt, negative, seed, index) for seed in (3, 5) for prompt, negative, index in each]
+    writer.close()
+
+
+def test_negative_prompts_that_are_not_one_for_each_prompt_are_an_error(configured):
+    with pytest.raises(UserError, match="found 1 text for 2 prompts, expected one text, or one for each"):
+        configured("prompts = ['a', 'b']\nnegative_prompt = ['x']")
+    assert configured("prompts = ['a', 'b']\nnegative_prompt = 'x'").sample.negative_prompts == ("x", "x")

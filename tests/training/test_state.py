@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import modules
 from anima_jax.config.load import load_config
-from anima_jax.errors import UserError
+from anima_jax.errors import NotFiniteError, UserError
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.quantised import Quantised
 from anima_jax.training.command import overrides, parse_arguments
@@ -147,3 +147,30 @@ def test_an_unknown_tensor_is_left_out_only_with_the_flag(files, tmp_path, capsy
     printed = capsys.readouterr().out
     assert f"{odd}: skipped 1 harmless extra tensor: net.pos_embedder.seq" in printed
     assert f"{odd}: skipped 1 unknown tensor: net.odd" in printed
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_base_model_with_a_nan_is_named_with_its_tensor_before_anything_is_trained(files, tmp_path, storage):
+    folder, _ = files
+    tensors = load_file(folder / "base.safetensors")
+    name = "net.blocks.1.mlp.layer1.weight"
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, tmp_path / "broken.safetensors")
+    overrides = [f"model.transformer_path={tmp_path / 'broken.safetensors'}"]
+    overrides += [f"model.transformer_dtype={storage}"] if storage else []
+    with pytest.raises(NotFiniteError) as error:
+        prepare(configured(folder, *overrides, adapter=LORA))
+    (line,) = error.value.messages
+    assert line.startswith(f"{tmp_path}/broken.safetensors: NaN or infinite values in 1 tensor: {name} (1)")
+    assert error.value.exit_code == 1
+
+
+def test_an_adapter_with_an_infinite_value_is_named_with_its_tensor(files, lora, tmp_path):
+    factors = {tensor.name: np.full(tensor.shape, 0.5, np.float32) for tensor in lora.tensors}
+    name = min(factors)
+    factors[name][0, 0] = np.inf
+    save_file(factors, tmp_path / "lora.safetensors")
+    existing = f"{LORA}\ninit_from_existing = '{tmp_path / 'lora.safetensors'}'"
+    with pytest.raises(NotFiniteError, match=r"lora\.safetensors: NaN or infinite values in 1 tensor: ") as error:
+        prepare(configured(files[0], "model.llm_adapter_lr=0", adapter=existing))
+    assert name in str(error.value)
