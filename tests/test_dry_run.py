@@ -34,25 +34,30 @@ def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with everything that the shipped configurations name."""
+    """A working folder with everything that the shipped configurations name, Anima's files in the hub's cache."""
     root = tmp_path_factory.mktemp("work")
-    for name in ("models", "data/pictures", "data/clips"):
+    models = root / "hub" / "models--circlestone-labs--Anima"
+    files = models / "snapshots" / "abc" / "split_files"
+    for path in (models / "refs", *(files / name for name in ("diffusion_models", "text_encoders", "vae"))):
+        path.mkdir(parents=True)
+    (models / "refs" / "main").write_text("abc")
+    for name in ("data/pictures", "data/clips"):
         (root / name).mkdir(parents=True)
-    write_sparse(
-        root / "models" / "anima.safetensors", dit.RULES, lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs), "net."
-    )
-    write_sparse(
-        root / "models" / "qwen_3_06b_base.safetensors",
-        qwen3.RULES,
-        lambda rngs: Qwen3(Qwen3Config(), rngs=rngs),
-        "model.",
-    )
-    (root / "models" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
+    transformer = files / "diffusion_models" / "anima-base-v1.0.safetensors"
+    write_sparse(transformer, dit.RULES, lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs), "net.")
+    text_encoder = files / "text_encoders" / "qwen_3_06b_base.safetensors"
+    write_sparse(text_encoder, qwen3.RULES, lambda rngs: Qwen3(Qwen3Config(), rngs=rngs), "model.")
+    (files / "vae" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
     for number, size in enumerate(((640, 480), (480, 640), (512, 512))):
         for place in ("pictures", "clips"):
             Image.new("RGB", size).save(root / "data" / place / f"{number}.png")
             (root / "data" / place / f"{number}.txt").write_text("a picture")
     return root
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
 
 
 @pytest.mark.parametrize("name", ["anima_full", "anima_lora", "anima_video", "shapes"])
@@ -70,7 +75,7 @@ def test_a_shipped_configuration_dry_runs(folder, name, monkeypatch, capsys, tmp
     assert total is not None
     parameters_, trained = (int(number.replace(",", "")) for number in total.groups())
     if name != "shapes":
-        size = (folder / "models" / "anima.safetensors").stat().st_size
+        size = next(folder.rglob("anima-base-v1.0.safetensors")).stat().st_size
         assert 0 <= size - 2 * (parameters_ - (0 if name == "anima_full" else trained)) < 2**18  # the header
     gib = float(re.search(r"^total +([\d.]+)", out, re.MULTILINE)[1])
     assert gib > 4 if name != "shapes" else gib < 1

@@ -33,7 +33,7 @@ from anima_jax.models.parameters import Params, cast_to_compute, count, merge, s
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch
+from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch, standard_mesh
 from anima_jax.sampling import adaptive, program
 from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
@@ -145,6 +145,7 @@ class AnimaPipeline:
             pipeline.set_lora_weights([weight for _, weight in loras])
         return pipeline
 
+    @standard_mesh()
     def set_lora_weights(self, weights: Sequence[Weight]) -> None:
         """Set the weights of the adapters that the pipeline was loaded with, one for each, in the same order.
 
@@ -184,6 +185,7 @@ class AnimaPipeline:
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
 
+    @standard_mesh()
     def draw(
         self,
         requests: Sequence[ImageRequest],
@@ -216,6 +218,7 @@ class AnimaPipeline:
         (kept,) = self.decode([original], params.tile)
         return to_images(np.where(redrawn > 0.0, drawn, kept) for drawn in pixels)
 
+    @standard_mesh()
     def draw_latents(
         self,
         requests: Sequence[ImageRequest],
@@ -265,6 +268,7 @@ class AnimaPipeline:
             raise self._not_finite(str(error)) from None
         return self._checked(latents, "the last evaluation")
 
+    @standard_mesh()
     def encode(self, prompts: Sequence[str]) -> Context:
         """Return the context rows of prompts, which may contain ComfyUI's weights and embeddings.
 
@@ -291,6 +295,7 @@ class AnimaPipeline:
         length = max(len(ids.t5_ids), CONTEXT_ROWS)
         return Context(rows_bmd, np.array([length], np.int32) if rows_bmd.shape[1] > CONTEXT_ROWS else None)
 
+    @standard_mesh()
     def sample(
         self,
         positive: Context,
@@ -345,11 +350,13 @@ class AnimaPipeline:
         # Where the mask is grey, the last estimate is already mixed with the original.
         return [np.where(mask > 0.0, x, kept) for x, kept in zip(latents, clean, strict=True)]
 
+    @standard_mesh()
     def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
         """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; `tile` is that of `decode`."""
         latents = run_vae(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1, self._vae_width, tile)
         return self._checked([latents[0]], "the latents of the image")[0]
 
+    @standard_mesh()
     def decode(self, latents: Iterable[np.ndarray], tile: int | None = None) -> list[np.ndarray]:
         """Return pixels (t, y, x, 3) in about [−1, 1], float32.
 
