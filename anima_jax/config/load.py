@@ -148,8 +148,12 @@ def _load_samples(main: TomlFile, table: dict[str, Any]) -> None:
     main.set_aside(sample, unsupported_keys.SAMPLE_FILE, ("sample",))
     prompts = sample.get("prompts")
     if isinstance(prompts, list):
-        sample["prompts"] = [one.get("prompt") if isinstance(one, dict) else one for one in prompts]
-        unused = {key for one in prompts if isinstance(one, dict) for key in one} - {"prompt", "name"}
+        own = [one if isinstance(one, dict) else {"prompt": one} for one in prompts]
+        sample["prompts"] = [one.get("prompt") for one in own]
+        if any("negative_prompt" in one for one in own):
+            for_all = sample.get("negative_prompt", "")
+            sample["negative_prompt"] = [one.get("negative_prompt", for_all) for one in own]
+        unused = {key for one in own for key in one} - {"prompt", "negative_prompt", "name"}
         if unused:
             main.message(("sample", "prompts"), f"{', '.join(sorted(unused))} of one prompt alone does nothing here")
     if "seed" in sample:

@@ -202,7 +202,7 @@ def answers(table: dict[str, Any], own: Mapping[str, Any], above: Place = ()) ->
         if key in own:
             for at, inner in _tables(place, value) if own[key] else ():
                 yield from answers(inner, own[key], at)
-        elif tables := _tables(place, value):
+        elif value and (tables := _tables(place, value)):
             found = [answer for at, inner in tables for answer in answers(inner, {}, at)]
             text = TABLES.get(key, HERE.get(key))
             if found or text:

@@ -178,6 +178,7 @@ rank = 8
 [preview]
 enabled = true
 prompts = ["a red circle", {{ name = "blue", prompt = "a blue square", seed = 3 }}]
+negative_prompt = "grey"
 preview_every_n_epochs = 2
 preview_save_png = true
 num_inference_steps = 20
@@ -204,6 +205,7 @@ guidance_scale = 4
 seed = 24
 [[prompts]]
 prompt = 'a red circle'
+negative_prompt = 'blurred'
 [[prompts]]
 prompt = 'a blue square'
 """
@@ -286,6 +288,7 @@ MEANINGS = {
             "adapter.decompose_factor": 8,
             "output_name": "anima-test",
             "sample.prompts": ("a red circle", "a blue square"),
+            "sample.negative_prompts": ("blurred", ""),
             "sample.every_n_epochs": 2,
             "sample.every_n_steps": None,
             "sample.steps": 32,
@@ -307,6 +310,7 @@ MEANINGS = {
             "adapter.type": "dora",
             "max_checkpoints": 3,
             "sample.prompts": ("a red circle", "a blue square"),
+            "sample.negative_prompts": ("grey", "grey"),
             "sample.every_n_epochs": 2,
             "sample.steps": 20,
             "sample.guidance_scale": 5,
