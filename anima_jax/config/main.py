@@ -33,6 +33,7 @@ from anima_jax.config.schema import (
     Positive,
     Section,
     Whole,
+    choices,
     documented_as,
     expecting,
     invalid,
@@ -77,10 +78,13 @@ LossParameter = Annotated[Positive | None, only_one_of(*LOSS_KEYS)]
 
 
 class Schedule(NamedTuple):
-    """The learning rate over time, as a factor applied to the rate of each group."""
+    """The learning rate over time: the keys `lr_scheduler`, `warmup_steps` and `lr_scheduler_*`."""
 
-    shape: Literal["constant", "linear", "cosine"]
+    shape: str
     warmup_steps: int
+    num_cycles: int = 1
+    power: float = 1.0
+    min_lr: float | None = None
 
 
 class MainConfig(Section):
@@ -123,9 +127,22 @@ class MainConfig(Section):
     warmup_steps: Whole = Field(
         0, description="steps in which the learning rate rises linearly, from 1/warmup_steps of its value"
     )
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+    lr_scheduler: Literal[
+        "constant", "linear", "cosine", "constant_with_warmup", "cosine_with_restarts", "polynomial", "rex"
+    ] = Field(
         "constant",
-        description="the learning rate after the warmup: constant, linear decay to 0, or cosine decay to 1e-6",
+        description="the learning rate after the warmup: constant, linear decay to 0, or cosine decay to 1e-6, as in "
+        "diffusion-pipe; the others are as in transformers (and the usual 'rex'): their warmup begins at 0 and is a "
+        "part of the decay's time",
+    )
+    lr_scheduler_num_cycles: Count | None = Field(
+        None, description="ours; number of cosines of 'cosine_with_restarts'; unset: 1"
+    )
+    lr_scheduler_power: Positive | None = Field(None, description="ours; exponent of 'polynomial'; unset: 1")
+    lr_scheduler_min_lr: NotNegative | None = Field(
+        None,
+        description="ours; the learning rate at which a decay ends; unset: 1e-6 for 'cosine', 1e-7 for 'polynomial', "
+        "else 0",
     )
     force_constant_lr: Positive | None = Field(
         None, description="this learning rate for every group that is not frozen, without schedule or warmup"
@@ -293,6 +310,17 @@ class MainConfig(Section):
     messages: SkipJsonSchema[tuple[str, ...]]
     """One line for each key of diffusion-pipe that has no effect, and for each value that is rounded or unused."""
 
+    @field_validator("lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr")
+    @classmethod
+    def _belongs_to_the_schedule(cls, value: float | None, info: ValidationInfo) -> float | None:
+        schedule, key = info.data.get("lr_scheduler"), (info.field_name or "").removeprefix("lr_scheduler_")
+        valid = {"num_cycles": ("cosine_with_restarts",), "power": ("polynomial",)}.get(
+            key, ("linear", "cosine", "cosine_with_restarts", "polynomial", "rex")
+        )
+        if value is not None and schedule is not None and schedule not in valid:
+            raise invalid(f"has no effect with lr_scheduler = '{schedule}', expected {choices(valid)}")
+        return value
+
     @field_validator("global_batch_size")
     @classmethod
     def _divides_into_micro_batches(cls, size: int | None, info: ValidationInfo) -> int | None:
@@ -360,7 +388,8 @@ class MainConfig(Section):
         """The shape and warmup of the learning rate schedule."""
         if self.force_constant_lr is not None:
             return Schedule("constant", 0)
-        return Schedule(self.lr_scheduler, self.warmup_steps)
+        cycles, power = self.lr_scheduler_num_cycles or 1, self.lr_scheduler_power or 1.0
+        return Schedule(self.lr_scheduler, self.warmup_steps, cycles, power, self.lr_scheduler_min_lr)
 
     @property
     def trains_text_encoder(self) -> bool:

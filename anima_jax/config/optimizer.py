@@ -20,6 +20,22 @@ from anima_jax.config.schema import (
 OWN_RATE: Mapping[str, float] = {"automagic": 1e-6}
 """Optimizer → its learning rate if `lr` is unset. diffusion-pipe's example sets none for it."""
 
+NOT_AVAILABLE: Mapping[str, str] = {
+    "adamw": "AdaBound AdaGC AdaHessian Adai Adalite AdamC AdamG AdamMini AdaMod AdamP AdamS AdaNorm AdaPNM AdaShift "
+    "AdaSmooth AdaTAM Aida Amos Ano AvaGrad BCOS DiffGrad DualAdam EXAdam FAdam FlashAdamW Grams GrokFastAdamW Kate "
+    "LaProp PAdam QHAdam Ranger Ranger21 ROSE SWATS",
+    "sgd": "A2Grad AccSGD AggMo AliG ASGD FTRL Gravity MSVAG Nero PID PNM QHM SGDP SGDSaI SGDW SRMM TAM VSGD",
+    "muon": "AdaGO DistributedMuon MuonClip SCION SCIONLight SpectralSphere",
+    "soap": "Conda DASH Kron ScalableShampoo Shampoo SPlus",
+    "genericoptim": "AdamWSN Alice APOLLO ApolloDQN Fira LoRARite RACS SaRA SPAM StableSPAM",
+    "AdaFactor": "AdaLOMO EmoFact LOMO",
+    "lion": "EmoLynx EmoNavi FOCUS",
+    "prodigy": "DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD",
+    "schedule_free_adamw": "Lookahead ScheduleFreeWrapper TRAC",
+    "stableadamw": "BSAM DeMo FriendlySAM GSAM LBFGS LookSAM Magma OrthoGrad PCGrad SafeFP16Optimizer SAM SophiaH WSAM",
+}
+"""The nearest optimizer that there is → names in pytorch_optimizer 4.1 of some that there are not."""
+
 Epsilon = Annotated[
     Positive | Annotated[tuple[Positive, ...], Listed, NotEmpty],
     expecting("more than 0, or a list of such numbers"),
@@ -42,10 +58,16 @@ class OptimizerConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     type: Annotated[str, AfterValidator(_lower)] = Field(
-        description="in any case: 'adamw', 'adamw_optimi', 'stableadamw', 'adamw8bit', 'AdamW8bitKahan', 'offload' "
-        "(moments in the host's memory), 'sgd', 'automagic', 'genericoptim' ('muon', 'adamuon' and 'normuon' are "
-        "genericoptim with that option), 'lion', 'AdaFactor', 'CAME', 'prodigy', 'schedule_free_adamw', or any "
-        "transformation of optax or optax.contrib"
+        description="in any case. diffusion-pipe's: 'adamw', 'adamw_optimi', 'stableadamw', 'adamw8bit', "
+        "'AdamW8bitKahan', 'offload' (moments in the host's memory), 'sgd', 'automagic', 'genericoptim' ('muon', "
+        "'adamuon' and 'normuon' are genericoptim with that option). pytorch_optimizer's, with its arguments and "
+        "defaults: 'AdaBelief', 'AdaDelta', 'AdaFactor' (its relative_step sets the rate instead of lr, unless it is "
+        "false), 'Adam', 'AdaMax', 'Adan', 'AdEMAMix', 'ADOPT', 'CAME', 'Fromage', 'Lamb', 'LARS', 'Lion', 'MADGRAD', "
+        "'MARS', 'NAdam', 'NovoGrad', 'Prodigy', 'RAdam', 'RMSprop', 'ScheduleFreeAdamW', 'ScheduleFreeRAdam', "
+        "'ScheduleFreeSGD', 'SignSGD', 'SimplifiedAdEMAMix', 'SM3', 'SOAP', 'Tiger', 'Yogi'. Also 'lion8bit', "
+        "'prodigy_plus_schedule_free', and any transformation of optax or optax.contrib. Not there, although "
+        "diffusion-pipe has them from pytorch_optimizer: "
+        + ", ".join(sorted(" ".join(NOT_AVAILABLE.values()).split(), key=str.lower))
     )
     lr: NotNegative = Field(
         description="learning rate of every group without its own in [model]; only 'automagic' has one of its own, 1e-6"

@@ -49,7 +49,7 @@ BOUNDS: Mapping[str, str] = {
     "multipleOf": "a multiple of",
 }
 
-ANY_OPTION = "| any other | | | an argument of the optimizer's own, by its name in torch or optax |"
+ANY_OPTION = "| any other | | | an argument of the optimizer's own, by its name in its library; an error lists them |"
 
 
 DIFFERENCES: Mapping[str, str] = {
@@ -83,6 +83,10 @@ DIFFERENCES: Mapping[str, str] = {
     "Order and seed": "the order of examples is drawn again in every epoch, from `seed`, and examples that do not "
     "fill a batch begin the next epoch; diffusion-pipe has no seed, repeats its order in every epoch and drops "
     "those examples.",
+    "Optimizers": "names in any case; 'Muon', 'AdaMuon' and 'NorMuon' are GenericOptim's, since pytorch_optimizer's do "
+    "not accept diffusion-pipe's groups; `momentum_type = 'sm'` works in all matrices instead of the first group's; "
+    "'Prodigy' keeps the proportions of the groups' rates; weights are float32, or bfloat16 rounded stochastically "
+    "instead of Kahan's sums; SOAP's bases of vectors that no gradient has are arbitrary in both.",
     "`pseudo_huber_c`, `regenerate_cache` and `alpha`": "work in the TOML; diffusion-pipe ignores the first two and "
     "refuses the third.",
 }

@@ -30,6 +30,10 @@ def summary(config: MainConfig) -> list[str]:
     sentences = []
     if trained:
         sentences.append(f"Training {_subject(config)} with {config.optimizer.type}: {_listed(trained)}.")
+    if config.optimizer.type == "adafactor" and config.optimizer.options.get("relative_step", True):
+        sentences.append(
+            "AdaFactor uses a rate of its own, at most 0.01: relative_step = false in [optimizer] uses lr."
+        )
     if frozen:
         sentences.append(f"Frozen: {_listed(frozen)}.")
     if adapter and adapter.text_encoder_lr:

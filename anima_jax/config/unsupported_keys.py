@@ -142,6 +142,9 @@ _MODEL: Mapping[str, Unsupported] = {
     "t5_path": refused("belongs to Cosmos-Predict2; Anima's text encoder is llm_path"),
     "merge_adapters": refused("belongs to other models; set transformer_path to a file with the adapters merged"),
     # From forks that trained Anima before diffusion-pipe did, and from its own keys for later models.
+    "num_cycles": taken("lr_scheduler_num_cycles"),
+    "power": taken("lr_scheduler_power"),
+    "min_lr": taken("lr_scheduler_min_lr"),
     "qwen_path": taken("model.llm_path"),
     "qwen_state_dict_path": Unsupported(target="model.llm_path", replaces=True, harmless=("",)),
     "qwen_nf4": taken("model.text_encoder_nf4", False),

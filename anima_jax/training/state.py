@@ -265,7 +265,15 @@ def learning_rates(config: MainConfig, plan: BatchPlan | None = None) -> optimiz
         found = f"epochs = {config.epochs} of this data set are {steps} steps, expected at most {MOST} steps"
         raise UserError(f"{config.path}: {found}; max_steps ends the run earlier")
     steps = min(steps, MOST)
-    return optimizers.LearningRates(config.learning_rates, schedule.shape, schedule.warmup_steps, steps)
+    return optimizers.LearningRates(
+        config.learning_rates,
+        schedule.shape,
+        schedule.warmup_steps,
+        steps,
+        schedule.num_cycles,
+        schedule.power,
+        schedule.min_lr,
+    )
 
 
 def build_optimizer(

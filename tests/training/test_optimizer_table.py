@@ -125,15 +125,7 @@ def test_updates_equal_torchs_on_the_files_tensors(name, options, make):
     assert_same(ours, expected)
 
 
-PER_TENSOR = (
-    "fromage",
-    "lamb",
-    "lars",
-    "novograd",
-    "sm3",
-    "scale_by_trust_ratio",
-    "scale_by_param_block_rms",
-)
+PER_TENSOR = ("scale_by_trust_ratio", "scale_by_param_block_rms")
 SHARED = ("prodigy", "dadapt_adamw", "dog", "dowg")
 
 
@@ -290,8 +282,9 @@ def test_every_name_trains_every_parameter_with_float32_moments(name):
     assert {path: (u.shape, u.dtype) for path, u in updates.items()} == {p: (s, jnp.float32) for p, s in SHAPES.items()}
     assert jax.tree.structure(state) == jax.tree.structure(new)
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(state)] == [(a.shape, a.dtype) for a in jax.tree.leaves(new)]
-    # pytorch_optimizer's AdaFactor has its first moment in bfloat16.
-    assert name == "adafactor" or all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
+    # pytorch_optimizer's AdaFactor has its first moment in bfloat16, prodigy-plus-schedule-free what it measures.
+    narrow = name in {"adafactor", "prodigy_plus_schedule_free"}
+    assert narrow or all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", ["prodigy", "dog", "schedule_free_adamw", "adamw8bit"])
@@ -322,11 +315,11 @@ def test_parameters_and_state_can_be_donated_together(name):
         ("sgd", {"eps": 1e-8}, "eps: not an argument of 'sgd'"),
         ("sgd", {"nesterov": True}, "needs a momentum"),
         ("sgd", {"momentum": "much"}, "momentum = 'much': expected a number"),
-        ("AdamWScheduleFree", {}, "did you mean 'schedule_free_"),
+        ("sm3", {"weight_decay": 0.1}, "weight_decay: not an argument of 'sm3'"),
         ("prodigy", {"decouple": False}, "weight decay is always decoupled"),
         ("sgd", {"beta2_half_life": 100.0}, "beta2_half_life"),
         ("lion", {"betas": (0.9, 0.99, 0.999)}, "'lion' has 2"),
-        ("sm3", {"rates": LearningRates(SAME_RATES, "cosine")}, "a constant learning rate"),
+        ("rprop", {"rates": LearningRates(SAME_RATES, "cosine")}, "a constant learning rate"),
         ("schedule_free_adamw", {"betas": (0.0, 0.99)}, "first beta above 0"),
         ("muon", {"preconditioning": "none"}, "preconditioning: not an argument of 'muon'"),
     ],

@@ -1,5 +1,8 @@
 """Parameter groups, learning rates and AdamW, compared with torch and diffusion-pipe's definitions."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.training import optimizers
 from anima_jax.training.optimizers import LearningRates
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RATES = {"llm_adapter": 1e-4, "self_attn": 2e-4, "cross_attn": 3e-4, "mlp": 4e-4, "mod": 5e-4, "base": 6e-4}
 
 CONFIG = DiTConfig(16, 2, 1, 32, 16, 4, adapter=LLMAdapterConfig(16, 1, 1, 32, 16, 16, 10))
@@ -80,6 +84,27 @@ def test_learning_rates_equal_torchs(kind, warmup):
     )
     reported = [rates.after(n)["base"] for n in range(total)]
     np.testing.assert_allclose(reported, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "schedule", "more"),
+    [
+        ("constant_with_warmup", "constant_with_warmup", {}),
+        ("cosine_with_restarts 3", "cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_restarts 1", "cosine_with_restarts", {}),
+        ("polynomial 1", "polynomial", {}),
+        ("polynomial 2.5", "polynomial", {"power": 2.5, "min_lr": 1e-5}),
+        ("rex", "rex", {"min_lr": 1e-5, "warmup_steps": 0}),
+    ],
+)
+def test_learning_rates_equal_transformers(case, schedule, more):
+    """Those of transformers' get_scheduler with 24 steps, 4 of them warmup, and of pytorch_optimizer's REXScheduler."""
+    expected = json.loads((GOLDEN / "schedules.json").read_text(encoding="utf-8"))[case]
+    rates = LearningRates({"base": 3e-4}, schedule, **({"warmup_steps": 4, "total_steps": 24} | more))
+    reported = [rates.after(step)["base"] for step in range(25)]
+    np.testing.assert_allclose(reported, expected, rtol=1e-8, atol=1e-13)
+    traced = jax.vmap(rates.of("base"))(jnp.arange(25))
+    np.testing.assert_allclose(traced, expected, rtol=2e-5, atol=1e-10)
 
 
 def test_the_rate_of_a_frozen_group_stays_0():

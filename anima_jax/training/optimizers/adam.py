@@ -6,6 +6,7 @@ StableAdamW: arXiv 2304.13013, the update is divided by the RMS of g / √v if t
 The weights are float32 (or bfloat16, rounded stochastically), so they need no Kahan compensation.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from jax import Array
 
 from anima_jax.training.optimizers.layers import transformation
+from anima_jax.training.optimizers.row import Parameter, cautious, ema, from_rule
 
 BLOCK = 256
 """Number of values that share a scale."""
@@ -105,14 +107,18 @@ def adamw(
     weight_decay: float,
     stabilize: bool = False,
     in_8_bits: bool = False,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Return AdamW for one tensor. `stabilize` depends on its norm, so stacked tensors need `layers.over_layers`."""
+    """Return AdamW for one tensor. `stabilize` depends on its norm, so stacked tensors need `layers.over_layers`.
+
+    Moments in 8 bits are rounded with random numbers that follow from `seed` and the step.
+    """
 
     def init(value: Array) -> AdamState:
         zeros = jnp.zeros(value.shape, jnp.float32)
         if not in_8_bits:
             return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
-        key = jax.random.key(0)
+        key = jax.random.key(seed)
         return AdamState(jnp.zeros((), jnp.int32), encode(zeros, key), encode(zeros, key, jnp.uint8))
 
     def update(grad: Array, state: AdamState, value: Array) -> tuple[Array, AdamState]:
@@ -125,8 +131,29 @@ def adamw(
             rms = jnp.sqrt(jnp.mean(jnp.square(grad) / jnp.maximum(nu_hat, eps**2)))
             direction = direction / jnp.maximum(1.0, rms)
         if in_8_bits:
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count))
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
             mu, nu = encode(mu, keys[0]), encode(jnp.sqrt(nu), keys[1], jnp.uint8)
         return direction, AdamState(count, mu, nu)
 
     return optax.chain(transformation(init, update), optax.scale_by_learning_rate(rate))
+
+
+def lion(
+    p: Parameter, *, b1: float, b2: float, min_8bit_size: float = math.inf, use_cautious: bool = False
+) -> optax.GradientTransformation:
+    """Return Lion (arXiv 2302.06675), with its momentum in 8 bits from `min_8bit_size` values on."""
+    in_8_bits = math.prod(p.tensor.shape) >= min_8bit_size
+
+    def init(value: Array) -> Any:
+        zeros = jnp.zeros(value.shape, jnp.float32)
+        return encode(zeros, jax.random.key(p.seed)) if in_8_bits else zeros
+
+    def step(grad: Array, own: Any, value: Array, t: Array, rate: Array) -> tuple[Array, Any]:
+        mean = decode(own) if in_8_bits else own
+        update, mean = jnp.sign(ema(mean, grad, b1)), ema(mean, grad, b2)
+        if use_cautious:
+            update = cautious(update, grad)
+        key = jax.random.fold_in(jax.random.key(p.seed), t.astype(jnp.int32))
+        return -rate * update, encode(mean, key) if in_8_bits else mean
+
+    return from_rule(p, init, step)

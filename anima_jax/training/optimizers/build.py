@@ -1,6 +1,7 @@
 """The optimizer of a configuration. Groups, learning rates and weight decay work the same for every optimizer."""
 
 import collections
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.groups import groups_by_path, is_decayed
@@ -16,8 +16,10 @@ from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, scale_layers, together
+from anima_jax.training.optimizers.prodigy_plus import PlusState, TensorState
 from anima_jax.training.optimizers.rates import LearningRates
 from anima_jax.training.optimizers.row import Parameter, Row
+from anima_jax.training.optimizers.schedule_free import FreeState
 from anima_jax.training.optimizers.table import find
 
 IGNORED = (
@@ -97,13 +99,10 @@ def build(
 
 def averaged(opt_state: Any, params: Params) -> Params | None:
     """Return the averaged weights of a schedule-free optimizer in float32; None for all other optimizers."""
-    states = opt_state[1]
-    if not isinstance(states, dict) or not all(
-        isinstance(state, optax.contrib.ScheduleFreeState) for state in states.values()
-    ):
+    states = opt_state[1].own if isinstance(opt_state[1], PlusState) else opt_state[1]
+    if not isinstance(states, dict) or not all(isinstance(state, FreeState | TensorState) for state in states.values()):
         return None
-    wide = {path: value.astype(jnp.float32) for path, value in params.items()}
-    return {path: optax.contrib.schedule_free_eval_params(states[path], value) for path, value in wide.items()}
+    return {path: states[path].average(value) for path, value in params.items()}
 
 
 def _separate(
@@ -120,6 +119,8 @@ def _shared(
 ) -> optax.GradientTransformation:
     """Return one transformation at the highest rate of a group; updates of other groups are scaled down to theirs."""
     groups = {path: one.group for path, one in parameters.items()}
+    if row.own_rates:
+        return row.make(parameters, None, **options)
     fastest = max(groups.values(), key=rates.by_group.__getitem__)
     rate = rates.of(fastest)
     relative = {path: rates.by_group[group] / rates.by_group[fastest] for path, group in groups.items()}
@@ -140,10 +141,20 @@ def _parameters(
     rate_of = rates.by_group.__getitem__ if row.fixed_rate else rates.of
     return {
         path: Parameter(
-            rate_of(groups[path]), decay if is_decayed(tensor) else 0.0, tensor, config.lr, groups[path], seed
+            rate_of(groups[path]),
+            decay if is_decayed(tensor) else 0.0,
+            tensor,
+            config.lr,
+            groups[path],
+            _seed(seed, path),
         )
         for path, tensor in first.items()
     }
+
+
+def _seed(seed: int, path: str) -> int:
+    """Return the seed of a parameter's random numbers."""
+    return zlib.crc32(f"{seed} {path}".encode())
 
 
 def _abstract(tensors: Sequence[FileTensor]) -> Params:
@@ -181,6 +192,8 @@ def _options(config: OptimizerConfig, row: Row, global_batch: int = 1) -> dict[s
     errors = [error for key, value in config.options.items() if (error := _error(row, key, value))]
     given = {row.aliases.get(key, key): value for key, value in config.options.items()}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if row.undecayed and config.weight_decay:
+        errors.append(f"weight_decay: not an argument of '{row.name}'")
     if config.eps is not None:
         given["eps"] = config.eps
         if "eps" not in row.options:

@@ -71,6 +71,8 @@ class Row:
     applies the decay."""
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Argument that is a word → its valid values."""
+    undecayed: bool = False
+    """Whether there is no weight decay."""
     sums: bool = False
     """Whether a second beta of 1 is valid, and means a sum instead of a running mean."""
     own_rates: bool = False
@@ -142,6 +144,12 @@ def rms(values: Array) -> Array:
 def clip_rms(update: Array, threshold: float) -> Array:
     """Return `update`, divided by its RMS / `threshold` where that exceeds 1."""
     return update / jnp.maximum(rms(update) / threshold, 1.0)
+
+
+def cautious(update: Array, grad: Array) -> Array:
+    """Return `update` without the values whose sign is not the gradient's, the others enlarged (arXiv 2411.16085)."""
+    mask = (update * grad > 0).astype(jnp.float32)
+    return update * mask * (mask.size / (jnp.sum(mask) + 1.0))
 
 
 class Factored(NamedTuple):

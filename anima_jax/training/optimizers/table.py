@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from anima_jax.config.optimizer import NOT_AVAILABLE
 from anima_jax.errors import UserError, did_you_mean
-from anima_jax.training.optimizers import adam, factored, generic
+from anima_jax.training.optimizers import adam, factored, family, generic, prodigy_plus, schedule_free, soap
 from anima_jax.training.optimizers.layers import transformation
 from anima_jax.training.optimizers.row import Parameter, Row
 
@@ -31,8 +32,8 @@ def _our_adamw(
     p: Parameter, *, b1: float, b2: float, eps: float, stabilize: bool, min_8bit_size: float = math.inf
 ) -> optax.GradientTransformation:
     in_8_bits = math.prod(p.tensor.shape) >= min_8bit_size
-    decay = p.weight_decay
-    return adam.adamw(p.rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, stabilize=stabilize, in_8_bits=in_8_bits)
+    options = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": p.weight_decay, "stabilize": stabilize}
+    return adam.adamw(p.rate, **options, in_8_bits=in_8_bits, seed=p.seed)
 
 
 def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.GradientTransformation:
@@ -47,39 +48,11 @@ def _decoupled(transform: optax.GradientTransformation, p: Parameter) -> optax.G
     return transformation(lambda value: (transform.init(value), decay.init(value)), update)
 
 
-def _lion(p: Parameter, *, b1: float, b2: float) -> optax.GradientTransformation:
-    return optax.lion(p.rate, b1, b2, weight_decay=p.weight_decay)
-
-
 def _sgd(p: Parameter, *, momentum: float, nesterov: bool) -> optax.GradientTransformation:
     """Return SGD as in torch: the weight decay is part of the gradient."""
     if nesterov and not momentum:
         raise UserError("[optimizer] nesterov = true needs a momentum above 0")
     return optax.chain(optax.add_decayed_weights(p.weight_decay), optax.sgd(p.rate, momentum or None, nesterov))
-
-
-def _schedule_free(base: optax.GradientTransformation, p: Parameter, b1: float, weight_lr_power: float):
-    if not b1:
-        raise UserError("[optimizer] schedule-free averaging needs a first beta above 0")
-    # optax's counter starts at 1, but a step's weight in the average follows from its own rate (arXiv 2405.15682).
-    rate = p.rate
-    return optax.contrib.schedule_free(
-        optax.chain(base, optax.add_decayed_weights(p.weight_decay), optax.scale_by_learning_rate(rate)),
-        lambda step: rate(step - 1),
-        b1,
-        weight_lr_power,
-    )
-
-
-def _schedule_free_adamw(
-    p: Parameter, *, b1: float, b2: float, eps: float, weight_lr_power: float
-) -> optax.GradientTransformation:
-    base = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
-    return _schedule_free(base, p, b1, weight_lr_power)
-
-
-def _schedule_free_sgd(p: Parameter, *, b1: float, weight_lr_power: float) -> optax.GradientTransformation:
-    return _schedule_free(optax.identity(), p, b1, weight_lr_power)
 
 
 def _prodigy(
@@ -122,7 +95,8 @@ ROWS = (
     Row("adamw8bit", _our_adamw, {**_EIGHT_BIT, "stabilize": False}, 0.01),
     Row("adamw8bitkahan", _our_adamw, {**_EIGHT_BIT, "stabilize": True}, 0.01),
     Row("offload", _adamw, {**_ADAM, "nesterov": False}, 0.01, elementwise=True, on_host=True),
-    Row("lion", _lion, {"b1": 0.9, "b2": 0.99}, elementwise=True),
+    Row("lion", adam.lion, {"b1": 0.9, "b2": 0.99, "use_cautious": False}, aliases={"cautious": "use_cautious"}),
+    Row("lion8bit", adam.lion, {"b1": 0.9, "b2": 0.99, "min_8bit_size": EIGHT_BIT_SMALLEST}),
     Row("sgd", _sgd, {"momentum": 0.0, "nesterov": False}, elementwise=True, decay_in_gradient=True),
     Row(
         "prodigy",
@@ -140,22 +114,12 @@ ROWS = (
         shared=True,
         decay_factor=_estimated_rate,
     ),
-    Row(
-        "schedule_free_adamw",
-        _schedule_free_adamw,
-        {**_ADAM, "weight_lr_power": 2.0},
-        elementwise=True,
-        averages_weights=True,
-    ),
-    Row(
-        "schedule_free_sgd",
-        _schedule_free_sgd,
-        {"b1": 0.9, "weight_lr_power": 2.0},
-        elementwise=True,
-        averages_weights=True,
-    ),
     *factored.ROWS,
     *generic.ROWS,
+    *soap.ROWS,
+    *schedule_free.ROWS,
+    *prodigy_plus.ROWS,
+    *family.ROWS,
 )
 
 # optax's own ------------------------------------------------------------------------------------------------------
@@ -167,9 +131,7 @@ FROM_OPTAX: Mapping[str, Mapping[str, Any]] = {
     "noisy_sgd": {"shared": True},
     "rprop": {"fixed_rate": True},
     "scale_by_rprop": {"fixed_rate": True},
-    "sm3": {"fixed_rate": True},
     "optimistic_adam": {"fixed_rate": True},
-    "rmsprop": {"aliases": {"alpha": "decay"}},
 }
 """Name of a function in optax → fields of its row that do not follow from its signature."""
 
@@ -181,7 +143,19 @@ SET_HERE = ("learning_rate", "weight_decay", "weight_decay_mask", "trust_ratio_m
 
 NEEDS_MORE = "needs more than gradients; 'prodigy' needs no learning rate tuned, 'schedule_free_adamw' no schedule"
 
+OTHER_NAMES = {
+    "adamwschedulefree": "schedule_free_adamw",
+    "radamschedulefree": "schedule_free_radam",
+    "sgdschedulefree": "schedule_free_sgd",
+}
+"""Name in another library, without `_` → our name."""
+
 REFUSED = {
+    **{
+        name.lower(): f"is not available; the nearest is '{near}'"
+        for near, names in NOT_AVAILABLE.items()
+        for name in names.split()
+    },
     "scale_by_muon": "is for matrices alone; 'muon' uses AdamW for the rest",
     **dict.fromkeys(("lbfgs", "scale_by_lbfgs", "momo", "momo_adam", "sophia", "scale_by_polyak"), NEEDS_MORE),
     **dict.fromkeys(("polyak_sgd", "mechanize", "reduce_on_plateau", "sam", "schedule_free", "dpsgd"), NEEDS_MORE),
@@ -237,7 +211,7 @@ def _shared_optax(function: Callable[..., Any], ps: Mapping[str, Parameter], rat
     """
     parameters = inspect.signature(function).parameters
     if "key" in parameters:
-        options["key"] = 0
+        options["key"] = next(iter(ps.values())).seed
     if "mask" in parameters:
         decay = max(p.weight_decay for p in ps.values())
         mask = {path: bool(p.weight_decay) for path, p in ps.items()}
@@ -260,7 +234,7 @@ def find(name: str) -> Row:
 
     Raises UserError, with the nearest valid name, if it is unknown or not available.
     """
-    plain = _plain(name)
+    plain = _plain(OTHER_NAMES.get(_plain(name), name))
     for refused, why in REFUSED.items():
         if _plain(refused) == plain:
             raise UserError(f"[optimizer] type = '{name}' {why}")
