@@ -74,7 +74,11 @@ MAIN_ERRORS = [
     ({"sample": SAMPLE | {"width": 500, "height": 512}}, "sample.width: found 500, expected a multiple of 16 (the nea"),
     ({"sample": SAMPLE | {"seeds": []}}, "sample.seeds: found an empty list, expected at least one value"),
     ({"model.dtype": "bfloat1"}, "expected 'bfloat16', 'float16' or 'float32' (did you mean 'bfloat16'?)"),
-    ({"lr_scheduler": "cosin"}, "expected 'constant', 'linear' or 'cosine' (did you mean 'cosine'?)"),
+    ({"lr_scheduler": "cosin"}, "'polynomial' or 'rex' (did you mean 'cosine'?)"),
+    (
+        {"lr_scheduler_power": 2.0},
+        "lr_scheduler_power: has no effect with lr_scheduler = 'constant', expected 'polynomial'",
+    ),
     ({"model.type": "wan"}, "model.type: found 'wan', expected 'anima'"),
     ({"optimizer.type": " "}, "optimizer.type: found an empty string, expected the optimizer's name, as 'adamw'"),
     ({"optimizer.betas": []}, "optimizer.betas: found an empty list, expected at least one value"),

@@ -110,7 +110,6 @@ class GenericOptim:
     lr_decrease_factor: float
     rank: int
     update_proj_gap: int
-    proj_type: str
 
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
@@ -264,7 +263,9 @@ class GenericOptim:
         return bf16(update * bf16(scale * (norm / jnp.maximum(new, 1e-10)))), own._replace(lines=lines)
 
 
-def _make(p: Parameter, **options: Any) -> optax.GradientTransformation:
+def _make(p: Parameter, *, proj_type: str, **options: Any) -> optax.GradientTransformation:
+    """Return GenericOptim for one tensor. Of the projections, there is only that of the singular vectors."""
+    del proj_type
     rule = GenericOptim(p, **options)
     rule.check()
     return from_rule(dataclasses.replace(p, weight_decay=0.0), rule.init, rule.step)

@@ -29,7 +29,7 @@ FASTEST = 2.0**0.25
 """Growth of d in a step, at most, with `d_limiter`."""
 
 
-class Estimate(NamedTuple):
+class StepEstimate(NamedTuple):
     """The estimate d of a group, its numerator, and the sum of the weights of all steps."""
 
     d: Array
@@ -55,7 +55,7 @@ class PlusState(NamedTuple):
     """Finished steps, the estimates by group, and the state of each tensor by path."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - optax's name
-    estimates: dict[str, Estimate]
+    estimates: dict[str, StepEstimate]
     own: dict[str, TensorState]
 
 
@@ -94,7 +94,15 @@ class ProdigyPlus:
         return TensorState(jnp.full((), self.betas[0]), value, square, first, jnp.zeros_like(first))
 
     def step(
-        self, p: Parameter, grad: Array, own: TensorState, y: Array, t: Array, rate: Array, estimate: Estimate, d: Array
+        self,
+        p: Parameter,
+        grad: Array,
+        own: TensorState,
+        y: Array,
+        t: Array,
+        rate: Array,
+        estimate: StepEstimate,
+        d: Array,
     ) -> tuple[Array, TensorState, Array, Array]:
         """Return the change of one tensor, its state, and its part of the estimate's numerator and denominator.
 
@@ -128,7 +136,7 @@ class ProdigyPlus:
         return numerator, _bf16(jnp.sum(jnp.abs(slope))), slope.astype(jnp.bfloat16)
 
     def _moved(
-        self, update: Array, z: Array, y: Array, size: Array, estimate: Estimate, decay: float
+        self, update: Array, z: Array, y: Array, size: Array, estimate: StepEstimate, decay: float
     ) -> tuple[Array, Array]:
         """Return the change of y, and z after the step."""
         weight = jnp.square(size)
@@ -151,7 +159,9 @@ class ProdigyPlus:
             change, z = change - decay * step * y, z - decay * y
         return change, z
 
-    def estimated(self, old: Estimate, numerator: Array, denominator: Array, weights: Array, t: Array) -> Estimate:
+    def estimated(
+        self, old: StepEstimate, numerator: Array, denominator: Array, weights: Array, t: Array
+    ) -> StepEstimate:
         """Return the estimate after a step with these sums over the group's tensors."""
         total = self.slow * old.numerator + jnp.where((old.d > self.d0) | (numerator > 0), numerator, 0.0)
         better = total / jnp.where(denominator > 0, denominator, 1.0)
@@ -161,7 +171,7 @@ class ProdigyPlus:
         if self.prodigy_steps:
             fixed = t >= self.prodigy_steps
             d, total = jnp.where(fixed, old.d, d), jnp.where(fixed, old.numerator, total)
-        return Estimate(d, total, weights)
+        return StepEstimate(d, total, weights)
 
 
 def _product(p: Parameter, square: Factored) -> Array:
@@ -204,7 +214,7 @@ def _make(ps: Mapping[str, Parameter], rate: Any, **options: Any) -> optax.Gradi
 
     def init(params: Params) -> PlusState:
         zero = jnp.zeros(())
-        estimates = {name: Estimate(jnp.full((), rule.d0), zero, zero) for name in names}
+        estimates = {name: StepEstimate(jnp.full((), rule.d0), zero, zero) for name in names}
         own = {
             path: _over(ps[path], lambda one, p=ps[path]: rule.init(p, one))(value) for path, value in params.items()
         }
