@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
@@ -110,7 +111,7 @@ def _has(font: int, letter: str) -> bool:
 
 
 def _image(font: int, letter: str) -> tuple[bytes, tuple[int, int]]:
-    mask = _fonts()[font].getmask(letter)
+    mask: Any = _fonts()[font].getmask(letter)
     return bytes(mask), mask.size
 
 

@@ -188,7 +188,9 @@ class SamplingParams:
             raise UserError(f"start_at_step {self.start_at_step}, end_at_step {self.end_at_step}, expected at least 0")
         if not self.sigmas:
             return
-        shown = " ".join(map(str, self.sigmas))
+        shown = " ".join(map(str, self.sigmas[:8])) + (" …" if len(self.sigmas) > 8 else "")
+        if len(self.sigmas) > TABLE_SIZE + 1:
+            raise UserError(f"{len(self.sigmas)} sigmas, expected at most {TABLE_SIZE + 1}")
         if len(self.sigmas) < 2 or not all(0 <= level <= MAX_LEVEL for level in self.sigmas):
             raise UserError(f"sigmas {shown}, expected two or more noise levels from 1 (noise) to 0 (image)")
         if 0 in self.sigmas[:-1] or self.sigmas[-1] >= 1:

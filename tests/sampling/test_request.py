@@ -106,3 +106,10 @@ def test_the_noise_of_a_batch_has_a_largest_size():
     ImageRequest("x", 1024, 1024, batch_size=2048).check()
     with pytest.raises(UserError, match="batch_size 4096 of 1024×1024 pixels, expected at most 2048 images"):
         ImageRequest("x", 1024, 1024, batch_size=4096).check()
+
+
+def test_there_is_a_largest_number_of_levels():
+    with pytest.raises(UserError, match="1000001 sigmas, expected at most 1001"):
+        SamplingParams(sigmas=(*[1.0] * 10**6, 0.0)).check()
+    with pytest.raises(UserError, match=r"^sigmas 2\.0( 2\.0){7} …, expected two or more noise levels"):
+        SamplingParams(sigmas=(2.0,) * 100).check()
