@@ -247,7 +247,8 @@ def system_error(error: BaseException) -> tuple[int, str] | None:
             code, text = 2, NO_FOLDER
     else:
         return None
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "anima_jax" in frame.filename]
+    found = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in found if "anima_jax" in frame.filename and frame.filename != __file__]
     return code, one_line(text) + (f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else "")
 
 

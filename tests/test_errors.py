@@ -1,5 +1,6 @@
 """How command lines end after a user's mistake or an interrupt."""
 
+import os
 import subprocess
 import sys
 
@@ -80,3 +81,55 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
     assert parser.parse_args(["--trust_cache"]).trust_cache
     with pytest.raises(UserError, match=r"--trust_cash=1 \(did you mean '--trust_cache'\?\) \(see train --help\)"):
         parser.parse_args(["--trust_cash=1"])
+
+
+FAILING = """
+import os, sys
+import anima_jax.errors
+
+@anima_jax.errors.command_line
+def main():
+    print("before")
+    {body}
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory\n"),
+        ("raise OSError(5, 'Input/output error', 'x.png')", 1, "error: x.png: Input/output error\n"),
+        ("raise OSError(28, 'No space left on device', 'a\\x1b[2J')", 1, "error: a\\x1b[2J: the disk is full\n"),
+        ("raise MemoryError('Unable to allocate 37 GiB')", 1, "error: out of memory: Unable to allocate 37 GiB\n"),
+        (
+            "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); os.getcwd()",
+            2,
+            "error: the current folder",
+        ),
+    ],
+)
+def test_errors_of_the_system_are_one_line(tmp_path, body, code, said):
+    ended = run_main(tmp_path, body)
+    assert (ended.returncode, ended.stdout) == (code, "before\n")
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count("\n") == 1
+
+
+def run_main(folder, body: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", FAILING.format(body=body)]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": root}, text=True, check=False, **options)
+
+
+def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_has_gone_is_none(tmp_path):
+    with open("/dev/full", "w") as full:
+        ended = run_main(tmp_path, "pass", stdout=full)
+        assert (ended.returncode, ended.stderr) == (1, "error: stdout: the disk is full\n")
+        assert run_main(tmp_path, "raise anima_jax.errors.UserError('x')", stderr=full).returncode == 2
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = run_main(tmp_path, "pass", stdout=writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
