@@ -23,7 +23,7 @@ from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
-from anima_jax.data.images import ignore_pil_warnings
+from anima_jax.data.images import set_up_pillow
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.errors import UserError, command_line
 from anima_jax.parallel import hosts
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Generate the images that the flags describe, on the mesh given by the flags or the configuration."""
-    ignore_pil_warnings()
+    set_up_pillow()
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
     like = older_image(arguments)
     params = sampling_params(arguments, config, like)

@@ -18,7 +18,7 @@ from anima_jax.data.cache import Cache
 from anima_jax.data.encoders import Encoders
 from anima_jax.data.examples import Example, contents_of, read_examples, reader_of
 from anima_jax.data.file_index import FileIndex
-from anima_jax.data.images import ignore_pil_warnings
+from anima_jax.data.images import set_up_pillow
 from anima_jax.data.problems import Problems
 from anima_jax.data.store import Store
 from anima_jax.errors import UserError
@@ -45,7 +45,7 @@ def read_data(
     `batch_size_of` maps a size to the number of examples per step, over all processes. The file index is saved in the
     cache for the next run; without `keep` nothing is written. Raises UserError if there are no examples.
     """
-    ignore_pil_warnings()
+    set_up_pillow()
     folders, sources, indexes = [], [], dict[str, FileIndex]()
     for source in (eval_dataset or config).data.sources:
         reader = reader_of(source, prepare=keep)

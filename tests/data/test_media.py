@@ -432,10 +432,10 @@ def test_warnings_of_pillow_do_not_reach_the_user(tmp_path):
         (tmp_path / name).write_bytes(stored)
     program = """
 import pathlib, sys
-from anima_jax.data.images import ignore_pil_warnings, read_image
+from anima_jax.data.images import set_up_pillow, read_image
 from anima_jax.data.media import probe
 from anima_jax.errors import UserError
-ignore_pil_warnings()
+set_up_pillow()
 for path in pathlib.Path(sys.argv[1]).iterdir():
     probe(path.read_bytes(), path.name)
     try:
