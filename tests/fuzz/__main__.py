@@ -77,7 +77,7 @@ def keep(name: str, files: Files, folder: pathlib.Path) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for inside, data in sorted(files.items()):
-            file.writestr(zipfile.ZipInfo(inside), data)
+            file.writestr(zipfile.ZipInfo(inside), data, zipfile.ZIP_DEFLATED)
     return path
 
 
