@@ -11,7 +11,7 @@ from typing import Any
 
 from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.locations import PathLike, reading_folders
 from anima_jax.checkpoints.models import Checkpoint, fit
 from anima_jax.checkpoints.names import diffusers
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, locate
@@ -157,7 +157,8 @@ def index(folder: PathLike, components: Iterable[str]) -> dict[str, Any]:
 
 def components_in(folder: PathLike) -> list[str]:
     """Return the networks in a diffusers folder. Raises UserError if it has no transformer."""
-    found = [name for name in COMPONENTS if (pathlib.Path(folder) / name).is_dir()]
+    with reading_folders(folder):
+        found = [name for name in COMPONENTS if (pathlib.Path(folder) / name).is_dir()]
     if "transformer" not in found:
         raise UserError(f"{folder}: is a folder without transformer/, expected a diffusers folder or a file")
     return found

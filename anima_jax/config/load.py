@@ -95,7 +95,7 @@ def _shipped_unless_there(path: str) -> tuple[str, list[str]]:
     found = configs / (name if name.endswith(".toml") else f"{name}.toml")
     if os.path.lexists(path) or folder not in {"", configs.name}:
         return path, []
-    if found.is_file():
+    if os.path.isfile(found):
         return os.fspath(found), [f"--config {path}: no such file here, so the one that comes with anima_jax: {found}"]
     if folder or name.endswith(".toml"):
         return path, []

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from anima_jax.checkpoints import file_types
+from anima_jax.checkpoints.locations import reading_folders
 from anima_jax.errors import UserError, plural, shorten
 
 LIMIT = 1000
@@ -24,12 +25,14 @@ def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
     """
     root = pathlib.Path(folder)
     rows = []
-    for path in _entries(root):
-        if len(rows) == LIMIT:
-            break
-        size = 0 if path.is_dir() else path.stat().st_size
-        rows.append((str(path.relative_to(root)), size_text(size) if size else "", _what(path, describe)))
-    yield f"{folder}: {_kind(root)}, {plural(len(rows), 'file')}" + (" and more" if len(rows) == LIMIT else "")
+    with reading_folders(folder):
+        kind = _kind(root)
+        for path in _entries(root):
+            if len(rows) == LIMIT:
+                break
+            size = 0 if path.is_dir() else path.stat().st_size
+            rows.append((str(path.relative_to(root)), size_text(size) if size else "", _what(path, describe)))
+    yield f"{folder}: {kind}, {plural(len(rows), 'file')}" + (" and more" if len(rows) == LIMIT else "")
     width = min(60, max((len(name) for name, _, _ in rows), default=0))
     for name, size, what in rows:
         yield f"{shorten([name]):<{width}}  {size:>8}  {what}".rstrip()
@@ -46,15 +49,8 @@ def _kind(root: pathlib.Path) -> str:
 
 
 def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield the files below a folder, sorted, and the folders of checkpoints instead of their files.
-
-    Raises UserError for a folder that cannot be read.
-    """
-    try:
-        found = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
-    for path in found:
+    """Yield the files below a folder, sorted, and the folders of checkpoints instead of their files."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink() and not _is_checkpoint(path):
