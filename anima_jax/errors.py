@@ -266,7 +266,7 @@ def in_a_folder() -> bool:
 
 def _stdout_error(error: Exception) -> tuple[int, str] | None:
     """Return the exit code and a message if the error is stdout's; if so, the rest of the output goes nowhere."""
-    if not isinstance(error, OSError) or error.filename is not None:
+    if not isinstance(error, OSError) or isinstance(error, _MISTAKES) or error.filename is not None:
         return None
     try:
         sys.stdout.write("\n")  # Without a buffer there may be nothing left to flush.
