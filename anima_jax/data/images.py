@@ -25,9 +25,6 @@ IMAGE_SUFFIXES = (
     *((".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c") if JPEG2000 else ()),
 )
 
-MAX_PIXELS = 2 * 89_478_485
-"""Larger images and frames are rejected before they are decoded. This is PIL's own limit for decompression bombs."""
-
 BYTES_PER_PIXEL = {"JPEG2000": 28, "AVIF": 16, "WEBP": 16}
 """Peak memory of decoding and converting a format, in bytes per pixel, if it is more than `_USUAL_BYTES`."""
 
@@ -132,6 +129,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 def opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """Open an image and read its header without decoding pixels, whose memory is reserved during the block.
 
+    PIL rejects images of more than 178,956,970 pixels as decompression bombs, before it decodes them.
     Raises UserError for any error inside the block.
     """
     if not data:
