@@ -52,9 +52,11 @@ NAMED: Mapping[str, str] = {
     "eps in [optimizer]": "adam_epsilon",
     "weight_decay in [optimizer]": "adam_weight_decay",
     "[optimizer] itself: each argument is a key, as weight_decay = 0.01": "optimizer_args optimizer_config",
-    "lr_scheduler": "lr_scheduler_type learning_rate_scheduler lr_scheduler_args lr_decay_steps lr_end "
-    "lr_scheduler_timescale lr_scheduler_min_lr_ratio learning_rate_min_factor custom_learning_rate_scheduler "
-    "scheduler_params learning_rate_cycles lr_num_cycles lr_power",
+    "lr_scheduler": "lr_scheduler_type learning_rate_scheduler lr_scheduler_args lr_decay_steps lr_scheduler_timescale "
+    "custom_learning_rate_scheduler scheduler_params",
+    "lr_scheduler_num_cycles": "learning_rate_cycles lr_num_cycles",
+    "lr_scheduler_power": "lr_power",
+    "lr_scheduler_min_lr": "lr_end lr_scheduler_min_lr_ratio learning_rate_min_factor min_lr_ratio",
     "warmup_steps": "lr_warmup_steps learning_rate_warmup_steps warmup_ratio",
     "gradient_clipping": "max_grad_norm clip_grad_norm grad_clip_method",
     "ema_decay": "ema use_ema ema_update_step_interval ema_device",
@@ -85,6 +87,7 @@ NAMED: Mapping[str, str] = {
     "wandb_api_key in [monitoring]": "wandb_api_key",
     "prompts in [sample]": "sample_prompts validation_prompt sample_definition_file_name validation_prompt_library "
     "samples",
+    "negative_prompt in [sample]": "validation_negative_prompt",
     "guidance_scale in [sample]": "validation_guidance",
     "steps in [sample]": "validation_num_inference_steps",
     "width and height in [sample]": "validation_resolution",

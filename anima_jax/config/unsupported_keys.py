@@ -182,6 +182,7 @@ MAIN: Mapping[str, Unsupported] = {
     ),
     "image_eval_micro_batch_size_per_gpu": taken("eval_image_micro_batch_size_per_gpu"),
     "max_checkpoints_to_keep": taken("max_checkpoints", 0),
+    "lr_scheduler_args.lr_min": taken("lr_scheduler_min_lr"),
     "huggingface_repo": ignored(_UPLOAD, ""),
     "upload_hf_from_epoch": ignored(_UPLOAD),
     "batch_fill_strategy": ignored("examples that do not fill a batch begin the next epoch, so that none is dropped"),

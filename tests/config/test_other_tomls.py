@@ -170,6 +170,9 @@ caption_extension = 'txt'
 
 PREVIEWS = f"""{HEAD}
 max_checkpoints_to_keep = 3
+lr_scheduler = 'cosine'
+[lr_scheduler_args]
+lr_min = 0.0
 {MODEL.replace("'anima'", "'cosmos_predict2'")}
 [adapter]
 type = 'lycoris_dora'
@@ -309,6 +312,7 @@ MEANINGS = {
         {
             "adapter.type": "dora",
             "max_checkpoints": 3,
+            "lr_scheduler_min_lr": 0,
             "sample.prompts": ("a red circle", "a blue square"),
             "sample.negative_prompts": ("grey", "grey"),
             "sample.every_n_epochs": 2,
