@@ -106,7 +106,7 @@ class TomlFile:
     def refuse_other_trainers(self, table: dict[str, Any]) -> None:
         """Answer the keys of sd-scripts and the like with ours, as errors, and remove them from `table`."""
         own: dict[str, Any] = {}
-        for key in self._known:
+        for key in [*self._keys, *(key for key in self._known if "." not in key)]:
             inner = own
             for part in key.split("."):
                 inner = inner.setdefault(part, {})

@@ -5,6 +5,7 @@ import operator
 import pytest
 
 from anima_jax.config.load import load_config
+from anima_jax.config.main import Schedule
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run
@@ -200,7 +201,7 @@ MEANINGS = {
         "optimizer.lr": 2e-5,
         "optimizer.betas": (0.9, 0.99),
         "optimizer.eps": 1e-8,
-        "schedule": ("linear", 100),
+        "schedule": Schedule("linear", 100),
         "remat": "full",
         "model.transformer_dtype": "float8",
         "adapter.rank": 32,

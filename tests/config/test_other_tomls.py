@@ -547,6 +547,6 @@ def test_a_harmless_value_is_silent_and_another_is_not():
             inner = table
             *above, last = key.replace("*", "x").split(".")
             for part in above:
-                inner = inner[part]
+                inner = inner.setdefault(part, {})
             inner[last] = value
             assert bool(list(set_aside(table, ROWS))) != silent, key

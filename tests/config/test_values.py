@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from anima_jax.config.load import load_config
+from anima_jax.config.main import Schedule
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.models.dit import DiTConfig
@@ -207,7 +208,7 @@ def test_learning_rates_of_groups(load):
     forced = load(changes | {"force_constant_lr": 3e-5, "warmup_steps": 10, "lr_scheduler": "cosine"})
     assert set(forced.learning_rates.values()) == {0.0, 3e-5}
     assert forced.learning_rates["llm_adapter"] == 0.0
-    assert forced.schedule == ("constant", 0)
+    assert forced.schedule == Schedule("constant", 0)
 
 
 @pytest.mark.parametrize(
