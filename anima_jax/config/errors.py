@@ -158,7 +158,8 @@ class TomlFile:
         if kind == "extra_forbidden":
             return f"unknown key{self.suggestion(place)}"
         if kind == "missing":
-            return f"missing, expected {self._keys[_without_positions(details['loc'])]['description']}"
+            meaning = self._keys[_without_positions(details["loc"])]["description"]
+            return f"missing, expected {meaning.partition('. ')[0]}"
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else details["msg"]
         if kind == "tuple_type" and isinstance(found, dict):
             expected += f": write [[{place[-1]}]], with two brackets"
