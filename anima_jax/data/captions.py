@@ -62,8 +62,11 @@ def parse_captions(value: Any, name: str, delimiter: str = ", ") -> Captions:
         return Captions(_texts(value, name))
     of_booru = isinstance(value.get("category"), str)
     tags = delimiter.join(_tags(_first(value, TAG_KEYS), name, delimiter, of_booru))
-    nl = () if of_booru else tuple(text.strip() for text in _texts(_first(value, NL_KEYS) or [], name))
-    if not tags and nl and (caption := value.get("caption")) and caption != _first(value, NL_KEYS):
+    # Other programs have other things under these common words.
+    texts = {key: text for key, text in value.items() if key not in ("description", "text") or isinstance(text, str)}
+    found = _first(texts, NL_KEYS)
+    nl = () if of_booru else tuple(text.strip() for text in _texts(found or [], name))
+    if not tags and nl and (caption := value.get("caption")) and caption != found:
         return Captions(_texts(caption, name), nl)  # {"caption": "1girl, solo", "nl": "A girl."}
     return Captions((tags,) if tags else (), nl)
 
