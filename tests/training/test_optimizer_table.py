@@ -365,7 +365,7 @@ def test_offloaded_moments_are_in_host_memory_and_updates_are_equal():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again))
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "muon", "prodigy", "schedule_free_adamw", "noisy_sgd"])
+@pytest.mark.parametrize("name", ["adamw8bit", "muon", "prodigy_plus_schedule_free", "automagic", "soap", "noisy_sgd"])
 def test_orbax_saves_and_restores_the_state(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint.experimental.v1")
     _, state = train(build(name, rates=dict.fromkeys(GROUPS, 1e-2)), START, GRADIENTS[:1])
