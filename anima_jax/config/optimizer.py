@@ -60,8 +60,8 @@ class OptimizerConfig(Section):
     type: Annotated[str, AfterValidator(_lower)] = Field(
         description="the name in any case, as 'adamw'. diffusion-pipe's: 'adamw', 'adamw_optimi', 'stableadamw', "
         "'adamw8bit', 'AdamW8bitKahan', 'offload' (moments in the host's memory), 'sgd', 'automagic', 'genericoptim' "
-        "('muon', 'adamuon' and 'normuon' are genericoptim with that option). pytorch_optimizer's, with its arguments and "
-        "defaults: 'AdaBelief', 'AdaDelta', 'AdaFactor' (its relative_step sets the rate instead of lr, unless it is "
+        "('muon', 'adamuon' and 'normuon' are genericoptim with that option). pytorch_optimizer's, with its arguments "
+        "and defaults: 'AdaBelief', 'AdaDelta', 'AdaFactor' (its relative_step sets the rate instead of lr, unless it is "
         "false), 'Adam', 'AdaMax', 'Adan', 'AdEMAMix', 'ADOPT', 'CAME', 'Fromage', 'Lamb', 'LARS', 'Lion', 'MADGRAD', "
         "'MARS', 'NAdam', 'NovoGrad', 'Prodigy', 'RAdam', 'RMSprop', 'ScheduleFreeAdamW', 'ScheduleFreeRAdam', "
         "'ScheduleFreeSGD', 'SignSGD', 'SimplifiedAdEMAMix', 'SM3', 'SOAP', 'Tiger', 'Yogi'. Also 'lion8bit', "
