@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -155,6 +156,9 @@ def test_sigterm_to_one_stops_both_after_the_same_step(config, alone, tmp_path):
     assert f"stopped after step {done}, as requested" in said[0]
     again = finished(*start_two(config, output, "--set", "mesh.context=2", "--resume_from_checkpoint"))
     assert f"after step {done}" in again[0]
+    assert f"{STEPS}/{STEPS} steps" in again[0]
+    assert not re.search(r"/\d+ steps|loss|saved|\r|\x1b", again[1])  # one process reports
+    assert "\r" not in again[0]
     check_equal(output, alone)
 
 

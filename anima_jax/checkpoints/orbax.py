@@ -11,7 +11,9 @@ process 0 flushes and checks all files.
 
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
+import importlib
 import itertools
 import logging
 import os
@@ -87,6 +89,25 @@ def errors_reported_once() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+def _do_not_measure_writes() -> None:
+    """Stop Orbax from asking TensorStore for the number of bytes written, which it only logs.
+
+    Each answer of TensorStore 0.1.86 leaks its lists: about 80 kB a checkpoint.
+    """
+    with contextlib.suppress(ImportError):
+        module: Any = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+        module.get_tensorstore_raw_bytes = lambda *_: 0
+
+
+def _return_freed_memory() -> None:
+    """Give memory that is free back to the operating system, where the C library is glibc.
+
+    A save allocates and frees in several threads, which otherwise leaves holes: about 130 kB a checkpoint.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class DamagedError(UserError):
     """A checkpoint whose files are not as they were written."""
 
@@ -103,6 +124,7 @@ class RunCheckpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._pending: concurrent.futures.Future[None] | None = None
         self._saved: int | None = None  # the newest step that this object saved
+        _do_not_measure_writes()
         self.failure: str | None = None
         """Why the last finished save failed, on one line; None if it succeeded."""
 
@@ -269,6 +291,7 @@ class RunCheckpoints:
             return
         finally:
             self._wait_for_all(step)
+            _return_freed_memory()
         if not path.is_dir():
             self._failed(step, UserError("process 0 could not complete it"))
             return

@@ -162,3 +162,14 @@ def test_frozen_groups_have_no_optimizer_state():
     state = jax.eval_shape(optimizer.init, params)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * parameters.count(params)
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_a_constant_rate_does_not_depend_on_the_number_of_steps_so_more_epochs_compile_to_the_same_program(warmup):
+    programs = [
+        jax.jit(LearningRates({"mlp": 1e-3}, "constant", warmup, total).of("mlp")).lower(jnp.int32(3)).as_text()
+        for total in (10, 20)
+    ]
+    assert programs[0] == programs[1]
+    rates = LearningRates({"mlp": 1e-3}, "constant", warmup, 10)
+    assert rates.after(3)["mlp"] == pytest.approx(1e-3 if not warmup else 1e-3 * (0.2 + 0.8 * 3 / 5))

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from anima_jax.checkpoints.orbax import errors_reported_once
+from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
 from anima_jax.data.batch_plan import BatchPlan, Tier
 from anima_jax.errors import UserError
 from anima_jax.models.quantised import quantise
@@ -34,6 +34,14 @@ from tests.training.killed_run import GROUPS, IDS, OPTIMIZER, PLAN, SHAPES, STEP
 
 def bits(tree) -> list[tuple[str, bytes]]:
     return [(str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def damage(checkpoint) -> None:
+    """Flip a bit in the middle of the largest file, as a failing disk does."""
+    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
 
 
 def losses_of(folder) -> dict[int, str]:
@@ -79,6 +87,9 @@ def two_runs(request, tmp_path_factory):
         assert process.is_alive()
         process.kill()
         process.join()
+    checkpoints = RunCheckpoints(disturbed / "checkpoints", keep=None)
+    if len(steps := checkpoints.steps()) > 1:  # else the run would begin again
+        damage(checkpoints.folder / str(steps[-1]))
     last = context.Process(target=killed_run.main, args=(str(disturbed), 0.0))
     last.start()
     last.join(120)
