@@ -1,22 +1,24 @@
 """`python -m tests.fuzz FORMAT --minutes 10`: try hostile inputs of a format, or of `all`, and count how they end."""
 
 import argparse
+import multiprocessing
 import os
 import pathlib
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from multiprocessing.process import BaseProcess
 
 from tests.fuzz.campaign import LIMIT_S, Counts, child
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.mutations import Files
 
-ROOT = pathlib.Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+"""Children are forked from a process that has imported the program."""
 
 STUCK_S = 6 * LIMIT_S
 """Time after which a child that makes no progress is killed; it may share its cores with other programs."""
@@ -25,18 +27,16 @@ STUCK_S = 6 * LIMIT_S
 def run(name: str, *, seconds: float, most: int = 10**9, seed: int = 0) -> Counts:
     """Try inputs of a format in child processes; an input that ends its process, or that hangs it, is lost."""
     counts, left, died = Counts(), seconds, True
+    FORKS.set_forkserver_preload(["tests.fuzz.formats"])
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as place:
         while died and left > 0 and counts.inputs < most:
             began = time.monotonic()
             folder = pathlib.Path(place, str(seed))
             folder.mkdir()
-            command = [sys.executable, "-m", "tests.fuzz", name, "--child", str(folder), "--seed", str(seed)]
-            command += ["--minutes", str(left / 60), "--inputs", str(most - counts.inputs)]
-            process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("wb"), cwd=ROOT
-            )
+            process = FORKS.Process(target=child, args=(name, folder, seed, left, most - counts.inputs))
+            process.start()
             why = _wait(process, folder / "current")
-            died, left = bool(process.returncode), left - (time.monotonic() - began)
+            died, left = bool(process.exitcode), left - (time.monotonic() - began)
             if not died:
                 results, refused, lost = pickle.loads((folder / "counts").read_bytes())
             elif (folder / "current").exists():
@@ -44,11 +44,11 @@ def run(name: str, *, seconds: float, most: int = 10**9, seed: int = 0) -> Count
                 last = (folder / "stderr").read_bytes().decode(errors="replace").strip().splitlines()[-1:]
                 lost = {
                     **lost,
-                    f"{why or f'the process ended with {process.returncode}'} {' '.join(last)[:150]}": files,
+                    f"{why or f'the process ended with {process.exitcode}'} {' '.join(last)[:150]}": files,
                 }
             else:
                 said = (folder / "stderr").read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"the child ended with {process.returncode}: {said}")
+                raise RuntimeError(f"the child ended with {process.exitcode}: {said}")
             counts.results, counts.refused = counts.results + results, counts.refused + refused
             counts.lost |= lost
             shutil.rmtree(folder)
@@ -56,19 +56,16 @@ def run(name: str, *, seconds: float, most: int = 10**9, seed: int = 0) -> Count
     return counts
 
 
-def _wait(process: "subprocess.Popen[bytes]", current: pathlib.Path) -> str:
+def _wait(process: BaseProcess, current: pathlib.Path) -> str:
     """Wait for the child; return why it was killed, or ""."""
     began = time.time()
-    while True:
-        try:
-            process.wait(0.2)
-            return ""
-        except subprocess.TimeoutExpired:
-            last = max(began + 60, current.stat().st_mtime if current.exists() else 0)  # it begins by compiling
-            if time.time() > last + STUCK_S:
-                process.kill()
-                process.wait()
-                return f"no progress in {STUCK_S:.0f} s"
+    while process.join(0.2) or process.is_alive():
+        last = max(began + 60, current.stat().st_mtime if current.exists() else 0)  # it begins by compiling
+        if time.time() > last + STUCK_S:
+            process.kill()
+            process.join()
+            return f"no progress in {STUCK_S:.0f} s"
+    return ""
 
 
 def keep(name: str, files: Files, folder: pathlib.Path) -> pathlib.Path:
@@ -95,10 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir(), "lost"), help="for lost inputs"
     )
-    parser.add_argument("--child", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.format, options.child, seed=options.seed, seconds=60 * options.minutes, most=options.inputs)
     total = Counts()
     for name in FORMATS if options.format == "all" else [options.format]:
         counts = run(name, seconds=60 * options.minutes, most=options.inputs, seed=options.seed)

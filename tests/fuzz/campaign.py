@@ -187,10 +187,11 @@ def campaign(
     return counts
 
 
-def child(name: str, folder: pathlib.Path, *, seed: int, seconds: float, most: int) -> None:
+def child(name: str, folder: pathlib.Path, seed: int, seconds: float, most: int) -> None:
     """What the child process runs: its counts are pickled to `folder`."""
     from tests.fuzz.formats import FORMATS, corpus
 
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     (folder / "work").mkdir()
     os.chdir(folder / "work")
     format_ = FORMATS[name]
