@@ -63,9 +63,9 @@ class OptimizerConfig(Section):
         "('muon', 'adamuon' and 'normuon' are genericoptim with that option). pytorch_optimizer's, with its arguments "
         "and defaults: 'AdaBelief', 'AdaDelta', 'AdaFactor' (its relative_step sets the rate instead of lr, unless it "
         "is false), 'Adam', 'AdaMax', 'Adan', 'AdEMAMix', 'ADOPT', 'CAME', 'Fromage', 'Lamb', 'LARS', 'Lion', "
-        "'MADGRAD', 'MARS', 'NAdam', 'NovoGrad', 'Prodigy', 'RAdam', 'RMSprop', 'ScheduleFreeAdamW', 'ScheduleFreeRAdam', "
-        "'ScheduleFreeSGD', 'SignSGD', 'SimplifiedAdEMAMix', 'SM3', 'SOAP', 'Tiger', 'Yogi'. Also 'lion8bit', "
-        "'prodigy_plus_schedule_free', and any transformation of optax or optax.contrib. Not there, although "
+        "'MADGRAD', 'MARS', 'NAdam', 'NovoGrad', 'Prodigy', 'RAdam', 'RMSprop', 'ScheduleFreeAdamW', "
+        "'ScheduleFreeRAdam', 'ScheduleFreeSGD', 'SignSGD', 'SimplifiedAdEMAMix', 'SM3', 'SOAP', 'Tiger', 'Yogi'. Also "
+        "'lion8bit', 'prodigy_plus_schedule_free', and any transformation of optax or optax.contrib. Not there, although "
         "diffusion-pipe has them from pytorch_optimizer: "
         + ", ".join(sorted(" ".join(NOT_AVAILABLE.values()).split(), key=str.lower))
     )
