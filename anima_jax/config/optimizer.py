@@ -65,8 +65,8 @@ class OptimizerConfig(Section):
         "is false), 'Adam', 'AdaMax', 'Adan', 'AdEMAMix', 'ADOPT', 'CAME', 'Fromage', 'Lamb', 'LARS', 'Lion', "
         "'MADGRAD', 'MARS', 'NAdam', 'NovoGrad', 'Prodigy', 'RAdam', 'RMSprop', 'ScheduleFreeAdamW', "
         "'ScheduleFreeRAdam', 'ScheduleFreeSGD', 'SignSGD', 'SimplifiedAdEMAMix', 'SM3', 'SOAP', 'Tiger', 'Yogi'. Also "
-        "'lion8bit', 'prodigy_plus_schedule_free', and any transformation of optax or optax.contrib. Not there, although "
-        "diffusion-pipe has them from pytorch_optimizer: "
+        "'lion8bit', 'prodigy_plus_schedule_free', and any transformation of optax or optax.contrib. Not there, "
+        "although diffusion-pipe has them from pytorch_optimizer: "
         + ", ".join(sorted(" ".join(NOT_AVAILABLE.values()).split(), key=str.lower))
     )
     lr: NotNegative = Field(
