@@ -1,6 +1,7 @@
-"""Which scene an image of the quick start's language shows: the nearest rendered template."""
+"""Which scene an image of the quick start's language shows, and how exactly: the nearest rendered template."""
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -47,3 +48,26 @@ def score(images: list[np.ndarray], wanted: list[Scene]) -> dict[str, float]:
         part: float(np.mean([getattr(j, part) == getattr(w, part) for j, w in zip(judged, wanted, strict=True)]))
         for part in ("shape", "colour", "background")
     }
+
+
+@functools.cache
+def _fine_masks(shape: str) -> np.ndarray:
+    """Return the pixels of a shape, (n, 4096) of 0 and 1, at every half pixel of places and radii."""
+    masks = []
+    for radius, x, y in itertools.product(np.arange(15.0, 23.1, 0.5), (32.0, 32.5), (32.0, 32.5)):
+        inside = draw(Scene(shape, "white", "black"), (x, y), radius)[..., 0] > 135
+        masks += [np.roll(inside, shift, (0, 1)) for shift in itertools.product(range(-8, 8), repeat=2)]
+    return np.stack(masks).reshape(len(masks), -1).astype(np.float32)
+
+
+def overlap(image: np.ndarray, wanted: Scene) -> float:
+    """Return the intersection over union of an image's shape with the wanted one, at the best place and radius.
+
+    A pixel belongs to the image's shape if it is nearer the colour than the background, along the line between them.
+    """
+    back = np.array(BACKGROUNDS[wanted.background], np.float32)
+    contrast = np.array(COLOURS[wanted.colour], np.float32) - back
+    inside = ((image.reshape(-1, 3) - back) @ contrast > 0.5 * contrast @ contrast).astype(np.float32)
+    masks = _fine_masks(wanted.shape)
+    both = masks @ inside
+    return float((both / (masks.sum(1) + inside.sum() - both)).max())

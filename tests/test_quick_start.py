@@ -12,7 +12,7 @@ from anima_jax.config.load import load_config
 from anima_jax.data.shapes import scenes
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.training.export import find_export
-from tests.shapes_judge import score
+from tests.shapes_judge import judge, overlap, score
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
 
@@ -38,18 +38,19 @@ def trained(quick_start):
 def generate(trained, seed: int, **settings) -> list[np.ndarray]:
     """Return an image for each held-out caption."""
     config, pipeline = trained
-    sample = config.sample
-    settings = {"steps": sample.steps, "guidance_scale": sample.guidance_scale, "shift": sample.shift} | settings
+    settings = config.sample.sampling | settings
     captions = [scene.caption for scene in scenes(held_out=True)]
     return [np.asarray(image) for image in pipeline(captions, width=64, height=64, seed=seed, **settings)]
 
 
 @pytest.mark.slow
 def test_the_quick_start_learns_to_draw_held_out_captions(trained):
-    images = [image for seed in range(4) for image in generate(trained, seed)]
-    scores = score(images, scenes(held_out=True) * 4)
+    images, wanted = [image for seed in range(4) for image in generate(trained, seed)], scenes(held_out=True) * 4
+    named = sum(judge(image) == scene for image, scene in zip(images, wanted, strict=True))
     assert len(images) == 64
-    assert min(scores.values()) >= 0.9, scores
+    assert named >= 60
+    # The VAE alone reaches 0.97: an edge half a pixel off costs 0.05.
+    assert np.mean([overlap(image, scene) for image, scene in zip(images, wanted, strict=True)]) >= 0.93
 
 
 @pytest.mark.slow

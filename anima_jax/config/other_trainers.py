@@ -149,7 +149,8 @@ ABSENT: Mapping[str, str] = {
     "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags no_metadata "
     "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
     "metadata_is_negative_embedding output_config include_train_config custom_attributes",
-    "[sample] draws with er_sde and the simple schedule": "sample_sampler sample_scheduler",
+    "sampler in [sample]": "sample_sampler",
+    "schedule in [sample]": "sample_scheduler",
     "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that": "huggingface_repo_id huggingface_token "
     "huggingface_path_in_repo huggingface_repo_type huggingface_repo_visibility async_upload push_to_hub hub_model_id "
     "save_state_to_huggingface resume_from_huggingface push_checkpoints_to_hub",

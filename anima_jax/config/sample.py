@@ -1,6 +1,6 @@
 """`[sample]`: images drawn while training."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -18,7 +18,9 @@ from anima_jax.config.schema import (
     expecting,
     invalid,
 )
-from anima_jax.errors import plural
+from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.errors import did_you_mean, plural
 
 TorchSeed = Annotated[int, Field(ge=0, lt=2**64), FromFloat, documented_as("whole number ≥ 0 and < 2⁶⁴")]
 
@@ -44,6 +46,14 @@ class SampleConfig(Section):
     steps: Count = Field(30, description="sampler steps")
     guidance_scale: NotNegative = Field(4.0, description="classifier-free guidance; 1 turns it off")
     shift: Positive = Field(3.0, description="shifts the sampler's times as [model] shift does those of training")
+    guidance_interval: Annotated[
+        tuple[float, float],
+        Listed,
+        expecting("two ascending numbers from 0 to 1"),
+        documented_as("two numbers from 0 to 1"),
+    ] = Field((0.0, 1.0), description="the part of the sampling that is guided, as --guidance_interval of generate")
+    sampler: str = Field("er_sde", description="a sampler of docs/sampling.md")
+    schedule: str = Field("simple", description="a schedule of docs/sampling.md")
     seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the initial noise")
     width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: that of the training images")
     height: PixelSide | None = Field(
@@ -53,6 +63,12 @@ class SampleConfig(Section):
     embeddings: InputFolder | None = Field(
         None, description="a folder with the files that embedding:name in a prompt stands for"
     )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The parameters of sampling that this table sets, by their names in `SamplingParams`."""
+        names = ("steps", "guidance_scale", "guidance_interval", "shift", "sampler", "schedule")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def negative_prompts(self) -> tuple[str, ...]:
@@ -67,6 +83,21 @@ class SampleConfig(Section):
         if prompts is not None and not isinstance(found, str) and len(found) != len(prompts):
             counts = f"{plural(len(found), 'text')} for {plural(len(prompts), 'prompt')}"
             raise invalid(f"found {counts}, expected one text, or one for each")
+        return found
+
+    @field_validator("sampler", "schedule")
+    @classmethod
+    def _known(cls, found: str, info: ValidationInfo) -> str:
+        names = SAMPLERS if info.field_name == "sampler" else SCHEDULES
+        if found not in names:
+            raise invalid(f"found '{found}', expected one of {', '.join(names)}{did_you_mean(found, names)}")
+        return found
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ascending(cls, found: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= found[0] <= found[1] <= 1:
+            raise invalid(f"found {found[0]:g} and {found[1]:g}, expected two ascending numbers from 0 to 1")
         return found
 
     @field_validator("height")

@@ -22,7 +22,7 @@ from anima_jax.data.shapes import SIZE, draw, sample_placement, scenes
 
 log = logging.getLogger(__name__)
 
-IMAGES_PER_SCENE = {"train": 60, "held_out": 10}
+IMAGES_PER_SCENE = {"train": 240, "held_out": 10}
 STALE_SECONDS = 3600
 """Age in seconds after which an unfinished data set is assumed to be left over from a killed process."""
 
@@ -30,7 +30,7 @@ STALE_SECONDS = 3600
 class AnimaShapes(tfds.core.GeneratorBasedBuilder):
     """64×64 PNG images of one shape each, captioned; the split `held_out` has scenes that are not in `train`."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     code_path = epath.Path(__file__)  # tfds guesses it from the package, wrongly for some editable installations
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -101,7 +101,7 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
     superseded |= set(APG) if flags.get("apg") is False else set()
     older = {name: like.values[name] for name in names - superseded if name in like.values}
     sample = config.sample if config else None
-    configured = {name: getattr(sample, name) for name in ("steps", "guidance_scale", "shift")} if sample else {}
+    configured = sample.sampling if sample else {}
     params = SamplingParams(**ChainMap(flags, older, configured))
     # The older image's options belong to its sampler.
     kept = like.values.get("sampler_options", {}) if older.get("sampler") == params.sampler else {}

@@ -88,8 +88,7 @@ class Samples:
             self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
-        settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step, "steps": config.steps}
-        settings |= {"guidance_scale": config.guidance_scale, "shift": config.shift}
+        settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step} | config.sampling
         settings |= {"negative_prompts": config.negative_prompts}
         text = {"anima_jax_samples": json.dumps(settings)}
         if is_process_0():
@@ -107,9 +106,7 @@ class Samples:
             requests = batch_of_requests(config.prompts, width, height, seed, 1)
             own = itertools.groupby(zip(requests, config.negative_prompts, strict=True), key=lambda each: each[1])
             for negative, group in own:
-                params = SamplingParams(
-                    negative, steps=config.steps, guidance_scale=config.guidance_scale, shift=config.shift
-                )
+                params = SamplingParams(negative, **config.sampling)
                 same = [request for request, _ in group]
                 for first in range(0, len(same), at_once):
                     images += self._pipeline.draw(same[first : first + at_once], params)
