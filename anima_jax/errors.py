@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from anima_jax.exit_codes import CLOSED_PIPE, FAULT, INTERRUPTED
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -173,19 +175,6 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
-
-CLOSED_PIPE = 141
-"""Exit code after the reader of stdout has gone (`| head`), as shells report it."""
-
-INTERRUPTED = 130
-"""Exit code after a keyboard interrupt, as shells report it."""
-
-STOPPED = 75
-"""Exit code of a run that was asked to stop and can be resumed: sysexits.h's EX_TEMPFAIL, "try again"."""
-
-
-FAULT = 1
-"""Exit code after an error of the system, such as a full disk: the same command may work at another time."""
 
 _MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 """Errors of the system that are a user's mistakes."""

@@ -10,7 +10,7 @@ import signal
 import sys
 from types import FrameType
 
-from anima_jax.errors import INTERRUPTED, NO_FOLDER, STOPPED, in_a_folder
+from anima_jax.exit_codes import INTERRUPTED, STOPPED
 
 STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 """Signals with which schedulers and terminals end a run. Native Windows has only the first."""
@@ -33,14 +33,16 @@ def convert() -> None:
 
 def _run(module: str, stops: tuple[str, ...] = ()) -> None:
     """Import a module and call its `main`. An interrupt during the import, or one of `stops`, ends the process."""
-    _open_standard_streams()
-    if not in_a_folder():
-        print(f"error: {NO_FOLDER}", file=sys.stderr)
-        sys.exit(2)
     for name in ("SIGINT", *stops):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _end)
+    _open_standard_streams()
+    from anima_jax.errors import NO_FOLDER, in_a_folder  # only now: every import takes time without the handlers
+
+    if not in_a_folder():
+        print(f"error: {NO_FOLDER}", file=sys.stderr)
+        sys.exit(2)
     main = importlib.import_module(module).main
     if signal.getsignal(signal.SIGINT) == _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `command_line` reports a KeyboardInterrupt

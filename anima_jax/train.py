@@ -27,7 +27,8 @@ from anima_jax.data.encoders import Encoders
 from anima_jax.data.examples import contents_of
 from anima_jax.data.loader import prefetched
 from anima_jax.data.problems import Problems
-from anima_jax.errors import STOPPED, UserError, command_line
+from anima_jax.errors import UserError, command_line
+from anima_jax.exit_codes import STOPPED
 from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES

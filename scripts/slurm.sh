@@ -23,14 +23,19 @@ python=${ANIMA_PYTHON:-.venv/bin/python}
 # SLURM sends USR1 only to this shell (--signal=B:…); srun forwards it to every task. TERM, of `scancel` and preemption,
 # reaches the tasks without help, and must not end this shell before them.
 requeue=
-trap 'requeue=yes; kill -s USR1 "$srun" 2>/dev/null' USR1
-trap ':' TERM
+trap 'signalled=yes; requeue=yes; kill -s USR1 "$srun" 2>/dev/null' USR1
+trap 'signalled=yes' TERM
 
 # JAX finds the coordinator and the other processes from SLURM's variables.
 srun "$python" -m anima_jax.train --config "$config" --resume auto "$@" &
 srun=$!
-# A signal that arrives interrupts `wait`, which then has to be repeated.
-while wait "$srun"; code=$?; kill -0 "$srun" 2>/dev/null; do :; done
+# A signal interrupts `wait`, which then returns another code; 127 is that of a second `wait` for the same process.
+signalled=yes
+while [[ $signalled ]]; do
+  signalled=
+  wait "$srun"; ended=$?
+  [[ $ended -eq 127 ]] || code=$ended
+done
 
 # A task that was still starting dies of the signal instead of ending with 75.
 if [[ $requeue && $code -ne 0 && $code -ne 2 ]]; then

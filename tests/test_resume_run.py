@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anima_jax.data.dataset import TrainingData
-from anima_jax.errors import STOPPED
+from anima_jax.exit_codes import STOPPED
 from anima_jax.train import main as train
 from anima_jax.training.evaluate import Evaluation
 from anima_jax.training.writer import Writer

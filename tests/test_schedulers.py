@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from anima_jax.errors import INTERRUPTED, STOPPED
+from anima_jax.exit_codes import INTERRUPTED, STOPPED
 from anima_jax.train import main as train
 from tests.test_resume_run import check_equal, small_config
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from anima_jax.errors import STOPPED
+from anima_jax.exit_codes import STOPPED
 from tests.ports import free_port
 from tests.small_run import write_config, write_transformer
 

@@ -18,7 +18,7 @@ from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, loc
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders
-from anima_jax.errors import UserError, plural, shorten
+from anima_jax.errors import UserError, one_line, plural, shorten
 
 SUMMARY = "describe a file, or every file in a folder"
 
@@ -53,13 +53,13 @@ def _rows(path: str) -> list[Row]:
         with SafetensorsFile(path) as file:
             values = check_values(file)
             return [
-                ("file", file.path),
+                ("file", one_line(file.path)),
                 *_contents(file, values),
                 *_totals(file.tensors.values()),
                 *_metadata(file.metadata),
             ]
     except ForeignFileError as error:
-        return [("file", path), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
+        return [("file", one_line(path)), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
 
 
 def summary(path: str) -> str:
