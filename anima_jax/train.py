@@ -30,6 +30,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.errors import UserError, command_line
 from anima_jax.exit_codes import STOPPED
 from anima_jax.parallel import hosts
+from anima_jax.parallel.devices import use_device_memory
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
 from anima_jax.sampling.pipeline import check_networks
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
     """
     command.log_to_console()
     arguments = command.parse_arguments(argv)
+    use_device_memory()
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.abort_all_on_error(), errors_reported_once(), contextlib.ExitStack() as stack:
         # ---- configuration ----------------------------------------------------------------------------------------

@@ -1,58 +1,22 @@
 """--dry_run of the shipped configurations, at the released networks' real sizes: headers are read, weights never."""
 
-import os
-import pathlib
+import json
 import re
 import shlex
 
-import ml_dtypes
-import numpy as np
 import pytest
-from PIL import Image
 
-from anima_jax.checkpoints.names import dit, file_tensors, qwen3
-from anima_jax.checkpoints.safetensors_header import TensorInfo, build
-from anima_jax.models import parameters
-from anima_jax.models.dit import AnimaDiT, DiTConfig
-from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.parallel.devices import DEVICE_SPECS
 from anima_jax.train import main as train
 from anima_jax.training import target
-from tests.small_run import ASSETS
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-
-
-def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:
-    """A file of the right names, shapes and length, whose data are a hole that takes no space on the disk."""
-    _, params = parameters.abstract(build_model)
-    tensors = [TensorInfo(prefix + t.name, np.dtype(ml_dtypes.bfloat16), t.shape) for t in file_tensors(rules, params)]
-    header = build(tensors, {"format": "pt"})
-    path.write_bytes(header)
-    os.truncate(path, len(header) + sum(tensor.nbytes for tensor in tensors))
+from tests import dry_runs
+from tests.dry_runs import ASSETS, CONFIGS, NAMES, ROOT, write_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with everything that the shipped configurations name, Anima's files in the hub's cache."""
-    root = tmp_path_factory.mktemp("work")
-    models = root / "hub" / "models--circlestone-labs--Anima"
-    files = models / "snapshots" / "abc" / "split_files"
-    for path in (models / "refs", *(files / name for name in ("diffusion_models", "text_encoders", "vae"))):
-        path.mkdir(parents=True)
-    (models / "refs" / "main").write_text("abc")
-    for name in ("data/pictures", "data/clips"):
-        (root / name).mkdir(parents=True)
-    transformer = files / "diffusion_models" / "anima-base-v1.0.safetensors"
-    write_sparse(transformer, dit.RULES, lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs), "net.")
-    text_encoder = files / "text_encoders" / "qwen_3_06b_base.safetensors"
-    write_sparse(text_encoder, qwen3.RULES, lambda rngs: Qwen3(Qwen3Config(), rngs=rngs), "model.")
-    (files / "vae" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
-    for number, size in enumerate(((640, 480), (480, 640), (512, 512))):
-        for place in ("pictures", "clips"):
-            Image.new("RGB", size).save(root / "data" / place / f"{number}.png")
-            (root / "data" / place / f"{number}.txt").write_text("a picture")
-    return root
+    """A working folder with everything that the shipped configurations name."""
+    return write_folder(tmp_path_factory.mktemp("work") / "folder")
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +142,21 @@ def test_what_does_not_fit_does_with_the_printed_flags(folder, name, device, nee
     again = capsys.readouterr().out
     assert re.search(r"^it fits: the run needs about [\d.]+ GiB", again, re.MULTILINE)
     assert needs <= {flag.split("=")[0] for flag in shlex.split(line)}
+
+
+GOLDEN = json.loads((ROOT / "tests/golden/dry_runs.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["anima_full", "anima_lora"])
+def test_memory_and_time_on_every_kind_of_device_are_those_of_the_golden_table(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = dry_runs.rows(name, levers=False)
+    assert found == {kind: {key: row[key] for key in row if key != "flags"} for kind, row in GOLDEN[name].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_flags_for_every_kind_of_device_are_those_of_the_golden_table(folder, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert dry_runs.rows(name) == GOLDEN[name]

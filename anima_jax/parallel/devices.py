@@ -266,6 +266,15 @@ def local_device_spec(device: Any) -> DeviceSpec | None:
     return find_device_spec(device.device_kind)
 
 
+def use_device_memory() -> None:
+    """Let JAX use 93 % of a GPU's memory instead of 75 %, unless the environment says otherwise.
+
+    That is about the vendor's figure in units of 10⁹ bytes, by which `DeviceSpec` counts. It has an effect only before
+    JAX finds its devices.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+
+
 def device_bytes(device: Any) -> int | None:
     """Return the bytes that a program may use (on a CPU, the memory of the machine or container); None: unknown."""
     if device.platform != "cpu":

@@ -124,31 +124,43 @@ def estimate(
         platform=platforms.pop() if len(platforms) == 1 else "gpu",
         measure=measure,
     )
-    flops_of = {work: example_flops(partition, step_config, work) for work in workloads}
-    itemsize, sent = jnp.dtype(step_config.compute_dtype).itemsize, dict.fromkeys(workloads, Traffic(0, 0, 0, 0))
-    if math.prod(mesh.values()) > 1:
-        network = (partition.config, partition.params, partition.frozen)
-        sent = {work: traffic(*network, mesh, work, remat=step_config.remat, itemsize=itemsize) for work in workloads}
     return Estimate(
         needed,
-        flops_of,
+        {work: example_flops(partition, step_config, work) for work in workloads},
         time_quantiles(step_config, workloads),
-        {work.tier: one for work, one in sent.items() if one.total},
-        {
-            (work, spec): step_seconds(
-                spec,
-                mesh,
-                work,
-                flops_of[work],
-                one,
-                dtype=step_config.compute_dtype,
-                moved=state_bytes_moved(needed, work),
-                on_host=needed.on_host,
-            )
-            for work, one in sent.items()
-            for spec in device_specs
-        },
+        {work.tier: one for work, one in _sent(step_config, partition, workloads, mesh).items() if one.total},
+        seconds_of(step_config, partition, needed, workloads, mesh, device_specs),
     )
+
+
+def seconds_of(
+    config: StepConfig,
+    partition: ParamPartition,
+    needed: Memory,
+    workloads: Sequence[Workload],
+    sizes: Mapping[str, int],
+    device_specs: Sequence[DeviceSpec],
+) -> dict[tuple[Workload, DeviceSpec], Seconds]:
+    """Return the time of a step of each workload on a mesh of each kind of device, given the memory that it needs."""
+    dtype = config.compute_dtype
+    found: dict[tuple[Workload, DeviceSpec], Seconds] = {}
+    for work, sent in _sent(config, partition, workloads, sizes).items():
+        example, moved = example_flops(partition, config, work), state_bytes_moved(needed, work)
+        for spec in device_specs:
+            found[work, spec] = step_seconds(
+                spec, sizes, work, example, sent, dtype=dtype, moved=moved, on_host=needed.on_host
+            )
+    return found
+
+
+def _sent(
+    config: StepConfig, partition: ParamPartition, workloads: Sequence[Workload], sizes: Mapping[str, int]
+) -> dict[Workload, Traffic]:
+    if math.prod(sizes.values()) == 1:
+        return dict.fromkeys(workloads, Traffic(0, 0, 0, 0))
+    network = (partition.config, partition.params, partition.frozen)
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    return {work: traffic(*network, sizes, work, remat=config.remat, itemsize=itemsize) for work in workloads}
 
 
 def run_memory(

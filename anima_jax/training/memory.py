@@ -141,6 +141,9 @@ def memory(
     rows["gradients"] += computed if work.accumulation > 1 else 0
     copies = bytes_of(_compute_copies(partition, config))
     rows["compute copies"] = copies
+    if besides.platform == "gpu" and work.accumulation == 1:
+        # They and the gradients in the compute dtype are gone before all gradients are in float32.
+        rows["compute copies"] = max(0, copies + computed - gradients)
     rows["gathered weights"] = _gathered_bytes(partition, config, sizes) if sizes["fsdp"] > 1 else 0
     kept = activation_bytes(partition, config, work, dtype, masked=masked) // sizes["context"]
     # Between blocks, every device of the tensor axis has all features; inside a block, only its shard.

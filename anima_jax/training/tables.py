@@ -146,12 +146,9 @@ def time_lines(estimate: Estimate, steps: Mapping[str, int], memory: float | Non
         for (work, of), seconds in estimate.seconds.items():
             if of == spec:
                 parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds._asdict().items() if value)
-                bounds = _range(seconds.least, seconds.most)
-                lines.append(
-                    f"{work.tier}: {bounds} s per step on {spec.name} "
-                    f"(seconds of {parts}; see {docs_page('scaling.md')}), "
-                    f"{_range(work.batch / seconds.most, work.batch / seconds.least)} images/s"
-                )
+                bounds = f"{_range(seconds.least, seconds.most)} s per step on {spec.name}"
+                images = f"{_range(work.batch / seconds.most, work.batch / seconds.least)} images/s"
+                lines.append(f"{work.tier}: {bounds} (seconds of {parts}; see {docs_page('scaling.md')}), {images}")
         least, most, images = run_time(estimate, steps, spec)
         count = f"{plural(sum(steps.values()), 'step')}, {plural(images, 'image')}"
         lines.append(f"the run: {count}, {_range(least / 3600, most / 3600)} hours on {spec.name}")
