@@ -40,7 +40,8 @@ From libtpu 0.0.42.1 (v5p, v5e) and jax's CUDA plugin (H100, RTX 4090), both of 
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_compiled_programs(tmp_path, monkeypatch):
-    monkeypatch.chdir(write_folder(tmp_path / "work"))
+    monkeypatch.chdir(folder := write_folder(tmp_path / "work"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     partitions, found = {}, []
     for platform, mesh, batch, (name, *keys), gib in COMPILED:
         options = [f"model.tokenizer_path={ASSETS / 'tokenizers'}", "model.llm_adapter_lr=1e-5", *keys]
