@@ -83,6 +83,7 @@ def losses(path):
 TEXT = EncodedText(normal(3, 64), np.array([5, 6, 1], np.int32))
 
 
+@pytest.mark.slow
 def test_a_step_in_python_is_the_same_on_a_mesh_of_explicit_axes(on_eight, tmp_path):
     write_transformer(tmp_path / "x.safetensors")
     (*alone, _), (*found, share) = on_eight(losses, tmp_path / "x.safetensors")

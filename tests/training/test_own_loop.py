@@ -187,6 +187,7 @@ def test_settings_of_the_step(dit, settings, message):
         make_train_step(dit, optax.sgd(0.1), **settings)
 
 
+@pytest.mark.slow
 def test_the_step_is_the_same_on_another_mesh_and_leaves_the_callers_model_alone(dit, data):
     """One step of SGD, so that a sum in another order cannot grow; an average is made on the way."""
     adapted = add_adapter(dit, rank=2)
