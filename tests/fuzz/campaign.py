@@ -123,9 +123,9 @@ def lost(read: Callable[[pathlib.Path], None], folder: pathlib.Path, files: File
 
 
 def limit_memory() -> None:
-    """Let this process use only `LIMIT_BYTES` more of memory than it does."""
+    """Let this process use only `LIMIT_BYTES` more of memory than it does, and what threads of every core reserve."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + LIMIT_BYTES
+    most = pages * resource.getpagesize() + LIMIT_BYTES + (os.cpu_count() or 1) * 2**29
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
