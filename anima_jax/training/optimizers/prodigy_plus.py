@@ -223,7 +223,7 @@ def _make(ps: Mapping[str, Parameter], rate: Any, **options: Any) -> optax.Gradi
 
     def update(grads: Params, state: PlusState, params: Params) -> tuple[Params, PlusState]:
         t, old = (state.count + 1).astype(jnp.float32), state.estimates
-        mean = len(names) / sum(1.0 / one.d for one in old.values())
+        mean = jnp.asarray(len(names) / sum(1.0 / one.d for one in old.values()))
         changes, own, sums = {}, {}, {name: [jnp.zeros(()), jnp.zeros(())] for name in names}
         rates: dict[str, Array] = {}
         for path, grad in grads.items():
@@ -242,7 +242,7 @@ def _make(ps: Mapping[str, Parameter], rate: Any, **options: Any) -> optax.Gradi
             parts = parts.sum(0) if p.tensor.layer is not None else parts
             sums[name] = [sums[name][0] + parts[0], sums[name][1] + parts[1]]
         if not split:
-            whole = [sum(one[index] for one in sums.values()) for index in (0, 1)]
+            whole = [jnp.sum(jnp.stack([one[index] for one in sums.values()])) for index in (0, 1)]
             sums = dict.fromkeys(names, whole)
         new = {}
         for name in names:
@@ -251,7 +251,8 @@ def _make(ps: Mapping[str, Parameter], rate: Any, **options: Any) -> optax.Gradi
             if rule.use_bias_correction:
                 factor, reliable = rectified(rule.betas[1], t)
                 size = size * jnp.where(reliable, factor, 0.0)
-            new[name] = rule.estimated(old[name], *sums[name], old[name].weights + jnp.square(size), t)
+            numerator, denominator = sums[name]
+            new[name] = rule.estimated(old[name], numerator, denominator, old[name].weights + jnp.square(size), t)
         return changes, PlusState(state.count + 1, new, own)
 
     return transformation(init, update)
