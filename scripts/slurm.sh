@@ -23,19 +23,16 @@ python=${ANIMA_PYTHON:-.venv/bin/python}
 # SLURM sends USR1 only to this shell (--signal=B:…); srun forwards it to every task. TERM, of `scancel` and preemption,
 # reaches the tasks without help, and must not end this shell before them.
 requeue=
-trap 'signalled=yes; requeue=yes; kill -s USR1 "$srun" 2>/dev/null' USR1
-trap 'signalled=yes' TERM
+trap 'requeue=yes; kill -s USR1 "$srun" 2>/dev/null' USR1
+trap '' TERM
 
 # JAX finds the coordinator and the other processes from SLURM's variables.
-srun "$python" -m anima_jax.train --config "$config" --resume auto "$@" &
+(trap - TERM && exec srun "$python" -m anima_jax.train --config "$config" --resume auto "$@") &
 srun=$!
-# A signal interrupts `wait`, which then returns another code; 127 is that of a second `wait` for the same process.
-signalled=yes
-while [[ $signalled ]]; do
-  signalled=
-  wait "$srun"; ended=$?
-  [[ $ended -eq 127 ]] || code=$ended
-done
+# Not `wait` alone: a signal interrupts it, and bash may then lose the exit code. The trap runs after a `sleep`.
+while kill -0 "$srun" 2>/dev/null; do sleep 0.5; done
+wait "$srun"
+code=$?
 
 # A task that was still starting dies of the signal instead of ending with 75.
 if [[ $requeue && $code -ne 0 && $code -ne 2 ]]; then

@@ -69,12 +69,15 @@ def test_a_slurm_job_that_runs_out_of_time_is_requeued_and_ends_as_if_it_had_not
 )
 def test_what_slurm_requeues(tmp_path, code, sent, requeued):
     """75 without the warning of SLURM is a stop that somebody asked for; 138 is a task that was still starting."""
-    command_in(tmp_path, "srun", f"trap 'exit {code}' USR1 TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done")
+    command_in(
+        tmp_path, "srun", f"trap 'kill $!; exit {code}' USR1 TERM; sleep 60 & touch {tmp_path}/ready; wait; exit 9"
+    )
     command_in(tmp_path, "scontrol", f"touch {tmp_path}/requeued")
     script = ["bash", SCRIPTS / "slurm.sh", "x.toml"]
     names = environment(tmp_path, SLURM_JOB_ID=JOB)
     job = subprocess.Popen(script, env=names, stdout=subprocess.DEVNULL, start_new_session=True)
     wait_for(tmp_path / "ready", job)
+    time.sleep(0.3)  # the script waits for srun, too
     if sent == "USR1":
         job.send_signal(signal.SIGUSR1)
     else:  # scancel, to all of them
