@@ -4,6 +4,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from hypothesis import HealthCheck, settings
 # An example's duration says nothing about the code: other programs may be using the machine.
 settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+# A background job ignores these signals, and so would all processes that tests start. A handler is not inherited.
+for name in ("SIGINT", "SIGHUP"):
+    if (ignored := getattr(signal, name, None)) and signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -191,6 +191,7 @@ def test_a_folder_that_may_not_be_read_is_named_and_nothing_is_set_aside(two, wh
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_leaves_nothing_in_memory(tmp_path):
     """Objects are counted, as the operating system's figures say little of ten small saves."""
 

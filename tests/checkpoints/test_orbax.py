@@ -238,7 +238,7 @@ def test_another_layout_is_refused_and_never_cast_or_cut(checkpoints, params, me
         saver.restore(1, {"ema": params})
 
 
-def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_one_before(checkpoints, tmp_path):
+def test_a_damaged_checkpoint_is_named_in_one_line(checkpoints, tmp_path):
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (10_000,))}}
     saver = checkpoints()
     for step in (1, 2):
@@ -248,8 +248,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_one_before(checkpo
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(UserError) as refused:
         saver.restore(2, state)
-    assert len(refused.value.messages) == 1
-    assert "resumes from step 1" in str(refused.value)
+    assert str(refused.value) == f"{tmp_path}/checkpoints/2: cannot be read (its files are damaged)"
 
 
 def test_unfinished_and_other_folders_are_not_checkpoints(checkpoints, tmp_path):

@@ -126,7 +126,9 @@ def test_a_moment_follows_changes_smaller_than_a_step_of_the_code():
     signs = jax.random.rademacher(KEY, (2000, *shape), jnp.float32)
     full, ours = (run(name, signs * scale[:, None, None]) for name in ("adamw", "adamw8bit"))
     sizes = [np.abs(updates[-200:, ..., 1::2]).mean() for updates in (full, ours)]
-    np.testing.assert_allclose(sizes[1], sizes[0], rtol=0.02)
+    # The noise of rounding raises the mean of 1/√v by 3/8 of its relative variance: six seeds measured 1.2 to 2.5 %.
+    # A moment that stayed where it was would make these updates ten times too small.
+    np.testing.assert_allclose(sizes[1], sizes[0], rtol=0.035)
 
 
 def test_adamw8bitkahan_clips_like_stable_adamw():
