@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
+from anima_jax.checkpoints.hub import headers_only
 from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.checkpoints.models import open_text_encoder
 from anima_jax.checkpoints.orbax import errors_reported_once
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 check_optimizer=optimizers.check,
             )
 
+        if arguments.dry_run:  # says whether a run fits before gigabytes are downloaded
+            stack.enter_context(headers_only())
         config = load()
         toml_files = configuration_files(config)  # now: they may be renamed during the run
         hosts.assert_same_on_all_processes(lambda: command.shared_arguments(config, arguments))

@@ -5,11 +5,13 @@ The cache is laid out as `huggingface_hub` does it, so other programs share its 
 """
 
 import contextlib
+import contextvars
 import hashlib
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -21,6 +23,28 @@ ATTEMPTS = 5
 """Attempts in a row without a new byte, after which a download ends."""
 
 SECONDS_BETWEEN_LINES = 20.0
+
+
+MAX_HEADER = 100_000_000
+"""Bytes of the largest header of a .safetensors file ("Format" in the documentation of safetensors)."""
+
+_HEADERS = contextvars.ContextVar[str | None]("_HEADERS", default=None)
+"""The folder of `headers_only`, while it is in effect."""
+
+
+@contextlib.contextmanager
+def headers_only() -> Iterator[None]:
+    """Within the block, take only the header of a .safetensors file that is not in the local cache.
+
+    Such a file has its size and its tensors' names and shapes, as an estimate of memory needs them; its values are 0.
+    It is in a temporary folder that exists as long as the block lasts.
+    """
+    with tempfile.TemporaryDirectory(prefix="anima_jax_headers_", ignore_cleanup_errors=True) as folder:
+        token = _HEADERS.set(folder)
+        try:
+            yield
+        finally:
+            _HEADERS.reset(token)
 
 
 class HubFile(NamedTuple):
@@ -79,7 +103,11 @@ def fetch(file: HubFile) -> str:
     etag, commit = found.etag or "", found.commit_hash or ""
     if not re.fullmatch(r"[\w.-]+", etag) or not re.fullmatch(r"[\w.-]+", commit):
         raise UserError(f"{file.address}: {constants.ENDPOINT} does not tell the file's commit and hash, as a hub does")
-    cache = constants.HF_HUB_CACHE
+    headers, cache = _HEADERS.get(), constants.HF_HUB_CACHE
+    if headers and isinstance(cached, str):
+        return cached
+    if headers and found.size is not None and file.name.endswith(".safetensors"):
+        return _only_header(file, url, os.path.join(headers, f"{etag}.safetensors"), found.size)
     folder = os.path.join(cache, f"models--{file.repo.replace('/', '--')}")
     blob, pointer = (os.path.join(folder, *rest) for rest in (("blobs", etag), ("snapshots", commit, file.name)))
     with _writing(file, folder):
@@ -162,6 +190,33 @@ def _link(blob: str, pointer: str) -> None:
                 os.link(blob, pointer)
             except OSError:
                 shutil.copyfile(blob, pointer)
+
+
+def _only_header(file: HubFile, url: str, path: str, size: int) -> str:
+    """Write a file of `size` bytes with the header of `url` and return `path`; see `headers_only`."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    if os.path.exists(path):
+        return path
+    print(f"reading the header of {file.address} ({_amount(size)}), which a run downloads", file=sys.stderr)
+    start, wanted = bytearray(), 8
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    try:
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30.0) as response:
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes(2**16):
+                start += chunk
+                if len(start) >= 8:
+                    wanted = 8 + min(int.from_bytes(start[:8], "little"), MAX_HEADER)
+                if len(start) >= wanted:
+                    break
+    except Exception as error:  # those of the client's HTTP library
+        raise UserError(f"{file.address}: {_reason(file, error)}") from error
+    with _writing(file, os.path.dirname(path)), open(path, "xb") as output:
+        output.write(start[:wanted])
+        output.truncate(size)
+    return path
 
 
 def _download(file: HubFile, url: str, blob: str, size: int | None, etag: str) -> None:

@@ -138,6 +138,18 @@ def test_a_file_is_downloaded_once_into_the_hubs_own_cache(server, tmp_path, cap
     assert server.ranges == [None]
 
 
+def test_a_dry_run_takes_only_the_header(server, tmp_path, capsys):
+    with hub.headers_only():
+        with SafetensorsFile(f"hf://o/r/{NAME}") as file:
+            assert {name: entry.shape for name, entry in file.tensors.items()} == {"x": (100_000,)}
+        path = pathlib.Path(locations.resolve(f"hf://o/r/{NAME}"))
+        assert path.stat().st_size == len(DATA)
+    assert not path.exists()
+    assert not (tmp_path / "cache").exists()
+    said = f"reading the header of hf://o/r/{NAME} (400 kB), which a run downloads"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(server, tmp_path):
     paths = [locations.resolve(f"hf://o/r@{revision}/a.safetensors") for revision in ("v1", COMMIT, "main")]
     assert {pathlib.Path(path).read_bytes() for path in paths} == {DATA[:1000]}
