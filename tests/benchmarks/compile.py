@@ -55,8 +55,8 @@ def compile_seconds(config, tokens: int, text_rows: int) -> tuple[float, float]:
     from anima_jax.models import parameters
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.parallel.mesh import current_mesh
-    from anima_jax.training.estimate import abstract_batch
     from anima_jax.training.flops import Workload
+    from anima_jax.training.memory import abstract_batch
     from anima_jax.training.step import StepConfig, compile_step, init_state
 
     graphdef, params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))

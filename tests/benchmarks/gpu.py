@@ -109,8 +109,8 @@ def train(sizes: Sizes, kind: str, remat: str, batch: int, storage: str | None =
 
     from anima_jax.checkpoints.names import dit, file_tensors
     from anima_jax.models.quantised import quantise_transformer
-    from anima_jax.training.estimate import abstract_batch
     from anima_jax.training.flops import Workload, flops
+    from anima_jax.training.memory import abstract_batch
     from anima_jax.training.step import StepConfig, compile_step, init_state
 
     config = sizes.transformer()

@@ -110,8 +110,8 @@ def compiled(sizes: dict[str, int]) -> str:
     from anima_jax.models.dit import AnimaDiT, DiTConfig
     from anima_jax.parallel import rules
     from anima_jax.parallel.mesh import batch_sharding, make_mesh
-    from anima_jax.training.estimate import abstract_batch
     from anima_jax.training.flops import Workload
+    from anima_jax.training.memory import abstract_batch
     from anima_jax.training.step import StepConfig, loss_and_gradients
 
     config = DiTConfig()

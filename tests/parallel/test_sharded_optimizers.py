@@ -55,7 +55,7 @@ def trained(name: str, lr: float, mesh_sizes: dict[str, int] | None) -> tuple[di
 @pytest.mark.parametrize(
     ("name", "lr", "tolerance"),
     [
-        ("adafactor", 1e-2, 1e-4),  # a first moment in bfloat16
+        ("adafactor", 1e-2, 1e-3),  # a first moment in bfloat16: where a rounding changes, it changes by 0.4 %
         ("came", 1e-2, 1e-5),
         ("muon", 1e-2, 2e-2),  # iterates in bfloat16, where another order of sums can change a rounding
         ("prodigy_plus_schedule_free", 1.0, 1e-5),
