@@ -106,6 +106,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {head}{'' if count == 1 else 's'}{''.join(rest)}"
 
 
+def size_text(count: int) -> str:
+    """Format a number of bytes in decimal units."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{count} bytes"
+
+
 def show_value(value: Any) -> str:
     """Format a setting's value for a message: "not set" for None, at most 80 characters."""
     if value is None:

@@ -39,6 +39,13 @@ class AdapterSpec(NamedTuple):
         """Whether the factors have a rank; those of a LoKr with two matrices do not."""
         return any("rank" in FACTORS[factor].axes for factor in self.shapes)
 
+    def scales(self, alpha: float | None) -> list[float]:
+        """Return the scale of each layer: alpha / rank, 1 if `alpha` is None, or 0 without an adapter.
+
+        A LoKr of two matrices has no rank and the scale 1, because an alpha has no meaning in its files.
+        """
+        return [(alpha / rank if alpha and self.ranked else 1.0) if rank else 0.0 for rank in self.ranks]
+
     def layer_shape(self, factor: str, layer: int) -> tuple[int, ...]:
         """Return the shape of a factor in this layer, at the layer's own rank."""
         axes = zip(FACTORS[factor].axes, self.shapes[factor], strict=True)

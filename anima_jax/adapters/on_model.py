@@ -11,12 +11,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from anima_jax.adapters import modules
-from anima_jax.adapters.dialects import DIALECTS, LAYOUTS, module_names
+from anima_jax.adapters.dialects import DIALECTS, module_names
 from anima_jax.adapters.file import Adapter, fit_to_weights, open_adapter, patches_of, write_adapter
 from anima_jax.adapters.kinds import FACTORS, KINDS, SCALE
 from anima_jax.adapters.modules import AdapterSpec, adapter_spec
 from anima_jax.adapters.patch import Patch
-from anima_jax.adapters.planning import matches
+from anima_jax.adapters.planning import matches, require_patterns_fit, trainable_factors
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names.groups import group_of
 from anima_jax.errors import UserError, did_you_mean, plural, suggests_names
@@ -55,9 +55,7 @@ def add_adapter(
     targets = _targets(dit)
     places = module_names({path: shape[0] for path, shape in targets.items()})
     names = [name for name in places if llm_adapter or group_of(name) != "llm_adapter"]
-    for pattern in (*target_modules, *exclude_modules):
-        if not any(matches([pattern], name) for name in names):
-            raise UserError(f"'{pattern}' fits none of the {len(names)} modules, such as {names[0]}")
+    require_patterns_fit((*target_modules, *exclude_modules), names)
     ranks = {path: [0] * shape[0] for path, shape in targets.items()}
     for name in names:
         if (not target_modules or matches(target_modules, name)) and not matches(exclude_modules, name):
@@ -70,11 +68,7 @@ def add_adapter(
     }
     if not specs:
         raise UserError("exclude_modules leaves no module for the adapter")
-    scales = {
-        path: [(alpha / rank if alpha and spec.ranked else 1.0) if each else 0.0 for each in spec.ranks]
-        for path, spec in specs.items()
-    }
-    return _attached(dit, specs, scales, None, seed)
+    return _attached(dit, specs, {path: spec.scales(alpha) for path, spec in specs.items()}, None, seed)
 
 
 @suggests_names
@@ -150,18 +144,13 @@ def _stacked(
     label = f"{adapter.path}: {stack}"
     kinds = {patch.kind.name for patch in patches.values()}
     kind = KINDS[min(kinds)]
-    parts = {factor.part: factor.name for factor in kind.factors if factor.name in FACTORS}
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for layer, patch in patches.items():
-        if unfit := [part for part in patch.parts if part not in parts and part != "alpha"]:
-            raise UserError(f"{label}: {unfit[0]} cannot be trained on; AnimaPipeline's loras apply it")
-        own = {parts[part]: values.matrix.float32() for part, values in patch.parts.items() if part in parts}
-        found[layer] = {name: LAYOUTS[name].to_model(values) for name, values in own.items()}
+    instead = "AnimaPipeline's loras apply it"
+    found = {layer: trainable_factors(patch, label, instead) for layer, patch in patches.items()}
     names = {tuple(sorted(factors)) for factors in found.values()}
     ranks = tuple(patches[n].rank or 1 if n in patches else 0 for n in range(layers))
     if len(kinds) > 1 or len(names) > 1 or kind.forward is None or not _can_run(kind.name, names):
         what = f"{adapter.summary}, in a form that cannot be trained on"
-        raise UserError(f"{label}: {what}; AnimaPipeline's loras apply it")
+        raise UserError(f"{label}: {what}; {instead}")
     shapes = {
         name: tuple(map(max, zip(*(factors[name].shape for factors in found.values()), strict=True)))
         for name in min(names)

@@ -2,14 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from anima_jax.adapters.base_model import base_mismatch
 from anima_jax.adapters.dialects import LAYOUTS, module_names
 from anima_jax.adapters.file import Adapter, open_adapter
-from anima_jax.adapters.kinds import FACTORS, KINDS, MAGNITUDE, SCALE
+from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
 from anima_jax.adapters.modules import AdapterSpec, adapter_spec
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.names.groups import group_of
@@ -73,12 +73,16 @@ def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) 
 
 def _require_patterns_fit(config: MainConfig, names: list[str]) -> None:
     for key in ("target_modules", "rank_pattern", "lr_pattern"):
-        for pattern in getattr(config.adapter, key):
-            if not any(matches([pattern], name) for name in names):
-                raise UserError(
-                    f"{config.path}: adapter.{key}: '{pattern}' fits none of the {len(names)} modules, as "
-                    f"{names[0]}{_near(pattern, names)}"
-                )
+        require_patterns_fit(getattr(config.adapter, key), names, f"{config.path}: adapter.{key}: ")
+
+
+def require_patterns_fit(patterns: Iterable[str], names: Sequence[str], label: str = "") -> None:
+    """Raise UserError, beginning with `label`, for the first pattern that matches none of the modules' `names`."""
+    for pattern in patterns:
+        if not any(matches([pattern], name) for name in names):
+            raise UserError(
+                f"{label}'{pattern}' fits none of the {len(names)} modules, such as {names[0]}{_near(pattern, names)}"
+            )
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:
@@ -101,16 +105,10 @@ def _first(values: Mapping[str, float], name: str, default: float) -> float:
 
 
 def scales(config: MainConfig, specs: Specs) -> Params:
-    """Return parameter path → scale of each layer: alpha / rank, or 0 without an adapter.
-
-    A LoKr of two matrices has no rank and the scale 1, because an alpha has no meaning in its files.
-    """
+    """Return parameter path → scale of each layer."""
     assert config.adapter is not None
-    alpha, found = config.adapter.alpha, {}
-    for path, spec in specs.items():
-        values = [(alpha / rank if alpha and spec.ranked else 1.0) if rank else 0.0 for rank in spec.ranks]
-        found[f"{path}.{SCALE}"] = np.asarray(values, np.float32)
-    return found
+    alpha = config.adapter.alpha
+    return {f"{path}.{SCALE}": np.asarray(spec.scales(alpha), np.float32) for path, spec in specs.items()}
 
 
 def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params) -> tuple[Params, list[str]]:
@@ -165,19 +163,27 @@ def factors_of(adapter: Adapter, specs: Specs, own_scales: Params, fresh: Params
     return result
 
 
+def trainable_factors(patch: Patch, label: str, instead: str) -> dict[str, np.ndarray]:
+    """Return a patch's factors in float32, in the model's layout.
+
+    Raises UserError, beginning with `label` and ending with what to do `instead`, for a part that cannot be trained.
+    """
+    names = {factor.part: factor.name for factor in patch.kind.factors if factor.name in FACTORS}
+    unfit = [part for part in patch.parts if part not in names and part != "alpha"]
+    if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
+        unfit.append(f"{MAGNITUDE.part} for each input")
+    if unfit:
+        raise UserError(f"{label}: {unfit[0]} cannot be trained on; {instead}")
+    own = {name: patch.parts[part].matrix.float32() for part, name in names.items() if part in patch.parts}
+    return {name: LAYOUTS[name].to_model(values) for name, values in own.items()}
+
+
 def _factors(patch: Patch, spec: AdapterSpec, layer: int, label: str) -> dict[str, np.ndarray]:
     """Return a patch's factors in float32, in the model's layout.
 
     Raises UserError if they do not match this layer of `spec`.
     """
-    names = {factor.part: factor.name for factor in KINDS[spec.kind].factors if factor.name in FACTORS}
-    unfit = [part for part in patch.parts if part not in names and part != "alpha"]
-    if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
-        unfit.append(f"{MAGNITUDE.part} for each input")
-    if unfit:
-        raise UserError(f"{label}: {unfit[0]} cannot be trained on; merge the file instead")
-    own = {name: patch.parts[part].matrix.float32() for part, name in names.items() if part in patch.parts}
-    factors = {name: LAYOUTS[name].to_model(values) for name, values in own.items()}
+    factors = trainable_factors(patch, label, "merge the file instead")
     found, expected = {n: f.shape for n, f in factors.items()}, {n: spec.layer_shape(n, layer) for n in spec.shapes}
     if found != expected:
         raise UserError(

@@ -3,7 +3,9 @@
 import os
 import pathlib
 
-PACKAGE = pathlib.Path(__file__).parents[1]
+ASSETS = pathlib.Path(__file__).parent
+
+PACKAGE = ASSETS.parent
 
 
 def shipped(folder: str, name: str = "") -> pathlib.Path:

@@ -17,16 +17,14 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from anima_jax.errors import UserError, did_you_mean, first_line, os_reason
+from anima_jax.checkpoints import safetensors_header
+from anima_jax.errors import UserError, did_you_mean, first_line, os_reason, size_text
 
 ATTEMPTS = 5
 """Attempts in a row without a new byte, after which a download ends."""
 
 SECONDS_BETWEEN_LINES = 20.0
 
-
-MAX_HEADER = 100_000_000
-"""Bytes of the largest header of a .safetensors file ("Format" in the documentation of safetensors)."""
 
 _HEADERS = contextvars.ContextVar[str | None]("_HEADERS", default=None)
 """The folder of `headers_only`, while it is in effect."""
@@ -194,21 +192,16 @@ def _link(blob: str, pointer: str) -> None:
 
 def _only_header(file: HubFile, url: str, path: str, size: int) -> str:
     """Write a file of `size` bytes with the header of `url` and return `path`; see `headers_only`."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-
     if os.path.exists(path):
         return path
-    print(f"reading the header of {file.address} ({_amount(size)}), which a run downloads", file=sys.stderr)
+    print(f"reading the header of {file.address} ({size_text(size)}), which a run downloads", file=sys.stderr)
     start, wanted = bytearray(), 8
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     try:
-        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30.0) as response:
-            hf_raise_for_status(response)
+        with _requested(url) as response:
             for chunk in response.iter_bytes(2**16):
                 start += chunk
                 if len(start) >= 8:
-                    wanted = 8 + min(int.from_bytes(start[:8], "little"), MAX_HEADER)
+                    wanted = 8 + min(int.from_bytes(start[:8], "little"), safetensors_header.LIMIT)
                 if len(start) >= wanted:
                     break
     except Exception as error:  # those of the client's HTTP library
@@ -229,11 +222,11 @@ def _download(file: HubFile, url: str, blob: str, size: int | None, etag: str) -
     free = shutil.disk_usage(os.path.dirname(blob)).free
     if size is not None and free < size - done:
         raise UserError(
-            f"{file.address}: needs {_amount(size - done)} in {os.path.dirname(blob)}, where {_amount(free)} are free; "
-            "HF_HOME=FOLDER uses another folder"
+            f"{file.address}: needs {size_text(size - done)} in {os.path.dirname(blob)}, where {size_text(free)} are "
+            "free; HF_HOME=FOLDER uses another folder"
         )
-    so_far = f", {_amount(done)} of them from an earlier attempt" if done else ""
-    total = _amount(size) if size is not None else "unknown size"
+    so_far = f", {size_text(done)} of them from an earlier attempt" if done else ""
+    total = size_text(size) if size is not None else "unknown size"
     print(f"downloading {file.address} ({total}{so_far}) to {blob}", file=sys.stderr)
     with _Progress(file.name.rpartition("/")[2], size, done) as progress:
         _receive(file, url, partial, size, progress)
@@ -243,29 +236,23 @@ def _download(file: HubFile, url: str, blob: str, size: int | None, etag: str) -
         raise UserError(f"{file.address}: arrived with another hash ({digest}) than the hub's ({etag}): try again")
     os.replace(partial, blob)
     checked = f"{'sha256' if len(etag) == 64 else 'git hash'} {etag} as on the hub" if digest else "no hash to compare"
-    print(f"downloaded {file.name}: {_amount(os.path.getsize(blob))}, {checked}", file=sys.stderr)
+    print(f"downloaded {file.name}: {size_text(os.path.getsize(blob))}, {checked}", file=sys.stderr)
 
 
 def _receive(file: HubFile, url: str, partial: str, size: int | None, progress: "_Progress") -> None:
     """Append what is missing to `partial`, in as many requests as it takes. Raises UserError if no more arrives."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-
     failed = 0
     with open(partial, "ab") as output:
         while size is None or output.tell() < size:
             before = start = output.tell()
-            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-            headers |= {"Range": f"bytes={start}-"} if start else {}
             try:
-                with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30.0) as response:
-                    hf_raise_for_status(response)
+                with _requested(url, start) as response:
                     if start and response.status_code != 206:  # the server sends the file from its beginning
                         output.truncate(0)
                         before = output.seek(0)
                         progress.restart()
                     for chunk in response.iter_bytes():
-                        with _disk_errors(file, partial):
+                        with _writing(file, os.path.dirname(partial)):
                             output.write(chunk)
                         progress.add(len(chunk))
                 if size is None:
@@ -282,17 +269,23 @@ def _receive(file: HubFile, url: str, partial: str, size: int | None, progress: 
             failed = 0 if output.tell() > before else failed + 1
             if failed == ATTEMPTS or (size is None and failed):
                 raise UserError(
-                    f"{file.address}: the download broke off after {_amount(output.tell())} ({first_line(error)}); the "
-                    "same command continues it"
+                    f"{file.address}: the download broke off after {size_text(output.tell())} ({first_line(error)}); "
+                    "the same command continues it"
                 ) from error
             if failed:
                 time.sleep(min(2.0**failed, 10.0))
 
 
 @contextlib.contextmanager
-def _disk_errors(file: HubFile, partial: str) -> Iterator[None]:
-    with _writing(file, os.path.dirname(partial)):
-        yield
+def _requested(url: str, start: int = 0) -> Iterator[Any]:
+    """Request the bytes of `url` from `start` on; the response is closed at the end of the block."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30.0) as response:
+        hf_raise_for_status(response)
+        yield response
 
 
 def _digest(path: str, etag: str) -> str | None:
@@ -307,14 +300,6 @@ def _digest(path: str, etag: str) -> str | None:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _amount(count: int) -> str:
-    """Return a number of bytes in decimal units, as the hub shows them."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 class _Progress:
@@ -361,6 +346,6 @@ class _Progress:
             rate = (self._done - self._first) / max(now - self._started, 1e-9)
             of = left = ""
             if self._size:
-                of = f" of {_amount(self._size)} ({self._done / self._size:.0%})"
+                of = f" of {size_text(self._size)} ({self._done / self._size:.0%})"
                 left = f", {(self._size - self._done) / max(rate, 1.0):,.0f} s left"
-            print(f"{self._name}: {_amount(self._done)}{of}, {_amount(int(rate))}/s{left}", file=sys.stderr)
+            print(f"{self._name}: {size_text(self._done)}{of}, {size_text(int(rate))}/s{left}", file=sys.stderr)

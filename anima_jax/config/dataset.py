@@ -4,6 +4,7 @@ A top-level key applies to every source; the same key inside a `[[directory]]` o
 """
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -246,9 +247,14 @@ class Source(Section):
 
     @functools.cached_property
     def caption_rules(self) -> tuple[str, ...]:
-        """The options, as far as they are set, that decide which tags and sentences of a caption stay in place."""
+        """The options, as far as they are set, that decide which tags and sentences of a caption stay in place.
+
+        The protected tags, of which there may be thousands, are one hash.
+        """
         kept = [f"{key} {value}" for key in _KEEPING if (value := getattr(self, key))]
-        return (*kept, *sorted(self.all_protected_tags)) if self.tag_dropout or kept else ()
+        tags = "\0".join(sorted(self.all_protected_tags)).encode()
+        protected = [hashlib.sha256(tags).hexdigest()] if tags else []
+        return (*kept, *protected) if self.tag_dropout or kept else ()
 
     @property
     def shuffled_copies(self) -> int:

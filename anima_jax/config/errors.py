@@ -11,14 +11,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from anima_jax.config import other_trainers
-from anima_jax.config.schema import key_table
+from anima_jax.config.schema import Place, key_table
 from anima_jax.config.unsupported_keys import Answer, Unsupported, set_aside
 from anima_jax.errors import did_you_mean
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
-
-Place = tuple[str | int, ...]
-"""Path of a value: keys and list indices from the top of the file."""
 
 EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
@@ -145,10 +142,10 @@ class TomlFile:
 
     def _line(self, place: Place, text: str) -> str:
         key = dotted(place)
-        taken = next((of for of in self._taken if key == of or key.startswith((f"{of}.", f"{of}["))), None)
+        taken = next((of for of in self._taken if _is_in(key, of)), None)
         if taken is not None and self._taken[taken] != place:
             text, key = f"as {key}: {text}", dotted(self._taken[taken])
-        overridden = any(key == one or key.startswith((f"{one}.", f"{one}[")) for one in self.from_command_line)
+        overridden = any(_is_in(key, one) for one in self.from_command_line)
         return f"{'--set' if overridden else self.name}: {key}: {text}" if key else f"{self.name}: {text}"
 
     def _text(self, details: ErrorDetails, place: Place) -> str:
@@ -166,6 +163,11 @@ class TomlFile:
         literals = [word.strip(" '") for word in context.get("expected", "").replace(" or ", ",").split(",")]
         near = did_you_mean(found, literals) if isinstance(found, str) else ""
         return f"found {shown(found)}, expected {expected}{near}"
+
+
+def _is_in(key: str, table: str) -> bool:
+    """Return whether a dotted key is `table` or stands in it."""
+    return key == table or key.startswith((f"{table}.", f"{table}["))
 
 
 def dotted(place: Place) -> str:

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from anima_jax.assets import shipped
 from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, DirectorySource, apply_shared_keys
-from anima_jax.config.errors import BELONGS_ABOVE, Place, TomlFile
+from anima_jax.config.errors import BELONGS_ABOVE, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
-from anima_jax.config.schema import resolve
+from anima_jax.config.schema import Place, resolve
 from anima_jax.config.sizes import Size
 from anima_jax.config.syntax import read_toml, toml_value
 from anima_jax.errors import UserError

@@ -6,7 +6,7 @@ Their files are laid out differently and have other defaults, so that their keys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-Place = tuple[str | int, ...]
+from anima_jax.config.schema import Place
 
 NAMED: Mapping[str, str] = {
     # The networks' files and dtypes.
@@ -125,7 +125,7 @@ NAMED: Mapping[str, str] = {
 """Our key → keys of other trainers that mean it, in any table."""
 
 ABSENT: Mapping[str, str] = {
-    "models are saved as safetensors, and `python -m convert` writes every other format": "save_model_as "
+    "models are saved as safetensors, and `python -m anima_jax.convert` writes every other format": "save_model_as "
     "output_model_format use_safetensors",
     "noise and loss are those of rectified flow, as diffusion-pipe trains Anima": "noise_offset min_snr_gamma "
     "snr_gamma noise_offset_random_strength multires_noise_iterations multires_noise_discount adaptive_noise_scale "
@@ -163,7 +163,7 @@ ABSENT: Mapping[str, str] = {
     "offload_optimizer_nvme_path offload_param_device offload_param_nvme_path fp16_master_weights_and_gradients "
     "enable_async_offloading enable_activation_offloading quantize_via",
     "every image is used: leave small ones out of the folder": "skip_image_resolution minimum_image_size",
-    "captions change only by shuffle_tags and tag_dropout, in the dataset TOML": "token_warmup_min "
+    "captions change only by shuffle_tags, tag_dropout and nl_shuffle_sentences (dataset TOML)": "token_warmup_min "
     "token_warmup_step enable_wildcard",
     "images are cropped around the centre: prepare flipped or other versions as files": "flip_aug color_aug "
     "random_crop face_crop_aug_range random_flip crop_jitter resize_interpolation",

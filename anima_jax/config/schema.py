@@ -33,6 +33,9 @@ from anima_jax.checkpoints.locations import check_address
 from anima_jax.config.sizes import PIXEL_MULTIPLE, nearest_multiple
 from anima_jax.errors import UserError, did_you_mean, show_value
 
+Place = tuple[str | int, ...]
+"""Path of a value in a TOML file: keys and list indices from the top."""
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -10,6 +10,8 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anima_jax.config.dataset import SHARED_KEYS, TfdsSource
+
 IN_DATASET = "dataset:"
 """Prefix of a target in the main TOML's rows that is a key of the dataset TOML."""
 
@@ -253,7 +255,7 @@ DATASET: Mapping[str, Unsupported] = {
     ),
     "caption_suffix": refused("expected caption_prefix", ""),
     "prefix_tag_caption": refused(
-        "every caption is a list of tags: shuffle_tags and tag_dropout may be set per source", ""
+        "expected caption_mode, shuffle_tags and tag_dropout, which may be set per source", ""
     ),
     "multiline_captions": refused("expected captions.json, which may have several captions of an image", False),
     "batch_fill_strategy": MAIN["batch_fill_strategy"],
@@ -269,9 +271,7 @@ _FILES = "belongs to a [[directory]], whose images are files"
 
 TFDS: Mapping[str, Unsupported] = {
     **DATASET,
-    "mask_path": refused(_FILES),
-    "default_mask_file": refused(_FILES),
-    "online_captions": refused(_FILES),
+    **dict.fromkeys((key for key in SHARED_KEYS if key not in TfdsSource.model_fields), refused(_FILES)),
 }
 """Keys of a `[[tfds]]`, including those that belong to a `[[directory]]`."""
 

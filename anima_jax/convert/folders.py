@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from anima_jax.checkpoints import file_types
 from anima_jax.checkpoints.locations import reading_folders
-from anima_jax.errors import UserError, plural, shorten
+from anima_jax.errors import UserError, plural, shorten, size_text
 
 LIMIT = 1000
 """Maximum number of lines."""
@@ -79,11 +79,3 @@ def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
     if ".tfevents." in path.name:
         return "figures of a run (TensorBoard)"
     return _SUFFIXES.get(path.suffix) or file_types.describe(str(path), start) or "unknown"
-
-
-def size_text(count: int) -> str:
-    """Format a number of bytes in decimal units."""
-    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{count} bytes"

@@ -18,7 +18,7 @@ from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, loc
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders
-from anima_jax.errors import UserError, one_line, plural, shorten
+from anima_jax.errors import UserError, one_line, plural, shorten, size_text
 
 SUMMARY = "describe a file, or every file in a folder"
 
@@ -208,7 +208,7 @@ def _totals(tensors: Iterable[TensorInfo]) -> Iterator[Row]:
     tensors = list(tensors)
     yield (
         "tensors",
-        f"{len(tensors)}, {folders.size_text(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}",
+        f"{len(tensors)}, {size_text(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}",
     )
 
 

@@ -207,25 +207,29 @@ class Cache:
 
         for latents_lc in encoders.encode_clips(clips()) if items else ():
             key, example = decoded.popleft()
-            name, dtype = example.entry.media.name, self._config.cached_dtype
-            with np.errstate(over="ignore"):  # reported in the next line
-                stored_lc = latents_lc.astype(np.dtype(dtype))
-            check_finite(stored_lc, name, self._config.model.vae_path, dtype)
+            name = example.entry.media.name
+            stored_lc = self._stored(latents_lc, name, self._config.model.vae_path)
             yield key, pack({"name": name, "size": "×".join(map(str, size))}, {"latents": stored_lc})
 
     def _text_records(self, items: Sequence[tuple[bytes, str]], encoders: Encoders) -> Iterator[Record]:
         encoded = encoders.encode_captions(caption for _, caption in items) if items else ()
         for (key, caption), text in zip(items, encoded, strict=True):
-            with np.errstate(over="ignore"):
-                states_nd = text.states_nd.astype(np.dtype(self._config.cached_dtype))
-            check_finite(states_nd, f"caption '{caption}'", self._config.model.llm_path, self._config.cached_dtype)
+            states_nd = self._stored(text.states_nd, f"caption '{caption}'", self._config.model.llm_path)
             yield key, pack({"caption": caption}, {"states": states_nd, "t5_ids": text.target_ids_m})
+
+    def _stored(self, values: np.ndarray, what: str, file: str) -> np.ndarray:
+        """Return values in `cached_dtype`. Raises NotFiniteError, naming `what` and the network's file."""
+        dtype = self._config.cached_dtype
+        with np.errstate(over="ignore"):  # reported by the check
+            stored = values.astype(np.dtype(dtype))
+        check_finite(stored, what, file, dtype)
+        return stored
 
 
 @contextlib.contextmanager
 def _reading_unchanged(media: Media, digest: bytes | None) -> Iterator[bytes]:
     """Read a file (`reading`). Raises UserError if its hash is no longer `digest`, which is in the cache key."""
-    with reading(media) as data:
+    with reading(media, media.stamp()) as data:
         if content_digest(data) != digest:
             raise UserError(f"{media.name}: changed since it was inspected; start again, without --trust_cache")
         yield data

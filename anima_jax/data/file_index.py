@@ -96,11 +96,11 @@ class FileIndex:
 
     def inspect(self, media: Media, *, as_mask: bool = False) -> FileInfo:
         """Return a media file's info, from the index or by reading the file. Raises UserError if it cannot be used."""
-        stamp, info = media.stamp(), self._known.get(media.name)
+        stamp, info = media.stamp(), self._used.get(media.name) or self._known.get(media.name)
         if info is None or stamp is None or info.stamp != stamp or (as_mask and info.black is None):
-            with reading(media) as data:
+            with reading(media, stamp) as data:
                 size = probe(data, media.name)
-                black = is_black(data, media.name) if as_mask and size.frames == 1 else None
+                black = (size.frames == 1 and is_black(data, media.name)) if as_mask else None
                 info = FileInfo(stamp, content_digest(data), size, black)
         with self._lock:
             self._used[media.name] = info

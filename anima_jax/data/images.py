@@ -141,7 +141,7 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
             if image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False):
                 raise UserError(f"an animated {image.format}, expected a still one (or a GIF, MP4 or WebM)")
             size = image.width * image.height * BYTES_PER_PIXEL.get(image.format or "", _USUAL_BYTES)
-            with memory.pixels().reserve(size):
+            with memory.PIXELS.reserve(size):
                 try:
                     yield image
                 finally:

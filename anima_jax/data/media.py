@@ -80,10 +80,9 @@ class FileMedia:
 
 
 @contextlib.contextmanager
-def reading(media: Media) -> Iterator[bytes]:
-    """Read a file, whose memory is reserved during the block. Raises UserError if it cannot be read."""
-    stamp = media.stamp()
-    with memory.files().reserve(stamp[0] if stamp else 0):
+def reading(media: Media, stamp: Stamp | None) -> Iterator[bytes]:
+    """Read a file of this stamp, if it has one; its memory is reserved during the block. Raises UserError if it cannot be read."""
+    with memory.FILES.reserve(stamp[0] if stamp else 0):
         yield media.read()
 
 

@@ -5,12 +5,8 @@ the two have separate budgets, and nothing is reserved after pixels, threads can
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Iterator
-
-FILE_BYTES, PIXEL_BYTES = 2**30, 2**31
-"""Bytes of files and of decoded pixels that all threads together may hold."""
 
 
 class Budget:
@@ -34,13 +30,5 @@ class Budget:
                 self._changed.notify_all()
 
 
-@functools.cache
-def files() -> Budget:
-    """Return the budget for the bytes of files."""
-    return Budget(FILE_BYTES)
-
-
-@functools.cache
-def pixels() -> Budget:
-    """Return the budget for decoded pixels."""
-    return Budget(PIXEL_BYTES)
+FILES, PIXELS = Budget(2**30), Budget(2**31)
+"""Bytes of files and of decoded pixels that all threads together may hold."""

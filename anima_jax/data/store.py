@@ -298,19 +298,19 @@ class Store:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _array_record() -> tuple[Any, Any]:
-    """Return the classes that read and write records. Raises UserError where they are not installed."""
+def _array_record() -> Any:
+    """Return the module that reads and writes records. Raises UserError where they are not installed."""
     try:
-        from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+        import array_record.python.array_record_module as array_record
     except ImportError as error:
         raise UserError("the cache needs array-record, which has no package for Windows: train in WSL2") from error
-    return ArrayRecordReader, ArrayRecordWriter
+    return array_record
 
 
 @functools.lru_cache(OPEN_READERS)
 def _reader(part: _Part, path: str) -> Any:
     """Return a thread-safe reader of the part's records. It is closed when its last reference is dropped."""
-    reader = _array_record()[0](path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
+    reader = _array_record().ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
     if not reader.ok():
         reader.close()  # raises the actual error
     if reader.num_records() != len(part.keys):
@@ -319,7 +319,7 @@ def _reader(part: _Part, path: str) -> Any:
 
 
 def _write_array_record(path: pathlib.Path, records: Sequence[bytes]) -> None:
-    writer = _array_record()[1](str(path), _WRITER_OPTIONS)
+    writer = _array_record().ArrayRecordWriter(str(path), _WRITER_OPTIONS)
     for record in records:
         writer.write(record)
     writer.close()  # raises any earlier error

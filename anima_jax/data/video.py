@@ -105,7 +105,7 @@ def _frames(data: bytes, container: str) -> Generator[av.VideoFrame, None, None]
         threads = max(1, min(os.cpu_count() or 1, 2**28 // max(1, pixels)))
         stream.codec_context.thread_count = threads
         # 1.5 bytes per pixel of a frame as most files store it, and five times RGBA for the one that is converted.
-        with memory.pixels().reserve(pixels * (3 * (threads + KEPT_FRAMES) // 2 + 20)):
+        with memory.PIXELS.reserve(pixels * (3 * (threads + KEPT_FRAMES) // 2 + 20)):
             yield from _at_frame_rate(_decoded(file, stream, max(MIN_EXPANSION, EXPANSION * len(data))))
 
 

@@ -7,7 +7,6 @@ looks the same on every machine. A character that neither has is written as its 
 
 import functools
 import itertools
-import pathlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 from PIL import ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
-from anima_jax import assets
+from anima_jax.assets import ASSETS
 
-FOLDER = pathlib.Path(assets.__file__).parent / "fonts"
+FOLDER = ASSETS / "fonts"
 
 FILES = (("DejaVuSans.ttf", 11), ("unifont.pcf.gz", 16))
 """Font file and its size in pixels; the first that has a character draws it."""

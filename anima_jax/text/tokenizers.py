@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from anima_jax.assets import ASSETS
 from anima_jax.errors import UserError, first_line, os_reason
 from anima_jax.text.prompts import Span
 
-_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-
-PACKAGED_TOKENIZERS = _ASSETS / "anima_tokenizers"
+PACKAGED_TOKENIZERS = ASSETS / "anima_tokenizers"
 """Folder of the real tokenizers, which come with the package."""
 
-SMALL_TOKENIZERS = _ASSETS / "tokenizers"
+SMALL_TOKENIZERS = ASSETS / "tokenizers"
 """Folder of the quick start's tokenizers (`make_assets/tokenizers.py`)."""
 
 TRAINING_LENGTH = 512

@@ -43,9 +43,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(contextlib.closing(LoopDisk(folder))) if options.power_cuts else None
         kills, while_saving = options.power_cuts or options.kills, 0
-        rng = random.Random(options.seed)
+        rng, disturbed = random.Random(options.seed), (disk.folder if disk else folder) / "disturbed"
         for kill in range(kills):
-            disturbed = (disk.folder if disk else folder) / "disturbed"
             process = start(options, disturbed, folder)
             target = int(total * (kill + rng.random()) / kills)
             wait(process, disturbed, target, kill % 3, rng.uniform(0, options.jitter))
@@ -58,7 +57,6 @@ def main() -> None:
                 process.kill()
             process.join()
             print(f"kill {kill + 1} after step {last_step(disturbed)} of {total}", flush=True)
-        disturbed = (disk.folder if disk else folder) / "disturbed"
         if ended(start(options, disturbed, folder)):
             sys.exit("the last attempt failed")
         print(f"{kills} {'power cuts' if disk else 'kills'}, {while_saving} of them while saving")

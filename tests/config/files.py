@@ -19,6 +19,16 @@ MAIN: dict[str, Any] = {
 DATASET: dict[str, Any] = {"resolutions": [512], "directory": [{"path": "pictures"}]}
 REMOVE = object()
 
+MODEL = """
+[model]
+type = 'anima'
+transformer_path = 'dit.safetensors'
+vae_path = 'vae.safetensors'
+llm_path = 'llm.safetensors'
+dtype = 'bfloat16'
+"""
+"""A [model] table as users write it, of the files that `write` makes."""
+
 
 def write(folder: Path, changes: dict[str, Any] | None = None, dataset: dict[str, Any] | None = None) -> Path:
     """The main TOML in `folder`, with everything that it names; `changes` go by dotted key, `REMOVE` takes one out."""

@@ -9,18 +9,9 @@ from anima_jax.config.main import Schedule
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run
-from tests.config.files import MAIN, toml, write
+from tests.config.files import MAIN, MODEL, toml, write
 
 IMAGE, CLIP = Size(512, 512, 1), Size(640, 384, 33)
-
-MODEL = """
-[model]
-type = 'anima'
-transformer_path = 'dit.safetensors'
-vae_path = 'vae.safetensors'
-llm_path = 'llm.safetensors'
-dtype = 'bfloat16'
-"""
 
 LORA = f"""
 output_dir = '/data/diffusion_pipe_training_runs/anima_test'

@@ -17,17 +17,9 @@ from anima_jax.config.schema import key_table
 from anima_jax.config.unsupported_keys import IN_DATASET, set_aside
 from anima_jax.errors import UserError
 from anima_jax.training import optimizers
-from tests.config.files import write
+from tests.config.files import MODEL, write
 
 HEAD = "output_dir = 'runs'\ndataset = 'dataset.toml'\nepochs = 3\n"
-MODEL = """
-[model]
-type = 'anima'
-transformer_path = 'dit.safetensors'
-vae_path = 'vae.safetensors'
-llm_path = 'llm.safetensors'
-dtype = 'bfloat16'
-"""
 OLD_MODEL = MODEL.replace("llm_path", "qwen_path")
 LORA = "[adapter]\ntype = 'lora'\nrank = 16\ndtype = 'bfloat16'\n"
 OPTIMIZER = "[optimizer]\ntype = 'adamw_optimi'\nlr = 2e-5\nbetas = [0.9, 0.99]\n"

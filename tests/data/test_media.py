@@ -288,7 +288,7 @@ def test_threads_decode_no_more_pixels_together_than_the_budget_allows(monkeypat
         list(pool.map(decode, [300, 400, 5000, 10, 600] * 8))
     assert (together, most) == (0, 1000)  # a request for more than all is granted alone
     reserved = []
-    monkeypatch.setattr(memory, "pixels", lambda: Recorder(reserved))
+    monkeypatch.setattr(memory, "PIXELS", Recorder(reserved))
     read_image(encoded(solid("RGBA", 0, (100, 50))), (16, 16), name="p")
     assert reserved[0] >= 100 * 50 * 8  # four bytes a pixel as decoded, and as composited
 

@@ -46,7 +46,7 @@ def _parser(name: str) -> ArgumentParser:
 
 
 def command(name: str, *words: object) -> None:
-    """Run `python -m convert NAME …` without what makes exit codes of its errors."""
+    """Run `python -m anima_jax.convert NAME …` without what makes exit codes of its errors."""
     COMMANDS[name].run(_parser(name).parse_args([str(word) for word in words]))
 
 
@@ -101,6 +101,7 @@ def read_network(folder: pathlib.Path, network: Network | None) -> None:
 # ---- adapters ------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _shapes() -> dict[str, tuple[int, ...]]:
     from anima_jax.checkpoints.names import file_tensors
     from anima_jax.checkpoints.names.networks import DIT
@@ -175,11 +176,8 @@ def read_adapter(folder: pathlib.Path) -> None:
             command("resize", path, folder / "out.safetensors", "--rank", "1")
         case _:
             with open_adapter(path) as adapter:
-                for patch in fit_to_weights(adapter, _shapes_cached()).patches.values():
+                for patch in fit_to_weights(adapter, _shapes()).patches.values():
                     patch.norm()
-
-
-_shapes_cached = functools.cache(_shapes)
 
 
 def peft_settings() -> list[Files]:

@@ -108,7 +108,7 @@ def dry_run(*words: str) -> None:
 
 def command_lines() -> list[Files]:
     """Words of `generate`, `train` and `convert`; they name no transformer that exists, so that nothing is drawn."""
-    (folder,) = {pathlib.Path("line")}
+    folder = pathlib.Path("line")
     folder.mkdir(exist_ok=True)
     for name, data in tomls()[0].items():
         (folder / name).write_bytes(data)
