@@ -81,7 +81,7 @@ class FileMedia:
 
 @contextlib.contextmanager
 def reading(media: Media, stamp: Stamp | None) -> Iterator[bytes]:
-    """Read a file of this stamp, if it has one; its memory is reserved during the block. Raises UserError if it cannot be read."""
+    """Read a file, with memory reserved for it (its size is in `stamp`). Raises UserError if it cannot be read."""
     with memory.FILES.reserve(stamp[0] if stamp else 0):
         yield media.read()
 

@@ -1,7 +1,6 @@
 """--dry_run: tables of a run and of the memory, FLOPs and time that it needs, computed from shapes alone."""
 
 import math
-from collections.abc import Mapping
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
@@ -52,7 +51,7 @@ def dry_run(
     variants = fit.RunVariants(
         run, partition, data, rows, reload, devices=math.prod(mesh.values()), platform=target.platform
     )
-    _judge(found, variants, steps, target)
+    _judge(found, variants, target)
 
 
 def run_steps(config: MainConfig, data: TrainingData) -> dict[str, int]:
@@ -64,7 +63,7 @@ def run_steps(config: MainConfig, data: TrainingData) -> dict[str, int]:
     return {name: round(count * limit / total) for name, count in steps.items()}
 
 
-def _judge(found: estimate.Estimate, variants: fit.RunVariants, steps: Mapping[str, int], target: Target) -> None:
+def _judge(found: estimate.Estimate, variants: fit.RunVariants, target: Target) -> None:
     """Print whether the run fits, and if not the settings with which it does. Raises UserError as `dry_run`."""
     if target.spec and target.spec.note:
         print(f"{target.spec.name} {target.spec.note}")

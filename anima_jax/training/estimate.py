@@ -27,9 +27,7 @@ from anima_jax.training.memory import Besides, Memory, memory, num_bytes, shapes
 from anima_jax.training.run import Run
 from anima_jax.training.scaling import Seconds, Traffic, step_seconds, traffic
 from anima_jax.training.state import ParamPartition, blank_text_encoder, dit_config, prepare
-from anima_jax.training.step import (
-    StepConfig,
-)
+from anima_jax.training.step import StepConfig
 
 GIB = 2**30
 
@@ -109,7 +107,7 @@ def estimate(
     """Estimate the memory, FLOPs and step time of a run; `partition` may contain shapes instead of arrays.
 
     `sizes` are the mesh sizes, by default those of the current mesh. Step times are computed for the `device_specs`;
-    memory for their platform if they have one, else for that of this machine.
+    memory for their platform, a GPU's if they have several; without any, for this machine's.
     """
     platforms = {spec.platform for spec in device_specs} or {jax.default_backend()}
     mesh = sizes or current_mesh().shape

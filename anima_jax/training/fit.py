@@ -5,6 +5,7 @@ weights sharded over the devices), then those that change some (16-bit weights, 
 memory of the host, which is slow. All follows from shapes: the same run and memory always give the same settings.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -28,7 +29,6 @@ STORED = "fitted.json"
 
 Keys = Mapping[str, Any]
 """Dotted key of the configuration → value."""
-
 
 Reload = Callable[[Sequence[str]], MainConfig]
 """Loads the configuration with more overrides, in the form of `--set`."""
@@ -95,8 +95,7 @@ _ADAMS = {
 
 
 def _eight_bit_moments(config: MainConfig, devices: int, platform: str) -> Iterator[Keys]:
-    name = _ADAMS.get(optimizers.find(config.optimizer.type).name)
-    if name in optimizers.rows():
+    if name := _ADAMS.get(optimizers.find(config.optimizer.type).name):
         yield {"optimizer.type": name}
 
 
@@ -168,8 +167,8 @@ class RunVariants:
 
     def on(self, platform: str) -> "RunVariants":
         """Return the same variants on devices of another platform."""
-        other = RunVariants.__new__(RunVariants)
-        other.__dict__ |= self.__dict__ | {"platform": platform, "_found": {}}
+        other = copy.copy(self)
+        other.platform, other._found = platform, {}
         return other
 
     def of(self, keys: Keys) -> RunVariant | None:

@@ -11,7 +11,6 @@ from anima_jax.errors import UserError
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import (
     DEVICE_SPECS,
-    NO_BFLOAT16,
     DeviceSpec,
     device_bytes,
     find_device_spec,
@@ -60,7 +59,7 @@ class Target:
     @property
     def lacks_bfloat16(self) -> bool:
         """Whether they compute bfloat16 in float32, so that float16 is faster."""
-        return self.spec is not None and self.spec.note == NO_BFLOAT16
+        return self.spec is not None and self.spec.platform == "gpu" and not self.spec.bfloat16
 
 
 def target_of(arguments: argparse.Namespace) -> Target:

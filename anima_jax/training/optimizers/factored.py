@@ -2,7 +2,6 @@
 automagic (its optimizers/automagic.py).
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +61,7 @@ def _adafactor(
         mean = (old + (1.0 - betas[0]) * (update - old)).astype(dtype)
         return -mean.astype(jnp.float32) - decay * value, (mean, moment, most)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), init, step)
+    return from_rule(p, init, step, own_decay=True)
 
 
 def _bound(root: Array, most: Array | None, divisor: Any) -> tuple[Array, Array | None]:
@@ -148,7 +147,7 @@ def _automagic(
         new = jnp.clip(old + jnp.where(positive == was_positive, lr_bump, -lr_bump), min_lr, max_lr)
         return -new * (update + p.weight_decay * value), (moment, positive, Rates.of(new))
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), init, step)
+    return from_rule(p, init, step, own_decay=True)
 
 
 _DECAY = {"weight_decouple": True, "fixed_decay": False}

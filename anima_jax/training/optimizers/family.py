@@ -4,7 +4,6 @@ Arguments, defaults and the place of the weight decay are theirs. A rule maps th
 step t from 1 and the rate to the change of the value and the new state.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -44,7 +43,7 @@ def _adan(p: Parameter, *, betas: tuple[float, float, float], eps: float, weight
         change = -decay * value - rate * update
         return (change if weight_decouple else change / (1.0 + decay)), (mean, slope, square, grad)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), _zeros(4), step)
+    return from_rule(p, _zeros(4), step, own_decay=True)
 
 
 def _mars(
@@ -99,7 +98,7 @@ def _mars(
     def init(value: Array) -> Any:
         return (*_zeros(3)(value), jnp.zeros_like(value) if ams_bound else None)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), init, step)
+    return from_rule(p, init, step, own_decay=True)
 
 
 def _rule(count: int, rule: Callable[..., tuple[Array, Any]], first: float = 0.0) -> Callable[..., Any]:
@@ -135,7 +134,7 @@ def _radam(
         decay = p.weight_decay * (1.0 if fixed_decay else rate) if weight_decouple else 0.0
         return -rate * update - jnp.where(used | degenerated_to_sgd, decay, 0.0) * value, (mean, square)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), _zeros(2), step)
+    return from_rule(p, _zeros(2), step, own_decay=True)
 
 
 def _adabelief(
@@ -206,7 +205,7 @@ def _lamb(grad: Array, own: Any, value: Array, t: Array, rate: Array, *, betas: 
 
 def _make_lamb(p: Parameter, **options: Any) -> optax.GradientTransformation:
     step = functools.partial(_lamb, decay=p.weight_decay, **options)
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), _zeros(2), step)
+    return from_rule(p, _zeros(2), step, own_decay=True)
 
 
 def _fromage(grad: Array, own: Any, value: Array, t: Array, rate: Array) -> tuple[Array, Any]:
@@ -233,7 +232,7 @@ def _novograd(
         mean = jnp.where(t == 1, scaled, betas[0] * own[0] + share * scaled)
         return -rate * mean - decay * value, (mean, square)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), init, step)
+    return from_rule(p, init, step, own_decay=True)
 
 
 def _lars(
@@ -252,7 +251,7 @@ def _lars(
         mean = momentum * own[0] + (1.0 - dampening) * grad
         return -rate * (grad + momentum * mean if nesterov else mean), (mean,)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), _zeros(1), step)
+    return from_rule(p, _zeros(1), step, own_decay=True)
 
 
 def _sm3(p: Parameter, *, momentum: float, beta: float, eps: float) -> optax.GradientTransformation:

@@ -268,7 +268,7 @@ def _make(p: Parameter, *, proj_type: str, **options: Any) -> optax.GradientTran
     del proj_type
     rule = GenericOptim(p, **options)
     rule.check()
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), rule.init, rule.step)
+    return from_rule(p, rule.init, rule.step, own_decay=True)
 
 
 _OPTIONS = {

@@ -15,6 +15,7 @@ from jax import Array
 
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
+from anima_jax.training.optimizers.generic import bf16
 from anima_jax.training.optimizers.layers import transformation
 from anima_jax.training.optimizers.row import Factored, Parameter, Row, debias, rms
 from anima_jax.training.optimizers.schedule_free import rectified
@@ -132,8 +133,8 @@ class ProdigyPlus:
     def _measured(self, p: Parameter, grad: Array, own: TensorState, d: Array) -> tuple[Array, Array, Array]:
         weight, part = jnp.square(d) / self.d0**0.5, _slice(p, grad)
         numerator = weight * jnp.sum(part * (own.first.astype(jnp.float32) - _slice(p, own.z)))
-        slope = _bf16(_bf16(self.slow * own.slope.astype(jnp.float32)) + weight * part)
-        return numerator, _bf16(jnp.sum(jnp.abs(slope))), slope.astype(jnp.bfloat16)
+        slope = bf16(bf16(self.slow * own.slope.astype(jnp.float32)) + weight * part)
+        return numerator, bf16(jnp.sum(jnp.abs(slope))), slope.astype(jnp.bfloat16)
 
     def _moved(
         self, update: Array, z: Array, y: Array, size: Array, estimate: StepEstimate, decay: float
@@ -183,10 +184,6 @@ def _product(p: Parameter, square: Factored) -> Array:
     if p.tensor.shape[0] > p.tensor.shape[1]:
         return columns / (columns + 1e-30) * rows
     return row / (row.mean(-2, keepdims=True) + 1e-30) * col
-
-
-def _bf16(values: Array) -> Array:
-    return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
 
 
 def _slice(p: Parameter, value: Array) -> Array:

@@ -103,24 +103,27 @@ def from_rule(
     *,
     weight_decouple: bool = True,
     fixed_decay: bool = False,
+    own_decay: bool = False,
 ) -> optax.GradientTransformation:
     """Return the transformation of one tensor from its rule.
 
     init(value) → own state; step(gradient, own state, value, t, rate) → (change of the value, own state), where t is
     the number of this step, from 1. Weight decay is a part of the gradient unless `weight_decouple`; then the value
-    shrinks by rate · decay, or by the decay itself if `fixed_decay`.
+    shrinks by rate · decay, or by the decay itself if `fixed_decay`. With `own_decay` the step does all of that itself.
     """
+
+    decay = 0.0 if own_decay else p.weight_decay
 
     def start(value: Array) -> RuleState:
         return RuleState(jnp.zeros((), jnp.int32), init(value))
 
     def update(grad: Array, state: RuleState, value: Array) -> tuple[Array, RuleState]:
         rate = jnp.asarray(p.rate(state.count) if callable(p.rate) else p.rate, jnp.float32)
-        if p.weight_decay and not weight_decouple:
-            grad = grad + p.weight_decay * value
+        if decay and not weight_decouple:
+            grad = grad + decay * value
         change, own = step(grad, state.own, value, (state.count + 1).astype(jnp.float32), rate)
-        if p.weight_decay and weight_decouple:
-            change = change - p.weight_decay * (1.0 if fixed_decay else rate) * value
+        if decay and weight_decouple:
+            change = change - decay * (1.0 if fixed_decay else rate) * value
         return change, RuleState(state.count + 1, own)
 
     return transformation(start, update)

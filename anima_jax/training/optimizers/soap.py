@@ -1,6 +1,5 @@
 """SOAP (arXiv 2409.11321) as in pytorch_optimizer: Adam in the eigenbasis of Shampoo's preconditioner."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from anima_jax.training.optimizers.row import Parameter, Row, debias, ema, from_rule
+from anima_jax.training.optimizers.row import Parameter, Row, debias, ema, from_rule, rms
 
 
 class SoapState(NamedTuple):
@@ -90,14 +89,14 @@ def _soap(
             square = ema(own.square, jnp.square(_rotated(grad, own.basis)), betas[1])
             update = _rotated(_rotated(mean, own.basis) / (jnp.sqrt(square) + eps), own.basis, back=True)
             if normalize_gradient:
-                update = update / (jnp.sqrt(jnp.mean(jnp.square(update))) + eps)
+                update = update / (rms(update) + eps)
             own = measured(grad, own._replace(mean=mean, square=square))
             own = jax.lax.cond((t - 1) % precondition_frequency == 0, _refined, lambda kept: kept, own)
             return -size * update - rate * p.weight_decay * (value - size * update), own
 
         return jax.lax.cond(t == 1, first, later, grad, own, value)
 
-    return from_rule(dataclasses.replace(p, weight_decay=0.0), init, step)
+    return from_rule(p, init, step, own_decay=True)
 
 
 ROWS = (
