@@ -82,8 +82,12 @@ class CaptionTable:
         table = _json(data, name)
         if not isinstance(table, dict):
             raise UserError(f"{name}: found {_type_name(table)}, expected an object {{file name: [captions]}}")
-        # Some tools add a setting of their own, "__enable_random_caption__".
-        self._table: dict[str, Any] = {key: value for key, value in table.items() if not re.fullmatch("__.+__", key)}
+        # Some tools add a setting of their own, "__enable_random_caption__": true.
+        self._table: dict[str, Any] = {
+            key: value
+            for key, value in table.items()
+            if isinstance(value, str | list | dict) or not re.fullmatch("__.+__", key)
+        }
         self._name, self._delimiter, self._used = name, delimiter, set[str]()
 
     def of(self, *names: str, in_any_folder: bool = False) -> Captions | None:
