@@ -36,7 +36,7 @@ class UserError(Exception):
     def messages(self) -> tuple[str, ...]:
         """The messages, each on one line; of very many, the first ones and the number of the others."""
         more = len(self.args) - MOST_MESSAGES
-        return (*map(one_line, self.args[:MOST_MESSAGES]), *([f"and {more} more errors"] if more > 0 else []))
+        return (*map(one_line, self.args[:MOST_MESSAGES]), *([f"and {plural(more, 'more error')}"] if more > 0 else []))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))

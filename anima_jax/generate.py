@@ -7,11 +7,10 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import itertools
 import pathlib
 import sys
 from collections import ChainMap
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ from anima_jax.sampling.images import check_room, read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.prompt_loras import apply_tags, shared_loras
 from anima_jax.sampling.recipe import IMAGES, Recipe
-from anima_jax.sampling.request import SamplingParams, check_requests
+from anima_jax.sampling.request import SamplingParams, batches, check_requests
 from anima_jax.training.export import find_export
 from anima_jax.training.profiling import use_compilation_cache
 
@@ -106,16 +105,6 @@ def generate(arguments: argparse.Namespace) -> None:
                     text = to_text(request, params, named, mask=mask, hashes=hashes.wait())
                     report_dropped(path, save_image(drawn, path, text, arguments.quality))
                 print(path)
-
-
-def batches(weights: Sequence[Sequence[Weight]], at_once: int) -> Iterator[slice]:
-    """Yield slices of at most `at_once` images; those of a slice have the same LoRA weights."""
-    first = 0
-    for _, group in itertools.groupby(weights):
-        end = first + sum(1 for _ in group)
-        for start in range(first, end, at_once):
-            yield slice(start, min(start + at_once, end))
-        first = end
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 def train() -> None:
-    """Run `anima_jax.train`. While it is not in a training step, `STOP_SIGNALS` end it at once: nothing can be lost."""
+    """Run `anima_jax.train`. Until the run handles them, `STOP_SIGNALS` end it at once: nothing can be lost."""
     _run("anima_jax.train", STOP_SIGNALS)
 
 

@@ -128,8 +128,10 @@ def test_a_pod_that_is_evicted_is_replaced_and_goes_on_in_the_same_folder(tmp_pa
 def test_kubernetes_stops_after_a_mistake_and_does_not_count_what_was_asked_for():
     job = manifest("kubernetes.yaml")["spec"]
     assert {code: rule_of(job, code)[1] for code in (1, 2, 75, 137)} == {
-        **{1: "Count", 2: "FailJob"},
-        **{75: "Ignore", 137: "Count"},
+        1: "Count",
+        2: "FailJob",
+        75: "Ignore",
+        137: "Count",
     }
     assert job["template"]["spec"]["restartPolicy"] == "Never"
 

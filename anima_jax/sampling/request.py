@@ -8,7 +8,7 @@ import itertools
 import math
 import numbers
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -347,3 +347,13 @@ def read_utf8(path: str) -> str:
 def _nearest(size: int) -> str:
     below = max(SIZE_STEP, size // SIZE_STEP * SIZE_STEP)
     return f" (nearest: {below} and {below + SIZE_STEP})" if size > SIZE_STEP else ""
+
+
+def batches(keys: Sequence[Any], at_once: int) -> Iterator[slice]:
+    """Yield slices of at most `at_once` images; those of a slice have equal `keys`, of which each image has one."""
+    first = 0
+    for _, group in itertools.groupby(keys):
+        end = first + sum(1 for _ in group)
+        for start in range(first, end, at_once):
+            yield slice(start, min(start + at_once, end))
+        first = end

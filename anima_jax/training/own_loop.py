@@ -14,6 +14,7 @@ import optax
 from jax.typing import DTypeLike
 
 from anima_jax.adapters import modules
+from anima_jax.config.sizes import FRAMES_PER_LATENT, PIXEL_MULTIPLE, Size
 from anima_jax.data.encoders import caption_encoder, clip_encoder
 from anima_jax.diffusion.objective import TimeDistribution
 from anima_jax.diffusion.randomness import split_ids
@@ -27,9 +28,6 @@ from anima_jax.parallel.rules import shardings
 from anima_jax.text.states import EncodedText, padded, rounded_up, text_rows
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 from anima_jax.training.step import Metrics, StepConfig, TrainBatch, TrainState, compile_step, init_state
-
-SIDE_STEP = 8 * PATCH
-"""Sides of images are multiples of this: 8 pixels to a latent, 2 latents to a token."""
 
 LATENT_FEATURES = PATCH * PATCH * OUT_CHANNELS
 
@@ -84,7 +82,7 @@ class ArrayDataset:
             for row, tokens_lc in zip(rows, encode_clips(clips[row] for row in rows), strict=True):
                 latents[row] = tokens_lc
         encode_captions = caption_encoder(text_encoder, tokenizers or load_tokenizers(), dtype=dtype)
-        grids = [((len(c) - 1) // 4 + 1, c.shape[1] // SIDE_STEP, c.shape[2] // SIDE_STEP) for c in clips]
+        grids = [Size(clip.shape[2], clip.shape[1], len(clip)).grid for clip in clips]
         return cls(latents, grids, list(encode_captions(texts)))
 
     def __len__(self) -> int:
@@ -125,9 +123,16 @@ def _clip(image: Any, number: int) -> np.ndarray:
     """Return an image as a clip (t, y, x, 3), uint8. Raises UserError for another shape, dtype or range."""
     array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
     shape, array = array.shape, array if array.ndim == 4 else array[None]
-    if array.ndim != 4 or array.shape[3] != 3 or not all(array.shape) or any(n % SIDE_STEP for n in array.shape[1:3]):
-        raise UserError(f"image {number}: shape {shape}, expected (y, x, 3) with sides of multiples of {SIDE_STEP}")
-    if len(array) % 4 != 1:
+    if (
+        array.ndim != 4
+        or array.shape[3] != 3
+        or not all(array.shape)
+        or any(n % PIXEL_MULTIPLE for n in array.shape[1:3])
+    ):
+        raise UserError(
+            f"image {number}: shape {shape}, expected (y, x, 3) with sides of multiples of {PIXEL_MULTIPLE}"
+        )
+    if len(array) % FRAMES_PER_LATENT != 1:
         raise UserError(f"image {number} has {len(array)} frames, expected 4n + 1")
     if array.dtype == np.uint8:
         return array

@@ -1,6 +1,5 @@
 """Images sampled during training, always from the same prompts and seeds."""
 
-import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.request import SamplingParams, batch_of_requests
+from anima_jax.sampling.request import SamplingParams, batch_of_requests, batches
 from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import TrainState, trained_weights
@@ -104,12 +103,9 @@ class Samples:
         at_once = config.at_once * replicas(current_mesh().shape)
         for seed in config.seeds:
             requests = batch_of_requests(config.prompts, width, height, seed, 1)
-            own = itertools.groupby(zip(requests, config.negative_prompts, strict=True), key=lambda each: each[1])
-            for negative, group in own:
-                params = SamplingParams(negative, **config.sampling)
-                same = [request for request, _ in group]
-                for first in range(0, len(same), at_once):
-                    images += self._pipeline.draw(same[first : first + at_once], params)
+            for part in batches(config.negative_prompts, at_once):
+                params = SamplingParams(config.negative_prompts[part.start], **config.sampling)
+                images += self._pipeline.draw(requests[part], params)
         return images
 
 

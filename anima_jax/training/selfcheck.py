@@ -43,9 +43,9 @@ def self_check(
     """Return whether the run has passed; if not, the next step must be measured too.
 
     `rates` are the learning rates of the groups, 0 if frozen. `step` is the step of the run, the `attempt`-th (from 1)
-    since it started or resumed, with this `loss`. A loss of 0 (all masked), or a loss or gradient that is not finite,
-    proves nothing. An `adapter` has no parameters in the group `base`. Raises UserError that names the groups that are
-    frozen but moved, or that should learn but have no gradient in attempt `ATTEMPTS`.
+    with a finite loss and gradient since it started or resumed; its loss is `loss`. A loss of 0 (all masked), or a loss
+    or gradient that is not finite, proves nothing. An `adapter` has no parameters in the group `base`. Raises UserError
+    that names the groups that are frozen but moved, or that should learn but have no gradient in attempt `ATTEMPTS`.
     """
     moved = [group for group, norm in norms.update.items() if not rates[group] and float(norm) > 0]
     if moved:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Literal
 
+from anima_jax.launch import STOP_SIGNALS
 from anima_jax.parallel.hosts import Consensus, is_process_0, is_single_process
 
 Request = Literal["save", "save_quit"]
@@ -18,7 +19,7 @@ FILES: tuple[Request, ...] = ("save_quit", "save")
 """Names of (empty) files in the run's folder that are requests; the first one found counts."""
 
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNALS = ("SIGINT", *STOP_SIGNALS)
 """Signals that are requests to save and quit: schedulers' (SIGTERM, SIGUSR1), Ctrl-C, and a terminal that closes.
 
 After the first SIGTERM or SIGINT, the next one kills the process, even if it is compiling. The others are requests

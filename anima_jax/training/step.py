@@ -91,7 +91,7 @@ class Metrics(NamedTuple):
 
     @property
     def scalars(self) -> dict[str, Array]:
-        """All metrics but the norms, by name."""
+        """All metrics but the norms and those that are None, by name."""
         return {name: value for name, value in self._asdict().items() if name != "norms" and value is not None}
 
 

@@ -253,12 +253,13 @@ class Writer:
             self._epoch_losses.append(loss)
             self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
         rates, speeds = self._rates(point.step - 1), {}
+        shared = {f"learning_rate/{group}": rate for group, rate in rates.items()} | memory_in_use()
         if point.step % self._logging_steps == 0:
             speeds, self._window = self._window.speeds(self._peak), _Window()
-            self._write_dashboards(point, metrics, rates, speeds)
+            self._write_dashboards(point, metrics, shared, speeds)
         if point.epochs[1] > self._epoch:
             self._write_epoch(point)
-        self._metrics.add(point.step, {**metrics, **_circumstances(point, rates), **speeds})
+        self._metrics.add(point.step, {**metrics, **_counts(point), **shared, **speeds})
         if len(self._spans) == 1:
             self._bar.unpause()  # exclude compilation and samples before the first step
         self._bar.update()
@@ -267,12 +268,11 @@ class Writer:
             if self._silence and is_process_0():
                 print(_line(self._bar), file=sys.stderr)
 
-    def _write_dashboards(self, point: RunPoint, metrics: dict, rates: Mapping[str, float], speeds: dict) -> None:
+    def _write_dashboards(self, point: RunPoint, metrics: dict, shared: dict, speeds: dict) -> None:
         if self._dashboards:
             figures = {f"train/{name}": value for name, value in metrics.items()}
-            figures |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
             figures |= {f"speed/{name}": value for name, value in speeds.items()}
-            self._dashboards.scalars(point, figures | memory_in_use())
+            self._dashboards.scalars(point, figures | shared)
 
     def _write_epoch(self, point: RunPoint) -> None:
         """Write the mean loss of the epoch that ended, plotted at the epoch's number as in diffusion-pipe."""
@@ -312,7 +312,10 @@ class Writer:
             self._dashboards.image(point, tag, image)
 
     def updated(self) -> bool:
-        """Return whether the newest step updated the weights; while updates are skipped, no checkpoint is saved."""
+        """Return whether no update was skipped for values that are not finite: then a checkpoint can be saved.
+
+        One that was skipped because the loss scale was too large does not count.
+        """
         self.flush()
         return not self.last.get("skipped")
 
@@ -375,13 +378,12 @@ def memory_in_use() -> dict[str, float]:
     return found
 
 
-def _circumstances(point: RunPoint, rates: Mapping[str, float]) -> dict[str, float]:
-    """Return what metrics.jsonl says of a step besides its metrics.
+def _counts(point: RunPoint) -> dict[str, float]:
+    """Return what metrics.jsonl counts at a step.
 
     `epoch` is the number of the epoch, from 1, in which the step began; `wall_time` is in seconds since 1970.
     """
-    counts = {"epoch": point.epochs[0] + 1, "examples": point.examples, "wall_time": round(time.time(), 3)}
-    return counts | {f"learning_rate/{group}": rate for group, rate in rates.items()} | memory_in_use()
+    return {"epoch": point.epochs[0] + 1, "examples": point.examples, "wall_time": round(time.time(), 3)}
 
 
 def _line(bar: "tqdm[Any]") -> str:

@@ -225,7 +225,7 @@ def _make(ps: Mapping[str, Parameter], rate: Any, **options: Any) -> optax.Gradi
         rates: dict[str, Array] = {}
         for path, grad in grads.items():
             p, name = ps[path], group_of[path]
-            rates[name] = jnp.asarray(p.rate(state.count), jnp.float32)
+            rates[name] = p.rate_at(state.count)
             d = mean if split and rule.split_groups_mean else old[name].d
 
             def one(grad: Array, own: TensorState, y: Array, p: Parameter = p, name: str = name, d: Array = d) -> Any:

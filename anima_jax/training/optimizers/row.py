@@ -29,6 +29,10 @@ class Parameter:
     group: str = ""
     seed: int = 0
 
+    def rate_at(self, count: Array) -> Array:
+        """Return the rate after `count` steps, float32."""
+        return jnp.asarray(self.rate(count) if callable(self.rate) else self.rate, jnp.float32)
+
     @property
     def transposed(self) -> bool:
         """Whether the file has the transpose of the model's matrix, as for linear layers."""
@@ -118,7 +122,7 @@ def from_rule(
         return RuleState(jnp.zeros((), jnp.int32), init(value))
 
     def update(grad: Array, state: RuleState, value: Array) -> tuple[Array, RuleState]:
-        rate = jnp.asarray(p.rate(state.count) if callable(p.rate) else p.rate, jnp.float32)
+        rate = p.rate_at(state.count)
         if decay and not weight_decouple:
             grad = grad + decay * value
         change, own = step(grad, state.own, value, (state.count + 1).astype(jnp.float32), rate)

@@ -77,7 +77,7 @@ def _free(
 
     def update(grad: Array, state: FreeState, y: Array) -> tuple[Array, FreeState]:
         t = (state.count + 1).astype(jnp.float32)
-        rate = jnp.asarray(p.rate(state.count) if callable(p.rate) else p.rate, jnp.float32)
+        rate = p.rate_at(state.count)
         rate = rate * jnp.minimum(t / max(warmup_steps, 1), 1.0)
         square, largest = state.square, state.largest
         if square is not None and b2 is not None:
