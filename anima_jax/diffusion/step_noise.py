@@ -8,9 +8,7 @@ instead. Arrays have torch's layout, (b, c, t, y, x).
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import numpy as np
 
 from anima_jax.diffusion.brownian_tree import BrownianTree
@@ -18,6 +16,7 @@ from anima_jax.diffusion.samplers import Sampler
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.torch_random import CUDA_DEVICES, CPUStream, CUDADevice, CUDAStream
 from anima_jax.errors import UserError, did_you_mean
+from anima_jax.platform import hardware
 
 KINDS = ("torch-cpu", "torch-cuda", "jax")
 
@@ -49,12 +48,11 @@ class NoiseKind:
 
 
 def local_gpu() -> CUDADevice | None:
-    """Return this machine's first device if it is an NVIDIA GPU, else None."""
-    devices: list[Any] = jax.local_devices()
-    device = devices[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+    """Return the device that programs are compiled for if it is an NVIDIA GPU, else None."""
+    device = hardware()
+    if device.capability is None or device.cores is None:
         return None
-    return CUDADevice(device.core_count, _FEWER_THREADS.get(str(device.compute_capability), 2048))
+    return CUDADevice(device.cores, _FEWER_THREADS.get(device.capability, 2048))
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

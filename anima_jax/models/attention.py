@@ -26,6 +26,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from anima_jax.models.constraints import MESH_AXES, active_mesh, constrain, partition_spec
+from anima_jax.platform import hardware, platform
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
@@ -106,7 +107,7 @@ def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
     """Return the implementation that `auto` selects."""
     if key_mask_bn is None and _cudnn_supports(q_blhk):
         return "cudnn"
-    if key_mask_bn is None and jax.default_backend() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
+    if key_mask_bn is None and platform() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
         return "splash"
     return "xla"
 
@@ -150,9 +151,7 @@ def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array
 def _cudnn_supports(q_blhk: Array) -> bool:
     head_size = q_blhk.shape[-1]
     return (
-        jax.default_backend() == "gpu"
-        and "cuda" in jax.devices()[0].client.platform_version.lower()
-        and float(jax.local_devices()[0].compute_capability) >= CUDNN_CAPABILITY
+        hardware().has_capability(CUDNN_CAPABILITY)
         and q_blhk.dtype in (jnp.bfloat16, jnp.float16)
         and head_size % 8 == 0
         and head_size <= 128
@@ -190,7 +189,7 @@ def _splash(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=_splash_blocks(*shape),
         residual_checkpoint_name="attention_out",
-        interpret=jax.default_backend() != "tpu",
+        interpret=platform() != "tpu",
     )
     # Padding keys belong to a different segment than the queries.
     lengths_b = jnp.full(k_bhnk.shape[:1], keys) if key_lengths_b is None else key_lengths_b

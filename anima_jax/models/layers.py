@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from anima_jax.models.constraints import constrain
 from anima_jax.models.quantised import Quantised
+from anima_jax.platform import platform
 
 
 def linear(
@@ -42,7 +43,7 @@ def linear(
         kernel_io = constrain(kernel_io, kernel_axes)
     kernel_io, out_dtype = kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
     out: Array
-    if x.dtype == jnp.float32 or (out_dtype == x.dtype and jax.default_backend() != "cpu"):
+    if x.dtype == jnp.float32 or (out_dtype == x.dtype and platform() != "cpu"):
         # On GPUs and TPUs a plain 16-bit product is accumulated in float32 and is the fast path.
         out = x @ kernel_io
     else:

@@ -11,6 +11,8 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
+from anima_jax.platform import platform
+
 Params = dict[str, Any]
 """Parameter path → array, or what takes its place: a shape, gradient, moment or sharding."""
 
@@ -49,7 +51,7 @@ def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[.
     """
     # On a CPU full optimisation takes longer than running the program.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = quick if jax.default_backend() == "cpu" else None
+    options = quick if platform() == "cpu" else None
     return jax.jit(function, compiler_options=options, out_shardings=shardings)
 
 

@@ -20,6 +20,7 @@ from anima_jax.models.parameters import Params, split
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DeviceSpec, local_device_spec
 from anima_jax.parallel.mesh import current_mesh, replicas
+from anima_jax.platform import hardware
 from anima_jax.training import optimizers
 from anima_jax.training.evaluate import QUANTILES
 from anima_jax.training.flops import Flops, Workload, flops
@@ -109,7 +110,7 @@ def estimate(
     `sizes` are the mesh sizes, by default those of the current mesh. Step times are computed for the `device_specs`;
     memory for their platform, a GPU's if they have several; without any, for this machine's.
     """
-    platforms = {spec.platform for spec in device_specs} or {jax.default_backend()}
+    platforms = {spec.platform for spec in device_specs} or {hardware().platform}
     mesh = sizes or current_mesh().shape
     needed = run_memory(
         config,

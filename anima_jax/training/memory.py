@@ -21,6 +21,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
+from anima_jax.platform import platform
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
@@ -114,7 +115,7 @@ def memory(
     `partition` may contain shapes. `sizes` are the mesh sizes, by default those of the current mesh. `measure` compiles
     the step for the current mesh to get the exact bytes; by default only without `sizes`, and not on a CPU.
     """
-    measure = measure if measure is not None else sizes is None and jax.default_backend() != "cpu"
+    measure = measure if measure is not None else sizes is None and platform() != "cpu"
     sizes = sizes or current_mesh().shape
     batch = abstract_batch(work, work.batch, partition.config, dtype, masked=masked, text_ids=partition.text_ids)
     bytes_of = functools.partial(rules.shard_bytes, params=partition.params, sizes=sizes)

@@ -18,6 +18,7 @@ from anima_jax.parallel.devices import (
     near_names,
     parse_bytes,
 )
+from anima_jax.platform import hardware
 
 COMMON = [
     spec
@@ -54,7 +55,7 @@ class Target:
         """The platform of their kind, else "gpu" if flags describe the devices, else that of this machine."""
         if self.spec:
             return self.spec.platform
-        return "gpu" if self.named or self.devices else jax.default_backend()
+        return "gpu" if self.named or self.devices else hardware().platform
 
     @property
     def lacks_bfloat16(self) -> bool:

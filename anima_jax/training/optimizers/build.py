@@ -15,6 +15,7 @@ from anima_jax.checkpoints.names.groups import groups_by_path, is_decayed
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
+from anima_jax.platform import hardware
 from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, scale_layers, together
 from anima_jax.training.optimizers.prodigy_plus import PlusState, TensorState
 from anima_jax.training.optimizers.rates import LearningRates
@@ -172,14 +173,13 @@ def _on_host(main: optax.GradientTransformation) -> optax.GradientTransformation
 
     Raises UserError if the device has no memory of kind pinned_host.
     """
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
+    target = hardware()
+    if target.platform == "cpu":
         return main
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if "pinned_host" not in kinds:
+    if not target.host_memory:
         raise UserError(
-            f"[optimizer] type = 'offload' needs memory of kind pinned_host; {device.device_kind} has only "
-            f"{', '.join(kinds)}; 'adamw8bit' saves memory on every device"
+            f"[optimizer] type = 'offload' needs memory of kind pinned_host, which {target.kind} does not have; "
+            "'adamw8bit' saves memory on every device"
         )
     return in_host_memory(main)
 
