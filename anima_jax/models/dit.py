@@ -7,24 +7,22 @@ Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, c 
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from anima_jax.errors import plural
 from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
+from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 
@@ -37,13 +35,6 @@ CONTEXT_ROWS = 512
 TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
 LAYER_NORM_EPS = 1e-6
-
-
-Condition = tuple[Array, Array, Array | None]
-"""SiLU of the timestep embedding (b, t, d), AdaLN term shared by all blocks (b, t, 3d), each token's frame (b, l).
-
-t is 1, or the number of frames if each frame has its own time. With t = 1 the tokens' frames are None.
-"""
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -196,8 +187,8 @@ class AnimaDiT(nnx.Module):
         self,
         latents_blc: Array,
         grid: Array | tuple[int, int, int],
-        times_b: Array,
-        context_bnd: Array,
+        times_b: Array | Modulations,
+        context_bnd: Array | KeysValues,
         *,
         context_lengths_b: Array | None = None,
         zero_context: int = 0,
@@ -211,12 +202,15 @@ class AnimaDiT(nnx.Module):
         `grid` is (frames, rows, columns) in patches. It is an int array (b, 3), where tokens beyond an example's own
         are padding that no token attends to, or one tuple for the whole batch, which then has no padding. All context
         rows take part in the softmax, including rows of zeros, up to `context_lengths_b` if given; `zero_context` is
-        the number of additional zero rows after those of `context_bnd`. `remat` is a key of `REMAT_POLICIES`. With
-        `remat_every` n, the backward pass keeps only the input of every n-th block and recomputes n blocks from it
-        under that policy. Raises ValueError if n does not divide the number of blocks, for arrays whose shapes or
-        dtypes do not fit together and, outside of `jax.jit`, for times outside [0, 1].
+        the number of additional zero rows after those of `context_bnd`. Instead of times and context rows, `velocity`
+        takes what `modulations` (of b times, or of one for the whole batch) and `keys_values` compute from them.
+        `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the backward pass keeps only the input of every n-th
+        block and recomputes n blocks from it under that policy. Raises ValueError if n does not divide the number of
+        blocks, for arrays whose shapes or dtypes do not fit together and, outside of `jax.jit`, for times outside
+        [0, 1].
         """
-        _check_arrays(self.config, latents_blc, grid, times_b, context_bnd)
+        features = PATCH * PATCH * self.config.latent_channels
+        check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd)
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
         padded = not isinstance(grid, tuple)
@@ -224,81 +218,74 @@ class AnimaDiT(nnx.Module):
         positions_bl3 = token_positions(grid_b3, length)
         lengths_b = jnp.prod(grid_b3, axis=-1) if padded else None
 
-        times_bt = times_b[:, None] if times_b.ndim == 1 else times_b
-        features_btd = timestep_features(times_bt, self.config.width)
-        shared_btd = constrain(self.t_embedder(features_btd), "btd")
-        emb_btd = constrain(jax.nn.silu(self.t_embedding_norm(features_btd)), "btd")
-        frame_bl = None
-        if times_bt.shape[1] > 1:
-            frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length)).clip(max=times_bt.shape[1] - 1)
+        if isinstance(times_b, Modulations):
+            known, condition = times_b.blocks, times_b.final
+        else:
+            frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length))
+            known, condition = None, self._condition(times_b, frame_bl)
+        keys_values = context_bnd if isinstance(context_bnd, KeysValues) else None
+        rows_bnd = None if isinstance(context_bnd, KeysValues) else context_bnd.astype(dtype)
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
-        context_bnd = context_bnd.astype(dtype)
 
-        condition = (emb_btd, shared_btd, frame_bl)
         shared = {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
         cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q", **shared}
 
-        def run_block(x_bld: Array, block: Block) -> tuple[Array, None]:
+        def run_block(x_bld: Array, layer: Layer) -> tuple[Array, None]:
+            block, modulations, keys_values = layer
+            conditions, memory = modulations or (condition,) * 3, keys_values or rows_bnd
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
-            return constrain(block(x_bld, condition, context_bnd, self_options, cross_options), "bld"), None
+            return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
 
         if REMAT_POLICIES[remat] is not None:
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
-        def run_blocks(x_bld: Array, blocks: Block) -> tuple[Array, None]:
-            return jax.lax.scan(run_block, x_bld, blocks, unroll=scan_unroll)
+        def run_blocks(x_bld: Array, layers: Layer) -> tuple[Array, None]:
+            return jax.lax.scan(run_block, x_bld, layers, unroll=scan_unroll)
 
+        layers: Layer = self.blocks, known, keys_values
         # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
         if remat_every == 1:
-            x_bld, _ = run_blocks(x_bld, self.blocks)
+            x_bld, _ = run_blocks(x_bld, layers)
         else:
             run_group = jax.checkpoint(lambda x, group: (run_blocks(x, group)[0], None), prevent_cse=False)
-            x_bld, _ = jax.lax.scan(run_group, x_bld, self._grouped_blocks(remat_every))
+            x_bld, _ = jax.lax.scan(run_group, x_bld, self._grouped(layers, remat_every))
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
-    def _grouped_blocks(self, size: int) -> Any:
-        """Return the stacked blocks with their first axis split into (groups, `size`)."""
+    def modulations(self, times_b: Array) -> Modulations:
+        """Return the AdaLN values of b times in [0, 1], one for each example or evaluation, for `velocity`."""
+        condition = self._condition(times_b)
+        _, blocks = jax.lax.scan(lambda _, block: (None, block.modulations(condition)), None, self.blocks)
+        return Modulations(blocks, self.final_layer.adaln_modulation.values(condition))
+
+    def keys_values(self, context_bnd: Array) -> KeysValues:
+        """Return the keys and values of context rows (b, n, context width) in all blocks, in the rows' dtype."""
+
+        def of_block(_: None, block: Block) -> tuple[None, list[Array]]:
+            return None, [constrain(x.swapaxes(1, 2), "bhnk") for x in block.cross_attn.keys_values(context_bnd)]
+
+        return KeysValues(*jax.lax.scan(of_block, None, self.blocks)[1])
+
+    def _condition(self, times_b: Array, frame_bl: Array | None = None) -> Condition:
+        times_bt = times_b[:, None] if times_b.ndim == 1 else times_b
+        frames = times_bt.shape[1]
+        features_btd = timestep_features(times_bt, self.config.width)
+        shared_btd = constrain(self.t_embedder(features_btd), "btd")
+        emb_btd = constrain(jax.nn.silu(self.t_embedding_norm(features_btd)), "btd")
+        return emb_btd, shared_btd, None if frame_bl is None or frames == 1 else frame_bl.clip(max=frames - 1)
+
+    def _grouped(self, layers: Layer, size: int) -> Layer:
+        """Return the stacked layers with their first axis split into (groups, `size`)."""
         if self.config.blocks % size:
             raise ValueError(f"remat_every is {size}, expected a divisor of {self.config.blocks}, the number of blocks")
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), self.blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), layers)
 
     def _with_padding_mask(self, latents_blc: Array) -> Array:
         """Append the padding-mask channel (zeros) to each of a token's four latent pixels."""
         pixels = latents_blc.reshape(*latents_blc.shape[:2], PATCH * PATCH, self.config.latent_channels)
         return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
-
-
-def _check_arrays(
-    config: DiTConfig, tokens_blc: Array, grid: Array | tuple[int, int, int], times_b: Array, context_bnd: Array
-) -> None:
-    """Raise ValueError unless these inputs of `AnimaDiT.velocity` fit together. Traced times are not compared."""
-    for name, array in (("latents", tokens_blc), ("times", times_b), ("context rows", context_bnd)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} are {array.dtype}, expected floating-point numbers")
-    features = PATCH * PATCH * config.latent_channels
-    if tokens_blc.ndim != 3 or tokens_blc.shape[2] != features:
-        raise ValueError(f"tokens have the shape {tokens_blc.shape}, expected (batch, tokens, {features})")
-    if times_b.ndim not in (1, 2):
-        raise ValueError(f"times have the shape {times_b.shape}, expected (batch,) or (batch, frames)")
-    if context_bnd.ndim != 3 or context_bnd.shape[2] != config.context_width:
-        raise ValueError(f"context rows are {context_bnd.shape}, expected (batch, rows, {config.context_width})")
-    batches = {"latents": len(tokens_blc), "times": len(times_b), "context rows": len(context_bnd)}
-    if isinstance(grid, tuple):
-        if math.prod(grid) != tokens_blc.shape[1]:
-            raise ValueError(f"{tokens_blc.shape[1]} tokens for a grid of {' × '.join(map(str, grid))} patches")
-    else:
-        batches["grid"] = len(grid)
-    if len(set(batches.values())) > 1:
-        unequal = ", ".join(f"{name} {size}" for name, size in batches.items())
-        raise ValueError(f"batch sizes differ: {unequal}")
-    if isinstance(times_b, Tracer) or not getattr(times_b, "is_fully_addressable", True):
-        return
-    times = np.asarray(times_b, np.float32)
-    if not np.all((times >= 0) & (times <= 1)):
-        raise ValueError(f"times {times.min():g} to {times.max():g}, expected 0 (data) to 1 (noise)")
 
 
 class TimestepEmbedder(nnx.Module):
@@ -321,15 +308,20 @@ class Modulation(nnx.Module):
         self.linear_2 = Linear(rank, parts * width, zero=True, rngs=rngs)
         self.linear_1.kernel_axes, self.linear_2.kernel_axes = "if", "fo"
 
-    def __call__(self, condition: Condition) -> list[Array]:
-        """Return `parts` arrays (b, 1 or l, d): shift, scale and, if there are three, gate."""
-        emb_btd, shared_btd, frame_bl = condition
-        width = emb_btd.shape[-1]
-        low_btr = constrain(self.linear_1(emb_btd), "btf")
-        values = constrain(self.linear_2(low_btr), "btd") + shared_btd[..., : self.parts * width]
-        if frame_bl is not None:
-            values = jnp.take_along_axis(values, frame_bl[..., None], axis=1)
+    def __call__(self, condition: Condition | Array) -> list[Array]:
+        """Return `parts` arrays (b, 1 or l, d): shift, scale and, if there are three, gate.
+
+        Instead of the condition it takes its own `values`.
+        """
+        values = condition if isinstance(condition, Array) else self.values(condition)
         return jnp.split(values, self.parts, axis=-1)
+
+    def values(self, condition: Condition) -> Array:
+        """Return the same as one array (b, 1 or l, parts · d)."""
+        emb_btd, shared_btd, frame_bl = condition
+        low_btr = constrain(self.linear_1(emb_btd), "btf")
+        values = constrain(self.linear_2(low_btr), "btd") + shared_btd[..., : self.parts * emb_btd.shape[-1]]
+        return values if frame_bl is None else jnp.take_along_axis(values, frame_bl[..., None], axis=1)
 
 
 def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
@@ -354,20 +346,25 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_bld: Array,
-        condition: Condition,
-        context_bnd: Array,
+        conditions: Sequence[Condition | Array],
+        memory: Array | KeysValues,
         self_options: Mapping[str, Any],
         cross_options: Mapping[str, Any],
+        dtype: DTypeLike,
     ) -> Array:
-        dtype = context_bnd.dtype
-        shift, scale, gate = self.adaln_modulation_self_attn(condition)
+        shift, scale, gate = self.adaln_modulation_self_attn(conditions[0])
         normed = modulate(x_bld, shift, scale, dtype)
         x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, x_bld.dtype, **self_options))
-        shift, scale, gate = self.adaln_modulation_cross_attn(condition)
+        shift, scale, gate = self.adaln_modulation_cross_attn(conditions[1])
         normed = modulate(x_bld, shift, scale, dtype)
-        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, context_bnd, x_bld.dtype, **cross_options))
-        shift, scale, gate = self.adaln_modulation_mlp(condition)
+        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, memory, x_bld.dtype, **cross_options))
+        shift, scale, gate = self.adaln_modulation_mlp(conditions[2])
         return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale, dtype), x_bld.dtype))
+
+    def modulations(self, condition: Condition) -> tuple[Array, ...]:
+        """Return the AdaLN values, which a call takes as its conditions."""
+        layers = self.adaln_modulation_self_attn, self.adaln_modulation_cross_attn, self.adaln_modulation_mlp
+        return tuple(layer.values(condition) for layer in layers)
 
 
 def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
@@ -376,7 +373,7 @@ def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Attention of tokens to `memory_bnd` with per-head RMS norm, and rotary embedding if angles are given."""
+    """Attention of tokens to rows or `KeysValues`, with per-head RMS norm, and rotary embedding if angles are given."""
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -390,20 +387,27 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_bld: Array,
-        memory_bnd: Array,
+        memory: Array | KeysValues,
         stream_dtype: DTypeLike,
         angles_bli: Array | None = None,
         **options: Any,
     ) -> Array:
-        q_blhk, k_bnhk, v_bnhk = (
-            projected.reshape(*projected.shape[:2], self.heads, -1)
-            for projected in (self.q_proj(x_bld), self.k_proj(memory_bnd), self.v_proj(memory_bnd))
-        )
-        q_blhk, k_bnhk = self.q_norm(q_blhk), self.k_norm(k_bnhk)
+        q_blhk = self.q_norm(self._heads(self.q_proj(x_bld)))
+        if isinstance(memory, KeysValues):
+            k_bnhk, v_bnhk = (x_bhnk.swapaxes(1, 2) for x_bhnk in memory)
+        else:
+            k_bnhk, v_bnhk = self.keys_values(memory)
         if angles_bli is not None:
             q_blhk, k_bnhk = apply_rotary(q_blhk, angles_bli), apply_rotary(k_bnhk, angles_bli)
         out_bld = attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape)
         return self.output_proj(out_bld, out_dtype=stream_dtype)
+
+    def keys_values(self, memory_bnd: Array) -> tuple[Array, Array]:
+        """Return the keys, normalised but not rotated, and the values of these rows, (b, n, h, k)."""
+        return self.k_norm(self._heads(self.k_proj(memory_bnd))), self._heads(self.v_proj(memory_bnd))
+
+    def _heads(self, projected_bnd: Array) -> Array:
+        return projected_bnd.reshape(*projected_bnd.shape[:2], self.heads, -1)
 
 
 class MLP(nnx.Module):
@@ -425,6 +429,6 @@ class FinalLayer(nnx.Module):
         self.adaln_modulation = Modulation(config.width, config.adaln_rank, 2, rngs=rngs)
         self.linear = Linear(config.width, PATCH * PATCH * OUT_CHANNELS, zero=True, rngs=rngs)
 
-    def __call__(self, x_bld: Array, condition: Condition, dtype: DTypeLike) -> Array:
+    def __call__(self, x_bld: Array, condition: Condition | Array, dtype: DTypeLike) -> Array:
         shift, scale = self.adaln_modulation(condition)
         return self.linear(modulate(x_bld, shift, scale, dtype))
