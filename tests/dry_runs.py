@@ -105,7 +105,12 @@ def _row(variants, spec, run, data, text_rows, sizes, levers) -> dict[str, Any]:
     row = {"GiB": round(needed / estimate.GIB, 2), "fits": needed <= spec.memory}
     if row["fits"]:
         work = estimate.step_workloads(run, data, *text_rows)[0]
-        seconds = estimate.seconds_of(StepConfig.of(plain.config), plain.partition, plain.found, [work], sizes, [spec])
+        settings, partition = StepConfig.of(plain.config), plain.partition
+        example, sent = (
+            {work: estimate.example_flops(partition, settings, work)},
+            estimate.traffic_of(settings, partition, [work], sizes),
+        )
+        seconds = estimate.seconds_of(settings, {spec.platform: plain.found}, example, sent, sizes, [spec])
         row["seconds"] = float(f"{seconds[work, spec].most:.3g}")
     elif levers:
         given = fit.float16_keys(plain.config, Target(None, [spec], spec.memory, spec.name, True))

@@ -38,6 +38,7 @@ def dry_run(
         estimate.step_workloads(run, data, *rows),
         sizes=sizes,
         device_specs=target.specs or COMMON,
+        platform=target.platform,
         masked=data.masked,
     )
     mesh = sizes or current_mesh().shape

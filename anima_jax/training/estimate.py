@@ -83,10 +83,12 @@ def check_memory(total: float, limit: float | None, device_name: str, remedy: st
 class Estimate:
     """Memory of a run's largest step, FLOPs of one example by workload, and training times at the quantiles.
 
-    Also the step time, by workload and device, and on several devices the traffic of each device in a step, by tier.
+    `by_platform` is the memory on each platform of the devices that are compared. Also the step time, by workload and
+    device, and on several devices the traffic of each device in a step, by tier.
     """
 
     memory: Memory
+    by_platform: Mapping[str, Memory]
     flops: Mapping[Workload, Flops]
     times: Mapping[str, Sequence[float]]
     traffic: Mapping[str, Traffic]
@@ -102,59 +104,76 @@ def estimate(
     *,
     sizes: Mapping[str, int] | None = None,
     device_specs: Sequence[DeviceSpec] = (),
+    platform: str | None = None,
     masked: bool = False,
     measure: bool | None = None,
 ) -> Estimate:
     """Estimate the memory, FLOPs and step time of a run; `partition` may contain shapes instead of arrays.
 
-    `sizes` are the mesh sizes, by default those of the current mesh. Step times are computed for the `device_specs`;
-    memory for their platform, a GPU's if they have several; without any, for this machine's.
+    `sizes` are the mesh sizes, by default those of the current mesh. `platform` is that of the devices that the run is
+    judged for, by default this machine's. Step times are computed for the `device_specs`, of any platforms.
     """
-    platforms = {spec.platform for spec in device_specs} or {hardware().platform}
+    platform = platform or hardware().platform
     mesh = sizes or current_mesh().shape
-    needed = run_memory(
-        config,
-        step_config,
-        partition,
-        optimizer,
-        workloads,
-        sizes=sizes,
-        masked=masked,
-        platform=platforms.pop() if len(platforms) == 1 else "gpu",
-        measure=measure,
-    )
+    by_platform = {
+        each: run_memory(
+            config,
+            step_config,
+            partition,
+            optimizer,
+            workloads,
+            sizes=sizes,
+            masked=masked,
+            platform=each,
+            measure=measure if each == platform else False,
+        )
+        for each in dict.fromkeys([platform, *(spec.platform for spec in device_specs)])
+    }
+    examples = {work: example_flops(partition, step_config, work) for work in workloads}
+    sent = traffic_of(step_config, partition, workloads, mesh)
     return Estimate(
-        needed,
-        {work: example_flops(partition, step_config, work) for work in workloads},
+        by_platform[platform],
+        by_platform,
+        examples,
         time_quantiles(step_config, workloads),
-        {work.tier: one for work, one in _sent(step_config, partition, workloads, mesh).items() if one.total},
-        seconds_of(step_config, partition, needed, workloads, mesh, device_specs),
+        {work.tier: one for work, one in sent.items() if one.total},
+        seconds_of(step_config, by_platform, examples, sent, mesh, device_specs),
     )
 
 
 def seconds_of(
     config: StepConfig,
-    partition: ParamPartition,
-    needed: Memory,
-    workloads: Sequence[Workload],
+    by_platform: Mapping[str, Memory],
+    examples: Mapping[Workload, Flops],
+    sent: Mapping[Workload, Traffic],
     sizes: Mapping[str, int],
     device_specs: Sequence[DeviceSpec],
 ) -> dict[tuple[Workload, DeviceSpec], Seconds]:
-    """Return the time of a step of each workload on a mesh of each kind of device, given the memory that it needs."""
-    dtype = config.compute_dtype
+    """Return the time of a step of each workload on a mesh of each kind of device.
+
+    `by_platform` is the memory that a step needs, `examples` the FLOPs of an example, `sent` each device's traffic.
+    """
     found: dict[tuple[Workload, DeviceSpec], Seconds] = {}
-    for work, sent in _sent(config, partition, workloads, sizes).items():
-        example, moved = example_flops(partition, config, work), state_bytes_moved(needed, work)
+    for work, example in examples.items():
         for spec in device_specs:
+            needed = by_platform[spec.platform]
             found[work, spec] = step_seconds(
-                spec, sizes, work, example, sent, dtype=dtype, moved=moved, on_host=needed.on_host
+                spec,
+                sizes,
+                work,
+                example,
+                sent[work],
+                dtype=config.compute_dtype,
+                moved=state_bytes_moved(needed, work),
+                on_host=needed.on_host,
             )
     return found
 
 
-def _sent(
+def traffic_of(
     config: StepConfig, partition: ParamPartition, workloads: Sequence[Workload], sizes: Mapping[str, int]
 ) -> dict[Workload, Traffic]:
+    """Return what each device of a mesh sends in a step of each workload."""
     if math.prod(sizes.values()) == 1:
         return dict.fromkeys(workloads, Traffic(0, 0, 0, 0))
     network = (partition.config, partition.params, partition.frozen)

@@ -141,7 +141,7 @@ def time_lines(estimate: Estimate, steps: Mapping[str, int], memory: float | Non
     """
     lines: list[str] = []
     specs = dict.fromkeys(spec for _, spec in estimate.seconds)
-    fitting = [spec for spec in specs if (memory or spec.memory) >= estimate.memory.total]
+    fitting = [spec for spec in specs if (memory or spec.memory) >= estimate.by_platform[spec.platform].total]
     for spec in fitting or (specs if len(specs) == 1 else ()):
         for (work, of), seconds in estimate.seconds.items():
             if of == spec:
@@ -160,7 +160,7 @@ def kinds_table(estimate: Estimate, steps: Mapping[str, int]) -> str:
     lines = [f"{'on one device':<22} {'GB':>6} {'fits':>6} {'s per step':>12} {'images/s':>10} {'hours':>10}"]
     total = sum(steps.values())
     for spec in dict.fromkeys(spec for _, spec in estimate.seconds):
-        fits = spec.memory >= estimate.memory.total
+        fits = spec.memory >= estimate.by_platform[spec.platform].total
         _, most, images = run_time(estimate, steps, spec)
         cells = [f"{number:.3g}" for number in (most / total, images / most, most / 3600)] if fits else ["", "", ""]
         row = f"{spec.name:<22} {spec.memory / 1e9:>6.0f} {'yes' if fits else 'no':>6}"

@@ -27,6 +27,7 @@ from anima_jax.training.memory import WORKSPACE, abstract_batch, activation_byte
 from anima_jax.training.state import ParamPartition, prepare
 from anima_jax.training.step import StepConfig, init_state, loss_fn
 from anima_jax.training.tables import estimate_table
+from anima_jax.training.target import COMMON
 from tests.parallel.meshes import MESHES
 from tests.parallel.meshes import name as mesh_name
 from tests.small_run import write_config, write_transformer
@@ -281,3 +282,23 @@ def test_the_estimate_prints_memory_flops_and_times(tmp_path):
     whole = WORK.batch * sum(flops(trained.config, trained.params, WORK, "full")) / 1e12
     assert re.search(rf"^256 .* {whole:.4g}$", text, re.M)
     assert re.search(r"^all sizes .* 0\.500 .*$", text, re.M)
+
+
+def test_flops_are_counted_once_per_tier_and_memory_for_each_platform(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    write_transformer(tmp_path / "base.safetensors")
+    config = load_config(write_config(tmp_path, tmp_path / "pictures", "epochs = 1"))
+    trained, optimizer, counted = abstract_partition(config), optax.adamw(1e-3), []
+    monkeypatch.setattr(estimate, "flops", lambda *a: counted.append(a) or flops(*a))
+    found = estimate.estimate(
+        config, FLOAT32, trained, optimizer, [WORK, WORK._replace(tier="512")], device_specs=COMMON, platform="cpu"
+    )
+    assert len(counted) == 2
+    of = {
+        platform: estimate.run_memory(config, FLOAT32, trained, optimizer, [WORK], platform=platform, measure=False)
+        for platform in ("cpu", "gpu", "tpu")
+    }
+    # A machine without a known kind of device is judged as what it is, beside the common kinds, each by its own figure.
+    assert found.by_platform == of
+    assert found.memory == of["cpu"]
+    assert of["cpu"].total != of["tpu"].total
