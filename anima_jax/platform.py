@@ -52,6 +52,14 @@ def compiling_for(target: Hardware | str) -> Iterator[None]:
         yield
 
 
+def lower(jitted: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return `jitted.lower(*args, **kwargs)`, for the hardware that programs are compiled for."""
+    target: Hardware | None = _TARGET.value
+    # By default JAX looks in this machine for the GPU's maker.
+    platforms = ("cuda",) if target is not None and target.platform == "gpu" else None
+    return jitted.trace(*args, **kwargs).lower(lowering_platforms=platforms)
+
+
 def _local() -> Hardware:
     device: Any = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}

@@ -52,10 +52,10 @@ def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:
     os.truncate(path, len(header) + sum(tensor.nbytes for tensor in tensors))
 
 
-def write_folder(root: pathlib.Path) -> pathlib.Path:
+def write_folder(root: pathlib.Path, *, blocks: int = 0) -> pathlib.Path:
     """Write a working folder with everything that the shipped configurations name, and return it.
 
-    Anima's files are in `hub`, which has the layout of the hub's cache.
+    Anima's files are in `hub`, which has the layout of the hub's cache. `blocks`, if given, is the transformer's depth.
     """
     models = root / "hub" / "models--circlestone-labs--Anima"
     files = models / "snapshots" / "abc" / "split_files"
@@ -65,7 +65,12 @@ def write_folder(root: pathlib.Path) -> pathlib.Path:
     for name in ("data/pictures", "data/clips"):
         (root / name).mkdir(parents=True)
     transformer = files / "diffusion_models" / "anima-base-v1.0.safetensors"
-    write_sparse(transformer, dit.RULES, lambda rngs: AnimaDiT(DiTConfig(), rngs=rngs), "net.")
+    write_sparse(
+        transformer,
+        dit.RULES,
+        lambda rngs: AnimaDiT(DiTConfig(blocks=blocks) if blocks else DiTConfig(), rngs=rngs),
+        "net.",
+    )
     text_encoder = files / "text_encoders" / "qwen_3_06b_base.safetensors"
     write_sparse(text_encoder, qwen3.RULES, lambda rngs: Qwen3(Qwen3Config(), rngs=rngs), "model.")
     (files / "vae" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")

@@ -21,7 +21,7 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
-from anima_jax.platform import platform
+from anima_jax.platform import lower, platform
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
@@ -135,7 +135,7 @@ def memory(
     inputs = saved.inputs // sizes["context"]
     on_host = {"optimizer": moments} if besides.host_moments else {}
     on_host |= {"inputs of blocks": examples * inputs} if config.remat == "offload" else {}
-    if measure and (temporary := _compiled_bytes(partition, optimizer, config, work, batch)) is not None:
+    if measure and (temporary := _compiled_bytes(lowered_step(partition, optimizer, config, work, batch))) is not None:
         return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
     computed = bytes_of(shapes_in(partition.params, config.compute_dtype))
     # The running sum, in float32, and the gradients of one micro-batch.
@@ -327,14 +327,14 @@ def _traced(trace: _Trace) -> tuple[int, int]:
     return blocks, total - blocks
 
 
-def _compiled_bytes(
+def lowered_step(
     partition: ParamPartition,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     work: Workload,
     batch: TrainBatch,
-) -> int | None:
-    """Return the bytes that the compiled step needs besides its arguments; None if the backend does not report it."""
+) -> Any:
+    """Return the run's step for `batch` (shapes), lowered for the current mesh and the hardware of `compiling_for`."""
     dtype, mesh = batch.latents_blc.dtype, current_mesh()
     state = jax.eval_shape(lambda params: init_state(params, optimizer, config, mesh), partition.params)
     empty = _abstract_text(work, 1, partition.config, dtype, partition.text_ids) if config.uncond_fraction else None
@@ -349,8 +349,13 @@ def _compiled_bytes(
         jax.tree.map(lambda _: replicated(mesh), empty),
     )
     placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), arguments, placement)
-    step = compile_step(partition.graphdef, optimizer, config, shardings=shardings)
-    found = step.lower(*placed, work.accumulation).compile().memory_analysis()
+    step = compile_step(partition.graphdef, optimizer, config, partition.groups, shardings=shardings)
+    return lower(step, *placed, work.accumulation)
+
+
+def _compiled_bytes(lowered: Any) -> int | None:
+    """Return the bytes that a compiled step needs besides its arguments; None if the backend does not report it."""
+    found = lowered.compile().memory_analysis()
     return found and found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 

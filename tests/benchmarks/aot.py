@@ -1,0 +1,160 @@
+"""Compile a configuration's training step for a TPU or GPU that is not here, and print what the compiler says of it.
+
+python -m tests.benchmarks.aot CONFIG.toml TARGET [KEY=VALUE …] [--save FILE] [--top N]
+
+CONFIG.toml is a path, or the name of one in configs/ ("anima_lora", "lora"). TARGET is as in `--compile`: "v5e:1x1",
+"v5p:8x8x4", "H100". Keys are those of the configuration (mesh.fsdp=8, optimizer.type=adamw8bit), and
+  size=1024 (images of 1024 × 1024), rows=512 (rows of text), batch=2 (examples of one device at once),
+  blocks=2 (a transformer of so many blocks), xla_…=… (an option of the compiler).
+No file of a model is needed: what is not here is taken from files of the released sizes without content.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+from anima_jax.parallel.topologies import parse_topology, use_compilers
+
+OWN = {"size": 1024, "rows": 512, "batch": 0, "blocks": 0}
+"""Keys that are not of the configuration, with their defaults."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("target")
+    parser.add_argument("keys", nargs="*")
+    parser.add_argument("--save", help="write the compiled program's text to this file")
+    parser.add_argument("--top", type=int, default=15, help="how many of the dearest instructions to print")
+    arguments = parser.parse_intermixed_args()
+    given = dict(key.split("=", 1) for key in arguments.keys)
+    own = {key: int(given.pop(key, default)) for key, default in OWN.items()}
+    options = {key: given.pop(key) for key in list(given) if key.startswith("xla_")}
+    use_compilers()
+    save = arguments.save and os.path.abspath(arguments.save)
+    run(
+        arguments.config,
+        arguments.target,
+        [f"{key}={value}" for key, value in given.items()],
+        own,
+        options,
+        save=save,
+        top=arguments.top,
+    )
+
+
+def run(
+    name: str,
+    target: str,
+    keys: list[str],
+    own: dict[str, int],
+    options: dict[str, Any] | None = None,
+    *,
+    save: str | None = None,
+    top: int = 15,
+) -> Any:
+    """Compile and print; return the compiled program and the counted memory."""
+    import jax.numpy as jnp
+
+    from anima_jax.checkpoints.hub import headers_only
+    from anima_jax.config.sizes import Size
+    from anima_jax.parallel.mesh import replicas, resolve_sizes
+    from anima_jax.platform import compiling_for
+    from anima_jax.training import aot, estimate
+    from anima_jax.training.flops import Workload
+    from anima_jax.training.memory import abstract_batch, lowered_step
+    from anima_jax.training.run import Run
+    from anima_jax.training.state import build_optimizer
+    from anima_jax.training.step import StepConfig
+
+    topology = parse_topology(target)
+    with in_folder(own["blocks"]) as load, headers_only(), compiling_for(topology.hardware):
+        config = load(name, [*keys, *([f"micro_batch_size_per_gpu={own['batch']}"] if own["batch"] else [])])
+        sizes = resolve_sizes(config.mesh.sizes, topology.count)
+        partition = estimate.abstract_partition(config)
+        optimizer = build_optimizer(config, partition)
+        step_config, run_ = StepConfig.of(config), Run(config, replicas(sizes))
+        size = Size(own["size"], own["size"], 1)
+        batch, rows = run_.global_batch(size), own["rows"]
+        work = Workload(str(own["size"]), batch, run_.accumulation_of(size), size.tokens, size.grid, rows, rows)
+        counted = estimate.run_memory(
+            config,
+            step_config,
+            partition,
+            optimizer,
+            [work],
+            sizes=sizes,
+            platform=topology.hardware.platform,
+            measure=False,
+        )
+        print(
+            f"== {name} on {topology.name} {sizes} {' '.join(keys)}: {batch} examples in {work.accumulation}",
+            flush=True,
+        )
+        print(
+            f"counted: {counted.total / 2**30:.2f} GiB,", {k: round(v / 2**30, 3) for k, v in counted.rows.items() if v}
+        )
+        with aot.on_topology(topology, sizes):
+            dtype = jnp.dtype(config.cached_dtype)
+            given = abstract_batch(work, batch, partition.config, dtype, text_ids=partition.text_ids)
+            start = time.monotonic()
+            lowered = lowered_step(partition, optimizer, step_config, work, given)
+            print(f"lowered in {time.monotonic() - start:.0f} s", flush=True)
+            found = aot.compile_for(topology, lowered, options)
+    if save and found.text:
+        pathlib.Path(save).write_text(found.text)
+    step = counted.total - sum(counted.rows.get(row, 0) for row in ("encoders", "samples and evaluation"))
+    print(
+        f"compiled in {found.seconds:.0f} s: {found.memory.total / 2**30:.3f} GiB; counted for the step alone "
+        f"{step / 2**30:.3f} GiB, {step / found.memory.total - 1:+.1%}"
+    )
+    print("\n".join(aot.report(found, dearest=top)), flush=True)
+    return found, counted
+
+
+@contextlib.contextmanager
+def in_folder(blocks: int = 0) -> Any:
+    """Run the block in a temporary folder that has files of the released sizes; yield what loads a configuration."""
+    import huggingface_hub.constants
+
+    from anima_jax.config.load import load_config
+    from tests import dry_runs
+
+    root = pathlib.Path.cwd()
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TFDS_DATA_DIR"] = os.path.join(temporary, "tfds")
+        folder = dry_runs.write_folder(pathlib.Path(temporary) / "work", blocks=blocks)
+        huggingface_hub.constants.HF_HUB_CACHE = str(folder / "hub")
+
+        def load(name: str, keys: list[str]) -> Any:
+            path = next(
+                (
+                    one
+                    for one in (
+                        root / name,
+                        dry_runs.CONFIGS / f"{name}.toml",
+                        dry_runs.CONFIGS / f"anima_{name}.toml",
+                        dry_runs.CONFIGS / f"anima_{pathlib.Path(name).name}",
+                    )
+                    if one.is_file()
+                ),
+                None,
+            )
+            if path is None:
+                sys.exit(f"{name}: no such configuration")
+            tokenizers = (
+                [] if path.name == "shapes.toml" else [f"model.tokenizer_path={dry_runs.ASSETS / 'tokenizers'}"]
+            )
+            return load_config(str(path), [*tokenizers, *keys])
+
+        with contextlib.chdir(folder):
+            yield load
+
+
+if __name__ == "__main__":
+    main()
