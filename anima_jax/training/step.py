@@ -27,7 +27,7 @@ from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, in
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import Params, cast_to_compute, merge
+from anima_jax.models.parameters import Params, cast_to_compute, compiler_options, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.text.states import text_dtype
@@ -379,4 +379,6 @@ def compile_step(
     """
     step = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
     out_shardings = None if shardings is None else (shardings, replicated(shardings.step.mesh))
-    return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=out_shardings)
+    return jax.jit(
+        step, donate_argnums=0, static_argnums=4, out_shardings=out_shardings, compiler_options=compiler_options()
+    )

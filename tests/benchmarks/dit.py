@@ -6,6 +6,7 @@ that of the mean squared velocity, for every parameter; neither side recomputes 
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -81,7 +82,7 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     import jax.numpy as jnp
 
     from anima_jax.models.dit import AnimaDiT
-    from anima_jax.models.parameters import abstract, cast_to_compute, merge
+    from anima_jax.models.parameters import abstract, cast_to_compute, compiler_options, merge
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = cast_to_compute({path: jnp.asarray(value) for path, value in params.items()}, dtype)
@@ -94,7 +95,8 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     def loss(params, *arguments):
         return jnp.mean(velocity(params, *arguments) ** 2)
 
-    compiled = {"forward": jax.jit(velocity), "forward+backward": jax.jit(jax.grad(loss))}
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
+    compiled = {"forward": jit(velocity), "forward+backward": jit(jax.grad(loss))}
     return {
         name: lambda function=function: jax.block_until_ready(function(params, latents, times, context))
         for name, function in compiled.items()
