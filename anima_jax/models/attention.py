@@ -266,25 +266,30 @@ def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad
     blocks_grad, blocks_shared = (_split_blocks(x, k_bgnk.shape[1], size) for x in (grad_bhlk, shared_bhl1))
 
     def block(carry: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        grad_k, grad_v = carry
-        q_bgmk, grad_bgmk, shared, log_total, start = inputs
+        grad_k_bgkn, grad_v_bgkn = carry
+        q_bgmk, q_bgkm, grad_bgmk, grad_bgkm, shared, log_total, start = inputs
         weights = jnp.exp(_scores(q_bgmk, k_bgnk, key_mask_bn, causal, start, size) - log_total)
         grad_weights = _product("bgmk,bgnk->bgmn", grad_bgmk, v_bgnk)
         grad_scores, divisor = _in_range(weights * (grad_weights - shared) * scale, dtype)
         weights, weight_divisor = _in_range(weights, dtype, peak=1.0)
-        grad_v += _product("bgmn,bgmk->bgnk", weights, grad_bgmk) / weight_divisor
-        grad_k += _product("bgmn,bgmk->bgnk", grad_scores, q_bgmk) / divisor
-        return (grad_k, grad_v), (_product("bgmn,bgnk->bgmk", grad_scores, k_bgnk) / divisor).astype(dtype)
+        grad_v_bgkn += _product("bgkm,bgmn->bgkn", grad_bgkm, weights) / weight_divisor
+        grad_k_bgkn += _product("bgkm,bgmn->bgkn", q_bgkm, grad_scores) / divisor
+        grad_q = (_product("bgmn,bgnk->bgmk", grad_scores, k_bgnk) / divisor).astype(dtype)
+        return (grad_k_bgkn, grad_v_bgkn), grad_q
 
-    zeros = (jnp.zeros(k_bgnk.shape, jnp.float32), jnp.zeros(v_bgnk.shape, jnp.float32))
+    zero_k, zero_v = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_bgnk, v_bgnk))
+    zeros = (zero_k, zero_v)
     starts = jnp.arange(blocks_q.shape[0]) * size
-    inputs = (blocks_q, blocks_grad, blocks_shared, log_total, starts)
+    # A CPU is slow at products whose sum runs over the first axis of both operands: these transposed blocks avoid them.
+    blocks_qt, blocks_gradt = blocks_q.swapaxes(3, 4), blocks_grad.swapaxes(3, 4)
+    inputs = (blocks_q, blocks_qt, blocks_grad, blocks_gradt, blocks_shared, log_total, starts)
     if blocks_q.shape[0] == 1:
-        (grad_k, grad_v), grad_q = block(zeros, jax.tree.map(lambda x: x[0], inputs))
+        grads, grad_q = block(zeros, jax.tree.map(lambda x: x[0], inputs))
         grad_q = grad_q[None]
     else:
-        (grad_k, grad_v), grad_q = jax.lax.scan(block, zeros, inputs)
-    return _join_blocks(grad_q, q_bhlk), grad_k.astype(k_bgnk.dtype), grad_v.astype(v_bgnk.dtype), None
+        grads, grad_q = jax.lax.scan(block, zeros, inputs)
+    grad_k, grad_v = (x.swapaxes(2, 3).astype(k_bgnk.dtype) for x in grads)
+    return _join_blocks(grad_q, q_bhlk), grad_k, grad_v, None
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
