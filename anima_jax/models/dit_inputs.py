@@ -6,6 +6,7 @@ Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, t 
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -26,6 +27,11 @@ class Modulations(NamedTuple):
 
     final: Array
     """Those of the final layer, (b, 1, 2d)."""
+
+    def at(self, index: Array) -> "Modulations":
+        """Return those of one of the levels, for a whole batch."""
+        blocks = tuple(jax.lax.dynamic_slice_in_dim(values, index, 1, axis=1) for values in self.blocks)
+        return Modulations(blocks, jax.lax.dynamic_slice_in_dim(self.final, index, 1))
 
 
 class KeysValues(NamedTuple):

@@ -5,7 +5,6 @@ runs the same compiled program. All processes come to the same decisions, becaus
 Axes: b batch, l image tokens, c the 64 values of a token, q new noise arrays, n evaluations of the network.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, real_values
-from anima_jax.sampling.program import Carry, SharedInputs, advance, report, step_inputs
+from anima_jax.sampling.program import Carry, Evaluations, SharedInputs, report, step_inputs
 
 
 def sample(
@@ -46,9 +45,11 @@ def sample(
     attempt. A step whose error is NaN is the last one: the network or its input is. Raises UserError if sampling would
     never end.
     """
-    run = functools.partial(advance, params, graphdef=graphdef, dtype=dtype)
+    evaluations = Evaluations(params, graphdef, dtype, shared)
     start_blc = packing.pack(start)
-    x_blc, previous_blc, momentum_blc, replicated = replicate((start_blc, start_blc, np.zeros_like(start_blc), shared))
+    x_blc, previous_blc, momentum_blc, size_b3 = replicate(
+        (start_blc, start_blc, np.zeros_like(start_blc), shared.size_b3)
+    )
     finished: Any = start_blc, True
     done = accepted = 0
     level = -np.inf
@@ -68,9 +69,9 @@ def sample(
         level = plan.sigmas_n[-1]
         arrays = [x_blc, *(jnp.zeros_like(x_blc) for _ in range(plan.factors_nkj.shape[1] - 1))]
         carry = Carry(arrays, momentum_blc)
-        (results, momentum_blc), estimate_blc = run(carry, replicate(steps), replicated, both=plan.both)
+        (results, momentum_blc), estimate_blc = evaluations.run(carry, plan, steps)
         after_blc, low_blc, difference_blc, before_blc = results[:4]
-        error = step_error(low_blc, difference_blc, previous_blc, replicated.size_b3, controller.rtol, controller.atol)
+        error = step_error(low_blc, difference_blc, previous_blc, size_b3, controller.rtol, controller.atol)
         count = len(plan.sigmas_n)
         if callback:
             whole = round(done / controller.progress) if controller.progress else 0

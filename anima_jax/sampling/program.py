@@ -1,12 +1,14 @@
 """Sampling of a batch of latents from noise: transformer, guidance and sampler in one jitted program.
 
 The program depends on the number of tokens and images, on the number of arrays that the sampler carries between
-evaluations and, without a progress callback, on the number of evaluations. Everything else is an argument: prompts,
-sizes, noise levels, guidance, the network's parameters.
+evaluations, on whether the negative prompt is evaluated and, without a progress callback, on the number of evaluations.
+Everything else is an argument: prompts, sizes, noise levels, guidance, the network's parameters. Small programs before
+it compute once what does not depend on the latents: the prompts' keys and values and the AdaLN values of the levels.
 Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token. In the arrays of a sampler's
 plan, n is evaluations of the network instead, and q new noise arrays.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,20 +25,39 @@ from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
+from anima_jax.models.dit_inputs import Modulations
 from anima_jax.models.parameters import Params, merge
-from anima_jax.parallel.mesh import replicate
+from anima_jax.parallel import hosts
+from anima_jax.parallel.devices import device_bytes
+from anima_jax.parallel.mesh import current_mesh, replicas, replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, grid_of, real_values, wrapped
 
+LEVELS = 32
+"""Noise levels whose AdaLN values are computed together and are on the device at a time: 66 MB for the released model.
+
+It is the same for plans of all lengths, so that they share programs.
+"""
+
+
+SHORT_CONTEXT = 256
+"""Context rows that the program is compiled for if no prompt has more tokens.
+
+All other rows are zero. They take part in the softmax as a number, not as stored keys and values.
+"""
+
+DEVICE_BYTES = 16 * 2**30
+"""Memory of a device that does not say how much it has."""
+
 
 class GuidanceInputs(NamedTuple):
-    """Guidance at one evaluation: its scale, whether the negative prompt is evaluated, whether APG forgets the past."""
+    """Guidance at one evaluation: its scale, whether APG forgets the past, and the evaluation's number in the plan."""
 
     scale: Any
-    both: Any
     restart: Any
+    number: Any
 
 
 class Carry(NamedTuple):
@@ -57,8 +78,8 @@ class InpaintMask(NamedTuple):
 class SharedInputs(NamedTuple):
     """Inputs that all evaluations share. `context` has 2b items: the negative prompts, then the prompts.
 
-    `noise_keys_b3` (uint32) are the keys of noise that JAX draws on the device; None if noise comes from torch's
-    streams.
+    Inside the program it has those of the prompts that are evaluated, as rows or as `KeysValues`. `noise_keys_b3`
+    (uint32) are the keys of noise that JAX draws on the device; None if noise comes from torch's streams.
     """
 
     size_b3: Any
@@ -89,13 +110,12 @@ def sample(
     total = len(plan.sigmas_n)
     start_blc = packing.pack(start)
     noise = None if step_noise is None or shared.noise_keys_b3 is not None else step_noise
+    evaluations = Evaluations(params, graphdef, dtype, shared)
 
     def run(carry: Carry, part: slice) -> tuple[Carry, Array]:
-        steps = replicate(step_inputs(plan, part, scale_n, packing, noise))
-        return advance(params, carry, steps, replicated, graphdef=graphdef, both=plan.both, dtype=dtype)
+        return evaluations.run(carry, plan, step_inputs(plan, part, scale_n, packing, noise))
 
     carry = replicate(Carry(samplers.initial_carry(plan, start_blc), np.zeros_like(start_blc)))
-    replicated = replicate(shared)
     if callback is None:
         carry, _ = run(carry, slice(0, total))
         return packing.unpack(carry.arrays[0])
@@ -106,6 +126,108 @@ def sample(
         finished = estimate_blc, all_finite(estimate_blc)
     report(callback, total, total, finished, packing)
     return packing.unpack(carry.arrays[0])
+
+
+class Evaluations:
+    """Runs evaluations of one network with one set of prompts, and computes once what they have in common."""
+
+    def __init__(self, params: Params, graphdef: nnx.GraphDef[Any], dtype: Any, shared: SharedInputs):
+        self.params, self.graphdef, self.dtype = params, graphdef, dtype
+        self.shared = replicate(shared)
+        rows_bnd, lengths_b = self.shared.context
+        self._all_rows = rows_bnd.shape[1]
+        is_short = lengths_b is None and self._all_rows > SHORT_CONTEXT and int(used_rows(rows_bnd)) <= SHORT_CONTEXT
+        self._rows = SHORT_CONTEXT if is_short else self._all_rows
+        self._context: tuple[bool, Context] | None = None
+        self._modulations: tuple[tuple[float, ...], Modulations] | None = None
+
+    def run(self, carry: Carry, plan: SamplerPlan, steps: StepInputs) -> tuple[Carry, Array]:
+        """Run these evaluations of the plan. Return what they pass on and the last clean estimate.
+
+        Consecutive ones that are alike, with or without the negative prompt, run in one call that never waits.
+        """
+        numbers_n, estimate_blc = steps.guidance.number, carry.arrays[0]
+        with_negative_n = (steps.guidance.scale != 1.0) | plan.both
+        steps, first = replicate(steps), 0
+        for (chunk, with_negative), part in itertools.groupby(zip(numbers_n // LEVELS, with_negative_n, strict=True)):
+            last = first + len(list(part))
+            carry, estimate_blc = advance(
+                self.params,
+                carry,
+                steps,
+                self.shared._replace(context=self._context_of(bool(with_negative))),
+                self._modulations_of(plan.sigmas_n[chunk * LEVELS :][:LEVELS]),
+                replicate(np.array([first, last], np.int32)),
+                graphdef=self.graphdef,
+                with_negative=bool(with_negative),
+                both=plan.both,
+                zero_context=self._all_rows - self._rows,
+                dtype=self.dtype,
+            )
+            first = last
+        return carry, estimate_blc
+
+    def _context_of(self, with_negative: bool) -> Context:
+        """Return the keys and values of the prompts that are evaluated, or their rows if those take too much memory."""
+        if self._context is None or self._context[0] != with_negative:
+            self._context = (
+                with_negative,
+                evaluated_context(
+                    self.params,
+                    self.shared.context,
+                    graphdef=self.graphdef,
+                    dtype=self.dtype,
+                    with_negative=with_negative,
+                    rows=self._rows,
+                    as_keys=self._fits(with_negative),
+                ),
+            )
+        return self._context[1]
+
+    def _fits(self, with_negative: bool) -> bool:
+        """Return whether the devices have the memory for keys and values, which may take a sixteenth of it."""
+        layers, _, width = self.params["blocks.cross_attn.k_proj.kernel"].shape
+        prompts = len(self.shared.context.rows_bnd) // (1 if with_negative else 2)
+        needed = 2 * layers * prompts * self._rows * width * jnp.dtype(self.dtype).itemsize
+        limit = hosts.smallest(device_bytes(jax.local_devices()[0])) or DEVICE_BYTES
+        return needed / replicas(current_mesh().shape) <= limit / 16
+
+    def _modulations_of(self, levels_s: np.ndarray) -> Modulations:
+        """Return the AdaLN values of at most `LEVELS` noise levels."""
+        if self._modulations is None or self._modulations[0] != tuple(levels_s):
+            padded_s = replicate(np.pad(levels_s, (0, LEVELS - len(levels_s)), mode="edge"))
+            self._modulations = tuple(levels_s), modulations(self.params, padded_s, graphdef=self.graphdef)
+        return self._modulations[1]
+
+
+@jax.jit
+def used_rows(rows_bnd: Array) -> Array:
+    """Return the number of rows before those at the end that are zero for all prompts."""
+    used_n = jnp.any(rows_bnd != 0, axis=(0, 2))
+    return jnp.max(jnp.where(used_n, 1 + jnp.arange(len(used_n)), 0))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "dtype", "with_negative", "rows", "as_keys"))
+def evaluated_context(
+    params: Params,
+    context: Context,
+    *,
+    graphdef: nnx.GraphDef[Any],
+    dtype: Any,
+    with_negative: bool,
+    rows: int,
+    as_keys: bool,
+) -> Context:
+    """Return the first `rows` rows of the prompts that are evaluated, or their keys and values in all blocks."""
+    rows_bnd, lengths_b = context if with_negative else jax.tree.map(lambda leaf: leaf[len(leaf) // 2 :], context)
+    rows_bnd = rows_bnd[:, :rows].astype(dtype)
+    return Context(merge(graphdef, params).keys_values(rows_bnd) if as_keys else rows_bnd, lengths_b)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def modulations(params: Params, sigmas_s: Array, *, graphdef: nnx.GraphDef[Any]) -> Modulations:
+    """Return the AdaLN values of the network at these noise levels."""
+    return merge(graphdef, params).modulations(sigmas_s)
 
 
 def step_inputs(
@@ -128,7 +250,7 @@ def step_inputs(
             if number >= 0:
                 noises_nqblc[index] = packing.pack(noise(plan.draws[number]))
     rising_n = np.diff(plan.sigmas_n, prepend=before) > 0
-    guided = GuidanceInputs(scale_n[part], (scale_n[part] != 1.0) | plan.both, rising_n[part])
+    guided = GuidanceInputs(scale_n[part], rising_n[part], np.arange(len(rising_n), dtype=np.int32)[part])
     return StepInputs(plan.sigmas_n[part], plan.factors_nkj[part], noises_nqblc, guided)
 
 
@@ -144,44 +266,48 @@ def report(callback: ProgressCallback, done: int, total: int, finished: tuple[An
     callback(done, total, lambda: packing.unpack(estimate_blc))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "both", "dtype"), donate_argnames=("carry",))
+@partial(
+    jax.jit, static_argnames=("graphdef", "with_negative", "both", "zero_context", "dtype"), donate_argnames=("carry",)
+)
 def advance(
     params: Params,
     carry: Carry,
     steps: StepInputs,
     shared: SharedInputs,
+    modulations: Modulations,
+    part_2: Array,
     *,
     graphdef: nnx.GraphDef[Any],
+    with_negative: bool,
     both: bool,
+    zero_context: int,
     dtype: Any,
 ) -> tuple[Carry, Array]:
-    """Run the evaluations in `steps`. Return what they pass on and the last clean estimate."""
+    """Run a part of the evaluations in `steps`. Return what they pass on and the last clean estimate.
+
+    `zero_context` is the number of zero rows after the context's. `modulations` are those of `LEVELS` evaluations of
+    the plan, `part_2` are the part's first evaluation in `steps` and the one after its last. Without the negative
+    prompt, its estimate is taken to be the prompt's.
+    """
     model: AnimaDiT = merge(graphdef, params)
     length = carry.momentum_blc.shape[1]
     real_blc = real_values(shared.size_b3, length)
-    sizes = jnp.concatenate([shared.size_b3, shared.size_b3])
+    sizes = jnp.concatenate([shared.size_b3] * (1 + with_negative))
 
-    def velocity(x_blc: Array, sigma: Array, prompts: slice) -> Array:
-        context_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[prompts], shared.context)
-        times_b = jnp.full(len(x_blc), sigma)
-        x_blc = wrapped(x_blc.astype(dtype), sizes[prompts])
-        grid_b3 = grid_of(sizes[prompts])
-        return model.velocity(x_blc, grid_b3, times_b, context_bnd, context_lengths_b=lengths_b)
+    def velocity(x_blc: Array, step: StepInputs) -> Array:
+        """Return the velocities with the prompts in the context."""
+        context, lengths_b = shared.context
+        of_level = modulations.at(step.guidance.number % LEVELS)
+        x_blc = wrapped(x_blc.astype(dtype), sizes)
+        return model.velocity(
+            x_blc, grid_of(sizes), of_level, context, context_lengths_b=lengths_b, zero_context=zero_context
+        )
 
     def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
-        """Return the estimates with the prompt and the negative prompt: the former twice unless both are needed."""
-
-        def pair(x_blc: Array) -> tuple[Array, Array]:
-            negative, positive = jnp.split(velocity(jnp.concatenate([x_blc, x_blc]), step.sigma, slice(None)), 2)
-            return positive, negative
-
-        def prompt_only(x_blc: Array) -> tuple[Array, Array]:
-            positive = velocity(x_blc, step.sigma, slice(len(x_blc), None))
-            return positive, positive
-
-        velocities = jax.lax.cond(step.guidance.both, pair, prompt_only, x_blc)
+        """Return the estimates with the prompt and the negative prompt."""
+        velocities = jnp.split(velocity(jnp.concatenate([x_blc] * (1 + with_negative)), step), 1 + with_negative)
         # Padding stays zero, so sums over tokens include only the image's own tokens.
-        positive_blc, negative_blc = (x_blc - step.sigma * real_blc * velocity_blc for velocity_blc in velocities)
+        negative_blc, positive_blc = (x_blc - step.sigma * real_blc * velocities[index] for index in (0, -1))
         return positive_blc, negative_blc
 
     def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array, Array]:
@@ -191,7 +317,9 @@ def advance(
             x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
         positive_blc, negative_blc = estimates(x_blc, step)
         both = Estimates(x_blc, positive_blc, negative_blc, step.sigma)
-        out_blc, momentum_blc = guided(both, step.guidance, shared, momentum_blc)
+        # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
+        variants = shared.variants._replace(apg=shared.variants.apg & with_negative)
+        out_blc, momentum_blc = guided(both, step.guidance, shared._replace(variants=variants), momentum_blc)
         if inpaint is not None:
             out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
         return out_blc, negative_blc, momentum_blc
@@ -202,7 +330,7 @@ def advance(
         return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry.momentum_blc.shape[1:])
 
     arrays, estimate_blc, (momentum_blc,) = samplers.run_scan(
-        denoise, carry.arrays, steps, both=both, draw=draw, memory=[carry.momentum_blc]
+        denoise, carry.arrays, steps, both=both, draw=draw, memory=[carry.momentum_blc], part=part_2
     )
     # On a mesh the network shards images and tokens; the results are replicated on every device.
     return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), (Carry(arrays, momentum_blc), estimate_blc))
@@ -212,8 +340,6 @@ def guided(
     estimates: Estimates, step: GuidanceInputs, shared: SharedInputs, momentum_blc: Array
 ) -> tuple[Array, Array]:
     """Return the guided estimate, and the guidance that APG remembers."""
-    # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
-    variants = shared.variants._replace(apg=shared.variants.apg & step.both)
 
     def varied() -> tuple[Array, Array]:
         length = momentum_blc.shape[1]
@@ -224,14 +350,14 @@ def guided(
         )
         columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
         out, momentum = guidance.guided_by_variants(
-            Estimates(x, positive, negative, estimates.sigma), step.scale, variants, past, columns_bl, real
+            Estimates(x, positive, negative, estimates.sigma), step.scale, shared.variants, past, columns_bl, real
         )
         return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
 
     def plain() -> tuple[Array, Array]:
         return guidance.guided(estimates, step.scale), momentum_blc
 
-    return jax.lax.cond(variants.are_on(), varied, plain)
+    return jax.lax.cond(shared.variants.are_on(), varied, plain)
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:

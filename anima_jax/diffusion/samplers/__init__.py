@@ -170,11 +170,17 @@ def run_scan(
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
     memory: Sequence[Array] = (),
+    part: Any = None,
 ) -> tuple[list[Array], Array, list[Array]]:
-    """Run the evaluations in `steps`. Return the carried arrays, the point first, the last estimate, and the memory."""
+    """Run the evaluations in `steps`. Return the carried arrays, the point first, the last estimate, and the memory.
 
-    def step(state: tuple[list[Array], Array, list[Array]], inputs: StepInputs) -> tuple[Any, None]:
+    `part` is the first of the evaluations that run and the one after the last, int (2,); None for all. One program
+    serves all parts.
+    """
+
+    def step(index: Any, state: tuple[list[Array], Array, list[Array]]) -> Any:
         carry, _, memory = state
+        inputs = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), steps)
         guided, unconditional, *memory = denoise(carry[0], inputs, *memory)
         arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_q)]
         # A matrix product would not be computed in float32 on every device.
@@ -182,9 +188,10 @@ def run_scan(
             functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
             for factors in inputs.factors_kj
         ]
-        return (carry, guided, memory), None
+        return carry, guided, memory
 
-    return jax.lax.scan(step, (list(carry), carry[0], list(memory)), steps)[0]
+    first, last = (0, len(steps.sigma)) if part is None else part
+    return jax.lax.fori_loop(first, last, step, (list(carry), carry[0], list(memory)))
 
 
 def initial_carry(plan: SamplerPlan, x: Any) -> list[Any]:
