@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             signals.cut_short(run_all)
 
         def save_checkpoint(point: RunPoint, *, wait: bool = False) -> bool:
-            writer.flush()
+            writer.sync()  # a resumed run does not repeat the steps before
             return checkpointer.save(point.step, state, wait=wait, announce=writer.print)
 
         def stop_for(request: Request | None, point: RunPoint) -> bool:

@@ -38,6 +38,12 @@ class RetryingFile:
                 log.warning(f"{self._path}: cannot be written: {os_reason(error)}; the run continues without")
             self._warned = True
 
+    def sync(self) -> None:
+        """Flush, and let what is written survive a power failure, if the file system supports it."""
+        self.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close the file."""
         self.flush()
@@ -65,6 +71,9 @@ class JsonlWriter(RetryingFile):
                             new.write(line)
                             if found["step"] >= (after_step if remembered is None else remembered):
                                 self.kept.append(found)
+                    new.flush()
+                    with contextlib.suppress(OSError):  # a process that writes to the null device
+                        os.fsync(new.fileno())
                 if is_process_0():
                     temporary.replace(path)
             super().__init__(path if is_process_0() else os.devnull, "ab")

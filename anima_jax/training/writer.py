@@ -324,6 +324,12 @@ class Writer:
         if is_process_0():
             self._bar.write(line)
 
+    def sync(self) -> None:
+        """Wait for the pending step, and let the metrics so far survive a power failure."""
+        self.flush()
+        for each in filter(None, (self._metrics, self._evaluations)):
+            each.sync()
+
     def close(self) -> None:
         """Write pending metrics, leave the bar on the screen, and close the files."""
         with contextlib.ExitStack() as stack:

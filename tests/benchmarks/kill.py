@@ -45,12 +45,15 @@ def main() -> None:
         kills, while_saving = options.power_cuts or options.kills, 0
         rng, disturbed = random.Random(options.seed), (disk.folder if disk else folder) / "disturbed"
         for kill in range(kills):
+            since = time.time()
             process = start(options, disturbed, folder)
             target = int(total * (kill + rng.random()) / kills)
-            wait(process, disturbed, target, kill % 3, rng.uniform(0, options.jitter))
+            if kill % 3 < 2:
+                wait(process, disturbed, target, since if kill % 3 else None)
+            process.join(rng.uniform(0, options.jitter) * (10 if kill % 3 == 2 else 1))
             if process.exitcode is not None:
                 sys.exit(f"the run ended with {process.exitcode} before kill {kill + 1}: it needs more steps")
-            while_saving += saving(disturbed)
+            while_saving += saving(disturbed, since)
             if disk:
                 disk.cut_power(process.pid or 0)
             else:
@@ -65,16 +68,12 @@ def main() -> None:
     sys.exit(1 if found else 0)
 
 
-def wait(process: BaseProcess, output: pathlib.Path, target: int, how: int, jitter: float) -> None:
-    """Wait for the moment of a kill: 0 after step `target`, 1 then while a checkpoint is written, 2 at any time."""
-    if how == 2:
-        process.join(10 * jitter)
-        return
+def wait(process: BaseProcess, output: pathlib.Path, target: int, since: float | None) -> None:
+    """Wait until step `target`, and then, if `since` is the start of this attempt, until it writes a checkpoint."""
     while process.is_alive() and last_step(output) < target:
         time.sleep(POLL_S)
-    while how == 1 and process.is_alive() and not saving(output):
+    while since and process.is_alive() and not saving(output, since):
         time.sleep(POLL_S / 10)
-    process.join(jitter if how == 0 else jitter / 10)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -127,8 +126,11 @@ def checkpoints_of(run: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-def saving(output: pathlib.Path) -> bool:
-    return any(output.glob("*/checkpoints/*.unsealed*"))
+def saving(output: pathlib.Path, since: float) -> bool:
+    """Whether a checkpoint is being written by the attempt that began at this time; killed ones leave remains."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime >= since for path in output.glob("*/checkpoints/*.unsealed*"))
+    return False
 
 
 def last_step(output: pathlib.Path) -> int:

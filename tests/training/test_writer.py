@@ -22,6 +22,7 @@ from anima_jax.training import jsonl
 from anima_jax.training.intervals import RunPoint
 from anima_jax.training.jsonl import JsonlWriter, RetryingFile
 from anima_jax.training.writer import Dashboards, Writer, check_monitoring
+from tests.disks import LoopDisk
 from tests.small_run import write_config, write_transformer
 
 RECORDER = """
@@ -112,6 +113,18 @@ def test_a_resumed_log_drops_what_lies_beyond_the_checkpoint_and_a_line_that_a_k
     log.close()
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.1, 0.2, 9.0]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_before_a_checkpoint_survive_a_power_failure(tmp_path):
+    with contextlib.closing(LoopDisk(tmp_path, mib=16)) as disk:
+        path = disk.folder / "metrics.jsonl"
+        for first in (1, 3):  # the second attempt continues the first one's file
+            log = JsonlWriter(path, first - 1)
+            log.add(first, {"loss": 0.5})
+            log.add(first + 1, {"loss": 0.25})
+            log.sync()
+        after = disk.after_a_power_failure() / path.name
+        assert [json.loads(line)["step"] for line in after.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_what_finds_no_room_is_said_once_and_written_when_there_is_room_again(tmp_path, monkeypatch):
