@@ -2,14 +2,10 @@
 
 import atexit
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # An example's duration says nothing about the code: other programs may be using the machine.
@@ -28,21 +24,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="anima_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def quick_start(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """The folder of a run of configs/shapes.toml, which takes minutes, and its output; shared by the whole session.
-
-    If `QUICK_START_RUN` is set, that folder is used and nothing is trained.
-    """
-    if "QUICK_START_RUN" in os.environ:
-        run = pathlib.Path(os.environ["QUICK_START_RUN"])
-        return run, f"--checkpoint {run}"
-    folder = tmp_path_factory.mktemp("quick_start")
-    config = pathlib.Path(__file__).parents[1] / "configs" / "shapes.toml"
-    command = [sys.executable, "-m", "anima_jax.train", "--config", str(config), "--set", f"output_dir={folder}/runs"]
-    environment = os.environ | {"TFDS_DATA_DIR": str(folder / "data")}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    (run,) = (folder / "runs").iterdir()
-    return run, output
+# Small networks' programs, too: workers and the processes that tests start share them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")

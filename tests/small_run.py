@@ -3,6 +3,8 @@
 import pathlib
 import textwrap
 
+import numpy as np
+
 from anima_jax import assets
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.models import parameters
@@ -40,3 +42,9 @@ def write_config(folder: pathlib.Path, images: pathlib.Path, main: str = "", **t
     path = folder / "main.toml"
     path.write_text("\n".join(line.strip() for line in textwrap.dedent(text).splitlines()))
     return path
+
+
+def psnr(first, second) -> float:
+    """Peak signal-to-noise ratio of two images of 8 bits, in dB."""
+    error = np.mean((np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

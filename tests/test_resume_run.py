@@ -34,6 +34,9 @@ MAIN = (
 )
 
 
+KILLS = 5
+
+
 def small_config(root: pathlib.Path) -> pathlib.Path:
     """Write nine pictures of one size, and the configuration of 18 steps of two in four epochs."""
     folder = root / "pictures"
@@ -79,9 +82,16 @@ def check_equal(run: pathlib.Path, undisturbed: pathlib.Path) -> None:
             np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[pathlib.Path, float]:
+    """The folder of a run that nothing disturbed, and the seconds that it took."""
+    root, began = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    subprocess.run(command(small_config(root), root / "runs"), check=True, capture_output=True)
+    return run_of(root / "runs"), time.monotonic() - began
+
+
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(config, tmp_path):
-    subprocess.run(command(config, tmp_path / "one"), check=True, capture_output=True)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(config, undisturbed, tmp_path):
     stopped = subprocess.Popen(command(config, tmp_path / "two"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = None
     while stopped.poll() is None and metrics is None:
@@ -96,17 +106,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(
     )
     assert again.returncode == 0, again.stderr
     assert f"after step {done}" in again.stdout
-    check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
+    check_equal(run_of(tmp_path / "two"), undisturbed[0])
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_random_moments_ends_bit_identical(config, tmp_path):
-    began = time.monotonic()
-    subprocess.run(command(config, tmp_path / "one"), check=True, capture_output=True)
-    took = time.monotonic() - began
+def test_a_run_killed_at_random_moments_ends_bit_identical(config, undisturbed, tmp_path):
+    """A few; `tests/benchmarks/kill.py` does as many as it is asked for."""
+    expected, took = undisturbed
     moments, kills = random.Random(0), 0
     often = ("--set", "checkpoint_every_n_minutes=0.0001")  # after every step: kills fall into saves too
-    for _ in range(40):
+    for _ in range(4 * KILLS):
         resume = ("--resume_from_checkpoint",) if list((tmp_path / "two").glob("*/checkpoints/*/_CHECK*")) else ()
         if not resume and (tmp_path / "two").exists():
             for old in (tmp_path / "two").iterdir():
@@ -115,16 +124,16 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_identical(config, tmp_path)
             command(config, tmp_path / "two", *often, *resume), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            output, _ = process.communicate(timeout=None if kills >= 10 else moments.uniform(0.5, 1.0) * took)
+            output, _ = process.communicate(timeout=None if kills >= KILLS else moments.uniform(0.5, 1.0) * took)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
             continue
         assert process.returncode == 0, output.decode()
-        if kills >= 10 or len(losses_of(run_of(tmp_path / "two"))) == 18:
+        if kills >= KILLS or len(losses_of(run_of(tmp_path / "two"))) == 18:
             break
-    check_equal(run_of(tmp_path / "two"), run_of(tmp_path / "one"))
+    check_equal(run_of(tmp_path / "two"), expected)
 
 
 def evaluated_config(root: pathlib.Path) -> pathlib.Path:

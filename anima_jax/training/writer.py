@@ -60,6 +60,19 @@ def check_monitoring(config: MainConfig) -> None:
         )
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hide PyTorch from imports in the block: tensorboardX would import it where it is installed, for seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] - documented by importlib
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class Dashboards:
     """TensorBoard and Weights & Biases, each if the configuration enables it. Only process 0 writes.
 
@@ -74,7 +87,8 @@ class Dashboards:
         if not is_process_0():
             return
         if config.monitoring.enable_tensorboard:
-            from tensorboardX import SummaryWriter, record_writer
+            with _without_torch():
+                from tensorboardX import SummaryWriter, record_writer
 
             # Hide its warnings about values that are not finite: the run itself reports those.
             logging.getLogger("tensorboardX").setLevel(logging.ERROR)

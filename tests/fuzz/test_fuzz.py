@@ -6,7 +6,7 @@ from tests.fuzz.__main__ import run
 from tests.fuzz.campaign import lost
 from tests.fuzz.formats import FORMATS, corpus
 
-SECONDS = 2.5
+SECONDS = 1.0
 """For each format, beyond what its valid inputs take to be made."""
 
 
