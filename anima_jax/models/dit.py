@@ -25,6 +25,7 @@ from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
+from anima_jax.models.stack import scan_recomputing
 
 PATCH = 2
 OUT_CHANNELS = 16
@@ -237,21 +238,23 @@ class AnimaDiT(nnx.Module):
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
 
+        run_recomputed = run_block
         if REMAT_POLICIES[remat] is not None:
-            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            run_recomputed = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
-        def run_blocks(x_bld: Array, layers: Layer) -> tuple[Array, None]:
-            return jax.lax.scan(run_block, x_bld, layers, unroll=scan_unroll)
+        def run_blocks(x_bld: Array, layers: Layer) -> Array:
+            return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
         layers: Layer = self.blocks, known, keys_values
         # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
-        if remat_every == 1:
-            x_bld, _ = run_blocks(x_bld, layers)
+        if remat_every > 1:
+            x_bld = scan_recomputing(run_blocks, x_bld, self._grouped(layers, remat_every))
+        elif remat == "full":
+            x_bld = scan_recomputing(lambda x, layer: run_block(x, layer)[0], x_bld, layers, unroll=scan_unroll)
         else:
-            run_group = jax.checkpoint(lambda x, group: (run_blocks(x, group)[0], None), prevent_cse=False)
-            x_bld, _ = jax.lax.scan(run_group, x_bld, self._grouped(layers, remat_every))
+            x_bld = run_blocks(x_bld, layers)
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def modulations(self, times_b: Array) -> Modulations:
