@@ -35,9 +35,8 @@ def _scan(run: Callable[..., Array], unroll: int, x: Array, leaves: list[Array],
 
 
 def _forward(run: Callable[..., Array], unroll: int, x: Any, leaves: list[Any], closed_over: list[Any]) -> Any:
-    # Arrays of which a gradient is wanted, and the others, each with None in the places of the others.
-    wanted, fixed = ([leaf.value if leaf.perturbed == which else None for leaf in leaves] for which in (True, False))
-    shared, known = ([leaf.value if leaf.perturbed == which else None for leaf in closed_over] for which in (True, False))
+    wanted, fixed = _parted(leaves)
+    shared, known = _parted(closed_over)
     values = [leaf.value for leaf in closed_over]
 
     def body(x: Array, own: list[Array]) -> tuple[Array, Array]:
@@ -68,6 +67,11 @@ def _backward(run: Callable[..., Array], unroll: int, kept: tuple[Any, ...], gra
     layers = (jnp.arange(len(inputs)), inputs, fixed)
     (grad, stacks, sums), _ = jax.lax.scan(body, start, layers, reverse=True, unroll=unroll)
     return grad, stacks, sums
+
+
+def _parted(arrays: list[Any]) -> list[list[Any]]:
+    """Return the arrays of which a gradient is wanted, and the others, each with None in the others' places."""
+    return [[array.value if array.perturbed == wanted else None for array in arrays] for wanted in (True, False)]
 
 
 def _either(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
