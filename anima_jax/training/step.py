@@ -267,24 +267,28 @@ def loss_and_gradients(
     accumulation: int = 1,
     scale: LossScale | None = None,
 ) -> tuple[Array, Params]:
-    """Return the mean loss of a batch and its float32 gradients, computed in `accumulation` micro-batches.
+    """Return the mean loss of a batch and its gradients, computed in `accumulation` micro-batches.
 
-    Inside, both are multiplied by the loss scale: `scale`, or if None the initial one of the compute dtype.
+    Gradients of matrices are in the compute dtype, as the backward pass computes them; in float32 if they are summed
+    over micro-batches or there is a loss scale. Inside, loss and gradients are multiplied by the scale: `scale`, or if
+    None the initial one of the compute dtype.
     """
     scale = scale or loss_scale.initial(config.compute_dtype)
 
     @jax.value_and_grad
     def scaled_value_and_grad(params: Params, micro_batch: TrainBatch) -> Array:
         # Frozen weights keep their storage dtype: each linear layer dequantises its own.
-        model = merge(graphdef, frozen | cast_to_compute(params, config.compute_dtype))
+        model = merge(graphdef, frozen | params)
         loss = loss_fn(model, micro_batch, unconditional, config)
         return loss if scale is None else loss * scale.scale
 
     def value_and_grad(params: Params, micro_batch: TrainBatch) -> tuple[Array, Params]:
         found = scaled_value_and_grad(params, micro_batch)
-        return found if scale is None else jax.tree.map(lambda x, divisor=scale.scale: x / divisor, found)
+        if scale is None:
+            return found
+        return jax.tree.map(lambda x, divisor=scale.scale: x.astype(jnp.float32) / divisor, found)
 
-    params = as_float32(params)
+    params = cast_to_compute(as_float32(params), config.compute_dtype)
     if accumulation == 1:
         return value_and_grad(params, batch)
     # A micro-batch is every `accumulation`-th example, so that examples stay on their devices.
@@ -293,7 +297,7 @@ def loss_and_gradients(
     def add(total, micro_batch):
         return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params))
     total, _ = jax.lax.scan(add, zeros, micro_batches)
     return jax.tree.map(lambda x: x / accumulation, total)
 
@@ -311,24 +315,33 @@ def apply_gradients(
 
     If they are not finite, only the counters and the loss scale change.
     """
-    grad_norm = optax.global_norm(grads)
+    grad_norms = optimizers.norms_of(grads)
+    grad_norm = optax.global_norm(grad_norms)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    old = as_float32(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, old)
-    params = _in_param_dtype(jax.tree.map(jnp.add, old, updates), state.step, config)
-    ema = state.ema
-    if ema is not None and config.ema_decay is not None:
-        ema = update_ema(ema, as_float32(params), state.step, config.ema_decay)
-    # A select, not a branch: with a branch, the host of an accelerator would wait for the condition.
-    params, opt_state, ema = jax.tree.map(
-        functools.partial(_where, finite),
-        (params, opt_state, ema),
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _ROUNDING), state.step)
+
+    def finish(path: str, layer: Array | None, old: Array, change: Array, average: Array | None) -> Any:
+        value = old + change
+        if jnp.dtype(config.param_dtype) != jnp.float32:
+            # To nearest, updates smaller than half of bfloat16's spacing (0.4 % of a weight) would always be lost.
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            value = stochastic_round(value, own if layer is None else jax.random.fold_in(own, layer))
+        if average is not None and config.ema_decay is not None:
+            average = update_ema(average, value.astype(jnp.float32), state.step, config.ema_decay)
+        return value, average
+
+    params, opt_state, ema, changes = optimizers.apply(
+        optimizer,
+        grads,
+        grad_norm,
         (state.params, state.opt_state, state.ema),
+        ~finite,
+        finish,
+        measure=groups is not None,
     )
     norms = None
-    if groups is not None:
-        change = jax.tree.map(jnp.subtract, as_float32(params), old)
-        norms = GroupNorms(group_norms(grads, groups), group_norms(change, groups))
+    if groups is not None and changes is not None:
+        norms = GroupNorms(group_norms(grad_norms, groups), group_norms(changes, groups))
     scale, overflowed = state.loss_scale, loss_scale.overflowed(state.loss_scale, loss, finite)
     skipped = jnp.where(finite, 0, state.skipped + 1 - overflowed)
     total_skipped = state.total_skipped + 1 - finite
@@ -337,29 +350,7 @@ def apply_gradients(
     return new, Metrics(loss, grad_norm, finite, skipped, total_skipped, scale and scale.scale, norms)
 
 
-def _where(condition: Array, new: Array, old: Array) -> Array:
-    """Return `jnp.where(condition, new, old)`, computed on the device even for moments in host memory."""
-    if jax.typeof(old).memory_space != jax.memory.Space.Host:
-        return jnp.where(condition, new, old)
-    new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
-    return jax.device_put(jnp.where(condition, new, old), jax.memory.Space.Host)
-
-
-def _in_param_dtype(params: Params, step: Array, config: StepConfig) -> Params:
-    """Return updated float32 parameters in `param_dtype`, stochastically rounded if that is bfloat16.
-
-    Rounding to nearest would always lose updates smaller than half of bfloat16's spacing (0.4 % of a weight).
-    """
-    if jnp.dtype(config.param_dtype) == jnp.float32:
-        return params
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _ROUNDING), step)
-    return {
-        path: stochastic_round(value, jax.random.fold_in(key, zlib.crc32(path.encode())))
-        for path, value in params.items()
-    }
-
-
-def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
+def update_ema(ema: Any, params: Any, step: Array, decay: float) -> Any:
     """Return ema + (1 − d)·(params − ema), where d grows as (1 + step) / (10 + step) up to `decay`."""
     rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, params)

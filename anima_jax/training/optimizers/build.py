@@ -16,6 +16,7 @@ from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models.parameters import Params
 from anima_jax.platform import hardware
+from anima_jax.training.optimizers.apply import SeparateOptimizer
 from anima_jax.training.optimizers.layers import by_tensor, in_float32, in_host_memory, scale_layers, together
 from anima_jax.training.optimizers.prodigy_plus import PlusState, TensorState
 from anima_jax.training.optimizers.rates import LearningRates
@@ -86,10 +87,14 @@ def build(
     parameters = _parameters(tensors, row, rates, config, seed)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     try:
-        main = (_shared if row.shared else _separate)(row, rates, parameters, options)
+        transforms = {} if row.shared else {path: row.make(one, **options) for path, one in parameters.items()}
+        main = _shared(row, rates, parameters, options) if row.shared else _separate(row, parameters, transforms)
         main = _on_host(main) if on_host(config) else main
         steps = [clip, main, *([scale_layers(layer_rates)] if layer_rates else [])]
         optimizer = in_float32(optax.chain(*steps))
+        if not row.shared:
+            stacked = {path for path, one in parameters.items() if one.tensor.layer is not None}
+            optimizer = SeparateOptimizer.of(optimizer, transforms, stacked, clip_norm, layer_rates or {})
         # Trace one step, because optax checks some arguments only then.
         params = _abstract(tensors)
         jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
@@ -107,12 +112,11 @@ def averaged(opt_state: Any, params: Params) -> Params | None:
 
 
 def _separate(
-    row: Row, rates: LearningRates, parameters: Mapping[str, Parameter], options: Mapping[str, Any]
+    row: Row, parameters: Mapping[str, Parameter], transforms: Mapping[str, optax.GradientTransformation]
 ) -> optax.GradientTransformation:
     """Return an optimizer with one transformation per parameter, at the rate of its group."""
-    del rates
     stacked = {path for path, one in parameters.items() if one.tensor.layer is not None and not row.elementwise}
-    return by_tensor({path: row.make(one, **options) for path, one in parameters.items()}, stacked)
+    return by_tensor(transforms, stacked)
 
 
 def _shared(

@@ -58,27 +58,59 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
         return jax.tree.unflatten(treedef, flat)
 
     def update(grad: Array, state: Any, value: Array) -> tuple[Any, Any]:
-        leaves, treedef = jax.tree.flatten(state)
-        axes = [0 if leaf.ndim else None for leaf in leaves]
+        def one_layer(layer: Array, kept: tuple[Any, Any], given: tuple[Array, Array]) -> tuple[Any, Any]:
+            return transform.update(given[0], kept[1], given[1])
 
-        def one_layer(grad: Array, leaves: Sequence[Any], value: Array) -> tuple[Any, list[Any]]:
-            out, new = transform.update(grad, jax.tree.unflatten(treedef, leaves), value)
-            return out, jax.tree.leaves(new)
-
-        if math.prod(value.shape[1:]) < in_turn:
-            out, new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=(0, axes))(grad, leaves, value)
-            return out, jax.tree.unflatten(treedef, new)
-
-        def next_layer(given: tuple[Array, Sequence[Any], Array]) -> tuple[Any, list[Any]]:
-            grad, own, value = given
-            return one_layer(grad, [leaf if one is None else one for leaf, one in zip(leaves, own, strict=True)], value)
-
-        own = [leaf if leaf.ndim else None for leaf in leaves]
-        out, new = jax.lax.map(next_layer, (grad, own, value))
-        new = [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
-        return out, jax.tree.unflatten(treedef, new)
+        return each_layer(one_layer, (jnp.zeros_like(value), state), (grad, value), in_turn)
 
     return transformation(init, update)
+
+
+def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: int = ONE_AT_A_TIME) -> Any:
+    """Return `kept` after function(layer, kept of the layer, given of the layer) → kept, for each layer.
+
+    `kept` and `given` are trees of arrays stacked over layers. Arrays without axes, counters, are the same for all
+    layers. Layers of at least `in_turn` values are computed one at a time, and written over the old ones: no other
+    stack is made, and those in host memory come to the device one layer at a time.
+    """
+    leaves, treedef = jax.tree.flatten(kept)
+    axes = [0 if leaf.ndim else None for leaf in leaves]
+
+    def one_layer(layer: Array, leaves: Sequence[Any], given: Any) -> list[Any]:
+        return jax.tree.leaves(function(layer, jax.tree.unflatten(treedef, leaves), given))
+
+    layers, *shape = jax.tree.leaves(given)[0].shape
+    if math.prod(shape) < in_turn:
+        mapped = on_device(jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes))
+        return jax.tree.unflatten(treedef, mapped(jnp.arange(layers), leaves, given))
+
+    def next_layer(layer: Array, written: Sequence[Any]) -> list[Any]:
+        own = [
+            old if axis is None else jax.lax.dynamic_index_in_dim(now, layer, keepdims=False)
+            for old, now, axis in zip(leaves, written, axes, strict=True)
+        ]
+        row = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), given)
+        return [
+            new if axis is None else jax.lax.dynamic_update_index_in_dim(now, new, layer, 0)
+            for new, now, axis in zip(on_device(one_layer)(layer, own, row), written, axes, strict=True)
+        ]
+
+    return jax.tree.unflatten(treedef, jax.lax.fori_loop(0, layers, next_layer, leaves))
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return function(layer, kept, given) → kept that moves arrays of `kept` in host memory to the device and back."""
+
+    def moved(layer: Any, kept: Any, given: Any) -> Any:
+        spaces = jax.tree.map(lambda leaf: jax.typeof(leaf).memory_space, kept)
+
+        def move(leaf: Array, old: Any, new: Any) -> Array:
+            return jax.device_put(leaf, new) if old == jax.memory.Space.Host else leaf
+
+        arrived = jax.tree.map(lambda leaf, space: move(leaf, space, jax.memory.Space.Device), kept, spaces)
+        return jax.tree.map(lambda leaf, space: move(leaf, space, space), function(layer, arrived, given), spaces)
+
+    return moved
 
 
 def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
