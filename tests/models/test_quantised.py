@@ -88,6 +88,12 @@ def test_nf4_is_the_nearest_of_sixteen_levels_times_the_peak_of_64_inputs():
         np.testing.assert_allclose(found[start : start + 64], quantised.NF4_LEVELS[nearest] * peaks, rtol=1e-6)
 
 
+def test_a_shard_of_nf4_contains_its_own_rows():
+    stored = quantise(values(256, 8), "nf4")
+    half = Quantised(stored.codes[64:], stored.scales[2:], 128, stored.dtype)
+    np.testing.assert_array_equal(np.asarray(half), np.asarray(stored)[128:])
+
+
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():
     # arXiv 2305.14314 and bitsandbytes' create_normal_map: 8 quantiles above and 7 below zero, from the tail's 0.9677.
     from statistics import NormalDist
