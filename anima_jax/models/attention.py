@@ -36,6 +36,9 @@ _SCORE_BYTES = 16 * 2**20
 TILE = 128
 """Tokens per tile: the TPU kernel needs lengths that are multiples of this."""
 
+_SPLASH_BLOCK, _SPLASH_KEYS = 1024, 2048
+"""Maximum tokens of the TPU kernel's blocks, and of the blocks of keys that its backward pass has in memory."""
+
 CUDNN_CAPABILITY = 8.0
 """Compute capability from which NVIDIA devices have cuDNN's fused attention: Ampere; V100 has 7.0 and T4 7.5."""
 
@@ -72,8 +75,12 @@ def attention(
         raise ValueError(f"{q_blhk.shape[2]} query heads do not divide into {k_bnhk.shape[2]} key heads")
     if implementation == "auto":
         implementation = _best(q_blhk, k_bnhk, key_mask_bn)
-    if implementation in _FUSED and (key_mask_bn is not None or (zero_keys and key_lengths_b is not None)):
-        raise ValueError(f"{implementation} attention accepts key lengths, but no mask and no zero keys after them")
+    if implementation in _FUSED and key_mask_bn is not None:
+        raise ValueError(f"{implementation} attention accepts key lengths, but no mask")
+    if implementation == "cudnn" and zero_keys and key_lengths_b is not None:
+        raise ValueError("cudnn attention accepts no zero keys after key lengths")
+    if implementation == "splash" and q_blhk.dtype == jnp.float16:
+        raise ValueError("splash attention does not support float16; the TPU's kernels have no such operands")
     run = functools.partial(_local, causal=causal, zero_keys=zero_keys, implementation=implementation)
     mesh = active_mesh()
     if mesh is None:
@@ -107,7 +114,9 @@ def _best(q_blhk: Array, k_bnhk: Array, key_mask_bn: Array | None) -> str:
     """Return the implementation that `auto` selects."""
     if key_mask_bn is None and _cudnn_supports(q_blhk):
         return "cudnn"
-    if key_mask_bn is None and platform() == "tpu" and q_blhk.shape[2] == k_bnhk.shape[2]:
+    # The TPU's kernels have no float16.
+    equal_heads = q_blhk.shape[2] == k_bnhk.shape[2]
+    if key_mask_bn is None and platform() == "tpu" and equal_heads and q_blhk.dtype != jnp.float16:
         return "splash"
     return "xla"
 
@@ -125,9 +134,7 @@ def _local(
 ) -> Array:
     """Compute attention on one device."""
     if implementation in _FUSED:
-        out_blhk = _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
-        # For a query without keys the kernels return a mean of the masked values.
-        return out_blhk if key_lengths_b is None else jnp.where(key_lengths_b[:, None, None, None] > 0, out_blhk, 0)
+        return _FUSED[implementation](q_blhk, k_bnhk, v_bnhk, key_lengths_b, causal, zero_keys)
     batch, keys = k_bnhk.shape[:2]
     if key_lengths_b is not None:
         within_bn = jnp.arange(keys) < key_lengths_b[:, None]
@@ -137,12 +144,6 @@ def _local(
     q_bhlk, k_bgnk, v_bgnk = (x.swapaxes(1, 2) for x in (q_blhk, k_bnhk, v_bnhk))
     out_bhlk: Array = _xla(q_bhlk, k_bgnk, v_bgnk, key_mask_bn, causal, zero_keys)
     return out_bhlk.swapaxes(1, 2)
-
-
-def _with_zero_keys(k_bnhk: Array, v_bnhk: Array, zero_keys: int) -> tuple[Array, Array]:
-    """Append zero keys and values, for kernels that need them stored."""
-    padding = ((0, 0), (0, zero_keys), (0, 0), (0, 0))
-    return jnp.pad(k_bnhk, padding), jnp.pad(v_bnhk, padding)
 
 
 # NVIDIA
@@ -161,11 +162,15 @@ def _cudnn_supports(q_blhk: Array) -> bool:
 def _cudnn(
     q_blhk: Array, k_bnhk: Array, v_bnhk: Array, key_lengths_b: Array | None, causal: bool, zero_keys: int
 ) -> Array:
-    k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
+    k_bnhk, v_bnhk = (jnp.pad(x, ((0, 0), (0, zero_keys), (0, 0), (0, 0))) for x in (k_bnhk, v_bnhk))
     lengths: dict[str, Any] = {}
     if key_lengths_b is not None:
         every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
-        lengths = {"key_value_seq_lengths": key_lengths_b.astype(jnp.int32), "query_seq_lengths": every_query_b}
+        # An example without keys attends to its first value, which is set to 0, instead of a mean of masked values.
+        first_b1hk = jnp.where(key_lengths_b[:, None, None, None] > 0, v_bnhk[:, :1], 0)
+        v_bnhk = jax.lax.dynamic_update_slice_in_dim(v_bnhk, first_b1hk, 0, axis=1)
+        own_b = jnp.maximum(key_lengths_b, 1).astype(jnp.int32)
+        lengths = {"key_value_seq_lengths": own_b, "query_seq_lengths": every_query_b}
     out_blhk = jax.nn.dot_product_attention(q_blhk, k_bnhk, v_bnhk, is_causal=causal, implementation="cudnn", **lengths)
     return checkpoint_name(out_blhk, "attention_out")
 
@@ -178,49 +183,66 @@ def _splash(
 ) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    k_bnhk, v_bnhk = _with_zero_keys(k_bnhk, v_bnhk, zero_keys)
-    queries, heads, keys = *q_blhk.shape[1:3], k_bnhk.shape[1]
-    q_bhlk, k_bhnk, v_bhnk = (
-        _whole_tiles(x.swapaxes(1, 2)) for x in (q_blhk * q_blhk.shape[-1] ** -0.5, k_bnhk, v_bnhk)
-    )
-    shape = (q_bhlk.shape[2], k_bhnk.shape[2])
-    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    (_, queries, heads, _), (_, keys, groups, _) = q_blhk.shape, k_bnhk.shape
+    block_q, block_kv = _splash_block(queries), _splash_block(keys)
+    shape = (-(-queries // block_q) * block_q, -(-keys // block_kv) * block_kv)
+    if key_lengths_b is None and shape[1] > keys:
+        if zero_keys >= shape[1] - keys:
+            zero_keys -= shape[1] - keys  # the padding is some of them
+        else:
+            key_lengths_b = jnp.full(len(k_bnhk), keys)
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=_splash_blocks(*shape),
+        splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * (heads // groups)),
+        block_sizes=_splash_blocks(block_q, block_kv, shape[1]),
         residual_checkpoint_name="attention_out",
         interpret=platform() != "tpu",
     )
-    # Padding keys belong to a different segment than the queries.
-    lengths_b = jnp.full(k_bhnk.shape[:1], keys) if key_lengths_b is None else key_lengths_b
-    beyond_bn = (jnp.arange(shape[1]) >= lengths_b[:, None]).astype(jnp.int32)
-    segments = splash.SegmentIds(jnp.zeros((len(beyond_bn), shape[0]), jnp.int32), beyond_bn)
-    out_bhlk: Any = jax.vmap(kernel)(q_bhlk, k_bhnk, v_bhnk, segments)
-    return out_bhlk[:, :, :queries].swapaxes(1, 2)
+    segments = sinks = None
+    if key_lengths_b is not None:
+        # Padding keys belong to a different segment than the queries.
+        beyond_bn = (jnp.arange(shape[1]) >= key_lengths_b[:, None]).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.zeros((len(beyond_bn), shape[0]), jnp.int32), beyond_bn)
+    if zero_keys or segments is not None:
+        # A term of the softmax's sum: zero keys have the score 0. The floor matters only to a query without any key.
+        sinks = jnp.full(heads // groups, math.log(zero_keys) if zero_keys else _FLOOR, jnp.float32)
+    q_bhlk, k_bgnk, v_bgnk = (
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0)))
+        for x, size in zip((q_blhk * q_blhk.shape[-1] ** -0.5, k_bnhk, v_bnhk), (*shape, shape[1]), strict=True)
+    )
+    # The two cores of a chip can share the examples and groups, over which the kernel is mapped, but not its own grid.
+    run = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None, None)), in_axes=(0, 0, 0, 0, None))
+    grouped = (x.reshape(*x.shape[:1], groups, -1, *x.shape[2:]) for x in (q_bhlk, k_bgnk, v_bgnk))
+    out_bgrlk: Any = run(*grouped, segments, sinks)
+    return out_bgrlk.reshape(q_bhlk.shape)[:, :, :queries].swapaxes(1, 2)
 
 
-def _whole_tiles(x_bhlk: Array) -> Array:
-    """Pad the token axis with zeros to a multiple of `TILE`."""
-    return jnp.pad(x_bhlk, ((0, 0), (0, 0), (0, -x_bhlk.shape[2] % TILE), (0, 0)))
+def _splash_block(length: int) -> int:
+    """Return the block size, a multiple of `TILE`, for `length` tokens, which are padded to a multiple of it.
+
+    A step over a block takes about as long as `TILE` more tokens would.
+    """
+    sizes = range(TILE, _SPLASH_BLOCK + 1, TILE)
+    return min(sizes, key=lambda size: (-(-length // size) * (size + TILE), -size))
 
 
-def _splash_blocks(queries: int, keys: int) -> Any:
-    """Return the kernel's block sizes: the largest multiples of `TILE` up to 1024 that divide the lengths."""
+def _splash_blocks(block_q: int, block_kv: int, keys: int) -> Any:
+    """Return the kernels' block sizes for `keys` padded keys.
+
+    The backward kernel computes the gradients of q, k and v together. It writes those of the queries once for each of
+    its blocks of keys in memory, which are therefore as large as fit.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
-    def largest(length: int) -> int:
-        return max(size for size in range(TILE, 1024 + 1, TILE) if length % size == 0)
-
-    q, kv = largest(queries), largest(keys)
+    count = keys // block_kv
+    together = max(n for n in range(1, count + 1) if count % n == 0 and n * block_kv <= max(_SPLASH_KEYS, block_kv))
     return BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
-        block_q_dq=q,
-        block_kv_dq=kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=together * block_kv,
+        block_kv_dkv_compute=block_kv,
+        use_fused_bwd_kernel=True,
     )
 
 

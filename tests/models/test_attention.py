@@ -130,6 +130,8 @@ def test_unknown_and_unsuitable_implementations_are_refused():
         attention(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="no mask"):
         attention(q, k, v, key_mask_bn=jnp.ones((2, 29), bool), implementation="cudnn")
+    with pytest.raises(ValueError, match="splash attention does not support float16"):
+        attention(*(x.astype(jnp.float16) for x in (q, k, v)), implementation="splash")
 
 
 # Splash works in blocks of 128 with other sums: 5e-6 of the largest value.
@@ -139,12 +141,14 @@ def test_unknown_and_unsuitable_implementations_are_refused():
         {"key_lengths_b": jnp.array([150, 33])},
         {"key_lengths_b": jnp.array([0, 33])},
         {"zero_keys": 40},
+        {"zero_keys": 400},
+        {"key_lengths_b": jnp.array([0, 33]), "zero_keys": 7},
         {"causal": True},
     ],
-    ids=["lengths", "no keys", "zero keys", "causal"],
+    ids=["lengths", "no keys", "few zero keys", "zero keys", "zero keys after lengths", "causal"],
 )
 def test_splash_equals_xla_in_the_interpreter_forward_and_backward(options):
-    q, k, v = random_qkv(queries=200, keys=150, size=64)
+    q, k, v = random_qkv(queries=200, keys=150, groups=2, size=64)
     target = np.random.default_rng(1).normal(size=q.shape)
 
     def loss(q, k, v, implementation):
@@ -185,3 +189,25 @@ def calls_of_kernels(monkeypatch, implementation, policy):
 def test_the_forward_kernel_runs_once_per_layer_under_the_attention_policy(monkeypatch, implementation):
     assert calls_of_kernels(monkeypatch, implementation, "full") == (2, 1)
     assert calls_of_kernels(monkeypatch, implementation, "attention") == (1, 1)
+
+
+def for_tpu(dtype=jnp.bfloat16, **options):
+    """The program of attention of 256 queries to 128 keys, forward and backward, lowered for a TPU."""
+    q, k = (jax.ShapeDtypeStruct((2, length, 4, 64), dtype) for length in (256, 128))
+    gradient = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, **options).astype(jnp.float32)), (0, 1, 2))
+    with compiling_for("tpu"):
+        return jax.jit(gradient).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_tpus_attend_to_zero_keys_without_storing_or_masking_them():
+    text = for_tpu(zero_keys=384)
+    assert re.findall(r"splash_mha_\w+(?=_residuals)", text)
+    assert "segmented" not in text
+    assert "x512x" not in text
+    assert "splash_mha_dq" not in text  # the gradients of q, k and v come from one kernel
+    assert "segmented" in for_tpu(key_lengths_b=jnp.array([100, 128]))
+
+
+def test_tpus_compute_float16_without_their_kernel():
+    assert "tpu_custom_call" in for_tpu()
+    assert "tpu_custom_call" not in for_tpu(jnp.float16)
