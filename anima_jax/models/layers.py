@@ -1,7 +1,7 @@
-"""Layers that the networks share: linear map, RMS norm, rotary embedding and embedding table.
+"""Layers that the networks share: linear map, RMS norm, activations, rotary embedding and embedding table.
 
-A layer computes in the dtype of its input activations; parameters are cast to it on use. Norm statistics, rotary tables
-and softmax are always float32.
+A layer computes in the dtype of its input activations; parameters are cast to it on use. Norms, activations, rotary
+embedding and softmax are computed in float32 inside and round once.
 Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -119,6 +120,34 @@ class RMSNorm(nnx.Module):
         return (normed * self.scale[...]).astype(x.dtype)
 
 
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """Return x · Φ(x) in the dtype of `x`, with the error function, as torch computes it: in float32, rounded once.
+
+    The backward pass keeps only `x`. In bfloat16, `jax.nn.gelu` would round 2/√π, and its gradient would be biased.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype)
+
+
+def _normal_cdf(x32: Array) -> Array:
+    return 0.5 + 0.5 * jax.lax.erf(x32 * math.sqrt(0.5))
+
+
+def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
+    x32 = x.astype(jnp.float32)
+    slope = _normal_cdf(x32) + x32 * jnp.exp(-0.5 * x32 * x32) / math.sqrt(2.0 * math.pi)
+    return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def silu(x: Array) -> Array:
+    """Return x · sigmoid(x), computed in float32, in the dtype of `x`."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Embedding(nnx.Module):
     """Table (vocabulary, features) whose rows are looked up by id."""
 
@@ -139,12 +168,31 @@ def rotary_angles(positions: Array, head_size: int, theta: float) -> Array:
     return positions[..., None].astype(jnp.float32) * theta**-exponents
 
 
+@jax.custom_vjp
 def apply_rotary(x_blhk: Array, angles_bli: Array) -> Array:
-    """Rotate each pair (x[i], x[i + k/2]) by its angle ("rotate half"). `angles_bli` is (b or 1, l, k/2).
+    """Rotate each pair (x[i], x[i + k/2]) by its angle ("rotate half"). `angles_bli` is (b or 1, l, k/2), a constant.
 
-    The sine and cosine are float32; the result has the dtype of `x_blhk`.
+    It is computed in float32 and has the dtype of `x_blhk`.
     """
-    cos, sin = jnp.cos(angles_bli)[:, :, None], jnp.sin(angles_bli)[:, :, None]
-    first, second = jnp.split(x_blhk.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_blhk.dtype)
+    angles_bl1k = jnp.concatenate([angles_bli, angles_bli], axis=-1)[:, :, None]
+    cos, sin = jnp.cos(angles_bl1k), jnp.sin(angles_bl1k)
+    return (x_blhk.astype(jnp.float32) * cos + _rotate_half(x_blhk).astype(jnp.float32) * sin).astype(x_blhk.dtype)
+
+
+def _rotate_half(x_blhk: Array) -> Array:
+    """Return (−second half, first half) of the last axis."""
+    size = x_blhk.shape[-1]
+    if platform() == "tpu":
+        # Halves of 64 lanes would make copies in float32; a product with ±1 is exact, and XLA fuses it.
+        signs_kk = np.roll(np.diag(np.repeat([1.0, -1.0], size // 2)), size // 2, axis=1)
+        precision = jax.lax.Precision.HIGHEST if x_blhk.dtype == jnp.float32 else None
+        return jnp.matmul(x_blhk, signs_kk.astype(x_blhk.dtype), precision=precision)
+    first, second = jnp.split(x_blhk, 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def _apply_rotary_backward(angles_bli: Array, grad_blhk: Array) -> tuple[Array, Array]:
+    return apply_rotary(grad_blhk, -angles_bli), jnp.zeros_like(angles_bli)
+
+
+apply_rotary.defvjp(lambda x_blhk, angles_bli: (apply_rotary(x_blhk, angles_bli), angles_bli), _apply_rotary_backward)

@@ -17,7 +17,7 @@ from jax import Array
 from anima_jax.errors import plural
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
-from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
+from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, gelu, rotary_angles
 
 ROTARY_THETA = 10000.0
 
@@ -155,4 +155,4 @@ class AdapterMLP(nnx.Module):
         self.layer2 = Linear(hidden, width, use_bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.layer2(constrain(jax.nn.gelu(self.layer1(x), approximate=False), "bnf"))
+        return self.layer2(constrain(gelu(self.layer1(x)), "bnf"))

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
-from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
+from anima_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, silu
 
 ROTARY_THETA = 1e6
 
@@ -148,4 +148,4 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "bnf"))
+        return self.down_proj(constrain(silu(self.gate_proj(x)) * self.up_proj(x), "bnf"))
