@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             )
             export.perform(point, state, export.missing(point))
         unconditional = encode_text(batches.unconditional()) if config.uncond_fraction and not stopped else None
-        compiled: set[tuple[int, int]] = set()
+        compiled: set[tuple[int, int, bool]] = set()
         loading = prefetched(
             batches.load, start.data_step, start.position_after(total).data_step, threads=config.map_num_proc
         )
@@ -311,13 +311,12 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             # The device is still computing the previous step: it does not wait for the host, and the host not for it.
             batch = batches.put(host_batch, tier_number)
             batch = batch._replace(text=encode_text(batch.text))
-            program = (tier.tokens, tier.batch_size)
-            with contextlib.nullcontext() if program in compiled else watch_compilation() as compilation:
+            with contextlib.nullcontext() if tier.program in compiled else watch_compilation() as compilation:
                 state, metrics = profiler.run_step(
                     point.step, train_step, state, partition.frozen, batch, unconditional, accumulation
                 )
             if compilation:
-                compiled.add(program)
+                compiled.add(tier.program)
                 writer.print(f"the step of tier {tier.name} was compiled in {compilation}")
             # This writes the metrics of the previous step.
             writer.step(point, metrics.scalars, flops=flops[tier_number], waited=waited)

@@ -34,6 +34,12 @@ class Tier:
     indices: np.ndarray  # of the examples, int64 (n,)
     tokens: int  # token budget per example: tokens of the largest bucket, rounded up to a multiple of 16
     batch_size: int
+    full: bool = False  # whether all examples have that many tokens, so that none is padded
+
+    @property
+    def program(self) -> tuple[int, int, bool]:
+        """Tiers for which this is equal share a compiled program."""
+        return self.tokens, self.batch_size, self.full
 
     def __post_init__(self):
         if len(self.indices) < 1 or self.batch_size < 1:
@@ -206,6 +212,7 @@ def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) 
             indices=np.sort(np.concatenate([np.asarray(examples[bucket], np.int64) for bucket in group])),
             tokens=_budget(group[0].size),
             batch_size=batch_size_of(group[0].size),
+            full=all(bucket.size.tokens == _budget(group[0].size) for bucket in group),
         )
         for group in groups
     ]
@@ -262,5 +269,5 @@ def describe(tiers: Sequence[Tier], buckets: Sequence[Bucket]) -> list[str]:
     if len(tiers) > 1:
         steps = sum(len(tier.indices) / tier.batch_size for tier in tiers)
         lines.append(row("all", sum(len(tier.indices) for tier in tiers), "", padding(tiers, tokens), "", steps))
-    lines.append(f"compiled programs: {len({(tier.tokens, tier.batch_size) for tier in tiers})}")
+    lines.append(f"compiled programs: {len({tier.program for tier in tiers})}")
     return lines

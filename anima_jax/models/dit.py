@@ -23,7 +23,7 @@ from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
-from anima_jax.models.layers import Linear, RMSNorm, apply_rotary
+from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.stack import scan_recomputing
 
@@ -191,6 +191,7 @@ class AnimaDiT(nnx.Module):
         times_b: Array | Modulations,
         context_bnd: Array | KeysValues,
         *,
+        padded: bool = True,
         context_lengths_b: Array | None = None,
         zero_context: int = 0,
         remat: str = "full",
@@ -201,23 +202,22 @@ class AnimaDiT(nnx.Module):
         """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
 
         `grid` is (frames, rows, columns) in patches. It is an int array (b, 3), where tokens beyond an example's own
-        are padding that no token attends to, or one tuple for the whole batch, which then has no padding. All context
-        rows take part in the softmax, including rows of zeros, up to `context_lengths_b` if given; `zero_context` is
-        the number of additional zero rows after those of `context_bnd`. Instead of times and context rows, `velocity`
-        takes what `modulations` (of b times, or of one for the whole batch) and `keys_values` compute from them.
-        `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the backward pass keeps only the input of every n-th
-        block and recomputes n blocks from it under that policy. Raises ValueError if n does not divide the number of
-        blocks, for arrays whose shapes or dtypes do not fit together and, outside of `jax.jit`, for times outside
-        [0, 1].
+        are padding that no token attends to, unless `padded` is false: then no example has any. A tuple is the grid of
+        all examples, without padding. All context rows take part in the softmax, including rows of zeros, up to
+        `context_lengths_b` if given; `zero_context` is the number of additional zero rows after those of `context_bnd`.
+        Instead of times and context rows, `velocity` takes what `modulations` (of b times, or of one for the whole
+        batch) and `keys_values` compute from them. `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the
+        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy. Raises
+        ValueError if n does not divide the number of blocks, for arrays whose shapes or dtypes do not fit together and,
+        outside of `jax.jit`, for times outside [0, 1].
         """
         features = PATCH * PATCH * self.config.latent_channels
         check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd)
         batch, length, _ = latents_blc.shape
         dtype = latents_blc.dtype
-        padded = not isinstance(grid, tuple)
-        grid_b3 = grid if padded else jnp.asarray(grid, jnp.int32)[None]
+        grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
         positions_bl3 = token_positions(grid_b3, length)
-        lengths_b = jnp.prod(grid_b3, axis=-1) if padded else None
+        lengths_b = None if isinstance(grid, tuple) or not padded else jnp.prod(grid_b3, axis=-1)
 
         if isinstance(times_b, Modulations):
             known, condition = times_b.blocks, times_b.final
@@ -330,8 +330,13 @@ class Modulation(nnx.Module):
 def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
     """Return LayerNorm(x) · (1 + scale) + shift, computed in float32, in `dtype`."""
     x32 = x_bld.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + LAYER_NORM_EPS)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    if x_bld.dtype == jnp.float32:
+        variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    else:
+        # One pass over x, which XLA fuses into what computes it. It cancels less than the rounding of 16-bit x.
+        variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    normed = (x32 - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
     return (normed * (1.0 + scale) + shift).astype(dtype)
 
 
@@ -421,7 +426,7 @@ class MLP(nnx.Module):
         self.layer2 = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Array, stream_dtype: DTypeLike) -> Array:
-        hidden = constrain(jax.nn.gelu(self.layer1(x), approximate=False), "blf")
+        hidden = constrain(gelu(self.layer1(x)), "blf")
         return self.layer2(hidden, out_dtype=stream_dtype)
 
 

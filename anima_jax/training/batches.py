@@ -79,7 +79,8 @@ class Batches:
                 yield self.put(self._batch(number, indices, np.zeros(len(indices), np.int64)), number), weights
 
     def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> TrainBatch:
-        cache, length = self._data.cache, self._data.plan.tiers[tier].tokens
+        cache, of_tier = self._data.cache, self._data.plan.tiers[tier]
+        length = of_tier.tokens
         examples = [self._data.examples[index] for index in indices]
         seed = self._config.seed
         captions = [example.caption(seed, int(epoch)) for example, epoch in zip(examples, epochs, strict=True)]
@@ -90,6 +91,7 @@ class Batches:
             epochs_b=epochs.astype(np.int32),
             text=self._text(captions),
             mask_blp=self._masks(examples, length) if self._data.masked else None,
+            full=() if of_tier.full else None,
         )
 
     def unconditional(self) -> Text:

@@ -24,6 +24,7 @@ class Workload(NamedTuple):
     grid: tuple[int, int, int]  # of the tier's largest size
     source_rows: int
     target_rows: int
+    full: bool = False  # no example has padding tokens
 
     @property
     def micro_batch(self) -> int:

@@ -51,6 +51,7 @@ def abstract_batch(
         epochs_b=shape(jnp.int32),
         text=_abstract_text(work, size, config, dtype, text_ids),
         mask_blp=shape(jnp.float32, work.tokens, PIXELS) if masked else None,
+        full=() if work.full else None,
     )
 
 

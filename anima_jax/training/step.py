@@ -45,7 +45,8 @@ class TrainBatch(NamedTuple):
 
     Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `text.source_bnd` contains states of the
     text encoder, or token ids (b, n) if the encoder is trained. `mask_blp` weights the loss of each of the four latent
-    pixels of a token; None if no example of the run has a mask.
+    pixels of a token; None if no example of the run has a mask. `full` is an empty tuple if no example of the tier has
+    padding tokens, for a program without masks in self-attention; None if any may have.
     """
 
     latents_blc: Any
@@ -54,6 +55,7 @@ class TrainBatch(NamedTuple):
     epochs_b: Any
     text: Text
     mask_blp: Any = None
+    full: Any = None
 
 
 class TrainState(NamedTuple):
@@ -188,6 +190,7 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
         batch.grid_b3,
         times_b,
         context_bnd,
+        padded=batch.full is None,
         zero_context=max(0, CONTEXT_ROWS - context_bnd.shape[1]),
         remat=config.remat,
         remat_every=config.remat_every,

@@ -222,11 +222,11 @@ def test_a_tier_is_a_resolution_and_a_number_of_frames():
         sized(512, 512),
     ]
     tiers = make_tiers(buckets, lambda size: size.width // 64)
-    assert [(one.name, one.indices.tolist(), one.tokens, one.batch_size) for one in tiers] == [
-        ("512", [1, 3, 4], 1040, 5),  # 23 × 45 = 1035 tokens in the largest, whose batch size counts
-        ("512x33f", [2], 9008, 6),  # 25 × 40 × 9 = 9000
-        ("1024", [0], 4096, 16),
-        ("size512", [5], 1024, 8),
+    assert [(one.name, one.indices.tolist(), one.tokens, one.batch_size, one.full) for one in tiers] == [
+        ("512", [1, 3, 4], 1040, 5, False),  # 23 × 45 = 1035 tokens in the largest, whose batch size counts
+        ("512x33f", [2], 9008, 6, False),  # 25 × 40 × 9 = 9000
+        ("1024", [0], 4096, 16, True),
+        ("size512", [5], 1024, 8, True),
     ]
 
 

@@ -148,6 +148,15 @@ def test_examples_of_different_shapes_in_one_padded_batch_equal_each_alone():
         assert relative_error(unpatchify(real, *(int(n) for n in grid)), alone) < VALUE_TOLERANCE
 
 
+def test_a_batch_without_padding_needs_no_lengths():
+    model = small_model()
+    tokens, times, context = random(2, 12, 64), jnp.array([0.2, 0.5]), random(2, 7, 24)
+    grids = np.array([[1, 3, 4], [1, 3, 4]])
+    told = quick_jit(lambda model, *inputs: model.velocity(*inputs, padded=False))
+    fixed = quick_jit(lambda model, tokens, *inputs: model.velocity(tokens, (1, 3, 4), *inputs))
+    np.testing.assert_array_equal(told(model, tokens, grids, times, context), fixed(model, tokens, times, context))
+
+
 def test_padded_and_masked_captions_equal_each_alone_in_the_adapter():
     model = small_model()
     source, ids = random(2, 9, 20), jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 8)))
