@@ -44,11 +44,11 @@ def linear(
         kernel_io = constrain(kernel_io, kernel_axes)
     kernel_io, out_dtype = kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
     out: Array
-    if x.dtype == jnp.float32 or (out_dtype == x.dtype and platform() != "cpu"):
-        # On GPUs and TPUs a plain 16-bit product is accumulated in float32 and is the fast path.
+    if platform() != "cpu" and out_dtype == x.dtype:
+        # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is the fast path.
         out = x @ kernel_io
     else:
-        out = _matmul_16bit(x, kernel_io, out_dtype)  # pyright: ignore[reportAssignmentType]
+        out = _matmul(x, kernel_io, out_dtype)  # pyright: ignore[reportAssignmentType]
     return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
@@ -57,20 +57,21 @@ def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_16bit(x: Array, kernel_io: Array, out_dtype: Any) -> Array:
-    """Return a product of 16-bit operands in `out_dtype`, float32 or their own.
+def _matmul(x: Array, kernel_io: Array, out_dtype: Any) -> Array:
+    """Return a product of operands of one dtype in `out_dtype`, float32 or their own.
 
     A CPU uses its fast matrix units only for a float32 result. The backward pass is hand-written because the cotangent
-    would otherwise be float32, and both of its products would take the slow path, on all hardware.
+    of 16-bit operands would otherwise be float32, so that both of its products would take the slow path on all
+    hardware, and because XLA's own gradient of the kernel is a product of two transposed operands, slow on CPUs.
     """
     return _contract(x, kernel_io, ((x.ndim - 1,), (0,)), out_dtype)
 
 
-def _matmul_16bit_forward(x: Array, kernel_io: Array, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul_16bit(x, kernel_io, out_dtype), (x, kernel_io)
+def _matmul_forward(x: Array, kernel_io: Array, out_dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, kernel_io, out_dtype), (x, kernel_io)
 
 
-def _matmul_16bit_backward(out_dtype: Any, residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
+def _matmul_backward(out_dtype: Any, residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
     del out_dtype
     x, kernel_io = residuals
     grad_out, rows = grad_out.astype(x.dtype), tuple(range(x.ndim - 1))
@@ -82,7 +83,7 @@ def _contract(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]],
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-_matmul_16bit.defvjp(_matmul_16bit_forward, _matmul_16bit_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):

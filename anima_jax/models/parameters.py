@@ -45,7 +45,7 @@ def initial(
     return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1], shardings)()
 
 
-_CPU_OPTIONS = {
+_CPU_OPTIONS: dict[str, Any] = {
     # This pass would convert the stacked 16-bit weights to float32 ahead of the scan over the blocks: a copy of twice
     # their size, which every block then converts back.
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
