@@ -59,6 +59,17 @@ def compiler_options() -> dict[str, Any] | None:
     return _CPU_OPTIONS if platform() == "cpu" and _cpu_accepts_options() else None
 
 
+def jit_network(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with `compiler_options`, for module level: the hardware is asked for at the first call."""
+
+    @functools.cache
+    def jitted(platform: str) -> Callable[..., Any]:
+        del platform  # a key of the cache
+        return jax.jit(function, compiler_options=compiler_options(), **options)
+
+    return functools.wraps(function)(lambda *args, **kwargs: jitted(platform())(*args, **kwargs))
+
+
 @functools.cache
 def _cpu_accepts_options() -> bool:
     """Return whether this version of XLA knows `_CPU_OPTIONS`; versions add and remove options."""

@@ -26,7 +26,7 @@ from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.dit_inputs import Modulations
-from anima_jax.models.parameters import Params, merge
+from anima_jax.models.parameters import Params, jit_network, merge
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import device_bytes
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate
@@ -267,7 +267,9 @@ def report(callback: ProgressCallback, done: int, total: int, finished: tuple[An
 
 
 @partial(
-    jax.jit, static_argnames=("graphdef", "with_negative", "both", "zero_context", "dtype"), donate_argnames=("carry",)
+    jit_network,
+    static_argnames=("graphdef", "with_negative", "both", "zero_context", "dtype"),
+    donate_argnames=("carry",),
 )
 def advance(
     params: Params,
