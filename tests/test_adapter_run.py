@@ -25,14 +25,14 @@ ADAPTERS = {
 }
 
 
-class TrainedRun(NamedTuple):
+class AdapterRun(NamedTuple):
     """A finished run of eight steps of four examples in four epochs."""
 
     config: pathlib.Path
     folder: pathlib.Path
 
 
-def trained(root: pathlib.Path, kind: str, *sets: str) -> TrainedRun:
+def trained(root: pathlib.Path, kind: str, *sets: str) -> AdapterRun:
     """Train an adapter of this kind on eight images, with a checkpoint after every step."""
     images = root / "images"
     images.mkdir()
@@ -50,11 +50,11 @@ def trained(root: pathlib.Path, kind: str, *sets: str) -> TrainedRun:
     config = write_config(root, images, main, adapter=ADAPTERS[kind], model=model, sample=sample)
     train(["--config", str(config), *(word for key in sets for word in ("--set", key))])
     (folder,) = (root / "runs").iterdir()
-    return TrainedRun(config, folder)
+    return AdapterRun(config, folder)
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
-def whole(request, tmp_path_factory) -> TrainedRun:
+def whole(request, tmp_path_factory) -> AdapterRun:
     return trained(tmp_path_factory.mktemp("whole"), request.param)
 
 
