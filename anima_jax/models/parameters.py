@@ -67,7 +67,11 @@ def jit_network(function: Callable[..., Any], **options: Any) -> Callable[..., A
         del platform  # a key of the cache
         return jax.jit(function, compiler_options=compiler_options(), **options)
 
-    return functools.wraps(function)(lambda *args, **kwargs: jitted(platform())(*args, **kwargs))
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return jitted(platform())(*args, **kwargs)
+
+    return call
 
 
 @functools.cache
