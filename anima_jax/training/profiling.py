@@ -17,6 +17,9 @@ from anima_jax.errors import UserError
 Result = TypeVar("Result")
 
 
+MIN_COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"
+
+
 def user_cache_folder() -> pathlib.Path:
     """Return the user's folder of compiled programs. It is not shared, because they are executable code."""
     root = os.environ.get("XDG_CACHE_HOME", "")
@@ -42,6 +45,9 @@ def use_compilation_cache(folder: str | None) -> str | None:
                 raise UserError(f"compilation_cache_dir = {chosen}: expected a writable folder, or '' for no cache")
             chosen = ""
     jax.config.update("jax_compilation_cache_dir", chosen or None)
+    if MIN_COMPILE_TIME.upper() not in os.environ:
+        # JAX leaves out programs that compile in less than a second; a second run would compile those again.
+        jax.config.update(MIN_COMPILE_TIME, 0.0)
     compilation_cache.reset_cache()  # JAX reads the setting only at its first compilation
     return chosen or None
 
