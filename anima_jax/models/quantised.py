@@ -171,14 +171,16 @@ def _peak(values: Array, axis: int) -> Array:
 
 
 def _int8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
-    scales = _peak(values, axis) / 127.0
+    scales = jnp.maximum(_peak(values, axis) / 127.0, jnp.finfo(jnp.float32).tiny)  # less would be rounded to 0
     return jnp.round(values / scales).astype(dtype), scales
 
 
 def _float8(values: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
-    # ratio = mantissa · 2^exponent with mantissa in [½, 1); the scale is the smallest power of two ≥ ratio.
-    mantissa, exponent = jnp.frexp(_peak(values, axis) / jnp.finfo(dtype).max.astype(jnp.float32))
-    scales = jnp.ldexp(jnp.ones_like(mantissa), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    """Return codes and scales; a scale is the smallest power of two, of those in float32, ≥ peak / largest float8."""
+    largest, exponent_of_largest = np.frexp(np.float32(jnp.finfo(dtype).max))
+    mantissa, exponent = jnp.frexp(_peak(values, axis))
+    exponent = exponent - exponent_of_largest + (mantissa > largest)
+    scales = jnp.ldexp(jnp.ones_like(mantissa), jnp.maximum(exponent, jnp.finfo(jnp.float32).minexp))
     return (values / scales).astype(dtype), scales
 
 

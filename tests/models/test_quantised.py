@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
@@ -70,6 +70,9 @@ def test_float8_weights_are_stored_exactly(storage):
     arrays(np.float32, (5, 4), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)),
     st.sampled_from(["float8", "float8_e5m2", "int8"]),
 )
+@example(np.full((5, 4), 2.5e-36, np.float32), "float8")  # peak / 448 is below the smallest normal number
+@example(np.full((5, 4), 1.4e-36, np.float32), "int8")
+@example(np.full((5, 4), 1e-34, np.float32), "float8_e5m2")
 def test_no_value_is_off_by_more_than_half_a_step(kernel, storage):
     peak = np.abs(kernel).max(0)
     found = np.asarray(quantise(jnp.asarray(kernel), storage))
