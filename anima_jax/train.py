@@ -34,6 +34,8 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import use_device_memory
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
+from anima_jax.parallel.topologies import parse_topology, use_compilers
+from anima_jax.platform import compiling_for
 from anima_jax.sampling.pipeline import check_networks
 from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.training import command, estimate, events, fit, optimizers, tables
@@ -62,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
     """
     command.log_to_console()
     arguments = command.parse_arguments(argv)
+    topology = parse_topology(arguments.compile) if arguments.compile is not None else None
+    if topology:
+        use_compilers()
     use_device_memory()
     hosts.join(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     with hosts.abort_all_on_error(), errors_reported_once(), contextlib.ExitStack() as stack:
@@ -75,18 +80,21 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
                 check_optimizer=optimizers.check,
             )
 
+        if topology:
+            topology.devices()  # before anything else: its compiler may be missing
+            stack.enter_context(compiling_for(topology.hardware))
         if arguments.dry_run:  # says whether a run fits before gigabytes are downloaded
             stack.enter_context(headers_only())
         config = load()
         toml_files = configuration_files(config)  # now: they may be renamed during the run
         hosts.assert_same_on_all_processes(lambda: command.shared_arguments(config, arguments))
-        target = target_of(arguments)
+        target = target_of(arguments, topology)
 
         # ---- mesh -------------------------------------------------------------------------------------------------
 
-        if arguments.devices:  # a dry run does not need the devices that it is for
+        if target.devices:  # a dry run does not need the devices that it is for
             mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
-            sizes = resolve_sizes(config.mesh.sizes, arguments.devices)
+            sizes = resolve_sizes(config.mesh.sizes, target.devices)
         else:
             mesh = make_mesh(config.mesh.sizes)
             sizes = mesh.shape
@@ -129,14 +137,14 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             config, abstract = variant.config, variant.partition
             run = dataclasses.replace(run, config=config)
             data.use_config(config)
-            if not arguments.devices:
+            if not target.devices:
                 mesh = make_mesh(config.mesh.sizes)
                 stack.enter_context(jax.set_mesh(mesh))
         if arguments.dry_run:
             if problems.count:
                 print(problems.summary())
             before = fit.overrides_of(fitted or {})
-            dry_run(run, abstract, data, tokenizers, target, lambda keys: load([*before, *keys]))
+            dry_run(run, abstract, data, tokenizers, target, lambda keys: load([*before, *keys]), topology)
             return
         stack.enter_context(command.output_may_fail())
         for path in filter(None, [config.output_dir, arguments.dump_dataset]):

@@ -5,8 +5,8 @@ libtpu and JAX's CUDA plugin compile for such devices; nothing can run on them.
 
 import contextlib
 import dataclasses
+import fnmatch
 import importlib.metadata
-import importlib.util
 import itertools
 import math
 import os
@@ -18,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from anima_jax.errors import UserError
-from anima_jax.parallel.devices import DEVICE_SPECS, DeviceSpec, find_device_spec, near_names
+from anima_jax.parallel.devices import DeviceSpec, find_device_spec, near_names
 from anima_jax.parallel.gpus import hardware_of, target_config
 from anima_jax.platform import Hardware
 
@@ -70,8 +70,7 @@ class Topology:
         return self._tpu_devices() if self.shape else self._gpu_devices()
 
     def _tpu_devices(self) -> list[Any]:
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(f"--compile {self.name}: needs libtpu: pip install 'anima_jax[aot-tpu]'")
+        _check_installed(self.name, "libtpu", "aot-tpu")
         options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(self.shape) == 1 else {}
         if self.spec.name in _MEGACORE:
             options["chip_config_name"] = "megacore"
@@ -80,8 +79,7 @@ class Topology:
         return list(found)
 
     def _gpu_devices(self) -> list[Any]:
-        if importlib.util.find_spec("jax_cuda13_plugin") is None:
-            raise UserError(f"--compile {self.name}: needs JAX's CUDA plugin: pip install 'anima_jax[aot-gpu]'")
+        _check_installed(self.name, "jax-cuda13-plugin", "aot-gpu")
         from jax._src.lib import cuda_versions
 
         version = cuda_versions.cudnn_get_version() if cuda_versions else 90000  # 91200 is 9.12.0
@@ -92,6 +90,23 @@ class Topology:
                 "", "cuda", target_config=target_config(self.spec, cudnn), topology=f"1x{self.count // size}x{size}"
             ).devices
         return list(found)
+
+
+def _check_installed(name: str, package: str, extra: str) -> None:
+    """Raise UserError unless a compiler's package is installed, in the version that jax's own extra asks for."""
+    found, install = _version(package), f"pip install 'anima_jax[{extra}]'"
+    if found is None:
+        raise UserError(f"--compile {name}: {package} is not installed: {install}")
+    needed = [match[1] for line in importlib.metadata.requires("jax") or () if (match := _needed(package, line))]
+    if needed and not any(fnmatch.fnmatchcase(found, pattern) for pattern in needed):
+        raise UserError(
+            f"--compile {name}: found {package} {found}, but jax {jax.__version__} needs {needed[0]}: {install}"
+        )
+
+
+def _needed(package: str, requirement: str) -> re.Match[str] | None:
+    """Return a match whose first group is the version, such as "0.0.42.*", if the requirement is of this package."""
+    return re.match(rf"{re.escape(package)}(?:\[[^]]*\])?(?:==|<=)([\w.*]+)", requirement)
 
 
 @contextlib.contextmanager
@@ -105,11 +120,11 @@ def _compiler_errors(name: str, package: str) -> Iterator[None]:
         raise UserError(f"--compile {name}: {reason} ({versions})") from error
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def use_compilers() -> None:
@@ -147,8 +162,10 @@ def parse_topology(text: str) -> Topology:
         return _slice(text, spec, number, cores=bool(found and found[4]))
     hardware = hardware_of(spec)
     if hardware is None or not hardware.has_capability(CUDA_CAPABILITY):
-        known = ", ".join(one.name for one in DEVICE_SPECS if (own := hardware_of(one)) and own.capability != "7.0")
-        raise UserError(f"--compile {text}: no compiler for {spec.name}; there are those of TPUs and of {known}")
+        raise UserError(
+            f"--compile {text}: there is no compiler for {spec.name}; expected a TPU or an NVIDIA GPU of compute "
+            f"capability {CUDA_CAPABILITY} (Turing) or later"
+        )
     count = math.prod(_sizes(number or "1"))
     size = min(count, spec.domain_size)
     if count < 1 or count % size:

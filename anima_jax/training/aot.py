@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,12 +100,19 @@ def on_topology(topology: Topology, sizes: dict[str, int]) -> Iterator[None]:
         yield
 
 
-def compile_for(topology: Topology, lowered: Any, options: Mapping[str, Any] | None = None) -> CompiledProgram:
-    """Compile a lowered program, with more `options` of the compiler. Raises UserError if that is not possible."""
+def compile_for(
+    topology: Topology, lower: Callable[[], Any], options: Mapping[str, Any] | None = None
+) -> CompiledProgram:
+    """Compile what `lower` returns, a lowered program, with more `options` of the compiler.
+
+    Raises UserError if that is not possible for another reason than memory.
+    """
     start = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options=dict(options) if options else None)
-    except jax.errors.JaxRuntimeError as error:
+        compiled = lower().compile(compiler_options=dict(options) if options else None)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: Mosaic's, XLA's, those of kernels that the device does not have
         used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
         if used is None:
             raise UserError(f"--compile {topology.name}: {' '.join(str(error).split())[:400]}") from error

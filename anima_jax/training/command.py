@@ -32,7 +32,16 @@ SWITCHES = {
 }
 """Flags that set a key of the configuration to true."""
 
-SHARED_FLAGS = ("cache_only", "dump_dataset", "dry_run", "devices", "device_kind", "device_memory", "profile")
+SHARED_FLAGS = (
+    "cache_only",
+    "dump_dataset",
+    "dry_run",
+    "devices",
+    "device_kind",
+    "device_memory",
+    "compile",
+    "profile",
+)
 """Flags that do not set keys and must be equal in all processes of a run."""
 
 LOGGER = logging.getLogger("anima_jax")
@@ -137,6 +146,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device_memory", metavar="SIZE", help="with --dry_run: for devices with this much memory, as in 12GiB"
     )
+    parser.add_argument(
+        "--compile",
+        metavar="TARGET",
+        help="with --dry_run: compile the run's programs for these devices, as in 'v5p:8x8x4', 'H100' or 'RTX 4090:2'",
+    )
     parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
     parser.add_argument(
         "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
@@ -145,9 +159,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in unsupported_keys.FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    for flag in ("devices", "device_kind", "device_memory"):
+    for flag in ("devices", "device_kind", "device_memory", "compile"):
         if getattr(arguments, flag) is not None and not arguments.dry_run:
             parser.error(f"--{flag}: is for --dry_run; a run uses the devices of this machine")
+    for flag in ("devices", "device_kind"):
+        if getattr(arguments, flag) is not None and arguments.compile is not None:
+            parser.error(f"--{flag}: --compile {arguments.compile} says for which devices; expected one of the two")
     if arguments.devices is not None and arguments.devices < 1:
         parser.error(f"--devices {arguments.devices}: expected at least 1")
     return arguments

@@ -5,12 +5,17 @@ import math
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
 from anima_jax.parallel.mesh import current_mesh, resolve_sizes
+from anima_jax.parallel.topologies import Topology
 from anima_jax.text.tokenizers import Tokenizers
 from anima_jax.training import estimate, fit, tables
+from anima_jax.training.compiled_run import RunCompiler
 from anima_jax.training.run import Run
 from anima_jax.training.state import ParamPartition, build_optimizer
 from anima_jax.training.step import StepConfig
 from anima_jax.training.target import COMMON, Target
+
+ATTEMPTS = 3
+"""How many variants of a run that does not fit are compiled at most."""
 
 
 def dry_run(
@@ -20,10 +25,12 @@ def dry_run(
     tokenizers: Tokenizers,
     target: Target,
     reload: fit.Reload,
+    topology: Topology | None = None,
 ) -> None:
     """Print the tables of a run of `partition` (shapes) on the devices of `target`, and whether it fits them.
 
-    If it does not, print the first settings that do, which `reload` loads. Raises UserError if it does not fit devices
+    If it does not, print the first settings that do, which `reload` loads. With a `topology` the run's programs are
+    compiled for it, and the compiler's memory decides. Raises UserError if it does not fit devices
     that the command line names.
     """
     config = run.config
@@ -52,7 +59,8 @@ def dry_run(
     variants = fit.RunVariants(
         run, partition, data, rows, reload, devices=math.prod(mesh.values()), platform=target.platform
     )
-    _judge(found, variants, target)
+    compile_variant = RunCompiler(run, data, rows, topology) if topology else None
+    _judge(found, variants, target, compile_variant)
 
 
 def run_steps(config: MainConfig, data: TrainingData) -> dict[str, int]:
@@ -64,8 +72,16 @@ def run_steps(config: MainConfig, data: TrainingData) -> dict[str, int]:
     return {name: round(count * limit / total) for name, count in steps.items()}
 
 
-def _judge(found: estimate.Estimate, variants: fit.RunVariants, target: Target) -> None:
+def _judge(
+    found: estimate.Estimate, variants: fit.RunVariants, target: Target, compile_variant: RunCompiler | None
+) -> None:
     """Print whether the run fits, and if not the settings with which it does. Raises UserError as `dry_run`."""
+    needed = found.memory.total
+    own = variants.of({})
+    if compile_variant and own:
+        compiled = compile_variant(own)
+        print("\n".join(compiled.lines()) + "\n")
+        needed = compiled.total
     if target.spec and target.spec.note:
         print(f"{target.spec.name} {target.spec.note}")
     given = fit.float16_keys(variants.config, target)
@@ -73,20 +89,46 @@ def _judge(found: estimate.Estimate, variants: fit.RunVariants, target: Target) 
         print(f"  {fit.set_line(given)}")
     if target.memory is None:
         return
-    needed = found.memory.total
     if needed <= target.memory:
         print(f"it fits: {estimate.need(needed, target.memory, target.name)}")
         return
     print(f"it does not fit: {estimate.need(needed, target.memory, target.name)}")
-    keys = fit.fitting_keys(variants, target.memory, given=given)
-    variant = variants.of(keys) if keys is not None else None
-    if keys is None or variant is None:
+    fitting = _fitting(variants, target.memory, given, compile_variant, needed / found.memory.total)
+    if fitting is None:
         remedy = "no other setting is enough: expected an [adapter], smaller images, or devices with more memory"
         print(remedy)
     else:
+        keys, total = fitting
         remedy = fit.set_line(keys)
-        print(f"it fits with {variant.found.total / estimate.GIB:.1f} GiB if these flags are added:\n  {remedy}")
+        print(f"it fits with {total / estimate.GIB:.1f} GiB if these flags are added:\n  {remedy}")
         for line in fit.changes(keys):
             print(f"  {line}")
     if target.named:
         estimate.check_memory(needed, target.memory, target.name, remedy)
+
+
+def _fitting(
+    variants: fit.RunVariants,
+    limit: float,
+    given: fit.Keys,
+    compile_variant: RunCompiler | None,
+    over: float,
+) -> tuple[fit.Keys, float] | None:
+    """Return the cheapest settings with which the run fits `limit`, and the bytes that it then needs; None: none.
+
+    With a compiler its figure counts: settings are looked for at the counted memory that corresponds to the limit,
+    which at first is divided by `over`, compiled / counted, and then by that of the settings that were compiled.
+    """
+    for _ in range(ATTEMPTS):
+        keys = fit.fitting_keys(variants, limit / over, given=given)
+        variant = variants.of(keys) if keys is not None else None
+        if keys is None or variant is None:
+            return None
+        if compile_variant is None:
+            return keys, variant.found.total
+        print(f"compiling with {fit.set_line(keys)}", flush=True)
+        needed = compile_variant(variant).total
+        if needed <= limit:
+            return keys, needed
+        over = max(over, needed / variant.found.total)
+    return None

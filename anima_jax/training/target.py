@@ -18,6 +18,7 @@ from anima_jax.parallel.devices import (
     near_names,
     parse_bytes,
 )
+from anima_jax.parallel.topologies import Topology
 from anima_jax.platform import hardware
 
 COMMON = [
@@ -63,8 +64,8 @@ class Target:
         return self.spec is not None and self.spec.platform == "gpu" and not self.spec.bfloat16
 
 
-def target_of(arguments: argparse.Namespace) -> Target:
-    """Return the devices that the flags describe, by default those of this machine.
+def target_of(arguments: argparse.Namespace, topology: Topology | None = None) -> Target:
+    """Return the devices that the flags (or the `topology` of one) describe, by default those of this machine.
 
     If a number of devices is given without a kind on a machine that has only a CPU, every known kind is possible.
     Raises UserError if the kind is not known or the memory is not an amount of memory.
@@ -76,6 +77,8 @@ def target_of(arguments: argparse.Namespace) -> Target:
             memory = parse_bytes(amount)
         except UserError as error:
             raise UserError(f"--device_memory: {error}") from None
+    if topology:
+        return Target(topology.count, [topology.spec], memory or topology.spec.memory, topology.name, True)
     if kind:
         spec = find_device_spec(kind)
         if spec is None:

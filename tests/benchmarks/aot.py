@@ -15,7 +15,6 @@ import os
 import pathlib
 import sys
 import tempfile
-import time
 from typing import Any
 
 from anima_jax.parallel.topologies import parse_topology, use_compilers
@@ -102,10 +101,9 @@ def run(
         with aot.on_topology(topology, sizes):
             dtype = jnp.dtype(config.cached_dtype)
             given = abstract_batch(work, batch, partition.config, dtype, text_ids=partition.text_ids)
-            start = time.monotonic()
-            lowered = lowered_step(partition, optimizer, step_config, work, given)
-            print(f"lowered in {time.monotonic() - start:.0f} s", flush=True)
-            found = aot.compile_for(topology, lowered, options)
+            found = aot.compile_for(
+                topology, lambda: lowered_step(partition, optimizer, step_config, work, given), options
+            )
     if save and found.text:
         pathlib.Path(save).write_text(found.text)
     step = counted.total - sum(counted.rows.get(row, 0) for row in ("encoders", "samples and evaluation"))
