@@ -132,6 +132,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dump_dataset", metavar="DIR", help="fill the cache, write its images as the VAE decodes them, and stop"
     )
+    _add_dry_run_flags(parser)
+    parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
+    parser.add_argument(
+        "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
+    )
+    hosts.add_flags(parser)
+    for flag in unsupported_keys.FLAGS:
+        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    _check_dry_run_flags(parser, arguments)
+    return arguments
+
+
+def _add_dry_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -151,14 +165,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TARGET",
         help="with --dry_run: compile the run's programs for these devices, as in 'v5p:8x8x4', 'H100' or 'RTX 4090:2'",
     )
-    parser.add_argument("--profile", metavar="START:STOP", help="write an xprof trace of these steps (from 1)")
-    parser.add_argument(
-        "--i_know_what_i_am_doing", action="store_true", help="allow more than three resolutions in a data set"
-    )
-    hosts.add_flags(parser)
-    for flag in unsupported_keys.FLAGS:
-        parser.add_argument(f"--{flag}", nargs="?", const=True, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+
+
+def _check_dry_run_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise UserError for flags of a dry run without one, and for two that contradict each other."""
     for flag in ("devices", "device_kind", "device_memory", "compile"):
         if getattr(arguments, flag) is not None and not arguments.dry_run:
             parser.error(f"--{flag}: is for --dry_run; a run uses the devices of this machine")
@@ -167,7 +177,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{flag}: --compile {arguments.compile} says for which devices; expected one of the two")
     if arguments.devices is not None and arguments.devices < 1:
         parser.error(f"--devices {arguments.devices}: expected at least 1")
-    return arguments
 
 
 def unsupported_flags(arguments: argparse.Namespace) -> list[str]:

@@ -48,8 +48,8 @@ class RunCompiler:
         """Compile a variant of the run. Raises UserError if the compiler cannot, other than for want of memory."""
         config, partition = variant.config, variant.partition
         run, step_config = dataclasses.replace(self._run, config=config), StepConfig.of(config)
-        works = estimate.step_workloads(run, self._data, *self._rows)
-        work = max(works, key=lambda work: work.micro_batch * work.tokens)
+        workloads = estimate.step_workloads(run, self._data, *self._rows)
+        work = max(workloads, key=lambda work: work.micro_batch * work.tokens)
         batch = abstract_batch(
             work,
             work.batch,
