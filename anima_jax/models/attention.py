@@ -5,8 +5,9 @@ once. Its backward pass is hand-written and recomputes the scores, as in FlashAt
 statistics are float32, and every product has operands of one dtype and a float32 result, which is the fast path for
 16-bit products on all hardware. In float16 the weights and their gradients, which at 4,096 keys may be smaller than its
 smallest number, are multiplied by powers of two before they are rounded, and the products divided by them.
-`cudnn` is NVIDIA's fused kernel. Padding is passed to it as lengths, because it would materialise a mask.
-`splash` is JAX's Pallas kernel for TPUs. Padding is passed to it as segment ids.
+`cudnn` is NVIDIA's fused kernel. Padding is passed to it as lengths, because it would materialise a mask. Zero keys are
+added to its softmax's sum afterwards.
+`splash` is JAX's Pallas kernel for TPUs. Padding is passed to it as segment ids, and zero keys as an attention sink.
 
 On a mesh each device computes attention for its own examples and heads (`jax.shard_map`). If the tokens are sharded
 over the context axis, an all-to-all reshards from tokens to heads before attention, and another one reverses this
@@ -63,7 +64,7 @@ def attention(
     Keys and values may have fewer heads than the queries (grouped-query attention). Keys at or beyond `key_lengths_b`
     and keys where `key_mask_bn` is false are masked; the result for a query without any key is 0. With `causal`, query
     l attends to keys 0…l. `zero_keys` is the number of additional all-zero keys and values that take part in the
-    softmax; `xla` does not store them.
+    softmax; they are not stored.
 
     `seq_sharded` says which tokens are sharded over the mesh's context axis: none (""), the queries ("q"), or queries,
     keys and values ("qk"). Raises ValueError for an `implementation` that is unknown or does not support the masking,
@@ -77,8 +78,6 @@ def attention(
         implementation = _best(q_blhk, k_bnhk, key_mask_bn)
     if implementation in _FUSED and key_mask_bn is not None:
         raise ValueError(f"{implementation} attention accepts key lengths, but no mask")
-    if implementation == "cudnn" and zero_keys and key_lengths_b is not None:
-        raise ValueError("cudnn attention accepts no zero keys after key lengths")
     if implementation == "splash" and q_blhk.dtype == jnp.float16:
         raise ValueError("splash attention does not support float16; the TPU's kernels have no such operands")
     run = functools.partial(_local, causal=causal, zero_keys=zero_keys, implementation=implementation)
@@ -162,17 +161,69 @@ def _cudnn_supports(q_blhk: Array) -> bool:
 def _cudnn(
     q_blhk: Array, k_bnhk: Array, v_bnhk: Array, key_lengths_b: Array | None, causal: bool, zero_keys: int
 ) -> Array:
-    k_bnhk, v_bnhk = (jnp.pad(x, ((0, 0), (0, zero_keys), (0, 0), (0, 0))) for x in (k_bnhk, v_bnhk))
-    lengths: dict[str, Any] = {}
+    lengths: tuple[Array, ...] = ()
     if key_lengths_b is not None:
-        every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
         # An example without keys attends to its first value, which is set to 0, instead of a mean of masked values.
         first_b1hk = jnp.where(key_lengths_b[:, None, None, None] > 0, v_bnhk[:, :1], 0)
         v_bnhk = jax.lax.dynamic_update_slice_in_dim(v_bnhk, first_b1hk, 0, axis=1)
-        own_b = jnp.maximum(key_lengths_b, 1).astype(jnp.int32)
-        lengths = {"key_value_seq_lengths": own_b, "query_seq_lengths": every_query_b}
-    out_blhk = jax.nn.dot_product_attention(q_blhk, k_bnhk, v_bnhk, is_causal=causal, implementation="cudnn", **lengths)
-    return checkpoint_name(out_blhk, "attention_out")
+        every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
+        lengths = every_query_b, jnp.maximum(key_lengths_b, 1).astype(jnp.int32)
+    if zero_keys:
+        return _cudnn_with_zero_keys(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)
+    return checkpoint_name(_cudnn_call(causal, q_blhk, k_bnhk, v_bnhk, *lengths), "attention_out")
+
+
+def _cudnn_call(causal: bool, *operands: Array) -> Array:
+    """Call the kernel on queries, keys and values, and optionally the lengths of queries and keys (b,)."""
+    lengths: dict[str, Any] = dict(zip(("query_seq_lengths", "key_value_seq_lengths"), operands[3:], strict=False))
+    return jax.nn.dot_product_attention(*operands[:3], is_causal=causal, implementation="cudnn", **lengths)
+
+
+def _cudnn_kernel(direction: str, causal: bool, operands: tuple[Array, ...], *more: Array) -> list[Array]:
+    """Run the kernel of a direction, "fwd" or "bwd", on the operands of `_cudnn_call` and `more`.
+
+    JAX has no function for it: its primitive and parameters are those in the program of a gradient.
+    """
+
+    def gradients(q_blhk: Array, k_bnhk: Array, v_bnhk: Array, *lengths: Array) -> Any:
+        out_blhk, backward = jax.vjp(lambda *qkv: _cudnn_call(causal, *qkv, *lengths), q_blhk, k_bnhk, v_bnhk)
+        return backward(out_blhk)
+
+    program: Any = jax.make_jaxpr(gradients)(*operands)
+    name = f"dot_product_attention_{direction}"
+    call = next(call for call in program.eqns if call.primitive.name.startswith(name))
+    # Operands that are not used have no elements.
+    given = iter((*operands, *more))
+    own = [next(given) if x.aval.size else jnp.zeros(x.aval.shape, x.aval.dtype) for x in call.invars]
+    return call.primitive.bind(*own, **call.params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cudnn_with_zero_keys(
+    q_blhk: Array, k_bnhk: Array, v_bnhk: Array, lengths: tuple[Array, ...], causal: bool, zero_keys: int
+) -> Array:
+    return _cudnn_zero_keys_forward(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)[0]
+
+
+def _cudnn_zero_keys_forward(
+    q_blhk: Array, k_bnhk: Array, v_bnhk: Array, lengths: tuple[Array, ...], causal: bool, zero_keys: int
+) -> tuple[Array, tuple[Any, ...]]:
+    out_blhk, log_total_bhl = _cudnn_kernel("fwd", causal, (q_blhk, k_bnhk, v_bnhk, *lengths))
+    with_zeros_bhl = jnp.logaddexp(log_total_bhl, math.log(zero_keys))
+    share_blh1 = jnp.exp(log_total_bhl - with_zeros_bhl).swapaxes(1, 2)[..., None]
+    out_blhk = checkpoint_name((out_blhk * share_blh1).astype(q_blhk.dtype), "attention_out")
+    with_zeros_bhl = checkpoint_name(with_zeros_bhl, "attention_out")
+    return out_blhk, (q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, with_zeros_bhl)
+
+
+def _cudnn_zero_keys_backward(causal: bool, _: int, residuals: tuple[Any, ...], grad_blhk: Array) -> tuple[Any, ...]:
+    q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, with_zeros_bhl = residuals
+    # The kernel needs the weights of the keys, which follow from the sum with the zero keys, and grad · out.
+    operands = (q_blhk, k_bnhk, v_bnhk, *lengths)
+    return *_cudnn_kernel("bwd", causal, operands, with_zeros_bhl, out_blhk, grad_blhk), None
+
+
+_cudnn_with_zero_keys.defvjp(_cudnn_zero_keys_forward, _cudnn_zero_keys_backward)
 
 
 # TPU

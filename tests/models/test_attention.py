@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
 
 from anima_jax.models import attention as module
 from anima_jax.models.attention import attention
@@ -161,7 +163,7 @@ def test_splash_equals_xla_in_the_interpreter_forward_and_backward(options):
         np.testing.assert_allclose(grad, other, atol=5e-6 * np.abs(other).max())
 
 
-def calls_of_kernels(monkeypatch, implementation, policy):
+def calls_of_kernels(monkeypatch, implementation, policy, zero_keys):
     """How often a block's forward and backward kernels stand in the program of a gradient, lowered for their device."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -174,7 +176,8 @@ def calls_of_kernels(monkeypatch, implementation, policy):
     def loss(w, lengths):
         def block(x, _):
             y = x * w
-            return attention(y, y, y, key_lengths_b=lengths, implementation=implementation) + x, None
+            out = attention(y, y, y, key_lengths_b=lengths, zero_keys=zero_keys, implementation=implementation)
+            return out + x, None
 
         block = jax.checkpoint(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
         return jnp.sum(jax.lax.scan(block, w, None, length=3)[0].astype(jnp.float32))
@@ -182,13 +185,14 @@ def calls_of_kernels(monkeypatch, implementation, policy):
     x, lengths = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
     with compiling_for("gpu" if platform == "cuda" else platform):
         text = jax.jit(jax.grad(loss)).trace(x, lengths).lower(lowering_platforms=(platform,)).as_text()
+    assert "640" not in text  # 256 keys and 384 zero keys
     return len(re.findall(forward, text)), len(re.findall(backward, text))
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "splash"])
-def test_the_forward_kernel_runs_once_per_layer_under_the_attention_policy(monkeypatch, implementation):
-    assert calls_of_kernels(monkeypatch, implementation, "full") == (2, 1)
-    assert calls_of_kernels(monkeypatch, implementation, "attention") == (1, 1)
+@pytest.mark.parametrize(("implementation", "zero_keys"), [("cudnn", 0), ("cudnn", 384), ("splash", 384)])
+def test_the_forward_kernel_runs_once_per_layer_under_the_attention_policy(monkeypatch, implementation, zero_keys):
+    assert calls_of_kernels(monkeypatch, implementation, "full", zero_keys) == (2, 1)
+    assert calls_of_kernels(monkeypatch, implementation, "attention", zero_keys) == (1, 1)
 
 
 def for_tpu(dtype=jnp.bfloat16, **options):
@@ -211,3 +215,70 @@ def test_tpus_attend_to_zero_keys_without_storing_or_masking_them():
 def test_tpus_compute_float16_without_their_kernel():
     assert "tpu_custom_call" in for_tpu()
     assert "tpu_custom_call" not in for_tpu(jnp.float16)
+
+
+def fake_cudnn(monkeypatch):
+    """Let JAX's cuDNN attention be these products, as primitives with the names and operands of its kernels."""
+
+    def scores(q, k, lengths):
+        scores = jnp.einsum("blhk,bnhk->bhln", q, k) / np.sqrt(q.shape[-1])
+        return jnp.where(jnp.arange(k.shape[1]) < lengths[:, None, None, None], scores, -jnp.inf)
+
+    def forward(q, k, v, unused, queries, keys):
+        weights = scores(q, k, keys)
+        log_total = jax.nn.logsumexp(weights, axis=-1)
+        return [jnp.einsum("bhln,bnhk->blhk", jnp.exp(weights - log_total[..., None]), v), log_total]
+
+    def backward(q, k, v, unused, queries, keys, log_total, out, grad):
+        weights = jnp.exp(scores(q, k, keys) - log_total[..., None])
+        shared = jnp.einsum("blhk,blhk->bhl", out, grad)
+        by_score = weights * (jnp.einsum("blhk,bnhk->bhln", grad, v) - shared[..., None]) / np.sqrt(q.shape[-1])
+        return [
+            jnp.einsum("bhln,bnhk->blhk", by_score, k),
+            jnp.einsum("bhln,blhk->bnhk", by_score, q),
+            jnp.einsum("bhln,blhk->bnhk", weights, grad),
+        ]
+
+    def primitive(name, function):
+        own = Primitive(name)
+        own.multiple_results = True
+        own.def_impl(function)
+        own.def_abstract_eval(lambda *avals: [ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(function, *avals)])
+        return own
+
+    run, run_backward = (
+        primitive("dot_product_attention_fwd", forward),
+        primitive("dot_product_attention_bwd", backward),
+    )
+
+    @jax.custom_vjp
+    def call(*operands):
+        return run.bind(*operands)[0]
+
+    def call_forward(*operands):
+        out, log_total = run.bind(*operands)
+        return out, (*operands, log_total, out)
+
+    call.defvjp(call_forward, lambda residuals, grad: (*run_backward.bind(*residuals, grad), None, None, None))
+
+    def attend(q, k, v, *, is_causal, implementation, query_seq_lengths=None, key_value_seq_lengths=None):
+        every = [jnp.full(x.shape[0], x.shape[1]) for x in (q, k)]
+        queries, keys = (query_seq_lengths, key_value_seq_lengths) if query_seq_lengths is not None else every
+        return call(q, k, v, jnp.zeros(0), queries, keys)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+
+
+@pytest.mark.parametrize("lengths", [[29, 11], [0, 29]])
+def test_zero_keys_are_added_to_cudnns_softmax_and_its_gradient(monkeypatch, lengths):
+    fake_cudnn(monkeypatch)
+    q, k, v = random_qkv()
+    target = np.random.default_rng(1).normal(size=q.shape)
+
+    def loss(q, k, v, implementation):
+        out = attention(q, k, v, key_lengths_b=jnp.array(lengths), zero_keys=40, implementation=implementation)
+        return jnp.sum(out * target)
+
+    found, expected = (jax.value_and_grad(loss, (0, 1, 2))(q, k, v, name) for name in ("cudnn", "xla"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
