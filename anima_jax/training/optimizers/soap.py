@@ -1,4 +1,8 @@
-"""SOAP (arXiv 2409.11321) as in pytorch_optimizer: Adam in the eigenbasis of Shampoo's preconditioner."""
+"""SOAP (arXiv 2409.11321) as in pytorch_optimizer: Adam in the eigenbasis of Shampoo's preconditioner.
+
+The first basis is that of the first gradient. On the longer side of a matrix part of it is arbitrary: there, rounding
+decides how the first updates look, in pytorch_optimizer too. From the same first basis both take the same steps.
+"""
 
 from typing import NamedTuple
 
