@@ -52,11 +52,15 @@ def to_file(params) -> dict[str, np.ndarray]:
     }
 
 
-def build(name: str, rates: Any = SAME_RATES, tensors=TENSORS, *, clip_norm=0.0, global_batch=1, **config):
+def build(
+    name: str, rates: Any = SAME_RATES, tensors=TENSORS, *, clip_norm=0.0, global_batch=1, layer_rates=None, **config
+):
     """Build an optimizer, by default without clipping; `rates` by group."""
     rates = rates if isinstance(rates, LearningRates) else LearningRates(rates)
     config = OptimizerConfig(type=name, lr=0.0, **config)
-    return optimizers.build(config, rates, tensors, clip_norm=clip_norm, global_batch=global_batch)
+    return optimizers.build(
+        config, rates, tensors, clip_norm=clip_norm, global_batch=global_batch, layer_rates=layer_rates
+    )
 
 
 def train(optimizer, start, gradients) -> tuple[dict[str, Any], Any]:

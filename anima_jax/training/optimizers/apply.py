@@ -5,6 +5,7 @@ layer: gradients are widened and clipped, updates added and rounded inside the l
 """
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import optax
 from jax import Array
 
 from anima_jax.models.parameters import Params
+from anima_jax.platform import platform
 from anima_jax.training.optimizers.layers import each_layer, on_device
 
 Finish = Callable[[str, Array | None, Array, Array, Array | None], tuple[Array, Array | None]]
@@ -25,12 +27,14 @@ class SeparateOptimizer(optax.GradientTransformation):
 
     `transforms` map one tensor of the file each; parameters in `stacked` have a leading axis of layers. Gradients are
     clipped to a global norm of `clip_norm` (0: not at all); `layer_rates` are factors of the updates, one per layer.
+    An `elementwise` update is the same by layer or all at once, which a CPU's compiler does in place.
     """
 
     transforms: Mapping[str, optax.GradientTransformation]
     stacked: Collection[str]
     clip_norm: float
     layer_rates: Mapping[str, Sequence[float]]
+    elementwise: bool
 
     @classmethod
     def of(
@@ -40,10 +44,12 @@ class SeparateOptimizer(optax.GradientTransformation):
         stacked: Collection[str],
         clip_norm: float,
         layer_rates: Mapping[str, Sequence[float]],
+        elementwise: bool,
     ) -> "SeparateOptimizer":
         """Return `whole`, which does the same to a tree of parameters, with its parts."""
         self = cls(*whole)
         self.transforms, self.stacked, self.clip_norm, self.layer_rates = transforms, stacked, clip_norm, layer_rates
+        self.elementwise = elementwise
         return self
 
     def change(self, path: str, layer: Any, grad: Array, state: Any, value: Array, norm: Array) -> tuple[Array, Any]:
@@ -89,13 +95,14 @@ def apply(
     if not isinstance(optimizer, SeparateOptimizer):
         return _together(optimizer, grads, old, keep, finish, measure)
     params, (first, states, *rest), ema = old
-    new = {}
+    new, in_turn = {}, math.inf if optimizer.elementwise and platform() == "cpu" else None
     for path, value in params.items():
         one = functools.partial(_one, optimizer, path, norm, keep, finish)
         stacked = path in optimizer.stacked
         change = jnp.zeros(len(value) if stacked else ()) if measure else None
         kept = (value, states[path], ema and ema[path], change)
-        new[path] = each_layer(one, kept, grads[path]) if stacked else on_device(one)(None, kept, grads[path])
+        grad = grads[path]
+        new[path] = each_layer(one, kept, grad, in_turn) if stacked else on_device(one)(None, kept, grad)
     values, own, averages, changes = ({path: found[index] for path, found in new.items()} for index in range(4))
     return Applied(values, (first, own, *rest), ema and averages, norms_of(changes) if measure else None)
 

@@ -94,7 +94,8 @@ def build(
         optimizer = in_float32(optax.chain(*steps))
         if not row.shared:
             stacked = {path for path, one in parameters.items() if one.tensor.layer is not None}
-            optimizer = SeparateOptimizer.of(optimizer, transforms, stacked, clip_norm, layer_rates or {})
+            own_rates = layer_rates or {}
+            optimizer = SeparateOptimizer.of(optimizer, transforms, stacked, clip_norm, own_rates, row.elementwise)
         # Trace one step, because optax checks some arguments only then.
         params = _abstract(tensors)
         jax.eval_shape(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)

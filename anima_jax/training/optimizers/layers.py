@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from anima_jax.models.parameters import Params
+from anima_jax.platform import platform
 
 ONE_AT_A_TIME = 2**20
 """Layers of at least this many values are updated one at a time, so that only one needs working memory."""
@@ -46,8 +47,8 @@ def by_tensor(
     return transformation(init, update)
 
 
-def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A_TIME) -> optax.GradientTransformation:
-    """Map `transform` over an array's first axis, one entry at a time if entries have at least `in_turn` values."""
+def over_layers(transform: optax.GradientTransformation, in_turn: int | None = None) -> optax.GradientTransformation:
+    """Map `transform` over an array's first axis, as `each_layer` does."""
 
     def init(value: Array) -> Any:
         layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
@@ -66,36 +67,45 @@ def over_layers(transform: optax.GradientTransformation, in_turn: int = ONE_AT_A
     return transformation(init, update)
 
 
-def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: int = ONE_AT_A_TIME) -> Any:
+def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: float | None = None) -> Any:
     """Return `kept` after function(layer, kept of the layer, given of the layer) → kept, for each layer.
 
     `kept` and `given` are trees of arrays stacked over layers. Arrays without axes, counters, are the same for all
-    layers. Layers of at least `in_turn` values are computed one at a time, and written over the old ones: no other
-    stack is made, and those in host memory come to the device one layer at a time.
+    layers. Layers of at least `in_turn` values (by default `ONE_AT_A_TIME`) are computed one at a time, and written
+    over the old ones: no other stack is made, and those in host memory come to the device one layer at a time.
     """
     leaves, treedef = jax.tree.flatten(kept)
     axes = [0 if leaf.ndim else None for leaf in leaves]
-
-    def one_layer(layer: Array, leaves: Sequence[Any], given: Any) -> list[Any]:
-        return jax.tree.leaves(function(layer, jax.tree.unflatten(treedef, leaves), given))
-
     layers, *shape = jax.tree.leaves(given)[0].shape
-    if math.prod(shape) < in_turn:
-        mapped = on_device(jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes))
-        return jax.tree.unflatten(treedef, mapped(jnp.arange(layers), leaves, given))
+
+    def one_layer(layer: Array, own: Sequence[Any], given: Any) -> list[Any]:
+        own = [leaf if axis is None else one for leaf, one, axis in zip(leaves, own, axes, strict=True)]
+        return jax.tree.leaves(function(layer, jax.tree.unflatten(treedef, own), given))
+
+    def by_scan(numbers: Array, leaves: Sequence[Any], given: Any) -> list[Any]:
+        stacks = [leaf if axis == 0 else None for leaf, axis in zip(leaves, axes, strict=True)]
+        new = jax.lax.map(lambda row: one_layer(*row), (numbers, stacks, given))
+        return [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
 
     def next_layer(layer: Array, written: Sequence[Any]) -> list[Any]:
-        own = [
-            old if axis is None else jax.lax.dynamic_index_in_dim(now, layer, keepdims=False)
-            for old, now, axis in zip(leaves, written, axes, strict=True)
-        ]
-        row = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), given)
+        def row(leaf: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+        own = [now if axis is None else row(now) for now, axis in zip(written, axes, strict=True)]
         return [
             new if axis is None else jax.lax.dynamic_update_index_in_dim(now, new, layer, 0)
-            for new, now, axis in zip(on_device(one_layer)(layer, own, row), written, axes, strict=True)
+            for new, now, axis in zip(
+                on_device(one_layer)(layer, own, jax.tree.map(row, given)), written, axes, strict=True
+            )
         ]
 
-    return jax.tree.unflatten(treedef, jax.lax.fori_loop(0, layers, next_layer, leaves))
+    if math.prod(shape) < (ONE_AT_A_TIME if in_turn is None else in_turn):
+        new = on_device(jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes))(jnp.arange(layers), leaves, given)
+    elif platform() == "cpu":  # its compiler would copy the stacks in every turn of a loop that writes over them
+        new = on_device(by_scan)(jnp.arange(layers), leaves, given)
+    else:
+        new = jax.lax.fori_loop(0, layers, next_layer, leaves)
+    return jax.tree.unflatten(treedef, new)
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
