@@ -6,9 +6,13 @@ import shlex
 
 import pytest
 
+from anima_jax import train as train_module
 from anima_jax.parallel.devices import DEVICE_SPECS
+from anima_jax.parallel.topologies import Topology
 from anima_jax.train import main as train
+from anima_jax.training import dry_run as dry_run_module
 from anima_jax.training import target
+from anima_jax.training.compiled_run import CompiledRun
 from tests import dry_runs
 from tests.dry_runs import ASSETS, CONFIGS, NAMES, ROOT, write_folder
 
@@ -84,6 +88,15 @@ def test_devices_of_no_kind_are_timed_as_each_kind_that_has_the_memory(folder, m
         (["--device_kind", "H100"], "--device_kind: is for --dry_run"),
         (["--device_memory", "12GiB"], "--device_memory: is for --dry_run"),
         (["--dry_run", "--devices", "0"], "--devices 0: expected at least 1"),
+        (["--compile", "v5e:1x1"], "--compile: is for --dry_run"),
+        (
+            ["--dry_run", "--compile", "v5e:2x4", "--devices", "8"],
+            "--devices: --compile v5e:2x4 says for which devices",
+        ),
+        (
+            ["--dry_run", "--compile", "v5e:3x3"],
+            "--compile v5e:3x3: TPU v5e has no such slice; the nearest are v5e:2x2",
+        ),
     ],
 )
 def test_devices_that_are_not_here_are_for_a_dry_run(flags, found, capsys):
@@ -160,3 +173,45 @@ def test_the_flags_for_every_kind_of_device_are_those_of_the_golden_table(folder
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert dry_runs.rows(name) == GOLDEN[name]
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Let --compile go as far as the compilers, which are not needed: each program needs 1.3 times what is counted."""
+
+    def needs(*_):
+        return lambda variant: CompiledRun({}, int(1.3 * variant.found.total))
+
+    monkeypatch.setattr(train_module, "use_compilers", lambda: None)
+    monkeypatch.setattr(Topology, "devices", lambda _: [])
+    monkeypatch.setattr(dry_run_module, "RunCompiler", needs)
+
+
+def test_a_mesh_that_the_topology_cannot_hold_is_refused_before_anything_is_read(compilers, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(["--config", "shapes", "--dry_run", "--compile", "v5e:2x4", "--set", "mesh.fsdp=3"])
+    assert exit_.value.code == 2
+    assert "[mesh] data -1 × fsdp 3" in (err := capsys.readouterr().err)
+    assert "expected a product of 8, the number of devices" in err
+
+
+def test_the_compilers_memory_decides_whether_a_run_fits_and_which_flags_make_it_fit(
+    compilers, folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder)
+    command = ["--config", str(CONFIGS / "anima_lora.toml"), "--dry_run", "--compile", "RTX 3060"]
+    command += ["--set", f"model.tokenizer_path={ASSETS / 'tokenizers'}", "--device_memory", "8.5GiB"]
+    with pytest.raises(SystemExit) as exit_:
+        train(command)
+    assert exit_.value.code == 2
+    out = capsys.readouterr().out
+    counted, needed = (float(re.search(pattern, out, re.MULTILINE)[1]) for pattern in (r"^total +([\d.]+)", NEEDS))
+    assert needed == pytest.approx(1.3 * counted, abs=0.06)
+    with_flags = float(
+        re.search(r"^it fits with ([\d.]+) GiB if these flags are added:\n  --set", out, re.MULTILINE)[1]
+    )
+    assert counted < 8.5 < needed
+    assert with_flags <= 8.5
+
+
+NEEDS = r"^it does not fit: the run needs about ([\d.]+) GiB"

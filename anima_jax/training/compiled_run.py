@@ -5,18 +5,25 @@ devices beside both, and the state of training stays there while samples are dra
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
-from anima_jax.parallel.mesh import resolve_sizes
+from anima_jax.models.parameters import cast_to_compute
+from anima_jax.parallel import rules
+from anima_jax.parallel.mesh import current_mesh, replicas, resolve_sizes
 from anima_jax.parallel.topologies import Topology
+from anima_jax.sampling.abstract import lowered_sampling
+from anima_jax.sampling.program import SHORT_CONTEXT
+from anima_jax.sampling.request import SamplingParams
 from anima_jax.training import aot, estimate
 from anima_jax.training.fit import RunVariant
-from anima_jax.training.memory import abstract_batch, lowered_step
+from anima_jax.training.memory import abstract_batch, lowered_step, shapes_in
 from anima_jax.training.run import Run
-from anima_jax.training.state import build_optimizer
+from anima_jax.training.state import ParamPartition, build_optimizer
 from anima_jax.training.step import StepConfig
 
 
@@ -58,8 +65,46 @@ class RunCompiler:
             masked=self._data.masked,
             text_ids=partition.text_ids,
         )
+        resident = variant.found.rows["encoders"]
         with aot.on_topology(self._topology, resolve_sizes(config.mesh.sizes, self._topology.count)):
             optimizer = build_optimizer(config, partition, self._data.plan)
             step = aot.compile_for(self._topology, lambda: lowered_step(partition, optimizer, step_config, work, batch))
-        resident = variant.found.rows["encoders"]
-        return CompiledRun({f"the step of tier {work.tier}": step}, resident + step.memory.total)
+            programs, total = {f"the step of tier {work.tier}": step}, resident + step.memory.total
+            if config.sample is not None:
+                sampling = aot.compile_for(self._topology, lambda: lowered_samples(config, partition))
+                programs["sampling"] = sampling
+                own = sampling.memory.total - sampling.memory.arguments
+                copies = 0 if sampling.memory.refused else copied_bytes(config, partition)
+                total = max(total, resident + step.memory.arguments + copies + own)
+        return CompiledRun(programs, total)
+
+
+def lowered_samples(config: MainConfig, partition: ParamPartition) -> Any:
+    """Return the program that draws the run's samples, `at_once` on a device, lowered for the current mesh."""
+    sample = config.sample
+    assert sample is not None
+    mesh, dtype = current_mesh(), config.compute_dtype
+    params = partition.frozen | shapes_in(partition.params, jnp.float32)
+    shapes = jax.eval_shape(lambda given: cast_to_compute(given, dtype), params)
+    places = rules.shardings(shapes, shapes, mesh)
+    placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, places)
+    # A token has at least one character, but for the one at the end.
+    longest = max(map(len, (*sample.prompts, *sample.negative_prompts)))
+    return lowered_sampling(
+        placed,
+        partition.graphdef,
+        dtype,
+        SamplingParams(sample.negative_prompts[0], **sample.sampling),
+        config.sample_size_wh,
+        min(len(sample.prompts), sample.at_once * replicas(mesh.shape)),
+        short=longest < SHORT_CONTEXT,
+    )
+
+
+def copied_bytes(config: MainConfig, partition: ParamPartition) -> int:
+    """Return the bytes of the weights that are copied to draw samples, because they are stored in another dtype."""
+    stored_in = config.param_dtype if config.ema_decay is None else jnp.float32
+    stored = partition.frozen | shapes_in(partition.params, stored_in)
+    shapes = jax.eval_shape(lambda given: cast_to_compute(given, config.compute_dtype), stored)
+    copies = {path: leaf for path, leaf in shapes.items() if leaf.dtype != stored[path].dtype}
+    return rules.shard_bytes(copies, shapes, current_mesh().shape)
