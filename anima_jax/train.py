@@ -35,7 +35,6 @@ from anima_jax.parallel.devices import use_device_memory
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
 from anima_jax.parallel.topologies import parse_topology, use_compilers
-from anima_jax.platform import compiling_for
 from anima_jax.sampling.pipeline import check_networks
 from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.training import command, estimate, events, fit, optimizers, tables
@@ -82,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         if topology:
             topology.devices()  # before anything else: its compiler may be missing
-            stack.enter_context(compiling_for(topology.hardware))
         if arguments.dry_run:  # says whether a run fits before gigabytes are downloaded
             stack.enter_context(headers_only())
         config = load()

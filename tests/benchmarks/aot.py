@@ -63,7 +63,6 @@ def run(
     from anima_jax.checkpoints.hub import headers_only
     from anima_jax.config.sizes import Size
     from anima_jax.parallel.mesh import replicas, resolve_sizes
-    from anima_jax.platform import compiling_for
     from anima_jax.training import aot, estimate
     from anima_jax.training.flops import Workload
     from anima_jax.training.memory import abstract_batch, lowered_step
@@ -72,7 +71,7 @@ def run(
     from anima_jax.training.step import StepConfig
 
     topology = parse_topology(target)
-    with in_folder(own["blocks"]) as load, headers_only(), compiling_for(topology.hardware):
+    with in_folder(own["blocks"]) as load, headers_only():
         config = load(name, [*keys, *([f"micro_batch_size_per_gpu={own['batch']}"] if own["batch"] else [])])
         sizes = resolve_sizes(config.mesh.sizes, topology.count)
         partition = estimate.abstract_partition(config)
@@ -99,6 +98,7 @@ def run(
             f"counted: {counted.total / 2**30:.2f} GiB,", {k: round(v / 2**30, 3) for k, v in counted.rows.items() if v}
         )
         with aot.on_topology(topology, sizes):
+            optimizer = build_optimizer(config, partition)  # for this hardware: moments in host memory
             dtype = jnp.dtype(config.cached_dtype)
             given = abstract_batch(work, batch, partition.config, dtype, text_ids=partition.text_ids)
             found = aot.compile_for(
