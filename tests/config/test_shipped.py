@@ -67,7 +67,7 @@ def test_every_commented_key_of_a_shipped_configuration_exists(name):
 
 
 def test_there_is_one_configuration_for_each_use():
-    uses = {"shapes", "anima_full", "anima_lora", "anima_video", "pod", "dataset", "video_dataset"}
+    uses = {"shapes", "anima_full", "anima_full_24gb", "anima_lora", "anima_video", "pod", "dataset", "video_dataset"}
     assert {*MAIN_FILES, *DATASETS} >= {f"{use}.toml" for use in uses}
 
 
