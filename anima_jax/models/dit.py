@@ -7,6 +7,7 @@ Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, c 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -327,8 +328,9 @@ class Modulation(nnx.Module):
         return values if frame_bl is None else jnp.take_along_axis(values, frame_bl[..., None], axis=1)
 
 
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
-    """Return LayerNorm(x) · (1 + scale) + shift, computed in float32, in `dtype`."""
+    """Return LayerNorm(x) · (1 + scale) + shift, computed in float32, in `dtype`. The backward pass keeps only x."""
     x32 = x_bld.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     if x_bld.dtype == jnp.float32:
@@ -375,6 +377,7 @@ class Block(nnx.Module):
         return tuple(layer.values(condition) for layer in layers)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
     """Return x + gate · update, computed in float32, in the dtype of the residual stream `x_bld`."""
     return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)

@@ -116,9 +116,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return _rms_normed(x, self.scale[...], self.eps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _rms_normed(x: Array, scale: Array, eps: float) -> Array:
+    """Return the normed `x`. The backward pass keeps `x` in its own dtype instead of float32 values."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -235,7 +235,7 @@ def besides_of(config: MainConfig, sizes: Mapping[str, int], platform: str) -> B
         _encoder_bytes(config, sizes),
         forward,
         platform,
-        mapped=not (row.elementwise or row.shared),
+        together=row.shared,
         host_moments=optimizers.on_host(config.optimizer) and platform != "cpu",
     )
 

@@ -21,13 +21,19 @@ from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
-from anima_jax.platform import lower, platform
+from anima_jax.platform import compiling_for, lower, platform
 from anima_jax.training.flops import Workload
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
 
 WORKSPACE = 64 * 2**20
 """Bytes that attention needs at any size: a 16 MiB block each of scores, weights and their two gradients."""
+
+_UPDATED = 5
+"""Float32 arrays in the update of a layer at once: gradient, old value, change and two moments."""
+
+_ONE_LAYER = 2**20
+"""Values from which the layers of a stack are updated one at a time (optimizers/layers.py)."""
 
 _LANES = 128
 """Multiple to which a TPU pads the last axis of an array."""
@@ -88,14 +94,14 @@ class Besides:
 
     `resident` are the bytes of encoders that stay in memory for samples or captions. `forward` are the tokens that
     evaluation and sampling have in a forward pass at once, the largest number of the two. `platform` is "cpu", "gpu" or
-    "tpu". `mapped` says whether the optimizer updates each layer of a stack as its own tensor. `host_moments` are
-    optimizer states in host memory.
+    "tpu". `together` says whether the optimizer updates all parameters at once, instead of layer by layer.
+    `host_moments` are optimizer states in host memory.
     """
 
     resident: int = 0
     forward: int = 0
     platform: str = "gpu"
-    mapped: bool = False
+    together: bool = False
     host_moments: bool = False
 
 
@@ -121,45 +127,50 @@ def memory(
     batch = abstract_batch(work, work.batch, partition.config, dtype, masked=masked, text_ids=partition.text_ids)
     bytes_of = functools.partial(rules.shard_bytes, params=partition.params, sizes=sizes)
     wide, stored = (shapes_in(partition.params, dtype) for dtype in (jnp.float32, config.param_dtype))
-    moments, gradients = bytes_of(jax.eval_shape(optimizer.init, wide)), bytes_of(wide)
+    computed = jax.eval_shape(lambda params: cast_to_compute(params, config.compute_dtype), wide)
+    moments, in_float32 = bytes_of(jax.eval_shape(optimizer.init, wide)), bytes_of(wide)
     rows = {
         "trained parameters": bytes_of(stored),
         "frozen parameters": rules.shard_bytes(partition.frozen, partition.frozen, sizes),
-        "gradients": gradients,
+        "gradients": bytes_of(computed),
         "optimizer": 0 if besides.host_moments else moments,
-        "moving average": 0 if config.ema_decay is None else gradients,
+        "moving average": 0 if config.ema_decay is None else in_float32,
         "batch": num_bytes(batch) // replicas(sizes),
         "encoders": besides.resident,
     }
-    saved = saved_bytes(partition, config, work, dtype, masked=masked)
+    shape = _Trace.of(partition, config, work, dtype, masked, "none", besides.platform)
+    saved = _saved(shape)
     examples = -(-work.micro_batch // replicas(sizes))
     inputs = saved.inputs // sizes["context"]
     on_host = {"optimizer": moments} if besides.host_moments else {}
     on_host |= {"inputs of blocks": examples * inputs} if config.remat == "offload" else {}
     if measure and (temporary := _compiled_bytes(lowered_step(partition, optimizer, config, work, batch))) is not None:
-        return Memory(rows | {"activations": max(0, temporary - gradients)}, on_host, measured=True)
-    computed = bytes_of(shapes_in(partition.params, config.compute_dtype))
-    # The running sum, in float32, and the gradients of one micro-batch.
-    rows["gradients"] += computed if work.accumulation > 1 else 0
-    copies = bytes_of(_compute_copies(partition, config))
-    rows["compute copies"] = copies
-    if besides.platform == "gpu" and work.accumulation == 1:
-        # They and the gradients in the compute dtype are gone before all gradients are in float32.
-        rows["compute copies"] = max(0, copies + computed - gradients)
+        return Memory(rows | {"activations": max(0, temporary - rows["gradients"])}, on_host, measured=True)
+    copies = _compute_copies(partition, config)
+    if work.accumulation > 1:
+        rows["gradients"] += in_float32  # the sum over the micro-batches
+    elif config.remat == "full" or config.remat_every > 1:
+        # Gradients of blocks are written over the weights (models/stack.py).
+        copies = {path: copy for path, copy in copies.items() if not path.startswith("blocks.")}
+    rows["compute copies"] = bytes_of(copies)
     rows["gathered weights"] = _gathered_bytes(partition, config, sizes) if sizes["fsdp"] > 1 else 0
-    kept = activation_bytes(partition, config, work, dtype, masked=masked) // sizes["context"]
+    kept = _kept(shape, config) // sizes["context"]
     # Between blocks, every device of the tensor axis has all features; inside a block, only its shard.
     between = 0 if config.remat == "offload" else min(kept, inputs)
-    rows["activations"] = WORKSPACE + examples * (between + (kept - between) // sizes["tensor"])
+    working = examples * _working_bytes(partition, config, work) // sizes["context"]
+    rows["activations"] = (
+        examples * between + (examples * (kept - between) + max(WORKSPACE, working)) // sizes["tensor"]
+    )
     if besides.platform == "tpu":
         rows["weights in another layout"] = _layout_bytes(partition, config, sizes)
     # What the backward pass holds is free again while the optimizer runs, and all of it while samples are drawn.
     passing = sum(rows.get(name, 0) for name in _PASSING)
-    update = _update_bytes(partition, config, sizes, moments / max(1, gradients), besides)
-    rows["optimizer's update"] = max(0, update - passing - (rows["gradients"] - gradients))
+    update = _update_bytes(partition, config, sizes, moments / max(1, in_float32), besides)
+    rows["optimizer's update"] = max(0, update - passing)
     forward = besides.forward * saved.of_block // work.tokens // sizes["context"] // sizes["tensor"]
     idle = passing + rows["gradients"] + rows["batch"] + rows["optimizer's update"]
-    rows["samples and evaluation"] = max(0, copies + rows["gathered weights"] + forward - idle) if forward else 0
+    needed = bytes_of(_compute_copies(partition, config)) + rows["gathered weights"] + forward
+    rows["samples and evaluation"] = max(0, needed - idle) if forward else 0
     return Memory(rows, on_host)
 
 
@@ -206,26 +217,38 @@ def _layout_bytes(partition: ParamPartition, config: StepConfig, sizes: Mapping[
     return sum(rules.shard_bytes(part, weights | padded, sizes) for part in (stacks, padded, narrow))
 
 
+def _working_bytes(partition: ParamPartition, config: StepConfig, work: Workload) -> int:
+    """Return the bytes that the backward pass of one example's block needs besides what its forward pass saves.
+
+    They are largest in the MLP: the gradients before and after GELU, and under an adapter the adapter's own part of
+    the former, which XLA adds in a kernel of its own.
+    """
+    adapted = any(path.startswith("blocks.mlp.layer2.") for path in partition.params.keys() - partition.frozen.keys())
+    arrays = 3 if adapted and "blocks.mlp.layer2.kernel" in partition.frozen else 2
+    return arrays * work.tokens * partition.config.mlp_width * jnp.dtype(config.compute_dtype).itemsize
+
+
 def _update_bytes(
     partition: ParamPartition, config: StepConfig, sizes: Mapping[str, int], moments: float, besides: Besides
 ) -> int:
-    """Return the bytes that the optimizer needs to update the largest parameter; `moments` are per byte of gradients.
+    """Return the bytes that the optimizer needs besides its state and gradients; `moments` are per byte of float32.
 
-    An elementwise update is fused into one pass over the parameter, and needs only random bits to round 16-bit
-    weights. One that is mapped over a stack's layers keeps the stack's updates in float32, its new moments, and as the
-    map's arguments its gradients and, of 16-bit weights, a float32 copy: so XLA's programs for a GPU do. Moments in
-    host memory come to the device while the parameter before them is updated.
+    One that updates layer by layer needs a few float32 arrays of the largest layer; those in host memory come to the
+    device while the layer before them is updated. One that updates all parameters together needs float32 gradients and
+    updates of all, and of 16-bit weights a float32 copy.
     """
     wide = shapes_in(partition.params, jnp.float32)
-    values = max((rules.shard_bytes({path: leaf}, wide, sizes) // 4 for path, leaf in wide.items()), default=0)
-    narrow = jnp.dtype(config.param_dtype).itemsize < 4
-    if besides.host_moments:
-        return int(values * (2 * 4 * moments + 4 * narrow))
-    if not besides.mapped:
-        return 4 * values if narrow else 0
-    of_moments = 4 * moments if moments > 0.1 else 0
-    arguments = (4 + 4 * narrow) if of_moments else 0
-    return int(values * (4 + 2 * narrow + of_moments + arguments))
+    if besides.together:
+        narrow = jnp.dtype(config.param_dtype).itemsize < 4
+        return (2 + narrow) * rules.shard_bytes(wide, wide, sizes)
+
+    def at_once(leaf: Any) -> Any:
+        layer = leaf.size // max(1, leaf.shape[0]) if leaf.ndim > 2 else 0
+        return leaf.update(shape=(1, *leaf.shape[1:])) if layer >= _ONE_LAYER else leaf
+
+    layers = ({path: at_once(leaf)} for path, leaf in wide.items())
+    largest = max((rules.shard_bytes(layer, layer, sizes) for layer in layers), default=0)
+    return int(largest * (_UPDATED + (2 * moments if besides.host_moments else 0)))
 
 
 class Saved(NamedTuple):
@@ -253,7 +276,12 @@ def activation_bytes(
 
     With remat "offload", the inputs of blocks do not count: they are in host memory.
     """
-    saved = saved_bytes(partition, config, work, dtype, masked=masked)
+    return _kept(_Trace.of(partition, config, work, dtype, masked, "none", "gpu"), config)
+
+
+def _kept(shape: "_Trace", config: StepConfig) -> int:
+    """Return the bytes that the backward pass saves with the remat of `config`; `shape` has none."""
+    saved = _saved(shape)
     inside = {
         "none": saved.blocks,
         "full": saved.inputs,
@@ -261,21 +289,20 @@ def activation_bytes(
         "offload": 0,
     }.get(config.remat)
     if inside is None:
-        inside = _traced(_Trace.of(partition, config, work, dtype, masked, config.remat))[0]
+        inside = _traced(dataclasses.replace(shape, config=dataclasses.replace(shape.config, remat=config.remat)))[0]
     every, outside = config.remat_every, saved.outside
     if every > 1:  # the inputs of the groups, and what the blocks of one group keep
         inside = saved.inputs // every + (outside + inside) * every // saved.number
     return outside + inside + (saved.of_block if config.remat != "none" else 0)
 
 
-def saved_bytes(
-    partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
-) -> Saved:
-    """Return what the backward pass of one example of `work` saves. The program is traced once for equal shapes."""
-    blocks, outside = _traced(_Trace.of(partition, config, work, dtype, masked, "none"))
-    model, itemsize = partition.config, jnp.dtype(config.compute_dtype).itemsize
-    stream = 4 if jnp.dtype(config.compute_dtype) == jnp.float16 else itemsize  # as in AnimaDiT.velocity
-    tokens = model.blocks * work.tokens
+def _saved(shape: "_Trace") -> Saved:
+    """Return what the backward pass of one example saves. The program is traced once for equal shapes."""
+    blocks, outside = _traced(shape)
+    model, itemsize = shape.partition.config, jnp.dtype(shape.config.compute_dtype).itemsize
+    # As in AnimaDiT.velocity.
+    stream = 4 if jnp.dtype(shape.config.compute_dtype) == jnp.float16 else itemsize
+    tokens = model.blocks * shape.work.tokens
     # Self- and cross-attention: the result, and the logarithm of each query's and head's sum in float32.
     attention = 2 * tokens * (model.width * itemsize + 4 * model.heads)
     return Saved(blocks, outside, tokens * model.width * stream, attention, model.blocks)
@@ -292,10 +319,18 @@ class _Trace:
     work: Workload
     dtype: Any
     masked: bool
+    platform: str
 
     @classmethod
     def of(
-        cls, partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, masked: bool, remat: str
+        cls,
+        partition: ParamPartition,
+        config: StepConfig,
+        work: Workload,
+        dtype: Any,
+        masked: bool,
+        remat: str,
+        platform: str,
     ) -> "_Trace":
         """Return the key of these arguments, without those that make no difference to one example."""
         trained = tuple(sorted((path, tuple(leaf.shape)) for path, leaf in partition.params.items()))
@@ -303,7 +338,7 @@ class _Trace:
             config, remat=remat, remat_every=1, scan_unroll=1, seed=0, ema_decay=None, param_dtype=jnp.dtype("float32")
         )
         work = work._replace(tier="", batch=1, accumulation=1, grid=(1, 1, 1))
-        return cls(partition, trained, partition.graphdef, config, work, jnp.dtype(dtype), masked)
+        return cls(partition, trained, partition.graphdef, config, work, jnp.dtype(dtype), masked, platform)
 
 
 @functools.lru_cache(maxsize=64)
@@ -321,7 +356,8 @@ def _traced(trace: _Trace) -> tuple[int, int]:
     ids = partition.text_ids
     batch = abstract_batch(work, _MANY, partition.config, trace.dtype, masked=trace.masked, text_ids=ids)
     params = shapes_in(partition.params, jnp.float32)
-    leaves = jax.tree.leaves(jax.eval_shape(backward, params, partition.frozen, batch))
+    with compiling_for(trace.platform):
+        leaves = jax.tree.leaves(jax.eval_shape(backward, params, partition.frozen, batch))
     of_examples = [leaf for leaf in leaves if any(size and size % _MANY == 0 for size in leaf.shape)]
     inside = [leaf for leaf in of_examples if leaf.shape[0] == partition.config.blocks]
     total, blocks = num_bytes(of_examples) // _MANY, num_bytes(inside) // _MANY

@@ -56,7 +56,7 @@ def test_memory_is_that_of_the_compiled_programs(tmp_path, monkeypatch):
             Workload("1024", batch, 1, 4096, (1, 64, 64), 512, 512),
             jnp.bfloat16,
             sizes=dict(zip(("data", "fsdp", "tensor", "context"), mesh, strict=True)),
-            besides=Besides(platform=platform, mapped=not row.elementwise),
+            besides=Besides(platform=platform, together=row.shared),
             measure=False,
         )
         found.append(counted.total / 2**30 / gib)
