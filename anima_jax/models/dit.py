@@ -26,7 +26,7 @@ from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
-from anima_jax.models.stack import scan_recomputing
+from anima_jax.models.stack import scan_in_place
 
 PATCH = 2
 OUT_CHANNELS = 16
@@ -62,6 +62,10 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 None keeps everything. "offload" keeps nothing on the device: the blocks' inputs are moved to host memory.
 """
+
+
+IN_PLACE = ("full", "dots", "attention")
+"""Policies with which the backward pass writes gradients over weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +255,10 @@ class AnimaDiT(nnx.Module):
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
         if remat_every > 1:
-            x_bld = scan_recomputing(run_blocks, x_bld, self._grouped(layers, remat_every))
-        elif remat == "full":
-            x_bld = scan_recomputing(lambda x, layer: run_block(x, layer)[0], x_bld, layers, unroll=scan_unroll)
+            run_group = jax.checkpoint(run_blocks, policy=REMAT_POLICIES["full"], prevent_cse=False)
+            x_bld = scan_in_place(run_group, x_bld, self._grouped(layers, remat_every))
+        elif remat in IN_PLACE:
+            x_bld = scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
         else:
             x_bld = run_blocks(x_bld, layers)
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)

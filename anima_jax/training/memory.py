@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from anima_jax.diffusion.objective import PIXELS
-from anima_jax.models.dit import OUT_CHANNELS, DiTConfig
+from anima_jax.models.dit import IN_PLACE, OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
@@ -149,7 +149,7 @@ def memory(
     copies = _compute_copies(partition, config)
     if work.accumulation > 1:
         rows["gradients"] += in_float32  # the sum over the micro-batches
-    elif config.remat == "full" or config.remat_every > 1:
+    elif config.remat in IN_PLACE or config.remat_every > 1:
         # Gradients of blocks are written over the weights (models/stack.py).
         copies = {path: copy for path, copy in copies.items() if not path.startswith("blocks.")}
     rows["compute copies"] = bytes_of(copies)
@@ -157,10 +157,9 @@ def memory(
     kept = _kept(shape, config) // sizes["context"]
     # Between blocks, every device of the tensor axis has all features; inside a block, only its shard.
     between = 0 if config.remat == "offload" else min(kept, inputs)
-    working = examples * _working_bytes(partition, config, work) // sizes["context"]
-    rows["activations"] = (
-        examples * between + (examples * (kept - between) + max(WORKSPACE, working)) // sizes["tensor"]
-    )
+    working = examples * _working_bytes(partition, config, work) // sizes["context"] // sizes["tensor"]
+    inside = examples * (kept - between) // sizes["tensor"]
+    rows["activations"] = examples * between + inside + max(WORKSPACE, working)
     if besides.platform == "tpu":
         rows["weights in another layout"] = _layout_bytes(partition, config, sizes)
     # What the backward pass holds is free again while the optimizer runs, and all of it while samples are drawn.
