@@ -39,14 +39,14 @@ def lowered_sampling(
     plan = samplers.sampler_plan(settings.sampler, settings.levels(), settings.shift, settings.sampler_options)
     width, height = size_wh
     packing = TokenPacking([(1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)] * images)
-    everywhere = replicated(current_mesh())
+    on_all = replicated(current_mesh())
 
     def on_devices(tree: Any) -> Any:
         """Return shapes, replicated, in the dtypes that arrays have on devices."""
 
         def one(leaf: Any) -> Any:
             dtype = jax.dtypes.canonicalize_dtype(np.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
-            return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=everywhere)
+            return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=on_all)
 
         return jax.tree.map(one, tree)
 

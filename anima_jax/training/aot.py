@@ -20,7 +20,7 @@ from anima_jax.parallel.mesh import make_mesh
 from anima_jax.parallel.topologies import Topology
 from anima_jax.platform import compiling_for
 from anima_jax.training.hlo import Collective, Program, collectives
-from anima_jax.training.hlo_costs import Cost, Row, rows_of
+from anima_jax.training.hlo_costs import Cost, InstructionCost, rows_of
 
 GIB = 2**30
 
@@ -142,7 +142,7 @@ class Times:
         return None if self.without_kernels is None else self.without_kernels + self.kernels
 
 
-def times_of(rows: Sequence[Row], topology: Topology, dtype: Any = jnp.bfloat16) -> Times:
+def times_of(rows: Sequence[InstructionCost], topology: Topology, dtype: Any = jnp.bfloat16) -> Times:
     """Return the time of a program with these rows, computing in `dtype`."""
     spec = topology.spec
     peak, clock = spec.peak_flops(dtype), CLOCKS.get(spec.name)
@@ -165,7 +165,7 @@ def memory_lines(memory: CompiledMemory) -> list[str]:
     return [f"memory: {memory.total / GIB:.2f} GiB on each device: {', '.join(parts)}{host}"]
 
 
-def time_lines(rows: Sequence[Row], topology: Topology) -> list[str]:
+def time_lines(rows: Sequence[InstructionCost], topology: Topology) -> list[str]:
     """Return FLOPs and bytes of a program, and its time where the compiler estimates it."""
     total = sum((row.cost for row in rows), Cost())
     kernels = sum(row.cost.flops for row in rows if row.kernel)
@@ -210,7 +210,7 @@ def _how(blocking: bool) -> str:
     return "blocking" if blocking else "async"
 
 
-def dearest_lines(rows: Sequence[Row], topology: Topology, count: int = 15) -> list[str]:
+def dearest_lines(rows: Sequence[InstructionCost], topology: Topology, count: int = 15) -> list[str]:
     """Return the instructions that take longest by the compiler's cycles, or where it has none, the most bytes."""
     found = times_of(rows, topology)
     clock, spec = CLOCKS.get(topology.spec.name), topology.spec

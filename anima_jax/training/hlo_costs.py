@@ -35,7 +35,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class InstructionCost:
     """An instruction of the program outside fusions: how often it runs, its total cost, and where it comes from."""
 
     instruction: Instruction
@@ -53,9 +53,9 @@ class Row:
         return "backward" if "transpose(jvp" in name else "forward" if "jvp" in name else ""
 
 
-def rows_of(program: Program) -> list[Row]:
+def rows_of(program: Program) -> list[InstructionCost]:
     """Return the instructions that cost something, the dearest by the compiler's cycles (else by bytes) first."""
-    cost_of, found = _Costs(program), dict[str, Row]()
+    cost_of, found = _Costs(program), dict[str, InstructionCost]()
     for visit in program.walk():
         one = visit.instruction
         if visit.fused or one.opcode in _FREE:
@@ -65,7 +65,7 @@ def rows_of(program: Program) -> list[Row]:
             continue
         old = found.get(one.name)
         runs, total = (old.runs, old.cost) if old else (0, Cost())
-        found[one.name] = Row(
+        found[one.name] = InstructionCost(
             one, runs + visit.times, total + cost.times(visit.times), kernel, old.source if old else program.source(one)
         )
     return sorted(found.values(), key=lambda row: (-row.cost.cycles, -row.cost.nbytes))
@@ -222,7 +222,7 @@ class _Costs:
         return None
 
 
-def by_source(rows: list[Row]) -> Mapping[tuple[str, str], Cost]:
+def by_source(rows: list[InstructionCost]) -> Mapping[tuple[str, str], Cost]:
     """Return the cost of each line of this package and phase of the step, dearest first."""
     found: dict[tuple[str, str], Cost] = collections.defaultdict(Cost)
     for row in rows:
