@@ -243,9 +243,8 @@ class AnimaDiT(nnx.Module):
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
 
-        run_recomputed = run_block
-        if REMAT_POLICIES[remat] is not None:
-            run_recomputed = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        policy = REMAT_POLICIES[remat]
+        run_recomputed = jax.checkpoint(run_block, policy=policy, prevent_cse=False) if policy else run_block
 
         def run_blocks(x_bld: Array, layers: Layer) -> Array:
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]

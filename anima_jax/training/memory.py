@@ -158,18 +158,17 @@ def memory(
     # Between blocks, every device of the tensor axis has all features; inside a block, only its shard.
     between = 0 if config.remat == "offload" else min(kept, inputs)
     working = examples * _working_bytes(partition, config, work) // sizes["context"] // sizes["tensor"]
-    inside = examples * (kept - between) // sizes["tensor"]
-    rows["activations"] = examples * between + inside + max(WORKSPACE, working)
+    rows["activations"] = examples * between + examples * (kept - between) // sizes["tensor"] + max(WORKSPACE, working)
     if besides.platform == "tpu":
         rows["weights in another layout"] = _layout_bytes(partition, config, sizes)
     # What the backward pass holds is free again while the optimizer runs, and all of it while samples are drawn.
     passing = sum(rows.get(name, 0) for name in _PASSING)
-    update = _update_bytes(partition, config, sizes, moments / max(1, in_float32), besides)
-    rows["optimizer's update"] = max(0, update - passing)
+    update = _update_bytes(partition, config, sizes, moments / max(1, in_float32), besides) - passing
+    rows["optimizer's update"] = max(0, update)
     forward = besides.forward * saved.of_block // work.tokens // sizes["context"] // sizes["tensor"]
     idle = passing + rows["gradients"] + rows["batch"] + rows["optimizer's update"]
-    needed = bytes_of(_compute_copies(partition, config)) + rows["gathered weights"] + forward
-    rows["samples and evaluation"] = max(0, needed - idle) if forward else 0
+    forward += bytes_of(_compute_copies(partition, config)) + rows["gathered weights"] if forward else 0
+    rows["samples and evaluation"] = max(0, forward - idle)
     return Memory(rows, on_host)
 
 
