@@ -48,6 +48,9 @@ SHORT_CONTEXT = 256
 All other rows are zero. They take part in the softmax as a number, not as stored keys and values.
 """
 
+UNPADDED_TOKENS = 1024
+"""Token budget from which images that fill it, such as 1024², have a program of their own, without masks."""
+
 DEVICE_BYTES = 16 * 2**30
 """Memory of a device that does not say how much it has."""
 
@@ -134,6 +137,7 @@ class Evaluations:
     def __init__(self, params: Params, graphdef: nnx.GraphDef[Any], dtype: Any, shared: SharedInputs):
         self.params, self.graphdef, self.dtype = params, graphdef, dtype
         self.shared = replicate(shared)
+        self._tokens_b = grid_of(np.asarray(shared.size_b3)).prod(axis=1)
         rows_bnd, lengths_b = self.shared.context
         self._all_rows = rows_bnd.shape[1]
         is_short = lengths_b is None and self._all_rows > SHORT_CONTEXT and int(used_rows(rows_bnd)) <= SHORT_CONTEXT
@@ -147,6 +151,8 @@ class Evaluations:
         Consecutive ones that are alike, with or without the negative prompt, run in one call that never waits.
         """
         numbers_n, estimate_blc = steps.guidance.number, carry.arrays[0]
+        length = estimate_blc.shape[1]
+        padded = length < UNPADDED_TOKENS or bool((self._tokens_b < length).any())
         with_negative_n = (steps.guidance.scale != 1.0) | plan.both
         steps, first = replicate(steps), 0
         for (chunk, with_negative), part in itertools.groupby(zip(numbers_n // LEVELS, with_negative_n, strict=True)):
@@ -161,6 +167,7 @@ class Evaluations:
                 graphdef=self.graphdef,
                 with_negative=bool(with_negative),
                 both=plan.both,
+                padded=padded,
                 zero_context=self._all_rows - self._rows,
                 dtype=self.dtype,
             )
@@ -268,7 +275,7 @@ def report(callback: ProgressCallback, done: int, total: int, finished: tuple[An
 
 @partial(
     jit_network,
-    static_argnames=("graphdef", "with_negative", "both", "zero_context", "dtype"),
+    static_argnames=("graphdef", "with_negative", "both", "padded", "zero_context", "dtype"),
     donate_argnames=("carry",),
 )
 def advance(
@@ -282,14 +289,15 @@ def advance(
     graphdef: nnx.GraphDef[Any],
     with_negative: bool,
     both: bool,
+    padded: bool,
     zero_context: int,
     dtype: Any,
 ) -> tuple[Carry, Array]:
     """Run a part of the evaluations in `steps`. Return what they pass on and the last clean estimate.
 
-    `zero_context` is the number of zero rows after the context's. `modulations` are those of `LEVELS` evaluations of
-    the plan, `part_2` are the part's first evaluation in `steps` and the one after its last. Without the negative
-    prompt, its estimate is taken to be the prompt's.
+    `padded` says whether any image has fewer tokens than the budget, `zero_context` is the number of zero rows after
+    the context's. `modulations` are those of `LEVELS` evaluations of the plan, `part_2` are the part's first evaluation
+    in `steps` and the one after its last. Without the negative prompt, its estimate is taken to be the prompt's.
     """
     model: AnimaDiT = merge(graphdef, params)
     length = carry.momentum_blc.shape[1]
@@ -299,11 +307,10 @@ def advance(
     def velocity(x_blc: Array, step: StepInputs) -> Array:
         """Return the velocities with the prompts in the context."""
         context, lengths_b = shared.context
+        options = {"padded": padded, "context_lengths_b": lengths_b, "zero_context": zero_context, "remat": "none"}
         of_level = modulations.at(step.guidance.number % LEVELS)
         x_blc = wrapped(x_blc.astype(dtype), sizes)
-        return model.velocity(
-            x_blc, grid_of(sizes), of_level, context, context_lengths_b=lengths_b, zero_context=zero_context
-        )
+        return model.velocity(x_blc, grid_of(sizes), of_level, context, **options)
 
     def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
         """Return the estimates with the prompt and the negative prompt."""

@@ -157,6 +157,23 @@ def test_a_batch_without_padding_needs_no_lengths():
     np.testing.assert_array_equal(told(model, tokens, grids, times, context), fixed(model, tokens, times, context))
 
 
+def test_what_does_not_depend_on_the_latents_can_be_computed_once():
+    model, times = small_model(), jnp.array([0.2, 0.9])
+    tokens, context = random(2, 12, 64), random(2, 7, 24)
+    plain = quick_jit(lambda model, *inputs: model.velocity(tokens, (1, 3, 4), *inputs, zero_context=5))
+
+    def known(model, times, context, index=None):
+        modulations = model.modulations(times) if index is None else model.modulations(times).at(index)
+        return model.velocity(tokens, (1, 3, 4), modulations, model.keys_values(context), zero_context=5)
+
+    found = quick_jit(known)(model, times, context)
+    assert relative_error(found, plain(model, times, context)) < VALUE_TOLERANCE
+    of_one = quick_jit(known)(model, times, context, 1)
+    assert relative_error(of_one, plain(model, times[[1, 1]], context)) < VALUE_TOLERANCE
+    with pytest.raises(ValueError, match="batch sizes differ: latents 2, times 2, context rows 1"):
+        known(model, times, context[:1])
+
+
 def test_padded_and_masked_captions_equal_each_alone_in_the_adapter():
     model = small_model()
     source, ids = random(2, 9, 20), jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 8)))
