@@ -16,7 +16,7 @@ from anima_jax.platform import lower
 from anima_jax.sampling import program
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.images import PIXELS_PER_LATENT
-from anima_jax.sampling.packing import TokenPacking
+from anima_jax.sampling.packing import TokenPacking, is_padded
 from anima_jax.sampling.request import SamplingParams
 
 
@@ -74,6 +74,7 @@ def lowered_sampling(
         graphdef=graphdef,
         with_negative=with_negative,
         both=plan.both,
+        padded=is_padded(packing.size_b3, packing.length),
         zero_context=CONTEXT_ROWS - rows,
         dtype=dtype,
     )

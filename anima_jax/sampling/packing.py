@@ -22,6 +22,9 @@ from anima_jax.models.dit import OUT_CHANNELS, PATCH, patchify, token_positions,
 BUDGET_STEP = 16
 BUDGETS_PER_OCTAVE = 8
 
+UNPADDED_TOKENS = 1024
+"""Token budget from which images that fill it, such as those of 1024², have a program of their own, without masks."""
+
 
 def token_budget(tokens: int) -> int:
     """Return the smallest budget for this many tokens. There are 8 per power of two, all multiples of 16."""
@@ -64,6 +67,11 @@ class TokenPacking:
             whole: Any = unpatchify(row[None, : math.prod(grid)], *grid)
             latents.append(whole[0, :, :y, :x])
         return latents
+
+
+def is_padded(size_b3: np.ndarray, length: int) -> bool:
+    """Return whether the program masks padding: unless all images have `length` tokens, or if these are few."""
+    return length < UNPADDED_TOKENS or bool(np.any(grid_of(size_b3).prod(axis=1) < length))
 
 
 def grid_of(size_b3: Any) -> Any:

@@ -33,7 +33,7 @@ from anima_jax.parallel.mesh import current_mesh, replicas, replicate
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.finite import all_finite
-from anima_jax.sampling.packing import TokenPacking, grid_of, real_values, wrapped
+from anima_jax.sampling.packing import TokenPacking, grid_of, is_padded, real_values, wrapped
 
 LEVELS = 32
 """Noise levels whose AdaLN values are computed together and are on the device at a time: 66 MB for the released model.
@@ -47,9 +47,6 @@ SHORT_CONTEXT = 256
 
 All other rows are zero. They take part in the softmax as a number, not as stored keys and values.
 """
-
-UNPADDED_TOKENS = 1024
-"""Token budget from which images that fill it, such as 1024², have a program of their own, without masks."""
 
 DEVICE_BYTES = 16 * 2**30
 """Memory of a device that does not say how much it has."""
@@ -137,7 +134,7 @@ class Evaluations:
     def __init__(self, params: Params, graphdef: nnx.GraphDef[Any], dtype: Any, shared: SharedInputs):
         self.params, self.graphdef, self.dtype = params, graphdef, dtype
         self.shared = replicate(shared)
-        self._tokens_b = grid_of(np.asarray(shared.size_b3)).prod(axis=1)
+        self._size_b3 = np.asarray(shared.size_b3)
         rows_bnd, lengths_b = self.shared.context
         self._all_rows = rows_bnd.shape[1]
         is_short = lengths_b is None and self._all_rows > SHORT_CONTEXT and int(used_rows(rows_bnd)) <= SHORT_CONTEXT
@@ -151,8 +148,6 @@ class Evaluations:
         Consecutive ones that are alike, with or without the negative prompt, run in one call that never waits.
         """
         numbers_n, estimate_blc = steps.guidance.number, carry.arrays[0]
-        length = estimate_blc.shape[1]
-        padded = length < UNPADDED_TOKENS or bool((self._tokens_b < length).any())
         with_negative_n = (steps.guidance.scale != 1.0) | plan.both
         steps, first = replicate(steps), 0
         for (chunk, with_negative), part in itertools.groupby(zip(numbers_n // LEVELS, with_negative_n, strict=True)):
@@ -167,7 +162,7 @@ class Evaluations:
                 graphdef=self.graphdef,
                 with_negative=bool(with_negative),
                 both=plan.both,
-                padded=padded,
+                padded=is_padded(self._size_b3, estimate_blc.shape[1]),
                 zero_context=self._all_rows - self._rows,
                 dtype=self.dtype,
             )
