@@ -37,8 +37,8 @@ _SCORE_BYTES = 16 * 2**20
 TILE = 128
 """Tokens per tile: the TPU kernel needs lengths that are multiples of this."""
 
-_SPLASH_BLOCK, _SPLASH_KEYS = 1024, 2048
-"""Maximum tokens of the TPU kernel's blocks, and of the blocks of keys that its backward pass has in memory."""
+_SPLASH_BLOCK, _SPLASH_PARTS = 1024, 10
+"""Maximum tokens of the TPU kernel's blocks, and maximum number of blocks of keys for one backward kernel."""
 
 CUDNN_CAPABILITY = 8.0
 """Compute capability from which NVIDIA devices have cuDNN's fused attention: Ampere; V100 has 7.0 and T4 7.5."""
@@ -242,9 +242,11 @@ def _splash(
             zero_keys -= shape[1] - keys  # the padding is some of them
         else:
             key_lengths_b = jnp.full(len(k_bnhk), keys)
+    # One kernel for all gradients writes those of the queries once for each block of keys.
+    fused = q_blhk.dtype.itemsize == 2 and shape[1] // block_kv <= _SPLASH_PARTS
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * (heads // groups)),
-        block_sizes=_splash_blocks(block_q, block_kv, shape[1]),
+        block_sizes=_splash_blocks(block_q, block_kv, fused),
         residual_checkpoint_name="attention_out",
         interpret=platform() != "tpu",
     )
@@ -276,24 +278,20 @@ def _splash_block(length: int) -> int:
     return min(sizes, key=lambda size: (-(-length // size) * (size + TILE), -size))
 
 
-def _splash_blocks(block_q: int, block_kv: int, keys: int) -> Any:
-    """Return the kernels' block sizes for `keys` padded keys.
-
-    The backward kernel computes the gradients of q, k and v together. It writes those of the queries once for each of
-    its blocks of keys in memory, which are therefore as large as fit.
-    """
+def _splash_blocks(q: int, kv: int, fused: bool) -> Any:
+    """Return the block sizes of the forward kernel and of one (`fused`) or two backward kernels."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
-    count = keys // block_kv
-    together = max(n for n in range(1, count + 1) if count % n == 0 and n * block_kv <= max(_SPLASH_KEYS, block_kv))
     return BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=together * block_kv,
-        block_kv_dkv_compute=block_kv,
-        use_fused_bwd_kernel=True,
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=None if fused else q,
+        block_kv_dq=None if fused else kv,
+        use_fused_bwd_kernel=fused,
     )
 
 

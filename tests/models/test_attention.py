@@ -163,6 +163,19 @@ def test_splash_equals_xla_in_the_interpreter_forward_and_backward(options):
         np.testing.assert_allclose(grad, other, atol=5e-6 * np.abs(other).max())
 
 
+def test_one_splash_kernel_for_all_gradients_of_16_bit_queries():
+    q, k, v = random_qkv(queries=200, keys=1100, size=64)  # two blocks of keys
+
+    def gradients(dtype, implementation):
+        def loss(*qkv):
+            return jnp.sum(jnp.sin(attention(*qkv, zero_keys=9, implementation=implementation).astype(jnp.float32)))
+
+        return jax.grad(loss, (0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
+
+    for found, exact in zip(gradients(jnp.bfloat16, "splash"), gradients(jnp.float32, "xla"), strict=True):
+        assert np.linalg.norm(found.astype(jnp.float32) - exact) / np.linalg.norm(exact) < 2e-2  # as above
+
+
 def calls_of_kernels(monkeypatch, implementation, policy, zero_keys):
     """How often a block's forward and backward kernels stand in the program of a gradient, lowered for their device."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
