@@ -343,18 +343,21 @@ def _xla_backward(causal: bool, zero_keys: int, residuals: tuple[Any, ...], grad
         grad_weights = _product("bgmk,bgnk->bgmn", grad_bgmk, v_bgnk)
         grad_scores, divisor = _in_range(weights * (grad_weights - shared) * scale, dtype)
         weights, weight_divisor = _in_range(weights, dtype, peak=1.0)
-        grad_v_bgkn += _product("bgkm,bgmn->bgkn", grad_bgkm, weights) / weight_divisor
-        grad_k_bgkn += _product("bgkm,bgmn->bgkn", q_bgkm, grad_scores) / divisor
+        grad_v_bgkn += _product(over_queries, grad_bgkm, weights) / weight_divisor
+        grad_k_bgkn += _product(over_queries, q_bgkm, grad_scores) / divisor
         grad_q = (_product("bgmn,bgnk->bgmk", grad_scores, k_bgnk) / divisor).astype(dtype)
         return (grad_k_bgkn, grad_v_bgkn), grad_q
 
     zero_k, zero_v = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k_bgnk, v_bgnk))
     zeros = (zero_k, zero_v)
     starts = jnp.arange(blocks_q.shape[0]) * size
-    # A CPU is slow at products whose sum runs over the first axis of both operands: these transposed blocks avoid them.
-    blocks_qt, blocks_gradt = blocks_q.swapaxes(3, 4), blocks_grad.swapaxes(3, 4)
+    # A CPU is slow at products whose sum runs over the first axis of both operands: transposed blocks avoid them. XLA
+    # would fold the transpose of a single block into its product, and then refuses the product in bfloat16.
+    single = blocks_q.shape[0] == 1
+    over_queries = "bgmk,bgmn->bgkn" if single else "bgkm,bgmn->bgkn"
+    blocks_qt, blocks_gradt = (x if single else x.swapaxes(3, 4) for x in (blocks_q, blocks_grad))
     inputs = (blocks_q, blocks_qt, blocks_grad, blocks_gradt, blocks_shared, log_total, starts)
-    if blocks_q.shape[0] == 1:
+    if single:
         grads, grad_q = block(zeros, jax.tree.map(lambda x: x[0], inputs))
         grad_q = grad_q[None]
     else:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from anima_jax.models.constraints import constrain
@@ -48,7 +49,8 @@ def linear(
         # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is the fast path.
         out = x @ kernel_io
     else:
-        out = _matmul(x, kernel_io, out_dtype)  # pyright: ignore[reportAssignmentType]
+        # Remat policies do not see the product inside of a custom gradient: they know it by this name.
+        out = checkpoint_name(_matmul(x, kernel_io, out_dtype), "product")  # pyright: ignore[reportArgumentType]
     return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
