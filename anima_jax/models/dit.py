@@ -24,7 +24,7 @@ from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
-from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu
+from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu, products_saveable
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.stack import scan_in_place
 
@@ -46,10 +46,7 @@ def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("product"),
-    ),
+    "dots": products_saveable,
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("attention_out"), _is_cudnn_attention
     ),

@@ -21,6 +21,11 @@ from anima_jax.models.constraints import constrain
 from anima_jax.models.quantised import Quantised
 from anima_jax.platform import platform
 
+products_saveable = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("product")
+)
+"""Remat policy that keeps the products of `linear`."""
+
 
 def linear(
     x: Array,
