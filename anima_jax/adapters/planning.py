@@ -1,6 +1,7 @@
 """`[adapter]` applied to a network: which modules get an adapter, ranks, learning rates and initial values."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from anima_jax.adapters.modules import AdapterSpec, adapter_spec
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.names.groups import group_of
 from anima_jax.config.main import MainConfig
+from anima_jax.config.schema import MOST
 from anima_jax.errors import UserError, did_you_mean, shell_command
 from anima_jax.models.parameters import Params
 
@@ -31,7 +33,7 @@ def plan(
 
     The second contains only parameters with a rate of their own. `targets` maps the paths of the blocks' linear layers
     to kernel shapes (layers, in, out). Raises UserError for a pattern that matches none of the modules whose group is
-    trained, and if nothing would be trained.
+    trained, for factors of more numbers than int32 counts, and if nothing would be trained.
     """
     adapter = config.adapter
     assert adapter is not None
@@ -57,8 +59,20 @@ def plan(
     }
     if not specs:
         raise UserError(f"{config.path}: [adapter] leaves every module out, so nothing would be trained")
+    _require_countable(config, specs, targets)
     own_rates = {path: tuple(rates[path]) for path in specs if set(rates[path]) != {1.0}}
     return specs, {f"{path}.{factor}": rate for path, rate in own_rates.items() for factor in specs[path].shapes}
+
+
+def _require_countable(config: MainConfig, specs: Specs, targets: Mapping[str, tuple[int, ...]]) -> None:
+    for path, spec in specs.items():
+        for factor, shape in spec.shapes.items():
+            if (numbers := len(spec.ranks) * math.prod(shape)) > MOST:
+                most = min(targets[path][1:])
+                raise UserError(
+                    f"{config.path}: adapter.rank = {max(spec.ranks)}: {path}.{factor} would have {numbers:,} numbers; "
+                    f"expected a rank of at most {most}, that of the layer itself"
+                )
 
 
 def idle_exclusions(config: MainConfig, targets: Mapping[str, tuple[int, ...]]) -> list[str]:

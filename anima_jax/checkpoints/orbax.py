@@ -161,7 +161,11 @@ class RunCheckpoints:
             damaged[self.folder / path] = reason
         else:
             if damaged:
-                raise UserError(*(f"{path}: is damaged: {reason}" for path, reason in damaged.items()))
+                raise UserError(
+                    *(f"{path}: is damaged: {reason}" for path, reason in damaged.items()),
+                    f"{self.folder}: no checkpoint is intact: restore one from a copy, or rename this folder and start "
+                    "the run again from its first step (with --resume auto, or without --resume_from_checkpoint)",
+                )
             return None
         for old, reason in damaged.items() if jax.process_index() == 0 else ():
             kept = self._set_aside(old)

@@ -329,7 +329,9 @@ class DirectorySource(Source):
         None,
         description="ours; a JSON file with the captions of all images; unset: captions.json, if the folder has it",
     )
-    online_captions: bool = Field(False, description="read captions.json at every start, even with --trust_cache")
+    online_captions: bool = Field(
+        False, description="read captions.json, or captions_file, at every start, even with --trust_cache"
+    )
 
 
 class TfdsSource(Source):

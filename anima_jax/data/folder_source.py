@@ -51,7 +51,7 @@ class FolderReader(SourceReader[DirectorySource]):
         keys = ("path", "mask_path", "default_mask_file", "skip_empty_caption", "online_captions")
         keys += ("caption_mode", "caption_extension", "captions_file", "cache_shuffle_delimiter")
         self.about = {key: getattr(source, key) for key in keys}
-        self._folders = 0
+        self._folders, self._captions = 0, source.captions_file or os.path.join(source.path, CAPTIONS_JSON)
         self._table: CaptionTable | None = None
 
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
@@ -61,9 +61,7 @@ class FolderReader(SourceReader[DirectorySource]):
         if CAPTIONS_JSON in files or self.source.captions_file:
             self._table = self._read_table()
         elif self.source.online_captions:
-            raise UserError(
-                f"{os.path.join(folder, CAPTIONS_JSON)}: no such file, expected one because online_captions is on"
-            )
+            raise UserError(f"{self._captions}: no such file, expected one because online_captions is on")
         tables = [self._table] if self._table else []
         mask_of, ignored = _masks(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
@@ -81,7 +79,7 @@ class FolderReader(SourceReader[DirectorySource]):
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
         source = self.source
         if self._table is not None:
-            counts[f"name in {CAPTIONS_JSON} without an image"] = self._table.unused()
+            counts[f"name in {os.path.basename(self._captions)} without an image"] = self._table.unused()
         if source.mask_path and not source.default_mask_file:
             count_and_name(counts, "without a mask", [entry.media.name for entry in entries if entry.mask is None])
         if source.caption_mode != "tags":
@@ -107,12 +105,11 @@ class FolderReader(SourceReader[DirectorySource]):
                 updated.append(dataclasses.replace(entry, captions=found.tags or ("",), nl=found.nl))
             else:
                 lacking.append(media.name)
-        log_names(f"left out without a caption in {CAPTIONS_JSON} (skip_empty_caption)", lacking)
+        log_names(f"left out without a caption in {os.path.basename(self._captions)} (skip_empty_caption)", lacking)
         return updated
 
     def _read_table(self) -> CaptionTable:
-        folder, file = os.path.split(self.source.captions_file or os.path.join(self.source.path, CAPTIONS_JSON))
-        media = FileMedia(folder, file)
+        media = FileMedia(*os.path.split(self._captions))
         return CaptionTable(media.read(), media.name, self.source.cache_shuffle_delimiter)
 
     def _tar_candidates(self, tar: str, mask_of: MaskOf, problems: Problems, ignored: Counts) -> Iterator[Candidate]:

@@ -161,10 +161,14 @@ def test_an_exclusion_that_excludes_nothing_is_told(folder):
         ("target_modules = 'blocks.9.*'", r"adapter.target_modules: 'blocks.9.\*' fits none of the 42 modules"),
         ("rank_pattern = { 'self_atn.*' = 8 }", r"adapter.rank_pattern: 'self_atn.\*' fits none .*mean 'self_attn'\?"),
         ("exclude_modules = '.*'", "leaves every module out, so nothing would be trained"),
+        (
+            "rank_pattern = { '.*' = 2147483647 }",
+            r"adapter.rank = 2147483647: blocks\S+ would have .* at most \d+, that of",
+        ),
         ("text_encoder_lr = 1e-4", "states of a trained text encoder cannot be cached"),
     ],
 )
-def test_what_would_train_nothing_is_refused(folder, keys, message):
+def test_what_cannot_be_trained_is_refused(folder, keys, message):
     with pytest.raises(UserError, match=message):
         planned(folder, f"type = 'lora'\nrank = 2\n{keys}")
 

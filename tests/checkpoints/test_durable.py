@@ -114,9 +114,11 @@ def test_if_all_are_damaged_each_is_named_and_nothing_is_renamed(damaged):
             path.write_bytes(b"")
     with pytest.raises(UserError) as refused, errors_reported_once():
         RunCheckpoints(damaged, keep=None).newest_intact()
-    assert [message[: len(f"{damaged}/1: is dam")] for message in refused.value.messages] == [
+    *named, advice = refused.value.messages
+    assert [message[: len(f"{damaged}/1: is dam")] for message in named] == [
         f"{damaged}/{step}: is dam" for step in (2, 1)
     ]
+    assert "restore one from a copy, or rename this folder" in advice
     assert sorted(path.name for path in damaged.iterdir()) == ["1", "2"]
 
 

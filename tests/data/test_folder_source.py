@@ -253,11 +253,12 @@ def test_a_metadata_file_of_sd_scripts_has_the_captions_of_all(folder, tmp_path)
         "C": {"caption": "A sea.", "tags": "c, d"},
         f"{folder}/a": {"tags": "a"},
         "elsewhere/b.png": {"caption": "B"},
+        "gone.png": {"caption": "D"},
     }
     (tmp_path / "meta_lat.json").write_text(json.dumps(table))
     entries, line, _ = read(folder, captions_file=str(tmp_path / "meta_lat.json"))
     assert [(*entry.captions, *entry.nl) for entry in entries] == [("c, d", "A sea."), ("a",), ("", "B")]
-    assert line == f"{folder}: 3 images"
+    assert line == f"{folder}: 3 images, 1 name in meta_lat.json without an image"
 
 
 def test_images_without_natural_language_are_counted_if_it_is_asked_for(folder):
