@@ -74,7 +74,11 @@ class Applied(NamedTuple):
 
 def norms_of(values: Params) -> Params:
     """Return the norm of each array, computed in float32."""
-    return {path: jnp.sqrt(jnp.sum(jnp.square(value.astype(jnp.float32)))) for path, value in values.items()}
+    return {path: _norm(value) for path, value in values.items()}
+
+
+def _norm(value: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(value.astype(jnp.float32))))
 
 
 def apply(
@@ -99,10 +103,9 @@ def apply(
     for path, value in params.items():
         one = functools.partial(_one, optimizer, path, norm, keep, finish)
         stacked = path in optimizer.stacked
+        every = functools.partial(each_layer, one, in_turn=in_turn) if stacked else functools.partial(one, None)
         change = jnp.zeros(len(value) if stacked else ()) if measure else None
-        kept = (value, states[path], ema and ema[path], change)
-        grad = grads[path]
-        new[path] = each_layer(one, kept, grad, in_turn) if stacked else on_device(one)(None, kept, grad)
+        new[path] = on_device(every, (value, states[path], ema and ema[path], change), grads[path])
     values, own, averages, changes = ({path: found[index] for path, found in new.items()} for index in range(4))
     return Applied(values, (first, own, *rest), ema and averages, norms_of(changes) if measure else None)
 
@@ -123,7 +126,7 @@ def _one(
     update, state = optimizer.change(path, layer, grad.astype(jnp.float32), state, wide, norm)
     value, average = finish(path, layer, wide, update, average)
     if change is not None:
-        change = jnp.linalg.norm((value.astype(jnp.float32) - wide).ravel())
+        change = _norm(value.astype(jnp.float32) - wide)
     return _select(keep, kept, (value, state, average, change))
 
 

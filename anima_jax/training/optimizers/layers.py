@@ -72,7 +72,7 @@ def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: flo
 
     `kept` and `given` are trees of arrays stacked over layers. Arrays without axes, counters, are the same for all
     layers. Layers of at least `in_turn` values (by default `ONE_AT_A_TIME`) are computed one at a time, and written
-    over the old ones: no other stack is made, and those in host memory come to the device one layer at a time.
+    over the old ones: no other stack is made.
     """
     leaves, treedef = jax.tree.flatten(kept)
     axes = [0 if leaf.ndim else None for leaf in leaves]
@@ -82,11 +82,6 @@ def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: flo
         own = [leaf if axis is None else one for leaf, one, axis in zip(leaves, own, axes, strict=True)]
         return jax.tree.leaves(function(layer, jax.tree.unflatten(treedef, own), given))
 
-    def by_scan(numbers: Array, leaves: Sequence[Any], given: Any) -> list[Any]:
-        stacks = [leaf if axis == 0 else None for leaf, axis in zip(leaves, axes, strict=True)]
-        new = jax.lax.map(lambda row: one_layer(*row), (numbers, stacks, given))
-        return [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
-
     def next_layer(layer: Array, written: Sequence[Any]) -> list[Any]:
         def row(leaf: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
@@ -94,33 +89,29 @@ def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: flo
         own = [now if axis is None else row(now) for now, axis in zip(written, axes, strict=True)]
         return [
             new if axis is None else jax.lax.dynamic_update_index_in_dim(now, new, layer, 0)
-            for new, now, axis in zip(
-                on_device(one_layer)(layer, own, jax.tree.map(row, given)), written, axes, strict=True
-            )
+            for new, now, axis in zip(one_layer(layer, own, jax.tree.map(row, given)), written, axes, strict=True)
         ]
 
     if math.prod(shape) < (ONE_AT_A_TIME if in_turn is None else in_turn):
-        new = on_device(jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes))(jnp.arange(layers), leaves, given)
+        new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes)(jnp.arange(layers), leaves, given)
     elif platform() == "cpu":  # its compiler would copy the stacks in every turn of a loop that writes over them
-        new = on_device(by_scan)(jnp.arange(layers), leaves, given)
+        stacks = [leaf if axis == 0 else None for leaf, axis in zip(leaves, axes, strict=True)]
+        new = jax.lax.map(lambda row: one_layer(*row), (jnp.arange(layers), stacks, given))
+        new = [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
     else:
         new = jax.lax.fori_loop(0, layers, next_layer, leaves)
     return jax.tree.unflatten(treedef, new)
 
 
-def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return function(layer, kept, given) → kept that moves arrays of `kept` in host memory to the device and back."""
+def on_device(function: Callable[[Any, Any], Any], kept: Any, given: Any) -> Any:
+    """Return function(kept, given) → kept; arrays of `kept` in host memory are moved to the device and back."""
+    spaces = jax.tree.map(lambda leaf: jax.typeof(leaf).memory_space, kept)
 
-    def moved(layer: Any, kept: Any, given: Any) -> Any:
-        spaces = jax.tree.map(lambda leaf: jax.typeof(leaf).memory_space, kept)
+    def move(leaf: Array, old: Any, new: Any) -> Array:
+        return jax.device_put(leaf, new) if old == jax.memory.Space.Host else leaf
 
-        def move(leaf: Array, old: Any, new: Any) -> Array:
-            return jax.device_put(leaf, new) if old == jax.memory.Space.Host else leaf
-
-        arrived = jax.tree.map(lambda leaf, space: move(leaf, space, jax.memory.Space.Device), kept, spaces)
-        return jax.tree.map(lambda leaf, space: move(leaf, space, space), function(layer, arrived, given), spaces)
-
-    return moved
+    arrived = jax.tree.map(lambda leaf, space: move(leaf, space, jax.memory.Space.Device), kept, spaces)
+    return jax.tree.map(lambda leaf, space: move(leaf, space, space), function(arrived, given), spaces)
 
 
 def scale_layers(rates: Mapping[str, Sequence[float]]) -> optax.GradientTransformation:
