@@ -20,7 +20,7 @@ from anima_jax.parallel.mesh import make_mesh
 from anima_jax.parallel.topologies import Topology
 from anima_jax.platform import compiling_for
 from anima_jax.training.hlo import Collective, Program, collectives
-from anima_jax.training.hlo_costs import Cost, InstructionCost, rows_of
+from anima_jax.training.hlo_costs import Cost, InstructionCost, by_source, rows_of
 
 GIB = 2**30
 
@@ -230,6 +230,19 @@ def dearest_lines(rows: Sequence[InstructionCost], topology: Topology, count: in
     return lines
 
 
+def source_lines(rows: Sequence[InstructionCost], topology: Topology, count: int = 10) -> list[str]:
+    """Return the lines of this package whose instructions take most cycles; none where the compiler has none."""
+    clock = CLOCKS.get(topology.spec.name)
+    total = sum(row.cost.cycles for row in rows)
+    if not clock or not total:
+        return []
+    return ["by source line:"] + [
+        f"  {cost.cycles / total:6.1%} {cost.cycles / clock * 1e3:8.2f} ms {cost.nbytes / 1e9:8.2f} GB "
+        f"{cost.flops / 1e12:7.2f} TFLOP {phase} {source}"
+        for (source, phase), cost in list(by_source(rows).items())[:count]
+    ]
+
+
 def report(found: CompiledProgram, *, dearest: int = 15) -> list[str]:
     """Return all tables of a compiled program."""
     lines = memory_lines(found.memory)
@@ -242,4 +255,5 @@ def report(found: CompiledProgram, *, dearest: int = 15) -> list[str]:
         *time_lines(rows, found.topology),
         *collective_lines(collectives(program)),
         *dearest_lines(rows, found.topology, dearest),
+        *source_lines(rows, found.topology),
     ]

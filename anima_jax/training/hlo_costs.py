@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from anima_jax.training.hlo import Array, Instruction, Program
 
@@ -222,7 +222,7 @@ class _Costs:
         return None
 
 
-def by_source(rows: list[InstructionCost]) -> Mapping[tuple[str, str], Cost]:
+def by_source(rows: Sequence[InstructionCost]) -> Mapping[tuple[str, str], Cost]:
     """Return the cost of each line of this package and phase of the step, dearest first."""
     found: dict[tuple[str, str], Cost] = collections.defaultdict(Cost)
     for row in rows:
