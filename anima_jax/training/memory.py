@@ -267,18 +267,11 @@ class Saved(NamedTuple):
         return (self.blocks + self.outside) // self.number
 
 
-def activation_bytes(
-    partition: ParamPartition, config: StepConfig, work: Workload, dtype: Any, *, masked: bool = False
-) -> int:
+def _kept(shape: "_Trace", config: StepConfig) -> int:
     """Return the bytes that the backward pass saves for one example, including those of blocks being recomputed.
 
-    With remat "offload", the inputs of blocks do not count: they are in host memory.
+    `shape` is without remat, which is that of `config`. With "offload", inputs of blocks are in host memory.
     """
-    return _kept(_Trace.of(partition, config, work, dtype, masked, "none", "gpu"), config)
-
-
-def _kept(shape: "_Trace", config: StepConfig) -> int:
-    """Return the bytes that the backward pass saves with the remat of `config`; `shape` has none."""
     saved = _saved(shape)
     inside = {
         "none": saved.blocks,
