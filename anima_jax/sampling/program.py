@@ -104,8 +104,8 @@ def sample(
     """Run the plan from `start` and return each image's latents (t, y, x, c), float32.
 
     `step_noise` is called for each of the plan's draws in order and returns one array per image; it is not used if
-    there are `noise_keys_b3`. Without `callback` all evaluations run in one call that never waits for the host. With it
-    each evaluation is a separate call, and the callback for one runs while the device computes the next.
+    there are `noise_keys_b3`. Without `callback` the evaluations run in a few calls that never wait for the host. With
+    it each evaluation is a separate call, and the callback for one runs while the device computes the next.
     """
     total = len(plan.sigmas_n)
     start_blc = packing.pack(start)
