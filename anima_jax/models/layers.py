@@ -83,6 +83,9 @@ def _matmul_backward(out_dtype: Any, residuals: tuple[Array, Array], grad_out: A
     x, kernel_io = residuals
     grad_out, rows = grad_out.astype(x.dtype), tuple(range(x.ndim - 1))
     grad_x = _contract(grad_out, kernel_io, ((x.ndim - 1,), (1,)), x.dtype)
+    if platform() == "cpu":
+        # Without the barrier XLA would fuse the input's transpose with what computes it, and walk memory by columns.
+        x = jax.lax.optimization_barrier(x)
     return grad_x, _contract(x, grad_out, (rows, rows), x.dtype)
 
 

@@ -46,9 +46,9 @@ def initial(
 
 
 _CPU_OPTIONS: dict[str, Any] = {
-    # This pass would convert the stacked 16-bit weights to float32 ahead of the scan over the blocks: a copy of twice
-    # their size, which every block then converts back.
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    # The first pass would convert the stacked 16-bit weights to float32 ahead of the scan over the blocks: a copy of
+    # twice their size, which every block then converts back. The second would remove the barriers of `layers.linear`.
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,cse_barrier_expander",
     # YNNPACK computes products one by one and nothing else: its Σ a · b takes up to 40 times as long as XLA's own.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
