@@ -308,7 +308,7 @@ def test_what_is_computed_again_changes_neither_loss_nor_gradients(remat, every,
 
 
 def test_each_policy_keeps_less_for_the_backward_than_the_one_before():
-    deep = dataclasses.replace(CONFIG, blocks=16, adapter=None)
+    deep = dataclasses.replace(CONFIG, blocks=64, adapter=None)
     graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(deep, rngs=rngs))
     tokens, times, context = jnp.ones((2, 256, 64)), jnp.array([0.2, 0.7]), jnp.ones((2, 5, 16))
 
