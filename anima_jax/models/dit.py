@@ -247,19 +247,19 @@ class AnimaDiT(nnx.Module):
         run_recomputed = jax.checkpoint(run_block, policy=policy, prevent_cse=False) if policy else run_block
 
         def run_blocks(x_bld: Array, layers: Layer) -> Array:
+            if remat in IN_PLACE:
+                return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
         layers: Layer = self.blocks, known, keys_values
         # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
-        if remat_every > 1:
+        if remat_every == 1:
+            x_bld = run_blocks(x_bld, layers)
+        else:
             run_group = jax.checkpoint(run_blocks, policy=REMAT_POLICIES["full"], prevent_cse=False)
             x_bld = scan_in_place(run_group, x_bld, self._grouped(layers, remat_every))
-        elif remat in IN_PLACE:
-            x_bld = scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
-        else:
-            x_bld = run_blocks(x_bld, layers)
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def modulations(self, times_b: Array) -> Modulations:
