@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
+from anima_jax.compiler import compiler_options
 from anima_jax.platform import platform
 
 Params = dict[str, Any]
@@ -45,20 +46,6 @@ def initial(
     return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1], shardings)()
 
 
-_CPU_OPTIONS: dict[str, Any] = {
-    # The first pass would convert the stacked 16-bit weights to float32 ahead of the scan over the blocks: a copy of
-    # twice their size, which every block then converts back. The second would remove the barriers of `layers.linear`.
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,cse_barrier_expander",
-    # YNNPACK computes products one by one and nothing else: its Σ a · b takes up to 40 times as long as XLA's own.
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-}
-
-
-def compiler_options() -> dict[str, Any] | None:
-    """Return the `compiler_options` of `jax.jit` that the networks' programs run fastest with, or None."""
-    return _CPU_OPTIONS if platform() == "cpu" and _cpu_accepts_options() else None
-
-
 def jit_network(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit` with `compiler_options`, for module level: the hardware is asked for at the first call."""
 
@@ -72,16 +59,6 @@ def jit_network(function: Callable[..., Any], **options: Any) -> Callable[..., A
         return jitted(platform())(*args, **kwargs)
 
     return call
-
-
-@functools.cache
-def _cpu_accepts_options() -> bool:
-    """Return whether this version of XLA knows `_CPU_OPTIONS`; versions add and remove options."""
-    try:
-        jax.jit(lambda x: x).lower(0.0).compile(_CPU_OPTIONS)
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def quick_jit(function: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from anima_jax.compiler import compiler_options
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal
-from anima_jax.models.parameters import Params, cast_to_compute, compiler_options, merge
+from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.training.step import StepConfig, TrainBatch, example_losses
 
@@ -50,7 +51,8 @@ class Evaluation:
 
             return jax.lax.map(at, jnp.array(QUANTILES, jnp.float32))
 
-        self._losses = jax.jit(losses_of, out_shardings=replicated(current_mesh()), compiler_options=compiler_options())
+        mesh = current_mesh()
+        self._losses = jax.jit(losses_of, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
 
     def __call__(self, params: Params, batches: Iterable[tuple[TrainBatch, np.ndarray]]) -> dict[str, float]:
         """Return `loss_quantile_0.10` … `loss_quantile_0.90`, each a mean over the examples, and their mean, `loss`.

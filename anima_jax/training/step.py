@@ -22,12 +22,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from anima_jax.adapters import modules
+from anima_jax.compiler import compiler_options
 from anima_jax.config.main import MainConfig
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
-from anima_jax.models.parameters import Params, cast_to_compute, compiler_options, merge
+from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.text.states import text_dtype
@@ -369,10 +370,10 @@ def compile_step(
     """Return the jitted `train_step`: (state, frozen, batch, unconditional, accumulation) → (state, metrics).
 
     The old state is donated; `shardings` are those of its leaves, which the new state keeps. Each batch shape and
-    `accumulation` compiles a program of its own.
+    `accumulation` compiles a program of its own, with the `compiler_options` of their mesh.
     """
     step = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config, groups=groups)
-    out_shardings = None if shardings is None else (shardings, replicated(shardings.step.mesh))
-    return jax.jit(
-        step, donate_argnums=0, static_argnums=4, out_shardings=out_shardings, compiler_options=compiler_options()
-    )
+    mesh = None if shardings is None else shardings.step.mesh
+    out_shardings = None if mesh is None else (shardings, replicated(mesh))
+    options = compiler_options(mesh)
+    return jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=out_shardings, compiler_options=options)

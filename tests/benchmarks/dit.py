@@ -89,8 +89,9 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     import jax
     import jax.numpy as jnp
 
+    from anima_jax.compiler import compiler_options
     from anima_jax.models.dit import AnimaDiT
-    from anima_jax.models.parameters import abstract, cast_to_compute, compiler_options, merge
+    from anima_jax.models.parameters import abstract, cast_to_compute, merge
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = cast_to_compute({path: jnp.asarray(value) for path, value in params.items()}, dtype)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anima_jax import compiler
+from anima_jax.compiler import compiler_options
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.layers import linear
@@ -23,7 +25,7 @@ def test_bfloat16_weights_are_never_copied_to_float32_for_all_blocks_at_once():
         return jnp.sum(parameters.merge(graphdef, params)(*inputs))
 
     program = jax.jit(jax.grad(loss)).lower(params, latents, times, context)
-    by_default, ours = (program.compile(options).as_text() for options in (None, parameters.compiler_options()))
+    by_default, ours = (program.compile(options).as_text() for options in (None, compiler_options()))
     assert any("f32[3,128,256]" in line for line in by_default.splitlines() if " while(" in line)
     assert not any("f32[3,128,256]" in line for line in ours.splitlines() if " while(" in line)
 
@@ -37,7 +39,7 @@ def test_the_gradients_of_a_linear_map_are_those_of_the_product():
 
 
 def test_a_version_of_xla_without_the_options_compiles_without_them(monkeypatch):
-    monkeypatch.setattr(parameters, "_CPU_OPTIONS", {"xla_cpu_of_another_version": True})
-    monkeypatch.setattr(parameters, "_cpu_accepts_options", parameters._cpu_accepts_options.__wrapped__)
-    assert parameters.compiler_options() is None
+    monkeypatch.setattr(compiler, "OPTIONS", ((r"cpu .*", 1, {"xla_cpu_of_another_version": True}),))
+    monkeypatch.setattr(compiler, "_known", compiler._known.__wrapped__)
+    assert compiler_options() is None
     assert parameters.jit_network(lambda x: x + 1)(1) == 2
