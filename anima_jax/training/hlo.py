@@ -261,13 +261,20 @@ class Collective:
 def collectives(program: Program) -> list[Collective]:
     """Return a program's collectives, those with the most bytes first."""
     rows: dict[tuple[object, ...], Collective] = {}
+    chains: set[str | None] = set()
     for visit in program.walk():
         one = visit.instruction
         kind = one.opcode.removesuffix("-start")
         if kind not in _COLLECTIVES or not one.arrays:
             continue
-        started = one.opcode.endswith("-start") or visit.in_async
-        if visit.fused and kind == "all-reduce":
+        # A TPU's compiler divides a collective into a chain of parts, each in a fusion with other work: all have its
+        # channel and whole shape.
+        chained, channel = one.attribute(r'chain_id="(\d+)"') is not None, one.attribute(r"channel_id=(\d+)")
+        if chained and channel in chains:
+            continue
+        chains |= {channel} if chained else set()
+        started = one.opcode.endswith("-start") or visit.in_async or chained
+        if visit.fused and kind == "all-reduce" and not chained:
             kind = "reduce-scatter"  # as a TPU has it: a fusion of a sum with the slice of it that a device keeps
             sent_of = one.arrays
         else:
