@@ -44,6 +44,12 @@ def active_mesh() -> Any:
     return mesh
 
 
+def gathers_weights() -> bool:
+    """Return whether the active mesh shards weights over `fsdp`, so that its devices gather them."""
+    mesh = active_mesh()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 def partition_spec(shape: Sequence[int], axes: str, mesh: Any) -> P:
     """Return the spec of an array with these axis letters. Axes that the devices do not divide are replicated."""
 

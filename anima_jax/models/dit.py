@@ -24,7 +24,7 @@ from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
-from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu, products_saveable
+from anima_jax.models.layers import Linear, RMSNorm, all_but_gathered, apply_rotary, gelu, products_saveable
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.stack import scan_in_place
 
@@ -243,7 +243,7 @@ class AnimaDiT(nnx.Module):
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
 
-        policy = REMAT_POLICIES[remat]
+        policy = REMAT_POLICIES[remat] or all_but_gathered()
         run_recomputed = jax.checkpoint(run_block, policy=policy, prevent_cse=False) if policy else run_block
 
         def run_blocks(x_bld: Array, layers: Layer) -> Array:
@@ -312,9 +312,8 @@ class Modulation(nnx.Module):
 
     def __init__(self, width: int, rank: int, parts: int, *, rngs: nnx.Rngs):
         self.parts = parts
-        self.linear_1 = Linear(width, rank, rngs=rngs)
-        self.linear_2 = Linear(rank, parts * width, zero=True, rngs=rngs)
-        self.linear_1.kernel_axes, self.linear_2.kernel_axes = "if", "fo"
+        self.linear_1 = Linear(width, rank, axes="if", rngs=rngs)
+        self.linear_2 = Linear(rank, parts * width, zero=True, axes="fo", rngs=rngs)
 
     def __call__(self, condition: Condition | Array) -> list[Array]:
         """Return `parts` arrays (b, 1 or l, d): shift, scale and, if there are three, gate.
@@ -392,10 +391,10 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.q_proj = Linear(width, width, rngs=rngs)
-        self.k_proj = Linear(memory_width, width, rngs=rngs)
-        self.v_proj = Linear(memory_width, width, rngs=rngs)
-        self.output_proj = Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, axes="if", rngs=rngs)
+        self.k_proj = Linear(memory_width, width, axes="if", rngs=rngs)
+        self.v_proj = Linear(memory_width, width, axes="if", rngs=rngs)
+        self.output_proj = Linear(width, width, axes="fo", rngs=rngs)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
 
@@ -429,8 +428,8 @@ class MLP(nnx.Module):
     """Linear, exact GELU, linear."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.layer1 = Linear(width, hidden, rngs=rngs)
-        self.layer2 = Linear(hidden, width, rngs=rngs)
+        self.layer1 = Linear(width, hidden, axes="if", rngs=rngs)
+        self.layer2 = Linear(hidden, width, axes="fo", rngs=rngs)
 
     def __call__(self, x: Array, stream_dtype: DTypeLike) -> Array:
         hidden = constrain(gelu(self.layer1(x)), "blf")

@@ -7,6 +7,7 @@ Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from anima_jax.models.constraints import constrain
+from anima_jax.models.constraints import constrain, gathers_weights
 from anima_jax.models.quantised import Quantised
 from anima_jax.platform import platform
 
@@ -33,24 +34,25 @@ def linear(
     bias_o: Array | None = None,
     *,
     out_dtype: DTypeLike | None = None,
-    kernel_axes: str = "io",
+    kernel_axes: str = "",
 ) -> Array:
     """Return x @ kernel + bias in the dtype of `x`, accumulated in float32. All products with weight matrices use it.
 
     `x` is (…, i) and the result (…, o). `out_dtype` overrides the result's dtype: float32 keeps values beyond the range
-    of the dtype of `x`. `kernel_axes` are the kernel's axis letters (constraints.py), used if it is stored in a
-    narrower dtype than `x`.
+    of the dtype of `x`. `kernel_axes` are the kernel's axis letters (constraints.py), by which it is gathered from the
+    devices that share it, in its storage dtype; without them XLA gathers it where a product needs it.
     """
+    narrow = kernel_io.dtype.itemsize < x.dtype.itemsize  # after the cast XLA would gather it in the wider dtype
+    kernel_io = gathered(kernel_io, kernel_axes or "io") if kernel_axes or narrow else kernel_io
     if isinstance(kernel_io, Quantised):
         # Without the checkpoint the backward pass would keep every layer's dequantised weights.
         run = functools.partial(_linear_quantised, out_dtype=out_dtype)
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
-    if kernel_io.dtype.itemsize < x.dtype.itemsize:
-        # Gather a sharded kernel before the cast, so that the devices send it in the narrower dtype.
-        kernel_io = constrain(kernel_io, kernel_axes)
-    kernel_io, out_dtype = kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
+    stored, kernel_io, out_dtype = kernel_io, kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
     out: Array
-    if platform() != "cpu" and out_dtype == x.dtype:
+    if narrow and stored.dtype == jnp.bfloat16:
+        out = _matmul_wide(x, stored)
+    elif platform() != "cpu" and out_dtype == x.dtype:
         # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is the fast path.
         out = x @ kernel_io
     else:
@@ -61,6 +63,55 @@ def linear(
 
 def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_dtype: DTypeLike | None) -> Array:
     return linear(x, kernel_io.astype(x.dtype).values(), bias_o, out_dtype=out_dtype)
+
+
+_GATHERED = "gathered kernel"
+"""Name of gathered kernels for checkpoint policies: none should keep them for the backward pass."""
+
+
+def all_but_gathered() -> Callable[..., Any] | None:
+    """Return the checkpoint policy that keeps all but gathered kernels; None if the active mesh gathers none."""
+    return jax.checkpoint_policies.save_anything_except_these_names(_GATHERED) if gathers_weights() else None
+
+
+def gathered(kernel_io: Any, axes: str) -> Any:
+    """Return a kernel, which may be quantised, gathered by its axis letters: once for all products of a pass."""
+    if not gathers_weights():
+        return kernel_io
+    if isinstance(kernel_io, Quantised):
+        return jax.tree.map(lambda leaf: constrain(leaf, axes), kernel_io)
+    return _gathered(kernel_io, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(kernel_io: Array, axes: str) -> Array:
+    """Constrain the kernel but not its gradient, which would be replicated too instead of summed into the shards."""
+    return checkpoint_name(constrain(kernel_io, axes), _GATHERED)
+
+
+_gathered.defvjp(lambda kernel_io, axes: (_gathered(kernel_io, axes), None), lambda axes, _, grad_io: (grad_io,))
+
+
+@jax.custom_vjp
+def _matmul_wide(x: Array, kernel_io: Array) -> Array:
+    """Return a product of float32 activations and a bfloat16 kernel, in float32.
+
+    The kernel's gradient is made in bfloat16, its own dtype, so that the devices sum it in bfloat16 too.
+    """
+    return _matmul(x, kernel_io.astype(x.dtype), x.dtype)  # pyright: ignore[reportReturnType]
+
+
+def _matmul_wide_backward(residuals: tuple[Array, Array], grad_out: Array) -> tuple[Array, Array]:
+    x, kernel_io = residuals
+    rows, dtype = tuple(range(x.ndim - 1)), kernel_io.dtype
+    grad_x = _contract(grad_out, kernel_io.astype(x.dtype), ((x.ndim - 1,), (1,)), x.dtype)
+    if platform() == "cpu":
+        return grad_x, _contract(x, grad_out, (rows, rows), dtype)
+    # GPUs and TPUs accumulate it in float32.
+    return grad_x, jax.lax.dot_general(x.astype(dtype), grad_out.astype(dtype), ((rows, rows), ((), ())))
+
+
+_matmul_wide.defvjp(lambda x, kernel_io: (_matmul_wide(x, kernel_io), (x, kernel_io)), _matmul_wide_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -102,12 +153,17 @@ class Linear(nnx.Module):
     The kernel is initialised with a truncated normal divided by sqrt(i), or with zeros; the bias with zeros.
     """
 
-    kernel_axes = "io"
-    """Passed to `linear`."""
-
     def __init__(
-        self, features_in: int, features_out: int, *, use_bias: bool = False, zero: bool = False, rngs: nnx.Rngs
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        use_bias: bool = False,
+        zero: bool = False,
+        axes: str = "io",
+        rngs: nnx.Rngs,
     ):
+        self.kernel_axes = axes  # of `linear`
         shape = (features_in, features_out)
         normal = functools.partial(jax.random.truncated_normal, rngs.params(), -2.0, 2.0)
         self.kernel = nnx.Param(jnp.zeros(shape) if zero else normal(shape) / math.sqrt(features_in))

@@ -128,10 +128,10 @@ class AdapterAttention(nnx.Module):
 
     def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.q_proj = Linear(width, width, rngs=rngs)
-        self.k_proj = Linear(memory_width, width, rngs=rngs)
-        self.v_proj = Linear(memory_width, width, rngs=rngs)
-        self.o_proj = Linear(width, width, rngs=rngs)
+        self.q_proj = Linear(width, width, axes="if", rngs=rngs)
+        self.k_proj = Linear(memory_width, width, axes="if", rngs=rngs)
+        self.v_proj = Linear(memory_width, width, axes="if", rngs=rngs)
+        self.o_proj = Linear(width, width, axes="fo", rngs=rngs)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
 
@@ -151,8 +151,8 @@ class AdapterMLP(nnx.Module):
     """Linear, exact GELU, linear, with biases."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.layer1 = Linear(width, hidden, use_bias=True, rngs=rngs)
-        self.layer2 = Linear(hidden, width, use_bias=True, rngs=rngs)
+        self.layer1 = Linear(width, hidden, use_bias=True, axes="if", rngs=rngs)
+        self.layer2 = Linear(hidden, width, use_bias=True, axes="fo", rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.layer2(constrain(gelu(self.layer1(x)), "bnf"))

@@ -118,10 +118,10 @@ class CausalAttention(nnx.Module):
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.head_size = config.head_size
-        self.q_proj = Linear(config.width, config.heads * config.head_size, rngs=rngs)
-        self.k_proj = Linear(config.width, config.key_heads * config.head_size, rngs=rngs)
-        self.v_proj = Linear(config.width, config.key_heads * config.head_size, rngs=rngs)
-        self.o_proj = Linear(config.heads * config.head_size, config.width, rngs=rngs)
+        self.q_proj = Linear(config.width, config.heads * config.head_size, axes="if", rngs=rngs)
+        self.k_proj = Linear(config.width, config.key_heads * config.head_size, axes="if", rngs=rngs)
+        self.v_proj = Linear(config.width, config.key_heads * config.head_size, axes="if", rngs=rngs)
+        self.o_proj = Linear(config.heads * config.head_size, config.width, axes="fo", rngs=rngs)
         self.q_norm = RMSNorm(config.head_size)
         self.k_norm = RMSNorm(config.head_size)
 
@@ -143,9 +143,9 @@ class GatedMLP(nnx.Module):
     """down(SiLU(gate(x)) · up(x))."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate_proj = Linear(width, hidden, rngs=rngs)
-        self.up_proj = Linear(width, hidden, rngs=rngs)
-        self.down_proj = Linear(hidden, width, rngs=rngs)
+        self.gate_proj = Linear(width, hidden, axes="if", rngs=rngs)
+        self.up_proj = Linear(width, hidden, axes="if", rngs=rngs)
+        self.down_proj = Linear(hidden, width, axes="fo", rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(constrain(silu(self.gate_proj(x)) * self.up_proj(x), "bnf"))

@@ -178,7 +178,8 @@ def traffic_of(
         return dict.fromkeys(workloads, Traffic(0, 0, 0, 0))
     network = (partition.config, partition.params, partition.frozen)
     itemsize = jnp.dtype(config.compute_dtype).itemsize
-    return {work: traffic(*network, sizes, work, remat=config.remat, itemsize=itemsize) for work in workloads}
+    remat = {"remat": config.remat, "remat_every": config.remat_every}
+    return {work: traffic(*network, sizes, work, **remat, itemsize=itemsize) for work in workloads}
 
 
 def run_memory(

@@ -7,13 +7,16 @@ Weight traffic can overlap with computation, activation traffic cannot, so the s
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.parameters import Params
+from anima_jax.models.quantised import Quantised
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DeviceSpec
 from anima_jax.training.flops import RECOMPUTED, Flops, Workload
@@ -46,11 +49,13 @@ def traffic(
     work: Workload,
     *,
     remat: str,
+    remat_every: int = 1,
     itemsize: int,
 ) -> Traffic:
     """Return the traffic of a step of `work` on a mesh of these sizes; weights and activations have `itemsize` bytes.
 
-    `params` are the trained parameters, `frozen` the others, which have no gradients; both may be shapes.
+    `params` are the trained parameters, `frozen` the others, which have no gradients and travel in the form in which
+    they are stored; both may be shapes.
     """
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     data = fsdp = context = 0.0
@@ -58,10 +63,11 @@ def traffic(
         axes = rules.partition_spec(path, leaf.shape, sizes)
         over = {name for entry in axes for name in (entry if isinstance(entry, tuple) else (entry,))}
         # Bytes on a device once gathered over fsdp.
-        held = itemsize * math.prod(leaf.shape) / math.prod(rules.parts(entry, sizes) for entry in axes)
+        whole = leaf.nbytes if isinstance(leaf, Quantised) else itemsize * math.prod(leaf.shape)
+        held = whole / math.prod(rules.parts(entry, sizes) for entry in axes)
         held *= sizes["fsdp"] if "fsdp" in over else 1
         if "fsdp" in over:
-            fsdp += 2 * held * share["fsdp"] * work.accumulation  # forward and backward
+            fsdp += _gathers(path, params, remat_every) * held * share["fsdp"] * work.accumulation
         if path not in params:
             continue
         # The gradient of each micro-batch is reduced over the devices that have other examples or tokens.
@@ -72,10 +78,23 @@ def traffic(
     replicas = sizes["data"] * sizes["fsdp"]
     examples = work.batch / replicas
     tokens = examples * work.tokens / sizes["context"] * config.width * itemsize
-    passes = config.blocks * (2 + RECOMPUTED[remat][0])  # forward, backward and recomputation
+    # Forward, backward and recomputation, once more if blocks are recomputed together.
+    passes = config.blocks * (2 + RECOMPUTED[remat][0] + (remat_every > 1))
     tensor = 2 * tokens * share["tensor"] * _ALL_REDUCES * passes
     context += tokens / sizes["tensor"] * share["context"] * _ALL_TO_ALLS * passes
     return Traffic(data, fsdp, tensor, context)
+
+
+def _gathers(path: str, trained: Params, remat_every: int) -> int:
+    """Return how often a micro-batch gathers the weights at `path` over `fsdp`.
+
+    That is once in the forward pass and once in the backward pass of a block, which recomputes it with the same
+    weights. Other weights are kept from the forward to the backward pass, and what nothing trained precedes has none.
+    """
+    if path.startswith("blocks."):
+        return 2 + (remat_every > 1)
+    adapts = any(other.startswith(("llm_adapter.", TEXT_ENCODER)) for other in trained)
+    return 2 if adapts and re.search(r"\.(blocks|layers)\.", path) else 1
 
 
 def bandwidths(device_spec: DeviceSpec, sizes: Mapping[str, int]) -> dict[str, float]:

@@ -2,12 +2,11 @@
 
 python -m tests.benchmarks.scaling [--counted]
 
-The predictions are arithmetic. With --counted, programs of the released size are compiled for eight simulated devices
-(about a minute each) and the bytes sent are counted in the partitioned program.
+The predictions are arithmetic. With --counted, programs of the released size are compiled for 8 to 256 simulated
+devices (about a minute each) and the bytes sent are counted in the partitioned program.
 """
 
 import argparse
-import dataclasses
 import math
 import pathlib
 import re
@@ -17,21 +16,25 @@ BATCH_PER_DEVICE = 2
 STRONG_BATCH = 1024
 SHAPE = {"tokens": 4096, "grid": (1, 64, 64), "source_rows": 256, "target_rows": 256}
 REMAT = "attention"
-MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2))
+AXES = ("data", "fsdp", "tensor", "context")
+MESHES = (
+    *((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2)),
+    *((4, 8, 1, 1), (16, 8, 1, 1), (32, 8, 1, 1), (16, 16, 1, 1)),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predictions for many devices.")
-    parser.add_argument("--counted", action="store_true", help="compile and count for eight simulated devices")
+    parser.add_argument("--counted", action="store_true", help="compile and count for simulated devices")
     options = parser.parse_args()
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", max(map(math.prod, MESHES)))
     for device in ("H100", "TPU v5p"):
         weak_and_strong(device)
     if options.counted:
-        counted()
+        print_counted()
 
 
 def predict(device: str, sizes: dict[str, int], batch: int):
@@ -88,21 +91,8 @@ def weak_and_strong(device: str) -> None:
         table(f"{device}, {title}", rows)
 
 
-def counted() -> None:
-    print("\n**Eight devices, 8 examples per step: GB sent per device, predicted and counted**\n")
-    print("| mesh (data, fsdp, tensor, context) | predicted | counted | gathers | sums | exchanges | other |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for shape in MESHES:
-        sizes = dict(zip(("data", "fsdp", "tensor", "context"), shape, strict=True))
-        found = count(compiled(sizes))
-        by = [found.get(name, 0.0) / 1e9 for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")]
-        predicted = predict("TPU v5p", sizes, 8)[1].total / 1e9
-        numbers = " | ".join(f"{value:.2f}" for value in (predicted, sum(by), *by))
-        print(f"| {', '.join(map(str, shape))} | {numbers} |", flush=True)
-
-
-def compiled(sizes: dict[str, int]) -> str:
-    """Compile the gradient program of the released size; return the text that the partitioner writes."""
+def counted(shape: tuple[int, ...], batch: int) -> dict[str, float]:
+    """Return the bytes that a device sends in a step, by kind of collective, in the partitioned program."""
     import jax
     import jax.numpy as jnp
 
@@ -110,92 +100,56 @@ def compiled(sizes: dict[str, int]) -> str:
     from anima_jax.models.dit import AnimaDiT, DiTConfig
     from anima_jax.parallel import rules
     from anima_jax.parallel.mesh import batch_sharding, make_mesh
+    from anima_jax.platform import Hardware, compiling_for
     from anima_jax.training.flops import Workload
+    from anima_jax.training.hlo import Program, collectives
     from anima_jax.training.memory import abstract_batch
     from anima_jax.training.step import StepConfig, loss_and_gradients
 
     config = DiTConfig()
     graphdef, params = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
-    mesh = make_mesh(sizes)
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[: math.prod(shape)])
     shardings = rules.shardings(params, params, mesh)
     placed = {p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=shardings[p]) for p, x in params.items()}
-    batch = abstract_batch(Workload("", 8, 1, **SHAPE), 8, config, jnp.bfloat16)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, 8)), batch)
+    examples = abstract_batch(Workload("", batch, 1, **SHAPE), batch, config, jnp.bfloat16)
+    one = batch_sharding(mesh, batch)
+    examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), examples)
     settings = StepConfig(remat=REMAT)
 
-    def gradients(params, batch):
-        return loss_and_gradients(params, {}, batch, None, graphdef=graphdef, config=settings)
+    def gradients(params, examples):
+        return loss_and_gradients(params, {}, examples, None, graphdef=graphdef, config=settings)
 
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    # For a GPU without fused attention, so that products are made as on accelerators, in 16 bits.
+    target = compiling_for(Hardware("gpu", host_memory=False))
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh), target:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        jax.jit(gradients, out_shardings=(None, shardings)).lower(placed, batch).compile(compiler_options=options)
+        options |= {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        jax.jit(gradients, out_shardings=(None, shardings)).lower(placed, examples).compile(compiler_options=options)
         (dump,) = pathlib.Path(folder).glob("*jit_gradients*after_spmd-partitioning*.txt")
-        return dump.read_text()
+        found: dict[str, float] = {}
+        for each in collectives(Program(scattered(dump.read_text()))):
+            found[each.kind] = found.get(each.kind, 0.0) + each.sent
+        return found
 
 
-@dataclasses.dataclass
-class _Computation:
-    """One computation of an HLO program: bytes sent by operation, and the loops and computations it calls."""
-
-    sent: dict[str, float] = dataclasses.field(default_factory=dict)
-    calls: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
-    constants: list[int] = dataclasses.field(default_factory=list)
+def scattered(program: str) -> str:
+    """Return the program with reduce-scatters for sums of which a device keeps a slice, as accelerators make them."""
+    for part, name in re.findall(r"= (\S+) dynamic-slice\(%(all-reduce[\w.\-]*),", program):
+        program = re.sub(rf"(%{re.escape(name)} = )\S+ all-reduce\(", rf"\g<1>{part} reduce-scatter(", program)
+    return program
 
 
-def count(program: str) -> dict[str, float]:
-    """Bytes sent per device by operation; a loop counts as often as it runs."""
-    computations: dict[str, _Computation] = {}
-    current, entry = _Computation(), ""
-    for line in program.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            current = computations[head[2]] = _Computation()
-            entry = head[2] if head[1] else entry
-        elif loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-            current.calls.append((loop[2], loop[1]))
-        elif call := re.search(r" (?:call|conditional)\(.*to_apply=%?([\w.\-]+)", line):
-            current.calls.append((call[1], None))
-        elif constant := re.search(r"= s32\[\] constant\((\d+)\)", line):
-            current.constants.append(int(constant[1]))
-        else:
-            _add(current.sent, line)
-    total: dict[str, float] = {}
-
-    def walk(name: str, times: int) -> None:
-        for operation, size in computations[name].sent.items():
-            total[operation] = total.get(operation, 0.0) + times * size
-        for body, condition in computations[name].calls:
-            walk(body, times * (max(computations[condition].constants, default=1) if condition else 1))
-
-    walk(entry, 1)
-    return total
-
-
-_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
-
-
-def _add(sent: dict[str, float], line: str) -> None:
-    match = re.search(r"= (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", line)
-    if not match:
-        return
-    size = sum(
-        _BYTES[kind] * math.prod(map(int, filter(None, shape.split(","))))
-        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-    )
-    count = _group(line)
-    factor = {"all-reduce": 2.0, "collective-permute": count / max(1, count - 1)}.get(match[2], 1.0)
-    sent[match[2]] = sent.get(match[2], 0.0) + factor * size * (count - 1) / count
-
-
-def _group(line: str) -> int:
-    """Number of devices that exchange with each other, from any of HLO's notations for it."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in used)
-    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(tiled[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return len(listed[1].split(",")) if listed else 2
+def print_counted() -> None:
+    print("\n**2 examples per replica: GB sent per device, predicted and counted**\n")
+    print("| mesh (data, fsdp, tensor, context) | predicted | counted | gathers | scatters | sums | exchanges |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for shape in MESHES:
+        batch = BATCH_PER_DEVICE * shape[0] * shape[1]
+        found = counted(shape, batch)
+        by = [found.get(name, 0.0) / 1e9 for name in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")]
+        total, predicted = sum(found.values()) / 1e9, predict("TPU v5p", dict(zip(AXES, shape, strict=True)), batch)[1]
+        numbers = " | ".join(f"{value:.2f}" for value in (predicted.total / 1e9, total, *by))
+        print(f"| {', '.join(map(str, shape))} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

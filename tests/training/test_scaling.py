@@ -1,9 +1,11 @@
 """Traffic and time of a step, compared with sums done by hand."""
 
+import jax
 import pytest
 
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
+from anima_jax.models.quantised import quantise
 from anima_jax.parallel import rules
 from anima_jax.parallel.devices import DEVICE_SPECS, find_device_spec
 from anima_jax.training.flops import Flops, Workload
@@ -28,26 +30,35 @@ def test_replicas_only_all_reduce_gradients():
     assert (found.fsdp, found.tensor, found.context) == (0, 0, 0)
 
 
-def test_fsdp_gathers_weights_twice_and_scatters_their_gradients():
-    found = sent(sizes(fsdp=8))
-    kept = {
-        path: leaf for path, leaf in PARAMS.items() if not any(rules.partition_spec(path, leaf.shape, sizes(fsdp=8)))
-    }
-    shared = 2 * (parameters.count(PARAMS) - parameters.count(kept))
-    assert found.fsdp == pytest.approx((3 * shared + 2 * 2 * parameters.count(kept)) * 7 / 8)
-    twice = sent(sizes(fsdp=8), work=WORK._replace(accumulation=2))
-    assert twice.fsdp == pytest.approx(2 * found.fsdp)
-
-
-def test_frozen_weights_are_gathered_and_have_no_gradients():
-    assert sent(sizes(data=8), {}, PARAMS).total == 0
-    assert sent(sizes(fsdp=8), {}, PARAMS).fsdp == pytest.approx(
-        2
-        * 2
-        * 7
-        / 8
-        * sum(leaf.size for p, leaf in PARAMS.items() if any(rules.partition_spec(p, leaf.shape, sizes(fsdp=8))))
+def gathered(mesh, of_blocks):
+    """Return the bytes of the 16-bit weights of the blocks, or of the others, that are sharded over `fsdp`."""
+    return 2 * sum(
+        leaf.size
+        for path, leaf in PARAMS.items()
+        if path.startswith("blocks.") == of_blocks and any(rules.partition_spec(path, leaf.shape, mesh))
     )
+
+
+def test_fsdp_gathers_weights_and_scatters_their_gradients():
+    mesh = sizes(fsdp=8)
+    blocks, others = gathered(mesh, True), gathered(mesh, False)
+    rest = 2 * parameters.count(PARAMS) - blocks - others
+    # As compiled: a block's weights are gathered in both passes, others are kept, and unsharded gradients all-reduced.
+    assert sent(mesh).fsdp == pytest.approx((3 * blocks + 2 * others + 2 * rest) * 7 / 8)
+    assert sent(mesh, work=WORK._replace(accumulation=2)).fsdp == pytest.approx(2 * sent(mesh).fsdp)
+    again = traffic(CONFIG, PARAMS, {}, mesh, WORK, remat="full", remat_every=3, itemsize=2)
+    assert again.fsdp - sent(mesh).fsdp == pytest.approx(blocks * 7 / 8)
+
+
+def test_frozen_weights_are_gathered_as_stored_and_have_no_gradients():
+    assert sent(sizes(data=8), {}, PARAMS).total == 0
+    mesh = sizes(fsdp=8)
+    blocks, others = gathered(mesh, True), gathered(mesh, False)
+    assert sent(mesh, {}, PARAMS).fsdp == pytest.approx((2 * blocks + others) * 7 / 8)
+    path = "blocks.mlp.layer1.kernel"
+    stored = jax.eval_shape(lambda kernel: quantise(kernel, "int8"), PARAMS[path])
+    saved = sent(mesh, {}, PARAMS).fsdp - sent(mesh, {}, PARAMS | {path: stored}).fsdp
+    assert saved == pytest.approx(2 * 7 / 8 * (2 * PARAMS[path].size - stored.nbytes))
 
 
 def test_tensor_all_reduces_and_context_exchanges_activations():
