@@ -1,6 +1,7 @@
 """Compile a configuration's training step for a TPU or GPU that is not here, and print what the compiler says of it.
 
 python -m tests.benchmarks.aot CONFIG.toml TARGET [KEY=VALUE …] [--save FILE] [--top N]
+python -m tests.benchmarks.aot    (the rows of TABLE, one after the other)
 
 CONFIG.toml is a path, or the name of one in configs/ ("anima_lora", "lora"). TARGET is as in `--compile`: "v5e:1x1",
 "v5p:8x8x4", "H100". Keys are those of the configuration (mesh.fsdp=8, optimizer.type=adamw8bit), and
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -23,14 +25,34 @@ OWN = {"size": 1024, "rows": 512, "batch": 0, "blocks": 0}
 """Keys that are not of the configuration, with their defaults."""
 
 
+_ONE = "gradient_accumulation_steps=1 remat=full"
+TABLE = (
+    "full v5p:1x1x1 gradient_accumulation_steps=1 batch=2 ema_decay=0.9999 remat=attention",
+    "pod v5p:2x2x2 mesh.data=1 mesh.fsdp=8 batch=2",
+    "pod v5p:8x8x4 batch=2",
+    "pod v5e:4x4 mesh.data=1 mesh.fsdp=16 batch=1 remat=full",
+    f"lora v5e:1x1 adapter.rank=32 batch=1 {_ONE}",
+    f"lora v5e:1x1 adapter.rank=32 batch=1 model.transformer_dtype=int8 {_ONE}",
+    f"lora H100 adapter.rank=32 batch=1 {_ONE}",
+    f"lora H100 adapter.rank=32 batch=1 model.transformer_dtype=int8 {_ONE}",
+    f"full RTX_4090 param_dtype=bfloat16 optimizer.type=adamw8bit batch=1 {_ONE}",
+    f"full RTX_4090 param_dtype=bfloat16 optimizer.type=adafactor batch=1 {_ONE}",
+)
+"""What is compiled without arguments. TPUs need libtpu, GPUs JAX's CUDA plugin; rows of the other end in an error."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("target")
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("target", nargs="?")
     parser.add_argument("keys", nargs="*")
     parser.add_argument("--save", help="write the compiled program's text to this file")
     parser.add_argument("--top", type=int, default=15, help="how many of the dearest instructions to print")
     arguments = parser.parse_intermixed_args()
+    if arguments.target is None:
+        for row in TABLE:  # a compiler sets up its process for good
+            subprocess.run([sys.executable, "-m", "tests.benchmarks.aot", *row.split(), "--top", "3"], check=False)
+        return
     given = dict(key.split("=", 1) for key in arguments.keys)
     own = {key: int(given.pop(key, default)) for key, default in OWN.items()}
     options = {key: given.pop(key) for key in list(given) if key.startswith("xla_")}
