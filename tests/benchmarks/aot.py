@@ -19,6 +19,7 @@ import sys
 import tempfile
 from typing import Any
 
+from anima_jax.errors import command_line
 from anima_jax.parallel.topologies import parse_topology, use_compilers
 
 OWN = {"size": 1024, "rows": 512, "batch": 0, "blocks": 0}
@@ -41,6 +42,7 @@ TABLE = (
 """What is compiled without arguments. TPUs need libtpu, GPUs JAX's CUDA plugin; rows of the other end in an error."""
 
 
+@command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?")
