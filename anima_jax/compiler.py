@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from anima_jax.platform import platform
@@ -78,7 +79,8 @@ def _refused(device: Any, options: Options) -> set[str]:
     """Return which of the options the compiler refuses: it says so of one at a time, and if of none, all of them."""
     scalar = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(options))
+        with jax.set_mesh(Mesh(np.array([device]), ("device",))):  # the caller's may have other devices
+            jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         return {name for name in options if re.search(rf"\b{name}\b", str(error))} or set(options)
     return set()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile, TensorInfo, write
@@ -193,6 +193,7 @@ def test_hostile_file_is_refused_in_one_line_and_little_memory(tmp_path, case):
 @fast
 @given(st.binary(max_size=300), st.booleans())
 def test_random_bytes_are_refused_and_never_crash(tmp_path, noise, framed):
+    assume(not framed or noise.strip() != b"}")  # a header of no tensors is whole
     path = tmp_path / "noise.safetensors"
     path.write_bytes(raw_file(b"{" + noise) if framed else noise)
     with pytest.raises(UserError):

@@ -94,7 +94,8 @@ def collectives_in_loops(program):
         match = re.search(r"= (\(.*?\)|\S+) (all-gather|all-to-all|collective-permute)(?:-start)?\(", line)
         if match and "while/body" in line:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found += [(match[2], tuple(map(int, shape.split(",")))) for shape in shapes]
+            # A layer's slice of a stack keeps the stack's axis, of size 1.
+            found += [(match[2], tuple(size for size in map(int, shape.split(",")) if size > 1)) for shape in shapes]
     return found
 
 
