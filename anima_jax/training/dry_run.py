@@ -4,6 +4,7 @@ import math
 
 from anima_jax.config.main import MainConfig
 from anima_jax.data.dataset import TrainingData
+from anima_jax.errors import UserError
 from anima_jax.parallel.mesh import current_mesh, resolve_sizes
 from anima_jax.parallel.topologies import Topology
 from anima_jax.text.tokenizers import Tokenizers
@@ -127,7 +128,11 @@ def _fitting(
         if compile_variant is None:
             return keys, variant.found.total
         print(f"compiling with {fit.set_line(keys)}", flush=True)
-        needed = compile_variant(variant).total
+        try:
+            needed = compile_variant(variant).total
+        except UserError as error:
+            print(f"{error}: so counted")
+            return keys, variant.found.total
         if needed <= limit:
             return keys, needed
         over = max(over, needed / variant.found.total)

@@ -26,11 +26,13 @@ from anima_jax.compiler import compiler_options
 from anima_jax.config.main import MainConfig
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
+from anima_jax.errors import UserError
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicated
+from anima_jax.platform import hardware
 from anima_jax.text.states import text_dtype
 from anima_jax.training import loss_scale, optimizers
 from anima_jax.training.loss_scale import LossScale
@@ -161,13 +163,22 @@ def init_state(
 
 
 def opt_state_shardings(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> Any:
-    """Return the shardings of the optimizer's state for float32 `params` (or shapes); some are in host memory."""
+    """Return the shardings of the optimizer's state for float32 `params` (or shapes); some are in host memory.
+
+    Raises UserError if the mesh's devices are GPUs that are not in this machine: JAX knows no host memory of theirs.
+    """
     jaxpr, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
     shardings, treedef = jax.tree.flatten(rules.shardings(shapes, params, mesh))
     shardings = [
         sharding.with_memory_kind("pinned_host") if leaf.memory_space == jax.memory.Space.Host else sharding
         for sharding, leaf in zip(shardings, jaxpr.out_avals, strict=True)
     ]
+    offloaded = any(leaf.memory_space == jax.memory.Space.Host for leaf in jaxpr.out_avals)
+    if offloaded and not any(sharding.memory_kind for sharding in shardings):
+        raise UserError(
+            f"moments in host memory: JAX cannot compile them for {hardware().kind}s that are not in this machine; "
+            "--dry_run without --compile counts them"
+        )
     return jax.tree.unflatten(treedef, shardings)
 
 
