@@ -168,9 +168,7 @@ def _cudnn(
         v_bnhk = jax.lax.dynamic_update_slice_in_dim(v_bnhk, first_b1hk, 0, axis=1)
         every_query_b = jnp.full(q_blhk.shape[:1], q_blhk.shape[1], jnp.int32)
         lengths = every_query_b, jnp.maximum(key_lengths_b, 1).astype(jnp.int32)
-    if zero_keys:
-        return _cudnn_with_zero_keys(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)
-    return checkpoint_name(_cudnn_call(causal, q_blhk, k_bnhk, v_bnhk, *lengths), "attention_out")
+    return _cudnn_named(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)
 
 
 def _cudnn_call(causal: bool, *operands: Array) -> Array:
@@ -199,31 +197,35 @@ def _cudnn_kernel(direction: str, causal: bool, operands: tuple[Array, ...], *mo
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cudnn_with_zero_keys(
+def _cudnn_named(
     q_blhk: Array, k_bnhk: Array, v_bnhk: Array, lengths: tuple[Array, ...], causal: bool, zero_keys: int
 ) -> Array:
-    return _cudnn_zero_keys_forward(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)[0]
+    """Return attention with zero keys, whose residuals have names, which JAX's own gradient of the kernel lacks."""
+    if zero_keys == 0:
+        return _cudnn_call(causal, q_blhk, k_bnhk, v_bnhk, *lengths)
+    return _cudnn_forward(q_blhk, k_bnhk, v_bnhk, lengths, causal, zero_keys)[0]
 
 
-def _cudnn_zero_keys_forward(
+def _cudnn_forward(
     q_blhk: Array, k_bnhk: Array, v_bnhk: Array, lengths: tuple[Array, ...], causal: bool, zero_keys: int
 ) -> tuple[Array, tuple[Any, ...]]:
     out_blhk, log_total_bhl = _cudnn_kernel("fwd", causal, (q_blhk, k_bnhk, v_bnhk, *lengths))
-    with_zeros_bhl = jnp.logaddexp(log_total_bhl, math.log(zero_keys))
-    share_blh1 = jnp.exp(log_total_bhl - with_zeros_bhl).swapaxes(1, 2)[..., None]
-    out_blhk = checkpoint_name((out_blhk * share_blh1).astype(q_blhk.dtype), "attention_out")
-    with_zeros_bhl = checkpoint_name(with_zeros_bhl, "attention_out")
-    return out_blhk, (q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, with_zeros_bhl)
+    if zero_keys:
+        with_zeros_bhl = jnp.logaddexp(log_total_bhl, math.log(zero_keys))
+        share_blh1 = jnp.exp(log_total_bhl - with_zeros_bhl).swapaxes(1, 2)[..., None]
+        out_blhk, log_total_bhl = (out_blhk * share_blh1).astype(q_blhk.dtype), with_zeros_bhl
+    out_blhk, log_total_bhl = (checkpoint_name(x, "attention_out") for x in (out_blhk, log_total_bhl))
+    return out_blhk, (q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, log_total_bhl)
 
 
-def _cudnn_zero_keys_backward(causal: bool, _: int, residuals: tuple[Any, ...], grad_blhk: Array) -> tuple[Any, ...]:
-    q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, with_zeros_bhl = residuals
+def _cudnn_backward(causal: bool, _: int, residuals: tuple[Any, ...], grad_blhk: Array) -> tuple[Any, ...]:
+    q_blhk, k_bnhk, v_bnhk, lengths, out_blhk, log_total_bhl = residuals
     # The kernel needs the weights of the keys, which follow from the sum with the zero keys, and grad · out.
     operands = (q_blhk, k_bnhk, v_bnhk, *lengths)
-    return *_cudnn_kernel("bwd", causal, operands, with_zeros_bhl, out_blhk, grad_blhk), None
+    return *_cudnn_kernel("bwd", causal, operands, log_total_bhl, out_blhk, grad_blhk), None
 
 
-_cudnn_with_zero_keys.defvjp(_cudnn_zero_keys_forward, _cudnn_zero_keys_backward)
+_cudnn_named.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 # TPU

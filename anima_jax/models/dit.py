@@ -39,17 +39,10 @@ ROTARY_THETA = 10000.0
 LAYER_NORM_EPS = 1e-6
 
 
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Return whether this is cuDNN's forward kernel, whose softmax statistics `checkpoint_name` cannot name."""
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": products_saveable,
-    "attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names("attention_out"), _is_cudnn_attention
-    ),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["block_input"],

@@ -22,7 +22,7 @@ AXES = ("data", "fsdp", "tensor", "context")
 def test_memory_is_that_of_the_compiled_program(row, tmp_path, monkeypatch):
     monkeypatch.chdir(folder := write_folder(tmp_path / "work"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
-    options = [f"model.tokenizer_path={ASSETS / 'tokenizers'}", "model.llm_adapter_lr=1e-5", *row["keys"]]
+    options = [f"model.tokenizer_path={ASSETS / 'tokenizers'}", *row["keys"]]
     config = load_config(str(CONFIGS / f"{row['config']}.toml"), options)
     partition = estimate.abstract_partition(config)
     counted = memory(
