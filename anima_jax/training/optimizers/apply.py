@@ -103,9 +103,12 @@ def apply(
     for path, value in params.items():
         one = functools.partial(_one, optimizer, path, norm, keep, finish)
         stacked = path in optimizer.stacked
-        every = functools.partial(each_layer, one, in_turn=in_turn) if stacked else functools.partial(one, None)
         change = jnp.zeros(len(value) if stacked else ()) if measure else None
-        new[path] = on_device(every, (value, states[path], ema and ema[path], change), grads[path])
+        kept = (value, states[path], ema and ema[path], change)
+        if stacked:
+            new[path] = each_layer(one, kept, grads[path], in_turn)
+        else:
+            new[path] = on_device(functools.partial(one, None), kept, grads[path])
     values, own, averages, changes = ({path: found[index] for path, found in new.items()} for index in range(4))
     return Applied(values, (first, own, *rest), ema and averages, norms_of(changes) if measure else None)
 

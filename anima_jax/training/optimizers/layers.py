@@ -5,6 +5,7 @@ parameters. Matrices are transposed in the file, which makes no difference: norm
 commute with the transpose.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -72,7 +73,7 @@ def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: flo
 
     `kept` and `given` are trees of arrays stacked over layers. Arrays without axes, counters, are the same for all
     layers. Layers of at least `in_turn` values (by default `ONE_AT_A_TIME`) are computed one at a time, and written
-    over the old ones: no other stack is made.
+    over the old ones: no other stack is made. Arrays of `kept` in host memory come to the device with their layer.
     """
     leaves, treedef = jax.tree.flatten(kept)
     axes = [0 if leaf.ndim else None for leaf in leaves]
@@ -87,17 +88,22 @@ def each_layer(function: Callable[..., Any], kept: Any, given: Any, in_turn: flo
             return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
         own = [now if axis is None else row(now) for now, axis in zip(written, axes, strict=True)]
+        computed = on_device(functools.partial(one_layer, layer), own, jax.tree.map(row, given))
         return [
             new if axis is None else jax.lax.dynamic_update_index_in_dim(now, new, layer, 0)
-            for new, now, axis in zip(one_layer(layer, own, jax.tree.map(row, given)), written, axes, strict=True)
+            for new, now, axis in zip(computed, written, axes, strict=True)
         ]
 
-    if math.prod(shape) < (ONE_AT_A_TIME if in_turn is None else in_turn):
-        new = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes)(jnp.arange(layers), leaves, given)
-    elif platform() == "cpu":  # its compiler would copy the stacks in every turn of a loop that writes over them
+    def in_turns(leaves: Sequence[Any], given: Any) -> list[Any]:
         stacks = [leaf if axis == 0 else None for leaf, axis in zip(leaves, axes, strict=True)]
         new = jax.lax.map(lambda row: one_layer(*row), (jnp.arange(layers), stacks, given))
-        new = [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
+        return [leaf if axis == 0 else leaf[0] for leaf, axis in zip(new, axes, strict=True)]
+
+    if math.prod(shape) < (ONE_AT_A_TIME if in_turn is None else in_turn):
+        mapped = jax.vmap(one_layer, in_axes=(0, axes, 0), out_axes=axes)
+        new = on_device(functools.partial(mapped, jnp.arange(layers)), leaves, given)
+    elif platform() == "cpu":  # its compiler would copy the stacks in every turn of a loop that writes over them
+        new = on_device(in_turns, leaves, given)
     else:
         new = jax.lax.fori_loop(0, layers, next_layer, leaves)
     return jax.tree.unflatten(treedef, new)
