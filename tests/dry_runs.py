@@ -125,11 +125,11 @@ def _row(variants, spec, run, data, text_rows, sizes, levers) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def in_folder() -> Iterator[None]:
+def in_folder(blocks: int = 0) -> Iterator[None]:
     """Run the block in a temporary folder that has everything, from which TFDS_DATA_DIR is read too."""
     with tempfile.TemporaryDirectory() as root:
         os.environ["TFDS_DATA_DIR"] = os.path.join(root, "tfds")
-        folder = write_folder(pathlib.Path(root) / "work")
+        folder = write_folder(pathlib.Path(root) / "work", blocks=blocks)
         huggingface_hub.constants.HF_HUB_CACHE = str(folder / "hub")
         with contextlib.chdir(folder):
             yield

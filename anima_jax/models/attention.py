@@ -240,7 +240,7 @@ def _splash(
     block_q, block_kv = _splash_block(queries), _splash_block(keys)
     shape = (-(-queries // block_q) * block_q, -(-keys // block_kv) * block_kv)
     if key_lengths_b is None and shape[1] > keys:
-        if zero_keys >= shape[1] - keys:
+        if zero_keys >= shape[1] - keys and not causal:
             zero_keys -= shape[1] - keys  # the padding is some of them
         else:
             key_lengths_b = jnp.full(len(k_bnhk), keys)

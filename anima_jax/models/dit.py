@@ -24,7 +24,7 @@ from anima_jax.models import parameters
 from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
-from anima_jax.models.layers import Linear, RMSNorm, all_but_gathered, apply_rotary, gelu, products_saveable
+from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu, products_saveable
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.stack import scan_in_place
 
@@ -236,7 +236,7 @@ class AnimaDiT(nnx.Module):
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
 
-        policy = REMAT_POLICIES[remat] or all_but_gathered()
+        policy = REMAT_POLICIES[remat]
         run_recomputed = jax.checkpoint(run_block, policy=policy, prevent_cse=False) if policy else run_block
 
         def run_blocks(x_bld: Array, layers: Layer) -> Array:
@@ -256,7 +256,9 @@ class AnimaDiT(nnx.Module):
         return self.final_layer(x_bld, condition, dtype).astype(jnp.float32)
 
     def modulations(self, times_b: Array) -> Modulations:
-        """Return the AdaLN values of b times in [0, 1], one for each example or evaluation, for `velocity`."""
+        """Return the AdaLN values of times (b,) in [0, 1], one for each example or evaluation, for `velocity`."""
+        if times_b.ndim != 1:
+            raise ValueError(f"times have the shape {times_b.shape}, expected (batch,)")
         condition = self._condition(times_b)
         _, blocks = jax.lax.scan(lambda _, block: (None, block.modulations(condition)), None, self.blocks)
         return Modulations(blocks, self.final_layer.adaln_modulation.values(condition))

@@ -7,7 +7,6 @@ Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,28 +49,19 @@ def linear(
         return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
     stored, kernel_io, out_dtype = kernel_io, kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
     out: Array
+    # Remat policies do not see the product inside of a custom gradient: they know it by this name.
     if narrow and stored.dtype == jnp.bfloat16:
-        out = _matmul_wide(x, stored)
+        out = checkpoint_name(_matmul_wide(x, stored), "product")
     elif platform() != "cpu" and out_dtype == x.dtype:
         # GPUs and TPUs accumulate a plain 16-bit product in float32, and it is the fast path.
         out = x @ kernel_io
     else:
-        # Remat policies do not see the product inside of a custom gradient: they know it by this name.
         out = checkpoint_name(_matmul(x, kernel_io, out_dtype), "product")  # pyright: ignore[reportArgumentType]
     return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
 def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_dtype: DTypeLike | None) -> Array:
     return linear(x, kernel_io.astype(x.dtype).values(), bias_o, out_dtype=out_dtype)
-
-
-_GATHERED = "gathered kernel"
-"""Name of gathered kernels for checkpoint policies: none should keep them for the backward pass."""
-
-
-def all_but_gathered() -> Callable[..., Any] | None:
-    """Return the checkpoint policy that keeps all but gathered kernels; None if the active mesh gathers none."""
-    return jax.checkpoint_policies.save_anything_except_these_names(_GATHERED) if gathers_weights() else None
 
 
 def gathered(kernel_io: Any, axes: str) -> Any:
@@ -86,7 +76,7 @@ def gathered(kernel_io: Any, axes: str) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(kernel_io: Array, axes: str) -> Array:
     """Constrain the kernel but not its gradient, which would be replicated too instead of summed into the shards."""
-    return checkpoint_name(constrain(kernel_io, axes), _GATHERED)
+    return constrain(kernel_io, axes)
 
 
 _gathered.defvjp(lambda kernel_io, axes: (_gathered(kernel_io, axes), None), lambda axes, _, grad_io: (grad_io,))
@@ -257,7 +247,7 @@ def _rotate_half(x_blhk: Array) -> Array:
     if platform() == "tpu":
         # Halves of 64 lanes would make copies in float32; a product with ±1 is exact, and XLA fuses it.
         signs_kk = np.roll(np.diag(np.repeat([1.0, -1.0], size // 2)), size // 2, axis=1)
-        precision = jax.lax.Precision.HIGHEST if x_blhk.dtype == jnp.float32 else None
+        precision = None if x_blhk.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
         return jnp.matmul(x_blhk, signs_kk.astype(x_blhk.dtype), precision=precision)
     first, second = jnp.split(x_blhk, 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)

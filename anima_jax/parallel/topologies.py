@@ -206,7 +206,7 @@ def _by_x(shape: tuple[int, ...]) -> str:
 
 
 def _shapes(spec: DeviceSpec) -> list[tuple[int, ...]]:
-    """Return the slices that Google has of a version, smallest first, each with its axes ascending.
+    """Return the slices that Google has of a version, smallest first.
 
     Besides a single chip those of two axes are n × n and n × 2n chips with n a power of two; those of three axes are
     parts of a cube of 4 × 4 × 4, or multiples of 4 along each axis.

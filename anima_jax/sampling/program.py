@@ -209,7 +209,7 @@ def used_rows(rows_bnd: Array) -> Array:
     return jnp.max(jnp.where(used_n, 1 + jnp.arange(len(used_n)), 0))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "dtype", "with_negative", "rows", "as_keys"))
+@partial(jit_network, static_argnames=("graphdef", "dtype", "with_negative", "rows", "as_keys"))
 def evaluated_context(
     params: Params,
     context: Context,
@@ -226,7 +226,7 @@ def evaluated_context(
     return Context(merge(graphdef, params).keys_values(rows_bnd) if as_keys else rows_bnd, lengths_b)
 
 
-@partial(jax.jit, static_argnames="graphdef")
+@partial(jit_network, static_argnames="graphdef")
 def modulations(params: Params, sigmas_s: Array, *, graphdef: nnx.GraphDef[Any]) -> Modulations:
     """Return the AdaLN values of the network at these noise levels."""
     return merge(graphdef, params).modulations(sigmas_s)

@@ -19,10 +19,9 @@ from anima_jax.errors import UserError
 from anima_jax.parallel.mesh import make_mesh
 from anima_jax.parallel.topologies import Topology
 from anima_jax.platform import compiling_for
+from anima_jax.training.estimate import GIB
 from anima_jax.training.hlo import Collective, Program, collectives
 from anima_jax.training.hlo_costs import Cost, InstructionCost, by_source, rows_of
-
-GIB = 2**30
 
 CLOCKS = {
     "TPU v2": 0.7e9,
@@ -142,10 +141,10 @@ class Times:
         return None if self.without_kernels is None else self.without_kernels + self.kernels
 
 
-def times_of(rows: Sequence[InstructionCost], topology: Topology, dtype: Any = jnp.bfloat16) -> Times:
-    """Return the time of a program with these rows, computing in `dtype`."""
+def times_of(rows: Sequence[InstructionCost], topology: Topology) -> Times:
+    """Return the time of a program with these rows, by the rate of bfloat16."""
     spec = topology.spec
-    peak, clock = spec.peak_flops(dtype), CLOCKS.get(spec.name)
+    peak, clock = spec.peak_flops(jnp.bfloat16), CLOCKS.get(spec.name)
     cycles = sum(row.cost.cycles for row in rows if not row.kernel)
     bound = sum(max(row.cost.flops / peak, row.cost.nbytes / spec.memory_bandwidth) for row in rows)
     kernels = sum(row.cost.flops for row in rows if row.kernel) / (KERNEL_RATE * peak)

@@ -78,8 +78,9 @@ def _judge(
 ) -> None:
     """Print whether the run fits, and if not the settings with which it does. Raises UserError as `dry_run`."""
     needed = found.memory.total
-    own = variants.of({})
-    if compile_variant and own:
+    if compile_variant:
+        own = variants.of({})
+        assert own is not None  # its memory was counted before
         compiled = compile_variant(own)
         print("\n".join(compiled.lines()) + "\n")
         needed = compiled.total
@@ -96,7 +97,10 @@ def _judge(
     print(f"it does not fit: {estimate.need(needed, target.memory, target.name)}")
     fitting = _fitting(variants, target.memory, given, compile_variant, needed / found.memory.total)
     if fitting is None:
-        remedy = "no other setting is enough: expected an [adapter], smaller images, or devices with more memory"
+        found_none = (
+            f"no setting was found in {ATTEMPTS} compilations" if compile_variant else "no other setting is enough"
+        )
+        remedy = f"{found_none}: expected an [adapter], smaller images, or devices with more memory"
         print(remedy)
     else:
         keys, total = fitting

@@ -35,7 +35,7 @@ class Array(NamedTuple):
     @property
     def nbytes(self) -> float:
         """Bytes; two values of 4 bits share one."""
-        if self.dtype in {"pred"} or self.dtype.startswith("f8"):
+        if self.dtype == "pred" or self.dtype.startswith("f8"):
             return self.size
         return self.size * (0.5 if self.dtype.startswith("f4") else int(re.sub(r"\D", "", self.dtype)) / 8)
 
@@ -127,7 +127,6 @@ class Program:
     """A compiled program, from its text."""
 
     def __init__(self, text: str):
-        self.text = text
         self.computations: dict[str, list[Instruction]] = {}
         self._entry, current = "", None
         for line in text.splitlines():

@@ -23,6 +23,7 @@ from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import batch_sharding, current_mesh, replicas, replicated
 from anima_jax.platform import compiling_for, lower, platform
 from anima_jax.training.flops import Workload
+from anima_jax.training.optimizers.layers import ONE_AT_A_TIME
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import StepConfig, TrainBatch, compile_step, init_state, loss_fn, opt_state_shardings
 
@@ -31,9 +32,6 @@ WORKSPACE = 64 * 2**20
 
 _UPDATED = 5
 """Float32 arrays in the update of a layer at once: gradient, old value, change and two moments."""
-
-_ONE_LAYER = 2**20
-"""Values from which the layers of a stack are updated one at a time (optimizers/layers.py)."""
 
 _LANES = 128
 """Multiple to which a TPU pads the last axis of an array."""
@@ -242,7 +240,7 @@ def _update_bytes(
 
     def at_once(leaf: Any) -> Any:
         layer = leaf.size // max(1, leaf.shape[0]) if leaf.ndim > 2 else 0
-        return leaf.update(shape=(1, *leaf.shape[1:])) if layer >= _ONE_LAYER else leaf
+        return leaf.update(shape=(1, *leaf.shape[1:])) if layer >= ONE_AT_A_TIME else leaf
 
     layers = ({path: at_once(leaf)} for path, leaf in wide.items())
     largest = max((rules.shard_bytes(layer, layer, sizes) for layer in layers), default=0)

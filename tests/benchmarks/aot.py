@@ -16,7 +16,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 from typing import Any
 
 from anima_jax.errors import command_line
@@ -51,12 +50,17 @@ def main() -> None:
     parser.add_argument("--save", help="write the compiled program's text to this file")
     parser.add_argument("--top", type=int, default=15, help="how many of the dearest instructions to print")
     arguments = parser.parse_intermixed_args()
-    if arguments.target is None:
+    if arguments.config is None:
         for row in TABLE:  # a compiler sets up its process for good
             subprocess.run([sys.executable, "-m", "tests.benchmarks.aot", *row.split(), "--top", "3"], check=False)
         return
-    given = dict(key.split("=", 1) for key in arguments.keys)
-    own = {key: int(given.pop(key, default)) for key, default in OWN.items()}
+    if arguments.target is None:
+        parser.error("TARGET is missing")
+    given = dict(key.partition("=")[::2] for key in arguments.keys)
+    try:
+        own = {key: int(given.pop(key, default)) for key, default in OWN.items()}
+    except ValueError as error:
+        parser.error(f"{', '.join(OWN)} are whole numbers: {error}")
     options = {key: given.pop(key) for key in list(given) if key.startswith("xla_")}
     use_compilers()
     save = arguments.save and os.path.abspath(arguments.save)
@@ -142,16 +146,11 @@ def run(
 @contextlib.contextmanager
 def in_folder(blocks: int = 0) -> Any:
     """Run the block in a temporary folder that has files of the released sizes; yield what loads a configuration."""
-    import huggingface_hub.constants
-
     from anima_jax.config.load import load_config
     from tests import dry_runs
 
     root = pathlib.Path.cwd()
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ["TFDS_DATA_DIR"] = os.path.join(temporary, "tfds")
-        folder = dry_runs.write_folder(pathlib.Path(temporary) / "work", blocks=blocks)
-        huggingface_hub.constants.HF_HUB_CACHE = str(folder / "hub")
+    with dry_runs.in_folder(blocks):
 
         def load(name: str, keys: list[str]) -> Any:
             path = next(
@@ -174,8 +173,7 @@ def in_folder(blocks: int = 0) -> Any:
             )
             return load_config(str(path), [*tokenizers, *keys])
 
-        with contextlib.chdir(folder):
-            yield load
+        yield load
 
 
 if __name__ == "__main__":
