@@ -30,11 +30,7 @@ STEPS = {
         "anima_lora",
         [*LORA, "model.transformer_dtype=float8", "remat=none", "optimizer.type=adamw8bit"],
     ),
-    "lora nf4, dots": (
-        "v5e:1x1",
-        "anima_lora",
-        [*LORA, "model.transformer_dtype=nf4", "remat=dots", "optimizer.type=prodigy"],
-    ),
+    "lora, dots": ("v5e:1x1", "anima_lora", [*LORA, "remat=dots", "optimizer.type=prodigy"]),
     "offload": (
         "v5p:1x1x1",
         "anima_full",
@@ -109,7 +105,9 @@ def test_weights_travel_in_bfloat16_and_gradients_are_scattered(figures, name):
 
 def test_no_activation_is_gathered_over_data_and_fsdp(figures):
     _, _, found, _ = figures("data × fsdp")
-    assert [one for one in found if one.kind == "all-gather" and str(TOKENS) in one.arrays] == []
+    # The LLM adapter has kernels of 1024 × 4096.
+    found = [one for one in found if one.kind == "all-gather" and "llm_adapter" not in one.source]
+    assert [one for one in found if str(TOKENS) in one.arrays] == []
 
 
 def sampler_bytes(target):
