@@ -107,3 +107,8 @@ def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
 
     is_spec = lambda one: isinstance(one, P)  # noqa: E731
     return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, partition_specs(tree, params, sizes), is_leaf=is_spec)))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Return shapes with the shardings of a tree of the same structure, for programs that are compiled from shapes."""
+    return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)

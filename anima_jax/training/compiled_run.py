@@ -86,8 +86,7 @@ def lowered_samples(config: MainConfig, partition: ParamPartition) -> Any:
     mesh, dtype = current_mesh(), config.compute_dtype
     params = partition.frozen | shapes_in(partition.params, jnp.float32)
     shapes = jax.eval_shape(lambda given: cast_to_compute(given, dtype), params)
-    places = rules.shardings(shapes, shapes, mesh)
-    placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, places)
+    placed = rules.placed(shapes, rules.shardings(shapes, shapes, mesh))
     # A token has at least one character, but for the one at the end.
     longest = max(map(len, (*sample.prompts, *sample.negative_prompts)))
     return lowered_sampling(

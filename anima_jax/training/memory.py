@@ -374,9 +374,8 @@ def lowered_step(
         jax.tree.map(lambda _: batch_sharding(mesh, work.batch), batch),
         jax.tree.map(lambda _: replicated(mesh), empty),
     )
-    placed = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), arguments, placement)
     step = compile_step(partition.graphdef, optimizer, config, partition.groups, shardings=shardings)
-    return lower(step, *placed, work.accumulation)
+    return lower(step, *rules.placed(arguments, placement), work.accumulation)
 
 
 def _compiled_bytes(lowered: Any) -> int | None:
