@@ -59,12 +59,7 @@ class SafetensorsFile:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Read the tensor `name`, or these rows of its first axis, into a new array of the stored dtype."""
-        tensor = self.tensors[name]
-        first, last, _ = (rows or slice(None)).indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
-        array = np.empty((last - first, *tensor.shape[1:]) if tensor.shape else (), tensor.dtype)
-        row_bytes = array.nbytes // max(1, last - first)
-        _read_exactly(self.path, self._file, tensor.start + first * row_bytes, _bytes_of(array))
-        return array
+        return read_rows(self.path, self._file, self.tensors[name], rows)
 
 
 def write(
@@ -101,7 +96,17 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) -> None:
+def read_rows(path: str, file: IO[bytes], tensor: TensorInfo, rows: slice | None = None) -> np.ndarray:
+    """Read a tensor, or these rows of its first axis, from `tensor.start` of an open file into a new array."""
+    first, last, _ = (rows or slice(None)).indices(tensor.shape[0]) if tensor.shape else (0, 1, 1)
+    array = np.empty((last - first, *tensor.shape[1:]) if tensor.shape else (), tensor.dtype)
+    row_bytes = array.nbytes // max(1, last - first)
+    read_exactly(path, file, tensor.start + first * row_bytes, _bytes_of(array))
+    return array
+
+
+def read_exactly(path: str, file: IO[bytes], start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the file's bytes from `start`. Raises UserError if they end early or cannot be read."""
     try:
         file.seek(start)
         while buffer:
@@ -118,7 +123,7 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
     if size == 0:
         raise HeaderError("is empty")
     start = bytearray(min(size, 512))
-    _read_exactly(path, file, 0, memoryview(start))
+    read_exactly(path, file, 0, memoryview(start))
     length = int.from_bytes(start[:8], "little")
     if (start[8:9] != bytearray(b"{") or length > size - 8) and (what := file_types.describe(path, bytes(start))):
         what, semicolon, advice = what.partition("; ")
@@ -130,5 +135,5 @@ def _header_of(path: str, file: IO[bytes], size: int) -> bytearray:
     if length > safetensors_header.LIMIT:
         raise HeaderError(f"its header claims {length} bytes, the format allows {safetensors_header.LIMIT}")
     header = bytearray(length)
-    _read_exactly(path, file, 8, memoryview(header))
+    read_exactly(path, file, 8, memoryview(header))
     return header
