@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.merge import Weight, parse_lora_argument
 from anima_jax.checkpoints.models import open_dit
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
 from anima_jax.data.images import set_up_pillow
@@ -172,5 +172,5 @@ def report_dropped(path: pathlib.Path, dropped: Sequence[str]) -> None:
 
 def is_adapter_file(path: pathlib.Path) -> bool:
     """Return whether a safetensors file contains an adapter rather than a model."""
-    with SafetensorsFile(path) as file:
+    with open_tensors(path) as file:
         return adapter_kind(file.tensors) is not None

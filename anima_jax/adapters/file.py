@@ -29,7 +29,7 @@ from anima_jax.checkpoints import accounting, copying, gathered, hashes, locatio
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models.parameters import Params
 
@@ -109,11 +109,11 @@ def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adap
     Raises UserError for keys that belong to no Anima module, unless `allow_unused`, and for parts that do not form an
     adapter.
     """
-    with SafetensorsFile(file_of(path)) as file:
+    with open_tensors(file_of(path)) as file:
         yield adapter_in(file, allow_unused=allow_unused)
 
 
-def adapter_in(file: SafetensorsFile, *, allow_unused: bool = False) -> Adapter:
+def adapter_in(file: TensorFile, *, allow_unused: bool = False) -> Adapter:
     """Return the adapter in a file that is already open. Raises UserError as `open_adapter` does."""
     adapter = read_adapter(file)
     adapter.require_all_used(allow_unused=allow_unused)
@@ -144,7 +144,7 @@ def file_of(path: PathLike) -> PathLike:
     return files[0]
 
 
-def read_adapter(file: SafetensorsFile) -> Adapter:
+def read_adapter(file: TensorFile) -> Adapter:
     """Return the adapter in an open file with its unused keys, without checking that its parts fit together."""
     keys = [(key, spelling, part) for key in file.tensors for spelling, part in _split(key)]
     known = dialects.modules_by_spelling(dict.fromkeys(spelling for _, spelling, _ in keys))

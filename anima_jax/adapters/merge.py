@@ -24,7 +24,7 @@ from anima_jax.checkpoints import copying, gathered
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params
 
@@ -80,7 +80,7 @@ def _same(wanted: str, name: str) -> bool:
 
 
 def match_adapters(
-    files: Sequence[SafetensorsFile],
+    files: Sequence[TensorFile],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     base: PathLike | None = None,
@@ -183,7 +183,7 @@ class AdapterStack:
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         self._comfyui_dora = comfyui_dora
-        files = [SafetensorsFile(file_of(path)) for path in paths]
+        files = [open_tensors(file_of(path)) for path in paths]
         self._adapters = match_adapters(files, shapes, base=base, allow_unused=allow_unused)
         touched = changes(self._adapters, [1.0] * len(paths))
         self._tensors: dict[str, list[FileTensor]] = {}

@@ -19,7 +19,7 @@ from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints import locations
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.config.adapter import AdapterConfig
 from anima_jax.errors import UserError, first_line, one_line, show_value
 
@@ -39,7 +39,7 @@ _PREFIXES = ("base_model.model.", *_COMPONENTS)
 
 
 def with_alphas(
-    file: SafetensorsFile, spellings: Mapping[str, str], patches: Mapping[str, Patch]
+    file: TensorFile, spellings: Mapping[str, str], patches: Mapping[str, Patch]
 ) -> tuple[dict[str, Patch], dict[str, str]]:
     """Return the patches of a file with the alphas from its settings, and its metadata without the settings.
 
@@ -59,7 +59,7 @@ def with_alphas(
     }, metadata
 
 
-def _read(file: SafetensorsFile) -> tuple[str, dict[str, Any]]:
+def _read(file: TensorFile) -> tuple[str, dict[str, Any]]:
     """Return where a file's settings are, and their values.
 
     They are in its metadata, where diffusers stores them, or in the JSON next to it; without either they are {}.

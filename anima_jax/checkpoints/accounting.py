@@ -14,7 +14,6 @@ from anima_jax.checkpoints.names.networks import (
     ADAPTER,
     DIT,
     NETWORKS,
-    QUANTISED,
     QWEN3,
     TEXT_ENCODER,
     WAN_VAE,
@@ -22,7 +21,8 @@ from anima_jax.checkpoints.names.networks import (
     NetworkKeys,
     locate,
 )
-from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, did_you_mean, plural, shorten
 
 MOST_UNUSED = 0.1
@@ -33,45 +33,44 @@ MOST_UNUSED = 0.1
 class StoredTensor:
     """A tensor in an open file."""
 
-    file: SafetensorsFile
+    file: TensorFile
     key: str
 
     @property
     def info(self) -> TensorInfo:
-        """The tensor's dtype and shape."""
+        """The tensor's dtype, in which it is read, and shape."""
         return self.file.tensors[self.key]
 
+    @property
+    def storage(self) -> str | None:
+        """The format of a quantised tensor; None for a plain one."""
+        return self.file.storage(self.key)
+
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """Read the array, or these rows of its first axis, in the stored dtype."""
+        """Read the array, or these rows of its first axis, in the dtype of `info`."""
         return self.file.read(self.key, rows)
 
 
-def find(network: Network, file: SafetensorsFile) -> NetworkKeys:
-    """Locate `network` in `file`. Raises UserError if it is missing or its weights are quantised or integers."""
+def find(network: Network, file: TensorFile) -> NetworkKeys:
+    """Locate `network` in `file`. Raises UserError if it is missing or its weights are integers."""
     located = None if adapter_kind(file.tensors) else locate(network, file.tensors)
     if located is None:
         raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors, file.metadata)}")
-    quantised = [key for key in (*located.keys.values(), *located.unknown) if QUANTISED.search(key)]
-    if quantised:
-        raise UserError(
-            f"{file.path}: its weights are quantised, with scales in tensors of their own ({shorten(quantised)}); "
-            "use the bf16, fp16 or plain fp8 file of the model"
-        )
     integers = [key for key in located.keys.values() if file.tensors[key].dtype.kind in "iub"]
     if integers:
         raise UserError(f"{file.path}: {shorten(integers)}: integers, expected floating-point weights")
     return located
 
 
-def sources(located: NetworkKeys, file: SafetensorsFile) -> dict[str, StoredTensor]:
+def sources(located: NetworkKeys, file: TensorFile) -> dict[str, StoredTensor]:
     """Return original name → tensor in the file, for the located network."""
     return {name: StoredTensor(file, key) for name, key in located.keys.items()}
 
 
-def original_names(file: SafetensorsFile) -> dict[str, str]:
+def original_names(file: TensorFile) -> dict[str, str]:
     """Return original name → key for the tensors of the transformer (or a text adapter alone) and the text encoder.
 
-    The text encoder's names begin with `text_encoder.`. Raises UserError for quantised or integer weights.
+    The text encoder's names begin with `text_encoder.`. Raises UserError for integer weights.
     """
     found: dict[str, str] = {}
     transformer = DIT if locate(DIT, file.tensors) else ADAPTER

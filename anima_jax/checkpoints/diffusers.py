@@ -15,7 +15,7 @@ from anima_jax.checkpoints.locations import PathLike, reading_folders
 from anima_jax.checkpoints.models import Checkpoint, fit
 from anima_jax.checkpoints.names import diffusers
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, locate
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
@@ -172,7 +172,7 @@ def open_component(folder: PathLike, component: str, *, allow_unused: bool = Fal
     if not paths:
         raise UserError(f"{root}: contains no .safetensors file")
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(SafetensorsFile(path)) for path in paths]
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
         keys = {key: StoredTensor(file, key) for file in files for key in file.tensors}
         network = COMPONENTS[component].network
         located = locate(network, keys)

@@ -25,7 +25,7 @@ from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
@@ -187,12 +187,12 @@ def open_dit(
 ) -> Iterator[Checkpoint]:
     """Open the transformer in a file; an adapter in `adapter_path` replaces one inside the file."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(SafetensorsFile(path))
+        file = stack.enter_context(open_tensors(path))
         located = accounting.find(DIT, file)
         sources = accounting.sources(located, file)
         unknown, label = list(located.unknown), file.path
         if adapter_path is not None:
-            adapter_file = stack.enter_context(SafetensorsFile(adapter_path))
+            adapter_file = stack.enter_context(open_tensors(adapter_path))
             adapter = accounting.find(ADAPTER, adapter_file)
             sources = {name: source for name, source in sources.items() if not name.startswith(dit.ADAPTER)}
             sources |= accounting.sources(adapter, adapter_file)
@@ -204,7 +204,7 @@ def open_dit(
 @contextlib.contextmanager
 def open_network(network: Network, path: PathLike, *, allow_unused: bool = False) -> Iterator[Checkpoint]:
     """Open a network in a file of one or more networks. An LLM adapter's parameter paths begin with `llm_adapter.`."""
-    with SafetensorsFile(path) as file:
+    with open_tensors(path) as file:
         located = accounting.find(network, file)
         sources = accounting.sources(located, file)
         yield fit(network, file.path, sources, file.metadata, located, located.unknown, allow_unused=allow_unused)

@@ -57,6 +57,20 @@ class SafetensorsFile:
         """Close the file."""
         self._file.close()
 
+    marker = None
+    """The tensor that only files of quantised weights have: see `tensor_files.TensorFile`."""
+
+    def storage(self, name: str) -> None:
+        """Return None: the tensor is plain."""
+
+    def parts(self, name: str) -> Mapping[str, TensorInfo]:
+        """Return {}: the tensor is plain."""
+        return {}
+
+    def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
+        """Raise KeyError: the tensor is plain."""
+        raise KeyError(f"{name} is plain, without part {part}")
+
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Read the tensor `name`, or these rows of its first axis, into a new array of the stored dtype."""
         return read_rows(self.path, self._file, self.tensors[name], rows)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.errors import UserError, plural, shorten
 
 _CHUNK = 2**26  # bytes that are read at once
@@ -27,7 +28,7 @@ class ValueCheck(NamedTuple):
         return f"NaN or infinite values in {plural(len(self.not_finite), 'tensor')}: {listed}"
 
 
-def check_values(file: SafetensorsFile) -> ValueCheck:
+def check_values(file: TensorFile) -> ValueCheck:
     """Read every tensor of floating-point numbers, a part at a time."""
     found = ValueCheck({}, [])
     for name, tensor in file.tensors.items():
@@ -50,7 +51,7 @@ def first_problem(paths: Iterable[PathLike]) -> str | None:
     """Return the first file that has NaN or infinite values, with their tensors, or None. Other paths are passed by."""
     for path in paths:
         try:
-            with SafetensorsFile(path) as file:
+            with open_tensors(path) as file:
                 problem = check_values(file).problem
         except UserError:  # a folder, or a file that has been deleted since
             continue

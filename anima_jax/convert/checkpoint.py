@@ -18,7 +18,8 @@ from anima_jax.checkpoints.locations import check_local, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import locate
-from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.text.tokenizers import save_packaged
@@ -126,7 +127,7 @@ def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping
         yield "transformer", checkpoint.config, transformer
         if adapter:
             yield "text_conditioner", checkpoint.config.adapter, adapter
-    with SafetensorsFile(arguments.input) as file:
+    with open_tensors(arguments.input) as file:
         keys = list(file.tensors)
     for name in ("text_encoder", "vae"):
         network = diffusers.COMPONENTS[name].network

@@ -10,7 +10,7 @@ import numpy as np
 from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.patch import Patch
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert.extract import opened_both
 from anima_jax.convert.inspect import block_of
 from anima_jax.errors import UserError, shorten
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what only one file has, how many tensors are equal, and ‖B − A‖ / ‖A‖ of each block that differs."""
     kinds = []
     for path in (arguments.first, arguments.second):
-        with SafetensorsFile(path) as file:
+        with open_tensors(path) as file:
             kinds.append(adapter_kind(file.tensors) is not None)
     if kinds[0] != kinds[1]:
         raise UserError(f"{arguments.second}: one of the two is an adapter, the other is a model")

@@ -10,7 +10,8 @@ from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import write_adapter
 from anima_jax.adapters.patch import Part, Patch, truncated
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
-from anima_jax.checkpoints.safetensors import DTYPES, SafetensorsFile
+from anima_jax.checkpoints.safetensors import DTYPES
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert import outputs
 from anima_jax.errors import UserError, plural, shorten
 
@@ -78,7 +79,7 @@ def opened_both(*paths: str) -> Iterator[list[dict[str, StoredTensor]]]:
     with contextlib.ExitStack() as stack:
         found = []
         for path in paths:
-            file = stack.enter_context(SafetensorsFile(path))
+            file = stack.enter_context(open_tensors(path))
             names = original_names(file)
             if not names:
                 raise UserError(f"{path}: holds neither a transformer nor a text encoder; {looks_like(file.tensors)}")

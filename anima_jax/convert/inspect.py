@@ -15,7 +15,8 @@ from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.models import open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
-from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, TensorInfo
+from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders
 from anima_jax.errors import UserError, one_line, plural, shorten, size_text
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _rows(path: str) -> list[Row]:
     try:
-        with SafetensorsFile(path) as file:
+        with open_tensors(path) as file:
             values = check_values(file)
             return [
                 ("file", one_line(file.path)),
@@ -64,13 +65,13 @@ def _rows(path: str) -> list[Row]:
 
 def summary(path: str) -> str:
     """Return what a file contains, in one line. Raises UserError if it cannot be read."""
-    with SafetensorsFile(path) as file:
+    with open_tensors(path) as file:
         rows = list(_contents(file, check_values(file)))
     shown = [text for label, text in rows if label in ("kind", "sizes", "changes")]
     return "; ".join(shown + [f"problem: {text}" for label, text in rows if label == "problem"])
 
 
-def _contents(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
+def _contents(file: TensorFile, values: ValueCheck) -> Iterator[Row]:
     if adapter_kind(file.tensors):
         yield from _adapter(file, values)
         return
@@ -88,7 +89,7 @@ def _contents(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
         yield "zeros", f"{plural(len(values.zero), 'tensor')} of zeros only: {shorten(values.zero)}"
 
 
-def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
+def _network(network: Network, file: TensorFile) -> Iterator[Row]:
     """Yield rows about one network: its prefix, its sizes, and whether it is complete."""
     located = locate(network, file.tensors)
     assert located is not None
@@ -115,7 +116,7 @@ def _network(network: Network, file: SafetensorsFile) -> Iterator[Row]:
         yield "unknown", f"{plural(len(located.unknown), 'tensor')}: {shorten(located.unknown)}"
 
 
-def _adapter(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
+def _adapter(file: TensorFile, values: ValueCheck) -> Iterator[Row]:
     """Yield rows about an adapter: its kind, dialect and ranks, and how much it changes each block."""
     adapter = read_adapter(file)
     kinds = collections.Counter(patch.kind.title for patch in adapter.patches.values())
@@ -131,7 +132,7 @@ def _adapter(file: SafetensorsFile, values: ValueCheck) -> Iterator[Row]:
         yield "unknown", f"{plural(len(adapter.unused), 'name')}: {shorten(adapter.unused)}"
 
 
-def _modules(file: SafetensorsFile, adapter: Adapter, *, finite: bool) -> Iterator[Row]:
+def _modules(file: TensorFile, adapter: Adapter, *, finite: bool) -> Iterator[Row]:
     """Yield rows about the modules that an adapter changes, with norms if all values are `finite`."""
     yield "prefix", ", ".join(_dialects(file)) or "unknown"
     yield "sizes", _ranks(adapter.patches)
@@ -172,7 +173,7 @@ def _changes(patches: Mapping[str, Patch]) -> str:
     )
 
 
-def _dialects(file: SafetensorsFile) -> list[str]:
+def _dialects(file: TensorFile) -> list[str]:
     """Return the prefixes of the names, each with the tool that uses it."""
     modules = modules_by_spelling(split[0] for key in file.tensors if (split := split_key(key)))
     found: dict[str, str] = {}

@@ -10,7 +10,8 @@ from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import cast
-from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.checkpoints.values import first_problem
 from anima_jax.convert import outputs
 from anima_jax.errors import NotFiniteError, UserError
@@ -36,12 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     paths, weights = zip(*map(parse_lora_argument, arguments.loras), strict=True)
     outputs.check(arguments.output, arguments.base, *paths, force=arguments.force)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(SafetensorsFile(arguments.base))
+        file = stack.enter_context(open_tensors(arguments.base))
         names = {key: name for name, key in original_names(file).items()}
         if not names:
             raise UserError(f"{file.path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
         shapes = {name: file.tensors[key].shape for key, name in names.items()}
-        files = [stack.enter_context(SafetensorsFile(file_of(path))) for path in paths]
+        files = [stack.enter_context(open_tensors(file_of(path))) for path in paths]
         adapters = match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused, extend=True)
         changed = changes(adapters, weights)
 

@@ -342,12 +342,6 @@ def test_a_file_without_blocks_is_refused(tmp_path):
     assert "has 0 blocks" in refusal(saved(tmp_path, tensors))
 
 
-@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale", "scale_input", "comfy_quant"])
-def test_scaled_fp8_is_refused(tmp_path, suffix):
-    tensors = dit_tensors() | {f"net.blocks.0.mlp.layer1.{suffix}": np.ones(1, np.float32)}
-    assert "quantised" in refusal(saved(tmp_path, tensors))
-
-
 def test_integer_weights_are_refused(tmp_path):
     tensors = dit_tensors()
     tensors["net.final_layer.linear.weight"] = np.zeros((64, 64), np.int8)

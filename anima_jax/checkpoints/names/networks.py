@@ -117,9 +117,6 @@ BUNDLED = (
 )
 """Prefixes of the networks in a file that contains several."""
 
-QUANTISED = re.compile(r"(^|\.)(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|scaled_fp8)$")
-"""Pattern for names that occur only in files with quantised weights."""
-
 
 @dataclasses.dataclass(frozen=True)
 class NetworkKeys:

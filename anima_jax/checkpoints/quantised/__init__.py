@@ -1,0 +1,1 @@
+"""Quantised weights in files: the table of formats, their arithmetic in NumPy, and the files that contain them."""

@@ -1,0 +1,36 @@
+"""The table of quantised formats: for each, what a file stores instead of a weight, and the weight that it stands for.
+
+A weight (o, i) is stored in parts, NumPy arrays that have the names of ComfyUI and bitsandbytes: "weight" are the
+codes, the others scales and settings. `FORMATS` says how to check the parts and how to compute the float32 values.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anima_jax.checkpoints.quantised import comfyui
+from anima_jax.checkpoints.quantised.parts import Layout, Parts
+from anima_jax.checkpoints.safetensors_header import TensorInfo
+
+
+class Format(NamedTuple):
+    """One format of quantised weights.
+
+    `title` names it. `layout(parts, settings)` returns the shape of the weight and how its parts are divided by rows,
+    from the descriptions of the parts; it raises ValueError for parts that are missing or do not fit. `dequantise`
+    returns the float32 weight from the arrays of the parts, or some of its rows from the parts' own; it raises
+    ValueError for scales that are not finite or negative. `quantise` returns the parts for a float32 weight; None if
+    the format is only read.
+    """
+
+    title: str
+    layout: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], Layout]
+    dequantise: Callable[[Parts, tuple[int, ...]], np.ndarray]
+    quantise: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "fp8_scaled": Format("8-bit floats with a scale", comfyui.scaled_layout, comfyui.dequantise_scaled),
+}
+"""Name → format."""

@@ -1,0 +1,260 @@
+"""Safetensors files with quantised weights, seen as files of float32 weights.
+
+ComfyUI and bitsandbytes store the scales of a weight in tensors beside it (`SIDECARS`), and its settings in a tensor
+with JSON, `comfy_quant`, or for all weights in the header's metadata. `recognise` finds them; `QuantisedFile` hides
+them and computes the weights when they are read.
+"""
+
+import collections
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anima_jax.checkpoints.quantised.comfyui import FLOAT8, SCALE
+from anima_jax.checkpoints.quantised.formats import FORMATS
+from anima_jax.checkpoints.quantised.parts import Layout, Parts
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.safetensors_header import TensorInfo
+from anima_jax.errors import UserError, did_you_mean, first_line
+
+SETTINGS = "comfy_quant"
+"""Name of the part that contains the settings of a weight as JSON."""
+
+METADATA = "_quantization_metadata"
+"""Key of the metadata in which ComfyUI's files of 2025 have the settings of all weights."""
+
+MARKER = "scaled_fp8"
+"""Last name of the tensor in ComfyUI's older files that says that float8 weights have scales."""
+
+_OLD_NAMES = {"scale_weight": SCALE, "scale_input": "input_scale"}
+
+SIDECARS = re.compile(
+    r"(?P<module>.+)\.(?P<part>scale_weight|scale_input|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant)"
+)
+"""Pattern for the tensors that belong to the weight of a module."""
+
+_COMFYUI_FORMATS = {"float8_e4m3fn": "fp8_scaled", "float8_e5m2": "fp8_scaled"}
+"""Name in `comfy_quant` → name of ours."""
+
+_LONGEST = 4096
+"""Bytes of a weight's settings; real ones have fewer than 200."""
+
+
+_IN_METADATA = -1
+"""Position of settings that are in the header's metadata instead of a tensor."""
+
+
+class QuantisationError(UserError):
+    """A file whose quantised weights are damaged or of an unknown format."""
+
+
+class Weight(NamedTuple):
+    """A quantised weight: its format, a key of FORMATS, the descriptions of its parts, its settings and its layout."""
+
+    storage: str
+    parts: Mapping[str, TensorInfo]
+    settings: Mapping[str, Any]
+    layout: Layout
+
+
+class QuantisedFile:
+    """A safetensors file with quantised weights, which `tensors` lists as float32 and `read` dequantises.
+
+    The tensors with scales and settings are not listed. `marker` is the tensor by which ComfyUI knows files with its
+    older names, which copies of the file need too.
+    """
+
+    def __init__(self, file: SafetensorsFile, weights: Mapping[str, Weight], hidden: set[str]):
+        self.path, self.size = file.path, file.size
+        self.metadata = {key: text for key, text in file.metadata.items() if key != METADATA}
+        self.marker = next((info for key, info in file.tensors.items() if _is_marker(key)), None)
+        self.tensors = {
+            key: TensorInfo(key, np.dtype(np.float32), weights[key].layout.shape) if key in weights else info
+            for key, info in file.tensors.items()
+            if key not in hidden
+        }
+        self._file, self._weights = file, weights
+
+    def __enter__(self) -> "QuantisedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def storage(self, name: str) -> str | None:
+        """Return the format of a quantised tensor, a key of FORMATS, or None."""
+        return self._weights[name].storage if name in self._weights else None
+
+    def parts(self, name: str) -> Mapping[str, TensorInfo]:
+        """Return the parts of a quantised tensor by their names in `FORMATS`, as they are in the file."""
+        return self._weights[name].parts if name in self._weights else {}
+
+    def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
+        """Read a part of a quantised tensor, or these rows of the part's first axis, as stored."""
+        weight = self._weights[name]
+        if weight.parts[part].start == _IN_METADATA:
+            return np.frombuffer(_as_json(weight.settings), np.uint8)
+        return self._file.read(weight.parts[part].name, rows)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Read a tensor, or these rows of its first axis: in float32 if it is quantised, else as stored.
+
+        Raises QuantisationError for scales that are not finite or negative.
+        """
+        if name not in self._weights:
+            return self._file.read(name, rows)
+        storage, parts, _, layout = self._weights[name]
+        first, last, _ = (rows or slice(None)).indices(layout.shape[0])
+        whole = layout.whole_steps(slice(first, max(first, last)))
+        arrays = {
+            part: self.read_part(name, part, layout.part_rows(part, whole, info.shape[0] if info.shape else 1))
+            for part, info in parts.items()
+            if part != "input_scale"  # of the activations
+        }
+        values = self._dequantised(name, storage, arrays, (whole.stop - whole.start, *layout.shape[1:]))
+        return values[first - whole.start : last - whole.start]
+
+    def _dequantised(self, name: str, storage: str, arrays: Parts, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return FORMATS[storage].dequantise(arrays, shape)
+        except ValueError as error:
+            raise QuantisationError(f"{self.path}: {name}: {error}") from error
+
+
+def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
+    """Return the file as one of plain tensors if it contains quantised weights, else unchanged.
+
+    Raises QuantisationError for an unknown format, a missing scale, and parts that do not fit together.
+    """
+    try:
+        groups = _groups(file.tensors)
+        settings = _settings_from_metadata(file)
+        for module, found in settings.items():
+            description = TensorInfo(f"{module}.{SETTINGS}", np.dtype(np.uint8), (len(_as_json(found)),), _IN_METADATA)
+            groups.setdefault(module, {}).setdefault(SETTINGS, description)
+        if not groups:
+            return file
+        hidden = {info.name for group in groups.values() for info in group.values()} | set(
+            filter(_is_marker, file.tensors)
+        )
+        found = (_weight(file, module, group, settings) for module, group in groups.items())
+        weights = {weight.parts["weight"].name: weight for weight in found if weight}
+        _require_all_scaled(file.tensors, weights)
+    except ValueError as error:
+        raise QuantisationError(f"{file.path}: {error}") from error
+    return QuantisedFile(file, weights, hidden)
+
+
+def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Return module → name of a part → the tensor beside the module's weight."""
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in tensors.items():
+        if match := SIDECARS.fullmatch(key):
+            part = _OLD_NAMES.get(match["part"], match["part"])
+            if groups.setdefault(match["module"], {}).setdefault(part, info) is not info:
+                raise ValueError(f"{match['module']} has two tensors for its {part}: {key} and another")
+    return groups
+
+
+def _weight(
+    file: SafetensorsFile, module: str, group: Mapping[str, TensorInfo], settings: Mapping[str, Mapping[str, Any]]
+) -> Weight | None:
+    """Return the weight that has the tensors of `group` beside it, or None if it is not quantised after all."""
+    codes = file.tensors.get(f"{module}.weight")
+    if codes is None:
+        raise ValueError(f"{next(iter(group.values())).name} belongs to {module}.weight, which is missing")
+    own = settings.get(module) or (_settings(file, group[SETTINGS]) if SETTINGS in group else {})
+    storage = _storage(codes, group, own)
+    if storage is None:
+        return None
+    parts = {"weight": codes, **group}
+    return Weight(storage, parts, own, FORMATS[storage].layout(parts, own))
+
+
+def _storage(codes: TensorInfo, group: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str | None:
+    """Return the format of a weight: what its settings say, or what the dtypes of its parts imply."""
+    if SETTINGS in group:
+        name = settings.get("format")
+        if name not in _COMFYUI_FORMATS:
+            known = ", ".join(_COMFYUI_FORMATS)
+            hint = did_you_mean(name, _COMFYUI_FORMATS) if isinstance(name, str) else ""
+            raise ValueError(f"{codes.name} is quantised as {name!r:.80}{hint}, which is not supported; known: {known}")
+        return _COMFYUI_FORMATS[name]
+    if SCALE in group:
+        return "fp8_scaled"
+    if codes.dtype in FLOAT8:
+        missing = next(iter(group.values())).name.replace("scale_input", "scale_weight").replace("input_scale", SCALE)
+        raise ValueError(f"{codes.name} has {next(iter(group.values())).name}, but {missing} is missing")
+    return None
+
+
+def _settings(file: SafetensorsFile, info: TensorInfo) -> dict[str, Any]:
+    """Return the settings in a tensor with JSON."""
+    if info.dtype != np.uint8 or not 0 < info.nbytes <= _LONGEST:
+        raise ValueError(f"{info.name} is {info.code} {info.shape}, expected JSON of at most {_LONGEST} bytes in U8")
+    try:
+        found = json.loads(file.read(info.name).tobytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{info.name} is not JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{info.name} is {found!r:.40}, expected a JSON object with a format")
+    return found
+
+
+def _settings_from_metadata(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
+    """Return module → settings from the header's metadata, which may name modules without the file's prefix."""
+    if METADATA not in file.metadata:
+        return {}
+    try:
+        layers = json.loads(file.metadata[METADATA])["layers"]
+        layers = {name: {"format": one} if isinstance(one, str) else dict(one) for name, one in layers.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"the metadata {METADATA} is not JSON with the settings of layers: {first_line(error)}"
+        ) from error
+    modules = {key.removesuffix(".weight") for key in file.tensors if key.endswith(".weight")}
+    prefixes = collections.Counter(
+        module.removesuffix(name) for module in modules for name in _endings(module) if name in layers
+    )
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    return {prefix + name: one for name, one in layers.items() if prefix + name in modules}
+
+
+def _endings(module: str) -> list[str]:
+    """Return a module's name without its first 0, 1, 2, … words."""
+    words = module.split(".")
+    return [".".join(words[start:]) for start in range(len(words))]
+
+
+def _require_all_scaled(tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]) -> None:
+    """Raise ValueError for a float8 weight without a scale, if the file says that all have one or its neighbours do."""
+    alike = {_without_numbers(name): name for name, weight in weights.items() if weight.storage == "fp8_scaled"}
+    marked = [key.removesuffix(MARKER) for key in tensors if _is_marker(key)]
+    for key, info in tensors.items():
+        if info.dtype in FLOAT8 and len(info.shape) > 1 and key not in weights and key.endswith(".weight"):
+            module = key.removesuffix("weight")
+            if any(key.startswith(prefix) for prefix in marked):
+                raise ValueError(f"{key} is {info.code}, but its scale {module}scale_weight is missing")
+            if like := alike.get(_without_numbers(key)):
+                scale = weights[like].parts[SCALE].name.removeprefix(like.removesuffix("weight"))
+                raise ValueError(f"{key} is {info.code}, but its scale {module}{scale} is missing, which {like} has")
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
+
+
+def _is_marker(key: str) -> bool:
+    return key.rpartition(".")[2] == MARKER
+
+
+def _as_json(settings: Mapping[str, Any]) -> bytes:
+    return json.dumps(settings).encode()

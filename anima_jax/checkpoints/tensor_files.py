@@ -1,0 +1,69 @@
+"""Files of tensors, whatever their format: plain safetensors, or quantised weights that are dequantised when read."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.quantised import view
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.safetensors_header import TensorInfo
+
+
+class TensorFile(Protocol):
+    """An open file of tensors, which as a context manager it closes.
+
+    `path` names it, `size` is its number of bytes, `metadata` its texts. `tensors` maps the name of each tensor to its
+    shape and the dtype in which `read` returns it, which is float32 for a quantised one. `marker` is a tensor that
+    copies of quantised weights need beside them, if there is one.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def marker(self) -> TensorInfo | None: ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Read a tensor, or these rows of its first axis, into a new array."""
+        ...
+
+    def storage(self, name: str) -> str | None:
+        """Return the format of a quantised tensor, a key of `quantised.formats.FORMATS`; None for a plain tensor."""
+        ...
+
+    def parts(self, name: str) -> Mapping[str, TensorInfo]:
+        """Return name → description of the parts of a quantised tensor as stored; {} for a plain tensor."""
+        ...
+
+    def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
+        """Read a part of the quantised tensor `name`, or these rows of the part's first axis, as stored."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+    def __enter__(self) -> "TensorFile": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_tensors(path: PathLike) -> TensorFile:
+    """Open a file of tensors; its first bytes and its names tell the format.
+
+    `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if the file cannot be opened, is of another
+    type, or has quantised weights that are damaged or of an unknown format.
+    """
+    file = SafetensorsFile(path)
+    try:
+        return view.recognise(file)
+    except BaseException:
+        file.close()
+        raise
