@@ -46,7 +46,8 @@ def test_rows_are_read_alone(tmp_path):
     stored, values = fp8_scaled(dit_tensors(), per_row=True)
     with open_tensors(saved(tmp_path, stored)) as file:
         key = "net.blocks.0.mlp.layer1.weight"
-        assert file.storage(key) == "fp8_scaled" and file.storage("net.x_embedder.proj.1.weight") is None
+        assert file.storage(key) == "fp8_scaled"
+        assert file.storage("net.x_embedder.proj.1.weight") is None
         np.testing.assert_array_equal(file.read(key, slice(5, 9)), values[key][5:9])
 
 

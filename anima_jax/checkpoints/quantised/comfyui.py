@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anima_jax.checkpoints.quantised.parts import Layout, Parts
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts
 from anima_jax.checkpoints.safetensors_header import CODES, TensorInfo
 
 SCALE = "weight_scale"
@@ -21,13 +21,13 @@ FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
-def scaled_layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> Layout:
+def scaled_layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> PartLayout:
     """Return the layout of codes with one scale, or one per output, which multiplies them."""
     codes, scale = required(parts, "weight", *FLOAT8), required(parts, SCALE, *_FLOATS)
     if len(codes.shape) < 1 or scale.shape not in (*_ones(len(codes.shape)), *_columns(codes.shape)):
         raise ValueError(f"{scale.name} is {scale.shape}, expected one scale, or one per row of {codes.shape}")
     per_row = {"weight": Fraction(1)} | ({SCALE: Fraction(1)} if scale.nbytes > scale.dtype.itemsize else {})
-    return Layout(codes.shape, per_row)
+    return PartLayout(codes.shape, per_row)
 
 
 def dequantise_scaled(parts: Parts, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints.quantised import comfyui
-from anima_jax.checkpoints.quantised.parts import Layout, Parts
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 
 
@@ -25,7 +25,7 @@ class Format(NamedTuple):
     """
 
     title: str
-    layout: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], Layout]
+    layout: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], PartLayout]
     dequantise: Callable[[Parts, tuple[int, ...]], np.ndarray]
     quantise: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 

@@ -10,7 +10,7 @@ Parts = Mapping[str, np.ndarray]
 """Name of a part, "weight" for the codes → its values."""
 
 
-class Layout(NamedTuple):
+class PartLayout(NamedTuple):
     """The shape of a quantised weight and how its rows are found in the parts.
 
     `per_row` has the parts that differ between the weight's rows, each with its length on the first axis per row of the

@@ -15,7 +15,7 @@ import numpy as np
 
 from anima_jax.checkpoints.quantised.comfyui import FLOAT8, SCALE
 from anima_jax.checkpoints.quantised.formats import FORMATS
-from anima_jax.checkpoints.quantised.parts import Layout, Parts
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.errors import UserError, did_you_mean, first_line
@@ -57,7 +57,7 @@ class Weight(NamedTuple):
     storage: str
     parts: Mapping[str, TensorInfo]
     settings: Mapping[str, Any]
-    layout: Layout
+    layout: PartLayout
 
 
 class QuantisedFile:
