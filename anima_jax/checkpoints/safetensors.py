@@ -6,6 +6,7 @@ allocated (safetensors_header.py). Tensors are read, not memory-mapped: a file t
 instead of crashing the process, and a model is not in memory twice while it is loaded.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO
@@ -101,8 +102,11 @@ def write(
 
 
 def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """Return the tensors in file order: by decreasing item size, which aligns them, and otherwise unchanged."""
-    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    """Return the tensors in file order: by decreasing power of two that divides their bytes, otherwise unchanged.
+
+    That aligns each to its item size, and leaves tensors of several dtypes together where it can.
+    """
+    return sorted(tensors, key=lambda tensor: -max(tensor.dtype.itemsize, math.gcd(tensor.nbytes, 4)))
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from anima_jax.checkpoints import copying, diffusers, safetensors
+from anima_jax.checkpoints import accounting, copying, diffusers, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import check_local, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
-from anima_jax.checkpoints.names.networks import locate
+from anima_jax.checkpoints.names.networks import DIT, QWEN3, Network, locate
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
-from anima_jax.convert import outputs
+from anima_jax.convert import outputs, quantise
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.text.tokenizers import save_packaged
 
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", metavar="FILE", help="the VAE's file, to copy into the folder, or from it")
     parser.add_argument("--tokenizers", metavar="FOLDER", help="qwen/ and t5/ to copy (default: the package's own)")
     parser.add_argument("--allow_unused", action="store_true", help="leave out tensors that belong to no network")
-    outputs.add_arguments(parser)
+    outputs.add_arguments(parser, quantised=quantise.QUANTISERS)
+    quantise.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,22 +62,23 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to == "diffusers":
         if from_folder:
             raise UserError(f"{source}: is already a diffusers folder")
+        if arguments.dtype in quantise.QUANTISERS:
+            raise UserError(f"--to diffusers: cannot hold {arguments.dtype}; use --to comfyui, or --dtype bf16")
         _to_folder(arguments)
         return
-    prefix = PREFIXES[arguments.prefix] if arguments.prefix else PREFIX_OF_FORMAT[arguments.to or "anima"]
     if from_folder:
-        _from_folder(arguments, prefix)
-    elif not arguments.prefix and not arguments.to:
-        raise UserError(f"{source}: choose an output format: --to {', --to '.join(FORMATS)}, or --prefix")
+        _from_folder(arguments, _chosen_prefix(arguments))
     else:
-        _to_file(arguments, prefix)
+        _to_file(arguments)
 
 
-def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
-    """Write the transformer to a file, with another prefix or dtype."""
-    with open_dit(arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
-        stored, located = checkpoint.stored(prefix), checkpoint.located
-        _write(arguments.output, stored, arguments.dtype, checkpoint.metadata)
+def _to_file(arguments: argparse.Namespace) -> None:
+    """Write the transformer, or the text encoder of a file without a transformer, with another prefix or dtype."""
+    network = QWEN3 if _is_text_encoder(arguments.input) else DIT
+    with open_network(network, arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
+        stored, located = checkpoint.stored(), checkpoint.located
+        prefix = _prefix(arguments, located.prefix, network)
+        _write(arguments, arguments.output, stored, prefix, checkpoint.metadata)
     left_out = {
         "extra buffer": located.skipped,
         "tensor of other networks": located.elsewhere,
@@ -85,8 +87,31 @@ def _to_file(arguments: argparse.Namespace, prefix: str) -> None:
     for what, keys in left_out.items():
         if keys:
             print(f"left out {plural(len(keys), what)}: {shorten(keys)}")
-    names = arguments.prefix or arguments.to
-    print(f"{arguments.output}: {plural(len(stored), 'tensor')}, prefix {located.prefix or 'none'} -> {names}")
+    prefixes = f"{located.prefix or 'none'} -> {prefix or 'none'}"
+    print(f"{arguments.output}: {plural(len(stored), 'tensor')}, prefix {prefixes}")
+
+
+def _is_text_encoder(path: str) -> bool:
+    with open_tensors(path) as file:
+        return accounting.networks_in(file.tensors) == [QWEN3]
+
+
+def _prefix(arguments: argparse.Namespace, present: str, network: Network) -> str:
+    """Return the prefix to write: the chosen one, or with only a --dtype the one in IN, which is `present`."""
+    if not (arguments.prefix or arguments.to):
+        if not arguments.dtype:
+            choices = f"--to {', --to '.join(FORMATS)}, --prefix or --dtype"
+            raise UserError(f"{arguments.input}: choose an output format: {choices}")
+        return present
+    if network is QWEN3:
+        if arguments.prefix not in (None, "none"):
+            raise UserError(f"--prefix {arguments.prefix}: {arguments.input} is a text encoder, expected none or --to")
+        return "" if arguments.prefix else QWEN3.saved_prefix
+    return _chosen_prefix(arguments)
+
+
+def _chosen_prefix(arguments: argparse.Namespace) -> str:
+    return PREFIXES[arguments.prefix] if arguments.prefix else PREFIX_OF_FORMAT[arguments.to or "anima"]
 
 
 def _to_folder(arguments: argparse.Namespace) -> None:
@@ -102,7 +127,7 @@ def _to_folder(arguments: argparse.Namespace) -> None:
             temporary.mkdir(parents=True)
         components = []
         for name, config, tensors in _networks(arguments):
-            _write_component(temporary / name, name, config, tensors, arguments.dtype)
+            _write_component(arguments, temporary / name, name, config, tensors)
             components.append(name)
         components += _copy_tokenizers(arguments.tokenizers, temporary)
         _write_json(temporary / "scheduler" / "scheduler_config.json", diffusers.SCHEDULER)
@@ -138,11 +163,15 @@ def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping
 
 
 def _write_component(
-    folder: pathlib.Path, component: str, config: Any, tensors: Mapping[str, StoredTensor], dtype: str | None
+    arguments: argparse.Namespace,
+    folder: pathlib.Path,
+    component: str,
+    config: Any,
+    tensors: Mapping[str, StoredTensor],
 ) -> None:
     _write_json(folder / "config.json", diffusers.settings(component, config))
     renamed = {diffusers.folder_name(component, name, config): tensor for name, tensor in tensors.items()}
-    _write(str(folder / diffusers.COMPONENTS[component].weights), renamed, dtype, {"format": "pt"})
+    _write(arguments, str(folder / diffusers.COMPONENTS[component].weights), renamed, "", {"format": "pt"})
 
 
 def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> list[str]:
@@ -180,24 +209,36 @@ def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
             for name in sources:
                 tensors |= stack.enter_context(
                     diffusers.open_component(arguments.input, name, allow_unused=arguments.allow_unused)
-                ).stored(saved_prefix)
-            _write(path, tensors, arguments.dtype, {"format": "pt"})
+                ).stored()
+            _write(arguments, path, tensors, saved_prefix, {"format": "pt"})
             print(f"{path}: {plural(len(tensors), 'tensor')}, from {' and '.join(sources)}")
 
 
-def _write(target: str, stored: Mapping[str, StoredTensor], dtype: str | None, metadata: Mapping[str, str]) -> None:
-    """Write the tensors one at a time, each in its own dtype or in `dtype`."""
-    wanted = outputs.OUTPUT_DTYPES.get(dtype or "")
+def _write(
+    arguments: argparse.Namespace,
+    target: str,
+    stored: Mapping[str, StoredTensor],
+    prefix: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the tensors (by name without `prefix`) one at a time, each in its own dtype or in that of --dtype."""
+    if arguments.dtype in quantise.QUANTISERS:
+        for line in quantise.write(target, stored, arguments.dtype, arguments.keep, prefix, metadata):
+            print(line)
+        return
+    wanted = outputs.OUTPUT_DTYPES.get(arguments.dtype)
 
     def array_of(name: str) -> np.ndarray:
-        tensor = stored[name]
+        tensor = stored[name.removeprefix(prefix)]
         values = tensor.read()
         if wanted is None:
             return values
         _warn_of_non_finite(values, tensor.key)
         return copying.cast(values, wanted, tensor.key)
 
-    infos = [TensorInfo(name, wanted or tensor.info.dtype, tensor.info.shape) for name, tensor in stored.items()]
+    infos = [
+        TensorInfo(prefix + name, wanted or tensor.info.dtype, tensor.info.shape) for name, tensor in stored.items()
+    ]
     safetensors.write(target, infos, array_of, metadata)
 
 

@@ -2,18 +2,40 @@
 
 import argparse
 import os
+from collections.abc import Callable, Collection
 
 from anima_jax.checkpoints.locations import check_address, is_remote
 from anima_jax.checkpoints.safetensors import DTYPES
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, did_you_mean
 
 OUTPUT_DTYPES = {"bf16": DTYPES["BF16"], "f16": DTYPES["F16"], "f32": DTYPES["F32"]}
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, dtype: str = "by default each tensor keeps its own") -> None:
-    """Add --dtype and --force; `dtype` describes the default of --dtype."""
-    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help=f"dtype of every tensor; {dtype}")
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    dtype: str = "by default each tensor keeps its own",
+    quantised: Collection[str] = (),
+) -> None:
+    """Add --dtype and --force; `dtype` describes the default of --dtype, `quantised` are more choices for matrices."""
+    more = f"; of the matrices only: {', '.join(quantised)}" if quantised else ""
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        type=_one_of((*OUTPUT_DTYPES, *quantised)),
+        help=f"dtype of every tensor: {', '.join(OUTPUT_DTYPES)}{more}; {dtype}",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing OUT")
+
+
+def _one_of(choices: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            near = did_you_mean(text, choices)
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!a}{near}, expected one of {', '.join(choices)}")
+        return text
+
+    return parse
 
 
 def check(target: str, *sources: str, force: bool) -> None:

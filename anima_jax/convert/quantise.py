@@ -1,0 +1,163 @@
+"""Write a model with quantised weights, and report what each kind of layer loses.
+
+Which tensors keep their dtype (`KEEP`) is what the quantisers of the community keep for Anima; source: `ModelAnima` in
+ComfyUI-GGUF's tools. Embeddings, which are looked up and not multiplied, keep theirs always.
+"""
+
+import argparse
+import collections
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from anima_jax.checkpoints import safetensors
+from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.quantised.comfyui_write import QUANTISERS, dequantise
+from anima_jax.checkpoints.quantised.quantiser import Loss, Parts, Quantiser, quantise
+from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.errors import UserError, plural, shorten, size_text
+
+KEEP = (
+    *("llm_adapter", "x_embedder", "t_embedder", "pos_embedder", "final_layer"),
+    *("blocks.0.", "blocks.1.adaln_modulation", "embed_tokens"),
+)
+"""Parts of the names of tensors that are not quantised unless the user chooses others."""
+
+_EMBEDDING = re.compile(r"(^|\.)embed(_tokens)?\.weight$")
+_NUMBER = re.compile(r"(?<=blocks\.|layers\.)\d+")
+_WORST = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --keep."""
+    parser.add_argument(
+        "--keep",
+        metavar="NAMES",
+        type=lambda text: () if text == "none" else tuple(filter(None, text.split(","))),
+        default=KEEP,
+        help="with a quantised --dtype: parts of the names of tensors that keep their own dtype, separated by commas, "
+        f"or none (default: {','.join(KEEP)})",
+    )
+
+
+def write(
+    target: str,
+    stored: Mapping[str, StoredTensor],
+    dtype: str,
+    keep: Sequence[str],
+    prefix: str,
+    metadata: Mapping[str, str],
+) -> Iterator[str]:
+    """Write the tensors (by name without `prefix`) with their matrices as `dtype`; then yield the lines of the report.
+
+    Raises UserError if no tensor is left to quantise, or if one has NaN or infinite values.
+    """
+    quantiser = QUANTISERS[dtype]
+    chosen = _chosen(target, stored, keep, quantiser)
+    report = Report(dtype)
+    infos: list[TensorInfo] = []
+    parts_of: dict[str, Callable[[], np.ndarray]] = {}
+    latest = _Latest(lambda name: report.quantised(name, stored[name], quantiser))
+    for name, tensor in stored.items():
+        if name not in chosen:
+            infos.append(TensorInfo(prefix + name, tensor.info.dtype, tensor.info.shape))
+            parts_of[prefix + name] = tensor.read
+            continue
+        layer, shape = prefix + name.removesuffix("weight"), tensor.info.shape
+        for part, (part_dtype, shape_of) in quantiser.parts.items():
+            infos.append(TensorInfo(layer + part, part_dtype, shape_of(*shape)))
+            parts_of[layer + part] = functools.partial(latest.part, name, part)
+        for part, array in quantiser.constants(shape).items():
+            infos.append(TensorInfo(layer + part, array.dtype, array.shape))
+            parts_of[layer + part] = functools.partial(np.asarray, array)
+    safetensors.write(target, infos, lambda key: parts_of[key](), metadata)
+    before = sum(tensor.info.nbytes for tensor in stored.values())
+    yield (
+        f"{dtype}: {len(chosen)} of {plural(len(stored), 'tensor')}, "
+        f"{size_text(before)} -> {size_text(sum(info.nbytes for info in infos))}"
+    )
+    yield from report.lines()
+
+
+def _chosen(
+    target: str, stored: Mapping[str, StoredTensor], keep: Sequence[str], quantiser: Quantiser
+) -> dict[str, StoredTensor]:
+    """Return the tensors to quantise: matrices of linear layers whose shapes the format can represent."""
+    matrices = {
+        name: tensor
+        for name, tensor in stored.items()
+        if len(tensor.info.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
+    }
+    for text in keep if keep is not KEEP else ():
+        if not any(text in name for name in stored):
+            raise UserError(f"--keep {text}: is in no name of {target}'s tensors, such as {shorten(list(stored), 1)}")
+    found = {
+        name: tensor
+        for name, tensor in matrices.items()
+        if not any(text in name for text in keep)
+        and not any(size % unit for size, unit in zip(tensor.info.shape, quantiser.multiple, strict=True))
+    }
+    if not found:
+        raise UserError(
+            f"{target}: no matrix to quantise: --keep names all {len(matrices)}, or their shapes do not fit"
+        )
+    return found
+
+
+class _Latest:
+    """The parts of the weight that was asked for last, because a weight's parts are written one after the other."""
+
+    def __init__(self, parts_of: Callable[[str], Parts]):
+        self._parts_of = parts_of
+        self._name, self._parts = "", {}
+
+    def part(self, name: str, part: str) -> np.ndarray:
+        if name != self._name:
+            self._name, self._parts = name, {}  # the former ones are gone before there are others
+            self._parts = self._parts_of(name)
+        return self._parts[part]
+
+
+class Report:
+    """What quantising loses, as a table of the kinds of layers."""
+
+    def __init__(self, dtype: str):
+        self._dtype = dtype
+        self._losses: dict[str, Loss] = {}
+
+    def quantised(self, name: str, tensor: StoredTensor, quantiser: Quantiser) -> Parts:
+        """Quantise a tensor and keep its loss for the report."""
+        try:
+            parts, self._losses[name] = quantise(tensor.read(), quantiser, dequantise)
+        except ValueError as error:
+            raise UserError(f"{tensor.file.path}: {tensor.key}: {error}") from error
+        return parts
+
+    def lines(self) -> Iterator[str]:
+        """Yield the table: for each kind of layer, ‖ŵ − w‖ / ‖w‖ of all its weights and of the worst one."""
+        kinds: dict[str, list[Loss]] = collections.defaultdict(list)
+        for name, loss in self._losses.items():
+            kinds[_NUMBER.sub("N", name).removesuffix(".weight")].append(loss)
+        width = max(map(len, kinds))
+        yield f"{'layers':<{width}}  weights  error ‖ŵ−w‖/‖w‖   largest"
+        for kind, losses in kinds.items():
+            yield f"{kind:<{width}}  {len(losses):>7}  {_relative(losses):>16.2e}  {max(map(_ratio, losses)):.2e}"
+        total = _relative(self._losses.values())
+        decibels = f"SNR {-20 * math.log10(total):.1f} dB" if total else "no error"
+        yield f"{'all':<{width}}  {len(self._losses):>7}  {total:>16.2e}  {decibels}"
+        worst = sorted(self._losses, key=lambda name: -_ratio(self._losses[name]))[:_WORST]
+        yield "worst: " + ", ".join(
+            f"{name.removesuffix('.weight')} {_ratio(self._losses[name]):.2e}" for name in worst
+        )
+
+
+def _relative(losses: Iterable[Loss]) -> float:
+    losses = list(losses)
+    return _ratio(Loss(sum(loss.error for loss in losses), sum(loss.size for loss in losses)))
+
+
+def _ratio(loss: Loss) -> float:
+    return math.sqrt(loss.error / loss.size) if loss.size else 0.0
