@@ -15,10 +15,14 @@ import numpy as np
 
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.quantised.comfyui_write import QUANTISERS, dequantise
-from anima_jax.checkpoints.quantised.quantiser import Loss, Parts, Quantiser, quantise
+from anima_jax.checkpoints.quantised import comfyui_write
+from anima_jax.checkpoints.quantised.comfyui_write import dequantise
+from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.errors import UserError, plural, shorten, size_text
+
+QUANTISERS = {name: comfyui_write.QUANTISERS[name] for name in ("fp8_scaled", "int8", "int8_tensorwise")}
+"""--dtype → how to quantise."""
 
 KEEP = (
     *("llm_adapter", "x_embedder", "t_embedder", "pos_embedder", "final_layer"),
@@ -126,7 +130,7 @@ class Report:
 
     def __init__(self, dtype: str):
         self._dtype = dtype
-        self._losses: dict[str, Loss] = {}
+        self._losses: dict[str, QuantisationLoss] = {}
 
     def quantised(self, name: str, tensor: StoredTensor, quantiser: Quantiser) -> Parts:
         """Quantise a tensor and keep its loss for the report."""
@@ -138,7 +142,7 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yield the table: for each kind of layer, ‖ŵ − w‖ / ‖w‖ of all its weights and of the worst one."""
-        kinds: dict[str, list[Loss]] = collections.defaultdict(list)
+        kinds: dict[str, list[QuantisationLoss]] = collections.defaultdict(list)
         for name, loss in self._losses.items():
             kinds[_NUMBER.sub("N", name).removesuffix(".weight")].append(loss)
         width = max(map(len, kinds))
@@ -154,10 +158,10 @@ class Report:
         )
 
 
-def _relative(losses: Iterable[Loss]) -> float:
+def _relative(losses: Iterable[QuantisationLoss]) -> float:
     losses = list(losses)
-    return _ratio(Loss(sum(loss.error for loss in losses), sum(loss.size for loss in losses)))
+    return _ratio(QuantisationLoss(sum(loss.error for loss in losses), sum(loss.size for loss in losses)))
 
 
-def _ratio(loss: Loss) -> float:
+def _ratio(loss: QuantisationLoss) -> float:
     return math.sqrt(loss.error / loss.size) if loss.size else 0.0

@@ -183,6 +183,26 @@ QUANTISERS = {
     "int8_tensorwise": _comfyui(
         int8_tensorwise, {"weight_scale": _SCALAR, "weight": (_I8, _same)}, format="int8_tensorwise"
     ),
+    "int8_convrot": _comfyui(
+        int8_convrot, _ROWWISE, (1, _ROTATED), format="int8_tensorwise", convrot=True, convrot_groupsize=_ROTATED
+    ),
+    "mxfp8": _comfyui(mxfp8, {"weight_scale": (_U8, _tiles(32)), "weight": (_F8, _same)}, (32, 32), format="mxfp8"),
+    "nvfp4": _comfyui(
+        nvfp4,
+        {
+            "weight_scale_2": _SCALAR,
+            "weight_scale": (_F8, _tiles(16)),
+            "weight": (_U8, lambda o, i: (o, i // 2)),
+        },
+        (16, 16),
+        format="nvfp4",
+    ),
+    "nf4": Quantiser(
+        nf4,
+        {"weight.absmax": (_F32, lambda o, i: (o * i // 64,)), "weight": (_U8, lambda o, i: (o * i // 2, 1))},
+        (1, 64),
+        _nf4_settings,
+    ),
 }
 """Name of the format → its quantiser. Within a weight, the parts that need the largest alignment come first."""
 

@@ -33,7 +33,7 @@ class Quantiser(NamedTuple):
     constants: Callable[[tuple[int, ...]], Parts] = lambda shape: {}
 
 
-class Loss(NamedTuple):
+class QuantisationLoss(NamedTuple):
     """What quantising loses: the sums of the squared errors and of the squared values of a weight."""
 
     error: float
@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 
 def quantise(
     values_oi: np.ndarray, quantiser: Quantiser, dequantise: Callable[[Parts, tuple[int, ...]], np.ndarray]
-) -> tuple[Parts, Loss]:
+) -> tuple[Parts, QuantisationLoss]:
     """Return the parts of a weight in any floating-point dtype, and the loss that `dequantise` measures.
 
     Raises ValueError for values that are NaN or infinite.
@@ -66,7 +66,7 @@ def quantise(
         name: np.concatenate([each[name] for each in parts]) if array.ndim else array
         for name, array in parts[0].items()
     }
-    return whole, Loss(sum(errors), sum(sizes))
+    return whole, QuantisationLoss(sum(errors), sum(sizes))
 
 
 def largest_magnitude(values: np.ndarray) -> float:
