@@ -10,7 +10,7 @@ _TYPES: tuple[tuple[bytes, str], ...] = (
         rb"\s*(<!doctype|<html|<\?xml|<head)",
         "a web page, not a model: the download went wrong (often a login or licence page)",
     ),
-    (rb"GGUF", "a GGUF file, whose quantised weights are not supported; use the model's .safetensors file"),
+    (rb"GGUF", "a GGUF file"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0\0\0", "an image"),
     (rb"\x93NUMPY", "a NumPy array"),
     (rb"\x1f\x8b|7z\xbc\xaf|Rar!|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh", "a compressed archive; unpack it first"),

@@ -1,4 +1,4 @@
-"""Files of tensors, whatever their format: plain safetensors, or quantised weights that are dequantised when read."""
+"""Files of tensors, whatever their format: safetensors and GGUF; quantised weights are dequantised when read."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -7,7 +7,8 @@ import numpy as np
 
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.quantised import view
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.quantised.gguf import GgufFile, has_magic
+from anima_jax.checkpoints.safetensors import ForeignFileError, SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 
 
@@ -61,7 +62,12 @@ def open_tensors(path: PathLike) -> TensorFile:
     `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if the file cannot be opened, is of another
     type, or has quantised weights that are damaged or of an unknown format.
     """
-    file = SafetensorsFile(path)
+    try:
+        file = SafetensorsFile(path)
+    except ForeignFileError:
+        if has_magic(path):
+            return GgufFile(path)
+        raise
     try:
         return view.recognise(file)
     except BaseException:

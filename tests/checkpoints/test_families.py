@@ -168,7 +168,6 @@ TYPES = {
     "PyTorch": (zipped("archive/data.pkl"), "a pickle"),
     "zip": (zipped("my_lora.safetensors"), "a zip archive"),
     "unfinished": (bytes(4096), "an unfinished download"),
-    "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(60), "a GGUF file"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
     "HTML": (b"<!DOCTYPE html><html>login</html>", "a web page"),
 }

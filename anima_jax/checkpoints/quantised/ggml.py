@@ -6,7 +6,6 @@ float32 values are equal bit for bit. Axes: n blocks, g groups of a block that s
 """
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -227,7 +226,7 @@ def _by_package(number: int, name: str, nbytes: int, file_type: int) -> BlockFor
 
     def decode(b: Blocks) -> np.ndarray:
         try:
-            gguf: Any = importlib.import_module("gguf")
+            import gguf
         except ImportError as error:
             raise UserError(f"{name} needs the package gguf: pip install 'anima-jax[gguf]'") from error
         rows = b.view(np.uint8).reshape(len(b), nbytes)

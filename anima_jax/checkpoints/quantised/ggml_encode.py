@@ -13,6 +13,11 @@ import numpy as np
 from anima_jax.checkpoints.quantised.ggml import BlockFormat, pack, pack_scales
 from anima_jax.errors import UserError
 
+CHUNK = 2**17
+"""Values that are encoded at a time: the intermediate results then stay in the processor's cache."""
+
+_LARGEST = 1e12  # beyond the range of every format; the search squares the values
+
 Fields = Mapping[str, np.ndarray]
 """Field of the format's layout → its values, one row per block."""
 
@@ -30,20 +35,17 @@ def quantise(values: np.ndarray, form: BlockFormat) -> np.ndarray:
     step = max(1, CHUNK // form.values)
     for first in range(0, len(rows), step):
         part = rows[first : first + step].astype(np.float32)
-        if not np.isfinite(part).all():
+        largest = float(np.abs(part).max(initial=0))
+        if not np.isfinite(largest):
             raise UserError(f"NaN or infinite values, which {form.name} does not have")
         blocks = np.zeros(len(part), form.layout)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             for name, field in encode(part).items():
-                if not np.isfinite(field).all():
-                    raise UserError(f"values up to {float(np.abs(part).max()):.6g}, beyond the range of {form.name}")
+                if largest > _LARGEST or not np.isfinite(field).all():
+                    raise UserError(f"values up to {largest:.6g}, beyond the range of {form.name}")
                 blocks[name] = field
         out[first : first + step] = blocks.view(np.uint8).reshape(-1, form.nbytes)
     return out
-
-
-CHUNK = 2**17
-"""Values that are encoded at a time: the intermediate results then stay in the processor's cache."""
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:

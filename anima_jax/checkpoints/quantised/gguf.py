@@ -60,6 +60,13 @@ class _Stored:
     form: BlockFormat | None
 
 
+def has_magic(path: locations.PathLike) -> bool:
+    """Return whether a file begins as a GGUF file does. Raises UserError if it cannot be opened."""
+    file, _ = locations.open_for_reading(locations.resolve(path))
+    with file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 class GgufFile:
     """An open GGUF file, with `metadata` (str → str) and `tensors` (name → TensorInfo of what `read` returns).
 
@@ -94,6 +101,11 @@ class GgufFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    @property
+    def marker(self) -> None:
+        """No further tensor is needed beside copies of quantised ones."""
+        return None
 
     def storage(self, name: str) -> str | None:
         """Return the name of a tensor's block format, or None if it is not quantised."""
