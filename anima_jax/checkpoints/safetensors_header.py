@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I8": np.dtype("i1"),
     "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
@@ -107,6 +108,8 @@ def build(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | None) -> 
 
 def _tensor(name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> TensorInfo:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if code == "F4" and _are_sizes(shape) and shape and shape[-1] % 2 == 0:  # two values a byte
+        code, shape = "U8", [*shape[:-1], shape[-1] // 2]
     if not isinstance(code, str) or code not in DTYPES:
         hint = did_you_mean(str(code)[:20], DTYPES)
         raise HeaderError(f"{name!r:.200} has dtype {code!r:.50}{hint}, expected one of {', '.join(DTYPES)}")

@@ -2,8 +2,18 @@
 
 Source: comfy_kitchen 0.2 (`tensor/` and `backends/eager/quantization.py`) and ComfyUI (`comfy/ops.py`,
 `_load_quantized_module`). Values are computed in float32. Axes: o outputs, i inputs.
+
+fp8_scaled    8-bit floats times a scale for all of them, or one per output.
+fp8_blocks    8-bit floats times a scale per 128 × 128 weights: not ComfyUI's, but that of Qwen's own FP8 files.
+int8          integers times such a scale.
+int8_convrot  the same, of weights whose inputs were rotated in groups: each group was multiplied by a Hadamard matrix,
+              which is its own inverse (`hadamard`). The settings have the size of a group.
+mxfp8         8-bit floats times a power of two per 32 inputs (OCP Microscaling), in tiles (`untiled`).
+nvfp4         two 4-bit floats a byte, the first in the upper half, times an 8-bit float per 16 inputs, in tiles, times
+              a float32 for all of them.
 """
 
+import functools
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -11,56 +21,201 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anima_jax.checkpoints.quantised.parts import PartLayout, Parts
-from anima_jax.checkpoints.safetensors_header import CODES, TensorInfo
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, checked_scale, required
+from anima_jax.checkpoints.safetensors_header import TensorInfo
 
 SCALE = "weight_scale"
+SCALE_2 = "weight_scale_2"
+SCALE_OF_SQUARES = "weight_scale_inv"
+SETTINGS = "comfy_quant"
+"""Names of parts: the scales, nvfp4's scale for all values, and the settings of a weight as JSON."""
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 _FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16))
 
+_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
-def scaled_layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> PartLayout:
-    """Return the layout of codes with one scale, or one per output, which multiplies them."""
-    codes, scale = required(parts, "weight", *FLOAT8), required(parts, SCALE, *_FLOATS)
-    if len(codes.shape) < 1 or scale.shape not in (*_ones(len(codes.shape)), *_columns(codes.shape)):
-        raise ValueError(f"{scale.name} is {scale.shape}, expected one scale, or one per row of {codes.shape}")
-    per_row = {"weight": Fraction(1)} | ({SCALE: Fraction(1)} if scale.nbytes > scale.dtype.itemsize else {})
-    return PartLayout(codes.shape, per_row)
+BYTE_SCALES = (_E8M0, np.dtype(np.uint8))
+"""Dtypes of mxfp8's scales."""
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""Values of the 4-bit floats by their code."""
+
+MXFP8_BLOCK, NVFP4_BLOCK = 32, 16
+"""Inputs that share a scale."""
+
+SQUARE = 128
+"""Inputs and outputs that share a scale in fp8_blocks."""
+
+TILE = (128, 4)
+"""Rows and columns of a tile of scales."""
+
+Infos = Mapping[str, TensorInfo]
+Settings = Mapping[str, Any]
 
 
-def dequantise_scaled(parts: Parts, shape: tuple[int, ...]) -> np.ndarray:
+# ---- one scale, or one per output -----------------------------------------------------------------------------------
+
+
+def fp8_layout(parts: Infos, settings: Settings) -> PartLayout:
+    """Return the layout of scaled 8-bit floats. Raises ValueError for parts that are missing or do not fit."""
+    del settings
+    return _scaled(parts, *FLOAT8)
+
+
+def int8_layout(parts: Infos, settings: Settings) -> PartLayout:
+    """Return the layout of scaled integers. Raises ValueError as `fp8_layout` does, and for a wrong group."""
+    layout = _scaled(parts, np.dtype(np.int8))
+    if is_rotated(settings):
+        size, inputs = group_size(settings), layout.shape[-1]
+        if len(layout.shape) != 2 or inputs % size:
+            raise ValueError(f"{parts['weight'].name} is {layout.shape}, which groups of {size} inputs do not divide")
+    return layout
+
+
+def _scaled(parts: Infos, *dtypes: np.dtype[Any]) -> PartLayout:
+    codes, scale = required(parts, "weight", *dtypes), required(parts, SCALE, *_FLOATS)
+    shape = codes.shape
+    allowed = [(1,) * axes for axes in range(len(shape) + 1)]
+    allowed += [(*shape[:1], *(1,) * axes) for axes in range(len(shape))]
+    if not shape or scale.shape not in allowed:
+        raise ValueError(f"{scale.name} is {scale.shape}, expected one scale, or one per row of {shape}")
+    one_per_row = scale.nbytes > scale.dtype.itemsize
+    return PartLayout(shape, {"weight": Fraction(1)} | ({SCALE: Fraction(1)} if one_per_row else {}))
+
+
+def fp8_blocks_layout(parts: Infos, settings: Settings) -> PartLayout:
+    """Return the layout of 8-bit floats in squares. Raises ValueError for parts that are missing or do not fit."""
+    del settings
+    codes, scale = required(parts, "weight", *FLOAT8), required(parts, SCALE_OF_SQUARES, *_FLOATS)
+    expected = tuple(-(-size // SQUARE) for size in codes.shape)
+    if len(codes.shape) != 2 or scale.shape != expected:
+        raise ValueError(f"{scale.name} is {scale.shape}, expected {expected}: a scale per {SQUARE} × {SQUARE} weights")
+    return PartLayout(codes.shape, {"weight": Fraction(1), SCALE_OF_SQUARES: Fraction(1, SQUARE)}, SQUARE)
+
+
+def dequantise_squares(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+    """Return the values of 8-bit floats in squares."""
+    del settings
+    scales = checked_scale(parts[SCALE_OF_SQUARES]).repeat(SQUARE, 0).repeat(SQUARE, 1)
+    return parts["weight"].astype(np.float32) * scales[: shape[0], : shape[1]]
+
+
+def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
     """Return the values of codes with one scale, or one per output."""
+    del settings
     scale = checked_scale(parts[SCALE])
     values = parts["weight"].astype(np.float32)
     values *= scale.reshape(-1, *[1] * (len(shape) - 1))
     return values
 
 
-def required(parts: Mapping[str, TensorInfo], name: str, *dtypes: np.dtype[Any]) -> TensorInfo:
-    """Return a part. Raises ValueError if it is missing or its dtype is none of `dtypes`."""
-    if name not in parts:
-        codes = parts["weight"].name
-        raise ValueError(f"{codes} is quantised, but {codes.removesuffix('weight')}{name} is missing")
-    part = parts[name]
-    if part.dtype not in dtypes:
-        raise ValueError(f"{part.name} is {part.code}, expected {' or '.join(CODES[dtype] for dtype in dtypes)}")
-    return part
+def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+    """Return the values of integers with scales, after the rotation of each group of inputs.
+
+    The rotation of the integers themselves is exact in float32, so that a value is rounded once; comfy_kitchen scales
+    first, and rounds each sum.
+    """
+    size = group_size(settings)
+    scale = checked_scale(parts[SCALE]).reshape(-1, 1) / np.float32(size**0.5)
+    values = parts["weight"].astype(np.float32).reshape(-1, size) @ hadamard(size)
+    return values.reshape(shape) * scale
 
 
-def checked_scale(scale: np.ndarray) -> np.ndarray:
-    """Return scales in float32. Raises ValueError for one that is NaN, infinite or negative."""
-    values = scale.astype(np.float32)
-    wrong = ~np.isfinite(values) | (values < 0)
-    if wrong.any():
-        raise ValueError(f"a scale is {values[wrong].flat[0]}, expected a finite number of at least 0")
-    return values
+def is_rotated(settings: Settings) -> bool:
+    """Return whether the inputs of a weight with these settings are rotated."""
+    return bool(_setting(settings, "convrot", False))
 
 
-def _ones(axes: int) -> list[tuple[int, ...]]:
-    return [(1,) * count for count in range(axes + 1)]
+def group_size(settings: Settings) -> int:
+    """Return the number of inputs that are rotated together. Raises ValueError unless it is a power of 4."""
+    size = _setting(settings, "convrot_groupsize", 256)
+    if type(size) is not int or not 4 <= size <= 4**6 or size.bit_count() != 1 or size.bit_length() % 2 == 0:
+        raise ValueError(f"convrot_groupsize is {size!r:.40}, expected a power of 4, up to {4**6}")
+    return size
 
 
-def _columns(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [(shape[0],) + (1,) * count for count in range(len(shape))]
+def _setting(settings: Settings, name: str, default: Any) -> Any:
+    """Return a setting, which may be among the `params` as well."""
+    params = settings.get("params")
+    return settings.get(name, params.get(name, default) if isinstance(params, dict) else default)
+
+
+@functools.lru_cache(maxsize=4)
+def hadamard(size: int) -> np.ndarray:
+    """Return ComfyUI's Hadamard matrix: ±1, symmetric, and its own inverse after a division by `size`, a power of 4."""
+    basis = 1.0 - 2.0 * np.eye(4, dtype=np.float32)[::-1]
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.kron(matrix, basis)
+    return matrix
+
+
+# ---- scales of blocks, in tiles -------------------------------------------------------------------------------------
+
+
+def mxfp8_layout(parts: Infos, settings: Settings) -> PartLayout:
+    """Return the layout of blocks of 8-bit floats. Raises ValueError for parts that are missing or do not fit."""
+    del settings
+    required(parts, "weight", *FLOAT8)
+    return _tiled(parts, MXFP8_BLOCK, 1, _E8M0)
+
+
+def nvfp4_layout(parts: Infos, settings: Settings) -> PartLayout:
+    """Return the layout of blocks of 4-bit floats. Raises ValueError for parts that are missing or do not fit."""
+    del settings
+    required(parts, "weight", np.dtype(np.uint8))
+    whole = required(parts, SCALE_2, *_FLOATS)
+    if whole.nbytes != whole.dtype.itemsize:
+        raise ValueError(f"{whole.name} is {whole.shape}, expected one scale")
+    return _tiled(parts, NVFP4_BLOCK, 2, FLOAT8[0])
+
+
+def _tiled(parts: Infos, block: int, per_byte: int, dtype: np.dtype[Any]) -> PartLayout:
+    codes, scale = parts["weight"], required(parts, SCALE, dtype, BYTE_SCALES[1])
+    if len(codes.shape) != 2 or (codes.shape[1] * per_byte) % block:
+        raise ValueError(f"{codes.name} is {codes.shape}, which blocks of {block} inputs do not divide")
+    shape = (codes.shape[0], codes.shape[1] * per_byte)
+    rows, columns = padded(shape[0], shape[1] // block)
+    if scale.shape not in ((rows, columns), (rows * columns,)):
+        raise ValueError(f"{scale.name} is {scale.shape}, expected {(rows, columns)}: one per {block} inputs, in tiles")
+    return PartLayout(shape, {"weight": Fraction(1), SCALE: Fraction(scale.shape[0], rows)}, TILE[0])
+
+
+def padded(rows: int, columns: int) -> tuple[int, int]:
+    """Return the shape of (rows, columns) scales that are filled up to whole tiles."""
+    return -(-rows // TILE[0]) * TILE[0], -(-columns // TILE[1]) * TILE[1]
+
+
+def untiled(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return the scales (rows, columns) that are stored in tiles, as cuBLAS multiplies them.
+
+    A tile of 128 × 4 scales is stored as 32 rows of 16: of four rows that are 32 apart, four scales each.
+    """
+    high, wide = (size // tile for size, tile in zip(padded(rows, columns), TILE, strict=True))
+    tiles = scales.reshape(high, wide, 32, 4, 4).transpose(0, 3, 2, 1, 4)
+    return tiles.reshape(high * TILE[0], wide * TILE[1])[:rows, :columns]
+
+
+def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+    """Return the values of 8-bit floats in blocks. The exponent 0 stands for a scale of 0, as in comfy_kitchen."""
+    del settings
+    exponents = untiled(parts[SCALE].view(np.uint8), shape[0], shape[1] // MXFP8_BLOCK)
+    if (exponents == 255).any():
+        raise ValueError("a scale is NaN, expected a finite number of at least 0")
+    scales = (exponents.astype(np.uint32) << 23).view(np.float32)
+    values = parts["weight"].astype(np.float32).reshape(*scales.shape, MXFP8_BLOCK)
+    values *= scales[..., None]
+    return values.reshape(shape)
+
+
+def dequantise_nvfp4(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+    """Return the values of 4-bit floats in blocks."""
+    del settings
+    of_blocks = untiled(parts[SCALE].view(FLOAT8[0]), shape[0], shape[1] // NVFP4_BLOCK)
+    scales = checked_scale(of_blocks) * checked_scale(parts[SCALE_2]).reshape(())
+    pairs = np.stack([parts["weight"] >> 4, parts["weight"] & 15], axis=-1)
+    values = _E2M1[pairs].reshape(*scales.shape, NVFP4_BLOCK)
+    values *= scales[..., None]
+    return values.reshape(shape)

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from anima_jax.checkpoints.safetensors_header import CODES, TensorInfo
 
 Parts = Mapping[str, np.ndarray]
 """Name of a part, "weight" for the codes → its values."""
@@ -22,7 +24,7 @@ class PartLayout(NamedTuple):
     step: int = 1
 
     def whole_steps(self, rows: slice) -> slice:
-        """Return the smallest range of rows that contains `rows`, begins at a multiple of `step` and ends at one."""
+        """Return the smallest range of rows that contains `rows` and begins and ends at a multiple of `step`."""
         end = -(-rows.stop // self.step) * self.step
         return slice(rows.start // self.step * self.step, min(end, self.shape[0]))
 
@@ -33,3 +35,24 @@ class PartLayout(NamedTuple):
         per_row = self.per_row[part]
         end = length if rows.stop == self.shape[0] else int(rows.stop * per_row)
         return slice(int(rows.start * per_row), end)
+
+
+def required(parts: Mapping[str, TensorInfo], name: str, *dtypes: np.dtype[Any]) -> TensorInfo:
+    """Return a part. Raises ValueError if it is missing or its dtype is none of `dtypes`."""
+    if name not in parts:
+        codes, old = parts["weight"].name, any(part.name.endswith(".scale_input") for part in parts.values())
+        named = "scale_weight" if old and name == "weight_scale" else name
+        raise ValueError(f"{codes} is quantised, but {codes.removesuffix('weight')}{named} is missing")
+    part = parts[name]
+    if part.dtype not in dtypes:
+        raise ValueError(f"{part.name} is {part.code}, expected {' or '.join(CODES[dtype] for dtype in dtypes)}")
+    return part
+
+
+def checked_scale(scale: np.ndarray, *, negative: bool = False) -> np.ndarray:
+    """Return scales in float32. Raises ValueError for one that is NaN, infinite or, unless allowed, `negative`."""
+    values = scale.astype(np.float32)
+    wrong = ~np.isfinite(values) | ((values < 0) & (not negative))
+    if wrong.any():
+        raise ValueError(f"a scale is {values[wrong].flat[0]}, expected a finite number of at least 0")
+    return values

@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anima_jax.checkpoints.quantised.comfyui import FLOAT8, SCALE
+from anima_jax.checkpoints.quantised import bitsandbytes, comfyui
+from anima_jax.checkpoints.quantised.comfyui import BYTE_SCALES, FLOAT8, SCALE, SETTINGS
 from anima_jax.checkpoints.quantised.formats import FORMATS
-from anima_jax.checkpoints.quantised.parts import PartLayout, Parts
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, checked_scale
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.errors import UserError, did_you_mean, first_line
-
-SETTINGS = "comfy_quant"
-"""Name of the part that contains the settings of a weight as JSON."""
 
 METADATA = "_quantization_metadata"
 """Key of the metadata in which ComfyUI's files of 2025 have the settings of all weights."""
@@ -32,11 +30,36 @@ MARKER = "scaled_fp8"
 _OLD_NAMES = {"scale_weight": SCALE, "scale_input": "input_scale"}
 
 SIDECARS = re.compile(
-    r"(?P<module>.+)\.(?P<part>scale_weight|scale_input|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant)"
+    r"(?P<module>.+)\.(?P<part>scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale|pre_quant_scale|comfy_quant"
+    r"|weight_format|SCB|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state)(\.bitsandbytes__(?P<kind>\w+))?"
 )
 """Pattern for the tensors that belong to the weight of a module."""
 
-_COMFYUI_FORMATS = {"float8_e4m3fn": "fp8_scaled", "float8_e5m2": "fp8_scaled"}
+_UNSUPPORTED = {
+    "qweight": "as SVDQuant, GPTQ or AWQ",
+    "weight_s_rel": "as W4A8",
+    "weight_packed": "by compressed-tensors",
+    "weight_zeros": "as AWQ",
+}
+"""Last name of a tensor that only a file of an unsupported format has → the format."""
+
+_BY_PART = {
+    comfyui.SCALE_2: "nvfp4",
+    comfyui.SCALE_OF_SQUARES: "fp8_blocks",
+    bitsandbytes.ROW_PEAKS: "llm_int8",
+}
+"""Part that only one format has → the format."""
+
+SMOOTHING = "pre_quant_scale"
+"""Part that multiplies the inputs of a layer, or the columns of its weight (ModelOpt's AWQ)."""
+
+_COMFYUI_FORMATS = {
+    "float8_e4m3fn": "fp8_scaled",
+    "float8_e5m2": "fp8_scaled",
+    "int8_tensorwise": "int8",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+}
 """Name in `comfy_quant` → name of ours."""
 
 _LONGEST = 4096
@@ -124,7 +147,10 @@ class QuantisedFile:
     def _dequantised(self, name: str, storage: str, arrays: Parts, shape: tuple[int, ...]) -> np.ndarray:
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                return FORMATS[storage].dequantise(arrays, shape)
+                values = FORMATS[storage].dequantise(arrays, shape, self._weights[name].settings)
+                if SMOOTHING in arrays:
+                    values *= checked_scale(arrays[SMOOTHING], negative=True)
+                return values
         except ValueError as error:
             raise QuantisationError(f"{self.path}: {name}: {error}") from error
 
@@ -135,6 +161,7 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
     Raises QuantisationError for an unknown format, a missing scale, and parts that do not fit together.
     """
     try:
+        _refuse_unsupported(file.tensors)
         groups = _groups(file.tensors)
         settings = _settings_from_metadata(file)
         for module, found in settings.items():
@@ -151,6 +178,12 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
     except ValueError as error:
         raise QuantisationError(f"{file.path}: {error}") from error
     return QuantisedFile(file, weights, hidden)
+
+
+def _refuse_unsupported(tensors: Mapping[str, TensorInfo]) -> None:
+    for key in tensors:
+        if what := _UNSUPPORTED.get(key.rpartition(".")[2]):
+            raise ValueError(f"{key}: quantised {what}, which is not supported; known: {', '.join(FORMATS)}")
 
 
 def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -171,29 +204,50 @@ def _weight(
     codes = file.tensors.get(f"{module}.weight")
     if codes is None:
         raise ValueError(f"{next(iter(group.values())).name} belongs to {module}.weight, which is missing")
-    own = settings.get(module) or (_settings(file, group[SETTINGS]) if SETTINGS in group else {})
+    with_json = next((group[part] for part in (SETTINGS, bitsandbytes.STATE) if part in group), None)
+    own = settings[module] if module in settings else _settings(file, with_json) if with_json else {}
     storage = _storage(codes, group, own)
     if storage is None:
         return None
     parts = {"weight": codes, **group}
-    return Weight(storage, parts, own, FORMATS[storage].layout(parts, own))
+    layout = FORMATS[storage].layout(parts, own)
+    smoothing = parts.get(SMOOTHING)
+    if smoothing and smoothing.shape != layout.shape[1:]:
+        raise ValueError(f"{smoothing.name} is {smoothing.shape}, expected {layout.shape[1:]}")
+    return Weight(storage, parts, own, layout)
 
 
 def _storage(codes: TensorInfo, group: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str | None:
-    """Return the format of a weight: what its settings say, or what the dtypes of its parts imply."""
+    """Return the format of a weight: what its settings say, or what the names and dtypes of its parts imply."""
     if SETTINGS in group:
-        name = settings.get("format")
-        if name not in _COMFYUI_FORMATS:
-            known = ", ".join(_COMFYUI_FORMATS)
-            hint = did_you_mean(name, _COMFYUI_FORMATS) if isinstance(name, str) else ""
-            raise ValueError(f"{codes.name} is quantised as {name!r:.80}{hint}, which is not supported; known: {known}")
-        return _COMFYUI_FORMATS[name]
-    if SCALE in group:
-        return "fp8_scaled"
-    if codes.dtype in FLOAT8:
-        missing = next(iter(group.values())).name.replace("scale_input", "scale_weight").replace("input_scale", SCALE)
-        raise ValueError(f"{codes.name} has {next(iter(group.values())).name}, but {missing} is missing")
+        return _named(codes.name, settings)
+    if any(part.startswith("weight.") for part in group):
+        kind = settings.get("quant_type")
+        if kind not in bitsandbytes.KINDS:
+            if bitsandbytes.STATE not in group:
+                raise ValueError(
+                    f"{codes.name} is quantised, but {codes.name}.quant_state.bitsandbytes__nf4 is missing"
+                )
+            raise ValueError(f"{codes.name}: quant_type is {kind!r:.40}, known: {', '.join(bitsandbytes.KINDS)}")
+        return kind
+    if found := [storage for part, storage in _BY_PART.items() if part in group]:
+        return found[0]
+    if SCALE in group and codes.dtype in FLOAT8:
+        return "mxfp8" if group[SCALE].dtype in BYTE_SCALES else "fp8_scaled"
+    if SCALE in group or codes.dtype in FLOAT8:
+        return "int8" if codes.dtype == np.int8 else "fp8_scaled"
     return None
+
+
+def _named(codes: str, settings: Mapping[str, Any]) -> str:
+    """Return the format that ComfyUI's settings name."""
+    name = settings.get("format")
+    if not isinstance(name, str) or name not in _COMFYUI_FORMATS:
+        hint = did_you_mean(name, _COMFYUI_FORMATS) if isinstance(name, str) else ""
+        known = ", ".join(_COMFYUI_FORMATS)
+        raise ValueError(f"{codes} is quantised as {name!r:.80}{hint}, which is not supported; known: {known}")
+    rotated = name == "int8_tensorwise" and comfyui.is_rotated(settings)
+    return "int8_convrot" if rotated else _COMFYUI_FORMATS[name]
 
 
 def _settings(file: SafetensorsFile, info: TensorInfo) -> dict[str, Any]:
