@@ -52,19 +52,19 @@ TILE = (128, 4)
 """Rows and columns of a tile of scales."""
 
 Infos = Mapping[str, TensorInfo]
-Settings = Mapping[str, Any]
+Json = Mapping[str, Any]
 
 
 # ---- one scale, or one per output -----------------------------------------------------------------------------------
 
 
-def fp8_layout(parts: Infos, settings: Settings) -> PartLayout:
+def fp8_layout(parts: Infos, settings: Json) -> PartLayout:
     """Return the layout of scaled 8-bit floats. Raises ValueError for parts that are missing or do not fit."""
     del settings
     return _scaled(parts, *FLOAT8)
 
 
-def int8_layout(parts: Infos, settings: Settings) -> PartLayout:
+def int8_layout(parts: Infos, settings: Json) -> PartLayout:
     """Return the layout of scaled integers. Raises ValueError as `fp8_layout` does, and for a wrong group."""
     layout = _scaled(parts, np.dtype(np.int8))
     if is_rotated(settings):
@@ -85,7 +85,7 @@ def _scaled(parts: Infos, *dtypes: np.dtype[Any]) -> PartLayout:
     return PartLayout(shape, {"weight": Fraction(1)} | ({SCALE: Fraction(1)} if one_per_row else {}))
 
 
-def fp8_blocks_layout(parts: Infos, settings: Settings) -> PartLayout:
+def fp8_blocks_layout(parts: Infos, settings: Json) -> PartLayout:
     """Return the layout of 8-bit floats in squares. Raises ValueError for parts that are missing or do not fit."""
     del settings
     codes, scale = required(parts, "weight", *FLOAT8), required(parts, SCALE_OF_SQUARES, *_FLOATS)
@@ -95,14 +95,14 @@ def fp8_blocks_layout(parts: Infos, settings: Settings) -> PartLayout:
     return PartLayout(codes.shape, {"weight": Fraction(1), SCALE_OF_SQUARES: Fraction(1, SQUARE)}, SQUARE)
 
 
-def dequantise_squares(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+def dequantise_squares(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of 8-bit floats in squares."""
     del settings
     scales = checked_scale(parts[SCALE_OF_SQUARES]).repeat(SQUARE, 0).repeat(SQUARE, 1)
     return parts["weight"].astype(np.float32) * scales[: shape[0], : shape[1]]
 
 
-def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of codes with one scale, or one per output."""
     del settings
     scale = checked_scale(parts[SCALE])
@@ -111,7 +111,7 @@ def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Settings) 
     return values
 
 
-def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of integers with scales, after the rotation of each group of inputs.
 
     The rotation of the integers themselves is exact in float32, so that a value is rounded once; comfy_kitchen scales
@@ -123,12 +123,12 @@ def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Settings)
     return values.reshape(shape) * scale
 
 
-def is_rotated(settings: Settings) -> bool:
+def is_rotated(settings: Json) -> bool:
     """Return whether the inputs of a weight with these settings are rotated."""
     return bool(_setting(settings, "convrot", False))
 
 
-def group_size(settings: Settings) -> int:
+def group_size(settings: Json) -> int:
     """Return the number of inputs that are rotated together. Raises ValueError unless it is a power of 4."""
     size = _setting(settings, "convrot_groupsize", 256)
     if type(size) is not int or not 4 <= size <= 4**6 or size.bit_count() != 1 or size.bit_length() % 2 == 0:
@@ -136,7 +136,7 @@ def group_size(settings: Settings) -> int:
     return size
 
 
-def _setting(settings: Settings, name: str, default: Any) -> Any:
+def _setting(settings: Json, name: str, default: Any) -> Any:
     """Return a setting, which may be among the `params` as well."""
     params = settings.get("params")
     return settings.get(name, params.get(name, default) if isinstance(params, dict) else default)
@@ -155,14 +155,14 @@ def hadamard(size: int) -> np.ndarray:
 # ---- scales of blocks, in tiles -------------------------------------------------------------------------------------
 
 
-def mxfp8_layout(parts: Infos, settings: Settings) -> PartLayout:
+def mxfp8_layout(parts: Infos, settings: Json) -> PartLayout:
     """Return the layout of blocks of 8-bit floats. Raises ValueError for parts that are missing or do not fit."""
     del settings
     required(parts, "weight", *FLOAT8)
     return _tiled(parts, MXFP8_BLOCK, 1, _E8M0)
 
 
-def nvfp4_layout(parts: Infos, settings: Settings) -> PartLayout:
+def nvfp4_layout(parts: Infos, settings: Json) -> PartLayout:
     """Return the layout of blocks of 4-bit floats. Raises ValueError for parts that are missing or do not fit."""
     del settings
     required(parts, "weight", np.dtype(np.uint8))
@@ -198,7 +198,7 @@ def untiled(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return tiles.reshape(high * TILE[0], wide * TILE[1])[:rows, :columns]
 
 
-def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of 8-bit floats in blocks. The exponent 0 stands for a scale of 0, as in comfy_kitchen."""
     del settings
     exponents = untiled(parts[SCALE].view(np.uint8), shape[0], shape[1] // MXFP8_BLOCK)
@@ -210,7 +210,7 @@ def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Settings) -
     return values.reshape(shape)
 
 
-def dequantise_nvfp4(parts: Parts, shape: tuple[int, ...], settings: Settings) -> np.ndarray:
+def dequantise_nvfp4(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of 4-bit floats in blocks."""
     del settings
     of_blocks = untiled(parts[SCALE].view(FLOAT8[0]), shape[0], shape[1] // NVFP4_BLOCK)

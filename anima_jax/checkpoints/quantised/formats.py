@@ -20,14 +20,12 @@ class Format(NamedTuple):
     `title` names it. `layout(parts, settings)` returns the shape of the weight and how its parts are divided by rows,
     from the descriptions of the parts and the weight's JSON; it raises ValueError for parts that are missing or do not
     fit. `dequantise(parts, shape, settings)` returns the float32 weight from the arrays of the parts, or some of its
-    rows from theirs; it raises ValueError for scales that are not finite or negative. `quantise` returns the parts for
-    a float32 weight; None if the format is only read.
+    rows from theirs; it raises ValueError for scales that are not finite or negative.
     """
 
     title: str
     layout: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], PartLayout]
     dequantise: Callable[[Parts, tuple[int, ...], Mapping[str, Any]], np.ndarray]
-    quantise: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
 FORMATS: dict[str, Format] = {
