@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     source, target = arguments.input, arguments.output
     inputs = (source, arguments.text_encoder, arguments.vae)
     outputs.check(target, *filter(None, inputs), force=arguments.force)
+    if arguments.keep is not quantise.KEEP and arguments.dtype not in quantise.QUANTISERS:
+        raise UserError(f"--keep: needs a quantised --dtype: {', '.join(quantise.QUANTISERS)}")
     from_folder = os.path.isdir(source)
     if arguments.to == "diffusers":
         if from_folder:

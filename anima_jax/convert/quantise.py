@@ -9,7 +9,8 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Plan(NamedTuple):
+    """A file to write: its tensors by name without `prefix`, of which the `chosen` are quantised."""
+
+    target: str
+    stored: Mapping[str, StoredTensor]
+    chosen: Collection[str]
+    dtype: str
+    report: "Report"
+    prefix: str
+    metadata: Mapping[str, str]
+
+
 def write(
     target: str,
     stored: Mapping[str, StoredTensor],
@@ -59,56 +72,71 @@ def write(
 
     Raises UserError if no tensor is left to quantise, or if one has NaN or infinite values.
     """
-    quantiser = QUANTISERS[dtype]
-    chosen = _chosen(target, stored, keep, quantiser)
-    report = Report(dtype)
-    infos: list[TensorInfo] = []
-    parts_of: dict[str, Callable[[], np.ndarray]] = {}
-    latest = _Latest(lambda name: report.quantised(name, stored[name], quantiser))
-    for name, tensor in stored.items():
-        if name not in chosen:
-            infos.append(TensorInfo(prefix + name, tensor.info.dtype, tensor.info.shape))
-            parts_of[prefix + name] = tensor.read
-            continue
-        layer, shape = prefix + name.removesuffix("weight"), tensor.info.shape
-        for part, (part_dtype, shape_of) in quantiser.parts.items():
-            infos.append(TensorInfo(layer + part, part_dtype, shape_of(*shape)))
-            parts_of[layer + part] = functools.partial(latest.part, name, part)
-        for part, array in quantiser.constants(shape).items():
-            infos.append(TensorInfo(layer + part, array.dtype, array.shape))
-            parts_of[layer + part] = functools.partial(np.asarray, array)
-    safetensors.write(target, infos, lambda key: parts_of[key](), metadata)
+    chosen, misfits = _chosen(target, stored, keep, QUANTISERS[dtype])
+    report = Report()
+    size = WRITERS[dtype.rpartition(":")[0]](Plan(target, stored, chosen, dtype, report, prefix, metadata))
     before = sum(tensor.info.nbytes for tensor in stored.values())
     yield (
-        f"{dtype}: {len(chosen)} of {plural(len(stored), 'tensor')}, "
-        f"{size_text(before)} -> {size_text(sum(info.nbytes for info in infos))}"
+        f"{dtype}: {len(chosen)} of {plural(len(stored), 'tensor')}, {size_text(before)} -> {size_text(size)} "
+        f"({size / before:.0%})"
     )
+    if misfits:
+        unit = " × ".join(map(str, QUANTISERS[dtype].multiple))
+        yield f"kept because they are no multiple of {unit}: {plural(len(misfits), 'weight')}: {shorten(misfits)}"
     yield from report.lines()
+
+
+def _to_safetensors(plan: Plan) -> int:
+    """Write a safetensors file as ComfyUI reads it; return the bytes of its tensors."""
+    quantiser = QUANTISERS[plan.dtype]
+    infos: list[TensorInfo] = []
+    arrays: dict[str, Callable[[], np.ndarray]] = {}
+
+    def add(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+        infos.append(TensorInfo(plan.prefix + name, dtype, shape))
+        arrays[plan.prefix + name] = read
+
+    latest = _Latest(lambda name: plan.report.quantised(name, plan.stored[name], quantiser))
+    for name, tensor in plan.stored.items():
+        shape = tensor.info.shape
+        if name not in plan.chosen:
+            add(name, tensor.info.dtype, shape, tensor.read)
+            continue
+        layer = name.removesuffix("weight")
+        for part, (dtype, shape_of) in quantiser.parts.items():
+            add(layer + part, dtype, shape_of(*shape), functools.partial(latest.part, name, part))
+        for part, array in quantiser.constants(shape).items():
+            add(layer + part, array.dtype, array.shape, functools.partial(np.asarray, array))
+    safetensors.write(plan.target, infos, lambda key: arrays[key](), plan.metadata)
+    return sum(info.nbytes for info in infos)
+
+
+WRITERS = {"": _to_safetensors}
+"""What precedes the colon of a --dtype → what writes the file and returns its size."""
 
 
 def _chosen(
     target: str, stored: Mapping[str, StoredTensor], keep: Sequence[str], quantiser: Quantiser
-) -> dict[str, StoredTensor]:
-    """Return the tensors to quantise: matrices of linear layers whose shapes the format can represent."""
-    matrices = {
-        name: tensor
-        for name, tensor in stored.items()
-        if len(tensor.info.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
-    }
+) -> tuple[set[str], list[str]]:
+    """Return the matrices of linear layers to quantise, and those whose shapes the format cannot represent."""
     for text in keep if keep is not KEEP else ():
         if not any(text in name for name in stored):
             raise UserError(f"--keep {text}: is in no name of {target}'s tensors, such as {shorten(list(stored), 1)}")
-    found = {
-        name: tensor
-        for name, tensor in matrices.items()
+    chosen = [
+        name
+        for name, tensor in stored.items()
+        if len(tensor.info.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
         if not any(text in name for text in keep)
-        and not any(size % unit for size, unit in zip(tensor.info.shape, quantiser.multiple, strict=True))
-    }
-    if not found:
-        raise UserError(
-            f"{target}: no matrix to quantise: --keep names all {len(matrices)}, or their shapes do not fit"
-        )
-    return found
+    ]
+    misfits = [
+        name
+        for name in chosen
+        if any(size % unit for size, unit in zip(stored[name].info.shape, quantiser.multiple, strict=True))
+    ]
+    if len(chosen) == len(misfits):
+        reason = f": no matrix is a multiple of {quantiser.multiple}" if chosen else ": --keep names every matrix"
+        raise UserError(f"{target}: nothing to quantise{reason}")
+    return set(chosen) - set(misfits), misfits
 
 
 class _Latest:
@@ -128,8 +156,7 @@ class _Latest:
 class Report:
     """What quantising loses, as a table of the kinds of layers."""
 
-    def __init__(self, dtype: str):
-        self._dtype = dtype
+    def __init__(self):
         self._losses: dict[str, QuantisationLoss] = {}
 
     def quantised(self, name: str, tensor: StoredTensor, quantiser: Quantiser) -> Parts:
@@ -153,9 +180,7 @@ class Report:
         decibels = f"SNR {-20 * math.log10(total):.1f} dB" if total else "no error"
         yield f"{'all':<{width}}  {len(self._losses):>7}  {total:>16.2e}  {decibels}"
         worst = sorted(self._losses, key=lambda name: -_ratio(self._losses[name]))[:_WORST]
-        yield "worst: " + ", ".join(
-            f"{name.removesuffix('.weight')} {_ratio(self._losses[name]):.2e}" for name in worst
-        )
+        yield from (f"worst: {name.removesuffix('.weight')} {_ratio(self._losses[name]):.2e}" for name in worst)
 
 
 def _relative(losses: Iterable[QuantisationLoss]) -> float:
