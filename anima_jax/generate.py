@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.merge import Weight, parse_lora_argument
+from anima_jax.checkpoints import folders
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.config.load import load_config
@@ -77,7 +78,10 @@ def generate(arguments: argparse.Namespace) -> None:
     files = networks(arguments, config, like)
     mesh = make_mesh(sizes := mesh_sizes(arguments, config))
     with open_dit(
-        files["transformer"], adapter_path=files["adapter"], allow_unused=arguments.allow_unused
+        files["transformer"],
+        adapter_path=files["adapter"],
+        variant=files["variant"],
+        allow_unused=arguments.allow_unused,
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
@@ -124,22 +128,22 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             exported = transformer_files(file)
     if arguments.models and not loras:
         loras = like.found_loras(arguments.models)
-    layers = [given(loras=loras), exported, transformer_files(arguments.transformer)]
-    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype")
-    layers += [given(**{name: getattr(arguments, name) for name in named})]
+    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype", "variant")
+    layers = [given(loras=loras), given(**{name: getattr(arguments, name) for name in named})]
+    layers += [exported, transformer_files(arguments.transformer)]
     if config:
         model = config.model
         layers += [
-            transformer_files(model.transformer_path, model.llm_adapter_path),
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
+            transformer_files(model.transformer_path, model.llm_adapter_path) | given(variant=model.variant),
             given(embeddings=config.sample and config.sample.embeddings),
             {"dtype": config.compute_dtype},
         ]
     layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))
-    files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None, "embeddings": None})
+    files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None, "embeddings": None, "variant": None})
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
-    names = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter", "loras")
+    names = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter", "loras", "variant")
     comfyui_dora = arguments.comfyui_dora or like.loading.get("comfyui_dora", False)
     return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 
@@ -147,8 +151,14 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
 def transformer_files(
     transformer: Any, adapter: Any = None, loras: Sequence[tuple[Any, Weight]] = ()
 ) -> dict[str, Any]:
-    """Return a transformer with its LLM adapter file and LoRAs, or nothing if there is no transformer."""
-    return {"transformer": transformer, "adapter": adapter, "loras": loras} if transformer else {}
+    """Return a transformer with its LLM adapter file, its LoRAs, and the other networks of a diffusers folder.
+
+    Returns nothing if there is no transformer. Tokenizers of a diffusers folder are found when it is loaded.
+    """
+    if not transformer:
+        return {}
+    others = {name: path for name, path in folders.beside(transformer).items() if name != "tokenizers"}
+    return {"transformer": transformer, "adapter": adapter, "loras": loras, **others}
 
 
 def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
         use_compilation_cache(config.compilation_cache_dir)
         for line in (*command.unsupported_flags(arguments), *config.messages, *summary(config)):
             print(line)
-        tokenizers = load_tokenizers(config.model.tokenizer_path)
-        with open_text_encoder(config.model.llm_path, allow_unused=config.allow_unused) as text_encoder:
+        tokenizers = load_tokenizers(config.model.tokenizers)
+        with open_text_encoder(config.model.llm_files, allow_unused=config.allow_unused) as text_encoder:
             check_networks(network, text_encoder.config, tokenizers)
         abstract = estimate.abstract_partition(config)
         build_optimizer(config, abstract)

@@ -197,7 +197,7 @@ def test_an_image_starts_from_another_one_and_keeps_what_the_mask_covers(network
         (["--set", "model.dtype=x"], "--set model.dtype=x: without --config there is no key to replace"),
         (["--batch_size", "0"], "--batch_size 0, expected at least 1"),
         (["--image", "missing.png"], "missing.png: no such file"),
-        (["--transformer", "hf://owner/repo"], "hf://owner/repo: expected hf://owner/repo/file"),
+        (["--transformer", "hf://owner"], "hf://owner: expected hf://owner/repo, with a file or folder in it"),
         (["--like", "missing.png"], "missing.png: no such file"),
         (
             ["--transformer", "https://example.com/x.safetensors"],

@@ -3,12 +3,11 @@
 An adapter's metadata records both for the model it was trained on, so that its use on another model is detected.
 """
 
-import functools
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from anima_jax.checkpoints import locations
+from anima_jax.checkpoints.folders import TRANSFORMER, model_files
 from anima_jax.checkpoints.locations import PathLike
 
 RELEASES = (
@@ -41,21 +40,15 @@ class BaseModel(NamedTuple):
 
 
 def identify(path: PathLike) -> BaseModel:
-    """Return the SHA-256 of a model file, with the name of its release or else its file name.
+    """Return the SHA-256 of a model's file, with the name of its release or else its file name.
 
-    The whole file is read to hash it; the hash is cached by path and modification time.
+    The whole file is read to hash it; the hash is cached by path and modification time. That of several files, as in a
+    folder, is the hash of their hashes.
     """
-    local = locations.resolve(path)
-    changed = None if locations.is_remote(local) else os.stat(local).st_mtime_ns
-    sha256 = _sha256(local, changed)
+    files = model_files(path, TRANSFORMER)
+    sha256 = files.sha256().hex()
     known = (name for begin, end, name in RELEASES if sha256.startswith(begin) and sha256.endswith(end))
-    return BaseModel(sha256, next(known, os.path.basename(os.fspath(path))))
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(path: str, changed: int | None) -> str:
-    del changed
-    return locations.file_sha256(path).hex()
+    return BaseModel(sha256, next(known, os.path.basename(files.given.rstrip("/"))))
 
 
 def base_mismatch(adapter_path: str, metadata: Mapping[str, str], base: PathLike) -> str | None:

@@ -146,7 +146,7 @@ def existing(config: MainConfig, specs: Specs, own_scales: Params, fresh: Params
             article = "" if title.islower() else "an " if title.startswith("O") else "a "
             raise UserError(f"{label} is {article}{title}, and type is '{adapter.type}'")
         messages = [f"{len(found.patches)} of {len(trained)} modules begin from {found.path} ({found.summary})"]
-        base = config.model.transformer_path
+        base = config.model.transformer_files
         if base is not None and (warning := base_mismatch(found.path, found.metadata, base)):
             messages.append(warning)
         return factors_of(found, specs, own_scales, fresh, label), messages

@@ -6,6 +6,7 @@ The cache is laid out as `huggingface_hub` does it, so other programs share its 
 
 import contextlib
 import contextvars
+import functools
 import hashlib
 import os
 import re
@@ -70,6 +71,44 @@ def parse(address: str) -> HubFile:
     if not repo or (at and not revision):
         raise UserError(f"{address}: expected hf://owner/repo@revision/file")
     return HubFile(f"{parts[0]}/{repo}", "/".join(parts[2:]), urllib.parse.unquote(revision) or "main")
+
+
+def files_in(address: str) -> list[str] | None:
+    """Return the files below the repository or folder `hf://owner/repo[@revision][/folder]`, relative to it.
+
+    Returns None if the hub has no such folder. If the hub cannot be asked, the files in the local cache count. Raises
+    UserError, in one line, if there are none and the hub does not list the repository.
+    """
+    from huggingface_hub import constants
+
+    owner, _, rest = address.removeprefix("hf://").rstrip("/").partition("/")
+    name, _, folder = rest.partition("/")
+    if not name.partition("@")[0]:
+        raise UserError(f"{address}: expected hf://owner/repo, with a file or folder in it")
+    prefix = f"{folder}/" if folder else ""
+    file = parse(f"hf://{owner}/{name}/{prefix}the files")
+    names = _names(file, constants.ENDPOINT)
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)] or None
+
+
+@functools.lru_cache(maxsize=64)
+def _names(file: HubFile, endpoint: str) -> list[str]:
+    """Return all files of a repository and revision, asked for once."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    try:
+        return hub.HfApi(endpoint=endpoint).list_repo_files(file.repo, revision=file.revision)
+    except Exception as error:  # the client raises its own types and those of its HTTP library
+        folder = os.path.join(constants.HF_HUB_CACHE, f"models--{file.repo.replace('/', '--')}")
+        commit = file.revision
+        with contextlib.suppress(OSError), open(os.path.join(folder, "refs", commit), encoding="utf-8") as text:
+            commit = text.read().strip()
+        snapshot = os.path.join(folder, "snapshots", commit)
+        found = [os.path.join(parent, name) for parent, _, names in os.walk(snapshot) for name in names]
+        if found:
+            return [os.path.relpath(path, snapshot).replace(os.sep, "/") for path in found]
+        raise UserError(f"{file.address.rpartition('/')[0]}: {_reason(file, error)}") from error
 
 
 def local_copy(address: str) -> str:

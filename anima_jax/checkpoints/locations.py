@@ -22,6 +22,12 @@ from anima_jax.errors import UserError, first_line, os_reason, shorten
 
 PathLike = str | os.PathLike[str]
 
+MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf")
+"""Endings of files with weights."""
+
+_LISTED = ("*", "*/*")
+"""Patterns for the files of a folder that `files_in` lists."""
+
 
 _HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([^/]+)/([^/]+)/(?:resolve|blob)/([^/]+)/([^?#]+)"
@@ -84,6 +90,35 @@ def open_for_reading(path: str) -> tuple[IO[bytes], int]:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be opened: {os_reason(error)}") from error
+
+
+def files_in(path: PathLike) -> list[str] | None:
+    """Return the files in a folder and in its subfolders, relative to it and sorted; None if `path` is no folder.
+
+    Folders may be local, `gs://…` or `hf://owner/repo[/folder]`. Hidden files are left out. An address whose last part
+    has the suffix of a model's file is taken for a file. Raises UserError for a folder that cannot be read.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        if path.endswith(MODEL_SUFFIXES):
+            return None
+        found = hub.files_in(path) if path.startswith("hf://") else _remote_files(path)
+    elif os.path.isdir(path):
+        with reading_folders(path):
+            os.listdir(path)
+        found = [name.replace(os.sep, "/") for pattern in _LISTED for name in glob.glob(pattern, root_dir=path)]
+    else:
+        found = None
+    return None if found is None else sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
+
+
+def _remote_files(folder: str) -> list[str] | None:
+    remote = _remote(folder)
+    try:
+        found = [os.fspath(each) for pattern in _LISTED for each in remote.glob(pattern)]
+    except Exception as error:  # every object store's client raises its own types
+        raise UserError(f"{folder}: cannot be read: {first_line(error)}") from error
+    return [path.removeprefix(folder.rstrip("/") + "/") for path in found] or None
 
 
 def file_sha256(path: PathLike) -> bytes:

@@ -22,10 +22,11 @@ from jax.typing import DTypeLike
 from anima_jax.adapters.kinds import SCALE
 from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.folders import TRANSFORMER
+from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
-from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
@@ -132,38 +133,47 @@ class Checkpoint:
 
 @suggests_names
 def load_dit(
-    path: PathLike, dtype: DTypes = None, *, adapter_path: PathLike | None = None, allow_unused: bool = False
+    path: PathLike,
+    dtype: DTypes = None,
+    *,
+    adapter_path: PathLike | None = None,
+    variant: str | None = None,
+    allow_unused: bool = False,
 ) -> AnimaDiT:
     """Load Anima's transformer, with its LLM adapter if the file or `adapter_path` contains one.
 
     `path` is a .safetensors file, local, `gs://…` or `hf://owner/repo/file`, with the names and prefix of any known
-    tool; its tensors determine the sizes. An adapter in `adapter_path` replaces one in `path`. `dtype` is one dtype, or
-    one per parameter path; None keeps the stored dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`)
-    by the rules in parallel/rules.py, or placed on the default device if there is none. Harmless extra buffers are
-    skipped, with `allow_unused` all tensors that belong to no network; both are printed. Raises UserError if a file
-    cannot be read or does not contain the network, or if tensors are missing, unknown or of another shape.
+    tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
+    repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
+    `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
+    dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed
+    on the default device if there is none. Harmless extra buffers are skipped, with `allow_unused` all tensors that
+    belong to no network; both are printed. Raises UserError if a file cannot be read or does not contain the network,
+    or if tensors are missing, unknown or of another shape.
     """
-    with open_dit(path, adapter_path=adapter_path, allow_unused=allow_unused) as checkpoint:
+    with open_dit(path, adapter_path=adapter_path, variant=variant, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
 @suggests_names
-def load_text_encoder(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> Qwen3:
+def load_text_encoder(
+    path: PathLike, dtype: DTypes = None, *, variant: str | None = None, allow_unused: bool = False
+) -> Qwen3:
     """Load the Qwen3 text encoder from a file with Hugging Face's names or an all-in-one file.
 
     Arguments, placement and errors are those of `load_dit`.
     """
-    with open_network(QWEN3, path, allow_unused=allow_unused) as checkpoint:
+    with open_network(QWEN3, path, variant=variant, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
 @suggests_names
-def load_vae(path: PathLike, dtype: DTypes = None, *, allow_unused: bool = False) -> WanVAE:
+def load_vae(path: PathLike, dtype: DTypes = None, *, variant: str | None = None, allow_unused: bool = False) -> WanVAE:
     """Load the Wan 2.1 VAE from a file with the original names or an all-in-one file.
 
     Arguments, placement and errors are those of `load_dit`.
     """
-    with open_network(WAN_VAE, path, allow_unused=allow_unused) as checkpoint:
+    with open_network(WAN_VAE, path, variant=variant, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype)
 
 
@@ -183,16 +193,16 @@ def print_messages(checkpoint: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def open_dit(
-    path: PathLike, *, adapter_path: PathLike | None = None, allow_unused: bool = False
+    path: PathLike, *, adapter_path: PathLike | None = None, variant: str | None = None, allow_unused: bool = False
 ) -> Iterator[Checkpoint]:
-    """Open the transformer in a file; an adapter in `adapter_path` replaces one inside the file."""
+    """Open the transformer in a file or folder; an adapter in `adapter_path` replaces one in it."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_tensors(path))
+        file = stack.enter_context(open_model(path, TRANSFORMER, variant))
         located = accounting.find(DIT, file)
         sources = accounting.sources(located, file)
         unknown, label = list(located.unknown), file.path
         if adapter_path is not None:
-            adapter_file = stack.enter_context(open_tensors(adapter_path))
+            adapter_file = stack.enter_context(open_model(adapter_path, (ADAPTER.component,)))
             adapter = accounting.find(ADAPTER, adapter_file)
             sources = {name: source for name, source in sources.items() if not name.startswith(dit.ADAPTER)}
             sources |= accounting.sources(adapter, adapter_file)
@@ -202,17 +212,21 @@ def open_dit(
 
 
 @contextlib.contextmanager
-def open_network(network: Network, path: PathLike, *, allow_unused: bool = False) -> Iterator[Checkpoint]:
-    """Open a network in a file of one or more networks. An LLM adapter's parameter paths begin with `llm_adapter.`."""
-    with open_tensors(path) as file:
+def open_network(
+    network: Network, path: PathLike, *, variant: str | None = None, allow_unused: bool = False
+) -> Iterator[Checkpoint]:
+    """Open a network in a file or folder. An LLM adapter's parameter paths begin with `llm_adapter.`."""
+    with open_model(path, (network.component,), variant) as file:
         located = accounting.find(network, file)
         sources = accounting.sources(located, file)
         yield fit(network, file.path, sources, file.metadata, located, located.unknown, allow_unused=allow_unused)
 
 
-def open_text_encoder(path: PathLike, *, allow_unused: bool = False) -> contextlib.AbstractContextManager[Checkpoint]:
-    """Open the Qwen3 text encoder in a file."""
-    return open_network(QWEN3, path, allow_unused=allow_unused)
+def open_text_encoder(
+    path: PathLike, *, variant: str | None = None, allow_unused: bool = False
+) -> contextlib.AbstractContextManager[Checkpoint]:
+    """Open the Qwen3 text encoder in a file or folder."""
+    return open_network(QWEN3, path, variant=variant, allow_unused=allow_unused)
 
 
 def fit(

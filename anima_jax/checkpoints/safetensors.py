@@ -61,7 +61,7 @@ class SafetensorsFile:
     marker = None
     """The tensor that only files of quantised weights have: see `tensor_files.TensorFile`."""
 
-    def storage(self, name: str) -> None:
+    def storage(self, name: str) -> str | None:
         """Return None: the tensor is plain."""
 
     def parts(self, name: str) -> Mapping[str, TensorInfo]:

@@ -6,11 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from anima_jax.checkpoints.folders import (
+    TOKENIZERS,
+    TRANSFORMER,
+    ModelFiles,
+    beside,
+    check_variant,
+    component_files,
+    model_files,
+)
 from anima_jax.config.network import TransformerSizes
 from anima_jax.config.schema import (
     Count,
     Dtype,
-    InputFile,
     InputFolder,
     NotNegative,
     Positive,
@@ -21,45 +29,68 @@ from anima_jax.config.schema import (
     is_address,
     only_one_of,
 )
+from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
 from anima_jax.text.tokenizers import TRAINING_LENGTH
 
 
 def _check_tokenizers(folder: str) -> str:
     missing = [name for name in ("qwen", "t5") if not os.path.isdir(os.path.join(folder, name))]
-    if missing and not is_address(folder):
+    of_diffusers = all(os.path.isdir(os.path.join(folder, name)) for name in TOKENIZERS)
+    if missing and not of_diffusers and not is_address(folder):
         raise invalid(f"{folder} does not contain {' and '.join(missing)}, expected qwen/ and t5/ in it")
     return folder
 
 
-TEXT_ENCODER = "a Qwen3 text encoder, as a .safetensors file or its folder"
+def _check_variant(variant: str) -> str:
+    try:
+        return check_variant(variant)
+    except UserError as error:
+        raise invalid(str(error).removeprefix("variant: ")) from None
 
 
-def _qwen3_file(folder: str) -> str:
-    """Return the only .safetensors file in a Qwen3 folder of transformers; return the path of a file unchanged."""
-    if not os.path.isdir(folder):
-        return folder
-    described = os.path.join(folder, "config.json")
+def _resolved(component: str) -> AfterValidator:
+    """Return a validator that replaces the local folder of a component by the file or index in it.
+
+    The transformer's folder stays, as it may also contain the LLM adapter and the tokenizers.
+    """
+
+    def check(path: str, info: ValidationInfo) -> str:
+        if is_address(path) or not os.path.isdir(path):
+            return path
+        try:
+            found = component_files(path, component, info.data.get("variant"))
+        except UserError as error:
+            raise invalid(str(error)) from None
+        return path if component == TRANSFORMER[0] else str(found)
+
+    return AfterValidator(check)
+
+
+def _check_is_qwen3(path: str) -> str:
+    """Raise an error for a folder of transformers that contains another model; return any other path unchanged."""
+    described = os.path.join(path, "config.json")
+    if not os.path.isfile(described):
+        return path
     try:
         with open(described, encoding="utf-8") as file:
             description = json.load(file)
-    except FileNotFoundError:
-        raise invalid(f"{folder} is a folder without a config.json, expected {TEXT_ENCODER}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise invalid(f"{described} cannot be read as JSON: {error}") from error
     found = description.get("model_type") if isinstance(description, dict) else None
     if found != "qwen3":
         raise invalid(f"{described} has model_type {found!r}, expected 'qwen3': Anima's text encoder is a Qwen3")
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    if len(files) != 1:
-        found = f"{len(files)} .safetensors files ({', '.join(files[:2])} …)" if files else "no .safetensors file"
-        raise invalid(f"{folder} contains {found}, expected one with the complete model")
-    return os.path.join(folder, files[0])
+    return path
 
 
-TextEncoder = Annotated[
-    str, existing(TEXT_ENCODER, os.path.exists), AfterValidator(_qwen3_file), documented_as("file or folder")
-]
+_TEXT_ENCODER = existing("a Qwen3 text encoder, as a .safetensors file or its folder", os.path.exists)
+_NETWORK = existing("a file or folder", os.path.exists)
+_DOCUMENTED = documented_as("file or folder")
+
+Transformer = Annotated[str, _NETWORK, _resolved("transformer"), _DOCUMENTED]
+LLMAdapterPath = Annotated[str, _NETWORK, _resolved("text_conditioner"), _DOCUMENTED]
+VAEPath = Annotated[str, _NETWORK, _resolved("vae"), _DOCUMENTED]
+TextEncoder = Annotated[str, _TEXT_ENCODER, AfterValidator(_check_is_qwen3), _resolved("text_encoder"), _DOCUMENTED]
 FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16", "float16", "float32"]
 
 
@@ -67,22 +98,33 @@ class ModelConfig(TypedSection):
     """The networks: which files, which dtype, how training times are drawn, and a learning rate for each part."""
 
     type: Literal["anima"] = Field(description="'anima'")
-    transformer_path: InputFile | None = Field(None, description="the diffusion transformer's .safetensors file")
+    variant: Annotated[str, AfterValidator(_check_variant)] | None = Field(
+        None,
+        description="ours; which files of folders are read, such as 'fp16' for model.fp16.safetensors; networks other "
+        "than the transformer may lack it",
+    )
+    transformer_path: Transformer | None = Field(
+        None,
+        description="the diffusion transformer: its .safetensors file, a diffusers folder, or a repository "
+        "(hf://owner/repo)",
+    )
     config: TransformerSizes | None = Field(
         None,
         validate_default=True,
         description="ours, instead of transformer_path: the sizes of a transformer that is trained from scratch",
     )
-    vae_path: InputFile = Field(description="the VAE's .safetensors file (qwen_image_vae)")
+    vae_path: VAEPath = Field(description="the VAE: its .safetensors file (qwen_image_vae), or a diffusers folder")
     llm_path: TextEncoder = Field(
         description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder in the format of "
-        "transformers, with config.json and one .safetensors file"
+        "transformers or diffusers"
     )
-    llm_adapter_path: InputFile | None = Field(
-        None, description="the LLM adapter's own .safetensors file; unset: it is in transformer_path"
+    llm_adapter_path: LLMAdapterPath | None = Field(
+        None, description="the LLM adapter's own .safetensors file or folder; unset: it is in transformer_path"
     )
     tokenizer_path: Annotated[InputFolder, AfterValidator(_check_tokenizers)] | None = Field(
-        None, description="ours; a folder with the tokenizers qwen/ and t5/; unset: those that come with the package"
+        None,
+        description="ours; a folder with the tokenizers qwen/ and t5/; unset: those of the diffusers folder, or else "
+        "of the package",
     )
     dtype: Dtype = Field(
         "bfloat16", description="dtype of the computation and of frozen weights; trained weights: see param_dtype"
@@ -124,6 +166,26 @@ class ModelConfig(TypedSection):
     llm_adapter_lr: NotNegative | None = Field(
         None, description="learning rate of the LLM adapter; 0 freezes; unset: lr"
     )
+
+    @property
+    def transformer_files(self) -> ModelFiles | None:
+        """The transformer's files, with its LLM adapter's in a folder of both; None if it is trained from scratch."""
+        return model_files(self.transformer_path, TRANSFORMER, self.variant) if self.transformer_path else None
+
+    @property
+    def vae_files(self) -> ModelFiles:
+        """The VAE's files."""
+        return component_files(self.vae_path, "vae", self.variant)
+
+    @property
+    def llm_files(self) -> ModelFiles:
+        """The text encoder's files."""
+        return component_files(self.llm_path, "text_encoder", self.variant)
+
+    @property
+    def tokenizers(self) -> str | None:
+        """The folder of the tokenizers; None for those of the package."""
+        return self.tokenizer_path or beside(self.transformer_path or "").get("tokenizers")
 
     @property
     def text_encoder_storage(self) -> str | None:

@@ -49,7 +49,7 @@ def _subject(config: MainConfig) -> str:
         return f"a {kind} of rank {config.adapter.rank} on the blocks' linear layers, with everything else frozen,"
     if config.model.transformer_path is None:
         return "a newly initialised transformer"
-    return f"the weights of {os.path.basename(config.model.transformer_path)}"
+    return f"the weights of {os.path.basename(config.model.transformer_path.rstrip('/'))}"
 
 
 def _llm_adapter(config: MainConfig) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from anima_jax.checkpoints.locations import file_sha256
 from anima_jax.checkpoints.models import load_text_encoder, load_vae
 from anima_jax.checkpoints.values import first_problem
 from anima_jax.config.main import MainConfig
@@ -54,7 +53,7 @@ class Encoders:
     def vae(self) -> WanVAE:
         with jax.set_mesh(self._mesh):
             return load_vae(
-                self._config.model.vae_path, self._config.compute_dtype, allow_unused=self._config.allow_unused
+                self._config.model.vae_files, self._config.compute_dtype, allow_unused=self._config.allow_unused
             )
 
     @functools.cached_property
@@ -62,7 +61,7 @@ class Encoders:
         model = self._config.model
         with jax.set_mesh(self._mesh):
             loaded = load_text_encoder(
-                model.llm_path, self._config.compute_dtype, allow_unused=self._config.allow_unused
+                model.llm_files, self._config.compute_dtype, allow_unused=self._config.allow_unused
             )
         return quantise_text_encoder(loaded, model.text_encoder_storage) if model.text_encoder_storage else loaded
 
@@ -82,14 +81,14 @@ class Encoders:
     def vae_fingerprint(self) -> bytes:
         """Hash of everything that determines a clip's latents, except the clip."""
         config = self._config
-        return hash_parts(file_sha256(config.model.vae_path), config.compute_dtype, config.cached_dtype)
+        return hash_parts(config.model.vae_files.sha256(), config.compute_dtype, config.cached_dtype)
 
     @functools.cached_property
     def text_fingerprint(self) -> bytes:
         """Hash of everything that determines a caption's states, except the caption."""
         config, model = self._config, self._config.model
         return hash_parts(
-            file_sha256(model.llm_path),
+            model.llm_files.sha256(),
             self.tokenizers.fingerprint,
             model.max_caption_tokens,
             text_dtype(config.compute_dtype).name,

@@ -35,7 +35,7 @@ SIZE = ("width", "height")
 
 LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 
-LOADING: dict[str, Any] = {"dtype": Literal[DTYPES], "comfyui_dora": bool}
+LOADING: dict[str, Any] = {"dtype": Literal[DTYPES], "comfyui_dora": bool, "variant": str}
 
 
 def to_text(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import AdapterStack, Weight
+from anima_jax.checkpoints import folders
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers
@@ -108,12 +109,13 @@ class AnimaPipeline:
         cls,
         *,
         transformer: PathLike,
-        vae: PathLike,
-        text_encoder: PathLike,
+        vae: PathLike | None = None,
+        text_encoder: PathLike | None = None,
         tokenizers: PathLike | None = None,
         embeddings: PathLike | None = None,
         adapter: PathLike | None = None,
         loras: Sequence[tuple[PathLike, Weight]] = (),
+        variant: str | None = None,
         allow_unused: bool = False,
         comfyui_dora: bool = False,
         dtype: DTypeLike = jnp.bfloat16,
@@ -121,13 +123,19 @@ class AnimaPipeline:
     ) -> "AnimaPipeline":
         """Load everything from files: local paths, `gs://` or `hf://owner/repo/file`.
 
-        `tokenizers` is a folder with `qwen/` and `t5/`, or None for those of the package. `embeddings` is a local
+        Networks may be in folders or repositories, too (`load_dit`). If `transformer` is a diffusers folder, its VAE,
+        text encoder and tokenizers are the defaults; `variant`, such as "fp16", chooses between its transformers, and
+        between the files of the other networks that have it. `tokenizers` is a folder with `qwen/` and `t5/`, or None
+        for the diffusers folder's or else the package's. `embeddings` is a local
         folder with the files that `embedding:name` in a prompt stands for. `adapter` is a file with the LLM adapter, if
         the transformer's file has none. `loras` are adapters of any kind and dialect, each with its weight: a number,
         or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`, tensors of the files that
         belong to no network or module are not an error. With `comfyui_dora`, a DoRA by output counts as in ComfyUI:
         W + ΔW is divided by the norm of W, not by its own. Raises UserError for anything missing or incompatible.
         """
+        transformer, vae, text_encoder, tokenizers = folders.complete(
+            transformer, vae, text_encoder, tokenizers, variant
+        )
         networks = (
             load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused),
             load_vae(vae, dtype, allow_unused=allow_unused),

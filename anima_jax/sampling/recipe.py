@@ -124,7 +124,7 @@ def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
     if kind in IMAGES:
         paths = _in_folder(os.path.dirname(source), name)
     for path in paths:
-        if os.path.isfile(path) or (kind == "tokenizers" and os.path.isdir(path)):
+        if os.path.isfile(path) or (kind in NETWORKS and os.path.isdir(path)):
             return path
     if kind in IMAGES:
         raise UserError(f"{what}: there is no such file in the folder of {source}, or give {flag}")

@@ -217,9 +217,10 @@ class _Format:
 
 @dataclasses.dataclass(frozen=True)
 class _Repository:
-    """The folder and file formats of one of the two tokenizers, and its pad token if its files name none."""
+    """The folders and file formats of one of the two tokenizers, and its pad token if its files name none."""
 
     folder: str
+    diffusers_folder: str
     hub_name: str
     pad_token: str
     formats: tuple[_Format, ...]
@@ -231,8 +232,8 @@ _QWEN_MERGES = _Format(("merges.txt",), _read_qwen)
 _T5_UNIGRAM = _Format(("spiece.model",), _read_sentencepiece, needs="sentencepiece")
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
-_QWEN = _Repository("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE, _QWEN_MERGES))
-_T5 = _Repository("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
+_QWEN = _Repository("qwen", "tokenizer", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE, _QWEN_MERGES))
+_T5 = _Repository("t5", "t5_tokenizer", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
 
 
 _PROBES = ("a picture", "猫 🙂 ﬁ \x00", "x" * 600)
@@ -240,12 +241,15 @@ _PROBES = ("a picture", "猫 🙂 ﬁ \x00", "x" * 600)
 
 
 def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
-    """Load `qwen/` and `t5/` from `folder`; if it is None, those that come with the package.
+    """Load `qwen/` and `t5/` from `folder`, or `tokenizer/` and `t5_tokenizer/` as diffusers names them.
 
-    Raises UserError if a file is broken, or if files are missing; then the message says which files to put where.
+    If it is None, load those that come with the package. Raises UserError if a file is broken, or if files are missing;
+    then the message says which files to put where.
     """
     folder = PACKAGED_TOKENIZERS if folder is None else pathlib.Path(folder)
-    (qwen, qwen_pad), (t5, t5_pad) = (_load(repository, folder / repository.folder) for repository in (_QWEN, _T5))
+    is_diffusers = (folder / _QWEN.diffusers_folder).is_dir() and not (folder / _QWEN.folder).is_dir()
+    paths = [folder / (one.diffusers_folder if is_diffusers else one.folder) for one in (_QWEN, _T5)]
+    (qwen, qwen_pad), (t5, t5_pad) = map(_load, (_QWEN, _T5), paths)
     return Tokenizers(qwen, t5, qwen_pad, t5_pad)
 
 

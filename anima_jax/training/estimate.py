@@ -251,7 +251,7 @@ def _networks_bytes(config: MainConfig, sizes: tuple[tuple[str, int], ...]) -> i
     """Return the bytes of the text encoder, and of the VAE if samples are drawn, on a device of such a mesh."""
     found = 0
     if config.sample is not None:
-        with open_network(WAN_VAE, config.model.vae_path, allow_unused=config.allow_unused) as vae:
+        with open_network(WAN_VAE, config.model.vae_files, allow_unused=config.allow_unused) as vae:
             found = num_bytes(shapes_in(vae.abstract, config.compute_dtype))
     if config.trains_text_encoder:  # it is among the parameters
         return found

@@ -50,7 +50,7 @@ class AboutAdapter(NamedTuple):
 
 def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> AboutAdapter | None:
     """Return the description of a run's adapter; None if it trains none. Reads the whole base model file once."""
-    adapter, base = config.adapter, config.model.transformer_path
+    adapter, base = config.adapter, config.model.transformer_files
     if adapter is None or partition.adapter_specs is None:
         return None
     metadata = {
@@ -62,7 +62,9 @@ def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> A
         **(identify(base).metadata if base else {}),
     }
     blocks = partition.config.adapter.blocks if partition.config.adapter else 0
-    return AboutAdapter(metadata, peft.settings(adapter, partition.adapter_specs, base, blocks))
+    return AboutAdapter(
+        metadata, peft.settings(adapter, partition.adapter_specs, config.model.transformer_path, blocks)
+    )
 
 
 def _version() -> str:

@@ -41,7 +41,7 @@ def export_metadata(run: Run, data: TrainingData, point: RunPoint, base_sha256: 
     training = {
         "ss_output_name": config.output_name,
         "ss_base_model_version": "anima",
-        "ss_sd_model_name": os.path.basename(config.model.transformer_path or ""),
+        "ss_sd_model_name": os.path.basename((config.model.transformer_path or "").rstrip("/")),
         "ss_new_sd_model_hash": base_sha256,
         "ss_learning_rate": config.optimizer.lr,
         "ss_text_encoder_lr": adapter.text_encoder_lr if adapter and config.trains_text_encoder else None,

@@ -138,13 +138,13 @@ def _with_adapter(
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:
-    loaded = load_text_encoder(config.model.llm_path, config.compute_dtype, allow_unused=config.allow_unused)
+    loaded = load_text_encoder(config.model.llm_files, config.compute_dtype, allow_unused=config.allow_unused)
     return _stored_text(config, loaded)
 
 
 def blank_text_encoder(config: MainConfig) -> Qwen3:
     """Return the text encoder with weights of zero; only the header of its file is read."""
-    with open_text_encoder(config.model.llm_path, allow_unused=config.allow_unused) as checkpoint:
+    with open_text_encoder(config.model.llm_files, allow_unused=config.allow_unused) as checkpoint:
         zeros = {path: jnp.zeros(leaf.shape, config.compute_dtype) for path, leaf in checkpoint.abstract.items()}
         return _stored_text(config, parameters.merge(checkpoint.graphdef, zeros))
 
@@ -161,8 +161,8 @@ def dit_config(config: MainConfig) -> DiTConfig:
     """
     if config.model.config is not None:
         return config.model.config
-    assert config.model.transformer_path is not None
-    path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
+    path, adapter_path = config.model.transformer_files, config.model.llm_adapter_path
+    assert path is not None
     with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
         return checkpoint.config
 
@@ -179,7 +179,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
         base = parameters.initial(lambda rngs: AnimaDiT(sizes, rngs=rngs), config.seed, shardings)[1]
         trained = _trained_in_base(config, base)
         return sizes, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
-    path, adapter_path = config.model.transformer_path, config.model.llm_adapter_path
+    path, adapter_path = config.model.transformer_files, config.model.llm_adapter_path
     assert path is not None
     with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
         print_messages(checkpoint)

@@ -47,11 +47,13 @@ class Network:
 
     Names are read with any prefix and written with `saved_prefix`. `typical` matches the beginning of names (without
     prefix) that no other network has. `stacks` are its numbered blocks: (the part that contains them, their name).
-    `rules` and `config_from_shapes` are the network's table. `aliases(names)` returns name in diffusers' format → name
-    in the table, for a file with these names. `rename` is prepended to names to form those in the table.
+    `component` is its folder in the diffusers format. `rules` and `config_from_shapes` are the network's table.
+    `aliases(names)` returns name in diffusers' format → name in the table, for a file with these names. `rename` is
+    prepended to names to form those in the table.
     """
 
     title: str
+    component: str
     module: Callable[..., nnx.Module]
     saved_prefix: str
     typical: str
@@ -64,6 +66,7 @@ class Network:
 
 DIT = Network(
     title="Anima transformer",
+    component="transformer",
     module=AnimaDiT,
     saved_prefix="net.",
     typical=r"x_embedder\.proj\.1\.|t_embedder\.1\.linear_|t_embedding_norm\."
@@ -76,6 +79,7 @@ DIT = Network(
 )
 ADAPTER = Network(
     title="Anima text adapter",
+    component="text_conditioner",
     module=AdapterAlone,
     saved_prefix="net.",
     typical=r"blocks\.\d+\.(norm_(self_attn|cross_attn|mlp)|(self|cross)_attn\.o_proj)\.",
@@ -86,6 +90,7 @@ ADAPTER = Network(
 )
 QWEN3 = Network(
     title="Qwen3 text encoder",
+    component="text_encoder",
     module=Qwen3,
     saved_prefix="model.",
     typical=r"layers\.\d+\.self_attn\.[qk]_norm\.",
@@ -95,6 +100,7 @@ QWEN3 = Network(
 )
 WAN_VAE = Network(
     title="Wan VAE",
+    component="vae",
     module=WanVAE,
     saved_prefix="",
     typical=r"(encoder|decoder)\.((down|up)samples|middle|head)\.\d+\.|(encoder|decoder)\.(\w+\.){1,8}gamma",
