@@ -18,6 +18,7 @@ from anima_jax.checkpoints.locations import check_local, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import DIT, QWEN3, Network, locate
+from anima_jax.checkpoints.quantised.gguf import portable
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert import outputs, quantise
@@ -100,6 +101,12 @@ def _is_text_encoder(path: str) -> bool:
 
 def _prefix(arguments: argparse.Namespace, present: str, network: Network) -> str:
     """Return the prefix to write: the chosen one, or with only a --dtype the one in IN, which is `present`."""
+    if (arguments.dtype or "").startswith("gguf:"):
+        if arguments.prefix not in (None, "none") or arguments.to not in (None, "comfyui"):
+            raise UserError(
+                f"--dtype {arguments.dtype}: names have no prefix, as ComfyUI-GGUF reads them; leave it out"
+            )
+        return ""
     if not (arguments.prefix or arguments.to):
         if not arguments.dtype:
             choices = f"--to {', --to '.join(FORMATS)}, --prefix or --dtype"
@@ -224,6 +231,10 @@ def _write(
     metadata: Mapping[str, str],
 ) -> None:
     """Write the tensors (by name without `prefix`) one at a time, each in its own dtype or in that of --dtype."""
+    metadata, is_gguf = portable(metadata), (arguments.dtype or "").startswith("gguf:")
+    if target.endswith(".gguf") != is_gguf:
+        kinds = ", ".join(name for name in quantise.QUANTISERS if name.startswith("gguf:"))
+        raise UserError(f"{target}: the name of a GGUF file, and no other, ends in .gguf; --dtype for one: {kinds}")
     if arguments.dtype in quantise.QUANTISERS:
         for line in quantise.write(target, stored, arguments.dtype, arguments.keep, prefix, metadata):
             print(line)

@@ -1,7 +1,7 @@
 """Write a model with quantised weights, and report what each kind of layer loses.
 
 Which tensors keep their dtype (`KEEP`) is what the quantisers of the community keep for Anima; source: `ModelAnima` in
-ComfyUI-GGUF's tools. Embeddings, which are looked up and not multiplied, keep theirs always.
+ComfyUI-GGUF's tools. Embeddings, which are looked up and not multiplied, keep theirs in ComfyUI's formats always.
 """
 
 import argparse
@@ -16,10 +16,14 @@ import numpy as np
 
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.quantised.comfyui_write import QUANTISERS
+from anima_jax.checkpoints.quantised import comfyui_write, ggml_encode
 from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.convert import gguf
 from anima_jax.errors import UserError, plural, shorten, size_text
+
+QUANTISERS = comfyui_write.QUANTISERS | {f"gguf:{name}": row for name, row in ggml_encode.QUANTISERS.items()}
+"""--dtype → how to quantise."""
 
 KEEP = (
     *("llm_adapter", "x_embedder", "t_embedder", "pos_embedder", "final_layer"),
@@ -107,7 +111,16 @@ def _to_safetensors(plan: Plan) -> int:
     return sum(info.nbytes for info in infos)
 
 
-WRITERS = {"": _to_safetensors}
+def _to_gguf(plan: Plan) -> int:
+    """Write a GGUF file; return the bytes of its tensors."""
+    latest = _Latest(lambda name: plan.report.quantised(name, plan.stored[name], QUANTISERS[plan.dtype]))
+    type_ = plan.dtype.removeprefix("gguf:")
+    return gguf.write(
+        plan.target, plan.stored, plan.chosen, type_, lambda name: latest.part(name, "blocks"), plan.metadata
+    )
+
+
+WRITERS = {"": _to_safetensors, "gguf": _to_gguf}
 """What precedes the colon of a --dtype → what writes the file and returns its size."""
 
 
@@ -121,7 +134,8 @@ def _chosen(
     chosen = [
         name
         for name, tensor in stored.items()
-        if len(tensor.info.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
+        if len(tensor.info.shape) == 2 and name.endswith(".weight")
+        if quantiser.embeddings or not _EMBEDDING.search(name)
         if not any(text in name for text in keep)
     ]
     misfits = [

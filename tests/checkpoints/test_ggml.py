@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from anima_jax.checkpoints.quantised import ggml, ggml_encode
-from anima_jax.errors import UserError
 from tests.golden_files import golden
 
 IN_PACKAGE = [name for name in ggml.BLOCK_FORMATS if name.startswith(("iq1", "iq2", "iq3"))]
@@ -97,7 +96,7 @@ def test_k_quants_of_any_weights_have_a_small_error(name, error, weights):
 def test_values_that_a_format_does_not_have_are_refused(name, value, message):
     values = np.zeros((2, 256), np.float32)
     values[1, 3] = value
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         ggml_encode.quantise(values, ggml.BLOCK_FORMATS[name])
 
 
@@ -106,5 +105,5 @@ def test_a_scale_that_is_not_finite_is_refused(name):
     form = ggml.BLOCK_FORMATS[name]
     blocks = random_blocks(form, 3)
     blocks.view(form.layout)[1, 0]["d"] = np.nan
-    with pytest.raises(UserError, match=f"1 of 3 blocks of {name} have a scale that is NaN or infinite"):
+    with pytest.raises(ValueError, match=f"1 of 3 blocks of {name} have a scale that is NaN or infinite"):
         ggml.dequantise(blocks, form)

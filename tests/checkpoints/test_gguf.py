@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anima_jax.checkpoints.names import qwen3
+from anima_jax.checkpoints.quantised import ggml_encode
 from anima_jax.checkpoints.quantised import gguf as container
 from anima_jax.checkpoints.quantised.gguf import GgufFile, GgufTensor
 from anima_jax.checkpoints.safetensors import TensorInfo
@@ -23,10 +24,15 @@ def values_of(rows: int = 6, columns: int = 512) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in values.items()} | {"norm": np.ones(5, np.float32)}
 
 
+def encoded(tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
+    form = tensor.form
+    return ggml_encode.quantise(values, form) if form else values.astype(container.PLAIN_TYPES[tensor.type])
+
+
 def write_all(path, values, fields):
     types = dict(zip(values, TYPES, strict=False))
     tensors = [GgufTensor(name, value.shape, types.get(name, "f32")) for name, value in values.items()]
-    container.write(path, tensors, lambda name, rows: values[name][rows], fields)
+    container.write(path, tensors, lambda tensor, rows: encoded(tensor, values[tensor.name][rows]), fields)
 
 
 def test_gguf_reads_what_we_write_and_we_read_the_same_values(tmp_path):
@@ -72,7 +78,9 @@ def test_we_read_what_gguf_writes_with_vocabulary_and_reshaped_tensors(tmp_path)
 def test_rows_are_those_of_the_whole_tensor_also_within_blocks_and_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(container, "_STEP", 64)
     values = np.random.default_rng(0).standard_normal((24, 96)).astype(np.float32)
-    container.write(tmp_path / "a.gguf", [GgufTensor("w", (24, 96), "q8_0")], lambda name, rows: values[rows], {})
+    container.write(
+        tmp_path / "a.gguf", [GgufTensor("w", (24, 96), "q8_0")], lambda tensor, rows: tensor.encode(values[rows]), {}
+    )
     with GgufFile(tmp_path / "a.gguf") as file:
         whole = file.read("w")
         # As if ComfyUI-GGUF had reshaped it: rows of the original shape end within blocks.
@@ -194,6 +202,8 @@ def test_after_an_error_an_existing_file_is_unchanged(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"before")
     values = np.full((2, 32), np.nan, np.float32)
-    with pytest.raises(UserError, match="w: NaN or infinite values, which q8_0 does not have"):
-        container.write(path, [GgufTensor("w", (2, 32), "q8_0")], lambda name, rows: values[rows], {})
+    with pytest.raises(ValueError, match="NaN or infinite values, which q8_0 does not have"):
+        container.write(
+            path, [GgufTensor("w", (2, 32), "q8_0")], lambda tensor, rows: encoded(tensor, values[rows]), {}
+        )
     assert path.read_bytes() == b"before"

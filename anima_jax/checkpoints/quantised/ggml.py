@@ -59,7 +59,7 @@ class BlockFormat:
 def dequantise(blocks: np.ndarray, form: BlockFormat) -> np.ndarray:
     """Decode whole blocks: uint8, any shape with `form.nbytes` bytes per block in all, to float32 (values,).
 
-    Raises UserError if a block's scale is NaN or infinite, or if the format needs a package that is not installed.
+    Raises ValueError if a block's scale is NaN or infinite, UserError if the format needs a package that is missing.
     """
     rows = blocks.reshape(-1, form.nbytes)
     out = np.empty((len(rows), form.values), np.float32)
@@ -76,7 +76,7 @@ def _require_finite_scales(blocks: Blocks, form: BlockFormat) -> None:
     scales = [name for name in form.layout.names or () if form.layout[name].kind == "f"]
     bad = sum(int(np.count_nonzero(~np.isfinite(blocks[name]))) for name in scales)
     if bad:
-        raise UserError(f"{bad} of {len(blocks)} blocks of {form.name} have a scale that is NaN or infinite")
+        raise ValueError(f"{bad} of {len(blocks)} blocks of {form.name} have a scale that is NaN or infinite")
 
 
 def unpack(codes: np.ndarray, bits: int, span: int) -> np.ndarray:

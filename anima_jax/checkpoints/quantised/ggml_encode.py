@@ -7,11 +7,13 @@ are then chosen anew. Axes: n blocks, g groups of a block, v values of a group.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from anima_jax.checkpoints.quantised.ggml import BlockFormat, pack, pack_scales
-from anima_jax.errors import UserError
+from anima_jax.checkpoints.quantised.ggml import BLOCK_FORMATS, PLAIN, BlockFormat, dequantise, pack, pack_scales
+from anima_jax.checkpoints.quantised.parts import Parts
+from anima_jax.checkpoints.quantised.quantiser import Quantiser
 
 CHUNK = 2**17
 """Values that are encoded at a time: the intermediate results then stay in the processor's cache."""
@@ -25,11 +27,9 @@ Fields = Mapping[str, np.ndarray]
 def quantise(values: np.ndarray, form: BlockFormat) -> np.ndarray:
     """Encode values, any shape, whose last axis is a multiple of `form.values`, to uint8 (blocks, bytes of a block).
 
-    Raises UserError for NaN, infinity, or values beyond the format's range, and for a format that is only read.
+    Raises ValueError for NaN, infinity, or values beyond the format's range.
     """
-    encode = ENCODERS.get(form.name)
-    if encode is None:
-        raise UserError(f"{form.name} can be read, but not written; expected {', '.join(ENCODERS)}")
+    encode = ENCODERS[form.name]
     rows = values.reshape(-1, form.values)
     out = np.empty((len(rows), form.nbytes), np.uint8)
     step = max(1, CHUNK // form.values)
@@ -37,12 +37,12 @@ def quantise(values: np.ndarray, form: BlockFormat) -> np.ndarray:
         part = rows[first : first + step].astype(np.float32)
         largest = float(np.abs(part).max(initial=0))
         if not np.isfinite(largest):
-            raise UserError(f"NaN or infinite values, which {form.name} does not have")
+            raise ValueError(f"NaN or infinite values, which {form.name} does not have")
         blocks = np.zeros(len(part), form.layout)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             for name, field in encode(part).items():
                 if largest > _LARGEST or not np.isfinite(field).all():
-                    raise UserError(f"values up to {largest:.6g}, beyond the range of {form.name}")
+                    raise ValueError(f"values up to {largest:.6g}, beyond the range of {form.name}")
                 blocks[name] = field
         out[first : first + step] = blocks.view(np.uint8).reshape(-1, form.nbytes)
     return out
@@ -231,3 +231,40 @@ ENCODERS: dict[str, Callable[[np.ndarray], Fields]] = {
     "q5_1": _affine(5),
 }
 """Block formats that can be written."""
+
+
+def _quantiser(form: BlockFormat) -> Quantiser:
+    def rows(values_oi: np.ndarray, largest: float) -> Parts:
+        return {"blocks": quantise(values_oi, form).reshape(len(values_oi), -1)}
+
+    return Quantiser(
+        rows,
+        lambda parts, shape: dequantise(parts["blocks"], form).reshape(shape),
+        {"blocks": (np.dtype(np.uint8), lambda o, i: (o, i // form.values * form.nbytes))},
+        (1, form.values),
+        embeddings=True,
+    )
+
+
+def _plain(dtype: np.dtype[Any]) -> Quantiser:
+    def rows(values_oi: np.ndarray, largest: float) -> Parts:
+        with np.errstate(over="ignore"):
+            values = values_oi.astype(dtype)
+        if np.isfinite(largest) and not np.isfinite(values).all():
+            raise ValueError(f"values up to {largest:.6g}, beyond the range of {dtype}")
+        return {"blocks": values}
+
+    return Quantiser(
+        rows,
+        lambda parts, shape: parts["blocks"].astype(np.float32),
+        {"blocks": (dtype, lambda o, i: (o, i))},
+        embeddings=True,
+    )
+
+
+QUANTISERS = {
+    "f16": _plain(PLAIN[1]),
+    "bf16": _plain(PLAIN[30]),
+    **{name: _quantiser(BLOCK_FORMATS[name]) for name in ENCODERS},
+}
+"""Type of a GGUF file's matrices → how to quantise to it."""

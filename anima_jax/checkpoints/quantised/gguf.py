@@ -16,9 +16,9 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from anima_jax.checkpoints import copying, locations, safetensors
+from anima_jax.checkpoints import locations, safetensors
 from anima_jax.checkpoints.names import qwen3
-from anima_jax.checkpoints.quantised import ggml, ggml_encode
+from anima_jax.checkpoints.quantised import ggml
 from anima_jax.checkpoints.quantised.ggml import BlockFormat
 from anima_jax.checkpoints.safetensors_header import MOST_TENSORS, HeaderError, TensorInfo
 from anima_jax.errors import UserError
@@ -38,6 +38,7 @@ _PIECE = 2**20
 _STEP = 2**23  # values that are read or written at a time
 _MOST_AXES, _MOST_NESTED, _LONGEST_NAME = 8, 3, 4096
 _STRING, _ARRAY, _U32 = 8, 9, 4
+_OF_CONTAINER = ("general.", "tokenizer.", "split.", "comfy.", "qwen3.")
 _ALIGNMENT = 32
 _SCALARS = {
     **{0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4")},
@@ -141,7 +142,7 @@ class GgufFile:
             part = slice(block, min(block + step, -(-end // form.values)))
             try:
                 values = ggml.dequantise(self.read_part(name, "blocks", part), form)
-            except UserError as error:
+            except ValueError as error:
                 raise UserError(f"{self.path}: {name}: {error}") from error
             at = part.start * form.values
             inside = slice(max(begin, at), min(end, at + len(values)))
@@ -150,6 +151,11 @@ class GgufFile:
 
     def _read_rows(self, tensor: TensorInfo, rows: slice | None) -> np.ndarray:
         return safetensors.read_rows(self.path, self._file, tensor, rows)
+
+
+def portable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that is of use in a file of another format: without what describes a GGUF file itself."""
+    return {key: value for key, value in metadata.items() if not key.startswith(_OF_CONTAINER)}
 
 
 def _text(value: object) -> str:
@@ -353,27 +359,18 @@ class GgufTensor:
             raise ValueError(f"{self} has rows that are not blocks of {self.form.values} values")
         return math.prod(self.shape) // self.form.values * self.form.nbytes
 
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        """Return values of whole rows as they are stored. Raises UserError if the type cannot represent them."""
-        if self.form is None:
-            return copying.cast(np.ascontiguousarray(values), PLAIN_TYPES[self.type], self.name)
-        try:
-            return ggml_encode.quantise(values, self.form)
-        except UserError as error:
-            raise UserError(f"{self.name}: {error}") from error
-
 
 def write(
     path: locations.PathLike,
     tensors: Sequence[GgufTensor],
-    values_of: Callable[[str, slice], np.ndarray],
+    data_of: Callable[[GgufTensor, slice], np.ndarray],
     fields: Mapping[str, str | int],
 ) -> None:
     """Write `tensors` in their order, and `fields`, as a file of version 3.
 
-    `values_of(name, rows)` returns rows of the first axis; it is called for a few million values at a time, so that
-    memory is bounded. The file appears under its name only when it is complete. Raises UserError for values that a type
-    cannot represent, a full disk and similar errors.
+    `data_of(tensor, rows)` returns rows of the first axis as they are stored, codes as uint8; it is called for a
+    few million values at a time, so that memory is bounded. The file appears under its name only when it is complete.
+    Raises UserError for a full disk and similar errors.
     """
     with locations.replacing(path) as file:
         file.write(_header(tensors, fields))
@@ -382,8 +379,9 @@ def write(
             step = max(1, _STEP * rows // max(1, math.prod(tensor.shape)))
             written = 0
             for first in range(0, rows, step):
-                data = tensor.encode(values_of(tensor.name, slice(first, min(rows, first + step))))
-                written += file.write(data.reshape(-1).view(np.uint8).data)
+                data = data_of(tensor, slice(first, min(rows, first + step))).reshape(-1).view(np.uint8)
+                file.write(data.data)
+                written += data.nbytes
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor} has {tensor.nbytes} bytes, {written} were written")
             file.write(bytes(-written % _ALIGNMENT))

@@ -24,7 +24,7 @@ class Quantiser(NamedTuple):
     `rows(values_oi, largest)` quantises some rows of a weight in float32; `largest` is the largest magnitude of the
     whole weight. `dequantise(parts, shape)` returns their values. `parts` has, for each part, its dtype and its shape
     as a function of the weight's (o, i). The weight's shape must be multiples of `multiple`. `constants(shape)` returns
-    the parts that depend on the shape only.
+    the parts that depend on the shape only. `embeddings` is whether programs look rows up in the format, too.
     """
 
     rows: Callable[[np.ndarray, float], Parts]
@@ -32,6 +32,7 @@ class Quantiser(NamedTuple):
     parts: Mapping[str, tuple[np.dtype[Any], Callable[[int, int], tuple[int, ...]]]]
     multiple: tuple[int, int] = (1, 1)
     constants: Callable[[tuple[int, ...]], Parts] = lambda shape: {}
+    embeddings: bool = False
 
 
 class QuantisationLoss(NamedTuple):
