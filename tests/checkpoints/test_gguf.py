@@ -79,7 +79,7 @@ def test_rows_are_those_of_the_whole_tensor_also_within_blocks_and_steps(tmp_pat
     monkeypatch.setattr(container, "_STEP", 64)
     values = np.random.default_rng(0).standard_normal((24, 96)).astype(np.float32)
     container.write(
-        tmp_path / "a.gguf", [GgufTensor("w", (24, 96), "q8_0")], lambda tensor, rows: tensor.encode(values[rows]), {}
+        tmp_path / "a.gguf", [GgufTensor("w", (24, 96), "q8_0")], lambda tensor, rows: encoded(tensor, values[rows]), {}
     )
     with GgufFile(tmp_path / "a.gguf") as file:
         whole = file.read("w")
