@@ -21,9 +21,11 @@ from anima_jax.checkpoints.names.networks import (
     NetworkKeys,
     locate,
 )
-from anima_jax.checkpoints.safetensors import TensorInfo
+from anima_jax.checkpoints.safetensors import DTYPES, TensorInfo
 from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, did_you_mean, plural, shorten
+
+BFLOAT16 = DTYPES["BF16"]
 
 MOST_UNUSED = 0.1
 """Share of unused tensors up to which it is safe to advise going on without them: a few odd ones, not a part."""
@@ -45,6 +47,11 @@ class StoredTensor:
     def storage(self) -> str | None:
         """The format of a quantised tensor; None for a plain one."""
         return self.file.storage(self.key)
+
+    @property
+    def written_dtype(self) -> np.dtype[Any]:
+        """The dtype in which its values are written if no other is asked for: bfloat16 for a quantised tensor."""
+        return BFLOAT16 if self.storage else self.info.dtype
 
     def read(self, rows: slice | None = None) -> np.ndarray:
         """Read the array, or these rows of its first axis, in the dtype of `info`."""

@@ -58,9 +58,6 @@ class SafetensorsFile:
         """Close the file."""
         self._file.close()
 
-    marker = None
-    """The tensor that only files of quantised weights have: see `tensor_files.TensorFile`."""
-
     def storage(self, name: str) -> str | None:
         """Return None: the tensor is plain."""
 

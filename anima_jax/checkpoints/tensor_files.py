@@ -16,8 +16,7 @@ class TensorFile(Protocol):
     """An open file of tensors, which as a context manager it closes.
 
     `path` names it, `size` is its number of bytes, `metadata` its texts. `tensors` maps the name of each tensor to its
-    shape and the dtype in which `read` returns it, which is float32 for a quantised one. `marker` is a tensor that
-    copies of quantised weights need beside them, if there is one.
+    shape and the dtype in which `read` returns it, which is float32 for a quantised one.
     """
 
     @property
@@ -28,8 +27,6 @@ class TensorFile(Protocol):
     def metadata(self) -> dict[str, str]: ...
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
-    @property
-    def marker(self) -> TensorInfo | None: ...
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Read a tensor, or these rows of its first axis, into a new array."""

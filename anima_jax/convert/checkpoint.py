@@ -6,22 +6,18 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from anima_jax.checkpoints import accounting, copying, diffusers, safetensors
+from anima_jax.checkpoints import accounting, diffusers
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.locations import check_local, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import DIT, QWEN3, Network, locate
 from anima_jax.checkpoints.quantised.gguf import portable
-from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
-from anima_jax.convert import outputs, quantise
+from anima_jax.convert import copies, outputs, quantise
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.text.tokenizers import save_packaged
 
@@ -180,7 +176,8 @@ def _write_component(
 ) -> None:
     _write_json(folder / "config.json", diffusers.settings(component, config))
     renamed = {diffusers.folder_name(component, name, config): tensor for name, tensor in tensors.items()}
-    _write(arguments, str(folder / diffusers.COMPONENTS[component].weights), renamed, "", {"format": "pt"})
+    target = str(folder / diffusers.COMPONENTS[component].weights)
+    _write(arguments, target, renamed, "", {"format": "pt"}, keep_codes=False)
 
 
 def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> list[str]:
@@ -229,6 +226,8 @@ def _write(
     stored: Mapping[str, StoredTensor],
     prefix: str,
     metadata: Mapping[str, str],
+    *,
+    keep_codes: bool = True,
 ) -> None:
     """Write the tensors (by name without `prefix`) one at a time, each in its own dtype or in that of --dtype."""
     metadata, is_gguf = portable(metadata), (arguments.dtype or "").startswith("gguf:")
@@ -236,26 +235,9 @@ def _write(
         kinds = ", ".join(name for name in quantise.QUANTISERS if name.startswith("gguf:"))
         raise UserError(f"{target}: the name of a GGUF file, and no other, ends in .gguf; --dtype for one: {kinds}")
     if arguments.dtype in quantise.QUANTISERS:
-        for line in quantise.write(target, stored, arguments.dtype, arguments.keep, prefix, metadata):
-            print(line)
-        return
-    wanted = outputs.OUTPUT_DTYPES.get(arguments.dtype)
-
-    def array_of(name: str) -> np.ndarray:
-        tensor = stored[name.removeprefix(prefix)]
-        values = tensor.read()
-        if wanted is None:
-            return values
-        _warn_of_non_finite(values, tensor.key)
-        return copying.cast(values, wanted, tensor.key)
-
-    infos = [
-        TensorInfo(prefix + name, wanted or tensor.info.dtype, tensor.info.shape) for name, tensor in stored.items()
-    ]
-    safetensors.write(target, infos, array_of, metadata)
-
-
-def _warn_of_non_finite(values: np.ndarray, key: str) -> None:
-    count = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if count:
-        print(f"warning: {key}: {plural(count, 'NaN or infinite value')}, as in the input", file=sys.stderr)
+        lines = quantise.write(target, stored, arguments.dtype, arguments.keep, prefix, metadata)
+    else:
+        wanted = outputs.OUTPUT_DTYPES.get(arguments.dtype)
+        lines = copies.write(target, stored, prefix, wanted, metadata, keep_codes=keep_codes)
+    for line in lines:
+        print(line)

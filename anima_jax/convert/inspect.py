@@ -3,6 +3,7 @@
 import argparse
 import collections
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +13,10 @@ from anima_jax.adapters.file import Adapter, read_adapter
 from anima_jax.adapters.kinds import adapter_kind, split_key, unsupported
 from anima_jax.adapters.patch import BIAS_PARTS, Patch
 from anima_jax.checkpoints import accounting
-from anima_jax.checkpoints.models import open_network
+from anima_jax.checkpoints.models import Checkpoint, open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
-from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, TensorInfo
+from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders
@@ -56,7 +57,7 @@ def _rows(path: str) -> list[Row]:
             return [
                 ("file", one_line(file.path)),
                 *_contents(file, values),
-                *_totals(file.tensors.values()),
+                *_totals(file),
                 *_metadata(file.metadata),
             ]
     except ForeignFileError as error:
@@ -102,7 +103,8 @@ def _network(network: Network, file: TensorFile) -> Iterator[Row]:
                 yield "adapter", str(checkpoint.config.adapter or "none")
             yield "check", f"all {len(checkpoint.tensors)} tensors belong to the model"
             if located.elsewhere:
-                yield "weights", _dtypes(tensor.info for tensor in checkpoint.sources.values())
+                yield "weights", _dtypes((source.file, source.key) for source in checkpoint.sources.values())
+            yield from _quantisation(network, checkpoint)
     except UserError as error:
         yield from (("problem", message.removeprefix(f"{file.path}: ")) for message in error.messages)
     if located.skipped:
@@ -205,16 +207,37 @@ def block_of(name: str) -> str:
     return match[1] if match else name.split(".", maxsplit=1)[0]
 
 
-def _totals(tensors: Iterable[TensorInfo]) -> Iterator[Row]:
-    tensors = list(tensors)
-    yield (
-        "tensors",
-        f"{len(tensors)}, {size_text(sum(tensor.nbytes for tensor in tensors))}, {_dtypes(tensors)}",
-    )
+def _quantisation(network: Network, checkpoint: Checkpoint) -> Iterator[Row]:
+    """Yield rows about a network with quantised weights: formats, bits per weight, and the parts that are not."""
+    sources = checkpoint.sources
+    quantised = {name: source for name, source in sources.items() if source.storage}
+    if not quantised:
+        return
+    formats = collections.Counter(source.storage or "" for source in quantised.values())
+    values = sum(math.prod(source.info.shape) for source in quantised.values())
+    bits = 8 * sum(stored_bytes(source.file, source.key) for source in quantised.values()) / values
+    everything = sum(math.prod(source.info.shape) for source in sources.values())
+    overall = 8 * sum(stored_bytes(source.file, source.key) for source in sources.values()) / everything
+    listed = ", ".join(f"{name} × {count}" for name, count in formats.items())
+    yield "quantised", f"{listed}, {bits:.2f} bits per weight, {overall:.2f} in all of the {network.title}"
+    matrices = (name for name, source in sources.items() if not source.storage and len(source.info.shape) > 1)
+    kept = dict.fromkeys(re.sub(r"\.\w+\.weight$|\.weight$", "", name) for name in matrices)
+    yield "kept", f"{shorten(list(kept), 8)} in high precision" if kept else "no matrix in high precision"
 
 
-def _dtypes(tensors: Iterable[TensorInfo]) -> str:
-    counts = collections.Counter(tensor.code for tensor in tensors)
+def stored_bytes(file: TensorFile, key: str) -> int:
+    """Return the bytes that a tensor takes in its file, with the scales of a quantised one."""
+    parts = file.parts(key) or {key: file.tensors[key]}
+    return sum(part.nbytes for part in parts.values())
+
+
+def _totals(file: TensorFile) -> Iterator[Row]:
+    size = sum(stored_bytes(file, key) for key in file.tensors)
+    yield "tensors", f"{len(file.tensors)}, {size_text(size)}, {_dtypes((file, key) for key in file.tensors)}"
+
+
+def _dtypes(tensors: Iterable[tuple[TensorFile, str]]) -> str:
+    counts = collections.Counter(file.storage(key) or file.tensors[key].code for file, key in tensors)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{code} × {count}" for code, count in counts.most_common())

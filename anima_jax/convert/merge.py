@@ -1,6 +1,7 @@
 """Add adapters to the weights of a model, one tensor at a time."""
 
 import argparse
+import collections
 import contextlib
 
 import numpy as np
@@ -8,12 +9,12 @@ import numpy as np
 from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match_adapters, merged, parse_lora_argument
 from anima_jax.checkpoints import safetensors
-from anima_jax.checkpoints.accounting import looks_like, original_names
+from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
 from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.checkpoints.values import first_problem
-from anima_jax.convert import outputs
+from anima_jax.convert import copies, outputs
 from anima_jax.errors import NotFiniteError, UserError
 
 SUMMARY = "add adapters to the weights of a model"
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         changed = changes(adapters, weights)
 
         def stored_dtype(key: str) -> np.dtype:
-            return outputs.OUTPUT_DTYPES.get(arguments.dtype, file.tensors[key].dtype)
+            return outputs.OUTPUT_DTYPES.get(arguments.dtype, StoredTensor(file, key).written_dtype)
 
         def array_of(key: str) -> np.ndarray:
             values, name = file.read(key), names.get(key, key)
@@ -64,4 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         tensors = [TensorInfo(key, stored_dtype(key), shape_of(key)) for key in file.tensors]
         safetensors.write(arguments.output, tensors, array_of, file.metadata)
+        formats = collections.Counter(filter(None, map(file.storage, file.tensors)))
+    for line in copies.summary(formats, "written as values"):
+        print(line)
     print(f"{arguments.output}: {len(changed)} of {len(tensors)} tensors changed")

@@ -19,7 +19,7 @@ from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.quantised import comfyui_write, ggml_encode
 from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
-from anima_jax.convert import gguf
+from anima_jax.convert import copies, gguf
 from anima_jax.errors import UserError, plural, shorten, size_text
 
 QUANTISERS = comfyui_write.QUANTISERS | {f"gguf:{name}": row for name, row in ggml_encode.QUANTISERS.items()}
@@ -100,7 +100,8 @@ def _to_safetensors(plan: Plan) -> int:
     for name, tensor in plan.stored.items():
         shape = tensor.info.shape
         if name not in plan.chosen:
-            add(name, tensor.info.dtype, shape, tensor.read)
+            dtype = tensor.written_dtype
+            add(name, dtype, shape, functools.partial(copies.values, tensor, dtype))
             continue
         layer = name.removesuffix("weight")
         for part, (dtype, shape_of) in quantiser.parts.items():

@@ -103,11 +103,6 @@ class GgufFile:
         """Close the file."""
         self._file.close()
 
-    @property
-    def marker(self) -> None:
-        """No further tensor is needed beside copies of quantised ones."""
-        return None
-
     def storage(self, name: str) -> str | None:
         """Return the name of a tensor's block format, or None if it is not quantised."""
         form = self._stored[name].form

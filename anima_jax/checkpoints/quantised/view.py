@@ -62,9 +62,15 @@ _COMFYUI_FORMATS = {
 }
 """Name in `comfy_quant` → name of ours."""
 
-_LONGEST = 4096
-"""Bytes of a weight's settings; real ones have fewer than 200."""
+_EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|shared)\.weight$")
+"""Pattern for tables of rows, whose float8 values ComfyUI's older files do not scale."""
 
+_LONGEST, _LONGEST_METADATA = 4096, 2**22
+"""Bytes of a weight's settings, of which real ones have fewer than 200, and of all settings in the metadata."""
+
+
+_NOT_OF_WEIGHTS = ("input_scale", MARKER, "weight_format")
+"""Parts that do not affect the values of a weight."""
 
 _IN_METADATA = -1
 """Position of settings that are in the header's metadata instead of a tensor."""
@@ -86,14 +92,12 @@ class Weight(NamedTuple):
 class QuantisedFile:
     """A safetensors file with quantised weights, which `tensors` lists as float32 and `read` dequantises.
 
-    The tensors with scales and settings are not listed. `marker` is the tensor by which ComfyUI knows files with its
-    older names, which copies of the file need too.
+    The tensors with scales and settings are not listed.
     """
 
     def __init__(self, file: SafetensorsFile, weights: Mapping[str, Weight], hidden: set[str]):
         self.path, self.size = file.path, file.size
         self.metadata = {key: text for key, text in file.metadata.items() if key != METADATA}
-        self.marker = next((info for key, info in file.tensors.items() if _is_marker(key)), None)
         self.tensors = {
             key: TensorInfo(key, np.dtype(np.float32), weights[key].layout.shape) if key in weights else info
             for key, info in file.tensors.items()
@@ -139,7 +143,7 @@ class QuantisedFile:
         arrays = {
             part: self.read_part(name, part, layout.part_rows(part, whole, info.shape[0] if info.shape else 1))
             for part, info in parts.items()
-            if part != "input_scale"  # of the activations
+            if part not in _NOT_OF_WEIGHTS
         }
         values = self._dequantised(name, storage, arrays, (whole.stop - whole.start, *layout.shape[1:]))
         return values[first - whole.start : last - whole.start]
@@ -164,20 +168,19 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
         _refuse_unsupported(file.tensors)
         groups = _groups(file.tensors)
         settings = _settings_from_metadata(file)
-        for module, found in settings.items():
-            description = TensorInfo(f"{module}.{SETTINGS}", np.dtype(np.uint8), (len(_as_json(found)),), _IN_METADATA)
+        for module, own in settings.items():
+            description = TensorInfo(f"{module}.{SETTINGS}", np.dtype(np.uint8), (len(_as_json(own)),), _IN_METADATA)
             groups.setdefault(module, {}).setdefault(SETTINGS, description)
-        if not groups:
+        markers = {key: info for key, info in file.tensors.items() if key.rpartition(".")[2] == MARKER}
+        if not groups and not markers:
             return file
-        hidden = {info.name for group in groups.values() for info in group.values()} | set(
-            filter(_is_marker, file.tensors)
-        )
         found = (_weight(file, module, group, settings) for module, group in groups.items())
         weights = {weight.parts["weight"].name: weight for weight in found if weight}
-        _require_all_scaled(file.tensors, weights)
+        _add_markers(file.tensors, weights, markers)
     except ValueError as error:
         raise QuantisationError(f"{file.path}: {error}") from error
-    return QuantisedFile(file, weights, hidden)
+    beside = {info.name for group in groups.values() for info in group.values()}
+    return QuantisedFile(file, weights, beside | {*markers})
 
 
 def _refuse_unsupported(tensors: Mapping[str, TensorInfo]) -> None:
@@ -268,12 +271,12 @@ def _settings_from_metadata(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
     if METADATA not in file.metadata:
         return {}
     try:
+        if len(file.metadata[METADATA]) > _LONGEST_METADATA:
+            raise ValueError(f"longer than {_LONGEST_METADATA} characters")
         layers = json.loads(file.metadata[METADATA])["layers"]
         layers = {name: {"format": one} if isinstance(one, str) else dict(one) for name, one in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"the metadata {METADATA} is not JSON with the settings of layers: {first_line(error)}"
-        ) from error
+        raise ValueError(f"metadata {METADATA} is not JSON with settings of layers: {first_line(error)}") from error
     modules = {key.removesuffix(".weight") for key in file.tensors if key.endswith(".weight")}
     prefixes = collections.Counter(
         module.removesuffix(name) for module in modules for name in _endings(module) if name in layers
@@ -288,26 +291,30 @@ def _endings(module: str) -> list[str]:
     return [".".join(words[start:]) for start in range(len(words))]
 
 
-def _require_all_scaled(tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]) -> None:
-    """Raise ValueError for a float8 weight without a scale, if the file says that all have one or its neighbours do."""
+def _add_markers(
+    tensors: Mapping[str, TensorInfo], weights: dict[str, Weight], markers: Mapping[str, TensorInfo]
+) -> None:
+    """Add the marker of ComfyUI's older files to the parts of the float8 weights that it is for.
+
+    Raises ValueError for a float8 weight without a scale, if there is a marker for it or similar weights have scales.
+    """
     alike = {_without_numbers(name): name for name, weight in weights.items() if weight.storage == "fp8_scaled"}
-    marked = [key.removesuffix(MARKER) for key in tensors if _is_marker(key)]
     for key, info in tensors.items():
-        if info.dtype in FLOAT8 and len(info.shape) > 1 and key not in weights and key.endswith(".weight"):
-            module = key.removesuffix("weight")
-            if any(key.startswith(prefix) for prefix in marked):
-                raise ValueError(f"{key} is {info.code}, but its scale {module}scale_weight is missing")
-            if like := alike.get(_without_numbers(key)):
+        marker = next((one for name, one in markers.items() if key.startswith(name.removesuffix(MARKER))), None)
+        if key in weights:
+            if marker and SETTINGS not in weights[key].parts:
+                weights[key] = weights[key]._replace(parts={**weights[key].parts, MARKER: marker})
+        elif info.dtype in FLOAT8 and len(info.shape) > 1 and key.endswith(".weight"):
+            module, like = key.removesuffix("weight"), alike.get(_without_numbers(key))
+            if like:
                 scale = weights[like].parts[SCALE].name.removeprefix(like.removesuffix("weight"))
                 raise ValueError(f"{key} is {info.code}, but its scale {module}{scale} is missing, which {like} has")
+            if marker and not _EMBEDDING.search(key):
+                raise ValueError(f"{key} is {info.code}, but its scale {module}scale_weight is missing")
 
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "0", name)
-
-
-def _is_marker(key: str) -> bool:
-    return key.rpartition(".")[2] == MARKER
 
 
 def _as_json(settings: Mapping[str, Any]) -> bytes:
