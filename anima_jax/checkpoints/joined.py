@@ -23,7 +23,6 @@ class JoinedFile(SafetensorsFile):
     def __init__(self, path: str, files: Sequence[tuple[str, TensorFile]]):
         self.path, self._files = path, [file for _, file in files]
         self.size, self.metadata = sum(file.size for file in self._files), self._files[0].metadata
-        self.marker = next(filter(None, (file.marker for file in self._files)), None)
         self.tensors = {}
         self._owners: dict[str, tuple[TensorFile, str]] = {}
         for prefix, file in files:
@@ -47,7 +46,8 @@ class JoinedFile(SafetensorsFile):
     def parts(self, name: str) -> Mapping[str, TensorInfo]:
         """Return the parts of a quantised tensor; {} for a plain one."""
         file, key = self._owners[name]
-        return file.parts(key)
+        prefix = name.removesuffix(key)
+        return {part: dataclasses.replace(info, name=prefix + info.name) for part, info in file.parts(key).items()}
 
     def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
         """Read a part of a quantised tensor, or these rows of the part's first axis."""
