@@ -41,7 +41,7 @@ def write(
     tensors: list[GgufTensor] = []
     for name, tensor in stored.items():
         key = qwen3.to_llama_cpp(QWEN3.saved_prefix + name) if is_text else name
-        kept = "bf16" if tensor.info.dtype.itemsize == 1 else own.get(tensor.info.dtype, "f32")
+        kept = "bf16" if tensor.info.dtype.itemsize == 1 else own.get(tensor.written_dtype, "f32")
         matrix = type_ if name in chosen or type_ in PLAIN_TYPES else kept
         tensors.append(GgufTensor(key, tensor.info.shape, matrix if len(tensor.info.shape) > 1 else "f32"))
         sources[key] = name
