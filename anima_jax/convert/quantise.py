@@ -73,17 +73,39 @@ def write(
     Raises UserError if no tensor is left to quantise, or if one has NaN or infinite values.
     """
     chosen, misfits = _chosen(target, stored, keep, QUANTISERS[dtype])
+    quantised = {name: tensor.storage for name, tensor in stored.items() if tensor.storage}
+    if quantised.keys() == chosen and set(quantised.values()) == {_storage(dtype)}:
+        path = next(iter(stored.values())).file.path
+        raise UserError(f"{path}: its weights are {dtype} already; without --dtype they are copied as they are")
     report = Report()
     size = WRITERS[dtype.rpartition(":")[0]](Plan(target, stored, chosen, dtype, report, prefix, metadata))
-    before = sum(tensor.info.nbytes for tensor in stored.values())
+    before = sum(map(_stored_bytes, stored.values()))
     yield (
         f"{dtype}: {len(chosen)} of {plural(len(stored), 'tensor')}, {size_text(before)} -> {size_text(size)} "
         f"({size / before:.0%})"
     )
-    if misfits:
-        unit = " × ".join(map(str, QUANTISERS[dtype].multiple))
-        yield f"kept, no multiples of {unit}: {shorten(misfits, 1)}"
+    if quantised:
+        formats = ", ".join(f"{name} × {count}" for name, count in collections.Counter(quantised.values()).items())
+        yield f"IN is quantised already ({formats}): its errors add to these"
+    unit = " × ".join(map(str, QUANTISERS[dtype].multiple))
+    for kind, count in collections.Counter(map(_kind, misfits)).items():
+        yield f"kept, no multiples of {unit}: {count} of {kind}"
     yield from report.lines()
+
+
+def _storage(dtype: str) -> str:
+    """Return the key of FORMATS under which weights of a --dtype are read."""
+    return dtype.rpartition(":")[2].removesuffix("_tensorwise")
+
+
+def _stored_bytes(tensor: StoredTensor) -> int:
+    parts = tensor.file.parts(tensor.key).values()
+    return sum(part.nbytes for part in parts) if parts else tensor.info.nbytes
+
+
+def _kind(name: str) -> str:
+    """Return a layer's name without its number."""
+    return _NUMBER.sub("N", name).removesuffix(".weight")
 
 
 def _to_safetensors(plan: Plan) -> int:
@@ -182,7 +204,7 @@ class Report:
         """Yield the table: for each kind of layer, ‖ŵ − w‖ / ‖w‖ of all its weights and of the worst one."""
         kinds: dict[str, list[QuantisationLoss]] = collections.defaultdict(list)
         for name, loss in self._losses.items():
-            kinds[_NUMBER.sub("N", name).removesuffix(".weight")].append(loss)
+            kinds[_kind(name)].append(loss)
         width = max(map(len, kinds))
         yield f"{'layers':<{width}}  weights  error ‖ŵ−w‖/‖w‖   largest"
         for kind, losses in kinds.items():

@@ -105,7 +105,9 @@ def quantise_with_torch(name: str, source: str, target: str) -> None:
                 continue
             values = weight.float()
             quantised = QuantizedTensor.from_float(values, layout, **options)
-            written |= {k: t.view(torch.uint8) if "e8m0" in str(t.dtype) else t for k, t in quantised.state_dict(key).items()}
+            written |= {
+                k: t.view(torch.uint8) if "e8m0" in str(t.dtype) else t for k, t in quantised.state_dict(key).items()
+            }
             errors[key] = float((quantised.dequantize() - values).norm() / values.norm())
     save_file(written, target)
     print(len(errors), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

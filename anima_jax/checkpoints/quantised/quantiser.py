@@ -80,4 +80,5 @@ def largest_magnitude(values: np.ndarray) -> float:
 
 def _square(values: np.ndarray) -> float:
     flat = values.ravel()
-    return float(np.dot(flat, flat))
+    with np.errstate(over="ignore"):  # beyond 1e19, which no weight is
+        return float(np.dot(flat, flat))
