@@ -128,7 +128,7 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             exported = transformer_files(file)
     if arguments.models and not loras:
         loras = like.found_loras(arguments.models)
-    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype", "variant")
+    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype", "variant", "transformer_dtype", "compute")
     layers = [given(loras=loras), given(**{name: getattr(arguments, name) for name in named})]
     layers += [exported, transformer_files(arguments.transformer)]
     if config:
@@ -137,13 +137,14 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
             transformer_files(model.transformer_path, model.llm_adapter_path) | given(variant=model.variant),
             given(embeddings=config.sample and config.sample.embeddings),
-            {"dtype": config.compute_dtype},
+            given(dtype=config.compute_dtype, transformer_dtype=model.transformer_dtype, compute=model.compute),
         ]
     layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))
-    files = ChainMap(*layers, {"dtype": DTYPES[0], "tokenizers": None, "embeddings": None, "variant": None})
+    unset = ("tokenizers", "embeddings", "variant", "transformer_dtype", "compute")
+    files = ChainMap(*layers, {"dtype": DTYPES[0], **dict.fromkeys(unset)})
     if missing := [f"--{name}" for name in ("transformer", "vae", "text_encoder") if not files.get(name)]:
         raise UserError(f"missing files: give {', '.join(missing)}, or --config")
-    names = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter", "loras", "variant")
+    names = ("transformer", "vae", "text_encoder", "adapter", "loras", *unset)
     comfyui_dora = arguments.comfyui_dora or like.loading.get("comfyui_dora", False)
     return {name: files[name] for name in names} | {"dtype": jnp.dtype(files["dtype"]), "comfyui_dora": comfyui_dora}
 

@@ -5,6 +5,7 @@ That is this machine's first device, unless `compiling_for` says otherwise. jit'
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,26 @@ class Hardware:
     cores: int | None = None
     host_memory: bool = True
 
+    @property
+    def narrow_products(self) -> tuple[str, ...]:
+        """The products with 8-bit operands that it has: "int8", "fp8"."""
+        if self.platform == "cpu":
+            return ("int8",)
+        if self.platform == "tpu":
+            version = re.search(r"\d+", self.kind)
+            return () if version is None else tuple(name for name, first in _TPU_PRODUCTS if int(version[0]) >= first)
+        return tuple(name for name, capability in _GPU_PRODUCTS if self.has_capability(capability))
+
     def has_capability(self, at_least: float) -> bool:
         """Return whether it is an NVIDIA GPU of this compute capability or a later one."""
         return self.capability is not None and float(self.capability) >= at_least
+
+
+_TPU_PRODUCTS = (("int8", 5), ("fp8", 7))
+"""8-bit products of TPUs and the first version with them (Google Cloud's pages of TPU versions)."""
+
+_GPU_PRODUCTS = (("int8", 7.5), ("fp8", 8.9))
+"""8-bit products of NVIDIA's GPUs and the first compute capability with them (CUDA C++ Programming Guide)."""
 
 
 _TARGET: Any = jax.make_user_context(None)

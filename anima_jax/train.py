@@ -35,7 +35,7 @@ from anima_jax.parallel.devices import use_device_memory
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas, resolve_sizes
 from anima_jax.parallel.rules import AXES
 from anima_jax.parallel.topologies import parse_topology, use_compilers
-from anima_jax.sampling.pipeline import check_networks
+from anima_jax.sampling.matching import check_networks
 from anima_jax.text.tokenizers import load_tokenizers
 from anima_jax.training import command, estimate, events, fit, optimizers, tables
 from anima_jax.training.batches import Batches, OnlineText

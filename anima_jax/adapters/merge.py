@@ -25,8 +25,10 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models.parameters import Params
+from anima_jax.models.quantised import Quantised
+from anima_jax.parallel.mesh import replicate
 
 COMFYUI_DORA = "DoRA by output as in ComfyUI: W + ΔW divided by the norm of W (default: by its own, as it was trained)"
 """Help of the flag --comfyui_dora."""
@@ -162,7 +164,9 @@ def merged(
 class AdapterStack:
     """Adapters on the parameters of a transformer and a text encoder, with weights that can be changed.
 
-    Host memory keeps the parameters' values without adapters, from which every change starts. The files stay open.
+    Host memory keeps the parameters' values without adapters, from which every change starts. Quantised parameters
+    stay as they are, and the factors of LoRAs become their `update`: merged, small changes would be rounded away. A
+    quantised parameter that another kind of adapter changes is dequantised, which is printed. The files stay open.
     """
 
     def __init__(
@@ -190,8 +194,20 @@ class AdapterStack:
         for tensor in tensors:
             if tensor.name in touched:
                 self._tensors.setdefault(tensor.path, []).append(tensor)
-        self._base = {path: gathered.on_host(params[path]) for path in self._tensors}
-        self._shardings = {path: getattr(params[path], "sharding", None) for path in self._tensors}
+        self._quantised = {
+            path: value
+            for path in self._tensors
+            if isinstance(value := params[path], Quantised) and self._are_loras(path, touched)
+        }
+        merging = {path: params[path] for path in self._tensors if path not in self._quantised}
+        if dequantised := [path for path, value in merging.items() if isinstance(value, Quantised)]:
+            what = f"{plural(len(dequantised), 'quantised stack')} of matrices"
+            print(f"{what} changed by adapters other than LoRAs: dequantised ({shorten(dequantised)})", file=sys.stderr)
+        self._base = {path: _values_on_host(value) for path, value in merging.items()}
+        self._shardings = {
+            path: getattr(value.codes if isinstance(value, Quantised) else value, "sharding", None)
+            for path, value in merging.items()
+        }
 
     def params_for(self, weights: Sequence[Weight]) -> tuple[Params, Params]:
         """Return the changed parameters of the transformer and of the text encoder, given one weight per adapter.
@@ -201,7 +217,8 @@ class AdapterStack:
         if len(weights) != len(self._adapters):
             raise UserError(f"found {len(weights)} weights, expected one for each of {len(self._adapters)} LoRAs")
         found = changes(self._adapters, weights)
-        params = {path: self._placed(path, self._merged(path, found)) for path in self._base}
+        params: Params = {path: self._placed(path, self._merged(path, found)) for path in self._base}
+        params |= {path: self._updated(path, found) for path in self._quantised}
         own = {path for path in params if path.startswith(TEXT_ENCODER)}
         return (
             {path: value for path, value in params.items() if path not in own},
@@ -215,6 +232,31 @@ class AdapterStack:
             return values
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
+    def _are_loras(self, path: str, touched: Changes) -> bool:
+        patches = (patch for tensor in self._tensors[path] for patch, _ in touched[tensor.name])
+        return path.endswith(".kernel") and all(map(_is_plain_lora, patches))
+
+    def _updated(self, path: str, found: Changes) -> Quantised:
+        """Return the quantised parameter with the factors of all LoRAs, zero where a layer has fewer."""
+        base, tensors = self._quantised[path], self._tensors[path]
+        everything = changes(self._adapters, [1.0] * len(self._adapters))
+        rank = max(sum(patch.rank or 0 for patch, _ in everything[tensor.name]) for tensor in tensors)
+        *stack, features_in, features_out = base.shape
+        a, b = (np.zeros((*stack, *own), base.dtype) for own in ((features_in, rank), (rank, features_out)))
+        for tensor in tensors:
+            own_a, own_b = (whole if tensor.layer is None else whole[tensor.layer] for whole in (a, b))
+            first = 0
+            for patch, strength in found.get(tensor.name, ()):
+                last = first + (patch.rank or 0)
+                down, up = (patch.parts[part].matrix.float32() for part in ("lora_A", "lora_B"))
+                own_a[:, first:last] = down.T
+                own_b[first:last] = up.T * np.float32(strength * patch.scale)
+                first = last
+        sharding: Any = getattr(base.codes, "sharding", None)
+        if (mesh := getattr(sharding, "mesh", None)) is not None:
+            return dataclasses.replace(base, update=replicate((a, b), mesh))
+        return dataclasses.replace(base, update=(a, b) if sharding is None else jax.device_put((a, b), sharding))
+
     def _merged(self, path: str, found: Changes) -> np.ndarray:
         out = self._base[path].copy()
         for tensor in self._tensors[path]:
@@ -223,6 +265,20 @@ class AdapterStack:
             values = merged(tensor.name, values, patches, comfyui_dora=self._comfyui_dora)
             copying.copy_into(own, tensor.layout.to_model(values))
         return out
+
+
+def _is_plain_lora(patch: Patch) -> bool:
+    """Return whether the patch is a LoRA of two matrices, without what changes their product."""
+    used = patch.parts.keys() - set(patch.idle)
+    return used >= {"lora_A", "lora_B"} and used <= {"lora_A", "lora_B", "alpha"}
+
+
+def _values_on_host(value: Any) -> np.ndarray:
+    """Return a parameter's values; those of quantised stacks are dequantised a layer at a time."""
+    if not isinstance(value, Quantised):
+        return gathered.on_host(value)
+    value = jax.tree.map(gathered.on_host, value)
+    return np.stack([np.asarray(value[layer]) for layer in range(len(value.codes))])
 
 
 def parse_lora_argument(text: str) -> tuple[str, Weight]:

@@ -27,6 +27,7 @@ from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
+from anima_jax.checkpoints.stored import Storage
 from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
@@ -94,6 +95,17 @@ class Checkpoint:
             for path, tensors in itertools.groupby(self.tensors, key=lambda tensor: tensor.path)
         }
 
+    def parameters(
+        self, storage: Storage, shardings: Mapping[str, Sharding], *, wide: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield path and value of each parameter, before `Storage.stored`: never all are on the devices before it.
+
+        Those in `wide` are float32. Errors are those of `load`.
+        """
+        for path, tensors in itertools.groupby(self.tensors, key=lambda tensor: tensor.path):
+            dtype = "float32" if path in wide else storage.dtype_of(path)
+            yield path, self._load_parameter(path, list(tensors), dtype, shardings.get(path))
+
     def _load_parameter(
         self, path: str, tensors: Sequence[FileTensor], dtype: DTypes, sharding: Sharding | None
     ) -> jax.Array:
@@ -139,6 +151,8 @@ def load_dit(
     adapter_path: PathLike | None = None,
     variant: str | None = None,
     allow_unused: bool = False,
+    transformer_dtype: str | None = None,
+    compute: str | None = None,
 ) -> AnimaDiT:
     """Load Anima's transformer, with its LLM adapter if the file or `adapter_path` contains one.
 
@@ -147,12 +161,15 @@ def load_dit(
     repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
     `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
     dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed
-    on the default device if there is none. Harmless extra buffers are skipped, with `allow_unused` all tensors that
-    belong to no network; both are printed. Raises UserError if a file cannot be read or does not contain the network,
-    or if tensors are missing, unknown or of another shape.
+    on the default device if there is none. `transformer_dtype` is the storage of the matrices of its blocks and LLM
+    adapter, "int8", "float8", "float8_e5m2" or "nf4", for a transformer that is not trained itself, or a dtype.
+    `compute` "int8" or "fp8" multiplies the blocks' codes as they are. Harmless extra buffers are skipped, with
+    `allow_unused` all tensors that belong to no network; both are printed. Raises UserError if a file cannot be read or
+    does not contain the network, if tensors are missing, unknown or of another shape, and for a storage that does not
+    fit `compute`.
     """
     with open_dit(path, adapter_path=adapter_path, variant=variant, allow_unused=allow_unused) as checkpoint:
-        return _load(checkpoint, dtype)
+        return _load(checkpoint, dtype, transformer_dtype, compute)
 
 
 @suggests_names
@@ -177,12 +194,15 @@ def load_vae(path: PathLike, dtype: DTypes = None, *, variant: str | None = None
         return _load(checkpoint, dtype)
 
 
-def _load(checkpoint: Checkpoint, dtype: DTypes) -> Any:
+def _load(
+    checkpoint: Checkpoint, dtype: DTypes, transformer_dtype: str | None = None, compute: str | None = None
+) -> Any:
     print_messages(checkpoint)
-    shardings = None
-    if not jax.sharding.get_mesh().empty:
-        shardings = rules.shardings(checkpoint.abstract, checkpoint.abstract, current_mesh())
-    return parameters.merge(checkpoint.graphdef, checkpoint.load(dtype, shardings))
+    mesh = None if jax.sharding.get_mesh().empty else current_mesh()
+    shardings = rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh) if mesh else {}
+    storage = Storage(dtype, transformer_dtype, compute)
+    params = {path: storage.stored(path, value, mesh) for path, value in checkpoint.parameters(storage, shardings)}
+    return parameters.merge(checkpoint.graphdef, params)
 
 
 def print_messages(checkpoint: Checkpoint) -> None:

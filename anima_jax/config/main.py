@@ -298,7 +298,9 @@ class MainConfig(Section):
 
     model: ModelConfig = Field(description="the networks")
     optimizer: OptimizerConfig = Field(description="the optimizer")
-    adapter: AdapterConfig | None = Field(None, description="a low-rank adapter; unset: every weight is trained")
+    adapter: AdapterConfig | None = Field(
+        None, validate_default=True, description="a low-rank adapter; unset: every weight is trained"
+    )
     sample: SampleConfig | None = Field(None, description="ours; images drawn while training; unset: none")
     mesh: MeshConfig = Field(MeshConfig.model_validate({}), description="ours; the devices")
     monitoring: MonitoringConfig = Field(MonitoringConfig.model_validate({}), description="where metrics are reported")
@@ -343,8 +345,12 @@ class MainConfig(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _trained_text_is_not_cached(cls, adapter: AdapterConfig | None, info: ValidationInfo) -> AdapterConfig | None:
+    def _fits_the_model(cls, adapter: AdapterConfig | None, info: ValidationInfo) -> AdapterConfig | None:
         model = info.data.get("model")
+        if adapter is None and model and model.compute:
+            raise invalid(
+                f"missing, expected one with [model] compute = '{model.compute}', which is for frozen weights"
+            )
         if adapter and adapter.text_encoder_lr and model and model.cache_text_embeddings:
             raise invalid(
                 "the states of a trained text encoder cannot be cached, expected cache_text_embeddings = false in "

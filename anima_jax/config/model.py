@@ -31,6 +31,7 @@ from anima_jax.config.schema import (
 )
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
+from anima_jax.models.quantised import storage_for
 from anima_jax.text.tokenizers import TRAINING_LENGTH
 
 
@@ -91,7 +92,7 @@ Transformer = Annotated[str, _NETWORK, _resolved("transformer"), _DOCUMENTED]
 LLMAdapterPath = Annotated[str, _NETWORK, _resolved("text_conditioner"), _DOCUMENTED]
 VAEPath = Annotated[str, _NETWORK, _resolved("vae"), _DOCUMENTED]
 TextEncoder = Annotated[str, _TEXT_ENCODER, AfterValidator(_check_is_qwen3), _resolved("text_encoder"), _DOCUMENTED]
-FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16", "float16", "float32"]
+FrozenDtype = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4", "bfloat16", "float16", "float32"]
 
 
 class ModelConfig(TypedSection):
@@ -132,7 +133,14 @@ class ModelConfig(TypedSection):
     transformer_dtype: FrozenDtype | None = Field(
         None,
         description="dtype in which the frozen matrices of the transformer's blocks are stored, to train an adapter "
-        "in less memory; 'float8' is 'float8_e4m3fn', 'int8' is ours; unset: dtype",
+        "in less memory; 'float8' is 'float8_e4m3fn', 'int8' and 'nf4' are ours; unset: dtype, or as the file has them "
+        "quantised",
+    )
+    compute: Literal["int8", "fp8"] | None = Field(
+        None,
+        description="ours; under an adapter: the frozen matrices of the transformer's blocks are stored in int8 (or "
+        "float8), each token's activations are rounded to it too, and both are multiplied as they are; gradients are "
+        "computed in dtype; unset: products in dtype",
     )
     text_encoder_fp8: bool = Field(False, description="store the text encoder's matrices in float8_e4m3fn")
     text_encoder_nf4: Annotated[bool, only_one_of("text_encoder_fp8", "text_encoder_nf4")] = Field(
@@ -191,6 +199,15 @@ class ModelConfig(TypedSection):
     def text_encoder_storage(self) -> str | None:
         """The storage format of the text encoder's matrices, or None for `dtype`."""
         return "float8_e4m3fn" if self.text_encoder_fp8 else "nf4" if self.text_encoder_nf4 else None
+
+    @field_validator("compute")
+    @classmethod
+    def _multiplies_its_storage(cls, compute: str | None, info: ValidationInfo) -> str | None:
+        try:
+            storage_for(info.data.get("transformer_dtype"), compute)
+        except UserError as error:
+            raise invalid(str(error)) from None
+        return compute
 
     @field_validator("config")
     @classmethod

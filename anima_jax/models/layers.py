@@ -5,6 +5,7 @@ embedding and softmax are computed in float32 inside and round once.
 Axes: b batch, l tokens, h heads, k head size; `i`, `o` features in and out.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from anima_jax.models.constraints import constrain, gathers_weights
+from anima_jax.models.products import product
 from anima_jax.models.quantised import Quantised
 from anima_jax.platform import platform
 
@@ -44,9 +46,7 @@ def linear(
     narrow = kernel_io.dtype.itemsize < x.dtype.itemsize  # after the cast XLA would gather it in the wider dtype
     kernel_io = gathered(kernel_io, kernel_axes or "io") if kernel_axes or narrow else kernel_io
     if isinstance(kernel_io, Quantised):
-        # Without the checkpoint the backward pass would keep every layer's dequantised weights.
-        run = functools.partial(_linear_quantised, out_dtype=out_dtype)
-        return jax.checkpoint(run, prevent_cse=False)(x, kernel_io, bias_o)
+        return _linear_quantised(x, kernel_io.astype(x.dtype), bias_o, jnp.dtype(out_dtype or x.dtype))
     stored, kernel_io, out_dtype = kernel_io, kernel_io.astype(x.dtype), jnp.dtype(out_dtype or x.dtype)
     out: Array
     # Remat policies do not see the product inside of a custom gradient: they know it by this name.
@@ -60,8 +60,17 @@ def linear(
     return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
-def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_dtype: DTypeLike | None) -> Array:
-    return linear(x, kernel_io.astype(x.dtype).values(), bias_o, out_dtype=out_dtype)
+def _linear_quantised(x: Array, kernel_io: Quantised, bias_o: Array | None, out_dtype: Any) -> Array:
+    update, kernel_io = kernel_io.update, dataclasses.replace(kernel_io, update=None)
+    if kernel_io.compute:
+        out = checkpoint_name(product(x, kernel_io, out_dtype), "product")
+    else:
+        # Without the checkpoint the backward pass would keep every layer's dequantised weights.
+        run = jax.checkpoint(lambda x, kernel: linear(x, kernel.values(), out_dtype=out_dtype), prevent_cse=False)
+        out = run(x, kernel_io)
+    if update is not None:
+        out += linear(linear(x, update[0]), update[1], out_dtype=out_dtype)
+    return out if bias_o is None else out + bias_o.astype(out.dtype)
 
 
 def gathered(kernel_io: Any, axes: str) -> Any:

@@ -1,7 +1,8 @@
-"""Frozen weights in 8 or 4 bits, dequantised one layer at a time inside the scan over a network's blocks.
+"""Frozen weights in 8 or 4 bits, dequantised or multiplied one layer at a time in the scan over a network's blocks.
 
 `Quantised` takes the place of an array in a `Params` dictionary and in an `nnx.Param`: the scan slices it per layer,
-and `linear` and the embedding table (layers.py) dequantise it. There are three kinds of storage:
+and `linear` and the embedding table (layers.py) dequantise it, or multiply its codes as they are (products.py). There
+are three kinds of storage:
 
 float8   8-bit floats times a power of two per output channel, which scales the channel into the range where float8 has
          its full precision. Values that were already float8 are stored exactly.
@@ -9,10 +10,13 @@ int8     integers in ±127 times the channel's peak / 127.
 nf4      4-bit NormalFloat (arXiv 2305.14314): a float32 peak per 64 consecutive inputs, whose first 32 codes are in the
          lower halves of 32 bytes and the others in the upper ones: to unpack them moves no rows within a TPU's tiles.
 
-Axes: n layers, i features in, o features out.
+Weights of files (checkpoints/) may have scales for blocks of inputs in the first two, too, and kernels of rotated
+inputs (`rotation`).
+Axes: n layers, i features in, o features out, r rank.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +26,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from anima_jax.errors import UserError
 from anima_jax.models.parameters import Params, merge, split
 
 STORED = {
@@ -32,6 +37,9 @@ STORED = {
     "nf4": jnp.uint8,
 }
 """Storage name in the configuration → dtype of the codes."""
+
+COMPUTED = {"int8": ("int8",), "fp8": ("float8", "float8_e4m3fn", "float8_e5m2")}
+"""Product with 8-bit operands → storages whose codes it multiplies, the default one first."""
 
 KEPT_IN_TRANSFORMER = ("x_embedder", "t_embedder", "t_embedding_norm", "final_layer")
 """Parts that keep their dtype: `KEEP_IN_HIGH_PRECISION` in diffusion-pipe's models/cosmos_predict2.py."""
@@ -66,14 +74,20 @@ NF4_LEVELS = np.array(
 class Quantised:
     """Weights stored as `codes` and `scales`, which other code uses like an array of `dtype`.
 
-    Kernels (…, i, o) have scales (…, 1, o); in nf4 they have codes (…, i / 2, o) and scales (…, i / 64, o). `rows` is
-    i; nf4 pads it to a multiple of 64. Embedding tables (v, o) have one scale per row, (v, 1).
+    Kernels (…, i, o) have scales (…, 1, o), or (…, i / n, o) for blocks of n inputs; in nf4 they have codes
+    (…, i / 2, o) and scales (…, i / 64, o). `rows` is i; nf4 pads it to a multiple of 64. Embedding tables (v, o) have
+    one scale per row, (v, 1). With a `rotation` the codes are those of the kernel whose inputs `rotated` has rotated.
+    `compute` is a key of `COMPUTED` if `linear` multiplies the codes as they are. `update` are factors (…, i, r) and
+    (…, r, o) whose product is added to the kernel.
     """
 
     codes: Array
     scales: Array
     rows: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    rotation: int = dataclasses.field(default=0, metadata={"static": True})
+    compute: str | None = dataclasses.field(default=None, metadata={"static": True})
+    update: tuple[Array, Array] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,8 +105,8 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.size * self.codes.dtype.itemsize + self.scales.size * self.scales.dtype.itemsize
+        """Bytes of codes, scales and update."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def astype(self, dtype: Any) -> "Quantised":
         """Return the same codes with another dtype for the values."""
@@ -102,7 +116,7 @@ class Quantised:
         """Return one layer of stacked kernels, still quantised; `[...]` returns all layers."""
         if layer is Ellipsis:
             return self
-        return dataclasses.replace(self, codes=self.codes[layer], scales=self.scales[layer])
+        return jax.tree.map(lambda leaf: leaf[layer], self)
 
     def take(self, ids: Array) -> Array:
         """Return the dequantised rows (…, o) of an embedding table for `ids`."""
@@ -111,17 +125,54 @@ class Quantised:
 
     def values(self) -> Array:
         """Return the dequantised array."""
+        values = self._stored_values()
+        if self.rotation:
+            values = rotated(values.swapaxes(-1, -2), self.rotation).swapaxes(-1, -2)
+        if self.update is not None:
+            a, b = (factor.astype(jnp.float32) for factor in self.update)
+            values += jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return values.astype(self.dtype)
+
+    def _stored_values(self) -> Array:
+        """Return codes times scales, float32."""
         if self.codes.dtype != STORED["nf4"]:
-            return (self.codes.astype(jnp.float32) * self.scales).astype(self.dtype)
+            if self.scales.shape[-2] in (1, self.rows):
+                return self.codes.astype(jnp.float32) * self.scales
+            blocks = self.codes.reshape(*self.scales.shape[:-1], -1, self.codes.shape[-1])
+            return (blocks.astype(jnp.float32) * self.scales[..., None, :]).reshape(self.codes.shape)
         *stack, packed, features_out = self.codes.shape
         blocks = self.codes.reshape(*stack, -1, NF4_BLOCK // 2, features_out)
         levels = _nf4_levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=-2))
         values = (levels * self.scales[..., None, :]).reshape(*stack, 2 * packed, features_out)
-        return values[..., : self.rows, :].astype(self.dtype)
+        return values[..., : self.rows, :]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return np.asarray(self.values(), dtype)
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Return the regular Hadamard matrix of a power of 4, float32, divided by √size: symmetric, its own inverse.
+
+    It is a Kronecker power of that of 4 with −1 on the other diagonal: `_build_hadamard` in comfy-kitchen's
+    backends/eager/convrot_w4a4.py.
+    """
+    four = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
+    found = np.ones((1, 1), np.float32)
+    while len(found) < size:
+        found = np.kron(found, four)
+    if len(found) != size:
+        raise ValueError(f"a rotation of {size}, expected a power of 4")
+    return found / np.float32(np.sqrt(size))
+
+
+def rotated(x: Array, size: int) -> Array:
+    """Return `x` (…, i) with each `size` consecutive features multiplied by `hadamard(size)`, float32."""
+    groups = x.reshape(*x.shape[:-1], -1, size)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    matrix = jnp.asarray(hadamard(size), x.dtype)
+    found = jnp.matmul(groups, matrix, precision=precision, preferred_element_type=jnp.float32)
+    return found.reshape(x.shape)
 
 
 def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
@@ -134,15 +185,44 @@ def quantise(values: Array, storage: str, *, table: bool = False) -> Quantised:
     return _quantise(values, storage, -1 if table else -2)
 
 
-def quantise_transformer(path: str, values: Array, storage: str) -> Array | Quantised:
+def quantise_transformer(path: str, values: Array, storage: str, compute: str | None = None) -> Array | Quantised:
     """Quantise a frozen parameter of the transformer if diffusion-pipe's `transformer_dtype` applies to it.
 
     It applies to tensors that are not 1-D in the file and not in `KEPT_IN_TRANSFORMER`. Other parameters are returned
-    unchanged.
+    unchanged, as is an embedding table with nf4. `compute` is that of `with_compute`.
     """
-    if not in_transformer_dtype(path):
+    table = path.endswith(".embedding")
+    if not in_transformer_dtype(path) or (table and storage == "nf4"):
         return values
-    return quantise(values, storage, table=path.endswith(".embedding"))
+    return with_compute(path, quantise(values, storage, table=table), compute)
+
+
+def with_compute(path: str, stored: Quantised, compute: str | None) -> Quantised:
+    """Return a parameter of the transformer whose codes `linear` multiplies as `compute` says, if they are in a block.
+
+    AdaLN's modulation, whose inputs are float32 and one row per image, and the LLM adapter stay dequantised.
+    """
+    if compute is None or not _MULTIPLIED.fullmatch(path):
+        return stored
+    return dataclasses.replace(stored, compute=compute)
+
+
+_MULTIPLIED = re.compile(r"blocks\.(self_attn|cross_attn|mlp)\.\w+\.kernel")
+
+
+def storage_for(storage: str | None, compute: str | None) -> str | None:
+    """Return the storage of weights that are multiplied as `compute` says: `storage`, or the default if it is None.
+
+    Raises UserError if the codes of `storage` cannot be multiplied so.
+    """
+    if compute is None:
+        return storage
+    if storage is not None and storage not in COMPUTED[compute]:
+        raise UserError(
+            f"compute = '{compute}' multiplies weights stored as {' or '.join(COMPUTED[compute])}, "
+            f"found transformer_dtype = '{storage}'"
+        )
+    return storage or COMPUTED[compute][0]
 
 
 def in_transformer_dtype(path: str) -> bool:

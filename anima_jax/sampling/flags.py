@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 from anima_jax.adapters.merge import COMFYUI_DORA
 from anima_jax.checkpoints.locations import check_local
+from anima_jax.checkpoints.stored import TRANSFORMER_DTYPES
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import ArgumentParser, program
+from anima_jax.models.quantised import COMPUTED
 from anima_jax.parallel import hosts
 from anima_jax.sampling.request import RANDOM_SEED
 
@@ -78,6 +80,9 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
     add("--allow_unused", action="store_true", help="ignore tensors of models and adapters that belong to no network")
     add("--comfyui_dora", action="store_true", help=COMFYUI_DORA)
     add("--dtype", choices=DTYPES, help="default: the configuration's, or bfloat16")
+    stored = "how devices store the transformer's matrices (default: as its file, or --dtype)"
+    add("--transformer_dtype", choices=TRANSFORMER_DTYPES, help=stored)
+    add("--compute", choices=tuple(COMPUTED), help="multiply activations and its blocks' matrices in 8 bits")
 
 
 def seed(text: str) -> int:

@@ -15,7 +15,9 @@ from typing import Any, Literal, get_type_hints
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from anima_jax.checkpoints.stored import TRANSFORMER_DTYPES
 from anima_jax.errors import UserError
+from anima_jax.models.quantised import COMPUTED
 from anima_jax.sampling.comfyui_graph import comfyui_graph
 from anima_jax.sampling.comfyui_reader import from_comfyui
 from anima_jax.sampling.exif import read_text
@@ -35,7 +37,13 @@ SIZE = ("width", "height")
 
 LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 
-LOADING: dict[str, Any] = {"dtype": Literal[DTYPES], "comfyui_dora": bool, "variant": str}
+LOADING: dict[str, Any] = {
+    "dtype": Literal[DTYPES],
+    "comfyui_dora": bool,
+    "variant": str,
+    "transformer_dtype": Literal[TRANSFORMER_DTYPES],
+    "compute": Literal[tuple(COMPUTED)],
+}
 
 
 def to_text(

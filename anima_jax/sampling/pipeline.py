@@ -29,9 +29,9 @@ from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
 from anima_jax.errors import NotFiniteError, UserError, suggests_names
 from anima_jax.models.constraints import constrain
-from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT, DiTConfig
+from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
 from anima_jax.models.parameters import Params, cast_to_compute, count, merge, split
-from anima_jax.models.qwen3 import Qwen3, Qwen3Config
+from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch, standard_mesh
@@ -49,6 +49,7 @@ from anima_jax.sampling.images import (
     to_images,
     to_pixels,
 )
+from anima_jax.sampling.matching import check_networks
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.program import InpaintMask, SharedInputs
@@ -119,6 +120,8 @@ class AnimaPipeline:
         allow_unused: bool = False,
         comfyui_dora: bool = False,
         dtype: DTypeLike = jnp.bfloat16,
+        transformer_dtype: str | None = None,
+        compute: str | None = None,
         offload: bool = False,
     ) -> "AnimaPipeline":
         """Load everything from files: local paths, `gs://` or `hf://owner/repo/file`.
@@ -126,18 +129,20 @@ class AnimaPipeline:
         Networks may be in folders or repositories, too (`load_dit`). If `transformer` is a diffusers folder, its VAE,
         text encoder and tokenizers are the defaults; `variant`, such as "fp16", chooses between its transformers, and
         between the files of the other networks that have it. `tokenizers` is a folder with `qwen/` and `t5/`, or None
-        for the diffusers folder's or else the package's. `embeddings` is a local
-        folder with the files that `embedding:name` in a prompt stands for. `adapter` is a file with the LLM adapter, if
-        the transformer's file has none. `loras` are adapters of any kind and dialect, each with its weight: a number,
-        or one for each part of the network (`{"blocks.0-9": 0.5}`). With `allow_unused`, tensors of the files that
+        for the diffusers folder's or else the package's. `embeddings` is a local folder with the files that
+        `embedding:name` in a prompt stands for. `adapter` is a file with the LLM adapter, if the transformer's file has
+        none. `loras` are adapters of any kind and dialect, each with its weight: a number, or one for each part of the
+        network (`{"blocks.0-9": 0.5}`). With `allow_unused`, tensors of the files that
         belong to no network or module are not an error. With `comfyui_dora`, a DoRA by output counts as in ComfyUI:
-        W + ΔW is divided by the norm of W, not by its own. Raises UserError for anything missing or incompatible.
+        W + ΔW is divided by the norm of W, not by its own. `transformer_dtype` and `compute` are those of `load_dit`:
+        weights in fewer bits. Raises UserError for anything missing or incompatible.
         """
         transformer, vae, text_encoder, tokenizers = folders.complete(
             transformer, vae, text_encoder, tokenizers, variant
         )
+        stored = {"transformer_dtype": transformer_dtype, "compute": compute}
         networks = (
-            load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused),
+            load_dit(transformer, dtype, adapter_path=adapter, allow_unused=allow_unused, **stored),
             load_vae(vae, dtype, allow_unused=allow_unused),
             load_text_encoder(text_encoder, dtype, allow_unused=allow_unused),
         )
@@ -414,30 +419,6 @@ def _on_devices(params: Params) -> Params:
     """Return the parameters, which `offload` keeps in host memory, on the devices of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
-
-
-def check_networks(dit: DiTConfig, text_encoder: Qwen3Config, tokenizers: Tokenizers) -> None:
-    """Raise UserError unless transformer, text encoder and tokenizers match."""
-    adapter = dit.adapter
-    if adapter is None:
-        raise UserError(
-            "the transformer has no LLM adapter (llm_adapter.…), without which it cannot read prompts: it is that of "
-            "Cosmos-Predict2, or its adapter is in a file of its own"
-        )
-    if dit.latent_channels != OUT_CHANNELS:
-        raise UserError(f"the transformer expects {dit.latent_channels} latent channels, the VAE has {OUT_CHANNELS}")
-    for what, found, needed in (
-        ("width of the text encoder", text_encoder.width, adapter.source_width),
-        ("width of the LLM adapter's output", adapter.target_width, dit.context_width),
-    ):
-        if found != needed:
-            raise UserError(f"{what} is {found}, the transformer expects {needed} (Anima's text encoder is Qwen3-0.6B)")
-    for what, rows, ids in (
-        ("text encoder's", text_encoder.vocabulary, tokenizers.qwen_vocabulary),
-        ("LLM adapter's", adapter.vocabulary, tokenizers.t5_vocabulary),
-    ):
-        if ids > rows:
-            raise UserError(f"the tokenizer has {ids} tokens, the {what} table only {rows} rows: they do not match")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder, print_messages
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
+from anima_jax.checkpoints.stored import Storage
 from anima_jax.checkpoints.values import first_problem
 from anima_jax.config.main import MainConfig
 from anima_jax.config.schema import MOST
@@ -173,12 +173,13 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
     It is initialised with `sizes` or, if None, loaded from its file. Frozen parameters have their storage dtype,
     trained ones float32.
     """
+    storage = Storage(config.compute_dtype, config.model.transformer_dtype, config.model.compute)
     if sizes is not None:
         graphdef, shapes = parameters.abstract(lambda rngs: AnimaDiT(sizes, rngs=rngs))
         shardings = rules.shardings(shapes, shapes, mesh)
         base = parameters.initial(lambda rngs: AnimaDiT(sizes, rngs=rngs), config.seed, shardings)[1]
         trained = _trained_in_base(config, base)
-        return sizes, graphdef, {p: v if p in trained else _frozen(config, p, v, mesh) for p, v in base.items()}
+        return sizes, graphdef, {p: v if p in trained else storage.stored(p, v, mesh) for p, v in base.items()}
     path, adapter_path = config.model.transformer_files, config.model.llm_adapter_path
     assert path is not None
     with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
@@ -186,19 +187,19 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
         trained = _trained_in_base(config, checkpoint.abstract)
         base, shardings = {}, rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh)
         finite: list[jax.Array] = []
-        # Load one parameter at a time, so that they are never all on the device before they are quantised.
-        for name, tensors in itertools.groupby(checkpoint.tensors, key=lambda tensor: tensor.path):
-            dtype = jnp.float32 if name in trained else _read_dtype(config, name)
-            value = dataclasses.replace(checkpoint, tensors=tuple(tensors)).load(dtype, shardings)[name]
+        for name, value in checkpoint.parameters(storage, shardings, wide=trained):
             finite.append(_is_finite(mesh)(value))
-            base[name] = value if name in trained else _frozen(config, name, value, mesh)
+            base[name] = value if name in trained else storage.stored(name, value, mesh)
         _check_finite(finite, filter(None, (path, adapter_path)))
         return checkpoint.config, checkpoint.graphdef, base
 
 
 @functools.cache
-def _is_finite(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda value: jnp.isfinite(value).all(), out_shardings=replicated(mesh))
+def _is_finite(mesh: Mesh) -> Callable[[Any], jax.Array]:
+    def all_finite(value: Any) -> jax.Array:  # of quantised weights, of the scales and of codes that can be NaN
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(value)]).all()
+
+    return jax.jit(all_finite, out_shardings=replicated(mesh))
 
 
 def _check_finite(finite: Sequence[jax.Array], files: Iterable[PathLike]) -> None:
@@ -209,30 +210,13 @@ def _check_finite(finite: Sequence[jax.Array], files: Iterable[PathLike]) -> Non
         raise NotFiniteError(f"{problem}; nothing can be trained on them")
 
 
-def _read_dtype(config: MainConfig, path: str) -> Any:
-    """Return the dtype in which a frozen parameter is loaded: the compute dtype if it is quantised afterwards."""
-    own = config.model.transformer_dtype
-    if own is None or own in quantised.STORED or not quantised.in_transformer_dtype(path):
-        own = config.compute_dtype
-    return jnp.dtype(own)
-
-
-def _frozen(config: MainConfig, path: str, value: jax.Array, mesh: Mesh) -> Any:
-    """Return a frozen parameter in its storage dtype: the compute dtype, or that of `transformer_dtype`."""
-    storage, value = config.model.transformer_dtype, value.astype(_read_dtype(config, path))
-    if storage not in quantised.STORED:
-        return value
-    stored = quantised.quantise_transformer(path, value, storage)
-    return jax.device_put(stored, rules.shardings({path: stored}, {path: value}, mesh)[path])
-
-
-def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
+def _trained_in_base(config: MainConfig, base: Params) -> frozenset[str]:
     """Return the paths of the transformer's own trained parameters: none with an adapter.
 
     Raises UserError if `transformer_dtype` would round them, or if there is no adapter and every rate is 0.
     """
     if config.adapter is not None:
-        return set()
+        return frozenset()
     trained, storage = _trained_paths(config, base), config.model.transformer_dtype
     rounded = sorted({path for path in trained if quantised.in_transformer_dtype(path)})
     if storage in quantised.STORED and rounded:
@@ -244,10 +228,10 @@ def _trained_in_base(config: MainConfig, base: Params) -> set[str]:
     return trained
 
 
-def _trained_paths(config: MainConfig, base: Params) -> set[str]:
+def _trained_paths(config: MainConfig, base: Params) -> frozenset[str]:
     """Return the paths of the parameters whose group has a rate above 0. Raises UserError if there are none."""
     groups = groups_by_path(file_tensors(dit.RULES, base))
-    trained = {path for path, group in groups.items() if config.learning_rates[group] > 0}
+    trained = frozenset(path for path, group in groups.items() if config.learning_rates[group] > 0)
     if not trained:
         raise UserError(f"{config.path}: every learning rate is 0, so nothing would be trained")
     return trained

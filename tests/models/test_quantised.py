@@ -145,12 +145,12 @@ def adapter_gradients(adapter, frozen):
     return jax.grad(loss)(adapter, frozen, jnp.bfloat16)
 
 
-def divided(storage=None):
+def divided(storage=None, compute=None):
     params = base()[1]
     adapter = {path: value.astype(jnp.float32) for path, value in params.items() if modules.is_factor(path)}
     frozen = {path: value for path, value in params.items() if path not in adapter}
     if storage:
-        frozen = {p: quantised.quantise_transformer(p, v, storage) for p, v in frozen.items()}
+        frozen = {p: quantised.quantise_transformer(p, v, storage, compute) for p, v in frozen.items()}
     return adapter, frozen
 
 
