@@ -109,6 +109,8 @@ def generate(arguments: argparse.Namespace) -> None:
                     text = to_text(request, params, named, mask=mask, hashes=hashes.wait())
                     report_dropped(path, save_image(drawn, path, text, arguments.quality))
                 print(path)
+        if params.step_cache and hosts.is_process_0():
+            print(f"cache {params.step_cache}: {pipeline.savings}", file=sys.stderr)
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> dict[str, Any]:

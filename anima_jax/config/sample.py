@@ -20,7 +20,8 @@ from anima_jax.config.schema import (
 )
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
-from anima_jax.errors import did_you_mean, plural
+from anima_jax.diffusion.step_cache import StepCache
+from anima_jax.errors import UserError, did_you_mean, plural
 
 TorchSeed = Annotated[int, Field(ge=0, lt=2**64), FromFloat, documented_as("whole number ≥ 0 and < 2⁶⁴")]
 
@@ -54,6 +55,7 @@ class SampleConfig(Section):
     ] = Field((0.0, 1.0), description="the part of the sampling that is guided, as --guidance_interval of generate")
     sampler: str = Field("er_sde", description="a sampler of docs/sampling.md")
     schedule: str = Field("simple", description="a schedule of docs/sampling.md")
+    cache: str | None = Field(None, description="reuses evaluations of the network, as --cache of generate")
     seeds: Annotated[tuple[TorchSeed, ...], Listed, NotEmpty] = Field((0,), description="seeds of the initial noise")
     width: PixelSide | None = Field(None, description="in pixels, a multiple of 16; unset: that of the training images")
     height: PixelSide | None = Field(
@@ -67,7 +69,7 @@ class SampleConfig(Section):
     @property
     def sampling(self) -> dict[str, Any]:
         """The parameters of sampling that this table sets, by their names in `SamplingParams`."""
-        names = ("steps", "guidance_scale", "guidance_interval", "shift", "sampler", "schedule")
+        names = ("steps", "guidance_scale", "guidance_interval", "shift", "sampler", "schedule", "cache")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -91,6 +93,15 @@ class SampleConfig(Section):
         names = SAMPLERS if info.field_name == "sampler" else SCHEDULES
         if found not in names:
             raise invalid(f"found '{found}', expected one of {', '.join(names)}{did_you_mean(found, names)}")
+        return found
+
+    @field_validator("cache")
+    @classmethod
+    def _is_method(cls, found: str | None) -> str | None:
+        try:
+            StepCache.parse(found)
+        except UserError as error:
+            raise invalid(str(error).removeprefix("cache ")) from None
         return found
 
     @field_validator("guidance_interval")

@@ -26,7 +26,7 @@ from anima_jax.models.constraints import constrain
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
 from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu, products_saveable
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
-from anima_jax.models.stack import scan_in_place
+from anima_jax.models.stack import first_and_rest, scan_in_place
 
 PATCH = 2
 OUT_CHANNELS = 16
@@ -196,6 +196,7 @@ class AnimaDiT(nnx.Module):
         remat_every: int = 1,
         scan_unroll: int = 1,
         attention_implementation: str = "auto",
+        after_first: Callable[[Array, Array, Callable[[Array], Array]], Array] | None = None,
     ) -> Array:
         """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
 
@@ -205,24 +206,23 @@ class AnimaDiT(nnx.Module):
         `context_lengths_b` if given; `zero_context` is the number of additional zero rows after those of `context_bnd`.
         Instead of times and context rows, `velocity` takes what `modulations` (of b times, or of one for the whole
         batch) and `keys_values` compute from them. `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the
-        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy. Raises
-        ValueError if n does not divide the number of blocks, for arrays whose shapes or dtypes do not fit together and,
-        outside of `jax.jit`, for times outside [0, 1].
+        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy. In
+        sampling, `after_first` may replace the blocks after the first: it takes the residual stream before and after
+        that block and the function that runs the others, and returns the stream after them. Raises ValueError if n does
+        not divide the number of blocks, for arrays whose shapes or dtypes do not fit together and, outside of
+        `jax.jit`, for times outside [0, 1].
         """
         features = PATCH * PATCH * self.config.latent_channels
         check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd)
-        batch, length, _ = latents_blc.shape
-        dtype = latents_blc.dtype
+        batch, length, dtype = *latents_blc.shape[:2], latents_blc.dtype
         grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
         positions_bl3 = token_positions(grid_b3, length)
         lengths_b = None if isinstance(grid, tuple) or not padded else jnp.prod(grid_b3, axis=-1)
-
         if isinstance(times_b, Modulations):
             known, condition = times_b.blocks, times_b.final
         else:
             frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length))
             known, condition = None, self._condition(times_b, frame_bl)
-        keys_values = context_bnd if isinstance(context_bnd, KeysValues) else None
         rows_bnd = None if isinstance(context_bnd, KeysValues) else context_bnd.astype(dtype)
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
 
@@ -244,11 +244,13 @@ class AnimaDiT(nnx.Module):
                 return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
-        layers: Layer = self.blocks, known, keys_values
+        layers: Layer = self.blocks, known, context_bnd if isinstance(context_bnd, KeysValues) else None
         # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
         stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
-        if remat_every == 1:
+        if after_first is not None:
+            x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))
+        elif remat_every == 1:
             x_bld = run_blocks(x_bld, layers)
         else:
             run_group = jax.checkpoint(run_blocks, policy=REMAT_POLICIES["full"], prevent_cse=False)

@@ -31,6 +31,19 @@ def scan_in_place(run: Callable[[Array, Any], Array], x: Array, stack: Any, *, u
     return _scan(converted, unroll, x, leaves, closed_over)
 
 
+def first_and_rest(run: Callable[[Array, Any], Array], x: Array, stack: Any) -> tuple[Array, Callable[[Array], Array]]:
+    """Return x after `run` of the first layer of `stack`, and the function that runs the other layers on its result.
+
+    No part of the stack is copied: each layer is read where it is.
+    """
+
+    def layer(number: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stack)
+
+    layers = len(jax.tree.leaves(stack)[0])
+    return run(x, layer(0)), lambda x: jax.lax.fori_loop(1, layers, lambda number, x: run(x, layer(number)), x)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Given:

@@ -164,6 +164,22 @@ def shard_batch(tree: Tree, size: int) -> Tree:
     return tree if mesh.empty else shard_local_rows(tree, mesh, np.arange(size), size)
 
 
+def shard(tree: Tree, axes: str) -> Tree:
+    """Shard the arrays of `tree` that have these axes, equal in every process, over the mesh that is set.
+
+    Axes are those of `models.constraints`. Arrays of another rank are returned unchanged, as are all without a mesh.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def put(array: Any) -> Any:
+        if np.ndim(array) != len(axes):
+            return array
+        spec = partition_spec(array.shape, axes, mesh)
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+    return tree if mesh.empty else jax.tree.map(put, tree)
+
+
 def replicate(tree: Tree, mesh: Mesh | None = None) -> Tree:
     """Replicate the arrays of `tree`, equal in every process, on `mesh`, by default the mesh that is set.
 

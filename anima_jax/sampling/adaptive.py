@@ -17,6 +17,7 @@ from jax import Array
 
 from anima_jax.diffusion.samplers.dpm_solver import StepController
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
+from anima_jax.diffusion.step_cache import Savings, StepCache
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
@@ -37,19 +38,20 @@ def sample(
     scale_of: Callable[[np.ndarray], np.ndarray],
     step_noise: Callable[[Draw], Sequence[np.ndarray]],
     callback: ProgressCallback | None = None,
+    cache: StepCache | None = None,
+    savings: Savings | None = None,
 ) -> list[np.ndarray]:
     """Run steps from `start` until `controller` has finished. Return each image's latents (t, y, x, c), float32.
 
     `plan_of` returns the plan of a step for its levels, with the results of `dpm_adaptive`; `scale_of` returns the
     guidance scale at the levels of its evaluations. Noise that a rejected step would have added is kept for the next
-    attempt. A step whose error is NaN is the last one: the network or its input is. Raises UserError if sampling would
-    never end.
+    attempt. A step whose error is NaN is the last one: the network or its input is. For `cache` and `savings` see
+    `program.sample`; a rejected step changes what the cache remembers. Raises UserError if sampling would never end.
     """
     evaluations = Evaluations(params, graphdef, dtype, shared)
     start_blc = packing.pack(start)
-    x_blc, previous_blc, momentum_blc, size_b3 = replicate(
-        (start_blc, start_blc, np.zeros_like(start_blc), shared.size_b3)
-    )
+    (x_blc,), momentum_blc, cached = replicate(evaluations.initial([start_blc], cache))
+    previous_blc, size_b3 = replicate((start_blc, shared.size_b3))
     finished: Any = start_blc, True
     done = accepted = 0
     level = -np.inf
@@ -68,8 +70,8 @@ def sample(
         steps = step_inputs(plan, slice(None), scale_of(plan.sigmas_n), packing, None if on_device else noise, level)
         level = plan.sigmas_n[-1]
         arrays = [x_blc, *(jnp.zeros_like(x_blc) for _ in range(plan.factors_nkj.shape[1] - 1))]
-        carry = Carry(arrays, momentum_blc)
-        (results, momentum_blc), estimate_blc = evaluations.run(carry, plan, steps)
+        carry = Carry(arrays, momentum_blc, cached)
+        (results, momentum_blc, cached), estimate_blc = evaluations.run(carry, plan, steps)
         after_blc, low_blc, difference_blc, before_blc = results[:4]
         error = step_error(low_blc, difference_blc, previous_blc, size_b3, controller.rtol, controller.atol)
         count = len(plan.sigmas_n)
@@ -88,6 +90,8 @@ def sample(
             x_blc = before_blc
     if callback:
         report(callback, done, done, finished, packing)
+    if savings is not None:
+        savings.add(cached, done)
     return packing.unpack(x_blc)
 
 

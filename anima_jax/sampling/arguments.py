@@ -81,7 +81,13 @@ def older_image(arguments: argparse.Namespace) -> Recipe:
     return like
 
 
-SUPERSEDED = {"sigmas": ("denoise",), "steps": ("sigmas",), "schedule": ("sigmas",), "denoise": ("sigmas",)}
+SUPERSEDED = {
+    "sigmas": ("denoise",),
+    "steps": ("sigmas",),
+    "schedule": ("sigmas",),
+    "denoise": ("sigmas",),
+    "cache": ("cache_interval",),
+}
 """Flag → parameters of the older image that it replaces, too."""
 
 
@@ -91,8 +97,9 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if flags.get("paste") is False:
         flags["paste"] = None
-    if interval := flags.get("guidance_interval"):
-        flags["guidance_interval"] = tuple(interval)
+    for name in ("guidance_interval", "cache_interval"):
+        if name in flags:
+            flags[name] = tuple(flags[name])
     if levels := flags.get("sigmas"):
         flags["sigmas"] = tuple(itertools.chain(*levels))
     if any(name in flags for name in APG):

@@ -15,6 +15,7 @@ from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
 from anima_jax.diffusion.guidance import scale_schedule
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.diffusion.step_cache import StepCache
 from anima_jax.sampling.comfyui_samplers import sampler_node
 from anima_jax.sampling.recipe import model_and_text_encoder
 from anima_jax.sampling.request import SamplingParams
@@ -27,6 +28,9 @@ TEXT_ENCODER_TYPE = "stable_diffusion"
 
 RANGES = {"guidance_scale": (0.0, 100.0), "shift": (0.0, 100.0)}
 """Parameter → what ComfyUI's widgets accept."""
+
+MAX_REUSE_THRESHOLD = 3.0
+"""EasyCache's largest threshold."""
 
 KSAMPLER_SCHEDULES = frozenset(SCHEDULES) - {"beta57"}
 
@@ -101,6 +105,12 @@ class GraphWriter:
             model = self.add("CFGZeroStar", model=model)
         if values["cfg_norm"]:
             model = self.add("CFGNorm", model=model, strength=values["cfg_norm"])
+        cache = StepCache.parse(values["cache"], values["cache_interval"])
+        if cache is not None and (cache.method != "easy" or cache.threshold > MAX_REUSE_THRESHOLD):
+            self.left_out.append(f"cache {cache}")
+        elif cache is not None:
+            ends = dict(zip(("start_percent", "end_percent"), cache.interval, strict=True))
+            model = self.add("EasyCache", model=model, reuse_threshold=cache.threshold, **ends, verbose=False)
         return model
 
     def conditionings(self, clip: Link) -> tuple[Link, Link]:

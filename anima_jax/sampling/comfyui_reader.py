@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from anima_jax.diffusion.step_cache import METHODS
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
 from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
@@ -34,6 +35,12 @@ PATCHES = {
     "apg": {"apg": "", "apg_eta": "eta", "apg_norm_threshold": "norm_threshold", "apg_momentum": "momentum"},
 }
 """Class of a node that changes guidance → the parameters that it sets, each with the input or "" for True."""
+
+CACHES = {
+    "easycache": ("easy", {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95}),
+    "applyfbcacheonmodel": ("first_block", {"residual_diff_threshold": 0.0, "start": 0.0, "end": 1.0}),
+}
+"""Class of a node that is a step cache (the second is Comfy-WaveSpeed's) → our method, and its inputs with defaults."""
 
 
 class GraphReader(NodeGraph):
@@ -246,6 +253,16 @@ class GraphReader(NodeGraph):
                 model = number_or(row.get("strength"), 1.0)
                 yield name, model, number_or(row.get("strengthTwo"), model)
 
+    def _read_cache(self, key: str) -> None:
+        """Read a step cache. A threshold of 0 and an interval that is empty turn it off, as in ComfyUI."""
+        method, inputs = CACHES[self.kind(key)]
+        threshold, start, end = (number_or(self.value(key, (name,)), default) for name, default in inputs.items())
+        self.recipe.values["cache"] = f"{method}:{threshold!r}" if threshold > 0 and start <= end else None
+        if self.recipe.values["cache"] and (start, end) != METHODS[method].interval:
+            self.recipe.values["cache_interval"] = (start, end)
+        if self.value(key, ("max_consecutive_cache_hits",)) not in (None, -1):
+            self.leave_out(key, "whose max_consecutive_cache_hits has no equivalent here")
+
     def _read_patch(self, key: str) -> None:
         """Read a node between a loader and the sampler; the nearest to the sampler counts."""
         kind, inputs = self.kind(key), self.inputs(key)
@@ -257,6 +274,9 @@ class GraphReader(NodeGraph):
             for field, name in PATCHES[kind].items():
                 if name:
                     self.set(field, float, key, name)
+        elif kind in CACHES:
+            if "cache" not in self.recipe.values:
+                self._read_cache(key)
         elif kind == "cfgoverride" and self.value(key, ("cfg",)) == 1:
             start, end = (number_or(self.value(key, (name,)), 0.0) for name in ("start_percent", "end_percent"))
             first, last = self.recipe.values.get("guidance_interval", (0.0, 1.0))

@@ -8,6 +8,7 @@ from anima_jax.checkpoints.locations import check_local
 from anima_jax.checkpoints.stored import TRANSFORMER_DTYPES
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
+from anima_jax.diffusion.step_cache import METHODS
 from anima_jax.errors import ArgumentParser, program
 from anima_jax.models.quantised import COMPUTED
 from anima_jax.parallel import hosts
@@ -119,6 +120,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
             add(f"--{name}", nargs="?", const="True", metavar="VALUE", help=argparse.SUPPRESS)
     add("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
     add("--shift", type=float, help="more steps at high noise (3)")
+    add("--cache", metavar="METHOD", help=f"reuse evaluations: {', '.join(METHODS)} or off; with a threshold: easy:0.2")
+    add("--cache_interval", type=float, nargs=2, metavar=("FROM", "TO"), help="where it may, 0 (first step) to 1")
     add("--noise", metavar="KIND", help="noise of the sampler's steps: torch-cpu, torch-cuda, torch-cuda:GPU or jax")
     levels = "noise levels instead of steps and schedule, from 1 (noise) to 0 (image)"
     add("--sigmas", type=comma_separated, nargs="+", metavar="SIGMA", help=levels)

@@ -92,6 +92,12 @@ def real_values(size_b3: Array, length: int) -> Array:
     return jnp.repeat(inside_blmn.reshape(len(size_b3), length, -1), OUT_CHANNELS, axis=-1)
 
 
+def every_eighth(size_b3: Array, length: int) -> Array:
+    """Return which values of packed latents are of every eighth latent pixel in rows and columns, (b, l, 4·16)."""
+    of_token_bl = jnp.all(token_positions(grid_of(size_b3), length)[..., 1:] % (8 // PATCH) == 0, axis=-1)
+    return of_token_bl[..., None] & (jnp.arange(PATCH * PATCH * OUT_CHANNELS) < OUT_CHANNELS)
+
+
 def wrapped(x_blc: Array, size_b3: Array) -> Array:
     """Return packed latents in which an odd last row or column is followed by the first one of its image."""
     b, length, _ = x_blc.shape

@@ -27,6 +27,7 @@ from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
+from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import NotFiniteError, UserError, suggests_names
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
@@ -65,7 +66,8 @@ class AnimaPipeline:
 
     `dtype` is the compute dtype. `dit_params` and `text_encoder_params` may be replaced by parameters of the same
     structure: training uses its averaged parameters, `set_lora_weights` merged ones. With `offload` the text encoder
-    and the VAE stay in host memory and are on the device only while they run.
+    and the VAE stay in host memory and are on the device only while they run. `savings` counts the evaluations that a
+    step cache saved.
 
     Raises UserError if transformer, text encoder and tokenizers do not match.
     """
@@ -92,6 +94,7 @@ class AnimaPipeline:
         self._vae_width = vae.config.base_width
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
+        self.savings = Savings()
         self._said: set[str] = set()
         self._files: list[PathLike] = []
         if offload:
@@ -336,7 +339,10 @@ class AnimaPipeline:
             inpaint = InpaintMask(*map(packing.pack, (masks, clean, noise.outside_mask)))
         contexts = join_contexts(negative, positive)
         start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)]
-        shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3)
+        cache = params.step_cache
+        limits = cache and cache.limits(params.shift)
+        shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3, limits)
+        caching: Any = {"cache": cache, "savings": self.savings}
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:
             plan = samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
@@ -350,12 +356,12 @@ class AnimaPipeline:
         network = self.dit_params, self.dit_graphdef, self.dtype
         if controller := samplers.controller(params.sampler, sigmas, params.sampler_options):
             latents = adaptive.sample(
-                *network, controller, plan_of, packing, start, shared, scale_of, noise.step, callback
+                *network, controller, plan_of, packing, start, shared, scale_of, noise.step, callback, **caching
             )
         else:
             plan = plan_of(sigmas)
             scale_n = scale_of(plan.sigmas_n)
-            latents = program.sample(*network, plan, packing, start, shared, scale_n, noise.step, callback)
+            latents = program.sample(*network, plan, packing, start, shared, scale_n, noise.step, callback, **caching)
         last = np.float32(sigmas[-1] or sampler.ends_at)
         latents = [x / (np.float32(1.0) - last) for x in latents]
         if mask is None or sigmas[-1] > 0.0:

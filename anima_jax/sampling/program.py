@@ -19,21 +19,22 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from anima_jax.diffusion import guidance, samplers
+from anima_jax.diffusion import guidance, samplers, step_cache
 from anima_jax.diffusion.guidance import Estimates, Variants
 from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
+from anima_jax.diffusion.step_cache import EasyState, FirstBlockState, Limits, Savings, StepCache
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.models.parameters import Params, jit_network, merge
 from anima_jax.parallel import hosts
 from anima_jax.parallel.devices import device_bytes
-from anima_jax.parallel.mesh import current_mesh, replicas, replicate
+from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.finite import all_finite
-from anima_jax.sampling.packing import TokenPacking, grid_of, is_padded, real_values, wrapped
+from anima_jax.sampling.packing import TokenPacking, every_eighth, grid_of, is_padded, real_values, wrapped
 
 LEVELS = 32
 """Noise levels whose AdaLN values are computed together and are on the device at a time: 66 MB for the released model.
@@ -52,6 +53,10 @@ DEVICE_BYTES = 16 * 2**30
 """Memory of a device that does not say how much it has."""
 
 
+CACHED_AXES = "nbln"
+"""Axes of a step cache's large arrays."""
+
+
 class GuidanceInputs(NamedTuple):
     """Guidance at one evaluation: its scale, whether APG forgets the past, and the evaluation's number in the plan."""
 
@@ -61,10 +66,14 @@ class GuidanceInputs(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What one evaluation passes on to the next: the sampler's arrays, the point first, and the guidance of APG."""
+    """What one evaluation passes on to the next.
+
+    That is the sampler's arrays, the point first, the guidance of APG, and what a step cache remembers.
+    """
 
     arrays: list[Any]
     momentum_blc: Any
+    cached: step_cache.State | None = None
 
 
 class InpaintMask(NamedTuple):
@@ -87,6 +96,7 @@ class SharedInputs(NamedTuple):
     variants: Variants = Variants()
     inpaint: InpaintMask | None = None
     noise_keys_b3: Any = None
+    cache_limits: Limits | None = None
 
 
 def sample(
@@ -100,12 +110,15 @@ def sample(
     scale_n: np.ndarray,
     step_noise: Callable[[Draw], Sequence[np.ndarray]] | None = None,
     callback: ProgressCallback | None = None,
+    cache: StepCache | None = None,
+    savings: Savings | None = None,
 ) -> list[np.ndarray]:
     """Run the plan from `start` and return each image's latents (t, y, x, c), float32.
 
     `step_noise` is called for each of the plan's draws in order and returns one array per image; it is not used if
     there are `noise_keys_b3`. Without `callback` the evaluations run in a few calls that never wait for the host. With
-    it each evaluation is a separate call, and the callback for one runs while the device computes the next.
+    it each evaluation is a separate call, and the callback for one runs while the device computes the next. `cache` is
+    the method of `shared.cache_limits`; what it saves is added to `savings`.
     """
     total = len(plan.sigmas_n)
     start_blc = packing.pack(start)
@@ -115,16 +128,18 @@ def sample(
     def run(carry: Carry, part: slice) -> tuple[Carry, Array]:
         return evaluations.run(carry, plan, step_inputs(plan, part, scale_n, packing, noise))
 
-    carry = replicate(Carry(samplers.initial_carry(plan, start_blc), np.zeros_like(start_blc)))
+    carry = replicate(evaluations.initial(samplers.initial_carry(plan, start_blc), cache))
     if callback is None:
         carry, _ = run(carry, slice(0, total))
-        return packing.unpack(carry.arrays[0])
-    finished: Any = start_blc, True
-    for index in range(total):
-        carry, estimate_blc = run(carry, slice(index, index + 1))
-        report(callback, index, total, finished, packing)
-        finished = estimate_blc, all_finite(estimate_blc)
-    report(callback, total, total, finished, packing)
+    else:
+        finished: Any = start_blc, True
+        for index in range(total):
+            carry, estimate_blc = run(carry, slice(index, index + 1))
+            report(callback, index, total, finished, packing)
+            finished = estimate_blc, all_finite(estimate_blc)
+        report(callback, total, total, finished, packing)
+    if savings is not None:
+        savings.add(carry.cached, total)
     return packing.unpack(carry.arrays[0])
 
 
@@ -141,6 +156,13 @@ class Evaluations:
         self._rows = SHORT_CONTEXT if is_short else self._all_rows
         self._context: tuple[bool, Context] | None = None
         self._modulations: tuple[tuple[float, ...], Modulations] | None = None
+
+    def initial(self, arrays: list[Any], cache: StepCache | None) -> Carry:
+        """Return what is passed on to the first evaluation, with the sampler's arrays."""
+        width = self.params["blocks.cross_attn.k_proj.kernel"].shape[-1]
+        dtype = jnp.float32 if self.dtype == jnp.float16 else self.dtype  # that of the residual stream
+        cached = cache and shard(cache.initial(arrays[0].shape, width, dtype), CACHED_AXES)
+        return Carry(arrays, np.zeros_like(arrays[0]), cached)
 
     def run(self, carry: Carry, plan: SamplerPlan, steps: StepInputs) -> tuple[Carry, Array]:
         """Run these evaluations of the plan. Return what they pass on and the last clean estimate.
@@ -299,45 +321,71 @@ def advance(
     real_blc = real_values(shared.size_b3, length)
     sizes = jnp.concatenate([shared.size_b3] * (1 + with_negative))
 
-    def velocity(x_blc: Array, step: StepInputs) -> Array:
+    def velocity(x_blc: Array, step: StepInputs, **more: Any) -> Array:
         """Return the velocities with the prompts in the context."""
+        both_blc = jnp.concatenate([x_blc] * (1 + with_negative))
         context, lengths_b = shared.context
         options = {"padded": padded, "context_lengths_b": lengths_b, "zero_context": zero_context, "remat": "none"}
         of_level = modulations.at(step.guidance.number % LEVELS)
-        x_blc = wrapped(x_blc.astype(dtype), sizes)
-        return model.velocity(x_blc, grid_of(sizes), of_level, context, **options)
+        both_blc = wrapped(both_blc.astype(dtype), sizes)
+        return model.velocity(both_blc, grid_of(sizes), of_level, context, **options, **more)
 
-    def estimates(x_blc: Array, step: StepInputs) -> tuple[Array, Array]:
-        """Return the estimates with the prompt and the negative prompt."""
-        velocities = jnp.split(velocity(jnp.concatenate([x_blc] * (1 + with_negative)), step), 1 + with_negative)
-        # Padding stays zero, so sums over tokens include only the image's own tokens.
-        negative_blc, positive_blc = (x_blc - step.sigma * real_blc * velocities[index] for index in (0, -1))
-        return positive_blc, negative_blc
-
-    def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array) -> tuple[Array, Array, Array]:
+    def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array, cached: Any) -> tuple[Any, ...]:
         inpaint = shared.inpaint
         if inpaint is not None:
             noisy_blc = samplers.start(inpaint.noise_blc, step.sigma, inpaint.latents_blc)
             x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
-        positive_blc, negative_blc = estimates(x_blc, step)
+        run = partial(velocity, x_blc, step)
+        velocities_blc, cached = from_cache(cached, run, x_blc, step.sigma, shared, 1 + with_negative)
+        velocities = jnp.split(velocities_blc, 1 + with_negative)
+        # Padding stays zero, so sums over tokens include only the image's own tokens.
+        negative_blc, positive_blc = (x_blc - step.sigma * real_blc * velocities[index] for index in (0, -1))
         both = Estimates(x_blc, positive_blc, negative_blc, step.sigma)
         # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
         variants = shared.variants._replace(apg=shared.variants.apg & with_negative)
         out_blc, momentum_blc = guided(both, step.guidance, shared._replace(variants=variants), momentum_blc)
         if inpaint is not None:
             out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
-        return out_blc, negative_blc, momentum_blc
+        return out_blc, negative_blc, momentum_blc, cached
 
     def draw(number_or_noise: Array) -> Array:
         if shared.noise_keys_b3 is None:
             return number_or_noise
         return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry.momentum_blc.shape[1:])
 
-    arrays, estimate_blc, (momentum_blc,) = samplers.run_scan(
-        denoise, carry.arrays, steps, both=both, draw=draw, memory=[carry.momentum_blc], part=part_2
+    arrays, estimate_blc, memory = samplers.run_scan(
+        denoise, carry.arrays, steps, both=both, draw=draw, memory=carry[1:], part=part_2
     )
+    carry = Carry(arrays, *memory)
     # On a mesh the network shards images and tokens; the results are replicated on every device.
-    return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), (Carry(arrays, momentum_blc), estimate_blc))
+    return jax.tree.map(lambda x: constrain(x, CACHED_AXES if x.ndim == 4 else "n" * x.ndim), (carry, estimate_blc))
+
+
+def from_cache(
+    cached: step_cache.State | None,
+    run: Callable[..., Array],
+    x_blc: Array,
+    sigma: Array,
+    shared: SharedInputs,
+    prompts: int,
+) -> tuple[Array, step_cache.State | None]:
+    """Return the velocities of `run()`, or of the step cache, and what that remembers; `run` takes `after_first`."""
+    limits, length = shared.cache_limits, x_blc.shape[1]
+    if cached is None or limits is None:
+        return run(), None
+    real_blc = real_values(shared.size_b3, length)
+    if isinstance(cached, EasyState):
+        compared_blc = real_blc & every_eighth(shared.size_b3, length)
+        return step_cache.evaluate_easy(cached, limits, sigma, x_blc, compared_blc, real_blc, run, prompts)
+    found: list[FirstBlockState] = []
+
+    def after_first(before_bld: Array, after_bld: Array, rest: Callable[[Array], Array]) -> Array:
+        real_bl = real_blc[..., 0]
+        out_bld, state = step_cache.run_after_first(cached, limits, sigma, before_bld, after_bld, real_bl, rest)
+        found.append(state)
+        return out_bld
+
+    return run(after_first=after_first), found[0]
 
 
 def guided(

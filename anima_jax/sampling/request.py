@@ -17,6 +17,7 @@ from PIL import Image
 from anima_jax.diffusion.guidance import Variants
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, check_options
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE, part, sigmas
+from anima_jax.diffusion.step_cache import OFF, StepCache
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, check_names, did_you_mean, show_value
 from anima_jax.sampling.images import PIXELS_PER_LATENT
@@ -124,10 +125,14 @@ class SamplingParams:
     return_with_leftover_noise: bool = False
     paste: int | None = None
     tile: int | None = None
+    cache: str | None = None
+    cache_interval: tuple[float, float] | None = None
     sampler_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+        if self.cache == OFF:
+            object.__setattr__(self, "cache", None)
 
     @classmethod
     def named(cls, settings: Mapping[str, Any]) -> "SamplingParams":
@@ -158,9 +163,10 @@ class SamplingParams:
             raise UserError(found if self.shift <= 0 else f"{found}, from {1 / LARGEST:g} to {LARGEST:g}")
         if self.denoise != 0 and not MIN_DENOISE <= self.denoise <= 1:
             raise UserError(f"denoise {self.denoise}, expected 0, or {MIN_DENOISE} to 1")
-        first, last = self.guidance_interval
-        if not 0 <= first <= last <= 1:
-            raise UserError(f"guidance_interval {first} {last}, expected two ascending numbers from 0 to 1")
+        for what in ("guidance_interval", "cache_interval"):
+            _check_interval(what, getattr(self, what))
+        if self.step_cache is None and self.cache_interval is not None:
+            raise UserError("cache_interval without cache: expected cache, too")
         if self.paste is not None and not 0 <= self.paste <= MAX_SIZE:
             raise UserError(f"paste {self.paste}, expected a number of pixels from 0 to {MAX_SIZE}")
         if self.tile and not (MIN_TILE <= self.tile <= MAX_SIZE and self.tile % PIXELS_PER_LATENT == 0):
@@ -204,6 +210,11 @@ class SamplingParams:
         apg = self.apg, float(self.apg_eta), float(self.apg_norm_threshold), float(self.apg_momentum)
         return Variants(self.cfg_zero_star, float(self.rescale_cfg), float(self.cfg_norm), *apg)
 
+    @property
+    def step_cache(self) -> StepCache | None:
+        """The step cache, or None. Raises UserError for an unknown method or an invalid threshold."""
+        return StepCache.parse(self.cache, self.cache_interval)
+
     def levels(self) -> np.ndarray:
         """Return the noise levels to sample at, float32; none if no step is left between first and last step."""
         without_penultimate = SAMPLERS[self.sampler].without_penultimate
@@ -223,6 +234,7 @@ _TYPES: Mapping[Any, tuple[type, str]] = {
     float: (numbers.Real, "a number"),
     bool: (bool, "True or False"),
     str: (str, "text"),
+    str | None: (str, "text"),
 }
 """Type of a field → what its values are instances of, and how a message calls them."""
 
@@ -236,6 +248,18 @@ def _check_types(settings: Any) -> None:
         number = isinstance(value, bool) and expected is not bool
         if (number or not isinstance(value, expected)) and (value is not None or field.default is not None):
             raise UserError(f"{field.name} {show_value(repr(value))}, expected {described}")
+
+
+def _check_interval(name: str, interval: Any) -> None:
+    """Raise UserError unless this part of the sampling, which may be None, is two ascending fractions."""
+    try:
+        first, last = (0.0, 1.0) if interval is None else map(float, interval)
+        valid = 0 <= first <= last <= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        found = " ".join(map(str, interval)) if isinstance(interval, Sequence) else str(interval)
+        raise UserError(f"{name} {show_value(found)}, expected two ascending numbers from 0 to 1")
 
 
 def _check_batch(size: int) -> None:

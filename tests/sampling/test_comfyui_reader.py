@@ -247,7 +247,7 @@ def upscaled(**more):
     [
         (upscaled(), ["again (KSampler)", "up (LatentUpscaleBy)", "sharp (ImageSharpen)"]),
         (model_through(last=("UNETLoader", {"unet_name": "a", "weight_dtype": "fp8_e4m3fn"})), ["last (UNETLoader)"]),
-        (model_through(last=("EasyCache", {"model": ["model", 0]})), ["last (EasyCache)"]),
+        (model_through(last=("LazyCache", {"model": ["model", 0]})), ["last (LazyCache)"]),
         (
             graph(
                 control=("ControlNetApplyAdvanced", {"positive": ["pos", 0], "negative": ["neg", 0], "strength": 1}),

@@ -40,6 +40,8 @@ PARAMS = SamplingParams(
     end_at_step=2,
     add_noise=False,
     return_with_leftover_noise=True,
+    cache="easy:0.3",
+    cache_interval=(0.1, 1 / 3),
 )
 LORAS = [
     ("a/l1.safetensors", 0.7),

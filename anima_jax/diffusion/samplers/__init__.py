@@ -155,10 +155,10 @@ class StepInputs(NamedTuple):
     """Further inputs for evaluating the network, if any."""
 
 
-Denoise = Callable[..., tuple[Array, ...]]
+Denoise = Callable[..., tuple[Any, ...]]
 """(x, inputs of the step, *memory) → the guided estimate of the clean latents, the negative prompt's own, *memory.
 
-The memory is arrays that an evaluation passes on to the next one; most have none.
+The memory is trees of arrays that an evaluation passes on to the next one; most have none.
 """
 
 
@@ -169,16 +169,16 @@ def run_scan(
     *,
     both: bool,
     draw: Callable[[Any], Array] = jnp.asarray,
-    memory: Sequence[Array] = (),
+    memory: Sequence[Any] = (),
     part: Any = None,
-) -> tuple[list[Array], Array, list[Array]]:
+) -> tuple[list[Array], Array, list[Any]]:
     """Run the evaluations in `steps`. Return the carried arrays, the point first, the last estimate, and the memory.
 
     `part` is the first of the evaluations that run and the one after the last, int (2,); None for all. One program
     serves all parts.
     """
 
-    def step(index: Any, state: tuple[list[Array], Array, list[Array]]) -> Any:
+    def step(index: Any, state: tuple[list[Array], Array, list[Any]]) -> Any:
         carry, _, memory = state
         inputs = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), steps)
         guided, unconditional, *memory = denoise(carry[0], inputs, *memory)
