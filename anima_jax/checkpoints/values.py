@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.quantised.parts import QuantisationError
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.errors import UserError, plural, shorten
@@ -14,14 +15,21 @@ _CHUNK = 2**26  # bytes that are read at once
 
 
 class ValueCheck(NamedTuple):
-    """The tensors of a file with NaN or infinite values, each with their number, and those of zeros only."""
+    """The tensors of a file with NaN or infinite values, each with their number, and those of zeros only.
+
+    `unreadable` are the errors of quantised tensors whose scales are not valid.
+    """
 
     not_finite: dict[str, int]
     zero: list[str]
+    unreadable: list[str]
 
     @property
     def problem(self) -> str | None:
-        """The tensors with NaN or infinite values as text, or None."""
+        """The tensors with invalid scales, NaN or infinite values as text, or None."""
+        if self.unreadable:
+            more = len(self.unreadable) - 1
+            return self.unreadable[0] + (f" ({plural(more, 'more tensor')} of the kind)" if more else "")
         if not self.not_finite:
             return None
         listed = shorten([f"{name} ({count})" for name, count in self.not_finite.items()])
@@ -30,16 +38,20 @@ class ValueCheck(NamedTuple):
 
 def check_values(file: TensorFile) -> ValueCheck:
     """Read every tensor of floating-point numbers, a part at a time."""
-    found = ValueCheck({}, [])
+    found = ValueCheck({}, [], [])
     for name, tensor in file.tensors.items():
         if tensor.dtype.kind in "iub" or not tensor.nbytes:
             continue
         broken, any_value = 0, False
-        for rows in _chunks(tensor):
-            values = file.read(name, rows)
-            finite = np.isfinite(values)
-            broken += values.size - int(np.count_nonzero(finite))
-            any_value = any_value or bool(np.any(values))
+        try:
+            for rows in _chunks(tensor):
+                values = file.read(name, rows)
+                finite = np.isfinite(values)
+                broken += values.size - int(np.count_nonzero(finite))
+                any_value = any_value or bool(np.any(values))
+        except QuantisationError as error:
+            found.unreadable.append(str(error).removeprefix(f"{file.path}: "))
+            continue
         if broken:
             found.not_finite[name] = broken
         if not any_value:

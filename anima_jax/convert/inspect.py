@@ -16,7 +16,8 @@ from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.models import Checkpoint, open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
-from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError
+from anima_jax.checkpoints.quantised.parts import QuantisationError
+from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders
@@ -60,6 +61,11 @@ def _rows(path: str) -> list[Row]:
                 *_totals(file),
                 *_metadata(file.metadata),
             ]
+    except QuantisationError as error:  # what the weights would be can be said all the same
+        with SafetensorsFile(path) as file:
+            what = accounting.looks_like(file.tensors, file.metadata).removeprefix(_LOOKS)
+        problem = str(error).removeprefix(f"{path}: ")
+        return [("file", one_line(path)), ("kind", what), ("problem", problem)]
     except ForeignFileError as error:
         return [("file", one_line(path)), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
 
@@ -220,9 +226,16 @@ def _quantisation(network: Network, checkpoint: Checkpoint) -> Iterator[Row]:
     overall = 8 * sum(stored_bytes(source.file, source.key) for source in sources.values()) / everything
     listed = ", ".join(f"{name} × {count}" for name, count in formats.items())
     yield "quantised", f"{listed}, {bits:.2f} bits per weight, {overall:.2f} in all of the {network.title}"
-    matrices = (name for name, source in sources.items() if not source.storage and len(source.info.shape) > 1)
-    kept = dict.fromkeys(re.sub(r"\.\w+\.weight$|\.weight$", "", name) for name in matrices)
-    yield "kept", f"{shorten(list(kept), 8)} in high precision" if kept else "no matrix in high precision"
+    plain = [name for name, source in sources.items() if not source.storage and len(source.info.shape) > 1]
+    parts = dict.fromkeys(map(_part_of, plain))
+    whole = [part for part in parts if not any(_part_of(name) == part for name in quantised)]
+    others = [name for name in plain if _part_of(name) not in whole]
+    rest = f"{plural(len(others), 'weight of other parts')}: {shorten(others)}" if others else ""
+    yield "kept", "; ".join(filter(None, (shorten(whole, 12), rest))) or "only vectors are not quantised"
+
+
+def _part_of(name: str) -> str:
+    return dit.ADAPTER.rstrip(".") if name.startswith(dit.ADAPTER) else block_of(name)
 
 
 def stored_bytes(file: TensorFile, key: str) -> int:

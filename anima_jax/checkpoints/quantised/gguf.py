@@ -20,6 +20,7 @@ from anima_jax.checkpoints import locations, safetensors
 from anima_jax.checkpoints.names import qwen3
 from anima_jax.checkpoints.quantised import ggml
 from anima_jax.checkpoints.quantised.ggml import BlockFormat
+from anima_jax.checkpoints.quantised.parts import QuantisationError
 from anima_jax.checkpoints.safetensors_header import MOST_TENSORS, HeaderError, TensorInfo
 from anima_jax.errors import UserError
 
@@ -138,7 +139,7 @@ class GgufFile:
             try:
                 values = ggml.dequantise(self.read_part(name, "blocks", part), form)
             except ValueError as error:
-                raise UserError(f"{self.path}: {name}: {error}") from error
+                raise QuantisationError(f"{self.path}: {name}: {error}") from error
             at = part.start * form.values
             inside = slice(max(begin, at), min(end, at + len(values)))
             flat[inside.start - begin : inside.stop - begin] = values[inside.start - at : inside.stop - at]

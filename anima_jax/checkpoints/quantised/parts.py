@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints.safetensors_header import CODES, TensorInfo
+from anima_jax.errors import UserError
 
 Parts = Mapping[str, np.ndarray]
 """Name of a part, "weight" for the codes → its values."""
+
+
+class QuantisationError(UserError):
+    """Quantised weights that are damaged or of an unknown format."""
 
 
 class PartLayout(NamedTuple):

@@ -16,10 +16,10 @@ import numpy as np
 from anima_jax.checkpoints.quantised import bitsandbytes, comfyui
 from anima_jax.checkpoints.quantised.comfyui import BYTE_SCALES, FLOAT8, SCALE, SETTINGS
 from anima_jax.checkpoints.quantised.formats import FORMATS
-from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, checked_scale
+from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, QuantisationError, checked_scale
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import TensorInfo
-from anima_jax.errors import UserError, did_you_mean, first_line
+from anima_jax.errors import did_you_mean, first_line
 
 METADATA = "_quantization_metadata"
 """Key of the metadata in which ComfyUI's files of 2025 have the settings of all weights."""
@@ -69,6 +69,9 @@ _LONGEST, _LONGEST_METADATA = 4096, 2**22
 """Bytes of a weight's settings, of which real ones have fewer than 200, and of all settings in the metadata."""
 
 
+_FILLED_UP = {"mxfp8": comfyui.MXFP8_BLOCK, "nvfp4": comfyui.NVFP4_BLOCK}
+"""Format → the number of which comfy_kitchen makes rows and columns a multiple, with zeros."""
+
 _NOT_OF_WEIGHTS = ("input_scale", MARKER, "weight_format")
 """Parts that do not affect the values of a weight."""
 
@@ -76,17 +79,17 @@ _IN_METADATA = -1
 """Position of settings that are in the header's metadata instead of a tensor."""
 
 
-class QuantisationError(UserError):
-    """A file whose quantised weights are damaged or of an unknown format."""
-
-
 class Weight(NamedTuple):
-    """A quantised weight: its format, a key of FORMATS, the descriptions of its parts, its settings and its layout."""
+    """A quantised weight: its format, a key of FORMATS, the descriptions of its parts, its settings and its layout.
+
+    `shape` is that of the layout without the zeros to which comfy_kitchen fills up rows and columns.
+    """
 
     storage: str
     parts: Mapping[str, TensorInfo]
     settings: Mapping[str, Any]
     layout: PartLayout
+    shape: tuple[int, ...]
 
 
 class QuantisedFile:
@@ -99,7 +102,7 @@ class QuantisedFile:
         self.path, self.size = file.path, file.size
         self.metadata = {key: text for key, text in file.metadata.items() if key != METADATA}
         self.tensors = {
-            key: TensorInfo(key, np.dtype(np.float32), weights[key].layout.shape) if key in weights else info
+            key: TensorInfo(key, np.dtype(np.float32), weights[key].shape) if key in weights else info
             for key, info in file.tensors.items()
             if key not in hidden
         }
@@ -137,8 +140,8 @@ class QuantisedFile:
         """
         if name not in self._weights:
             return self._file.read(name, rows)
-        storage, parts, _, layout = self._weights[name]
-        first, last, _ = (rows or slice(None)).indices(layout.shape[0])
+        storage, parts, _, layout, shape = self._weights[name]
+        first, last, _ = (rows or slice(None)).indices(shape[0])
         whole = layout.whole_steps(slice(first, max(first, last)))
         arrays = {
             part: self.read_part(name, part, layout.part_rows(part, whole, info.shape[0] if info.shape else 1))
@@ -146,7 +149,7 @@ class QuantisedFile:
             if part not in _NOT_OF_WEIGHTS
         }
         values = self._dequantised(name, storage, arrays, (whole.stop - whole.start, *layout.shape[1:]))
-        return values[first - whole.start : last - whole.start]
+        return values[(slice(first - whole.start, last - whole.start), *map(slice, shape[1:]))]
 
     def _dequantised(self, name: str, storage: str, arrays: Parts, shape: tuple[int, ...]) -> np.ndarray:
         try:
@@ -217,7 +220,28 @@ def _weight(
     smoothing = parts.get(SMOOTHING)
     if smoothing and smoothing.shape != layout.shape[1:]:
         raise ValueError(f"{smoothing.name} is {smoothing.shape}, expected {layout.shape[1:]}")
-    return Weight(storage, parts, own, layout)
+    return Weight(storage, parts, own, layout, _unpadded(file, codes, layout.shape, _FILLED_UP.get(storage, 0)))
+
+
+def _unpadded(file: SafetensorsFile, codes: TensorInfo, shape: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Return the shape of a matrix without the last rows and columns that fill it up to multiples of `unit`.
+
+    They have the code 0, which a row or column of real weights has not: negative ones are rounded to another zero. Only
+    ComfyUI's model knows the shape otherwise. Columns are judged by the first rows.
+    """
+    if not unit or any(size % unit for size in shape):
+        return shape
+    per_byte = shape[1] // codes.shape[1]
+    top = file.read(codes.name, slice(0, 128)).view(np.uint8)[:, -(unit // per_byte) :]
+    bottom = file.read(codes.name, slice(shape[0] - unit, shape[0])).view(np.uint8)
+    if per_byte == 2:
+        top = np.stack([top >> 4, top & 15], axis=-1).reshape(len(top), -1)
+    trimmed = [_trailing_zeros(bottom.max(axis=1)), _trailing_zeros(top.max(axis=0))]
+    return tuple(size - zeros % unit for size, zeros in zip(shape, trimmed, strict=True))
+
+
+def _trailing_zeros(values: np.ndarray) -> int:
+    return int(np.argmax(values[::-1] > 0)) if values.any() else len(values)
 
 
 def _storage(codes: TensorInfo, group: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> str | None:
