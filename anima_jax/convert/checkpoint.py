@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Convert IN to OUT and print what was left out."""
     source, target = arguments.input, arguments.output
     inputs = (source, arguments.text_encoder, arguments.vae)
-    outputs.check(target, *filter(None, inputs), force=arguments.force)
+    outputs.check(target, *filter(None, inputs), force=arguments.force, gguf=_is_gguf(arguments))
     if arguments.keep is not quantise.KEEP and arguments.dtype not in quantise.QUANTISERS:
         raise UserError(f"--keep: needs a quantised --dtype: {', '.join(quantise.QUANTISERS)}")
     from_folder = os.path.isdir(source)
@@ -95,9 +95,13 @@ def _is_text_encoder(path: str) -> bool:
         return accounting.networks_in(file.tensors) == [QWEN3]
 
 
+def _is_gguf(arguments: argparse.Namespace) -> bool:
+    return arguments.dtype is not None and arguments.dtype.startswith("gguf:")
+
+
 def _prefix(arguments: argparse.Namespace, present: str, network: Network) -> str:
     """Return the prefix to write: the chosen one, or with only a --dtype the one in IN, which is `present`."""
-    if (arguments.dtype or "").startswith("gguf:"):
+    if _is_gguf(arguments):
         if arguments.prefix not in (None, "none") or arguments.to not in (None, "comfyui"):
             raise UserError(
                 f"--dtype {arguments.dtype}: names have no prefix, as ComfyUI-GGUF reads them; leave it out"
@@ -206,7 +210,7 @@ def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
         if path := getattr(arguments, name):
             if name not in present:
                 raise UserError(f"{arguments.input}: has no {name} to write to the file of --{name}")
-            outputs.check(path, force=arguments.force)
+            outputs.check(path, force=arguments.force, gguf=_is_gguf(arguments))
             targets.append(((name,), path, diffusers.COMPONENTS[name].network.saved_prefix))
     for components, path, saved_prefix in targets:
         sources = [name for name in components if name in present]
@@ -230,10 +234,7 @@ def _write(
     keep_codes: bool = True,
 ) -> None:
     """Write the tensors (by name without `prefix`) one at a time, each in its own dtype or in that of --dtype."""
-    metadata, is_gguf = portable(metadata), (arguments.dtype or "").startswith("gguf:")
-    if target.endswith(".gguf") != is_gguf:
-        kinds = ", ".join(name for name in quantise.QUANTISERS if name.startswith("gguf:"))
-        raise UserError(f"{target}: the name of a GGUF file, and no other, ends in .gguf; --dtype for one: {kinds}")
+    metadata = portable(metadata)
     if arguments.dtype in quantise.QUANTISERS:
         lines = quantise.write(target, stored, arguments.dtype, arguments.keep, prefix, metadata)
     else:

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from anima_jax.checkpoints import file_types
-from anima_jax.checkpoints.locations import reading_folders
+from anima_jax.checkpoints.locations import MODEL_SUFFIXES, reading_folders
 from anima_jax.errors import UserError, plural, shorten, size_text
 
 LIMIT = 1000
@@ -21,7 +21,8 @@ _SUFFIXES = {
 def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
     """Yield a line that says what the folder is, then one per file: path, size, and what the file is.
 
-    `describe(path)` describes a safetensors file. Hidden files are left out; a checkpoint of a run is one line.
+    `describe(path)` describes the file of a model or an adapter. Hidden files are left out; a checkpoint of a run is one
+    line.
     """
     root = pathlib.Path(folder)
     rows = []
@@ -68,7 +69,7 @@ def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
     if path.is_dir():
         return "a checkpoint to resume from" if _is_checkpoint(path) else "a link to a folder"
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix in MODEL_SUFFIXES:
             return describe(str(path))
         with open(path, "rb") as file:
             start = file.read(512)

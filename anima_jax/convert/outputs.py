@@ -38,9 +38,15 @@ def _one_of(choices: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
-def check(target: str, *sources: str, force: bool) -> None:
-    """Raise UserError if `target` is one of the `sources`, or exists and `force` is not set."""
+def check(target: str, *sources: str, force: bool, gguf: bool = False) -> None:
+    """Raise UserError if `target` is one of the `sources`, or exists and `force` is not set.
+
+    The name of a GGUF file must end in .gguf and that of another file must not: programs go by it.
+    """
     check_address(target, is_output=True)
+    if target.endswith(".gguf") != gguf:
+        found = "a name for a GGUF file, which" if not gguf else "not a name that ends in .gguf, for a GGUF file, which"
+        raise UserError(f"{target}: is {found} `convert checkpoint --dtype gguf:…` writes")
     if is_remote(target) or not os.path.exists(target):
         return
     if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
