@@ -21,8 +21,7 @@ _SUFFIXES = {
 def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
     """Yield a line that says what the folder is, then one per file: path, size, and what the file is.
 
-    `describe(path)` describes the file of a model or an adapter. Hidden files are left out; a checkpoint of a run is one
-    line.
+    `describe(path)` describes a model or an adapter. Hidden files are left out; a run's checkpoint is one line.
     """
     root = pathlib.Path(folder)
     rows = []
