@@ -1,15 +1,25 @@
 """Quantised files of ComfyUI and bitsandbytes are read as the weights that their own libraries compute from them."""
 
+import json
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import anima_jax
+from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
+from convert.__main__ import main
 from tests.checkpoints.test_models import dit_tensors, saved
+from tests.golden_files import GOLDEN
+
+QUANTISED = GOLDEN / "quantised.safetensors"
+with SafetensorsFile(QUANTISED) as golden:
+    NAMES = list(golden.tensors)
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 
@@ -58,8 +68,171 @@ def test_values_are_rounded_once_to_the_dtype_that_is_asked_for(tmp_path):
     np.testing.assert_array_equal(np.asarray(params["blocks.mlp.layer1.kernel"][0]), expected.T)
 
 
-def test_a_missing_scale_is_named(tmp_path):
-    stored, _ = fp8_scaled(dit_tensors())
-    del stored["net.blocks.1.mlp.layer1.weight_scale"]
-    with pytest.raises(UserError, match=r"net\.blocks\.1\.mlp\.layer1\.weight_scale is missing"):
+@pytest.mark.parametrize("name", [name.removeprefix("values|") for name in NAMES if name.startswith("values|")])
+def test_golden_weights_have_the_values_of_the_libraries_that_wrote_them(name):
+    with open_tensors(QUANTISED) as file:
+        values, expected = file.read(f"{name}.weight"), file.read(f"values|{name}")
+        last = file.read(f"{name}.weight", slice(3, len(values)))
+    if name.startswith("convrot"):  # comfy_kitchen rounds each of 64 or 256 sums
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    else:
+        np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(last, values[3:])
+
+
+@pytest.mark.parametrize("layout", ["TensorCoreFP8Layout", "TensorCoreMXFP8Layout", "TensorCoreNVFP4Layout"])
+def test_random_weights_are_those_of_comfy_kitchen(tmp_path, layout):
+    torch = pytest.importorskip("torch")
+    layout = getattr(pytest.importorskip("comfy_kitchen.tensor"), layout)
+    weight = torch.randn(300, 224, generator=torch.manual_seed(1))
+    codes, settings = layout.quantize(weight.clone())
+    stored = {f"m.weight{end}": part for end, part in layout.state_dict_tensors(codes, settings).items()}
+    pytest.importorskip("safetensors.torch").save_file(stored, tmp_path / "file.safetensors")
+    with open_tensors(tmp_path / "file.safetensors") as file:
+        expected = layout.dequantize(codes, settings)[:300].numpy()
+        np.testing.assert_array_equal(file.read("m.weight"), expected)
+        np.testing.assert_array_equal(file.read("m.weight", slice(127, 260)), expected[127:260])
+
+
+# ---- what the commands do --------------------------------------------------------------------------------------------
+
+
+def run(capsys, *words):
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def contents(path):
+    with SafetensorsFile(path) as file:
+        return {name: file.read(name) for name in file.tensors}
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "scale_weight"])
+def test_a_change_of_prefix_keeps_codes_and_scales(tmp_path, capsys, name):
+    stored, _ = fp8_scaled(dit_tensors(), name)
+    stored["net.scaled_fp8"] = np.zeros(2, FLOAT8)
+    out = tmp_path / "out.safetensors"
+    printed = run(capsys, "checkpoint", saved(tmp_path, stored), out, "--to", "comfyui")
+    assert "quantised tensors kept as they are: fp8_scaled" in printed
+    found = contents(out)
+    assert found.keys() == {key.replace("net.", "model.diffusion_model.") for key in stored}
+    for key, array in stored.items():
+        assert found[key.replace("net.", "model.diffusion_model.")].tobytes() == array.tobytes(), key
+
+
+def test_settings_in_the_metadata_become_tensors_under_the_new_names(tmp_path, capsys):
+    stored, values = fp8_scaled(dit_tensors())
+    layers = {key.removeprefix("net.").removesuffix(".weight"): {"format": "float8_e4m3fn"} for key in stored}
+    path, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    named = {name: one for name, one in layers.items() if f"net.{name}.weight_scale" in stored}
+    save_file(stored, path, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": named})})
+    run(capsys, "checkpoint", path, out, "--prefix", "none")
+    assert bytes(contents(out)["blocks.0.mlp.layer1.comfy_quant"]) == b'{"format": "float8_e4m3fn"}'
+    with open_tensors(out) as file:
+        np.testing.assert_array_equal(file.read("blocks.0.mlp.layer1.weight"), values["net.blocks.0.mlp.layer1.weight"])
+        assert file.metadata == {}
+
+
+def test_dtypes_and_diffusers_folders_get_the_values(tmp_path, capsys):
+    stored, values = fp8_scaled(dit_tensors())
+    path, plain = saved(tmp_path, stored), tmp_path / "plain.safetensors"
+    printed = run(capsys, "checkpoint", path, plain, "--prefix", "net.", "--dtype", "bf16")
+    assert "quantised tensors dequantised to bfloat16: fp8_scaled" in printed
+    expected = values["net.blocks.2.mlp.layer1.weight"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(contents(plain)["net.blocks.2.mlp.layer1.weight"], expected)
+    run(capsys, "checkpoint", path, tmp_path / "folder", "--to", "diffusers")
+    found = contents(tmp_path / "folder" / "transformer" / "diffusion_pytorch_model.safetensors")
+    np.testing.assert_array_equal(found["transformer_blocks.2.ff.net.0.proj.weight"], expected)
+
+
+def test_an_adapter_is_merged_into_the_values(tmp_path, capsys):
+    stored, values = fp8_scaled(dit_tensors())
+    quantised, plain = saved(tmp_path, stored), saved(tmp_path, values, "plain.safetensors")
+    for path, out in ((quantised, "a.safetensors"), (plain, "b.safetensors")):
+        run(capsys, "merge", path, GOLDEN / "lora_rank4.safetensors", tmp_path / out, "--dtype", "f32")
+    merged, expected = contents(tmp_path / "a.safetensors"), contents(tmp_path / "b.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(np.array_equal(merged[key], array) for key, array in expected.items())
+    assert "equal: 109 tensors" in run(capsys, "diff", quantised, plain)
+    run(capsys, "merge", quantised, GOLDEN / "lora_rank4.safetensors", tmp_path / "c.safetensors")
+    assert contents(tmp_path / "c.safetensors")["net.blocks.0.mlp.layer1.weight"].dtype == ml_dtypes.bfloat16
+
+
+def test_inspect_says_what_is_quantised(tmp_path, capsys):
+    printed = run(capsys, "inspect", saved(tmp_path, fp8_scaled(dit_tensors())[0]))
+    assert "quantised fp8_scaled × 3, 8.00 bits per weight" in printed
+    assert "kept      final_layer, llm_adapter, t_embedder, x_embedder; " in printed
+    assert "F32 × 106, fp8_scaled × 3" in printed
+
+
+# ---- what is wrong with a file ---------------------------------------------------------------------------------------
+
+LAYER = "net.blocks.1.mlp.layer1."
+
+
+def settings(text):
+    return np.frombuffer(text if isinstance(text, bytes) else text.encode(), np.uint8)
+
+
+def comfy(**values):
+    return {f"{LAYER}comfy_quant": settings(json.dumps(values))}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({f"{LAYER}weight_scale": None}, r"layer1\.weight_scale is missing"),
+        ({f"{LAYER}weight": None}, r"layer1\.weight, which is missing"),
+        ({f"{LAYER}weight_scale": np.ones((2, 2), np.float32)}, r"weight_scale is \(2, 2\), expected one scale"),
+        ({f"{LAYER}weight_scale": np.array(1, np.int32)}, "weight_scale is I32, expected F32 or BF16 or F16"),
+        ({f"{LAYER}weight_scale": np.array(np.nan, np.float32)}, "layer1.weight: a scale is nan, expected a finite"),
+        ({f"{LAYER}weight_scale": np.array(-1, np.float32)}, "a scale is -1.0, expected a finite number of at least 0"),
+        (comfy(format="svdquant_w4a4"), r"'svdquant_w4a4', which is not supported; known: float8_e4m3fn, .*nvfp4"),
+        (comfy(format="float8_e4m3"), "did you mean"),
+        (comfy(), "quantised as None"),
+        (comfy(format="mxfp8"), "weight_scale is F32, expected F8_E8M0 or U8"),
+        (comfy(format="nvfp4"), "weight is F8_E4M3, expected U8"),
+        (comfy(format="int8_tensorwise"), "weight is F8_E4M3, expected I8"),
+        ({f"{LAYER}comfy_quant": settings(b"\xff\xfe{}")}, "comfy_quant is not JSON"),
+        ({f"{LAYER}comfy_quant": settings("[1]")}, r"comfy_quant is \[1\], expected a JSON object"),
+        ({f"{LAYER}comfy_quant": settings("[" * 4000)}, "comfy_quant is not JSON"),
+        ({f"{LAYER}comfy_quant": settings(" " * 5000)}, "expected JSON of at most 4096 bytes"),
+        (
+            {f"{LAYER}qweight": np.ones(4, np.int32)},
+            "as SVDQuant, GPTQ or AWQ, which is not supported; known: ",
+        ),
+        (
+            {f"{LAYER}weight": np.ones((256, 64), np.int8), f"{LAYER}weight_scale": np.ones((256, 1), np.float32)}
+            | comfy(format="int8_tensorwise", convrot=True),
+            "groups of 256 inputs do not divide",
+        ),
+        (
+            {f"{LAYER}weight": np.ones((256, 64), np.int8), f"{LAYER}weight_scale": np.ones((256, 1), np.float32)}
+            | comfy(format="int8_tensorwise", convrot=True, convrot_groupsize=32),
+            "convrot_groupsize is 32, expected a power of 4",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path, changed, expected):
+    stored = {key: array for key, array in (fp8_scaled(dit_tensors())[0] | changed).items() if array is not None}
+    with pytest.raises(UserError, match=expected) as error:
         anima_jax.load_dit(saved(tmp_path, stored))
+    assert len(error.value.messages) == 1
+
+
+def test_a_truncated_block_of_codes_is_named(tmp_path):
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {f"m.{name[4:]}": file.read(name) for name in file.tensors if name.startswith("nf4.")}
+    stored["m.weight"] = stored["m.weight"][:-3]
+    with pytest.raises(UserError, match=r"m\.weight is \(637, 1\), expected 640 values"):
+        open_tensors(saved(tmp_path, stored))
+
+
+def test_inspect_reports_a_scale_that_is_not_a_number(tmp_path, capsys):
+    stored = fp8_scaled(dit_tensors())[0] | {f"{LAYER}weight_scale": np.array(np.inf, np.float32)}
+    printed = run(capsys, "inspect", saved(tmp_path, stored))
+    assert f"problem   {LAYER}weight: a scale is inf" in printed
+    del stored[f"{LAYER}weight_scale"]
+    printed = run(capsys, "inspect", saved(tmp_path, stored))
+    assert "kind      Anima transformer" in printed
+    assert "weight_scale is missing" in printed
