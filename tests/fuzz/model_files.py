@@ -19,6 +19,8 @@ from anima_jax.adapters.file import fit_to_weights, open_adapter
 from anima_jax.checkpoints.models import open_dit, open_network, save_dit, save_network
 from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE, Network
 from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
+from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert.__main__ import COMMANDS
 from anima_jax.errors import ArgumentParser
 from anima_jax.models import parameters
@@ -29,6 +31,7 @@ from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 from anima_jax.sampling.embeddings import Embeddings
 from anima_jax.text.tokenizers import SMALL_TOKENIZERS, load_tokenizers
 from tests.fuzz.mutations import Files
+from tests.golden_files import GOLDEN
 from tests.models.networks import random_params
 
 DIT_CONFIG = DiTConfig(16, 1, 1, 16, 16, 2, adapter=LLMAdapterConfig(16, 1, 1, 16, 16, 16, 20))
@@ -96,6 +99,28 @@ def read_network(folder: pathlib.Path, network: Network | None) -> None:
         case _:
             with open_dit(path) if network is None else open_network(network, path) as checkpoint:
                 checkpoint.load()
+
+
+def quantised_weights() -> list[Files]:
+    """One file per quantised format, with its settings in a tensor or in the metadata."""
+    with SafetensorsFile(GOLDEN / "quantised.safetensors") as file:
+        found = {name: file.read(name) for name in file.tensors if "|" not in name}
+    seeds: list[Files] = []
+    for weight in dict.fromkeys(name.split(".")[0] for name in found):
+        parts = {name: array for name, array in found.items() if name.split(".")[0] == weight}
+        seeds.append({MODEL: safetensors_bytes(parts)})
+    parts = {name: array for name, array in found.items() if name in ("fp8.weight", "fp8.weight_scale")}
+    layers = '{"format_version": "1.0", "layers": {"fp8": {"format": "float8_e4m3fn"}}}'
+    return [*seeds, {MODEL: safetensors_bytes(parts, {"_quantization_metadata": layers})}]
+
+
+def read_quantised(folder: pathlib.Path) -> None:
+    path = folder / MODEL
+    if choice(folder, 2):
+        command("inspect", path)
+    with open_tensors(path) as file:
+        for name in file.tensors:
+            file.read(name)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------
@@ -298,6 +323,7 @@ FORMATS: dict[str, tuple[Callable[[], list[Files]], Callable[[pathlib.Path], Non
     "transformer": (lambda: [{MODEL: networks()["transformer"]}], functools.partial(read_network, network=None)),
     "vae": (lambda: [{MODEL: networks()["vae"]}], functools.partial(read_network, network=WAN_VAE)),
     "text_encoder": (lambda: [{MODEL: networks()["text_encoder"]}], functools.partial(read_network, network=QWEN3)),
+    "quantised": (quantised_weights, read_quantised),
     "adapter": (adapters, read_adapter),
     "peft": (peft_settings, read_adapter),
     "embedding": (embeddings, read_embeddings),
