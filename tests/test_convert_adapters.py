@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters.file import open_adapter
+from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints.models import load_dit
 from convert.__main__ import main
 from tests.adapters.adapter_files import LOKR, LORA, lora_as, updates, velocity
@@ -30,6 +31,11 @@ def refusal(capsys, *arguments) -> str:
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def patches_in(path) -> list[Patch]:
+    with open_adapter(path) as adapter:
+        return list(adapter.patches.values())
 
 
 # ---- lora ------------------------------------------------------------------------------------------------------------
@@ -56,15 +62,21 @@ def test_lora_moves_between_depths(tmp_path, capsys):
     assert all(np.array_equal(array, back[name]) for name, array in original.items())
 
 
-def test_lora_multiplies_a_scale_into_b_and_says_so(tmp_path, capsys):
+def test_lora_keeps_the_factors_beside_an_alpha(tmp_path, capsys):
     kohya = lora_as("kohya", tmp_path / "kohya.safetensors", 2.0)
     convert("lora", kohya, tmp_path / "out.safetensors", "--to", "diffusers", "--dtype", "bf16")
-    assert "was multiplied into lora_B" in capsys.readouterr().out
+    assert len(capsys.readouterr().out.splitlines()) == 1  # no value is changed but by --dtype
     assert {array.dtype for array in load_file(tmp_path / "out.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert {patch.scale for patch in patches_in(tmp_path / "out.safetensors")} == {0.5}
 
 
 def test_lora_refuses_parts_that_the_dialect_has_no_place_for(tmp_path, capsys):
-    assert "have no place for lokr_w1" in refusal(capsys, "lora", LOKR, tmp_path / "no", "--to", "diffusers")
+    module = "diffusion_model.blocks.0.self_attn.q_proj"
+    save_file({f"{module}.diff": normal(64, 64)}, tmp_path / "diff.safetensors")
+    for dialect in ("diffusers", "peft"):
+        line = refusal(capsys, "lora", tmp_path / "diff.safetensors", tmp_path / "no", "--to", dialect)
+        assert "have no place for diff of 1 modules" in line
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

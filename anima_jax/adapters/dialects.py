@@ -28,14 +28,14 @@ Spelling = Callable[[str], str | None]
 class Dialect:
     """The key format of one family of programs.
 
-    `parts` maps the parts that it can express to their suffixes. A dialect without `alpha` cannot store a scale, which
-    is then 1.
+    `parts` maps the parts that it can express to their suffixes. A dialect without an alpha for each module has PEFT's
+    settings, in the file's "header" or "beside" it. Names with a slash are in a file of that folder.
     """
 
     title: str
     module: Spelling
     parts: Mapping[str, str]
-    alpha: bool = True
+    settings: str = ""
 
 
 def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool = False) -> Spelling:
@@ -52,22 +52,33 @@ def _original(prefix: str | None, text_encoder: str | None = None, *, flat: bool
     return spell
 
 
-def _diffusers(transformer: str, llm_adapter: str) -> Spelling:
-    """Return the format that puts prefixes before diffusers' names for the transformer and its text conditioner."""
+def _diffusers(transformer: str, llm_adapter: str, text_encoder: str | None = None) -> Spelling:
+    """Return the format that puts prefixes before diffusers' names for the networks of its pipeline.
+
+    A text encoder without a prefix has no names in the format.
+    """
 
     def spell(module: str) -> str | None:
         if module.startswith(TEXT_ENCODER):
-            return None
-        inside = module.startswith(dit.ADAPTER)
-        return (
-            llm_adapter + diffusers.text_conditioner(module) if inside else transformer + diffusers.transformer(module)
-        )
+            return None if text_encoder is None else text_encoder + module.removeprefix(TEXT_ENCODER)
+        if module.startswith(dit.ADAPTER):
+            return llm_adapter + diffusers.text_conditioner(module)
+        return transformer + diffusers.transformer(module)
 
     return spell
 
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of the network that it wraps."""
+
+_CONDITIONER = "text_conditioner."
+_TEXT_ENCODER_IN_PEFT = f"text_encoder/{PEFT_PREFIX}"
+
 COMFYUI = Dialect("ComfyUI", _original("diffusion_model.", "text_encoders.qwen3_06b.transformer.model."), SUFFIXES)
 """The dialect that the trainer writes."""
+
+_PEFT = {part: suffix for part, suffix in SUFFIXES.items() if part.startswith(("lora_A", "lora_B", "lokr_w", "hada_w"))}
+_PEFT["dora_scale"] = ".lora_magnitude_vector"
 
 DIALECTS = {
     "comfyui": COMFYUI,
@@ -82,14 +93,26 @@ DIALECTS = {
     ),
     "diffusers": Dialect(
         "diffusers",
-        _diffusers("transformer.", "text_conditioner."),
-        {part: SUFFIXES[part] for part in ("lora_A", "lora_B")},
-        alpha=False,
+        _diffusers("transformer.", _CONDITIONER),
+        {part: suffix for part, suffix in _PEFT.items() if not part.startswith("hada")},
+        settings="header",
+    ),
+    "peft": Dialect(
+        "PEFT, for diffusers' CosmosTransformer3DModel",
+        _diffusers(PEFT_PREFIX, f"text_conditioner/{PEFT_PREFIX}", _TEXT_ENCODER_IN_PEFT),
+        _PEFT,
+        settings="beside",
+    ),
+    "peft_original": Dialect(
+        "PEFT, for a transformer with the original names",
+        _original(PEFT_PREFIX, _TEXT_ENCODER_IN_PEFT),
+        _PEFT,
+        settings="beside",
     ),
 }
 """Dialects that can be written."""
 
-NAMES: tuple[Spelling, ...] = (_original("", ""), _diffusers("", "text_conditioner."))
+NAMES: tuple[Spelling, ...] = (_original("", ""), _diffusers("", _CONDITIONER))
 """Formats of module names without wrappers; each is read with `.` and with `_` for every dot."""
 
 _COMMON = "base_model model module _orig_mod pipe pipeline lora lycoris transformer"
@@ -104,11 +127,18 @@ encoder's."""
 _WRAPPER = {is_text: re.compile(rf"({'|'.join(words.split())})(\.|_(?!.*\.))") for is_text, words in WRAPPERS.items()}
 
 
-def modules_by_spelling(spellings: Iterable[str]) -> dict[str, str]:
-    """Return name in a file → module, for the `spellings` that name a module of an Anima model of any depth."""
+def modules_by_spelling(spellings: Iterable[str], *, of_conditioner: bool = False) -> dict[str, str]:
+    """Return name in a file → module, for the `spellings` that name a module of an Anima model of any depth.
+
+    `of_conditioner` says that they are diffusers' names inside the text conditioner, many of which the transformer has
+    too. Without it, they are if the conditioner has all of them, and no other network does.
+    """
     spellings = list(spellings)
     known = _known_names(spellings)
     found = {spelling: _module(spelling, known) for spelling in spellings}
+    if of_conditioner or not all(found.values()):
+        inside = {spelling: known.get(_CONDITIONER + spelling.removeprefix(PEFT_PREFIX)) for spelling in spellings}
+        found = inside if of_conditioner or all(inside.values()) else found
     return {spelling: module for spelling, module in found.items() if module}
 
 
@@ -117,6 +147,7 @@ def _module(spelling: str, known: Mapping[str, str]) -> str | None:
 
     A wrapper of the text encoder does not lead to a module of the transformer, and the reverse.
     """
+    spelling = spelling.removeprefix(_TEXT_ENCODER_IN_PEFT).replace(f"/{PEFT_PREFIX}", ".", 1)
     for is_text in (False, True):
         rest: str | None = unwrapped(spelling) if len(spelling) < 300 else None
         while rest is not None:

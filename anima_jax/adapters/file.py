@@ -9,8 +9,8 @@ not 1.
 import contextlib
 import dataclasses
 import itertools
-import os
-import pathlib
+import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from anima_jax.adapters import dialects, peft
+from anima_jax.adapters import dialects, dora, peft, peft_settings
 from anima_jax.adapters.depths import depth_mismatch
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS, LAYOUTS, Dialect, module_names
 from anima_jax.adapters.kinds import FACTORS, SCALE, adapter_kind, split_key, unsupported
 from anima_jax.adapters.modules import AdapterSpec
+from anima_jax.adapters.opening import open_adapter_file
 from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Part, Patch
-from anima_jax.checkpoints import accounting, copying, gathered, hashes, locations, safetensors
+from anima_jax.checkpoints import accounting, copying, gathered, hashes, safetensors
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models.parameters import Params
 
@@ -37,6 +38,9 @@ UNUSED_SHOWN = 20
 
 WITH_CORE = {part: DIALECTS["kohya"].parts[part] for part in ("lora_A", "lora_B")}
 """Endings of the factors beside `lora_mid`: ComfyUI ignores it beside others."""
+
+NORM_OF_BASE = "dora_norm_of_base"
+"""Metadata key of a file whose DoRA has magnitudes for the norm of W, as ComfyUI divides."""
 
 ALPHA_IS_RANK = "alpha_is_rank"
 """Metadata key of a file whose alphas were added only because its dialect requires them."""
@@ -109,7 +113,7 @@ def open_adapter(path: PathLike, *, allow_unused: bool = False) -> Iterator[Adap
     Raises UserError for keys that belong to no Anima module, unless `allow_unused`, and for parts that do not form an
     adapter.
     """
-    with open_tensors(file_of(path)) as file:
+    with open_adapter_file(path) as file:
         yield adapter_in(file, allow_unused=allow_unused)
 
 
@@ -131,23 +135,12 @@ def _named(module: str, patch: Patch) -> str:
     return module if module in key else f"{module} ({key})"
 
 
-def file_of(path: PathLike) -> PathLike:
-    """Return the only safetensors file in a folder, such as the trainer writes; any other path is returned unchanged.
-
-    Raises UserError unless the folder contains exactly one.
-    """
-    if locations.is_remote(path) or not os.path.isdir(path):
-        return path
-    files = sorted(pathlib.Path(path).glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{path}: holds {len(files)} .safetensors files, expected one adapter")
-    return files[0]
-
-
 def read_adapter(file: TensorFile) -> Adapter:
     """Return the adapter in an open file with its unused keys, without checking that its parts fit together."""
     keys = [(key, spelling, part) for key in file.tensors for spelling, part in _split(key)]
-    known = dialects.modules_by_spelling(dict.fromkeys(spelling for _, spelling, _ in keys))
+    settings = peft.read_settings(file)
+    spellings = dict.fromkeys(spelling for _, spelling, _ in keys)
+    known = dialects.modules_by_spelling(spellings, of_conditioner=settings.is_of_conditioner)
     parts: dict[str, dict[str, Part]] = {}
     for key, spelling, part in keys:
         if spelling not in known:
@@ -168,9 +161,14 @@ def read_adapter(file: TensorFile) -> Adapter:
     }
     used = {part.key for module in patches for part in parts[module].values()}
     unused = tuple(key for key in file.tensors if key not in used)
-    patches, metadata = peft.with_alphas(file, known, patches)
+    patches, metadata = peft.with_scales(settings, file.path, known, patches), dict(settings.metadata)
     if metadata.pop(ALPHA_IS_RANK, None):
         patches = {module: _without_idle_alpha(patch) for module, patch in patches.items()}
+    if metadata.pop(NORM_OF_BASE, None):
+        patches = {
+            module: dataclasses.replace(patch, norm_of_base=True) if dora.is_by_output(patch) else patch
+            for module, patch in patches.items()
+        }
     return Adapter(file.path, patches, metadata, unused, file.tensors)
 
 
@@ -188,7 +186,7 @@ def _split(key: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_idle_alpha(patch: Patch) -> Patch:
-    return Patch({name: part for name, part in patch.parts.items() if name != "alpha" or patch.scale != 1.0})
+    return patch.with_parts({name: part for name, part in patch.parts.items() if name != "alpha" or patch.scale != 1})
 
 
 def _with_inputs_scaled(patch: Patch) -> Patch:
@@ -200,7 +198,7 @@ def _with_inputs_scaled(patch: Patch) -> Patch:
         return patch
     factor, scale = patch.parts[name], patch.parts["inv_scale"]
     scaled = dataclasses.replace(factor, dtype=FLOAT32, read=lambda: factor.float32() * scale.float32())
-    return Patch({part: one for part, one in patch.parts.items() if part != "inv_scale"} | {name: scaled})
+    return patch.with_parts({part: one for part, one in patch.parts.items() if part != "inv_scale"} | {name: scaled})
 
 
 def fit_to_weights(adapter: Adapter, weights: Mapping[str, tuple[int, ...]], *, allow_unused: bool = False) -> Adapter:
@@ -246,7 +244,7 @@ def _network_of(name: str) -> str:
 def _present(weights: Mapping[str, Any], module: str, patch: Patch) -> Patch:
     """Return the patch without parts whose weight or bias the model does not have."""
     has = {name: f"{module}.{'bias' if name in BIAS_PARTS else 'weight'}" in weights for name in patch.parts}
-    return Patch({name: part for name, part in patch.parts.items() if has[name]})
+    return patch.with_parts({name: part for name, part in patch.parts.items() if has[name]})
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -262,21 +260,43 @@ def write_adapter(
 ) -> list[str]:
     """Write an adapter in a dialect and return messages about changed values.
 
-    `dtype` None keeps the dtype of each part. If the dialect cannot store a scale (alpha / rank), the scale is
-    multiplied into lora_B. The file appears only when it is complete. Raises UserError, with the names of the modules,
-    for parts that the dialect cannot express.
+    `dtype` None keeps the dtype of each part. `path` is a file, and for PEFT the folder of its file and settings, which
+    has a folder for each network but the transformer. A scale that the dialect has no alpha for is multiplied into a
+    matrix. A file appears only when it is complete. Raises UserError, with the names of the modules, for parts that the
+    dialect cannot express.
     """
     metadata, messages = dict(metadata or {}) or {"format": "pt"}, []
+    if any(patch.norm_of_base for patch in patches.values()):
+        if dialect.settings:
+            raise UserError(f"{path}: the DoRA has magnitudes for ComfyUI's norm; --base FILE, its model, changes them")
+        metadata[NORM_OF_BASE] = "true"
     if dialect is DIALECTS["kohya"] and not any("alpha" in patch.parts for patch in patches.values()):
         patches = {module: patch.with_alpha(patch.rank) for module, patch in patches.items()}
         metadata[ALPHA_IS_RANK] = "true"
-    written = patches if dialect.alpha else {module: _folded(patch) for module, patch in patches.items()}
-    parts = _spelled(path, written, dialect, None if dtype is None else np.dtype(dtype))
-    if not dialect.alpha and (count := sum(patch.scale != 1.0 for patch in patches.values())):
-        metadata.pop("alpha", None)
-        messages = [
-            f"alpha / rank of {count} modules was multiplied into lora_B, as files of {dialect.title} have no alpha"
-        ]
+    if not dialect.settings:
+        patches, messages = _with_float32_scales(patches, dialect)
+    parts = _spelled(path, patches, dialect, None if dtype is None else np.dtype(dtype))
+    try:
+        networks = peft_settings.settings_by_network(patches, dialect) if dialect.settings else {"": {}}
+    except UserError as error:
+        raise UserError(f"{path}: files of {dialect.title} have no place for {error}") from error
+    if dialect.settings == "header":
+        of_all = {f"{network}.{key}": value for network, own in networks.items() for key, value in own.items()}
+        metadata[peft.DIFFUSERS_SETTINGS], networks = json.dumps(of_all, indent=2, sort_keys=True), {"": {}}
+    for network, settings in networks.items():
+        target = (
+            path
+            if dialect.settings != "beside"
+            else peft_settings.write_settings(path, network, settings, len(networks))
+        )
+        own = {key.rpartition("/")[2]: part for key, part in parts.items() if key.rpartition("/")[0] == network}
+        _write_parts(target, own, metadata)
+    if dialect.settings == "header" and any(patch.kind.name == "lokr" for patch in patches.values()):
+        messages.append("diffusers loads a LoKr with load_lora_adapter of the network, not load_lora_weights")
+    return messages
+
+
+def _write_parts(path: PathLike, parts: Mapping[str, Part], metadata: Mapping[str, str]) -> None:
     # By name, as sd-scripts orders them, whose hashes depend on the order.
     tensors = [safetensors.TensorInfo(key, part.dtype, part.shape) for key, part in sorted(parts.items())]
 
@@ -284,9 +304,32 @@ def write_adapter(
         return copying.contiguous(parts[key].read())
 
     if any(key.startswith("ss_") for key in metadata):
-        metadata |= hashes.sd_scripts_hashes(tensors, array_of, metadata)
+        metadata = {**metadata, **hashes.sd_scripts_hashes(tensors, array_of, metadata)}
     gathered.write(path, tensors, array_of, metadata)
-    return messages
+
+
+def _with_float32_scales(patches: Mapping[str, Patch], dialect: Dialect) -> tuple[dict[str, Patch], list[str]]:
+    """Return patches whose scale is in an alpha or in a matrix, and messages about values that this changes."""
+    found, messages = {module: _with_float32_alpha(patch.without_factor) for module, patch in patches.items()}, []
+    if factors := [patch.factor for patch in patches.values() if patch.factor != 1.0]:
+        rounded = any(abs(math.frexp(factor)[0]) != 0.5 for factor in factors)
+        modules = plural(len(factors), "module")
+        messages.append(
+            f"alpha / rank of {modules} was multiplied into a matrix{', in float32' * rounded}, as files of "
+            f"{dialect.title} have no alpha for a LoKr of two matrices"
+        )
+    single = [patch for patch in patches.values() if patch.factor == 1.0]
+    if count := sum(np.float32(one.scale) != np.float32(_with_float32_alpha(one).scale) for one in single):
+        messages.append(f"alpha of {plural(count, 'module')} was rounded to float32")
+    return found, messages
+
+
+def _with_float32_alpha(patch: Patch) -> Patch:
+    """Return the patch with an alpha from PEFT's settings as float32, as other programs have it."""
+    alpha = patch.parts.get("alpha")
+    if alpha is None or alpha.key or alpha.dtype != np.float64:
+        return patch
+    return patch.with_parts({**patch.parts, "alpha": Part.of(alpha.float32())})
 
 
 def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dtype: np.dtype | None) -> dict[str, Part]:
@@ -302,9 +345,12 @@ def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dty
             lost.setdefault("text encoder", []).append(module)
             continue
         suffixes = {**dialect.parts, **(WITH_CORE if "lora_mid" in patch.parts else {})}
+        unneeded = {"alpha", *patch.idle} if dialect.settings else set()
         for name, part in patch.parts.items():
-            if name in dialect.parts:
-                stored = _column_or_row(part, patch) if name == "dora_scale" else part
+            if name in unneeded:
+                continue
+            stored = _stored(part, name, patch, of_peft=bool(dialect.settings))
+            if name in dialect.parts and stored:
                 parts[spelling + suffixes[name]] = _cast(stored, name, dtype)
             else:
                 lost.setdefault(name, []).append(module)
@@ -314,25 +360,24 @@ def _spelled(path: PathLike, patches: Mapping[str, Patch], dialect: Dialect, dty
     return parts
 
 
-def _folded(patch: Patch) -> Patch:
-    """Return a LoRA of matrices with its scale multiplied into lora_B and no alpha, or any other patch unchanged."""
-    if "lora_B" not in patch.parts:
-        return patch
-    left, scale = patch.parts["lora_B"].matrix, np.float32(patch.scale)
-    if scale != 1.0:
-        dtype, values = FLOAT32 if left.dtype.kind in "iub" else left.dtype, left.float32
-        left = dataclasses.replace(left, dtype=dtype, read=lambda: copying.cast(values() * scale, dtype, "lora_B"))
-    own = {name: part.matrix for name, part in patch.parts.items() if name != "alpha"}
-    return Patch(own | {"lora_B": left})
+def _stored(part: Part, name: str, patch: Patch, *, of_peft: bool) -> Part | None:
+    """Return a part in the shape that it has in files, or None if PEFT has none for it.
+
+    PEFT has matrices, and magnitudes of one axis, for each output; ComfyUI needs magnitudes of two axes.
+    """
+    if name != "dora_scale":
+        return part.matrix if of_peft else part
+    if not of_peft:
+        return _column_or_row(part, patch)
+    return part.reshaped((part.shape[0],)) if dora.is_by_output(patch) else None
 
 
 def _column_or_row(part: Part, patch: Patch) -> Part:
     """Return a magnitude with two axes, as ComfyUI needs it: PEFT's has one."""
     if len(part.shape) != 1:
         return part
-    shape = (-1, 1) if (patch.update_shape or part.shape)[0] == part.shape[0] else (1, -1)
-    return dataclasses.replace(
-        part, shape=tuple(part.shape[0] if n < 0 else 1 for n in shape), read=lambda: part.read().reshape(shape)
+    return part.reshaped(
+        (*part.shape, 1) if (patch.update_shape or part.shape)[0] == part.shape[0] else (1, *part.shape)
     )
 
 

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 
 from anima_jax.adapters.base_model import base_mismatch
-from anima_jax.adapters.file import Adapter, adapter_in, file_of, fit_to_weights
+from anima_jax.adapters.file import Adapter, adapter_in, fit_to_weights
+from anima_jax.adapters.opening import open_adapter_file
 from anima_jax.adapters.patch import BIAS_PARTS, FLOAT32, Patch
 from anima_jax.checkpoints import copying, gathered
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors, qwen3
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
-from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, plural, shorten
 from anima_jax.models.parameters import Params
 from anima_jax.models.quantised import Quantised
@@ -187,7 +188,7 @@ class AdapterStack:
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         self._comfyui_dora = comfyui_dora
-        files = [open_tensors(file_of(path)) for path in paths]
+        files = [open_adapter_file(path) for path in paths]
         self._adapters = match_adapters(files, shapes, base=base, allow_unused=allow_unused)
         touched = changes(self._adapters, [1.0] * len(paths))
         self._tensors: dict[str, list[FileTensor]] = {}

@@ -2,9 +2,7 @@
 
 Arrays have the layout of files: a weight W and an update ΔW are (out, in). The table of kinds (kinds.py) defines how ΔW
 is formed. Factors of convolutions with a 1 × 1 kernel, (out, rank, 1, 1), count as matrices. `dora_scale`, (out, 1) or
-(1, in), may accompany any kind with a scale. It is the norm of W + ΔW along the other axis (arXiv 2402.09353), as PEFT
-and LyCORIS train it. ComfyUI (comfy/weight_adapter/base.py, weight_decompose) divides by ‖W‖ instead if it is (out, 1),
-which is computed on demand.
+(1, in), may accompany any kind with a scale. It is the norm of W + ΔW along the other axis (arXiv 2402.09353; dora.py).
 """
 
 import dataclasses
@@ -49,7 +47,10 @@ class Part:
         """The part with all axes after the first as one, or the part itself if it has fewer than three axes."""
         if len(self.shape) < 3:
             return self
-        shape = (self.shape[0], math.prod(self.shape[1:]))
+        return self.reshaped((self.shape[0], math.prod(self.shape[1:])))
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Part":
+        """Return the part in another shape."""
         return dataclasses.replace(self, shape=shape, read=lambda: self.read().reshape(shape))
 
     @property
@@ -63,10 +64,17 @@ class Patch:
     """The parts of one module's adapter. The other members are defined only if `error` returns None.
 
     Besides the parts of its kind, an adapter may have `alpha`, `dora_scale`, `inv_scale` (a factor on each input),
-    parts for the bias, and, as a LoRA, `reshape_weight`. Parts of other kinds have no effect (`idle`).
+    parts for the bias, and, as a LoRA, `reshape_weight`. Parts of other kinds have no effect (`idle`). PEFT's settings
+    may give a `factor` on ΔW where alpha does not count. With `norm_of_base` the `dora_scale` is for the norm of W.
     """
 
     parts: Mapping[str, Part]
+    factor: float = 1.0
+    norm_of_base: bool = False
+
+    def with_parts(self, parts: Mapping[str, Part]) -> "Patch":
+        """Return the patch with these parts in place of its own."""
+        return dataclasses.replace(self, parts=parts)
 
     @functools.cached_property
     def kind(self) -> AdapterKind:
@@ -133,37 +141,52 @@ class Patch:
         shape = self.parts[names[0 if self.kind.elementwise else -1]].shape if names else ()
         return shape[0] if shape else None
 
+    @property
+    def product_shapes(self) -> list[tuple[int, int]]:
+        """The shapes (out, in) of the matrices that ΔW is formed from."""
+        chains = ([*chain.values()] for chain in self._chains)
+        return [(chain[0].shape[0], chain[-1].shape[1]) for chain in chains]
+
     @functools.cached_property
     def alpha(self) -> float | None:
         """The number in the part of this name, or None."""
         part = self.parts.get("alpha")
-        return float(part.float32().reshape(())) if part and math.prod(part.shape) == 1 else None
+        return float(part.read().astype(np.float64).reshape(())) if part and math.prod(part.shape) == 1 else None
 
     @property
     def scale(self) -> float:
-        """The factor on the product: alpha / rank, or 1 without an alpha or a rank."""
-        return self.alpha / self.rank if self.alpha is not None and self.rank else 1.0
+        """The factor on the product: `factor`, times alpha / rank if there is an alpha and a rank."""
+        return self.factor * (self.alpha / self.rank if self.alpha is not None and self.rank else 1.0)
 
     def with_alpha(self, alpha: float | None) -> "Patch":
         """Return the patch with this alpha, or unchanged if it is None."""
-        if alpha is None:
-            return self
-        return Patch({**self.parts, "alpha": Part.of(np.asarray(alpha, FLOAT32))})
+        return (
+            self if alpha is None else self.with_parts({**self.parts, "alpha": Part.of(np.asarray(alpha, np.float64))})
+        )
 
-    def multiplied(self, factor: float) -> "Patch":
-        """Return a patch of products with the factor multiplied into its first matrix, or any other patch unchanged."""
-        if not self._is_product:
+    @property
+    def without_factor(self) -> "Patch":
+        """The patch with `factor` multiplied into its first matrix, which is float32 unless it is a power of two."""
+        if self.factor == 1.0:
             return self
-        name = next(iter(self._chains[0]))
-        part = self.parts[name]
-        scaled = dataclasses.replace(part, dtype=FLOAT32, read=lambda: part.float32() * np.float32(factor))
-        return Patch({**self.parts, name: scaled})
+        (name, part), factor = next(iter(self._chains[0].items())), np.float32(self.factor)
+        dtype = part.dtype if abs(math.frexp(self.factor)[0]) == 0.5 else FLOAT32
+        scaled = dataclasses.replace(part, dtype=dtype, read=lambda: (part.float32() * factor).astype(dtype))
+        return dataclasses.replace(self, parts={**self.parts, name: scaled}, factor=1.0)
 
     def reshaped(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the changed weight, which a LoRA may extend with zeros (`reshape_weight`)."""
         if not self._is_lora or "reshape_weight" not in self.parts:
             return weight_shape
         return tuple(int(size) for size in self.parts["reshape_weight"].read().reshape(-1))
+
+    def extended(self, weight: np.ndarray) -> np.ndarray:
+        """Return the weight (float32) in its new shape, with zeros at the ends of its axes."""
+        if (target := self.reshaped(weight.shape)) == weight.shape:
+            return weight
+        out = np.zeros(target, FLOAT32)
+        out[tuple(map(slice, weight.shape))] = weight
+        return out
 
     def error(
         self, weight_shape: tuple[int, ...] | None = None, bias_shape: tuple[int, ...] | None = None
@@ -240,12 +263,11 @@ class Patch:
         """The shape of ΔW, with None for an arbitrary size, or None if the patch changes only the bias."""
         if self.kind.on_weight:
             return self.kind.on_weight.shape(self._factor_shapes)
-        chains = [list(chain.values()) for chain in self._chains]
-        if not all(chains):
+        if not all(self._chains):
             return None
         if not all(product.factors for product in self.kind.products):
-            return chains[0][0].shape
-        return self.kind.combined_shape([(chain[0].shape[0], chain[-1].shape[1]) for chain in chains])
+            return next(iter(self._chains[0].values())).shape
+        return self.kind.combined_shape(self.product_shapes)
 
     def update(self, weight: np.ndarray | None = None, strength: float = 1.0) -> np.ndarray:
         """Return ΔW in float32, without the effect of `dora_scale`.
@@ -282,9 +304,7 @@ class Patch:
         """
         if self.kind.replaces:
             return self.update().reshape(weight.shape)
-        if (target := self.reshaped(weight.shape)) != weight.shape:
-            before, weight = weight, np.zeros(target, FLOAT32)
-            weight[tuple(map(slice, before.shape))] = before
+        weight = self.extended(weight)
         update = self.update(weight, strength).reshape(weight.shape)
         if "dora_scale" not in self.parts or "dora_scale" in self.idle:
             update *= np.float32(strength)
@@ -295,9 +315,8 @@ class Patch:
         if scale.ndim == 1:
             scale = scale.reshape((-1, 1) if len(scale) == len(weight) else (1, -1))
         by_output = scale.shape[0] == weight.shape[0]
-        normed = weight if by_output and comfyui_dora else update
-        norms = np.sqrt(np.sum(normed * normed, axis=int(by_output), keepdims=True))
-        update *= scale / (norms + _EPSILON)
+        of_base = by_output and (comfyui_dora or self.norm_of_base)
+        update *= scale / norms(weight if of_base else update, int(by_output))
         return update if strength == 1.0 else weight + np.float32(strength) * (update - weight)
 
     def applied_to_bias(self, bias: np.ndarray, strength: float) -> np.ndarray:
@@ -305,6 +324,11 @@ class Patch:
         if "set_b" in self.parts:
             return self.parts["set_b"].float32()
         return bias + np.float32(strength) * self.parts["diff_b"].float32()
+
+
+def norms(weight: np.ndarray, axis: int) -> np.ndarray:
+    """Return the norms of a matrix along an axis, which stays, and a little more, as ComfyUI divides by."""
+    return np.sqrt(np.sum(weight * weight, axis=axis, keepdims=True)) + _EPSILON
 
 
 def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -380,7 +404,7 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
     so the new LoRA has no alpha. Parts without effect are left out. Raises UserError for an adapter that cannot become
     a LoRA: one with `dora_scale` that is none, and one whose change depends on the weight.
     """
-    patch = Patch({name: part for name, part in patch.parts.items() if name not in patch.idle})
+    patch = patch.with_parts({name: part for name, part in patch.parts.items() if name not in patch.idle})
     is_lora = patch.kind.products == KINDS["lora"].products
     energy = patch.norm()
     if patch.kind.on_weight:
@@ -397,13 +421,13 @@ def resized(patch: Patch, rank: int) -> tuple[Patch, float, float]:
         raise UserError(f"{patch.kind.title} with dora_scale cannot become a LoRA")
     beside = {"dora_scale", "reshape_weight", *BIAS_PARTS}
     kept_parts = {name: part for name, part in patch.parts.items() if name in beside}
-    product = Patch({name: part for name, part in patch.parts.items() if name not in kept_parts})
+    product = patch.with_parts({name: part for name, part in patch.parts.items() if name not in kept_parts})
     is_plain = is_lora and product.parts.keys() <= {"lora_A", "lora_B", "alpha"}
     b, a, total, kept = _refactored(product, rank) if is_plain else _factored(product, rank)
     dtype = next(part.dtype for name, part in product.parts.items() if name not in {"alpha", "inv_scale"})
     dtype = FLOAT32 if dtype.kind in "iub" else dtype
     factors = {"lora_A": Part.of(a.astype(dtype)), "lora_B": Part.of(b.astype(dtype))}
-    return Patch({**factors, **kept_parts}), total, kept
+    return dataclasses.replace(patch, parts={**factors, **kept_parts}, factor=1.0), total, kept
 
 
 def _refactored(lora: Patch, rank: int) -> tuple[np.ndarray, np.ndarray, float, float]:

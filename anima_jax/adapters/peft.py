@@ -1,26 +1,23 @@
-"""PEFT's settings (`adapter_config.json`): read for their alphas, and written with the trainer's adapters."""
+"""PEFT's settings, in `adapter_config.json` or in a file's header: read for the scales of adapters."""
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from anima_jax.adapters.dialects import DIALECTS, module_names
-from anima_jax.adapters.kinds import KINDS
-from anima_jax.adapters.modules import AdapterSpec
+from anima_jax.adapters.dialects import DIALECTS, PEFT_PREFIX
 from anima_jax.adapters.patch import Patch
 from anima_jax.checkpoints import locations
-from anima_jax.checkpoints.names.dit import ADAPTER
-from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.checkpoints.tensor_files import TensorFile
-from anima_jax.config.adapter import AdapterConfig
 from anima_jax.errors import UserError, first_line, one_line, show_value
 
 FILE = "adapter_config.json"
@@ -31,62 +28,95 @@ DIFFUSERS_SETTINGS = "lora_adapter_metadata"
 _COMPONENTS = ("transformer.", "text_conditioner.")
 """What diffusers' settings and names begin with."""
 
-_PREFIXES = ("base_model.model.", *_COMPONENTS)
-"""Prefixes of names in PEFT's files, whose alphas are in the metadata or in `adapter_config.json`."""
+_DEFAULT = 8.0
+"""Rank and alpha of an adapter whose settings have none, in PEFT's configuration classes."""
+
+_OTHER_BASE = re.compile(r"(pissa|corda|olora|loftq)\w*")
+"""Values of `init_lora_weights` with which PEFT changes the base's weights before it trains, and when it loads."""
+
+_VARIANTS = (
+    *("velora_config", "alora_invocation_tokens", "monteclora_config", "use_bdlora", "arrow_config"),
+    *("kasa_config", "use_qalora", "layer_replication", "lora_bias"),
+)
+"""Settings with which an adapter is not PEFT's plain LoRA or DoRA, unless they are null or false."""
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a file (`values`), and where they come from. `metadata` is the file's, without the settings.
 
-
-def with_alphas(
-    file: TensorFile, spellings: Mapping[str, str], patches: Mapping[str, Patch]
-) -> tuple[dict[str, Patch], dict[str, str]]:
-    """Return the patches of a file with the alphas from its settings, and its metadata without the settings.
-
-    `spellings` maps the file's module names to modules. Settings in the metadata count for names of any format. Raises
-    UserError if the settings cannot be read or a value is not valid.
+    `missing` says that the names are PEFT's and the settings are not there.
     """
-    in_header = {key for key in file.metadata if key == DIFFUSERS_SETTINGS or key.startswith(_COMPONENTS)}
-    metadata = {key: value for key, value in file.metadata.items() if key not in in_header}
-    if not in_header and not any(spelling.startswith(_PREFIXES) for spelling in spellings):
-        return dict(patches), metadata
-    source, settings = _read(file)
-    of_component = functools.cache(lambda component: _Scales(source, settings, component))
-    names = {module: spelling for spelling, module in spellings.items()}
-    return {
-        module: patch if "alpha" in patch.parts else _scaled(patch, module, names.get(module, module), of_component)
-        for module, patch in patches.items()
-    }, metadata
+
+    source: str
+    values: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    missing: bool = False
+
+    def warning(self, path: str) -> str:
+        """Return a warning about the file `path` if its settings are missing, or ""."""
+        if not self.missing:
+            return ""
+        found = f"found no {self.source}" if self.source.endswith(FILE) else self.source
+        return f"warning: {path}: {found}; without PEFT's settings the scale (alpha / rank) is taken as 1"
+
+    @property
+    def is_of_conditioner(self) -> bool:
+        """Whether the names are those of diffusers' text conditioner, as PEFT says of what it wrapped."""
+        mapping = self.values.get("auto_mapping")
+        return isinstance(mapping, dict) and mapping.get("base_model_class") == "AnimaTextConditioner"
 
 
-def _read(file: TensorFile) -> tuple[str, dict[str, Any]]:
-    """Return where a file's settings are, and their values.
+def read_settings(file: TensorFile) -> Settings:
+    """Return a file's settings: from its metadata, where diffusers stores them, or from the JSON beside it.
 
-    They are in its metadata, where diffusers stores them, or in the JSON next to it; without either they are {}.
+    The JSON counts only for a file with PEFT's names. Raises UserError if the settings cannot be read.
     """
-    if DIFFUSERS_SETTINGS in file.metadata:
+    inside = {key for key in file.metadata if key == DIFFUSERS_SETTINGS or key.startswith(_COMPONENTS)}
+    metadata = {key: value for key, value in file.metadata.items() if key not in inside}
+    if DIFFUSERS_SETTINGS in inside:
         source = f"{file.path}: {DIFFUSERS_SETTINGS}"
-        return source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS])
-    if direct := {key: _value(text) for key, text in file.metadata.items() if key.startswith(_COMPONENTS)}:
-        return f"{file.path}: its metadata", direct
+        return Settings(source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS]), metadata)
+    if inside:
+        return Settings(f"{file.path}: its metadata", {key: _value(file.metadata[key]) for key in inside}, metadata)
     remote = locations.is_remote(file.path)
     source = f"{file.path.rpartition('/')[0]}/{FILE}" if remote else str(pathlib.Path(file.path).with_name(FILE))
-    is_peft = any(key.startswith("base_model.model.") for key in file.tensors)
-    if not is_peft or not (remote or os.path.isfile(source)):
-        return source, {}
+    if not any(key.startswith(PEFT_PREFIX) for key in file.tensors):
+        return Settings(source, {}, metadata)
+    if not (remote or os.path.isfile(source)):
+        return Settings(source, {}, metadata, missing=True)
     try:
         opened, _ = locations.open_for_reading(locations.resolve(source))
     except UserError as error:
         if not remote:
             raise
-        print(f"warning: {one_line(error)}; without PEFT's settings the scale of {file.path} is 1", file=sys.stderr)
-        return source, {}
+        return Settings(one_line(error), {}, metadata, missing=True)
     try:
         with opened:
             text = opened.read(_LONGEST + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: PEFT's settings cannot be read: {first_line(error)}") from error
-    return source, _parsed(source, text)
+    return Settings(source, _parsed(source, text), metadata)
+
+
+def with_scales(
+    settings: Settings, path: str, spellings: Mapping[str, str], patches: Mapping[str, Patch]
+) -> dict[str, Patch]:
+    """Return the patches of the file `path` with the scales from its settings, for names of any format.
+
+    `spellings` maps the file's module names to modules. An alpha of the module itself comes first. Warns about PEFT's
+    names without settings. Raises UserError if a value is not valid or means an adapter that cannot be read.
+    """
+    if any(patch.alpha is None for patch in patches.values()) and (warning := settings.warning(path)):
+        print(warning, file=sys.stderr)
+    if not settings.values:
+        return dict(patches)
+    of_component = functools.cache(lambda component: _Scales(settings.source, settings.values, component))
+    names = {module: spelling for spelling, module in spellings.items()}
+    return {
+        module: patch if "alpha" in patch.parts else _scaled(patch, module, names.get(module, module), of_component)
+        for module, patch in patches.items()
+    }
 
 
 _LONGEST = 10_000_000
@@ -116,19 +146,31 @@ def _value(text: str) -> Any:
 def _scaled(patch: Patch, module: str, spelling: str, of_component: Callable[[str], "_Scales"]) -> Patch:
     """Return the patch with the alpha that the settings give it.
 
-    PEFT multiplies a LoKr of two matrices by alpha / r too, where an alpha would not count in other files, so that the
-    scale is multiplied into a matrix.
+    PEFT multiplies a LoKr of two matrices by alpha / r too, where an alpha does not count in other files.
     """
-    scales = of_component((DIALECTS["diffusers"].module(module) or module).partition(".")[0])
-    name = next((spelling.removeprefix(prefix) for prefix in _PREFIXES if spelling.startswith(prefix)), spelling)
-    alpha, rank = scales.alpha.of(name, module), patch.rank or scales.rank.of(name, module)
+    peer = DIALECTS["diffusers"].module(module) or module
+    component, _, inside = peer.partition(".")
+    scales, names = of_component(component), _names(spelling, module, inside)
+    alpha, rank = scales.alpha.of(*names), patch.rank or scales.rank.of(*names)
     if alpha is None or not rank:
         return patch
-    if scales.root_of_rank:
+    if scales.root_of_rank and patch.kind.peft_type == "LORA":
         alpha *= rank**0.5
     if alpha == rank:
         return patch
-    return patch.with_alpha(alpha) if patch.rank else patch.multiplied(alpha / rank)
+    return patch.with_alpha(alpha) if patch.rank else dataclasses.replace(patch, factor=alpha / rank)
+
+
+def _names(spelling: str, module: str, peer: str) -> tuple[str, ...]:
+    """Return the names of a module that the patterns of settings may mean.
+
+    It is the file's own name if it is PEFT's or diffusers'; in a file of another format, they are the original one and
+    diffusers'.
+    """
+    own = next(
+        (spelling.removeprefix(one) for one in (PEFT_PREFIX, *_COMPONENTS) if spelling.startswith(one)), spelling
+    )
+    return (own,) if own != spelling or own in (module, peer) else (module, peer)
 
 
 class _Scales:
@@ -136,12 +178,24 @@ class _Scales:
 
     def __init__(self, source: str, settings: Mapping[str, Any], component: str):
         own = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+        if own.keys() & {"peft_type", "r"}:
+            own.setdefault("r", _DEFAULT)
         alphas = [key for key in ("lora_alpha", "alpha") if own.get(key) is not None]
+        if not alphas and own.get("r") is not None:
+            own["alpha"] = _DEFAULT
         self.alpha = _Numbers(source, own, alphas[0] if alphas else "alpha", "alpha_pattern")
         self.rank = _Numbers(source, own, "r", "rank_pattern")
         self.root_of_rank = own.get("use_rslora") or False
         if not isinstance(self.root_of_rank, bool):
             raise UserError(f"{source}: use_rslora is {_shown(self.root_of_rank)}, expected true or false")
+        initial = own.get("init_lora_weights")
+        if isinstance(initial, str) and _OTHER_BASE.fullmatch(initial.lower()):
+            raise UserError(
+                f"{source}: init_lora_weights is {initial}, for which PEFT changes the base's weights; save it as a "
+                "plain LoRA in PEFT (path_initial_model_for_weight_conversion)"
+            )
+        if variant := next((key for key in _VARIANTS if own.get(key)), None):
+            raise UserError(f"{source}: {variant} is {_shown(own[variant])}, a variant of LoRA that cannot be read")
 
 
 class _Numbers:
@@ -184,14 +238,16 @@ class _Numbers:
 _NAME = re.compile(r"\^?(\w|\.|\\[.\-_])+\$?")
 """A pattern that is a module's name: a dot, escaped or not, is a dot."""
 
-_MOST_EXPRESSIONS, _MOST_REPEATS, _LONGEST_EXPRESSION = 100, 10, 200
+_MOST_EXPRESSIONS, _MOST_REPEATS, _MOST_COPIES, _LONGEST_EXPRESSION = 100, 10, 1000, 200
 """Bounds of what a file may make us match."""
 
 
 def _compiled(where: str, pattern: str) -> SchemaValidator:
     """Return a validator of the names that a pattern matches. Raises UserError if it cannot be matched quickly."""
     reason = "is too complex"
-    if "{" not in pattern and len(pattern) <= _LONGEST_EXPRESSION and sum(map(pattern.count, "*+?")) <= _MOST_REPEATS:
+    copies = math.prod(max(1, *map(int, re.findall(r"\d+", counts))) for counts in re.findall(r"\{([\d,]*)", pattern))
+    repeats = sum(map(pattern.count, "*+?{"))
+    if copies <= _MOST_COPIES and repeats <= _MOST_REPEATS and len(pattern) <= _LONGEST_EXPRESSION:
         try:
             whole = rf"^(?:(?:.*\.)?(?:{pattern}))$"
             return SchemaValidator(core_schema.str_schema(pattern=whole, regex_engine="rust-regex"))
@@ -212,42 +268,3 @@ def _number(source: str, key: str, value: Any) -> float:
 
 def _shown(value: Any) -> str:
     return type(value).__name__ if isinstance(value, (dict, list)) else show_value(ascii(value))
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def settings(
-    adapter: AdapterConfig, specs: Mapping[str, AdapterSpec], base_model: str | None, llm_adapter_blocks: int
-) -> dict[str, Any]:
-    """Return PEFT's settings for the transformer's modules, under their original names; {} if PEFT lacks the kind."""
-    kind, alpha = KINDS[adapter.type], adapter.alpha or adapter.rank
-    if kind.peft_type is None:
-        return {}
-    ranks, alphas = {}, {}
-    for name, (path, layer) in module_names({path: len(spec.ranks) for path, spec in specs.items()}).items():
-        if (rank := specs[path].ranks[layer]) and not name.startswith(TEXT_ENCODER):
-            # PEFT multiplies by alpha / rank even if the factors have no rank; alpha = rank makes that 1.
-            ranks[name], alphas[name] = rank, (adapter.alpha or rank) if specs[path].ranked else rank
-    if kind.peft_type == "LORA":
-        own = {"lora_alpha": alpha, "lora_dropout": adapter.dropout, "bias": "none", "use_dora": bool(kind.magnitude)}
-    else:
-        own = {"alpha": alpha, **{key: getattr(adapter, key) for key in kind.peft_keys}}
-    return {
-        "peft_type": kind.peft_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": adapter.rank,
-        "target_modules": sorted(ranks),
-        "exclude_modules": sorted(_alike(ranks, llm_adapter_blocks) - ranks.keys()) or None,
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != adapter.rank},
-        "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
-        **own,
-    }
-
-
-def _alike(names: Iterable[str], llm_adapter_blocks: int) -> set[str]:
-    """Return the LLM adapter's modules that PEFT would match too, because their names end like one of `names`."""
-    attention = re.compile(r"blocks\.(\d+)\.\w+_attn\.[qkv]_proj")
-    found = {name: attention.fullmatch(name) for name in names}
-    return {ADAPTER + name for name, match in found.items() if match and int(match[1]) < llm_adapter_blocks}

@@ -186,6 +186,8 @@ def trainable_factors(patch: Patch, label: str, instead: str) -> dict[str, np.nd
     unfit = [part for part in patch.parts if part not in names and part != "alpha"]
     if patch.parts.keys() >= {MAGNITUDE.part} and patch.parts[MAGNITUDE.part].shape[0] == 1:
         unfit.append(f"{MAGNITUDE.part} for each input")
+    if patch.norm_of_base:
+        unfit.append(f"{MAGNITUDE.part} for ComfyUI's norm")
     if unfit:
         raise UserError(f"{label}: {unfit[0]} cannot be trained on; {instead}")
     own = {name: patch.parts[part].matrix.float32() for part, name in names.items() if part in patch.parts}

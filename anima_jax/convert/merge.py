@@ -6,8 +6,8 @@ import contextlib
 
 import numpy as np
 
-from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match_adapters, merged, parse_lora_argument
+from anima_jax.adapters.opening import open_adapter_file
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
 from anima_jax.checkpoints.copying import cast
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not names:
             raise UserError(f"{file.path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
         shapes = {name: file.tensors[key].shape for key, name in names.items()}
-        files = [stack.enter_context(open_tensors(file_of(path))) for path in paths]
+        files = [stack.enter_context(open_adapter_file(path)) for path in paths]
         adapters = match_adapters(files, shapes, base=arguments.base, allow_unused=arguments.allow_unused, extend=True)
         changed = changes(adapters, weights)
 

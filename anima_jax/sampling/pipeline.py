@@ -20,8 +20,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
 
-from anima_jax.adapters.file import file_of
 from anima_jax.adapters.merge import AdapterStack, Weight
+from anima_jax.adapters.opening import files_of
 from anima_jax.checkpoints import folders
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
@@ -154,7 +154,7 @@ class AnimaPipeline:
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]
-            pipeline._files += map(file_of, paths)
+            pipeline._files += [file for path in paths for file in files_of(path).values()]
             pipeline._loras = AdapterStack(
                 paths, *params, base=transformer, allow_unused=allow_unused, comfyui_dora=comfyui_dora
             )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from anima_jax.adapters import peft
+from anima_jax.adapters import peft, peft_settings
 from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import patches_of, write_adapter
 from anima_jax.checkpoints.locations import reading_folders, replacing, sync_folder, writing_to
@@ -63,7 +63,7 @@ def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> A
     }
     blocks = partition.config.adapter.blocks if partition.config.adapter else 0
     return AboutAdapter(
-        metadata, peft.settings(adapter, partition.adapter_specs, config.model.transformer_path, blocks)
+        metadata, peft_settings.settings(adapter, partition.adapter_specs, config.model.transformer_path, blocks)
     )
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from anima_jax.adapters import modules, planning
 from anima_jax.adapters.dialects import ADAPTER_RULES
-from anima_jax.adapters.file import file_of
+from anima_jax.adapters.opening import files_of
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_text_encoder, open_dit, open_text_encoder, print_messages
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
@@ -128,7 +128,8 @@ def _with_adapter(
     if config.adapter and config.adapter.init_from_existing:
         loaded, more = planning.existing(config, adapter_specs, scales, params)
         _check_finite(
-            [_is_finite(mesh)(value) for value in loaded.values()], [file_of(config.adapter.init_from_existing)]
+            [_is_finite(mesh)(value) for value in loaded.values()],
+            list(files_of(config.adapter.init_from_existing).values()),
         )
         params |= loaded
         messages += more

@@ -1,0 +1,110 @@
+"""Opening of an adapter's files: one file, a folder with one, or PEFT's folder with a file for each network."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anima_jax.adapters import peft
+from anima_jax.checkpoints import locations
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.safetensors_header import TensorInfo
+from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from anima_jax.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name of an adapter's file."""
+
+NETWORKS = ("text_conditioner", "text_encoder")
+"""Folders in PEFT's folder of the transformer's adapter, for the adapters of diffusers' other components."""
+
+
+def files_of(path: PathLike) -> Mapping[str, PathLike]:
+    """Return network → file of an adapter. The network "" is the transformer's, or that of a file with all networks.
+
+    `path` is a file, a folder with one safetensors file, such as the trainer writes, or a folder that `convert lora`
+    writes for PEFT. Raises UserError for a folder without an adapter or with several.
+    """
+    if locations.is_remote(path) or not os.path.isdir(path):
+        return {"": path}
+    found = sorted(pathlib.Path(path).glob("*.safetensors"))
+    others = {network: pathlib.Path(path, network, WEIGHTS) for network in NETWORKS}
+    files = dict(zip([""], found, strict=False)) | {name: file for name, file in others.items() if file.is_file()}
+    if len(found) > 1 or not files:
+        raise UserError(f"{path}: holds {len(found)} .safetensors files, expected one adapter")
+    return files
+
+
+def open_adapter_file(path: PathLike) -> TensorFile:
+    """Open an adapter's files as one. Raises UserError as `files_of` and `open_tensors` do."""
+    files = files_of(path)
+    with contextlib.ExitStack() as stack:
+        opened = {network: stack.enter_context(open_tensors(file)) for network, file in files.items()}
+        whole = opened[""] if opened.keys() == {""} else _NetworkFiles(opened)
+        stack.pop_all()
+    return whole
+
+
+_IN_ROOT = ("transformer", "text_conditioner")
+"""Networks that a transformer with the original names contains."""
+
+
+class _NetworkFiles:
+    """PEFT's files of several networks as one file, whose names begin with the network's folder.
+
+    Their settings are in its metadata, as in a file of diffusers.
+    """
+
+    marker = None
+
+    def __init__(self, files: Mapping[str, TensorFile]):
+        self._files = files
+        self.path = next(iter(files.values())).path
+        self.size = sum(file.size for file in files.values())
+        self._keys, self.tensors = dict[str, tuple[TensorFile, str]](), dict[str, TensorInfo]()
+        for network, file in files.items():
+            for key, tensor in file.tensors.items():
+                name = f"{network}/{key}" if network else key
+                self._keys[name], self.tensors[name] = (file, key), dataclasses.replace(tensor, name=name)
+        settings: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
+        for network, file in files.items():
+            own = peft.read_settings(file)
+            self.metadata |= own.metadata
+            if warning := own.warning(file.path):
+                print(warning, file=sys.stderr)
+            for component in [network] if network else [one for one in _IN_ROOT if one not in files]:
+                settings |= {f"{component}.{key}": value for key, value in own.values.items()}
+        self.metadata[peft.DIFFUSERS_SETTINGS] = json.dumps(settings)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        file, key = self._keys[name]
+        return file.read(key, rows)
+
+    def storage(self, name: str) -> str | None:
+        file, key = self._keys[name]
+        return file.storage(key)
+
+    def parts(self, name: str) -> Mapping[str, TensorInfo]:
+        file, key = self._keys[name]
+        return file.parts(key)
+
+    def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
+        file, key = self._keys[name]
+        return file.read_part(key, part, rows)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
