@@ -42,7 +42,7 @@ _VARIANTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class PeftSettings:
     """The settings of a file (`values`), and where they come from. `metadata` is the file's, without the settings.
 
     `missing` says that the names are PEFT's and the settings are not there.
@@ -67,7 +67,7 @@ class Settings:
         return isinstance(mapping, dict) and mapping.get("base_model_class") == "AnimaTextConditioner"
 
 
-def read_settings(file: TensorFile) -> Settings:
+def read_settings(file: TensorFile) -> PeftSettings:
     """Return a file's settings: from its metadata, where diffusers stores them, or from the JSON beside it.
 
     The JSON counts only for a file with PEFT's names. Raises UserError if the settings cannot be read.
@@ -76,31 +76,31 @@ def read_settings(file: TensorFile) -> Settings:
     metadata = {key: value for key, value in file.metadata.items() if key not in inside}
     if DIFFUSERS_SETTINGS in inside:
         source = f"{file.path}: {DIFFUSERS_SETTINGS}"
-        return Settings(source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS]), metadata)
+        return PeftSettings(source, _parsed(source, file.metadata[DIFFUSERS_SETTINGS]), metadata)
     if inside:
-        return Settings(f"{file.path}: its metadata", {key: _value(file.metadata[key]) for key in inside}, metadata)
+        return PeftSettings(f"{file.path}: its metadata", {key: _value(file.metadata[key]) for key in inside}, metadata)
     remote = locations.is_remote(file.path)
     source = f"{file.path.rpartition('/')[0]}/{FILE}" if remote else str(pathlib.Path(file.path).with_name(FILE))
     if not any(key.startswith(PEFT_PREFIX) for key in file.tensors):
-        return Settings(source, {}, metadata)
+        return PeftSettings(source, {}, metadata)
     if not (remote or os.path.isfile(source)):
-        return Settings(source, {}, metadata, missing=True)
+        return PeftSettings(source, {}, metadata, missing=True)
     try:
         opened, _ = locations.open_for_reading(locations.resolve(source))
     except UserError as error:
         if not remote:
             raise
-        return Settings(one_line(error), {}, metadata, missing=True)
+        return PeftSettings(one_line(error), {}, metadata, missing=True)
     try:
         with opened:
             text = opened.read(_LONGEST + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: PEFT's settings cannot be read: {first_line(error)}") from error
-    return Settings(source, _parsed(source, text), metadata)
+    return PeftSettings(source, _parsed(source, text), metadata)
 
 
 def with_scales(
-    settings: Settings, path: str, spellings: Mapping[str, str], patches: Mapping[str, Patch]
+    settings: PeftSettings, path: str, spellings: Mapping[str, str], patches: Mapping[str, Patch]
 ) -> dict[str, Patch]:
     """Return the patches of the file `path` with the scales from its settings, for names of any format.
 
