@@ -4,13 +4,13 @@ A file of 4.2 GB of normal bfloat16 numbers under the released names is written 
 Ours is `convert checkpoint --dtype FORMAT` in a process of its own. The baseline reads the same file with safetensors,
 quantises the same weights with comfy_kitchen's reference backend, measures the same errors, and writes the result with
 safetensors. Both processes start anew, take turns, and find the file in the page cache; the best of the runs counts.
-Seconds are those of the process; memory is the largest that the system saw it have.
+CPU-seconds (of all threads, with the system's) hardly depend on what else the machine does. Memory is the largest that
+the system saw the process have; the baseline's includes the file, which it maps.
 """
 
 import argparse
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -53,21 +53,22 @@ def main() -> None:
             commands = {"ours": ours}
             if name in LAYOUTS:
                 commands["torch"] = ["tests.benchmarks.quantise", "--torch", name, source, target]
-            best = {who: (float("inf"), 0.0) for who in commands}
+            best = {who: (float("inf"), 0.0, 0.0) for who in commands}
             for _ in range(options.runs):
                 for who, command in commands.items():
                     best[who] = min(best[who], measured([str(word) for word in command]))
-            print(name, *(f"{who} {seconds:.1f} s {gigabytes:.2f} GB" for who, (seconds, gigabytes) in best.items()))
+            for who, (cpu, wall, gigabytes) in best.items():
+                print(f"{name:<13} {who:<6} {cpu:6.1f} CPU-seconds {wall:6.1f} s {gigabytes:5.2f} GB", flush=True)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Return the wall seconds and the largest gigabytes of memory of `python -m COMMAND`."""
+def measured(command: list[str]) -> tuple[float, float, float]:
+    """Return the CPU-seconds, the seconds and the largest gigabytes of memory of `python -m COMMAND`."""
     begun = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
-    return time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e9
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e9
 
 
 def write_full_size(path: pathlib.Path) -> None:
@@ -110,7 +111,7 @@ def quantise_with_torch(name: str, source: str, target: str) -> None:
             }
             errors[key] = float((quantised.dequantize() - values).norm() / values.norm())
     save_file(written, target)
-    print(len(errors), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(len(errors))
 
 
 if __name__ == "__main__":
