@@ -220,8 +220,15 @@ def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
                 tensors |= stack.enter_context(
                     diffusers.open_component(arguments.input, name, allow_unused=arguments.allow_unused)
                 ).stored()
-            _write(arguments, path, tensors, saved_prefix, {"format": "pt"})
+            _write(_options_for(components[0], arguments), path, tensors, saved_prefix, {"format": "pt"})
             print(f"{path}: {plural(len(tensors), 'tensor')}, from {' and '.join(sources)}")
+
+
+def _options_for(component: str, arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return --dtype and --keep for a component of a folder: a VAE is not quantised, --keep names the transformer's."""
+    is_quantised = arguments.dtype in quantise.QUANTISERS
+    dtype = None if component == "vae" and is_quantised else arguments.dtype
+    return argparse.Namespace(dtype=dtype, keep=arguments.keep if component == "transformer" else quantise.KEEP)
 
 
 def _write(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints import safetensors
-from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.accounting import BFLOAT16, StoredTensor
 from anima_jax.checkpoints.quantised import comfyui_write, ggml_encode
 from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
@@ -122,7 +122,8 @@ def _to_safetensors(plan: Plan) -> int:
     for name, tensor in plan.stored.items():
         shape = tensor.info.shape
         if name not in plan.chosen:
-            dtype = tensor.written_dtype
+            # A mere cast to 8 bits, too: beside weights with scales, readers expect scales of all float8.
+            dtype = BFLOAT16 if tensor.info.dtype.itemsize == 1 else tensor.written_dtype
             add(name, dtype, shape, functools.partial(copies.values, tensor, dtype))
             continue
         layer = name.removesuffix("weight")

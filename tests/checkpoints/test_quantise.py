@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax.checkpoints.quantised.comfyui_write import QUANTISERS
 from anima_jax.checkpoints.quantised.quantiser import quantise
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo, write
 from anima_jax.checkpoints.tensor_files import open_tensors
 from convert.__main__ import main
 from tests.golden_files import GOLDEN, golden
@@ -162,6 +162,33 @@ def test_what_quantisers_keep_is_kept_by_default(tmp_path):
     assert quantised == expected  # with the prefix of IN, which no flag changes
 
 
+def test_a_folder_gives_quantised_files_except_of_the_vae(tmp_path):
+    flags = {"--text_encoder": TEXT_FILE, "--vae": str(GOLDEN / "vae.model.safetensors")}
+    main(["checkpoint", DIT_FILE, str(tmp_path / "folder"), "--to", "diffusers", *sum(flags.items(), ())])
+    parts = {flag: str(tmp_path / f"{flag[2:]}.safetensors") for flag in flags}
+    out = converted(tmp_path, tmp_path / "folder", *sum(parts.items(), ()), "--dtype", "int8", "--keep", "blocks.0.")
+    quantised = {}
+    for path in (out, *parts.values()):
+        with open_tensors(path) as file:
+            quantised[path] = [key for key in file.tensors if file.storage(key)]
+    assert "net.blocks.1.adaln_modulation_mlp.1.weight" in quantised[out]
+    assert len(quantised[parts["--text_encoder"]]) == 21
+    assert not quantised[parts["--vae"]]
+
+
+def test_a_plain_float8_file_is_scaled_and_its_other_tensors_are_not_float8(tmp_path):
+    with SafetensorsFile(DIT_FILE) as file:
+        plain = {name: file.read(name).astype(ml_dtypes.float8_e4m3fn) for name in file.tensors}
+    source = tmp_path / "plain.safetensors"
+    write(source, [TensorInfo(name, array.dtype, array.shape) for name, array in plain.items()], plain.__getitem__)
+    with open_tensors(converted(tmp_path, source, "--dtype", "fp8_scaled")) as file:
+        dtypes = {file.tensors[key].dtype for key in file.tensors if not file.storage(key)}
+        values = file.read("net.blocks.2.mlp.layer1.weight")
+    assert dtypes == {np.dtype(ml_dtypes.bfloat16)}
+    before = plain["net.blocks.2.mlp.layer1.weight"].astype(np.float32)
+    np.testing.assert_allclose(values, before, rtol=2**-4, atol=2**-10 * np.abs(before).max())
+
+
 def test_a_text_encoder_keeps_its_embedding_and_its_names(tmp_path):
     original = load_file(TEXT_FILE)
     with open_tensors(converted(tmp_path, TEXT_FILE, "--dtype", "fp8_scaled", "--to", "comfyui")) as file:
@@ -181,6 +208,8 @@ def test_a_quantised_file_is_quantised_again_from_its_values(tmp_path, capsys):
         key = "net.blocks.1.mlp.layer1.weight"
         assert after.storage(key) == "nvfp4"
         assert np.abs(after.read(key) - before.read(key)).max() <= np.abs(before.read(key)).max() / 6
+        key = "net.blocks.1.self_attn.q_proj.weight"  # kept: as bfloat16
+        assert after.read(key).tobytes() == before.read(key).astype(ml_dtypes.bfloat16).tobytes()
     assert "IN is quantised already (int8 × 26): its errors add to these" in capsys.readouterr().out
     assert "are int8 already" in refusal(capsys, first, tmp_path / "same", "--dtype", "int8")
 
