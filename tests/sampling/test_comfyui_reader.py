@@ -157,6 +157,27 @@ CHANGES = {
         | {"cfg_norm": 1.2, "rescale_cfg": 0.7, "apg": True, "apg_eta": 0.5, "apg_norm_threshold": 15.0}
         | {"apg_momentum": -0.5, "steps": None, "schedule": None},
     ),
+    "EasyCache, the nearest to the sampler": (
+        model_through(
+            last=("EasyCache", {"model": ["one", 0], "reuse_threshold": 0.3, "start_percent": 0, "end_percent": 0.9}),
+            one=("EasyCache", {"model": ["model", 0], "reuse_threshold": 0.1, "start_percent": 0.15}),
+        ),
+        {"cache": "easy:0.3", "cache_interval": (0.0, 0.9)},
+    ),
+    "EasyCache that is off": (
+        model_through(last=("EasyCache", {"model": ["model", 0], "reuse_threshold": 0.0})),
+        {"cache": None},
+    ),
+    "WaveSpeed's First Block Cache": (
+        model_through(
+            last=(
+                "ApplyFBCacheOnModel",
+                {"model": ["model", 0], "object_to_patch": "diffusion_model", "residual_diff_threshold": 0.07}
+                | {"start": 0.0, "end": 1.0, "max_consecutive_cache_hits": -1},
+            )
+        ),
+        {"cache": "first_block:0.07"},
+    ),
     "SamplerCustom": (
         sampled_by("SamplerCustom", CUSTOM, select=SELECT, levels=BASIC),
         {"seed": 2**64 - 1, "steps": 12, "guidance_scale": 3.0, "sampler": "dpmpp_2m", "schedule": "beta"},
