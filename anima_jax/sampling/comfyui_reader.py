@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from anima_jax.diffusion.step_cache import METHODS
+from anima_jax.diffusion.step_cache import METHODS, OFF
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
 from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
@@ -257,8 +257,9 @@ class GraphReader(NodeGraph):
         """Read a step cache. A threshold of 0 and an interval that is empty turn it off, as in ComfyUI."""
         method, inputs = CACHES[self.kind(key)]
         threshold, start, end = (number_or(self.value(key, (name,)), default) for name, default in inputs.items())
-        self.recipe.values["cache"] = f"{method}:{threshold!r}" if threshold > 0 and start <= end else None
-        if self.recipe.values["cache"] and (start, end) != METHODS[method].interval:
+        is_on = threshold > 0 and start <= end
+        self.recipe.values["cache"] = f"{method}:{threshold!r}" if is_on else OFF
+        if is_on and (start, end) != METHODS[method].interval:
             self.recipe.values["cache_interval"] = (start, end)
         if self.value(key, ("max_consecutive_cache_hits",)) not in (None, -1):
             self.leave_out(key, "whose max_consecutive_cache_hits has no equivalent here")

@@ -166,7 +166,7 @@ CHANGES = {
     ),
     "EasyCache that is off": (
         model_through(last=("EasyCache", {"model": ["model", 0], "reuse_threshold": 0.0})),
-        {"cache": None},
+        {"cache": "off"},
     ),
     "WaveSpeed's First Block Cache": (
         model_through(
