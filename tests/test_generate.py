@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from anima_jax import generate
 from anima_jax.checkpoints import locations
 from anima_jax.config.load import load_config
+from anima_jax.convert.__main__ import main as convert
 from anima_jax.sampling.arguments import older_image
 from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, read_recipe, to_text
@@ -339,6 +340,25 @@ def write_exif(path, tag, text):
     else:
         exif[0x0110] = f"{tag}:{text}"
     Image.new("RGB", (32, 48)).save(path, exif=exif)
+
+
+def test_a_gguf_file_draws_what_its_values_draw_and_comfyui_graphs_name_it(networks, tmp_path):
+    transformer, text_encoder = networks[1], networks[networks.index("--text_encoder") + 1]
+    for path, name in ((transformer, "base"), (text_encoder, "text")):
+        gguf, values = tmp_path / f"{name}-Q8_0.gguf", tmp_path / f"{name}.safetensors"
+        convert(["checkpoint", path, str(gguf), "--dtype", "gguf:q8_0", "--keep", "none"])
+        convert(["checkpoint", str(gguf), str(values), "--dtype", "f32"])
+    flags = [*SMALL, "--prompt", "a (red:1.3) circle", "--negative_prompt", "ugly", "--guidance_scale", 2, "--seed", 5]
+    flags += ["--sampler", "heun", "--schedule", "karras"]
+    both = ["--transformer", tmp_path / "base.safetensors", "--text_encoder", tmp_path / "text.safetensors"]
+    run(*networks, *both, *flags, "-o", tmp_path / "expected.png")
+    graph = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in COMFYUI.items()}
+    graph["4"] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "base-Q8_0.gguf"}}
+    graph["10"] = {"class_type": "CLIPLoaderGGUF", "inputs": {"clip_name": "text-Q8_0.gguf", "type": "anima"}}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    models = ["--models", tmp_path, "--models", ASSETS, "--tokenizers", ASSETS / "tokenizers"]
+    run("--like", tmp_path / "graph.json", *models, "--dtype", "float32", "-o", tmp_path / "drawn.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "drawn.png"), Image.open(tmp_path / "expected.png"))
 
 
 def test_images_of_comfyui_and_a1111_are_drawn_in_every_format(networks, tmp_path):

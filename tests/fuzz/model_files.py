@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import shutil
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from anima_jax.adapters.file import fit_to_weights, open_adapter
 from anima_jax.checkpoints.models import open_dit, open_network, save_dit, save_network
 from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE, Network
 from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
+from anima_jax.checkpoints.quantised import ggml, gguf
 from anima_jax.checkpoints.safetensors import SafetensorsFile
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert.__main__ import COMMANDS
@@ -30,6 +32,7 @@ from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
 from anima_jax.sampling.embeddings import Embeddings
 from anima_jax.text.tokenizers import SMALL_TOKENIZERS, load_tokenizers
+from tests.checkpoints import test_gguf as raw_gguf
 from tests.fuzz.mutations import Files
 from tests.golden_files import GOLDEN
 from tests.models.networks import random_params
@@ -121,6 +124,57 @@ def read_quantised(folder: pathlib.Path) -> None:
     with open_tensors(path) as file:
         for name in file.tensors:
             file.read(name)
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------------------------
+
+WIDE_DIT = DiTConfig(64, 1, 1, 64, 32, 32, adapter=LLMAdapterConfig(32, 1, 1, 32, 64, 32, 20))
+WIDE_QWEN3 = Qwen3Config(32, 1, 1, 1, 32, 32, 40)
+
+
+def gguf_files() -> list[Files]:
+    """A transformer and a text encoder with llama.cpp's names in formats of 32 values, and blocks of every format."""
+    found: list[Files] = []
+    with tempfile.TemporaryDirectory() as place:
+        model, out = pathlib.Path(place, MODEL), pathlib.Path(place, "out.gguf")
+        save_dit(model, params(AnimaDiT, WIDE_DIT))
+        command("checkpoint", model, out, "--dtype", "gguf:q8_0", "--keep", "none")
+        found.append({MODEL: out.read_bytes()})
+        save_network(QWEN3, model, params(Qwen3, WIDE_QWEN3), config=WIDE_QWEN3)
+        command("checkpoint", model, out, "--dtype", "gguf:q4_1", "--keep", "none", "--force")
+        found.append({MODEL: out.read_bytes()})
+        tensors = [gguf.GgufTensor(f"blocks.0.{name}", (2, 256), name) for name in ggml.BLOCK_FORMATS]
+        data = np.arange(256, dtype=np.uint8)
+        gguf.write(
+            out, tensors, lambda tensor, rows: np.resize(data, tensor.nbytes), {"general.architecture": "cosmos"}
+        )
+        found.append({MODEL: out.read_bytes()})
+    strings = struct.pack("<Q1sQ2s", 1, b"a", 2, b"bc")
+    keys = (
+        raw_gguf.number("general.alignment", 64),
+        raw_gguf.number("split.count", 1),
+        raw_gguf.array("comfy.gguf.orig_shape.blocks.0.w", 5, 2, struct.pack("<2i", 4, 16)),
+        raw_gguf.array("tokenizer.ggml.tokens", 8, 2, strings),
+        raw_gguf.array("nested", 9, 1, struct.pack("<IQ", 8, 2) + strings),
+    )
+    tensors = raw_gguf.tensor("blocks.0.w", (32, 2), 8), raw_gguf.tensor("b", (3,), offset=128)
+    small = raw_gguf.raw(*keys, *tensors, keys=len(keys), data=bytes(300))
+    return [*found, {MODEL: small}]
+
+
+def read_gguf(folder: pathlib.Path) -> None:
+    path = folder / MODEL
+    match choice(folder, 4):
+        case 0:
+            command("inspect", path)
+        case 1:
+            command("checkpoint", path, folder / "out.safetensors", "--dtype", "f32")
+        case 2:
+            command("checkpoint", path, folder / "out.gguf", "--dtype", "gguf:q4_0", "--keep", "none")
+        case _:
+            with open_tensors(path) as file:
+                for name in file.tensors:
+                    file.read(name, slice(1, 2))
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------
@@ -324,6 +378,7 @@ FORMATS: dict[str, tuple[Callable[[], list[Files]], Callable[[pathlib.Path], Non
     "vae": (lambda: [{MODEL: networks()["vae"]}], functools.partial(read_network, network=WAN_VAE)),
     "text_encoder": (lambda: [{MODEL: networks()["text_encoder"]}], functools.partial(read_network, network=QWEN3)),
     "quantised": (quantised_weights, read_quantised),
+    "gguf": (gguf_files, read_gguf),
     "adapter": (adapters, read_adapter),
     "peft": (peft_settings, read_adapter),
     "embedding": (embeddings, read_embeddings),
