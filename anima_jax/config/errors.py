@@ -51,6 +51,9 @@ MAX_SHOWN = 60
 BELONGS_ABOVE = "it belongs at the top of the file, above every [table]"
 
 
+IN_DIRECTORY = "it belongs at the top of the file, for all folders, or in a [[directory]]"
+
+
 class TomlFile:
     """A TOML file during validation, with its errors and messages.
 
@@ -133,12 +136,12 @@ class TomlFile:
         elsewhere = [key for key in self._known if key.split(".")[-1] == last]
         twins = difflib.get_close_matches(last, siblings, n=1, cutoff=0.87)  # seed in [sample] means its seeds
         if last in self._known and above and not twins:
-            return f"; {BELONGS_ABOVE}"
+            return f"; {IN_DIRECTORY if f'directory.{last}' in elsewhere else BELONGS_ABOVE}"
         name, keys = self._other_file
         if last in keys and not elsewhere:
             return f"; it belongs in {name}"
         near = did_you_mean(last, [key for key in siblings if "." not in key])
-        return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not near else near
+        return f" (did you mean '{elsewhere[0]}'?)" if elsewhere and not (near and twins) else near
 
     def _line(self, place: Place, text: str) -> str:
         key = dotted(place)
@@ -160,6 +163,10 @@ class TomlFile:
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else details["msg"]
         if kind == "tuple_type" and isinstance(found, dict):
             expected += f": write [[{place[-1]}]], with two brackets"
+        if kind == "model_type" and isinstance(found, str):
+            expected += f", [{dotted(place)}]" + (
+                f", with type = {found!r} in it" if f"{dotted(place)}.type" in self._keys else ""
+            )
         literals = [word.strip(" '") for word in context.get("expected", "").replace(" or ", ",").split(",")]
         near = did_you_mean(found, literals) if isinstance(found, str) else ""
         return f"found {shown(found)}, expected {expected}{near}"

@@ -11,9 +11,10 @@ from anima_jax.config.schema import Place
 NAMED: Mapping[str, str] = {
     # The networks' files and dtypes.
     "transformer_path in [model]": "pretrained_model_name_or_path pretrained_transformer_model_name_or_path dit unet "
-    "base_model_name model_name_or_path transformer",
-    "vae_path in [model]": "vae pretrained_vae_model_name_or_path",
-    "llm_path in [model]": "qwen qwen3 qwen3_path text_encoder text_encoder1",
+    "base_model_name model_name_or_path transformer dit_path unet_path base_model_path",
+    "vae_path in [model]": "vae pretrained_vae_model_name_or_path vae_model_path",
+    "llm_path in [model]": "qwen qwen3 qwen3_path text_encoder text_encoder1 text_encoder_path "
+    "text_encoder_model_path qwen_model_path",
     "tokenizer_path in [model]": "t5_tokenizer_path t5_tokenizer_dir tokenizer_cache_dir",
     "max_caption_tokens in [model]": "qwen3_max_token_length t5_max_token_length max_token_length tokenizer_max_length",
     "type = 'anima' in [model]": "model_type model_family",
@@ -22,24 +23,25 @@ NAMED: Mapping[str, str] = {
     "transformer_dtype in [model], as 'float8'": "fp8_base fp8_scaled fp8_base_unet base_model_precision",
     "save_dtype": "save_precision output_dtype",
     # Length and batches.
-    "epochs": "max_train_epochs num_train_epochs num_epochs max_epochs",
-    "max_steps": "max_train_steps num_steps total_steps train_steps",
+    "epochs": "max_train_epochs num_train_epochs num_epochs max_epochs epoch",
+    "max_steps": "max_train_steps num_steps total_steps train_steps max_training_steps",
     "micro_batch_size_per_gpu": "train_batch_size batch_size per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation accumulate_grad_batches grad_accum",
     "activation_checkpointing, true or 'unsloth' (in the host's memory)": "gradient_checkpointing "
     "unsloth_offload_checkpointing cpu_offload_checkpointing gradient_checkpointing_interval grad_checkpoint",
     # The adapter.
     "[adapter] type, 'lora', 'dora', 'lokr' or 'loha'; without [adapter] every weight is trained": "network_module "
-    "network_args network_type lora_type peft_type training_method lycoris_config",
+    "network_args network_type lora_type LoRA_type peft_type training_method lycoris_config",
     "type = 'dora' in [adapter]": "lora_decompose",
     "dtype in [adapter]": "lora_weight_dtype",
     "rank in [adapter]": "network_dim lora_rank linear lokr_dim",
     "alpha in [adapter]": "network_alpha lora_alpha linear_alpha",
     "dropout in [adapter]": "network_dropout lora_dropout dropout_probability",
+    "decompose_factor in [adapter]": "lokr_factor",
     "alpha in [adapter], one for every module": "network_reg_alphas",
     "rank_pattern in [adapter]": "network_reg_dims",
     "lr_pattern in [adapter]": "network_reg_lrs",
-    "init_from_existing in [adapter]": "network_weights init_lora lora_model_name dim_from_weights",
+    "init_from_existing in [adapter]": "network_weights init_lora lora_model_name dim_from_weights resume_lora",
     "target_modules in [adapter]": "layer_filter include_patterns lora_layers lora_layer_preset",
     "exclude_modules in [adapter]": "exclude_patterns",
     "text_encoder_lr in [adapter]; unless it is set, the text encoder is frozen": "network_train_unet_only "
@@ -74,9 +76,9 @@ NAMED: Mapping[str, str] = {
     "max_checkpoints": "save_last_n_epochs save_last_n_steps save_last_n_epochs_state save_last_n_steps_state "
     "checkpoints_total_limit max_step_saves_to_keep rolling_backup rolling_backup_count",
     "save_every_n_epochs or save_every_n_steps": "save_n_epoch_ratio save_every save_every_unit "
-    "checkpoint_step_interval checkpointing_steps checkpoint_epoch_interval",
-    "checkpoint_every_n_epochs or checkpoint_every_n_minutes": "save_state save_state_on_train_end backup_after "
-    "backup_before_save",
+    "checkpoint_step_interval checkpointing_steps checkpoint_epoch_interval save_every_steps",
+    "checkpoint_every_n_epochs or checkpoint_every_n_minutes": "save_state save_state_on_train_end save_state_every "
+    "backup_after backup_before_save",
     "resume_from_checkpoint": "continue_last_backup initial_epoch initial_step skip_until_initial_step",
     "output_name": "output_model_destination save_model_name save_filename_prefix",
     "output_dir": "workspace_dir",
@@ -86,12 +88,12 @@ NAMED: Mapping[str, str] = {
     "wandb_run_name in [monitoring]": "wandb_run_name tracker_run_name log_prefix",
     "wandb_api_key in [monitoring]": "wandb_api_key",
     "prompts in [sample]": "sample_prompts validation_prompt sample_definition_file_name validation_prompt_library "
-    "samples",
-    "negative_prompt in [sample]": "validation_negative_prompt",
-    "guidance_scale in [sample]": "validation_guidance",
-    "steps in [sample]": "validation_num_inference_steps",
-    "width and height in [sample]": "validation_resolution",
-    "seeds in [sample]": "validation_seed",
+    "samples sample_prompt",
+    "negative_prompt in [sample]": "validation_negative_prompt sample_negative_prompt sample_negative sample_neg",
+    "guidance_scale in [sample]": "validation_guidance sample_cfg_scale sample_cfg sample_guidance_scale",
+    "steps in [sample]": "validation_num_inference_steps sample_infer_steps sample_steps",
+    "width and height in [sample]": "validation_resolution sample_width sample_height",
+    "seeds in [sample]": "validation_seed sample_seed",
     "every_n_steps in [sample]": "sample_after validation_steps validation_step_interval sample_every",
     "eval_datasets, with eval_every_n_epochs or eval_every_n_steps": "validation_split eval_data_dir validation "
     "validate_every_n_steps validate_every_n_epochs max_validation_steps validate_after validate_after_unit",
@@ -100,16 +102,16 @@ NAMED: Mapping[str, str] = {
     # Data.
     "dataset, the path of a TOML": "dataset_config data_backend_config concept_file_name config_file",
     "path in a [[directory]] of the dataset TOML": "train_data_dir image_dir image_directory instance_data_dir "
-    "concepts folder_path video_directory",
+    "concepts folder_path video_directory data_dir dataset_dir train_data_path",
     "num_repeats in the dataset TOML": "dataset_repeats repeats balancing",
-    "resolutions in the dataset TOML, as [1024]": "resolution resolution_type target_downsample_size",
+    "resolutions in the dataset TOML, as [1024]": "resolution max_resolution resolution_type target_downsample_size",
     "enable_ar_bucket in the dataset TOML": "enable_bucket aspect_ratio_bucketing",
     "min_ar, max_ar and num_ar_buckets in the dataset TOML": "min_bucket_reso max_bucket_reso bucket_reso_steps "
     "bucket_no_upscale aspect_bucket_rounding aspect_bucket_alignment",
     "cache_shuffle_delimiter in the dataset TOML": "caption_separator secondary_separator",
     "shuffle_tags in the dataset TOML": "shuffle_caption shuffle_tokens",
     "tag_dropout in the dataset TOML": "caption_tag_dropout_rate tag_dropout_rate token_dropout_rate",
-    "caption_extension in the dataset TOML": "caption_extension caption_extention caption_strategy",
+    "caption_extension in the dataset TOML": "caption_extension caption_extention caption_ext caption_strategy",
     "captions_file in the dataset TOML": "metadata_file in_json",
     "keep_tokens in the dataset TOML": "keep_tokens",
     "keep_tokens_separator in the dataset TOML": "keep_tokens_separator",
@@ -128,19 +130,20 @@ ABSENT: Mapping[str, str] = {
     "models are saved as safetensors, and `python -m anima_jax.convert` writes every other format": "save_model_as "
     "output_model_format use_safetensors",
     "noise and loss are those of rectified flow, as diffusion-pipe trains Anima": "noise_offset min_snr_gamma "
-    "snr_gamma noise_offset_random_strength multires_noise_iterations multires_noise_discount adaptive_noise_scale "
+    "snr_gamma noise_offset_type noise_offset_random_strength multires_noise_iterations multires_noise_discount "
+    "adaptive_noise_scale "
     "ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr debiased_estimation_loss "
     "scale_v_pred_loss_like_noise_pred v_pred_like_loss offset_noise_weight perturbation_noise_weight "
     "input_perturbation loss_weight_fn loss_weight_strength vb_loss_strength offset_noise generalized_offset_noise "
     "rescale_noise_scheduler_to_zero_terminal_snr force_v_prediction model_prediction_type guidance_embed",
     "it belongs to Stable Diffusion": "v2 v_parameterization clip_skip weighted_captions no_half_vae "
-    "text_encoder_layer_skip effnet_encoder block_lr",
+    "text_encoder_layer_skip effnet_encoder block_lr block_alphas block_dims sdxl",
     "images of one kind are trained: add a [[directory]] of the others, with its num_repeats": "prior_loss_weight "
     "reg_data_dir is_reg reg_captions network_multiplier",
     "both factors of an adapter have one rate": "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
     "no rate is scaled by the batch size": "loss_scaler learning_rate_scaler",
     "messages go to the terminal, numbers to metrics.jsonl": "console_log_level console_log_file console_log_simple "
-    "verbose debug_mode debug_dir",
+    "verbose debug_mode debug_dir no_progress no_live_curve loss_curve_steps",
     "adapters are never rescaled; weight_decay in [optimizer] keeps them small": "scale_weight_norms",
     "set transformer_path in [model] to a file with the adapters merged": "base_weights base_weights_multiplier",
     "gradients and updates are already one program": "fused_backward_pass fused_optimizer_groups "
@@ -148,7 +151,7 @@ ABSENT: Mapping[str, str] = {
     "every run keeps its configuration in its folder and in its exports": "log_config log_tracker_config "
     "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags no_metadata "
     "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
-    "metadata_is_negative_embedding output_config include_train_config custom_attributes",
+    "metadata_is_negative_embedding output_config include_train_config custom_attributes additional_parameters",
     "sampler in [sample]": "sample_sampler",
     "schedule in [sample]": "sample_scheduler",
     "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that": "huggingface_repo_id huggingface_token "
@@ -166,7 +169,7 @@ ABSENT: Mapping[str, str] = {
     "captions change only by shuffle_tags, tag_dropout and nl_shuffle_sentences (dataset TOML)": "token_warmup_min "
     "token_warmup_step enable_wildcard",
     "images are cropped around the centre: prepare flipped or other versions as files": "flip_aug color_aug "
-    "random_crop face_crop_aug_range random_flip crop_jitter resize_interpolation",
+    "flip_augment random_crop face_crop_aug_range random_flip crop_jitter resize_interpolation",
     "latents are always cached; cache_dir says where": "cache_latents cache_latents_to_disk latent_caching "
     "skip_cache_check cache_info compress_disk_cache preserve_data_backend_cache metadata_update_interval "
     "delete_unwanted_images enable_autocast_cache",

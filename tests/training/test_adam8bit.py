@@ -131,6 +131,37 @@ def test_a_moment_follows_changes_smaller_than_a_step_of_the_code():
     np.testing.assert_allclose(sizes[1], sizes[0], rtol=0.035)
 
 
+def movements_of_bitsandbytes(gradients: np.ndarray) -> np.ndarray:
+    """Return the updates of bitsandbytes' Lion8bit on its CPU backend, one tensor per layer."""
+    torch, optim = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes.optim")
+    weights = [torch.nn.Parameter(torch.zeros(gradients.shape[2:])) for _ in range(gradients.shape[1])]
+    lion, after = optim.Lion8bit(weights, lr=1e-2), [np.zeros(gradients.shape[1:], np.float32)]
+    for gradient in gradients:
+        for weight, own in zip(weights, gradient, strict=True):
+            weight.grad = torch.tensor(own)
+        lion.step()
+        after.append(np.stack([weight.detach().numpy() for weight in weights]))
+    return np.diff(after, axis=0)
+
+
+LION_FLIPS = 0.0066
+"""Share of the signs that bitsandbytes 0.50.2 has otherwise than full precision, in the test below."""
+
+
+@pytest.mark.parametrize("peer", [False, True], ids=["full precision", "bitsandbytes"])
+def test_lion8bit_moves_as_full_precision_does_but_for_signs_as_rare_as_those_of_bitsandbytes(peer):
+    """Rounding to nearest has a variance of w²/12 for codes w apart, stochastic rounding one of w²/6: √2 the error."""
+    gradients = 1e-2 * np.asarray(jax.random.normal(KEY, (100, *PATHS["blocks.mlp.layer1.kernel"])))
+    full, ours = run("lion", gradients), run("lion8bit", gradients)
+    flips = np.mean(np.sign(ours) != np.sign(full))
+    np.testing.assert_allclose(np.abs(ours), np.abs(full), rtol=1e-6)
+    assert 0 < flips <= 1.1 * np.sqrt(2) * LION_FLIPS
+    if peer:
+        theirs = movements_of_bitsandbytes(gradients)
+        assert np.mean(np.sign(theirs) != np.sign(full)) == pytest.approx(LION_FLIPS, rel=0.05)
+        assert np.mean(np.sign(theirs) != np.sign(ours)) <= 1.1 * np.sqrt(1 + 2) * LION_FLIPS
+
+
 def test_adamw8bitkahan_clips_like_stable_adamw():
     gradients = (
         jax.random.normal(KEY, (20, *PATHS["blocks.mlp.layer1.kernel"])) * 2.0 ** jnp.arange(20)[:, None, None, None]
