@@ -66,8 +66,11 @@ def _shortened(line: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'optimizer'?)"` with the name in `known` closest to `word`, or "" if none is close."""
-    near = difflib.get_close_matches(word[:200], list(known), n=1, cutoff=0.6)
+    """Return `" (did you mean 'optimizer'?)"` with the name in `known` closest to `word`, in any case, or ""."""
+    names = list(known)
+    lower = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    near = near or [lower[name] for name in difflib.get_close_matches(word[:200].lower(), lower, n=1, cutoff=0.6)]
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

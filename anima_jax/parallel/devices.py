@@ -256,7 +256,7 @@ def parse_bytes(text: str) -> int:
     unit = 1000**power if found[3] == "b" else 1024**power
     size = float(found[1].replace(",", ".")) * unit
     if not 2**20 <= size < 2**60:
-        near = "" if found[2] else f" (did you mean '{found[1]}GiB'?)"
+        near = "" if found[2] or not size else f" (did you mean '{found[1]}GiB'?)"
         raise UserError(f"found {text!r}, expected between 1 MiB and 1 EiB{near}")
     return int(size)
 
