@@ -130,24 +130,15 @@ def test_the_sampler_compiles(in_process):
 
 
 def vae_bytes(target):
-    import jax
-    import jax.numpy as jnp
-
-    from anima_jax.models.parameters import abstract
-    from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
-    from anima_jax.parallel.mesh import current_mesh, replicated
-    from anima_jax.platform import lower
-    from anima_jax.sampling.pipeline import decode_latents
+    from anima_jax.compiler import compiler_options
+    from anima_jax.parallel.mesh import current_mesh
     from anima_jax.training import aot
+    from tests.benchmarks.aot import lowered_decoder
 
     topology = parse_topology(target)
-    graphdef, params = abstract(lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs))
     with aot.on_topology(topology, {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}):
-        place = replicated(current_mesh())
-        shapes = {p: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=place) for p, x in params.items()}
-        latents = jax.ShapeDtypeStruct((1, 1, 128, 128, 16), jnp.float32, sharding=place)
-        decode = jax.jit(lambda params, latents: decode_latents(params, latents, graphdef=graphdef, dtype=jnp.bfloat16))
-        return aot.compile_for(topology, lambda: lower(decode, shapes, latents)).memory.total
+        options = compiler_options(current_mesh(), "vae")
+        return aot.compile_for(topology, lambda: lowered_decoder(1024), options).memory.total
 
 
 def test_the_vae_decodes_a_megapixel_in_less_than_four_gib(in_process):

@@ -46,13 +46,13 @@ def initial(
     return abstract(build)[0], quick_jit(lambda: split(build(nnx.Rngs(seed)))[1], shardings)()
 
 
-def jit_network(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` with `compiler_options`, for module level: the hardware is asked for at the first call."""
+def jit_network(function: Callable[..., Any], program: str = "network", **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with the `compiler_options` of a program, for module level: the first call asks for the hardware."""
 
     @functools.cache
     def jitted(platform: str) -> Callable[..., Any]:
         del platform  # a key of the cache
-        return jax.jit(function, compiler_options=compiler_options(), **options)
+        return jax.jit(function, compiler_options=compiler_options(program=program), **options)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import NotFiniteError, UserError, suggests_names
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
-from anima_jax.models.parameters import Params, cast_to_compute, count, merge, split
+from anima_jax.models.parameters import Params, cast_to_compute, count, jit_network, merge, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
@@ -427,11 +427,11 @@ def _on_devices(params: Params) -> Params:
     return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@functools.partial(jit_network, program="vae", static_argnames=("graphdef", "dtype"))
 def encode_pixels(params: Params, pixels_btyxc: Array, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> Array:
     return constrain(merge(graphdef, params).encode(pixels_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@functools.partial(jit_network, program="vae", static_argnames=("graphdef", "dtype"))
 def decode_latents(params: Params, latents_btyxc: Array, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> Array:
     return constrain(merge(graphdef, params).decode(latents_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")

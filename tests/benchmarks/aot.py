@@ -7,11 +7,14 @@ CONFIG.toml is a path, or the name of one in configs/ ("anima_lora", "lora"). TA
 "v5p:8x8x4", "H100". Keys are those of the configuration (mesh.fsdp=8, optimizer.type=adamw8bit), and
   size=1024 (images of 1024 × 1024), rows=512 (rows of text), batch=2 (examples of one device at once),
   blocks=2 (a transformer of so many blocks), xla_…=… (an option of the compiler).
+With --program the sampling program (an evaluation of the network, as often as it has steps) or the VAE's decoder is
+compiled instead of the step.
 No file of a model is needed: what is not here is taken from files of the released sizes without content.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import subprocess
@@ -24,6 +27,7 @@ from anima_jax.parallel.topologies import parse_topology, use_compilers
 OWN = {"size": 1024, "rows": 512, "batch": 0, "blocks": 0}
 """Keys that are not of the configuration, with their defaults."""
 
+PROGRAMS = ("step", "sampling", "vae")
 
 _ONE = "gradient_accumulation_steps=1 remat=full"
 TABLE = (
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?")
     parser.add_argument("target", nargs="?")
     parser.add_argument("keys", nargs="*")
+    parser.add_argument("--program", choices=PROGRAMS, default="step")
     parser.add_argument("--save", help="write the compiled program's text to this file")
     parser.add_argument("--top", type=int, default=15, help="how many of the dearest instructions to print")
     arguments = parser.parse_intermixed_args()
@@ -64,6 +69,10 @@ def main() -> None:
     options = {key: given.pop(key) for key in list(given) if key.startswith("xla_")}
     use_compilers()
     save = arguments.save and os.path.abspath(arguments.save)
+    if arguments.program != "step":
+        keys = [f"{key}={value}" for key, value in given.items()]
+        other_program(arguments.program, arguments.config, arguments.target, keys, own, save=save, top=arguments.top)
+        return
     run(
         arguments.config,
         arguments.target,
@@ -141,6 +150,53 @@ def run(
     )
     print("\n".join(aot.report(found, dearest=top)), flush=True)
     return found, counted
+
+
+def other_program(
+    program: str, name: str, target: str, keys: list[str], own: dict[str, int], *, save: str | None, top: int
+) -> None:
+    """Compile the sampling program of a configuration, or the VAE's decoder, and print what the compiler says."""
+    from anima_jax.checkpoints.hub import headers_only
+    from anima_jax.compiler import compiler_options
+    from anima_jax.parallel.mesh import current_mesh, resolve_sizes
+    from anima_jax.training import aot, compiled_run, estimate
+
+    topology, size = parse_topology(target), own["size"]
+    with in_folder(own["blocks"]) as load, headers_only():
+        config = load(name, [f"sample.width={size}", f"sample.height={size}", *keys])
+        partition = estimate.abstract_partition(config)
+        with aot.on_topology(topology, resolve_sizes(config.mesh.sizes, topology.count)):
+            lower = functools.partial(compiled_run.lowered_samples, config, partition)
+            before = os.times()
+            if program == "vae":
+                lower = functools.partial(lowered_decoder, size)
+            options = compiler_options(current_mesh(), program) if program == "vae" else None
+            found = aot.compile_for(topology, lower, options)
+            after = os.times()
+    cpu = after.user - before.user
+    print(f"== {program} of {name} on {topology.name} {' '.join(keys)}: compiled in {cpu:.0f} CPU-seconds")
+    if save and found.text:
+        pathlib.Path(save).write_text(found.text)
+    print("\n".join(aot.report(found, dearest=top)), flush=True)
+
+
+def lowered_decoder(size: int) -> Any:
+    """Return the released VAE's decoder in bfloat16 for an image of `size` × `size`, lowered for the current mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    from anima_jax.models.parameters import abstract
+    from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
+    from anima_jax.parallel.mesh import current_mesh, replicated
+    from anima_jax.platform import lower
+    from anima_jax.sampling.pipeline import decode_latents
+
+    graphdef, params = abstract(lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs))
+    place = replicated(current_mesh())
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place) for path, leaf in params.items()}
+    latents = jax.ShapeDtypeStruct((1, 1, size // 8, size // 8, 16), jnp.float32, sharding=place)
+    decode = jax.jit(lambda params, latents: decode_latents(params, latents, graphdef=graphdef, dtype=jnp.bfloat16))
+    return lower(decode, shapes, latents)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def test_the_gradients_of_a_linear_map_are_those_of_the_product():
 
 
 def test_a_version_of_xla_without_the_options_compiles_without_them(monkeypatch):
-    monkeypatch.setattr(compiler, "OPTIONS", ((r"cpu .*", 1, {"xla_cpu_of_another_version": True}),))
+    monkeypatch.setattr(compiler, "OPTIONS", {"network": ((r"cpu .*", 1, {"xla_cpu_of_another_version": True}),)})
     monkeypatch.setattr(compiler, "_known", compiler._known.__wrapped__)
     assert compiler_options() is None
     assert parameters.jit_network(lambda x: x + 1)(1) == 2

@@ -20,7 +20,7 @@ def options_on(sizes, flags="", kind="cpu .*"):
     """Return the options of a mesh if those of `kind` are the ones above, and that a program compiles with them."""
     compiler._known.cache_clear()
     table = ((r"gpu .*", 1, {"xla_other": 1}), (kind, 2, KNOWN | REFUSED))
-    with mock.patch.multiple(compiler, OPTIONS=table), mock.patch.dict(os.environ, XLA_FLAGS=flags):
+    with mock.patch.multiple(compiler, OPTIONS={"network": table}), mock.patch.dict(os.environ, XLA_FLAGS=flags):
         mesh = make_mesh(sizes, jax.devices()[: 1 if set(sizes.values()) == {1} else 8])
         options = compiler.compiler_options(mesh)
         jax.jit(jnp.sum, out_shardings=replicated(mesh), compiler_options=options)(jnp.ones(8))
@@ -45,5 +45,7 @@ def test_a_pod_of_any_kind_has_options():
     kinds = ("tpu TPU v4", "tpu TPU v5 lite", "tpu TPU v5", "tpu TPU v6 lite", "gpu NVIDIA H100 80GB HBM3")
     for kind in kinds:
         assert any(
-            re.fullmatch(pattern, kind) and options for pattern, least, options in compiler.OPTIONS if least <= 8
+            re.fullmatch(pattern, kind) and options
+            for pattern, least, options in compiler.OPTIONS["network"]
+            if least <= 8
         )
