@@ -1,6 +1,7 @@
 """Matching of a file's tensors with a model's parameters: all must match, or an error lists what is left over."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anima_jax.adapters.kinds import adapter_kind, unsupported
-from anima_jax.checkpoints import families
+from anima_jax.checkpoints import copying, families
 from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.names.networks import (
     ADAPTER,
@@ -26,6 +27,8 @@ from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, did_you_mean, plural, shorten
 
 BFLOAT16 = DTYPES["BF16"]
+
+_VALUES = 2**24  # of a quantised tensor that are in float32 at a time
 
 MOST_UNUSED = 0.1
 """Share of unused tensors up to which it is safe to advise going on without them: a few odd ones, not a part."""
@@ -57,6 +60,22 @@ class StoredTensor:
         """Read the array, or these rows of its first axis, in the dtype of `info`."""
         return self.file.read(self.key, rows)
 
+    def read_as(self, dtype: np.dtype[Any], rows: slice | None = None) -> np.ndarray:
+        """Read the array, or these rows of its first axis, rounded to `dtype`.
+
+        Of a quantised tensor only some rows are in float32 at a time. Raises UserError if a value overflows.
+        """
+        shape = self.info.shape
+        if not self.storage or dtype == self.info.dtype or not shape:
+            return copying.cast(self.read(rows), dtype, self.key)
+        first, last, _ = (rows or slice(None)).indices(shape[0])
+        out = np.empty((max(0, last - first), *shape[1:]), dtype)
+        step = max(1, _VALUES // max(1, math.prod(shape[1:])))
+        for begin in range(first, last, step):
+            part = slice(begin, min(begin + step, last))
+            out[part.start - first : part.stop - first] = copying.cast(self.read(part), dtype, self.key)
+        return out
+
 
 def find(network: Network, file: TensorFile) -> NetworkKeys:
     """Locate `network` in `file`. Raises UserError if it is missing or its weights are integers."""
@@ -65,7 +84,7 @@ def find(network: Network, file: TensorFile) -> NetworkKeys:
         raise UserError(f"{file.path}: has no {network.title}; {looks_like(file.tensors, file.metadata)}")
     integers = [key for key in located.keys.values() if file.tensors[key].dtype.kind in "iub"]
     if integers:
-        raise UserError(f"{file.path}: {shorten(integers)}: integers, expected floating-point weights")
+        raise UserError(f"{file.path}: {shorten(integers)}: integers without scales, expected floating-point weights")
     return located
 
 

@@ -135,7 +135,7 @@ class Checkpoint:
     def _read(self, tensor: FileTensor, rows: slice | None, dtype: np.dtype[Any]) -> np.ndarray:
         """Read one tensor in the model's layout; values outside the file's `rows` (None: all rows) are undefined."""
         source = self.sources[tensor.name]
-        values = copying.cast(source.read(rows), dtype, source.key)
+        values = source.read_as(dtype, rows)
         if rows is not None:
             full = np.empty(tensor.shape, dtype)  # pages that are never written cost no memory
             full[rows] = values

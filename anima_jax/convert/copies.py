@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anima_jax.checkpoints import copying, safetensors
+from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.quantised.view import MARKER
 from anima_jax.checkpoints.safetensors import TensorInfo
@@ -70,10 +70,8 @@ def _part_name(name: str, prefix: str, tensor: StoredTensor, part: str, info: Te
 
 def values(tensor: StoredTensor, dtype: np.dtype[Any]) -> np.ndarray:
     """Return a tensor's values in `dtype`. Warns of NaN and infinite values; raises UserError if one overflows."""
-    found = tensor.read()
-    if found.dtype == dtype:
-        return found
-    count = found.size - int(np.count_nonzero(np.isfinite(found)))
+    found = tensor.read_as(dtype)
+    count = found.size - int(np.count_nonzero(np.isfinite(found))) if dtype != tensor.info.dtype else 0
     if count:
         print(f"warning: {tensor.key}: {plural(count, 'NaN or infinite value')}, as in the input", file=sys.stderr)
-    return copying.cast(found, dtype, tensor.key)
+    return found

@@ -10,7 +10,6 @@ from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match
 from anima_jax.adapters.opening import open_adapter_file
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
-from anima_jax.checkpoints.copying import cast
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.checkpoints.values import first_problem
@@ -51,10 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
             return outputs.OUTPUT_DTYPES.get(arguments.dtype, StoredTensor(file, key).written_dtype)
 
         def array_of(key: str) -> np.ndarray:
-            values, name = file.read(key), names.get(key, key)
+            name = names.get(key, key)
             if name not in changed:
-                return cast(values, stored_dtype(key), key)
-            out = merged(name, values, changed[name], stored_dtype(key), comfyui_dora=arguments.comfyui_dora)
+                return StoredTensor(file, key).read_as(stored_dtype(key))
+            out = merged(name, file.read(key), changed[name], stored_dtype(key), comfyui_dora=arguments.comfyui_dora)
             if not np.isfinite(out).all():
                 problem = first_problem([*(one.path for one in files), arguments.base])
                 raise NotFiniteError(problem or f"{key}: is infinite with the adapters; their weights may be too large")

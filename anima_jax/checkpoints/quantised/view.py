@@ -7,6 +7,7 @@ them and computes the weights when they are read.
 
 import collections
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anima_jax.checkpoints.quantised import bitsandbytes, comfyui
-from anima_jax.checkpoints.quantised.comfyui import BYTE_SCALES, FLOAT8, SCALE, SETTINGS
+from anima_jax.checkpoints.quantised.comfyui import BYTE_SCALES, FLOAT8, SCALE, SETTINGS, TILE
 from anima_jax.checkpoints.quantised.formats import FORMATS
 from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, QuantisationError, checked_scale
 from anima_jax.checkpoints.safetensors import SafetensorsFile
@@ -64,6 +65,8 @@ _COMFYUI_FORMATS = {
 
 _EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|shared)\.weight$")
 """Pattern for tables of rows, whose float8 values ComfyUI's older files do not scale."""
+
+_VALUES = 2**22  # that are computed at a time
 
 _LONGEST, _LONGEST_METADATA = 4096, 2**22
 """Bytes of a weight's settings, of which real ones have fewer than 200, and of all settings in the metadata."""
@@ -140,8 +143,18 @@ class QuantisedFile:
         """
         if name not in self._weights:
             return self._file.read(name, rows)
-        storage, parts, _, layout, shape = self._weights[name]
+        shape = self._weights[name].shape
         first, last, _ = (rows or slice(None)).indices(shape[0])
+        step = max(TILE[0], _VALUES // max(1, math.prod(shape[1:])) // TILE[0] * TILE[0])
+        if last - first <= step:
+            return self._rows(name, first, last)
+        out = np.empty((last - first, *shape[1:]), np.float32)
+        for begin in range(first, last, step):
+            out[begin - first : begin - first + step] = self._rows(name, begin, min(begin + step, last))
+        return out
+
+    def _rows(self, name: str, first: int, last: int) -> np.ndarray:
+        storage, parts, _, layout, shape = self._weights[name]
         whole = layout.whole_steps(slice(first, max(first, last)))
         arrays = {
             part: self.read_part(name, part, layout.part_rows(part, whole, info.shape[0] if info.shape else 1))
@@ -229,7 +242,7 @@ def _unpadded(file: SafetensorsFile, codes: TensorInfo, shape: tuple[int, ...], 
     They have the code 0, which a row or column of real weights has not: negative ones are rounded to another zero. Only
     ComfyUI's model knows the shape otherwise. Columns are judged by the first rows.
     """
-    if not unit or any(size % unit for size in shape):
+    if not unit or 0 in shape or any(size % unit for size in shape):
         return shape
     per_byte = shape[1] // codes.shape[1]
     top = file.read(codes.name, slice(0, 128)).view(np.uint8)[:, -(unit // per_byte) :]
