@@ -58,6 +58,30 @@ def test_a_modules_alpha_is_the_one_that_peft_finds(tmp_path, patterns):
     assert found == {module: patterns.get(find(patterns, module), 6) for module in MODULES}
 
 
+def test_pefts_names_without_settings_are_said_with_the_scale_that_is_taken(tmp_path, capsys):
+    path = write(tmp_path)
+    assert set(alphas(path).values()) == {float(RANK)}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: found no {tmp_path / 'adapter_config.json'}; without PEFT's settings")
+    assert line.endswith("the scale (alpha / rank) is taken as 1")
+
+
+def test_settings_without_an_alpha_have_pefts_default(tmp_path):
+    config = pytest.importorskip("peft").LoraConfig(r=RANK)
+    assert set(alphas(write(tmp_path, json.dumps({"peft_type": "LORA", "r": RANK}))).values()) == {config.lora_alpha}
+
+
+def test_patterns_are_for_the_names_in_the_file(tmp_path):
+    """PEFT knows no other: a pattern of the original names is not for a file with diffusers'."""
+    names = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj")
+    factors = {"lora_A": np.ones((RANK, 8), np.float32), "lora_B": np.ones((8, RANK), np.float32)}
+    tensors = {f"{name}.{part}.weight": values for name in names for part, values in factors.items()}
+    patterns = {"blocks.0.self_attn.*": 1, "attn1.to_q": 2, "^transformer_blocks.0.ff.net.[0-9]{1,2}.proj": 3}
+    settings = {"r": RANK, "lora_alpha": 6, "alpha_pattern": patterns}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    assert list(alphas(tmp_path / "a.safetensors").values()) == [2, 3]
+
+
 def test_an_alpha_of_0_turns_an_adapter_off(tmp_path):
     assert set(alphas(write(tmp_path, '{"lora_alpha": 0}')).values()) == {0.0}
 
@@ -104,6 +128,8 @@ WRONG = {
     '{"alpha_pattern": {"((((a{99}){99}){99}){99})": 1}}': "is too complex",
     '{"alpha_pattern": {"' + "(a*)*" * 50 + '": 1}}': "is too complex",
     json.dumps({"alpha_pattern": {f"(a{index})": 1 for index in range(101)}}): "over 100 regular expressions",
+    '{"init_lora_weights": "pissa_niter_4"}': "init_lora_weights is pissa_niter_4, for which PEFT changes the base's",
+    '{"use_qalora": true}': "use_qalora is True, a variant of LoRA that cannot be read",
     '{"use_rslora": "yes"}': "use_rslora is .*expected true or false",
 }
 
