@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import io
 import os
 import re
 import shlex
@@ -204,6 +205,8 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
         # Registered before everything that `main` registers, so it runs last.
         atexit.register(_exit_without_teardown)
         code, lines = 0, []
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without "‖" is no reason to stop
         try:
             with _interrupts_raised_again():
                 main(*args, **kwargs)

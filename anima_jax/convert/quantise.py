@@ -158,7 +158,7 @@ def _chosen(
     chosen = [
         name
         for name, tensor in stored.items()
-        if len(tensor.info.shape) == 2 and name.endswith(".weight")
+        if len(tensor.info.shape) == 2 and 0 not in tensor.info.shape and name.endswith(".weight")
         if quantiser.embeddings or not _EMBEDDING.search(name)
         if not any(text in name for text in keep)
     ]

@@ -1,5 +1,6 @@
 """`convert checkpoint --dtype FORMAT`: codes equal to those of ComfyUI's kernels and bitsandbytes, files that load."""
 
+import io
 import json
 
 import ml_dtypes
@@ -212,6 +213,13 @@ def test_a_quantised_file_is_quantised_again_from_its_values(tmp_path, capsys):
         assert after.read(key).tobytes() == before.read(key).astype(ml_dtypes.bfloat16).tobytes()
     assert "IN is quantised already (int8 × 26): its errors add to these" in capsys.readouterr().out
     assert "are int8 already" in refusal(capsys, first, tmp_path / "same", "--dtype", "int8")
+
+
+def test_a_terminal_without_the_reports_characters_gets_others(tmp_path, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    converted(tmp_path, DIT_FILE, "--dtype", "fp8_scaled")
+    assert b"\\u2016" in screen.getvalue()  # ‖
 
 
 @pytest.mark.parametrize(
