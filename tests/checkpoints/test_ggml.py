@@ -1,5 +1,7 @@
 """GGML's block formats: decoded as ggml decodes them, encoded as gguf does or with less error than ggml."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,12 @@ def test_formats_with_codebooks_are_decoded_with_the_package_gguf(name):
     pytest.importorskip("gguf")
     decoded = ggml.dequantise(BLOCKS[f"{name}.blocks"], ggml.BLOCK_FORMATS[name])
     assert same_bits(decoded, BLOCKS[f"{name}.values"])
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"iq3_s needs the package gguf: pip install 'anima-jax\[gguf\]'"):
+        ggml.dequantise(BLOCKS["iq3_s.blocks"], ggml.BLOCK_FORMATS["iq3_s"])
 
 
 @pytest.mark.parametrize("name", ggml.BLOCK_FORMATS)
@@ -100,10 +108,11 @@ def test_values_that_a_format_does_not_have_are_refused(name, value, message):
         ggml_encode.quantise(values, ggml.BLOCK_FORMATS[name])
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_1", "q4_k", "q6_k"])
-def test_a_scale_that_is_not_finite_is_refused(name):
+@pytest.mark.parametrize("name", ["q8_0", "q4_1", "q4_k", "q6_k", "tq2_0", "iq4_xs"])
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_refused(name, scale):
     form = ggml.BLOCK_FORMATS[name]
     blocks = random_blocks(form, 3)
-    blocks.view(form.layout)[1, 0]["d"] = np.nan
+    blocks.view(form.layout)[1, 0]["d"] = scale
     with pytest.raises(ValueError, match=f"1 of 3 blocks of {name} have a scale that is NaN or infinite"):
         ggml.dequantise(blocks, form)

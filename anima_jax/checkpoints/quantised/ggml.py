@@ -12,8 +12,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anima_jax.errors import UserError
-
 Blocks = Any
 """A structured array (n,) of blocks, whose fields are those of the format's layout."""
 
@@ -59,24 +57,20 @@ class BlockFormat:
 def dequantise(blocks: np.ndarray, form: BlockFormat) -> np.ndarray:
     """Decode whole blocks: uint8, any shape with `form.nbytes` bytes per block in all, to float32 (values,).
 
-    Raises ValueError if a block's scale is NaN or infinite, UserError if the format needs a package that is missing.
+    Raises ValueError if a block's scale is NaN or infinite, or if the format needs a package that is missing.
     """
     rows = blocks.reshape(-1, form.nbytes)
     out = np.empty((len(rows), form.values), np.float32)
     step = max(1, CHUNK // form.values)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        structured = np.ascontiguousarray(rows[part]).view(form.layout)[:, 0]
-        _require_finite_scales(structured, form)
-        out[part] = form.decode(structured)
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[part] = form.decode(np.ascontiguousarray(rows[part]).view(form.layout)[:, 0])
+            finite = bool(np.isfinite(out[part].sum()))
+        # Codes are finite: only a scale makes a value NaN or infinite.
+        if not finite and (bad := int(np.count_nonzero(~np.isfinite(out[part]).all(axis=1)))):
+            raise ValueError(f"{bad} of {len(rows)} blocks of {form.name} have a scale that is NaN or infinite")
     return out.reshape(-1)
-
-
-def _require_finite_scales(blocks: Blocks, form: BlockFormat) -> None:
-    scales = [name for name in form.layout.names or () if form.layout[name].kind == "f"]
-    bad = sum(int(np.count_nonzero(~np.isfinite(blocks[name]))) for name in scales)
-    if bad:
-        raise ValueError(f"{bad} of {len(blocks)} blocks of {form.name} have a scale that is NaN or infinite")
 
 
 def unpack(codes: np.ndarray, bits: int, span: int) -> np.ndarray:
@@ -228,7 +222,7 @@ def _by_package(number: int, name: str, nbytes: int, file_type: int) -> BlockFor
         try:
             import gguf
         except ImportError as error:
-            raise UserError(f"{name} needs the package gguf: pip install 'anima-jax[gguf]'") from error
+            raise ValueError(f"{name} needs the package gguf: pip install 'anima-jax[gguf]'") from error
         rows = b.view(np.uint8).reshape(len(b), nbytes)
         return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(number))
 
