@@ -88,10 +88,17 @@ def test_zeros_and_the_ends_of_the_range_lose_no_more_than_others(reference, nam
     assert loss.error <= loss.size or largest < 1e-30
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_a_weight_of_many_ranges_of_rows_is_quantised_as_in_one(reference, dtype):
-    values = np.tile(reference["values"], (45, 8)).astype(dtype)  # 1440 × 2048: several ranges, the last one ragged
-    values *= np.linspace(0.5, 1, 1440)[:, None].astype(dtype)
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_a_weight_of_another_dtype_is_quantised_as_its_values_in_float32(reference, dtype):
+    values = (reference["values"] * np.float32(100)).astype(dtype)
+    parts, _ = quantise(values, QUANTISERS["fp8_scaled"])
+    expected, _ = quantise(values.astype(np.float32), QUANTISERS["fp8_scaled"])
+    assert all(array.tobytes() == expected[part].tobytes() for part, array in parts.items())
+
+
+def test_a_weight_of_many_ranges_of_rows_is_quantised_as_in_one(reference):
+    values = np.tile(reference["values"], (45, 4)).astype(ml_dtypes.bfloat16)  # three ranges, the last one ragged
+    values *= np.linspace(0.5, 1, 1440)[:, None].astype(values.dtype)
     for name in ("fp8_scaled", "nvfp4", "nf4"):
         parts, _ = quantise(values, QUANTISERS[name])
         whole = QUANTISERS[name].rows(values.astype(np.float32), float(np.abs(values.astype(np.float32)).max()))
