@@ -75,6 +75,7 @@ def summary(path: str) -> str:
     with open_tensors(path) as file:
         rows = list(_contents(file, check_values(file)))
     shown = [text for label, text in rows if label in ("kind", "sizes", "changes")]
+    shown += [f"quantised: {text}" for label, text in rows if label == "quantised"]
     return "; ".join(shown + [f"problem: {text}" for label, text in rows if label == "problem"])
 
 

@@ -185,8 +185,14 @@ def comfy(**values):
         ({f"{LAYER}weight": None}, r"layer1\.weight, which is missing"),
         ({f"{LAYER}weight_scale": np.ones((2, 2), np.float32)}, r"weight_scale is \(2, 2\), expected one scale"),
         ({f"{LAYER}weight_scale": np.array(1, np.int32)}, "weight_scale is I32, expected F32 or BF16 or F16"),
-        ({f"{LAYER}weight_scale": np.array(np.nan, np.float32)}, "layer1.weight: a scale is nan, expected a finite"),
-        ({f"{LAYER}weight_scale": np.array(-1, np.float32)}, "a scale is -1.0, expected a finite number of at least 0"),
+        (
+            {f"{LAYER}weight_scale": np.array(np.nan, np.float32)},
+            "layer1.weight: its weight_scale has nan, expected finite",
+        ),
+        (
+            {f"{LAYER}weight_scale": np.array(-1, np.float32)},
+            "its weight_scale has -1.0, expected finite numbers of at least 0",
+        ),
         (comfy(format="svdquant_w4a4"), r"'svdquant_w4a4', which is not supported; known: float8_e4m3fn, .*nvfp4"),
         (comfy(format="float8_e4m3"), "did you mean"),
         (comfy(), "quantised as None"),
@@ -220,6 +226,15 @@ def test_what_is_wrong_is_one_line(tmp_path, changed, expected):
     assert len(error.value.messages) == 1
 
 
+def test_integers_whose_settings_are_missing_are_not_taken_for_unrotated_ones(tmp_path):
+    with SafetensorsFile(QUANTISED) as file:
+        parts = {name: file.read(name) for name in file.tensors if name.startswith("convrot.")}
+    stored = {name.replace("convrot", f"m.{number}"): part for number in range(2) for name, part in parts.items()}
+    del stored["m.1.comfy_quant"]
+    with pytest.raises(UserError, match=r"m\.1\.comfy_quant is missing, which m\.0\.weight has"):
+        open_tensors(saved(tmp_path, stored))
+
+
 def test_a_truncated_block_of_codes_is_named(tmp_path):
     with SafetensorsFile(QUANTISED) as file:
         stored = {f"m.{name[4:]}": file.read(name) for name in file.tensors if name.startswith("nf4.")}
@@ -231,7 +246,7 @@ def test_a_truncated_block_of_codes_is_named(tmp_path):
 def test_inspect_reports_a_scale_that_is_not_a_number(tmp_path, capsys):
     stored = fp8_scaled(dit_tensors())[0] | {f"{LAYER}weight_scale": np.array(np.inf, np.float32)}
     printed = run(capsys, "inspect", saved(tmp_path, stored))
-    assert f"problem   {LAYER}weight: a scale is inf" in printed
+    assert f"problem   {LAYER}weight: its weight_scale has inf" in printed
     del stored[f"{LAYER}weight_scale"]
     printed = run(capsys, "inspect", saved(tmp_path, stored))
     assert "kind      Anima transformer" in printed

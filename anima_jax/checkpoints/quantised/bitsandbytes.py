@@ -60,7 +60,9 @@ def dequantise(parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]
     block, values = _block(settings, "blocksize"), math.prod(shape)
     peaks = parts[PEAKS]
     if NESTED_PEAKS in parts:
-        of_blocks = checked_scale(parts[NESTED_PEAKS]).repeat(_block(settings, "nested_blocksize"))[: peaks.size]
+        of_blocks = checked_scale(NESTED_PEAKS, parts[NESTED_PEAKS]).repeat(_block(settings, "nested_blocksize"))[
+            : peaks.size
+        ]
         peaks = parts[NESTED_LEVELS][peaks.reshape(-1)] * of_blocks + np.float32(settings["nested_offset"])
     codes = np.ascontiguousarray(parts[CODES]).reshape(-1).view(np.uint8)
     levels = parts[LEVELS].reshape(-1)
@@ -68,7 +70,7 @@ def dequantise(parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]
         raise ValueError("the levels in its quant_map are not finite")
     out = levels[np.stack([codes >> 4, codes & 15], axis=-1)].reshape(-1)
     out = np.pad(out, (0, -out.size % block)).reshape(-1, block)
-    out *= checked_scale(peaks, negative=NESTED_PEAKS in parts).reshape(-1, 1)
+    out *= checked_scale(PEAKS, peaks, negative=NESTED_PEAKS in parts).reshape(-1, 1)
     return out.reshape(-1)[:values].reshape(shape)
 
 
@@ -85,7 +87,7 @@ def int8_layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) ->
 def dequantise_int8(parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """Return the values of 8-bit codes."""
     del shape, settings
-    return parts[CODES].astype(np.float32) * checked_scale(parts[ROW_PEAKS])[:, None] * np.float32(1 / 127)
+    return parts[CODES].astype(np.float32) * checked_scale(ROW_PEAKS, parts[ROW_PEAKS])[:, None] * np.float32(1 / 127)
 
 
 def _shape(codes: TensorInfo, settings: Mapping[str, Any]) -> tuple[int, ...]:

@@ -98,14 +98,14 @@ def fp8_blocks_layout(parts: Infos, settings: Json) -> PartLayout:
 def dequantise_squares(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of 8-bit floats in squares."""
     del settings
-    scales = checked_scale(parts[SCALE_OF_SQUARES]).repeat(SQUARE, 0).repeat(SQUARE, 1)
+    scales = checked_scale(SCALE_OF_SQUARES, parts[SCALE_OF_SQUARES]).repeat(SQUARE, 0).repeat(SQUARE, 1)
     return _float32(parts["weight"]) * scales[: shape[0], : shape[1]]
 
 
 def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of codes with one scale, or one per output."""
     del settings
-    scale = checked_scale(parts[SCALE])
+    scale = checked_scale(SCALE, parts[SCALE])
     values = _float32(parts["weight"])
     values *= scale.reshape(-1, *[1] * (len(shape) - 1))
     return values
@@ -118,7 +118,7 @@ def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Json) -> 
     first, and rounds each sum.
     """
     size = group_size(settings)
-    scale = checked_scale(parts[SCALE]).reshape(-1, 1) / np.float32(size**0.5)
+    scale = checked_scale(SCALE, parts[SCALE]).reshape(-1, 1) / np.float32(size**0.5)
     values = _float32(parts["weight"]).reshape(-1, size) @ hadamard(size)
     return values.reshape(shape) * scale
 
@@ -213,7 +213,7 @@ def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Json) -> np
     del settings
     exponents = untiled(parts[SCALE].view(np.uint8), shape[0], shape[1] // MXFP8_BLOCK)
     if (exponents == 255).any():
-        raise ValueError("a scale is NaN, expected a finite number of at least 0")
+        raise ValueError(f"its {SCALE} has NaN, expected finite numbers of at least 0")
     scales = (exponents.astype(np.uint32) << 23).view(np.float32)
     values = _float32(parts["weight"]).reshape(*scales.shape, MXFP8_BLOCK)
     values *= scales[..., None]
@@ -224,7 +224,7 @@ def dequantise_nvfp4(parts: Parts, shape: tuple[int, ...], settings: Json) -> np
     """Return the values of 4-bit floats in blocks."""
     del settings
     of_blocks = untiled(parts[SCALE].view(FLOAT8[0]), shape[0], shape[1] // NVFP4_BLOCK)
-    scales = checked_scale(of_blocks) * checked_scale(parts[SCALE_2]).reshape(())
+    scales = checked_scale(SCALE, of_blocks) * checked_scale(SCALE_2, parts[SCALE_2]).reshape(())
     pairs = np.stack([parts["weight"] >> 4, parts["weight"] & 15], axis=-1)
     values = _E2M1[pairs].reshape(*scales.shape, NVFP4_BLOCK)
     values *= scales[..., None]

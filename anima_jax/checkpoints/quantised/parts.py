@@ -54,10 +54,14 @@ def required(parts: Mapping[str, TensorInfo], name: str, *dtypes: np.dtype[Any])
     return part
 
 
-def checked_scale(scale: np.ndarray, *, negative: bool = False) -> np.ndarray:
-    """Return scales in float32. Raises ValueError for one that is NaN, infinite or, unless allowed, `negative`."""
+def checked_scale(name: str, scale: np.ndarray, *, negative: bool = False) -> np.ndarray:
+    """Return the scales of the part `name` in float32.
+
+    Raises ValueError for one that is NaN, infinite or, unless allowed, `negative`.
+    """
     values = scale.astype(np.float32)
     wrong = ~np.isfinite(values) | ((values < 0) & (not negative))
     if wrong.any():
-        raise ValueError(f"a scale is {values[wrong].flat[0]}, expected a finite number of at least 0")
+        least = "" if negative else " of at least 0"
+        raise ValueError(f"its {name} has {values[wrong].flat[0]}, expected finite numbers{least}")
     return values

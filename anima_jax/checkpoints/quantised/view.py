@@ -169,7 +169,7 @@ class QuantisedFile:
             with np.errstate(over="ignore", invalid="ignore"):
                 values = FORMATS[storage].dequantise(arrays, shape, self._weights[name].settings)
                 if SMOOTHING in arrays:
-                    values *= checked_scale(arrays[SMOOTHING], negative=True)
+                    values *= checked_scale(SMOOTHING, arrays[SMOOTHING], negative=True)
                 return values
         except ValueError as error:
             raise QuantisationError(f"{self.path}: {name}: {error}") from error
@@ -192,6 +192,7 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
             return file
         found = (_weight(file, module, group, settings) for module, group in groups.items())
         weights = {weight.parts["weight"].name: weight for weight in found if weight}
+        _require_settings(weights)
         _add_markers(file.tensors, weights, markers)
     except ValueError as error:
         raise QuantisationError(f"{file.path}: {error}") from error
@@ -265,9 +266,8 @@ def _storage(codes: TensorInfo, group: Mapping[str, TensorInfo], settings: Mappi
         kind = settings.get("quant_type")
         if kind not in bitsandbytes.KINDS:
             if bitsandbytes.STATE not in group:
-                raise ValueError(
-                    f"{codes.name} is quantised, but {codes.name}.quant_state.bitsandbytes__nf4 is missing"
-                )
+                state = f"{codes.name}.quant_state.bitsandbytes__nf4 (or __fp4)"
+                raise ValueError(f"{codes.name} is quantised, but {state} is missing")
             raise ValueError(f"{codes.name}: quant_type is {kind!r:.40}, known: {', '.join(bitsandbytes.KINDS)}")
         return kind
     if found := [storage for part, storage in _BY_PART.items() if part in group]:
@@ -326,6 +326,15 @@ def _endings(module: str) -> list[str]:
     """Return a module's name without its first 0, 1, 2, … words."""
     words = module.split(".")
     return [".".join(words[start:]) for start in range(len(words))]
+
+
+def _require_settings(weights: Mapping[str, Weight]) -> None:
+    """Raise ValueError for integers without settings in a file with others: they may be rotated."""
+    with_settings = next((name for name, weight in weights.items() if SETTINGS in weight.parts), None)
+    for name, weight in weights.items():
+        if with_settings and weight.storage == "int8" and SETTINGS not in weight.parts:
+            missing = f"{name.removesuffix('weight')}{SETTINGS}"
+            raise ValueError(f"{name} is quantised, but {missing} is missing, which {with_settings} has")
 
 
 def _add_markers(
