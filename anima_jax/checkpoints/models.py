@@ -156,8 +156,8 @@ def load_dit(
 ) -> AnimaDiT:
     """Load Anima's transformer, with its LLM adapter if the file or `adapter_path` contains one.
 
-    `path` is a .safetensors file, local, `gs://…` or `hf://owner/repo/file`, with the names and prefix of any known
-    tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
+    `path` is a .safetensors or .gguf file, local, `gs://…` or `hf://owner/repo/file`, with the names and prefix of any
+    known tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
     repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
     `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
     dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed

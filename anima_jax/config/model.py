@@ -106,7 +106,7 @@ class ModelConfig(TypedSection):
     )
     transformer_path: Transformer | None = Field(
         None,
-        description="the diffusion transformer: its .safetensors file, a diffusers folder, or a repository "
+        description="the diffusion transformer: its .safetensors or .gguf file, a diffusers folder, or a repository "
         "(hf://owner/repo)",
     )
     config: TransformerSizes | None = Field(
@@ -116,8 +116,8 @@ class ModelConfig(TypedSection):
     )
     vae_path: VAEPath = Field(description="the VAE: its .safetensors file (qwen_image_vae), or a diffusers folder")
     llm_path: TextEncoder = Field(
-        description="the Qwen3 text encoder: its .safetensors file (qwen_3_06b_base), or a folder in the format of "
-        "transformers or diffusers"
+        description="the Qwen3 text encoder: its .safetensors or .gguf file (qwen_3_06b_base), or a folder in the "
+        "format of transformers or diffusers"
     )
     llm_adapter_path: LLMAdapterPath | None = Field(
         None, description="the LLM adapter's own .safetensors file or folder; unset: it is in transformer_path"

@@ -33,7 +33,9 @@ TOKENIZERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("input", metavar="IN", help="a transformer's .safetensors with any known prefix, or a folder")
+    parser.add_argument(
+        "input", metavar="IN", help="a transformer's .safetensors or .gguf with any known prefix, or a folder"
+    )
     parser.add_argument("output", metavar="OUT", help="the file to write; with --to diffusers, the folder")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--prefix", choices=PREFIXES, help="prefix of the names")

@@ -10,6 +10,7 @@ from anima_jax.adapters.merge import COMFYUI_DORA, changed_shape, changes, match
 from anima_jax.adapters.opening import open_adapter_file
 from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor, looks_like, original_names
+from anima_jax.checkpoints.quantised.gguf import portable
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.checkpoints.values import first_problem
@@ -21,7 +22,9 @@ SUMMARY = "add adapters to the weights of a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's own flags."""
-    parser.add_argument("base", metavar="BASE", help="a transformer's, a text encoder's or an all-in-one .safetensors")
+    parser.add_argument(
+        "base", metavar="BASE", help="a transformer's, a text encoder's or an all-in-one .safetensors or .gguf"
+    )
     parser.add_argument("loras", metavar="LORA[:WEIGHT]", nargs="+", help="adapters of any kind, and their weights")
     parser.add_argument("output", metavar="OUT", help="the file to write, with BASE's names")
     parser.add_argument("--allow_unused", action="store_true", help="ignore keys that fit no module of BASE")
@@ -63,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             return changed_shape(file.tensors[key].shape, changed.get(names.get(key, key), ()))
 
         tensors = [TensorInfo(key, stored_dtype(key), shape_of(key)) for key in file.tensors]
-        safetensors.write(arguments.output, tensors, array_of, file.metadata)
+        safetensors.write(arguments.output, tensors, array_of, portable(file.metadata))
         formats = collections.Counter(filter(None, map(file.storage, file.tensors)))
     for line in copies.summary(formats, "written as values"):
         print(line)
