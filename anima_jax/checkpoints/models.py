@@ -160,7 +160,7 @@ def load_dit(
     known tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
     repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
     `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
-    dtypes. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed
+    dtypes, float32 for quantised tensors. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed
     on the default device if there is none. `transformer_dtype` is the storage of the matrices of its blocks and LLM
     adapter, "int8", "float8", "float8_e5m2" or "nf4", for a transformer that is not trained itself, or a dtype.
     `compute` "int8" or "fp8" multiplies the blocks' codes as they are. Harmless extra buffers are skipped, with

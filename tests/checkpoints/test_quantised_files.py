@@ -80,13 +80,21 @@ def test_golden_weights_have_the_values_of_the_libraries_that_wrote_them(name):
     np.testing.assert_array_equal(last, values[3:])
 
 
-@pytest.mark.parametrize("layout", ["TensorCoreFP8Layout", "TensorCoreMXFP8Layout", "TensorCoreNVFP4Layout"])
-def test_random_weights_are_those_of_comfy_kitchen(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("TensorCoreFP8Layout", "float8_e4m3fn"),
+        ("TensorCoreMXFP8Layout", "mxfp8"),
+        ("TensorCoreNVFP4Layout", "nvfp4"),
+    ],
+)
+def test_random_weights_are_those_of_comfy_kitchen(tmp_path, layout, name):
     torch = pytest.importorskip("torch")
     layout = getattr(pytest.importorskip("comfy_kitchen.tensor"), layout)
     weight = torch.randn(300, 224, generator=torch.manual_seed(1))
     codes, settings = layout.quantize(weight.clone())
     stored = {f"m.weight{end}": part for end, part in layout.state_dict_tensors(codes, settings).items()}
+    stored["m.comfy_quant"] = torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
     pytest.importorskip("safetensors.torch").save_file(stored, tmp_path / "file.safetensors")
     with open_tensors(tmp_path / "file.safetensors") as file:
         expected = layout.dequantize(codes, settings)[:300].numpy()
@@ -232,6 +240,14 @@ def test_integers_whose_settings_are_missing_are_not_taken_for_unrotated_ones(tm
     stored = {name.replace("convrot", f"m.{number}"): part for number in range(2) for name, part in parts.items()}
     del stored["m.1.comfy_quant"]
     with pytest.raises(UserError, match=r"m\.1\.comfy_quant is missing, which m\.0\.weight has"):
+        open_tensors(saved(tmp_path, stored))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_the_order_of_codes_and_scales_is_not_guessed(tmp_path, name):
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {key: file.read(key) for key in file.tensors if key.startswith(f"{name}.weight")}
+    with pytest.raises(UserError, match=f"is quantised as {name}, but {name}.comfy_quant is missing"):
         open_tensors(saved(tmp_path, stored))
 
 

@@ -107,6 +107,13 @@ def test_powers_of_two_hold_the_values_that_torch_wrote(tmp_path):
         assert opened.read("a").astype(np.float32).tolist() == [0.5, 1.0, 2.0**100]
 
 
+def test_pairs_of_4_bit_floats_are_read_as_bytes(tmp_path):
+    header = {"a": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}
+    (tmp_path / "t.safetensors").write_bytes(raw_file(header, bytes([1, 2, 3, 250])))
+    with SafetensorsFile(tmp_path / "t.safetensors") as opened:
+        assert opened.read("a").tolist() == [[1, 2], [3, 250]]
+
+
 def test_a_transposed_array_is_written_in_its_own_order(tmp_path):
     array = np.arange(12, dtype=np.float32).reshape(3, 4).T
     write_arrays(tmp_path / "t.safetensors", {"a": array})

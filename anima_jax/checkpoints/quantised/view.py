@@ -270,13 +270,15 @@ def _storage(codes: TensorInfo, group: Mapping[str, TensorInfo], settings: Mappi
                 raise ValueError(f"{codes.name} is quantised, but {state} is missing")
             raise ValueError(f"{codes.name}: quant_type is {kind!r:.40}, known: {', '.join(bitsandbytes.KINDS)}")
         return kind
-    if found := [storage for part, storage in _BY_PART.items() if part in group]:
-        return found[0]
-    if SCALE in group and codes.dtype in FLOAT8:
-        return "mxfp8" if group[SCALE].dtype in BYTE_SCALES else "fp8_scaled"
-    if SCALE in group or codes.dtype in FLOAT8:
+    found = next((storage for part, storage in _BY_PART.items() if part in group), None)
+    if found is None and SCALE in group and codes.dtype in FLOAT8 and group[SCALE].dtype in BYTE_SCALES:
+        found = "mxfp8"
+    if found in _FILLED_UP:  # other programs have other orders of codes and scales
+        settings_key = f"{codes.name.removesuffix('weight')}{SETTINGS}"
+        raise ValueError(f"{codes.name} is quantised as {found}, but {settings_key} is missing")
+    if found is None and (SCALE in group or codes.dtype in FLOAT8):
         return "int8" if codes.dtype == np.int8 else "fp8_scaled"
-    return None
+    return found
 
 
 def _named(codes: str, settings: Mapping[str, Any]) -> str:
