@@ -160,13 +160,13 @@ def load_dit(
     known tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
     repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
     `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
-    dtypes, float32 for quantised tensors. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed
-    on the default device if there is none. `transformer_dtype` is the storage of the matrices of its blocks and LLM
-    adapter, "int8", "float8", "float8_e5m2" or "nf4", for a transformer that is not trained itself, or a dtype.
-    `compute` "int8" or "fp8" multiplies the blocks' codes as they are. Harmless extra buffers are skipped, with
-    `allow_unused` all tensors that belong to no network; both are printed. Raises UserError if a file cannot be read or
-    does not contain the network, if tensors are missing, unknown or of another shape, and for a storage that does not
-    fit `compute`.
+    dtypes, float32 for quantised tensors. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in
+    parallel/rules.py, or placed on the default device if there is none. `transformer_dtype` is the storage of the
+    matrices of its blocks and LLM adapter, "int8", "float8", "float8_e5m2" or "nf4", for a transformer that is not
+    trained itself, or a dtype. `compute` "int8" or "fp8" multiplies the blocks' codes as they are. Harmless extra
+    buffers are skipped, with `allow_unused` all tensors that belong to no network; both are printed. Raises UserError
+    if a file cannot be read or does not contain the network, if tensors are missing, unknown or of another shape, and
+    for a storage that does not fit `compute`.
     """
     with open_dit(path, adapter_path=adapter_path, variant=variant, allow_unused=allow_unused) as checkpoint:
         return _load(checkpoint, dtype, transformer_dtype, compute)
