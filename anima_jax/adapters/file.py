@@ -283,12 +283,8 @@ def write_adapter(
     if dialect.settings == "header":
         of_all = {f"{network}.{key}": value for network, own in networks.items() for key, value in own.items()}
         metadata[peft.DIFFUSERS_SETTINGS], networks = json.dumps(of_all, indent=2, sort_keys=True), {"": {}}
-    for network, settings in networks.items():
-        target = (
-            path
-            if dialect.settings != "beside"
-            else peft_settings.write_settings(path, network, settings, len(networks))
-        )
+    targets = peft_settings.write_settings(path, networks) if dialect.settings == "beside" else {"": path}
+    for network, target in targets.items():
         own = {key.rpartition("/")[2]: part for key, part in parts.items() if key.rpartition("/")[0] == network}
         _write_parts(target, own, metadata)
     if dialect.settings == "header" and any(patch.kind.name == "lokr" for patch in patches.values()):

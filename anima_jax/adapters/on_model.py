@@ -108,9 +108,10 @@ def save_adapter(
 ) -> None:
     """Write the adapter of a transformer to a .safetensors file.
 
-    `dtype` None keeps the factors' dtype, float32. `dialect` is comfyui (and diffusion-pipe's), kohya or diffusers. The
-    file appears only when it is complete. All processes must call this; process 0 writes. Raises UserError for a model
-    without an adapter, an unknown dialect, a kind that the dialect cannot express, and a file that cannot be written.
+    `dtype` None keeps the factors' dtype, float32. `dialect` is comfyui (and diffusion-pipe's), kohya or diffusers, or
+    peft or peft_original, for which `path` is a folder. A file appears only when it is complete. All processes must
+    call this; process 0 writes. Raises UserError for a model without an adapter, an unknown dialect, a kind that the
+    dialect cannot express, and a file that cannot be written.
     """
     specs: dict[str, AdapterSpec] = {}
     for stack, module in modules.adapted(dit):

@@ -76,6 +76,7 @@ class _NetworkFiles:
         self.metadata: dict[str, str] = {}
         for network, file in files.items():
             own = peft.read_settings(file)
+            own.check()
             self.metadata |= own.metadata
             if warning := own.warning(file.path):
                 print(warning, file=sys.stderr)

@@ -53,6 +53,10 @@ class PeftSettings:
     metadata: Mapping[str, str]
     missing: bool = False
 
+    def check(self) -> None:
+        """Raise UserError if a value is not valid or means an adapter that cannot be read."""
+        _Scales(self.source, self.values, "")
+
     def warning(self, path: str) -> str:
         """Return a warning about the file `path` if its settings are missing, or ""."""
         if not self.missing:

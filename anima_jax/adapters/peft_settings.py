@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from anima_jax.adapters.dialects import DIALECTS, PEFT_PREFIX, Dialect, module_names
 from anima_jax.adapters.kinds import KINDS, factorised
 from anima_jax.adapters.modules import AdapterSpec
+from anima_jax.adapters.opening import NETWORKS, WEIGHTS
 from anima_jax.adapters.patch import Patch
 from anima_jax.adapters.peft import FILE
 from anima_jax.checkpoints import locations
@@ -73,25 +75,33 @@ def settings_by_network(patches: Mapping[str, Patch], dialect: Dialect) -> dict[
     return found
 
 
-def write_settings(path: PathLike, network: str, settings: Mapping[str, Any], networks: int) -> str:
-    """Write the settings of one of an adapter's networks, and return the path of the file for its weights.
+def write_settings(path: PathLike, networks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Write the settings of an adapter's networks, and return network → path of the file for its weights.
 
-    `path` is a folder, or the file itself for an adapter of one network.
+    `path` is a folder, or the file itself for an adapter of one network. Raises UserError for a folder with files of
+    another adapter that this one would not replace.
     """
     path = os.fspath(path)
-    if path.endswith(".safetensors") and (networks > 1 or network):
-        raise UserError(f"{path}: PEFT has a file for each network, and the adapter changes several; expected a folder")
-    target = (
-        path if path.endswith(".safetensors") else "/".join(filter(None, (path, network, "adapter_model.safetensors")))
-    )
-    folder = os.path.dirname(target)
-    if is_process_0():
+    targets = {network: os.path.join(path, network, WEIGHTS) for network in networks}
+    if path.endswith(".safetensors"):
+        if networks.keys() != {""}:
+            raise UserError(
+                f"{path}: PEFT has a file for each network, and the adapter changes others; expected a folder"
+            )
+        targets = {"": path}
+    elif not locations.is_remote(path):
+        found = [*pathlib.Path(path).glob("*.safetensors"), *(pathlib.Path(path, name, WEIGHTS) for name in NETWORKS)]
+        if others := [str(one) for one in found if one.is_file() and str(one) not in targets.values()]:
+            raise UserError(f"{path}: has {others[0]}, of another adapter; choose another OUT")
+    for network, target in targets.items() if is_process_0() else ():
+        folder = os.path.dirname(target)
         with locations.writing_to(folder):
             if not locations.is_remote(folder):
                 os.makedirs(folder or ".", exist_ok=True)
         with locations.replacing(os.path.join(folder, FILE)) as file:
-            file.write(json.dumps({"inference_mode": True, **settings}, indent=2, sort_keys=True).encode())
-    return target
+            values = {"inference_mode": True, **networks[network]}
+            file.write(json.dumps(values, indent=2, sort_keys=True).encode())
+    return targets
 
 
 def settings_of(patches: Mapping[str, Patch], llm_adapter_blocks: int = 0) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from anima_jax.adapters import dora
+from anima_jax.adapters import dora, peft
 from anima_jax.adapters.depths import DEPTHS, remapped
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS
 from anima_jax.adapters.file import open_adapter, write_adapter
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     outputs.check(arguments.output, arguments.input, *(arguments.base or ()), force=arguments.force)
     depths = parse_remap(arguments.remap) if arguments.remap else None
     dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)
+    if dialect.settings == "beside" and arguments.output.endswith(".safetensors"):
+        outputs.check(os.path.join(os.path.dirname(arguments.output), peft.FILE), force=arguments.force)
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(open_adapter(arguments.input, allow_unused=arguments.allow_unused))
         try:
