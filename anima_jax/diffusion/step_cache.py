@@ -9,7 +9,7 @@ the threshold or more, relative to their last run.
 Every image of a batch has its own decision, so that it does not depend on the others. The network runs if any image
 needs it; the others keep their cached values.
 Axes: p the negative prompt and the prompt, or only the prompt; b images, l image tokens, c the values of a token,
-d width.
+d width; r the rows of a batch of the network, those of each prompt after each other.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ class EasyState(NamedTuple):
 class FirstBlockState(NamedTuple):
     """What `first_block` remembers of each prompt's last run: what the first block added, and what the others did."""
 
-    first_pbld: Any
-    rest_pbld: Any
+    first_rld: Any
+    rest_rld: Any
     known_p: Any
     saved: Any
 
@@ -123,8 +123,8 @@ class StepCache:
         """
         known_p, saved = np.zeros(PROMPTS, bool), np.zeros((), np.int32)
         if self.method == "first_block":
-            zeros_pbld = np.broadcast_to(np.zeros((), dtype), (PROMPTS, *shape_blc[:2], width))
-            return FirstBlockState(zeros_pbld, zeros_pbld, known_p, saved)
+            zeros_rld = np.broadcast_to(np.zeros((), dtype), (PROMPTS * shape_blc[0], shape_blc[1], width))
+            return FirstBlockState(zeros_rld, zeros_rld, known_p, saved)
         zeros_pblc = np.broadcast_to(np.float32(0.0), (PROMPTS, *shape_blc))
         unknown_b, change_b = np.full(shape_blc[0], np.nan, np.float32), np.zeros(shape_blc[0], np.float32)
         return EasyState(zeros_pblc, zeros_pblc, unknown_b, unknown_b, change_b, known_p, np.int32(-1), saved)
@@ -199,39 +199,41 @@ def run_after_first(
     state: FirstBlockState,
     limits: Limits,
     sigma: Array,
-    before_bld: Array,
-    after_bld: Array,
+    before_rld: Array,
+    after_rld: Array,
     real_bl: Array,
     run: Callable[[Array], Array],
 ) -> tuple[Array, FirstBlockState]:
     """Return the residual stream after all blocks, and the next state.
 
-    `before_bld` and `after_bld` are the stream before and after the first block, with the rows of each prompt after
-    each other; `run` returns the stream after the other blocks, `real_bl` is false at padding tokens.
+    `before_rld` and `after_rld` are the stream before and after the first block, `run` returns the stream after the
+    other blocks, and `real_bl` is false at padding tokens.
     """
-    b, length = real_bl.shape
-    prompts = len(after_bld) // b
-    own = slice(PROMPTS - prompts, PROMPTS)
-    before_pbld, after_pbld = (x.reshape(prompts, b, length, -1) for x in (before_bld, after_bld))
-    first_pbld, rest_pbld = state.first_pbld[own], state.rest_pbld[own]
-    added_pbld = after_pbld - before_pbld
+    images = len(real_bl)
+    prompts = len(after_rld) // images
+    rows, own = slice((PROMPTS - prompts) * images, PROMPTS * images), slice(PROMPTS - prompts, PROMPTS)
+    first_rld, rest_rld, added_rld = state.first_rld[rows], state.rest_rld[rows], after_rld - before_rld
 
-    def total_b(x_pbld: Array) -> Array:
-        return jnp.sum(jnp.where(real_bl[..., None], jnp.abs(x_pbld.astype(jnp.float32)), 0.0), (0, 2, 3))
+    def of_rows(x_b: Array) -> Array:
+        return jnp.concatenate([x_b] * prompts)
 
-    changed_b = total_b(added_pbld.astype(jnp.float32) - first_pbld) / total_b(first_pbld)
+    def total_b(x_rld: Array) -> Array:
+        sizes_rld = jnp.where(of_rows(real_bl)[..., None], jnp.abs(x_rld.astype(jnp.float32)), 0.0)
+        return jnp.sum(jnp.sum(sizes_rld, (1, 2)).reshape(prompts, images), 0)
+
+    changed_b = total_b(added_rld.astype(jnp.float32) - first_rld) / total_b(first_rld)
     in_interval = (sigma <= limits.start) & (sigma > limits.end)
     reused_b = in_interval & (changed_b < limits.threshold) & jnp.all(state.known_p[own])
     saves = jnp.all(reused_b)
-    out_pbld = jax.lax.cond(saves, jnp.zeros_like, run, after_bld).reshape(after_pbld.shape)
-    reused_b11 = reused_b[:, None, None]
+    out_rld = jax.lax.cond(saves, jnp.zeros_like, run, after_rld)
+    reused_r11 = of_rows(reused_b)[:, None, None]
     next_state = FirstBlockState(
-        state.first_pbld.at[own].set(jnp.where(reused_b11, first_pbld, added_pbld)),
-        state.rest_pbld.at[own].set(jnp.where(reused_b11, rest_pbld, out_pbld - after_pbld)),
+        state.first_rld.at[rows].set(jnp.where(reused_r11, first_rld, added_rld)),
+        state.rest_rld.at[rows].set(jnp.where(reused_r11, rest_rld, out_rld - after_rld)),
         state.known_p.at[own].set(True),
         state.saved + saves,
     )
-    return jnp.where(reused_b11, after_pbld + rest_pbld, out_pbld).reshape(after_bld.shape), next_state
+    return jnp.where(reused_r11, after_rld + rest_rld, out_rld), next_state
 
 
 def _mean(x_blc: Array, where_blc: Array) -> Array:

@@ -78,6 +78,10 @@ def lowered_sampling(
         zero_context=CONTEXT_ROWS - rows,
         dtype=dtype,
     )
-    carry = program.Carry([tokens] * plan.factors_nkj.shape[1], tokens)
+    stream = params["blocks.cross_attn.k_proj.kernel"].shape[-1], program.stream_dtype(dtype)
+    cache = settings.step_cache
+    limits, cached = cache and cache.limits(settings.shift), cache and cache.initial(packing.shape, *stream)
+    shared = shared._replace(cache_limits=limits)
+    carry = program.Carry([tokens] * plan.factors_nkj.shape[1], tokens, cached)
     inputs = on_devices((carry, steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))
     return lower(jax.jit(run, donate_argnums=1), params, *inputs)

@@ -53,8 +53,8 @@ DEVICE_BYTES = 16 * 2**30
 """Memory of a device that does not say how much it has."""
 
 
-CACHED_AXES = "nbln"
-"""Axes of a step cache's large arrays."""
+STREAM_AXES = "bld"
+"""Axes of the residual stream, parts of which the step cache `first_block` stores."""
 
 
 class GuidanceInputs(NamedTuple):
@@ -160,8 +160,9 @@ class Evaluations:
     def initial(self, arrays: list[Any], cache: StepCache | None) -> Carry:
         """Return what is passed on to the first evaluation, with the sampler's arrays."""
         width = self.params["blocks.cross_attn.k_proj.kernel"].shape[-1]
-        dtype = jnp.float32 if self.dtype == jnp.float16 else self.dtype  # that of the residual stream
-        cached = cache and shard(cache.initial(arrays[0].shape, width, dtype), CACHED_AXES)
+        cached = cache and cache.initial(arrays[0].shape, width, stream_dtype(self.dtype))
+        if isinstance(cached, FirstBlockState):
+            cached = shard(cached, STREAM_AXES)
         return Carry(arrays, np.zeros_like(arrays[0]), cached)
 
     def run(self, carry: Carry, plan: SamplerPlan, steps: StepInputs) -> tuple[Carry, Array]:
@@ -222,6 +223,11 @@ class Evaluations:
             padded_s = replicate(np.pad(levels_s, (0, LEVELS - len(levels_s)), mode="edge"))
             self._modulations = tuple(levels_s), modulations(self.params, padded_s, graphdef=self.graphdef)
         return self._modulations[1]
+
+
+def stream_dtype(dtype: Any) -> Any:
+    """Return the dtype of the residual stream of a network that computes in `dtype`."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
 
 
 @jax.jit
@@ -356,9 +362,17 @@ def advance(
     arrays, estimate_blc, memory = samplers.run_scan(
         denoise, carry.arrays, steps, both=both, draw=draw, memory=carry[1:], part=part_2
     )
-    carry = Carry(arrays, *memory)
-    # On a mesh the network shards images and tokens; the results are replicated on every device.
-    return jax.tree.map(lambda x: constrain(x, CACHED_AXES if x.ndim == 4 else "n" * x.ndim), (carry, estimate_blc))
+    return with_shardings(Carry(arrays, *memory)), constrain(estimate_blc, "nnn")
+
+
+def with_shardings(carry: Carry) -> Carry:
+    """Return the carry replicated on every device, but for parts of the residual stream.
+
+    On a mesh the network shards images and tokens.
+    """
+    axes = STREAM_AXES if isinstance(carry.cached, FirstBlockState) else "nnn"
+    cached = jax.tree.map(lambda x: constrain(x, axes if x.ndim == len(axes) else "n" * x.ndim), carry.cached)
+    return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), carry._replace(cached=None))._replace(cached=cached)
 
 
 def from_cache(
@@ -376,7 +390,11 @@ def from_cache(
     real_blc = real_values(shared.size_b3, length)
     if isinstance(cached, EasyState):
         compared_blc = real_blc & every_eighth(shared.size_b3, length)
-        return step_cache.evaluate_easy(cached, limits, sigma, x_blc, compared_blc, real_blc, run, prompts)
+
+        def replicated() -> Array:
+            return constrain(run(), "nnn")
+
+        return step_cache.evaluate_easy(cached, limits, sigma, x_blc, compared_blc, real_blc, replicated, prompts)
     found: list[FirstBlockState] = []
 
     def after_first(before_bld: Array, after_bld: Array, rest: Callable[[Array], Array]) -> Array:
