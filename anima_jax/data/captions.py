@@ -18,7 +18,8 @@ MAX_BYTES = 2**20
 """Maximum size of a caption file in bytes."""
 
 TAG_KEYS = ("tags", "tag_string", "tag")
-NL_KEYS = ("nl", "nl_caption", "natural_language", "caption", "captions", "description", "text")
+COMMON_WORDS = ("description", "text", "prompt")
+NL_KEYS = ("nl", "nl_caption", "natural_language", "caption", "captions", *COMMON_WORDS)
 """Keys of a JSON object that hold tags and natural language. The first that is not empty counts."""
 
 _EXPECTED = "a list of captions, or an object with tags, caption or nl"
@@ -62,8 +63,8 @@ def parse_captions(value: Any, name: str, delimiter: str = ", ") -> Captions:
         return Captions(_texts(value, name))
     of_booru = isinstance(value.get("category"), str)
     tags = delimiter.join(_tags(_first(value, TAG_KEYS), name, delimiter, of_booru))
-    # Other programs have other things under these common words.
-    texts = {key: text for key, text in value.items() if key not in ("description", "text") or isinstance(text, str)}
+    # Under common words, other programs have other things than text.
+    texts = {key: text for key, text in value.items() if key not in COMMON_WORDS or isinstance(text, str)}
     found = _first(texts, NL_KEYS)
     nl = () if of_booru else tuple(text.strip() for text in _texts(found or [], name))
     if not tags and nl and (caption := value.get("caption")) and caption != found:

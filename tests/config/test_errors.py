@@ -75,6 +75,7 @@ MAIN_ERRORS = [
     ({"sample": SAMPLE | {"seeds": []}}, "sample.seeds: found an empty list, expected at least one value"),
     ({"model.dtype": "bfloat1"}, "expected 'bfloat16', 'float16' or 'float32' (did you mean 'bfloat16'?)"),
     ({"lr_scheduler": "cosin"}, "'polynomial' or 'rex' (did you mean 'cosine'?)"),
+    ({"lr_scheduler": "COSINE"}, "'polynomial' or 'rex' (did you mean 'cosine'?)"),
     (
         {"lr_scheduler_power": 2.0},
         "lr_scheduler_power: has no effect with lr_scheduler = 'constant', expected 'polynomial'",
@@ -122,6 +123,8 @@ MAIN_ERRORS = [
     ({"optimiser": {}}, "optimiser: unknown key (did you mean 'optimizer'?)"),
     ({"model.vae_pth": "x"}, "model.vae_pth: unknown key (did you mean 'vae_path'?)"),
     ({"rank": 4}, "rank: unknown key (did you mean 'adapter.rank'?)"),
+    ({"self_attn_lr": 1e-5}, "self_attn_lr: unknown key (did you mean 'model.self_attn_lr'?)"),
+    ({"optimizer": "AdamW8bit"}, "expected a table, [optimizer], with type = 'AdamW8bit' in it"),
     ({"pipeline_stage": 2}, "pipeline_stage: unknown key (did you mean 'pipeline_stages'?)"),
     ({"quite_something_else": 1}, "quite_something_else: unknown key"),
     ({"optimizer.lr": REMOVE}, "optimizer.lr: missing, expected learning rate"),

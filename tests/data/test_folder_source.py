@@ -220,6 +220,8 @@ def test_a_captions_json_that_is_not_a_table_is_an_error(folder):
         ({"p.json": '{"caption": "a, b", "nl": "A cat."}'}, {}, "a, b", ("A cat.",)),
         ({"p.json": '{"caption": "A cat."}'}, {}, "", ("A cat.",)),
         ({"p.json": '{"tags": "a, b", "text": {"size": 5}, "description": null}'}, {}, "a, b", ()),
+        ({"p.json": '{"prompt": {"3": {"inputs": {}}}, "tags": "a"}'}, {}, "a", ()),
+        ({"p.json": '{"prompt": "A cat.", "seed": 3}'}, {}, "", ("A cat.",)),
         (
             {"p.json": '{"tag_string": "long_hair 1girl ^_^ score_7", "id": 5}'},
             {},
