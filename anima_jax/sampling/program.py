@@ -214,8 +214,9 @@ class Evaluations:
         layers, _, width = self.params["blocks.cross_attn.k_proj.kernel"].shape
         prompts = len(self.shared.context.rows_bnd) // (1 if with_negative else 2)
         needed = 2 * layers * prompts * self._rows * width * jnp.dtype(self.dtype).itemsize
-        limit = hosts.smallest(device_bytes(jax.local_devices()[0])) or DEVICE_BYTES
-        return needed / replicas(current_mesh().shape) <= limit / 16
+        mesh = current_mesh()
+        own = min(filter(None, map(device_bytes, mesh.local_devices)), default=None)
+        return needed / replicas(mesh.shape) <= (hosts.smallest(own) or DEVICE_BYTES) / 16
 
     def _modulations_of(self, levels_s: np.ndarray) -> Modulations:
         """Return the AdaLN values of at most `LEVELS` noise levels."""
