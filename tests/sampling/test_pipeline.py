@@ -15,6 +15,7 @@ from anima_jax.checkpoints.models import save_dit
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.plan import Draw
 from anima_jax.diffusion.schedules import sigmas
+from anima_jax.diffusion.step_cache import Savings
 from anima_jax.diffusion.torch_random import CPUStream
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -74,6 +75,7 @@ class Recorded:
 def test_latents_equal_comfyuis(sampler, schedule):
     data = golden("pipeline")
     pipeline = AnimaPipeline.__new__(AnimaPipeline)
+    pipeline.savings = Savings()
     pipeline.dtype = jnp.dtype(jnp.float32)
     pipeline.dit_graphdef, pipeline.dit_params = parameters.split(load_dit(GOLDEN / "dit_image.model.safetensors"))
     positive, negative = (Context(jnp.asarray(data[f"context_{name}"]), None) for name in ("pos", "neg"))
