@@ -102,8 +102,8 @@ def _do_not_measure_writes() -> None:
 def _return_freed_memory() -> None:
     """Give memory that is free back to the operating system, where the C library is glibc.
 
-    A save allocates and frees in several threads, which otherwise leaves holes: about 130 kB a checkpoint. The arenas of
-    these threads still fill in the first 150 checkpoints, by 30 MB; from then on, a checkpoint adds 0.4 kB.
+    A save allocates and frees in several threads, which otherwise leaves holes: about 130 kB a checkpoint. The
+    arenas of these threads still fill in the first 150 checkpoints, by 30 MB; from then on, a checkpoint adds 0.4 kB.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
