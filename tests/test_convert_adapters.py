@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.patch import Patch
-from anima_jax.checkpoints.models import load_dit
+from anima_jax.checkpoints.models import load_dit, open_network
+from anima_jax.checkpoints.names.networks import QWEN3
 from convert.__main__ import main
 from tests.adapters.adapter_files import LOKR, LORA, lora_as, updates, velocity
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
@@ -340,7 +341,7 @@ def test_a_folder_that_is_not_diffusers_is_neither_overwritten_nor_read(tmp_path
     line = refusal(capsys, "checkpoint", DIT_FILE, tmp_path / "full", "--to", "diffusers", "--force")
     assert "already exists" in line
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
-    assert "is a folder without transformer/" in refusal(capsys, "checkpoint", tmp_path / "full", tmp_path / "x")
+    assert "contains no file with weights" in refusal(capsys, "checkpoint", tmp_path / "full", tmp_path / "x")
 
 
 def test_the_output_format_must_be_another_one(folder, tmp_path, capsys):
@@ -381,6 +382,21 @@ def test_diffusers_loads_the_folder_and_gives_the_references_numbers(folder):
         assert relative_error(states, qwen_io["last_hidden_state"]) < VALUE_TOLERANCE
         vae = diffusers.AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae")
         assert set(vae.state_dict()) == set(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+
+
+def test_a_text_encoder_in_shards_as_transformers_writes_it(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 60}
+    torch.manual_seed(0)
+    model = transformers.Qwen3Model(
+        transformers.Qwen3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **sizes)
+    )
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    with open_network(QWEN3, tmp_path) as checkpoint:
+        found = {name: source.read() for name, source in checkpoint.sources.items()}
+    assert all(np.array_equal(found.pop(name), tensor.numpy()) for name, tensor in model.state_dict().items())
+    assert not found
 
 
 def test_diffusers_pipeline_finds_the_components(folder):

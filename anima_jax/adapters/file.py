@@ -36,6 +36,7 @@ from anima_jax.models.parameters import Params
 
 UNUSED_SHOWN = 20
 
+
 WITH_CORE = {part: DIALECTS["kohya"].parts[part] for part in ("lora_A", "lora_B")}
 """Endings of the factors beside `lora_mid`: ComfyUI ignores it beside others."""
 

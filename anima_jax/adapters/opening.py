@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,13 @@ from anima_jax.checkpoints import locations
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, shorten
 
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name of an adapter's file."""
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""Diffusers' name of it."""
 
 NETWORKS = ("text_conditioner", "text_encoder")
 """Folders in PEFT's folder of the transformer's adapter, for the adapters of diffusers' other components."""
@@ -28,17 +30,21 @@ NETWORKS = ("text_conditioner", "text_encoder")
 def files_of(path: PathLike) -> Mapping[str, PathLike]:
     """Return network → file of an adapter. The network "" is the transformer's, or that of a file with all networks.
 
-    `path` is a file, a folder with one safetensors file, such as the trainer writes, or a folder that `convert lora`
-    writes for PEFT. Raises UserError for a folder without an adapter or with several.
+    `path` is a file, a folder or repository with one, or a folder that `convert lora` writes for PEFT. The file of a
+    folder has PEFT's or diffusers' name, or is the only safetensors file, such as the trainer writes. Raises UserError
+    for a folder without an adapter or with several.
     """
-    if locations.is_remote(path) or not os.path.isdir(path):
+    names = locations.files_in(path)
+    if names is None:
         return {"": path}
-    found = sorted(pathlib.Path(path).glob("*.safetensors"))
-    others = {network: pathlib.Path(path, network, WEIGHTS) for network in NETWORKS}
-    files = dict(zip([""], found, strict=False)) | {name: file for name, file in others.items() if file.is_file()}
-    if len(found) > 1 or not files:
-        raise UserError(f"{path}: holds {len(found)} .safetensors files, expected one adapter")
-    return files
+    own = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    found = [name for name in (WEIGHTS, DIFFUSERS_WEIGHTS) if name in own] or own
+    others = {network: name for network in NETWORKS if (name := f"{network}/{WEIGHTS}") in names}
+    if len(found) > 1 or not (found or others):
+        listed = f": {shorten(found)}" if found else ""
+        raise UserError(f"{path}: holds {len(found)} .safetensors files, expected one adapter{listed}")
+    files = dict(zip([""], found, strict=False)) | others
+    return {network: f"{os.fspath(path).rstrip('/')}/{name}" for network, name in files.items()}
 
 
 def open_adapter_file(path: PathLike) -> TensorFile:

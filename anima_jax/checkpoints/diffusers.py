@@ -1,22 +1,15 @@
 """The diffusers format: a folder with an index and one subfolder per network for its weights and settings.
 
-Values are read and written as stored. The diffusers library is not needed.
+Values are written as stored. The diffusers library is not needed. `folders` reads the format.
 """
 
-import contextlib
 import dataclasses
-import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from anima_jax.checkpoints import accounting
-from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.locations import PathLike, reading_folders
-from anima_jax.checkpoints.models import Checkpoint, fit
+from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import diffusers
-from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, locate
-from anima_jax.checkpoints.tensor_files import open_tensors
-from anima_jax.errors import UserError
+from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network
 from anima_jax.models.dit import OUT_CHANNELS, PATCH, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import ROTARY_THETA, Qwen3Config
@@ -153,31 +146,3 @@ def index(folder: PathLike, components: Iterable[str]) -> dict[str, Any]:
         where = {"pretrained_model_name_or_path": str(folder), "subfolder": name, "revision": None, "variant": None}
         found[name] = [library, loaded_by, {**where, "type_hint": [library, loaded_by]}]
     return found
-
-
-def components_in(folder: PathLike) -> list[str]:
-    """Return the networks in a diffusers folder. Raises UserError if it has no transformer."""
-    with reading_folders(folder):
-        found = [name for name in COMPONENTS if (pathlib.Path(folder) / name).is_dir()]
-    if "transformer" not in found:
-        raise UserError(f"{folder}: is a folder without transformer/, expected a diffusers folder or a file")
-    return found
-
-
-@contextlib.contextmanager
-def open_component(folder: PathLike, component: str, *, allow_unused: bool = False) -> Iterator[Checkpoint]:
-    """Open a network in a diffusers folder under its original names; several weight files are read as one."""
-    root = pathlib.Path(folder) / component
-    paths = sorted(root.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{root}: contains no .safetensors file")
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in paths]
-        keys = {key: StoredTensor(file, key) for file in files for key in file.tensors}
-        network = COMPONENTS[component].network
-        located = locate(network, keys)
-        if located is None:
-            found = accounting.looks_like({key: each.info for key, each in keys.items()})
-            raise UserError(f"{root}: has no {network.title}; {found}")
-        sources = {name: keys[key] for name, key in located.keys.items()}
-        yield fit(network, str(root), sources, files[0].metadata, located, located.unknown, allow_unused=allow_unused)

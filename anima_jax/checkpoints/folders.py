@@ -75,6 +75,11 @@ class ModelFiles(os.PathLike[str]):
         return os.fspath(self)
 
     @property
+    def has_prefixes(self) -> bool:
+        """Whether names of tensors begin with the component that they are of."""
+        return any(part.prefix for part in self.parts)
+
+    @property
     def files(self) -> list[str]:
         """The paths or addresses of all files."""
         return [file for part in self.parts for file in part.files]
@@ -103,8 +108,8 @@ def model_files(path: PathLike, components: Sequence[str] = COMPONENTS, variant:
 
     Of a diffusers folder, these are the components that it has; if there are several, their names have the component's
     as prefix. A transformer's folder in a diffusers folder comes with the LLM adapter's next to it. `variant`, such as
-    "fp16", chooses between the files of a folder. Raises UserError if a folder has none of the components, no such
-    variant, or files of which it is not clear what they are.
+    "fp16", chooses between the files of a folder; only the first component must have it. Raises UserError if a folder
+    has none of the components, no such variant, or files of which it is not clear what they are.
     """
     if isinstance(path, ModelFiles):
         return path
@@ -125,18 +130,39 @@ def model_files(path: PathLike, components: Sequence[str] = COMPONENTS, variant:
     if not present:
         listed = " or ".join(f"{component}/" for component in components)
         raise UserError(f"{given}: has no {listed}, only {', '.join(f'{name}/' for name in folders)}")
-    parts = [_part(f"{folder.rstrip('/')}/{name}", folders[name], name, variant) for name in present]
+    chosen = [variant if name == present[0] or _has_variant(folders[name], variant) else None for name in present]
+    parts = [
+        _part(f"{folder.rstrip('/')}/{name}", folders[name], name, own)
+        for name, own in zip(present, chosen, strict=True)
+    ]
     if len(parts) > 1:
         parts = [dataclasses.replace(part, prefix=f"{name}.") for part, name in zip(parts, present, strict=True)]
     return ModelFiles(given, tuple(parts))
+
+
+def components_in(path: PathLike) -> list[str]:
+    """Return the networks of a diffusers folder; [] for other folders and for files."""
+    return list(_components(locations.files_in(path) or ()))
+
+
+def is_index(name: str) -> bool:
+    """Return whether a file of this name is the index of a network in several files."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_network(names: Iterable[str]) -> bool:
+    """Return whether a folder with these files is that of one network, rather than a collection of files."""
+    names = list(names)
+    weights = any(name.endswith(MODEL_SUFFIXES) and "/" not in name for name in names)
+    described = "config.json" in names or any(_INDEX.fullmatch(name) for name in names)
+    return not _components(names) and weights and described
 
 
 def component_files(path: PathLike, component: str, variant: str | None = None) -> ModelFiles:
     """Return the files of a component; other components than the transformer may lack the `variant`."""
     if variant is not None and component != TRANSFORMER[0] and not isinstance(path, ModelFiles):
         names = locations.files_in(path) or ()
-        own = _components(names).get(component, names)
-        if not any(variant in (_variant(name), _variant_of_index(name)) for name in own):
+        if not _has_variant(_components(names).get(component, names), variant):
             variant = None
     return model_files(path, (component,), variant)
 
@@ -229,6 +255,10 @@ def _variant(name: str) -> str | None:
 def _variant_of_index(name: str) -> str | None:
     match = _INDEX.fullmatch(name)
     return (match["variant"] or _variant(f"{match['stem']}.safetensors")) if match else None
+
+
+def _has_variant(names: Iterable[str], variant: str | None) -> bool:
+    return any(variant in (_variant(name), _variant_of_index(name)) for name in names)
 
 
 def _part(folder: str, names: Sequence[str], component: str, variant: str | None) -> NetworkFiles:

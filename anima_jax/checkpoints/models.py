@@ -236,7 +236,7 @@ def open_network(
     network: Network, path: PathLike, *, variant: str | None = None, allow_unused: bool = False
 ) -> Iterator[Checkpoint]:
     """Open a network in a file or folder. An LLM adapter's parameter paths begin with `llm_adapter.`."""
-    with open_model(path, (network.component,), variant) as file:
+    with open_model(path, TRANSFORMER if network is DIT else (network.component,), variant) as file:
         located = accounting.find(network, file)
         sources = accounting.sources(located, file)
         yield fit(network, file.path, sources, file.metadata, located, located.unknown, allow_unused=allow_unused)

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.quantised.parts import QuantisationError
 from anima_jax.checkpoints.safetensors import TensorInfo
-from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.errors import UserError, plural, shorten
 
 _CHUNK = 2**26  # bytes that are read at once
@@ -63,7 +64,7 @@ def first_problem(paths: Iterable[PathLike]) -> str | None:
     """Return the first file that has NaN or infinite values, with their tensors, or None. Other paths are passed by."""
     for path in paths:
         try:
-            with open_tensors(path) as file:
+            with open_model(path) as file:
                 problem = check_values(file).problem
         except UserError:  # a folder, or a file that has been deleted since
             continue

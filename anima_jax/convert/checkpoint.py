@@ -11,21 +11,25 @@ from typing import Any
 
 from anima_jax.checkpoints import accounting, diffusers
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.locations import check_local, writing_to
+from anima_jax.checkpoints.folders import TRANSFORMER, component_files, components_in, model_files
+from anima_jax.checkpoints.joined import open_model
+from anima_jax.checkpoints.locations import check_local, files_in, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import DIT, QWEN3, Network, locate
 from anima_jax.checkpoints.quantised.gguf import portable
-from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert import copies, outputs, quantise
 from anima_jax.errors import UserError, plural, shorten
-from anima_jax.text.tokenizers import save_packaged
+from anima_jax.text.tokenizers import Tokenizers, load_tokenizers, save_packaged
 
 SUMMARY = "write a model with another prefix, in another dtype, or as a diffusers folder and back"
 
 PREFIXES = {"net.": "net.", "model.diffusion_model.": "model.diffusion_model.", "none": ""}
 FORMATS = ("diffusers", "anima", "comfyui")
 PREFIX_OF_FORMAT = {"anima": "net.", "comfyui": "model.diffusion_model."}
+
+_OTHERS = ("text_encoder", "vae")
+"""Networks that have a flag of their own."""
 
 TOKENIZERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
 """Folder of a tokenizer in our layout → its folder in the diffusers format."""
@@ -34,7 +38,7 @@ TOKENIZERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "input", metavar="IN", help="a transformer's .safetensors or .gguf with any known prefix, or a folder"
+        "input", metavar="IN", help="a transformer's or text encoder's file or folder, or hf://owner/repo"
     )
     parser.add_argument("output", metavar="OUT", help="the file to write; with --to diffusers, the folder")
     names = parser.add_mutually_exclusive_group()
@@ -47,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vae", metavar="FILE", help="the VAE's file, to copy into the folder, or from it")
     parser.add_argument("--tokenizers", metavar="FOLDER", help="qwen/ and t5/ to copy (default: the package's own)")
+    outputs.add_variant(parser)
     parser.add_argument("--allow_unused", action="store_true", help="leave out tensors that belong to no network")
     outputs.add_arguments(parser, quantised=quantise.QUANTISERS)
     quantise.add_arguments(parser)
@@ -59,27 +64,34 @@ def run(arguments: argparse.Namespace) -> None:
     outputs.check(target, *filter(None, inputs), force=arguments.force, gguf=_is_gguf(arguments))
     if arguments.keep is not quantise.KEEP and arguments.dtype not in quantise.QUANTISERS:
         raise UserError(f"--keep: needs a quantised --dtype: {', '.join(quantise.QUANTISERS)}")
-    from_folder = os.path.isdir(source)
+    components = components_in(source)
     if arguments.to == "diffusers":
-        if from_folder:
+        if components:
             raise UserError(f"{source}: is already a diffusers folder")
         if arguments.dtype in quantise.QUANTISERS:
             raise UserError(f"--to diffusers: cannot hold {arguments.dtype}; use --to comfyui, or --dtype bf16")
         _to_folder(arguments)
         return
-    if from_folder:
-        _from_folder(arguments, _chosen_prefix(arguments))
-    else:
-        _to_file(arguments)
+    for name in _OTHERS if components else ():  # they are copied out of the folder
+        if path := getattr(arguments, name):
+            if name not in components:
+                raise UserError(f"{source}: has no {name} to write to the file of --{name}")
+            outputs.check(path, source, force=arguments.force)
+    _to_file(arguments, _main_network(arguments), target)
+    for name in _OTHERS if components else ():
+        if path := getattr(arguments, name):
+            _to_file(arguments, diffusers.COMPONENTS[name].network, path)
 
 
-def _to_file(arguments: argparse.Namespace) -> None:
-    """Write the transformer, or the text encoder of a file without a transformer, with another prefix or dtype."""
-    network = QWEN3 if _is_text_encoder(arguments.input) else DIT
-    with open_network(network, arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
+def _to_file(arguments: argparse.Namespace, network: Network, target: str) -> None:
+    """Write a network of IN with another prefix or dtype, and print what was left out."""
+    files = component_files(arguments.input, network.component, arguments.variant)
+    if network is DIT:
+        files = model_files(arguments.input, TRANSFORMER, arguments.variant)
+    with open_network(network, files, allow_unused=arguments.allow_unused) as checkpoint:
         stored, located = checkpoint.stored(), checkpoint.located
         prefix = _prefix(arguments, located.prefix, network)
-        _write(arguments, arguments.output, stored, prefix, checkpoint.metadata)
+        _write(arguments, target, stored, prefix, checkpoint.metadata)
     left_out = {
         "extra buffer": located.skipped,
         "tensor of other networks": located.elsewhere,
@@ -89,12 +101,16 @@ def _to_file(arguments: argparse.Namespace) -> None:
         if keys:
             print(f"left out {plural(len(keys), what)}: {shorten(keys)}")
     prefixes = f"{located.prefix or 'none'} -> {prefix or 'none'}"
-    print(f"{arguments.output}: {plural(len(stored), 'tensor')}, prefix {prefixes}")
+    print(f"{target}: {plural(len(stored), 'tensor')}, prefix {prefixes}")
 
 
-def _is_text_encoder(path: str) -> bool:
-    with open_tensors(path) as file:
-        return accounting.networks_in(file.tensors) == [QWEN3]
+def _main_network(arguments: argparse.Namespace) -> Network:
+    """Return the network that is written to OUT: the transformer, or the text encoder if IN has no transformer."""
+    components = components_in(arguments.input)
+    if components:
+        return QWEN3 if components == [QWEN3.component] else DIT
+    with open_model(arguments.input, variant=arguments.variant) as file:
+        return QWEN3 if accounting.networks_in(file.tensors) == [QWEN3] else DIT
 
 
 def _is_gguf(arguments: argparse.Namespace) -> bool:
@@ -102,14 +118,19 @@ def _is_gguf(arguments: argparse.Namespace) -> bool:
 
 
 def _prefix(arguments: argparse.Namespace, present: str, network: Network) -> str:
-    """Return the prefix to write: the chosen one, or with only a --dtype the one in IN, which is `present`."""
+    """Return the prefix to write: the chosen one, or with only a --dtype the one in IN, which is `present`.
+
+    Of a folder, it is by default the network's own.
+    """
     if _is_gguf(arguments):
         if arguments.prefix not in (None, "none") or arguments.to not in (None, "comfyui"):
             raise UserError(
                 f"--dtype {arguments.dtype}: names have no prefix, as ComfyUI-GGUF reads them; leave it out"
             )
         return ""
-    if not (arguments.prefix or arguments.to):
+    if files_in(arguments.input) is not None and not arguments.prefix and network is not DIT:
+        return network.saved_prefix
+    if files_in(arguments.input) is None and not (arguments.prefix or arguments.to):
         if not arguments.dtype:
             choices = f"--to {', --to '.join(FORMATS)}, --prefix or --dtype"
             raise UserError(f"{arguments.input}: choose an output format: {choices}")
@@ -136,11 +157,13 @@ def _to_folder(arguments: argparse.Namespace) -> None:
     try:
         with writing_to(str(target)):
             temporary.mkdir(parents=True)
-        components = []
+        rows, components = dict[str, int](), list[str]()
         for name, config, tensors in _networks(arguments):
             _write_component(arguments, temporary / name, name, config, tensors)
             components.append(name)
-        components += _copy_tokenizers(arguments.tokenizers, temporary)
+            rows[name] = getattr(config, "vocabulary", 0)
+        problem = _tokenizer_problem(_copy_tokenizers(arguments.tokenizers, temporary), rows)
+        components += TOKENIZERS.values()
         _write_json(temporary / "scheduler" / "scheduler_config.json", diffusers.SCHEDULER)
         _write_json(temporary / diffusers.INDEX, diffusers.index(target, [*components, "scheduler"]))
         with contextlib.suppress(FileNotFoundError):
@@ -151,25 +174,36 @@ def _to_folder(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {', '.join(components)}, scheduler")
     missing = [name for name in diffusers.COMPONENTS if name not in components]
     if missing:
-        print(f"without {', '.join(missing)}: not in IN, and no flag names a file")
+        print(f"without {', '.join(missing)}: not in IN, and no flag names a file; the folder cannot draw without them")
+    if problem:
+        print(f"{problem}; the folder cannot draw with these tokenizers: --tokenizers FOLDER gives the model's own")
+
+
+def _tokenizer_problem(tokenizers: Tokenizers, rows: Mapping[str, int]) -> str | None:
+    """Return why tokenizers do not fit the networks, given component → rows of its embedding; None if they do."""
+    for name, tokens in (("text_encoder", tokenizers.qwen_vocabulary), ("text_conditioner", tokenizers.t5_vocabulary)):
+        if tokens > rows.get(name, tokens):
+            return f"{name} has {rows[name]} embeddings, its tokenizer {tokens} tokens"
+    return None
 
 
 def _networks(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Mapping[str, StoredTensor]]]:
     """Yield component, config and tensors (by original name) of each network in IN or in a file given by a flag."""
-    with open_dit(arguments.input, allow_unused=arguments.allow_unused) as checkpoint:
+    with open_dit(arguments.input, variant=arguments.variant, allow_unused=arguments.allow_unused) as checkpoint:
         transformer, adapter = {}, {}
         for name, tensor in checkpoint.stored().items():
             (adapter if name.startswith(ADAPTER) else transformer)[name] = tensor
         yield "transformer", checkpoint.config, transformer
         if adapter:
             yield "text_conditioner", checkpoint.config.adapter, adapter
-    with open_tensors(arguments.input) as file:
+    with open_model(arguments.input, TRANSFORMER, arguments.variant) as file:
         keys = list(file.tensors)
-    for name in ("text_encoder", "vae"):
+    for name in _OTHERS:
         network = diffusers.COMPONENTS[name].network
         path = getattr(arguments, name) or (arguments.input if locate(network, keys) else None)
         if path is not None:
-            with open_network(network, path, allow_unused=arguments.allow_unused) as checkpoint:
+            files = component_files(path, name, arguments.variant)
+            with open_network(network, files, allow_unused=arguments.allow_unused) as checkpoint:
                 yield name, checkpoint.config, checkpoint.stored()
 
 
@@ -186,15 +220,15 @@ def _write_component(
     _write(arguments, target, renamed, "", {"format": "pt"}, keep_codes=False)
 
 
-def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> list[str]:
+def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> Tokenizers:
     if source is None:
-        save_packaged({ours: folder / theirs for ours, theirs in TOKENIZERS.items()})
-        return list(TOKENIZERS.values())
+        return save_packaged({ours: folder / theirs for ours, theirs in TOKENIZERS.items()})
     for ours, theirs in TOKENIZERS.items():
-        if not (pathlib.Path(source) / ours).is_dir():
+        own = next((path for name in (ours, theirs) if (path := pathlib.Path(source) / name).is_dir()), None)
+        if own is None:
             raise UserError(f"{source}: has no folder {ours}, expected qwen/ and t5/ in it")
-        shutil.copytree(pathlib.Path(source) / ours, folder / theirs)
-    return list(TOKENIZERS.values())
+        shutil.copytree(own, folder / theirs)
+    return load_tokenizers(folder)
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -203,34 +237,11 @@ def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _from_folder(arguments: argparse.Namespace, prefix: str) -> None:
-    """Write the transformer with its LLM adapter to one file, and the other networks to the files given by flags."""
-    present = diffusers.components_in(arguments.input)
-    targets: list[tuple[tuple[str, ...], str, str]]
-    targets = [(("transformer", "text_conditioner"), arguments.output, prefix)]
-    for name in ("text_encoder", "vae"):
-        if path := getattr(arguments, name):
-            if name not in present:
-                raise UserError(f"{arguments.input}: has no {name} to write to the file of --{name}")
-            outputs.check(path, force=arguments.force, gguf=_is_gguf(arguments))
-            targets.append(((name,), path, diffusers.COMPONENTS[name].network.saved_prefix))
-    for components, path, saved_prefix in targets:
-        sources = [name for name in components if name in present]
-        with contextlib.ExitStack() as stack:
-            tensors: dict[str, StoredTensor] = {}
-            for name in sources:
-                tensors |= stack.enter_context(
-                    diffusers.open_component(arguments.input, name, allow_unused=arguments.allow_unused)
-                ).stored()
-            _write(_options_for(components[0], arguments), path, tensors, saved_prefix, {"format": "pt"})
-            print(f"{path}: {plural(len(tensors), 'tensor')}, from {' and '.join(sources)}")
-
-
-def _options_for(component: str, arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return --dtype and --keep for a component of a folder: a VAE is not quantised, --keep names the transformer's."""
+def _options_for(network: Network, arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return --dtype and --keep for a network of a folder: a VAE is not quantised, --keep names the transformer's."""
     is_quantised = arguments.dtype in quantise.QUANTISERS
-    dtype = None if component == "vae" and is_quantised else arguments.dtype
-    return argparse.Namespace(dtype=dtype, keep=arguments.keep if component == "transformer" else quantise.KEEP)
+    dtype = None if network is WAN_VAE and is_quantised else arguments.dtype
+    return argparse.Namespace(dtype=dtype, keep=arguments.keep if network is DIT else quantise.KEEP)
 
 
 def _write(

@@ -10,7 +10,9 @@ import numpy as np
 from anima_jax.adapters.file import open_adapter
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.patch import Patch
-from anima_jax.checkpoints.tensor_files import open_tensors
+from anima_jax.checkpoints.folders import TRANSFORMER
+from anima_jax.checkpoints.joined import open_model
+from anima_jax.convert import outputs
 from anima_jax.convert.extract import opened_both
 from anima_jax.convert.inspect import block_of
 from anima_jax.errors import UserError, shorten
@@ -28,26 +30,28 @@ class Pair(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("first", metavar="A", help="a model's or an adapter's .safetensors")
+    parser.add_argument("first", metavar="A", help="a model's or an adapter's file or folder")
     parser.add_argument("second", metavar="B", help="another one of the same kind")
+    outputs.add_variant(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what only one file has, how many tensors are equal, and ‖B − A‖ / ‖A‖ of each block that differs."""
     kinds = []
     for path in (arguments.first, arguments.second):
-        with open_tensors(path) as file:
+        with open_model(path, TRANSFORMER, arguments.variant) as file:
             kinds.append(adapter_kind(file.tensors) is not None)
     if kinds[0] != kinds[1]:
         raise UserError(f"{arguments.second}: one of the two is an adapter, the other is a model")
-    pairs = adapters(arguments.first, arguments.second) if kinds[0] else models(arguments.first, arguments.second)
+    paths = arguments.first, arguments.second
+    pairs = adapters(*paths) if kinds[0] else models(*paths, arguments.variant)
     for line in report(pairs, "modules" if kinds[0] else "tensors"):
         print(line)
 
 
-def models(first: str, second: str) -> Iterator[Pair]:
+def models(first: str, second: str, variant: str | None) -> Iterator[Pair]:
     """Yield every tensor of two models."""
-    with opened_both(first, second) as files:
+    with opened_both(first, second, variant=variant) as files:
         for name in dict.fromkeys([*files[0], *files[1]]):
             arrays = (file[name].read().astype(np.float32) if name in file else None for file in files)
             yield Pair(name, *arrays)

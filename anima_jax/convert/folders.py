@@ -1,9 +1,12 @@
 """A table of the files in a folder: a diffusers folder, a run of the trainer, or a collection of adapters."""
 
+import contextlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 from anima_jax.checkpoints import file_types
+from anima_jax.checkpoints.folders import is_index, model_files
 from anima_jax.checkpoints.locations import MODEL_SUFFIXES, reading_folders
 from anima_jax.errors import UserError, plural, shorten, size_text
 
@@ -21,7 +24,8 @@ _SUFFIXES = {
 def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
     """Yield a line that says what the folder is, then one per file: path, size, and what the file is.
 
-    `describe(path)` describes a model or an adapter. Hidden files are left out; a run's checkpoint is one line.
+    `describe(path)` describes a model or an adapter, or the files of an index. Those are described by their index, and
+    files that an index does not list are marked. Hidden files are left out; a run's checkpoint is one line.
     """
     root = pathlib.Path(folder)
     rows = []
@@ -63,13 +67,30 @@ def _is_checkpoint(folder: pathlib.Path) -> bool:
     return any((folder / name).exists() for name in _ORBAX)
 
 
+def _listed(folder: pathlib.Path) -> dict[str, str]:
+    """Return file → index, for the files that the indexes in a folder list."""
+    found: dict[str, str] = {}
+    for index in folder.glob("*.json"):
+        with contextlib.suppress(UserError):  # its own line says what is wrong
+            found |= {os.path.basename(file): index.name for file in model_files(index).files if is_index(index.name)}
+    return found
+
+
+def _weights(path: pathlib.Path, describe: Callable[[str], str]) -> str:
+    """Return what the files of an index or a file with weights are."""
+    listed = _listed(path.parent)
+    if path.name in listed:
+        return f"a part of {listed[path.name]}"
+    return f"{'not in an index: ' if listed and not is_index(path.name) else ''}{describe(str(path))}"
+
+
 def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
     """Return what a file is, in one line."""
     if path.is_dir():
         return "a checkpoint to resume from" if _is_checkpoint(path) else "a link to a folder"
     try:
-        if path.suffix in MODEL_SUFFIXES:
-            return describe(str(path))
+        if is_index(path.name) or path.suffix in MODEL_SUFFIXES:
+            return _weights(path, describe)
         with open(path, "rb") as file:
             start = file.read(512)
     except UserError as error:

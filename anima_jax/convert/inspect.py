@@ -4,7 +4,6 @@ import argparse
 import collections
 import itertools
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,14 +12,17 @@ from anima_jax.adapters.file import Adapter, read_adapter
 from anima_jax.adapters.kinds import adapter_kind, split_key, unsupported
 from anima_jax.adapters.patch import BIAS_PARTS, Patch
 from anima_jax.checkpoints import accounting
+from anima_jax.checkpoints.folders import ModelFiles, is_network, model_files
+from anima_jax.checkpoints.joined import open_model
+from anima_jax.checkpoints.locations import files_in, is_remote
 from anima_jax.checkpoints.models import Checkpoint, open_network
 from anima_jax.checkpoints.names import dit
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
 from anima_jax.checkpoints.quantised.parts import QuantisationError
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile
-from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
+from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.checkpoints.values import ValueCheck, check_values
-from anima_jax.convert import folders
+from anima_jax.convert import folders, outputs
 from anima_jax.errors import UserError, one_line, plural, shorten, size_text
 
 SUMMARY = "describe a file, or every file in a folder"
@@ -37,55 +39,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="a file, local, gs:// or hf://owner/repo/file; or a folder, for a table of its files",
+        help="a file, local, gs:// or hf://owner/repo/file; a network's folder, or a repository; or any other folder, "
+        "for a table of its files",
     )
+    outputs.add_variant(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the description of FILE. A file that is no model or adapter is named as well as possible."""
-    if os.path.isdir(arguments.file):
+    names = files_in(arguments.file)
+    if names is not None and not (arguments.variant or is_remote(arguments.file) or is_network(names)):
         for line in folders.table(arguments.file, summary):
             print(line)
         return
-    for label, text in _rows(arguments.file):
+    for label, text in _rows(model_files(arguments.file, variant=arguments.variant)):
         print(f"{label:<10}{text}")
 
 
-def _rows(path: str) -> list[Row]:
+def _rows(path: ModelFiles) -> list[Row]:
     try:
-        with open_tensors(path) as file:
+        with open_model(path) as file:
             values = check_values(file)
             return [
                 ("file", one_line(file.path)),
-                *_contents(file, values),
+                *([("files", str(len(path.files)))] if len(path.files) > 1 else []),
+                *_contents(file, values, path),
                 *_totals(file),
                 *_metadata(file.metadata),
             ]
     except QuantisationError as error:  # what the weights would be can be said all the same
-        with SafetensorsFile(path) as file:
+        with SafetensorsFile(path.files[0]) as file:
             what = accounting.looks_like(file.tensors, file.metadata).removeprefix(_LOOKS)
         problem = str(error).removeprefix(f"{path}: ")
-        return [("file", one_line(path)), ("kind", what), ("problem", problem)]
+        return [("file", one_line(str(path))), ("kind", what), ("problem", problem)]
     except ForeignFileError as error:
-        return [("file", one_line(path)), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
+        return [("file", one_line(str(path))), ("kind", str(error).removeprefix(f"{path}: is ").replace(EXPECTED, ""))]
 
 
 def summary(path: str) -> str:
-    """Return what a file contains, in one line. Raises UserError if it cannot be read."""
-    with open_tensors(path) as file:
-        rows = list(_contents(file, check_values(file)))
+    """Return what a file or the files of an index contain, in one line. Raises UserError if they cannot be read."""
+    with open_model(files := model_files(path)) as file:
+        rows = list(_contents(file, check_values(file), files))
     shown = [text for label, text in rows if label in ("kind", "sizes", "changes")]
     shown += [f"quantised: {text}" for label, text in rows if label == "quantised"]
     return "; ".join(shown + [f"problem: {text}" for label, text in rows if label == "problem"])
 
 
-def _contents(file: TensorFile, values: ValueCheck) -> Iterator[Row]:
+def _contents(file: TensorFile, values: ValueCheck, files: ModelFiles) -> Iterator[Row]:
     if adapter_kind(file.tensors):
         yield from _adapter(file, values)
         return
     networks = accounting.networks_in(file.tensors)
     for network in networks:
-        yield from _network(network, file)
+        yield from _network(network, file, files)
     if not networks:
         found = accounting.looks_like(file.tensors, file.metadata)
         foreign = f"{found.removeprefix(_LOOKS)}, not Anima's" if found.startswith(_LOOKS) else "unknown"
@@ -97,14 +103,14 @@ def _contents(file: TensorFile, values: ValueCheck) -> Iterator[Row]:
         yield "zeros", f"{plural(len(values.zero), 'tensor')} of zeros only: {shorten(values.zero)}"
 
 
-def _network(network: Network, file: TensorFile) -> Iterator[Row]:
+def _network(network: Network, file: TensorFile, files: ModelFiles) -> Iterator[Row]:
     """Yield rows about one network: its prefix, its sizes, and whether it is complete."""
     located = locate(network, file.tensors)
     assert located is not None
     yield "kind", network.title
     yield "prefix", located.prefix or "none"
     try:
-        with open_network(network, file.path) as checkpoint:
+        with open_network(network, files) as checkpoint:
             yield "sizes", str(checkpoint.config)
             if network is DIT:
                 yield "adapter", str(checkpoint.config.adapter or "none")

@@ -38,6 +38,11 @@ def _one_of(choices: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """Add --variant, for inputs that are folders."""
+    parser.add_argument("--variant", metavar="NAME", help="which files of a folder, as in model.fp16.safetensors")
+
+
 def check(target: str, *sources: str, force: bool, gguf: bool = False) -> None:
     """Raise UserError if `target` is one of the `sources`, or exists and `force` is not set.
 
@@ -49,8 +54,11 @@ def check(target: str, *sources: str, force: bool, gguf: bool = False) -> None:
         raise UserError(f"{target}: is {found} `convert checkpoint --dtype gguf:…` writes")
     if is_remote(target) or not os.path.exists(target):
         return
-    if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
-        raise UserError(f"{target}: is IN itself; choose another OUT")
+    for source in sources:
+        if os.path.exists(source) and os.path.samefile(source, target):
+            raise UserError(f"{target}: is IN itself; choose another OUT")
+        if os.path.isdir(source) and os.path.realpath(target).startswith(os.path.join(os.path.realpath(source), "")):
+            raise UserError(f"{target}: is a file of IN; choose another OUT")
     if not force:
         raise UserError(f"{target}: already exists; choose another OUT, or --force to replace it")
 

@@ -253,13 +253,15 @@ def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
     return Tokenizers(qwen, t5, qwen_pad, t5_pad)
 
 
-def save_packaged(folders: Mapping[str, pathlib.Path]) -> None:
+def save_packaged(folders: Mapping[str, pathlib.Path]) -> Tokenizers:
     """Write the package's tokenizers into the folders for `qwen` and `t5`, as transformers reads them."""
-    for repository in (_QWEN, _T5):
+    (qwen, qwen_pad), (t5, t5_pad) = (_load(one, PACKAGED_TOKENIZERS / one.folder) for one in (_QWEN, _T5))
+    for repository, tokenizer in ((_QWEN, qwen), (_T5, t5)):
         target, source = folders[repository.folder], PACKAGED_TOKENIZERS / repository.folder
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / "tokenizer_config.json", target / "tokenizer_config.json")
-        _load(repository, source)[0].save(str(target / "tokenizer.json"), pretty=False)
+        tokenizer.save(str(target / "tokenizer.json"), pretty=False)
+    return Tokenizers(qwen, t5, qwen_pad, t5_pad)
 
 
 def _load(repository: _Repository, path: pathlib.Path) -> tuple[Tokenizer, int]:
