@@ -80,17 +80,18 @@ def run(arguments: argparse.Namespace) -> None:
     _to_file(arguments, _main_network(arguments), target)
     for name in _OTHERS if components else ():
         if path := getattr(arguments, name):
-            _to_file(arguments, diffusers.COMPONENTS[name].network, path)
+            network = diffusers.COMPONENTS[name].network
+            _to_file(arguments, network, path, network.saved_prefix)
 
 
-def _to_file(arguments: argparse.Namespace, network: Network, target: str) -> None:
-    """Write a network of IN with another prefix or dtype, and print what was left out."""
+def _to_file(arguments: argparse.Namespace, network: Network, target: str, prefix: str | None = None) -> None:
+    """Write a network of IN with another prefix (None: the flags') or dtype, and print what was left out."""
     files = component_files(arguments.input, network.component, arguments.variant)
     if network is DIT:
         files = model_files(arguments.input, TRANSFORMER, arguments.variant)
     with open_network(network, files, allow_unused=arguments.allow_unused) as checkpoint:
         stored, located = checkpoint.stored(), checkpoint.located
-        prefix = _prefix(arguments, located.prefix, network)
+        prefix = _prefix(arguments, located.prefix, network) if prefix is None else prefix
         _write(arguments, target, stored, prefix, checkpoint.metadata)
     left_out = {
         "extra buffer": located.skipped,
