@@ -16,7 +16,7 @@ from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import check_local, files_in, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
 from anima_jax.checkpoints.names.dit import ADAPTER
-from anima_jax.checkpoints.names.networks import DIT, QWEN3, Network, locate
+from anima_jax.checkpoints.names.networks import DIT, QWEN3, WAN_VAE, Network, locate
 from anima_jax.checkpoints.quantised.gguf import portable
 from anima_jax.convert import copies, outputs, quantise
 from anima_jax.errors import UserError, plural, shorten
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         if path := getattr(arguments, name):
             if name not in components:
                 raise UserError(f"{source}: has no {name} to write to the file of --{name}")
-            outputs.check(path, source, force=arguments.force)
+            outputs.check(path, source, force=arguments.force, gguf=_is_gguf(arguments) and name != WAN_VAE.component)
     _to_file(arguments, _main_network(arguments), target)
     for name in _OTHERS if components else ():
         if path := getattr(arguments, name):
@@ -91,8 +91,9 @@ def _to_file(arguments: argparse.Namespace, network: Network, target: str, prefi
         files = model_files(arguments.input, TRANSFORMER, arguments.variant)
     with open_network(network, files, allow_unused=arguments.allow_unused) as checkpoint:
         stored, located = checkpoint.stored(), checkpoint.located
+        options = arguments if prefix is None else _options_for(network, arguments)
         prefix = _prefix(arguments, located.prefix, network) if prefix is None else prefix
-        _write(arguments, target, stored, prefix, checkpoint.metadata)
+        _write(options, target, stored, prefix, checkpoint.metadata)
     left_out = {
         "extra buffer": located.skipped,
         "tensor of other networks": located.elsewhere,
@@ -239,10 +240,11 @@ def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 def _options_for(network: Network, arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return --dtype and --keep for a network of a folder: a VAE is not quantised, --keep names the transformer's."""
+    """Return the flags for a network beside a folder's transformer: a VAE is not quantised, and --keep has no names."""
     is_quantised = arguments.dtype in quantise.QUANTISERS
-    dtype = None if network is WAN_VAE and is_quantised else arguments.dtype
-    return argparse.Namespace(dtype=dtype, keep=arguments.keep if network is DIT else quantise.KEEP)
+    return argparse.Namespace(
+        dtype=None if network is WAN_VAE and is_quantised else arguments.dtype, keep=quantise.KEEP
+    )
 
 
 def _write(
