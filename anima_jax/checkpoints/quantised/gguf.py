@@ -29,7 +29,7 @@ MAGIC = b"GGUF"
 LIMIT = 2**27
 """Largest header in bytes: a text encoder's contains its vocabulary of about 10 MB."""
 
-MOST_ITEMS = 2**22
+MOST_ITEMS = 2**20
 """Strings and arrays that may be in arrays, all together: a vocabulary and its merges are about 300,000."""
 
 MOST_KEPT = 64
@@ -266,8 +266,11 @@ class _Header:
             raise HeaderError(f"the header's {key!r:.200} has {what}")
         kind, count = self._number(4), self._number(8)
         if kind in _SCALARS:
-            data = self._bytes(count * _SCALARS[kind].itemsize)
-            return np.frombuffer(data, _SCALARS[kind]).tolist() if count <= MOST_KEPT else []
+            nbytes = count * _SCALARS[kind].itemsize
+            if count > MOST_KEPT:
+                self._skip(nbytes)
+                return []
+            return np.frombuffer(self._bytes(nbytes), _SCALARS[kind]).tolist()
         self.items += count
         if self.items > MOST_ITEMS or count * 8 > self.size - self.at:
             raise HeaderError(f"is cut off or damaged: the header's {key!r:.200} claims {count:.6g} items")
