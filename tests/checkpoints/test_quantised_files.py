@@ -14,12 +14,12 @@ from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from convert.__main__ import main
-from tests.checkpoints.test_models import dit_tensors, saved
-from tests.golden_files import GOLDEN
+from tests.checkpoints.test_models import DIT_FILE, dit_tensors, saved
+from tests.golden_files import GOLDEN, golden
 
 QUANTISED = GOLDEN / "quantised.safetensors"
-with SafetensorsFile(QUANTISED) as golden:
-    NAMES = list(golden.tensors)
+with SafetensorsFile(QUANTISED) as file_of_weights:
+    NAMES = list(file_of_weights.tensors)
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 
@@ -126,6 +126,31 @@ def test_a_change_of_prefix_keeps_codes_and_scales(tmp_path, capsys, name):
     assert found.keys() == {key.replace("net.", "model.diffusion_model.") for key in stored}
     for key, array in stored.items():
         assert found[key.replace("net.", "model.diffusion_model.")].tobytes() == array.tobytes(), key
+
+
+@pytest.mark.parametrize("dtype", ["int8_convrot", "mxfp8", "nvfp4", "nf4"])
+def test_a_change_of_prefix_keeps_every_format(tmp_path, capsys, dtype):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run(capsys, "checkpoint", DIT_FILE, first, "--prefix", "net.", "--dtype", dtype, "--keep", "none")
+    run(capsys, "checkpoint", first, second, "--to", "comfyui")
+    renamed = {key.replace("net.", "model.diffusion_model.", 1): array for key, array in contents(first).items()}
+    found = contents(second)
+    assert found.keys() == renamed.keys()
+    assert all(found[key].tobytes() == array.tobytes() for key, array in renamed.items())
+
+
+def test_the_marker_of_a_text_encoder_stays_beside_its_model(tmp_path, capsys):
+    stored = dict(golden("qwen3.model")) | {"scaled_fp8": np.zeros(2, FLOAT8)}
+    for name in ("q_proj", "k_proj"):
+        key = f"model.layers.0.self_attn.{name}."
+        stored |= {f"{key}weight": stored[f"{key}weight"].astype(FLOAT8), f"{key}scale_weight": np.float32([0.5])}
+    out = tmp_path / "out.safetensors"
+    run(capsys, "checkpoint", saved(tmp_path, stored), out, "--prefix", "none")
+    found = contents(out)
+    assert found.keys() == {key.removeprefix("model.") for key in stored}
+    with open_tensors(out) as file:
+        expected = stored["model.layers.0.self_attn.q_proj.weight"].astype(np.float32) / 2
+        np.testing.assert_array_equal(file.read("layers.0.self_attn.q_proj.weight"), expected)
 
 
 def test_settings_in_the_metadata_become_tensors_under_the_new_names(tmp_path, capsys):

@@ -66,6 +66,8 @@ _COMFYUI_FORMATS = {
 _EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|shared)\.weight$")
 """Pattern for tables of rows, whose float8 values ComfyUI's older files do not scale."""
 
+_MOST_WORDS = 12  # of a module's name
+
 _VALUES = 2**22  # that are computed at a time
 
 _LONGEST, _LONGEST_METADATA = 4096, 2**22
@@ -325,9 +327,9 @@ def _settings_from_metadata(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
 
 
 def _endings(module: str) -> list[str]:
-    """Return a module's name without its first 0, 1, 2, … words."""
-    words = module.split(".")
-    return [".".join(words[start:]) for start in range(len(words))]
+    """Return a module's name, and its last 1, 2, … words up to as many as Anima's longest names have."""
+    words = module.split(".")[-_MOST_WORDS:]
+    return [module, *(".".join(words[start:]) for start in range(1, len(words)))]
 
 
 def _require_settings(weights: Mapping[str, Weight]) -> None:
