@@ -304,7 +304,9 @@ class _Header:
         """Move on by `count` bytes, reading more of the file if needed."""
         end = self.at + count
         if end > self.size:
-            raise HeaderError(f"is cut off or damaged: its header should go on to byte {end:.6g}, it has {self.size}")
+            raise HeaderError(
+                f"is cut off or damaged: its header should go on to byte {end:.6g}, the file has {self.size}"
+            )
         if end > LIMIT:
             raise HeaderError(f"its header is longer than {LIMIT} bytes")
         if end > len(self.data):
