@@ -13,7 +13,7 @@ from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, Direct
 from anima_jax.config.errors import BELONGS_ABOVE, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
-from anima_jax.config.schema import Place, resolve
+from anima_jax.config.schema import Place, is_address, resolve
 from anima_jax.config.sizes import Size
 from anima_jax.config.syntax import read_toml, toml_value
 from anima_jax.errors import UserError
@@ -90,6 +90,8 @@ def _shipped_unless_there(path: str) -> tuple[str, list[str]]:
 
     Raises UserError, with the names of those, if there is no file and `path` is a single word.
     """
+    if is_address(path):
+        raise UserError(f"{path}: is an address, expected a TOML file on this machine")
     folder, name = os.path.split(path)
     configs = shipped("configs")
     found = configs / (name if name.endswith(".toml") else f"{name}.toml")

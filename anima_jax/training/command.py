@@ -192,7 +192,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         keys += ["resume=false", "resume_from_checkpoint=false"]  # what the file says
     for key in ("resume", "run_name", "resume_from_checkpoint"):
         if (value := getattr(arguments, key)) is not None:
-            keys.append(f"{key}={json.dumps(value) if value else 'true'}")
+            keys.append(f"{key}={json.dumps(value) if value or key == 'run_name' else 'true'}")
     return keys
 
 

@@ -474,11 +474,13 @@ def test_an_invalid_toml_file_is_one_line_with_the_position(tmp_path, monkeypatc
     assert name in found
 
 
-def test_a_missing_file_and_a_folder_have_different_errors(tmp_path):
+def test_a_missing_file_a_folder_and_an_address_have_different_errors(tmp_path):
     with pytest.raises(UserError, match=r"no\.toml: no such file"):
         load_config(tmp_path / "no.toml")
     with pytest.raises(UserError, match=r"is a folder, expected a TOML file"):
         load_config(tmp_path)
+    with pytest.raises(UserError, match=r"^hf://a/b/c\.toml: is an address, expected a TOML file on this machine"):
+        load_config("hf://a/b/c.toml")
 
 
 def test_a_long_value_is_cut_short_and_stays_on_one_line(errors):

@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from anima_jax.training.command import LOGGER, log_to_console
+from anima_jax.training.command import LOGGER, log_to_console, overrides, parse_arguments
 
 
 class FullDisk:
@@ -25,3 +25,8 @@ def test_a_message_that_cannot_be_printed_does_not_end_the_run(monkeypatch):
     finally:
         LOGGER.handlers[:], LOGGER.propagate = before[:2]
         LOGGER.setLevel(before[2])
+
+
+def test_an_empty_name_of_a_run_is_a_text_and_a_bare_flag_means_the_newest():
+    words = ["--config", "main.toml", "--run_name", "", "--resume_from_checkpoint"]
+    assert overrides(parse_arguments(words))[-2:] == ['run_name=""', "resume_from_checkpoint=true"]
