@@ -268,6 +268,15 @@ def test_integers_whose_settings_are_missing_are_not_taken_for_unrotated_ones(tm
         open_tensors(saved(tmp_path, stored))
 
 
+def test_settings_of_layers_that_the_file_has_not_are_not_passed_over(tmp_path):
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {f"net.{name}": file.read(name) for name in ("convrot.weight", "convrot.weight_scale")}
+    layers = {"layers": {"model.convrot": {"format": "int8_tensorwise", "convrot": True}}}
+    save_file(stored, tmp_path / "file.safetensors", {"_quantization_metadata": json.dumps(layers)})
+    with pytest.raises(UserError, match=r"convrot\.comfy_quant is missing, which _quantization_metadata has"):
+        open_tensors(tmp_path / "file.safetensors")
+
+
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
 def test_the_order_of_codes_and_scales_is_not_guessed(tmp_path, name):
     with SafetensorsFile(QUANTISED) as file:

@@ -194,7 +194,7 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
             return file
         found = (_weight(file, module, group, settings) for module, group in groups.items())
         weights = {weight.parts["weight"].name: weight for weight in found if weight}
-        _require_settings(weights)
+        _require_settings(weights, METADATA if METADATA in file.metadata else None)
         _add_markers(file.tensors, weights, markers)
     except ValueError as error:
         raise QuantisationError(f"{file.path}: {error}") from error
@@ -332,9 +332,9 @@ def _endings(module: str) -> list[str]:
     return [module, *(".".join(words[start:]) for start in range(1, len(words)))]
 
 
-def _require_settings(weights: Mapping[str, Weight]) -> None:
-    """Raise ValueError for integers without settings in a file with others: they may be rotated."""
-    with_settings = next((name for name, weight in weights.items() if SETTINGS in weight.parts), None)
+def _require_settings(weights: Mapping[str, Weight], metadata: str | None) -> None:
+    """Raise ValueError for integers without settings in a file that has some, as in `metadata`: they may be rotated."""
+    with_settings = next((name for name, weight in weights.items() if SETTINGS in weight.parts), metadata)
     for name, weight in weights.items():
         if with_settings and weight.storage == "int8" and SETTINGS not in weight.parts:
             missing = f"{name.removesuffix('weight')}{SETTINGS}"
