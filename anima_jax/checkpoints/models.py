@@ -22,12 +22,13 @@ from jax.typing import DTypeLike
 from anima_jax.adapters.kinds import SCALE
 from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.device_codes import stack
 from anima_jax.checkpoints.folders import TRANSFORMER
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names import FileTensor, dit, file_tensors
 from anima_jax.checkpoints.names.networks import ADAPTER, DIT, QWEN3, WAN_VAE, Network, NetworkKeys
-from anima_jax.checkpoints.stored import Storage
+from anima_jax.checkpoints.stored import Storage, placed
 from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
@@ -100,11 +101,27 @@ class Checkpoint:
     ) -> Iterator[tuple[str, Any]]:
         """Yield path and value of each parameter, before `Storage.stored`: never all are on the devices before it.
 
-        Those in `wide` are float32. Errors are those of `load`.
+        Those in `wide` are float32. Others that the file has quantised are so here, unless `storage` is another. Prints
+        which formats were rounded to other ones. Errors are those of `load`.
         """
-        for path, tensors in itertools.groupby(self.tensors, key=lambda tensor: tensor.path):
+        rounded: dict[str, list[str]] = {}
+        for path, group in itertools.groupby(self.tensors, key=lambda tensor: tensor.path):
+            tensors, stored = list(group), None
             dtype = "float32" if path in wide else storage.dtype_of(path)
-            yield path, self._load_parameter(path, list(tensors), dtype, shardings.get(path))
+            if path not in wide and storage.keeps(path):
+                sources = [self.sources[tensor.name] for tensor in tensors]
+                values = self.abstract[path].dtype if dtype is None else dtype
+                stored = stack(tensors, sources, values, storage.codes, whole_channels=storage.compute is not None)
+            if stored is None:
+                yield path, self._load_parameter(path, tensors, dtype, shardings.get(path))
+                continue
+            value, formats = stored
+            if formats:
+                rounded.setdefault(f"{' and '.join(sorted(formats))} to {value.codes.dtype}", []).append(path)
+            yield path, placed(value, path, shardings.get(path))
+        for what, paths in rounded.items() if is_process_0() else ():
+            stacks = f"{plural(len(paths), 'parameter')}, {shorten(paths, 2)}"
+            print(f"{self.label}: rounded {what} on the devices: {stacks}; transformer_dtype bfloat16 does not round")
 
     def _load_parameter(
         self, path: str, tensors: Sequence[FileTensor], dtype: DTypes, sharding: Sharding | None

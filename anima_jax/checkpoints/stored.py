@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from anima_jax.errors import UserError, did_you_mean
 from anima_jax.models import quantised
@@ -52,6 +52,10 @@ class Storage:
         own = self.dtype.get(path) if isinstance(self.dtype, Mapping) else self.dtype
         return self.transformer_dtype if plain else own
 
+    def keeps(self, path: str) -> bool:
+        """Return whether a parameter may stay as a file has it quantised."""
+        return quantised.in_transformer_dtype(path) and self.transformer_dtype not in PLAIN
+
     def stored(self, path: str, value: Any, mesh: Mesh | None) -> Any:
         """Return a frozen parameter as it is stored, with its sharding on the mesh (None: on its device)."""
         if isinstance(value, Quantised):
@@ -63,3 +67,14 @@ class Storage:
         if mesh is None:
             return stored
         return jax.device_put(stored, rules.shardings({path: stored}, {path: value}, mesh)[path])
+
+
+def placed(value: Quantised, path: str, sharding: Sharding | None) -> Quantised:
+    """Return a quantised parameter of NumPy arrays on the devices, each with its part."""
+    mesh: Any = getattr(sharding, "mesh", None)
+    if mesh is None:
+        return jax.device_put(value)
+    own = rules.shardings({path: value}, {path: value}, mesh)[path]
+    return jax.tree.map(
+        lambda leaf, one: jax.make_array_from_callback(leaf.shape, one, lambda index: leaf[index]), value, own
+    )

@@ -292,3 +292,22 @@ def test_generate_takes_several_and_names_what_it_cannot_use(files, tmp_path, ca
         generate([*command, "--lora", str(tmp_path / "stray.safetensors"), "-o", str(tmp_path / "no.png")])
     assert stopped.value.code == 2
     assert "lora_unet_blocks_7" in capsys.readouterr().err or not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize("stored", [{"transformer_dtype": "int8"}, {"compute": "int8"}, {"transformer_dtype": "nf4"}])
+def test_loras_on_quantised_weights_are_not_rounded_away(files, stored, capsys):
+    small = [(files / "style.safetensors", 1e-3), (files / "lokr.safetensors", 0.5)]
+    base, changed = load(files, dtype=jnp.float32, **stored), load(files, dtype=jnp.float32, loras=small, **stored)
+    assert "1 quantised stack of matrices changed by adapters other than LoRAs: dequantised" in capsys.readouterr().err
+    merged = load(files, dtype=jnp.float32, loras=small)
+    plain = load(files, dtype=jnp.float32)
+    assert different(base, changed) == TOUCHED
+    for path in TOUCHED:
+        own, expected = (
+            np.asarray(all_params(after)[path], np.float64) - np.asarray(all_params(before)[path], np.float64)
+            for after, before in ((changed, base), (merged, plain))
+        )
+        # A thousandth of a LoRA, less than a step of int8; float32 rounds its sum with a weight of about 1.
+        np.testing.assert_allclose(own, expected, atol=1e-6 + 1e-5 * np.abs(expected).max())
+    changed.set_lora_weights([0.0, 0.0])
+    assert not different(base, changed)
