@@ -19,9 +19,12 @@ from anima_jax.checkpoints.names import FileTensor
 from anima_jax.checkpoints.quantised import comfyui, ggml
 from anima_jax.checkpoints.quantised.bitsandbytes import ROW_PEAKS
 from anima_jax.checkpoints.quantised.comfyui import MXFP8_BLOCK, SCALE, SCALE_OF_SQUARES, SETTINGS, SQUARE
-from anima_jax.checkpoints.quantised.parts import checked_scale
+from anima_jax.checkpoints.quantised.parts import QuantisationError, checked_scale
 from anima_jax.checkpoints.quantised.view import SMOOTHING
 from anima_jax.models.quantised import STORED, Quantised, hadamard, quantise
+
+_NAN = 255
+"""Exponent that stands for NaN among mxfp8's scales."""
 
 
 class Codes(NamedTuple):
@@ -47,23 +50,29 @@ def _scaled(source: StoredTensor) -> Codes:
     rotation = 0
     if source.storage == "int8_convrot":
         rotation = comfyui.group_size(json.loads(source.file.read_part(source.key, SETTINGS).tobytes()))
-    return Codes(codes, np.broadcast_to(checked_scale(scales).reshape(-1, 1), (len(codes), 1)), rotation)
+    return Codes(codes, np.broadcast_to(checked_scale(SCALE, scales).reshape(-1, 1), (len(codes), 1)), rotation)
 
 
 def _llm_int8(source: StoredTensor) -> Codes:
     codes, peaks = (source.file.read_part(source.key, part) for part in ("weight", ROW_PEAKS))
-    return Codes(codes, checked_scale(peaks).reshape(-1, 1) / np.float32(127))
+    return Codes(codes, checked_scale(ROW_PEAKS, peaks).reshape(-1, 1) / np.float32(127))
 
 
 def _squares(source: StoredTensor) -> Codes | None:
     codes, scales = (source.file.read_part(source.key, part) for part in ("weight", SCALE_OF_SQUARES))
-    return None if codes.shape[1] % SQUARE else Codes(codes, checked_scale(scales).repeat(SQUARE, 0)[: len(codes)])
+    return (
+        None
+        if codes.shape[1] % SQUARE
+        else Codes(codes, checked_scale(SCALE_OF_SQUARES, scales).repeat(SQUARE, 0)[: len(codes)])
+    )
 
 
 def _mxfp8(source: StoredTensor) -> Codes:
     rows, inputs = source.info.shape
     codes, exponents = (source.file.read_part(source.key, part) for part in ("weight", SCALE))
     blocks = codes.shape[1] // MXFP8_BLOCK
+    if (exponents.view(np.uint8) == _NAN).any():
+        raise ValueError(f"a scale of {SCALE} is NaN, expected a finite number")
     scales = comfyui.untiled(exponents.view(np.uint8), len(codes), blocks).astype(np.uint32) << 23
     return Codes(codes[:rows, :inputs], scales.view(np.float32)[:rows, : inputs // MXFP8_BLOCK])
 
@@ -102,11 +111,14 @@ _READERS: dict[str, Callable[[StoredTensor], Codes | None]] = {
 
 
 def codes_of(source: StoredTensor) -> Codes | None:
-    """Return a matrix of a file as 8-bit codes, or None if it is not stored so."""
+    """Return a matrix of a file as 8-bit codes, or None if it is not stored so. Raises UserError for a wrong scale."""
     reader = _READERS.get(source.storage or "")
     if reader is None or len(source.info.shape) != 2 or SMOOTHING in source.file.parts(source.key):
         return None
-    return reader(source)
+    try:
+        return reader(source)
+    except ValueError as error:
+        raise QuantisationError(f"{source.file.path}: {source.key}: {error}") from error
 
 
 def stack(
