@@ -84,7 +84,7 @@ def write_settings(path: PathLike, networks: Mapping[str, Mapping[str, Any]]) ->
     path = os.fspath(path)
     targets = {network: os.path.join(path, network, WEIGHTS) for network in networks}
     if path.endswith(".safetensors"):
-        if networks.keys() != {""}:
+        if list(networks) != [""]:
             raise UserError(
                 f"{path}: PEFT has a file for each network, and the adapter changes others; expected a folder"
             )
