@@ -38,6 +38,7 @@ from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.parallel.mesh import current_mesh
+from anima_jax.platform import hardware
 
 DTypes = DTypeLike | Mapping[str, DTypeLike] | None
 """One dtype for all parameters, or one per parameter path; None (or a path without an entry) keeps the file's."""
@@ -104,6 +105,8 @@ class Checkpoint:
         Those in `wide` are float32. Others that the file has quantised are so here, unless `storage` is another. Prints
         which formats were rounded to other ones. Errors are those of `load`.
         """
+        if storage.compute and storage.compute not in hardware().narrow_products and is_process_0():
+            print(f"compute = '{storage.compute}': this device has no such products; wider ones have the same values")
         rounded: dict[str, list[str]] = {}
         for path, group in itertools.groupby(self.tensors, key=lambda tensor: tensor.path):
             tensors, stored = list(group), None
