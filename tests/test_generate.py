@@ -461,3 +461,19 @@ def test_the_end_of_a_pipe_is_quiet(tmp_path):
     found = subprocess.run([sys.executable, "-c", command], check=False, **options)
     os.close(writer)
     assert (found.returncode, found.stderr) == (141, b"")
+
+
+def test_a_diffusers_folder_draws_with_its_own_networks_and_tokenizers(networks, tmp_path):
+    files = dict(zip(networks[::2], networks[1::2], strict=True))
+    folder, pictures = tmp_path / "anima", [tmp_path / f"{name}.png" for name in ("files", "folder", "again")]
+    arguments = ["checkpoint", files["--transformer"], str(folder), "--to", "diffusers"]
+    named = ("--text_encoder", "--vae", "--tokenizers")
+    convert([*arguments, *(word for flag in named for word in (flag, files[flag]))])
+    request = ["--prompt", "a red circle", "--dtype", "float32", *SMALL]
+    run(*networks, *request, "-o", pictures[0])
+    run("--transformer", folder, *request, "-o", pictures[1])
+    run("--like", pictures[1], "-o", pictures[2])
+    first, *others = (np.asarray(Image.open(picture)) for picture in pictures)
+    assert all(np.array_equal(first, other) for other in others)
+    with pytest.raises(SystemExit):
+        run("--transformer", folder, "--variant", "fp16", *request, "-o", tmp_path / "x.png")
