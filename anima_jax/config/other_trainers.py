@@ -194,6 +194,7 @@ TABLES: Mapping[str, str] = {
     "datasets": "each folder is a [[directory]] here, with path; resolutions are at the top of the file",
     "subsets": "each folder is a [[directory]] here, with path",
     "general": "keys for all folders are at the top of the file here",
+    **dict.fromkeys(("lora", "network"), "here it is [adapter]"),
 }
 """Tables of sd-scripts' dataset TOML → what stands for them here."""
 

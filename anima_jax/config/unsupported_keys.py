@@ -189,6 +189,8 @@ MAIN: Mapping[str, Unsupported] = {
     "upload_hf_from_epoch": ignored(_UPLOAD),
     "batch_fill_strategy": ignored("examples that do not fill a batch begin the next epoch, so that none is dropped"),
     "bench": ignored("--profile measures steps", False),
+    "sample.cfg": taken("sample.guidance_scale"),
+    "sample.num_inference_steps": taken("sample.steps"),
     "sample_every_n_epochs": taken("sample.every_n_epochs", 0),
     "sample_every_n_steps": taken("sample.every_n_steps", 0),
     "sample_at_first": ignored("[sample] always draws before the first step too", True),
@@ -226,8 +228,13 @@ CACHED_CAPTIONS: Mapping[str, Unsupported] = {
     for key, row in CAPTIONS.items()
 }
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+
 VALUES: Mapping[str, Mapping[str, str]] = {
     "model.type": {"cosmos_predict2": "anima"},
+    "model.timestep_sample_method": {"sigmoid": "logit_normal", "logit-normal": "logit_normal"},
+    "model.transformer_dtype": {**_DTYPES, "fp8": "float8"},
+    **dict.fromkeys(("model.dtype", "adapter.dtype", "save_dtype", "cache_dtype"), _DTYPES),
     "adapter.type": {
         "locon": "lora",
         **{f"lycoris_{kind}": kind for kind in ("loha", "lokr", "dora")},

@@ -542,3 +542,23 @@ def test_a_harmless_value_is_silent_and_another_is_not():
                 inner = inner.setdefault(part, {})
             inner[last] = value
             assert bool(list(set_aside(table, ROWS))) != silent, key
+
+
+def test_short_names_of_dtypes_and_of_a_sigmoid_are_taken(load):
+    model = MODEL.replace("'bfloat16'", "'BF16'") + "timestep_sample_method = 'sigmoid'\ntransformer_dtype = 'fp8'\n"
+    config = load(HEAD + "save_dtype = 'fp32'\n" + model + LORA.replace("'bfloat16'", "'fp16'") + OPTIMIZER)
+    assert (config.model.dtype, config.save_dtype, config.adapter.dtype) == ("bfloat16", "float32", "float16")
+    assert config.model.timestep_sample_method == "logit_normal"
+    assert config.model.transformer_dtype in {"float8", "float8_e4m3fn"}
+    assert any("model.dtype: 'BF16' is taken as 'bfloat16'" in message for message in config.messages)
+
+
+def test_a_samples_cfg_and_a_table_of_a_lora_are_known(load, errors):
+    sample = "[sample]\nprompts = ['a']\ncfg = 3.5\nnum_inference_steps = 20\n"
+    config = load(HEAD + MODEL + OPTIMIZER + sample)
+    assert (config.sample.guidance_scale, config.sample.steps) == (3.5, 20)
+    found = errors(HEAD + MODEL + OPTIMIZER + "[network]\nnetwork_dim = 8\n")
+    assert [line.removeprefix("main.toml: ") for line in found] == [
+        "network: unknown key; here it is [adapter]",
+        "network.network_dim: unknown key; here it is rank in [adapter]",
+    ]
