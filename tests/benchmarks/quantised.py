@@ -15,7 +15,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,19 @@ PROMPTS = (
 LEVELS = (1.0, 0.7, 0.3)
 NETWORKS = {"vae": ASSETS / "tiny_vae.safetensors", "text_encoder": ASSETS / "tiny_qwen3.safetensors"}
 NETWORKS |= {"tokenizers": ASSETS / "tokenizers"}
-FLAGS = {"steps": 20, "shift": 1.0, "guidance_scale": 2.5, "sampler": "euler"}
+FLAGS = {"shift": 1.0, "guidance_scale": 2.5, "sampler": "euler"}
+
+
+class Pictures(NamedTuple):
+    """What is drawn of a model: side in pixels, steps, number of prompts, seeds."""
+
+    side: int
+    steps: int
+    prompts: int
+    seeds: tuple[int, ...]
+
+
+QUICK_START, RANDOM = Pictures(64, 20, 4, (0, 1)), Pictures(128, 6, 2, (0,))
 
 
 def main() -> None:
@@ -70,20 +82,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         if options.model:
-            compare(f"{options.model.name}, 64 × 64", options.model, folder, options.rows, 64, (0, 1))
+            compare("the quick start's", options.model, folder, options.rows, QUICK_START)
         if options.blocks:
             config = DiTConfig(blocks=options.blocks, context_width=CONFIG.context_width, adapter=CONFIG.adapter)
             path = folder / "random.safetensors"
             shapes = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))[1]
             save_dit(path, {key: value.astype(jnp.bfloat16) for key, value in random_params(shapes).items()})
-            compare(f"random, width {config.width}, {config.blocks} blocks, 128 × 128", path, folder, options.rows, 128)
+            compare(f"random, width {config.width}, {config.blocks} blocks", path, folder, options.rows, RANDOM)
 
 
-def compare(
-    title: str, model: pathlib.Path, folder: pathlib.Path, rows: Sequence[str], side: int, seeds: Sequence[int] = (0,)
-) -> None:
+def compare(title: str, model: pathlib.Path, folder: pathlib.Path, rows: Sequence[str], drawn: Pictures) -> None:
     """Print a table of the rows' errors against `model` in bfloat16."""
-    measure = functools.partial(measured, folder=folder, side=side, seeds=seeds)
+    measure = functools.partial(measured, folder=folder, drawn=drawn)
     kernels, velocities, images = measure(model, {})
     print(f"| {title} | products | largest | velocity | PSNR of images | lowest |", flush=True)
     for row in rows:
@@ -103,7 +113,7 @@ def compare(
 
 
 def measured(
-    path: pathlib.Path, loading: dict[str, str], *, folder: pathlib.Path, side: int, seeds: Sequence[int]
+    path: pathlib.Path, loading: dict[str, str], *, folder: pathlib.Path, drawn: Pictures
 ) -> tuple[dict[str, Any], list[np.ndarray], list[np.ndarray]]:
     """Return the blocks' kernels, the velocities at `LEVELS` without guidance, and the images of `generate`."""
     arguments = {"dtype": "bfloat16"} | loading
@@ -114,17 +124,29 @@ def measured(
     velocities = []
     for level in LEVELS:
         params = SamplingParams(sampler="euler", sigmas=(level, 0.0), guidance_scale=1.0)
-        request = ImageRequest(PROMPTS[0], side, side)
+        request = ImageRequest(PROMPTS[0], drawn.side, drawn.side)
         noise = BatchNoise([request], params.noise, SAMPLERS["euler"], params.levels()).start[0]
         (found,) = pipeline.draw_latents([request], params, callback=lambda *_: None)
         velocities.append((level * noise - found) / level)
     prompts, output = folder / "prompts.txt", folder / "image.png"
-    prompts.write_text("\n".join(PROMPTS))
-    values = {"transformer": path, **NETWORKS, **arguments, **FLAGS, "width": side, "height": side}
+    prompts.write_text("\n".join(PROMPTS[: drawn.prompts]))
+    values = {"transformer": path, **NETWORKS, **arguments, **FLAGS, "width": drawn.side, "height": drawn.side}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        generate.main([*flags, "--prompts", str(prompts), "--seed", *map(str, seeds), "-o", str(output)])
-    count = len(PROMPTS) * len(seeds)
+        generate.main(
+            [
+                *flags,
+                "--steps",
+                str(drawn.steps),
+                "--prompts",
+                str(prompts),
+                "--seed",
+                *map(str, drawn.seeds),
+                "-o",
+                str(output),
+            ]
+        )
+    count = drawn.prompts * len(drawn.seeds)
     files = [output.with_stem(f"image_{number + 1}") for number in range(count)]
     return kernels, velocities, [np.asarray(Image.open(file)).astype(np.float64) for file in files]
 
