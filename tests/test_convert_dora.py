@@ -39,7 +39,8 @@ def test_a_dora_for_comfyui_gives_the_trained_weights_by_comfyuis_norm_and_comes
     assert "ComfyUI divides" not in capsys.readouterr().out
     save_file(load_file(paths["comfyui"]), paths["stripped"])  # as ComfyUI reads it, which heeds no metadata
     assert "--base FILE" in refusal(capsys, "lora", paths["comfyui"], paths["diffusers"], "--to", "diffusers")
-    convert("lora", paths["comfyui"], paths["diffusers"], "--to", "diffusers", "--base", DIT_FILE)
+    convert("checkpoint", DIT_FILE, tmp_path / "folder", "--to", "diffusers")
+    convert("lora", paths["comfyui"], paths["diffusers"], "--to", "diffusers", "--base", tmp_path / "folder")
     trained = with_adapter(source)
     found = {name: with_adapter(path, comfyui_dora=name == "stripped") for name, path in paths.items()}
     for name in ("plain", "comfyui", "stripped", "diffusers"):

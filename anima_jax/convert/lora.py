@@ -15,7 +15,7 @@ from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import contiguous
-from anima_jax.checkpoints.tensor_files import open_tensors
+from anima_jax.checkpoints.joined import open_model
 from anima_jax.convert import outputs
 from anima_jax.errors import NotFiniteError, UserError, plural, shorten
 
@@ -71,7 +71,7 @@ def _weights(stack: contextlib.ExitStack, paths: list[str]) -> dict[str, Callabl
     """Return module → function that reads its weight from one of the files, in float32."""
     found: dict[str, Callable[[], np.ndarray]] = {}
     for path in paths:
-        file = stack.enter_context(open_tensors(path))
+        file = stack.enter_context(open_model(path))
         names = original_names(file)
         if not names:
             raise UserError(f"--base {path}: has no weights that an adapter changes; {looks_like(file.tensors)}")
