@@ -41,6 +41,6 @@ def test_products_on_a_mesh_are_those_of_one_device(on_eight):
     alone = products_on(dict.fromkeys(rules.AXES, 1))
     for sizes in MESHES[1:4]:
         for found, expected in zip(on_eight(products_on, sizes), alone, strict=True):
-            # Integers' sums are exact, but a rotation may round to the next integer; gradients' sums have another order.
+            # Integers' sums are exact, but a rotation may round to the next one; gradients sum in another order.
             for tolerance, part, one in zip((2e-3, 1e-5), found, expected, strict=True):
                 np.testing.assert_allclose(part, one, atol=tolerance * np.abs(one).max())
