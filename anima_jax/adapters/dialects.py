@@ -98,13 +98,13 @@ DIALECTS = {
         settings="header",
     ),
     "peft": Dialect(
-        "PEFT, for diffusers' CosmosTransformer3DModel",
+        "PEFT (diffusers' names)",
         _diffusers(PEFT_PREFIX, f"text_conditioner/{PEFT_PREFIX}", _TEXT_ENCODER_IN_PEFT),
         _PEFT,
         settings="beside",
     ),
     "peft_original": Dialect(
-        "PEFT, for a transformer with the original names",
+        "PEFT (original names)",
         _original(PEFT_PREFIX, _TEXT_ENCODER_IN_PEFT),
         _PEFT,
         settings="beside",

@@ -14,10 +14,10 @@ from anima_jax.adapters.patch import Part, Patch, norms
 
 def is_by_output(patch: Patch) -> bool:
     """Return whether a patch has a magnitude for each output that counts."""
-    if "dora_scale" not in patch.parts or "dora_scale" in patch.idle or patch.kind.replaces:
+    if "dora_scale" not in patch.parts or "dora_scale" in patch.idle or patch.kind.replaces or patch.error():
         return False
     shape, outputs = patch.parts["dora_scale"].shape, (patch.update_shape or (0,))[0]
-    return shape[0] == outputs == math.prod(shape)
+    return shape[:1] == (outputs,) and math.prod(shape) == outputs
 
 
 def normed(patch: Patch, weight: np.ndarray, *, of_base: bool) -> Patch:

@@ -200,6 +200,10 @@ class AdapterStack:
             for path in self._tensors
             if isinstance(value := params[path], Quantised) and self._are_loras(path, touched)
         }
+        self._ranks = {
+            path: max(sum(patch.rank or 0 for patch, _ in touched[tensor.name]) for tensor in self._tensors[path])
+            for path in self._quantised
+        }
         merging = {path: params[path] for path in self._tensors if path not in self._quantised}
         if dequantised := [path for path, value in merging.items() if isinstance(value, Quantised)]:
             what = f"{plural(len(dequantised), 'quantised stack')} of matrices"
@@ -240,8 +244,7 @@ class AdapterStack:
     def _updated(self, path: str, found: Changes) -> Quantised:
         """Return the quantised parameter with the factors of all LoRAs, zero where a layer has fewer."""
         base, tensors = self._quantised[path], self._tensors[path]
-        everything = changes(self._adapters, [1.0] * len(self._adapters))
-        rank = max(sum(patch.rank or 0 for patch, _ in everything[tensor.name]) for tensor in tensors)
+        rank = self._ranks[path]
         *stack, features_in, features_out = base.shape
         a, b = (np.zeros((*stack, *own), base.dtype) for own in ((features_in, rank), (rank, features_out)))
         for tensor in tensors:

@@ -1,19 +1,16 @@
 """Opening of an adapter's files: one file, a folder with one, or PEFT's folder with a file for each network."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from anima_jax.adapters import peft
 from anima_jax.checkpoints import locations
+from anima_jax.checkpoints.joined import JoinedFile
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.errors import UserError, shorten
 
@@ -52,7 +49,7 @@ def open_adapter_file(path: PathLike) -> TensorFile:
     files = files_of(path)
     with contextlib.ExitStack() as stack:
         opened = {network: stack.enter_context(open_tensors(file)) for network, file in files.items()}
-        whole = opened[""] if opened.keys() == {""} else _NetworkFiles(opened)
+        whole = opened[""] if opened.keys() == {""} else _joined(opened)
         stack.pop_all()
     return whole
 
@@ -61,57 +58,22 @@ _IN_ROOT = ("transformer", "text_conditioner")
 """Networks that a transformer with the original names contains."""
 
 
-class _NetworkFiles:
-    """PEFT's files of several networks as one file, whose names begin with the network's folder.
+def _joined(files: Mapping[str, TensorFile]) -> TensorFile:
+    """Return PEFT's files of several networks as one file, whose names begin with the network's folder.
 
     Their settings are in its metadata, as in a file of diffusers.
     """
-
-    marker = None
-
-    def __init__(self, files: Mapping[str, TensorFile]):
-        self._files = files
-        self.path = next(iter(files.values())).path
-        self.size = sum(file.size for file in files.values())
-        self._keys, self.tensors = dict[str, tuple[TensorFile, str]](), dict[str, TensorInfo]()
-        for network, file in files.items():
-            for key, tensor in file.tensors.items():
-                name = f"{network}/{key}" if network else key
-                self._keys[name], self.tensors[name] = (file, key), dataclasses.replace(tensor, name=name)
-        settings: dict[str, Any] = {}
-        self.metadata: dict[str, str] = {}
-        for network, file in files.items():
-            own = peft.read_settings(file)
-            own.check()
-            self.metadata |= own.metadata
-            if warning := own.warning(file.path):
-                print(warning, file=sys.stderr)
-            for component in [network] if network else [one for one in _IN_ROOT if one not in files]:
-                settings |= {f"{component}.{key}": value for key, value in own.values.items()}
-        self.metadata[peft.DIFFUSERS_SETTINGS] = json.dumps(settings)
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        file, key = self._keys[name]
-        return file.read(key, rows)
-
-    def storage(self, name: str) -> str | None:
-        file, key = self._keys[name]
-        return file.storage(key)
-
-    def parts(self, name: str) -> Mapping[str, TensorInfo]:
-        file, key = self._keys[name]
-        return file.parts(key)
-
-    def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
-        file, key = self._keys[name]
-        return file.read_part(key, part, rows)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    parts = [(f"{network}/" if network else "", file) for network, file in files.items()]
+    joined = JoinedFile(next(iter(files.values())).path, parts)
+    metadata: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+    for network, file in files.items():
+        own = peft.read_settings(file)
+        own.check()
+        metadata |= own.metadata
+        if warning := own.warning(file.path):
+            print(warning, file=sys.stderr)
+        for component in [network] if network else [one for one in _IN_ROOT if one not in files]:
+            settings |= {f"{component}.{key}": value for key, value in own.values.items()}
+    joined.metadata = metadata | {peft.DIFFUSERS_SETTINGS: json.dumps(settings)}
+    return joined

@@ -11,11 +11,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from anima_jax.adapters.kinds import KINDS, AdapterKind, Product, kind_of
 from anima_jax.errors import UserError, shell_command
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 _EPSILON = np.finfo(FLOAT32).eps
 
@@ -166,11 +168,12 @@ class Patch:
 
     @property
     def without_factor(self) -> "Patch":
-        """The patch with `factor` multiplied into its first matrix, which is float32 unless it is a power of two."""
+        """The patch with `factor` multiplied into its first matrix, in float32 unless its dtype has the products."""
         if self.factor == 1.0:
             return self
         (name, part), factor = next(iter(self._chains[0].items())), np.float32(self.factor)
-        dtype = part.dtype if abs(math.frexp(self.factor)[0]) == 0.5 else FLOAT32
+        exact = part.dtype in (FLOAT32, BFLOAT16) and abs(math.frexp(self.factor)[0]) == 0.5
+        dtype = part.dtype if exact else FLOAT32
         scaled = dataclasses.replace(part, dtype=dtype, read=lambda: (part.float32() * factor).astype(dtype))
         return dataclasses.replace(self, parts={**self.parts, name: scaled}, factor=1.0)
 

@@ -162,7 +162,9 @@ def _scaled(patch: Patch, module: str, spelling: str, of_component: Callable[[st
         alpha *= rank**0.5
     if alpha == rank:
         return patch
-    return patch.with_alpha(alpha) if patch.rank else dataclasses.replace(patch, factor=alpha / rank)
+    if patch.rank:
+        return patch.with_alpha(alpha)
+    return dataclasses.replace(patch, factor=alpha / rank) if patch.kind.peft_type else patch
 
 
 def _names(spelling: str, module: str, peer: str) -> tuple[str, ...]:
@@ -249,7 +251,8 @@ _MOST_EXPRESSIONS, _MOST_REPEATS, _MOST_COPIES, _LONGEST_EXPRESSION = 100, 10, 1
 def _compiled(where: str, pattern: str) -> SchemaValidator:
     """Return a validator of the names that a pattern matches. Raises UserError if it cannot be matched quickly."""
     reason = "is too complex"
-    copies = math.prod(max(1, *map(int, re.findall(r"\d+", counts))) for counts in re.findall(r"\{([\d,]*)", pattern))
+    bounds = re.findall(r"\{([\d,]*)", pattern[:_LONGEST_EXPRESSION])
+    copies = math.prod(max(1, *map(int, re.findall(r"\d+", counts))) for counts in bounds)
     repeats = sum(map(pattern.count, "*+?{"))
     if copies <= _MOST_COPIES and repeats <= _MOST_REPEATS and len(pattern) <= _LONGEST_EXPRESSION:
         try:

@@ -12,6 +12,7 @@ from anima_jax.adapters import dora, peft
 from anima_jax.adapters.depths import DEPTHS, remapped
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS
 from anima_jax.adapters.file import open_adapter, write_adapter
+from anima_jax.adapters.opening import NETWORKS, WEIGHTS, files_of
 from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import contiguous
@@ -49,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     outputs.check(arguments.output, arguments.input, *(arguments.base or ()), force=arguments.force)
     depths = parse_remap(arguments.remap) if arguments.remap else None
     dialect, dtype = DIALECTS[arguments.to], outputs.OUTPUT_DTYPES.get(arguments.dtype)
-    if dialect.settings == "beside" and arguments.output.endswith(".safetensors"):
-        outputs.check(os.path.join(os.path.dirname(arguments.output), peft.FILE), force=arguments.force)
+    if dialect.settings == "beside":
+        _check_folder(arguments)
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(open_adapter(arguments.input, allow_unused=arguments.allow_unused))
         try:
@@ -65,6 +66,17 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{arguments.output}: {matched}, with the key names of {dialect.title}")
     for message in (*messages, *_about_norms(patches, arguments)):
         print(message)
+
+
+def _check_folder(arguments: argparse.Namespace) -> None:
+    """Raise UserError if a file that is written for PEFT would replace one of IN, or exists without --force."""
+    is_file = arguments.output.endswith(".safetensors")
+    folder = os.path.dirname(arguments.output) if is_file else arguments.output
+    files = [os.fspath(file) for file in files_of(arguments.input).values()]
+    inputs = [*files, *(os.path.join(os.path.dirname(file), peft.FILE) for file in files), *(arguments.base or ())]
+    for network in ("",) if is_file else ("", *NETWORKS):
+        for name in (peft.FILE,) if is_file else (peft.FILE, WEIGHTS):
+            outputs.check(os.path.join(folder, network, name), *inputs, force=arguments.force)
 
 
 def _weights(stack: contextlib.ExitStack, paths: list[str]) -> dict[str, Callable[[], np.ndarray]]:
@@ -90,7 +102,7 @@ def _normed(
         module for module, patch in patches.items() if dora.is_by_output(patch) and patch.norm_of_base != of_base
     ]
     if missing := [module for module in changed if module not in weights]:
-        raise UserError(f"{path}: --base lacks the weights of {len(missing)} modules: {shorten(missing, 3)}")
+        raise UserError(f"{path}: --base lacks the weights of {plural(len(missing), 'module')}: {shorten(missing, 3)}")
     found = dict(patches)
     for module in changed:
         weight = weights[module]()

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from anima_jax.models.quantised import Quantised, rotated
-from anima_jax.platform import hardware
+from anima_jax.platform import hardware, platform
 
 _OPERANDS = {"int8": (jnp.int8, jnp.int32), "fp8": (jnp.float8_e4m3fn, jnp.float32)}
 """Product → dtype of the activations' codes and of the sums."""
@@ -27,6 +28,13 @@ def product(x: Array, kernel_io: Quantised, out_dtype: Any) -> Array:
 
     The kernel's dtype is that of `x`.
     """
+    out = _product(x, kernel_io, out_dtype)
+    # XLA would have the tokens in the lanes of a TPU, as it likes them in attention, and take twice as long for the
+    # product. In training the copies that this needs cost more than it saves.
+    return with_layout_constraint(out, Layout(tuple(range(out.ndim)))) if platform() == "tpu" else out
+
+
+def _product(x: Array, kernel_io: Quantised, out_dtype: Any) -> Array:
     codes, scales = quantised_rows(x, kernel_io.compute or "int8", kernel_io.rotation)
     sums = _sums(codes, kernel_io.codes, kernel_io.compute or "int8")
     return (sums.astype(jnp.float32) * (scales * kernel_io.scales)).astype(out_dtype)
@@ -66,4 +74,4 @@ def _backward(out_dtype: Any, kernel_io: Quantised, grad: Array) -> tuple[Array,
     return (rotated(grad_x, kernel_io.rotation).astype(grad_x.dtype) if kernel_io.rotation else grad_x), None
 
 
-product.defvjp(lambda x, kernel_io, out_dtype: (product(x, kernel_io, out_dtype), kernel_io), _backward)
+product.defvjp(lambda x, kernel_io, out_dtype: (_product(x, kernel_io, out_dtype), kernel_io), _backward)

@@ -200,14 +200,15 @@ def quantise_transformer(path: str, values: Array, storage: str, compute: str | 
 def with_compute(path: str, stored: Quantised, compute: str | None) -> Quantised:
     """Return a parameter of the transformer whose codes `linear` multiplies as `compute` says, if they are in a block.
 
-    AdaLN's modulation, whose inputs are float32 and one row per image, and the LLM adapter stay dequantised.
+    Only the MLPs of the blocks are multiplied so. In attention, rounding the activations costs a TPU more than the
+    products save: XLA fuses the norms of queries and keys into a product in bfloat16, and heads are hard to round.
     """
     if compute is None or not _MULTIPLIED.fullmatch(path):
         return stored
     return dataclasses.replace(stored, compute=compute)
 
 
-_MULTIPLIED = re.compile(r"blocks\.(self_attn|cross_attn|mlp)\.\w+\.kernel")
+_MULTIPLIED = re.compile(r"blocks\.mlp\.\w+\.kernel")
 
 
 def storage_for(storage: str | None, compute: str | None) -> str | None:
