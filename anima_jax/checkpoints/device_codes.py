@@ -21,10 +21,7 @@ from anima_jax.checkpoints.quantised.bitsandbytes import ROW_PEAKS
 from anima_jax.checkpoints.quantised.comfyui import MXFP8_BLOCK, SCALE, SCALE_OF_SQUARES, SETTINGS, SQUARE
 from anima_jax.checkpoints.quantised.parts import QuantisationError, checked_scale
 from anima_jax.checkpoints.quantised.view import SMOOTHING
-from anima_jax.models.quantised import STORED, Quantised, hadamard, quantise
-
-_NAN = 255
-"""Exponent that stands for NaN among mxfp8's scales."""
+from anima_jax.models.quantised import STORED, Quantised, hadamard, quantise, storage_of
 
 
 class Codes(NamedTuple):
@@ -70,11 +67,8 @@ def _squares(source: StoredTensor) -> Codes | None:
 def _mxfp8(source: StoredTensor) -> Codes:
     rows, inputs = source.info.shape
     codes, exponents = (source.file.read_part(source.key, part) for part in ("weight", SCALE))
-    blocks = codes.shape[1] // MXFP8_BLOCK
-    if (exponents.view(np.uint8) == _NAN).any():
-        raise ValueError(f"a scale of {SCALE} is NaN, expected a finite number")
-    scales = comfyui.untiled(exponents.view(np.uint8), len(codes), blocks).astype(np.uint32) << 23
-    return Codes(codes[:rows, :inputs], scales.view(np.float32)[:rows, : inputs // MXFP8_BLOCK])
+    scales = comfyui.mxfp8_scales(exponents, len(codes), codes.shape[1] // MXFP8_BLOCK)
+    return Codes(codes[:rows, :inputs], scales[:rows, : inputs // MXFP8_BLOCK])
 
 
 def _integers(block: int) -> Callable[[StoredTensor], Codes | None]:
@@ -128,14 +122,16 @@ def stack(
     storage: str | None = None,
     *,
     whole_channels: bool = False,
+    exact: bool = False,
 ) -> tuple[Quantised, set[str]] | None:
     """Return a parameter of NumPy arrays, quantised as its layers are, and the formats that were rounded again.
 
     `storage`, a key of `STORED`, is the only one whose codes count; None: all do. With `whole_channels` only codes
     without blocks count. If none do, None is returned, unless `storage` is None and a layer is quantised: then all
-    layers are rounded, to nf4 if all have 4 bits, else to int8. `dtype` is that of the values.
+    layers are rounded, to nf4 if all have 4 bits, else to int8. `exact`: None is returned instead of rounded layers.
+    `dtype` is that of the values.
     """
-    if not any(source.storage for source in sources):
+    if not any(source.storage for source in sources) or any(len(tensor.shape) != 2 for tensor in tensors):
         return None
     table = tensors[0].layout.to_model(np.empty((2, 1))).shape == (2, 1)
     wanted = storage and np.dtype(STORED[storage])
@@ -149,8 +145,9 @@ def stack(
     found = [usable(source) for source in sources]
     kinds = Counter(codes.kind for codes in found if codes is not None)
     if kinds:
-        return _with_codes(tensors, sources, found, kinds.most_common(1)[0][0], dtype)
-    return None if storage else _rounded(tensors, sources, table, dtype)
+        kind, count = kinds.most_common(1)[0]
+        return None if exact and count < len(found) else _with_codes(tensors, sources, found, kind, dtype)
+    return None if storage else _rounded(tensors, sources, table, dtype, exact)
 
 
 def _with_codes(
@@ -171,15 +168,20 @@ def _with_codes(
 
 
 def _rounded(
-    tensors: Sequence[FileTensor], sources: Sequence[StoredTensor], table: bool, dtype: Any
-) -> tuple[Quantised, set[str]]:
-    """Return the parameter with all layers rounded to nf4 or int8, and the formats whose values that changes."""
+    tensors: Sequence[FileTensor], sources: Sequence[StoredTensor], table: bool, dtype: Any, exact: bool
+) -> tuple[Quantised, set[str]] | None:
+    """Return the parameter with all layers rounded to nf4 or int8, and the formats whose values that changes.
+
+    `exact`: return None if there is one.
+    """
     storage = "nf4" if not table and all(source.storage in _FOUR_BITS for source in sources) else "int8"
     layers, rounded, rows = list[tuple[np.ndarray, np.ndarray]](), set[str](), 0
     for tensor, source in zip(tensors, sources, strict=True):
         values = np.ascontiguousarray(tensor.layout.to_model(source.read()), np.float32)
         stored, rows = quantise(jnp.asarray(values), storage, table=table), len(values)
         if not np.array_equal(np.asarray(stored), values):
+            if exact:
+                return None
             rounded.add(_stored_as(source))
         layers.append((np.asarray(stored.codes), np.asarray(stored.scales)))
     return _joined(tensors, layers, rows, dtype), rounded
@@ -190,8 +192,7 @@ def _quantised(values: np.ndarray, dtype: np.dtype[Any], blocks: int, rotation: 
     values = values.astype(np.float32)
     if rotation:
         values = (values.reshape(-1, rotation) @ hadamard(rotation)).reshape(values.shape)
-    storage = next(name for name, own in STORED.items() if np.dtype(own) == dtype)
-    stored = quantise(jnp.asarray(values), storage, table=True)
+    stored = quantise(jnp.asarray(values), storage_of(dtype), table=True)
     return Codes(np.asarray(stored.codes), np.asarray(stored.scales).repeat(blocks, 1), rotation)
 
 

@@ -240,6 +240,9 @@ def _components(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _split(path: str) -> tuple[str, str]:
+    """Return the folder that a path is in, and its name; a repository is in no folder and has no name."""
+    if path.startswith("hf://") and path.rstrip("/").count("/") <= 3:
+        return path, ""
     above, _, name = (
         os.path.normpath(path).rpartition(os.sep) if "://" not in path else path.rstrip("/").rpartition("/")
     )

@@ -33,6 +33,7 @@ from anima_jax.errors import UserError, plural, shorten, suggests_names
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.parameters import Params
+from anima_jax.models.quantised import storage_of
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
@@ -114,13 +115,16 @@ class Checkpoint:
             if path not in wide and storage.keeps(path):
                 sources = [self.sources[tensor.name] for tensor in tensors]
                 values = self.abstract[path].dtype if dtype is None else dtype
-                stored = stack(tensors, sources, values, storage.codes, whole_channels=storage.compute is not None)
+                whole = storage.compute is not None
+                stored = stack(tensors, sources, values, storage.codes, whole_channels=whole, exact=storage.exact)
             if stored is None:
                 yield path, self._load_parameter(path, tensors, dtype, shardings.get(path))
                 continue
             value, formats = stored
             if formats:
-                rounded.setdefault(f"{' and '.join(sorted(formats))} to {value.codes.dtype}", []).append(path)
+                rounded.setdefault(f"{' and '.join(sorted(formats))} to {storage_of(value.codes.dtype)}", []).append(
+                    path
+                )
             yield path, placed(value, path, shardings.get(path))
         for what, paths in rounded.items() if is_process_0() else ():
             stacks = f"{plural(len(paths), 'parameter')}, {shorten(paths, 2)}"
@@ -180,16 +184,16 @@ def load_dit(
     known tool; its tensors determine the sizes. It may be a folder, too: a diffusers folder, the network's own, or a
     repository, in which `variant`, such as "fp16", chooses between files (checkpoints/folders.py). An adapter in
     `adapter_path` replaces one in `path`. `dtype` is one dtype, or one per parameter path; None keeps the stored
-    dtypes, float32 for quantised tensors. Parameters are sharded over the current mesh (`jax.set_mesh`) by the rules in
-    parallel/rules.py, or placed on the default device if there is none. `transformer_dtype` is the storage of the
-    matrices of its blocks and LLM adapter, "int8", "float8", "float8_e5m2" or "nf4", for a transformer that is not
-    trained itself, or a dtype. `compute` "int8" or "fp8" multiplies the blocks' codes as they are. Harmless extra
-    buffers are skipped, with `allow_unused` all tensors that belong to no network; both are printed. Raises UserError
-    if a file cannot be read or does not contain the network, if tensors are missing, unknown or of another shape, and
-    for a storage that does not fit `compute`.
+    dtypes, and float32 for the values of quantised matrices, which stay quantised. Parameters are sharded over the
+    current mesh (`jax.set_mesh`) by the rules in parallel/rules.py, or placed on the default device if there is none.
+    `transformer_dtype` is the storage of the matrices of its blocks and LLM adapter, "int8", "float8", "float8_e5m2" or
+    "nf4", for a transformer that is not trained itself, or a dtype. `compute` "int8" or "fp8" multiplies the blocks'
+    codes as they are. Harmless extra buffers are skipped, with `allow_unused` all tensors that belong to no network;
+    both are printed. Raises UserError if a file cannot be read or does not contain the network, if tensors are missing,
+    unknown or of another shape, and for a storage that does not fit `compute`.
     """
     with open_dit(path, adapter_path=adapter_path, variant=variant, allow_unused=allow_unused) as checkpoint:
-        return _load(checkpoint, dtype, transformer_dtype, compute)
+        return _load(checkpoint, Storage(dtype, transformer_dtype, compute))
 
 
 @suggests_names
@@ -198,10 +202,11 @@ def load_text_encoder(
 ) -> Qwen3:
     """Load the Qwen3 text encoder from a file with Hugging Face's names or an all-in-one file.
 
-    Arguments, placement and errors are those of `load_dit`.
+    Quantised matrices stay so if no value changes; of others the values are loaded. Arguments, placement and errors are
+    those of `load_dit`.
     """
     with open_network(QWEN3, path, variant=variant, allow_unused=allow_unused) as checkpoint:
-        return _load(checkpoint, dtype)
+        return _load(checkpoint, Storage(dtype, exact=True))
 
 
 @suggests_names
@@ -211,16 +216,13 @@ def load_vae(path: PathLike, dtype: DTypes = None, *, variant: str | None = None
     Arguments, placement and errors are those of `load_dit`.
     """
     with open_network(WAN_VAE, path, variant=variant, allow_unused=allow_unused) as checkpoint:
-        return _load(checkpoint, dtype)
+        return _load(checkpoint, Storage(dtype, exact=True))
 
 
-def _load(
-    checkpoint: Checkpoint, dtype: DTypes, transformer_dtype: str | None = None, compute: str | None = None
-) -> Any:
+def _load(checkpoint: Checkpoint, storage: Storage) -> Any:
     print_messages(checkpoint)
     mesh = None if jax.sharding.get_mesh().empty else current_mesh()
     shardings = rules.shardings(checkpoint.abstract, checkpoint.abstract, mesh) if mesh else {}
-    storage = Storage(dtype, transformer_dtype, compute)
     params = {path: storage.stored(path, value, mesh) for path, value in checkpoint.parameters(storage, shardings)}
     return parameters.merge(checkpoint.graphdef, params)
 

@@ -24,12 +24,14 @@ class Storage:
     `transformer_dtype` is a key of `STORED` or one of `PLAIN`, for the matrices that it applies to
     (`in_transformer_dtype`); None keeps those that a file has quantised, and `dtype` for the others. `compute` is a key
     of `COMPUTED` or None. `dtype` is that of other matrices and of the values of quantised ones, or one per path; None
-    is the file's. Raises UserError for other names, and if the storage's codes cannot be multiplied as `compute` says.
+    is the file's. `exact`: what a file has quantised is kept only if no value is rounded. Raises UserError for other
+    names, and if the storage's codes cannot be multiplied as `compute` says.
     """
 
     dtype: Any
     transformer_dtype: str | None = None
     compute: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name, value, valid in (

@@ -226,6 +226,11 @@ def storage_for(storage: str | None, compute: str | None) -> str | None:
     return storage or COMPUTED[compute][0]
 
 
+def storage_of(dtype: Any) -> str:
+    """Return the storage whose codes have this dtype."""
+    return next(name for name, own in STORED.items() if np.dtype(own) == dtype)
+
+
 def in_transformer_dtype(path: str) -> bool:
     """Return whether `transformer_dtype` applies to this parameter of the transformer."""
     return path.endswith((".kernel", ".embedding")) and not any(part in path for part in KEPT_IN_TRANSFORMER)

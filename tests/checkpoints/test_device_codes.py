@@ -4,13 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anima_jax.checkpoints.models import load_dit, save_dit
+from anima_jax.checkpoints.models import load_dit, load_text_encoder, save_dit
+from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.quantised import Quantised
 from convert.__main__ import main as convert
+from tests.golden_files import GOLDEN
 from tests.models.networks import random_params
 
 CONFIG = DiTConfig(256, 3, 2, 256, 256, 16, adapter=LLMAdapterConfig(64, 1, 2, 64, 64, 64, 40))
@@ -68,6 +70,19 @@ def test_other_formats_are_rounded_to_int8_with_a_line(folder, capsys):
     kernel, expected = params_of(path)[LAYER1], params_of(path, transformer_dtype="float32")[LAYER1]
     assert f"{path}: rounded bfloat16 and q4_k to int8 on the devices: 13 parameters" in capsys.readouterr().out
     assert np.abs(kernel.values() - expected).max() <= 0.51 / 127 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("storage", "kept"), [("gguf:q8_0", True), ("gguf:q5_1", False)])
+def test_the_codes_of_a_text_encoder_stay_or_their_values_do(tmp_path, capsys, storage, kept):
+    path = tmp_path / "text.gguf"
+    convert(["checkpoint", str(GOLDEN / "qwen3.model.safetensors"), str(path), "--dtype", storage])
+    capsys.readouterr()
+    found = parameters.split(load_text_encoder(path))[1]["layers.mlp.down_proj.kernel"]
+    assert isinstance(found, Quantised) == kept
+    assert "rounded" not in capsys.readouterr().out
+    with open_tensors(path) as file:
+        expected = file.read("model.layers.1.mlp.down_proj.weight").T
+    np.testing.assert_array_equal(np.asarray(found[1]), expected)
 
 
 def test_a_product_takes_the_codes_that_fit_it(folder):

@@ -262,6 +262,13 @@ def test_a_repository_is_read_as_a_folder(repository, capsys):
     assert "check     all 194 tensors belong to the model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("address", ["hf://o/transformer", "hf://o/vae@v1/"])
+def test_the_name_of_a_repository_is_not_that_of_a_component(monkeypatch, address):
+    monkeypatch.setattr("anima_jax.checkpoints.locations.files_in", {address: ["model.safetensors"]}.__getitem__)
+    assert model_files(address).files == [f"{address}/model.safetensors"]
+    assert beside(address) == {}
+
+
 @pytest.mark.parametrize(
     ("address", "line"),
     [

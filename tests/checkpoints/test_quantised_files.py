@@ -81,6 +81,42 @@ def test_golden_weights_have_the_values_of_the_libraries_that_wrote_them(name):
 
 
 @pytest.mark.parametrize(
+    "part",
+    ["llm_int8.SCB", "nf4_nested.weight.nested_quant_map", "nf4_nested.weight.nested_absmax", "nf4.weight.absmax"],
+)
+def test_a_column_of_scales_is_read_as_a_vector_of_them(tmp_path, part):
+    name = part.partition(".")[0]
+    with open_tensors(QUANTISED) as file:
+        expected = file.read(f"{name}.weight")
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {key: file.read(key) for key in file.tensors if key.startswith(f"{name}.")}
+    with open_tensors(saved(tmp_path, stored | {part: stored[part][:, None]})) as file:
+        np.testing.assert_array_equal(file.read(f"{name}.weight"), expected)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_a_weight_without_rows_has_no_values(tmp_path, name):
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {key: file.read(key) for key in file.tensors if key.startswith(f"{name}.")}
+    stored |= {f"{name}.{part}": stored[f"{name}.{part}"][:0] for part in ("weight", "weight_scale")}
+    with open_tensors(saved(tmp_path, stored)) as file:
+        assert file.read(f"{name}.weight").shape == file.tensors[f"{name}.weight"].shape
+
+
+def test_a_convolution_with_scales_has_their_values(tmp_path):
+    stored, expected = dict(golden("vae.model")), {}
+    key = next(key for key, array in stored.items() if array.ndim == 5 and key.startswith("decoder.conv1"))
+    codes = stored[key].astype(FLOAT8)
+    expected = stored | {key: codes.astype(np.float32) * np.float32(0.5)}
+    stored |= {key: codes, key.replace("weight", "weight_scale"): np.float32([0.5])}
+    found, wanted = (
+        parameters.split(anima_jax.load_vae(saved(tmp_path, tensors, name)))[1]
+        for tensors, name in ((stored, "a.safetensors"), (expected, "b.safetensors"))
+    )
+    assert all(np.array_equal(found[path], value) for path, value in wanted.items())
+
+
+@pytest.mark.parametrize(
     ("layout", "name"),
     [
         ("TensorCoreFP8Layout", "float8_e4m3fn"),
@@ -166,6 +202,16 @@ def test_settings_in_the_metadata_become_tensors_under_the_new_names(tmp_path, c
         assert file.metadata == {}
 
 
+def test_settings_in_the_metadata_replace_those_in_a_tensor(tmp_path, capsys):
+    with SafetensorsFile(QUANTISED) as file:
+        stored = {f"m.{name[5:]}": file.read(name) for name in file.tensors if name.startswith("int8.")}
+    stored["m.comfy_quant"] = settings("not JSON")
+    layers = {"layers": {"m": {"format": "int8_tensorwise"}}}
+    save_file(stored, tmp_path / "file.safetensors", {"_quantization_metadata": json.dumps(layers)})
+    with open_tensors(tmp_path / "file.safetensors") as file:
+        assert file.read_part("m.weight", "comfy_quant").tobytes() == b'{"format": "int8_tensorwise"}'
+
+
 def test_dtypes_and_diffusers_folders_get_the_values(tmp_path, capsys):
     stored, values = fp8_scaled(dit_tensors())
     path, plain = saved(tmp_path, stored), tmp_path / "plain.safetensors"
@@ -211,6 +257,15 @@ def comfy(**values):
     return {f"{LAYER}comfy_quant": settings(json.dumps(values))}
 
 
+def nested(**values):
+    """Return the tensors of an nf4 weight with double quantisation, with these settings changed."""
+    with SafetensorsFile(QUANTISED) as file:
+        parts = {name.replace("nf4_nested.", LAYER): file.read(name) for name in NAMES if name.startswith("nf4_nested")}
+    state = f"{LAYER}weight.quant_state.bitsandbytes__nf4"
+    parts[state] = settings(json.dumps(json.loads(parts[state].tobytes()) | values))
+    return parts | {f"{LAYER}weight_scale": None}
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -240,6 +295,9 @@ def comfy(**values):
             {f"{LAYER}qweight": np.ones(4, np.int32)},
             "as SVDQuant, GPTQ or AWQ, which is not supported; known: ",
         ),
+        ({f"net.{number}.scaled_fp8": np.zeros(2, FLOAT8) for number in range(65)}, "has 65 tensors scaled_fp8"),
+        (nested(nested_offset=10**400), "nested_offset is 1000.*, expected a finite number"),
+        (nested(nested_offset=True), "nested_offset is True, expected a finite number"),
         (
             {f"{LAYER}weight": np.ones((256, 64), np.int8), f"{LAYER}weight_scale": np.ones((256, 1), np.float32)}
             | comfy(format="int8_tensorwise", convrot=True),

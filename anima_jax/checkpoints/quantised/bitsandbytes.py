@@ -26,6 +26,8 @@ ROW_PEAKS = "SCB"
 
 KINDS = ("nf4", "fp4")
 
+_LARGEST_OFFSET = 3e38  # of those in float32
+
 _BYTES = tuple(np.dtype(dtype) for dtype in (np.uint8, np.int8, ml_dtypes.bfloat16, np.float16, np.float32))
 _FLOAT32, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 
@@ -48,7 +50,7 @@ def layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> Part
         _require_length(required(parts, NESTED_PEAKS, _FLOAT32), -(-peaks // outer))
         _require_length(required(parts, NESTED_LEVELS, _FLOAT32), 256)
         offset = settings.get("nested_offset")
-        if not isinstance(offset, (int, float)) or not math.isfinite(offset):
+        if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not abs(offset) < _LARGEST_OFFSET:
             raise ValueError(f"{codes.name}: nested_offset is {offset!r:.40}, expected a finite number")
         per_row[NESTED_PEAKS] = inputs / block / outer
         unit = math.lcm(unit, block * outer)
@@ -60,10 +62,10 @@ def dequantise(parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]
     block, values = _block(settings, "blocksize"), math.prod(shape)
     peaks = parts[PEAKS]
     if NESTED_PEAKS in parts:
-        of_blocks = checked_scale(NESTED_PEAKS, parts[NESTED_PEAKS]).repeat(_block(settings, "nested_blocksize"))[
-            : peaks.size
-        ]
-        peaks = parts[NESTED_LEVELS][peaks.reshape(-1)] * of_blocks + np.float32(settings["nested_offset"])
+        of_blocks = checked_scale(NESTED_PEAKS, parts[NESTED_PEAKS]).reshape(-1)
+        of_peaks = of_blocks.repeat(_block(settings, "nested_blocksize"))[: peaks.size]
+        of_codes = parts[NESTED_LEVELS].reshape(-1)[peaks.reshape(-1)]
+        peaks = of_codes * of_peaks + np.float32(settings["nested_offset"])
     codes = np.ascontiguousarray(parts[CODES]).reshape(-1).view(np.uint8)
     levels = parts[LEVELS].reshape(-1)
     if not np.isfinite(levels).all():
@@ -87,7 +89,8 @@ def int8_layout(parts: Mapping[str, TensorInfo], settings: Mapping[str, Any]) ->
 def dequantise_int8(parts: Parts, shape: tuple[int, ...], settings: Mapping[str, Any]) -> np.ndarray:
     """Return the values of 8-bit codes."""
     del shape, settings
-    return parts[CODES].astype(np.float32) * checked_scale(ROW_PEAKS, parts[ROW_PEAKS])[:, None] * np.float32(1 / 127)
+    peaks = checked_scale(ROW_PEAKS, parts[ROW_PEAKS]).reshape(-1, 1)
+    return parts[CODES].astype(np.float32) * peaks * np.float32(1 / 127)
 
 
 def _shape(codes: TensorInfo, settings: Mapping[str, Any]) -> tuple[int, ...]:

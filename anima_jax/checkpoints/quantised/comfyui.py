@@ -190,7 +190,7 @@ def _tiled(parts: Infos, block: int, per_byte: int, dtype: np.dtype[Any]) -> Par
     rows, columns = padded(shape[0], shape[1] // block)
     if scale.shape not in ((rows, columns), (rows * columns,)):
         raise ValueError(f"{scale.name} is {scale.shape}, expected {(rows, columns)}: one per {block} inputs, in tiles")
-    return PartLayout(shape, {"weight": Fraction(1), SCALE: Fraction(scale.shape[0], rows)}, TILE[0])
+    return PartLayout(shape, {"weight": Fraction(1), SCALE: Fraction(scale.shape[0], max(1, rows))}, TILE[0])
 
 
 def padded(rows: int, columns: int) -> tuple[int, int]:
@@ -208,13 +208,21 @@ def untiled(scales: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return tiles.reshape(high * TILE[0], wide * TILE[1])[:rows, :columns]
 
 
-def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
-    """Return the values of 8-bit floats in blocks. The exponent 0 stands for a scale of 0, as in comfy_kitchen."""
-    del settings
-    exponents = untiled(parts[SCALE].view(np.uint8), shape[0], shape[1] // MXFP8_BLOCK)
+def mxfp8_scales(stored: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return mxfp8's scales, float32 (rows, columns), from the exponents in tiles; 0 is a scale of 0, as in ComfyUI.
+
+    Raises ValueError if one of them is NaN.
+    """
+    exponents = untiled(stored.view(np.uint8), rows, columns)
     if (exponents == 255).any():
         raise ValueError(f"its {SCALE} has NaN, expected finite numbers of at least 0")
-    scales = (exponents.astype(np.uint32) << 23).view(np.float32)
+    return (exponents.astype(np.uint32) << 23).view(np.float32)
+
+
+def dequantise_mxfp8(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
+    """Return the values of 8-bit floats in blocks."""
+    del settings
+    scales = mxfp8_scales(parts[SCALE], shape[0], shape[1] // MXFP8_BLOCK)
     values = _float32(parts["weight"]).reshape(*scales.shape, MXFP8_BLOCK)
     values *= scales[..., None]
     return values.reshape(shape)

@@ -68,6 +68,8 @@ _EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|shared)\.weight$")
 
 _MOST_WORDS = 12  # of a module's name
 
+_MOST_MARKERS = 64  # of a file; real ones have one for each network
+
 _VALUES = 2**22  # that are computed at a time
 
 _LONGEST, _LONGEST_METADATA = 4096, 2**22
@@ -77,8 +79,8 @@ _LONGEST, _LONGEST_METADATA = 4096, 2**22
 _FILLED_UP = {"mxfp8": comfyui.MXFP8_BLOCK, "nvfp4": comfyui.NVFP4_BLOCK}
 """Format → the number of which comfy_kitchen makes rows and columns a multiple, with zeros."""
 
-_NOT_OF_WEIGHTS = ("input_scale", MARKER, "weight_format")
-"""Parts that do not affect the values of a weight."""
+_NOT_OF_WEIGHTS = ("input_scale", MARKER, "weight_format", SETTINGS, bitsandbytes.STATE)
+"""Parts that are not read for the values of a weight; the settings have been read."""
 
 _IN_METADATA = -1
 """Position of settings that are in the header's metadata instead of a tensor."""
@@ -188,8 +190,10 @@ def recognise(file: SafetensorsFile) -> SafetensorsFile | QuantisedFile:
         settings = _settings_from_metadata(file)
         for module, own in settings.items():
             description = TensorInfo(f"{module}.{SETTINGS}", np.dtype(np.uint8), (len(_as_json(own)),), _IN_METADATA)
-            groups.setdefault(module, {}).setdefault(SETTINGS, description)
+            groups.setdefault(module, {})[SETTINGS] = description  # ComfyUI, too, prefers them to a tensor's
         markers = {key: info for key, info in file.tensors.items() if key.rpartition(".")[2] == MARKER}
+        if len(markers) > _MOST_MARKERS:
+            raise ValueError(f"has {len(markers)} tensors {MARKER}, expected one for each network")
         if not groups and not markers:
             return file
         found = (_weight(file, module, group, settings) for module, group in groups.items())
