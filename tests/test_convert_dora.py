@@ -53,7 +53,7 @@ def test_a_base_that_does_not_fit_a_dora_is_named(tmp_path, capsys):
     small = {name: array for name, array in golden("dit_image.model").items() if "llm_adapter." not in name}
     save_file(small, tmp_path / "small.safetensors")
     arguments = ("lora", dora(tmp_path / "a.safetensors"), tmp_path / "no", "--to", "comfyui", "--base")
-    assert "--base lacks the weights of 1 modules: llm_adapter" in refusal(
+    assert "--base lacks the weights of 1 module: llm_adapter" in refusal(
         capsys, *arguments, tmp_path / "small.safetensors"
     )
     assert "has no Anima transformer; it looks like: LoRA" in refusal(capsys, *arguments, LORA)

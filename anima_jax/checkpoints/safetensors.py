@@ -79,14 +79,16 @@ def write(
     tensors: Iterable[TensorInfo],
     array_of: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
+    *,
+    mixed: bool = False,
 ) -> None:
-    """Write `tensors`, calling `array_of(name)` for one at a time, so that only one array is in memory.
+    """Write `tensors` in file order (see `in_file_order`), calling `array_of(name)` for one at a time, so that only one array is in memory.
 
     Arrays may have any strides. The file appears under its name only when it is complete; after any error an existing
     file is unchanged. Raises ValueError for an array whose shape or dtype is not that in `tensors`, UserError for a
     full disk, a missing folder and similar errors.
     """
-    ordered = in_file_order(tensors)
+    ordered = in_file_order(tensors, mixed=mixed)
     header = safetensors_header.build(ordered, metadata)
     with locations.replacing(path) as file:
         file.write(header)
@@ -98,12 +100,13 @@ def write(
             del array
 
 
-def in_file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """Return the tensors in file order: by decreasing power of two that divides their bytes, otherwise unchanged.
+def in_file_order(tensors: Iterable[TensorInfo], *, mixed: bool = False) -> list[TensorInfo]:
+    """Return the tensors in file order: by decreasing item size, which aligns them, and otherwise unchanged.
 
-    That aligns each to its item size, and leaves tensors of several dtypes together where it can.
+    With `mixed` the power of two that divides a tensor's bytes is enough: that aligns them too, and leaves the codes and
+    scales of a weight together.
     """
-    return sorted(tensors, key=lambda tensor: -max(tensor.dtype.itemsize, math.gcd(tensor.nbytes, 4)))
+    return sorted(tensors, key=lambda tensor: -max(tensor.dtype.itemsize, math.gcd(tensor.nbytes, 4) if mixed else 0))
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -131,7 +131,7 @@ def _to_safetensors(plan: Plan) -> int:
             add(layer + part, dtype, shape_of(*shape), functools.partial(latest.part, name, part))
         for part, array in quantiser.constants(shape).items():
             add(layer + part, array.dtype, array.shape, functools.partial(np.asarray, array))
-    safetensors.write(plan.target, infos, lambda key: arrays[key](), plan.metadata)
+    safetensors.write(plan.target, infos, lambda key: arrays[key](), plan.metadata, mixed=True)
     return sum(info.nbytes for info in infos)
 
 
