@@ -82,11 +82,11 @@ def write(
     *,
     mixed: bool = False,
 ) -> None:
-    """Write `tensors` in file order (see `in_file_order`), calling `array_of(name)` for one at a time, so that only one array is in memory.
+    """Write `tensors`, calling `array_of(name)` for one at a time, so that only one array is in memory.
 
-    Arrays may have any strides. The file appears under its name only when it is complete; after any error an existing
-    file is unchanged. Raises ValueError for an array whose shape or dtype is not that in `tensors`, UserError for a
-    full disk, a missing folder and similar errors.
+    Arrays may have any strides; `mixed` is that of `in_file_order`. The file appears under its name only when it is
+    complete; after any error an existing file is unchanged. Raises ValueError for an array whose shape or dtype is not
+    that in `tensors`, UserError for a full disk, a missing folder and similar errors.
     """
     ordered = in_file_order(tensors, mixed=mixed)
     header = safetensors_header.build(ordered, metadata)
@@ -103,8 +103,8 @@ def write(
 def in_file_order(tensors: Iterable[TensorInfo], *, mixed: bool = False) -> list[TensorInfo]:
     """Return the tensors in file order: by decreasing item size, which aligns them, and otherwise unchanged.
 
-    With `mixed` the power of two that divides a tensor's bytes is enough: that aligns them too, and leaves the codes and
-    scales of a weight together.
+    With `mixed` the power of two that divides a tensor's bytes counts instead: that aligns them too, and leaves the
+    codes and scales of a weight together.
     """
     return sorted(tensors, key=lambda tensor: -max(tensor.dtype.itemsize, math.gcd(tensor.nbytes, 4) if mixed else 0))
 

@@ -139,8 +139,8 @@ class ModelConfig(TypedSection):
     compute: Literal["int8", "fp8"] | None = Field(
         None,
         description="ours; under an adapter: the frozen matrices of the transformer's blocks are stored in int8 (or "
-        "float8), each token's activations are rounded to it too, and both are multiplied as they are; gradients are "
-        "computed in dtype; unset: products in dtype",
+        "float8); in the MLPs each token's activations are rounded to it too, and the product is taken in 8 bits; "
+        "gradients are computed in dtype; unset: products in dtype",
     )
     text_encoder_fp8: bool = Field(False, description="store the text encoder's matrices in float8_e4m3fn")
     text_encoder_nf4: Annotated[bool, only_one_of("text_encoder_fp8", "text_encoder_nf4")] = Field(
