@@ -11,13 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from anima_jax.adapters.kinds import KINDS, AdapterKind, Product, kind_of
 from anima_jax.errors import UserError, shell_command
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 _EPSILON = np.finfo(FLOAT32).eps
 
@@ -162,9 +160,8 @@ class Patch:
 
     def with_alpha(self, alpha: float | None) -> "Patch":
         """Return the patch with this alpha, or unchanged if it is None."""
-        return (
-            self if alpha is None else self.with_parts({**self.parts, "alpha": Part.of(np.asarray(alpha, np.float64))})
-        )
+        part = Part.of(np.asarray(alpha, np.float64))
+        return self if alpha is None else self.with_parts({**self.parts, "alpha": part})
 
     @property
     def without_factor(self) -> "Patch":
@@ -172,7 +169,7 @@ class Patch:
         if self.factor == 1.0:
             return self
         (name, part), factor = next(iter(self._chains[0].items())), np.float32(self.factor)
-        exact = part.dtype in (FLOAT32, BFLOAT16) and abs(math.frexp(self.factor)[0]) == 0.5
+        exact = part.dtype.name in ("float32", "bfloat16") and abs(math.frexp(self.factor)[0]) == 0.5
         dtype = part.dtype if exact else FLOAT32
         scaled = dataclasses.replace(part, dtype=dtype, read=lambda: (part.float32() * factor).astype(dtype))
         return dataclasses.replace(self, parts={**self.parts, name: scaled}, factor=1.0)
