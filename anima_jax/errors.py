@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from anima_jax.exit_codes import CLOSED_PIPE, FAULT, INTERRUPTED
@@ -108,6 +108,11 @@ def plural(count: int, noun: str) -> str:
     """Return `count` and the noun in the right number: "1 tensor", "2 tensors", "2 tensors of a file"."""
     head, *rest = re.split(r"(?= (?:of|in|without|ignored)\b)", noun, maxsplit=1)
     return f"{count} {head}{'' if count == 1 else 's'}{''.join(rest)}"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Return what there is how often: "F32 × 3, BF16 × 1"."""
+    return ", ".join(f"{name} × {count}" for name, count in counts.items())
 
 
 def size_text(count: int) -> str:

@@ -56,6 +56,12 @@ class StoredTensor:
         """The dtype in which its values are written if no other is asked for: bfloat16 for a quantised tensor."""
         return BFLOAT16 if self.storage else self.info.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes in its file, with the scales of a quantised tensor."""
+        parts = self.file.parts(self.key).values()
+        return sum(part.nbytes for part in parts) if parts else self.info.nbytes
+
     def read(self, rows: slice | None = None) -> np.ndarray:
         """Read the array, or these rows of its first axis, in the dtype of `info`."""
         return self.file.read(self.key, rows)

@@ -18,8 +18,6 @@ from anima_jax.models.wan_vae import WanVAEConfig
 VERSION = "0.42.0"
 """Version of diffusers whose settings format is written."""
 
-INDEX = "modular_model_index.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class Component:

@@ -20,6 +20,7 @@ from typing import Any
 from anima_jax.checkpoints import locations
 from anima_jax.checkpoints.locations import MODEL_SUFFIXES, PathLike
 from anima_jax.errors import UserError, did_you_mean, first_line, shorten
+from anima_jax.text.tokenizers import TOKENIZER_FOLDERS
 
 COMPONENTS = ("transformer", "text_conditioner", "text_encoder", "vae")
 """Subfolders of the networks in a diffusers folder. The LLM adapter is `text_conditioner`."""
@@ -27,11 +28,8 @@ COMPONENTS = ("transformer", "text_conditioner", "text_encoder", "vae")
 TRANSFORMER = COMPONENTS[:2]
 """Components of the transformer with its LLM adapter."""
 
-TOKENIZERS = ("tokenizer", "t5_tokenizer")
-"""Subfolders of the tokenizers in a diffusers folder."""
-
 INDEXES = ("modular_model_index.json", "model_index.json")
-"""Files that a diffusers folder has, of which one says what its components are."""
+"""Files that a diffusers folder has, of which one says what its components are; ours have the first."""
 
 _STANDARD = ("diffusion_pytorch_model", "model")
 """Names of weights without suffix in diffusers' and in transformers' folders."""
@@ -188,7 +186,7 @@ def beside(transformer: PathLike) -> dict[str, str]:
         names = locations.files_in(folder)
     names = names or []
     found = {name: folder for name in ("vae", "text_encoder") if name in _components(names)}
-    files = [[name for name in names if re.match(f"{own}/[^/]+$", name)] for own in TOKENIZERS]
+    files = [[name for name in names if re.match(f"{own}/[^/]+$", name)] for own in TOKENIZER_FOLDERS.values()]
     if all(files) and _components(names):
         paths = [f"{folder}/{name}" for name in itertools.chain(*files)]
         local = [locations.resolve(path) for path in paths] if locations.is_remote(folder) else paths

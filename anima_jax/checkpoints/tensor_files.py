@@ -33,7 +33,10 @@ class TensorFile(Protocol):
         ...
 
     def storage(self, name: str) -> str | None:
-        """Return the format of a quantised tensor, a key of `quantised.formats.FORMATS`; None for a plain tensor."""
+        """Return the format of a quantised tensor, None for a plain tensor.
+
+        It is a key of `quantised.formats.FORMATS`, or of `ggml.BLOCK_FORMATS`.
+        """
         ...
 
     def parts(self, name: str) -> Mapping[str, TensorInfo]:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from anima_jax.checkpoints.folders import (
-    TOKENIZERS,
     TRANSFORMER,
     ModelFiles,
     beside,
@@ -32,13 +31,12 @@ from anima_jax.config.schema import (
 from anima_jax.errors import UserError
 from anima_jax.models.dit import DiTConfig
 from anima_jax.models.quantised import storage_for
-from anima_jax.text.tokenizers import TRAINING_LENGTH
+from anima_jax.text.tokenizers import TRAINING_LENGTH, tokenizer_folders
 
 
 def _check_tokenizers(folder: str) -> str:
-    missing = [name for name in ("qwen", "t5") if not os.path.isdir(os.path.join(folder, name))]
-    of_diffusers = all(os.path.isdir(os.path.join(folder, name)) for name in TOKENIZERS)
-    if missing and not of_diffusers and not is_address(folder):
+    missing = [name for name, path in tokenizer_folders(folder).items() if not path.is_dir()]
+    if missing and not is_address(folder):
         raise invalid(f"{folder} does not contain {' and '.join(missing)}, expected qwen/ and t5/ in it")
     return folder
 

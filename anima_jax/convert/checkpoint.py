@@ -11,7 +11,7 @@ from typing import Any
 
 from anima_jax.checkpoints import accounting, diffusers
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.folders import TRANSFORMER, component_files, components_in, model_files
+from anima_jax.checkpoints.folders import INDEXES, TRANSFORMER, component_files, components_in, model_files
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import check_local, files_in, writing_to
 from anima_jax.checkpoints.models import open_dit, open_network
@@ -20,7 +20,13 @@ from anima_jax.checkpoints.names.networks import DIT, QWEN3, WAN_VAE, Network, l
 from anima_jax.checkpoints.quantised.gguf import portable
 from anima_jax.convert import copies, outputs, quantise
 from anima_jax.errors import UserError, plural, shorten
-from anima_jax.text.tokenizers import Tokenizers, load_tokenizers, save_packaged
+from anima_jax.text.tokenizers import (
+    TOKENIZER_FOLDERS,
+    Tokenizers,
+    load_tokenizers,
+    save_packaged,
+    tokenizer_folders,
+)
 
 SUMMARY = "write a model with another prefix, in another dtype, or as a diffusers folder and back"
 
@@ -30,9 +36,6 @@ PREFIX_OF_FORMAT = {"anima": "net.", "comfyui": "model.diffusion_model."}
 
 _OTHERS = ("text_encoder", "vae")
 """Networks that have a flag of their own."""
-
-TOKENIZERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
-"""Folder of a tokenizer in our layout → its folder in the diffusers format."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,9 +168,9 @@ def _to_folder(arguments: argparse.Namespace) -> None:
             components.append(name)
             rows[name] = getattr(config, "vocabulary", 0)
         problem = _tokenizer_problem(_copy_tokenizers(arguments.tokenizers, temporary), rows)
-        components += TOKENIZERS.values()
+        components += TOKENIZER_FOLDERS.values()
         _write_json(temporary / "scheduler" / "scheduler_config.json", diffusers.SCHEDULER)
-        _write_json(temporary / diffusers.INDEX, diffusers.index(target, [*components, "scheduler"]))
+        _write_json(temporary / INDEXES[0], diffusers.index(target, [*components, "scheduler"]))
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()
         temporary.rename(target)
@@ -224,13 +227,11 @@ def _write_component(
 
 def _copy_tokenizers(source: str | None, folder: pathlib.Path) -> Tokenizers:
     if source is None:
-        return save_packaged({ours: folder / theirs for ours, theirs in TOKENIZERS.items()})
-    for ours, theirs in TOKENIZERS.items():
-        own = next((path for name in (ours, theirs) if (path := pathlib.Path(source) / name).is_dir()), None)
-        if own is None:
-            raise UserError(f"{source}: has no folder {ours}, expected qwen/ and t5/ in it")
-        shutil.copytree(own, folder / theirs)
-    return load_tokenizers(folder)
+        return save_packaged({ours: folder / theirs for ours, theirs in TOKENIZER_FOLDERS.items()})
+    tokenizers = load_tokenizers(source)
+    for ours, path in tokenizer_folders(source).items():
+        shutil.copytree(path, folder / TOKENIZER_FOLDERS[ours])
+    return tokenizers
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:

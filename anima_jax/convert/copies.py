@@ -13,7 +13,7 @@ from anima_jax.checkpoints import safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.quantised.view import MARKER
 from anima_jax.checkpoints.safetensors import TensorInfo
-from anima_jax.errors import plural
+from anima_jax.errors import counted, plural
 
 
 def write(
@@ -55,8 +55,7 @@ def write(
 def summary(formats: Mapping[str, int], what: str) -> Iterator[str]:
     """Yield a line about quantised tensors (format → number), unless there are none: "3 quantised tensors WHAT: …"."""
     if formats:
-        listed = ", ".join(f"{name} × {count}" for name, count in formats.items())
-        yield f"{plural(sum(formats.values()), 'quantised tensor')} {what}: {listed}"
+        yield f"{plural(sum(formats.values()), 'quantised tensor')} {what}: {counted(formats)}"
 
 
 def _part_name(name: str, prefix: str, tensor: StoredTensor, part: str, info: TensorInfo) -> str:

@@ -1,12 +1,13 @@
 """A table of the files in a folder: a diffusers folder, a run of the trainer, or a collection of adapters."""
 
 import contextlib
+import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from anima_jax.checkpoints import file_types
-from anima_jax.checkpoints.folders import is_index, model_files
+from anima_jax.checkpoints.folders import INDEXES, is_index, model_files
 from anima_jax.checkpoints.locations import MODEL_SUFFIXES, reading_folders
 from anima_jax.errors import UserError, plural, shorten, size_text
 
@@ -27,7 +28,7 @@ def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
     `describe(path)` describes a model or an adapter, or the files of an index. Those are described by their index, and
     files that an index does not list are marked. Hidden files are left out; a run's checkpoint is one line.
     """
-    root = pathlib.Path(folder)
+    root, listed = pathlib.Path(folder), functools.cache(_listed)
     rows = []
     with reading_folders(folder):
         kind = _kind(root)
@@ -35,7 +36,7 @@ def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
             if len(rows) == LIMIT:
                 break
             size = 0 if path.is_dir() else path.stat().st_size
-            rows.append((str(path.relative_to(root)), size_text(size) if size else "", _what(path, describe)))
+            rows.append((str(path.relative_to(root)), size_text(size) if size else "", _what(path, describe, listed)))
     yield f"{folder}: {kind}, {plural(len(rows), 'file')}" + (" and more" if len(rows) == LIMIT else "")
     width = min(60, max((len(name) for name, _, _ in rows), default=0))
     for name, size, what in rows:
@@ -43,7 +44,7 @@ def table(folder: str, describe: Callable[[str], str]) -> Iterator[str]:
 
 
 def _kind(root: pathlib.Path) -> str:
-    if any((root / name).is_file() for name in ("modular_model_index.json", "model_index.json")):
+    if any((root / name).is_file() for name in INDEXES):
         return "a diffusers folder"
     if (root / "checkpoints").is_dir() or any(root.glob("epoch[0-9]*")) or any(root.glob("step[0-9]*")):
         return "the folder of a training run"
@@ -76,21 +77,22 @@ def _listed(folder: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _weights(path: pathlib.Path, describe: Callable[[str], str]) -> str:
+def _weights(path: pathlib.Path, describe: Callable[[str], str], listed: Mapping[str, str]) -> str:
     """Return what the files of an index or a file with weights are."""
-    listed = _listed(path.parent)
     if path.name in listed:
         return f"a part of {listed[path.name]}"
     return f"{'not in an index: ' if listed and not is_index(path.name) else ''}{describe(str(path))}"
 
 
-def _what(path: pathlib.Path, describe: Callable[[str], str]) -> str:
+def _what(
+    path: pathlib.Path, describe: Callable[[str], str], listed: Callable[[pathlib.Path], Mapping[str, str]]
+) -> str:
     """Return what a file is, in one line."""
     if path.is_dir():
         return "a checkpoint to resume from" if _is_checkpoint(path) else "a link to a folder"
     try:
         if is_index(path.name) or path.suffix in MODEL_SUFFIXES:
-            return _weights(path, describe)
+            return _weights(path, describe, listed(path.parent))
         with open(path, "rb") as file:
             start = file.read(512)
     except UserError as error:

@@ -58,7 +58,7 @@ def write(
         "general.architecture": "qwen3" if is_text else "cosmos",
         "general.quantization_version": 2,
         "general.file_type": form.file_type if form else _FILE_TYPES[type_],
-        **{key: value for key, value in gguf.portable(metadata).items() if key != "format"},
+        **{key: value for key, value in metadata.items() if key != "format"},
     }
     gguf.write(target, tensors, data_of, fields)
     return sum(tensor.nbytes for tensor in tensors)

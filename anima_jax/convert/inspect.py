@@ -12,6 +12,7 @@ from anima_jax.adapters.file import Adapter, read_adapter
 from anima_jax.adapters.kinds import adapter_kind, split_key, unsupported
 from anima_jax.adapters.patch import BIAS_PARTS, Patch
 from anima_jax.checkpoints import accounting
+from anima_jax.checkpoints.accounting import StoredTensor
 from anima_jax.checkpoints.folders import ModelFiles, is_network, model_files
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import files_in, is_remote
@@ -23,7 +24,7 @@ from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, Safete
 from anima_jax.checkpoints.tensor_files import TensorFile
 from anima_jax.checkpoints.values import ValueCheck, check_values
 from anima_jax.convert import folders, outputs
-from anima_jax.errors import UserError, one_line, plural, shorten, size_text
+from anima_jax.errors import UserError, counted, one_line, plural, shorten, size_text
 
 SUMMARY = "describe a file, or every file in a folder"
 
@@ -228,11 +229,10 @@ def _quantisation(network: Network, checkpoint: Checkpoint) -> Iterator[Row]:
         return
     formats = collections.Counter(source.storage or "" for source in quantised.values())
     values = sum(math.prod(source.info.shape) for source in quantised.values())
-    bits = 8 * sum(stored_bytes(source.file, source.key) for source in quantised.values()) / values
+    bits = 8 * sum(source.nbytes for source in quantised.values()) / values
     everything = sum(math.prod(source.info.shape) for source in sources.values())
-    overall = 8 * sum(stored_bytes(source.file, source.key) for source in sources.values()) / everything
-    listed = ", ".join(f"{name} × {count}" for name, count in formats.items())
-    yield "quantised", f"{listed}, {bits:.2f} bits per weight, {overall:.2f} in all of the {network.title}"
+    overall = 8 * sum(source.nbytes for source in sources.values()) / everything
+    yield "quantised", f"{counted(formats)}, {bits:.2f} bits per weight, {overall:.2f} in all of the {network.title}"
     plain = [name for name, source in sources.items() if not source.storage and len(source.info.shape) > 1]
     parts = dict.fromkeys(map(_part_of, plain))
     whole = [part for part in parts if not any(_part_of(name) == part for name in quantised)]
@@ -245,22 +245,14 @@ def _part_of(name: str) -> str:
     return dit.ADAPTER.rstrip(".") if name.startswith(dit.ADAPTER) else block_of(name)
 
 
-def stored_bytes(file: TensorFile, key: str) -> int:
-    """Return the bytes that a tensor takes in its file, with the scales of a quantised one."""
-    parts = file.parts(key) or {key: file.tensors[key]}
-    return sum(part.nbytes for part in parts.values())
-
-
 def _totals(file: TensorFile) -> Iterator[Row]:
-    size = sum(stored_bytes(file, key) for key in file.tensors)
+    size = sum(StoredTensor(file, key).nbytes for key in file.tensors)
     yield "tensors", f"{len(file.tensors)}, {size_text(size)}, {_dtypes((file, key) for key in file.tensors)}"
 
 
 def _dtypes(tensors: Iterable[tuple[TensorFile, str]]) -> str:
     counts = collections.Counter(file.storage(key) or file.tensors[key].code for file, key in tensors)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{code} × {count}" for code, count in counts.most_common())
+    return next(iter(counts)) if len(counts) == 1 else counted(dict(counts.most_common()))
 
 
 def _metadata(metadata: dict[str, str]) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from anima_jax.checkpoints.quantised import comfyui_write, ggml_encode
 from anima_jax.checkpoints.quantised.quantiser import Parts, QuantisationLoss, Quantiser, quantise
 from anima_jax.checkpoints.safetensors import TensorInfo
 from anima_jax.convert import copies, gguf
-from anima_jax.errors import UserError, plural, shorten, size_text
+from anima_jax.errors import UserError, counted, plural, shorten, size_text
 
 QUANTISERS = comfyui_write.QUANTISERS | {f"gguf:{name}": row for name, row in ggml_encode.QUANTISERS.items()}
 """--dtype → how to quantise."""
@@ -79,14 +79,14 @@ def write(
         raise UserError(f"{path}: its weights are {dtype} already; without --dtype they are copied as they are")
     report = Report()
     size = WRITERS[dtype.rpartition(":")[0]](Plan(target, stored, chosen, dtype, report, prefix, metadata))
-    before = sum(map(_stored_bytes, stored.values()))
+    before = sum(tensor.nbytes for tensor in stored.values())
     yield (
         f"{dtype}: {len(chosen)} of {plural(len(stored), 'tensor')}, {size_text(before)} -> {size_text(size)} "
         f"({size / before:.0%})"
     )
     if quantised:
-        formats = ", ".join(f"{name} × {count}" for name, count in collections.Counter(quantised.values()).items())
-        yield f"IN is quantised already ({formats}): its errors add to these"
+        formats = collections.Counter(quantised.values())
+        yield f"IN is quantised already ({counted(formats)}): its errors add to these"
     unit = " × ".join(map(str, QUANTISERS[dtype].multiple))
     for kind, count in collections.Counter(map(_kind, misfits)).items():
         yield f"kept, no multiples of {unit}: {count} of {kind}"
@@ -94,13 +94,8 @@ def write(
 
 
 def _storage(dtype: str) -> str:
-    """Return the key of FORMATS under which weights of a --dtype are read."""
+    """Return the key of FORMATS, or of `ggml.BLOCK_FORMATS`, under which weights of a --dtype are read."""
     return dtype.rpartition(":")[2].removesuffix("_tensorwise")
-
-
-def _stored_bytes(tensor: StoredTensor) -> int:
-    parts = tensor.file.parts(tensor.key).values()
-    return sum(part.nbytes for part in parts) if parts else tensor.info.nbytes
 
 
 def _kind(name: str) -> str:

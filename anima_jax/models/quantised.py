@@ -16,6 +16,7 @@ Axes: n layers, i features in, o features out, r rank.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -151,6 +152,7 @@ class Quantised:
         return np.asarray(self.values(), dtype)
 
 
+@functools.lru_cache(maxsize=4)
 def hadamard(size: int) -> np.ndarray:
     """Return the regular Hadamard matrix of a power of 4, float32, divided by √size: symmetric, its own inverse.
 

@@ -31,6 +31,9 @@ PACKAGED_TOKENIZERS = ASSETS / "anima_tokenizers"
 SMALL_TOKENIZERS = ASSETS / "tokenizers"
 """Folder of the quick start's tokenizers (`make_assets/tokenizers.py`)."""
 
+TOKENIZER_FOLDERS = {"qwen": "tokenizer", "t5": "t5_tokenizer"}
+"""Folder of a tokenizer in our layout → its folder in the diffusers format."""
+
 TRAINING_LENGTH = 512
 """Tokens per caption in training."""
 
@@ -220,7 +223,6 @@ class _Repository:
     """The folders and file formats of one of the two tokenizers, and its pad token if its files name none."""
 
     folder: str
-    diffusers_folder: str
     hub_name: str
     pad_token: str
     formats: tuple[_Format, ...]
@@ -232,24 +234,33 @@ _QWEN_MERGES = _Format(("merges.txt",), _read_qwen)
 _T5_UNIGRAM = _Format(("spiece.model",), _read_sentencepiece, needs="sentencepiece")
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
-_QWEN = _Repository("qwen", "tokenizer", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE, _QWEN_MERGES))
-_T5 = _Repository("t5", "t5_tokenizer", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
+_QWEN = _Repository("qwen", "Qwen/Qwen3-0.6B-Base", "<|endoftext|>", (_COMPLETE, _QWEN_BPE, _QWEN_MERGES))
+_T5 = _Repository("t5", "google/t5-v1_1-xxl", "<pad>", (_COMPLETE, _T5_UNIGRAM))
 
 
 _PROBES = ("a picture", "猫 🙂 ﬁ \x00", "x" * 600)
 """Texts that every tokenizer can encode: if the library panics at a broken one, it should be at the start."""
 
 
+def tokenizer_folders(folder: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
+    """Return "qwen" and "t5" → the tokenizer's folder in `folder`, ours or else diffusers'; it may be missing."""
+    root = pathlib.Path(folder)
+    theirs_first = not (root / _QWEN.folder).is_dir() and (root / TOKENIZER_FOLDERS[_QWEN.folder]).is_dir()
+    found: dict[str, pathlib.Path] = {}
+    for pair in TOKENIZER_FOLDERS.items():
+        paths = [root / name for name in (pair[::-1] if theirs_first else pair)]
+        found[pair[0]] = next((path for path in paths if path.is_dir()), paths[0])
+    return found
+
+
 def load_tokenizers(folder: str | os.PathLike[str] | None = None) -> Tokenizers:
-    """Load `qwen/` and `t5/` from `folder`, or `tokenizer/` and `t5_tokenizer/` as diffusers names them.
+    """Load the tokenizers in `folder`, which are in `qwen/` and `t5/` or, in a diffusers folder, in other ones.
 
     If it is None, load those that come with the package. Raises UserError if a file is broken, or if files are missing;
     then the message says which files to put where.
     """
-    folder = PACKAGED_TOKENIZERS if folder is None else pathlib.Path(folder)
-    is_diffusers = (folder / _QWEN.diffusers_folder).is_dir() and not (folder / _QWEN.folder).is_dir()
-    paths = [folder / (one.diffusers_folder if is_diffusers else one.folder) for one in (_QWEN, _T5)]
-    (qwen, qwen_pad), (t5, t5_pad) = map(_load, (_QWEN, _T5), paths)
+    paths = tokenizer_folders(PACKAGED_TOKENIZERS if folder is None else folder)
+    (qwen, qwen_pad), (t5, t5_pad) = (_load(one, paths[one.folder]) for one in (_QWEN, _T5))
     return Tokenizers(qwen, t5, qwen_pad, t5_pad)
 
 

@@ -233,6 +233,19 @@ def test_a_folder_brings_its_other_networks_and_tokenizers(folder):
         anima_jax.load_vae(folder)
 
 
+def test_tokenizers_in_either_layout_are_copied_and_a_missing_one_is_named(tmp_path, capsys):
+    mixed, out = tmp_path / "mixed", tmp_path / "out"
+    shutil.copytree(SMALL_TOKENIZERS / "qwen", mixed / "qwen")
+    command = ("checkpoint", DIT_FILE, out, "--to", "diffusers", "--tokenizers", mixed)
+    with pytest.raises(SystemExit):
+        run(*command)
+    assert capsys.readouterr().err.startswith(f"error: {mixed}/t5: no tokenizer found, expected tokenizer.json")
+    shutil.copytree(SMALL_TOKENIZERS / "t5", mixed / "t5_tokenizer")
+    run(*command)
+    for folder in (mixed, out):
+        assert load_tokenizers(folder).fingerprint == load_tokenizers(SMALL_TOKENIZERS).fingerprint
+
+
 # ---- repositories ----------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, checked_scale, required
 from anima_jax.checkpoints.safetensors_header import TensorInfo
+from anima_jax.models.quantised import hadamard
 
 SCALE = "weight_scale"
 SCALE_2 = "weight_scale_2"
@@ -114,11 +115,11 @@ def dequantise_scaled(parts: Parts, shape: tuple[int, ...], settings: Json) -> n
 def dequantise_rotated(parts: Parts, shape: tuple[int, ...], settings: Json) -> np.ndarray:
     """Return the values of integers with scales, after the rotation of each group of inputs.
 
-    The rotation of the integers themselves is exact in float32, so that a value is rounded once; comfy_kitchen scales
-    first, and rounds each sum.
+    The rotation of the integers themselves is exact in float32, also after its division by a power of 2, so that a
+    value is rounded once; comfy_kitchen scales first, and rounds each sum.
     """
     size = group_size(settings)
-    scale = checked_scale(SCALE, parts[SCALE]).reshape(-1, 1) / np.float32(size**0.5)
+    scale = checked_scale(SCALE, parts[SCALE]).reshape(-1, 1)
     values = _float32(parts["weight"]).reshape(-1, size) @ hadamard(size)
     return values.reshape(shape) * scale
 
@@ -150,16 +151,6 @@ def _setting(settings: Json, name: str, default: Any) -> Any:
     """Return a setting, which may be among the `params` as well."""
     params = settings.get("params")
     return settings.get(name, params.get(name, default) if isinstance(params, dict) else default)
-
-
-@functools.lru_cache(maxsize=4)
-def hadamard(size: int) -> np.ndarray:
-    """Return ComfyUI's Hadamard matrix: ±1, symmetric, and its own inverse after a division by `size`, a power of 4."""
-    basis = 1.0 - 2.0 * np.eye(4, dtype=np.float32)[::-1]
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.kron(matrix, basis)
-    return matrix
 
 
 # ---- scales of blocks, in tiles -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Each function takes some rows of a weight in float32 (axes: o outputs, i inputs) and the largest magnitude in the whole
 weight, which only the formats with one scale per tensor use. It returns the parts of these rows by their names in the
-file after the layer's name. `quantise` (write.py) concatenates the parts of consecutive ranges of rows.
+file after the layer's name. `quantise` (quantiser.py) concatenates the parts of consecutive ranges of rows.
 
 Sources: `quantize_*` in comfy_kitchen's `backends/eager/quantization.py`; OCP Microscaling Formats 1.0; NF4 from QLoRA
 (arXiv 2305.14314), packed as in bitsandbytes' `backends/default/ops.py`.
@@ -23,28 +23,17 @@ from anima_jax.checkpoints.quantised.comfyui import (
     SCALE_2,
     SETTINGS,
     TILE,
-    hadamard,
     padded,
 )
 from anima_jax.checkpoints.quantised.formats import FORMATS
 from anima_jax.checkpoints.quantised.parts import Parts
 from anima_jax.checkpoints.quantised.quantiser import Quantiser
+from anima_jax.models.quantised import NF4_BLOCK, NF4_LEVELS, hadamard
 
 _F8_MAX, _F4_MAX = np.float32(448.0), np.float32(6.0)
 _TINY = np.finfo(np.float32).tiny
 _ROTATED = 256  # inputs that one rotation mixes; 4 to some power
-_NF4_BLOCK = 64
 _CACHED = 2**15  # values whose intermediate results stay in the CPU's cache
-
-NF4 = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
-"""The sixteen values of NF4: quantiles of the normal distribution."""
 
 
 def fp8_scaled(values_oi: np.ndarray, largest: float) -> Parts:
@@ -66,8 +55,7 @@ def int8_rowwise(values_oi: np.ndarray, largest: float = 0.0) -> Parts:
 
 def int8_convrot(values_oi: np.ndarray, largest: float = 0.0) -> Parts:
     """Row-wise after each group of 256 inputs is rotated, which spreads outliers; inputs are a multiple of 256."""
-    rotation = hadamard(_ROTATED) / np.float32(_ROTATED**0.5)
-    return int8_rowwise((values_oi.reshape(-1, _ROTATED) @ rotation).reshape(values_oi.shape))
+    return int8_rowwise((values_oi.reshape(-1, _ROTATED) @ hadamard(_ROTATED)).reshape(values_oi.shape))
 
 
 def _int8(values_oi: np.ndarray, largest: np.ndarray | np.float32) -> Parts:
@@ -102,12 +90,12 @@ def nvfp4(values_oi: np.ndarray, largest: float) -> Parts:
 
 def nf4(values_oi: np.ndarray, largest: float = 0.0) -> Parts:
     """The nearest of sixteen values, times the largest magnitude of 64 consecutive values (inputs: multiples)."""
-    blocks = values_oi.reshape(-1, _NF4_BLOCK)
-    absmax = _peaks(values_oi, _NF4_BLOCK).reshape(-1)
+    blocks = values_oi.reshape(-1, NF4_BLOCK)
+    absmax = _peaks(values_oi, NF4_BLOCK).reshape(-1)
     scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]
     scaled = np.clip(scaled, -1, 1)
     codes = np.zeros(scaled.shape, np.uint8)
-    for middle in (NF4[:-1] + NF4[1:]) / np.float32(2):
+    for middle in (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / np.float32(2):
         codes += scaled > middle  # several times faster than a binary search
     return {CODES: _packed(codes.ravel())[:, None], PEAKS: absmax}
 
@@ -188,7 +176,7 @@ def _comfyui(
 
 def _state(shape: tuple[int, ...]) -> dict[str, Any]:
     """Return bitsandbytes' settings of a weight."""
-    return {"quant_type": "nf4", "blocksize": _NF4_BLOCK, "dtype": "bfloat16", "shape": shape}
+    return {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16", "shape": shape}
 
 
 _F32, _U8, _I8 = (np.dtype(dtype) for dtype in (np.float32, np.uint8, np.int8))
@@ -221,10 +209,10 @@ QUANTISERS = {
     "nvfp4": _comfyui("nvfp4", nvfp4, _NVFP4, {"format": "nvfp4"}, (16, 16)),
     "nf4": Quantiser(
         nf4,
-        lambda found, shape: FORMATS["nf4"].dequantise(found | {LEVELS: NF4}, shape, _state(shape)),
-        {PEAKS: (_F32, lambda o, i: (o * i // _NF4_BLOCK,)), CODES: (_U8, lambda o, i: (o * i // 2, 1))},
-        (1, _NF4_BLOCK),
-        lambda shape: {LEVELS: NF4, f"{STATE}.bitsandbytes__nf4": _json(_state(shape))},
+        lambda found, shape: FORMATS["nf4"].dequantise(found | {LEVELS: NF4_LEVELS}, shape, _state(shape)),
+        {PEAKS: (_F32, lambda o, i: (o * i // NF4_BLOCK,)), CODES: (_U8, lambda o, i: (o * i // 2, 1))},
+        (1, NF4_BLOCK),
+        lambda shape: {LEVELS: NF4_LEVELS, f"{STATE}.bitsandbytes__nf4": _json(_state(shape))},
     ),
 }
 """Name of the format → its quantiser. Within a weight, the parts that need the largest alignment come first."""

@@ -17,26 +17,25 @@ from anima_jax.checkpoints.safetensors_header import TensorInfo
 class Format(NamedTuple):
     """One format of quantised weights.
 
-    `title` names it. `layout(parts, settings)` returns the shape of the weight and how its parts are divided by rows,
-    from the descriptions of the parts and the weight's JSON; it raises ValueError for parts that are missing or do not
-    fit. `dequantise(parts, shape, settings)` returns the float32 weight from the arrays of the parts, or some of its
-    rows from theirs; it raises ValueError for scales that are not finite or negative.
+    `layout(parts, settings)` returns the shape of the weight and how its parts are divided by rows, from the
+    descriptions of the parts and the weight's JSON; it raises ValueError for parts that are missing or do not fit.
+    `dequantise(parts, shape, settings)` returns the float32 weight from the arrays of the parts, or some of its rows
+    from theirs; it raises ValueError for scales that are not finite or negative.
     """
 
-    title: str
     layout: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], PartLayout]
     dequantise: Callable[[Parts, tuple[int, ...], Mapping[str, Any]], np.ndarray]
 
 
 FORMATS: dict[str, Format] = {
-    "fp8_scaled": Format("8-bit floats with a scale", comfyui.fp8_layout, comfyui.dequantise_scaled),
-    "fp8_blocks": Format("8-bit floats in squares of 128", comfyui.fp8_blocks_layout, comfyui.dequantise_squares),
-    "int8": Format("8-bit integers with a scale", comfyui.int8_layout, comfyui.dequantise_scaled),
-    "int8_convrot": Format("rotated 8-bit integers", comfyui.int8_layout, comfyui.dequantise_rotated),
-    "mxfp8": Format("8-bit floats in blocks of 32", comfyui.mxfp8_layout, comfyui.dequantise_mxfp8),
-    "nvfp4": Format("4-bit floats in blocks of 16", comfyui.nvfp4_layout, comfyui.dequantise_nvfp4),
-    "nf4": Format("bitsandbytes' 4-bit NormalFloat", bitsandbytes.layout, bitsandbytes.dequantise),
-    "fp4": Format("bitsandbytes' 4-bit floats", bitsandbytes.layout, bitsandbytes.dequantise),
-    "llm_int8": Format("bitsandbytes' 8-bit integers", bitsandbytes.int8_layout, bitsandbytes.dequantise_int8),
+    "fp8_scaled": Format(comfyui.fp8_layout, comfyui.dequantise_scaled),
+    "fp8_blocks": Format(comfyui.fp8_blocks_layout, comfyui.dequantise_squares),
+    "int8": Format(comfyui.int8_layout, comfyui.dequantise_scaled),
+    "int8_convrot": Format(comfyui.int8_layout, comfyui.dequantise_rotated),
+    "mxfp8": Format(comfyui.mxfp8_layout, comfyui.dequantise_mxfp8),
+    "nvfp4": Format(comfyui.nvfp4_layout, comfyui.dequantise_nvfp4),
+    "nf4": Format(bitsandbytes.layout, bitsandbytes.dequantise),
+    "fp4": Format(bitsandbytes.layout, bitsandbytes.dequantise),
+    "llm_int8": Format(bitsandbytes.int8_layout, bitsandbytes.dequantise_int8),
 }
 """Name → format."""

@@ -28,7 +28,7 @@ PLAIN: dict[int, np.dtype[Any]] = {
 """ggml's numbers of types that are not quantised."""
 
 CHUNK = 2**20
-"""Values that are decoded or encoded at a time, to bound the memory of intermediate results."""
+"""Values that are decoded at a time, to bound the memory of intermediate results."""
 
 _FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)

@@ -250,7 +250,7 @@ def _plain(dtype: np.dtype[Any]) -> Quantiser:
     def rows(values_oi: np.ndarray, largest: float) -> Parts:
         with np.errstate(over="ignore"):
             values = values_oi.astype(dtype)
-        if np.isfinite(largest) and not np.isfinite(values).all():
+        if not np.isfinite(values).all():
             raise ValueError(f"values up to {largest:.6g}, beyond the range of {dtype}")
         return {"blocks": values}
 

@@ -54,14 +54,6 @@ PLAIN_TYPES = {"f32": _F32, "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.b
 """Types that are not quantised and can be written."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """How a tensor is stored: its place and, if it is quantised, its block format."""
-
-    start: int
-    form: BlockFormat | None
-
-
 def has_magic(path: locations.PathLike) -> bool:
     """Return whether a file begins as a GGUF file does. Raises UserError if it cannot be opened."""
     file, _ = locations.open_for_reading(locations.resolve(path))
@@ -83,10 +75,10 @@ class GgufFile:
             fields, infos = _Header(self.path, self._file, self.size).parse()
             self.metadata = {key: _text(value) for key, value in fields.items() if not isinstance(value, list)}
             self.tensors: dict[str, TensorInfo] = {}
-            self._stored: dict[str, _Stored] = {}
-            for name, (info, stored) in _translated(infos).items():
+            self._forms: dict[str, BlockFormat | None] = {}
+            for name, (info, form) in _translated(infos).items():
                 self.tensors[name] = dataclasses.replace(info, name=name)
-                self._stored[name] = stored
+                self._forms[name] = form
         except HeaderError as error:
             self.close()
             raise UserError(f"{self.path}: {error}") from error
@@ -106,16 +98,16 @@ class GgufFile:
 
     def storage(self, name: str) -> str | None:
         """Return the name of a tensor's block format, or None if it is not quantised."""
-        form = self._stored[name].form
+        form = self._forms[name]
         return form.name if form else None
 
     def parts(self, name: str) -> Mapping[str, TensorInfo]:
         """Return what the file stores for a quantised tensor: its blocks, uint8 (blocks, bytes)."""
-        info, stored = self.tensors[name], self._stored[name]
-        if stored.form is None:
+        info, form = self.tensors[name], self._forms[name]
+        if form is None:
             return {}
-        shape = (math.prod(info.shape) // stored.form.values, stored.form.nbytes)
-        return {"blocks": TensorInfo(name, np.dtype("u1"), shape, stored.start)}
+        shape = (math.prod(info.shape) // form.values, form.nbytes)
+        return {"blocks": TensorInfo(name, np.dtype("u1"), shape, info.start)}
 
     def read_part(self, name: str, part: str, rows: slice | None = None) -> np.ndarray:
         """Read a part of a quantised tensor, or these rows of it, as stored."""
@@ -126,7 +118,7 @@ class GgufFile:
 
         Raises UserError if the file has been cut off since, or if a scale is NaN or infinite.
         """
-        info, form = self.tensors[name], self._stored[name].form
+        info, form = self.tensors[name], self._forms[name]
         if form is None:
             return self._read_rows(info, rows)
         first, last, _ = (rows or slice(None)).indices(info.shape[0])
@@ -158,7 +150,9 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _translated(infos: Mapping[str, tuple[TensorInfo, _Stored]]) -> dict[str, tuple[TensorInfo, _Stored]]:
+def _translated(
+    infos: Mapping[str, tuple[TensorInfo, BlockFormat | None]],
+) -> dict[str, tuple[TensorInfo, BlockFormat | None]]:
     """Return the tensors under Hugging Face's names if they have llama.cpp's. Raises HeaderError for a name twice."""
     renamed = {name: qwen3.from_llama_cpp(name) for name in infos}
     if len(set(renamed.values())) != len(renamed):
@@ -175,8 +169,8 @@ class _Header:
         self.at = 0
         self.items = 0
 
-    def parse(self) -> tuple[dict[str, Any], dict[str, tuple[TensorInfo, _Stored]]]:
-        """Return the fields and, in the file's order, name → (tensor, how it is stored)."""
+    def parse(self) -> tuple[dict[str, Any], dict[str, tuple[TensorInfo, BlockFormat | None]]]:
+        """Return the fields and, in the file's order, name → (tensor, its block format or None)."""
         self._check_version()
         tensor_count, field_count = self._number(8), self._number(8)
         self._check_count(tensor_count, "tensors", 24)
@@ -193,12 +187,12 @@ class _Header:
                 f"is one of {parts} parts of a split GGUF file; join them with `llama-gguf-split --merge` first"
             )
         claims = [self._claim() for _ in range(tensor_count)]
-        tensors: dict[str, tuple[TensorInfo, _Stored]] = {}
+        tensors: dict[str, tuple[TensorInfo, BlockFormat | None]] = {}
         for info, form in self._placed(claims, _alignment(fields)):
             if info.name in tensors:
                 raise HeaderError(f"the header has {info.name!r:.200} twice")
             shape = _original_shape(info, fields.get(_ORIGINAL_SHAPE + info.name))
-            tensors[info.name] = dataclasses.replace(info, shape=shape), _Stored(info.start, form)
+            tensors[info.name] = dataclasses.replace(info, shape=shape), form
         return fields, tensors
 
     def _check_version(self) -> None:

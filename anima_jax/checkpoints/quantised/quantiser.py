@@ -1,4 +1,4 @@
-"""Quantising of one weight, a range of rows at a time: in a file's own dtype it is in memory once, in float32 never.
+"""Quantising of one weight, a range of rows at a time, of which alone there is a copy in float32.
 
 A `Quantiser` describes a format that can be written. `quantise` also measures what the format loses.
 """
