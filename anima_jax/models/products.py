@@ -64,13 +64,16 @@ def _sums(a: Array, b_io: Array, compute: str) -> Array:
 def _backward(out_dtype: Any, kernel_io: Quantised, grad: Array) -> tuple[Array, None]:
     del out_dtype
     # The scales are multiplied with the gradient, not with every weight: the codes are exact in 16 bits.
-    scaled = (grad.astype(jnp.float32) * kernel_io.scales).astype(kernel_io.dtype)
-    grad_x = jax.lax.dot_general(
+    # They are relative to a power of two, so that small gradients do not vanish in float16.
+    unit = jnp.ldexp(jnp.float32(1), jnp.frexp(jnp.max(kernel_io.scales))[1])
+    scaled = (grad.astype(jnp.float32) * (kernel_io.scales / unit)).astype(kernel_io.dtype)
+    sums = jax.lax.dot_general(
         scaled,
         kernel_io.codes.astype(kernel_io.dtype),
         (((grad.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
-    ).astype(kernel_io.dtype)
+    )
+    grad_x = (sums * unit).astype(kernel_io.dtype)
     return (rotated(grad_x, kernel_io.rotation).astype(grad_x.dtype) if kernel_io.rotation else grad_x), None
 
 

@@ -88,6 +88,16 @@ def test_the_gradient_of_activations_is_that_of_the_dequantised_weights(rotation
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("size", "tolerance"), [(1.0, 1e-3), (1e-3, 1e-3), (1e-4, 3e-3), (1e-5, 2e-2)])
+def test_small_gradients_do_not_vanish_in_float16(size, tolerance):
+    kernel, grad = stored("int8", "int8").astype(jnp.float16), jnp.asarray(size * normal(10, 96, seed=3), jnp.float16)
+    x = jnp.asarray(activations().reshape(10, 512), jnp.float16)
+    found = np.asarray(jax.vjp(lambda x: linear(x, kernel), x)[1](grad)[0], np.float64)
+    expected = np.asarray(grad, np.float64) @ np.asarray(kernel.astype(FLOAT32), np.float64).T
+    # float16 is exact to 5e-4, and below 6e-5 to multiples of 6e-8.
+    assert np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("compute", ["int8", None])
 def test_an_update_of_low_rank_is_added_to_the_product(compute):
     base = stored("int8", "int8")
