@@ -130,17 +130,23 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
             exported = transformer_files(file)
     if arguments.models and not loras:
         loras = like.found_loras(arguments.models)
-    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype", "variant", "transformer_dtype", "compute")
+    named = ("vae", "text_encoder", "tokenizers", "embeddings", "dtype", "variant")
+    # How weights are stored and how they are multiplied belong together, so that both are of one source.
+    stored = {name: getattr(arguments, name) for name in ("transformer_dtype", "compute")}
     layers = [given(loras=loras), given(**{name: getattr(arguments, name) for name in named})]
+    layers.append(stored if any(stored.values()) else {})
     layers += [exported, transformer_files(arguments.transformer)]
     if config:
         model = config.model
         layers += [
             given(vae=model.vae_path, text_encoder=model.llm_path, tokenizers=model.tokenizer_path),
-            transformer_files(model.transformer_path, model.llm_adapter_path) | given(variant=model.variant),
             given(embeddings=config.sample and config.sample.embeddings),
-            given(dtype=config.compute_dtype, transformer_dtype=model.transformer_dtype, compute=model.compute),
+            {"dtype": config.compute_dtype, "transformer_dtype": model.transformer_dtype, "compute": model.compute},
         ]
+        if own := model.transformer_path:
+            layers.append(
+                {"transformer": own, "adapter": model.llm_adapter_path, "loras": (), "variant": model.variant}
+            )
     layers.append(older_files(like, arguments.models, set(ChainMap(*layers))))
     unset = ("tokenizers", "embeddings", "variant", "transformer_dtype", "compute")
     files = ChainMap(*layers, {"dtype": DTYPES[0], **dict.fromkeys(unset)})
@@ -156,12 +162,13 @@ def transformer_files(
 ) -> dict[str, Any]:
     """Return a transformer with its LLM adapter file, its LoRAs, and the other networks of a diffusers folder.
 
-    Returns nothing if there is no transformer. Tokenizers of a diffusers folder are found when it is loaded.
+    Returns nothing if there is no transformer. A variant that a later source names is of its own transformer.
+    Tokenizers of a diffusers folder are found when it is loaded.
     """
     if not transformer:
         return {}
     others = {name: path for name, path in folders.beside(transformer).items() if name != "tokenizers"}
-    return {"transformer": transformer, "adapter": adapter, "loras": loras, **others}
+    return {"transformer": transformer, "adapter": adapter, "loras": loras, "variant": None, **others}
 
 
 def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def older_files(like: Recipe, models: Sequence[str], given: Set[str]) -> dict[st
             files[name] = path
     if "transformer" not in given and (path := like.find("transformer", models)):
         loras = [] if "loras" in given else like.found_loras(models)
-        files |= transformer_files(path, like.find("adapter", models), loras)
+        files = transformer_files(path, like.find("adapter", models), loras) | files
     if "embeddings" not in given and (folder := like.embeddings_folder(models)):
         files["embeddings"] = folder
     return files

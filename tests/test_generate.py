@@ -291,6 +291,36 @@ def test_models_applies_an_images_loras_to_another_transformer(networks, tmp_pat
         assert (files["transformer"], list(files["loras"])) == (str(networks[1]), expected)
 
 
+def test_what_belongs_to_a_transformer_comes_from_its_source(networks, tmp_path):
+    """Of a configuration and of an older image: the variant, storage with product, and an image's other networks."""
+    folder, other = tmp_path / "folder", tmp_path / "other.safetensors"
+    for part in ("transformer", "vae"):
+        (folder / part).mkdir(parents=True)
+        save_file({"x": np.zeros(1, np.float32)}, folder / part / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "model_index.json").write_text(json.dumps({"transformer": ["a", "b"], "vae": ["a", "b"]}))
+    model = f"transformer_path = '{folder}'\nvariant = 'fp16'\ntransformer_dtype = 'int8'\ncompute = 'int8'"
+    config = write_config(tmp_path, tmp_path, "epochs = 1", model=model, adapter="type = 'lora'\nrank = 4")
+    config.write_text(config.read_text().replace(f"transformer_path = '{tmp_path / 'base.safetensors'}'\n", "", 1))
+    written = dict(zip(("transformer", "vae", "text_encoder"), (folder, networks[3], networks[5]), strict=True))
+    written |= {"dtype": "float32", "variant": "fp16", "transformer_dtype": "int8", "compute": "int8"}
+    own = to_text(ImageRequest("a", 32, 48), SamplingParams(steps=1), written)
+    save_image(Image.new("RGB", (32, 48)), tmp_path / "a.png", own)
+    cases = {
+        (): (str(folder), "fp16", "int8", "int8"),
+        ("--transformer", str(other)): (str(other), None, "int8", "int8"),
+        ("--transformer", str(other), "--variant", "fp8"): (str(other), "fp8", "int8", "int8"),
+        ("--transformer_dtype", "nf4"): (str(folder), "fp16", "nf4", None),
+        ("--compute", "fp8"): (str(folder), "fp16", None, "fp8"),
+    }
+    for source in (["--config", str(config), "--prompt", "x"], ["--like", str(tmp_path / "a.png")]):
+        for flags, expected in cases.items():
+            arguments = parse_arguments([*source, *flags, "-o", "x.png"])
+            loaded = load_config(config, i_know_what_i_am_doing=True) if "--config" in source else None
+            files = generate.networks(arguments, loaded, older_image(arguments))
+            found = *(files[name] for name in ("transformer", "variant", "transformer_dtype", "compute")), files["vae"]
+            assert tuple(value and str(value) for value in found) == (*expected, networks[3]), (source, flags)
+
+
 def seeds_of(folder, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed ")]
     said = [int(line.removeprefix("seed ")) for line in lines]
