@@ -163,8 +163,9 @@ class SamplingParams:
             raise UserError(found if self.shift <= 0 else f"{found}, from {1 / LARGEST:g} to {LARGEST:g}")
         if self.denoise != 0 and not MIN_DENOISE <= self.denoise <= 1:
             raise UserError(f"denoise {self.denoise}, expected 0, or {MIN_DENOISE} to 1")
-        for what in ("guidance_interval", "cache_interval"):
-            _check_interval(what, getattr(self, what))
+        _check_interval("guidance_interval", self.guidance_interval)
+        if self.cache_interval is not None:
+            _check_interval("cache_interval", self.cache_interval)
         if self.step_cache is None and self.cache_interval is not None:
             raise UserError("cache_interval without cache: expected cache, too")
         if self.paste is not None and not 0 <= self.paste <= MAX_SIZE:
@@ -251,9 +252,9 @@ def _check_types(settings: Any) -> None:
 
 
 def _check_interval(name: str, interval: Any) -> None:
-    """Raise UserError unless this part of the sampling, which may be None, is two ascending fractions."""
+    """Raise UserError unless this part of the sampling is two ascending fractions."""
     try:
-        first, last = (0.0, 1.0) if interval is None else map(float, interval)
+        first, last = interval
         valid = 0 <= first <= last <= 1
     except (TypeError, ValueError):
         valid = False

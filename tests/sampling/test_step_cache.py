@@ -180,6 +180,9 @@ def with_first_block_cache(peer, threshold: float) -> list[int]:
         ({"cache": "easy", "cache_interval": (0.5, 0.1)}, "cache_interval 0.5 0.1, expected two ascending numbers"),
         ({"cache": "easy", "cache_interval": (0.5, float("nan"))}, "cache_interval 0.5 nan, expected two ascending"),
         ({"cache": "easy", "cache_interval": 0.5}, "cache_interval 0.5, expected two ascending numbers"),
+        ({"cache": "easy", "cache_interval": "01"}, "cache_interval 0 1, expected two ascending numbers"),
+        ({"guidance_interval": ("0", "1")}, "guidance_interval 0 1, expected two ascending numbers"),
+        ({"guidance_interval": None}, "guidance_interval None, expected two ascending numbers"),
     ],
 )
 def test_what_is_not_a_cache_is_one_line(settings, message):
