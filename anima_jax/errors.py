@@ -210,7 +210,7 @@ def command_line(main: Callable[P, None]) -> Callable[P, None]:
         # Registered before everything that `main` registers, so it runs last.
         atexit.register(_exit_without_teardown)
         code, lines = 0, []
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without "‖" is no reason to stop
         try:
             with _interrupts_raised_again():

@@ -124,6 +124,13 @@ def run_main(folder, body: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": root}, text=True, check=False, **options)
 
 
+def test_what_stdout_cannot_encode_is_escaped_unless_it_already_knows_how(tmp_path, monkeypatch):
+    cases = {"ascii:strict": ("print(chr(215))", "\\xd7"), "utf-8:surrogateescape": ("print(chr(0xDCFF))", "\xff")}
+    for encoding, (body, written) in cases.items():
+        monkeypatch.setenv("PYTHONIOENCODING", encoding)
+        assert run_main(tmp_path, body, encoding="latin-1").stdout == f"before\n{written}\n"
+
+
 def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_has_gone_is_none(tmp_path):
     with open("/dev/full", "w") as full:
         ended = run_main(tmp_path, "pass", stdout=full)
