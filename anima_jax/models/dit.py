@@ -132,6 +132,12 @@ def rotary_angles_3d(positions_bl3: Array, config: DiTConfig) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
+def stream_dtype(dtype: Any) -> Any:
+    """Return the dtype of the residual stream of a network that computes in `dtype`."""
+    # The sum over the blocks exceeds float16's maximum, 65504.
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
 def timestep_features(times: Array, width: int) -> Array:
     """Return [cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 towards 1/10000."""
     half = width // 2
@@ -245,9 +251,7 @@ class AnimaDiT(nnx.Module):
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
         layers: Layer = self.blocks, known, context_bnd if isinstance(context_bnd, KeysValues) else None
-        # The sum over the blocks exceeds float16's maximum, 65504: with float16 the residual stream is float32.
-        stream_dtype = jnp.float32 if dtype == jnp.float16 else dtype
-        x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype), "bld")
+        x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype(dtype)), "bld")
         if after_first is not None:
             x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))
         elif remat_every == 1:

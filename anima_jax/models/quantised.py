@@ -241,8 +241,11 @@ def in_transformer_dtype(path: str) -> bool:
 def quantise_text_encoder(model: nnx.Module, storage: str) -> Any:
     """Return the text encoder with its linear layers quantised to `storage`; token table and norms are unchanged."""
     graphdef, params = split(model)
-    plain = {path: v.values() if isinstance(v, Quantised) else v for path, v in params.items()}
-    kernels: Params = {path: quantise(v, storage) for path, v in plain.items() if path.endswith(".kernel")}
+    kernels: Params = {
+        path: quantise(v.values() if isinstance(v, Quantised) else v, storage)
+        for path, v in params.items()
+        if path.endswith(".kernel")
+    }
     return merge(graphdef, params | kernels)
 
 

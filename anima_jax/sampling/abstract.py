@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from anima_jax.diffusion import guidance, samplers
+from anima_jax.diffusion.step_cache import FirstBlockState
+from anima_jax.models.constraints import partition_spec
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
@@ -39,17 +42,6 @@ def lowered_sampling(
     plan = samplers.sampler_plan(settings.sampler, settings.levels(), settings.shift, settings.sampler_options)
     width, height = size_wh
     packing = TokenPacking([(1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)] * images)
-    on_all = replicated(current_mesh())
-
-    def on_devices(tree: Any) -> Any:
-        """Return shapes, replicated, in the dtypes that arrays have on devices."""
-
-        def one(leaf: Any) -> Any:
-            dtype = jax.dtypes.canonicalize_dtype(np.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
-            return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=on_all)
-
-        return jax.tree.map(one, tree)
-
     scale_n = guidance.scale_schedule(
         plan.sigmas_n, settings.guidance_scale, settings.guidance_interval, settings.shift
     )
@@ -78,10 +70,24 @@ def lowered_sampling(
         zero_context=CONTEXT_ROWS - rows,
         dtype=dtype,
     )
-    stream = params["blocks.cross_attn.k_proj.kernel"].shape[-1], program.stream_dtype(dtype)
     cache = settings.step_cache
-    limits, cached = cache and cache.limits(settings.shift), cache and cache.initial(packing.shape, *stream)
-    shared = shared._replace(cache_limits=limits)
-    carry = program.Carry([tokens] * plan.factors_nkj.shape[1], tokens, cached)
-    inputs = on_devices((carry, steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))
-    return lower(jax.jit(run, donate_argnums=1), params, *inputs)
+    shared = shared._replace(cache_limits=cache and cache.limits(settings.shift))
+    cached = program.initial_cache(params, packing.shape, dtype, cache)
+    cached = on_devices(cached, program.STREAM_AXES if isinstance(cached, FirstBlockState) else None)
+    carry = on_devices(program.Carry([tokens] * plan.factors_nkj.shape[1], tokens))._replace(cached=cached)
+    inputs = on_devices((steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))
+    return lower(jax.jit(run, donate_argnums=1), params, carry, *inputs)
+
+
+def on_devices(tree: Any, axes: str | None = None) -> Any:
+    """Return shapes in the dtypes that arrays have on devices, replicated but for arrays with these `axes`."""
+    mesh = current_mesh()
+
+    def one(leaf: Any) -> Any:
+        dtype = jax.dtypes.canonicalize_dtype(np.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
+        sharding, shape = replicated(mesh), np.shape(leaf)
+        if axes is not None and len(shape) == len(axes):
+            sharding = NamedSharding(mesh, partition_spec(shape, axes, mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)

@@ -1,9 +1,10 @@
 """Sampling of a batch of latents from noise: transformer, guidance and sampler in one jitted program.
 
 The program depends on the number of tokens and images, on the number of arrays that the sampler carries between
-evaluations, on whether the negative prompt is evaluated and, without a progress callback, on the number of evaluations.
-Everything else is an argument: prompts, sizes, noise levels, guidance, the network's parameters. Small programs before
-it compute once what does not depend on the latents: the prompts' keys and values and the AdaLN values of the levels.
+evaluations, on whether the negative prompt is evaluated, on the method of the step cache and, without a progress
+callback, on the number of evaluations. Everything else is an argument: prompts, sizes, noise levels, guidance, the
+network's parameters. Small programs before it compute once what does not depend on the latents: the prompts' keys and
+values and the AdaLN values of the levels.
 Axes: b batch, l image tokens, n context rows, d features, c the 64 values of a token. In the arrays of a sampler's
 plan, n is evaluations of the network instead, and q new noise arrays.
 """
@@ -25,7 +26,7 @@ from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
 from anima_jax.diffusion.step_cache import EasyState, FirstBlockState, Limits, Savings, StepCache
 from anima_jax.models.constraints import constrain
-from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
+from anima_jax.models.dit import PATCH, AnimaDiT, stream_dtype, token_positions
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.models.parameters import Params, jit_network, merge
 from anima_jax.parallel import hosts
@@ -159,8 +160,7 @@ class Evaluations:
 
     def initial(self, arrays: list[Any], cache: StepCache | None) -> Carry:
         """Return what is passed on to the first evaluation, with the sampler's arrays."""
-        width = self.params["blocks.cross_attn.k_proj.kernel"].shape[-1]
-        cached = cache and cache.initial(arrays[0].shape, width, stream_dtype(self.dtype))
+        cached = initial_cache(self.params, arrays[0].shape, self.dtype, cache)
         if isinstance(cached, FirstBlockState):
             cached = shard(cached, STREAM_AXES)
         return Carry(arrays, np.zeros_like(arrays[0]), cached)
@@ -226,9 +226,11 @@ class Evaluations:
         return self._modulations[1]
 
 
-def stream_dtype(dtype: Any) -> Any:
-    """Return the dtype of the residual stream of a network that computes in `dtype`."""
-    return jnp.float32 if dtype == jnp.float16 else dtype
+def initial_cache(
+    params: Params, shape_blc: tuple[int, int, int], dtype: Any, cache: StepCache | None
+) -> step_cache.State | None:
+    """Return what the step cache remembers before the first evaluation, on the host."""
+    return cache and cache.initial(shape_blc, params["blocks.cross_attn.k_proj.kernel"].shape[-1], stream_dtype(dtype))
 
 
 @jax.jit
