@@ -15,6 +15,7 @@ No file of a model is needed: what is not here is taken from files of the releas
 import argparse
 import contextlib
 import functools
+import inspect
 import os
 import pathlib
 import subprocess
@@ -195,8 +196,8 @@ def lowered_decoder(size: int) -> Any:
     place = replicated(current_mesh())
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place) for path, leaf in params.items()}
     latents = jax.ShapeDtypeStruct((1, 1, size // 8, size // 8, 16), jnp.float32, sharding=place)
-    decode = jax.jit(lambda params, latents: decode_latents(params, latents, graphdef=graphdef, dtype=jnp.bfloat16))
-    return lower(decode, shapes, latents)
+    decode = functools.partial(inspect.unwrap(decode_latents), graphdef=graphdef, dtype=jnp.bfloat16)
+    return lower(jax.jit(decode), shapes, latents)
 
 
 @contextlib.contextmanager
