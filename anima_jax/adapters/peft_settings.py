@@ -22,7 +22,7 @@ from anima_jax.checkpoints.names.diffusers import MOST_BLOCKS
 from anima_jax.checkpoints.names.dit import ADAPTER
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.adapter import AdapterConfig
-from anima_jax.errors import UserError, shorten
+from anima_jax.errors import UserError, plural, shorten
 from anima_jax.parallel.hosts import is_process_0
 
 
@@ -116,7 +116,7 @@ def settings_of(patches: Mapping[str, Patch], llm_adapter_blocks: int = 0) -> di
     doras = [name for name, patch in patches.items() if "dora_scale" in patch.parts]
     if doras and (peft_type != "LORA" or len(doras) < len(patches)):
         beside = f"in a {kind.title}" if peft_type != "LORA" else f"beside LoRA on {len(patches) - len(doras)} others"
-        raise UserError(f"dora_scale of {len(doras)} modules ({shorten(doras, 3)}) {beside}")
+        raise UserError(f"dora_scale of {plural(len(doras), 'module')} ({shorten(doras, 3)}) {beside}")
     own: dict[str, Any] = {"lora_dropout": 0.0, "bias": "none", "use_dora": bool(doras)}
     ranks = {name: patch.rank or 0 for name, patch in patches.items()}
     if peft_type == "LOKR":

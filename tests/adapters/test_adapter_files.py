@@ -529,7 +529,7 @@ def test_diffusers_has_alpha_in_its_settings_and_the_factors_as_they_are(tmp_pat
 @pytest.mark.parametrize(
     ("key", "array", "named"),
     [
-        (f"diffusion_model.{Q_PROJ}.dora_scale", np.ones((64, 1), "f4"), "dora_scale of 1 modules"),
+        (f"diffusion_model.{Q_PROJ}.dora_scale", np.ones((64, 1), "f4"), "dora_scale of 1 module "),
         ("lora_te_layers_0_mlp_up_proj.diff", np.ones((3, 4), "f4"), "text encoder of 1 modules"),
         ("diffusion_model.llm_adapter.blocks.0.mlp.0.diff_b", np.ones(192, "f4"), "diff_b of 1 modules"),
     ],

@@ -44,9 +44,9 @@ def weights():
 
 
 def transformer(weights=None):
+    pytest.importorskip("diffusers")
     from diffusers import CosmosTransformer3DModel  # pyright: ignore[reportPrivateImportUsage]
 
-    pytest.importorskip("diffusers")
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "adaln_lora_dim": WIDTH}
     model = CosmosTransformer3DModel(**sizes, text_embed_dim=8, mlp_ratio=1.0, extra_pos_embed_type=None)
     if weights is None:
