@@ -1,4 +1,4 @@
-"""Reading and writing of GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3.
+"""Reading and writing of GGUF files, versions 2 and 3, as specified in `gguf.md` of https://github.com/ggml-org/ggml.
 
 A file has key–value pairs, then the names, shapes, types and offsets of its tensors, then their data. A tensor's axes
 are listed from the last to the first. ComfyUI-GGUF and stable-diffusion.cpp keep Anima's own names; llama.cpp's names
