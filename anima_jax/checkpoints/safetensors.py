@@ -6,10 +6,11 @@ allocated (safetensors_header.py). Tensors are read, not memory-mapped: a file t
 instead of crashing the process, and a model is not in memory twice while it is loaded.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from anima_jax.checkpoints import file_types, locations, safetensors_header
 from anima_jax.checkpoints.safetensors_header import CODES, DTYPES, HeaderError, TensorInfo
 from anima_jax.errors import UserError, os_reason
 
-__all__ = ["CODES", "DTYPES", "EXPECTED", "ForeignFileError", "SafetensorsFile", "TensorInfo", "write"]
+__all__ = ["CODES", "DTYPES", "EXPECTED", "ForeignFileError", "OpenFile", "SafetensorsFile", "TensorInfo", "write"]
 
 
 EXPECTED = ", expected a .safetensors file"
@@ -28,7 +29,37 @@ class ForeignFileError(UserError):
     """A file of another type than safetensors, as its first bytes tell; the message says which."""
 
 
-class SafetensorsFile:
+class OpenFile:
+    """An open file, which as a context manager it closes. `path` names it in errors."""
+
+    path: str
+    _file: Any
+    """What is closed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _reading_header(self) -> Iterator[None]:
+        """Close the file after an error in the block, and raise UserError with its path for a HeaderError."""
+        try:
+            yield
+        except HeaderError as error:
+            self.close()
+            raise UserError(f"{self.path}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+
+class SafetensorsFile(OpenFile):
     """An open safetensors file, with `metadata` (str → str) and `tensors` (name → TensorInfo, in the header's order).
 
     As a context manager it closes the file. `path` is local, `gs://…` or `hf://owner/repo/file`. Raises UserError if
@@ -38,25 +69,9 @@ class SafetensorsFile:
     def __init__(self, path: locations.PathLike):
         self.path = os.fspath(path)
         self._file, self.size = locations.open_for_reading(locations.resolve(path))
-        try:
+        with self._reading_header():
             header = _header_of(self.path, self._file, self.size)
             self.metadata, self.tensors = safetensors_header.parse(header, self.size)
-        except HeaderError as error:
-            self.close()
-            raise UserError(f"{self.path}: {error}") from error
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def storage(self, name: str) -> str | None:
         """Return None: the tensor is plain."""

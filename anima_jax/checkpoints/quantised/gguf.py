@@ -21,8 +21,8 @@ from anima_jax.checkpoints.names import qwen3
 from anima_jax.checkpoints.quantised import ggml
 from anima_jax.checkpoints.quantised.ggml import BlockFormat
 from anima_jax.checkpoints.quantised.parts import QuantisationError
+from anima_jax.checkpoints.safetensors import OpenFile
 from anima_jax.checkpoints.safetensors_header import MOST_TENSORS, HeaderError, TensorInfo
-from anima_jax.errors import UserError
 
 MAGIC = b"GGUF"
 
@@ -61,7 +61,7 @@ def has_magic(path: locations.PathLike) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-class GgufFile:
+class GgufFile(OpenFile):
     """An open GGUF file, with `metadata` (str → str) and `tensors` (name → TensorInfo of what `read` returns).
 
     A quantised tensor is read as float32, another in its own dtype. As a context manager it closes the file. `path` is
@@ -71,7 +71,7 @@ class GgufFile:
     def __init__(self, path: locations.PathLike):
         self.path = os.fspath(path)
         self._file, self.size = locations.open_for_reading(locations.resolve(path))
-        try:
+        with self._reading_header():
             fields, infos = _Header(self.path, self._file, self.size).parse()
             self.metadata = {key: _text(value) for key, value in fields.items() if not isinstance(value, list)}
             self.tensors: dict[str, TensorInfo] = {}
@@ -79,22 +79,6 @@ class GgufFile:
             for name, (info, form) in _translated(infos).items():
                 self.tensors[name] = dataclasses.replace(info, name=name)
                 self._forms[name] = form
-        except HeaderError as error:
-            self.close()
-            raise UserError(f"{self.path}: {error}") from error
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "GgufFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def storage(self, name: str) -> str | None:
         """Return the name of a tensor's block format, or None if it is not quantised."""

@@ -18,7 +18,7 @@ from anima_jax.checkpoints.quantised import bitsandbytes, comfyui
 from anima_jax.checkpoints.quantised.comfyui import BYTE_SCALES, FLOAT8, SCALE, SETTINGS, TILE
 from anima_jax.checkpoints.quantised.formats import FORMATS
 from anima_jax.checkpoints.quantised.parts import PartLayout, Parts, QuantisationError, checked_scale
-from anima_jax.checkpoints.safetensors import SafetensorsFile
+from anima_jax.checkpoints.safetensors import OpenFile, SafetensorsFile
 from anima_jax.checkpoints.safetensors_header import TensorInfo
 from anima_jax.errors import did_you_mean, first_line
 
@@ -99,7 +99,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
 
 
-class QuantisedFile:
+class QuantisedFile(OpenFile):
     """A safetensors file with quantised weights, which `tensors` lists as float32 and `read` dequantises.
 
     The tensors with scales and settings are not listed.
@@ -114,16 +114,6 @@ class QuantisedFile:
             if key not in hidden
         }
         self._file, self._weights = file, weights
-
-    def __enter__(self) -> "QuantisedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def storage(self, name: str) -> str | None:
         """Return the format of a quantised tensor, a key of FORMATS, or None."""
