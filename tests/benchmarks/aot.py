@@ -167,11 +167,10 @@ def other_program(
         config = load(name, [f"sample.width={size}", f"sample.height={size}", *keys])
         partition = estimate.abstract_partition(config)
         with aot.on_topology(topology, resolve_sizes(config.mesh.sizes, topology.count)):
-            lower = functools.partial(compiled_run.lowered_samples, config, partition)
-            before = os.times()
+            lower, options = functools.partial(compiled_run.lowered_samples, config, partition), None
             if program == "vae":
-                lower = functools.partial(lowered_decoder, size)
-            options = compiler_options(current_mesh(), program) if program == "vae" else None
+                lower, options = functools.partial(lowered_decoder, size), compiler_options(current_mesh(), program)
+            before = os.times()
             found = aot.compile_for(topology, lower, options)
             after = os.times()
     cpu = after.user - before.user
