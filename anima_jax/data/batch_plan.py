@@ -1,10 +1,11 @@
 """The data order: the examples of each batch and the batch of each step, a pure function of seed and step.
 
-A tier contains the examples of one resolution and frame count, with any aspect ratio, for one compiled program. Each
-tier is an endless stream that is reshuffled every epoch and cut into batches. Examples that do not fill a batch at the
-end of an epoch go into the first batch of the next epoch, so no example is dropped. With n examples and batch size b,
-epoch e (0, 1, …) consists of the tier's batches ⌈e·n/b⌉ up to, but not including, ⌈(e+1)·n/b⌉; it ends with the batch
-that uses its last example. Each epoch runs its batches of all tiers in random order.
+A tier contains the examples of one resolution, frame count and number of references, with any aspect ratio, for one
+compiled program. Each tier is an endless stream that is reshuffled every epoch and cut into batches. Examples that do
+not fill a batch at the end of an epoch go into the first batch of the next epoch, so no example is dropped. With n
+examples and batch size b, epoch e (0, 1, …) consists of the tier's batches ⌈e·n/b⌉ up to, but not including,
+⌈(e+1)·n/b⌉; it ends with the batch that uses its last example. Each epoch runs its batches of all tiers in random
+order.
 """
 
 import bisect
@@ -14,7 +15,7 @@ import hashlib
 import math
 import textwrap
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,9 +194,10 @@ def data_fingerprint(plan: BatchPlan, ids: np.ndarray, contents: Mapping[str, np
 def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) -> list[Tier]:
     """Group examples into tiers, smallest resolution first, explicit size buckets last.
 
-    `buckets[i]` is the bucket of example i. Each combination of resolution and frame count is one tier. Explicit size
-    buckets with the same frame count share a tier as long as the smallest fills 94 % of the token budget. The largest
-    bucket in a tier sets its token budget and, through `batch_size_of`, its batch size.
+    `buckets[i]` is the bucket of example i. Each combination of resolution, frame count and number of references is one
+    tier. Explicit size buckets with the same numbers of frames and references share a tier as long as the smallest
+    fills 94 % of the token budget. The largest bucket in a tier sets its token budget and, through `batch_size_of`, its
+    batch size.
     """
     examples: dict[Bucket, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):
@@ -210,33 +212,32 @@ def make_tiers(buckets: Sequence[Bucket], batch_size_of: Callable[[Size], int]) 
         Tier(
             name=_tier_name(group[0]),
             indices=np.sort(np.concatenate([np.asarray(examples[bucket], np.int64) for bucket in group])),
-            tokens=_budget(group[0].size),
+            tokens=_budget(group[0]),
             batch_size=batch_size_of(group[0].size),
-            full=all(bucket.size.tokens == _budget(group[0].size) for bucket in group),
+            full=all(bucket.tokens == _budget(group[0]) for bucket in group),
         )
         for group in groups
     ]
 
 
 def _tier_order(bucket: Bucket) -> tuple[Any, ...]:
-    size, resolution = bucket.size, bucket.resolution
-    return resolution is None, resolution or 0.0, size.frames, -size.tokens, size
+    size, resolution, references = bucket
+    return resolution is None, resolution or 0.0, size.frames, references, -size.tokens, size
 
 
 def _one_tier(largest: Bucket, bucket: Bucket) -> bool:
-    if (largest.resolution, largest.size.frames) != (bucket.resolution, bucket.size.frames):
-        return False
-    return bucket.resolution is not None or bucket.size.tokens >= _MIN_FILL * _budget(largest.size)
+    kinds = [(each.resolution, each.size.frames, each.references) for each in (largest, bucket)]
+    return kinds[0] == kinds[1] and (bucket.resolution is not None or bucket.tokens >= _MIN_FILL * _budget(largest))
 
 
-def _budget(size: Size) -> int:
-    return -(-size.tokens // 16) * 16
+def _budget(bucket: Bucket) -> int:
+    return -(-bucket.tokens // 16) * 16
 
 
 def _tier_name(largest: Bucket) -> str:
-    size, resolution = largest
+    size, resolution, references = largest
     side = f"size{math.sqrt(size.width * size.height):.0f}" if resolution is None else f"{resolution:.10g}"
-    return side if size.frames == 1 else f"{side}x{size.frames}f"
+    return side + (f"x{size.frames}f" if size.frames > 1 else "") + (f"+{references}ref" if references else "")
 
 
 def padding(tiers: Sequence[Tier], tokens: np.ndarray) -> float:
@@ -250,7 +251,7 @@ def describe(tiers: Sequence[Tier], buckets: Sequence[Bucket]) -> list[str]:
 
     `buckets[i]` is the bucket of example i. Steps per epoch are an average, because a batch may span epochs.
     """
-    tokens = np.array([bucket.size.tokens for bucket in buckets])
+    tokens = np.array([bucket.tokens for bucket in buckets])
     lines = [f"{'tier':<16} {'examples':>9} {'tokens':>7} {'padding':>8} {'batch':>6} {'steps/epoch':>12}"]
 
     def row(name: str, examples: int, budget: str, share: float, batch: str, steps: float) -> str:
@@ -261,10 +262,8 @@ def describe(tiers: Sequence[Tier], buckets: Sequence[Bucket]) -> list[str]:
         steps = examples / tier.batch_size
         share = padding([tier], tokens)
         lines.append(row(tier.name, examples, f"{tier.tokens:,}", share, f"{tier.batch_size:,}", steps))
-        counts: dict[Size, int] = defaultdict(int)
-        for index in tier.indices.tolist():
-            counts[buckets[index].size] += 1
-        sizes = (f"{size.width}×{size.height}: {counts[size]:,}" for size in sorted(counts))
+        counts = Counter((buckets[index].size, str(buckets[index])) for index in tier.indices.tolist())
+        sizes = (f"{shown}: {count:,}" for (_, shown), count in sorted(counts.items()))
         lines += textwrap.wrap(", ".join(sizes), 100, initial_indent="    ", subsequent_indent="    ")
     if len(tiers) > 1:
         steps = sum(len(tier.indices) / tier.batch_size for tier in tiers)

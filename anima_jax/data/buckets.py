@@ -14,14 +14,32 @@ import numpy as np
 
 from anima_jax.config.dataset import Source
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
+from anima_jax.errors import plural
 
 
 class Bucket(NamedTuple):
-    """A size and the resolution that it belongs to."""
+    """A size, the resolution that it belongs to, and the number of reference pictures of the same size."""
 
     size: Size
     resolution: float | None
     """Side in pixels of the square with the same area; None for an explicit size bucket."""
+    references: int = 0
+    """Each is one more frame in the transformer, after the picture's own."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Number of latent frames with those of the references, patch rows and patch columns in the transformer."""
+        frames, rows, columns = self.size.grid
+        return frames + self.references, rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length of the transformer."""
+        return math.prod(self.grid)
+
+    def __str__(self) -> str:
+        with_references = f" with {plural(self.references, 'reference')}" if self.references else ""
+        return f"{self.size.width}×{self.size.height}{with_references}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Batches:
         captions = [example.caption(seed, int(epoch)) for example, epoch in zip(examples, epochs, strict=True)]
         return TrainBatch(
             latents_blc=padded([cache.latents(example) for example in examples], length)[0],
-            grid_b3=np.array([example.bucket.size.grid for example in examples], np.int32),
+            grid_b3=np.array([example.bucket.grid for example in examples], np.int32),
             ids_b2=self._ids_n2[indices],
             epochs_b=epochs.astype(np.int32),
             text=self._text(captions),

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from anima_jax.adapters import modules
 from anima_jax.compiler import compiler_options
 from anima_jax.config.main import MainConfig
+from anima_jax.diffusion import references
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.errors import UserError
@@ -49,7 +50,8 @@ class TrainBatch(NamedTuple):
     Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `text.source_bnd` contains states of the
     text encoder, or token ids (b, n) if the encoder is trained. `mask_blp` weights the loss of each of the four latent
     pixels of a token; None if no example of the run has a mask. `full` is an empty tuple if no example of the tier has
-    padding tokens, for a program without masks in self-attention; None if any may have.
+    padding tokens, for a program without masks in self-attention; None if any may have. With `StepConfig.edit`, the
+    first frame of an example's grid is the picture, and the others are its references.
     """
 
     latents_blc: Any
@@ -116,6 +118,7 @@ class StepConfig:
     remat: str = "full"
     remat_every: int = 1
     scan_unroll: int = 1
+    edit: bool = False
 
     @classmethod
     def of(cls, config: MainConfig) -> "StepConfig":
@@ -132,7 +135,7 @@ class StepConfig:
         )
 
 
-_SAME_NAME = ("seed", "uncond_fraction", "ema_decay", "remat", "remat_every", "scan_unroll")
+_SAME_NAME = ("seed", "uncond_fraction", "ema_decay", "remat", "remat_every", "scan_unroll", "edit")
 """Fields of `StepConfig` that have the same name in the configuration."""
 
 
@@ -188,7 +191,10 @@ def as_float32(params: Params) -> Params:
 
 
 def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b: Array, config: StepConfig) -> Array:
-    """Return the loss of each example, (b,), at these times and with this noise."""
+    """Return the loss of each example, (b,), at these times and with this noise.
+
+    With `config.edit`, the references stay clean and have the picture's time, and only the picture's tokens count.
+    """
     x0_blc, text, dtype = batch.latents_blc.astype(jnp.float32), batch.text, text_dtype(config.compute_dtype)
     if model.text_encoder is not None:  # it is trained, so the batch contains token ids
         states_bnd = model.text_encoder(text.source_bnd, text.source_mask_bn, dtype=dtype)
@@ -197,8 +203,11 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
     context_bnd = model.llm_adapter(
         text.source_bnd.astype(dtype), text.target_ids_bm, text.source_mask_bn, text.target_mask_bm
     )
+    noisy_blc, scored_b3 = interpolate(x0_blc, noise_blc, times_b), batch.grid_b3
+    if config.edit:
+        noisy_blc, scored_b3 = references.with_clean(noisy_blc, x0_blc, batch.grid_b3), references.picture_of(scored_b3)
     velocity_blc = model.velocity(
-        interpolate(x0_blc, noise_blc, times_b).astype(config.compute_dtype),
+        noisy_blc.astype(config.compute_dtype),
         batch.grid_b3,
         times_b,
         context_bnd,
@@ -208,7 +217,7 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
         remat_every=config.remat_every,
         scan_unroll=config.scan_unroll,
     )
-    return config.loss(velocity_blc, noise_blc - x0_blc, batch.grid_b3, batch.mask_blp)
+    return config.loss(velocity_blc, noise_blc - x0_blc, scored_b3, batch.mask_blp)
 
 
 def loss_fn(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, config: StepConfig) -> Array:

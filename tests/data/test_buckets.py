@@ -57,7 +57,7 @@ def test_every_resolution_gets_a_bucket_of_the_longest_length_that_fits(bucketin
 @given(bucketing=BUCKETINGS, width=SIDES, height=SIDES, frames=st.integers(1, 200))
 def test_a_bucket_has_the_area_of_its_resolution_and_the_nearest_ratio(bucketing, width, height, frames):
     ratio = min(bucketing.aspect_ratios, key=lambda ratio: abs(math.log(width / height / ratio)))
-    for size, resolution in bucketing.place(width, height, frames):
+    for size, resolution, _ in bucketing.place(width, height, frames):
         assert resolution is not None
         assert size.width % 16 == size.height % 16 == 0
         # Rounding moves a side by 8 pixels at most.
