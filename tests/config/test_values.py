@@ -308,7 +308,7 @@ def test_a_resolution_is_an_area(load, resolution, side):
     # Of all multiples of 16, none is nearer to the square root of the area.
     area = math.prod(resolution) if isinstance(resolution, list) else resolution**2
     nearest = min(range(16, 2048, 16), key=lambda other: abs(other - math.sqrt(area)))
-    ((size, resolution_of_it),) = Bucketing.of(config.data.directory[0]).place(700, 400, 1)
+    ((size, resolution_of_it, _),) = Bucketing.of(config.data.directory[0]).place(700, 400, 1)
     assert size == (side, side, 1) == (nearest, nearest, 1)
     assert resolution_of_it == pytest.approx(math.sqrt(area), abs=5e-4)  # three decimals
     assert config.data.size_wh == (side, side)
