@@ -127,17 +127,20 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             data = read_data(config, problems, batch_size_of=run.global_batch, keep=keep)
         hosts.assert_same_on_all_processes(data.described_fingerprint)
         fitted: fit.Keys | None = None
-        if config.memory == "fit" and not arguments.cache_only:
+        if not arguments.cache_only:
             devices, rows = math.prod(sizes.values()), data.text_rows(tokenizers)
             variants = fit.RunVariants(run, abstract, data, rows, load, devices=devices, platform=target.platform)
-            stored = fit.stored_keys(chosen.folder) if chosen.folder and chosen.resumed else None
-            fitted, variant = fit.choose(variants, target, stored, required=not arguments.dry_run)
-            config, abstract = variant.config, variant.partition
-            run = dataclasses.replace(run, config=config)
-            data.use_config(config)
-            if not target.devices:
-                mesh = make_mesh(config.mesh.sizes)
-                stack.enter_context(jax.set_mesh(mesh))
+            if config.memory == "fit":
+                stored = fit.stored_keys(chosen.folder) if chosen.folder and chosen.resumed else None
+                fitted, variant = fit.choose(variants, target, stored, required=not arguments.dry_run)
+                config, abstract = variant.config, variant.partition
+                run = dataclasses.replace(run, config=config)
+                data.use_config(config)
+                if not target.devices:
+                    mesh = make_mesh(config.mesh.sizes)
+                    stack.enter_context(jax.set_mesh(mesh))
+            elif target.memory is not None and not (arguments.dry_run or arguments.dump_dataset):
+                variants.check_size(target.memory, target.name)
         if arguments.dry_run:
             if problems.count:
                 print(problems.summary())

@@ -252,7 +252,7 @@ def _compiled(where: str, pattern: str) -> SchemaValidator:
     """Return a validator of the names that a pattern matches. Raises UserError if it cannot be matched quickly."""
     reason = "is too complex"
     bounds = re.findall(r"\{([\d,]*)", pattern[:_LONGEST_EXPRESSION])
-    copies = math.prod(max(1, *map(int, re.findall(r"\d+", counts))) for counts in bounds)
+    copies = math.prod(max([1, *map(int, re.findall(r"\d+", counts))]) for counts in bounds)
     repeats = sum(map(pattern.count, "*+?{"))
     if copies <= _MOST_COPIES and repeats <= _MOST_REPEATS and len(pattern) <= _LONGEST_EXPRESSION:
         try:

@@ -5,6 +5,7 @@ weights sharded over the devices), then those that change some (16-bit weights, 
 memory of the host, which is slow. All follows from shapes: the same run and memory always give the same settings.
 """
 
+import bisect
 import copy
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from anima_jax.data.dataset import TrainingData
 from anima_jax.errors import UserError
 from anima_jax.parallel.mesh import check_mesh, replicas, resolve_sizes
 from anima_jax.training import estimate, optimizers
+from anima_jax.training.flops import Workload
 from anima_jax.training.run import Run
 from anima_jax.training.state import ParamPartition, build_optimizer
 from anima_jax.training.step import StepConfig
@@ -129,6 +131,13 @@ CHANGES = {
 """Key → what it does to the numbers of a run; keys that are not here leave them as they are, but for rounding."""
 
 
+MARGIN = 2
+"""How many times the devices' memory a run must need to be refused: the estimate is not exact, and hosts can swap."""
+
+_MOST_SAVED = 1000
+"""Bytes per token, feature and block, and per weight, that no step comes near to."""
+
+
 class RunVariant(NamedTuple):
     """A run with some keys changed, and what it needs."""
 
@@ -197,17 +206,52 @@ class RunVariants:
         trained = f"{config.optimizer!r} {config.learning_rates}"
         if trained not in self._optimizers:
             self._optimizers[trained] = build_optimizer(config, partition, data.plan)
-        found = estimate.run_memory(
-            config,
-            StepConfig.of(config),
-            partition,
-            self._optimizers[trained],
-            estimate.step_workloads(run, data, *self._rows),
-            sizes=sizes,
-            masked=data.masked,
-            platform=self.platform,
-        )
+        workloads = estimate.step_workloads(run, data, *self._rows)
+        found = self._memory(config, partition, self._optimizers[trained], workloads, sizes)
         return RunVariant(config, partition, found)
+
+    def _memory(
+        self,
+        config: MainConfig,
+        partition: ParamPartition,
+        optimizer: Any,
+        workloads: Sequence[Workload],
+        sizes: Mapping[str, int],
+    ) -> estimate.Memory:
+        step, masked = StepConfig.of(config), self._data.masked
+        return estimate.run_memory(
+            config, step, partition, optimizer, workloads, sizes=sizes, masked=masked, platform=self.platform
+        )
+
+    def check_size(self, limit: float, name: str) -> None:
+        """Raise UserError if the run needs more than `MARGIN` times the `limit` of a device called `name`.
+
+        It says which micro-batch fits. Runs that are certainly small enough are not estimated, which takes a second.
+        """
+        config, (partition, *_) = self.config, self._partitions.values()
+        network, sizes = partition.config, resolve_sizes(config.mesh.sizes, self.devices)
+        workloads = estimate.step_workloads(self._run, self._data, *self._rows)
+        work = max(workloads, key=lambda work: work.micro_batch * work.tokens)
+        examples = work.micro_batch // self._run.replicas
+        rows = examples * (work.tokens + work.source_rows + work.target_rows)
+        rows += estimate.besides_of(config, sizes, self.platform).forward
+        weights = sum(leaf.size for leaf in (*partition.params.values(), *partition.frozen.values()))
+        if _MOST_SAVED * (rows * network.width * network.blocks + weights) <= MARGIN * limit:
+            return
+        optimizer = build_optimizer(config, partition, self._data.plan)
+
+        def total(number: int) -> int:
+            batch = number * work.accumulation * self._run.replicas
+            return self._memory(config, partition, optimizer, [work._replace(batch=batch)], sizes).total
+
+        needed = total(examples)
+        if needed > MARGIN * limit:
+            most = bisect.bisect_right(range(1, examples), limit, key=total)
+            fits = f"at most {most} of its {examples} examples fit at once" if most else "not even one example fits"
+            raise UserError(
+                f"{config.path}: {estimate.need(needed, limit, name)}; {fits}: expected a smaller "
+                f"micro_batch_size_per_gpu, or memory = 'fit'; --dry_run says what else would help"
+            )
 
     @staticmethod
     def _frozen_keys(config: MainConfig) -> tuple[Any, ...]:

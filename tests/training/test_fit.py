@@ -2,9 +2,12 @@
 
 import json
 import re
+from unittest import mock
 
 import pytest
 
+import anima_jax.train as anima_train
+from anima_jax.errors import NotFiniteError
 from anima_jax.train import main as train
 from anima_jax.training import estimate, target
 from tests.test_resume_run import small_config
@@ -58,3 +61,19 @@ def test_a_resumed_run_has_the_keys_with_which_it_began(config, fit_in, tmp_path
     out, _ = fit_in(config, 2**40, "--set", "max_steps=9", "--resume_from_checkpoint", run.name)
     assert "memory = 'fit': as when the run began: --set param_dtype=bfloat16" in out
     assert "param_dtype was" not in out
+
+
+def test_a_run_that_is_far_too_large_ends_before_it_encodes_and_says_which_batch_fits(config, monkeypatch, capsys):
+    def exit_code(batch: int, memory: float) -> int:
+        monkeypatch.setattr(target, "device_bytes", lambda _: int(memory))
+        with pytest.raises(SystemExit) as ended:
+            train(["--config", str(config), "--set", f"micro_batch_size_per_gpu={batch}"])
+        return ended.value.code
+
+    # The next thing after the check: a run that comes to it was not refused.
+    monkeypatch.setattr(anima_train, "Encoders", mock.Mock(side_effect=NotFiniteError("encoders")))
+    assert exit_code(50_000, estimate.GIB) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    most = int(re.search(r"the run needs about .* at most (\d+) of its 50000 examples fit", line)[1])
+    # Nearly all of it is per example; twice the memory is the margin.
+    assert exit_code(int(1.9 * most), estimate.GIB) == 1
