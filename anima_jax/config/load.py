@@ -155,7 +155,9 @@ def _load_samples(main: TomlFile, table: dict[str, Any]) -> None:
         if any("negative_prompt" in one for one in own):
             for_all = sample.get("negative_prompt", "")
             sample["negative_prompt"] = [one.get("negative_prompt", for_all) for one in own]
-        unused = {key for one in own for key in one} - {"prompt", "negative_prompt", "name"}
+        if any("references" in one for one in own):
+            sample["references"] = [one.get("references", []) for one in own]
+        unused = {key for one in own for key in one} - {"prompt", "negative_prompt", "references", "name"}
         if unused:
             main.message(("sample", "prompts"), f"{', '.join(sorted(unused))} of one prompt alone does nothing here")
     if "seed" in sample:

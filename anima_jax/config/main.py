@@ -185,6 +185,11 @@ class MainConfig(Section):
         default_factory=lambda: min(8, os.cpu_count() or 1),
         description="threads that read and decode examples; unset: one per processor, at most 8",
     )
+    edit: bool = Field(
+        False,
+        description="ours; learn to edit: the pictures of control_path in the dataset TOML are references, clean "
+        "frames after the picture's own, of which alone the loss is; sources without control_path have none",
+    )
     strict_data: bool = Field(
         False,
         description="ours; stop at a file that cannot be used, instead of reporting it; also --strict_data",

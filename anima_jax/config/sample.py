@@ -9,6 +9,7 @@ from anima_jax.config.schema import (
     FromFloat,
     InputFolder,
     Listed,
+    LocalFile,
     NotEmpty,
     NotNegative,
     PixelSide,
@@ -62,6 +63,15 @@ class SampleConfig(Section):
         None, validate_default=True, description="in pixels, a multiple of 16; unset: that of the training images"
     )
 
+    references: Annotated[
+        tuple[Annotated[tuple[LocalFile, ...], Listed], ...],
+        Listed,
+        documented_as("file, or list with a file, or a list of files, for each prompt"),
+    ] = Field(
+        (),
+        description="reference pictures for edit = true: one for all prompts, or for each prompt one or several (an "
+        "empty list: none), cropped and scaled to width and height",
+    )
     embeddings: InputFolder | None = Field(
         None, description="a folder with the files that embedding:name in a prompt stands for"
     )
@@ -86,6 +96,19 @@ class SampleConfig(Section):
             counts = f"{plural(len(found), 'text')} for {plural(len(prompts), 'prompt')}"
             raise invalid(f"found {counts}, expected one text, or one for each")
         return found
+
+    @field_validator("references", mode="before")
+    @classmethod
+    def _of_each_prompt(cls, found: Any, info: ValidationInfo) -> Any:
+        prompts = info.data.get("prompts", ())
+        if isinstance(found, str):
+            return [[found]] * len(prompts)
+        if not isinstance(found, list) or not all(isinstance(one, str | list) for one in found):
+            raise invalid("expected a file, or a list with a file, or a list of files, for each prompt")
+        if prompts and len(found) not in {0, len(prompts)}:
+            counts = f"{plural(len(found), 'item')} for {plural(len(prompts), 'prompt')}"
+            raise invalid(f"found {counts}, expected one file, or an item for each")
+        return [[one] if isinstance(one, str) else one for one in found]
 
     @field_validator("sampler", "schedule")
     @classmethod

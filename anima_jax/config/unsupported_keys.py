@@ -191,6 +191,8 @@ MAIN: Mapping[str, Unsupported] = {
     "bench": ignored("--profile measures steps", False),
     "sample.cfg": taken("sample.guidance_scale"),
     "sample.num_inference_steps": taken("sample.steps"),
+    "sample.reference": taken("sample.references"),
+    **dict.fromkeys(("conditioning", "edit_mode"), taken("edit", False)),
     "sample_every_n_epochs": taken("sample.every_n_epochs", 0),
     "sample_every_n_steps": taken("sample.every_n_steps", 0),
     "sample_at_first": ignored("[sample] always draws before the first step too", True),

@@ -14,7 +14,7 @@ from jax import Array
 
 def picture_of(grid_b3: Array) -> Array:
     """Return the grids of the pictures alone: one frame."""
-    return grid_b3.at[:, 0].set(1)
+    return jnp.asarray(grid_b3).at[:, 0].set(1)
 
 
 def is_picture(grid_b3: Array, length: int) -> Array:

@@ -86,7 +86,11 @@ def velocity(peer, latents_bctyx: np.ndarray, times: np.ndarray, context_bnd: np
 
 def our_params(peer, config: DiTConfig) -> parameters.Params:
     """The peer's weights as parameters of our transformer of these sizes."""
-    state = peer.state_dict()
+    return our_arrays(peer.state_dict(), config)
+
+
+def our_arrays(state, config: DiTConfig) -> parameters.Params:
+    """The same of torch tensors by the peer's names, such as its gradients."""
     tensors = {original: state[name].numpy() for name, original in original_names(state).items()}
     _, shapes = parameters.abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
     params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}

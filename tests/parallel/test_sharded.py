@@ -37,14 +37,14 @@ def with_adapters(rngs) -> AnimaDiT:
     return model
 
 
-def examples() -> TrainBatch:
-    """Return a batch with two aspect ratios and captions of different lengths."""
+def examples(grids: list[list[int]]) -> TrainBatch:
+    """Return a batch with two aspect ratios or numbers of references and captions of different lengths."""
     rng = np.random.default_rng(0)
     lengths = np.arange(ROWS - BATCH, ROWS)[:, None]
     mask = (np.arange(ROWS) < lengths).astype(np.int32)
     return TrainBatch(
         rng.normal(size=(BATCH, TOKENS, 64)).astype(np.float32),
-        np.array([[1, 8, 8], [1, 7, 9]] * (BATCH // 2), np.int32),
+        np.array(grids * (BATCH // 2), np.int32),
         rng.integers(0, 2**31, (BATCH, 2)).astype(np.uint32),
         np.zeros(BATCH, np.int32),
         Text(
@@ -56,24 +56,28 @@ def examples() -> TrainBatch:
     )
 
 
-def on_mesh(sizes, build):
+SIZES = [[1, 8, 8], [1, 7, 9]]
+WITH_REFERENCES = [[2, 4, 8], [3, 7, 3]]
+
+
+def on_mesh(sizes, build, grids=SIZES):
     """Return the mesh, graphdef, parameters and batch of a step."""
     mesh = make_mesh(sizes)
     graphdef, abstract = parameters.abstract(build)
     params = random_params(abstract)
     placed = jax.device_put(params, rules.shardings(params, params, mesh))
-    return mesh, graphdef, placed, shard_local_rows(examples(), mesh, rows_of_process(mesh, BATCH), BATCH)
+    return mesh, graphdef, placed, shard_local_rows(examples(grids), mesh, rows_of_process(mesh, BATCH), BATCH)
 
 
-def step_on(sizes, build=transformer, accumulation=1):
+def step_on(sizes, build=transformer, accumulation=1, config=FLOAT32):
     """Return loss and gradients on a mesh, and the transfers in the compiled loops over blocks."""
-    mesh, graphdef, params, batch = on_mesh(sizes, build)
+    mesh, graphdef, params, batch = on_mesh(sizes, build, WITH_REFERENCES if config.edit else SIZES)
     frozen = {path: value for path, value in params.items() if build is with_adapters and not modules.is_factor(path)}
     trained = {path: value for path, value in params.items() if path not in frozen}
 
     def of(trained, frozen, batch):
         return loss_and_gradients(
-            trained, frozen, batch, None, graphdef=graphdef, config=FLOAT32, accumulation=accumulation
+            trained, frozen, batch, None, graphdef=graphdef, config=config, accumulation=accumulation
         )
 
     with jax.set_mesh(mesh):
@@ -140,6 +144,11 @@ def test_a_step_has_the_numbers_of_one_device_and_sends_only_weights_and_tokens(
 
 def test_adapters_of_every_kind_in_micro_batches_have_the_gradients_of_one_device(on_eight, alone):
     assert_equal(on_eight(step_on, MESHES[4], with_adapters, 2), alone[with_adapters])
+
+
+def test_a_step_with_reference_pictures_has_the_numbers_of_one_device(on_eight):
+    arguments = transformer, 2, StepConfig(compute_dtype=jnp.float32, edit=True)
+    assert_equal(on_eight(step_on, MESHES[4], *arguments), step_on(ONE, *arguments))
 
 
 def state_bytes_on(sizes, step):
