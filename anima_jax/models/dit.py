@@ -7,7 +7,6 @@ Axes: b batch, l image tokens, n context rows, d width, h heads, k head size, c 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +20,20 @@ from jax.typing import DTypeLike
 
 from anima_jax.errors import plural
 from anima_jax.models import parameters
-from anima_jax.models.attention import attention
 from anima_jax.models.constraints import constrain
+from anima_jax.models.control import Control, ControlNetwork, check_controls, layer_input, stacked
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
-from anima_jax.models.layers import Linear, RMSNorm, apply_rotary, gelu, products_saveable
+from anima_jax.models.dit_layers import (
+    MLP,
+    Attention,
+    LayerInput,
+    Modulation,
+    TimestepEmbedder,
+    add_gated,
+    modulate,
+    timestep_features,
+)
+from anima_jax.models.layers import Linear, RMSNorm, products_saveable
 from anima_jax.models.llm_adapter import LLMAdapter, LLMAdapterConfig
 from anima_jax.models.stack import first_and_rest, scan_in_place
 
@@ -34,10 +43,7 @@ OUT_CHANNELS = 16
 CONTEXT_ROWS = 512
 """Context rows in training. Rows after a caption's last token are zero, and take part in cross-attention."""
 
-TIMESTEP_MAX_PERIOD = 10000.0
 ROTARY_THETA = 10000.0
-LAYER_NORM_EPS = 1e-6
-
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -138,19 +144,11 @@ def stream_dtype(dtype: Any) -> Any:
     return jnp.float32 if dtype == jnp.float16 else dtype
 
 
-def timestep_features(times: Array, width: int) -> Array:
-    """Return [cos(t f), sin(t f)] (…, width), float32, with f falling geometrically from 1 towards 1/10000."""
-    half = width // 2
-    frequencies = jnp.exp(-jnp.log(TIMESTEP_MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = times.astype(jnp.float32)[..., None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 class AnimaDiT(nnx.Module):
     """Anima's transformer, which predicts the velocity from noisy latents, their time and context rows.
 
     `llm_adapter` computes the context rows from text; it is None if the model has no adapter. `text_encoder` is None
-    unless it is trained together with the transformer.
+    unless it is trained together with the transformer, `control` unless it is the network that is trained on it.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
@@ -162,6 +160,7 @@ class AnimaDiT(nnx.Module):
         self.final_layer = FinalLayer(config, rngs=rngs)
         self.llm_adapter = LLMAdapter(config.adapter, rngs=rngs) if config.adapter else None
         self.text_encoder: nnx.Module | None = None
+        self.control: ControlNetwork | None = None
 
     def __repr__(self) -> str:
         sizes = f"{self.config}, {'with' if self.llm_adapter else 'without'} adapter"
@@ -202,6 +201,7 @@ class AnimaDiT(nnx.Module):
         remat_every: int = 1,
         scan_unroll: int = 1,
         attention_implementation: str = "auto",
+        controls: Sequence[Control] = (),
         after_first: Callable[[Array, Array, Callable[[Array], Array]], Array] | None = None,
     ) -> Array:
         """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
@@ -212,35 +212,38 @@ class AnimaDiT(nnx.Module):
         `context_lengths_b` if given; `zero_context` is the number of additional zero rows after those of `context_bnd`.
         Instead of times and context rows, `velocity` takes what `modulations` (of b times, or of one for the whole
         batch) and `keys_values` compute from them. `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the
-        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy. In
-        sampling, `after_first` may replace the blocks after the first: it takes the residual stream before and after
-        that block and the function that runs the others, and returns the stream after them. Raises ValueError if n does
-        not divide the number of blocks, for arrays whose shapes or dtypes do not fit together and, outside of
-        `jax.jit`, for times outside [0, 1].
+        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy.
+        `controls` are control networks, each with the embedding (b, l, e) of its control images and a strength, which
+        is a number or an array (b,). Their terms are added in order; they take single images only. In sampling,
+        `after_first` may replace the blocks after the first: it takes the residual stream before and after that block
+        and the function that runs the others, and returns the stream after them. Raises ValueError if n does not divide
+        the number of blocks, for arrays whose shapes or dtypes do not fit together, for a control network of another
+        size or a video with one and, outside of `jax.jit`, for times outside [0, 1].
         """
         features = PATCH * PATCH * self.config.latent_channels
         check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd)
-        batch, length, dtype = *latents_blc.shape[:2], latents_blc.dtype
+        check_controls(controls, grid, latents_blc.shape, self.config.blocks, self.config.width)
+        shape_bl, dtype = latents_blc.shape[:2], latents_blc.dtype
         grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
-        positions_bl3 = token_positions(grid_b3, length)
+        positions_bl3 = token_positions(grid_b3, shape_bl[1])
         lengths_b = None if isinstance(grid, tuple) or not padded else jnp.prod(grid_b3, axis=-1)
         if isinstance(times_b, Modulations):
             known, condition = times_b.blocks, times_b.final
         else:
-            frame_bl = jnp.broadcast_to(positions_bl3[..., 0], (batch, length))
-            known, condition = None, self._condition(times_b, frame_bl)
-        rows_bnd = None if isinstance(context_bnd, KeysValues) else context_bnd.astype(dtype)
+            known, condition = None, self._condition(times_b, jnp.broadcast_to(positions_bl3[..., 0], shape_bl))
+        keys_known = isinstance(context_bnd, KeysValues)
+        rows_bnd = None if keys_known else context_bnd.astype(dtype)
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
-
         shared = {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
         cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q", **shared}
 
         def run_block(x_bld: Array, layer: Layer) -> tuple[Array, None]:
-            block, modulations, keys_values = layer
+            block, modulations, keys_values, own = layer
             conditions, memory = modulations or (condition,) * 3, keys_values or rows_bnd
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
-            return constrain(block(x_bld, conditions, memory, self_options, cross_options, dtype), "bld"), None
+            options = self_options, cross_options, dtype, layer_input(own, controls)
+            return constrain(block(x_bld, conditions, memory, *options), "bld"), None
 
         policy = REMAT_POLICIES[remat]
         run_recomputed = jax.checkpoint(run_block, policy=policy, prevent_cse=False) if policy else run_block
@@ -250,7 +253,7 @@ class AnimaDiT(nnx.Module):
                 return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
-        layers: Layer = self.blocks, known, context_bnd if isinstance(context_bnd, KeysValues) else None
+        layers: Layer = self.blocks, known, context_bnd if keys_known else None, stacked(controls)
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype(dtype)), "bld")
         if after_first is not None:
             x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))
@@ -297,55 +300,6 @@ class AnimaDiT(nnx.Module):
         return jnp.pad(pixels, ((0, 0),) * 3 + ((0, 1),)).reshape(*latents_blc.shape[:2], -1)
 
 
-class TimestepEmbedder(nnx.Module):
-    """Linear, SiLU and linear to 3d, in float32: the AdaLN term shared by all blocks."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.linear_1 = Linear(width, width, rngs=rngs)
-        self.linear_2 = Linear(width, 3 * width, rngs=rngs)
-
-    def __call__(self, features_btd: Array) -> Array:
-        return self.linear_2(jax.nn.silu(self.linear_1(features_btd)))
-
-
-class Modulation(nnx.Module):
-    """AdaLN-LoRA: a low-rank map of the timestep embedding plus the term shared by all blocks, in float32."""
-
-    def __init__(self, width: int, rank: int, parts: int, *, rngs: nnx.Rngs):
-        self.parts = parts
-        self.linear_1 = Linear(width, rank, axes="if", rngs=rngs)
-        self.linear_2 = Linear(rank, parts * width, zero=True, axes="fo", rngs=rngs)
-
-    def __call__(self, condition: Condition | Array) -> list[Array]:
-        """Return `parts` arrays (b, 1 or l, d): shift, scale and, if there are three, gate.
-
-        Instead of the condition it takes its own `values`.
-        """
-        values = condition if isinstance(condition, Array) else self.values(condition)
-        return jnp.split(values, self.parts, axis=-1)
-
-    def values(self, condition: Condition) -> Array:
-        """Return the same as one array (b, 1 or l, parts · d)."""
-        emb_btd, shared_btd, frame_bl = condition
-        low_btr = constrain(self.linear_1(emb_btd), "btf")
-        values = constrain(self.linear_2(low_btr), "btd") + shared_btd[..., : self.parts * emb_btd.shape[-1]]
-        return values if frame_bl is None else jnp.take_along_axis(values, frame_bl[..., None], axis=1)
-
-
-@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
-def modulate(x_bld: Array, shift: Array, scale: Array, dtype: DTypeLike) -> Array:
-    """Return LayerNorm(x) · (1 + scale) + shift, computed in float32, in `dtype`. The backward pass keeps only x."""
-    x32 = x_bld.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    if x_bld.dtype == jnp.float32:
-        variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
-    else:
-        # One pass over x, which XLA fuses into what computes it. It cancels less than the rounding of 16-bit x.
-        variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
-    normed = (x32 - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
-    return (normed * (1.0 + scale) + shift).astype(dtype)
-
-
 class Block(nnx.Module):
     """Self-attention, cross-attention and MLP, each preceded by AdaLN modulation and followed by a gate."""
 
@@ -365,76 +319,24 @@ class Block(nnx.Module):
         self_options: Mapping[str, Any],
         cross_options: Mapping[str, Any],
         dtype: DTypeLike,
+        layer_input: LayerInput,
     ) -> Array:
+        def of(part: str) -> LayerInput:
+            return lambda name, x: layer_input(f"{part}_{name}", x)
+
         shift, scale, gate = self.adaln_modulation_self_attn(conditions[0])
         normed = modulate(x_bld, shift, scale, dtype)
-        x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, x_bld.dtype, **self_options))
+        x_bld = add_gated(x_bld, gate, self.self_attn(normed, normed, x_bld.dtype, of("self_attn"), **self_options))
         shift, scale, gate = self.adaln_modulation_cross_attn(conditions[1])
         normed = modulate(x_bld, shift, scale, dtype)
-        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, memory, x_bld.dtype, **cross_options))
+        x_bld = add_gated(x_bld, gate, self.cross_attn(normed, memory, x_bld.dtype, of("cross_attn"), **cross_options))
         shift, scale, gate = self.adaln_modulation_mlp(conditions[2])
-        return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale, dtype), x_bld.dtype))
+        return add_gated(x_bld, gate, self.mlp(modulate(x_bld, shift, scale, dtype), x_bld.dtype, of("mlp")))
 
     def modulations(self, condition: Condition) -> tuple[Array, ...]:
         """Return the AdaLN values, which a call takes as its conditions."""
         layers = self.adaln_modulation_self_attn, self.adaln_modulation_cross_attn, self.adaln_modulation_mlp
         return tuple(layer.values(condition) for layer in layers)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def add_gated(x_bld: Array, gate: Array, update_bld: Array) -> Array:
-    """Return x + gate · update, computed in float32, in the dtype of the residual stream `x_bld`."""
-    return (x_bld.astype(jnp.float32) + gate * update_bld.astype(jnp.float32)).astype(x_bld.dtype)
-
-
-class Attention(nnx.Module):
-    """Attention of tokens to rows or `KeysValues`, with per-head RMS norm, and rotary embedding if angles are given."""
-
-    def __init__(self, width: int, memory_width: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
-        self.q_proj = Linear(width, width, axes="if", rngs=rngs)
-        self.k_proj = Linear(memory_width, width, axes="if", rngs=rngs)
-        self.v_proj = Linear(memory_width, width, axes="if", rngs=rngs)
-        self.output_proj = Linear(width, width, axes="fo", rngs=rngs)
-        self.q_norm = RMSNorm(width // heads)
-        self.k_norm = RMSNorm(width // heads)
-
-    def __call__(
-        self,
-        x_bld: Array,
-        memory: Array | KeysValues,
-        stream_dtype: DTypeLike,
-        angles_bli: Array | None = None,
-        **options: Any,
-    ) -> Array:
-        q_blhk = self.q_norm(self._heads(self.q_proj(x_bld)))
-        if isinstance(memory, KeysValues):
-            k_bnhk, v_bnhk = (x_bhnk.swapaxes(1, 2) for x_bhnk in memory)
-        else:
-            k_bnhk, v_bnhk = self.keys_values(memory)
-        if angles_bli is not None:
-            q_blhk, k_bnhk = apply_rotary(q_blhk, angles_bli), apply_rotary(k_bnhk, angles_bli)
-        out_bld = attention(q_blhk, k_bnhk, v_bnhk, **options).reshape(x_bld.shape)
-        return self.output_proj(out_bld, out_dtype=stream_dtype)
-
-    def keys_values(self, memory_bnd: Array) -> tuple[Array, Array]:
-        """Return the keys, normalised but not rotated, and the values of these rows, (b, n, h, k)."""
-        return self.k_norm(self._heads(self.k_proj(memory_bnd))), self._heads(self.v_proj(memory_bnd))
-
-    def _heads(self, projected_bnd: Array) -> Array:
-        return projected_bnd.reshape(*projected_bnd.shape[:2], self.heads, -1)
-
-
-class MLP(nnx.Module):
-    """Linear, exact GELU, linear."""
-
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.layer1 = Linear(width, hidden, axes="if", rngs=rngs)
-        self.layer2 = Linear(hidden, width, axes="fo", rngs=rngs)
-
-    def __call__(self, x: Array, stream_dtype: DTypeLike) -> Array:
-        hidden = constrain(gelu(self.layer1(x)), "blf")
-        return self.layer2(hidden, out_dtype=stream_dtype)
 
 
 class FinalLayer(nnx.Module):

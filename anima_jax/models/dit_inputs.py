@@ -44,8 +44,8 @@ class KeysValues(NamedTuple):
     values: Array
 
 
-Layer = tuple[Any, tuple[Array, ...] | None, KeysValues | None]
-"""A block, or the stack of all, and its modulations and keys and values if they are known."""
+Layer = tuple[Any, tuple[Array, ...] | None, KeysValues | None, tuple[Any, ...]]
+"""A block, or the stack of all, its modulations and keys and values if they are known, and its control modules."""
 
 
 def check_inputs(

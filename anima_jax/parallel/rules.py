@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anima_jax.adapters.kinds import FACTORS, MAGNITUDE, SCALE
-from anima_jax.models import constraints
+from anima_jax.models import constraints, control
 from anima_jax.models.parameters import Params
 
 AXES = constraints.AXES
@@ -24,6 +24,8 @@ AXES = constraints.AXES
 _LEADS_IN = r"(self|cross)_attn\.[qkv]_proj|mlp\.(layer1|gate_proj|up_proj)|adaln_modulation_\w+\.linear_1"
 _LEADS_OUT = r"(self|cross)_attn\.(output|o)_proj|mlp\.(layer2|down_proj)|adaln_modulation_\w+\.linear_2"
 _STACK = r"(llm_adapter\.|text_encoder\.)?(blocks|layers)\."
+
+_CONTROLLED = "|".join(control.LAYERS)
 
 _IN_RANK = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("in", "rank"))
 _RANK_OUT = "|".join(name for name, factor in FACTORS.items() if factor.axes == ("rank", "out"))
@@ -47,6 +49,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"llm_adapter\.(in_proj|out_proj)\.bias", P()),
     (r"(llm_adapter\.embed|(text_encoder\.)?embed_tokens)\.embedding", P(None, "fsdp")),
     (r"t_embedding_norm\.scale|(llm_adapter\.|text_encoder\.)?norm\.scale", P()),
+    # The control network: its trunk is small, and every device computes its modules' hidden features.
+    (r"(control\.)?trunk\.\w+(\.\w+)*\.(kernel|bias|scale)|(control\.)?blocks\.\w+\.depth_bias", P()),
+    (rf"(control\.)?blocks\.({_CONTROLLED})\.down\.kernel", P(None, "fsdp", None)),
+    (rf"(control\.)?blocks\.({_CONTROLLED})\.up\.kernel", P(None, None, "fsdp")),
+    (rf"(control\.)?blocks\.({_CONTROLLED})\.(mid|cond_to_film)\.kernel", P()),
+    (r"control\.blocks\.\w+\.\w+\.bias", P()),
     # The VAE is small, and each device runs it on its own images.
     (r"(encoder|decoder)\.\w+(\.\w+)*\.(kernel|bias|scale)|(post_)?quant\.(kernel|bias)", P()),
 )
