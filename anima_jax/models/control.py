@@ -122,16 +122,16 @@ class ControlNetwork(nnx.Module):
         return jnp.array([[name not in self.config.absent for name in row] for row in names], jnp.float32)
 
 
-Control = tuple[ControlNetwork, Array, Any]
+ControlTerm = tuple[ControlNetwork, Array, Any]
 """A control network, the embedding (b, l, e) of its control images, and its strength: a number, or an array (b,)."""
 
 
-def stacked(controls: Sequence[Control]) -> tuple[Any, ...]:
+def stacked(controls: Sequence[ControlTerm]) -> tuple[Any, ...]:
     """Return the stacked modules of control networks and where there are any: part of a scan's layers."""
     return tuple((network.blocks, network.present()) for network, _, _ in controls)
 
 
-def layer_input(layers: tuple[Any, ...], controls: Sequence[Control]) -> Callable[[str, Array], Array]:
+def layer_input(layers: tuple[Any, ...], controls: Sequence[ControlTerm]) -> Callable[[str, Array], Array]:
     """Return the function of a layer's name and input (b, l, d) that adds the terms of control networks, in order.
 
     `layers` are those of one block: a slice of `stacked`.
@@ -149,7 +149,11 @@ def layer_input(layers: tuple[Any, ...], controls: Sequence[Control]) -> Callabl
 
 
 def check_controls(
-    controls: Sequence[Control], grid: Array | tuple[int, int, int], shape_blc: tuple[int, ...], blocks: int, width: int
+    controls: Sequence[ControlTerm],
+    grid: Array | tuple[int, int, int],
+    shape_blc: tuple[int, ...],
+    blocks: int,
+    width: int,
 ) -> None:
     """Raise ValueError unless control networks fit a transformer of this depth and width, and embeddings the tokens."""
     if not controls:
@@ -235,7 +239,7 @@ class ControlTrunk(nnx.Module):
         self.conv3 = _linear(CELLS**2 * half, width, rngs)
         self.norm3 = GroupNorm(width)
         for number in range(config.resblocks):
-            setattr(self, f"resblock_{number}", ResidualBlock(width, rngs=rngs))
+            setattr(self, f"resblock_{number}", TrunkBlock(width, rngs=rngs))
         self.aspp = ASPP(width, config.dilations, rngs=rngs) if config.dilations else None
         self.proj = _linear(width, config.embedding_width, rngs)
         self.out_norm = LayerNorm(config.embedding_width)
@@ -259,7 +263,7 @@ class ControlTrunk(nnx.Module):
         return constrain(embedding_ble, "ble")
 
 
-class ResidualBlock(nnx.Module):
+class TrunkBlock(nnx.Module):
     """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))), convolutions 3×3."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):

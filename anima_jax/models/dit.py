@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from anima_jax.errors import plural
 from anima_jax.models import parameters
 from anima_jax.models.constraints import constrain
-from anima_jax.models.control import Control, ControlNetwork, check_controls, layer_input, stacked
+from anima_jax.models.control import ControlNetwork, ControlTerm, check_controls, layer_input, stacked
 from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
 from anima_jax.models.dit_layers import (
     MLP,
@@ -201,7 +201,7 @@ class AnimaDiT(nnx.Module):
         remat_every: int = 1,
         scan_unroll: int = 1,
         attention_implementation: str = "auto",
-        controls: Sequence[Control] = (),
+        controls: Sequence[ControlTerm] = (),
         after_first: Callable[[Array, Array, Callable[[Array], Array]], Array] | None = None,
     ) -> Array:
         """Predict the velocity (b, l, 64), float32, of tokens (b, l, 4 · latent channels): the core of the network.
