@@ -5,7 +5,6 @@ and ranges are those of `nodes.py` and `comfy_extras/`. What no node does is nam
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +15,9 @@ from anima_jax.diffusion.guidance import scale_schedule
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.diffusion.step_cache import StepCache
+from anima_jax.sampling.comfyui_regions import write_region
 from anima_jax.sampling.comfyui_samplers import sampler_node
-from anima_jax.sampling.recipe import model_and_text_encoder
+from anima_jax.sampling.recipe import file_name, model_and_text_encoder
 from anima_jax.sampling.request import SamplingParams
 
 Graph = dict[str, dict[str, Any]]
@@ -118,7 +118,7 @@ class GraphWriter:
 
         Outside the guidance interval the positive prompt stands on both sides, so that guidance changes nothing.
         """
-        positive = self.add("CLIPTextEncode", text=self._values["prompt"], clip=clip)
+        positive = self._with_regions(self.add("CLIPTextEncode", text=self._values["prompt"], clip=clip), clip)
         negative = self.add("CLIPTextEncode", text=self._values["negative_prompt"], clip=clip)
         first, last = self._separated(self._values["guidance_interval"])
         for conditioning, start, end in ((negative, first, last), (positive, 0.0, first), (positive, last, 1.0)):
@@ -127,6 +127,20 @@ class GraphWriter:
             part = self.add("ConditioningSetTimestepRange", conditioning=conditioning, start=start, end=end)
             negative = part if conditioning is negative else self._combined(negative, part)
         return positive, negative
+
+    def _with_regions(self, positive: Link, clip: Link) -> Link:
+        """Add the prompts of regions, and return the link to all that are combined."""
+        values = self._values
+        regions = values.get("regions", ())
+        if regions and values["base_strength"] != 1.0:
+            strength = float(values["base_strength"])
+            positive = self.add("ConditioningSetAreaStrength", conditioning=positive, strength=strength)
+        for region in regions:
+            prompt = self.add("CLIPTextEncode", text=region.prompt, clip=clip)
+            link, left_out = write_region(self.add, region, prompt, (values["width"], values["height"]))
+            positive = self._combined(positive, link)
+            self.left_out += left_out
+        return positive
 
     def _combined(self, one: Link, other: Link) -> Link:
         return self.add("ConditioningCombine", conditioning_1=one, conditioning_2=other)
@@ -253,8 +267,3 @@ def comfyui_graph(
 def output(link: Link, index: int) -> Link:
     """Return the link to another output of the same node."""
     return [link[0], index]
-
-
-def file_name(path: Any) -> str:
-    """Return the last part of a path or an address."""
-    return re.split(r"[\\/]", str(path))[-1]

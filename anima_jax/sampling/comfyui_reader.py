@@ -10,6 +10,7 @@ from typing import Any
 from anima_jax.diffusion.step_cache import METHODS, OFF
 from anima_jax.errors import UserError
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
+from anima_jax.sampling.comfyui_regions import Conditioning, read_regions, settings_of
 from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
 from anima_jax.sampling.comfyui_sigmas import read_sigmas
 from anima_jax.sampling.recipe import Recipe, lora_weight, quoted
@@ -179,45 +180,45 @@ class GraphReader(NodeGraph):
     # Prompts
 
     def _read_prompts(self, positive: Link | None, negative: Link | None) -> str | None:
-        """Set both prompts and the guidance interval, and return the node that encodes the positive one."""
+        """Set both prompts, regions and the guidance interval, and return the node that encodes the positive one."""
         found = self._prompts(positive)
         if not found:
             self.recipe.messages.append("its prompt is not in its ComfyUI graph")
             return None
-        prompt, _, _, encoder = found[0]
-        others = [part for part in self._prompts(negative) if part[0] != prompt]
-        text, start, end, _ = others[0] if others else ("", 0.0, 1.0, "")
-        self.recipe.values |= {"prompt": prompt, "negative_prompt": text}
-        if (start, end) != (0.0, 1.0):
-            self.recipe.values["guidance_interval"] = (start, end)
-        for name, parts, first in (("prompts", found, prompt), ("negative prompts", others, text)):
-            if any(part[0] != first for part in parts):
-                self.recipe.messages.append(f"{len(parts)} {name} are combined, the first is taken")
-        return encoder
+        texts = {each.text for each in found}
+        others = [each for each in self._prompts(negative) if each.text not in texts]
+        first = others[0] if others else Conditioning("", "", {})
+        self.recipe.values |= {**read_regions(self, found), "negative_prompt": first.text}
+        if first.range != (0.0, 1.0):
+            self.recipe.values["guidance_interval"] = first.range
+        if any(each.text != first.text for each in others):
+            self.recipe.messages.append(f"{len(others)} negative prompts are combined, the first is taken")
+        if {"area", "mask"} & set(first.settings):
+            self.leave_out(first.encoder, "whose negative prompt counts in the whole image here")
+        return found[0].encoder
 
     def _prompts(
-        self, link: Link | None, start: float = 0.0, end: float = 1.0, depth: int = 0
-    ) -> list[tuple[str, float, float, str]]:
-        """Return the texts of a conditioning, each with its range of the sampling and the node that encodes it."""
+        self, link: Link | None, settings: Mapping[str, Any] | None = None, depth: int = 0
+    ) -> list[Conditioning]:
+        """Return the prompts of a conditioning; `settings` are those of the nodes after it."""
+        settings = settings or {}
         if link is None or depth > MAX_DEPTH:
             return []
         key, index = link
         inputs, kind = self.inputs(key), self.kind(key)
         if self.link(inputs.get("clip")) and isinstance(text := self.value(key, TEXTS), str):
-            return [(text, start, end, key)]
+            return [Conditioning(text, key, settings)]
         if {"positive", "negative"} <= set(inputs):  # ControlNetApplyAdvanced: its outputs are in this order
             self.leave_out(key)
             value = inputs["negative" if index == 1 else "positive"]
-            return self._prompts(self.link(value), start, end, depth + 1)
+            return self._prompts(self.link(value), settings, depth + 1)
         if "combine" in kind:
             links = self.links(key).values()
-            return [part for link in links for part in self._prompts(link, start, end, depth + 1)]
-        if "timesteprange" in kind:
-            start = max(start, number_or(self.value(key, ("start",)), 0.0))
-            end = min(end, number_or(self.value(key, ("end",)), 1.0))
-        elif not PLAIN.search(kind):
+            return [part for link in links for part in self._prompts(link, settings, depth + 1)]
+        own = settings_of(self, key, lambda key: PLAIN.search(self.kind(key)) is not None)
+        if own is None and not PLAIN.search(kind):
             self.leave_out(key)
-        return self._prompts(self.next(key, CONDITIONING_LINKS), start, end, depth + 1)
+        return self._prompts(self.next(key, CONDITIONING_LINKS), {**(own or {}), **settings}, depth + 1)
 
     # Networks
 

@@ -87,6 +87,11 @@ def quoted(*words: object) -> str:
     return ", ".join(f"'{word if len(word) <= 100 else word[:97] + '…'}'" for word in shown) + more
 
 
+def file_name(path: Any) -> str:
+    """Return the last part of a path or an address."""
+    return re.split(r"[\\/]", str(path))[-1]
+
+
 def lora_weight(model: float, text_encoder: float) -> Weight:
     """Return a LoRA's weight from those of ComfyUI's LoraLoader."""
     both = (model, text_encoder)

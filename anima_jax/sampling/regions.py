@@ -171,14 +171,22 @@ class Region:
         return Area(x, y, width, height)
 
     @functools.cached_property
+    def _mask(self) -> Any:
+        """The mask as an image or an array."""
+        return read_image(os.fspath(self.where)) if isinstance(self.where, str | os.PathLike) else self.where
+
+    @property
+    def channel(self) -> str:
+        """The channel of the mask's file that has its values, as ComfyUI names them."""
+        is_alpha = isinstance(self._mask, Image.Image) and self._mask.has_transparency_data
+        return "alpha" if is_alpha else "red"
+
+    @functools.cached_property
     def mask_yx(self) -> np.ndarray:
         """The mask's values in [0, 1], float32. Raises UserError if it cannot be read or is not a mask."""
-        where = self.where
-        if isinstance(where, str | os.PathLike):
-            where = read_image(os.fspath(where))
-        if isinstance(where, Image.Image):
-            return mask_values(where)[0, :, :, 0]
-        values = np.asarray(where)
+        if isinstance(self._mask, Image.Image):
+            return mask_values(self._mask)[0, :, :, 0]
+        values = np.asarray(self._mask)
         if values.dtype == np.uint8:
             values = values / np.float32(255.0)
         if values.ndim != 2 or not (values.dtype == bool or np.issubdtype(values.dtype, np.number)):

@@ -16,7 +16,7 @@ from anima_jax.adapters.merge import Weight
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
-from anima_jax.sampling.recipe import Recipe, lora_weight, model_and_text_encoder, quoted
+from anima_jax.sampling.recipe import Recipe, file_name, lora_weight, model_and_text_encoder, quoted
 
 SAMPLER_NAMES = {
     "euler": "Euler",
@@ -103,7 +103,7 @@ def to_webui(
         "Model": _stem(files.get("transformer", "")),
         "Denoising strength": _number(values["denoise"]) if files.get("image") else None,
         **{name: values["sampler_options"].get(option) for name, option in OPTION_NAMES.items()},
-        "VAE": _file_name(files.get("vae", "")),
+        "VAE": file_name(files.get("vae", "")),
         "Module 1": _stem(files.get("vae", "")),
         "Module 2": _stem(files.get("text_encoder", "")),
         "Lora hashes": ", ".join(f"{_stem(name)}: {hashes[name]}" for name, _ in loras if name in hashes),
@@ -264,13 +264,9 @@ def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-def _file_name(path: Any) -> str:
-    return re.split(r"[\\/]", str(path))[-1]
-
-
 def _stem(path: Any) -> str:
     """Return the file's name without its ending, and without what would end a tag or a value."""
-    return re.sub(r"[:,<>]", "", re.sub(r"\.(safetensors|sft|gguf|ckpt)$", "", _file_name(path)))
+    return re.sub(r"[:,<>]", "", re.sub(r"\.(safetensors|sft|gguf|ckpt)$", "", file_name(path)))
 
 
 def _quoted(value: str) -> str:
