@@ -79,7 +79,7 @@ class Area(NamedTuple):
             return ",".join(f"{round(100 * value, 6):g}%" for value in self[:4])
         return ",".join(f"{value:g}" for value in self[:4])
 
-    def latent(self, size_yx: tuple[int, int]) -> "Part":
+    def latent(self, size_yx: tuple[int, int]) -> "LatentPart":
         """Return the part of latents of this size. Raises UserError if it is empty or outside of the image."""
         rows, columns = size_yx
         name = f"region {self}"
@@ -95,10 +95,10 @@ class Area(NamedTuple):
         if y >= rows or x >= columns:
             size = f"{columns * PIXELS_PER_LATENT}×{rows * PIXELS_PER_LATENT}"
             raise UserError(f"{name}: is outside of the image of {size} pixels")
-        return Part(y, x, min(height, rows - y), min(width, columns - x))
+        return LatentPart(y, x, min(height, rows - y), min(width, columns - x))
 
 
-class Part(NamedTuple):
+class LatentPart(NamedTuple):
     """A rectangle of latents: its first row and column, and its numbers of rows and columns."""
 
     y: int
@@ -110,7 +110,7 @@ class Part(NamedTuple):
 class PlacedRegion(NamedTuple):
     """A region in latents of one size: the part that is evaluated and the weight of each of its pixels, float32."""
 
-    part: Part
+    part: LatentPart
     weight_yx: np.ndarray
 
 
@@ -231,11 +231,11 @@ class Region:
         mask_yx = latent_mask(self.mask_yx[None, :, :, None])[0, :, :, 0]
         if not mask_yx.any():
             raise UserError(f"{self.name}: the mask is black everywhere, so the prompt would count nowhere")
-        part = bounds_of(mask_yx) if self.bounds else Part(0, 0, *size_yx)
+        part = bounds_of(mask_yx) if self.bounds else LatentPart(0, 0, *size_yx)
         return PlacedRegion(part, mask_yx[_slices(part)] * strength)
 
 
-def area_weight(part: Part, size_yx: tuple[int, int], strength: np.float32) -> np.ndarray:
+def area_weight(part: LatentPart, size_yx: tuple[int, int], strength: np.float32) -> np.ndarray:
     """Return the weight of each pixel of an area, (rows, columns), float32: lower near edges inside of the image."""
     weight_yx = np.full(part[2:], strength, np.float32)
     for axis, whole in enumerate(size_yx):
@@ -250,19 +250,19 @@ def area_weight(part: Part, size_yx: tuple[int, int], strength: np.float32) -> n
     return weight_yx
 
 
-def bounds_of(mask_yx: np.ndarray) -> Part:
+def bounds_of(mask_yx: np.ndarray) -> LatentPart:
     """Return the smallest rectangle with all pixels of a mask that are not 0, of at least 8 × 8 where there is room."""
     (y, x), (last_y, last_x) = (function(np.argwhere(mask_yx), axis=0) for function in (np.min, np.max))
     height, width = (max(SMALLEST_BOUNDS, int(last - first) + 1) for first, last in ((y, last_y), (x, last_x)))
-    return Part(int(y), int(x), min(height, mask_yx.shape[0] - int(y)), min(width, mask_yx.shape[1] - int(x)))
+    return LatentPart(int(y), int(x), min(height, mask_yx.shape[0] - int(y)), min(width, mask_yx.shape[1] - int(x)))
 
 
-def _slices(part: Part) -> tuple[slice, slice]:
+def _slices(part: LatentPart) -> tuple[slice, slice]:
     return slice(part.y, part.y + part.rows), slice(part.x, part.x + part.columns)
 
 
-class Rows(NamedTuple):
-    """Rows of the network's batch that are combined to one estimate for each image; the first b are whole images.
+class EvaluatedRows(NamedTuple):
+    """EvaluatedRows of the network's batch that are combined to one estimate for each image; the first b are whole images.
 
     `image_r` is the image of each row, `size_r3` its size in latent pixels, `weight_rk` its weight at each latent pixel
     of the image, and `start_r` and `end_r` the noise levels from and down to which it counts. Where a row is a part of
@@ -282,10 +282,10 @@ class Rows(NamedTuple):
 class RegionRows(NamedTuple):
     """The rows of a batch with regions: those of the negative prompt, then those of the prompts."""
 
-    negative: Rows
-    positive: Rows
+    negative: EvaluatedRows
+    positive: EvaluatedRows
 
-    def evaluated(self, with_negative: bool) -> Rows:
+    def evaluated(self, with_negative: bool) -> EvaluatedRows:
         """Return all rows that are evaluated."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *self) if with_negative else self.positive
 
@@ -299,13 +299,13 @@ class RegionRows(NamedTuple):
         return jnp.concatenate([combined(*part, x_blc, sigma) for part in parts if len(part[1])])
 
 
-def rows_of(x_blc: Array, rows: Rows) -> Array:
+def rows_of(x_blc: Array, rows: EvaluatedRows) -> Array:
     """Return the tokens (r, l, c) of the rows: those of their images, or of parts of them."""
     x_rlc = x_blc[rows.image_r]
     return x_rlc if rows.source_rk is None else _moved(x_rlc, rows.source_rk)
 
 
-def combined(rows: Rows, velocities_rlc: Array, x_blc: Array, sigma: Array) -> Array:
+def combined(rows: EvaluatedRows, velocities_rlc: Array, x_blc: Array, sigma: Array) -> Array:
     """Return each image's mean velocity (b, l, c), weighted with the rows that count at this noise level.
 
     The estimate x − σ·v is then the mean of the rows' estimates; it is 0 where no row counts.
@@ -359,7 +359,7 @@ def region_rows(
     are the images, then each part of an image once. Raises UserError as `Region.placed` does.
     """
     positive = [
-        PlacedRow(image, PlacedRegion(part := Part(0, 0, *size[1:]), np.full(part[2:], weight, np.float32)))
+        PlacedRow(image, PlacedRegion(part := LatentPart(0, 0, *size[1:]), np.full(part[2:], weight, np.float32)))
         for image, (size, own) in enumerate(zip(sizes, regions, strict=True))
         for weight in [base_strength if own else 1.0]
     ]
@@ -381,7 +381,7 @@ def _is_crop(row: PlacedRow, size: tuple[int, int, int]) -> bool:
 
 def _as_arrays(
     rows: Sequence[PlacedRow], sizes: Sequence[tuple[int, int, int]], length: int, shift: float, crops: bool
-) -> Rows:
+) -> EvaluatedRows:
     """Return the rows' arrays on the host, with `source_rk` and `place_rk` if there are `crops`."""
     cells = length * PATCH * PATCH
     weight_rk, levels_r2 = np.zeros((len(rows), cells), np.float32), np.zeros((len(rows), 2), np.float32)
@@ -396,7 +396,7 @@ def _as_arrays(
     size_r3 = np.array([(1, *row.placed.part[2:]) for row in rows], np.int32)
     image_r = np.array([row.image for row in rows], np.int32)
     moved = (source_rk, place_rk) if crops else (None, None)
-    return Rows(image_r, size_r3, weight_rk, levels_r2[:, 0], levels_r2[:, 1], *moved)
+    return EvaluatedRows(image_r, size_r3, weight_rk, levels_r2[:, 0], levels_r2[:, 1], *moved)
 
 
 def cell_numbers(size_yx: Sequence[int]) -> np.ndarray:
