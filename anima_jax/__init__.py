@@ -1,8 +1,8 @@
 """The Anima text-to-image model in JAX. Public names are imported on first use.
 
 `AnimaPipeline` generates images. `load_dit`, `load_vae` and `load_text_encoder` load networks from files, `save_dit`
-writes one. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their like, `ArrayDataset`,
-`make_train_step` and `trained_model` for training in Python (docs/python.md).
+writes one. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their like, `control_picture` for control
+networks, `ArrayDataset`, `make_train_step` and `trained_model` for training in Python (docs/python.md).
 """
 
 import importlib
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anima_jax.adapters.on_model import add_adapter, load_adapter, save_adapter
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae, save_dit
+    from anima_jax.data.preprocessors import control_picture
     from anima_jax.errors import UserError
     from anima_jax.sampling.pipeline import AnimaPipeline
     from anima_jax.text.tokenizers import load_tokenizers
@@ -24,6 +25,7 @@ __all__ = [
     "UserError",
     "__version__",
     "add_adapter",
+    "control_picture",
     "load_adapter",
     "load_dit",
     "load_text_encoder",
@@ -40,6 +42,7 @@ _MODULES = {
     "ArrayDataset": "anima_jax.training.own_loop",
     "UserError": "anima_jax.errors",
     "add_adapter": "anima_jax.adapters.on_model",
+    "control_picture": "anima_jax.data.preprocessors",
     "load_adapter": "anima_jax.adapters.on_model",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",

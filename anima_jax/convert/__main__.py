@@ -8,7 +8,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from types import ModuleType
 
-from anima_jax.convert import checkpoint, diff, extract, inspect, lora, merge, resize
+from anima_jax.convert import checkpoint, control_pictures, diff, extract, inspect, lora, merge, resize
 from anima_jax.errors import ArgumentParser, command_line, program
 
 COMMANDS: dict[str, ModuleType] = {
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "extract": extract,
     "diff": diff,
     "resize": resize,
+    "control-pictures": control_pictures,
 }
 """Modules with `SUMMARY`, `add_arguments(parser)` and `run(arguments)`."""
 

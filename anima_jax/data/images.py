@@ -71,6 +71,17 @@ def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarra
         return np.array(ImageOps.fit(over_white(_upright(image, data)), size_wh, Image.Resampling.BICUBIC))
 
 
+def read_picture(data: bytes, name: str) -> Image.Image:
+    """Return the image in `data`, an encoded file, upright and with its transparency, 8 bits per channel.
+
+    Raises UserError if `data` is not a complete still image in one of `FORMATS`.
+    """
+    with opened(data, name) as image:
+        if getattr(image, "is_animated", False):
+            raise UserError("is a video, expected a picture")
+        return eight_bit(_upright(image, data)).copy()
+
+
 def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], *, name: str) -> np.ndarray:
     """Return the red channel of a mask as loss weights, uint8 (height / 8, width / 8), where 255 is weight 1.
 
