@@ -231,7 +231,8 @@ def besides_of(config: MainConfig, sizes: Mapping[str, int], platform: str) -> B
         width, height = config.sample_size_wh
         guided = 1 if config.sample.guidance_scale == 1 else 2
         images = min(config.sample.at_once, -(-len(config.sample.prompts) // replicas(sizes)))
-        forward = max(forward, guided * images * Size(width, height, 1).tokens)
+        frames = 1 + max(map(len, config.sample.references), default=0)
+        forward = max(forward, guided * images * Size(width, height, 1).tokens * frames)
     return Besides(
         _encoder_bytes(config, sizes),
         forward,

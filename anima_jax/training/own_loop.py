@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from anima_jax.adapters import modules
 from anima_jax.config.sizes import FRAMES_PER_LATENT, PIXEL_MULTIPLE, Size
+from anima_jax.data.buckets import Bucket
 from anima_jax.data.encoders import caption_encoder, clip_encoder
 from anima_jax.diffusion.objective import TimeDistribution
 from anima_jax.diffusion.randomness import split_ids
@@ -60,6 +61,7 @@ class ArrayDataset:
         images: Iterable[Any],
         captions: Iterable[str],
         *,
+        references: Iterable[Sequence[Any]] | None = None,
         vae: WanVAE,
         text_encoder: Qwen3,
         tokenizers: Tokenizers | None = None,
@@ -68,22 +70,31 @@ class ArrayDataset:
         """Encode images and captions, each once.
 
         An image is a PIL image or an array (y, x, 3), uint8 or floating-point numbers in [0, 1]; a video has a first
-        axis of frames, 4n + 1 of them. Sides are multiples of 16. `tokenizers` None are the package's. `dtype` is the
+        axis of frames, 4n + 1 of them. Sides are multiples of 16. `references` are the reference pictures of each
+        image, of its size, for `make_train_step(…, edit=True)`. `tokenizers` None are the package's. `dtype` is the
         compute dtype of the networks. Raises UserError for an image of another form and unequal numbers.
         """
         clips = [_clip(image, number) for number, image in enumerate(images)]
         texts = [str(caption) for caption in captions]
-        if len(clips) != len(texts):
-            raise UserError(f"{len(clips)} images and {len(texts)} captions, expected as many")
+        others = [list(each) for each in references] if references is not None else [[] for _ in clips]
+        if not len(clips) == len(texts) == len(others):
+            besides = f" and references of {len(others)}" if references is not None else ""
+            raise UserError(f"{len(clips)} images and {len(texts)} captions{besides}, expected as many")
         encode_clips = clip_encoder(vae, dtype=dtype)
-        latents: list[np.ndarray] = [np.empty(0)] * len(clips)
+        frames = [
+            [clip, *_references(clip, own, number)]
+            for number, (clip, own) in enumerate(zip(clips, others, strict=True))
+        ]
+        latents: list[list[np.ndarray]] = [[] for _ in clips]
         for shape in sorted({clip.shape for clip in clips}):
-            rows = [row for row, clip in enumerate(clips) if clip.shape == shape]
-            for row, tokens_lc in zip(rows, encode_clips(clips[row] for row in rows), strict=True):
-                latents[row] = tokens_lc
+            rows = [row for row, clip in enumerate(clips) for _ in frames[row] if clip.shape == shape]
+            of_shape = (frame for clip, own in zip(clips, frames, strict=True) for frame in own if clip.shape == shape)
+            for row, tokens_lc in zip(rows, encode_clips(of_shape), strict=True):
+                latents[row].append(tokens_lc)
         encode_captions = caption_encoder(text_encoder, tokenizers or load_tokenizers(), dtype=dtype)
-        grids = [Size(clip.shape[2], clip.shape[1], len(clip)).grid for clip in clips]
-        return cls(latents, grids, list(encode_captions(texts)))
+        sizes = [Size(clip.shape[2], clip.shape[1], len(clip)) for clip in clips]
+        grids = [Bucket(size, None, len(own) - 1).grid for size, own in zip(sizes, frames, strict=True)]
+        return cls(list(map(np.concatenate, latents)), grids, list(encode_captions(texts)))
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -141,6 +152,15 @@ def _clip(image: Any, number: int) -> np.ndarray:
     return np.rint(array * 255.0).astype(np.uint8)
 
 
+def _references(clip: np.ndarray, references: Sequence[Any], number: int) -> list[np.ndarray]:
+    """Return an image's references as clips. Raises UserError unless all are single frames of one size."""
+    found = [_clip(image, number) for image in references]
+    if found and any(other.shape != (1, *clip.shape[1:]) for other in (clip, *found)):
+        shapes = ", ".join(str(other.shape) for other in found)
+        raise UserError(f"image {number}: references {shapes} of an image {clip.shape}, expected pictures of one size")
+    return found
+
+
 TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
 
@@ -159,13 +179,15 @@ def make_train_step(
     remat: str = "full",
     accumulation: int = 1,
     seed: int = 0,
+    edit: bool = False,
 ) -> tuple[TrainState, TrainStep]:
     """Return the state before the first step and the compiled step: (state, batch) → (new state, metrics).
 
     Trained are the adapter's factors if the transformer has an adapter, else all its parameters, in float32; the other
     parameters stay in their dtype. `optimizer` is any of optax. `dtype` is the compute dtype, `shift`, `sigmoid_scale`
     and `times` ("logit_normal" or "uniform") the distribution of times, `ema_decay` that of the averaged weights,
-    `dropout` and `rank_dropout` the adapter's. `accumulation` micro-batches make up a batch. The step is `train_step`,
+    `dropout` and `rank_dropout` the adapter's. `accumulation` micro-batches make up a batch. With `edit`, the frames
+    after an example's first are its reference pictures: clean, and not part of the loss. The step is `train_step`,
     which `anima_jax.train` runs: a step whose loss is not finite changes only the counters. It donates the old state,
     so that only the new one can be used. It runs on the mesh that is set when this is called. Raises UserError for a
     model without an LLM adapter and for a value out of range.
@@ -194,6 +216,7 @@ def make_train_step(
         dropout=dropout,
         rank_dropout=rank_dropout,
         remat=remat,
+        edit=edit,
     )
     graphdef, params = split(dit)
     with standard_mesh():
