@@ -16,7 +16,6 @@ import numpy as np
 from jax import Array
 from PIL import Image, ImageOps
 
-from anima_jax.checkpoints.locations import PathLike
 from anima_jax.data.images import over_white
 from anima_jax.diffusion.references import with_clean
 from anima_jax.errors import UserError
@@ -35,8 +34,8 @@ class Reference:
     picture: Image.Image = dataclasses.field(default_factory=Image.Image, compare=False, repr=False)
 
     @classmethod
-    def of(cls, given: "Image.Image | PathLike | Reference") -> "Reference":
-        """Return the reference of a picture or its file. Raises UserError if the file cannot be read as an image."""
+    def of(cls, given: Any) -> "Reference":
+        """Return the reference of a PIL image or an image file. Raises UserError for anything else."""
         if isinstance(given, Reference):
             return given
         if not isinstance(given, Image.Image | str | os.PathLike):

@@ -172,7 +172,7 @@ def test_images_of_another_form_are_refused(networks, image, message):
         ArrayDataset.from_images([], ["x"], **networks)
 
 
-def test_references_are_further_frames_of_an_example(networks, dit):
+def test_references_are_further_frames_of_an_example(networks):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (32, 48, 3), np.uint8) for _ in range(5)]
     alone = ArrayDataset.from_images(pictures, "abcde", **networks, dtype=jnp.float32)
@@ -185,9 +185,7 @@ def test_references_are_further_frames_of_an_example(networks, dit):
         assert batch.grid_b3[row].tolist() == [len(frames), 2, 3]
         expected = np.concatenate([tokens[frame] for frame in frames])
         np.testing.assert_allclose(batch.latents_blc[row, : len(expected)], expected, atol=1e-5)
-    state, step = make_train_step(dit, optax.sgd(1e-2), dtype=jnp.float32, edit=True)
-    assert np.isfinite(step(state, batch)[1].loss)
-    with pytest.raises(UserError, match="image 0: references .* expected pictures of one size"):
+    with pytest.raises(UserError, match=r"image 0: references .* expected pictures of one size"):
         ArrayDataset.from_images(pictures[:1], "a", references=[[np.zeros((32, 32, 3), np.uint8)]], **networks)
     with pytest.raises(UserError, match="2 images and 2 captions and references of 1, expected as many"):
         ArrayDataset.from_images(pictures[:2], "ab", references=[[]], **networks)
