@@ -1,10 +1,20 @@
-"""`[adapter]`: which weights get a trained low-rank update, and how."""
+"""`[adapter]`: which weights get a trained low-rank update, and how, or which control network is trained."""
 
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.config.schema import (
@@ -12,15 +22,18 @@ from anima_jax.config.schema import (
     Dtype,
     FromFloat,
     Listed,
+    NotEmpty,
     NotNegative,
     Positive,
     Probability,
     TypedSection,
     Whole,
+    choices,
     documented_as,
     existing,
     invalid,
 )
+from anima_jax.errors import did_you_mean
 
 
 def _patterns(found: Any) -> Any:
@@ -54,14 +67,62 @@ AdapterPath = Annotated[
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, documented_as("regex or [regex, …]")]
 
 
+LLLITE = "lllite"
+"""The type of adapter that is a control network: ControlNet-LLLite."""
+
+ATOMICS = ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre", "mlp_fc1_pre")
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    "self_attn_q": ATOMICS[:1],
+    "self_attn_qkv": ATOMICS[:2],
+    "self_attn_qkv_cross_q": ATOMICS[:3],
+}
+"""Names in sd-scripts of linear layers whose input a control network changes, and of several of them."""
+
+
+def _target_names(found: Any) -> Any:
+    """Return one name, several joined by commas, or a list of names as a tuple of names."""
+    names = found.split(",") if isinstance(found, str) else found
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise invalid(f"found {found!r}, expected {choices((*PRESETS, *ATOMICS))}, or a list of these")
+    names = tuple(filter(None, (one.strip() for one in names)))
+    for name in names:
+        if name not in PRESETS and name not in ATOMICS:
+            known = (*PRESETS, *ATOMICS)
+            raise invalid(f"found '{name}', expected {choices(known)}, or a list of these{did_you_mean(name, known)}")
+    return names
+
+
+def _rank(found: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> int:
+    if found is not None:
+        return validate(found)
+    if info.data.get("type", LLLITE) != LLLITE:
+        raise invalid("missing, expected rank of the factors")
+    return 0
+
+
+def _even(found: int) -> int:
+    if found % 2:
+        raise invalid(f"found {found}, expected an even number: the first half of the trunk has half as many channels")
+    return found
+
+
 if TYPE_CHECKING:
     AdapterType = str
 else:
-    AdapterType = Literal[TRAINABLE]
+    AdapterType = Literal[(*TRAINABLE, LLLITE)]
+
+
+_SHARED = ("type", "dropout", "dtype", "lr_pattern", "init_from_existing")
+_LOW_RANK = (
+    *("rank", "alpha", "rank_dropout", "decompose_factor", "target_modules", "exclude_modules", "rank_pattern"),
+    "text_encoder_lr",
+)
+"""Keys of every type, and of all types but 'lllite'; the others are only for that."""
 
 
 class AdapterConfig(TypedSection):
-    """Trained low-rank updates of the blocks' linear layers. Without this table every weight is trained.
+    """Trained low-rank updates of the blocks' linear layers, or with `type = 'lllite'` a trained control network, with
+    keys and defaults of its own. Without this table every weight is trained.
 
     Patterns are regular expressions that match a module's name, or a part of it between dots: `self_attn`,
     `mlp.layer1`, `blocks\\.[0-9]`. Names are those of the original files (`blocks.0.self_attn.q_proj`,
@@ -70,9 +131,15 @@ class AdapterConfig(TypedSection):
     """
 
     type: AdapterType = Field(description="the kind of adapter; diffusion-pipe has 'lora' and 'lokr'")
-    rank: Count = Field(description="rank of the factors")
+    rank: Annotated[Count, WrapValidator(_rank)] = Field(
+        default_factory=lambda: cast(int, None),
+        validate_default=True,
+        description="rank of the factors; required, except with 'lllite'",
+    )
     alpha: Positive | None = Field(None, description="ours; the update is scaled by alpha / rank; unset: alpha = rank")
-    dropout: Probability = Field(0.0, description="fraction of an adapter's inputs that are dropped")
+    dropout: Probability = Field(
+        0.0, description="fraction of an adapter's inputs that are dropped; 'lllite': of the features before `up`"
+    )
     rank_dropout: Probability = Field(
         0.0, description="fraction of an adapter's ranks ('lora', 'dora') or outputs (other types) that are dropped"
     )
@@ -103,6 +170,70 @@ class AdapterConfig(TypedSection):
     init_from_existing: AdapterPath | None = Field(
         None, description="a saved adapter to start from: its file, or the folder that contains it"
     )
+    cond_emb_dim: Count = Field(32, description="ours; 'lllite': features of the control picture's embedding")
+    cond_dim: Annotated[Count, AfterValidator(_even)] = Field(
+        64, description="ours; 'lllite': channels of the trunk, which embeds the control picture; even"
+    )
+    cond_resblocks: Whole = Field(1, description="ours; 'lllite': residual blocks of the trunk")
+    use_aspp: bool = Field(
+        False, description="ours; 'lllite': whether the trunk ends in dilated convolutions (ASPP), which see further"
+    )
+    aspp_dilations: Annotated[tuple[Count, ...], Listed, NotEmpty] = Field(
+        (1, 2, 4, 8), description="ours; 'lllite': their dilations; needs use_aspp = true"
+    )
+    mlp_dim: Count = Field(64, description="ours; 'lllite': features inside a module")
+    target_layers: Annotated[
+        tuple[str, ...], BeforeValidator(_target_names), Listed, NotEmpty, documented_as("name or [name, …]")
+    ] = Field(
+        ("self_attn_q",),
+        description="ours; 'lllite': the linear layers with a module: "
+        f"{', '.join(f'{name!r}' for name in PRESETS)}, or some of {', '.join(f'{name!r}' for name in ATOMICS)}",
+    )
+    multiplier: Positive = Field(
+        1.0, description="ours; 'lllite': strength of the control network in training and in samples"
+    )
+    cond_in_channels: Literal[3, 4] = Field(
+        3, description="ours; 'lllite': channels of a control picture; 4: colours and a mask, for inpainting"
+    )
+    inpaint_masked_input: bool = Field(
+        False, description="ours; 'lllite': blacken the control picture's masked part; needs cond_in_channels = 4"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_type(cls, table: Any) -> Any:
+        """Refuse a key that belongs to another type, unless its value is the default."""
+        found = table.get("type") if isinstance(table, Mapping) else None
+        if not isinstance(found, str):
+            return table
+        control, low_rank = cls.model_fields.keys() - {*_SHARED, *_LOW_RANK}, {*_LOW_RANK}
+        foreign, own = (low_rank, control) if found.lower() == LLLITE else (control, low_rank)
+        for key in filter(foreign.__contains__, table):
+            default = cls.model_fields[key].get_default()
+            if table[key] not in (default, list(default) if isinstance(default, tuple) else default):
+                types = "'lllite'" if key in control else f"the types {choices(TRAINABLE)}"
+                keys = ", ".join(name for name in cls.model_fields if name in own or name in _SHARED)
+                raise invalid(f"belongs to {types}; the keys of '{found}' are {keys}", key=key)
+        return table
+
+    @field_validator("aspp_dilations", "inpaint_masked_input")
+    @classmethod
+    def _needs_another_key(cls, found: Any, info: ValidationInfo) -> Any:
+        key, value = {"aspp_dilations": ("use_aspp", True)}.get(info.field_name or "", ("cond_in_channels", 4))
+        if found and info.data.get(key, value) != value:
+            raise invalid(f"has no effect without {key} = {str(value).lower()}")
+        return found
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is a control network instead of an adapter on linear layers."""
+        return self.type == LLLITE
+
+    @property
+    def target_atomics(self) -> tuple[str, ...]:
+        """The names of `ATOMICS` that `target_layers` mean, in their order."""
+        found = {atomic for name in self.target_layers for atomic in PRESETS.get(name, (name,))}
+        return tuple(atomic for atomic in ATOMICS if atomic in found)
 
     @property
     def scale(self) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BeforeValidator, Field, SkipValidation, ValidationInfo, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from anima_jax.checkpoints.names.groups import GROUPS
+from anima_jax.checkpoints.names.groups import CONTROL, GROUPS
 from anima_jax.config.adapter import AdapterConfig
 from anima_jax.config.dataset import DatasetConfig
 from anima_jax.config.eval_dataset import EvalDataset, check_names_differ
@@ -304,7 +304,9 @@ class MainConfig(Section):
     model: ModelConfig = Field(description="the networks")
     optimizer: OptimizerConfig = Field(description="the optimizer")
     adapter: AdapterConfig | None = Field(
-        None, validate_default=True, description="a low-rank adapter; unset: every weight is trained"
+        None,
+        validate_default=True,
+        description="a low-rank adapter or a control network; unset: every weight is trained",
     )
     sample: SampleConfig | None = Field(None, description="ours; images drawn while training; unset: none")
     mesh: MeshConfig = Field(MeshConfig.model_validate({}), description="ours; the devices")
@@ -408,11 +410,23 @@ class MainConfig(Section):
         return self.adapter is not None and self.adapter.text_encoder_lr > 0
 
     @property
+    def trains_control(self) -> bool:
+        """Whether a control network is trained."""
+        return self.adapter is not None and self.adapter.is_control
+
+    @property
     def learning_rates(self) -> dict[str, float]:
-        """Group → learning rate for `GROUPS`; 0 means frozen. `text_encoder` is included only if it is trained."""
+        """Group → learning rate for `GROUPS`; 0 means frozen. `text_encoder` is included only if it is trained.
+
+        If a control network is trained, every other group is frozen; otherwise there is no group `control`.
+        """
         own = {group: getattr(self.model, f"{group}_lr", None) for group, _ in GROUPS}
         rates = {group: self.optimizer.lr if rate is None else rate for group, rate in own.items()}
         del rates["text_encoder"]
+        if self.trains_control:
+            rates = dict.fromkeys(rates, 0.0) | {CONTROL: rates[CONTROL]}
+        else:
+            del rates[CONTROL]
         if self.adapter and self.adapter.text_encoder_lr:
             rates["text_encoder"] = self.adapter.text_encoder_lr
         forced = self.force_constant_lr

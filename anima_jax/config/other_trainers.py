@@ -30,8 +30,8 @@ NAMED: Mapping[str, str] = {
     "activation_checkpointing, true or 'unsloth' (in the host's memory)": "gradient_checkpointing "
     "unsloth_offload_checkpointing cpu_offload_checkpointing gradient_checkpointing_interval grad_checkpoint",
     # The adapter.
-    "[adapter] type, 'lora', 'dora', 'lokr' or 'loha'; without [adapter] every weight is trained": "network_module "
-    "network_args network_type lora_type LoRA_type peft_type training_method lycoris_config",
+    "[adapter] type, 'lora', 'dora', 'lokr', 'loha' or 'lllite'; without [adapter] every weight is trained": ""
+    "network_module network_args network_type lora_type LoRA_type peft_type training_method lycoris_config",
     "type = 'dora' in [adapter]": "lora_decompose",
     "dtype in [adapter]": "lora_weight_dtype",
     "rank in [adapter]": "network_dim lora_rank linear lokr_dim",
@@ -44,6 +44,9 @@ NAMED: Mapping[str, str] = {
     "init_from_existing in [adapter]": "network_weights init_lora lora_model_name dim_from_weights resume_lora",
     "target_modules in [adapter]": "layer_filter include_patterns lora_layers lora_layer_preset",
     "exclude_modules in [adapter]": "exclude_patterns",
+    "[adapter] type = 'lllite', and the same key there without lllite_": "lllite_mlp_dim lllite_target_layers "
+    "lllite_cond_dim lllite_cond_resblocks lllite_use_aspp lllite_dropout lllite_multiplier lllite_cond_in_channels "
+    "lllite_inpaint_masked_input",
     "text_encoder_lr in [adapter]; unless it is set, the text encoder is frozen": "network_train_unet_only "
     "network_train_text_encoder_only train_text_encoder text_encoder_lr learning_rate_te learning_rate_te1 "
     "learning_rate_te2 stop_text_encoder_training",

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from anima_jax.adapters.kinds import KINDS
+from anima_jax.checkpoints.names.groups import CONTROL
 from anima_jax.config.main import MainConfig
 
 PARTS: Mapping[str, str] = {
@@ -19,6 +20,11 @@ PARTS: Mapping[str, str] = {
 def summary(config: MainConfig) -> list[str]:
     """Return sentences on what is trained at which learning rate and what is frozen; the last is on the LLM adapter."""
     adapter = config.adapter
+    if adapter and adapter.is_control:
+        where = ", ".join(adapter.target_layers)
+        sentence = f"Training a control network (ControlNet-LLLite at {where}) with {config.optimizer.type}"
+        rate = f"{sentence}, at {config.learning_rates[CONTROL]:g}. The model is frozen."
+        return [rate, *_own_rate(config)]
     groups = [group for group in PARTS if group != "base" or not adapter]  # adapters change only the blocks
     rates = {group: config.learning_rates[group] for group in groups}
     by_rate = {rate: [PARTS[group] for group in groups if rates[group] == rate] for rate in rates.values()}
@@ -30,10 +36,7 @@ def summary(config: MainConfig) -> list[str]:
     sentences = []
     if trained:
         sentences.append(f"Training {_subject(config)} with {config.optimizer.type}: {_listed(trained)}.")
-    if config.optimizer.type == "adafactor" and config.optimizer.options.get("relative_step", True):
-        sentences.append(
-            "AdaFactor uses a rate of its own, at most 0.01: relative_step = false in [optimizer] uses lr."
-        )
+    sentences += _own_rate(config)
     if frozen:
         sentences.append(f"Frozen: {_listed(frozen)}.")
     if adapter and adapter.text_encoder_lr:
@@ -41,6 +44,12 @@ def summary(config: MainConfig) -> list[str]:
             f"A {KINDS[adapter.type].title} on the text encoder is trained at {adapter.text_encoder_lr:g}."
         )
     return [*sentences, _llm_adapter(config)]
+
+
+def _own_rate(config: MainConfig) -> list[str]:
+    if config.optimizer.type != "adafactor" or not config.optimizer.options.get("relative_step", True):
+        return []
+    return ["AdaFactor uses a rate of its own, at most 0.01: relative_step = false in [optimizer] uses lr."]
 
 
 def _subject(config: MainConfig) -> str:

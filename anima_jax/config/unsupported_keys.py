@@ -78,6 +78,11 @@ _UPLOAD = "nothing is uploaded; `hf upload OWNER/REPO RUN/epochN` does that"
 _LINEAR = "the blocks' layers are linear, without convolutions"
 _DEBUG = "metrics.jsonl, TensorBoard and --dump_dataset show what is trained"
 _XLA = "every step is compiled by XLA"
+_LLLITE = (
+    *("mlp_dim", "target_layers", "cond_dim", "cond_resblocks", "use_aspp", "dropout", "multiplier"),
+    *("cond_in_channels", "inpaint_masked_input", "cond_emb_dim", "aspp_dilations"),
+)
+"""Keys of a control network that begin with `lllite_` in sd-scripts."""
 _RATES = {
     "self_attn": "self_attn",
     "cross_attn": "cross_attn",
@@ -111,6 +116,9 @@ def _toggles() -> dict[str, Unsupported]:
 _ADAPTER: Mapping[str, Unsupported] = {
     "factor": taken("adapter.decompose_factor"),
     "dim": taken("adapter.rank"),
+    **{f"lllite_{key}": taken(f"adapter.{key}") for key in _LLLITE},
+    "target": taken("adapter.target_layers"),
+    "channels": taken("adapter.cond_in_channels"),
     # A LoKr of this rank has one matrix for w2 in every layer, and the scale 1: diffusion-pipe's own way to ask for it.
     "full_matrix": Unsupported(
         target="adapter.rank", values={True: 10**6}, replaces=True, requires=("adapter.type", "lokr"), harmless=(False,)

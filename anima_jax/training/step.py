@@ -49,9 +49,10 @@ class TrainBatch(NamedTuple):
 
     Random numbers depend on `ids_b2` and `epochs_b` (diffusion/randomness.py). `text.source_bnd` contains states of the
     text encoder, or token ids (b, n) if the encoder is trained. `mask_blp` weights the loss of each of the four latent
-    pixels of a token; None if no example of the run has a mask. `full` is an empty tuple if no example of the tier has
-    padding tokens, for a program without masks in self-attention; None if any may have. With `StepConfig.edit`, the
-    first frame of an example's grid is the picture, and the others are its references.
+    pixels of a token; None if no example of the run has a mask. `control_blp` are the 16 × 16 pixels of a token of the
+    control picture, 3 or 4 channels of 0 to 255 (`ControlNetwork.embed_patches`); None without control. `full` is an
+    empty tuple if no example of the tier has padding tokens, for a program without masks in self-attention; None if any
+    may have. With `StepConfig.edit`, the first frame of an example's grid is the picture; the others are references.
     """
 
     latents_blc: Any
@@ -60,6 +61,7 @@ class TrainBatch(NamedTuple):
     epochs_b: Any
     text: Text
     mask_blp: Any = None
+    control_blp: Any = None
     full: Any = None
 
 
@@ -115,6 +117,7 @@ class StepConfig:
     ema_decay: float | None = None
     dropout: float = 0.0
     rank_dropout: float = 0.0
+    control_strength: float = 1.0
     remat: str = "full"
     remat_every: int = 1
     scan_unroll: int = 1
@@ -131,6 +134,7 @@ class StepConfig:
             loss=Loss(loss, parameter, model.multiscale_loss_weight or 0.0),
             dropout=adapter.dropout if adapter else 0.0,
             rank_dropout=adapter.rank_dropout if adapter else 0.0,
+            control_strength=adapter.multiplier if adapter else 1.0,
             **{name: getattr(config, name) for name in _SAME_NAME},
         )
 

@@ -209,7 +209,7 @@ MAIN_ERRORS = [
     # adapters
     (
         {"adapter": {"type": "lokra", "rank": 4}},
-        "adapter.type: found 'lokra', expected 'lora', 'dora', 'lokr' or 'loha'",
+        "adapter.type: found 'lokra', expected 'lora', 'dora', 'lokr', 'loha' or 'lllite'",
     ),
     ({"adapter": ADAPTER | {"dropout": 1.0}}, "adapter.dropout: found 1.0 (a number), expected less than 1.0"),
     (

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from anima_jax.adapters.kinds import MAGNITUDE
 from anima_jax.checkpoints.names import FileTensor
 
+CONTROL = "control"
+"""Group of a control network, whose rate is that of the optimizer."""
+
 GROUPS = (
+    (CONTROL, "lllite_"),
     ("text_encoder", "text_encoder"),
     ("llm_adapter", "llm_adapter"),
     ("self_attn", ".self_attn"),
