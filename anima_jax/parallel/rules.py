@@ -120,3 +120,9 @@ def shard_bytes(tree: Any, params: Params, sizes: Mapping[str, int]) -> int:
 def placed(shapes: Any, shardings: Any) -> Any:
     """Return shapes with the shardings of a tree of the same structure, for programs that are compiled from shapes."""
     return jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings)
+
+
+def on_devices(params: Params) -> Params:
+    """Return parameters, which may be in host memory, on the devices of the current mesh, if there is one."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(params) if mesh.empty else jax.device_put(params, shardings(params, params, mesh))

@@ -16,7 +16,7 @@ from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.platform import lower
-from anima_jax.sampling import program
+from anima_jax.sampling import evaluation, program
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.packing import TokenPacking, is_padded
@@ -60,7 +60,7 @@ def lowered_sampling(
         )
 
     keys_values, modulations = jax.eval_shape(keys_and_levels, params)
-    shared = program.SharedInputs(packing.size_b3, Context(keys_values, None), settings.variants)
+    shared = evaluation.SharedInputs(packing.size_b3, Context(keys_values, None), settings.variants)
     run = functools.partial(
         program.advance,
         graphdef=graphdef,

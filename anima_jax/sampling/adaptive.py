@@ -21,9 +21,10 @@ from anima_jax.diffusion.step_cache import Savings, StepCache
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.callbacks import ProgressCallback
+from anima_jax.sampling.evaluation import SharedInputs
 from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, real_values
-from anima_jax.sampling.program import Carry, Evaluations, SharedInputs, report, step_inputs
+from anima_jax.sampling.program import Carry, Evaluations, report, step_inputs
 
 
 def sample(

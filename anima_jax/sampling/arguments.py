@@ -26,6 +26,7 @@ from anima_jax.sampling.images import image_format
 from anima_jax.sampling.recipe import Recipe, quoted
 from anima_jax.sampling.request import (
     APG,
+    PLAIN,
     RANDOM_SEED,
     SIZE_STEP,
     ImageRequest,
@@ -142,8 +143,7 @@ def image_requests(
         nearest = "×".join(str(max(1, round(side / SIZE_STEP)) * SIZE_STEP) for side in size)
         found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP} (nearest: {nearest})"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
-    names = [field.name for field in dataclasses.fields(ImageRequest)]
-    older = {name: like.values[name] for name in names if name in like.values}
+    older = {name: like.values[name] for name in PLAIN if name in like.values}
     base = ImageRequest(**{"prompt": "", "width": size[0], "height": size[1]} | older)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompts:

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from anima_jax.sampling.callbacks import Latents, ProgressCallback
-from anima_jax.sampling.request import ImageRequest
+from anima_jax.sampling.request import INPUTS, ImageRequest
 
 Draw = Callable[[Sequence[ImageRequest], ProgressCallback], list[np.ndarray]]
 """Draws one batch: requests → each image's latents."""
@@ -48,16 +49,17 @@ def named(batch: Sequence[ImageRequest], latents: Sequence[np.ndarray]) -> dict[
 def whole_batches(requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
     """Yield the ComfyUI batches that the requests belong to, each with all of its images.
 
-    Requests that are a whole batch together may have different prompts. Images that are missing have the prompt of the
-    others of their batch.
+    Requests that are a whole batch together may have different prompts and `INPUTS`. Images that are missing have those
+    of the others of their batch.
     """
+    none: Any = dict.fromkeys(INPUTS, ())
     groups: dict[ImageRequest, list[ImageRequest]] = {}
     for request in requests:
-        groups.setdefault(dataclasses.replace(request, prompt="", batch_index=0), []).append(request)
+        groups.setdefault(dataclasses.replace(request, prompt="", batch_index=0, **none), []).append(request)
     for key, group in groups.items():
         indices = range(key.batch_size)
         if sorted(request.batch_index for request in group) == list(indices):
             yield sorted(group, key=lambda request: request.batch_index)
         else:
-            for prompt in dict.fromkeys(request.prompt for request in group):
-                yield [dataclasses.replace(key, prompt=prompt, batch_index=index) for index in indices]
+            for request in dict.fromkeys(dataclasses.replace(request, batch_index=0) for request in group):
+                yield [dataclasses.replace(request, batch_index=index) for index in indices]

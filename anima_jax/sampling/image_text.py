@@ -24,14 +24,18 @@ from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.flags import DTYPES
 from anima_jax.sampling.images import read_image
 from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
-from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams, read_utf8
+from anima_jax.sampling.request import INPUTS, SIZE_STEP, ImageRequest, SamplingParams, read_utf8
 from anima_jax.sampling.webui_text import from_webui, to_webui
 
 OWN = "anima_jax"
 """The name of our own chunk."""
 
-FIELDS: dict[str, Any] = get_type_hints(ImageRequest) | get_type_hints(SamplingParams)
-"""Field of `ImageRequest` or `SamplingParams` → its type."""
+FIELDS: dict[str, Any] = {
+    name: kind
+    for name, kind in (get_type_hints(ImageRequest) | get_type_hints(SamplingParams)).items()
+    if name not in INPUTS
+}
+"""Field of `ImageRequest` or `SamplingParams` → its type; `INPUTS` are not there."""
 
 SIZE = ("width", "height")
 
@@ -59,7 +63,7 @@ def to_text(
     `files` are the arguments of `AnimaPipeline.load` and the images that it was made from (`IMAGES`); `mask` is opened,
     and `hashes` are those of some of the files, by path (`file_hashes`).
     """
-    values = dataclasses.asdict(request) | dataclasses.asdict(params)
+    values = request.settings() | dataclasses.asdict(params)
     named = {name: str(files[name]) for name in (*NETWORKS, *IMAGES) if files.get(name)}
     loading = {
         name: files[name] if kind is bool else str(files[name]) for name, kind in LOADING.items() if files.get(name)

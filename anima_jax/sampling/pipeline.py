@@ -7,15 +7,13 @@ Latents of one image are (t, y, x, c); the images of a batch may differ in size.
 
 import dataclasses
 import functools
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
@@ -29,34 +27,33 @@ from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.samplers.plan import SamplerPlan
 from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import NotFiniteError, UserError, suggests_names
-from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
-from anima_jax.models.parameters import Params, cast_to_compute, count, jit_network, merge, split
+from anima_jax.models.parameters import Params, cast_to_compute, count, split
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard_batch, standard_mesh
+from anima_jax.parallel.mesh import replicate, standard_mesh
 from anima_jax.sampling import adaptive, program
 from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
+from anima_jax.sampling.controls import Control
 from anima_jax.sampling.embeddings import Embeddings
+from anima_jax.sampling.evaluation import InpaintMask, SharedInputs
 from anima_jax.sampling.finite import are_finite, not_finite
 from anima_jax.sampling.images import (
-    PIXELS_PER_LATENT,
     latent_mask,
     mask_values,
     paste_original,
     to_images,
     to_pixels,
 )
+from anima_jax.sampling.latent_codec import LatentCodec
 from anima_jax.sampling.matching import check_networks
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
-from anima_jax.sampling.program import InpaintMask, SharedInputs
 from anima_jax.sampling.prompt_loras import remark
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
-from anima_jax.sampling.tiles import run_vae
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_dtype, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
 
@@ -90,18 +87,17 @@ class AnimaPipeline:
         self._embeddings = Embeddings(embeddings, text_encoder.config.width)
         self.dit_graphdef, params = split(dit)
         self.dit_params = cast_to_compute(params, dtype)
-        self._vae_graphdef, self._vae_params = split(vae)
-        self._vae_width = vae.config.base_width
+        self._vae = LatentCodec(vae, self.dtype)
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._loras: AdapterStack | None = None
         self.savings = Savings()
         self._said: set[str] = set()
         self._files: list[PathLike] = []
         if offload:
-            self._vae_params, self.text_encoder_params = jax.device_get((self._vae_params, self.text_encoder_params))
+            self._vae.params, self.text_encoder_params = jax.device_get((self._vae.params, self.text_encoder_params))
 
     def __repr__(self) -> str:
-        networks = {"transformer": self.dit_params, "vae": self._vae_params, "text_encoder": self.text_encoder_params}
+        networks = {"transformer": self.dit_params, "vae": self._vae.params, "text_encoder": self.text_encoder_params}
         lines = [f"  {name}: {_described(params)}," for name, params in networks.items()]
         config = self.config
         sizes = f"  blocks={config.blocks}, width={config.width}, heads={config.heads}, dtype={self.dtype.name},"
@@ -185,6 +181,7 @@ class AnimaPipeline:
         batch_size: int = 1,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
+        controls: Sequence[Control | Sequence[Control]] = (),
         progress: bool = False,
         **params: Any,
     ) -> list[Image.Image]:
@@ -193,11 +190,12 @@ class AnimaPipeline:
         A single prompt, size or seed is repeated for all images. `width` and `height` are in pixels, multiples of 8. A
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
-        below 1); it is kept where `mask` is black. `params` are the fields of `SamplingParams`: steps, guidance_scale,
+        below 1); it is kept where `mask` is black. `controls` are those of all images, or a sequence of them for each
+        image. `params` are the fields of `SamplingParams`: steps, guidance_scale,
         sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be given as they
         are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
         """
-        requests = batch_of_requests(prompt, width, height, seed, batch_size)
+        requests = batch_of_requests(prompt, width, height, seed, batch_size, controls=controls)
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
 
@@ -291,7 +289,7 @@ class AnimaPipeline:
         Qwen3's states pass through the LLM adapter. Tokens are padded to a multiple of 512 and masked, which does not
         change the rows of real tokens. Raises UserError if a prompt's weight is not finite.
         """
-        params = _on_devices(self.text_encoder_params)
+        params = rules.on_devices(self.text_encoder_params)
         contexts = {prompt: self._encode_prompt(params, prompt) for prompt in dict.fromkeys(prompts)}
         for line in {line for prompt in prompts if (line := remark(prompt))} - self._said:
             self._said.add(line)
@@ -372,8 +370,7 @@ class AnimaPipeline:
     @standard_mesh()
     def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
         """Return the normalised latents (t, y, x, c), float32, of pixels in [−1, 1]; `tile` is that of `decode`."""
-        latents = run_vae(self._vae(encode_pixels), pixels_tyxc[None], PIXELS_PER_LATENT, 1, self._vae_width, tile)
-        return self._checked([latents[0]], "the latents of the image")[0]
+        return self._checked([self._vae.encode(pixels_tyxc, tile)], "the latents of the image")[0]
 
     @standard_mesh()
     def decode(self, latents: Iterable[np.ndarray], tile: int | None = None) -> list[np.ndarray]:
@@ -382,14 +379,7 @@ class AnimaPipeline:
         Each device decodes one image at a time; consecutive images of one size are decoded together. `tile` is the side
         of blended tiles in pixels, 0 for whole images, None for tiles only if an image does not fit the memory.
         """
-        run, batch_size = self._vae(decode_latents), replicas(current_mesh().shape)
-        pixels: list[np.ndarray] = []
-        for _, same_size in itertools.groupby(map(np.asarray, latents), key=np.shape):
-            images = list(same_size)
-            for first in range(0, len(images), batch_size):
-                batch_btyxc = np.stack(images[first : first + batch_size])
-                pixels += list(run_vae(run, batch_btyxc, 1, PIXELS_PER_LATENT, self._vae_width, tile))
-        return self._checked(pixels, "the VAE's decoder")
+        return self._checked(self._vae.decode(latents, tile), "the VAE's decoder")
 
     def _checked(self, arrays: list[np.ndarray], where: str) -> list[np.ndarray]:
         """Return the arrays. Raises NotFiniteError if a value is NaN or infinite."""
@@ -398,18 +388,8 @@ class AnimaPipeline:
         return arrays
 
     def _not_finite(self, where: str) -> NotFiniteError:
-        networks = {"the VAE": self._vae_params, "the text encoder": self.text_encoder_params}
+        networks = {"the VAE": self._vae.params, "the text encoder": self.text_encoder_params}
         return not_finite(where, self._files, {"the transformer": self.dit_params} | networks, self.dtype)
-
-    def _vae(self, run: Callable[..., Array]) -> Callable[[np.ndarray], Array]:
-        """Return `run` bound to the VAE's parameters, which stay on the device as long as the result exists."""
-        params = _on_devices(self._vae_params)
-
-        def run_on_mesh(array_btyxc: np.ndarray) -> Array:
-            batch = shard_batch(array_btyxc, len(array_btyxc))
-            return run(params, batch, graphdef=self._vae_graphdef, dtype=self.dtype)
-
-        return run_on_mesh
 
 
 def _described(params: Params) -> str:
@@ -419,19 +399,3 @@ def _described(params: Params) -> str:
     devices = {device for leaf in leaves if isinstance(leaf, Array) for device in leaf.devices()}
     names = ", ".join(str(device) for device in sorted(devices, key=lambda device: device.id))
     return f"{count(params):,} parameters ({', '.join(dtypes)}) {f'on {names}' if names else 'in host memory'}"
-
-
-def _on_devices(params: Params) -> Params:
-    """Return the parameters, which `offload` keeps in host memory, on the devices of the mesh."""
-    mesh = jax.sharding.get_mesh()
-    return jax.device_put(params) if mesh.empty else jax.device_put(params, rules.shardings(params, params, mesh))
-
-
-@functools.partial(jit_network, program="vae", static_argnames=("graphdef", "dtype"))
-def encode_pixels(params: Params, pixels_btyxc: Array, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> Array:
-    return constrain(merge(graphdef, params).encode(pixels_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")
-
-
-@functools.partial(jit_network, program="vae", static_argnames=("graphdef", "dtype"))
-def decode_latents(params: Params, latents_btyxc: Array, *, graphdef: nnx.GraphDef[Any], dtype: Any) -> Array:
-    return constrain(merge(graphdef, params).decode(latents_btyxc.astype(dtype)).astype(jnp.float32), "nnnnn")

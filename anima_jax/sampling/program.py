@@ -20,13 +20,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from anima_jax.diffusion import guidance, samplers, step_cache
-from anima_jax.diffusion.guidance import Estimates, Variants
+from anima_jax.diffusion import samplers, step_cache
 from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.diffusion.samplers.plan import Draw, SamplerPlan
-from anima_jax.diffusion.step_cache import EasyState, FirstBlockState, Limits, Savings, StepCache
+from anima_jax.diffusion.step_cache import FirstBlockState, Savings, StepCache
 from anima_jax.models.constraints import constrain
-from anima_jax.models.dit import PATCH, AnimaDiT, stream_dtype, token_positions
+from anima_jax.models.dit import stream_dtype
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.models.parameters import Params, jit_network, merge
 from anima_jax.parallel import hosts
@@ -34,8 +33,9 @@ from anima_jax.parallel.devices import device_bytes
 from anima_jax.parallel.mesh import current_mesh, replicas, replicate, shard
 from anima_jax.sampling.callbacks import ProgressCallback
 from anima_jax.sampling.context import Context
+from anima_jax.sampling.evaluation import Denoiser, GuidanceInputs, SharedInputs
 from anima_jax.sampling.finite import all_finite
-from anima_jax.sampling.packing import TokenPacking, every_eighth, grid_of, is_padded, real_values, wrapped
+from anima_jax.sampling.packing import TokenPacking, is_padded, real_values
 
 LEVELS = 32
 """Noise levels whose AdaLN values are computed together and are on the device at a time: 66 MB for the released model.
@@ -58,14 +58,6 @@ STREAM_AXES = "bld"
 """Axes of the residual stream, parts of which the step cache `first_block` stores."""
 
 
-class GuidanceInputs(NamedTuple):
-    """Guidance at one evaluation: its scale, whether APG forgets the past, and the evaluation's number in the plan."""
-
-    scale: Any
-    restart: Any
-    number: Any
-
-
 class Carry(NamedTuple):
     """What one evaluation passes on to the next.
 
@@ -75,29 +67,6 @@ class Carry(NamedTuple):
     arrays: list[Any]
     momentum_blc: Any
     cached: step_cache.State | None = None
-
-
-class InpaintMask(NamedTuple):
-    """Inpainting: the mask, the latents that are kept where it is 0, and the noise added to them at each level."""
-
-    mask_blc: Any
-    latents_blc: Any
-    noise_blc: Any
-
-
-class SharedInputs(NamedTuple):
-    """Inputs that all evaluations share. `context` has 2b items: the negative prompts, then the prompts.
-
-    Inside the program it has those of the prompts that are evaluated, as rows or as `KeysValues`. `noise_keys_b3`
-    (uint32) are the keys of noise that JAX draws on the device; None if noise comes from torch's streams.
-    """
-
-    size_b3: Any
-    context: Context
-    variants: Variants = Variants()
-    inpaint: InpaintMask | None = None
-    noise_keys_b3: Any = None
-    cache_limits: Limits | None = None
 
 
 def sample(
@@ -325,37 +294,13 @@ def advance(
     the context's. `modulations` are those of `LEVELS` evaluations of the plan, `part_2` are the part's first evaluation
     in `steps` and the one after its last. Without the negative prompt, its estimate is taken to be the prompt's.
     """
-    model: AnimaDiT = merge(graphdef, params)
-    length = carry.momentum_blc.shape[1]
-    real_blc = real_values(shared.size_b3, length)
-    sizes = jnp.concatenate([shared.size_b3] * (1 + with_negative))
-
-    def velocity(x_blc: Array, step: StepInputs, **more: Any) -> Array:
-        """Return the velocities with the prompts in the context."""
-        both_blc = jnp.concatenate([x_blc] * (1 + with_negative))
-        context, lengths_b = shared.context
-        options = {"padded": padded, "context_lengths_b": lengths_b, "zero_context": zero_context, "remat": "none"}
-        of_level = modulations.at(step.guidance.number % LEVELS)
-        both_blc = wrapped(both_blc.astype(dtype), sizes)
-        return model.velocity(both_blc, grid_of(sizes), of_level, context, **options, **more)
+    real_blc = real_values(shared.size_b3, carry.momentum_blc.shape[1])
+    options = {"padded": padded, "zero_context": zero_context}
+    denoiser = Denoiser(merge(graphdef, params), shared, with_negative, dtype, options)
 
     def denoise(x_blc: Array, step: StepInputs, momentum_blc: Array, cached: Any) -> tuple[Any, ...]:
-        inpaint = shared.inpaint
-        if inpaint is not None:
-            noisy_blc = samplers.start(inpaint.noise_blc, step.sigma, inpaint.latents_blc)
-            x_blc = inpaint.mask_blc * x_blc + (1.0 - inpaint.mask_blc) * noisy_blc
-        run = partial(velocity, x_blc, step)
-        velocities_blc, cached = from_cache(cached, run, x_blc, step.sigma, shared, 1 + with_negative)
-        velocities = jnp.split(velocities_blc, 1 + with_negative)
-        # Padding stays zero, so sums over tokens include only the image's own tokens.
-        negative_blc, positive_blc = (x_blc - step.sigma * real_blc * velocities[index] for index in (0, -1))
-        both = Estimates(x_blc, positive_blc, negative_blc, step.sigma)
-        # Without the negative prompt there is nothing to project: ComfyUI's APG would take it for zero.
-        variants = shared.variants._replace(apg=shared.variants.apg & with_negative)
-        out_blc, momentum_blc = guided(both, step.guidance, shared._replace(variants=variants), momentum_blc)
-        if inpaint is not None:
-            out_blc = inpaint.mask_blc * out_blc + (1.0 - inpaint.mask_blc) * inpaint.latents_blc
-        return out_blc, negative_blc, momentum_blc, cached
+        level = modulations.at(step.guidance.number % LEVELS)
+        return denoiser.denoise(x_blc, step, level, momentum_blc, cached)
 
     def draw(number_or_noise: Array) -> Array:
         if shared.noise_keys_b3 is None:
@@ -376,61 +321,6 @@ def with_shardings(carry: Carry) -> Carry:
     axes = STREAM_AXES if isinstance(carry.cached, FirstBlockState) else "nnn"
     cached = jax.tree.map(lambda x: constrain(x, axes if x.ndim == len(axes) else "n" * x.ndim), carry.cached)
     return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), carry._replace(cached=None))._replace(cached=cached)
-
-
-def from_cache(
-    cached: step_cache.State | None,
-    run: Callable[..., Array],
-    x_blc: Array,
-    sigma: Array,
-    shared: SharedInputs,
-    prompts: int,
-) -> tuple[Array, step_cache.State | None]:
-    """Return the velocities of `run()`, or of the step cache, and what that remembers; `run` takes `after_first`."""
-    limits, length = shared.cache_limits, x_blc.shape[1]
-    if cached is None or limits is None:
-        return run(), None
-    real_blc = real_values(shared.size_b3, length)
-    if isinstance(cached, EasyState):
-        compared_blc = real_blc & every_eighth(shared.size_b3, length)
-
-        def replicated() -> Array:
-            return constrain(run(), "nnn")
-
-        return step_cache.evaluate_easy(cached, limits, sigma, x_blc, compared_blc, real_blc, replicated, prompts)
-    found: list[FirstBlockState] = []
-
-    def after_first(before_bld: Array, after_bld: Array, rest: Callable[[Array], Array]) -> Array:
-        real_bl = real_blc[..., 0]
-        out_bld, state = step_cache.run_after_first(cached, limits, sigma, before_bld, after_bld, real_bl, rest)
-        found.append(state)
-        return out_bld
-
-    return run(after_first=after_first), found[0]
-
-
-def guided(
-    estimates: Estimates, step: GuidanceInputs, shared: SharedInputs, momentum_blc: Array
-) -> tuple[Array, Array]:
-    """Return the guided estimate, and the guidance that APG remembers."""
-
-    def varied() -> tuple[Array, Array]:
-        length = momentum_blc.shape[1]
-        past_blc = jnp.where(step.restart, 0.0, momentum_blc)
-        x, positive, negative, past, real = (
-            array_blc.reshape(*momentum_blc.shape[:2], PATCH, PATCH, -1)
-            for array_blc in (*estimates[:3], past_blc, real_values(shared.size_b3, length))
-        )
-        columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
-        out, momentum = guidance.guided_by_variants(
-            Estimates(x, positive, negative, estimates.sigma), step.scale, shared.variants, past, columns_bl, real
-        )
-        return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
-
-    def plain() -> tuple[Array, Array]:
-        return guidance.guided(estimates, step.scale), momentum_blc
-
-    return jax.lax.cond(shared.variants.are_on(), varied, plain)
 
 
 def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:

@@ -20,6 +20,7 @@ from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE, part, sigmas
 from anima_jax.diffusion.step_cache import OFF, StepCache
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, check_names, did_you_mean, show_value
+from anima_jax.sampling.controls import Control
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 
 SIZE_STEP = PIXELS_PER_LATENT
@@ -62,7 +63,10 @@ MIN_TILE = 64
 
 @dataclasses.dataclass(frozen=True)
 class ImageRequest:
-    """One image. Its noise is item `batch_index` of the noise of `seed` for `batch_size` images, as in ComfyUI."""
+    """One image. Its noise is item `batch_index` of the noise of `seed` for `batch_size` images, as in ComfyUI.
+
+    The fields after `batch_index` are `INPUTS`.
+    """
 
     prompt: str
     width: int = 1024
@@ -70,11 +74,16 @@ class ImageRequest:
     seed: int = 0
     batch_size: int = 1
     batch_index: int = 0
+    controls: tuple[Control, ...] = ()
 
     @property
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of the latents."""
         return self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that are words and numbers, by name."""
+        return {name: getattr(self, name) for name in PLAIN}
 
     def check(self) -> None:
         """Raise UserError if the size, seed or position in the batch is out of range."""
@@ -96,6 +105,13 @@ class ImageRequest:
             )
         if not 0 <= self.batch_index < self.batch_size:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
+
+
+INPUTS = ("controls",)
+"""Fields of `ImageRequest` for what guides its sampling besides the prompt, each a tuple."""
+
+PLAIN = tuple(field.name for field in dataclasses.fields(ImageRequest) if field.name not in INPUTS)
+"""Fields of `ImageRequest` whose values are words and numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +242,7 @@ class SamplingParams:
         return part(levels, self.start_at_step, self.end_at_step, leftover_noise=self.return_with_leftover_noise)
 
 
-_OF_REQUESTS = ("prompt", "width", "height", "seed", "batch_size", "image", "mask", "progress")
+_OF_REQUESTS = ("prompt", "width", "height", "seed", "batch_size", "image", "mask", "progress", *INPUTS)
 """Arguments of `AnimaPipeline.__call__` beside the parameters."""
 
 _TYPES: Mapping[Any, tuple[type, str]] = {
@@ -298,30 +314,40 @@ def batch_of_requests(
     height: int | Sequence[int],
     seed: int | Sequence[int],
     batch_size: int,
+    **inputs: Sequence[Any],
 ) -> list[ImageRequest]:
     """Return the requests of one batch; a single value is repeated for all images.
 
-    With a single seed, images of one size form a ComfyUI batch, whose noise is drawn together. Raises UserError if the
-    numbers of values differ.
+    `inputs` are the fields of `INPUTS`: a sequence for all images, or a sequence of sequences, one for each. With a
+    single seed, images of one size form a ComfyUI batch, whose noise is drawn together. Raises UserError if the numbers
+    of values differ.
     """
     _check_batch(batch_size)
-    columns: list[list[Any]] = [
-        [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
-        for values in (prompt, width, height, seed)
-    ]
-    count = max(batch_size, *map(len, columns))
-    for name, values in zip(("prompts", "widths", "heights", "seeds"), columns, strict=True):
+    columns: dict[str, list[Any]] = {
+        name: [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)  # type: ignore[arg-type]
+        for name, values in {"prompt": prompt, "width": width, "height": height, "seed": seed}.items()
+    }
+    columns |= {name: _of_images(values) for name, values in inputs.items()}
+    count = max(batch_size, *map(len, columns.values()))
+    for name, values in columns.items():
         if len(values) not in (1, count):
-            raise UserError(f"{len(values)} {name} for {count} images, expected 1 or {count}")
-    rows = zip(*(values if len(values) == count else values * count for values in columns), strict=True)
-    requests = [ImageRequest(*row) for row in rows]
-    if len(columns[-1]) > 1:
+            raise UserError(f"{len(values)} {name.removesuffix('s')}s for {count} images, expected 1 or {count}")
+    rows = zip(*(values if len(values) == count else values * count for values in columns.values()), strict=True)
+    requests = [ImageRequest(**dict(zip(columns, row, strict=True))) for row in rows]
+    if len(columns["seed"]) > 1:
         return requests
     sizes = [request.latent_size for request in requests]
     return [
         dataclasses.replace(request, batch_size=sizes.count(size), batch_index=sizes[:index].count(size))
         for index, (request, size) in enumerate(zip(requests, sizes, strict=True))
     ]
+
+
+def _of_images(values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return the tuple of each image, or a single one for all images."""
+    if any(isinstance(value, list | tuple) for value in values):
+        return [tuple(value) for value in values]
+    return [tuple(values)]
 
 
 def expand_request(
@@ -346,7 +372,11 @@ def expand_request(
     if batch_size is None and not seeds:
         positions = [(base.batch_size, base.batch_index)]
     combinations = itertools.product(prompts or [base.prompt], sizes, seeds or [base.seed], positions)
-    return [ImageRequest(prompt, *size, seed, *position) for prompt, size, seed, position in combinations]
+    names = ("prompt", "width", "height", "seed", "batch_size", "batch_index")
+    return [
+        dataclasses.replace(base, **dict(zip(names, (prompt, *size, seed, *position), strict=True)))
+        for prompt, size, seed, position in combinations
+    ]
 
 
 def read_prompts(path: str) -> list[str]:

@@ -189,7 +189,7 @@ def lowered_decoder(size: int) -> Any:
     from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
     from anima_jax.parallel.mesh import current_mesh, replicated
     from anima_jax.platform import lower
-    from anima_jax.sampling.pipeline import decode_latents
+    from anima_jax.sampling.latent_codec import decode_latents
 
     graphdef, params = abstract(lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs))
     place = replicated(current_mesh())

@@ -158,8 +158,9 @@ def sample(sizes: Sizes) -> Result:
     from anima_jax.diffusion.samplers.plan import make_plan
     from anima_jax.models.parameters import cast_to_compute
     from anima_jax.sampling import program
+    from anima_jax.sampling.context import Context
+    from anima_jax.sampling.evaluation import SharedInputs
     from anima_jax.sampling.packing import TokenPacking
-    from anima_jax.sampling.program import Context, SharedInputs
 
     graphdef, params = random_transformer(sizes)
     params = cast_to_compute(params, jnp.bfloat16)

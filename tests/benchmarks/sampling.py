@@ -74,6 +74,8 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     from anima_jax.models.dit import AnimaDiT
     from anima_jax.models.parameters import abstract, cast_to_compute
     from anima_jax.sampling import program
+    from anima_jax.sampling.context import Context
+    from anima_jax.sampling.evaluation import SharedInputs
     from anima_jax.sampling.packing import TokenPacking
 
     graphdef, _ = abstract(lambda rngs: AnimaDiT(config, rngs=rngs))
@@ -81,7 +83,7 @@ def our_calls(params, config, dtype: str, options: argparse.Namespace) -> Calls:
     noise, contexts, levels = inputs(options, config.context_width)
     packing = TokenPacking([noise.shape[1:4]])
     plan = make_plan(SAMPLERS["euler"].formulas, levels, 3.0)
-    shared = program.SharedInputs(packing.size_b3, program.Context(jax.device_put(contexts), None))
+    shared = SharedInputs(packing.size_b3, Context(jax.device_put(contexts), None))
     scales = np.full(options.steps, GUIDANCE_SCALE, np.float32)
 
     def run(callback=None):

@@ -90,8 +90,8 @@ def test_graphs_are_valid_and_say_what_the_request_says(request_, params, files)
             check_value(graph, value, expected[name])
     assert "left_out_for_comfyui" not in text["anima_jax"]
     recipe = from_text("x.png", {"prompt": text["prompt"]})
-    defaults = dataclasses.asdict(ImageRequest("")) | dataclasses.asdict(SamplingParams())
-    assert defaults | recipe.values == dataclasses.asdict(request_) | dataclasses.asdict(SamplingParams(**params))
+    defaults = ImageRequest("").settings() | dataclasses.asdict(SamplingParams())
+    assert defaults | recipe.values == request_.settings() | dataclasses.asdict(SamplingParams(**params))
     names = {name: re.split(r"[\\/]", file)[-1] for name, file in (FILES | files).items()}
     assert (recipe.files, recipe.messages) == (names, [])
     assert recipe.loras == [(name.split("/")[-1], weight) for name, weight in LORAS]

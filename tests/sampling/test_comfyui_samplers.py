@@ -38,7 +38,7 @@ NODES = {
 
 
 def graph_of(**params):
-    values = dataclasses.asdict(ImageRequest("a")) | dataclasses.asdict(SamplingParams(**params))
+    values = ImageRequest("a").settings() | dataclasses.asdict(SamplingParams(**params))
     return comfyui_graph(values, {"transformer": "t.safetensors", "vae": "v.safetensors", "text_encoder": "q"}, [])
 
 

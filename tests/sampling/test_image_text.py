@@ -54,7 +54,7 @@ LOADING = {"dtype": "float32", "comfyui_dora": True}
 
 
 def values_of(request: ImageRequest, params: SamplingParams) -> dict[str, object]:
-    return dataclasses.asdict(request) | dataclasses.asdict(params)
+    return request.settings() | dataclasses.asdict(params)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])
@@ -70,9 +70,8 @@ def test_a_file_keeps_every_setting_in_a_folder_that_is_made(tmp_path, suffix):
 
 
 def test_no_setting_of_these_tests_is_a_default():
-    for kind, changed in ((ImageRequest(""), REQUEST), (SamplingParams(), PARAMS)):
-        defaults = dataclasses.asdict(kind)
-        assert all(value != defaults[name] for name, value in dataclasses.asdict(changed).items())
+    defaults = values_of(ImageRequest(""), SamplingParams())
+    assert all(value != defaults[name] for name, value in values_of(REQUEST, PARAMS).items())
 
 
 @given(st.floats(0.001, 1.0), st.text(), st.integers(0, 2**64 - 1))

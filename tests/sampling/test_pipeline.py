@@ -141,7 +141,7 @@ def test_a_seed_gives_the_same_image_before_and_after_saving_and_loading(pipelin
     save_dit(tmp_path / "again.safetensors", parameters.split(model)[1])
     offloaded = load(tmp_path / "again.safetensors", offload=True)
     np.testing.assert_array_equal(np.asarray(offloaded("a red circle", **SETTINGS)[0]), before)
-    idle = [*offloaded._vae_params.values(), *offloaded.text_encoder_params.values()]
+    idle = [*offloaded._vae.params.values(), *offloaded.text_encoder_params.values()]
     assert all(isinstance(array, np.ndarray) for array in idle)
     direct = AnimaPipeline(
         model,
@@ -424,7 +424,7 @@ def test_the_vae_runs_in_tiles_after_it_ran_out_of_memory(pipeline, monkeypatch,
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9GiB")
         return latents[..., :3].repeat(8, 2).repeat(8, 3)
 
-    monkeypatch.setattr("anima_jax.sampling.pipeline.decode_latents", decode)
+    monkeypatch.setattr("anima_jax.sampling.latent_codec.decode_latents", decode)
     np.testing.assert_allclose(pipeline.decode([latents])[0][:, ::8, ::8], latents[..., :3], rtol=1e-6)
     assert capsys.readouterr().err == "the VAE ran out of memory: it runs in tiles of 1024 pixels\n"
 

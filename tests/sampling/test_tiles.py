@@ -11,7 +11,7 @@ from PIL import Image
 from anima_jax.checkpoints.models import load_vae
 from anima_jax.data.shapes import draw, scenes
 from anima_jax.models import parameters
-from anima_jax.sampling.pipeline import decode_latents, encode_pixels
+from anima_jax.sampling.latent_codec import decode_latents, encode_pixels
 from anima_jax.sampling.tiles import TILE, in_tiles, tile_side, vae_bytes
 from tests.models.networks import normal
 from tests.small_run import ASSETS
