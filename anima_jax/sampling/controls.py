@@ -18,8 +18,8 @@ class Control:
 
     `strength` multiplies what the network adds; it acts in the sampling from `start_percent` to `end_percent`, 0 (first
     step) to 1. `mask`, for inpainting networks, is white where the picture is drawn anew. Pictures are files or images.
-    With a `kind`, such as "canny" or "canny:50:150" (`data.preprocessors`), `image` is an ordinary picture, of which the
-    control picture is made.
+    With a `kind`, such as "canny" or "canny:50:150" (`data.preprocessors`), `image` is an ordinary picture from which
+    the control picture is made.
     """
 
     path: Any
