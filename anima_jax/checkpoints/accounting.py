@@ -164,12 +164,12 @@ def require_match(
     found: Mapping[str, StoredTensor],
     unknown: Iterable[str],
     *,
-    allow_unused: bool = False,
+    allow_unused: bool | None = False,
 ) -> list[str]:
     """Return the keys of `found` (name → tensor) and `unknown` that are not among the `expected` tensors.
 
     Raises UserError unless every expected tensor is there in its shape, and, unless `allow_unused`, if there are
-    others.
+    others. None is False where nobody can ask for it: the message does not name it.
     """
     names = {tensor.name for tensor in expected}
     unused = [*unknown, *(source.key for name, source in found.items() if name not in names)]
@@ -184,7 +184,7 @@ def require_match(
     only_unused = not (missing or misshapen)
     if listed and not (only_unused and allow_unused):
         advice = "; --allow_unused (allow_unused=True) goes on without them"
-        few = only_unused and len(unused) <= MOST_UNUSED * len(expected)
+        few = allow_unused is not None and only_unused and len(unused) <= MOST_UNUSED * len(expected)
         raise UserError(f"{path}: does not fit the {title}; {'; '.join(listed)}{advice if few else ''}")
     return unused
 

@@ -141,7 +141,8 @@ class Checkpoint:
         wanted = dtype.get(path) if isinstance(dtype, Mapping) else dtype
         stored = self.abstract[path].dtype if wanted is None else np.dtype(wanted)
         indices = (sharding or SingleDeviceSharding(jax.local_devices()[0])).addressable_devices_indices_map(shape)
-        shards = {bounds: np.empty(_sizes(bounds), stored) for bounds in (_bounds(i, shape) for i in indices.values())}
+        # Zeros: a control network need not have a module in every block.
+        shards = {bounds: np.zeros(_sizes(bounds), stored) for bounds in (_bounds(i, shape) for i in indices.values())}
         layered = tensors[0].layer is not None
         rows = _rows_of(tensors[0], [bounds[1:] if layered else bounds for bounds in shards])
         for tensor in tensors:
@@ -297,15 +298,20 @@ def fit(
     except UserError as error:
         hint = accounting.foreign_hint({source.key: source.info for source in sources.values()}, network.title)
         raise UserError(*(f"{message}{hint}" for message in error.messages)) from error
+    abstract = stored_dtypes(abstract, tensors, sources)
+    return Checkpoint(config, graphdef, abstract, tensors, sources, metadata, located, label, unused)
+
+
+def stored_dtypes(abstract: Params, tensors: Sequence[FileTensor], sources: Mapping[str, StoredTensor]) -> Params:
+    """Return the shapes of parameters with the dtypes in which a file has their tensors."""
     stored: dict[str, np.dtype[Any]] = {}
     for tensor in tensors:
         dtype = sources[tensor.name].info.dtype
         stored[tensor.path] = _wider(stored.get(tensor.path, dtype), dtype)
-    abstract = {
+    return {
         path: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(stored[path]))
         for path, leaf in abstract.items()
     }
-    return Checkpoint(config, graphdef, abstract, tensors, sources, metadata, located, label, unused)
 
 
 @functools.lru_cache(maxsize=8)
@@ -354,6 +360,8 @@ def save_dit(
     Arguments and errors are those of `save_network`. Raises UserError, too, for a transformer with a LoRA or the like.
     """
     params = parameters.split(dit)[1] if isinstance(dit, AnimaDiT) else dit
+    if any(name.startswith("control.") for name in params):
+        raise UserError(f"{path}: the transformer has a control network, which save_control writes")
     if any(name.endswith(f".{SCALE}") for name in params):
         raise UserError(f"{path}: the transformer has an adapter, which save_adapter writes")
     save_network(DIT, path, params, dtype=dtype, metadata=metadata)
@@ -375,6 +383,17 @@ def save_network(
     cannot be written or a value overflows in `dtype`.
     """
     tensors = {network.saved_prefix + tensor.name: tensor for tensor in file_tensors(network.rules(config), params)}
+    write_parameters(path, tensors, params, dtype, {"format": "pt"} if metadata is None else metadata)
+
+
+def write_parameters(
+    path: PathLike,
+    tensors: Mapping[str, FileTensor],
+    params: Params,
+    dtype: DTypeLike | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the `tensors` (key → where in `params`) as `save_network` does."""
 
     def stored_dtype(tensor: FileTensor) -> np.dtype[Any]:
         return np.dtype(params[tensor.path].dtype if dtype is None else dtype)
@@ -386,4 +405,4 @@ def save_network(
         return copying.contiguous(tensor.layout.to_file(copying.cast(values, stored_dtype(tensor), key)))
 
     infos = [safetensors.TensorInfo(key, stored_dtype(tensor), tensor.shape) for key, tensor in tensors.items()]
-    gathered.write(path, infos, array_of, {"format": "pt"} if metadata is None else metadata)
+    gathered.write(path, infos, array_of, metadata)

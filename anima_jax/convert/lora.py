@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from anima_jax.adapters import dora, peft
-from anima_jax.adapters.depths import DEPTHS, remapped
+from anima_jax.adapters.depths import remapped
 from anima_jax.adapters.dialects import COMFYUI, DIALECTS
 from anima_jax.adapters.file import open_adapter, write_adapter
 from anima_jax.adapters.opening import NETWORKS, WEIGHTS, files_of
 from anima_jax.adapters.patch import FLOAT32, Patch
 from anima_jax.checkpoints.accounting import looks_like, original_names
 from anima_jax.checkpoints.copying import contiguous
+from anima_jax.checkpoints.depths import DEPTHS
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.convert import outputs
 from anima_jax.errors import NotFiniteError, UserError, plural, shorten

@@ -202,7 +202,8 @@ class ControlModule(nnx.Module):
         """Return x + strength · the module's term, in the dtype of `x_bld`."""
         dtype = x_bld.dtype
         # The sum is in float32, so that the embedding's gradient is, too: it adds up over all layers.
-        steered_ble = constrain((embedding_ble.astype(jnp.float32) + self.depth_bias[...]).astype(dtype), "ble")
+        sum_ble = embedding_ble.astype(jnp.float32) + self.depth_bias[...].astype(jnp.float32)
+        steered_ble = constrain(sum_ble.astype(dtype), "ble")
         scale_blm, shift_blm = jnp.split(self.cond_to_film(steered_ble), 2, axis=-1)
         hidden_blm = self.mid(jnp.concatenate([steered_ble, silu(self.down(x_bld))], axis=-1))
         hidden_blm = _modulated_silu(hidden_blm, scale_blm, shift_blm)
@@ -321,7 +322,7 @@ class GroupNorm(nnx.Module):
         centred = x32 - mean
         variance = jnp.sum(jnp.where(real, jnp.square(centred), 0.0), axis=(1, 2, 4), keepdims=True) / count
         normed = (centred * jax.lax.rsqrt(variance + NORM_EPS)).reshape(x.shape)
-        return normed * self.scale[...] + self.bias[...]
+        return normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):
@@ -335,7 +336,8 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + NORM_EPS) * self.scale[...] + self.bias[...]
+        normed = centred * jax.lax.rsqrt(variance + NORM_EPS)
+        return normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
 
 
 class Tokens:

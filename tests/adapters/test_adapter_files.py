@@ -11,12 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from anima_jax.adapters import dialects as names
 from anima_jax.adapters import planning
-from anima_jax.adapters.depths import depth_map, remapped
+from anima_jax.adapters.depths import remapped
 from anima_jax.adapters.dialects import DIALECTS
 from anima_jax.adapters.file import Adapter, fit_to_weights, open_adapter, write_adapter
 from anima_jax.adapters.merge import AdapterStack
 from anima_jax.adapters.modules import adapter_spec
 from anima_jax.adapters.patch import Part, Patch, truncated
+from anima_jax.checkpoints.depths import depth_map
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.errors import UserError, shell_command
 from anima_jax.models import parameters
