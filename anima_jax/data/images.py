@@ -74,10 +74,11 @@ def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarra
 def read_picture(data: bytes, name: str) -> Image.Image:
     """Return the image in `data`, an encoded file, upright and with its transparency, 8 bits per channel.
 
-    Raises UserError if `data` is not a complete still image in one of `FORMATS`.
+    The first frame of an animated PNG is used. Raises UserError if `data` is not a complete image in one of `FORMATS`,
+    and for an animated GIF.
     """
     with opened(data, name) as image:
-        if getattr(image, "is_animated", False):
+        if image.format == "GIF" and getattr(image, "is_animated", False):
             raise UserError("is a video, expected a picture")
         return eight_bit(_upright(image, data)).copy()
 

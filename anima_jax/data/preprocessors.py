@@ -202,7 +202,13 @@ def control_picture(
     used.
     """
     kind = Preprocessor.parse(kind) if isinstance(kind, str) else kind
-    made = kind(picture if isinstance(picture, Image.Image) else Image.fromarray(picture), size_wh)
+    if not isinstance(picture, Image.Image):
+        picture = np.asarray(picture)
+        shape = picture.shape
+        if picture.dtype != np.uint8 or shape[2:] not in ((), (3,), (4,)) or 0 in shape or len(shape) < 2:
+            raise UserError(f"{picture.dtype} pixels of shape {shape}, expected uint8 (y, x), (y, x, 3) or (y, x, 4)")
+        picture = Image.fromarray(picture)
+    made = kind(picture, size_wh)
     if made.shape[2] == 4:
         made = np.dstack([made[..., :3], 255 - made[..., 3]])
     return Image.fromarray(made)

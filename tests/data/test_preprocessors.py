@@ -111,6 +111,12 @@ def test_a_text_that_says_no_control_picture_is_refused(text, error):
     assert error in str(refused.value)
 
 
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4), np.uint8)])
+def test_pixels_of_another_form_are_refused(pixels):
+    with pytest.raises(UserError, match="expected uint8"):
+        control_picture(pixels, "grey")
+
+
 # The command
 
 
