@@ -6,7 +6,7 @@ draws those again, from their captions and the edges of the drawings, and prints
 drawn shape with the control's, with and without the control network; `--grid` writes edges above pictures. RUN is the
 folder of a run of configs/shapes.toml, FILE the control network or the folder of its run.
 
-The shapes are smaller than in the quick start, and anywhere in the picture: without control the model draws them in the
+The shapes are anywhere in the picture: without control the model draws them in the
 middle.
 """
 
@@ -41,7 +41,7 @@ def drawings(number: int, *, held_out: bool) -> list[tuple[Scene, np.ndarray]]:
     found, own = [], scenes(held_out=held_out)
     for index in range(number):
         rng = np.random.default_rng([11, held_out, index])
-        radius = rng.uniform(10.0, 16.0)
+        radius = rng.uniform(14.0, 20.0)
         x, y = rng.uniform(radius + 1.0, SIZE - radius - 1.0, size=2)
         scene = own[index % len(own)]
         found.append((scene, draw(scene, (x, y), radius)))
