@@ -7,7 +7,9 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import sys
+import threading
 from types import FrameType
 
 from anima_jax.exit_codes import INTERRUPTED, STOPPED
@@ -38,6 +40,7 @@ def _run(module: str, stops: tuple[str, ...] = ()) -> None:
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _end)
     _open_standard_streams()
+    _end_at_the_second()
     from anima_jax.errors import NO_FOLDER, in_a_folder  # only now: every import takes time without the handlers
 
     if not in_a_folder():
@@ -57,6 +60,24 @@ def _open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+def _end_at_the_second() -> None:
+    """End the process at its second SIGINT or SIGTERM, even while it compiles.
+
+    Python's handlers run between instructions of the main thread: during minutes in XLA, several signals are one.
+    """
+    received, written = socket.socketpair()
+    written.setblocking(False)
+    signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        numbers = list[int]()
+        while len(numbers) < 2 and written.fileno() >= 0:  # which keeps the socket open
+            numbers += [number for number in received.recv(64) if number in (signal.SIGINT, signal.SIGTERM)]
+        os._exit(INTERRUPTED if numbers[-1] == signal.SIGINT else 128 + numbers[-1])
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

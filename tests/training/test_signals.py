@@ -118,6 +118,22 @@ def test_the_first_interrupt_saves_and_says_how_to_end_at_once(loop):
     assert "saving a checkpoint after the current step; press Ctrl-C again to end at once" in process.stderr.read()
 
 
+def test_the_second_interrupt_ends_a_process_that_compiles(tmp_path):
+    # A call into C for minutes, as XLA's compilation is one: Python's handler waits for its end.
+    body = "def main():\n print('ready', flush=True)\n hashlib.pbkdf2_hmac('sha256', b'', b'', 10**10)\n"
+    (tmp_path / "compiles.py").write_text("import hashlib\n" + body)
+    code = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import anima_jax.launch as l; l._run('{}')"
+    command = [sys.executable, "-c", code.format("compiles")]
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+
+
 @pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_ignored(loop):
     process = loop("nohup")
