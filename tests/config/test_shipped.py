@@ -19,6 +19,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MAIN_FILES = sorted(path.name for path in CONFIGS.glob("*.toml") if "dataset" not in path.name)
 DATASETS = sorted(path.name for path in CONFIGS.glob("*dataset.toml"))
 
+PICTURES = ("data/pictures", "data/clips", "data/shapes_control/pictures", "data/shapes_control/edges")
+
 
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
@@ -30,7 +32,7 @@ def configs(tmp_path, monkeypatch):
             root = folder if name.startswith("..") else tmp_path
             (root / name).resolve().parent.mkdir(parents=True, exist_ok=True)
             (root / name).touch()
-    for name in ("anima_jax/assets/tokenizers/qwen", "anima_jax/assets/tokenizers/t5", "data/pictures", "data/clips"):
+    for name in ("anima_jax/assets/tokenizers/qwen", "anima_jax/assets/tokenizers/t5", *PICTURES):
         (tmp_path / name).mkdir(parents=True)
     return folder
 
