@@ -75,6 +75,13 @@ def packed_references(packing: TokenPacking, latents: Sequence[Sequence[np.ndarr
     return ReferenceTokens(joined.pack(clips), frames_b)
 
 
+def layout(size_b3: np.ndarray, length: int, references: ReferenceTokens | None) -> tuple[np.ndarray, int]:
+    """Return the sizes of images with their references, and the token budget of both; `length` is the images' own."""
+    if references is None:
+        return size_b3, length
+    return np.asarray(references.sizes(size_b3)), references.tokens_blc.shape[1]
+
+
 def join(x_blc: Array, size_b3: Array, references: ReferenceTokens | None) -> tuple[Array, Array]:
     """Return what the network sees of images: their tokens, those of their references and padding; and its sizes."""
     if references is None:

@@ -1,9 +1,10 @@
 """The quick start's model learns one edit from pairs of pictures, "make it red".
 
-`python -m tests.benchmarks.edit --run RUN --folder NEW` writes pairs of pictures, trains a LoRA on them as a user would,
+`python -m tests.benchmarks.edit --run RUN --folder NEW` writes pairs of pictures, trains a LoRA on them as a user would
 and edits 32 pictures of scenes that neither the model nor the LoRA saw: the reference's shape and place should stay,
 and its colour change. Printed are the intersection over union of the drawn shape with the reference's, with and without
-the reference, and the shares of pictures that are red and that keep shape and background. `--grid` writes references above their edits. RUN is the folder of a run of configs/shapes.toml.
+the reference, and the shares of pictures that are red and that keep shape and background. `--grid` writes references
+above their edits. RUN is the folder of a run of configs/shapes.toml.
 """
 
 import argparse
