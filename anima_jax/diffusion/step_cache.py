@@ -116,14 +116,14 @@ class StepCache:
         start, end = (percent_to_sigma(fraction, shift) for fraction in self.interval)
         return Limits(*map(np.float32, (self.threshold, start, end)))
 
-    def initial(self, shape_blc: tuple[int, int, int], width: int, dtype: Any) -> State:
+    def initial(self, shape_blc: tuple[int, int, int], stream_ld: tuple[int, int], dtype: Any) -> State:
         """Return the state before the first evaluation, on the host; arrays of zeros take no memory there.
 
-        `width` and `dtype` are those of the residual stream.
+        `stream_ld` and `dtype` are the tokens, width and dtype of the residual stream.
         """
         known_p, saved = np.zeros(PROMPTS, bool), np.zeros((), np.int32)
         if self.method == "first_block":
-            zeros_rld = np.broadcast_to(np.zeros((), dtype), (PROMPTS * shape_blc[0], shape_blc[1], width))
+            zeros_rld = np.broadcast_to(np.zeros((), dtype), (PROMPTS * shape_blc[0], *stream_ld))
             return FirstBlockState(zeros_rld, zeros_rld, known_p, saved)
         zeros_pblc = np.broadcast_to(np.float32(0.0), (PROMPTS, *shape_blc))
         unknown_b, change_b = np.full(shape_blc[0], np.nan, np.float32), np.zeros(shape_blc[0], np.float32)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.step_cache import FirstBlockState
 from anima_jax.models.constraints import partition_spec
-from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
+from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.platform import lower
@@ -20,6 +20,7 @@ from anima_jax.sampling import evaluation, program
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.packing import TokenPacking, is_padded
+from anima_jax.sampling.references import layout, packed_references
 from anima_jax.sampling.request import SamplingParams
 
 
@@ -32,12 +33,13 @@ def lowered_sampling(
     images: int,
     *,
     short: bool,
+    references: int = 0,
 ) -> Any:
     """Return the program of at most `program.LEVELS` steps for so many images of this size in pixels, lowered.
 
     It is that of `program.sample`, for the current mesh and the hardware of `compiling_for`. `params` are shapes with
-    shardings. `short` says that no prompt has more than `program.SHORT_CONTEXT` tokens; others have up to 512. Noise of
-    steps comes from torch's streams, as arrays.
+    shardings. `short` says that no prompt has more than `program.SHORT_CONTEXT` tokens; others have up to 512. Each
+    image has as many `references`. Noise of steps comes from torch's streams, as arrays.
     """
     plan = samplers.sampler_plan(settings.sampler, settings.levels(), settings.shift, settings.sampler_options)
     width, height = size_wh
@@ -60,19 +62,22 @@ def lowered_sampling(
         )
 
     keys_values, modulations = jax.eval_shape(keys_and_levels, params)
-    shared = evaluation.SharedInputs(packing.size_b3, Context(keys_values, None), settings.variants)
+    reference = np.zeros((1, *packing.size_b3[0, 1:], OUT_CHANNELS), np.float32)
+    others = packed_references(packing, [[reference] * references] * images)
+    seen_b3, seen = layout(packing.size_b3, others)
+    shared = evaluation.SharedInputs(packing.size_b3, Context(keys_values, None), settings.variants, references=others)
     run = functools.partial(
         program.advance,
         graphdef=graphdef,
         with_negative=with_negative,
         both=plan.both,
-        padded=is_padded(packing.size_b3, packing.length),
+        padded=is_padded(seen_b3, seen),
         zero_context=CONTEXT_ROWS - rows,
         dtype=dtype,
     )
     cache = settings.step_cache
     shared = shared._replace(cache_limits=cache and cache.limits(settings.shift))
-    cached = program.initial_cache(params, packing.shape, dtype, cache)
+    cached = program.initial_cache(params, packing.shape, seen, dtype, cache)
     cached = on_devices(cached, program.STREAM_AXES if isinstance(cached, FirstBlockState) else None)
     carry = on_devices(program.Carry([tokens] * plan.factors_nkj.shape[1], tokens))._replace(cached=cached)
     inputs = on_devices((steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))

@@ -23,6 +23,7 @@ from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.packing import every_eighth, grid_of, real_values, wrapped
+from anima_jax.sampling.references import ReferenceTokens, join
 
 
 class GuidanceInputs(NamedTuple):
@@ -54,6 +55,7 @@ class SharedInputs(NamedTuple):
     inpaint: InpaintMask | None = None
     noise_keys_b3: Any = None
     cache_limits: Limits | None = None
+    references: ReferenceTokens | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +96,12 @@ class Denoiser:
 
     def velocities(self, x_blc: Array, step: StepInputs, level: Modulations, **more: Any) -> Array:
         """Return the network's velocities (r, l, c) of all rows; `level` are the AdaLN values of the noise level."""
-        size_r3 = jnp.concatenate([self.shared.size_b3] * self.prompts)
-        x_rlc = wrapped(jnp.concatenate([x_blc] * self.prompts).astype(self.dtype), size_r3)
+        seen_blc, size_b3 = join(x_blc, self.shared.size_b3, self.shared.references)
+        size_r3 = jnp.concatenate([size_b3] * self.prompts)
+        x_rlc = wrapped(jnp.concatenate([seen_blc] * self.prompts).astype(self.dtype), size_r3)
         context, lengths_r = self.shared.context
         options = {**self.options, "context_lengths_b": lengths_r, "remat": "none", **more}
-        return self.model.velocity(x_rlc, grid_of(size_r3), level, context, **options)
+        return self.model.velocity(x_rlc, grid_of(size_r3), level, context, **options)[:, : x_blc.shape[1]]
 
     def estimates(self, x_blc: Array, step: StepInputs, velocities_rlc: Array) -> Estimates:
         """Return the clean images that the rows' velocities lead to. Padding stays zero.
@@ -134,7 +137,8 @@ def from_cache(
     found: list[FirstBlockState] = []
 
     def after_first(before_bld: Array, after_bld: Array, rest: Callable[[Array], Array]) -> Array:
-        real_bl = real_blc[..., 0]
+        # References and padding, which may follow, are not compared.
+        real_bl = jnp.pad(real_blc[..., 0], ((0, 0), (0, before_bld.shape[1] - length)))
         out_bld, state = step_cache.run_after_first(cached, limits, sigma, before_bld, after_bld, real_bl, rest)
         found.append(state)
         return out_bld

@@ -53,6 +53,7 @@ from anima_jax.sampling.matching import check_networks
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.prompt_loras import remark
+from anima_jax.sampling.references import EncodedReferences, given_references, packed_references
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_dtype, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
@@ -89,6 +90,7 @@ class AnimaPipeline:
         self.dit_params = cast_to_compute(params, dtype)
         self._vae = LatentCodec(vae, self.dtype)
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
+        self._references = EncodedReferences()
         self._loras: AdapterStack | None = None
         self.savings = Savings()
         self._said: set[str] = set()
@@ -182,6 +184,7 @@ class AnimaPipeline:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         controls: Sequence[Control | Sequence[Control]] = (),
+        references: Any = (),
         progress: bool = False,
         **params: Any,
     ) -> list[Image.Image]:
@@ -191,11 +194,13 @@ class AnimaPipeline:
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
         below 1); it is kept where `mask` is black. `controls` are those of all images, or a sequence of them for each
-        image. `params` are the fields of `SamplingParams`: steps, guidance_scale,
+        image; so are the `references`, PIL images or paths. `params` are the fields of `SamplingParams`: steps, guidance_scale,
         sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be given as they
         are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
         """
-        requests = batch_of_requests(prompt, width, height, seed, batch_size, controls=controls)
+        requests = batch_of_requests(
+            prompt, width, height, seed, batch_size, controls=controls, references=given_references(references)
+        )
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
 
@@ -269,6 +274,11 @@ class AnimaPipeline:
                     by_request.get(request, by_batch[dataclasses.replace(request, batch_index=0)])
                     for request in requests
                 ],
+                references=self._references(
+                    [request.references for request in requests],
+                    [(request.width, request.height) for request in requests],
+                    lambda pixels_tyxc: self.encode_image(pixels_tyxc, params.tile),
+                ),
                 mask=mask,
                 callback=callback,
             )
@@ -319,12 +329,14 @@ class AnimaPipeline:
         params: SamplingParams,
         *,
         originals: Sequence[np.ndarray] | None = None,
+        references: Sequence[Sequence[np.ndarray]] = (),
         mask: np.ndarray | None = None,
         callback: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Return each image's normalised latents (t, y, x, c), float32, sampled along `sigmas`.
 
-        Sampling starts at the first level on the line from `originals` (zeros if None) to `noise`. Latents stay
+        Sampling starts at the first level on the line from `originals` (zeros if None) to `noise`. `references` are the
+        latents (1, y, x, c) of each image's reference pictures, of its size. Latents stay
         `originals` where `mask` (1, y, x, 1) is 0. If the last level σ is above 0 they are divided by 1 − σ, as in
         ComfyUI, where another sampling multiplies them by it to go on from there.
         """
@@ -340,6 +352,7 @@ class AnimaPipeline:
         cache = params.step_cache
         limits = cache and cache.limits(params.shift)
         shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3, limits)
+        shared = shared._replace(references=packed_references(packing, references))
         caching: Any = {"cache": cache, "savings": self.savings}
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:

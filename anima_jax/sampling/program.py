@@ -36,6 +36,7 @@ from anima_jax.sampling.context import Context
 from anima_jax.sampling.evaluation import Denoiser, GuidanceInputs, SharedInputs
 from anima_jax.sampling.finite import all_finite
 from anima_jax.sampling.packing import TokenPacking, is_padded, real_values
+from anima_jax.sampling.references import layout
 
 LEVELS = 32
 """Noise levels whose AdaLN values are computed together and are on the device at a time: 66 MB for the released model.
@@ -119,7 +120,7 @@ class Evaluations:
     def __init__(self, params: Params, graphdef: nnx.GraphDef[Any], dtype: Any, shared: SharedInputs):
         self.params, self.graphdef, self.dtype = params, graphdef, dtype
         self.shared = replicate(shared)
-        self._size_b3 = np.asarray(shared.size_b3)
+        self._seen_b3, self._tokens = layout(shared.size_b3, shared.references)
         rows_bnd, lengths_b = self.shared.context
         self._all_rows = rows_bnd.shape[1]
         is_short = lengths_b is None and self._all_rows > SHORT_CONTEXT and int(used_rows(rows_bnd)) <= SHORT_CONTEXT
@@ -129,7 +130,7 @@ class Evaluations:
 
     def initial(self, arrays: list[Any], cache: StepCache | None) -> Carry:
         """Return what is passed on to the first evaluation, with the sampler's arrays."""
-        cached = initial_cache(self.params, arrays[0].shape, self.dtype, cache)
+        cached = initial_cache(self.params, arrays[0].shape, self._tokens, self.dtype, cache)
         if isinstance(cached, FirstBlockState):
             cached = shard(cached, STREAM_AXES)
         return Carry(arrays, np.zeros_like(arrays[0]), cached)
@@ -154,7 +155,7 @@ class Evaluations:
                 graphdef=self.graphdef,
                 with_negative=bool(with_negative),
                 both=plan.both,
-                padded=is_padded(self._size_b3, estimate_blc.shape[1]),
+                padded=is_padded(self._seen_b3, self._tokens),
                 zero_context=self._all_rows - self._rows,
                 dtype=self.dtype,
             )
@@ -196,10 +197,11 @@ class Evaluations:
 
 
 def initial_cache(
-    params: Params, shape_blc: tuple[int, int, int], dtype: Any, cache: StepCache | None
+    params: Params, shape_blc: tuple[int, int, int], tokens: int, dtype: Any, cache: StepCache | None
 ) -> step_cache.State | None:
-    """Return what the step cache remembers before the first evaluation, on the host."""
-    return cache and cache.initial(shape_blc, params["blocks.cross_attn.k_proj.kernel"].shape[-1], stream_dtype(dtype))
+    """Return what the step cache remembers before the first evaluation, on the host; the network sees `tokens`."""
+    stream = tokens, params["blocks.cross_attn.k_proj.kernel"].shape[-1]
+    return cache and cache.initial(shape_blc, stream, stream_dtype(dtype))
 
 
 @jax.jit

@@ -52,6 +52,19 @@ class Reference:
         return ImageOps.fit(self.picture, (width, height), Image.Resampling.BICUBIC)
 
 
+def given_references(given: Any) -> list[Any]:
+    """Return the references of all images, or a list of each image's. A single picture is that of all.
+
+    Raises UserError for what is no picture.
+    """
+    if isinstance(given, Image.Image | str | os.PathLike | Reference):
+        return [Reference.of(given)]
+    each = list(given)
+    if any(isinstance(one, list | tuple) for one in each):
+        return [[Reference.of(x) for x in (one if isinstance(one, list | tuple) else [one])] for one in each]
+    return [Reference.of(one) for one in each]
+
+
 class ReferenceTokens(NamedTuple):
     """The references of a batch: their tokens, at the places after each image's own, and each image's frames."""
 
@@ -75,11 +88,10 @@ def packed_references(packing: TokenPacking, latents: Sequence[Sequence[np.ndarr
     return ReferenceTokens(joined.pack(clips), frames_b)
 
 
-def layout(size_b3: np.ndarray, length: int, references: ReferenceTokens | None) -> tuple[np.ndarray, int]:
-    """Return the sizes of images with their references, and the token budget of both; `length` is the images' own."""
-    if references is None:
-        return size_b3, length
-    return np.asarray(references.sizes(size_b3)), references.tokens_blc.shape[1]
+def layout(size_b3: Any, references: ReferenceTokens | None) -> tuple[np.ndarray, int]:
+    """Return the sizes of images with their references, and the token budget of both."""
+    seen_b3 = np.asarray(size_b3 if references is None else references.sizes(size_b3))
+    return seen_b3, TokenPacking(seen_b3.tolist()).length
 
 
 def join(x_blc: Array, size_b3: Array, references: ReferenceTokens | None) -> tuple[Array, Array]:
@@ -93,26 +105,28 @@ def join(x_blc: Array, size_b3: Array, references: ReferenceTokens | None) -> tu
 
 
 class EncodedReferences:
-    """Encodes each reference once for each size; those of the latest batch are kept for the next.
+    """Encodes each reference once for each size; those of the latest batch are kept for the next."""
 
-    `encode` returns the latents (1, y, x, 16) of pixels (1, y, x, 3) in [−1, 1].
-    """
-
-    def __init__(self, encode: Callable[[np.ndarray], np.ndarray]):
-        self._encode = encode
+    def __init__(self) -> None:
         self._known: dict[tuple[str, int, int], np.ndarray] = {}
 
     def __call__(
-        self, references: Sequence[Sequence[Reference]], sizes_wh: Sequence[tuple[int, int]]
+        self,
+        references: Sequence[Sequence[Reference]],
+        sizes_wh: Sequence[tuple[int, int]],
+        encode: Callable[[np.ndarray], np.ndarray],
     ) -> list[list[np.ndarray]]:
-        """Return the latents of each image's references at its size in pixels."""
+        """Return the latents of each image's references at its size in pixels.
+
+        `encode` returns the latents (1, y, x, 16) of pixels (1, y, x, 3) in [−1, 1].
+        """
         known: dict[tuple[str, int, int], np.ndarray] = {}
         for of_image, size in zip(references, sizes_wh, strict=True):
             for reference in of_image:
                 key = (reference.digest, *size)
                 if key not in known:
                     found = self._known.get(key)
-                    known[key] = self._encode(to_pixels(reference.fitted(*size))) if found is None else found
+                    known[key] = encode(to_pixels(reference.fitted(*size))) if found is None else found
         self._known = known
         return [
             [known[reference.digest, *size] for reference in of_image]

@@ -22,6 +22,7 @@ from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, check_names, did_you_mean, show_value
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.images import PIXELS_PER_LATENT
+from anima_jax.sampling.references import Reference
 
 SIZE_STEP = PIXELS_PER_LATENT
 """Widths and heights are multiples of this many pixels."""
@@ -75,6 +76,7 @@ class ImageRequest:
     batch_size: int = 1
     batch_index: int = 0
     controls: tuple[Control, ...] = ()
+    references: tuple[Reference, ...] = ()
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -107,7 +109,7 @@ class ImageRequest:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
 
 
-INPUTS = ("controls",)
+INPUTS = ("controls", "references")
 """Fields of `ImageRequest` for what guides its sampling besides the prompt, each a tuple."""
 
 PLAIN = tuple(field.name for field in dataclasses.fields(ImageRequest) if field.name not in INPUTS)

@@ -97,6 +97,7 @@ def lowered_samples(config: MainConfig, partition: ParamPartition) -> Any:
         config.sample_size_wh,
         min(len(sample.prompts), sample.at_once * replicas(mesh.shape)),
         short=longest < SHORT_CONTEXT,
+        references=max(map(len, sample.references), default=0),
     )
 
 

@@ -70,8 +70,7 @@ def on_torch(peer, pipeline, request) -> np.ndarray:
         joined = np.pad(joined, [(0, 0), (0, rows % 2), (0, columns % 2), (0, 0)], mode="wrap")
         latents, times = np.moveaxis(joined, -1, 0)[None].astype(np.float32), np.array([sigma], np.float32)
         negative, positive = (
-            dit_peer.velocity(peer, latents, times, context)[0, :1, :rows, :columns]
-            for context in contexts
+            dit_peer.velocity(peer, latents, times, context)[0, :1, :rows, :columns] for context in contexts
         )
         x = x + (after - sigma) * (negative + EULER.guidance_scale * (positive - negative))
     return x

@@ -55,9 +55,9 @@ def test_a_reference_is_read_fitted_and_encoded_once_for_each_size(tmp_path):
         encoded.append(pixels.shape)
         return pixels
 
-    run = EncodedReferences(encode)
+    run = EncodedReferences()
     for _ in range(2):
-        run([(read, in_memory), (read,), ()], [(32, 32), (16, 32), (32, 32)])
+        run([(read, in_memory), (read,), ()], [(32, 32), (16, 32), (32, 32)], encode)
     assert encoded == [(1, 32, 32, 3), (1, 32, 16, 3)]
 
 
