@@ -194,13 +194,12 @@ class AnimaPipeline:
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
         below 1); it is kept where `mask` is black. `controls` are those of all images, or a sequence of them for each
-        image; so are the `references`, PIL images or paths. `params` are the fields of `SamplingParams`: steps, guidance_scale,
-        sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be given as they
-        are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
+        image; so are `references`, PIL images or paths. `params` are the fields of `SamplingParams`: steps,
+        guidance_scale, sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be
+        given as they are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
         """
-        requests = batch_of_requests(
-            prompt, width, height, seed, batch_size, controls=controls, references=given_references(references)
-        )
+        inputs = {"controls": controls, "references": given_references(references)}
+        requests = batch_of_requests(prompt, width, height, seed, batch_size, **inputs)
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
 
