@@ -196,7 +196,8 @@ class AnimaPipeline:
         below 1); it is kept where `mask` is black. `controls` are those of all images, or a sequence of them for each
         image; so are `references`, PIL images or paths. `params` are the fields of `SamplingParams`: steps,
         guidance_scale, sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be
-        given as they are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown name.
+        given as they are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown
+        name.
         """
         inputs = {"controls": controls, "references": given_references(references)}
         requests = batch_of_requests(prompt, width, height, seed, batch_size, **inputs)
