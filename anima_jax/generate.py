@@ -34,6 +34,7 @@ from anima_jax.sampling.arguments import (
     mesh_sizes,
     older_image,
     output_paths,
+    reference_pictures,
     resized,
     sampling_params,
 )
@@ -68,7 +69,7 @@ def generate(arguments: argparse.Namespace) -> None:
     sources = {name: getattr(arguments, name) or like.find(name, arguments.models) for name in IMAGES}
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
-    requests = image_requests(arguments, config, like, image)
+    requests = image_requests(arguments, config, like, image, reference_pictures(arguments, like))
     image, mask = (resized(part, requests[0]) for part in (image, mask))
     check_requests(requests, params, image, mask)
     requests, params, tagged = apply_tags(requests, params, arguments.lora_dir)

@@ -155,6 +155,11 @@ def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bytes
         raise UserError(f"{os.fspath(path)}: cannot be read: {os_reason(error)}") from None
 
 
+def is_video(data: bytes, name: str) -> bool:
+    """Return whether this is a video or an animated GIF, as far as its first bytes say."""
+    return _video_container(data, name) is not None
+
+
 def _video_container(data: bytes, name: str) -> str | None:
     """Return ffmpeg's name of the video container; None for images (including GIFs of one frame) and anything else.
 

@@ -23,7 +23,8 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.rules import AXES
 from anima_jax.sampling.image_text import read_recipe
 from anima_jax.sampling.images import image_format
-from anima_jax.sampling.recipe import Recipe, quoted
+from anima_jax.sampling.recipe import Recipe, find_file, quoted
+from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import (
     APG,
     PLAIN,
@@ -128,10 +129,29 @@ def sampler_options(arguments: argparse.Namespace, sampler: str) -> dict[str, An
     return check_options(sampler, options) if sampler in SAMPLERS else options
 
 
+def reference_pictures(arguments: argparse.Namespace, like: Recipe) -> tuple[Reference, ...]:
+    """Return the references that flags name, else those of the older image.
+
+    Prints which of the latter have changed. Raises UserError if one is not found or cannot be read.
+    """
+    if arguments.reference is not None:
+        return tuple(map(Reference.of, arguments.reference))
+    found = list[Reference]()
+    for name, digest in like.references:
+        found.append(Reference.of(find_file(like.path, "reference", name, arguments.models)))
+        if found[-1].digest != digest and hosts.is_process_0():
+            print(f"{found[-1].path}: is not the reference that {like.path} was made with", file=sys.stderr)
+    return tuple(found)
+
+
 def image_requests(
-    arguments: argparse.Namespace, config: MainConfig | None, like: Recipe, image: Image.Image | None
+    arguments: argparse.Namespace,
+    config: MainConfig | None,
+    like: Recipe,
+    image: Image.Image | None,
+    references: tuple[Reference, ...] = (),
 ) -> list[ImageRequest]:
-    """Return a request for every prompt in every size with every seed.
+    """Return a request for every prompt in every size with every seed, all with these references.
 
     What flags do not set is taken from the older image. Without one, the size is that of `image`, else the
     configuration's, else the default. Raises UserError if the size of `image` is needed but is not a multiple of
@@ -144,7 +164,7 @@ def image_requests(
         found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP} (nearest: {nearest})"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
     older = {name: like.values[name] for name in PLAIN if name in like.values}
-    base = ImageRequest(**{"prompt": "", "width": size[0], "height": size[1]} | older)
+    base = ImageRequest(**{"prompt": "", "width": size[0], "height": size[1]} | older, references=references)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompts:
         prompts = read_prompts(arguments.prompts)

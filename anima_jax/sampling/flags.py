@@ -14,7 +14,19 @@ from anima_jax.models.quantised import COMPUTED
 from anima_jax.parallel import hosts
 from anima_jax.sampling.request import RANDOM_SEED
 
-LOCAL = ("output", "image", "mask", "like", "prompts", "config", "checkpoint", "tokenizers", "embeddings", "lora_dir")
+LOCAL = (
+    "output",
+    "image",
+    "mask",
+    "reference",
+    "like",
+    "prompts",
+    "config",
+    "checkpoint",
+    "tokenizers",
+    "embeddings",
+    "lora_dir",
+)
 """Flags whose paths are on this machine; the files of networks and LoRAs may have addresses."""
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,7 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.quality is not None and not 1 <= arguments.quality <= 100:
         parser.error(f"--quality {arguments.quality}, expected 1 to 100")
     for flag in LOCAL:
-        for value in [getattr(arguments, flag)] if isinstance(getattr(arguments, flag), str) else []:
+        given = getattr(arguments, flag)
+        for value in [given] if isinstance(given, str) else given or []:
             check_local(f"--{flag}", value)
     for flag in ("at_once", "preview", "batch_size"):
         value = getattr(arguments, flag)
@@ -99,6 +112,12 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, help="images of each prompt, size and seed, their noise drawn together")
     add("--image", metavar="FILE", help="an image to start from")
     add("--mask", metavar="FILE", help="what to redraw of it: white or transparent pixels")
+    add(
+        "--reference",
+        action="append",
+        metavar="FILE",
+        help="a picture to edit, after which the image is drawn; several",
+    )
     add("--paste", type=int, nargs="?", const=0, metavar="PIXELS", help="black pixels stay the image's own; feathered")
     add("--no-paste", dest="paste", action="store_false", default=None, help="even if the older image was")
     add("--denoise", type=float, help="how much of it to redraw, 0 to 1")

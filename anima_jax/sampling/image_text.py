@@ -41,6 +41,11 @@ SIZE = ("width", "height")
 
 LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 
+REFERENCES = TypeAdapter(list[tuple[str, str]])
+
+REFERENCE_NODE = "the reference pictures, which need the node Apply Cosmos Reference Latent of ComfyUI-Cosmos-Reference"
+"""What ComfyUI's own nodes cannot do: a graph with a node that is not installed would not be loaded."""
+
 LOADING: dict[str, Any] = {
     "dtype": Literal[DTYPES],
     "comfyui_dora": bool,
@@ -71,7 +76,11 @@ def to_text(
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
     channel = "alpha" if mask is not None and mask.has_transparency_data else "red"
     graph, left_out = comfyui_graph(values, named, adapters, channel)
-    own = values | named | loading | {"loras": adapters} | ({"left_out_for_comfyui": left_out} if left_out else {})
+    references = [(one.path, one.digest) for one in request.references if one.path is not None]
+    own = values | named | loading | {"loras": adapters} | ({"references": references} if references else {})
+    if references:
+        left_out = [*left_out, REFERENCE_NODE]
+    own |= {"left_out_for_comfyui": left_out} if left_out else {}
     return {
         "parameters": to_webui(values, named, adapters, hashes or {}),
         "prompt": json.dumps(graph, allow_nan=False),
@@ -131,8 +140,9 @@ def _from_own(path: str, own: Mapping[str, Any]) -> Recipe:
     words = TypeAdapter(str)
     files = {name: _typed(path, name, words, own[name]) for name in (*NETWORKS, *IMAGES) if own.get(name)}
     loras = _typed(path, "loras", LORAS, own.get("loras", []))
+    references = _typed(path, "references", REFERENCES, own.get("references", []))
     loading = {name: _typed(path, name, TypeAdapter(kind), own[name]) for name, kind in LOADING.items() if name in own}
-    return Recipe(path, values, files, loras, loading)
+    return Recipe(path, values, files, loras, loading, references=references)
 
 
 def _typed(path: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Images and masks: reading and writing files, and conversion to and from the networks' arrays."""
 
 import io
+import os
 import pathlib
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from anima_jax.checkpoints.locations import replacing, writing_to
 from anima_jax.data.images import FORMATS, eight_bit
+from anima_jax.data.media import is_video, read_file
 from anima_jax.errors import UserError, first_line
 from anima_jax.sampling.exif import exif_of_text, text_chunks
 
@@ -86,6 +88,13 @@ def read_image(path: str) -> Image.Image:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # PIL's decoders raise many types for damaged or hostile bytes
         raise UserError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from None
+
+
+def read_picture(path: str) -> Image.Image:
+    """Read an image as `read_image` does. Raises UserError for a video or an animation, too."""
+    if os.path.isfile(path) and is_video(read_file(path), path):
+        raise UserError(f"{path}: is a video, expected a picture")
+    return read_image(path)
 
 
 def to_images(pixels: Iterable[np.ndarray]) -> list[Image.Image]:

@@ -21,6 +21,9 @@ NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "a
 
 IMAGES = ("image", "mask")
 
+PRIVATE = (*IMAGES, "reference")
+"""Kinds of files that are pictures of the user's."""
+
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 """Endings that A1111 leaves out where it names a model."""
 
@@ -34,6 +37,7 @@ FOLDERS = {
     "lora": ("loras", "lora"),
     "image": ("input",),
     "mask": ("input",),
+    "reference": ("input",),
 }
 """Kind of file → the folders of ComfyUI and Forge that hold it; they decide between files of one name."""
 
@@ -43,8 +47,8 @@ class Recipe:
     """What a file says about how an image was made.
 
     `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
-    `loras` names with weights, `loading` other arguments of `AnimaPipeline.load`, and
-    `messages` what the file says but cannot be followed.
+    `loras` names with weights, `loading` other arguments of `AnimaPipeline.load`, `messages` what the file says but
+    cannot be followed, and `references` names of reference pictures with their digests.
     """
 
     path: str = ""
@@ -53,6 +57,7 @@ class Recipe:
     loras: list[tuple[str, Weight]] = dataclasses.field(default_factory=list[tuple[str, Weight]])
     loading: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     messages: list[str] = dataclasses.field(default_factory=list[str])
+    references: list[tuple[str, str]] = dataclasses.field(default_factory=list[tuple[str, str]])
 
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
         """Return the path of the file that the recipe names as `kind`; see `find_file`.
@@ -126,12 +131,12 @@ def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
             raise UserError(f"{what}, and there are {len(found)} of that name: {quoted(*found)}; choose with {flag}")
         return found[0]
     paths = (name, name.replace("\\", "/"))
-    if kind in IMAGES:
+    if kind in PRIVATE:
         paths = _in_folder(os.path.dirname(source), name)
     for path in paths:
         if os.path.isfile(path) or (kind in NETWORKS and os.path.isdir(path)):
             return path
-    if kind in IMAGES:
+    if kind in PRIVATE:
         raise UserError(f"{what}: there is no such file in the folder of {source}, or give {flag}")
     where = f"in {quoted(*models)}" if models else "here; --models DIR says where to look"
     raise UserError(f"{what}: there is no such file {where}, or give {flag}")
@@ -154,7 +159,7 @@ def _search(kind: str, name: str, models: Sequence[str]) -> list[str]:
     parts = [part for part in re.split(r"[\\/]", name.casefold()) if part]
     if not parts:
         return []
-    named = {parts[-1], *(parts[-1] + suffix for suffix in SUFFIXES if kind not in IMAGES)}
+    named = {parts[-1], *(parts[-1] + suffix for suffix in SUFFIXES if kind not in PRIVATE)}
     found = [path for folder in models for last, path in _files_in(folder) if last in named]
     for fits in (
         lambda path: os.path.basename(path).casefold() == parts[-1],

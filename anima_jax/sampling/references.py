@@ -20,7 +20,7 @@ from anima_jax.data.images import over_white
 from anima_jax.diffusion.references import with_clean
 from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS
-from anima_jax.sampling.images import read_image, to_pixels
+from anima_jax.sampling.images import read_picture, to_pixels
 from anima_jax.sampling.packing import TokenPacking, grid_of
 
 
@@ -41,7 +41,7 @@ class Reference:
         if not isinstance(given, Image.Image | str | os.PathLike):
             raise UserError(f"reference {given!r}, expected a PIL image or the path of an image")
         path = None if isinstance(given, Image.Image) else os.fspath(given)
-        picture = over_white(given if isinstance(given, Image.Image) else read_image(os.fspath(given)))
+        picture = over_white(given if isinstance(given, Image.Image) else read_picture(os.fspath(given)))
         digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
         return cls(digest, path, picture)
 

@@ -1,13 +1,20 @@
 """Reference pictures in sampling, against arithmetic on latents joined by hand."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from anima_jax.errors import UserError
 from anima_jax.models.dit import patchify
+from anima_jax.sampling.arguments import reference_pictures
+from anima_jax.sampling.flags import parse_arguments
+from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.packing import TokenPacking, grid_of, wrapped
+from anima_jax.sampling.recipe import Recipe
 from anima_jax.sampling.references import EncodedReferences, Reference, join, packed_references
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.models.networks import normal
 
 SIZES = ((6, 8), (7, 5), (8, 8))
@@ -63,10 +70,35 @@ def test_a_reference_is_read_fitted_and_encoded_once_for_each_size(tmp_path):
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(32))
     for given, message in (
         (tmp_path / "nothing.png", r"nothing\.png: no such file"),
         (tmp_path / "notes.png", r"notes\.png: cannot be read as an image"),
+        (tmp_path / "clip.mp4", r"clip\.mp4: is a video, expected a picture"),
         (3, "reference 3, expected a PIL image or the path of an image"),
     ):
         with pytest.raises(UserError, match=message):
             Reference.of(given)
+
+
+def test_like_finds_the_references_next_to_the_image_and_tells_a_changed_one(tmp_path, capsys):
+    for name, level in (("a.png", 10), ("b.png", 200)):
+        Image.new("RGB", (8, 8), (level, 0, 0)).save(tmp_path / name)
+    references = tuple(Reference.of(str(tmp_path / name)) for name in ("b.png", "a.png"))
+    request = ImageRequest("a", 16, 16, references=references)
+    texts = to_text(request, SamplingParams(), {"transformer": "t", "vae": "v", "text_encoder": "q"})
+    assert "ComfyUI-Cosmos-Reference" in json.loads(texts["anima_jax"])["left_out_for_comfyui"][0]
+    recipe = from_text(str(tmp_path / "drawn.png"), texts)
+    flags = ["--like", "x", "-o", "y.png"]
+    assert reference_pictures(parse_arguments(flags), recipe) == references
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    capsys.readouterr()
+    changed, same = reference_pictures(parse_arguments(flags), recipe)
+    assert (changed == references[0], same == references[1]) == (False, True)
+    assert "b.png: is not the reference that" in capsys.readouterr().err
+    own = reference_pictures(parse_arguments([*flags, "--reference", str(tmp_path / "a.png")]), recipe)
+    assert own == references[1:]
+    with pytest.raises(UserError, match=r"names the reference '/etc/secret\.png': there is no such file in the folder"):
+        reference_pictures(
+            parse_arguments(flags), Recipe(str(tmp_path / "x.png"), references=[("/etc/secret.png", "")])
+        )
