@@ -16,6 +16,7 @@ from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
+from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import SamplingParams, batch_of_requests, batches
 from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.state import ParamPartition
@@ -47,6 +48,9 @@ class Samples:
     ):
         self._config, self._size_wh, self._pipeline, self._frozen = config, size_wh, pipeline, frozen
         self._folder, self._writer = folder, writer
+        self._references = [
+            tuple(map(Reference.of, paths)) for paths in config.references or ((),) * len(config.prompts)
+        ]
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
     def due(self, point: RunPoint) -> bool:
@@ -88,7 +92,7 @@ class Samples:
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
         settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step} | config.sampling
-        settings |= {"negative_prompts": config.negative_prompts}
+        settings |= {"negative_prompts": config.negative_prompts, "references": config.references}
         text = {"anima_jax_samples": json.dumps(settings)}
         if is_process_0():
             save_image(grid, self._path(point), text)
@@ -102,7 +106,7 @@ class Samples:
         config, images = self._config, list[Image.Image]()
         at_once = config.at_once * replicas(current_mesh().shape)
         for seed in config.seeds:
-            requests = batch_of_requests(config.prompts, width, height, seed, 1)
+            requests = batch_of_requests(config.prompts, width, height, seed, 1, references=self._references)
             for part in batches(config.negative_prompts, at_once):
                 params = SamplingParams(config.negative_prompts[part.start], **config.sampling)
                 images += self._pipeline.draw(requests[part], params)

@@ -98,7 +98,6 @@ def test_like_finds_the_references_next_to_the_image_and_tells_a_changed_one(tmp
     assert "b.png: is not the reference that" in capsys.readouterr().err
     own = reference_pictures(parse_arguments([*flags, "--reference", str(tmp_path / "a.png")]), recipe)
     assert own == references[1:]
+    stranger = Recipe(str(tmp_path / "x.png"), references=[("/etc/secret.png", "")])
     with pytest.raises(UserError, match=r"names the reference '/etc/secret\.png': there is no such file in the folder"):
-        reference_pictures(
-            parse_arguments(flags), Recipe(str(tmp_path / "x.png"), references=[("/etc/secret.png", "")])
-        )
+        reference_pictures(parse_arguments(flags), stranger)
