@@ -6,8 +6,11 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from anima_jax.data.preprocessors import KINDS
+
 ROOT = pathlib.Path(__file__).parents[1]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+CONTROL = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
 RENAMED = (ROOT / "docs" / "names.md").read_text(encoding="utf-8").split("\n## Names that changed\n")[1]
 
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -81,6 +84,27 @@ def test_the_architecture_page_names_what_is_there():
 def test_links_of_the_architecture_page_lead_somewhere():
     targets = re.findall(r"\]\(([^)#:]+)\)", ARCHITECTURE)
     assert [target for target in targets if not (ROOT / "docs" / target).exists()] == []
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_the_control_page_lead_somewhere():
+    links = re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", CONTROL)
+    pages = [(ROOT / "docs" / (target or "control.md"), anchor) for target, anchor in links]
+    assert [str(page) for page, _ in pages if not page.exists()] == []
+    assert [anchor for page, anchor in pages if anchor and anchor not in anchors(page)] == []
+
+
+def test_the_control_page_lists_the_kinds_of_control_pictures_with_their_defaults():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*)\|", CONTROL, re.M)
+    listed = {kind: dict(re.findall(r"`(\w+)` \((\d+)\)", options)) for kind, options in rows if kind in KINDS}
+    assert listed == {
+        kind: {name: str(number.default) for name, number in options.items()} for kind, (_, options) in KINDS.items()
+    }
 
 
 def test_the_new_names_of_what_was_renamed_are_there():
