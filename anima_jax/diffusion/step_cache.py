@@ -9,7 +9,7 @@ the threshold or more, relative to their last run.
 Every image of a batch has its own decision, so that it does not depend on the others. The network runs if any image
 needs it; the others keep their cached values.
 Axes: p the negative prompt and the prompt, or only the prompt; b images, l image tokens, c the values of a token,
-d width; r the rows of a batch of the network, those of each prompt after each other.
+d width; r the rows of a batch of the network, those of the negative prompts first.
 """
 
 import dataclasses
@@ -116,14 +116,14 @@ class StepCache:
         start, end = (percent_to_sigma(fraction, shift) for fraction in self.interval)
         return Limits(*map(np.float32, (self.threshold, start, end)))
 
-    def initial(self, shape_blc: tuple[int, int, int], stream_ld: tuple[int, int], dtype: Any) -> State:
+    def initial(self, shape_blc: tuple[int, int, int], stream_rld: tuple[int, int, int], dtype: Any) -> State:
         """Return the state before the first evaluation, on the host; arrays of zeros take no memory there.
 
-        `stream_ld` and `dtype` are the tokens, width and dtype of the residual stream.
+        `stream_rld` and `dtype` are the shape of the residual stream, with both kinds of prompts, and its dtype.
         """
         known_p, saved = np.zeros(PROMPTS, bool), np.zeros((), np.int32)
         if self.method == "first_block":
-            zeros_rld = np.broadcast_to(np.zeros((), dtype), (PROMPTS * shape_blc[0], *stream_ld))
+            zeros_rld = np.broadcast_to(np.zeros((), dtype), stream_rld)
             return FirstBlockState(zeros_rld, zeros_rld, known_p, saved)
         zeros_pblc = np.broadcast_to(np.float32(0.0), (PROMPTS, *shape_blc))
         unknown_b, change_b = np.full(shape_blc[0], np.nan, np.float32), np.zeros(shape_blc[0], np.float32)
@@ -201,32 +201,31 @@ def run_after_first(
     sigma: Array,
     before_rld: Array,
     after_rld: Array,
-    real_bl: Array,
+    real_rl: Array,
+    image_r: Array,
+    images: int,
     run: Callable[[Array], Array],
 ) -> tuple[Array, FirstBlockState]:
     """Return the residual stream after all blocks, and the next state.
 
     `before_rld` and `after_rld` are the stream before and after the first block, `run` returns the stream after the
-    other blocks, and `real_bl` is false at padding tokens.
+    other blocks, `real_rl` is false at padding tokens, and `image_r` is the image of each row.
     """
-    images = len(real_bl)
-    prompts = len(after_rld) // images
-    rows, own = slice((PROMPTS - prompts) * images, PROMPTS * images), slice(PROMPTS - prompts, PROMPTS)
+    negatives = len(state.first_rld) - len(after_rld)  # that are not evaluated
+    rows, own = slice(negatives, None), slice(1 if negatives else 0, PROMPTS)
     first_rld, rest_rld, added_rld = state.first_rld[rows], state.rest_rld[rows], after_rld - before_rld
-
-    def of_rows(x_b: Array) -> Array:
-        return jnp.concatenate([x_b] * prompts)
+    is_own_rb = image_r[:, None] == jnp.arange(images)
 
     def total_b(x_rld: Array) -> Array:
-        sizes_rld = jnp.where(of_rows(real_bl)[..., None], jnp.abs(x_rld.astype(jnp.float32)), 0.0)
-        return jnp.sum(jnp.sum(sizes_rld, (1, 2)).reshape(prompts, images), 0)
+        sizes_rld = jnp.where(real_rl[..., None], jnp.abs(x_rld.astype(jnp.float32)), 0.0)
+        return jnp.sum(jnp.where(is_own_rb, jnp.sum(sizes_rld, (1, 2))[:, None], 0.0), 0)
 
     changed_b = total_b(added_rld.astype(jnp.float32) - first_rld) / total_b(first_rld)
     in_interval = (sigma <= limits.start) & (sigma > limits.end)
     reused_b = in_interval & (changed_b < limits.threshold) & jnp.all(state.known_p[own])
     saves = jnp.all(reused_b)
     out_rld = jax.lax.cond(saves, jnp.zeros_like, run, after_rld)
-    reused_r11 = of_rows(reused_b)[:, None, None]
+    reused_r11 = reused_b[image_r][:, None, None]
     next_state = FirstBlockState(
         state.first_rld.at[rows].set(jnp.where(reused_r11, first_rld, added_rld)),
         state.rest_rld.at[rows].set(jnp.where(reused_r11, rest_rld, out_rld - after_rld)),

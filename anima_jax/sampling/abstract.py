@@ -77,7 +77,7 @@ def lowered_sampling(
     )
     cache = settings.step_cache
     shared = shared._replace(cache_limits=cache and cache.limits(settings.shift))
-    cached = program.initial_cache(params, packing.shape, seen, dtype, cache)
+    cached = program.initial_cache(params, packing.shape, (2 * images, seen), dtype, cache)
     cached = on_devices(cached, program.STREAM_AXES if isinstance(cached, FirstBlockState) else None)
     carry = on_devices(program.Carry([tokens] * plan.factors_nkj.shape[1], tokens))._replace(cached=cached)
     inputs = on_devices((steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))

@@ -53,7 +53,8 @@ from anima_jax.sampling.matching import check_networks
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.prompt_loras import remark
-from anima_jax.sampling.references import EncodedReferences, given_references, packed_references
+from anima_jax.sampling.references import EncodedReferences, given_references, layout, packed_references
+from anima_jax.sampling.regions import Region, region_rows
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_dtype, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers
@@ -185,6 +186,7 @@ class AnimaPipeline:
         mask: Image.Image | None = None,
         controls: Sequence[Control | Sequence[Control]] = (),
         references: Any = (),
+        regions: Sequence[Region | Sequence[Region]] = (),
         progress: bool = False,
         **params: Any,
     ) -> list[Image.Image]:
@@ -193,13 +195,13 @@ class AnimaPipeline:
         A single prompt, size or seed is repeated for all images. `width` and `height` are in pixels, multiples of 8. A
         single seed is the seed of the whole batch, as in ComfyUI, and gives each image different noise; with several
         seeds each image gets the noise that it would get alone. `image` is the image to start from (with `denoise`
-        below 1); it is kept where `mask` is black. `controls` are those of all images, or a sequence of them for each
-        image; so are `references`, PIL images or paths. `params` are the fields of `SamplingParams`: steps,
+        below 1); it is kept where `mask` is black. `controls`, `regions` and `references` (PIL images or paths) are
+        those of all images, or a sequence of them for each image. `params` are the fields of `SamplingParams`: steps,
         guidance_scale, sampler, schedule, shift, denoise, noise and others; the sampler's options, such as eta, may be
         given as they are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown
         name.
         """
-        inputs = {"controls": controls, "references": given_references(references)}
+        inputs = {"controls": controls, "references": given_references(references), "regions": regions}
         requests = batch_of_requests(prompt, width, height, seed, batch_size, **inputs)
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)
@@ -265,7 +267,9 @@ class AnimaPipeline:
 
         def drawn(requests: Sequence[ImageRequest], callback: ProgressCallback | None) -> list[np.ndarray]:
             return self.sample(
-                self.encode([request.prompt for request in requests]),
+                self.encode(
+                    [*(each.prompt for each in requests), *(own.prompt for each in requests for own in each.regions)]
+                ),
                 self.encode([params.negative_prompt] * len(requests)),
                 BatchNoise(requests, params.noise, sampler, sigmas, add_noise=params.add_noise),
                 sigmas,
@@ -280,6 +284,7 @@ class AnimaPipeline:
                     lambda pixels_tyxc: self.encode_image(pixels_tyxc, params.tile),
                 ),
                 mask=mask,
+                regions=[request.regions for request in requests],
                 callback=callback,
             )
 
@@ -331,14 +336,16 @@ class AnimaPipeline:
         originals: Sequence[np.ndarray] | None = None,
         references: Sequence[Sequence[np.ndarray]] = (),
         mask: np.ndarray | None = None,
+        regions: Sequence[Sequence[Region]] = (),
         callback: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Return each image's normalised latents (t, y, x, c), float32, sampled along `sigmas`.
 
         Sampling starts at the first level on the line from `originals` (zeros if None) to `noise`. `references` are the
-        latents (1, y, x, c) of each image's reference pictures, of its size. Latents stay
-        `originals` where `mask` (1, y, x, 1) is 0. If the last level σ is above 0 they are divided by 1 − σ, as in
-        ComfyUI, where another sampling multiplies them by it to go on from there.
+        latents (1, y, x, c) of each image's reference pictures, of its size. Latents stay `originals` where `mask`
+        (1, y, x, 1) is 0. `regions` are those of each image; `positive` has their prompts after the images'. If the
+        last level σ is above 0 they are divided by 1 − σ, as in ComfyUI, where another sampling multiplies them by it
+        to go on from there.
         """
         sampler = samplers.SAMPLERS[params.sampler]
         packing = TokenPacking([array.shape[:3] for array in noise.start])
@@ -347,12 +354,17 @@ class AnimaPipeline:
         if mask is not None:
             masks = [np.broadcast_to(mask, array.shape) for array in clean]
             inpaint = InpaintMask(*map(packing.pack, (masks, clean, noise.outside_mask)))
+        rows, clean_frames = None, packed_references(packing, references)
+        if any(regions):
+            seen = layout(packing.size_b3, clean_frames)
+            rows = region_rows(regions, packing, seen, params.base_strength, params.shift)
+            negative = jax.tree.map(lambda leaf_b: leaf_b[rows.negative.image_r], negative)
         contexts = join_contexts(negative, positive)
         start = [samplers.start(drawn, sigmas[0], x) for drawn, x in zip(noise.start, clean, strict=True)]
         cache = params.step_cache
         limits = cache and cache.limits(params.shift)
         shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3, limits)
-        shared = shared._replace(references=packed_references(packing, references))
+        shared = shared._replace(references=clean_frames, regions=rows)
         caching: Any = {"cache": cache, "savings": self.savings}
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:

@@ -121,6 +121,8 @@ class Evaluations:
         self.params, self.graphdef, self.dtype = params, graphdef, dtype
         self.shared = replicate(shared)
         self._seen_b3, self._tokens = layout(shared.size_b3, shared.references)
+        if shared.regions is not None:
+            self._seen_b3 = shared.regions.positive.size_r3
         rows_bnd, lengths_b = self.shared.context
         self._all_rows = rows_bnd.shape[1]
         is_short = lengths_b is None and self._all_rows > SHORT_CONTEXT and int(used_rows(rows_bnd)) <= SHORT_CONTEXT
@@ -130,7 +132,8 @@ class Evaluations:
 
     def initial(self, arrays: list[Any], cache: StepCache | None) -> Carry:
         """Return what is passed on to the first evaluation, with the sampler's arrays."""
-        cached = initial_cache(self.params, arrays[0].shape, self._tokens, self.dtype, cache)
+        rows = len(self.shared.context.rows_bnd)
+        cached = initial_cache(self.params, arrays[0].shape, (rows, self._tokens), self.dtype, cache)
         if isinstance(cached, FirstBlockState):
             cached = shard(cached, STREAM_AXES)
         return Carry(arrays, np.zeros_like(arrays[0]), cached)
@@ -172,17 +175,21 @@ class Evaluations:
                     self.shared.context,
                     graphdef=self.graphdef,
                     dtype=self.dtype,
-                    with_negative=with_negative,
+                    left_out=self._left_out(with_negative),
                     rows=self._rows,
                     as_keys=self._fits(with_negative),
                 ),
             )
         return self._context[1]
 
+    def _left_out(self, with_negative: bool) -> int:
+        """Return the number of rows of the context that are not evaluated."""
+        return 0 if with_negative else self.shared.negatives
+
     def _fits(self, with_negative: bool) -> bool:
         """Return whether the devices have the memory for keys and values, which may take a sixteenth of it."""
         layers, _, width = self.params["blocks.cross_attn.k_proj.kernel"].shape
-        prompts = len(self.shared.context.rows_bnd) // (1 if with_negative else 2)
+        prompts = len(self.shared.context.rows_bnd) - self._left_out(with_negative)
         needed = 2 * layers * prompts * self._rows * width * jnp.dtype(self.dtype).itemsize
         mesh = current_mesh()
         own = min(filter(None, map(device_bytes, mesh.local_devices)), default=None)
@@ -197,10 +204,13 @@ class Evaluations:
 
 
 def initial_cache(
-    params: Params, shape_blc: tuple[int, int, int], tokens: int, dtype: Any, cache: StepCache | None
+    params: Params, shape_blc: tuple[int, int, int], seen_rl: tuple[int, int], dtype: Any, cache: StepCache | None
 ) -> step_cache.State | None:
-    """Return what the step cache remembers before the first evaluation, on the host; the network sees `tokens`."""
-    stream = tokens, params["blocks.cross_attn.k_proj.kernel"].shape[-1]
+    """Return what the step cache remembers before the first evaluation, on the host.
+
+    The network sees rows and tokens `seen_rl`, with both kinds of prompts.
+    """
+    stream = *seen_rl, params["blocks.cross_attn.k_proj.kernel"].shape[-1]
     return cache and cache.initial(shape_blc, stream, stream_dtype(dtype))
 
 
@@ -211,19 +221,19 @@ def used_rows(rows_bnd: Array) -> Array:
     return jnp.max(jnp.where(used_n, 1 + jnp.arange(len(used_n)), 0))
 
 
-@partial(jit_network, static_argnames=("graphdef", "dtype", "with_negative", "rows", "as_keys"))
+@partial(jit_network, static_argnames=("graphdef", "dtype", "left_out", "rows", "as_keys"))
 def evaluated_context(
     params: Params,
     context: Context,
     *,
     graphdef: nnx.GraphDef[Any],
     dtype: Any,
-    with_negative: bool,
+    left_out: int,
     rows: int,
     as_keys: bool,
 ) -> Context:
-    """Return the first `rows` rows of the prompts that are evaluated, or their keys and values in all blocks."""
-    rows_bnd, lengths_b = context if with_negative else jax.tree.map(lambda leaf: leaf[len(leaf) // 2 :], context)
+    """Return the first `rows` rows of the prompts after those `left_out`, or their keys and values in all blocks."""
+    rows_bnd, lengths_b = jax.tree.map(lambda leaf: leaf[left_out:], context)
     rows_bnd = rows_bnd[:, :rows].astype(dtype)
     return Context(merge(graphdef, params).keys_values(rows_bnd) if as_keys else rows_bnd, lengths_b)
 

@@ -30,6 +30,7 @@ from anima_jax.errors import UserError, show_value
 from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import OUT_CHANNELS, PATCH
 from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_image
+from anima_jax.sampling.packing import TokenPacking
 
 MAX_STRENGTH = 10.0
 """Largest strength, as in ComfyUI's nodes."""
@@ -235,6 +236,14 @@ class Region:
         return PlacedRegion(part, mask_yx[_slices(part)] * strength)
 
 
+def check_regions(regions: Sequence[Any], size_yx: tuple[int, int]) -> None:
+    """Raise UserError unless all of these are regions that count in latents of this size."""
+    for region in regions:
+        if not isinstance(region, Region):
+            raise UserError(f"regions {show_value(repr(region))}, expected Region(mask or area, prompt, strength)")
+        region.placed(size_yx)
+
+
 def area_weight(part: LatentPart, size_yx: tuple[int, int], strength: np.float32) -> np.ndarray:
     """Return the weight of each pixel of an area, (rows, columns), float32: lower near edges inside of the image."""
     weight_yx = np.full(part[2:], strength, np.float32)
@@ -262,7 +271,7 @@ def _slices(part: LatentPart) -> tuple[slice, slice]:
 
 
 class EvaluatedRows(NamedTuple):
-    """EvaluatedRows of the network's batch that are combined to one estimate for each image; the first b are whole images.
+    """Rows of the network's batch that are combined to one estimate for each image; the first b are whole images.
 
     `image_r` is the image of each row, `size_r3` its size in latent pixels, `weight_rk` its weight at each latent pixel
     of the image, and `start_r` and `end_r` the noise levels from and down to which it counts. Where a row is a part of
@@ -347,17 +356,19 @@ class PlacedRow(NamedTuple):
 
 def region_rows(
     regions: Sequence[Sequence[Region]],
-    sizes: Sequence[tuple[int, int, int]],
-    length: int,
+    packing: TokenPacking,
+    seen: tuple[np.ndarray, int],
     base_strength: float = 1.0,
     shift: float = 3.0,
 ) -> RegionRows:
     """Return the rows of images with these regions, on the host.
 
-    `sizes` are (t, y, x) in latent pixels, `length` is the token budget, `base_strength` the weight of the prompt of an
-    image that has regions. The positive rows are the images, then the regions in the images' order; the negative ones
-    are the images, then each part of an image once. Raises UserError as `Region.placed` does.
+    `seen` are the images' sizes (t, y, x) in latent pixels with their references as further frames, and the token
+    budget for them. `base_strength` is the weight of the prompt of an image that has regions. The positive rows are the
+    images, then the regions in the images' order; the negative ones are the images, then each part of an image once.
+    Raises UserError as `Region.placed` does.
     """
+    sizes: list[tuple[int, int, int]] = [(t, y, x) for t, y, x in seen[0].tolist()]
     positive = [
         PlacedRow(image, PlacedRegion(part := LatentPart(0, 0, *size[1:]), np.full(part[2:], weight, np.float32)))
         for image, (size, own) in enumerate(zip(sizes, regions, strict=True))
@@ -372,7 +383,8 @@ def region_rows(
         positive += rows
         negative += [row for row in rows if _is_crop(row, size) and parts[row.placed.part] is row]
     crops = any(_is_crop(row, sizes[row.image]) for row in positive)
-    return RegionRows(*(_as_arrays(rows, sizes, length, shift, crops) for rows in (negative, positive)))
+    budgets = packing.length, seen[1]
+    return RegionRows(*(_as_arrays(rows, sizes, budgets, shift, crops) for rows in (negative, positive)))
 
 
 def _is_crop(row: PlacedRow, size: tuple[int, int, int]) -> bool:
@@ -380,27 +392,31 @@ def _is_crop(row: PlacedRow, size: tuple[int, int, int]) -> bool:
 
 
 def _as_arrays(
-    rows: Sequence[PlacedRow], sizes: Sequence[tuple[int, int, int]], length: int, shift: float, crops: bool
+    rows: Sequence[PlacedRow],
+    sizes: Sequence[tuple[int, int, int]],
+    budgets: tuple[int, int],
+    shift: float,
+    crops: bool,
 ) -> EvaluatedRows:
     """Return the rows' arrays on the host, with `source_rk` and `place_rk` if there are `crops`."""
-    cells = length * PATCH * PATCH
+    cells, seen_cells = (tokens * PATCH * PATCH for tokens in budgets)
     weight_rk, levels_r2 = np.zeros((len(rows), cells), np.float32), np.zeros((len(rows), 2), np.float32)
-    source_rk, place_rk = np.full((2, len(rows), cells), cells, np.int32)
+    source_rk, place_rk = (np.full((len(rows), each), seen_cells, np.int32) for each in (seen_cells, cells))
     for index, (image, (part, weight_yx), region) in enumerate(rows):
-        own, inside = cell_numbers(part[2:]), cell_numbers(sizes[image][1:])[_slices(part)]
-        weight_rk[index, inside] = weight_yx
-        source_rk[index, own], place_rk[index, inside] = inside, own
+        own, inside = cell_numbers((sizes[image][0], *part[2:])), cell_numbers(sizes[image])[:, *_slices(part)]
+        weight_rk[index, inside[0]] = weight_yx
+        source_rk[index, own], place_rk[index, inside[0]] = inside, own[0]
         start, end = (region.start_percent, region.end_percent) if region else (0.0, 1.0)
         # As without ConditioningSetTimestepRange: a first level above 1, which some shifts have, is not left out.
         levels_r2[index] = percent_to_sigma(start, shift) if start > 0 else np.inf, percent_to_sigma(end, shift)
-    size_r3 = np.array([(1, *row.placed.part[2:]) for row in rows], np.int32)
+    size_r3 = np.array([(sizes[row.image][0], *row.placed.part[2:]) for row in rows], np.int32)
     image_r = np.array([row.image for row in rows], np.int32)
     moved = (source_rk, place_rk) if crops else (None, None)
     return EvaluatedRows(image_r, size_r3, weight_rk, levels_r2[:, 0], levels_r2[:, 1], *moved)
 
 
-def cell_numbers(size_yx: Sequence[int]) -> np.ndarray:
-    """Return the number of each latent pixel (y, x) in packed latents of this size: its token, then its place there."""
-    y, x = np.indices(size_yx)
-    token = y // PATCH * -(-size_yx[1] // PATCH) + x // PATCH
+def cell_numbers(size: Sequence[int]) -> np.ndarray:
+    """Return the number of each latent pixel (t, y, x) in packed latents of this size: token, then place there."""
+    (t, y, x), (_, rows, columns) = np.indices(size), -(-np.array(size) // PATCH)
+    token = (t * rows + y // PATCH) * columns + x // PATCH
     return (token * PATCH + y % PATCH) * PATCH + x % PATCH

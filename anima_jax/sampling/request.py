@@ -23,6 +23,7 @@ from anima_jax.errors import UserError, check_names, did_you_mean, show_value
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.references import Reference
+from anima_jax.sampling.regions import MAX_STRENGTH, Region, check_regions
 
 SIZE_STEP = PIXELS_PER_LATENT
 """Widths and heights are multiples of this many pixels."""
@@ -50,8 +51,9 @@ RANGES = {
     "apg_eta": (-10.0, 10.0),
     "apg_norm_threshold": (0.0, 50.0),
     "apg_momentum": (-5.0, 1.0),
+    "base_strength": (0.0, MAX_STRENGTH),
 }
-"""Parameter of guidance → the range of ComfyUI's node."""
+"""Parameter → the range of ComfyUI's node."""
 
 APG = ("apg_eta", "apg_norm_threshold", "apg_momentum")
 """Parameters that change nothing without `apg`."""
@@ -77,6 +79,7 @@ class ImageRequest:
     batch_index: int = 0
     controls: tuple[Control, ...] = ()
     references: tuple[Reference, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -107,9 +110,10 @@ class ImageRequest:
             )
         if not 0 <= self.batch_index < self.batch_size:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
+        check_regions(self.regions, self.latent_size)
 
 
-INPUTS = ("controls", "references")
+INPUTS = ("controls", "references", "regions")
 """Fields of `ImageRequest` for what guides its sampling besides the prompt, each a tuple."""
 
 PLAIN = tuple(field.name for field in dataclasses.fields(ImageRequest) if field.name not in INPUTS)
@@ -136,6 +140,7 @@ class SamplingParams:
     apg_eta: float = 1.0
     apg_norm_threshold: float = 5.0
     apg_momentum: float = 0.0
+    base_strength: float = 1.0
     sigmas: tuple[float, ...] = ()
     start_at_step: int = 0
     end_at_step: int | None = None

@@ -4,12 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
+from anima_jax import AnimaPipeline
+from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import UserError
+from anima_jax.models import parameters
 from anima_jax.models.dit import PATCH, token_positions
+from anima_jax.models.dit_inputs import KeysValues, Modulations
+from anima_jax.sampling.context import Context
+from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking, grid_of, wrapped
 from anima_jax.sampling.regions import Area, Region, region_rows, rows_of
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.golden_files import channel_last, golden, relative_error
 
 SIZE = (1, 15, 22)
@@ -35,11 +44,10 @@ CASES = {
 """The cases of tests/golden/README.md: the weight of the prompt, and regions with their contexts as prompts."""
 
 
-def field(x_rlc, rows, context_r, sigma):
+def field(x_rlc, grid_r3, context_r, sigma):
     """The golden file's network on packed rows: it sees positions and the mean of its own row only."""
-    size_r3, (r, length, _) = jnp.asarray(rows.size_r3), x_rlc.shape
-    z = wrapped(x_rlc, size_r3).reshape(r, length, PATCH, PATCH, -1)
-    grid_r3 = grid_of(size_r3)
+    r, length, _ = x_rlc.shape
+    z = x_rlc.reshape(r, length, PATCH, PATCH, -1)
     place_rl3 = token_positions(grid_r3, length)
     y, x = (place_rl3[..., axis, None, None] * PATCH for axis in (1, 2))
     y, x = y + np.arange(PATCH)[:, None], x + np.arange(PATCH)
@@ -55,13 +63,14 @@ def field(x_rlc, rows, context_r, sigma):
 def test_prompts_are_combined_as_comfyuis_calc_cond_batch_combines_them(name):
     data, (base_strength, regions) = golden("regions"), CASES[name]
     packing = TokenPacking([SIZE])
-    both = region_rows([regions], [SIZE], packing.length, base_strength)
+    both = region_rows([regions], packing, (packing.size_b3, packing.length), base_strength)
     context_r = [-0.3] * len(both.negative.image_r) + [0.2, *(float(region.prompt) for region in regions)]
 
     @jax.jit
     def estimates(x_blc, both, sigma):
         rows = both.evaluated(with_negative=True)
-        velocities_rlc = field(rows_of(x_blc, rows), rows, context_r, sigma)
+        x_rlc, grid_r3 = wrapped(rows_of(x_blc, rows), rows.size_r3), grid_of(rows.size_r3)
+        velocities_rlc = field(x_rlc, grid_r3, context_r, sigma)
         return x_blc - sigma * both.combined(velocities_rlc, x_blc, sigma)
 
     x_blc = packing.pack([channel_last(data["x"].astype(np.float32))[0]])
@@ -140,3 +149,123 @@ def test_a_region_that_cannot_count_is_refused(region, message):
         region.placed(SIZE[1:])
     assert message in str(error.value)
     assert len(error.value.messages) == 1
+
+
+class WavyField(nnx.Module):
+    """The golden file's network as a transformer. A prompt's only row is its context c."""
+
+    def __init__(self):
+        self.blocks = nnx.Module()
+        self.blocks.cross_attn = nnx.Module()
+        self.blocks.cross_attn.k_proj = nnx.Module()
+        self.blocks.cross_attn.k_proj.kernel = nnx.Param(jnp.zeros((1, 1, 64)))
+
+    def keys_values(self, rows_bnd):
+        return KeysValues(rows_bnd[None, :, None], rows_bnd[None, :, None])
+
+    def modulations(self, sigmas_s):
+        return Modulations((), sigmas_s[:, None, None])
+
+    def velocity(self, x, grid, level, context, after_first=None, **options):
+        v = field(x, grid, context.keys[0, :, 0, 0, 0], level.final.reshape(()))
+        return v if after_first is None else after_first(x, x + 0.3 * v, lambda x1: x1 + 0.7 * v) - x
+
+
+@pytest.fixture(scope="module")
+def wavy():
+    pipeline = AnimaPipeline.__new__(AnimaPipeline)
+    pipeline.dtype = jnp.dtype(jnp.float32)
+    pipeline.dit_graphdef, pipeline.dit_params = parameters.split(WavyField())
+    return pipeline
+
+
+PROMPT, NEGATIVE = 0.2, -0.3
+BATCH = [(15, 22), (16, 24), (18, 20)]
+
+
+def drawn(pipeline, sizes_yx, regions, params, first=0, **options):
+    """Latents of images of these sizes with these regions; image n has the seed `first` + n."""
+    pipeline.savings = Savings()
+    requests = [ImageRequest("x", x * 8, y * 8, first + n) for n, (y, x) in enumerate(sizes_yx)]
+    noise = BatchNoise(requests, "torch-cpu", SAMPLERS[params.sampler], params.levels())
+    prompts = [PROMPT] * len(sizes_yx) + [float(region.prompt) for own in regions for region in own]
+    contexts = [
+        Context(jnp.asarray(values, jnp.float32)[:, None, None], None)
+        for values in (prompts, [NEGATIVE] * len(sizes_yx))
+    ]
+    return pipeline.sample(*contexts, noise, params.levels(), params, regions=regions, **options)
+
+
+def estimate(x_yxc, context, sigma):
+    """What the network says of an image, in float64."""
+    y, x, _ = x_yxc.shape
+    z = np.pad(x_yxc, ((0, y % 2), (0, x % 2), (0, 0)), mode="wrap")
+    rows, columns = np.indices(z.shape[:2])
+    wave = 0.05 * context * np.sin(0.7 * rows + 0.3 * columns)[..., None]
+    v = np.tanh(1.3 * z + context) * (0.7 + 0.3 * sigma) - 0.4 * z * np.cos(2 * sigma) + wave + 2.0 * z.mean()
+    return x_yxc - sigma * v[:y, :x]
+
+
+def guided_estimate(x_yxc, sigma, scale, disc_yx):
+    """The mean of a prompt of weight 0.5, a mask of strength 3, and an area at (3, 2) of 9 × 11 with soft edges."""
+    kinds = {"prompt": [(0, PROMPT, 0.5), (1, 0.9, 3 * disc_yx)], "negative": [(0, NEGATIVE, 1.0)]}
+    soft = np.ones((9, 11))
+    for index, weight in enumerate((1 / 2, 1.0)):  # over a quarter of 9 and of 11 latent pixels
+        soft[[index, 8 - index]] *= weight
+        soft[:, [index, 10 - index]] *= weight
+    combined = {}
+    for name, rows in kinds.items():
+        total, weights = np.zeros_like(x_yxc), np.zeros((*x_yxc.shape[:2], 1))
+        for _, context, weight in rows:
+            weight_yx1 = np.broadcast_to(weight, x_yxc.shape[:2])[..., None]
+            total += weight_yx1 * estimate(x_yxc, context, sigma)
+            weights += weight_yx1
+        part = slice(3, 12), slice(2, 13)
+        weight_yx1 = 1.5 * soft[..., None]
+        total[part] += weight_yx1 * estimate(x_yxc[part], -0.6 if name == "prompt" else NEGATIVE, sigma)
+        weights[part] += weight_yx1
+        combined[name] = total / weights
+    return combined["negative"] + scale * (combined["prompt"] - combined["negative"])
+
+
+def test_a_sampling_is_the_same_arithmetic_in_numpy(wavy):
+    params = SamplingParams(steps=5, sampler="euler", guidance_scale=3.0, base_strength=0.5)
+    regions = [(), (Region(np.pad(DISC, ((0, 8), (0, 16))), "0.9", 3.0), Region((16, 24, 88, 72), "-0.6", 1.5))]
+    levels = params.levels()
+    plain, found = drawn(wavy, BATCH[:2], regions, params)
+    disc_yx = np.pad(DISC, ((0, 8), (0, 16))) / 255.0
+    disc_yx = sum(disc_yx[y::8, x::8] for y in (3, 4) for x in (3, 4)) / 4
+    noise = BatchNoise([ImageRequest("x", 192, 128, 1)], "torch-cpu", SAMPLERS["euler"], levels)
+    x_yxc = noise.start[0][0].astype(np.float64)
+    for level, lower in zip(levels[:-1].astype(float), levels[1:].astype(float), strict=True):
+        x_yxc += (x_yxc - guided_estimate(x_yxc, level, 3.0, disc_yx)) / level * (lower - level)
+    # float32 along five steps.
+    assert relative_error(found[0], x_yxc) < 1e-5
+    (alone,) = drawn(wavy, BATCH[:1], [()], params)
+    assert relative_error(plain, alone) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "heun", "guidance_interval": (0.2, 0.7), "apg": True, "apg_momentum": -0.5, "rescale_cfg": 0.7},
+        {"sampler": "dpm_adaptive", "guidance_scale": 1.0},
+        {"cache": "easy:0.05", "steps": 12, "cfg_zero_star": True, "cfg_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_a_region_with_the_words_of_the_prompt_changes_nothing(wavy, changes):
+    params = SamplingParams(**{"steps": 4, "sampler": "euler"} | changes)
+    region = Region(LEFT, str(PROMPT), 2.0, start_percent=0.3)
+    found, plain = (drawn(wavy, BATCH[:1], [own], params) for own in ((region,), ()))
+    assert relative_error(found[0], plain[0]) < 1e-5  # the mean's rounding
+
+
+def test_an_image_does_not_depend_on_the_regions_of_others(wavy):
+    """The step cache decides for each image, from all of its rows and no others."""
+    params = SamplingParams(steps=12, sampler="euler", cache="first_block:0.3")
+    areas = Region((32, 8, 88, 72), "0.9", 2.0), Region("50%,0,50%,100%", "-0.6", 3.0, start_percent=0.3)
+    together = drawn(wavy, BATCH, [(Region(LEFT, "0.9", 2.0),), (), areas], params, callback=lambda *_: None)
+    (alone,) = drawn(wavy, BATCH[2:], [areas], params, 2, callback=lambda *_: None)
+    assert wavy.savings.saved > 0
+    assert relative_error(together[2], alone) < 1e-5  # of sums; another decision would change a percent
