@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from anima_jax import AnimaPipeline, load_text_encoder, load_vae
 from anima_jax.data.encoders import caption_encoder, clip_encoder
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
+from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import SamplingParams, batch_of_requests
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.parallel.meshes import MESHES, name
@@ -17,8 +19,9 @@ from tests.small_run import ASSETS, write_transformer
 ONE = dict.fromkeys(rules.AXES, 1)
 VARIANTS = {"cfg_zero_star": True, "rescale_cfg": 0.5, "cfg_norm": 1.0, "apg": True, "apg_momentum": -0.5}
 PARAMS = SamplingParams(steps=3, sampler="er_sde", **VARIANTS)
-LARGE = {"width": 128, "height": 96, "seed": 3}
-SIZES = {"width": [64, 48] * 4, "height": [64, 80] * 4, "seed": 5}
+REFERENCE = Reference.of(Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)))
+LARGE = {"width": 128, "height": 96, "seed": 3, "references": [REFERENCE]}
+SIZES = {"width": [64, 48] * 4, "height": [64, 80] * 4, "seed": 5, "references": [[], [REFERENCE]] * 4}
 
 
 def sampled_on(sizes, transformer, request, offload=False):

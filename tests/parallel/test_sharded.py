@@ -24,6 +24,7 @@ from tests.parallel.meshes import CONFIG, MESHES, name
 
 BATCH, TOKENS, ROWS = 8, 64, 32
 FLOAT32 = StepConfig(compute_dtype=jnp.float32)
+EDIT = StepConfig(compute_dtype=jnp.float32, edit=True)
 
 
 def transformer(rngs) -> AnimaDiT:
@@ -108,8 +109,9 @@ ONE = dict.fromkeys(rules.AXES, 1)
 
 @pytest.fixture(scope="module")
 def alone():
-    """Steps on one device."""
-    return {build: step_on(ONE, build) for build in (transformer, with_adapters)}
+    """Steps on one device, and one with reference pictures."""
+    steps: dict = {build: step_on(ONE, build) for build in (transformer, with_adapters)}
+    return steps | {EDIT: step_on(ONE, config=EDIT)}
 
 
 def assert_equal(found, expected):
@@ -122,8 +124,9 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=name)
 def test_a_step_has_the_numbers_of_one_device_and_sends_only_weights_and_tokens(on_eight, alone, sizes):
-    loss, grads, transfers = on_eight(step_on, sizes)
-    assert_equal((loss, grads), alone[transformer])
+    config = EDIT if sizes is MESHES[4] else FLOAT32
+    loss, grads, transfers = on_eight(step_on, sizes, transformer, 1, config)
+    assert_equal((loss, grads), alone[EDIT if config.edit else transformer])
     params = parameters.abstract(transformer)[1]
     layers = {leaf.shape[1:] for path, leaf in params.items() if ".kernel" in path and "blocks." in path}
     split = {
@@ -144,11 +147,6 @@ def test_a_step_has_the_numbers_of_one_device_and_sends_only_weights_and_tokens(
 
 def test_adapters_of_every_kind_in_micro_batches_have_the_gradients_of_one_device(on_eight, alone):
     assert_equal(on_eight(step_on, MESHES[4], with_adapters, 2), alone[with_adapters])
-
-
-def test_a_step_with_reference_pictures_has_the_numbers_of_one_device(on_eight):
-    arguments = transformer, 2, StepConfig(compute_dtype=jnp.float32, edit=True)
-    assert_equal(on_eight(step_on, MESHES[4], *arguments), step_on(ONE, *arguments))
 
 
 def state_bytes_on(sizes, step):
