@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
+from anima_jax.config.pairs import ControlFeatures, ControlFolders, InpaintFolder, MaskShares
 from anima_jax.config.schema import (
     Count,
     InputFile,
@@ -24,14 +25,14 @@ from anima_jax.config.schema import (
     Probability,
     Section,
     Whole,
-    choices,
     documented_as,
     expecting,
     invalid,
+    shares,
     whole_number,
 )
 from anima_jax.config.sizes import SIDE_DECIMALS, Size, nearest_multiple
-from anima_jax.errors import UserError, did_you_mean, os_reason
+from anima_jax.errors import UserError, os_reason
 
 SOURCES = ("directory", "tfds")
 """The kinds of source tables. Each may occur several times."""
@@ -79,19 +80,6 @@ def _size_bucket(found: Any) -> Size:
     return Size(nearest_multiple(width), nearest_multiple(height), frames)
 
 
-def _weights(found: Any) -> dict[str, float]:
-    if not isinstance(found, dict):
-        raise invalid(f"found {found!r}, expected a table, as in {{tags = 50, nl = 10, tags_nl = 20, nl_tags = 20}}")
-    for way, weight in found.items():
-        if way not in CAPTION_WAYS:
-            raise invalid(f"found '{way}', expected {choices(CAPTION_WAYS)}{did_you_mean(str(way), CAPTION_WAYS)}")
-        if type(weight) not in {int, float} or not 0 <= weight < math.inf:
-            raise invalid(f"found {weight!r} for '{way}', expected a number of at least 0")
-    if not 0 < sum(found.values()) < math.inf:
-        raise invalid(f"found {found!r}, expected at least one weight above 0")
-    return {way: float(found.get(way, 0)) for way in CAPTION_WAYS}
-
-
 def _suffix(found: str) -> str:
     if not re.fullmatch(r"\.?[\w-]{1,20}", found):
         raise invalid(f"found {found!r}, expected the suffix of a file, as in '.txt'")
@@ -120,7 +108,11 @@ Ratio = Annotated[
 ]
 SizeBucket = Annotated[Any, AfterValidator(_size_bucket), documented_as("[width, height, frames]")]
 Share = Annotated[float, Field(gt=0, le=1)]
-Weights = Annotated[Any, AfterValidator(_weights), documented_as("{tags = …, nl = …, tags_nl = …, nl_tags = …}")]
+Weights = Annotated[
+    Any,
+    shares(CAPTION_WAYS, "{tags = 50, nl = 10, tags_nl = 20, nl_tags = 20}"),
+    documented_as("{tags = …, nl = …, tags_nl = …, nl_tags = …}"),
+]
 Suffix = Annotated[str, AfterValidator(_suffix), documented_as("suffix")]
 
 
@@ -219,6 +211,12 @@ class Source(Section):
     protected_tags_file: Annotated[LocalFile, AfterValidator(_tags_file)] | None = Field(
         None,
         description="ours; a text file of more protected_tags, one in a line; lines that begin with # are comments",
+    )
+
+    inpaint_masks: MaskShares = Field(
+        None,
+        description="ours; with [adapter] channels = 4: how often each kind of random mask is drawn, relative to the "
+        "others; a kind that is not named never; unset: {boxes = 45, strokes = 45, whole = 10}",
     )
 
     @field_validator("enable_ar_bucket")
@@ -322,6 +320,18 @@ class DirectorySource(Source):
         "values between are weights; of an image without a mask every pixel is trained",
     )
     default_mask_file: InputFile | None = Field(None, description="the mask of images that have none in mask_path")
+    control_path: ControlFolders = Field(
+        None,
+        validate_default=True,
+        description="a folder of control pictures, with the images' names, for [adapter] type = 'lllite'; or for "
+        "edit = true a folder of reference pictures, or a list of folders, each with a picture for every image; an "
+        "image without its pictures is left out",
+    )
+    inpaint_mask_path: InpaintFolder = Field(
+        None,
+        description="ours; with [adapter] channels = 4 a folder of masks, with the images' names and sizes: white is "
+        "drawn anew; for an image without a mask, one is drawn at random in every epoch",
+    )
     caption_extension: Suffix | None = Field(
         None, description="ours; suffix of the caption files; unset: .txt, else .caption, else .json"
     )
@@ -345,6 +355,11 @@ class TfdsSource(Source):
     image: str = Field("image", min_length=1, description="feature with the image")
     caption: str = Field("caption", min_length=1, description="feature with the caption or captions")
     nl: str | None = Field(None, min_length=1, description="feature with natural language, for caption_mode")
+    control: ControlFeatures = Field(
+        None,
+        validate_default=True,
+        description="feature with the control or reference picture, or several, as control_path of a [[directory]]",
+    )
     data_dir: OutputFolder | None = Field(
         None, description="folder of prepared datasets; unset: tensorflow-datasets' own"
     )

@@ -13,6 +13,7 @@ from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, Direct
 from anima_jax.config.errors import BELONGS_ABOVE, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
+from anima_jax.config.pairs import pairs_in
 from anima_jax.config.schema import Place, is_address, resolve
 from anima_jax.config.sizes import Size
 from anima_jax.config.syntax import read_toml, toml_value
@@ -50,7 +51,11 @@ def load_config(
             main.errors += error.messages
     model = table.get("model")
     cached_text = not (isinstance(model, dict) and model.get("cache_text_embeddings") is False)
-    context = {"i_know_what_i_am_doing": i_know_what_i_am_doing, "cached_text": cached_text}
+    context = {
+        "i_know_what_i_am_doing": i_know_what_i_am_doing,
+        "cached_text": cached_text,
+        "pairs": pairs_in(table),
+    }
     captions = _answer_other_keys(main, table, cached_text=cached_text)
     files = [main]
 
@@ -198,7 +203,7 @@ def _add_loaded(file: TomlFile, table: dict[str, Any], at: Place, loaded: dict[s
 
 
 def _load_dataset(
-    name: str, context: dict[str, bool], defaults: Mapping[str, Any]
+    name: str, context: dict[str, Any], defaults: Mapping[str, Any]
 ) -> tuple[TomlFile, DatasetConfig | None]:
     """Load a dataset TOML; the configuration is None if the file has errors.
 

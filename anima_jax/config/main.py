@@ -18,6 +18,7 @@ from anima_jax.config.mesh import MeshConfig
 from anima_jax.config.model import ModelConfig
 from anima_jax.config.monitoring import MonitoringConfig
 from anima_jax.config.optimizer import OptimizerConfig
+from anima_jax.config.pairs import Pairs, pairs_of
 from anima_jax.config.sample import SampleConfig
 from anima_jax.config.schema import (
     Count,
@@ -403,6 +404,18 @@ class MainConfig(Section):
             return Schedule("constant", 0)
         cycles, power = self.lr_scheduler_num_cycles or 1, self.lr_scheduler_power or 1.0
         return Schedule(self.lr_scheduler, self.warmup_steps, cycles, power, self.lr_scheduler_min_lr)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The kind of pairs that the run trains on, "" for images alone."""
+        return pairs_of(
+            getattr(self.adapter, "type", None), getattr(self.adapter, "channels", 3), getattr(self, "edit", False)
+        )
+
+    @property
+    def control_channels(self) -> int:
+        """Channels of the control pictures that the trained network is given: 3, 4 for inpainting, 0 for none."""
+        return {"control": 3, "inpaint": 4}.get(self.pairs, 0)
 
     @property
     def trains_text_encoder(self) -> bool:

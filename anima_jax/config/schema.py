@@ -5,6 +5,7 @@ and 1.0 or 1e6 where a whole number is.
 """
 
 import functools
+import math
 import os
 import re
 import typing
@@ -283,3 +284,21 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 NotEmpty = AfterValidator(_not_empty)
 """For tuples that need at least one value."""
+
+
+def shares(names: tuple[str, ...], example: str) -> AfterValidator:
+    """Return a validator of a table of weights, each of at least 0: name → float, of all `names`."""
+
+    def check(found: Any) -> dict[str, float] | None:
+        if not isinstance(found, dict):
+            raise invalid(f"found {found!r}, expected a table, as in {example}")
+        for name, weight in found.items():
+            if name not in names:
+                raise invalid(f"found '{name}', expected {choices(names)}{did_you_mean(str(name), names)}")
+            if type(weight) not in {int, float} or not 0 <= weight < math.inf:
+                raise invalid(f"found {weight!r} for '{name}', expected a number of at least 0")
+        if not 0 < sum(found.values()) < math.inf:
+            raise invalid(f"found {found!r}, expected at least one weight above 0")
+        return {name: float(found.get(name, 0)) for name in names}
+
+    return AfterValidator(check)

@@ -254,7 +254,6 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 """Our key → values of forks, in lower case, and ours that mean the same."""
 
 DATASET: Mapping[str, Unsupported] = {
-    "control_path": refused("belongs to models that edit images; Anima draws them from text alone"),
     "resolution_schedule": refused(
         "every resolution is trained in every epoch; a second run with init_from_existing or transformer_path goes on "
         "at another one",

@@ -1,9 +1,9 @@
 """The encoded data set on disk. Every clip, mask and caption is stored once, under a key derived from its content.
 
 A record's key is a hash of everything that determines its value. For latents: the media content, the size bucket, how a
-clip is cut from a video, the VAE file and the dtypes. For text states: the caption, the text encoder file and how its
-weights are stored, the tokenizers, the maximum caption length and the dtypes. Records therefore never become stale:
-changed inputs have a new key.
+clip is cut from a video, the VAE file and the dtypes. For control pictures, whose pixels are stored: the content and
+the size bucket. For text states: the caption, the text encoder file and how its weights are stored, the tokenizers, the
+maximum caption length and the dtypes. Records therefore never become stale: changed inputs have a new key.
 Axes: l image tokens, p the 4 latent pixels and c the 64 values of a token, t frames, y rows, x columns.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,10 +20,11 @@ from einops import rearrange
 from tqdm import tqdm
 
 from anima_jax.config.main import MainConfig
-from anima_jax.config.sizes import Size
+from anima_jax.config.sizes import PIXEL_MULTIPLE, Size
 from anima_jax.data.encoders import Encoders, check_finite, hash_parts
 from anima_jax.data.examples import Example
-from anima_jax.data.images import read_mask
+from anima_jax.data.file_index import Partner
+from anima_jax.data.images import read_inpaint_mask, read_mask
 from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media, content_digest, read_clip, reading
 from anima_jax.data.problems import Problems
@@ -46,10 +47,23 @@ RESIDENT_BYTES = 2**30
 """Records stay in host memory after the first read, up to this total size."""
 
 
-class Cache:
-    """Latents, masks and text states of one run's examples. After `fill` has encoded the missing ones, all can be read.
+class _Picture(NamedTuple):
+    """An image or clip to be stored at a size. `owner` is the image whose control picture it is, "" otherwise."""
 
-    Reading is thread-safe.
+    media: Media
+    digest: bytes
+    size: Size
+    owner: str = ""
+
+    def error(self, error: UserError) -> str:
+        """Return the message if it cannot be decoded."""
+        return f"{self.owner}: its control picture cannot be used: {error}" if self.owner else str(error)
+
+
+class Cache:
+    """Latents, masks, control pictures and text states of one run's examples.
+
+    After `fill` has encoded the missing ones, all can be read. Reading is thread-safe.
     """
 
     def __init__(self, config: MainConfig, stores: Sequence[Store], encoders: Encoders):
@@ -60,21 +74,45 @@ class Cache:
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
-    def has_latents(self, example: Example) -> bool:
-        """Return whether the example can be trained: its latents and, if it has a mask, its mask are in the cache."""
-        return self._find(self._latents_key(example)) is not None and (
-            example.entry.mask is None or self._find(self._mask_key(example)) is not None
-        )
+    def is_complete(self, example: Example) -> bool:
+        """Return whether the example can be trained: everything that it needs, except text, is in the cache."""
+        keys = {**self._latents_of(example), **self._controls_of(example)}.keys() | self._masks_of(example).keys()
+        return all(self._find(key) is not None for key in keys)
 
     def latents(self, example: Example) -> np.ndarray:
-        """Return the latent tokens (l, c) in the dtype of the cache."""
-        return self._read(self._latents_key(example))["latents"]
+        """Return the latent tokens (l, c) in the dtype of the cache, without those of reference pictures."""
+        return self._read(self._latents_key(example.entry.digest, example.bucket.size))["latents"]
+
+    def references(self, example: Example) -> np.ndarray:
+        """Return the latent tokens (n·l, c) of the example's n reference pictures, at the size of its image.
+
+        Raises ValueError if it has none.
+        """
+        keys = [self._latents_key(control.digest, example.bucket.size) for control in example.entry.controls]
+        return np.concatenate([self._read(key)["latents"] for key in keys])
+
+    def control(self, example: Example) -> np.ndarray:
+        """Return the control picture, uint8 (l, 16·16·3): patches row by row, each with axes (y, x, channel).
+
+        Without one, it is the image itself, which is the control picture of inpainting.
+        """
+        (key,) = self._controls_of(example)
+        return self._read(key)["control"]
+
+    def inpaint_mask(self, example: Example) -> np.ndarray | None:
+        """Return what is drawn anew, bool (height, width); None if the example has no mask for it."""
+        mask, size = example.entry.inpaint_mask, example.bucket.size
+        if mask is None:
+            return None
+        bits = self._read(self._mask_key(example, mask, "inpaint mask"))["inpaint"]
+        return np.unpackbits(bits, count=size.width * size.height).reshape(size.height, size.width).astype(bool)
 
     def mask(self, example: Example) -> np.ndarray | None:
         """Return the loss weight of each latent pixel, float32 (l, p) in [0, 1]; None if the example has no mask."""
-        if example.entry.mask is None:
+        mask = example.entry.loss_mask
+        if mask is None:
             return None
-        pixels_yx = self._read(self._mask_key(example))["mask"]
+        pixels_yx = self._read(self._mask_key(example, mask, "mask"))["mask"]
         frame_lp = rearrange(pixels_yx, "(y m) (x n) -> (y x) (m n)", m=PATCH, n=PATCH).astype(np.float32) / 255.0
         return np.tile(frame_lp, (example.bucket.size.grid[0], 1))
 
@@ -102,17 +140,40 @@ class Cache:
 
     # ---- keys -----------------------------------------------------------------------------------------------------
 
-    def _latents_key(self, example: Example) -> bytes:
-        size = example.bucket.size
+    def _latents_key(self, digest: bytes, size: Size) -> bytes:
         cut = self._config.video_clip_mode if size.frames > 1 else ""
-        return hash_parts("latents", example.entry.digest, *size, cut, self._vae)
+        return hash_parts("latents", digest, *size, cut, self._vae)
 
-    def _mask_key(self, example: Example) -> bytes:
+    def _mask_key(self, example: Example, mask: Partner, kind: str) -> bytes:
         entry, size = example.entry, example.bucket.size
-        return hash_parts("mask", entry.mask_digest, entry.width, entry.height, size.width, size.height)
+        return hash_parts(kind, mask.digest, entry.width, entry.height, size.width, size.height)
 
     def _text_key(self, caption: str) -> bytes:
         return hash_parts("text", caption, self._text)
+
+    # ---- the records of an example --------------------------------------------------------------------------------
+
+    def _latents_of(self, example: Example) -> dict[bytes, _Picture]:
+        """Return key → picture of each of the example's latents: its own and those of its reference pictures."""
+        entry, size = example.entry, example.bucket.size
+        pictures = [_Picture(entry.media, entry.digest, size)]
+        if example.bucket.references:
+            pictures += [_Picture(*control, size, entry.media.name) for control in entry.controls]
+        return {self._latents_key(picture.digest, size): picture for picture in pictures}
+
+    def _controls_of(self, example: Example) -> dict[bytes, _Picture]:
+        """Return key → picture of the example's control picture, empty if the run needs none."""
+        entry, size = example.entry, example.bucket.size
+        if not self._config.control_channels:
+            return {}
+        own = _Picture(entry.media, entry.digest, size)
+        picture = _Picture(*entry.controls[0], size, entry.media.name) if entry.controls else own
+        return {hash_parts("control", picture.digest, size.width, size.height): picture}
+
+    def _masks_of(self, example: Example) -> dict[bytes, tuple[Example, Partner, str]]:
+        """Return key → (example, mask, kind) of the example's masks."""
+        masks = {"mask": example.entry.loss_mask, "inpaint mask": example.entry.inpaint_mask}
+        return {self._mask_key(example, mask, kind): (example, mask, kind) for kind, mask in masks.items() if mask}
 
     # ---- filling --------------------------------------------------------------------------------------------------
 
@@ -138,16 +199,21 @@ class Cache:
             return new
 
         for store, group in zip(self._stores, groups, strict=True):
-            masks = {self._mask_key(example): example for example in group if example.entry.mask}
-            latents = {self._latents_key(example): example for example in group}
-            work.append((store, missing(masks), missing(latents), missing(self._captions_by_key(group))))
+            masks = _joined(map(self._masks_of, group))
+            controls = _joined(map(self._controls_of, group))
+            latents = _joined(map(self._latents_of, group))
+            captions = self._captions_by_key(group)
+            work.append((store, missing(masks), missing(controls), missing(latents), missing(captions)))
         for store, *lists in work:
             if any(lists):
                 store.prepare()
         barrier("the missing parts are counted")
-        for store, masks, latents, captions in work:
+        for store, masks, controls, latents, captions in work:
             own = _own_items(masks, SMALL_RECORDS_PER_PART)
             _write_parts(store, self._mask_records(own, problems), SMALL_RECORDS_PER_PART)
+            with progress_bar(len(controls), "control picture") as bar:
+                own = _own_items(controls, CLIPS_PER_PART)
+                _write_parts(store, self._control_records(own, problems), CLIPS_PER_PART, bar)
             with progress_bar(len(latents), "clip") as bar:
                 for size, items in _by_size(latents):
                     own = _own_items(items, CLIPS_PER_PART)
@@ -166,36 +232,56 @@ class Cache:
         captions = {caption for example in examples for caption in example.captions}
         return {self._text_key(caption): caption for caption in ["", *sorted(captions)]}
 
-    def _mask_records(self, items: Sequence[tuple[bytes, Example]], problems: Problems) -> Iterator[Record]:
-        def read(item: tuple[bytes, Example]) -> Record | None:
-            (key, example), size = item, item[1].bucket.size
-            entry = example.entry
-            assert entry.mask is not None
+    def _mask_records(
+        self, items: Sequence[tuple[bytes, tuple[Example, Partner, str]]], problems: Problems
+    ) -> Iterator[Record]:
+        def read(item: tuple[bytes, tuple[Example, Partner, str]]) -> Record | None:
+            key, (example, (media, digest), kind) = item
+            entry, size = example.entry, example.bucket.size
+            media_wh, size_wh = (entry.width, entry.height), (size.width, size.height)
             try:
-                with _reading_unchanged(entry.mask, entry.mask_digest) as data:
-                    media_wh, size_wh = (entry.width, entry.height), (size.width, size.height)
-                    mask_yx = read_mask(data, media_wh, size_wh, name=entry.mask.name)
+                with _reading_unchanged(media, digest) as data:
+                    if kind == "mask":
+                        arrays = {"mask": read_mask(data, media_wh, size_wh, name=media.name)}
+                    else:
+                        mask_yx = read_inpaint_mask(data, media_wh, size_wh, name=media.name)
+                        arrays = {"inpaint": np.packbits(mask_yx)}
             except UserError as error:
-                problems.skip(f"{entry.media.name}: its mask cannot be used: {error}")
+                problems.skip(f"{entry.media.name}: its {kind} cannot be used: {error}")
                 return None
-            return key, pack({"name": entry.mask.name}, {"mask": mask_yx})
+            return key, pack({"name": media.name}, arrays)
 
         yield from filter(None, map_ahead(read, items, threads=self._config.map_num_proc))
 
+    def _control_records(self, items: Sequence[tuple[bytes, _Picture]], problems: Problems) -> Iterator[Record]:
+        def read(item: tuple[bytes, _Picture]) -> Record | None:
+            key, picture = item
+            pixels_tyxc = self._pixels(picture, problems)
+            if pixels_tyxc is None:
+                return None
+            patches_lp = rearrange(pixels_tyxc[0], "(y m) (x n) c -> (y x) (m n c)", m=PIXEL_MULTIPLE, n=PIXEL_MULTIPLE)
+            return key, pack({"name": picture.media.name}, {"control": patches_lp})
+
+        yield from filter(None, map_ahead(read, items, threads=self._config.map_num_proc))
+
+    def _pixels(self, picture: _Picture, problems: Problems) -> np.ndarray | None:
+        """Return the pixels (t, y, x, 3), uint8, None if they cannot be decoded, which goes to `problems`."""
+        mode, size = self._config.video_clip_mode, picture.size
+        try:
+            with _reading_unchanged(picture.media, picture.digest) as data:
+                return read_clip(data, size, mode=mode, name=picture.media.name)[: size.encoded_frames]
+        except UserError as error:
+            problems.skip(picture.error(error))
+            return None
+
     def _latent_records(
-        self, items: Sequence[tuple[bytes, Example]], size: Size, encoders: Encoders, problems: Problems
+        self, items: Sequence[tuple[bytes, _Picture]], size: Size, encoders: Encoders, problems: Problems
     ) -> Iterator[Record]:
         """Yield the latents of clips that are resized to `size`."""
-        decoded: collections.deque[tuple[bytes, Example]] = collections.deque()
+        decoded: collections.deque[tuple[bytes, _Picture]] = collections.deque()
 
-        def read(item: tuple[bytes, Example]) -> np.ndarray | None:
-            entry, mode = item[1].entry, self._config.video_clip_mode
-            try:
-                with _reading_unchanged(entry.media, entry.digest) as data:
-                    return read_clip(data, size, mode=mode, name=entry.media.name)[: size.encoded_frames]
-            except UserError as error:
-                problems.skip(error)
-                return None
+        def read(item: tuple[bytes, _Picture]) -> np.ndarray | None:
+            return self._pixels(item[1], problems)
 
         def clips() -> Iterator[np.ndarray]:
             most = max(1, READ_AHEAD_BYTES // (3 * math.prod(size)))
@@ -206,8 +292,8 @@ class Cache:
                     yield clip_tyxc
 
         for latents_lc in encoders.encode_clips(clips()) if items else ():
-            key, example = decoded.popleft()
-            name = example.entry.media.name
+            key, picture = decoded.popleft()
+            name = picture.media.name
             stored_lc = self._stored(latents_lc, name, self._config.model.vae_path)
             yield key, pack({"name": name, "size": "×".join(map(str, size))}, {"latents": stored_lc})
 
@@ -235,10 +321,14 @@ def _reading_unchanged(media: Media, digest: bytes | None) -> Iterator[bytes]:
         yield data
 
 
-def _by_size(items: Iterable[tuple[bytes, Example]]) -> list[tuple[Size, list[tuple[bytes, Example]]]]:
-    by_size: dict[Size, list[tuple[bytes, Example]]] = collections.defaultdict(list)
-    for key, example in items:
-        by_size[example.bucket.size].append((key, example))
+def _joined(records: Iterable[dict[bytes, Item]]) -> dict[bytes, Item]:
+    return {key: item for each in records for key, item in each.items()}
+
+
+def _by_size(items: Iterable[tuple[bytes, _Picture]]) -> list[tuple[Size, list[tuple[bytes, _Picture]]]]:
+    by_size: dict[Size, list[tuple[bytes, _Picture]]] = collections.defaultdict(list)
+    for key, picture in items:
+        by_size[picture.size].append((key, picture))
     return sorted(by_size.items())
 
 

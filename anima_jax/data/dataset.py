@@ -14,6 +14,7 @@ from anima_jax.config.eval_dataset import EvalDataset
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sizes import Size
 from anima_jax.data.batch_plan import BatchPlan, data_fingerprint, describe, make_tiers
+from anima_jax.data.buckets import Bucket
 from anima_jax.data.cache import Cache
 from anima_jax.data.encoders import Encoders
 from anima_jax.data.examples import Example, contents_of, read_examples, reader_of
@@ -57,7 +58,12 @@ def read_data(
     shuffle_each_epoch = not config.model.cache_text_embeddings
     empty = f"{eval_dataset.config}: nothing to evaluate" if eval_dataset else f"{config.dataset}: nothing to train on"
     groups = read_examples(
-        sources, problems, threads=config.map_num_proc, shuffle_each_epoch=shuffle_each_epoch, empty_error=empty
+        sources,
+        problems,
+        threads=config.map_num_proc,
+        shuffle_each_epoch=shuffle_each_epoch,
+        pairs=config.pairs,
+        empty_error=empty,
     )
     return TrainingData(config, folders, groups, batch_size_of, empty_error=empty)
 
@@ -110,12 +116,17 @@ class TrainingData:
         return np.array([example.id for example in self.examples], np.uint64)
 
     @property
-    def largest_sizes(self) -> list[Size]:
-        """The size with the most tokens in each tier."""
+    def largest_buckets(self) -> list[Bucket]:
+        """The bucket with the most tokens in each tier."""
         return [
-            max((self.examples[index].bucket.size for index in tier.indices), key=lambda size: size.tokens)
+            max((self.examples[index].bucket for index in tier.indices), key=lambda bucket: bucket.tokens)
             for tier in self.plan.tiers
         ]
+
+    @property
+    def largest_sizes(self) -> list[Size]:
+        """The size of each of `largest_buckets`."""
+        return [bucket.size for bucket in self.largest_buckets]
 
     @property
     def masked(self) -> bool:
@@ -178,7 +189,7 @@ class TrainingData:
         """Encode the examples that are missing from the open cache. Raises UserError if no example can be encoded."""
         self.cache.fill(self._groups, encoders, problems)
         before = len(self.examples)
-        encoded = [[each for each in group if self.cache.has_latents(each)] for group in self._groups]
+        encoded = [[each for each in group if self.cache.is_complete(each)] for group in self._groups]
         if problems.count:
             print(problems.summary())
         if missing := before - sum(map(len, encoded)):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from anima_jax.config.dataset import DirectorySource, Source, TfdsSource
+from anima_jax.config.pairs import Pairs
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucket, Bucketing
 from anima_jax.data.file_index import Entry, FileIndex
@@ -40,7 +41,7 @@ from anima_jax.errors import UserError, plural
 
 log = logging.getLogger(__name__)
 
-CONTENTS = ("captions", "masks")
+CONTENTS = ("captions", "masks", "control pictures")
 """Parts of an example that can change while its id stays the same."""
 
 
@@ -104,17 +105,18 @@ def read_examples(
     *,
     threads: int = 8,
     shuffle_each_epoch: bool = False,
+    pairs: Pairs = "",
     empty_error: str = "nothing to train on",
 ) -> list[list[Example]]:
     """Return the examples of each source, in order. Log one line per source; unusable files go to `problems`.
 
-    `shuffle_each_epoch` is as in `examples_of`. Raises UserError if a source does not exist, or, beginning with
-    `empty_error`, if there are no examples at all.
+    `shuffle_each_epoch` and `pairs` are as in `examples_of`. Raises UserError if a source does not exist, or, beginning
+    with `empty_error`, if there are no examples at all.
     """
     groups, lines = [], []
     for reader, index in sources:
         entries, line = read_entries(reader, index, problems, threads=threads)
-        examples = examples_of(entries, reader.source, problems, shuffle_each_epoch=shuffle_each_epoch)
+        examples = examples_of(entries, reader.source, problems, shuffle_each_epoch=shuffle_each_epoch, pairs=pairs)
         num_repeats = reader.source.num_repeats
         repeats = "" if num_repeats == 1 else f" (num_repeats = {num_repeats:g})"
         lines.append(f"{line}: {plural(len(examples), 'example')} per epoch{repeats}")
@@ -126,7 +128,12 @@ def read_examples(
 
 
 def examples_of(
-    entries: Sequence[Entry], source: Source, problems: Problems, *, shuffle_each_epoch: bool = False
+    entries: Sequence[Entry],
+    source: Source,
+    problems: Problems,
+    *,
+    shuffle_each_epoch: bool = False,
+    pairs: Pairs = "",
 ) -> list[Example]:
     """Return the examples of one source, grouped by resolution and frame count; repeats of a group follow each other.
 
@@ -134,15 +141,18 @@ def examples_of(
     `caption_mode` mixes them; all captions together are one if `caption_choice` is "random". `shuffle_each_epoch`
     shuffles tags and sentences in every epoch instead of once, for runs that encode text at batch time. A
     resolution and frame count has `int(n · num_repeats)` examples (in diffusion-pipe, each of its ratios has); those of
-    a partial repeat are picked by hash. Images and clips that fit no bucket go to `problems`.
+    a partial repeat are picked by hash. Images and clips that fit no bucket go to `problems`, as do clips if the run
+    trains on `pairs`, of which "edit" makes the control pictures frames of the example.
     """
     each_epoch = shuffle_each_epoch and (source.shuffled_copies > 0 or source.nl_shuffle_sentences)
-    placed = _subsampled(list(_placed(entries, Bucketing.of(source), problems)), source.subsample_ratio)
+    usable = _images(entries, problems) if pairs else entries
+    placed = _subsampled(list(_placed(usable, Bucketing.of(source), problems)), source.subsample_ratio)
     log_names("cropped by more than half of their area", _much_cropped(placed), logging.WARNING)
     once: dict[tuple[float | None, int], list[tuple[int, Example]]] = collections.defaultdict(list)
     for entry, buckets in placed:
         indexed_variants = _variants(entry, source, each_epoch)
-        for bucket in buckets:
+        references = len(entry.controls) if pairs == "edit" else 0
+        for bucket in (each._replace(references=references) for each in buckets):
             for index, variants in indexed_variants:
                 example = Example(_id(entry, bucket, index, 0), entry, bucket, variants, source, each_epoch)
                 once[bucket.resolution, bucket.size.frames].append((index, example))
@@ -150,16 +160,18 @@ def examples_of(
 
 
 def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Return hashes of the `CONTENTS` of each example: name → uint64 (n,)."""
+    """Return hashes of the `CONTENTS` of each example: name → uint64 (n,). Without any control picture, not of these."""
 
     def hashes(values: Iterable[bytes]) -> np.ndarray:
         digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
         return np.frombuffer(b"".join(digests), "<u8")
 
-    return {
+    found = {
         "captions": hashes("\0".join((*example.captions, *example.rules)).encode() for example in examples),
         "masks": hashes(example.entry.mask_digest or b"" for example in examples),
     }
+    controls = [b"".join(partner.digest for partner in example.entry.partners) for example in examples]
+    return found | ({"control pictures": hashes(controls)} if any(controls) else {})
 
 
 def _id(entry: Entry, bucket: Bucket, caption_index: int, repeat_index: int) -> int:
@@ -167,6 +179,14 @@ def _id(entry: Entry, bucket: Bucket, caption_index: int, repeat_index: int) -> 
     return example_id(
         entry.digest, (width, height), frames=frames, caption_index=caption_index, repeat_index=repeat_index
     )
+
+
+def _images(entries: Sequence[Entry], problems: Problems) -> list[Entry]:
+    """Return the images; videos go to `problems`."""
+    for entry in entries:
+        if entry.frames > 1:
+            problems.skip(f"{entry.media.name}: found a video, expected an image: this run trains on pairs of images")
+    return [entry for entry in entries if entry.frames == 1]
 
 
 def _placed(

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -36,6 +36,13 @@ _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, R
 """What a damaged line raises."""
 
 
+class Partner(NamedTuple):
+    """A file that belongs to an image, and the SHA-256 of its content."""
+
+    media: Media
+    digest: bytes
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One image or video with its captions."""
@@ -54,6 +61,20 @@ class Entry:
     mask_digest: bytes | None = None
     nl: tuple[str, ...] = ()
     """Captions that are known to be natural language."""
+    controls: tuple[Partner, ...] = ()
+    """Its control or reference pictures, in the order of their folders."""
+    inpaint_mask: Partner | None = None
+    """The mask of what is drawn anew, if it is not drawn at random."""
+
+    @property
+    def loss_mask(self) -> Partner | None:
+        """`mask` with its digest."""
+        return Partner(self.mask, self.mask_digest) if self.mask and self.mask_digest else None
+
+    @property
+    def partners(self) -> tuple[Partner, ...]:
+        """Its control pictures, then its inpainting mask."""
+        return (*self.controls, *([self.inpaint_mask] if self.inpaint_mask else []))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,7 +200,13 @@ class FileIndex:
         if not captions:
             raise ValueError("no caption")
         mask_digest = self._known[mask.name].digest if mask else None
-        return Entry(media, info.digest, *info.size, captions, mask, mask_digest, nl)
+        controls = tuple(self._partner(found, types) for found in row.get("controls", ()))
+        inpaint_mask = self._partner(row["inpaint_mask"], types) if "inpaint_mask" in row else None
+        return Entry(media, info.digest, *info.size, captions, mask, mask_digest, nl, controls, inpaint_mask)
+
+    def _partner(self, row: list[Any], types: dict[str, type[Any]]) -> Partner:
+        media = _media(row, types)
+        return Partner(media, self._known[media.name].digest)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -215,8 +242,12 @@ class FileIndex:
             yield {"file": name, "stamp": info.stamp, "digest": info.digest.hex(), "size": info.size, **black}
         for entry in entries:
             mask = _row(entry.mask) if entry.mask else None
-            nl = {"nl": entry.nl} if entry.nl else {}
-            yield {"entry": _row(entry.media), "captions": entry.captions, "mask": mask, **nl}
+            more: dict[str, Any] = {"nl": entry.nl} if entry.nl else {}
+            if entry.controls:
+                more["controls"] = [_row(control.media) for control in entry.controls]
+            if entry.inpaint_mask:
+                more["inpaint_mask"] = _row(entry.inpaint_mask.media)
+            yield {"entry": _row(entry.media), "captions": entry.captions, "mask": mask, **more}
         if summary is not None:
             yield {"entries": len(entries), **dataclasses.asdict(summary)}
 

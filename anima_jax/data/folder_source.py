@@ -19,7 +19,7 @@ from anima_jax.data.file_index import Entry
 from anima_jax.data.images import IMAGE_SUFFIXES
 from anima_jax.data.media import VIDEO_SUFFIXES, FileMedia, Media
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import Candidate, Counts, SourceReader, count_and_name, log_names
+from anima_jax.data.sources import Candidate, Counts, Partners, SourceReader, count_and_name, log_names
 from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError, os_reason
 
@@ -35,8 +35,8 @@ NL_ENDING = "_nl"
 CACHE = os.path.join("cache", "anima_jax")
 """Path of the cache inside the folder of a source."""
 
-MaskOf = Callable[[str], Media | None]
-"""Image file name → mask, or None."""
+PartnersOf = Callable[[str], Partners]
+"""Image file name → the files that belong to it."""
 
 
 class FolderReader(SourceReader[DirectorySource]):
@@ -51,6 +51,8 @@ class FolderReader(SourceReader[DirectorySource]):
         keys = ("path", "mask_path", "default_mask_file", "skip_empty_caption", "online_captions")
         keys += ("caption_mode", "caption_extension", "captions_file", "cache_shuffle_delimiter")
         self.about = {key: getattr(source, key) for key in keys}
+        self.about |= {"control_path": list(source.control_path)} if source.control_path else {}
+        self.about |= {"inpaint_mask_path": source.inpaint_mask_path} if source.inpaint_mask_path else {}
         self._folders, self._captions = 0, source.captions_file or os.path.join(source.path, CAPTIONS_JSON)
         self._table: CaptionTable | None = None
 
@@ -63,15 +65,15 @@ class FolderReader(SourceReader[DirectorySource]):
         elif self.source.online_captions:
             raise UserError(f"{self._captions}: no such file, expected one because online_captions is on")
         tables = [self._table] if self._table else []
-        mask_of, ignored = _masks(self.source), Counts()
+        partners_of, ignored = _partners(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
         texts = None if tables else _CaptionFiles(members, self.source)
         candidates = list[Candidate]()
         for name, media in members.items():
             if _kind(name) == "tar":
-                candidates += self._tar_candidates(media.name, mask_of, problems, ignored)
+                candidates += self._tar_candidates(media.name, partners_of, problems, ignored)
             else:
-                candidates += _candidates(name, media, tables, texts, mask_of, ignored)
+                candidates += _candidates(name, media, tables, texts, partners_of, ignored)
         count_and_name(counts, "caption without an image", texts.orphans() if texts else [])
         counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
@@ -85,8 +87,13 @@ class FolderReader(SourceReader[DirectorySource]):
         if source.caption_mode != "tags":
             bare = [entry.media.name for entry in entries if not entry.nl]
             count_and_name(counts, f"without natural language (caption_mode = '{source.caption_mode}')", bare)
-        masks_inside = source.mask_path and os.path.dirname(os.path.normpath(source.mask_path))
-        counts["subfolder ignored"] = self._folders - (masks_inside == os.path.normpath(source.path))
+        if source.inpaint_mask_path:
+            drawn = [entry.media.name for entry in entries if entry.inpaint_mask is None]
+            count_and_name(counts, "without an inpainting mask, so that masks are drawn at random", drawn)
+        of_partners = (source.mask_path, source.inpaint_mask_path, *(source.control_path or ()))
+        inside = {os.path.normpath(folder) for folder in filter(None, of_partners)}
+        used = sum(os.path.dirname(folder) == os.path.normpath(source.path) for folder in inside)
+        counts["subfolder ignored"] = self._folders - used
 
     def update_captions(self, entries: list[Entry], problems: Problems) -> list[Entry]:
         """Return the entries with the current captions of captions.json if `online_captions` is on."""
@@ -112,7 +119,9 @@ class FolderReader(SourceReader[DirectorySource]):
         media = FileMedia(*os.path.split(self._captions))
         return CaptionTable(media.read(), media.name, self.source.cache_shuffle_delimiter)
 
-    def _tar_candidates(self, tar: str, mask_of: MaskOf, problems: Problems, ignored: Counts) -> Iterator[Candidate]:
+    def _tar_candidates(
+        self, tar: str, partners_of: PartnersOf, problems: Problems, ignored: Counts
+    ) -> Iterator[Candidate]:
         """List a tar. The table of the folder takes precedence over one inside, and that over caption files inside."""
         members = {member.member: member for member in read_members(tar, problems)}
         delimiter = self.source.cache_shuffle_delimiter
@@ -128,7 +137,7 @@ class FolderReader(SourceReader[DirectorySource]):
         tables = [*([self._table] if self._table else []), *inside]
         texts = None if inside else _CaptionFiles(members, self.source)
         for name, member in members.items():
-            yield from _candidates(name, member, tables, texts, mask_of, ignored)
+            yield from _candidates(name, member, tables, texts, partners_of, ignored)
 
 
 class _CaptionFiles:
@@ -186,13 +195,13 @@ def _candidates(
     media: FileMedia | TarMember,
     tables: Sequence[CaptionTable],
     texts: _CaptionFiles | None,
-    mask_of: MaskOf,
+    partners_of: PartnersOf,
     ignored: Counts,
 ) -> Iterator[Candidate]:
     """Yield the candidate of a file in a folder or tar if it is an image or video."""
     base = posixpath.basename(name)
     if (kind := _kind(name)) == "media":
-        yield Candidate(media, functools.partial(_captions, media, name, tables, texts), mask_of(base))
+        yield Candidate(media, functools.partial(_captions, media, name, tables, texts), partners_of(base))
     elif not kind and not (texts and texts.has(name)):
         ignored["hidden" if base.startswith(".") else os.path.splitext(base)[1] or base] += 1
 
@@ -211,18 +220,34 @@ def _caption(data: bytes, name: str) -> Captions:
     return Captions((decode_caption(data, name),))
 
 
-def _masks(source: DirectorySource) -> MaskOf:
-    folder, default = source.mask_path, source.default_mask_file
-    files = _list_folder(folder, "a folder of masks (mask_path)")[0] if folder else []
-    by_stem = {_stem(file): file for file in reversed(files) if file[0] != "." and _kind(file) not in SIDE_FILES}
-    default_mask = FileMedia(*os.path.split(default)) if default else None
-    if default_mask:
-        default_mask.stamp()  # a missing file is reported once, not for each image
+def _partners(source: DirectorySource) -> PartnersOf:
+    default = FileMedia(*os.path.split(source.default_mask_file)) if source.default_mask_file else None
+    if default:
+        default.stamp()  # a missing file is reported once, not for each image
+    masks = _by_stem(source.mask_path, "a folder of masks (mask_path)")
+    inpaint_masks = _by_stem(source.inpaint_mask_path, "a folder of masks (inpaint_mask_path)")
+    folders = source.control_path or ()
+    controls = [_by_stem(folder, "a folder of control pictures (control_path)") for folder in folders]
 
-    def mask_of(file: str) -> Media | None:
-        return FileMedia(folder, by_stem[_stem(file)]) if folder and _stem(file) in by_stem else default_mask
+    def partners_of(file: str) -> Partners:
+        stem = _stem(file)
+        found = [media[stem] for media in controls if stem in media]
+        missing = [folder for folder, media in zip(folders, controls, strict=True) if stem not in media]
+        return Partners(
+            masks.get(stem, default),
+            tuple(found),
+            inpaint_masks.get(stem),
+            f"has no control picture: expected {stem}.png, or with another suffix, in {missing[0]}" if missing else "",
+        )
 
-    return mask_of
+    return partners_of
+
+
+def _by_stem(folder: str | None, expected: str) -> dict[str, FileMedia]:
+    """Return file name without suffix → file of a folder of images; of several with the same stem, the first."""
+    files = _list_folder(folder, expected)[0] if folder else []
+    used = [file for file in reversed(files) if file[0] != "." and _kind(file) not in SIDE_FILES]
+    return {_stem(file): FileMedia(folder or "", file) for file in used}
 
 
 def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:

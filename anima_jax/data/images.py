@@ -90,12 +90,28 @@ def read_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], 
     mask is cropped like the image, then every 8th pixel is taken as in torch's "nearest-exact". Alpha is ignored.
     Raises UserError if the mask cannot be read or its size is not `media_wh`.
     """
+    with _opened_mask(data, media_wh, name) as mask:
+        return np.array(ImageOps.fit(mask, size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+
+
+def read_inpaint_mask(data: bytes, media_wh: tuple[int, int], size_wh: tuple[int, int], *, name: str) -> np.ndarray:
+    """Return where a mask's red channel is at least 128, bool (height, width), at `size_wh`.
+
+    It is cropped like the image, and each pixel is that of the mask at its centre. Raises UserError as `read_mask`.
+    """
+    with _opened_mask(data, media_wh, name) as mask:
+        return np.array(ImageOps.fit(mask, size_wh, Image.Resampling.NEAREST)) >= 128
+
+
+@contextlib.contextmanager
+def _opened_mask(data: bytes, media_wh: tuple[int, int], name: str) -> Iterator[Image.Image]:
+    """Open a mask as its red channel. Raises UserError if it cannot be read or its size is not `media_wh`."""
     with opened(data, name) as image:
         mask = _upright(image, data)
         if mask.size != tuple(media_wh):
             found, expected = ("{}×{}".format(*size) for size in (mask.size, media_wh))
             raise UserError(f"{name}: the mask is {found} pixels, expected {expected} as its image")
-        return np.array(ImageOps.fit(_red(mask), size_wh, Image.Resampling.BICUBIC))[4::8, 4::8]
+        yield _red(mask)
 
 
 def _red(mask: Image.Image) -> Image.Image:

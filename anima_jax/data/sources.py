@@ -8,12 +8,14 @@ import abc
 import collections
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from anima_jax.config.dataset import Source
+from anima_jax.config.sizes import Size
 from anima_jax.data.captions import Captions
-from anima_jax.data.file_index import Entry, FileIndex, Summary
+from anima_jax.data.file_index import Entry, FileIndex, FileInfo, Partner, Summary
 from anima_jax.data.loader import map_ahead
 from anima_jax.data.media import Media
 from anima_jax.data.problems import Problems
@@ -31,10 +33,23 @@ LEFT_OUT = "left out {} (skip_empty_caption)"
 LEFT_OUT_WITH_PREFIX = (
     "left out {} although caption_prefix is set (skip_empty_caption = false trains the prefix as their caption)"
 )
+OTHER_SHAPE = "with a control picture of other proportions, which is cropped around its own centre"
+SAME_RATIO = 0.02
+"""Largest difference of the logarithms of two ratios that may come from rounding sides to pixels."""
+
 BLACK_MASK = "with a mask that is black everywhere, so that nothing of them is trained"
 
 Counts = collections.Counter[str]
 SourceT = TypeVar("SourceT", bound=Source)
+
+
+class Partners(NamedTuple):
+    """The files that belong to an image, none of which is read yet. `missing` is the message if one is required."""
+
+    mask: Media | None = None
+    controls: tuple[Media, ...] = ()
+    inpaint_mask: Media | None = None
+    missing: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +59,7 @@ class Candidate:
     media: Media
     captions: Callable[[], Captions | None]
     """Reads the captions; returns None if there are none. Raises UserError if they cannot be read."""
-    mask: Media | None = None
+    partners: Partners = Partners()
 
 
 class SourceReader(abc.ABC, Generic[SourceT]):
@@ -57,7 +72,7 @@ class SourceReader(abc.ABC, Generic[SourceT]):
     """Name in messages."""
     location: str
     """Text whose hash names the file index. It must not change, because existing caches use it."""
-    about: dict[str, str | bool | None]
+    about: dict[str, str | bool | list[str] | None]
     """Key of the source in the file index: everything that determines its entries, except the files."""
     cache_dir: str
     """Cache folder of the source if the configuration sets none."""
@@ -102,6 +117,7 @@ def read_entries(
     candidates = reader.candidates(problems, counts)
     entries = _inspect_all(candidates, reader.source, index, problems, counts, threads)
     reader.count_entries(entries, counts)
+    counts["paired with control pictures"] = sum(bool(entry.controls) for entry in entries)
     skipped = tuple(problems.lines[before:])
     counts["could not be used"] = len(skipped)
     line = _summary_line(reader.name, entries, counts)
@@ -141,14 +157,14 @@ def _inspect_all(
         elif result is not None:
             entries.append(result)
     for reason, names in by_reason.items():
-        is_warning = reason == BLACK_MASK or "caption_prefix" in reason
+        is_warning = reason in {BLACK_MASK, OTHER_SHAPE} or "caption_prefix" in reason
         count_and_name(counts, reason, names, logging.WARNING if is_warning else logging.INFO)
     return entries
 
 
 def _inspect(candidate: Candidate, index: FileIndex, source: Source) -> tuple[Entry | UserError | None, list[str]]:
     """Return the entry, an error, or None if it is left out without a caption; then reasons to count it."""
-    media, mask, reasons = candidate.media, candidate.mask, list[str]()
+    media, partners, reasons = candidate.media, candidate.partners, list[str]()
     try:
         captions = candidate.captions() or Captions()
         if captions.empty:
@@ -157,22 +173,57 @@ def _inspect(candidate: Candidate, index: FileIndex, source: Source) -> tuple[En
                 template = LEFT_OUT_WITH_PREFIX if source.caption_prefix else LEFT_OUT
                 return None, [template.format(reasons[0])]
         info = index.inspect(media)
+        entry = Entry(media, info.digest, *info.size, captions.tags or ("",), nl=captions.nl)
+        if partners.missing:
+            raise UserError(f"{media.name}: {partners.missing}")
+        if partners.mask:
+            mask_info = _inspect_mask(partners.mask, "mask", entry, index, as_mask=True)
+            entry = dataclasses.replace(entry, mask=partners.mask, mask_digest=mask_info.digest)
+            reasons += [BLACK_MASK] * bool(mask_info.black)
+        controls = [_inspect_control(control, entry, index) for control in partners.controls]
+        if any(_is_other_shape(control.size, info.size) for control in controls):
+            reasons.append(OTHER_SHAPE)
+        pairs = zip(partners.controls, controls, strict=True)
+        entry = dataclasses.replace(entry, controls=tuple(Partner(control, each.digest) for control, each in pairs))
+        if mask := partners.inpaint_mask:
+            digest = _inspect_mask(mask, "inpainting mask", entry, index).digest
+            entry = dataclasses.replace(entry, inpaint_mask=Partner(mask, digest))
     except UserError as error:
         return error, []
-    entry = Entry(media, info.digest, *info.size, captions.tags or ("",), nl=captions.nl)
-    if mask is None:
-        return entry, reasons
+    return entry, reasons
+
+
+def _inspect_mask(mask: Media, what: str, entry: Entry, index: FileIndex, *, as_mask: bool = False) -> FileInfo:
+    """Return the info of an image's mask. Raises UserError if it cannot be used or is not of the image's size."""
+    name = entry.media.name
     try:
-        mask_info = index.inspect(mask, as_mask=True)
+        info = index.inspect(mask, as_mask=as_mask)
     except UserError as error:
-        return UserError(f"{media.name}: its mask cannot be used: {error}"), []
-    if mask_info.size != info.size._replace(frames=1):
-        found, expected = (f"{size.width}×{size.height}" for size in (mask_info.size, info.size))
-        kind = "an image" if mask_info.size.frames == 1 else "a video"
-        message = f"its mask {mask.name} is {kind} of {found} pixels, expected an image of {expected}"
-        return UserError(f"{media.name}: {message}"), []
-    reasons += [BLACK_MASK] * bool(mask_info.black)
-    return dataclasses.replace(entry, mask=mask, mask_digest=mask_info.digest), reasons
+        raise UserError(f"{name}: its {what} cannot be used: {error}") from None
+    if info.size != (size := Size(entry.width, entry.height, 1)):
+        found, expected = (f"{size.width}×{size.height}" for size in (info.size, size))
+        kind = "an image" if info.size.frames == 1 else "a video"
+        raise UserError(f"{name}: its {what} {mask.name} is {kind} of {found} pixels, expected an image of {expected}")
+    return info
+
+
+def _inspect_control(control: Media, entry: Entry, index: FileIndex) -> FileInfo:
+    """Return the info of an image's control picture. Raises UserError if it cannot be used or either is a video."""
+    name = entry.media.name
+    try:
+        info = index.inspect(control)
+    except UserError as error:
+        raise UserError(f"{name}: its control picture cannot be used: {error}") from None
+    if entry.frames > 1:
+        raise UserError(f"{name}: found a video, expected an image: only images have control pictures")
+    if info.size.frames > 1:
+        raise UserError(f"{name}: its control picture {control.name} is a video, expected an image")
+    return info
+
+
+def _is_other_shape(control: Size, image: Size) -> bool:
+    """Return whether the ratios of the sides differ by more than rounding them explains."""
+    return abs(math.log(control.width * image.height / (control.height * image.width))) > SAME_RATIO
 
 
 def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:

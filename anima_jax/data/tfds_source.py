@@ -22,7 +22,7 @@ from anima_jax.data.captions import Captions, decode_caption
 from anima_jax.data.folder_source import CACHE
 from anima_jax.data.media import label_of, stamp_of
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import Candidate, Counts, SourceReader
+from anima_jax.data.sources import Candidate, Counts, Partners, SourceReader
 from anima_jax.errors import UserError, did_you_mean, first_line, shorten
 
 SHAPES = "anima_shapes"
@@ -71,6 +71,7 @@ class TfdsReader(SourceReader[TfdsSource]):
         self.location = f"TfdsSplit({', '.join(f'{key}={value!r}' for key, value in split.items())})"
         self.about = {**split, "skip_empty_caption": source.skip_empty_caption, "mask": None}
         self.about |= {"nl": source.nl} if source.nl else {}
+        self.about |= {"control": list(source.control)} if source.control else {}
         # The rule of tensorflow-datasets, without importing it.
         root = source.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
         folder = source.builder_dir or os.path.join(os.path.expanduser(root), self._data_set.partition(":")[0])
@@ -86,11 +87,19 @@ class TfdsReader(SourceReader[TfdsSource]):
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
         source, builder_dir = self.source, os.fspath(self._builder.data_path)
         try:
-            number = len(_records(builder_dir, source.split, source.image))
+            number = len(_records(builder_dir, source.split))
         except Exception as error:  # an empty slice or one that tfds cannot parse, missing shards
             raise UserError(f"{self.name}: {first_line(error)}") from None
         media = (RecordMedia(builder_dir, source.split, index, source.image) for index in range(number))
-        return [Candidate(each, functools.partial(_captions, each, source)) for each in media]
+        controls = source.control or ()
+        return [
+            Candidate(
+                each,
+                functools.partial(_captions, each, source),
+                Partners(controls=tuple(dataclasses.replace(each, image_feature=name) for name in controls)),
+            )
+            for each in media
+        ]
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -99,10 +108,12 @@ class TfdsReader(SourceReader[TfdsSource]):
         tfds, features, what = _tfds(), builder.info.features, f"tfds data set {self._data_set!r}"
         for part in self.source.split.split("+"):
             _check_known(what, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
-        for name in filter(None, (self.source.image, self.source.caption, self.source.nl)):
+        images = (self.source.image, *(self.source.control or ()))
+        for name in filter(None, (*images, self.source.caption, self.source.nl)):
             _check_known(what, "feature", name, features)
-        if not isinstance(image := features[self.source.image], tfds.features.Image):
-            raise UserError(f"{what}: feature {self.source.image} is {image!r}, expected an Image")
+        for name in images:
+            if not isinstance(image := features[name], tfds.features.Image):
+                raise UserError(f"{what}: feature {name} is {image!r}, expected an Image")
         for name in filter(None, (self.source.caption, self.source.nl)):
             if not isinstance(getattr(features[name], "feature", features[name]), tfds.features.Text):
                 raise UserError(f"{what}: feature {name} is {features[name]!r}, expected a Text or a Sequence of Text")
@@ -121,16 +132,17 @@ def _texts(media: RecordMedia, feature: str) -> tuple[str, ...]:
 
 def _record(media: RecordMedia) -> dict[str, Any]:
     try:
-        return _records(media.builder_dir, media.split, media.image_feature)[media.index]
+        return _records(media.builder_dir, media.split)[media.index]
     except Exception as error:  # damaged shards: array_record, protobuf and tfds each raise their own types
         raise UserError(f"{media.name}: the record cannot be read: {first_line(error)}") from None
 
 
 @functools.lru_cache(maxsize=8)
-def _records(builder_dir: str, split: str, image_feature: str) -> Any:
+def _records(builder_dir: str, split: str) -> Any:
     tfds = _tfds()
     builder = _from_directory(builder_dir)
-    return builder.as_data_source(split=split, decoders={image_feature: tfds.decode.SkipDecoding()})
+    images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    return builder.as_data_source(split=split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
 
 
 def _tfds() -> Any:

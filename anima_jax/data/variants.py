@@ -13,7 +13,7 @@ import numpy as np
 
 from anima_jax.config.dataset import Source
 
-CHOICE, SHUFFLE, DROPOUT, CACHED_SHUFFLE, SENTENCES, CACHED_SENTENCES = range(6)
+CHOICE, SHUFFLE, DROPOUT, CACHED_SHUFFLE, SENTENCES, CACHED_SENTENCES, INPAINT_MASK = range(7)
 """Purposes of random words: the first part of the key in `random_words`."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*(?=\S)")

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.config.main import MainConfig
+from anima_jax.config.pairs import MASK_SHARES
+from anima_jax.config.sizes import PIXEL_MULTIPLE
 from anima_jax.data.dataset import TEXT_ROW_STEP, TrainingData
 from anima_jax.data.examples import Example
+from anima_jax.data.inpainting import random_mask, with_mask
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.diffusion.randomness import split_ids
 from anima_jax.models.llm_adapter import Text
@@ -24,7 +27,7 @@ from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel.mesh import current_mesh, replicate, rows_of_process, shard_local_rows
 from anima_jax.text.states import encode_tokens, padded, rounded_up, text_rows
 from anima_jax.text.tokenizers import Tokenizers
-from anima_jax.training.evaluate import padded_batches
+from anima_jax.training.evaluate import NOISE_SEED, padded_batches
 from anima_jax.training.run import Run
 from anima_jax.training.step import TrainBatch
 
@@ -54,7 +57,9 @@ class Batches:
         """Return this process's rows of the batch of the plan's step `step` (from 0), in host memory."""
         planned = self._data.plan.batch(step)
         own = planned.take(self._rows[planned.tier])
-        return Loaded(self._batch(own.tier, own.indices, own.epochs), self._accumulations[own.tier], own.tier)
+        return Loaded(
+            self._batch(own.tier, own.indices, own.epochs, self._config.seed), self._accumulations[own.tier], own.tier
+        )
 
     def names(self, step: int) -> list[str]:
         """Return the file names of all examples of the plan's step `step` (from 0), in the order of its batch."""
@@ -76,27 +81,58 @@ class Batches:
         for number, tier in enumerate(self._data.plan.tiers):
             for rows, weights in padded_batches(len(tier.indices), tier.batch_size):
                 indices = tier.indices[rows[self._rows[number]]]
-                yield self.put(self._batch(number, indices, np.zeros(len(indices), np.int64)), number), weights
+                first = np.zeros(len(indices), np.int64)
+                yield self.put(self._batch(number, indices, first, NOISE_SEED), number), weights
 
-    def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray) -> TrainBatch:
-        cache, of_tier = self._data.cache, self._data.plan.tiers[tier]
+    def _batch(self, tier: int, indices: np.ndarray, epochs: np.ndarray, mask_seed: int) -> TrainBatch:
+        of_tier = self._data.plan.tiers[tier]
         length = of_tier.tokens
         examples = [self._data.examples[index] for index in indices]
         seed = self._config.seed
         captions = [example.caption(seed, int(epoch)) for example, epoch in zip(examples, epochs, strict=True)]
         return TrainBatch(
-            latents_blc=padded([cache.latents(example) for example in examples], length)[0],
+            latents_blc=padded([self._latents(example) for example in examples], length)[0],
             grid_b3=np.array([example.bucket.grid for example in examples], np.int32),
             ids_b2=self._ids_n2[indices],
             epochs_b=epochs.astype(np.int32),
             text=self._text(captions),
             mask_blp=self._masks(examples, length) if self._data.masked else None,
             full=() if of_tier.full else None,
+            control_blp=self._controls(examples, epochs, mask_seed, length),
         )
 
     def unconditional(self) -> Text:
         """Return the empty caption, with a batch axis of 1, replicated on all devices."""
         return replicate(self._text([""]))
+
+    def _latents(self, example: Example) -> np.ndarray:
+        """Return the latent tokens (l, c) of an example, followed by those of its reference pictures."""
+        latents_lc = self._data.cache.latents(example)
+        if not example.bucket.references:
+            return latents_lc
+        return np.concatenate([latents_lc, self._data.cache.references(example)])
+
+    def _controls(
+        self, examples: Sequence[Example], epochs: np.ndarray, mask_seed: int, length: int
+    ) -> np.ndarray | None:
+        """Return the control pictures as `TrainBatch.control_blp`, with random masks of these epochs to inpaint."""
+        if not self._config.control_channels:
+            return None
+        features = PIXEL_MULTIPLE**2 * self._config.control_channels
+        patches_blp = np.zeros((len(examples), length, features), np.uint8)
+        for row, (example, epoch) in enumerate(zip(examples, epochs, strict=True)):
+            control_lp = self._data.cache.control(example)
+            if self._config.pairs == "inpaint":
+                control_lp = with_mask(control_lp, self._inpaint_mask(example, mask_seed, int(epoch)))
+            patches_blp[row, : len(control_lp)] = control_lp
+        return patches_blp
+
+    def _inpaint_mask(self, example: Example, seed: int, epoch: int) -> np.ndarray:
+        own_yx = self._data.cache.inpaint_mask(example)
+        if own_yx is not None:
+            return own_yx
+        size, shares = example.bucket.size, example.source.inpaint_masks or MASK_SHARES
+        return random_mask(shares, (size.width, size.height), seed, epoch, example.id)
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
         weights_blp = np.ones((len(examples), length, PIXELS), np.float32)

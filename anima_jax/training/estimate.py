@@ -61,9 +61,15 @@ def example_flops(partition: ParamPartition, config: StepConfig, work: Workload)
 
 def step_workloads(run: Run, data: TrainingData, source_rows: int, target_rows: int) -> list[Workload]:
     """Return the workload of each tier of the batch plan; text is padded to `source_rows` and `target_rows`."""
+    channels = run.config.control_channels
     return [
-        Workload(tier.name, tier.batch_size, accumulation, tier.tokens, size.grid, source_rows, target_rows, tier.full)
-        for tier, accumulation, size in zip(data.plan.tiers, run.accumulations(data), data.largest_sizes, strict=True)
+        Workload(
+            *(tier.name, tier.batch_size, accumulation, tier.tokens),
+            *(bucket.grid, source_rows, target_rows, tier.full, channels),
+        )
+        for tier, accumulation, bucket in zip(
+            data.plan.tiers, run.accumulations(data), data.largest_buckets, strict=True
+        )
     ]
 
 

@@ -25,6 +25,7 @@ class Workload(NamedTuple):
     source_rows: int
     target_rows: int
     full: bool = False  # no example has padding tokens
+    control_channels: int = 0  # of control pictures
 
     @property
     def micro_batch(self) -> int:

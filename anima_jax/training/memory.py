@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from anima_jax.config.sizes import PIXEL_MULTIPLE
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.models.dit import IN_PLACE, OUT_CHANNELS, DiTConfig
 from anima_jax.models.llm_adapter import Text
@@ -48,6 +49,7 @@ def abstract_batch(
     def shape(dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((size, *sizes), dtype)
 
+    features = PIXEL_MULTIPLE**2 * work.control_channels
     return TrainBatch(
         latents_blc=shape(dtype, work.tokens, PIXELS * OUT_CHANNELS),
         grid_b3=shape(jnp.int32, 3),
@@ -56,6 +58,7 @@ def abstract_batch(
         text=_abstract_text(work, size, config, dtype, text_ids),
         mask_blp=shape(jnp.float32, work.tokens, PIXELS) if masked else None,
         full=() if work.full else None,
+        control_blp=shape(jnp.uint8, work.tokens, features) if features else None,
     )
 
 

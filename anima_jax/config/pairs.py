@@ -1,0 +1,83 @@
+"""Pairs of images: which runs train on them, and the keys of the dataset TOML that describe them."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+
+from anima_jax.config.schema import InputFolder, Listed, NotEmpty, documented_as, expecting, invalid, shares
+
+Pairs = Literal["", "control", "inpaint", "edit"]
+"""What a run trains on: images alone, or with control pictures, masks to inpaint, or reference pictures."""
+
+NEEDED_BY: Mapping[str, str] = {"control": "[adapter] type = 'lllite'", "edit": "edit = true"}
+"""The pairs that need control pictures → the key of the main TOML that asks for them."""
+
+MASK_KINDS = ("boxes", "strokes", "whole")
+"""The masks that are drawn at random for inpainting."""
+
+MASK_SHARES: Mapping[str, float] = {"boxes": 45.0, "strokes": 45.0, "whole": 10.0}
+
+
+def pairs_of(adapter_type: Any, channels: Any, edit: Any) -> Pairs:
+    """Return the pairs that these values of the main TOML ask for."""
+    if isinstance(adapter_type, str) and adapter_type.lower() == "lllite":
+        return "inpaint" if channels == 4 else "control"
+    return "edit" if edit is True else ""
+
+
+def pairs_in(table: Mapping[str, Any]) -> Pairs:
+    """Return the pairs that a main TOML asks for, before it is validated."""
+    adapter = table.get("adapter")
+    adapter = adapter if isinstance(adapter, dict) else {}
+    return pairs_of(adapter.get("type"), adapter.get("channels"), table.get("edit"))
+
+
+def _as_list(found: Any) -> Any:
+    return (found,) if isinstance(found, str) else found
+
+
+def _used(found: Any, info: ValidationInfo) -> Any:
+    """Return the control pictures' folders or features, or raise an error if the run lacks them or does not use them.
+
+    The context's `pairs` are those of the run, if it is known.
+    """
+    pairs = (info.context or {}).get("pairs")
+    if found is None and pairs in NEEDED_BY:
+        what = (
+            "a folder of control pictures" if info.field_name == "control_path" else "the feature of control pictures"
+        )
+        raise invalid(f"missing, expected {what}, because {NEEDED_BY[pairs]} in the main TOML trains on pairs")
+    if found is not None and pairs == "":
+        users = " or ".join(NEEDED_BY.values())
+        raise invalid(f"nothing uses the control pictures, expected {users} in the main TOML")
+    if found is not None and pairs in {"control", "inpaint"} and len(found) > 1:
+        raise invalid(f"found {len(found)}, expected one: {NEEDED_BY['control']} takes one control picture of an image")
+    return found
+
+
+def _inpaints(found: Any, info: ValidationInfo) -> Any:
+    if found is not None and (info.context or {}).get("pairs", "inpaint") != "inpaint":
+        raise invalid("nothing uses it, expected [adapter] type = 'lllite' and channels = 4 in the main TOML")
+    return found
+
+
+ControlFolders = Annotated[
+    Annotated[tuple[InputFolder, ...], Listed, NotEmpty] | None,
+    BeforeValidator(_as_list),
+    AfterValidator(_used),
+    documented_as("folder or [folder, …]"),
+]
+ControlFeatures = Annotated[
+    Annotated[tuple[str, ...], Listed, NotEmpty] | None,
+    expecting("a feature's name, or a list of them"),
+    BeforeValidator(_as_list),
+    AfterValidator(_used),
+    documented_as("text or [text, …]"),
+]
+InpaintFolder = Annotated[InputFolder | None, AfterValidator(_inpaints)]
+MaskShares = Annotated[
+    Annotated[Any, shares(MASK_KINDS, "{boxes = 1, strokes = 1, whole = 0}")] | None,
+    AfterValidator(_inpaints),
+    documented_as("{boxes = …, strokes = …, whole = …}"),
+]
