@@ -1,11 +1,12 @@
 """Pairs of images: which runs train on them, and the keys of the dataset TOML that describe them."""
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
-from anima_jax.config.schema import InputFolder, Listed, NotEmpty, documented_as, expecting, invalid, shares
+from anima_jax.config.schema import InputFolder, documented_as, invalid, resolver, shares
 
 Pairs = Literal["", "control", "inpaint", "edit"]
 """What a run trains on: images alone, or with control pictures, masks to inpaint, or reference pictures."""
@@ -33,8 +34,24 @@ def pairs_in(table: Mapping[str, Any]) -> Pairs:
     return pairs_of(adapter.get("type"), adapter.get("channels"), table.get("edit"))
 
 
-def _as_list(found: Any) -> Any:
-    return (found,) if isinstance(found, str) else found
+_input_folder = resolver("a folder", os.path.isdir)
+
+
+def _names(found: Any, what: str) -> tuple[str, ...] | None:
+    """Return a name, or a list of names, as a tuple."""
+    names = [found] if isinstance(found, str) else found
+    if names is not None and not (isinstance(names, list | tuple) and names and all(isinstance(x, str) for x in names)):
+        raise invalid(f"found {found!r}, expected {what}, or a list of them")
+    return names and tuple(names)
+
+
+def _folders(found: Any, info: ValidationInfo) -> Any:
+    folders = _names(found, "a folder")
+    return folders and tuple(_input_folder(folder, info) for folder in folders)
+
+
+def _features(found: Any) -> Any:
+    return _names(found, "the name of a feature")
 
 
 def _used(found: Any, info: ValidationInfo) -> Any:
@@ -42,12 +59,10 @@ def _used(found: Any, info: ValidationInfo) -> Any:
 
     The context's `pairs` are those of the run, if it is known.
     """
-    pairs = (info.context or {}).get("pairs")
-    if found is None and pairs in NEEDED_BY:
-        what = (
-            "a folder of control pictures" if info.field_name == "control_path" else "the feature of control pictures"
-        )
-        raise invalid(f"missing, expected {what}, because {NEEDED_BY[pairs]} in the main TOML trains on pairs")
+    pairs: Any = (info.context or {}).get("pairs")
+    if found is None and (reason := NEEDED_BY.get(pairs)):
+        what = "a folder of" if info.field_name == "control_path" else "the feature with"
+        raise invalid(f"missing, expected {what} control pictures: {reason} in the main TOML trains on pairs")
     if found is not None and pairs == "":
         users = " or ".join(NEEDED_BY.values())
         raise invalid(f"nothing uses the control pictures, expected {users} in the main TOML")
@@ -63,15 +78,14 @@ def _inpaints(found: Any, info: ValidationInfo) -> Any:
 
 
 ControlFolders = Annotated[
-    Annotated[tuple[InputFolder, ...], Listed, NotEmpty] | None,
-    BeforeValidator(_as_list),
+    tuple[str, ...] | None,
+    BeforeValidator(_folders),
     AfterValidator(_used),
     documented_as("folder or [folder, …]"),
 ]
 ControlFeatures = Annotated[
-    Annotated[tuple[str, ...], Listed, NotEmpty] | None,
-    expecting("a feature's name, or a list of them"),
-    BeforeValidator(_as_list),
+    tuple[str, ...] | None,
+    BeforeValidator(_features),
     AfterValidator(_used),
     documented_as("text or [text, …]"),
 ]

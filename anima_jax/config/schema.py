@@ -209,8 +209,8 @@ def check_escapes(path: str) -> None:
         )
 
 
-def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
-    """Return a validator that replaces a path by the first one it may mean that passes `exists`, a test for `what`."""
+def resolver(what: str, exists: Callable[[str], bool]) -> Callable[[str, ValidationInfo], str]:
+    """Return a function that returns the first path that a path may mean that passes `exists`, a test for `what`."""
 
     def check(path: str, info: ValidationInfo) -> str:
         if not path:
@@ -230,7 +230,12 @@ def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
                 raise invalid(f"{candidate} is {kind}, expected {what}")
         raise invalid(f"expected {what}, found nothing at {' or at '.join(candidates)}")
 
-    return AfterValidator(check)
+    return check
+
+
+def existing(what: str, exists: Callable[[str], bool]) -> AfterValidator:
+    """Return a validator that replaces a path by that of `resolver`."""
+    return AfterValidator(resolver(what, exists))
 
 
 def on_this_machine(path: str | None) -> str | None:

@@ -146,13 +146,13 @@ def examples_of(
     """
     each_epoch = shuffle_each_epoch and (source.shuffled_copies > 0 or source.nl_shuffle_sentences)
     usable = _images(entries, problems) if pairs else entries
-    placed = _subsampled(list(_placed(usable, Bucketing.of(source), problems)), source.subsample_ratio)
+    placed = list(_placed(usable, Bucketing.of(source), problems, with_references=pairs == "edit"))
+    placed = _subsampled(placed, source.subsample_ratio)
     log_names("cropped by more than half of their area", _much_cropped(placed), logging.WARNING)
     once: dict[tuple[float | None, int], list[tuple[int, Example]]] = collections.defaultdict(list)
     for entry, buckets in placed:
         indexed_variants = _variants(entry, source, each_epoch)
-        references = len(entry.controls) if pairs == "edit" else 0
-        for bucket in (each._replace(references=references) for each in buckets):
+        for bucket in buckets:
             for index, variants in indexed_variants:
                 example = Example(_id(entry, bucket, index, 0), entry, bucket, variants, source, each_epoch)
                 once[bucket.resolution, bucket.size.frames].append((index, example))
@@ -160,7 +160,7 @@ def examples_of(
 
 
 def contents_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Return hashes of the `CONTENTS` of each example: name → uint64 (n,). Without any control picture, not of these."""
+    """Return hashes of the `CONTENTS` of each example: name → uint64 (n,). Control pictures only if there are any."""
 
     def hashes(values: Iterable[bytes]) -> np.ndarray:
         digests = (hashlib.blake2b(value, digest_size=8).digest() for value in values)
@@ -190,13 +190,15 @@ def _images(entries: Sequence[Entry], problems: Problems) -> list[Entry]:
 
 
 def _placed(
-    entries: Sequence[Entry], bucketing: Bucketing, problems: Problems
+    entries: Sequence[Entry], bucketing: Bucketing, problems: Problems, *, with_references: bool = False
 ) -> Iterator[tuple[Entry, tuple[Bucket, ...]]]:
-    known: dict[tuple[int, int, int], tuple[Bucket, ...]] = {}  # so that entries of equal size share their buckets
+    known: dict[tuple[int, ...], tuple[Bucket, ...]] = {}  # so that entries of equal size share their buckets
     for entry in entries:
-        size = entry.width, entry.height, entry.frames
+        references = len(entry.controls) if with_references else 0
+        size = entry.width, entry.height, entry.frames, references
         if size not in known:
-            known[size] = bucketing.place(*size)
+            found = bucketing.place(entry.width, entry.height, entry.frames)
+            known[size] = tuple(bucket._replace(references=references) for bucket in found)
         if known[size]:
             yield entry, known[size]
         else:

@@ -307,11 +307,13 @@ DATASET_ERRORS = [
     ({"directory": [{"path": "pictures", "tag_dropout": 0.1}]}, "directory[0].tag_dropout: found 0.1, but cached text"),
     ({"directory": [{"path": "pictures", "mask_path": "m"}]}, "directory[0].mask_path: expected a folder, found noth"),
     ({"default_mask_file": "pictures"}, "/pictures is a folder, expected a file"),
-    ({"control_path": "pictures"}, "control_path: belongs to models that edit images"),
-    (
-        {"directory": [{"path": "pictures", "control_path": "pictures"}]},
-        "directory[0].control_path: belongs to models ",
-    ),
+    ({"control_path": "pictures"}, "control_path: nothing uses the control pictures, expected [adapter] type = "),
+    ({"directory": [{"path": "pictures", "control_path": "no"}]}, "directory[0].control_path: expected a folder, "),
+    ({"directory": [{"path": "pictures", "control_path": 3}]}, "directory[0].control_path: found 3, expected a folder"),
+    ({"control_path": []}, "control_path: found [], expected a folder, or a list of them"),
+    ({"inpaint_masks": {"boxes": 1}}, "inpaint_masks: nothing uses it, expected [adapter] type = 'lllite' and channe"),
+    ({"inpaint_mask_path": "pictures"}, "inpaint_mask_path: nothing uses it, expected [adapter] type = 'lllite' and"),
+    ({"inpaint_masks": {"box": 1}}, "inpaint_masks: found 'box', expected 'boxes', 'strokes' or 'whole' (did you mea"),
     (
         {"tfds": [{"name": "a", "mask_path": "pictures"}]},
         "tfds[0].mask_path: belongs to a [[directory]], whose images",

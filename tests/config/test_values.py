@@ -47,11 +47,20 @@ SOURCE_DEFAULTS = {
     "protected_tags_file": None,
     "mask_path": None,
     "default_mask_file": None,
+    "control_path": None,
+    "inpaint_mask_path": None,
+    "inpaint_masks": None,
     "caption_extension": None,
     "captions_file": None,
     "online_captions": False,
 }
 """What a `[[directory]]` has besides its path and resolutions if nothing is set."""
+
+FOLDER_KEYS = {
+    *("mask_path", "default_mask_file", "online_captions", "caption_extension", "captions_file"),
+    *("control_path", "inpaint_mask_path"),
+}
+"""The keys that a `[[tfds]]` does not have."""
 
 
 @pytest.fixture
@@ -395,9 +404,7 @@ def test_caption_and_mask_keys_reach_the_sources_that_have_them(load, tmp_path):
     }
     common = for_all | {"caption_prefix": "b "}
     assert {key: getattr(tfds, key) for key in common if key in type(tfds).model_fields} == {
-        key: value
-        for key, value in common.items()
-        if key not in {"mask_path", "default_mask_file", "online_captions", "caption_extension", "captions_file"}
+        key: value for key, value in common.items() if key in type(tfds).model_fields
     }
     assert [source.shuffled_copies for source in (one, other, tfds)] == [1, 3, 1]
 
