@@ -42,7 +42,7 @@ def _names(found: Any, what: str) -> tuple[str, ...] | None:
     names = [found] if isinstance(found, str) else found
     if names is not None and not (isinstance(names, list | tuple) and names and all(isinstance(x, str) for x in names)):
         raise invalid(f"found {found!r}, expected {what}, or a list of them")
-    return names and tuple(names)
+    return tuple(names) if names else None
 
 
 def _folders(found: Any, info: ValidationInfo) -> Any:

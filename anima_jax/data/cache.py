@@ -47,7 +47,7 @@ RESIDENT_BYTES = 2**30
 """Records stay in host memory after the first read, up to this total size."""
 
 
-class _Picture(NamedTuple):
+class _SizedMedia(NamedTuple):
     """An image or clip to be stored at a size. `owner` is the image whose control picture it is, "" otherwise."""
 
     media: Media
@@ -153,21 +153,21 @@ class Cache:
 
     # ---- the records of an example --------------------------------------------------------------------------------
 
-    def _latents_of(self, example: Example) -> dict[bytes, _Picture]:
+    def _latents_of(self, example: Example) -> dict[bytes, _SizedMedia]:
         """Return key → picture of each of the example's latents: its own and those of its reference pictures."""
         entry, size = example.entry, example.bucket.size
-        pictures = [_Picture(entry.media, entry.digest, size)]
+        pictures = [_SizedMedia(entry.media, entry.digest, size)]
         if example.bucket.references:
-            pictures += [_Picture(*control, size, entry.media.name) for control in entry.controls]
+            pictures += [_SizedMedia(*control, size, entry.media.name) for control in entry.controls]
         return {self._latents_key(picture.digest, size): picture for picture in pictures}
 
-    def _controls_of(self, example: Example) -> dict[bytes, _Picture]:
+    def _controls_of(self, example: Example) -> dict[bytes, _SizedMedia]:
         """Return key → picture of the example's control picture, empty if the run needs none."""
         entry, size = example.entry, example.bucket.size
         if not self._config.control_channels:
             return {}
-        own = _Picture(entry.media, entry.digest, size)
-        picture = _Picture(*entry.controls[0], size, entry.media.name) if entry.controls else own
+        own = _SizedMedia(entry.media, entry.digest, size)
+        picture = _SizedMedia(*entry.controls[0], size, entry.media.name) if entry.controls else own
         return {hash_parts("control", picture.digest, size.width, size.height): picture}
 
     def _masks_of(self, example: Example) -> dict[bytes, tuple[Example, Partner, str]]:
@@ -253,8 +253,8 @@ class Cache:
 
         yield from filter(None, map_ahead(read, items, threads=self._config.map_num_proc))
 
-    def _control_records(self, items: Sequence[tuple[bytes, _Picture]], problems: Problems) -> Iterator[Record]:
-        def read(item: tuple[bytes, _Picture]) -> Record | None:
+    def _control_records(self, items: Sequence[tuple[bytes, _SizedMedia]], problems: Problems) -> Iterator[Record]:
+        def read(item: tuple[bytes, _SizedMedia]) -> Record | None:
             key, picture = item
             pixels_tyxc = self._pixels(picture, problems)
             if pixels_tyxc is None:
@@ -264,7 +264,7 @@ class Cache:
 
         yield from filter(None, map_ahead(read, items, threads=self._config.map_num_proc))
 
-    def _pixels(self, picture: _Picture, problems: Problems) -> np.ndarray | None:
+    def _pixels(self, picture: _SizedMedia, problems: Problems) -> np.ndarray | None:
         """Return the pixels (t, y, x, 3), uint8, None if they cannot be decoded, which goes to `problems`."""
         mode, size = self._config.video_clip_mode, picture.size
         try:
@@ -275,12 +275,12 @@ class Cache:
             return None
 
     def _latent_records(
-        self, items: Sequence[tuple[bytes, _Picture]], size: Size, encoders: Encoders, problems: Problems
+        self, items: Sequence[tuple[bytes, _SizedMedia]], size: Size, encoders: Encoders, problems: Problems
     ) -> Iterator[Record]:
         """Yield the latents of clips that are resized to `size`."""
-        decoded: collections.deque[tuple[bytes, _Picture]] = collections.deque()
+        decoded: collections.deque[tuple[bytes, _SizedMedia]] = collections.deque()
 
-        def read(item: tuple[bytes, _Picture]) -> np.ndarray | None:
+        def read(item: tuple[bytes, _SizedMedia]) -> np.ndarray | None:
             return self._pixels(item[1], problems)
 
         def clips() -> Iterator[np.ndarray]:
@@ -325,8 +325,8 @@ def _joined(records: Iterable[dict[bytes, Item]]) -> dict[bytes, Item]:
     return {key: item for each in records for key, item in each.items()}
 
 
-def _by_size(items: Iterable[tuple[bytes, _Picture]]) -> list[tuple[Size, list[tuple[bytes, _Picture]]]]:
-    by_size: dict[Size, list[tuple[bytes, _Picture]]] = collections.defaultdict(list)
+def _by_size(items: Iterable[tuple[bytes, _SizedMedia]]) -> list[tuple[Size, list[tuple[bytes, _SizedMedia]]]]:
+    by_size: dict[Size, list[tuple[bytes, _SizedMedia]]] = collections.defaultdict(list)
     for key, picture in items:
         by_size[picture.size].append((key, picture))
     return sorted(by_size.items())
