@@ -215,7 +215,7 @@ class Source(Section):
 
     inpaint_masks: MaskShares = Field(
         None,
-        description="ours; with [adapter] channels = 4: how often each kind of random mask is drawn, relative to the "
+        description="ours; with [adapter] cond_in_channels = 4: how often each kind of random mask is drawn, relative to the "
         "others; a kind that is not named never; unset: {boxes = 45, strokes = 45, whole = 10}",
     )
 
@@ -329,7 +329,7 @@ class DirectorySource(Source):
     )
     inpaint_mask_path: InpaintFolder = Field(
         None,
-        description="ours; with [adapter] channels = 4 a folder of masks, with the images' names and sizes: white is "
+        description="ours; with [adapter] cond_in_channels = 4 a folder of masks, with the images' names and sizes: white is "
         "drawn anew; for an image without a mask, one is drawn at random in every epoch",
     )
     caption_extension: Suffix | None = Field(

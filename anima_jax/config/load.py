@@ -51,12 +51,12 @@ def load_config(
             main.errors += error.messages
     model = table.get("model")
     cached_text = not (isinstance(model, dict) and model.get("cache_text_embeddings") is False)
+    captions = _answer_other_keys(main, table, cached_text=cached_text)
     context = {
         "i_know_what_i_am_doing": i_know_what_i_am_doing,
         "cached_text": cached_text,
         "pairs": pairs_in(table),
     }
-    captions = _answer_other_keys(main, table, cached_text=cached_text)
     files = [main]
 
     def dataset_at(named: Any, defaults: Mapping[str, Any]) -> DatasetConfig | None:

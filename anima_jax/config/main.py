@@ -408,7 +408,7 @@ class MainConfig(Section):
     @property
     def pairs(self) -> Pairs:
         """The kind of pairs that the run trains on, "" for images alone."""
-        return pairs_of(getattr(self.adapter, "type", None), getattr(self.adapter, "channels", 3), self.edit)
+        return pairs_of(self.adapter and self.adapter.type, self.adapter and self.adapter.cond_in_channels, self.edit)
 
     @property
     def control_channels(self) -> int:

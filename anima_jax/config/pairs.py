@@ -31,7 +31,7 @@ def pairs_in(table: Mapping[str, Any]) -> Pairs:
     """Return the pairs that a main TOML asks for, before it is validated."""
     adapter = table.get("adapter")
     adapter = adapter if isinstance(adapter, dict) else {}
-    return pairs_of(adapter.get("type"), adapter.get("channels"), table.get("edit"))
+    return pairs_of(adapter.get("type"), adapter.get("cond_in_channels"), table.get("edit"))
 
 
 _input_folder = resolver("a folder", os.path.isdir)
@@ -73,7 +73,7 @@ def _used(found: Any, info: ValidationInfo) -> Any:
 
 def _inpaints(found: Any, info: ValidationInfo) -> Any:
     if found is not None and (info.context or {}).get("pairs", "inpaint") != "inpaint":
-        raise invalid("nothing uses it, expected [adapter] type = 'lllite' and channels = 4 in the main TOML")
+        raise invalid("nothing uses it, expected [adapter] type = 'lllite' and cond_in_channels = 4 in the main TOML")
     return found
 
 

@@ -311,7 +311,7 @@ DATASET_ERRORS = [
     ({"directory": [{"path": "pictures", "control_path": "no"}]}, "directory[0].control_path: expected a folder, "),
     ({"directory": [{"path": "pictures", "control_path": 3}]}, "directory[0].control_path: found 3, expected a folder"),
     ({"control_path": []}, "control_path: found [], expected a folder, or a list of them"),
-    ({"inpaint_masks": {"boxes": 1}}, "inpaint_masks: nothing uses it, expected [adapter] type = 'lllite' and channe"),
+    ({"inpaint_masks": {"boxes": 1}}, "inpaint_masks: nothing uses it, expected [adapter] type = 'lllite' and cond_i"),
     ({"inpaint_mask_path": "pictures"}, "inpaint_mask_path: nothing uses it, expected [adapter] type = 'lllite' and"),
     ({"inpaint_masks": {"box": 1}}, "inpaint_masks: found 'box', expected 'boxes', 'strokes' or 'whole' (did you mea"),
     (
