@@ -47,10 +47,10 @@ def plan(
     rates = {path: [1.0] * shape[0] for path, shape in targets.items()}
     for name in open_names:
         path, layer = names[name]
-        rate = _first(adapter.lr_pattern, name, group_rates[name])
+        rate = first_match(adapter.lr_pattern, name, group_rates[name])
         wanted = not adapter.target_modules or matches(adapter.target_modules, name)
         if wanted and rate and not matches(adapter.exclude_modules, name):
-            ranks[path][layer] = int(_first(adapter.rank_pattern, name, adapter.rank))
+            ranks[path][layer] = int(first_match(adapter.rank_pattern, name, adapter.rank))
             rates[path][layer] = rate / group_rates[name]
     specs = {
         path: adapter_spec(adapter.type, shape, ranks[path], adapter.decompose_factor)
@@ -111,7 +111,8 @@ def matches(patterns: Iterable[str], name: str) -> bool:
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in patterns)
 
 
-def _first(values: Mapping[str, float], name: str, default: float) -> float:
+def first_match(values: Mapping[str, float], name: str, default: float) -> float:
+    """Return the value of the first pattern that matches the name."""
     return next((value for pattern, value in values.items() if matches([pattern], name)), default)
 
 

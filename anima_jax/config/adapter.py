@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from anima_jax.adapters.kinds import TRAINABLE
+from anima_jax.checkpoints.names.control import ATOMICS
 from anima_jax.config.schema import (
     Count,
     Dtype,
@@ -70,13 +71,12 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, docume
 LLLITE = "lllite"
 """The type of adapter that is a control network: ControlNet-LLLite."""
 
-ATOMICS = ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre", "mlp_fc1_pre")
 PRESETS: Mapping[str, tuple[str, ...]] = {
-    "self_attn_q": ATOMICS[:1],
-    "self_attn_qkv": ATOMICS[:2],
-    "self_attn_qkv_cross_q": ATOMICS[:3],
+    "self_attn_q": tuple(ATOMICS)[:1],
+    "self_attn_qkv": tuple(ATOMICS)[:2],
+    "self_attn_qkv_cross_q": tuple(ATOMICS)[:3],
 }
-"""Names in sd-scripts of linear layers whose input a control network changes, and of several of them."""
+"""Names in sd-scripts of several of `ATOMICS`."""
 
 
 def _target_names(found: Any) -> Any:

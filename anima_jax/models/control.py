@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
@@ -158,7 +159,9 @@ def check_controls(
     """Raise ValueError unless control networks fit a transformer of this depth and width, and embeddings the tokens."""
     if not controls:
         return
-    frames = grid[0] if isinstance(grid, tuple) else 1 if isinstance(grid, Tracer) else int(jnp.max(grid[:, 0]))
+    frames = (
+        grid[0] if isinstance(grid, tuple) else 1 if isinstance(grid, Tracer) else int(np.max(np.asarray(grid)[:, 0]))
+    )
     if frames > 1:
         raise ValueError(f"control networks steer single images, found latents of {frames} frames")
     for network, embedding_ble, strength in controls:
@@ -197,6 +200,8 @@ class ControlModule(nnx.Module):
         self.mid = _linear(embedding + hidden, hidden, rngs)
         self.cond_to_film = Linear(embedding, 2 * hidden, use_bias=True, zero=True, rngs=rngs)
         self.up = Linear(hidden, config.width, use_bias=True, zero=True, rngs=rngs)
+        self.dropout = 0.0
+        self.keys: nnx.Param[Array] | None = None
 
     def __call__(self, x_bld: Array, embedding_ble: Array, strength_b11: Array) -> Array:
         """Return x + strength · the module's term, in the dtype of `x_bld`."""
@@ -206,8 +211,26 @@ class ControlModule(nnx.Module):
         steered_ble = constrain(sum_ble.astype(dtype), "ble")
         scale_blm, shift_blm = jnp.split(self.cond_to_film(steered_ble), 2, axis=-1)
         hidden_blm = self.mid(jnp.concatenate([steered_ble, silu(self.down(x_bld))], axis=-1))
-        hidden_blm = _modulated_silu(hidden_blm, scale_blm, shift_blm)
+        hidden_blm = self._dropped(_modulated_silu(hidden_blm, scale_blm, shift_blm))
         return _with_term(x_bld, strength_b11, self.up(hidden_blm))
+
+    def _dropped(self, x_blm: Array) -> Array:
+        """Return `x_blm`, in training with dropout: some values are zero and the others are scaled up."""
+        if self.keys is None:
+            return x_blm
+        kept = jax.vmap(lambda key: jax.random.uniform(key, x_blm.shape[1:]) >= self.dropout)(self.keys[...])
+        return x_blm * (kept / (1.0 - self.dropout)).astype(x_blm.dtype)
+
+
+def drop(network: ControlNetwork, keys_b: Array, dropout: float) -> None:
+    """Switch on dropout in the modules of `network`, in place, with one random key per example."""
+    fold_b = jax.vmap(jax.random.fold_in, (0, None))
+    fold_nb = jax.vmap(fold_b, (None, 0))
+    for number, name in enumerate(LAYERS):
+        if name in network.config.layers:
+            module = getattr(network.blocks, name)
+            module.dropout = dropout
+            module.keys = nnx.data(nnx.Param(fold_nb(fold_b(keys_b, number), jnp.arange(network.config.blocks))))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

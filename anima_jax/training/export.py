@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from anima_jax.adapters import peft, peft_settings
 from anima_jax.adapters.base_model import identify
 from anima_jax.adapters.file import patches_of, write_adapter
+from anima_jax.checkpoints.control import save_control
 from anima_jax.checkpoints.locations import reading_folders, replacing, sync_folder, writing_to
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import UserError, os_reason
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.hosts import is_process_0
+from anima_jax.training import control
 from anima_jax.training.state import ParamPartition
 
 MODEL_FILE = "model.safetensors"
@@ -51,16 +53,19 @@ class AboutAdapter(NamedTuple):
 def about_adapter(config: MainConfig, partition: ParamPartition, step: int) -> AboutAdapter | None:
     """Return the description of a run's adapter; None if it trains none. Reads the whole base model file once."""
     adapter, base = config.adapter, config.model.transformer_files
-    if adapter is None or partition.adapter_specs is None:
+    if adapter is None:
         return None
     metadata = {
         "format": "pt",
-        "rank": str(adapter.rank),
-        "alpha": f"{adapter.rank if adapter.alpha is None else adapter.alpha:g}",
         "step": str(step),
         "version": f"anima_jax {_version()}",
         **(identify(base).metadata if base else {}),
     }
+    if partition.control:
+        return AboutAdapter({**metadata, **control.metadata(adapter, partition.control)}, {})
+    assert partition.adapter_specs is not None
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    metadata |= {"rank": str(adapter.rank), "alpha": f"{alpha:g}"}
     blocks = partition.config.adapter.blocks if partition.config.adapter else 0
     return AboutAdapter(
         metadata, peft_settings.settings(adapter, partition.adapter_specs, config.model.transformer_path, blocks)
@@ -94,7 +99,7 @@ def export(
     Returns the path of the averaged weights' file if there is one, else of that of `params`.
     """
     with _completed(folder) as partial:
-        own = f"{name}.safetensors" if name else MODEL_FILE if partition.adapter_specs is None else ADAPTER_FILE
+        own = f"{name}.safetensors" if name else ADAPTER_FILE if partition.is_adapter else MODEL_FILE
         path = _write(partial / own, partition, params, dtype, about, metadata)
         if ema is not None:
             path = _write(partial / EMA_FOLDER / own, partition, ema, dtype, about, metadata)
@@ -146,6 +151,10 @@ def _write(
         with writing_to(os.fspath(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**(about.metadata if about else {"format": "pt"}), **metadata}
+    if partition.control:
+        network = control.network_with(partition.control, params)
+        save_control(path, network, dtype=jnp.dtype(dtype), metadata=metadata)
+        return path
     if partition.adapter_specs is None:
         save_dit(path, partition.frozen | params, dtype=jnp.dtype(dtype), metadata=metadata)
         return path

@@ -27,14 +27,17 @@ def export_metadata(run: Run, data: TrainingData, point: RunPoint, base_sha256: 
     `base_sha256` identifies the model that an adapter was trained on.
     """
     config, adapter = run.config, run.config.adapter
-    kind = KINDS[adapter.type] if adapter else None
+    kind = KINDS.get(adapter.type) if adapter else None
+    name, architecture = ("Anima", ARCHITECTURE) if kind is None else (f"Anima {kind.title}", f"{ARCHITECTURE}/lora")
+    if adapter and adapter.is_control:
+        name, architecture = "Anima ControlNet-LLLite", f"{ARCHITECTURE}/control-net-lllite"
     width, height = config.data.size_wh
     prefixes = {source.caption_prefix.strip(" ,") for source in config.data.sources}
     model = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURE}/lora" if kind else ARCHITECTURE,
+        "modelspec.architecture": architecture,
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.title": config.output_name or (f"Anima {kind.title}" if kind else "Anima"),
+        "modelspec.title": config.output_name or name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.trigger_phrase": prefixes.pop() if len(prefixes) == 1 else "",
     }
@@ -63,7 +66,13 @@ def export_metadata(run: Run, data: TrainingData, point: RunPoint, base_sha256: 
         "ss_dataset_dirs": json.dumps(data.image_counts(), ensure_ascii=False),
         "ss_tag_frequency": json.dumps(data.tag_counts(), ensure_ascii=False),
     }
-    if adapter and kind:
+    if adapter and adapter.is_control:
+        training |= {
+            "ss_network_module": f"anima_jax.{adapter.type}",
+            "ss_network_dropout": adapter.dropout or None,
+            "ss_network_multiplier": adapter.multiplier,
+        }
+    elif adapter and kind:
         training |= {
             "ss_network_module": f"anima_jax.{kind.name}",
             "ss_network_dim": adapter.rank,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from anima_jax.adapters.kinds import FACTORS, kind_of
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.models import parameters
+from anima_jax.models.control import CELLS
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params
 
@@ -55,8 +56,12 @@ RECOMPUTED = {
 """Remat policy → how often it recomputes the weight matmuls of a block, and its attention."""
 
 _ROWS_OF_TEXT = re.compile(r"(llm_adapter\.)?blocks\.cross_attn\.[kv]_proj\.")
-_ROWS_OF_TIME = re.compile(r"t_embedder\.|.*adaln_modulation")
-_INPUT_IS_DATA = re.compile(r"x_embedder|t_embedder\.linear_1|llm_adapter\.blocks\.cross_attn\.[kv]_proj")
+_ONE_ROW = re.compile(r"t_embedder\.|.*adaln_modulation|control\.trunk\.aspp\.global_conv")
+_CELLS = ("control.trunk.conv1.", "control.trunk.conv2.")
+"""Convolutions of a control network's trunk that run on `CELLS`² cells of a token."""
+_INPUT_IS_DATA = re.compile(
+    r"x_embedder|t_embedder\.linear_1|control\.trunk\.conv1|llm_adapter\.blocks\.cross_attn\.[kv]_proj"
+)
 
 
 def flops(
@@ -90,7 +95,7 @@ def _recomputed(path: str, adapts: bool, again: int) -> int:
         return int(adapts and ".blocks." in path)
     if path.startswith(TEXT_ENCODER):
         return 1
-    return again if path.startswith("blocks.") else 0
+    return again if path.startswith(("blocks.", "control.blocks.")) else 0
 
 
 def _kernel_products(params: Params, work: Workload) -> Iterator[tuple[str, float, bool]]:
@@ -126,7 +131,9 @@ def _rows(path: str, work: Workload) -> int:
         return work.source_rows if path.startswith("llm_adapter.") else work.target_rows
     if path.startswith("llm_adapter."):
         return work.target_rows
-    return 1 if _ROWS_OF_TIME.match(path) else work.tokens
+    if path.startswith(_CELLS):
+        return CELLS**2 * work.tokens
+    return 1 if _ONE_ROW.match(path) else work.tokens
 
 
 def _needs_input_gradient(path: str, adapts: bool) -> bool:

@@ -37,6 +37,9 @@ _UPDATED = 5
 _LANES = 128
 """Multiple to which a TPU pads the last axis of an array."""
 
+_STACKS = ("blocks.", "control.blocks.")
+"""Beginnings of the paths of parameters of which the scan over the blocks has a slice in each turn."""
+
 _MANY = 1009
 """Examples of an abstract batch: a prime, so that an axis is a multiple of it only if examples are along it."""
 
@@ -152,7 +155,7 @@ def memory(
         rows["gradients"] += in_float32  # the sum over the micro-batches
     elif config.remat in IN_PLACE or config.remat_every > 1:
         # Gradients of blocks are written over the weights (models/stack.py).
-        copies = {path: copy for path, copy in copies.items() if not path.startswith("blocks.")}
+        copies = {path: copy for path, copy in copies.items() if not path.startswith(_STACKS)}
     rows["compute copies"] = bytes_of(copies)
     rows["gathered weights"] = _gathered_bytes(partition, config, sizes) if sizes["fsdp"] > 1 else 0
     kept = _kept(shape, config) // sizes["context"]
@@ -193,7 +196,7 @@ def _gathered_bytes(partition: ParamPartition, config: StepConfig, sizes: Mappin
     block = {
         path: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), config.compute_dtype)
         for path, leaf in weights.items()
-        if path.startswith("blocks.")
+        if path.startswith(_STACKS)
     }
     return 2 * rules.shard_bytes(block, block, {**sizes, "fsdp": 1})
 

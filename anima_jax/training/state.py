@@ -25,12 +25,13 @@ from anima_jax.config.schema import MOST
 from anima_jax.data.batch_plan import BatchPlan
 from anima_jax.errors import NotFiniteError, UserError
 from anima_jax.models import parameters, quantised
+from anima_jax.models.control import ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.parameters import Params
 from anima_jax.models.qwen3 import Qwen3
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicate, replicated
-from anima_jax.training import optimizers
+from anima_jax.training import control, optimizers
 from anima_jax.training.optimizers import groups_by_path
 
 
@@ -41,8 +42,8 @@ class ParamPartition:
     `params` are the trained parameters, with their initial values. `frozen` have the compute dtype or the storage dtype
     of `[model] transformer_dtype`, which makes some of them `Quantised`.
     `tensors` are the tensors of the trained parameters in an exported file; `adapter_specs` are the adapters by module
-    path, None in full training. `rates` maps parameters with learning rates per layer to these, relative to their
-    group's. `messages` are for the user.
+    path, None in full training and with a control network, which is `control`, else None. `rates` maps parameters with
+    learning rates per layer to these, relative to their group's. `messages` are for the user.
     """
 
     config: DiTConfig
@@ -53,6 +54,12 @@ class ParamPartition:
     adapter_specs: Mapping[str, modules.AdapterSpec] | None
     rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     messages: Sequence[str] = ()
+    control: ControlConfig | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an export has an adapter or control network, not the full model."""
+        return self.adapter_specs is not None or self.control is not None
 
     @property
     def groups(self) -> dict[str, str]:
@@ -95,6 +102,8 @@ def prepare(
         params = {path: base[path].astype(jnp.float32) for path in base if path in trained}
         frozen = {path: value for path, value in base.items() if path not in trained}
         return ParamPartition(model_config, graphdef, params, frozen, tensors, None)
+    if config.adapter.is_control:
+        return _with_control(config, model_config, base, mesh)
     return _with_adapter(config, model_config, base, text_encoder or (lambda: _text_encoder(config)), mesh)
 
 
@@ -136,6 +145,24 @@ def _with_adapter(
     tensors = file_tensors(ADAPTER_RULES, params)
     frozen = base | replicate(scales, mesh)
     return ParamPartition(model_config, graphdef, params, frozen, tensors, adapter_specs, rates, messages)
+
+
+def _with_control(config: MainConfig, model_config: DiTConfig, base: Params, mesh: Mesh) -> ParamPartition:
+    """Return the partition of the frozen base model with a trained control network."""
+    network, rates = control.network_of(config, model_config)
+
+    def build(rngs) -> AnimaDiT:
+        model = AnimaDiT(model_config, rngs=rngs)
+        model.control = nnx.data(ControlNetwork(network, rngs=rngs))
+        return model
+
+    params, messages = control.initial(network, config.seed, mesh), list[str]()
+    if config.adapter and config.adapter.init_from_existing:
+        loaded, messages = control.existing(config, network, params, mesh)
+        params |= loaded
+    tensors = control.tensors_of(network, params)
+    graphdef = parameters.abstract(build)[0]
+    return ParamPartition(model_config, graphdef, params, base, tensors, None, rates, messages, network)
 
 
 def _text_encoder(config: MainConfig) -> Qwen3:

@@ -28,6 +28,7 @@ from anima_jax.diffusion import references
 from anima_jax.diffusion.objective import Loss, TimeDistribution, batch_mean, interpolate
 from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.errors import UserError
+from anima_jax.models import control
 from anima_jax.models.dit import CONTEXT_ROWS, AnimaDiT
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.parameters import Params, cast_to_compute, merge
@@ -210,6 +211,11 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
     noisy_blc, scored_b3 = interpolate(x0_blc, noise_blc, times_b), batch.grid_b3
     if config.edit:
         noisy_blc, scored_b3 = references.with_clean(noisy_blc, x0_blc, batch.grid_b3), references.picture_of(scored_b3)
+    controls: tuple[control.ControlTerm, ...] = ()
+    if model.control is not None and batch.control_blp is not None:
+        pixels_blp = batch.control_blp.astype(jnp.float32) / 127.5 - 1.0
+        embedding_ble = model.control.embed_patches(pixels_blp, batch.grid_b3)
+        controls = ((model.control, embedding_ble, config.control_strength),)
     velocity_blc = model.velocity(
         noisy_blc.astype(config.compute_dtype),
         batch.grid_b3,
@@ -217,6 +223,7 @@ def example_losses(model: AnimaDiT, batch: TrainBatch, noise_blc: Array, times_b
         context_bnd,
         padded=batch.full is None,
         zero_context=max(0, CONTEXT_ROWS - context_bnd.shape[1]),
+        controls=controls,
         remat=config.remat,
         remat_every=config.remat_every,
         scan_unroll=config.scan_unroll,
@@ -236,6 +243,8 @@ def loss_fn(model: AnimaDiT, batch: TrainBatch, unconditional: Text | None, conf
 
     if config.dropout or config.rank_dropout:
         modules.drop(model, keys_b(Purpose.ADAPTER_DROPOUT), config.dropout, config.rank_dropout)
+        if model.control is not None:
+            control.drop(model.control, keys_b(Purpose.ADAPTER_DROPOUT), config.dropout)
     times_b = config.times.times(uniform(keys_b(Purpose.TIME)), batch.grid_b3)
     noise_blc = normal(keys_b(Purpose.NOISE), batch.latents_blc.shape[1:])
     if unconditional is not None and config.uncond_fraction > 0:

@@ -9,7 +9,7 @@ import jax
 from anima_jax.adapters.kinds import KINDS
 from anima_jax.adapters.modules import AdapterSpec
 from anima_jax.assets import docs_page
-from anima_jax.checkpoints.names.groups import GROUPS, group_of
+from anima_jax.checkpoints.names.groups import CONTROL, GROUPS, group_of
 from anima_jax.config.main import MainConfig
 from anima_jax.errors import plural
 from anima_jax.models.parameters import Params
@@ -32,6 +32,8 @@ def start_up_table(config: MainConfig, partition: ParamPartition, data: str) -> 
     trained = "full training"
     if partition.adapter_specs is not None:
         trained = "\n".join([adapter_line(partition.adapter_specs), *partition.messages])
+    if partition.control:
+        trained = "\n".join([f"control network: {partition.control}", *partition.messages])
     start = "a fresh network" if config.model.config else config.model.transformer_path
     parts = {
         "model": f"{start}\n{sizes}\ncomputed in {config.compute_dtype}\n{trained}",
@@ -70,7 +72,7 @@ def parameter_table(
         trained: Params = {path: value for path, value in partition.params.items() if partition.groups[path] == group}
         # `group_of` accepts paths too: it looks for parts that they have in common with names in files.
         frozen: Params = {path: value for path, value in partition.frozen.items() if group_of(path) == group}
-        if group == "text_encoder" and not frozen:
+        if group in {"text_encoder", CONTROL} and not (trained or frozen):
             continue
         lines.append(row(group, trained, frozen, f"{learning_rates[group]:g}" if trained else "frozen"))
     lines.append(row("total", partition.params, partition.frozen, ""))
