@@ -9,6 +9,7 @@ import textwrap
 from anima_jax.adapters import modules
 from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.models import parameters
+from anima_jax.models.control import LAYERS, ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from anima_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -27,6 +28,7 @@ def _transformer(rngs) -> AnimaDiT:
 NETWORKS = {
     "transformer": _transformer,
     "text encoder": lambda rngs: Qwen3(Qwen3Config(), rngs=rngs),
+    "control network": lambda rngs: ControlNetwork(ControlConfig(dilations=(1, 2, 4, 8), layers=LAYERS), rngs=rngs),
     "VAE": lambda rngs: WanVAE(WanVAEConfig(), rngs=rngs),
 }
 
