@@ -406,6 +406,13 @@ class DatasetConfig(Section):
     def _some_source(cls, tfds: tuple[TfdsSource, ...], info: ValidationInfo) -> tuple[TfdsSource, ...]:
         if not tfds and info.data.get("directory") == ():
             raise invalid("expected at least one [[directory]] or [[tfds]], found none")
+        controls = [source.control_path for source in info.data.get("directory", ())] + [each.control for each in tfds]
+        if (info.context or {}).get("pairs") == "edit" and "directory" in info.data and not any(controls):
+            raise invalid(
+                "missing, expected a folder of reference pictures in at least one [[directory]]: edit = true in the "
+                "main TOML trains on pairs",
+                key="control_path",
+            )
         return tfds
 
     @property

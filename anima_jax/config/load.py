@@ -216,6 +216,8 @@ def _load_dataset(
         match place:
             case (str(kind), int(index), str(key), *rest) if key in SHARED_KEYS:
                 return place if key in table[kind][index] else (key, *rest)
+            case ("tfds", "control_path"):  # of all sources
+                return ("control_path",)
         return place
 
     known = [*unsupported_keys.DATASET, *SHARED_KEYS]

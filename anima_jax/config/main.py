@@ -359,6 +359,10 @@ class MainConfig(Section):
             raise invalid(
                 f"missing, expected one with [model] compute = '{model.compute}', which is for frozen weights"
             )
+        if adapter and adapter.is_control and info.data.get("edit"):
+            raise invalid(
+                "a control network works on single frames, expected edit = false, or another type", key="type"
+            )
         if adapter and adapter.text_encoder_lr and model and model.cache_text_embeddings:
             raise invalid(
                 "the states of a trained text encoder cannot be cached, expected cache_text_embeddings = false in "

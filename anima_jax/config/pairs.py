@@ -57,12 +57,12 @@ def _features(found: Any) -> Any:
 def _used(found: Any, info: ValidationInfo) -> Any:
     """Return the control pictures' folders or features, or raise an error if the run lacks them or does not use them.
 
-    The context's `pairs` are those of the run, if it is known.
+    The context's `pairs` are those of the run, if it is known. A run that edits may have sources of images alone.
     """
     pairs: Any = (info.context or {}).get("pairs")
-    if found is None and (reason := NEEDED_BY.get(pairs)):
+    if found is None and pairs == "control":
         what = "a folder of" if info.field_name == "control_path" else "the feature with"
-        raise invalid(f"missing, expected {what} control pictures: {reason} in the main TOML trains on pairs")
+        raise invalid(f"missing, expected {what} control pictures: {NEEDED_BY[pairs]} in the main TOML trains on pairs")
     if found is not None and pairs == "":
         users = " or ".join(NEEDED_BY.values())
         raise invalid(f"nothing uses the control pictures, expected {users} in the main TOML")

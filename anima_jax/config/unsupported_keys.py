@@ -254,6 +254,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 """Our key → values of forks, in lower case, and ours that mean the same."""
 
 DATASET: Mapping[str, Unsupported] = {
+    "control_paths": taken("control_path"),
     "resolution_schedule": refused(
         "every resolution is trained in every epoch; a second run with init_from_existing or transformer_path goes on "
         "at another one",

@@ -48,9 +48,7 @@ class Samples:
     ):
         self._config, self._size_wh, self._pipeline, self._frozen = config, size_wh, pipeline, frozen
         self._folder, self._writer = folder, writer
-        self._references = [
-            tuple(map(Reference.of, paths)) for paths in config.references or ((),) * len(config.prompts)
-        ]
+        self._references = reference_pictures(config)
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
     def due(self, point: RunPoint) -> bool:
@@ -111,6 +109,13 @@ class Samples:
                 params = SamplingParams(config.negative_prompts[part.start], **config.sampling)
                 images += self._pipeline.draw(requests[part], params)
         return images
+
+
+def reference_pictures(config: SampleConfig | None) -> list[tuple[Reference, ...]]:
+    """Return the references of each prompt. Raises UserError if one cannot be read."""
+    if config is None:
+        return []
+    return [tuple(map(Reference.of, paths)) for paths in config.references or ((),) * len(config.prompts)]
 
 
 def make_samples(

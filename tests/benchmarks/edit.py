@@ -54,6 +54,7 @@ def trained(folder: pathlib.Path, run: pathlib.Path, steps: int) -> pathlib.Path
         f"edit = true\nepochs = 1000\nmax_steps = {steps}\nsave_every_n_steps = {steps}\nwarmup_steps = 50\n"
         "micro_batch_size_per_gpu = 32\nlr_scheduler = 'cosine'\nema_decay = 0.98\nsave_dtype = 'float32'\n"
         "caching_batch_size = 32\nsteps_per_print = 20\n",
+        model="llm_adapter_lr = 0\n",
         optimizer="type = 'adamw'\nlr = 2e-3\nbetas = [0.9, 0.99]\nweight_decay = 0.0",
         adapter="type = 'lora'\nrank = 32",
     )
