@@ -5,7 +5,7 @@ Keys of diffusion-pipe that do not apply here are in `unsupported_keys.py`.
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SkipValidation, ValidationInfo, field_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -17,7 +17,7 @@ from anima_jax.config.eval_dataset import EvalDataset, check_names_differ
 from anima_jax.config.mesh import MeshConfig
 from anima_jax.config.model import ModelConfig
 from anima_jax.config.monitoring import MonitoringConfig
-from anima_jax.config.optimizer import OptimizerConfig
+from anima_jax.config.optimizer import OptimizerConfig, Schedule
 from anima_jax.config.pairs import Pairs, pairs_of
 from anima_jax.config.sample import SampleConfig
 from anima_jax.config.schema import (
@@ -76,16 +76,6 @@ def _none_if_zero(found: Any) -> Any:
 
 
 LossParameter = Annotated[Positive | None, only_one_of(*LOSS_KEYS)]
-
-
-class Schedule(NamedTuple):
-    """The learning rate over time: the keys `lr_scheduler`, `warmup_steps` and `lr_scheduler_*`."""
-
-    shape: str
-    warmup_steps: int
-    num_cycles: int = 1
-    power: float = 1.0
-    min_lr: float | None = None
 
 
 class MainConfig(Section):

@@ -1,7 +1,7 @@
 """`[optimizer]`: how weights are updated."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -47,6 +47,16 @@ def _lower(name: str) -> str:
     if not name.strip():
         raise invalid("found an empty string, expected the optimizer's name, as 'adamw'")
     return name.lower()
+
+
+class Schedule(NamedTuple):
+    """The learning rate over time: the keys `lr_scheduler`, `warmup_steps` and `lr_scheduler_*`."""
+
+    shape: str
+    warmup_steps: int
+    num_cycles: int = 1
+    power: float = 1.0
+    min_lr: float | None = None
 
 
 class OptimizerConfig(Section):

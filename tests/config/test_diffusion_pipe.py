@@ -5,7 +5,7 @@ import operator
 import pytest
 
 from anima_jax.config.load import load_config
-from anima_jax.config.main import Schedule
+from anima_jax.config.optimizer import Schedule
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.training.run import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from anima_jax.config.load import load_config
-from anima_jax.config.main import Schedule
+from anima_jax.config.optimizer import Schedule
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.models.dit import DiTConfig
