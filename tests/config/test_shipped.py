@@ -46,7 +46,9 @@ def test_a_shipped_configuration_loads_without_a_message(configs, name):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_shipped_dataset_loads_without_a_message(configs, name):
-    config = load_config(configs / "anima_lora.toml", [f"dataset={configs / name}"])
+    main = name.removesuffix("_dataset.toml") + ".toml"
+    main = main if main in MAIN_FILES else "anima_lora.toml"
+    config = load_config(configs / main, [f"dataset={configs / name}"])
     assert config.data.sources
     assert config.messages == ()
 
@@ -92,3 +94,20 @@ def test_steps_on_clips_and_on_images_have_the_same_number_of_examples(configs):
     assert {run.global_batch(size) for size in sizes} == {16}
     assert {run.micro_batch(size) for size in sizes if size.frames == 1} == {8, 16}
     assert {run.micro_batch(size) for size in sizes if size.frames > 1} == {1, 2}
+
+
+def test_the_page_on_control_networks_names_their_defaults(configs):
+    page = (CONFIGS.parent / "docs" / "control.md").read_text(encoding="utf-8")
+    dataset, control, inpainting = re.findall(r"```toml\n(.*?)```", page, re.S)
+    tables = re.split(r"^(?=\[)", (configs / "anima_lora.toml").read_text(), flags=re.M)
+    shared = "".join(table for table in tables if not table.startswith(("[adapter]", "[optimizer]", "[sample]")))
+    (configs.parent / "data" / "edges").mkdir()
+    (configs / "my_dataset.toml").write_text(dataset)
+
+    def load(text):
+        (configs / "my_control.toml").write_text(shared + text)
+        return load_config(configs / "my_control.toml", [f"dataset={configs / 'my_dataset.toml'}"]).adapter
+
+    default = load('[adapter]\ntype = "lllite"\n[optimizer]\ntype = "adamw"\nlr = 1e-4')
+    assert load(control) == default
+    assert load(inpainting + '[optimizer]\ntype = "adamw"\nlr = 1e-4').cond_in_channels == 4
