@@ -30,6 +30,7 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
 from anima_jax.sampling.arguments import (
     given,
+    given_regions,
     image_requests,
     mesh_sizes,
     older_image,
@@ -69,7 +70,8 @@ def generate(arguments: argparse.Namespace) -> None:
     sources = {name: getattr(arguments, name) or like.find(name, arguments.models) for name in IMAGES}
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
-    requests = image_requests(arguments, config, like, image, reference_pictures(arguments, like))
+    inputs = {"references": reference_pictures(arguments, like), "regions": given_regions(arguments, like)}
+    requests = image_requests(arguments, config, like, image, **inputs)
     image, mask = (resized(part, requests[0]) for part in (image, mask))
     check_requests(requests, params, image, mask)
     requests, params, tagged = apply_tags(requests, params, arguments.lora_dir)

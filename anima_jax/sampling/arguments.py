@@ -25,6 +25,7 @@ from anima_jax.sampling.image_text import read_recipe
 from anima_jax.sampling.images import image_format
 from anima_jax.sampling.recipe import Recipe, find_file, quoted
 from anima_jax.sampling.references import Reference
+from anima_jax.sampling.regions import Region
 from anima_jax.sampling.request import (
     APG,
     PLAIN,
@@ -144,14 +145,32 @@ def reference_pictures(arguments: argparse.Namespace, like: Recipe) -> tuple[Ref
     return tuple(found)
 
 
+def given_regions(arguments: argparse.Namespace, like: Recipe) -> tuple[Region, ...]:
+    """Return the regions of flags, else those of the older image; masks are files on this machine.
+
+    Prints which masks of the latter have changed. Raises UserError if one is not found or cannot be read.
+    """
+    if arguments.region is not None:
+        return tuple(map(Region.parse, arguments.region))
+    found: list[Region] = []
+    for stored in like.regions:
+        region = stored.region()
+        if region.area is None:
+            region = stored.region(find_file(like.path, "region", stored.where, arguments.models))
+            if stored.digest not in (None, region.digest) and hosts.is_process_0():
+                print(f"{region.where}: is not the mask that {like.path} was made with", file=sys.stderr)
+        found.append(region)
+    return tuple(found)
+
+
 def image_requests(
     arguments: argparse.Namespace,
     config: MainConfig | None,
     like: Recipe,
     image: Image.Image | None,
-    references: tuple[Reference, ...] = (),
+    **inputs: tuple[Any, ...],
 ) -> list[ImageRequest]:
-    """Return a request for every prompt in every size with every seed, all with these references.
+    """Return a request for every prompt in every size with every seed, all with these `INPUTS`.
 
     What flags do not set is taken from the older image. Without one, the size is that of `image`, else the
     configuration's, else the default. Raises UserError if the size of `image` is needed but is not a multiple of
@@ -164,7 +183,8 @@ def image_requests(
         found = f"{size[0]}×{size[1]} pixels, expected multiples of {SIZE_STEP} (nearest: {nearest})"
         raise UserError(f"{arguments.image}: {found}; --width and --height say to what size to crop and scale it")
     older = {name: like.values[name] for name in PLAIN if name in like.values}
-    base = ImageRequest(**{"prompt": "", "width": size[0], "height": size[1]} | older, references=references)
+    values: dict[str, Any] = {"prompt": "", "width": size[0], "height": size[1]} | older | inputs
+    base = ImageRequest(**values)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.prompts:
         prompts = read_prompts(arguments.prompts)

@@ -188,7 +188,8 @@ class GraphReader(NodeGraph):
         texts = {each.text for each in found}
         others = [each for each in self._prompts(negative) if each.text not in texts]
         first = others[0] if others else Conditioning("", "", {})
-        self.recipe.values |= {**read_regions(self, found), "negative_prompt": first.text}
+        read_regions(self, found)
+        self.recipe.values["negative_prompt"] = first.text
         if first.range != (0.0, 1.0):
             self.recipe.values["guidance_interval"] = first.range
         if any(each.text != first.text for each in others):

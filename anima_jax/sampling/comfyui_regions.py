@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from anima_jax.sampling.comfyui_links import Link, NodeGraph, number_or
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.recipe import file_name
-from anima_jax.sampling.regions import Area, Region
+from anima_jax.sampling.regions import Area, Region, StoredRegion
 
 WHOLE = Area(0.0, 0.0, 1.0, 1.0, True)
 
@@ -37,14 +37,14 @@ class Conditioning(NamedTuple):
         """Whether it counts in the whole image all the time."""
         return not {"area", "mask"} & set(self.settings) and self.range == (0.0, 1.0)
 
-    def region(self) -> Region:
+    def region(self) -> StoredRegion:
         """Return it as a region."""
         start, end = self.range
         strength = self.settings.get("strength", 1.0)
         if "mask" not in self.settings:
-            return Region(self.settings.get("area", WHOLE), self.text, strength, False, start, end)
+            return StoredRegion(str(self.settings.get("area", WHOLE)), self.text, strength, False, start, end)
         strength *= self.settings.get("mask_strength", 1.0)
-        return Region(self.settings["mask"], self.text, strength, self.settings.get("bounds", False), start, end)
+        return StoredRegion(self.settings["mask"], self.text, strength, self.settings.get("bounds", False), start, end)
 
 
 def settings_of(graph: NodeGraph, key: str, is_loader: Callable[[str], bool]) -> dict[str, Any] | None:
@@ -84,23 +84,25 @@ def _mask_of(graph: NodeGraph, link: Link | None, is_loader: Callable[[str], boo
     return None
 
 
-def read_regions(graph: NodeGraph, found: Sequence[Conditioning]) -> dict[str, Any]:
-    """Return prompt, regions and the prompt's strength, from the prompts that are combined.
+def read_regions(graph: NodeGraph, found: Sequence[Conditioning]) -> None:
+    """Set prompt, regions and the prompt's strength, from the prompts that are combined.
 
     The first one that counts in the whole image is the prompt; without one its strength is 0.
     """
+    recipe = graph.recipe
     if len(found) == 1 and not {"area", "mask"} & set(found[0].settings):
-        return {"prompt": found[0].text}
+        recipe.values["prompt"] = found[0].text
+        return
     base = next((each for each in found if each.is_plain), None)
-    regions: list[Region] = []
     for each in found:
         if {"area", "mask"} <= set(each.settings):
             graph.leave_out(each.encoder, "whose prompt has an area and a mask")
         elif each is not base and each.settings.get("mask", "") is not None:
-            regions.append(each.region())
+            recipe.regions.append(each.region())
     strength = base.settings.get("strength", 1.0) if base else 0.0
-    values: dict[str, Any] = {"prompt": base.text if base else "", "regions": tuple(regions)}
-    return values | ({"base_strength": strength} if regions and strength != 1.0 else {})
+    recipe.values["prompt"] = base.text if base else ""
+    if recipe.regions and strength != 1.0:
+        recipe.values["base_strength"] = strength
 
 
 def write_region(

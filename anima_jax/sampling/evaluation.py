@@ -1,7 +1,7 @@
 """One evaluation inside the sampling program: the network's rows, the estimates made from them, and guidance.
 
 A row is one item of the network's batch: first all images with the negative prompt, unless that is left out, then all
-images with their prompts. Regions have rows of their own (`sampling.regions`).
+images with their prompts. Regions have rows of their own (`sampling.region_rows`).
 Axes: r rows, b images, p images with the negative prompt, then images with their prompts; l image tokens, n context
 rows, c the 64 values of a token.
 """
@@ -25,7 +25,7 @@ from anima_jax.models.dit_inputs import Modulations
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.packing import every_eighth, grid_of, real_values, wrapped
 from anima_jax.sampling.references import ReferenceTokens, join
-from anima_jax.sampling.regions import EvaluatedRows, RegionRows, rows_of
+from anima_jax.sampling.region_rows import EvaluatedRows, RegionRows, rows_of
 
 
 class GuidanceInputs(NamedTuple):

@@ -121,7 +121,8 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--paste", type=int, nargs="?", const=0, metavar="PIXELS", help="black pixels stay the image's own; feathered")
     add("--no-paste", dest="paste", action="store_false", default=None, help="even if the older image was")
     region = "a prompt for a part: MASK is a picture, or x,y,width,height in pixels or %%; may be repeated"
-    add("--region", action="append", default=[], metavar="MASK=PROMPT[:STRENGTH]", help=region)
+    add("--region", action="append", metavar="MASK=PROMPT[:STRENGTH]", help=region)
+    add("--no-region", dest="region", action="store_const", const=[], help="none, even if the older image had some")
     add("--base_strength", type=float, help="the prompt's weight beside regions (1)")
     add("--denoise", type=float, help="how much of it to redraw, 0 to 1")
 

@@ -24,6 +24,7 @@ from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.flags import DTYPES
 from anima_jax.sampling.images import read_image
 from anima_jax.sampling.recipe import IMAGES, NETWORKS, Recipe, quoted
+from anima_jax.sampling.regions import StoredRegion
 from anima_jax.sampling.request import INPUTS, SIZE_STEP, ImageRequest, SamplingParams, read_utf8
 from anima_jax.sampling.webui_text import from_webui, to_webui
 
@@ -42,6 +43,8 @@ SIZE = ("width", "height")
 LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 
 REFERENCES = TypeAdapter(list[tuple[str, str]])
+
+REGIONS = TypeAdapter(list[StoredRegion])
 
 REFERENCE_NODE = "the reference pictures, which need the node Apply Cosmos Reference Latent of ComfyUI-Cosmos-Reference"
 """What ComfyUI's own nodes cannot do: a graph with a node that is not installed would not be loaded."""
@@ -75,14 +78,16 @@ def to_text(
     }
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
     channel = "alpha" if mask is not None and mask.has_transparency_data else "red"
-    graph, left_out = comfyui_graph(values, named, adapters, channel)
+    regions = [region for region in request.regions if region.is_named]
+    graph, left_out = comfyui_graph(values | {"regions": regions}, named, adapters, channel)
     references = [(one.path, one.digest) for one in request.references if one.path is not None]
     own = values | named | loading | {"loras": adapters} | ({"references": references} if references else {})
+    own |= {"regions": [dataclasses.asdict(region.stored()) for region in regions]} if regions else {}
     if references:
         left_out = [*left_out, REFERENCE_NODE]
     own |= {"left_out_for_comfyui": left_out} if left_out else {}
     return {
-        "parameters": to_webui(values, named, adapters, hashes or {}),
+        "parameters": to_webui(values | {"regions": regions}, named, adapters, hashes or {}),
         "prompt": json.dumps(graph, allow_nan=False),
         OWN: json.dumps(own, allow_nan=False),
     }
@@ -142,7 +147,8 @@ def _from_own(path: str, own: Mapping[str, Any]) -> Recipe:
     loras = _typed(path, "loras", LORAS, own.get("loras", []))
     references = _typed(path, "references", REFERENCES, own.get("references", []))
     loading = {name: _typed(path, name, TypeAdapter(kind), own[name]) for name, kind in LOADING.items() if name in own}
-    return Recipe(path, values, files, loras, loading, references=references)
+    regions = _typed(path, "regions", REGIONS, own.get("regions", []))
+    return Recipe(path, values, files, loras, loading, references=references, regions=regions)
 
 
 def _typed(path: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:

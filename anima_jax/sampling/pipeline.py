@@ -54,7 +54,8 @@ from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.prompt_loras import remark
 from anima_jax.sampling.references import EncodedReferences, given_references, layout, packed_references
-from anima_jax.sampling.regions import Region, region_rows
+from anima_jax.sampling.region_rows import region_rows
+from anima_jax.sampling.regions import Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_requests, check_requests
 from anima_jax.text.states import padded, padded_prompt, rounded_up, text_dtype, text_states
 from anima_jax.text.tokenizers import Tokenizers, load_tokenizers

@@ -60,21 +60,35 @@ def apply_tags(
 ) -> tuple[list[ImageRequest], SamplingParams, list[Loras]]:
     """Return requests and parameters without tags, and for each image the files and weights of its LoRAs.
 
-    A tag in the negative prompt applies to all images. Without a folder nothing changes. Raises UserError if a name is
-    not that of exactly one file in `folder` or its sub-folders, or if a tag cannot be read.
+    A tag in the prompt of a region applies to its image, one in the negative prompt to all images. Without a folder
+    nothing changes. Raises UserError if a name is not that of exactly one file in `folder` or its sub-folders, or if a
+    tag cannot be read.
     """
     if folder is None:
         return list(requests), params, [()] * len(requests)
     files = _files_in(folder)
     of_prompt = {
         prompt: [(_find(folder, files, name), weight) for name, weight in tags(prompt)]
-        for prompt in {params.negative_prompt, *(request.prompt for request in requests)}
+        for prompt in {params.negative_prompt, *(prompt for request in requests for prompt in _prompts(request))}
     }
     return (
-        [dataclasses.replace(request, prompt=without_tags(request.prompt)) for request in requests],
+        [_without_tags(request) for request in requests],
         dataclasses.replace(params, negative_prompt=without_tags(params.negative_prompt)),
-        [of_prompt[request.prompt] + of_prompt[params.negative_prompt] for request in requests],
+        [
+            [lora for prompt in (*_prompts(request), params.negative_prompt) for lora in of_prompt[prompt]]
+            for request in requests
+        ],
     )
+
+
+def _prompts(request: ImageRequest) -> list[str]:
+    """Return the prompts of an image and of its regions."""
+    return [request.prompt, *(region.prompt for region in request.regions)]
+
+
+def _without_tags(request: ImageRequest) -> ImageRequest:
+    regions = tuple(dataclasses.replace(one, prompt=without_tags(one.prompt)) for one in request.regions)
+    return dataclasses.replace(request, prompt=without_tags(request.prompt), regions=regions)
 
 
 def shared_loras(loras_of_images: Sequence[Loras]) -> tuple[list[str], list[list[Weight]]]:

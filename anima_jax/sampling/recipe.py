@@ -15,13 +15,14 @@ from typing import Any
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
 from anima_jax.checkpoints.locations import folders_below
 from anima_jax.errors import UserError
+from anima_jax.sampling.regions import StoredRegion
 
 NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter")
 """Files and folders of a recipe that networks need, by the names of `AnimaPipeline.load`'s arguments."""
 
 IMAGES = ("image", "mask")
 
-PRIVATE = (*IMAGES, "reference")
+PRIVATE = (*IMAGES, "reference", "region")
 """Kinds of files that are pictures of the user's."""
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -38,6 +39,7 @@ FOLDERS = {
     "image": ("input",),
     "mask": ("input",),
     "reference": ("input",),
+    "region": ("input",),
 }
 """Kind of file → the folders of ComfyUI and Forge that hold it; they decide between files of one name."""
 
@@ -48,7 +50,7 @@ class Recipe:
 
     `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
     `loras` names with weights, `loading` other arguments of `AnimaPipeline.load`, `messages` what the file says but
-    cannot be followed, and `references` names of reference pictures with their digests.
+    cannot be followed, `references` names of reference pictures with their digests, and `regions` those of the image.
     """
 
     path: str = ""
@@ -58,6 +60,7 @@ class Recipe:
     loading: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     messages: list[str] = dataclasses.field(default_factory=list[str])
     references: list[tuple[str, str]] = dataclasses.field(default_factory=list[tuple[str, str]])
+    regions: list[StoredRegion] = dataclasses.field(default_factory=list[StoredRegion])
 
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
         """Return the path of the file that the recipe names as `kind`; see `find_file`.

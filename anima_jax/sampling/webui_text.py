@@ -17,6 +17,7 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
 from anima_jax.sampling.recipe import Recipe, file_name, lora_weight, model_and_text_encoder, quoted
+from anima_jax.sampling.regions import Region
 
 SAMPLER_NAMES = {
     "euler": "Euler",
@@ -103,6 +104,8 @@ def to_webui(
         "Model": _stem(files.get("transformer", "")),
         "Denoising strength": _number(values["denoise"]) if files.get("image") else None,
         **{name: values["sampler_options"].get(option) for name, option in OPTION_NAMES.items()},
+        "Regions": json.dumps(list(map(str, values["regions"])), ensure_ascii=False) if values.get("regions") else None,
+        "Base strength": _number(values["base_strength"]) if values.get("regions") else None,
         "VAE": file_name(files.get("vae", "")),
         "Module 1": _stem(files.get("vae", "")),
         "Module 2": _stem(files.get("text_encoder", "")),
@@ -129,7 +132,7 @@ def from_webui(path: str, text: str) -> Recipe:
     recipe = Recipe(path)
     prompt, recipe.loras = _without_loras(prompt)
     recipe.values |= {"prompt": prompt, "negative_prompt": _without_loras(negative)[0]}
-    known = {"Sampler", "Schedule type", "Model", "VAE", "Denoising strength"}
+    known = {"Sampler", "Schedule type", "Model", "VAE", "Denoising strength"} | _add_regions(recipe, pairs)
     for name, (field, kind) in _NUMBERS.items():
         if name in pairs:
             known.add(name)
@@ -172,6 +175,15 @@ def _add_options(recipe: Recipe, pairs: Mapping[str, str]) -> set[str]:
     return known
 
 
+def _add_regions(recipe: Recipe, pairs: Mapping[str, str]) -> set[str]:
+    """Add the regions that our own texts have, and return their name if they can be read."""
+    try:
+        recipe.regions += [Region.parse(text).named() for text in json.loads(pairs["Regions"])]
+    except (KeyError, ValueError, TypeError, RecursionError, UserError):
+        return set()
+    return {"Regions"}
+
+
 def _integer(text: str) -> int:
     return int(text) if re.fullmatch(r"-?\d+", text) else int(float(text))
 
@@ -187,6 +199,7 @@ _NUMBERS = {
     "Seed": ("seed", _integer),
     "CFG scale": ("guidance_scale", _finite),
     "Shift": ("shift", _finite),
+    "Base strength": ("base_strength", _finite),
 }
 
 

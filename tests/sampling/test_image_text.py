@@ -12,6 +12,7 @@ from PIL import Image
 from anima_jax.errors import UserError
 from anima_jax.sampling.image_text import from_text, read_recipe, to_text
 from anima_jax.sampling.images import save_image
+from anima_jax.sampling.regions import Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 
 REQUEST = ImageRequest("a (cat:1.2)\n猫 🌸", 512, 768, 2**64 - 1, 3, 2)
@@ -42,6 +43,7 @@ PARAMS = SamplingParams(
     return_with_leftover_noise=True,
     cache="easy:0.3",
     cache_interval=(0.1, 1 / 3),
+    base_strength=0.1 + 0.2,
 )
 LORAS = [
     ("a/l1.safetensors", 0.7),
@@ -119,3 +121,37 @@ def test_texts_that_cannot_be_read_are_named_in_one_line(text, message):
     with pytest.raises(UserError, match=re.escape(f"x.png: {message}")) as error:
         from_text("x.png", text)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_regions_are_in_every_text_of_an_image(tmp_path):
+    """Also in ComfyUI's graph and A1111's text, which other programs show."""
+    mask = tmp_path / "a=b:1.png"
+    Image.new("L", (64, 128), 99).save(mask)
+    regions = (
+        Region(str(mask), "a=b, c:2", 1.5),
+        Region("50%,0%,50%,100%", "猫", 0.1 + 0.2),
+        Region("8,16,32,64", 'a "b"\n', start_percent=0.25, end_percent=0.75),
+        Region(str(mask), "d", bounds=True),
+    )
+    request, params = ImageRequest("x", 64, 128, regions=regions), SamplingParams(base_strength=0.5)
+    text = to_text(request, params, {"transformer": "a"})
+    recipe = from_text("x.png", {"anima_jax": text["anima_jax"]})
+    assert recipe.regions == [region.stored() for region in regions]
+    assert recipe.values == values_of(request, params)
+
+    recipe = from_text("x.png", {"parameters": text["parameters"]})
+    assert [(one.where, one.prompt, one.strength) for one in recipe.regions] == [
+        (str(region.where), region.prompt, region.strength) for region in regions
+    ]
+    assert recipe.values["base_strength"] == 0.5
+    assert not any("not followed" in message for message in recipe.messages)
+
+    recipe = from_text("x.png", {"prompt": text["prompt"]})
+    pixels = {"50%,0%,50%,100%": "32,0,32,128", str(mask): mask.name}
+    named = [
+        dataclasses.replace(region.named(), where=pixels.get(str(region.where), region.where)) for region in regions
+    ]
+    assert (recipe.regions, recipe.values["base_strength"], recipe.messages) == (named, 0.5, [])
+    assert json.loads(text["anima_jax"])["left_out_for_comfyui"] == [
+        f"region {area}, which is smaller than ComfyUI's 64 pixels" for area in ("50%,0%,50%,100%", "8,16,32,64")
+    ]

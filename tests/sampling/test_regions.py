@@ -17,7 +17,8 @@ from anima_jax.models.dit_inputs import KeysValues, Modulations
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking, grid_of, wrapped
-from anima_jax.sampling.regions import Area, Region, region_rows, rows_of
+from anima_jax.sampling.region_rows import region_rows, rows_of
+from anima_jax.sampling.regions import Area, Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.golden_files import channel_last, golden, relative_error
 
