@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from anima_jax.config.pairs import ControlFeatures, ControlFolders, InpaintFolder, MaskShares
+from anima_jax.config.pairs import ControlFeatures, ControlFolders, InpaintFolder, MaskShares, controls_of
 from anima_jax.config.schema import (
     Count,
     InputFile,
@@ -406,7 +406,7 @@ class DatasetConfig(Section):
     def _some_source(cls, tfds: tuple[TfdsSource, ...], info: ValidationInfo) -> tuple[TfdsSource, ...]:
         if not tfds and info.data.get("directory") == ():
             raise invalid("expected at least one [[directory]] or [[tfds]], found none")
-        controls = [source.control_path for source in info.data.get("directory", ())] + [each.control for each in tfds]
+        controls = [controls_of(source) for source in (*info.data.get("directory", ()), *tfds)]
         if (info.context or {}).get("pairs") == "edit" and "directory" in info.data and not any(controls):
             raise invalid(
                 "missing, expected a folder of reference pictures in at least one [[directory]]: edit = true in the "

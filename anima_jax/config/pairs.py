@@ -34,6 +34,11 @@ def pairs_in(table: Mapping[str, Any]) -> Pairs:
     return pairs_of(adapter.get("type"), adapter.get("cond_in_channels"), table.get("edit"))
 
 
+def controls_of(source: Any) -> tuple[str, ...]:
+    """Return the folders or features of a source's control pictures, none if it has images alone."""
+    return getattr(source, "control_path", None) or getattr(source, "control", None) or ()
+
+
 _input_folder = resolver("a folder", os.path.isdir)
 
 

@@ -209,6 +209,8 @@ def sample_command(
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
     words = ["--config", arguments.config, *_sets(arguments)]
     words += ["--checkpoint", str(run_folder), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
+    for path in config.sample.references[0] if config.sample and config.sample.references else ():
+        words += ["--reference", path]
     return shell_command("anima_jax.generate", *words, "--seed", "1", "-o", "out.png")
 
 

@@ -12,6 +12,7 @@ import optax
 
 from anima_jax.checkpoints.models import WAN_VAE, open_network
 from anima_jax.config.main import MainConfig
+from anima_jax.config.pairs import controls_of
 from anima_jax.config.sizes import Size
 from anima_jax.data.buckets import Bucketing
 from anima_jax.data.dataset import TrainingData
@@ -231,8 +232,10 @@ def besides_of(config: MainConfig, sizes: Mapping[str, int], platform: str) -> B
     row = optimizers.find(config.optimizer.type)
     run, forward = Run(config, 1), 0
     for each in config.eval_datasets:
-        of_set = [size for source in each.data.sources for size in Bucketing.of(source).sizes]
-        forward = max([forward, *(run.eval_micro_batch(size) * size.tokens for size in of_set)])
+        for source in each.data.sources:
+            frames = 1 + (len(controls_of(source)) if config.edit else 0)
+            tokens = [run.eval_micro_batch(size) * size.tokens for size in Bucketing.of(source).sizes]
+            forward = max(forward, frames * max(tokens))
     if config.sample:
         width, height = config.sample_size_wh
         guided = 1 if config.sample.guidance_scale == 1 else 2
