@@ -6,6 +6,7 @@ Axes: y rows, x columns, c channels red, green, blue, and for `mask` a fourth on
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from anima_jax.data.images import over_white
+from anima_jax.checkpoints.locations import PathLike
+from anima_jax.data.images import over_white, read_picture
+from anima_jax.data.media import read_file
 from anima_jax.errors import UserError, did_you_mean
 
 
@@ -145,7 +148,7 @@ class Preprocessor:
 
         Options follow the kind, by name or in order. Raises UserError for an unknown kind or option, or a bad value.
         """
-        kind, *parts = text.split(":")
+        kind, *parts = str(text).split(":")
         if kind not in KINDS:
             raise UserError(f"'{kind}'{did_you_mean(kind, KINDS)} is no control picture, expected {', '.join(KINDS)}")
         known = {**KINDS[kind][1]} | ({} if kind == "mask" else {"resolution": RESOLUTION})
@@ -192,23 +195,27 @@ class Preprocessor:
 
 
 def control_picture(
-    picture: Image.Image | np.ndarray, kind: str | Preprocessor, size_wh: tuple[int, int] | None = None
+    picture: PathLike | Image.Image | np.ndarray, kind: str | Preprocessor, size_wh: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Return a control picture of `picture`: an image, or pixels (y, x), (y, x, 3) or (y, x, 4), uint8.
+    """Return a control picture of `picture`: a file, an image, or uint8 pixels (y, x), (y, x, 3) or (y, x, 4).
 
     `kind` is canny, grey, scribble, tile or mask, with options as for `--control_from`, as in "canny:50:150". With
     `size_wh`, the size of the drawing, the picture is first scaled and cropped to it. The result is RGB, or for `mask`
     RGBA: transparent where it is to be drawn anew. Raises UserError for a kind, an option or a picture that cannot be
     used.
     """
-    kind = Preprocessor.parse(kind) if isinstance(kind, str) else kind
-    if not isinstance(picture, Image.Image):
-        picture = np.asarray(picture)
-        shape = picture.shape
-        if picture.dtype != np.uint8 or shape[2:] not in ((), (3,), (4,)) or 0 in shape or len(shape) < 2:
-            raise UserError(f"{picture.dtype} pixels of shape {shape}, expected uint8 (y, x), (y, x, 3) or (y, x, 4)")
-        picture = Image.fromarray(picture)
-    made = kind(picture, size_wh)
+    kind = kind if isinstance(kind, Preprocessor) else Preprocessor.parse(kind)
+    if isinstance(picture, str | os.PathLike):
+        image = read_picture(read_file(picture), os.fspath(picture))
+    elif isinstance(picture, Image.Image):
+        image = picture
+    else:
+        array = np.asarray(picture)
+        shape = array.shape
+        if array.dtype != np.uint8 or shape[2:] not in ((), (3,), (4,)) or 0 in shape or len(shape) < 2:
+            raise UserError(f"{array.dtype} pixels of shape {shape}, expected uint8 (y, x), (y, x, 3) or (y, x, 4)")
+        image = Image.fromarray(array)
+    made = kind(image, size_wh)
     if made.shape[2] == 4:
         made = np.dstack([made[..., :3], 255 - made[..., 3]])
     return Image.fromarray(made)
