@@ -38,7 +38,7 @@ def pairs(number: int, *, held_out: bool) -> list[tuple[Scene, np.ndarray, np.nd
     return found
 
 
-def trained(folder: pathlib.Path, run: pathlib.Path, steps: int) -> pathlib.Path:
+def trained(folder: pathlib.Path, run: pathlib.Path, epochs: int) -> pathlib.Path:
     """Train the LoRA, and return its file."""
     targets, references = folder / "pairs", folder / "references"
     for place in (targets, references):
@@ -51,7 +51,7 @@ def trained(folder: pathlib.Path, run: pathlib.Path, steps: int) -> pathlib.Path
     config = write_config(
         folder,
         targets,
-        f"edit = true\nepochs = 1000\nmax_steps = {steps}\nsave_every_n_steps = {steps}\nwarmup_steps = 50\n"
+        f"edit = true\nepochs = {epochs}\nsave_every_n_epochs = {epochs}\nwarmup_steps = 50\n"
         "micro_batch_size_per_gpu = 32\nlr_scheduler = 'cosine'\nema_decay = 0.98\nsave_dtype = 'float32'\n"
         "caching_batch_size = 32\nsteps_per_print = 20\n",
         model="llm_adapter_lr = 0\n",
@@ -96,10 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new folder for the pairs and the run")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--grid", help="a .png to write")
     arguments = parser.parse_args()
-    lora = trained(arguments.folder, arguments.run, arguments.steps)
+    lora = trained(arguments.folder, arguments.run, arguments.epochs)
     networks = {"vae": ASSETS / "tiny_vae.safetensors", "text_encoder": ASSETS / "tiny_qwen3.safetensors"}
     pipeline = AnimaPipeline.load(
         transformer=find_export(arguments.run),
