@@ -117,10 +117,25 @@ class GraphReader(NodeGraph):
         self._read_image("image", key)
 
     def _read_image(self, file: str, key: str) -> None:
-        if isinstance(name := self.inputs(key).get("image"), str):
-            self.recipe.files[file] = re.sub(r" \[(input|output|temp)\]$", "", name)
+        if name := self._image_name(key):
+            self.recipe.files[file] = name
         if not PLAIN.search(self.kind(key)):
             self.leave_out(key)
+
+    def _image_name(self, key: str) -> str | None:
+        """Return the file that a node loads, None if it loads no image."""
+        name = self.inputs(key).get("image")
+        return re.sub(r" \[(input|output|temp)\]$", "", name) if isinstance(name, str) else None
+
+    def _read_references(self, key: str) -> None:
+        """Read the reference pictures of ComfyUI-Cosmos-Reference, whose inputs are numbered latents."""
+        links = {name: link for name, link in self.links(key).items() if name != "model"}
+        for name in sorted(links):
+            found = [self._image_name(node) for node in self.chain(links[name], ("samples", "pixels", "image"))]
+            if file := next(filter(None, found), None):
+                self.recipe.references.append((file, ""))
+            else:
+                self.leave_out(key, f"whose {quoted(name)} is not the latents of an image file")
 
     def _read_sampler(self, key: str) -> None:
         inputs = self.inputs(key)
@@ -280,6 +295,9 @@ class GraphReader(NodeGraph):
         elif kind in CACHES:
             if "cache" not in self.recipe.values:
                 self._read_cache(key)
+        elif kind == "applycosmosreferencelatent":
+            if not self.recipe.references:
+                self._read_references(key)
         elif kind == "cfgoverride" and self.value(key, ("cfg",)) == 1:
             start, end = (number_or(self.value(key, (name,)), 0.0) for name in ("start_percent", "end_percent"))
             first, last = self.recipe.values.get("guidance_interval", (0.0, 1.0))

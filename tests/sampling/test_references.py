@@ -1,5 +1,6 @@
 """Reference pictures in sampling, against arithmetic on latents joined by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 from anima_jax.errors import UserError
 from anima_jax.models.dit import patchify
 from anima_jax.sampling.arguments import reference_pictures
+from anima_jax.sampling.comfyui_graph import comfyui_graph
+from anima_jax.sampling.comfyui_reader import from_comfyui
 from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.packing import TokenPacking, grid_of, wrapped
@@ -101,3 +104,23 @@ def test_like_finds_the_references_next_to_the_image_and_tells_a_changed_one(tmp
     stranger = Recipe(str(tmp_path / "x.png"), references=[("/etc/secret.png", "")])
     with pytest.raises(UserError, match=r"names the reference '/etc/secret\.png': there is no such file in the folder"):
         reference_pictures(parse_arguments(flags), stranger)
+
+
+def test_references_of_a_comfyui_graph_are_read_in_the_order_of_their_inputs():
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    latents = {f"ref_latents.ref_latent_{number}": [str(number), 0] for number in (2, 1)}
+    graph = comfyui_graph(ImageRequest("a").settings() | dataclasses.asdict(SamplingParams()), {}, [], "red")[0]
+    sampler = next(node for node in graph.values() if node["class_type"].startswith("KSampler"))
+    graph |= {
+        "90": node("ApplyCosmosReferenceLatent", model=sampler["inputs"]["model"], **{
+            name: [f"9{link[0]}", 0] for name, link in latents.items()
+        }),
+        "91": node("VAEEncode", pixels=["93", 0], vae=["3", 0]),
+        "92": node("VAEEncode", pixels=["94", 0], vae=["3", 0]),
+        "93": node("LoadImage", image="first.png [input]"),
+        "94": node("LoadImage", image="second.png"),
+    }  # fmt: skip
+    sampler["inputs"]["model"] = ["90", 0]
+    assert from_comfyui("x.json", graph).references == [("first.png", ""), ("second.png", "")]
