@@ -54,6 +54,15 @@ def is_control(names: Iterable[str]) -> bool:
     return any(name.startswith((TRUNK, MODULES, "lllite_modules.")) for name in names)
 
 
+def holds_control(path: PathLike) -> bool:
+    """Return whether a file, or the only one in a folder, `is_control`; False if it cannot be read."""
+    try:
+        with open_tensors(_file_in(path)) as file:
+            return is_control(file.tensors)
+    except UserError:
+        return False
+
+
 @suggests_names
 def load_control(
     path: PathLike, dtype: DTypeLike | None = None, *, blocks: int | None = None, width: int | None = None

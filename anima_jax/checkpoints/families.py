@@ -17,7 +17,8 @@ _OF_UNET = "a UNet of Stable Diffusion"
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
     # Files that are neither a model nor its adapter.
-    ("an Anima ControlNet-LLLite control network", r"^lllite\.(dit|conditioning1|modules)\."),
+    ("an older Anima ControlNet-LLLite control network, of another architecture", r"^lllite\.modules\."),
+    ("an Anima ControlNet-LLLite control network, for --control", r"^lllite\.(dit|conditioning1)\."),
     ("an SDXL ControlNet-LLLite control network", r"^lllite\.unet\."),
     ("a VACE control network of Wan", r"\bvace\.(blocks|patch)"),
     ("an IP-Adapter", r"\b(ip\.adapter|image\.proj(\.model)?)\.|\bto\.[kv]\.ip\b"),

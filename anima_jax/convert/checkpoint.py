@@ -11,6 +11,7 @@ from typing import Any
 
 from anima_jax.checkpoints import accounting, diffusers
 from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.control import holds_control, open_control
 from anima_jax.checkpoints.folders import INDEXES, TRANSFORMER, component_files, components_in, model_files
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import check_local, files_in, writing_to
@@ -67,6 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
     outputs.check(target, *filter(None, inputs), force=arguments.force, gguf=_is_gguf(arguments))
     if arguments.keep is not quantise.KEEP and arguments.dtype not in quantise.QUANTISERS:
         raise UserError(f"--keep: needs a quantised --dtype: {', '.join(quantise.QUANTISERS)}")
+    if holds_control(source):
+        _control(arguments)
+        return
     components = components_in(source)
     if arguments.to == "diffusers":
         if components:
@@ -85,6 +89,23 @@ def run(arguments: argparse.Namespace) -> None:
         if path := getattr(arguments, name):
             network = diffusers.COMPONENTS[name].network
             _to_file(arguments, network, path, network.saved_prefix)
+
+
+def _control(arguments: argparse.Namespace) -> None:
+    """Write a control network in another dtype, with its names and metadata as they are."""
+    given = (flag for flag in ("prefix", "to", *_OTHERS, "tokenizers", "variant") if getattr(arguments, flag))
+    if flag := next(given, None):
+        raise UserError(f"--{flag}: {arguments.input} is a control network, of which only --dtype can be changed")
+    if arguments.dtype not in outputs.OUTPUT_DTYPES:
+        found = f", not in {arguments.dtype}" if arguments.dtype else ""
+        choices = ", ".join(outputs.OUTPUT_DTYPES)
+        raise UserError(f"--dtype: {arguments.input} is a control network, written in one of {choices}{found}")
+    with open_control(arguments.input) as checkpoint:
+        wanted = outputs.OUTPUT_DTYPES[arguments.dtype]
+        lines = copies.write(arguments.output, checkpoint.sources, "", wanted, checkpoint.metadata, keep_codes=False)
+        for line in lines:
+            print(line)
+        print(f"{arguments.output}: control network, {plural(len(checkpoint.sources), 'tensor')}")
 
 
 def _to_file(arguments: argparse.Namespace, network: Network, target: str, prefix: str | None = None) -> None:

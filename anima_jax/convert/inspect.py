@@ -13,11 +13,13 @@ from anima_jax.adapters.kinds import adapter_kind, split_key, unsupported
 from anima_jax.adapters.patch import BIAS_PARTS, Patch
 from anima_jax.checkpoints import accounting
 from anima_jax.checkpoints.accounting import StoredTensor
+from anima_jax.checkpoints.control import fit_control, is_control
 from anima_jax.checkpoints.folders import ModelFiles, is_network, model_files
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import files_in, is_remote
 from anima_jax.checkpoints.models import Checkpoint, open_network
 from anima_jax.checkpoints.names import dit
+from anima_jax.checkpoints.names.control import MODULES, present
 from anima_jax.checkpoints.names.networks import DIT, TEXT_ENCODER, Network, locate
 from anima_jax.checkpoints.quantised.parts import QuantisationError
 from anima_jax.checkpoints.safetensors import EXPECTED, ForeignFileError, SafetensorsFile
@@ -87,6 +89,9 @@ def summary(path: str) -> str:
 
 
 def _contents(file: TensorFile, values: ValueCheck, files: ModelFiles) -> Iterator[Row]:
+    if is_control(file.tensors):
+        yield from _control(file, values)
+        return
     if adapter_kind(file.tensors):
         yield from _adapter(file, values)
         return
@@ -130,6 +135,40 @@ def _network(network: Network, file: TensorFile, files: ModelFiles) -> Iterator[
         )
     if located.unknown:
         yield "unknown", f"{plural(len(located.unknown), 'tensor')}: {shorten(located.unknown)}"
+
+
+def _control(file: TensorFile, values: ValueCheck) -> Iterator[Row]:
+    """Yield rows about a control network: its images, its sizes, its modules' places, and whether it is complete."""
+    try:
+        checkpoint = fit_control(file)
+    except UserError as error:
+        yield "kind", "ControlNet-LLLite (control network)"
+        yield from (("problem", message.removeprefix(f"{file.path}: ")) for message in error.messages)
+        return
+    config, modules = checkpoint.config, present(checkpoint.config)
+    kind = "for inpainting (4 channels: image and mask)" if config.channels == 4 else "for control images (3 channels)"
+    hidden = ", colours hidden under the mask" if config.masked_input else ""
+    yield "kind", f"ControlNet-LLLite v2 (control network) {kind}{hidden}"
+    yield "sizes", str(config)
+    layers: dict[str, list[str]] = {}
+    for layer in config.layers:
+        layers.setdefault(_ranges([block for block, own in modules if own == layer]), []).append(layer)
+    yield "changes", "; ".join(f"inputs of {', '.join(own)} in blocks {blocks}" for blocks, own in layers.items())
+    yield "check", f"all {len(checkpoint.tensors)} tensors belong to the network"
+    if values.problem:
+        yield "problem", values.problem
+    ends = {f"{MODULES}{block}_{layer}.up.{part}" for block, layer in modules for part in ("weight", "bias")}
+    if ends <= set(values.zero):
+        yield "problem", "it changes nothing: every up is zero"
+    elif values.zero:
+        yield "zeros", f"{plural(len(values.zero), 'tensor')} of zeros only: {shorten(values.zero)}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return sorted numbers as text: "0-27", or "0-3, 5"."""
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def _adapter(file: TensorFile, values: ValueCheck) -> Iterator[Row]:

@@ -24,6 +24,7 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
+from anima_jax.errors import plural
 from anima_jax.models import parameters
 from anima_jax.models.constraints import constrain
 from anima_jax.models.layers import Linear, silu
@@ -69,10 +70,10 @@ class ControlConfig:
 
     def __str__(self) -> str:
         aspp = f", ASPP {', '.join(map(str, self.dilations))}" if self.dilations else ""
+        blocks = plural(self.resblocks, "residual block")
         return (
-            f"{self.channels} channels, trunk {self.trunk_width} with {self.resblocks} residual blocks{aspp}, "
-            f"embedding {self.embedding_width}, MLP {self.mlp_width}, {self.blocks} blocks of width {self.width}, "
-            f"at {', '.join(self.layers)}"
+            f"{self.channels} channels, trunk {self.trunk_width} with {blocks}{aspp}, "
+            f"embedding {self.embedding_width}, MLP {self.mlp_width}, for {self.blocks} blocks of width {self.width}"
         )
 
 
@@ -85,7 +86,7 @@ class ControlNetwork(nnx.Module):
         self.blocks = jax.vmap(lambda layer: ControlBlock(config, rngs=layer))(rngs.split(config.blocks))
 
     def __repr__(self) -> str:
-        return f"ControlNetwork({self.config}; {parameters.describe(self)})"
+        return f"ControlNetwork({self.config}, at {', '.join(self.config.layers)}; {parameters.describe(self)})"
 
     def embed(self, pixels_byxc: Array) -> Array:
         """Return the embedding (b, l, e), float32, of control images in [−1, 1] with sides that are multiples of 16.
