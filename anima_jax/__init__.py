@@ -1,8 +1,9 @@
 """The Anima text-to-image model in JAX. Public names are imported on first use.
 
-`AnimaPipeline` generates images. `load_dit`, `load_vae` and `load_text_encoder` load networks from files, `save_dit`
-writes one. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their like, `control_picture` for control
-networks, `ArrayDataset`, `make_train_step` and `trained_model` for training in Python (docs/python.md).
+`AnimaPipeline` generates images. `load_dit`, `load_vae`, `load_text_encoder` and `load_control` load networks from
+files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their
+like, `control_picture` for control networks, `ArrayDataset`, `make_train_step` and `trained_model` for training in
+Python (docs/python.md).
 """
 
 import importlib
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anima_jax.adapters.on_model import add_adapter, load_adapter, save_adapter
+    from anima_jax.checkpoints.control import load_control, save_control
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae, save_dit
     from anima_jax.data.preprocessors import control_picture
     from anima_jax.errors import UserError
@@ -27,12 +29,14 @@ __all__ = [
     "add_adapter",
     "control_picture",
     "load_adapter",
+    "load_control",
     "load_dit",
     "load_text_encoder",
     "load_tokenizers",
     "load_vae",
     "make_train_step",
     "save_adapter",
+    "save_control",
     "save_dit",
     "trained_model",
 ]
@@ -44,12 +48,14 @@ _MODULES = {
     "add_adapter": "anima_jax.adapters.on_model",
     "control_picture": "anima_jax.data.preprocessors",
     "load_adapter": "anima_jax.adapters.on_model",
+    "load_control": "anima_jax.checkpoints.control",
     "load_dit": "anima_jax.checkpoints.models",
     "load_text_encoder": "anima_jax.checkpoints.models",
     "load_tokenizers": "anima_jax.text.tokenizers",
     "load_vae": "anima_jax.checkpoints.models",
     "make_train_step": "anima_jax.training.own_loop",
     "save_adapter": "anima_jax.adapters.on_model",
+    "save_control": "anima_jax.checkpoints.control",
     "save_dit": "anima_jax.checkpoints.models",
     "trained_model": "anima_jax.training.own_loop",
 }

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from anima_jax.checkpoints.names import diffusers, dit, file_tensors, networks, qwen3
+from anima_jax.checkpoints.names import control, diffusers, dit, file_tensors, networks, qwen3
 from anima_jax.models import parameters
+from anima_jax.models.control import LAYERS, ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
 from tests.golden_files import golden
@@ -57,6 +58,18 @@ KINDS = (("kernel", "weight"), ("bias", "bias"))
 def test_diffusers_names_of_the_transformers_parameters():
     table = rows("Parameters of the transformer")
     assert original_names(peer for _, _, peer in table) == {peer: file for _, file, peer in table}
+
+
+def test_a_control_networks_parameters():
+    config = ControlConfig(resblocks=2, dilations=(1, 2), layers=LAYERS, blocks=2, width=8)
+    _, shapes = parameters.abstract(lambda rngs: ControlNetwork(config, rngs=rngs))
+
+    def general(name: str) -> str:
+        named = re.sub("|".join(LAYERS), "LAYER", name)
+        return re.sub(r"(resblocks?[._]|conv_|norm_|branches\.|_blocks_)\d", r"\1N", named)
+
+    found = {(general(tensor.path), general(tensor.name)) for tensor in file_tensors(control.rules(config), shapes)}
+    assert set(rows("Parameters of a control network")) == found
 
 
 def test_the_text_encoders_parameters():
