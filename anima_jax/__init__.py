@@ -1,7 +1,7 @@
 """The Anima text-to-image model in JAX. Public names are imported on first use.
 
 `AnimaPipeline` generates images. `load_dit`, `load_vae`, `load_text_encoder` and `load_control` load networks from
-files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and their
+files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and the
 like, `control_picture` for control networks, `ArrayDataset`, `make_train_step` and `trained_model` for training in
 Python (docs/python.md).
 """
