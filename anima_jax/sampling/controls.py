@@ -1,15 +1,30 @@
-"""Control pictures: what a control network is given for an image, and when in the sampling it acts."""
+"""Control pictures: what a control network is given for an image, and when in the sampling it acts.
+
+Scaling is ComfyUI's (`AnimaLLLitePatch` in comfy/ldm/anima/lllite.py, `AnimaLLLiteApply` in
+comfy_extras/nodes_model_patch.py). Axes: y rows, x columns, c channels.
+"""
 
 import dataclasses
+import functools
+import hashlib
+import math
+import numbers
 import os
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.data.preprocessors import Preprocessor, control_picture
-from anima_jax.errors import UserError
-from anima_jax.sampling.images import read_image
+from anima_jax.diffusion.schedules import percent_to_sigma
+from anima_jax.errors import UserError, show_value
+from anima_jax.models.control import ControlNetwork
+from anima_jax.sampling.images import mask_values, read_image, to_pixels
+from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
+
+WITH_MASK = 4
+"""Channels of the control pictures of an inpainting network: colours and the mask."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,12 +32,13 @@ class Control:
     """A control network for one image: its file, or the loaded network, and the control picture.
 
     `strength` multiplies what the network adds; it acts in the sampling from `start_percent` to `end_percent`, 0 (first
-    step) to 1. `mask`, for inpainting networks, is white where the picture is drawn anew. Pictures are files or images.
+    step) to 1. `mask`, for inpainting networks, is white where the picture is drawn anew; without one, it is what is
+    transparent in the picture. Pictures are files or images.
     With a `kind`, such as "canny" or "canny:50:150" (`data.preprocessors`), `image` is an ordinary picture from which
     the control picture is made.
     """
 
-    path: Any
+    path: PathLike | ControlNetwork
     image: PathLike | Image.Image
     strength: float = 1.0
     start_percent: float = 0.0
@@ -30,17 +46,97 @@ class Control:
     mask: PathLike | Image.Image | None = None
     kind: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The network's file, or what it is called in messages."""
+        return "control" if isinstance(self.path, ControlNetwork) else os.fspath(self.path)
+
+    @functools.cached_property
+    def opened(self) -> tuple[Image.Image, Image.Image | None]:
+        """The picture and the mask. Raises UserError if one cannot be read, or if their sizes differ."""
+        image = _opened("control picture", self.image)
+        mask = None if self.mask is None else _opened("control mask", self.mask)
+        if mask is not None and mask.size != image.size:
+            expected = f"expected the control picture's {image.width}×{image.height}"
+            raise UserError(f"{_named(self.mask)}: the control mask is {mask.width}×{mask.height}, {expected}")
+        return image, mask
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the pixels of picture and mask, in hexadecimal digits."""
+        parts = [f"{part.mode} {part.size}".encode() + part.tobytes() for part in self.opened if part is not None]
+        return hashlib.sha256(b" ".join(parts)).hexdigest()
+
+    def check(self) -> None:
+        """Raise UserError for a value of another type or out of range, or a picture that cannot be used."""
+        path: Any = self.path
+        if not isinstance(path, ControlNetwork | str | os.PathLike):
+            raise UserError(f"control {show_value(repr(path))}, expected a file or a ControlNetwork")
+        for field in ("strength", "start_percent", "end_percent"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise UserError(f"{self.name}: {field} {show_value(str(value))}, expected a number")
+        if not 0 <= self.start_percent <= self.end_percent <= 1:
+            found = f"start {self.start_percent:g}, end {self.end_percent:g}"
+            raise UserError(f"{self.name}: {found}, expected two ascending numbers from 0 to 1")
+        if self.kind is not None:
+            Preprocessor.parse(self.kind)
+        _ = self.opened
+
+    def levels(self, shift: float) -> tuple[np.float32, np.float32]:
+        """Return the noise levels σ at and below which, and above which the network acts: end < σ ≤ start.
+
+        Levels in float32 compare with them as in ComfyUI with its numbers in float64.
+        """
+        start = math.inf if self.start_percent <= 0 else percent_to_sigma(self.start_percent, shift)
+        return _rounded_down(start), _rounded_down(percent_to_sigma(self.end_percent, shift))
+
     def picture(self, size_wh: tuple[int, int]) -> Image.Image:
         """Return the control picture for an image of this size in pixels, which need not be its own size.
 
         Raises UserError if it cannot be read or made.
         """
-        name = "control" if isinstance(self.image, Image.Image) else os.fspath(self.image)
-        image = self.image if isinstance(self.image, Image.Image) else read_image(name)
+        image, _ = self.opened
         if self.kind is None:
             return image
-        preprocessor = Preprocessor.parse(self.kind)
         try:
-            return control_picture(image, preprocessor, size_wh)
+            return control_picture(image, Preprocessor.parse(self.kind), size_wh)
         except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+            raise UserError(f"{_named(self.image)}: {error}") from None
+
+    def pixels(self, size_wh: tuple[int, int], channels: int) -> np.ndarray:
+        """Return the control picture (y, x, c) in [−1, 1], float32, scaled to cover this size in pixels and cropped.
+
+        A fourth channel is the mask, ±1: 1 where the picture is drawn anew. Raises UserError if the network takes a
+        mask and there is none, or the other way round.
+        """
+        picture, (_, mask) = self.picture(size_wh), self.opened
+        if channels != WITH_MASK and mask is not None:
+            raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
+        colours_yxc = (to_pixels(picture)[0] + np.float32(1.0)) / np.float32(2.0)
+        pixels_yxc = np.clip(scaled_bicubic(colours_yxc, size_wh), 0.0, 1.0) * np.float32(2.0) - np.float32(1.0)
+        if channels != WITH_MASK:
+            return pixels_yxc
+        if mask is None and not picture.has_transparency_data:
+            found = f"{_named(self.image)} has no transparent pixels and there is no mask"
+            raise UserError(f"{self.name}: is an inpainting network, which takes a mask; {found}")
+        values_yx1 = scaled_nearest(mask_values(picture if mask is None else mask)[0], size_wh)
+        return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
+
+
+def _opened(what: str, given: Any) -> Image.Image:
+    """Return a PIL image, or that of a file. Raises UserError for anything else."""
+    if isinstance(given, Image.Image):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{what} {show_value(repr(given))}, expected a PIL image or the path of an image")
+    return read_image(os.fspath(given))
+
+
+def _named(given: Any) -> str:
+    return "the image" if isinstance(given, Image.Image) else os.fspath(given)
+
+
+def _rounded_down(level: float) -> np.float32:
+    nearest = np.float32(level)
+    return nearest if nearest <= level else np.nextafter(nearest, np.float32(-np.inf))

@@ -23,6 +23,7 @@ from anima_jax.models.constraints import constrain
 from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.sampling.context import Context
+from anima_jax.sampling.control_networks import ControlInputs
 from anima_jax.sampling.packing import every_eighth, grid_of, real_values, wrapped
 from anima_jax.sampling.references import ReferenceTokens, join
 from anima_jax.sampling.region_rows import EvaluatedRows, RegionRows, rows_of
@@ -57,6 +58,7 @@ class SharedInputs(NamedTuple):
     inpaint: InpaintMask | None = None
     noise_keys_b3: Any = None
     cache_limits: Limits | None = None
+    controls: tuple[ControlInputs, ...] = ()
     references: ReferenceTokens | None = None
     regions: RegionRows | None = None
 
@@ -118,7 +120,8 @@ class Denoiser:
         """Return the velocities (p, l, c) of each kind of prompt; `level` are the AdaLN values of the noise level."""
         x_rlc, size_r3 = self.seen(x_blc)
         context, lengths_r = self.shared.context
-        options = {**self.options, "context_lengths_b": lengths_r, "remat": "none", **more}
+        controls = [own.term(step.sigma, self.image_r, self.rows) for own in self.shared.controls]
+        options = {**self.options, "context_lengths_b": lengths_r, "remat": "none", "controls": controls, **more}
         x_rlc = wrapped(x_rlc.astype(self.dtype), size_r3)
         velocities_rlc = self.model.velocity(x_rlc, grid_of(size_r3), level, context, **options)[:, : x_blc.shape[1]]
         if self.shared.regions is None:

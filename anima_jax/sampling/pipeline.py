@@ -37,6 +37,7 @@ from anima_jax.sampling import adaptive, program
 from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
+from anima_jax.sampling.control_networks import ControlNetworks
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.embeddings import Embeddings
 from anima_jax.sampling.evaluation import InpaintMask, SharedInputs
@@ -94,6 +95,7 @@ class AnimaPipeline:
         self._text_graphdef, self.text_encoder_params = split(text_encoder)
         self._references = EncodedReferences()
         self._loras: AdapterStack | None = None
+        self._controls = ControlNetworks(dit.config, self.dtype)
         self.savings = Savings()
         self._said: set[str] = set()
         self._files: list[PathLike] = []
@@ -286,6 +288,7 @@ class AnimaPipeline:
                 ),
                 mask=mask,
                 regions=[request.regions for request in requests],
+                controls=[request.controls for request in requests],
                 callback=callback,
             )
 
@@ -338,15 +341,16 @@ class AnimaPipeline:
         references: Sequence[Sequence[np.ndarray]] = (),
         mask: np.ndarray | None = None,
         regions: Sequence[Sequence[Region]] = (),
+        controls: Sequence[Sequence[Control]] = (),
         callback: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """Return each image's normalised latents (t, y, x, c), float32, sampled along `sigmas`.
 
         Sampling starts at the first level on the line from `originals` (zeros if None) to `noise`. `references` are the
         latents (1, y, x, c) of each image's reference pictures, of its size. Latents stay `originals` where `mask`
-        (1, y, x, 1) is 0. `regions` are those of each image; `positive` has their prompts after the images'. If the
-        last level σ is above 0 they are divided by 1 − σ, as in ComfyUI, where another sampling multiplies them by it
-        to go on from there.
+        (1, y, x, 1) is 0. `regions` and `controls` are those of each image; `positive` has the regions' prompts after
+        the images'. If the last level σ is above 0, latents are divided by 1 − σ, as in ComfyUI, where another sampling
+        multiplies them by it to go on from there.
         """
         sampler = samplers.SAMPLERS[params.sampler]
         packing = TokenPacking([array.shape[:3] for array in noise.start])
@@ -356,8 +360,8 @@ class AnimaPipeline:
             masks = [np.broadcast_to(mask, array.shape) for array in clean]
             inpaint = InpaintMask(*map(packing.pack, (masks, clean, noise.outside_mask)))
         rows, clean_frames = None, packed_references(packing, references)
+        seen = layout(packing.size_b3, clean_frames)
         if any(regions):
-            seen = layout(packing.size_b3, clean_frames)
             rows = region_rows(regions, packing, seen, params.base_strength, params.shift)
             negative = jax.tree.map(lambda leaf_b: leaf_b[rows.negative.image_r], negative)
         contexts = join_contexts(negative, positive)
@@ -365,7 +369,8 @@ class AnimaPipeline:
         cache = params.step_cache
         limits = cache and cache.limits(params.shift)
         shared = SharedInputs(packing.size_b3, contexts, params.variants, inpaint, noise.keys_b3, limits)
-        shared = shared._replace(references=clean_frames, regions=rows)
+        steering = self._controls.inputs(controls, packing.size_b3, seen[1], params.shift) if any(controls) else ()
+        shared = shared._replace(references=clean_frames, regions=rows, controls=steering)
         caching: Any = {"cache": cache, "savings": self.savings}
 
         def plan_of(sigmas: np.ndarray) -> SamplerPlan:

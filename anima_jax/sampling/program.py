@@ -119,7 +119,8 @@ class Evaluations:
 
     def __init__(self, params: Params, graphdef: nnx.GraphDef[Any], dtype: Any, shared: SharedInputs):
         self.params, self.graphdef, self.dtype = params, graphdef, dtype
-        self.shared = replicate(shared)
+        # Control networks are sharded already.
+        self.shared = replicate(shared._replace(controls=()))._replace(controls=shared.controls)
         self._seen_b3, self._tokens = layout(shared.size_b3, shared.references)
         if shared.regions is not None:
             self._seen_b3 = shared.regions.positive.size_r3

@@ -111,6 +111,10 @@ class ImageRequest:
         if not 0 <= self.batch_index < self.batch_size:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
         check_regions(self.regions, self.latent_size)
+        for control in self.controls:
+            control.check()
+        if self.controls and self.references:
+            raise UserError("controls and references: control networks steer single images, without further frames")
 
 
 INPUTS = ("controls", "references", "regions")
