@@ -25,7 +25,7 @@ from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import replicate
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.packing import grid_of
-from anima_jax.sampling.regions import EvaluatedRows
+from anima_jax.sampling.region_rows import EvaluatedRows
 
 KEPT = 4
 """Files whose networks a pipeline keeps, besides those of its latest batch."""
