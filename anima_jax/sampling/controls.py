@@ -20,7 +20,7 @@ from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, show_value
 from anima_jax.models.control import ControlNetwork
-from anima_jax.sampling.images import mask_values, read_image, to_pixels
+from anima_jax.sampling.images import mask_values, read_picture, to_pixels
 from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
 
 WITH_MASK = 4
@@ -130,7 +130,7 @@ def _opened(what: str, given: Any) -> Image.Image:
         return given
     if not isinstance(given, str | os.PathLike):
         raise UserError(f"{what} {show_value(repr(given))}, expected a PIL image or the path of an image")
-    return read_image(os.fspath(given))
+    return read_picture(os.fspath(given))
 
 
 def _named(given: Any) -> str:
