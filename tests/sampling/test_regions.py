@@ -1,5 +1,7 @@
 """Regions: ComfyUI's own combination of prompts, whole samplings in NumPy, what must not change an image, bad input."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from anima_jax import AnimaPipeline
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import UserError
-from anima_jax.models import parameters
-from anima_jax.models.dit import PATCH, token_positions
+from anima_jax.models.dit import PATCH, AnimaDiT, token_positions
 from anima_jax.models.dit_inputs import KeysValues, Modulations
 from anima_jax.sampling.context import Context
 from anima_jax.sampling.noise import BatchNoise
@@ -21,6 +21,10 @@ from anima_jax.sampling.region_rows import region_rows, rows_of
 from anima_jax.sampling.regions import Area, Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.golden_files import channel_last, golden, relative_error
+from tests.models.networks import random_model, velocity
+from tests.parallel.meshes import CONFIG
+from tests.sampling.test_pipeline import compilations
+from tests.sampling.test_step_cache import pipeline_of
 
 SIZE = (1, 15, 22)
 Y, X = np.indices((8 * SIZE[1], 8 * SIZE[2]))
@@ -174,24 +178,28 @@ class WavyField(nnx.Module):
 
 @pytest.fixture(scope="module")
 def wavy():
-    pipeline = AnimaPipeline.__new__(AnimaPipeline)
-    pipeline.dtype = jnp.dtype(jnp.float32)
-    pipeline.dit_graphdef, pipeline.dit_params = parameters.split(WavyField())
-    return pipeline
+    return pipeline_of(WavyField())
 
 
 PROMPT, NEGATIVE = 0.2, -0.3
 BATCH = [(15, 22), (16, 24), (18, 20)]
 
 
-def drawn(pipeline, sizes_yx, regions, params, first=0, **options):
-    """Latents of images of these sizes with these regions; image n has the seed `first` + n."""
+def scalar(c):
+    return np.full((1, 1), c)
+
+
+def drawn(pipeline, sizes_yx, regions, params, first=0, context=scalar, **options):
+    """Latents of images of these sizes with these regions; image n has the seed `first` + n.
+
+    `context` makes the rows of a prompt from its number.
+    """
     pipeline.savings = Savings()
     requests = [ImageRequest("x", x * 8, y * 8, first + n) for n, (y, x) in enumerate(sizes_yx)]
     noise = BatchNoise(requests, "torch-cpu", SAMPLERS[params.sampler], params.levels())
     prompts = [PROMPT] * len(sizes_yx) + [float(region.prompt) for own in regions for region in own]
     contexts = [
-        Context(jnp.asarray(values, jnp.float32)[:, None, None], None)
+        Context(jnp.asarray(np.stack([context(c) for c in values]), jnp.float32), None)
         for values in (prompts, [NEGATIVE] * len(sizes_yx))
     ]
     return pipeline.sample(*contexts, noise, params.levels(), params, regions=regions, **options)
@@ -244,6 +252,44 @@ def test_a_sampling_is_the_same_arithmetic_in_numpy(wavy):
     assert relative_error(found[0], x_yxc) < 1e-5
     (alone,) = drawn(wavy, BATCH[:1], [()], params)
     assert relative_error(plain, alone) < 1e-6
+
+
+ROWS = np.random.default_rng(1).standard_normal((2, 16, 32))
+
+
+def rows_of_prompt(c):
+    return ROWS[0] + c * ROWS[1]
+
+
+def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for_other_regions():
+    """Oracle: the estimates of the first level, each from a call of the network of its own; the part's place is odd."""
+    model = random_model(AnimaDiT, dataclasses.replace(CONFIG, adapter=None))
+    params = SamplingParams(steps=1, sampler="euler", guidance_scale=3.0)
+    mask = np.indices((96, 128)).sum(axis=0) % 256 / 255
+    area = Region((40, 24, 64, 48), "-0.6", 1.5)
+    pipeline = pipeline_of(model)
+    (found,) = drawn(pipeline, [(12, 16)], [[Region(mask, "0.9", 3.0), area]], params, context=rows_of_prompt)
+
+    x = BatchNoise([ImageRequest("x", 128, 96)], "torch-cpu", SAMPLERS["euler"], params.levels()).start[0][None]
+    inside = np.s_[:, :, 3:9, 5:13]
+
+    def of(x, c):
+        return np.array(x - velocity(model, x, np.ones(1, np.float32), rows_of_prompt(c)[None].astype(np.float32)))
+
+    mask_yx1 = 3 * sum(mask[y::8, x::8] for y in (3, 4) for x in (3, 4))[..., None] / 4
+    soft_yx1 = 1.5 * np.array([[0.5, 1, 1, 1, 1, 1, 1, 0.5]] * 6)[..., None]
+    total, weight = of(x, PROMPT) + mask_yx1 * of(x, 0.9), 1 + np.broadcast_to(mask_yx1, x.shape)
+    negative, own = of(x, NEGATIVE), np.ones(x.shape)
+    for sums, weights, c in ((total, weight, -0.6), (negative, own, NEGATIVE)):
+        sums[inside] += soft_yx1 * of(x[inside], c)
+        weights[inside] += soft_yx1
+    expected = negative / own + 3.0 * (total / weight - negative / own)
+    assert relative_error(found, expected[0]) < 1e-4  # a random network amplifies rounding
+
+    others = [Region(mask.T[:96].repeat(2, axis=1)[:, :128], "0.1", 0.3), Region("0%,50%,50%,50%", "0.7", 2.0)]
+    with compilations() as names:
+        drawn(pipeline, [(12, 16)], [others], params, context=rows_of_prompt)
+    assert names == []
 
 
 @pytest.mark.parametrize(
