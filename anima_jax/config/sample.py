@@ -72,6 +72,16 @@ class SampleConfig(Section):
         description="reference pictures for edit = true: one for all prompts, or for each prompt one or several (an "
         "empty list: none), cropped and scaled to width and height",
     )
+    control: Annotated[tuple[LocalFile, ...], Listed, documented_as("file, or list with a file for each prompt")] = (
+        Field(
+            (),
+            description="control picture for [adapter] type = 'lllite': one for all prompts, or one for each, cropped "
+            "and scaled to width and height; for inpainting, its transparent part is drawn anew; unset: none",
+        )
+    )
+    control_strength: NotNegative | None = Field(
+        None, description="strength of the control network in samples; unset: multiplier of [adapter]"
+    )
     embeddings: InputFolder | None = Field(
         None, description="a folder with the files that embedding:name in a prompt stands for"
     )
@@ -95,6 +105,19 @@ class SampleConfig(Section):
         if prompts is not None and not isinstance(found, str) and len(found) != len(prompts):
             counts = f"{plural(len(found), 'text')} for {plural(len(prompts), 'prompt')}"
             raise invalid(f"found {counts}, expected one text, or one for each")
+        return found
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _one_for_all(cls, found: Any, info: ValidationInfo) -> Any:
+        prompts = info.data.get("prompts", ())
+        if found and (info.context or {}).get("pairs", "control") not in {"control", "inpaint"}:
+            raise invalid("nothing uses it, expected [adapter] type = 'lllite'")
+        if isinstance(found, str):
+            return [found] * len(prompts)
+        if isinstance(found, list) and prompts and len(found) not in {0, len(prompts)}:
+            counts = f"{plural(len(found), 'file')} for {plural(len(prompts), 'prompt')}"
+            raise invalid(f"found {counts}, expected one file, or one for each")
         return found
 
     @field_validator("references", mode="before")

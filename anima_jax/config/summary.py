@@ -24,7 +24,10 @@ def summary(config: MainConfig) -> list[str]:
         where = ", ".join(adapter.target_layers)
         sentence = f"Training a control network (ControlNet-LLLite at {where}) with {config.optimizer.type}"
         rate = f"{sentence}, at {config.learning_rates[CONTROL]:g}. The model is frozen."
-        return [rate, *_own_rate(config)]
+        sentences = [rate, *_own_rate(config)]
+        if config.sample and not config.sample.control:
+            sentences.append("Samples are drawn without the control network: [sample] control is not set.")
+        return sentences
     groups = [group for group in PARTS if group != "base" or not adapter]  # adapters change only the blocks
     rates = {group: config.learning_rates[group] for group in groups}
     by_rate = {rate: [PARTS[group] for group in groups if rates[group] == rate] for rate in rates.values()}
@@ -33,7 +36,7 @@ def summary(config: MainConfig) -> list[str]:
         f"{_listed(parts) if frozen or len(by_rate) > 1 else 'every part'} at {rate:g}"
         for rate, parts in by_rate.items()
     ]
-    sentences = []
+    sentences: list[str] = []
     if trained:
         sentences.append(f"Training {_subject(config)} with {config.optimizer.type}: {_listed(trained)}.")
     sentences += _own_rate(config)

@@ -10,14 +10,17 @@ from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
+from anima_jax.models.control import ControlConfig
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
-from anima_jax.sampling.images import save_image
+from anima_jax.sampling.controls import Control
+from anima_jax.sampling.images import read_image, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import SamplingParams, batch_of_requests, batches
+from anima_jax.training.control import network_with
 from anima_jax.training.intervals import Every, RunPoint
 from anima_jax.training.state import ParamPartition
 from anima_jax.training.step import TrainState, trained_weights
@@ -35,6 +38,7 @@ class Samples:
     """Samples the prompts and seeds of `[sample]` into one grid, such as `step000500.png` in `folder`.
 
     `writer` shows the grid on the dashboards. `pipeline` is that of the trained model, `frozen` its frozen parameters.
+    `control` are the sizes of the trained control network and its strength.
     """
 
     def __init__(
@@ -45,10 +49,12 @@ class Samples:
         frozen: Params,
         folder: pathlib.Path,
         writer: Writer,
+        control: tuple[ControlConfig, float] | None = None,
     ):
         self._config, self._size_wh, self._pipeline, self._frozen = config, size_wh, pipeline, frozen
         self._folder, self._writer = folder, writer
-        self._references = reference_pictures(config)
+        self._references, self._control = reference_pictures(config), control
+        self._pictures = control_pictures(config)
         self._every = Every(config.every_n_steps, config.every_n_epochs, at_start=True, at_end=True)
 
     def due(self, point: RunPoint) -> bool:
@@ -84,19 +90,29 @@ class Samples:
         if text_encoder:
             self._pipeline.text_encoder_params = text_encoder
         try:
-            images = self._images(width, height)
+            images = self._images(width, height, self._controls(params))
         finally:
             self._pipeline.dit_params = {}  # training donates them, so the pipeline must not keep them
         tiles = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
         grid = sample_grid(images, [prompt for prompt, _ in tiles])
         settings = {"prompts": config.prompts, "seeds": config.seeds, "step": point.step} | config.sampling
         settings |= {"negative_prompts": config.negative_prompts, "references": config.references}
+        if self._control and config.control:
+            settings |= {"control": config.control, "control_strength": self._control[1]}
         text = {"anima_jax_samples": json.dumps(settings)}
         if is_process_0():
             save_image(grid, self._path(point), text)
         return grid
 
-    def _images(self, width: int, height: int) -> list[Image.Image]:
+    def _controls(self, params: Params) -> list[tuple[Control, ...]]:
+        """Return the controls of each prompt, with the trained network as it is in `params`."""
+        if self._control is None or not self._pictures:
+            return [()] * len(self._config.prompts)
+        sizes, strength = self._control
+        network = network_with(sizes, params)
+        return [(Control(network, picture, strength),) for picture in self._pictures]
+
+    def _images(self, width: int, height: int, controls: Sequence[tuple[Control, ...]]) -> list[Image.Image]:
         """Draw all prompts with the first seed, then with the second, and so on, `at_once` images on a device.
 
         The prompts of a seed are one ComfyUI batch, however many are drawn at once.
@@ -104,7 +120,8 @@ class Samples:
         config, images = self._config, list[Image.Image]()
         at_once = config.at_once * replicas(current_mesh().shape)
         for seed in config.seeds:
-            requests = batch_of_requests(config.prompts, width, height, seed, 1, references=self._references)
+            inputs = {"references": self._references, "controls": controls}
+            requests = batch_of_requests(config.prompts, width, height, seed, 1, **inputs)
             for part in batches(config.negative_prompts, at_once):
                 params = SamplingParams(config.negative_prompts[part.start], **config.sampling)
                 images += self._pipeline.draw(requests[part], params)
@@ -116,6 +133,11 @@ def reference_pictures(config: SampleConfig | None) -> list[tuple[Reference, ...
     if config is None:
         return []
     return [tuple(map(Reference.of, paths)) for paths in config.references or ((),) * len(config.prompts)]
+
+
+def control_pictures(config: SampleConfig | None) -> list[Image.Image]:
+    """Return the control picture of each prompt, none without. Raises UserError if one cannot be read."""
+    return [read_image(path) for path in config.control] if config else []
 
 
 def make_samples(
@@ -140,7 +162,11 @@ def make_samples(
         dtype=config.compute_dtype,
     )
     pipeline.dit_params = {}  # each drawing sets its own; a copy of these would take memory until the first one
-    return [Samples(config.sample, config.sample_size_wh, pipeline, partition.frozen, folder / "samples", writer)]
+    strength, control = config.sample.control_strength, None
+    if partition.control and config.adapter:
+        control = partition.control, config.adapter.multiplier if strength is None else strength
+    size, folder = config.sample_size_wh, folder / "samples"
+    return [Samples(config.sample, size, pipeline, partition.frozen, folder, writer, control)]
 
 
 def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
