@@ -10,6 +10,7 @@ import hashlib
 import math
 import numbers
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from PIL import Image
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
-from anima_jax.errors import UserError, show_value
+from anima_jax.errors import UserError, plural, show_value
 from anima_jax.models.control import ControlNetwork
 from anima_jax.sampling.images import mask_values, read_picture, to_pixels
 from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
+
+MASK = "mask"
+"""The kind of control picture that is an ordinary picture with a mask."""
 
 WITH_MASK = 4
 """Channels of the control pictures of an inpainting network: colours and the mask."""
@@ -35,7 +39,7 @@ class Control:
     step) to 1. `mask`, for inpainting networks, is white where the picture is drawn anew; without one, it is what is
     transparent in the picture. Pictures are files or images.
     With a `kind`, such as "canny" or "canny:50:150" (`data.preprocessors`), `image` is an ordinary picture from which
-    the control picture is made.
+    the control picture is made; "mask" is for inpainting networks, with `mask` or what is transparent.
     """
 
     path: PathLike | ControlNetwork
@@ -96,8 +100,8 @@ class Control:
 
         Raises UserError if it cannot be read or made.
         """
-        image, _ = self.opened
-        if self.kind is None:
+        image, mask = self.opened
+        if self.kind is None or (mask is not None and self.kind == MASK):
             return image
         try:
             return control_picture(image, Preprocessor.parse(self.kind), size_wh)
@@ -111,7 +115,7 @@ class Control:
         mask and there is none, or the other way round.
         """
         picture, (_, mask) = self.picture(size_wh), self.opened
-        if channels != WITH_MASK and mask is not None:
+        if channels != WITH_MASK and (mask is not None or self.kind == MASK):
             raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
         colours_yxc = (to_pixels(picture)[0] + np.float32(1.0)) / np.float32(2.0)
         pixels_yxc = np.clip(scaled_bicubic(colours_yxc, size_wh), 0.0, 1.0) * np.float32(2.0) - np.float32(1.0)
@@ -122,6 +126,25 @@ class Control:
             raise UserError(f"{self.name}: is an inpainting network, which takes a mask; {found}")
         values_yx1 = scaled_nearest(mask_values(picture if mask is None else mask)[0], size_wh)
         return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
+
+
+def with_kinds(controls: Sequence[Control], kinds: Sequence[str]) -> tuple[Control, ...]:
+    """Return controls whose control pictures are made as `kinds` say: one kind for all controls, or one for each.
+
+    The kind "none" is for a picture that is a control picture already. Raises UserError for an unknown kind, and for
+    another number of kinds.
+    """
+    if not kinds:
+        return tuple(controls)
+    if not controls:
+        raise UserError(f"--control_from {kinds[0]}: there is no control network; give one with --control")
+    if len(kinds) not in (1, len(controls)):
+        raise UserError(f"{len(kinds)} values of --control_from for {plural(len(controls), 'control network')}")
+    of_control = list(kinds) if len(kinds) == len(controls) else [kinds[0]] * len(controls)
+    return tuple(
+        dataclasses.replace(control, kind=None if kind == "none" else str(Preprocessor.parse(kind)))
+        for control, kind in zip(controls, of_control, strict=True)
+    )
 
 
 def _opened(what: str, given: Any) -> Image.Image:
