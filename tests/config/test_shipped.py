@@ -98,7 +98,7 @@ def test_steps_on_clips_and_on_images_have_the_same_number_of_examples(configs):
 
 def test_the_page_on_control_networks_names_their_defaults(configs):
     page = (CONFIGS.parent / "docs" / "control.md").read_text(encoding="utf-8")
-    dataset, control, inpainting = re.findall(r"```toml\n(.*?)```", page, re.S)
+    dataset, control, inpainting, *_ = re.findall(r"```toml\n(.*?)```", page, re.S)
     tables = re.split(r"^(?=\[)", (configs / "anima_lora.toml").read_text(), flags=re.M)
     shared = "".join(table for table in tables if not table.startswith(("[adapter]", "[optimizer]", "[sample]")))
     (configs.parent / "data" / "edges").mkdir()
