@@ -53,13 +53,13 @@ class Reference:
 
 
 def given_references(given: Any) -> list[Any]:
-    """Return the references of all images, or a list of each image's. A single picture is that of all.
+    """Return the references of all images, or a list of each image's. A single picture is that of all; None is none.
 
     Raises UserError for what is no picture.
     """
     if isinstance(given, Image.Image | str | os.PathLike | Reference):
         return [Reference.of(given)]
-    each = list(given)
+    each = list(given or ())
     if any(isinstance(one, list | tuple) for one in each):
         return [[Reference.of(x) for x in (one if isinstance(one, list | tuple) else [one])] for one in each]
     return [Reference.of(one) for one in each]

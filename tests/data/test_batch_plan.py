@@ -230,6 +230,18 @@ def test_a_tier_is_a_resolution_and_a_number_of_frames():
     ]
 
 
+def test_references_make_the_tokens_of_a_tier_so_many_times_more():
+    square, wide = sized(512, 512, resolution=512.0), sized(368, 720, resolution=512.0)
+    buckets = [square, wide._replace(references=1), square._replace(references=1), square._replace(references=2)]
+    tiers = make_tiers(buckets, lambda size: size.width // 64)
+    assert [(one.name, one.indices.tolist(), one.tokens, one.batch_size, one.full) for one in tiers] == [
+        ("512", [0], 1024, 8, True),
+        ("512+1ref", [1, 2], 2080, 5, False),  # 2 × 23 × 45 = 2070
+        ("512+2ref", [3], 3072, 8, True),
+    ]
+    assert "    368×720 with 1 reference: 1, 512×512 with 1 reference: 1" in describe(tiers, buckets)
+
+
 @relaxed
 @given(
     st.lists(

@@ -92,12 +92,12 @@ def test_a_mixed_batch_equals_torchs_transformer_on_joined_latents(params):
         np.testing.assert_allclose(latents, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_each_image_of_a_batch_is_the_one_drawn_alone(params):
+def test_an_images_references_count_for_itself_alone(params):
     """The step cache decides by the picture's own tokens, whatever the others of the batch are."""
-    pipeline, settings = pipeline_of(params), {"sampler": "er_sde", "cache": "first_block:0.2", "steps": 6, "apg": True}
-    settings = dataclasses.replace(EULER, **settings)
-    together = pipeline.draw_latents(REQUESTS, settings)
-    (alone,) = pipeline.draw_latents(REQUESTS[:1], settings)
-    (without,) = pipeline.draw_latents([dataclasses.replace(REQUESTS[0], references=())], settings)
-    np.testing.assert_allclose(together[0], alone, atol=2e-4 * np.abs(alone).max())
-    assert np.abs(without - alone).max() > 0.01 * np.abs(alone).max()
+    settings = {"sampler": "er_sde", "cache": "first_block:0.2", "steps": 6, "apg": True}
+    pipeline, settings = pipeline_of(params), dataclasses.replace(EULER, **settings)
+    other = dataclasses.replace(REQUESTS[0], references=pictures(2)[::-1])
+    before, after = (pipeline.draw_latents([one, *REQUESTS[1:]], settings) for one in (REQUESTS[0], other))
+    assert np.abs(before[0] - after[0]).max() > 0.01 * np.abs(before[0]).max()
+    for one, again in zip(before[1:], after[1:], strict=True):
+        np.testing.assert_allclose(one, again, atol=2e-4 * np.abs(one).max())
