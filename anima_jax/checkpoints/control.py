@@ -153,7 +153,7 @@ def _file_in(path: PathLike) -> PathLike:
         return path
     found = [name for name in names if name.endswith(".safetensors")]
     if len(found) != 1:
-        listed = f": {shorten(found)}" if found else ""
+        listed = f": {shorten(found, 20)}" if found else ""
         raise UserError(f"{path}: holds {len(found)} .safetensors files, expected one {TITLE}{listed}")
     return f"{os.fspath(path).rstrip('/')}/{found[0]}"
 

@@ -125,7 +125,10 @@ class ControlNetwork(nnx.Module):
 
 
 ControlTerm = tuple[ControlNetwork, Array, Any]
-"""A control network, the embedding (b, l, e) of its control images, and its strength: a number, or an array (b,)."""
+"""A control network, the embedding (b, l, e) of its control images, and its strength: a number, or an array (b,).
+
+The embedding of one image, (1, l, e), is that of all in the batch.
+"""
 
 
 def stacked(controls: Sequence[ControlTerm]) -> tuple[Any, ...]:
@@ -173,7 +176,7 @@ def check_controls(
                 f"{blocks} of width {width}"
             )
         expected = (*shape_blc[:2], config.embedding_width)
-        if embedding_ble.shape != expected:
+        if embedding_ble.shape not in (expected, (1, *expected[1:])):
             raise ValueError(f"a control embedding of shape {embedding_ble.shape}, expected {expected}")
         if jnp.shape(strength) not in ((), shape_blc[:1]):
             raise ValueError(f"control strengths of shape {jnp.shape(strength)}, expected a number or {shape_blc[:1]}")
@@ -209,7 +212,8 @@ class ControlModule(nnx.Module):
         dtype = x_bld.dtype
         # The sum is in float32, so that the embedding's gradient is, too: it adds up over all layers.
         sum_ble = embedding_ble.astype(jnp.float32) + self.depth_bias[...].astype(jnp.float32)
-        steered_ble = constrain(sum_ble.astype(dtype), "ble")
+        steered_ble = jnp.broadcast_to(sum_ble.astype(dtype), (*x_bld.shape[:2], sum_ble.shape[-1]))
+        steered_ble = constrain(steered_ble, "ble")
         scale_blm, shift_blm = jnp.split(self.cond_to_film(steered_ble), 2, axis=-1)
         hidden_blm = self.mid(jnp.concatenate([steered_ble, silu(self.down(x_bld))], axis=-1))
         hidden_blm = self._dropped(_modulated_silu(hidden_blm, scale_blm, shift_blm))

@@ -17,6 +17,7 @@ import numpy as np
 from anima_jax.adapters import kinds
 from anima_jax.adapters.dialects import DIALECTS
 from anima_jax.adapters.file import fit_to_weights, open_adapter
+from anima_jax.checkpoints.control import load_control, save_control
 from anima_jax.checkpoints.models import open_dit, open_network, save_dit, save_network
 from anima_jax.checkpoints.names.networks import QWEN3, WAN_VAE, Network
 from anima_jax.checkpoints.orbax import RunCheckpoints, errors_reported_once
@@ -26,6 +27,7 @@ from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.convert.__main__ import COMMANDS
 from anima_jax.errors import ArgumentParser
 from anima_jax.models import parameters
+from anima_jax.models.control import ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -344,6 +346,36 @@ def networks() -> dict[str, bytes]:
     }
 
 
+# ---- control networks ----------------------------------------------------------------------------------------------
+
+
+def control_networks() -> list[Files]:
+    """One for control images, and one with an ASPP and modules at some layers for inpainting, without metadata."""
+    graphdefs = [
+        parameters.abstract(lambda rngs, config=config: ControlNetwork(config, rngs=rngs))
+        for config in (
+            ControlConfig(3, 4, 2, 2, 1, (), blocks=2, width=4),
+            ControlConfig(4, 4, 2, 2, 0, (1, 2), ("mlp_layer1",), 3, True, 4, ("0.mlp_layer1",)),
+        )
+    ]
+    networks = [parameters.merge(graphdef, random_params(shapes)) for graphdef, shapes in graphdefs]
+    return [{MODEL: bytes_of(functools.partial(save_control, network=network))} for network in networks]
+
+
+def read_control_network(folder: pathlib.Path) -> None:
+    path = folder / MODEL
+    match choice(folder, 4):
+        case 0:
+            command("inspect", path)
+        case 1:
+            command("checkpoint", path, folder / "out.safetensors", "--dtype", "f16")
+        case 2:
+            load_control(path, blocks=40)
+        case _:
+            network = load_control(path)
+            network.embed(jnp.zeros((1, 16, 32, network.config.channels)))
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -384,5 +416,6 @@ FORMATS: dict[str, tuple[Callable[[], list[Files]], Callable[[pathlib.Path], Non
     "embedding": (embeddings, read_embeddings),
     "tokenizer": (tokenizers, read_tokenizers),
     "diffusers": (diffusers_folders, read_diffusers_folder),
+    "control": (control_networks, read_control_network),
     "checkpoint": (checkpoints, read_checkpoints),
 }
