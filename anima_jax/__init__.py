@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anima_jax.data.preprocessors import control_picture
     from anima_jax.errors import UserError
     from anima_jax.sampling.pipeline import AnimaPipeline
+    from anima_jax.sampling.regions import Region
     from anima_jax.text.tokenizers import load_tokenizers
     from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnimaPipeline",
     "ArrayDataset",
+    "Region",
     "UserError",
     "__version__",
     "add_adapter",
@@ -44,6 +46,7 @@ __all__ = [
 _MODULES = {
     "AnimaPipeline": "anima_jax.sampling.pipeline",
     "ArrayDataset": "anima_jax.training.own_loop",
+    "Region": "anima_jax.sampling.regions",
     "UserError": "anima_jax.errors",
     "add_adapter": "anima_jax.adapters.on_model",
     "control_picture": "anima_jax.data.preprocessors",

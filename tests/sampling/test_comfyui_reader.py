@@ -6,6 +6,7 @@ import pytest
 
 from anima_jax.errors import UserError
 from anima_jax.sampling.image_text import from_text
+from anima_jax.sampling.regions import StoredRegion
 
 
 def graph(**nodes: tuple[str, dict[str, object]]) -> dict[str, dict[str, object]]:
@@ -300,6 +301,111 @@ def test_what_cannot_be_followed_is_named_and_the_rest_is_read(nodes, named):
     assert (recipe.values["seed"], recipe.values["steps"], recipe.values["width"]) == (7, 28, 832)
     for name in named:
         assert any(name in message for message in recipe.messages), (name, recipe.messages)
+
+
+def prompts(**nodes):
+    """The sampler's prompt is that of the node `all`; `one` and `two` are texts, `file` is a mask's file."""
+    texts = {name: ("CLIPTextEncode", {"text": name, "clip": ["clip", 0]}) for name in ("one", "two")}
+    file = ("LoadImageMask", {"image": "m.png", "channel": "red"})
+    return graph(sampler=("KSampler", KSAMPLER | ENDS | {"positive": ["all", 0]}), file=file, **texts, **nodes)
+
+
+def combined(one, two):
+    return ("ConditioningCombine", {"conditioning_1": [one, 0], "conditioning_2": [two, 0]})
+
+
+def set_mask(conditioning, mask, strength=1.0, bounds="default"):
+    inputs = {"conditioning": [conditioning, 0], "mask": [mask, 0], "strength": strength, "set_cond_area": bounds}
+    return ("ConditioningSetMask", inputs)
+
+
+def set_area(conditioning, kind="", **inputs):
+    return (f"ConditioningSetArea{kind}", {"conditioning": [conditioning, 0], **inputs})
+
+
+QUARTER = {"x": 0.5, "y": 0.0, "width": 0.5, "height": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "prompt", "base_strength", "regions", "named"),
+    [
+        (
+            prompts(
+                all=combined("left", "right"),
+                left=set_mask("one", "file", 2.0),
+                right=set_mask("two", "file", 1.0, "mask bounds"),
+            ),
+            "",
+            0.0,
+            [StoredRegion("m.png", "one", 2.0), StoredRegion("m.png", "two", bounds=True)],
+            "",
+        ),
+        (
+            prompts(
+                all=combined("base", "part"),
+                base=set_area("one", "Strength", strength=0.5),
+                part=set_area("two", x=64, y=0, width=128, height=512, strength=3.0),
+            ),
+            "one",
+            0.5,
+            [StoredRegion("64,0,128,512", "two", 3.0)],
+            "",
+        ),
+        (  # What is nearest to the sampler counts.
+            prompts(
+                all=combined("again", "one"),
+                again=set_area("first", "Percentage", strength=1.5, **QUARTER),
+                first=set_area("two", x=8, y=8, width=64, height=64, strength=9.0),
+            ),
+            "one",
+            None,
+            [StoredRegion("50%,0%,50%,25%", "two", 1.5)],
+            "",
+        ),
+        (
+            prompts(
+                all=combined("early", "late"),
+                early=("ConditioningSetTimestepRange", {"conditioning": ["one", 0], "start": 0.0, "end": 0.4}),
+                late=("ConditioningSetTimestepRange", {"conditioning": ["two", 0], "start": 0.4, "end": 1.0}),
+            ),
+            "",
+            0.0,
+            [
+                StoredRegion("0%,0%,100%,100%", "one", end_percent=0.4),
+                StoredRegion("0%,0%,100%,100%", "two", start_percent=0.4),
+            ],
+            "",
+        ),
+        (prompts(all=combined("one", "two")), "one", None, [StoredRegion("0%,0%,100%,100%", "two")], ""),
+        (
+            prompts(
+                all=combined("one", "part"),
+                part=set_mask("two", "solid"),
+                solid=("SolidMask", {"value": 1.0, "width": 64, "height": 64}),
+            ),
+            "one",
+            None,
+            [],
+            "solid (SolidMask)",
+        ),
+        (
+            prompts(
+                all=combined("one", "part"),
+                part=set_mask("area", "file"),
+                area=set_area("two", "Percentage", strength=1.0, **QUARTER),
+            ),
+            "one",
+            None,
+            [],
+            "two (CLIPTextEncode)', whose prompt has an area and a mask",
+        ),
+    ],
+)
+def test_prompts_for_parts_are_regions(nodes, prompt, base_strength, regions, named):
+    recipe = read(BASE | nodes)
+    found = recipe.values["prompt"], recipe.values.get("base_strength"), recipe.regions
+    assert found == (prompt, base_strength, regions)
+    assert [named in message for message in recipe.messages] == [True] * bool(named)
 
 
 def test_nan_and_values_of_wrong_kinds_are_not_read():
