@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.merge import Weight, parse_lora_argument
 from anima_jax.checkpoints import folders
+from anima_jax.checkpoints.control import holds_control
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.config.load import load_config
@@ -127,6 +128,8 @@ def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Rec
     exported = {}
     if arguments.checkpoint:
         file = find_export(arguments.checkpoint)
+        if holds_control(file):
+            raise UserError(f"{file}: is a control network, expected --control {arguments.checkpoint}=PICTURE")
         if is_adapter_file(file):
             loras.append((file, 1.0))
         else:

@@ -62,7 +62,7 @@ def write_folder(root: pathlib.Path, *, blocks: int = 0) -> pathlib.Path:
     for path in (models / "refs", *(files / name for name in ("diffusion_models", "text_encoders", "vae"))):
         path.mkdir(parents=True)
     (models / "refs" / "main").write_text("abc")
-    for name in ("data/pictures", "data/clips"):
+    for name in ("data/pictures", "data/clips", "data/edges"):
         (root / name).mkdir(parents=True)
     transformer = files / "diffusion_models" / "anima-base-v1.0.safetensors"
     write_sparse(
@@ -75,7 +75,7 @@ def write_folder(root: pathlib.Path, *, blocks: int = 0) -> pathlib.Path:
     write_sparse(text_encoder, qwen3.RULES, lambda rngs: Qwen3(Qwen3Config(), rngs=rngs), "model.")
     (files / "vae" / "qwen_image_vae.safetensors").symlink_to(ASSETS / "tiny_vae.safetensors")
     for number, size in enumerate(((640, 480), (480, 640), (512, 512))):
-        for place in ("pictures", "clips"):
+        for place in ("pictures", "clips", "edges"):
             Image.new("RGB", size).save(root / "data" / place / f"{number}.png")
             (root / "data" / place / f"{number}.txt").write_text("a picture")
     return root

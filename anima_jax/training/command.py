@@ -208,7 +208,12 @@ def sample_command(
     """Return a command line that samples from the saved model, with the first sample prompt or else a caption."""
     prompt = config.sample.prompts[0] if config.sample else next(filter(None, data.captions), "")
     words = ["--config", arguments.config, *_sets(arguments)]
-    words += ["--checkpoint", str(run_folder), "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
+    checkpoint = ["--checkpoint", str(run_folder)]
+    if config.trains_control:
+        own = (partner.media.name for example in data.examples for partner in example.entry.controls)
+        picture = next(iter((*(config.sample.control if config.sample else ()), *own)), "PICTURE")
+        checkpoint = ["--control", f"{run_folder}={picture}"]
+    words += [*checkpoint, "--prompt", textwrap.shorten(prompt, 200, placeholder="")]
     for path in config.sample.references[0] if config.sample and config.sample.references else ():
         words += ["--reference", path]
     return shell_command("anima_jax.generate", *words, "--seed", "1", "-o", "out.png")

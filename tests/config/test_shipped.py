@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MAIN_FILES = sorted(path.name for path in CONFIGS.glob("*.toml") if "dataset" not in path.name)
 DATASETS = sorted(path.name for path in CONFIGS.glob("*dataset.toml"))
 
-PICTURES = ("data/pictures", "data/clips", "data/shapes_control/pictures", "data/shapes_control/edges")
+PICTURES = ("data/pictures", "data/clips", "data/edges", "data/shapes_control/pictures", "data/shapes_control/edges")
 
 
 @pytest.fixture
