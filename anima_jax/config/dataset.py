@@ -215,8 +215,8 @@ class Source(Section):
 
     inpaint_masks: MaskShares = Field(
         None,
-        description="ours; with [adapter] cond_in_channels = 4: how often each kind of random mask is drawn, relative to the "
-        "others; a kind that is not named never; unset: {boxes = 45, strokes = 45, whole = 10}",
+        description="ours; with [adapter] cond_in_channels = 4: how often each kind of random mask is drawn, relative "
+        "to the others; a kind that is not named never; unset: {boxes = 45, strokes = 45, whole = 10}",
     )
 
     @field_validator("enable_ar_bucket")
@@ -325,12 +325,12 @@ class DirectorySource(Source):
         validate_default=True,
         description="a folder of control pictures, with the images' names, for [adapter] type = 'lllite'; or for "
         "edit = true a folder of reference pictures, or a list of folders, each with a picture for every image; an "
-        "image without its pictures is left out",
+        "image without one of its pictures is left out",
     )
     inpaint_mask_path: InpaintFolder = Field(
         None,
-        description="ours; with [adapter] cond_in_channels = 4 a folder of masks, with the images' names and sizes: white is "
-        "drawn anew; for an image without a mask, one is drawn at random in every epoch",
+        description="ours; with [adapter] cond_in_channels = 4 a folder of masks, with the images' names and sizes: "
+        "white is drawn anew; for an image without a mask, one is drawn at random in every epoch",
     )
     caption_extension: Suffix | None = Field(
         None, description="ours; suffix of the caption files; unset: .txt, else .caption, else .json"

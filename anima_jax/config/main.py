@@ -54,7 +54,6 @@ LOSS_KEYS = ("huber_delta", "smooth_l1_beta", "pseudo_huber_c")
 EVAL_EVERY = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 """If none is set, evaluation runs only before the first step."""
 
-
 MicroBatch = Annotated[
     Count | Annotated[tuple[Annotated[tuple[Count, Count], Listed], ...], Listed, NotEmpty],
     expecting("a whole number, at least 1, or [[side, batch size], …]"),
@@ -402,12 +401,12 @@ class MainConfig(Section):
     @property
     def pairs(self) -> Pairs:
         """The kind of pairs that the run trains on, "" for images alone."""
-        return pairs_of(self.adapter and self.adapter.type, self.adapter and self.adapter.cond_in_channels, self.edit)
+        return pairs_of(self.control_channels, self.edit)
 
     @property
     def control_channels(self) -> int:
         """Channels of the control pictures that the trained network is given: 3, 4 for inpainting, 0 for none."""
-        return {"control": 3, "inpaint": 4}.get(self.pairs, 0)
+        return self.adapter.cond_in_channels if self.adapter and self.adapter.is_control else 0
 
     @property
     def trains_text_encoder(self) -> bool:
@@ -417,7 +416,7 @@ class MainConfig(Section):
     @property
     def trains_control(self) -> bool:
         """Whether a control network is trained."""
-        return self.adapter is not None and self.adapter.is_control
+        return self.control_channels > 0
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -121,7 +121,8 @@ NAMED: Mapping[str, str] = {
     "uncond_fraction in the main TOML": "caption_dropout_rate caption_dropout_probability "
     "caption_dropout_every_n_epochs",
     "caption_prefix in the dataset TOML": "class_tokens instance_prompt trigger_word caption_suffix",
-    "control_path, or mask_path for masks of the loss, in the dataset TOML": "conditioning_data_dir",
+    "control_path, or mask_path for masks of the loss, in the dataset TOML": "conditioning_data_dir conditioning_data "
+    "conditioning_image_dir control_directory control_dir control_images_dir",
     "mask_path in the dataset TOML": "masked_loss masked_training alpha_mask mask_dir "
     "unmasked_weight unmasked_probability normalize_masked_area_loss",
     "cache_dir": "cache_directory latent_cache_dir cache_dir_vae cache_dir_text",

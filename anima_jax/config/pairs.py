@@ -20,18 +20,17 @@ MASK_KINDS = ("boxes", "strokes", "whole")
 MASK_SHARES: Mapping[str, float] = {"boxes": 45.0, "strokes": 45.0, "whole": 10.0}
 
 
-def pairs_of(adapter_type: Any, channels: Any, edit: Any) -> Pairs:
-    """Return the pairs that these values of the main TOML ask for."""
-    if isinstance(adapter_type, str) and adapter_type.lower() == "lllite":
-        return "inpaint" if channels == 4 else "control"
-    return "edit" if edit is True else ""
+def pairs_of(control_channels: int, edit: bool) -> Pairs:
+    """Return the pairs of a run that trains a control network of so many channels (0: none), or to edit."""
+    return "inpaint" if control_channels == 4 else "control" if control_channels else "edit" if edit else ""
 
 
 def pairs_in(table: Mapping[str, Any]) -> Pairs:
     """Return the pairs that a main TOML asks for, before it is validated."""
     adapter = table.get("adapter")
     adapter = adapter if isinstance(adapter, dict) else {}
-    return pairs_of(adapter.get("type"), adapter.get("cond_in_channels"), table.get("edit"))
+    is_control = str(adapter.get("type")).lower() == "lllite"
+    return pairs_of(adapter.get("cond_in_channels", 3) if is_control else 0, table.get("edit") is True)
 
 
 def controls_of(source: Any) -> tuple[str, ...]:
@@ -64,7 +63,7 @@ def _used(found: Any, info: ValidationInfo) -> Any:
 
     The context's `pairs` are those of the run, if it is known. A run that edits may have sources of images alone.
     """
-    pairs: Any = (info.context or {}).get("pairs")
+    pairs = (info.context or {}).get("pairs")
     if found is None and pairs == "control":
         what = "a folder of" if info.field_name == "control_path" else "the feature with"
         raise invalid(f"missing, expected {what} control pictures: {NEEDED_BY[pairs]} in the main TOML trains on pairs")

@@ -289,6 +289,7 @@ _FILES = "belongs to a [[directory]], whose images are files"
 TFDS: Mapping[str, Unsupported] = {
     **DATASET,
     **dict.fromkeys((key for key in SHARED_KEYS if key not in TfdsSource.model_fields), refused(_FILES)),
+    "control_path": refused(f"{_FILES}; expected control, the name of a feature"),
 }
 """Keys of a `[[tfds]]`, including those that belong to a `[[directory]]`."""
 
