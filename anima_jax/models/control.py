@@ -173,7 +173,7 @@ def check_controls(
         if (config.blocks, config.width) != (blocks, width):
             raise ValueError(
                 f"a control network for {config.blocks} blocks of width {config.width}, the model has "
-                f"{blocks} of width {width}"
+                f"{blocks} of width {width}; load_control(…, blocks={blocks}) fits one to deeper models"
             )
         expected = (*shape_blc[:2], config.embedding_width)
         if embedding_ble.shape not in (expected, (1, *expected[1:])):

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from anima_jax.models import parameters
-from anima_jax.models.control import LAYERS, ControlConfig, ControlNetwork
+from anima_jax.models.control import ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import make_mesh
@@ -18,7 +18,8 @@ from tests.parallel import meshes
 
 CONFIG = dataclasses.replace(meshes.CONFIG, blocks=2, adapter=None)
 
-CONTROL = ControlConfig(3, 16, 8, 8, 1, (1, 2), LAYERS, CONFIG.blocks, width=CONFIG.width, absent=("1.mlp_layer1",))
+PLACES = ("self_attn_k_proj", "mlp_layer1")
+CONTROL = ControlConfig(3, 8, 8, 8, 1, (), PLACES, CONFIG.blocks, width=CONFIG.width, absent=("1.mlp_layer1",))
 
 
 def steered(rngs) -> AnimaDiT:
@@ -59,5 +60,5 @@ def test_a_steered_transformer_has_the_numbers_of_one_device(on_eight):
     largest = max(np.abs(grad).max() for grad in expected_grads.values())
     for path, grad in expected_grads.items():
         # Some are zero but for rounding: a bias before a norm has no effect.
-        assert np.linalg.norm(grads[path] - grad) <= 1e-4 * np.linalg.norm(grad) + 1e-7 * largest, path
+        assert np.linalg.norm(grads[path] - grad) <= 1e-4 * np.linalg.norm(grad) + 1e-6 * largest, path
     assert not grads["control.blocks.mlp_layer1.up.bias"][1].any()

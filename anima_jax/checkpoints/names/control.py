@@ -135,7 +135,7 @@ def _dilations(branches: int, names: Iterable[str], metadata: Mapping[str, str])
     if not any(name.startswith(f"{TRUNK}aspp.") for name in names):
         return ()
     stored = metadata.get("lllite.aspp_dilations", ",".join(map(str, DILATIONS)))
-    found = [part.strip() for part in stored.split(",") if part.strip()]
+    found = [part.strip() for part in stored.strip("[]() ").split(",") if part.strip()]
     if not all(part.isdecimal() and 0 < int(part[:9]) < 10**4 for part in found):
         raise UserError(f"lllite.aspp_dilations = {shorten([stored])}, expected numbers from 1, such as 1,2,4,8")
     if len(found) != branches:
