@@ -59,7 +59,7 @@ def given_references(given: Any) -> list[Any]:
     """
     if isinstance(given, Image.Image | str | os.PathLike | Reference):
         return [Reference.of(given)]
-    each = list(given or ())
+    each: list[Any] = [*(given or ())]
     if any(isinstance(one, list | tuple) for one in each):
         return [[Reference.of(x) for x in (one if isinstance(one, list | tuple) else [one])] for one in each]
     return [Reference.of(one) for one in each]
