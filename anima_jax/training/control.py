@@ -35,10 +35,10 @@ _SIZES = {
     "embedding_width": "cond_emb_dim",
     "trunk_width": "cond_dim",
     "resblocks": "cond_resblocks",
-    "dilations": "aspp_dilations",
+    "dilations": "use_aspp = true, aspp_dilations",
     "mlp_width": "mlp_dim",
 }
-"""Field of `ControlConfig` → key of `[adapter]`."""
+"""Field of `ControlConfig` → key of `[adapter]`, after another one that it needs."""
 
 
 def network_of(config: MainConfig, dit: DiTConfig) -> tuple[ControlConfig, dict[str, tuple[float, ...]]]:
@@ -109,9 +109,9 @@ def existing(config: MainConfig, network: ControlConfig, fresh: Params, mesh: Me
     with open_control(adapter.init_from_existing, blocks=network.blocks, width=network.width) as file:
         label, found = f"{config.path}: init_from_existing: {file.label}", file.config
         differ = [
-            f"{key} = {_toml(getattr(found, field))}"
+            "use_aspp = false" if value == () else f"{key} = {_toml(value)}"
             for field, key in _SIZES.items()
-            if getattr(found, field) != getattr(network, field)
+            if (value := getattr(found, field)) != getattr(network, field)
         ]
         if differ:
             raise UserError(f"{label} has other sizes than [adapter]: expected {', '.join(differ)}")

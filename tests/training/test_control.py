@@ -9,21 +9,27 @@ import numpy as np
 import pytest
 from einops import rearrange
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from anima_jax.checkpoints.control import load_control
 from anima_jax.checkpoints.models import load_dit
+from anima_jax.config.load import load_config
 from anima_jax.config.optimizer import OptimizerConfig
 from anima_jax.data.batch_plan import BatchPlan, Tier
+from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.control import LAYERS, PATCH, ControlConfig
 from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
+from anima_jax.models.quantised import Quantised
 from anima_jax.parallel.mesh import current_mesh
 from anima_jax.training import control, optimizers
 from anima_jax.training import step as training_step
+from anima_jax.training.export import about_adapter, export, find_export
 from anima_jax.training.optimizers import LearningRates
 from anima_jax.training.resume import Checkpointer, run_metadata
+from anima_jax.training.state import prepare
 from anima_jax.training.step import (
     StepConfig,
     TrainBatch,
@@ -36,6 +42,7 @@ from anima_jax.training.step import (
 from tests.golden_files import GOLDEN, GRADIENT_TOLERANCE, VALUE_TOLERANCE, channel_last, golden
 from tests.models import control_peer, dit_peer
 from tests.models.networks import quick_jit
+from tests.small_run import write_config, write_transformer
 
 MODEL, NETWORK = GOLDEN / "dit_image.model.safetensors", GOLDEN / "lllite.safetensors"
 STRENGTH = 0.8  # the golden's
@@ -245,3 +252,113 @@ def test_dropout_is_drawn_for_each_example_and_epoch():
     # Sums over the batch have another order.
     assert float(loss(turned)) == pytest.approx(float(loss(first)), rel=1e-6)
     assert float(loss(later)) != pytest.approx(float(loss(first)), rel=1e-4)
+
+
+# ---- from the configuration ------------------------------------------------------------------------------------------
+
+LLLITE = "type = 'lllite'\ncond_dim = 16\ncond_emb_dim = 12\nmlp_dim = 10\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("control")
+    for name in ("pictures", "edges"):
+        (folder / name).mkdir()
+    write_transformer(folder / "base.safetensors")
+    return folder
+
+
+def configured(folder, keys: str = "", *overrides: str):
+    path = write_config(folder, folder / "pictures", "epochs = 1", adapter=LLLITE + keys)
+    with open(folder / "dataset.toml", "a", encoding="utf-8") as file:
+        file.write(f"control_path = '{folder / 'edges'}'\n")
+    return load_config(path, overrides)
+
+
+def test_only_the_network_is_trained_beside_a_frozen_model_of_any_storage(folder):
+    partition = prepare(configured(folder, "", "model.transformer_dtype=int8", "model.dtype=bfloat16"))
+    assert set(partition.groups.values()) == {"control"}
+    assert {value.dtype for value in partition.params.values()} == {jnp.dtype(jnp.float32)}
+    assert all(path.startswith(control.PREFIX) for path in partition.params)
+    assert not any(path.startswith(control.PREFIX) for path in partition.frozen)
+    assert isinstance(partition.frozen["blocks.mlp.layer1.kernel"], Quantised)
+
+
+def test_modules_and_the_trunk_have_rates_of_their_own(folder):
+    """A module with a rate of 0 is none, and not in the file."""
+    keys = "target_layers = ['self_attn_qkv', 'mlp_fc1_pre']\n"
+    keys += "lr_pattern = { 'blocks.0.self_attn.[kv]_proj' = 0, 'mlp.layer1' = 2e-3, 'conditioning1' = 5e-4 }\n"
+    config = configured(folder, keys, "optimizer.type=sgd", "optimizer.lr=1e-3", "gradient_clipping=0")
+    partition = prepare(config)
+    assert partition.control is not None
+    assert partition.control.absent == ("0.self_attn_k_proj", "0.self_attn_v_proj")
+    optimizer = optimizers.build(
+        OptimizerConfig(type="sgd", lr=1e-3),
+        LearningRates(config.learning_rates),
+        partition.tensors,
+        clip_norm=0,
+        layer_rates=partition.rates,
+    )
+    ones = jax.tree.map(jnp.ones_like, partition.params)
+    state = init_state(jax.tree.map(jnp.zeros_like, partition.params), optimizer, CONFIG)
+    moved = apply_gradients(state, jnp.ones(()), ones, optimizer=optimizer, config=CONFIG)[0].params
+    rates = {
+        "trunk.conv1.bias": [5e-4],
+        "blocks.self_attn_q_proj.up.bias": [1e-3, 1e-3],
+        "blocks.self_attn_k_proj.up.bias": [0, 1e-3],
+        "blocks.mlp_layer1.up.bias": [2e-3, 2e-3],
+    }
+    for path, expected in rates.items():
+        np.testing.assert_allclose(-moved[control.PREFIX + path][..., 0], np.squeeze(expected), rtol=1e-5)
+
+
+def test_a_run_begins_from_a_file_and_adds_what_it_does_not_have(folder, tmp_path):
+    config = configured(folder)
+    partition = prepare(config)
+    rng = np.random.default_rng(0)
+    params = {path: jnp.asarray(rng.normal(size=value.shape), jnp.float32) for path, value in partition.params.items()}
+    about = about_adapter(config, partition, 7)
+    path = export(tmp_path / "step7", partition, params, "float32", about, ema=params)
+    assert path == tmp_path / "step7" / "ema" / "adapter_model.safetensors" == find_export(tmp_path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    expected = {
+        "lllite.version": "2",
+        "lllite.target_layers": "self_attn_q",
+        "lllite.target_atomics": "self_attn_q_pre",
+    }
+    assert metadata.items() >= expected.items()
+    assert (metadata["step"], len(metadata["base_model_sha256"])) == ("7", 64)
+
+    more = prepare(configured(folder, f"target_layers = 'self_attn_qkv'\ninit_from_existing = '{path}'\n"))
+    assert any("2 of 6 modules begin from" in message for message in more.messages)
+    for name, value in more.params.items():
+        if name in params:
+            np.testing.assert_array_equal(value, params[name])
+        else:
+            assert value.any() == (".down." in name or ".mid." in name)
+    wrong = {
+        "target_layers = 'mlp_fc1_pre'\n": r"changes 2 layers that are no target_layers, as blocks\.0\.self_attn\.q_proj",
+        "cond_resblocks = 3\nuse_aspp = true\n": r"expected cond_resblocks = 1, use_aspp = false$",
+    }
+    for keys, line in wrong.items():
+        with pytest.raises(UserError, match=line):
+            prepare(configured(folder, f"{keys}init_from_existing = '{path}'\n"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            "rank = 4\n",
+            "adapter.rank: belongs to the types 'lora', 'dora', 'lokr' or 'loha'; the keys of 'lllite' are ",
+        ),
+        ("target_layers = 'self_attn'\n", r"found 'self_attn', expected 'self_attn_q', .* \(did you mean"),
+        ("inpaint_masked_input = true\n", "adapter.inpaint_masked_input: has no effect without cond_in_channels = 4"),
+        ("lr_pattern = { 'blocks.7' = 1e-3 }\n", r"'blocks.7' fits none of the 3 modules, such as conditioning1"),
+        ("lr_pattern = { 'blocks' = 0 }\n", "leaves every module out, so nothing would be trained"),
+    ],
+)
+def test_keys_that_cannot_be_used_are_named(folder, keys, line):
+    with pytest.raises(UserError, match=line):
+        prepare(configured(folder, keys))

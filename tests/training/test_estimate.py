@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from anima_jax.adapters import modules
 from anima_jax.checkpoints.names import dit, file_tensors
@@ -16,12 +17,13 @@ from anima_jax.config.load import load_config
 from anima_jax.diffusion.objective import TimeDistribution
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
+from anima_jax.models.control import LAYERS, ControlConfig, ControlNetwork
 from anima_jax.models.dit import AnimaDiT, DiTConfig
 from anima_jax.models.llm_adapter import LLMAdapterConfig
 from anima_jax.models.parameters import merge
 from anima_jax.parallel.devices import device_bytes
 from anima_jax.platform import compiling_for
-from anima_jax.training import estimate
+from anima_jax.training import control, estimate
 from anima_jax.training.estimate import abstract_partition, flops
 from anima_jax.training.flops import Workload
 from anima_jax.training.memory import WORKSPACE, abstract_batch, memory
@@ -67,13 +69,29 @@ def low_rank(adapter: bool, kind: str = "lora") -> ParamPartition:
     )
 
 
+def steered() -> ParamPartition:
+    """Return shapes of a frozen model with a control network that has every part."""
+    network = ControlConfig(3, 64, 32, 64, 2, (1, 2), LAYERS, CONFIG.blocks, width=CONFIG.width)
+
+    def build(rngs):
+        model = AnimaDiT(CONFIG, rngs=rngs)
+        model.control = nnx.data(ControlNetwork(network, rngs=rngs))
+        return model
+
+    graphdef, params = parameters.abstract(build)
+    trained = {path: leaf for path, leaf in params.items() if path.startswith(control.PREFIX)}
+    frozen = {path: leaf for path, leaf in params.items() if path not in trained}
+    return ParamPartition(CONFIG, graphdef, trained, frozen, [], None, control=network)
+
+
 def gradient_of(trained: ParamPartition, settings: StepConfig):
     """Return the gradient function of one example's loss, and the shapes of its arguments."""
 
     def loss(params, frozen, batch):
         return loss_fn(merge(trained.graphdef, frozen | params), batch, None, settings)
 
-    return jax.grad(loss), (trained.params, trained.frozen, abstract_batch(WORK, 1, CONFIG, jnp.float32))
+    work = WORK._replace(control_channels=trained.control.channels if trained.control else 0)
+    return jax.grad(loss), (trained.params, trained.frozen, abstract_batch(work, 1, CONFIG, jnp.float32))
 
 
 def products(jaxpr) -> float:
@@ -103,8 +121,21 @@ def products(jaxpr) -> float:
         (lambda: low_rank(True, "lokr"), {"remat": "none"}),
         (lambda: low_rank(True, "loha"), {"remat": "full"}),
         (lambda: low_rank(True, "dora"), {"remat": "full"}),
+        (steered, {"remat": "none"}),
     ],
-    ids=["none", "full", "dots", "attention", "pairs", "lora", "lora without the adapter", "lokr", "loha", "dora"],
+    ids=[
+        "none",
+        "full",
+        "dots",
+        "attention",
+        "pairs",
+        "lora",
+        "lora without the adapter",
+        "lokr",
+        "loha",
+        "dora",
+        "control",
+    ],
 )
 def test_flops_equal_those_of_the_programs_matrix_products(trained, options):
     trained, settings = trained(), StepConfig(compute_dtype=jnp.float32, **options)

@@ -26,7 +26,7 @@ class SeparateOptimizer(optax.GradientTransformation):
     """A transformation made of one per parameter, which `apply` uses in place.
 
     `transforms` map one tensor of the file each; parameters in `stacked` have a leading axis of layers. Gradients are
-    clipped to a global norm of `clip_norm` (0: not at all); `layer_rates` are factors of the updates, one per layer.
+    clipped to a global norm of `clip_norm` (0: not at all); `layer_rates` are factors of the updates, one per layer or one.
     An `elementwise` update is the same by layer or all at once, which a CPU's compiler does in place.
     """
 
@@ -59,7 +59,7 @@ class SeparateOptimizer(optax.GradientTransformation):
         change: Any
         change, state = self.transforms[path].update(grad, state, value)
         if path in self.layer_rates:
-            change = change * jnp.asarray(self.layer_rates[path])[layer]
+            change = change * jnp.asarray(self.layer_rates[path])[0 if layer is None else layer]
         return change, state
 
 
