@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.merge import Weight, parse_lora_argument
 from anima_jax.checkpoints import folders
-from anima_jax.checkpoints.control import holds_control
+from anima_jax.checkpoints.control import holds_control, open_control
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.config.load import load_config
@@ -31,6 +31,7 @@ from anima_jax.parallel import hosts
 from anima_jax.parallel.mesh import check_mesh, make_mesh, replicas
 from anima_jax.sampling.arguments import (
     given,
+    given_controls,
     given_regions,
     image_requests,
     mesh_sizes,
@@ -71,7 +72,8 @@ def generate(arguments: argparse.Namespace) -> None:
     sources = {name: getattr(arguments, name) or like.find(name, arguments.models) for name in IMAGES}
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
-    inputs = {"references": reference_pictures(arguments, like), "regions": given_regions(arguments, like)}
+    inputs: dict[str, tuple[Any, ...]] = {"controls": given_controls(arguments, like)}
+    inputs |= {"references": reference_pictures(arguments, like), "regions": given_regions(arguments, like)}
     requests = image_requests(arguments, config, like, image, **inputs)
     image, mask = (resized(part, requests[0]) for part in (image, mask))
     check_requests(requests, params, image, mask)
@@ -88,6 +90,10 @@ def generate(arguments: argparse.Namespace) -> None:
         allow_unused=arguments.allow_unused,
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
+        for control in requests[0].controls:
+            with open_control(control.name, width=checkpoint.config.width):
+                pass  # for another transformer: better before that is loaded
+    steering = [control.name for control in requests[0].controls]
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
     numbered = {f"image {number}": str(request) for number, request in enumerate(requests, 1)}
     hosts.assert_same_on_all_processes(
@@ -98,7 +104,7 @@ def generate(arguments: argparse.Namespace) -> None:
     files["loras"] = [*loras, *((path, 0.0) for path in own_files)]
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
-        hashes = FileHashes(str(files["transformer"]), [str(path) for path, _ in files["loras"]])
+        hashes = FileHashes(str(files["transformer"]), [str(path) for path, _ in files["loras"]], steering)
         at_once = arguments.at_once * replicas(mesh.shape)
         if SAMPLERS[params.sampler].controller:  # It draws whole batches, each of which should be drawn once.
             at_once = max(1, at_once // requests[0].batch_size) * requests[0].batch_size

@@ -11,16 +11,21 @@ import re
 import secrets
 import sys
 from collections import ChainMap
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from anima_jax.checkpoints.control import open_control
 from anima_jax.checkpoints.locations import writing_to
 from anima_jax.config.main import MainConfig
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, check_options
 from anima_jax.errors import UserError
+from anima_jax.models.control import PATCH
 from anima_jax.parallel import hosts
 from anima_jax.parallel.rules import AXES
+from anima_jax.sampling.controls import WITH_MASK, Control, with_kinds
+from anima_jax.sampling.file_hashes import file_hash
 from anima_jax.sampling.image_text import read_recipe
 from anima_jax.sampling.images import image_format
 from anima_jax.sampling.recipe import Recipe, find_file, quoted
@@ -160,6 +165,52 @@ def given_regions(arguments: argparse.Namespace, like: Recipe) -> tuple[Region, 
             if stored.digest not in (None, region.digest) and hosts.is_process_0():
                 print(f"{region.where}: is not the mask that {like.path} was made with", file=sys.stderr)
         found.append(region)
+    return tuple(found)
+
+
+def given_controls(arguments: argparse.Namespace, like: Recipe) -> tuple[Control, ...]:
+    """Return the control networks of flags, else those of the older image, each with its picture and its mask.
+
+    Prints which files of the latter have changed. Raises UserError for a file that is not found or cannot be read, and
+    for a picture or mask that its network cannot take.
+    """
+    if arguments.control is not None:
+        parsed = with_kinds(list(map(Control.parse, arguments.control)), arguments.control_from)
+        return with_masks(parsed, arguments.control_mask, arguments.mask)
+    found: list[Control] = []
+    for own in like.controls:
+        parts = {"control": own.path, "control_picture": own.image, "control_mask": own.mask}
+        files = [name and find_file(like.path, kind, name, arguments.models) for kind, name in parts.items()]
+        found.append(control := own.control(str(files[0]), str(files[1]), files[2]))
+        changed = {
+            f"{control.path}: is not the control network": own.file_hash not in (None, file_hash(control.name)),
+            f"{control.image}: is not the control picture": own.digest not in (None, control.digest),
+        }
+        for message, is_changed in changed.items():
+            if is_changed and hosts.is_process_0():
+                print(f"{message} that {like.path} was made with", file=sys.stderr)
+    return with_masks(with_kinds(found, arguments.control_from), arguments.control_mask, None)
+
+
+def with_masks(controls: Sequence[Control], masks: Sequence[str], mask: str | None) -> tuple[Control, ...]:
+    """Return controls with the masks of inpainting networks, one for each or one for all; `mask` if there are none.
+
+    Raises UserError for another number of masks, and if a network's file cannot be read or does not take its picture.
+    """
+    channels: list[int] = []
+    for control in controls:
+        with open_control(control.name) as checkpoint:
+            channels.append(checkpoint.config.channels)
+    inpainting = [index for index, count in enumerate(channels) if count == WITH_MASK]
+    if len(masks) not in {0, 1, len(inpainting)} or (masks and not inpainting):
+        raise UserError(f"{len(masks)} values of --control_mask for {len(inpainting)} inpainting networks of --control")
+    of_network = dict(zip(inpainting, [*masks] * (len(inpainting) if len(masks) == 1 else 1), strict=False))
+    found: list[Control] = []
+    for index, (control, count) in enumerate(zip(controls, channels, strict=True)):
+        own = of_network.get(index) or (mask if count == WITH_MASK and not control.has_transparency else None)
+        found.append(control if own is None or control.mask is not None else dataclasses.replace(control, mask=own))
+        found[-1].check()
+        found[-1].pixels((PATCH, PATCH), count)
     return tuple(found)
 
 

@@ -15,6 +15,7 @@ from anima_jax.diffusion.guidance import scale_schedule
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.diffusion.step_cache import StepCache
+from anima_jax.sampling.comfyui_controls import write_control
 from anima_jax.sampling.comfyui_regions import write_region
 from anima_jax.sampling.comfyui_samplers import sampler_node
 from anima_jax.sampling.recipe import file_name, model_and_text_encoder
@@ -111,6 +112,9 @@ class GraphWriter:
         elif cache is not None:
             ends = dict(zip(("start_percent", "end_percent"), cache.interval, strict=True))
             model = self.add("EasyCache", model=model, reuse_threshold=cache.threshold, **ends, verbose=False)
+        for control in values.get("controls", ()):  # They read the shift.
+            model, left_out = write_control(self.add, model, control)
+            self.left_out += left_out
         return model
 
     def conditionings(self, clip: Link) -> tuple[Link, Link]:

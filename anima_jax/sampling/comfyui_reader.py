@@ -9,6 +9,7 @@ from typing import Any
 
 from anima_jax.diffusion.step_cache import METHODS, OFF
 from anima_jax.errors import UserError
+from anima_jax.sampling.comfyui_controls import read_control
 from anima_jax.sampling.comfyui_links import MAX_DEPTH, Link, NodeGraph, number_or
 from anima_jax.sampling.comfyui_regions import Conditioning, read_regions, settings_of
 from anima_jax.sampling.comfyui_samplers import OF_NODE, sampler_of
@@ -295,6 +296,8 @@ class GraphReader(NodeGraph):
         elif kind in CACHES:
             if "cache" not in self.recipe.values:
                 self._read_cache(key)
+        elif kind == "animallliteapply":
+            read_control(self, key)
         elif kind == "applycosmosreferencelatent":
             if not self.recipe.references:
                 self._read_references(key)

@@ -99,7 +99,7 @@ class ControlNetworks:
             rows, numbers = [blank_le] * len(controls), np.zeros((3, len(controls)), np.float32)
             for image, own in place.controls.items():
                 grid = tuple(grid_of(size_b3)[image].tolist())
-                key = own, grid, length
+                key = own, place.key, grid, length
                 known = embeddings.get(key, self._embeddings.get(key))
                 embeddings[key] = self._embed(network, own, grid, length) if known is None else known
                 rows[image], numbers[:, image] = embeddings[key], (own.strength, *own.levels(shift))

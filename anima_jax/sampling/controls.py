@@ -10,13 +10,14 @@ import hashlib
 import math
 import numbers
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from anima_jax.checkpoints.locations import PathLike
+from anima_jax.checkpoints.locations import MODEL_SUFFIXES, PathLike
 from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, plural, show_value
@@ -26,6 +27,8 @@ from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
 
 MASK = "mask"
 """The kind of control picture that is an ordinary picture with a mask."""
+
+NUMBERS = ("strength", "start_percent", "end_percent")
 
 WITH_MASK = 4
 """Channels of the control pictures of an inpainting network: colours and the mask."""
@@ -50,6 +53,32 @@ class Control:
     mask: PathLike | Image.Image | None = None
     kind: str | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> "Control":
+        """Return the control of FILE=PICTURE[:STRENGTH[:START[:END]]]. Names may have "=" and ":" in them.
+
+        FILE ends with .safetensors where that is possible. Raises UserError if there is no picture of that name, or for
+        a number that cannot be read.
+        """
+        ends = [match.start() for match in re.finditer("=", text)]
+        for is_end in (_is_network, os.path.exists, bool):
+            if end := next((end for end in ends if is_end(text[:end])), None):
+                path, rest = text[:end], text[end + 1 :]
+                break
+        else:
+            raise UserError(f"--control {text}: expected FILE.safetensors=PICTURE[:STRENGTH[:START[:END]]]")
+        parts = rest.split(":")
+        splits = ((":".join(parts[:count]), parts[count:]) for count in range(len(parts), 0, -1))
+        image, values = next((split for split in splits if os.path.isfile(split[0])), (None, parts))
+        if image is None:
+            raise UserError(f"--control {text}: there is no picture {re.sub(r'(:[-+.0-9e]+){1,3}$', '', rest)}")
+        try:
+            found = list(map(float, values))
+            return cls(path, image, **dict(zip(NUMBERS[: len(found)], found, strict=True)))
+        except ValueError:
+            expected = "expected :STRENGTH:START:END, at most three numbers"
+            raise UserError(f"--control {text}: found :{':'.join(values)}, {expected}") from None
+
     @property
     def name(self) -> str:
         """The network's file, or what it is called in messages."""
@@ -65,18 +94,34 @@ class Control:
             raise UserError(f"{_named(self.mask)}: the control mask is {mask.width}×{mask.height}, {expected}")
         return image, mask
 
+    @property
+    def has_transparency(self) -> bool:
+        """Whether the picture can say what is drawn anew."""
+        return self.opened[0].has_transparency_data
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the pixels of picture and mask, in hexadecimal digits."""
         parts = [f"{part.mode} {part.size}".encode() + part.tobytes() for part in self.opened if part is not None]
         return hashlib.sha256(b" ".join(parts)).hexdigest()
 
+    @property
+    def is_named(self) -> bool:
+        """Whether network, picture and mask are files, which the text of an image can name."""
+        return not any(isinstance(part, ControlNetwork | Image.Image) for part in (self.path, self.image, self.mask))
+
+    def stored(self, file_hash: str | None) -> "StoredControl":
+        """Return what the text of an image says of it. `file_hash` is the network file's."""
+        mask = None if self.mask is None else _named(self.mask)
+        numbers = float(self.strength), float(self.start_percent), float(self.end_percent)
+        return StoredControl(self.name, _named(self.image), *numbers, mask, self.kind, file_hash, self.digest)
+
     def check(self) -> None:
         """Raise UserError for a value of another type or out of range, or a picture that cannot be used."""
         path: Any = self.path
         if not isinstance(path, ControlNetwork | str | os.PathLike):
             raise UserError(f"control {show_value(repr(path))}, expected a file or a ControlNetwork")
-        for field in ("strength", "start_percent", "end_percent"):
+        for field in NUMBERS:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise UserError(f"{self.name}: {field} {show_value(str(value))}, expected a number")
@@ -145,6 +190,32 @@ def with_kinds(controls: Sequence[Control], kinds: Sequence[str]) -> tuple[Contr
         dataclasses.replace(control, kind=None if kind == "none" else str(Preprocessor.parse(kind)))
         for control, kind in zip(controls, of_control, strict=True)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredControl:
+    """A control as the text of an image has it: names of files, hash of the network's file and digest of the pictures.
+
+    A hash or digest is None if it is not known.
+    """
+
+    path: str
+    image: str
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    mask: str | None = None
+    kind: str | None = None
+    file_hash: str | None = None
+    digest: str | None = None
+
+    def control(self, path: str, image: str, mask: str | None) -> Control:
+        """Return the control with the files that the names were found to be."""
+        return Control(path, image, self.strength, self.start_percent, self.end_percent, mask, self.kind)
+
+
+def _is_network(name: str) -> bool:
+    return name.casefold().endswith(MODEL_SUFFIXES)
 
 
 def _opened(what: str, given: Any) -> Image.Image:

@@ -20,24 +20,31 @@ _CHUNK_BYTES = 2**22
 class FileHashes(threading.Thread):
     """Computes hashes while images are drawn. Files that are not local are left out."""
 
-    def __init__(self, transformer: str, loras: Sequence[str]):
+    def __init__(self, transformer: str, loras: Sequence[str], controls: Sequence[str] = ()):
         super().__init__(daemon=True)
-        self._transformer, self._loras = transformer, loras
+        self._whole, self._loras = [transformer, *controls], loras
         self._hashes: dict[str, str] = {}
         self.start()
 
     def run(self) -> None:
         if not is_process_0():  # which writes the images
             return
-        for path, digits in ((self._transformer, MODEL_DIGITS), *((lora, LORA_DIGITS) for lora in self._loras)):
-            if os.path.isfile(path) and path not in self._hashes:
-                with contextlib.suppress(OSError):
-                    self._hashes[path] = _sha256(path, after_header=path in self._loras)[:digits]
+        for path in (*self._whole, *self._loras):
+            if path not in self._hashes and (found := file_hash(path, is_lora=path in self._loras)):
+                self._hashes[path] = found
 
     def wait(self) -> dict[str, str]:
         """Return path → hash, once all are computed."""
         self.join()
         return self._hashes
+
+
+def file_hash(path: str, *, is_lora: bool = False) -> str | None:
+    """Return the hash of a local file, a LoRA's after its header; None if it is not local or cannot be read."""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            return _sha256(path, after_header=is_lora)[: LORA_DIGITS if is_lora else MODEL_DIGITS]
+    return None
 
 
 def _sha256(path: str, *, after_header: bool) -> str:

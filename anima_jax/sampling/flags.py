@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from anima_jax.adapters.merge import COMFYUI_DORA
 from anima_jax.checkpoints.locations import check_local
 from anima_jax.checkpoints.stored import TRANSFORMER_DTYPES
+from anima_jax.data.preprocessors import KINDS
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.diffusion.step_cache import METHODS
@@ -120,6 +121,13 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
     add("--paste", type=int, nargs="?", const=0, metavar="PIXELS", help="black pixels stay the image's own; feathered")
     add("--no-paste", dest="paste", action="store_false", default=None, help="even if the older image was")
+    control = "a control network with its picture, how strongly and in which part of the sampling it acts; several"
+    add("--control", action="append", metavar="FILE=PICTURE[:STRENGTH[:START[:END]]]", help=control)
+    mask = "what inpainting networks draw anew of their pictures (default: --mask); one for all, or one for each"
+    add("--control_mask", action="append", default=[], metavar="FILE", help=mask)
+    kind = f"make the control picture: {', '.join(KINDS)}, or none, as in canny:50:150; one for all, or one for each"
+    add("--control_from", action="append", default=[], metavar="KIND", help=kind)
+    add("--no-control", dest="control", action="store_const", const=[], help="none, even if the older image had some")
     region = "a prompt for a part: MASK is a picture, or x,y,width,height in pixels or %%; may be repeated"
     add("--region", action="append", metavar="MASK=PROMPT[:STRENGTH]", help=region)
     add("--no-region", dest="region", action="store_const", const=[], help="none, even if the older image had some")

@@ -20,6 +20,7 @@ from anima_jax.errors import UserError
 from anima_jax.models.quantised import COMPUTED
 from anima_jax.sampling.comfyui_graph import comfyui_graph
 from anima_jax.sampling.comfyui_reader import from_comfyui
+from anima_jax.sampling.controls import StoredControl
 from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.flags import DTYPES
 from anima_jax.sampling.images import read_image
@@ -45,6 +46,8 @@ LORAS = TypeAdapter(list[tuple[str, float | dict[str, float]]])
 REFERENCES = TypeAdapter(list[tuple[str, str]])
 
 REGIONS = TypeAdapter(list[StoredRegion])
+
+CONTROLS = TypeAdapter(list[StoredControl])
 
 REFERENCE_NODE = "the reference pictures, which need the node Apply Cosmos Reference Latent of ComfyUI-Cosmos-Reference"
 """What ComfyUI's own nodes cannot do: a graph with a node that is not installed would not be loaded."""
@@ -79,15 +82,19 @@ def to_text(
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
     channel = "alpha" if mask is not None and mask.has_transparency_data else "red"
     regions = [region for region in request.regions if region.is_named]
-    graph, left_out = comfyui_graph(values | {"regions": regions}, named, adapters, channel)
+    controls = [control for control in request.controls if control.is_named]
+    inputs = {"regions": regions, "controls": controls}
+    graph, left_out = comfyui_graph(values | inputs, named, adapters, channel)
     references = [(one.path, one.digest) for one in request.references if one.path is not None]
     own = values | named | loading | {"loras": adapters} | ({"references": references} if references else {})
     own |= {"regions": [dataclasses.asdict(region.stored()) for region in regions]} if regions else {}
+    stored = [dataclasses.asdict(control.stored((hashes or {}).get(control.name))) for control in controls]
+    own |= {"controls": stored} if stored else {}
     if references:
         left_out = [*left_out, REFERENCE_NODE]
     own |= {"left_out_for_comfyui": left_out} if left_out else {}
     return {
-        "parameters": to_webui(values | {"regions": regions}, named, adapters, hashes or {}),
+        "parameters": to_webui(values | inputs, named, adapters, hashes or {}),
         "prompt": json.dumps(graph, allow_nan=False),
         OWN: json.dumps(own, allow_nan=False),
     }
@@ -148,7 +155,8 @@ def _from_own(path: str, own: Mapping[str, Any]) -> Recipe:
     references = _typed(path, "references", REFERENCES, own.get("references", []))
     loading = {name: _typed(path, name, TypeAdapter(kind), own[name]) for name, kind in LOADING.items() if name in own}
     regions = _typed(path, "regions", REGIONS, own.get("regions", []))
-    return Recipe(path, values, files, loras, loading, references=references, regions=regions)
+    controls = _typed(path, "controls", CONTROLS, own.get("controls", []))
+    return Recipe(path, values, files, loras, loading, references=references, regions=regions, controls=controls)
 
 
 def _typed(path: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
 from anima_jax.checkpoints.locations import folders_below
 from anima_jax.errors import UserError
+from anima_jax.sampling.controls import StoredControl
 from anima_jax.sampling.regions import StoredRegion
 
 NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "adapter")
@@ -22,7 +23,7 @@ NETWORKS = ("transformer", "vae", "text_encoder", "tokenizers", "embeddings", "a
 
 IMAGES = ("image", "mask")
 
-PRIVATE = (*IMAGES, "reference", "region")
+PRIVATE = (*IMAGES, "reference", "region", "control_picture", "control_mask")
 """Kinds of files that are pictures of the user's."""
 
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -40,6 +41,9 @@ FOLDERS = {
     "mask": ("input",),
     "reference": ("input",),
     "region": ("input",),
+    "control": ("model_patches", "controlnet"),
+    "control_picture": ("input",),
+    "control_mask": ("input",),
 }
 """Kind of file → the folders of ComfyUI and Forge that hold it; they decide between files of one name."""
 
@@ -50,7 +54,8 @@ class Recipe:
 
     `values` are fields of `ImageRequest` and `SamplingParams`, `files` are names by kind (`NETWORKS`, `IMAGES`),
     `loras` names with weights, `loading` other arguments of `AnimaPipeline.load`, `messages` what the file says but
-    cannot be followed, `references` names of reference pictures with their digests, and `regions` those of the image.
+    cannot be followed, `references` names of reference pictures with their digests, and `regions` and `controls` those
+    of the image.
     """
 
     path: str = ""
@@ -61,6 +66,7 @@ class Recipe:
     messages: list[str] = dataclasses.field(default_factory=list[str])
     references: list[tuple[str, str]] = dataclasses.field(default_factory=list[tuple[str, str]])
     regions: list[StoredRegion] = dataclasses.field(default_factory=list[StoredRegion])
+    controls: list[StoredControl] = dataclasses.field(default_factory=list[StoredControl])
 
     def find(self, kind: str, models: Sequence[str] = ()) -> str | None:
         """Return the path of the file that the recipe names as `kind`; see `find_file`.
@@ -126,7 +132,8 @@ def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:
     it is, relative to the current folder. An image to start from must then be in the folder of `source`, where it is
     also looked for. Raises UserError if the name is an address, or if no file or more than one has the name.
     """
-    what, flag = f"{source}: names the {kind.replace('_', ' ')} {quoted(name)}", f"--{kind}"
+    what = f"{source}: names the {kind.replace('_', ' ')} {quoted(name)}"
+    flag = f"--{kind.removesuffix('_picture')}"
     if is_remote_name(name):
         raise UserError(f"{what}: an address that an image names is not opened; give it with {flag}")
     if found := _search(kind, name, models):

@@ -16,6 +16,7 @@ from anima_jax.adapters.merge import Weight
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
+from anima_jax.sampling.controls import Control
 from anima_jax.sampling.recipe import Recipe, file_name, lora_weight, model_and_text_encoder, quoted
 from anima_jax.sampling.regions import Region
 
@@ -104,6 +105,7 @@ def to_webui(
         "Model": _stem(files.get("transformer", "")),
         "Denoising strength": _number(values["denoise"]) if files.get("image") else None,
         **{name: values["sampler_options"].get(option) for name, option in OPTION_NAMES.items()},
+        **{f"ControlNet {n}": _control(own, hashes) for n, own in enumerate(values.get("controls", ()))},
         "Regions": json.dumps(list(map(str, values["regions"])), ensure_ascii=False) if values.get("regions") else None,
         "Base strength": _number(values["base_strength"]) if values.get("regions") else None,
         "VAE": file_name(files.get("vae", "")),
@@ -119,6 +121,13 @@ def to_webui(
         ", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items() if value not in (None, ""))
     )
     return "\n".join(lines)
+
+
+def _control(control: Control, hashes: Mapping[str, str]) -> str:
+    """Return Forge's text for a control network, which does not name the picture (`ControlNetUnit`)."""
+    name = _stem(control.name) + (f" [{hashes[control.name]}]" if control.name in hashes else "")
+    numbers = f"Guidance Start: {float(control.start_percent)}, Guidance End: {float(control.end_percent)}"
+    return f"Module: {control.kind or 'none'}, Model: {name}, Weight: {float(control.strength)}, {numbers}"
 
 
 def from_webui(path: str, text: str) -> Recipe:
