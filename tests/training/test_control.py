@@ -301,7 +301,8 @@ def test_modules_and_the_trunk_have_rates_of_their_own(folder):
     )
     ones = jax.tree.map(jnp.ones_like, partition.params)
     state = init_state(jax.tree.map(jnp.zeros_like, partition.params), optimizer, CONFIG)
-    moved = apply_gradients(state, jnp.ones(()), ones, optimizer=optimizer, config=CONFIG)[0].params
+    step = quick_jit(functools.partial(apply_gradients, optimizer=optimizer, config=CONFIG))
+    moved = step(state, jnp.ones(()), ones)[0].params
     rates = {
         "trunk.conv1.bias": [5e-4],
         "blocks.self_attn_q_proj.up.bias": [1e-3, 1e-3],
@@ -338,7 +339,7 @@ def test_a_run_begins_from_a_file_and_adds_what_it_does_not_have(folder, tmp_pat
         else:
             assert value.any() == (".down." in name or ".mid." in name)
     wrong = {
-        "target_layers = 'mlp_fc1_pre'\n": r"changes 2 layers that are no target_layers, as blocks\.0\.self_attn\.q_proj",
+        "target_layers = 'mlp_fc1_pre'\n": "changes 2 layers that are no target_layers, as blocks.0.self_attn.q_proj",
         "cond_resblocks = 3\nuse_aspp = true\n": r"expected cond_resblocks = 1, use_aspp = false$",
     }
     for keys, line in wrong.items():

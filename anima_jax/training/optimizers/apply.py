@@ -26,7 +26,7 @@ class SeparateOptimizer(optax.GradientTransformation):
     """A transformation made of one per parameter, which `apply` uses in place.
 
     `transforms` map one tensor of the file each; parameters in `stacked` have a leading axis of layers. Gradients are
-    clipped to a global norm of `clip_norm` (0: not at all); `layer_rates` are factors of the updates, one per layer or one.
+    clipped to a global norm of `clip_norm` (0: not at all); `layer_rates` are factors of the updates, one a layer.
     An `elementwise` update is the same by layer or all at once, which a CPU's compiler does in place.
     """
 
