@@ -26,7 +26,8 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("an AnimateDiff motion module", r"\bmotion\.modules\."),
     (
         "a ControlNet",
-        r"\bcontrol(net)?\.(model|blocks|cond|down|mid|add|x\.embedder|mode|net|img)\b|\b(input\.hint\.block|zero\.convs)\b",
+        r"\bcontrol(net)?\.(model|(single\.)?t?blocks|layers|cond|down|mid|add|all|noise|patch|mask|x\.embedder|mode|net|img"
+        r"|proj)\b|\b(input\.hint\.block|zero\.convs)\b",
     ),
     ("the semantic connector of Anima-3.8B v1.1", r"\banima\.v2\.connector\.|^(semantic\.resampler|quality\.anchor)\."),
     # UNets: `_unet` tells which.
