@@ -196,7 +196,7 @@ class AdapterConfig(TypedSection):
         3, description="ours; 'lllite': channels of a control picture; 4: colours and a mask, for inpainting"
     )
     inpaint_masked_input: bool = Field(
-        False, description="ours; 'lllite': blacken the control picture's masked part; needs cond_in_channels = 4"
+        False, description="ours; 'lllite': hide the control picture's masked part (grey); needs cond_in_channels = 4"
     )
 
     @model_validator(mode="before")
