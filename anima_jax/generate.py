@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 from collections import ChainMap
@@ -72,6 +73,7 @@ def generate(arguments: argparse.Namespace) -> None:
     sources = {name: getattr(arguments, name) or like.find(name, arguments.models) for name in IMAGES}
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
+    arguments.control = arguments.control and list(map(newest_network, arguments.control))
     inputs: dict[str, tuple[Any, ...]] = {"controls": given_controls(arguments, like)}
     inputs |= {"references": reference_pictures(arguments, like), "regions": given_regions(arguments, like)}
     requests = image_requests(arguments, config, like, image, **inputs)
@@ -121,6 +123,13 @@ def generate(arguments: argparse.Namespace) -> None:
                 print(path)
         if params.step_cache and hosts.is_process_0():
             print(f"cache {params.step_cache}: {pipeline.savings}", file=sys.stderr)
+
+
+def newest_network(text: str) -> str:
+    """Return a value of --control with the newest control network of a run in place of the run's folder."""
+    ends = [index for index, character in enumerate(text) if character == "="]
+    folder = next((text[:end] for end in ends if os.path.isdir(text[:end])), None)
+    return text if folder is None else f"{find_export(folder)}{text.removeprefix(folder)}"
 
 
 def networks(arguments: argparse.Namespace, config: MainConfig | None, like: Recipe) -> dict[str, Any]:
