@@ -261,20 +261,29 @@ def rows_of_prompt(c):
     return ROWS[0] + c * ROWS[1]
 
 
-def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for_other_regions():
-    """Oracle: the estimates of the first level, each from a call of the network of its own; the part's place is odd."""
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for_other_regions(with_reference):
+    """Oracle: the estimates of the first level, each from a call of the network of its own; the part's place is odd.
+
+    Of a reference it sees the same part.
+    """
     model = random_model(AnimaDiT, dataclasses.replace(CONFIG, adapter=None))
     params = SamplingParams(steps=1, sampler="euler", guidance_scale=3.0)
     mask = np.indices((96, 128)).sum(axis=0) % 256 / 255
     area = Region((40, 24, 64, 48), "-0.6", 1.5)
     pipeline = pipeline_of(model)
-    (found,) = drawn(pipeline, [(12, 16)], [[Region(mask, "0.9", 3.0), area]], params, context=rows_of_prompt)
+    reference = np.random.default_rng(2).standard_normal((1, 12, 16, 16)).astype(np.float32)
+    options = {"context": rows_of_prompt, "references": [[reference]] if with_reference else [[]]}
+    (found,) = drawn(pipeline, [(12, 16)], [[Region(mask, "0.9", 3.0), area]], params, **options)
 
     x = BatchNoise([ImageRequest("x", 128, 96)], "torch-cpu", SAMPLERS["euler"], params.levels()).start[0][None]
     inside = np.s_[:, :, 3:9, 5:13]
 
     def of(x, c):
-        return np.array(x - velocity(model, x, np.ones(1, np.float32), rows_of_prompt(c)[None].astype(np.float32)))
+        clean = reference[None] if x.shape[2] == 12 else reference[None][inside]
+        seen = np.concatenate([x, clean] if with_reference else [x], axis=1)
+        context = rows_of_prompt(c)[None].astype(np.float32)
+        return np.array(x - velocity(model, seen, np.ones(1, np.float32), context)[:, :1])
 
     mask_yx1 = 3 * sum(mask[y::8, x::8] for y in (3, 4) for x in (3, 4))[..., None] / 4
     soft_yx1 = 1.5 * np.array([[0.5, 1, 1, 1, 1, 1, 1, 0.5]] * 6)[..., None]
@@ -288,7 +297,7 @@ def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for
 
     others = [Region(mask.T[:96].repeat(2, axis=1)[:, :128], "0.1", 0.3), Region("0%,50%,50%,50%", "0.7", 2.0)]
     with compilations() as names:
-        drawn(pipeline, [(12, 16)], [others], params, context=rows_of_prompt)
+        drawn(pipeline, [(12, 16)], [others], params, **options)
     assert names == []
 
 
