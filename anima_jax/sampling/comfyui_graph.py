@@ -144,6 +144,9 @@ class GraphWriter:
             link, left_out = write_region(self.add, region, prompt, (values["width"], values["height"]))
             positive = self._combined(positive, link)
             self.left_out += left_out
+        # There ComfyUI evaluates no negative prompt in an area, and a region's range gives way to the interval's.
+        if tuple(values["guidance_interval"]) != (0.0, 1.0) and not all(region.is_simple for region in regions):
+            self.left_out.append("the guidance interval for regions that are areas or have a range")
         return positive
 
     def _combined(self, one: Link, other: Link) -> Link:

@@ -188,6 +188,11 @@ class Region:
         return values.astype(np.float32)
 
     @property
+    def is_simple(self) -> bool:
+        """Whether the network sees the whole image and the prompt counts all the time."""
+        return self.area is None and not self.bounds and (self.start_percent, self.end_percent) == (0.0, 1.0)
+
+    @property
     def is_named(self) -> bool:
         """Whether an area or a file's name says where it is, so that a text can."""
         return self.area is not None or isinstance(self.where, str | os.PathLike)

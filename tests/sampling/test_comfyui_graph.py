@@ -13,6 +13,7 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, percent_to_sigma
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.images import save_image
+from anima_jax.sampling.regions import Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from tests.golden_files import GOLDEN
 
@@ -106,12 +107,18 @@ def test_graphs_are_valid_and_say_what_the_request_says(request_, params, files)
         ({"sampler": "seeds_3", "sampler_options": {"r_1": 0.25}}, {}, "options of the sampler: r_1"),
         ({"cache": "first_block:0.08"}, {}, "cache first_block:0.08"),
         ({"cache": "easy:4"}, {}, "cache easy:4"),
+        (
+            {"guidance_interval": (0.0, 0.5)},
+            {"regions": (Region("0,0,512,512", "b"),)},
+            "the guidance interval for regions that are areas or have a range",
+        ),
         ({}, {"adapter": "llm_adapter.safetensors"}, "the LLM adapter's own file"),
         ({}, {"loras": [("x.safetensors", {"blocks.0-3": 0.5})]}, "the weights of parts of x.safetensors"),
     ],
 )
 def test_what_no_node_does_is_named(params, files, left_out):
-    text = to_text(ImageRequest("a"), SamplingParams(**params), FILES | files)
+    regions = files.get("regions", ())
+    text = to_text(ImageRequest("a", regions=regions), SamplingParams(**params), FILES | files)
     assert json.loads(text["anima_jax"])["left_out_for_comfyui"] == [left_out]
 
 
