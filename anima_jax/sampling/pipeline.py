@@ -189,7 +189,7 @@ class AnimaPipeline:
         mask: Image.Image | None = None,
         controls: Sequence[Control | Sequence[Control]] = (),
         references: Any = (),
-        regions: Sequence[Region | Sequence[Region]] = (),
+        regions: Region | Sequence[Region | Sequence[Region]] = (),
         progress: bool = False,
         **params: Any,
     ) -> list[Image.Image]:
@@ -204,7 +204,11 @@ class AnimaPipeline:
         given as they are. `progress` shows a progress bar. Raises UserError for a value out of range or an unknown
         name.
         """
-        inputs = {"controls": controls, "references": given_references(references), "regions": regions}
+        inputs = {
+            "controls": controls,
+            "references": given_references(references),
+            "regions": [regions] if isinstance(regions, Region) else regions,
+        }
         requests = batch_of_requests(prompt, width, height, seed, batch_size, **inputs)
         settings = SamplingParams.named({"negative_prompt": negative_prompt, **params})
         return self.draw(requests, settings, image=image, mask=mask, callback=ProgressBar() if progress else None)

@@ -82,7 +82,8 @@ class Recipe:
 
         Raises UserError if a prompt needs it and the recipe names one that is not here.
         """
-        if not any("embedding:" in str(self.values.get(name)) for name in ("prompt", "negative_prompt")):
+        prompts = [self.values.get("prompt"), self.values.get("negative_prompt"), *(one.prompt for one in self.regions)]
+        if not any("embedding:" in str(prompt) for prompt in prompts):
             return None
         folders = [os.path.join(folder, "embeddings") for folder in models]
         named = [name for kind, name in self.files.items() if kind == "embeddings" and not is_remote_name(name)]

@@ -166,17 +166,19 @@ class Region:
         """The mask as an image or an array."""
         return read_image(os.fspath(self.where)) if isinstance(self.where, str | os.PathLike) else self.where
 
-    @property
+    @functools.cached_property
     def channel(self) -> str:
-        """The channel of the mask's file that has its values, as ComfyUI names them."""
-        is_alpha = isinstance(self._mask, Image.Image) and self._mask.has_transparency_data
-        return "alpha" if is_alpha else "red"
+        """The channel of the mask's file that has its values: alpha if a pixel is transparent, else red."""
+        if isinstance(self._mask, Image.Image) and self._mask.has_transparency_data:
+            lowest, _ = self._mask.convert("RGBA").getchannel("A").getextrema()
+            return "red" if lowest == 255 else "alpha"
+        return "red"
 
     @functools.cached_property
     def mask_yx(self) -> np.ndarray:
         """The mask's values in [0, 1], float32. Raises UserError if it cannot be read or is not a mask."""
         if isinstance(self._mask, Image.Image):
-            return mask_values(self._mask)[0, :, :, 0]
+            return mask_values(self._mask if self.channel == "alpha" else self._mask.convert("RGB"))[0, :, :, 0]
         values = np.asarray(self._mask)
         if values.dtype == np.uint8:
             values = values / np.float32(255.0)

@@ -106,6 +106,22 @@ def test_a_flag_is_mask_prompt_and_strength(tmp_path, text, expected):
     assert (region.where, region.prompt, region.strength) == (expected[0].format(mask=mask), *expected[1:])
 
 
+@pytest.mark.parametrize(
+    ("mode", "colour", "value", "channel"),
+    [
+        ("RGBA", (255, 255, 255, 255), 1, "red"),
+        ("RGBA", (0, 0, 0, 51), 0.8, "alpha"),
+        ("L", 51, 0.2, "red"),
+        ("1", 1, 1, "red"),
+    ],
+)
+def test_transparency_counts_only_where_there_is_some(mode, colour, value, channel):
+    """White of a drawing program's file with an opaque alpha channel is white."""
+    region = Region(Image.new(mode, (176, 120), colour), "a")
+    assert region.channel == channel
+    np.testing.assert_allclose(region.placed(SIZE[1:]).weight_yx, value, atol=1e-7)
+
+
 @pytest.mark.parametrize("text", ["", "a.png", "=a", " =a:2"])
 def test_a_flag_without_mask_or_prompt_is_refused(text):
     with pytest.raises(UserError, match="expected MASK=PROMPT"):
