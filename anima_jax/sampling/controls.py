@@ -159,9 +159,10 @@ class Control:
         A fourth channel is the mask, ±1: 1 where the picture is drawn anew. Raises UserError if the network takes a
         mask and there is none, or the other way round.
         """
-        picture, (_, mask) = self.picture(size_wh), self.opened
+        _, mask = self.opened
         if channels != WITH_MASK and (mask is not None or self.kind == MASK):
             raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
+        picture = self.picture(size_wh)
         colours_yxc = (to_pixels(picture)[0] + np.float32(1.0)) / np.float32(2.0)
         pixels_yxc = np.clip(scaled_bicubic(colours_yxc, size_wh), 0.0, 1.0) * np.float32(2.0) - np.float32(1.0)
         if channels != WITH_MASK:
