@@ -81,15 +81,14 @@ def overlaps(drawn: list[np.ndarray]) -> list[float]:
     return found
 
 
-def grid(path: str, drawn: list[np.ndarray], columns: int = 16) -> None:
-    """Write the references, each above its edit."""
-    cell, rows = SIZE + GAP, -(-len(drawn) // columns)
-    picture = Image.new("RGB", (cell * columns, (2 * cell + GAP) * rows), "white")
-    for index, (edited, (_, reference, _)) in enumerate(zip(drawn, pairs(HELD_OUT, held_out=True), strict=True)):
-        x, y = cell * (index % columns), (2 * cell + GAP) * (index // columns)
-        picture.paste(Image.fromarray(reference), (x, y))
-        picture.paste(Image.fromarray(edited), (x, y + SIZE + 1))
-    picture.save(path, optimize=True)
+def grid(path: str, drawn: list[np.ndarray], columns: int = 14) -> None:
+    """Write the first references, each above its edit."""
+    cell = SIZE + GAP
+    picture = Image.new("RGB", (cell * columns - GAP, 2 * cell - GAP), "white")
+    for index, (edited, (_, reference, _)) in enumerate(zip(drawn, pairs(columns, held_out=True), strict=False)):
+        picture.paste(Image.fromarray(reference), (cell * index, 0))
+        picture.paste(Image.fromarray(edited), (cell * index, cell))
+    picture.quantize(128).save(path, optimize=True)
 
 
 def main() -> None:
