@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
             each.encode(encoders, problems)
             hosts.assert_same_on_all_processes(each.described_fingerprint)
         if arguments.dump_dataset and hosts.is_process_0():
-            path = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config.compute_dtype)
+            path = dump_dataset(arguments.dump_dataset, data.examples, data.cache, encoders.vae, config)
             print(f"wrote the data set, as the VAE decodes it, to {path}")
         hosts.barrier("the data are encoded")
         if arguments.cache_only or arguments.dump_dataset:

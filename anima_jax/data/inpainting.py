@@ -11,7 +11,9 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw
 
+from anima_jax.config.pairs import MASK_SHARES
 from anima_jax.config.sizes import PIXEL_MULTIPLE
+from anima_jax.data.examples import Example
 from anima_jax.data.variants import INPAINT_MASK, random_words
 
 WORDS = 128
@@ -25,6 +27,14 @@ MOST_STROKES, MOST_POINTS, STROKE_STEP, BRUSH = 4, 8, (0.05, 0.3), (0.03, 0.15)
 
 Draw = Callable[[], float]
 """Returns the next random number in [0, 1)."""
+
+
+def mask_of(example: Example, own_yx: np.ndarray | None, seed: int, epoch: int) -> np.ndarray:
+    """Return what is drawn anew of an example in an epoch, bool (height, width): its own mask, else a random one."""
+    if own_yx is not None:
+        return own_yx
+    size, shares = example.bucket.size, example.source.inpaint_masks or MASK_SHARES
+    return random_mask(shares, (size.width, size.height), seed, epoch, example.id)
 
 
 def random_mask(shares: Mapping[str, float], size_wh: tuple[int, int], *key: int) -> np.ndarray:

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.config.main import MainConfig
-from anima_jax.config.pairs import MASK_SHARES
 from anima_jax.config.sizes import PIXEL_MULTIPLE
 from anima_jax.data.dataset import TEXT_ROW_STEP, TrainingData
 from anima_jax.data.examples import Example
-from anima_jax.data.inpainting import random_mask, with_mask
+from anima_jax.data.inpainting import mask_of, with_mask
 from anima_jax.diffusion.objective import PIXELS
 from anima_jax.diffusion.randomness import split_ids
 from anima_jax.models.llm_adapter import Text
@@ -123,16 +122,10 @@ class Batches:
         for row, (example, epoch) in enumerate(zip(examples, epochs, strict=True)):
             control_lp = self._data.cache.control(example)
             if self._config.pairs == "inpaint":
-                control_lp = with_mask(control_lp, self._inpaint_mask(example, mask_seed, int(epoch)))
+                own_yx = self._data.cache.inpaint_mask(example)
+                control_lp = with_mask(control_lp, mask_of(example, own_yx, mask_seed, int(epoch)))
             patches_blp[row, : len(control_lp)] = control_lp
         return patches_blp
-
-    def _inpaint_mask(self, example: Example, seed: int, epoch: int) -> np.ndarray:
-        own_yx = self._data.cache.inpaint_mask(example)
-        if own_yx is not None:
-            return own_yx
-        size, shares = example.bucket.size, example.source.inpaint_masks or MASK_SHARES
-        return random_mask(shares, (size.width, size.height), seed, epoch, example.id)
 
     def _masks(self, examples: Sequence[Example], length: int) -> np.ndarray:
         weights_blp = np.ones((len(examples), length, PIXELS), np.float32)
