@@ -40,7 +40,7 @@ from anima_jax.training.target import Target
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ASSETS = pathlib.Path(assets.__file__).parent
-NAMES = ("anima_full", "anima_lora", "anima_video", "pod", "shapes")
+NAMES = ("anima_control", "anima_full", "anima_lora", "anima_video", "pod", "shapes")
 
 
 def write_sparse(path: pathlib.Path, rules, build_model, prefix: str) -> None:

@@ -101,7 +101,6 @@ def test_the_page_on_control_networks_names_their_defaults(configs):
     dataset, control, inpainting, *_ = re.findall(r"```toml\n(.*?)```", page, re.S)
     tables = re.split(r"^(?=\[)", (configs / "anima_lora.toml").read_text(), flags=re.M)
     shared = "".join(table for table in tables if not table.startswith(("[adapter]", "[optimizer]", "[sample]")))
-    (configs.parent / "data" / "edges").mkdir()
     (configs / "my_dataset.toml").write_text(dataset)
 
     def load(text):
