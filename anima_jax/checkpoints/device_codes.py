@@ -6,11 +6,13 @@ formats, and layers that are stored differently from the others of their stack, 
 Axes: o outputs, i inputs.
 """
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,30 +26,27 @@ from anima_jax.checkpoints.quantised.view import SMOOTHING
 from anima_jax.models.quantised import STORED, Quantised, hadamard, quantise, storage_of
 
 
+class Kind(NamedTuple):
+    """What the layers of a stack must have in common: dtype of their codes, scales per output, and rotation.
+
+    `rotation` is the size of the groups of inputs that are rotated, 0 if none are.
+    """
+
+    dtype: np.dtype[Any]
+    blocks: int = 1
+    rotation: int = 0
+
+
 class Codes(NamedTuple):
-    """Codes (o, i), their scales (o, i / n) and the size of the groups of inputs that are rotated (0: none are)."""
+    """Codes (o, i) and their scales (o, blocks)."""
 
     codes: np.ndarray
     scales: np.ndarray
-    rotation: int = 0
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What the layers of a stack must have in common: dtype, number of scales per output, and rotation."""
-        return self.codes.dtype, self.scales.shape[1], self.rotation
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether an output has several scales."""
-        return self.scales.shape[1] > 1
 
 
 def _scaled(source: StoredTensor) -> Codes:
     codes, scales = (source.file.read_part(source.key, part) for part in ("weight", SCALE))
-    rotation = 0
-    if source.storage == "int8_convrot":
-        rotation = comfyui.group_size(json.loads(source.file.read_part(source.key, SETTINGS).tobytes()))
-    return Codes(codes, np.broadcast_to(checked_scale(SCALE, scales).reshape(-1, 1), (len(codes), 1)), rotation)
+    return Codes(codes, np.broadcast_to(checked_scale(SCALE, scales).reshape(-1, 1), (len(codes), 1)))
 
 
 def _llm_int8(source: StoredTensor) -> Codes:
@@ -55,13 +54,9 @@ def _llm_int8(source: StoredTensor) -> Codes:
     return Codes(codes, checked_scale(ROW_PEAKS, peaks).reshape(-1, 1) / np.float32(127))
 
 
-def _squares(source: StoredTensor) -> Codes | None:
+def _squares(source: StoredTensor) -> Codes:
     codes, scales = (source.file.read_part(source.key, part) for part in ("weight", SCALE_OF_SQUARES))
-    return (
-        None
-        if codes.shape[1] % SQUARE
-        else Codes(codes, checked_scale(SCALE_OF_SQUARES, scales).repeat(SQUARE, 0)[: len(codes)])
-    )
+    return Codes(codes, checked_scale(SCALE_OF_SQUARES, scales).repeat(SQUARE, 0)[: len(codes)])
 
 
 def _mxfp8(source: StoredTensor) -> Codes:
@@ -71,48 +66,126 @@ def _mxfp8(source: StoredTensor) -> Codes:
     return Codes(codes[:rows, :inputs], scales[:rows, : inputs // MXFP8_BLOCK])
 
 
-def _integers(block: int) -> Callable[[StoredTensor], Codes | None]:
-    """Return the reader of a format of GGUF whose values are integers times a scale per `block` inputs."""
-
-    def read(source: StoredTensor) -> Codes | None:
-        rows, inputs = source.info.shape
-        form = ggml.BLOCK_FORMATS[source.storage or ""]
-        if inputs % form.values:
-            return None
-        fields = source.file.read_part(source.key, "blocks").reshape(-1, form.nbytes).view(form.layout)[:, 0]
-        scales = fields["d"].astype(np.float32).reshape(-1, 1)
-        if "scales" in (form.layout.names or ()):
-            scales = scales * fields["scales"].astype(np.float32)
-        scales = scales.reshape(rows, -1)
-        values = source.read().reshape(*scales.shape, block)
-        divisors = np.where(scales == 0, 1, scales)[..., None]
-        return Codes(np.rint(values / divisors).astype(np.int8).reshape(rows, inputs), scales)
-
-    return read
+def _integers(source: StoredTensor) -> Codes:
+    """Read a format of GGUF whose values are integers times a scale."""
+    rows, inputs = source.info.shape
+    form = ggml.BLOCK_FORMATS[source.storage or ""]
+    fields = source.file.read_part(source.key, "blocks").reshape(-1, form.nbytes).view(form.layout)[:, 0]
+    scales = fields["d"].astype(np.float32).reshape(-1, 1)
+    if "scales" in (form.layout.names or ()):
+        scales = scales * fields["scales"].astype(np.float32)
+    scales = scales.reshape(rows, -1)
+    values = source.read().reshape(*scales.shape, -1)
+    divisors = np.where(scales == 0, 1, scales)[..., None]
+    return Codes(np.rint(values / divisors).astype(np.int8).reshape(rows, inputs), scales)
 
 
-_READERS: dict[str, Callable[[StoredTensor], Codes | None]] = {
-    "fp8_scaled": _scaled,
-    "int8": _scaled,
-    "int8_convrot": _scaled,
-    "llm_int8": _llm_int8,
-    "fp8_blocks": _squares,
-    "mxfp8": _mxfp8,
-    **{name: _integers(32) for name in ("q8_0", "q5_0", "q4_0", "iq4_nl")},
-    "q6_k": _integers(16),
+class _Row(NamedTuple):
+    """How the weights of a format are read, and how many inputs have one scale (0: all)."""
+
+    read: Callable[[StoredTensor], Codes]
+    inputs: int = 0
+
+
+_READERS: dict[str, _Row] = {
+    "fp8_scaled": _Row(_scaled),
+    "int8": _Row(_scaled),
+    "int8_convrot": _Row(_scaled),
+    "llm_int8": _Row(_llm_int8),
+    "fp8_blocks": _Row(_squares, SQUARE),
+    "mxfp8": _Row(_mxfp8, MXFP8_BLOCK),
+    **{name: _Row(_integers, 32) for name in ("q8_0", "q5_0", "q4_0", "iq4_nl")},
+    "q6_k": _Row(_integers, 16),
 }
-"""Format → reader of its weights as codes of 8 bits. None is returned for shapes that its blocks do not divide."""
+"""Format → reader of its weights as codes of 8 bits."""
 
 
-def codes_of(source: StoredTensor) -> Codes | None:
-    """Return a matrix of a file as 8-bit codes, or None if it is not stored so. Raises UserError for a wrong scale."""
-    reader = _READERS.get(source.storage or "")
-    if reader is None or len(source.info.shape) != 2 or SMOOTHING in source.file.parts(source.key):
+def kind_of(source: StoredTensor) -> Kind | None:
+    """Return the kind of 8-bit codes that a matrix of a file has, None if it has none. No codes are read."""
+    row, parts = _READERS.get(source.storage or ""), source.file.parts(source.key)
+    if row is None or len(source.info.shape) != 2 or SMOOTHING in parts:
         return None
+    inputs, form = source.info.shape[1], ggml.BLOCK_FORMATS.get(source.storage or "")
+    if inputs % (form.values if form else row.inputs or 1):
+        return None
+    rotation = 0
+    if source.storage == "int8_convrot":
+        with _located(source):
+            rotation = comfyui.group_size(json.loads(source.file.read_part(source.key, SETTINGS).tobytes()))
+    dtype = np.dtype(np.int8) if form else parts["weight"].dtype
+    return Kind(dtype, inputs // row.inputs if row.inputs else 1, rotation)
+
+
+def codes_of(source: StoredTensor) -> Codes:
+    """Return the codes of a matrix that has a `kind_of`. Raises UserError for a wrong scale."""
+    with _located(source):
+        return _READERS[source.storage or ""].read(source)
+
+
+@contextlib.contextmanager
+def _located(source: StoredTensor) -> Iterator[None]:
     try:
-        return reader(source)
+        yield
     except ValueError as error:
         raise QuantisationError(f"{source.file.path}: {source.key}: {error}") from error
+
+
+class _Choice(NamedTuple):
+    """The kind of each layer's codes (None: they do not count), the one that the parameter has, and whether it rounds.
+
+    Without a `kind` the parameter is rounded to `storage`, or not quantised if that is None.
+    """
+
+    found: Sequence[Kind | None]
+    kind: Kind | None
+    storage: str | None
+    table: bool
+
+
+def _choice(
+    tensors: Sequence[FileTensor], sources: Sequence[StoredTensor], storage: str | None, whole_channels: bool
+) -> _Choice | None:
+    """Return how a parameter is quantised, None if it is not. Arguments are those of `stack`."""
+    if not any(source.storage for source in sources) or any(len(tensor.shape) != 2 for tensor in tensors):
+        return None
+    table = tensors[0].layout.to_model(np.empty((2, 1))).shape == (2, 1)
+    wanted = storage and np.dtype(STORED[storage])
+
+    def usable(source: StoredTensor) -> Kind | None:
+        kind = kind_of(source)
+        if kind is None or wanted not in (None, kind.dtype):
+            return None
+        return None if (kind.blocks > 1 and (table or whole_channels)) or (kind.rotation and table) else kind
+
+    found = [usable(source) for source in sources]
+    kinds = Counter(kind for kind in found if kind is not None)
+    if kinds:
+        return _Choice(found, kinds.most_common(1)[0][0], None, table)
+    four = not table and all(source.storage in _FOUR_BITS for source in sources)
+    return None if storage else _Choice(found, None, "nf4" if four else "int8", table)
+
+
+def abstract(
+    tensors: Sequence[FileTensor],
+    sources: Sequence[StoredTensor],
+    dtype: Any,
+    storage: str | None = None,
+    *,
+    whole_channels: bool = False,
+) -> Quantised | None:
+    """Return what `stack` does, with shapes in place of arrays, from the headers of files alone."""
+    choice = _choice(tensors, sources, storage, whole_channels)
+    if choice is None:
+        return None
+    own = tensors[0].layout.to_model(np.broadcast_to(np.float32(0), sources[0].info.shape)).shape
+    layers = (len(tensors),) if tensors[0].layer is not None else ()
+    if choice.kind is None:
+        values = jax.ShapeDtypeStruct((*layers, *own), np.dtype(dtype))
+        return jax.eval_shape(lambda values: quantise(values, choice.storage or "", table=choice.table), values)
+    few = np.broadcast_to(np.float32(0), (sources[0].info.shape[0], choice.kind.blocks))
+    codes: Any = jax.ShapeDtypeStruct((*layers, *own), choice.kind.dtype)
+    scales: Any = jax.ShapeDtypeStruct((*layers, *tensors[0].layout.to_model(few).shape), np.dtype(np.float32))
+    return Quantised(codes, scales, own[0], np.dtype(dtype), choice.kind.rotation)
 
 
 def stack(
@@ -131,54 +204,44 @@ def stack(
     layers are rounded, to nf4 if all have 4 bits, else to int8. `exact`: None is returned instead of rounded layers.
     `dtype` is that of the values.
     """
-    if not any(source.storage for source in sources) or any(len(tensor.shape) != 2 for tensor in tensors):
+    choice = _choice(tensors, sources, storage, whole_channels)
+    if choice is None:
         return None
-    table = tensors[0].layout.to_model(np.empty((2, 1))).shape == (2, 1)
-    wanted = storage and np.dtype(STORED[storage])
-
-    def usable(source: StoredTensor) -> Codes | None:
-        codes = codes_of(source)
-        if codes is None or wanted not in (None, codes.codes.dtype):
-            return None
-        return None if (codes.in_blocks and (table or whole_channels)) or (codes.rotation and table) else codes
-
-    found = [usable(source) for source in sources]
-    kinds = Counter(codes.kind for codes in found if codes is not None)
-    if kinds:
-        kind, count = kinds.most_common(1)[0]
-        return None if exact and count < len(found) else _with_codes(tensors, sources, found, kind, dtype)
-    return None if storage else _rounded(tensors, sources, table, dtype, exact)
+    if choice.kind is None:
+        return _rounded(tensors, sources, choice, dtype, exact)
+    if exact and any(kind != choice.kind for kind in choice.found):
+        return None
+    return _with_codes(tensors, sources, choice.found, choice.kind, dtype)
 
 
 def _with_codes(
     tensors: Sequence[FileTensor],
     sources: Sequence[StoredTensor],
-    found: Sequence[Codes | None],
-    kind: tuple[Any, ...],
+    found: Sequence[Kind | None],
+    kind: Kind,
     dtype: Any,
 ) -> tuple[Quantised, set[str]]:
     """Return the parameter with the codes of the layers of this kind, and the others rounded to it."""
     layers, rounded = list[tuple[np.ndarray, np.ndarray]](), set[str]()
-    for tensor, source, codes in zip(tensors, sources, found, strict=True):
-        if codes is None or codes.kind != kind:
+    for tensor, source, own in zip(tensors, sources, found, strict=True):
+        if own != kind:
             rounded.add(_stored_as(source))
-        own = codes if codes is not None and codes.kind == kind else _quantised(source.read(), *kind)
-        layers.append((tensor.layout.to_model(own.codes), tensor.layout.to_model(own.scales)))
-    return _joined(tensors, layers, layers[0][0].shape[0], dtype, kind[2]), rounded
+        codes = codes_of(source) if own == kind else _quantised(source.read(), kind)
+        layers.append((tensor.layout.to_model(codes.codes), tensor.layout.to_model(codes.scales)))
+    return _joined(tensors, layers, layers[0][0].shape[0], dtype, kind.rotation), rounded
 
 
 def _rounded(
-    tensors: Sequence[FileTensor], sources: Sequence[StoredTensor], table: bool, dtype: Any, exact: bool
+    tensors: Sequence[FileTensor], sources: Sequence[StoredTensor], choice: _Choice, dtype: Any, exact: bool
 ) -> tuple[Quantised, set[str]] | None:
-    """Return the parameter with all layers rounded to nf4 or int8, and the formats whose values that changes.
+    """Return the parameter with all layers rounded to one storage, and the formats whose values that changes.
 
     `exact`: return None if there is one.
     """
-    storage = "nf4" if not table and all(source.storage in _FOUR_BITS for source in sources) else "int8"
     layers, rounded, rows = list[tuple[np.ndarray, np.ndarray]](), set[str](), 0
     for tensor, source in zip(tensors, sources, strict=True):
         values = np.ascontiguousarray(tensor.layout.to_model(source.read()), np.float32)
-        stored, rows = quantise(jnp.asarray(values), storage, table=table), len(values)
+        stored, rows = quantise(jnp.asarray(values), choice.storage or "", table=choice.table), len(values)
         if not np.array_equal(np.asarray(stored), values):
             if exact:
                 return None
@@ -187,13 +250,13 @@ def _rounded(
     return _joined(tensors, layers, rows, dtype), rounded
 
 
-def _quantised(values: np.ndarray, dtype: np.dtype[Any], blocks: int, rotation: int) -> Codes:
+def _quantised(values: np.ndarray, kind: Kind) -> Codes:
     """Return the codes of a plain matrix (o, i), with one scale per output, as often as blocks have one."""
     values = values.astype(np.float32)
-    if rotation:
-        values = (values.reshape(-1, rotation) @ hadamard(rotation)).reshape(values.shape)
-    stored = quantise(jnp.asarray(values), storage_of(dtype), table=True)
-    return Codes(np.asarray(stored.codes), np.asarray(stored.scales).repeat(blocks, 1), rotation)
+    if kind.rotation:
+        values = (values.reshape(-1, kind.rotation) @ hadamard(kind.rotation)).reshape(values.shape)
+    stored = quantise(jnp.asarray(values), storage_of(kind.dtype), table=True)
+    return Codes(np.asarray(stored.codes), np.asarray(stored.scales).repeat(kind.blocks, 1))
 
 
 def _joined(

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from anima_jax.adapters.kinds import SCALE
 from anima_jax.checkpoints import accounting, copying, gathered, safetensors
 from anima_jax.checkpoints.accounting import StoredTensor
-from anima_jax.checkpoints.device_codes import stack
+from anima_jax.checkpoints.device_codes import abstract, stack
 from anima_jax.checkpoints.folders import TRANSFORMER
 from anima_jax.checkpoints.joined import open_model
 from anima_jax.checkpoints.locations import PathLike
@@ -129,6 +129,18 @@ class Checkpoint:
         for what, paths in rounded.items() if is_process_0() else ():
             stacks = f"{plural(len(paths), 'parameter')}, {shorten(paths, 2)}"
             print(f"{self.label}: rounded {what} on the devices: {stacks}; transformer_dtype bfloat16 does not round")
+
+    def kept(self, storage: Storage, trained: Container[str] = ()) -> Params:
+        """Return the shapes of the frozen parameters that `parameters` yields quantised, as the file has them."""
+        found: Params = {}
+        for path, group in itertools.groupby(self.tensors, key=lambda tensor: tensor.path):
+            if path not in trained and storage.keeps(path):
+                tensors, dtype = list(group), storage.dtype_of(path)
+                sources = [self.sources[tensor.name] for tensor in tensors]
+                dtype, whole = self.abstract[path].dtype if dtype is None else dtype, storage.compute is not None
+                if (value := abstract(tensors, sources, dtype, storage.codes, whole_channels=whole)) is not None:
+                    found[path] = value
+        return found
 
     def _load_parameter(
         self, path: str, tensors: Sequence[FileTensor], dtype: DTypes, sharding: Sharding | None

@@ -162,7 +162,14 @@ def _attended(ids_n: np.ndarray, length: int, pad: int) -> np.ndarray | None:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+_LONGEST_PATTERN = 4096
+
+_LONG_PATTERN = re.compile(rb'"(?:Regex|String)"\s*:\s*"(?:[^"\\]|\\.){%d}' % _LONGEST_PATTERN, re.DOTALL)
+
+
 def _read_complete(path: pathlib.Path) -> Tokenizer:
+    if _LONG_PATTERN.search((path / "tokenizer.json").read_bytes()):
+        raise ValueError(f"a pattern of over {_LONGEST_PATTERN} characters")  # takes minutes to compile
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()

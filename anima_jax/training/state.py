@@ -81,7 +81,8 @@ def prepare(
 ) -> ParamPartition:
     """Load the transformer of the configuration, or initialise a new one, and divide its parameters.
 
-    If `sizes` is given, a transformer of these sizes is initialised even if the configuration names a file.
+    If `sizes` is given, a transformer of these sizes is initialised even if the configuration names a file, of which
+    only the header counts: it says which parameters are quantised.
     Parameters are sharded over `mesh` (by default the current one); no device or host ever has more than its shards.
     `text_encoder` is called to load the text encoder if an adapter on it is trained; the default loads its file.
     Raises UserError if a file does not fit, if nothing would be trained, if `transformer_dtype` would round trained
@@ -207,6 +208,7 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
         shardings = rules.shardings(shapes, shapes, mesh)
         base = parameters.initial(lambda rngs: AnimaDiT(sizes, rngs=rngs), config.seed, shardings)[1]
         trained = _trained_in_base(config, base)
+        base |= _as_stored(config, storage, trained)
         return sizes, graphdef, {p: v if p in trained else storage.stored(p, v, mesh) for p, v in base.items()}
     path, adapter_path = config.model.transformer_files, config.model.llm_adapter_path
     assert path is not None
@@ -220,6 +222,15 @@ def _base(config: MainConfig, sizes: DiTConfig | None, mesh: Mesh) -> tuple[DiTC
             base[name] = value if name in trained else storage.stored(name, value, mesh)
         _check_finite(finite, filter(None, (path, adapter_path)))
         return checkpoint.config, checkpoint.graphdef, base
+
+
+def _as_stored(config: MainConfig, storage: Storage, trained: frozenset[str]) -> Params:
+    """Return zeros for the parameters that the transformer's file, if there is one, has quantised and devices keep."""
+    path, adapter_path = config.model.transformer_files, config.model.llm_adapter_path
+    if path is None:
+        return {}
+    with open_dit(path, adapter_path=adapter_path, allow_unused=config.allow_unused) as checkpoint:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), checkpoint.kept(storage, trained))
 
 
 @functools.cache

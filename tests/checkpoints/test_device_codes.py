@@ -1,10 +1,12 @@
 """Quantised files on the devices: the file's own codes, whose values are those that the file stands for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anima_jax.checkpoints.models import load_dit, load_text_encoder, save_dit
+from anima_jax.checkpoints.models import load_dit, load_text_encoder, open_dit, save_dit
+from anima_jax.checkpoints.stored import Storage
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -62,6 +64,24 @@ def test_codes_of_8_bits_stay_on_the_devices(folder, capsys, storage, codes, sca
         np.testing.assert_allclose(kernel[layer].values(), expected[LAYER1][layer], atol=1e-6, rtol=1e-6)
     # The first block is plain in the file: rounded to the stack's codes.
     assert 0 < np.abs(kernel[0].values() - expected[LAYER1][0]).max() < 0.07 * np.abs(expected[LAYER1][0]).max()
+
+
+@pytest.mark.parametrize(
+    ("storage", "options"),
+    [
+        *((name, ()) for name in ("fp8_scaled", "int8_convrot", "mxfp8", "gguf:q8_0", "gguf:q6_k", "gguf:q4_k")),
+        ("int8_convrot", ("int8", "int8")),
+        ("gguf:q8_0", (None, "int8")),
+    ],
+)
+def test_a_files_header_says_which_codes_devices_will_have(folder, storage, options):
+    own = Storage("bfloat16", *options)
+    with open_dit(quantised(folder, storage)) as checkpoint:
+        expected = {path: value for path, value in checkpoint.parameters(own, {}) if isinstance(value, Quantised)}
+        found = checkpoint.kept(own)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
 
 
 def test_other_formats_are_rounded_to_int8_with_a_line(folder, capsys):
