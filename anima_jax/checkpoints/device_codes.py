@@ -26,8 +26,8 @@ from anima_jax.checkpoints.quantised.view import SMOOTHING
 from anima_jax.models.quantised import STORED, Quantised, hadamard, quantise, storage_of
 
 
-class Kind(NamedTuple):
-    """What the layers of a stack must have in common: dtype of their codes, scales per output, and rotation.
+class CodeLayout(NamedTuple):
+    """What the layers of a stack have in common: dtype of their codes, scales per output, and rotation.
 
     `rotation` is the size of the groups of inputs that are rotated, 0 if none are.
     """
@@ -100,7 +100,7 @@ _READERS: dict[str, _Row] = {
 """Format → reader of its weights as codes of 8 bits."""
 
 
-def kind_of(source: StoredTensor) -> Kind | None:
+def kind_of(source: StoredTensor) -> CodeLayout | None:
     """Return the kind of 8-bit codes that a matrix of a file has, None if it has none. No codes are read."""
     row, parts = _READERS.get(source.storage or ""), source.file.parts(source.key)
     if row is None or len(source.info.shape) != 2 or SMOOTHING in parts:
@@ -113,7 +113,7 @@ def kind_of(source: StoredTensor) -> Kind | None:
         with _located(source):
             rotation = comfyui.group_size(json.loads(source.file.read_part(source.key, SETTINGS).tobytes()))
     dtype = np.dtype(np.int8) if form else parts["weight"].dtype
-    return Kind(dtype, inputs // row.inputs if row.inputs else 1, rotation)
+    return CodeLayout(dtype, inputs // row.inputs if row.inputs else 1, rotation)
 
 
 def codes_of(source: StoredTensor) -> Codes:
@@ -136,8 +136,8 @@ class _Choice(NamedTuple):
     Without a `kind` the parameter is rounded to `storage`, or not quantised if that is None.
     """
 
-    found: Sequence[Kind | None]
-    kind: Kind | None
+    found: Sequence[CodeLayout | None]
+    kind: CodeLayout | None
     storage: str | None
     table: bool
 
@@ -151,7 +151,7 @@ def _choice(
     table = tensors[0].layout.to_model(np.empty((2, 1))).shape == (2, 1)
     wanted = storage and np.dtype(STORED[storage])
 
-    def usable(source: StoredTensor) -> Kind | None:
+    def usable(source: StoredTensor) -> CodeLayout | None:
         kind = kind_of(source)
         if kind is None or wanted not in (None, kind.dtype):
             return None
@@ -217,8 +217,8 @@ def stack(
 def _with_codes(
     tensors: Sequence[FileTensor],
     sources: Sequence[StoredTensor],
-    found: Sequence[Kind | None],
-    kind: Kind,
+    found: Sequence[CodeLayout | None],
+    kind: CodeLayout,
     dtype: Any,
 ) -> tuple[Quantised, set[str]]:
     """Return the parameter with the codes of the layers of this kind, and the others rounded to it."""
@@ -250,7 +250,7 @@ def _rounded(
     return _joined(tensors, layers, rows, dtype), rounded
 
 
-def _quantised(values: np.ndarray, kind: Kind) -> Codes:
+def _quantised(values: np.ndarray, kind: CodeLayout) -> Codes:
     """Return the codes of a plain matrix (o, i), with one scale per output, as often as blocks have one."""
     values = values.astype(np.float32)
     if kind.rotation:
