@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from anima_jax.adapters.kinds import KINDS
-from anima_jax.checkpoints.names.groups import CONTROL
+from anima_jax.checkpoints.names.groups import CONTROL, GROUPS
 from anima_jax.config.main import MainConfig
 
 PARTS: Mapping[str, str] = {
@@ -25,6 +25,8 @@ def summary(config: MainConfig) -> list[str]:
         sentence = f"Training a control network (ControlNet-LLLite at {where}) with {config.optimizer.type}"
         rate = f"{sentence}, at {config.learning_rates[CONTROL]:g}. The model is frozen."
         sentences = [rate, *_own_rate(config)]
+        if ignored := [f"{group}_lr" for group, _ in GROUPS if getattr(config.model, f"{group}_lr", None)]:
+            sentences.append(f"A control network has the rate of [optimizer]: {_listed(ignored)} in [model] does nothing.")
         if config.sample and not config.sample.control:
             sentences.append("Samples are drawn without the control network: [sample] control is not set.")
         return sentences

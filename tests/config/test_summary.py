@@ -66,3 +66,16 @@ def test_frozen_parts_are_named_if_nothing_is_trained(sentences):
     frozen, adapter = sentences({"optimizer.lr": 0})
     assert frozen.startswith("Frozen: self-attention, ")
     assert adapter == "The LLM adapter is frozen: [optimizer] lr = 0."
+
+
+def test_a_control_network_is_trained_alone_and_samples_without_a_picture_are_named(sentences):
+    # Inpainting needs no control pictures.
+    changes = {"adapter": {"type": "lllite", "cond_in_channels": 4}, "model.mlp_lr": 1e-4}
+    first, *others = sentences({**changes, "sample": {"prompts": ["a cat"]}})
+    assert first == (
+        "Training a control network (ControlNet-LLLite at self_attn_q) with adamw_optimi, at 2e-05. The model is frozen."
+    )
+    assert others == [
+        "A control network has the rate of [optimizer]: mlp_lr in [model] does nothing.",
+        "Samples are drawn without the control network: [sample] control is not set.",
+    ]
