@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from anima_jax.errors import UserError, show_value
-from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_image
+from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_picture
 
 MAX_STRENGTH = 10.0
 """Largest strength, as in ComfyUI's nodes."""
@@ -164,7 +164,7 @@ class Region:
     @functools.cached_property
     def _mask(self) -> Any:
         """The mask as an image or an array."""
-        return read_image(os.fspath(self.where)) if isinstance(self.where, str | os.PathLike) else self.where
+        return read_picture(os.fspath(self.where)) if isinstance(self.where, str | os.PathLike) else self.where
 
     @functools.cached_property
     def channel(self) -> str:
