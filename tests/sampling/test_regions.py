@@ -277,8 +277,7 @@ def rows_of_prompt(c):
     return ROWS[0] + c * ROWS[1]
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for_other_regions(with_reference):
+def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for_other_regions():
     """Oracle: the estimates of the first level, each from a call of the network of its own; the part's place is odd.
 
     Of a reference it sees the same part.
@@ -289,7 +288,7 @@ def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for
     area = Region((40, 24, 64, 48), "-0.6", 1.5)
     pipeline = pipeline_of(model)
     reference = np.random.default_rng(2).standard_normal((1, 12, 16, 16)).astype(np.float32)
-    options = {"context": rows_of_prompt, "references": [[reference]] if with_reference else [[]]}
+    options = {"context": rows_of_prompt, "references": [[reference]]}
     (found,) = drawn(pipeline, [(12, 16)], [[Region(mask, "0.9", 3.0), area]], params, **options)
 
     x = BatchNoise([ImageRequest("x", 128, 96)], "torch-cpu", SAMPLERS["euler"], params.levels()).start[0][None]
@@ -297,7 +296,7 @@ def test_the_transformer_sees_whole_images_and_parts_and_nothing_is_compiled_for
 
     def of(x, c):
         clean = reference[None] if x.shape[2] == 12 else reference[None][inside]
-        seen = np.concatenate([x, clean] if with_reference else [x], axis=1)
+        seen = np.concatenate([x, clean], axis=1)
         context = rows_of_prompt(c)[None].astype(np.float32)
         return np.array(x - velocity(model, seen, np.ones(1, np.float32), context)[:, :1])
 
