@@ -1,9 +1,9 @@
 """The Anima text-to-image model in JAX. Public names are imported on first use.
 
 `AnimaPipeline` generates images. `load_dit`, `load_vae`, `load_text_encoder` and `load_control` load networks from
-files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and the
-like, `control_picture` for control networks, `ArrayDataset`, `make_train_step` and `trained_model` for training in
-Python (docs/python.md).
+files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and
+the like, `Control` and `control_picture` for control networks, `ArrayDataset`, `make_train_step` and `trained_model`
+for training in Python (docs/python.md).
 """
 
 import importlib
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae, save_dit
     from anima_jax.data.preprocessors import control_picture
     from anima_jax.errors import UserError
+    from anima_jax.sampling.controls import Control
     from anima_jax.sampling.pipeline import AnimaPipeline
     from anima_jax.sampling.regions import Region
     from anima_jax.text.tokenizers import load_tokenizers
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnimaPipeline",
     "ArrayDataset",
+    "Control",
     "Region",
     "UserError",
     "__version__",
@@ -47,6 +49,7 @@ _MODULES = {
     "AnimaPipeline": "anima_jax.sampling.pipeline",
     "ArrayDataset": "anima_jax.training.own_loop",
     "Region": "anima_jax.sampling.regions",
+    "Control": "anima_jax.sampling.controls",
     "UserError": "anima_jax.errors",
     "add_adapter": "anima_jax.adapters.on_model",
     "control_picture": "anima_jax.data.preprocessors",

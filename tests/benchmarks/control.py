@@ -6,8 +6,7 @@ draws those again, from their captions and the edges of the drawings, and prints
 drawn shape with the control's, with and without the control network; `--grid` writes edges above pictures. RUN is the
 folder of a run of configs/shapes.toml, FILE the control network or the folder of its run.
 
-The shapes are anywhere in the picture: without control the model draws them in the
-middle.
+The shapes are anywhere in the picture; without control the model draws them near the middle.
 """
 
 import argparse
@@ -81,7 +80,7 @@ def write_grid(path: str, rows: list[list[Image.Image]], columns: int = 16) -> N
     for level, pictures in enumerate(rows):
         for index, picture in enumerate(pictures):
             grid.paste(picture, ((SIZE + GAP) * (index % columns), height * (index // columns) + cell * level))
-    grid.save(path, optimize=True)
+    grid.quantize(256).save(path, optimize=True)
 
 
 def measure(folder: pathlib.Path, run: pathlib.Path, control: pathlib.Path, grid: str | None) -> None:
