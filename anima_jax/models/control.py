@@ -217,7 +217,8 @@ class ControlModule(nnx.Module):
         scale_blm, shift_blm = jnp.split(self.cond_to_film(steered_ble), 2, axis=-1)
         hidden_blm = self.mid(jnp.concatenate([steered_ble, silu(self.down(x_bld))], axis=-1))
         hidden_blm = self._dropped(_modulated_silu(hidden_blm, scale_blm, shift_blm))
-        return _with_term(x_bld, strength_b11, self.up(hidden_blm))
+        # Without the barrier a TPU would compute the sum again for every tile of the layer's own product.
+        return jax.lax.optimization_barrier(_with_term(x_bld, strength_b11, self.up(hidden_blm)))
 
     def _dropped(self, x_blm: Array) -> Array:
         """Return `x_blm`, in training with dropout: some values are zero and the others are scaled up."""
