@@ -1,5 +1,6 @@
 """Data sets of tensorflow-datasets: the quick start's, drawn on first use, and others that lie on disk."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -41,6 +42,12 @@ def read(source: TfdsSource, *, index: FileIndex | None = None):
     problems = Problems()
     entries, line = read_entries(TfdsReader(source), index or FileIndex(), problems)
     return entries, line, problems
+
+
+def png_of(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def pixels(entry) -> np.ndarray:
@@ -165,6 +172,9 @@ def test_drawing_is_silent_and_reproducible(tmp_path, train):
     assert build(tmp_path) == [(entry.digest, entry.captions) for entry in train[:240]]
 
 
+EDGES = png_of(Image.new("RGB", (30, 15), (255, 0, 9)))
+
+
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory):
     """A data set that is not ours: grey pictures, a number, several captions, and damaged records.
@@ -179,6 +189,7 @@ def other_dir(tmp_path_factory):
     features = tfds.features.FeaturesDict(
         {
             "photo": tfds.features.Image(shape=(None, None, 1)),
+            "edges": tfds.features.Image(shape=(None, None, 3)),
             "text": tfds.features.Text(),
             "texts": tfds.features.Sequence(tfds.features.Text()),
             "number": tfds.features.Scalar(np.int32),
@@ -191,7 +202,8 @@ def other_dir(tmp_path_factory):
     Image.new("L", (40, 20), 90).save(png, "PNG")
 
     def put(split: str, text: str | bytes, texts: list[str], picture: bytes = png.getvalue()) -> None:
-        record = {"photo": io.BytesIO(picture), "text": text, "texts": texts, "number": 1}
+        edges = io.BytesIO(EDGES if split == "train" else b"no picture")
+        record = {"photo": io.BytesIO(picture), "edges": edges, "text": text, "texts": texts, "number": 1}
         writer.add_examples({split: [record]})
 
     put("train", "  a grey square ", ["one", " zwei Bären "])
@@ -201,6 +213,20 @@ def other_dir(tmp_path_factory):
     put("damaged", "no picture", ["x"], b"what is this")
     writer.close_all()
     return str(directory)
+
+
+def test_a_feature_has_the_control_pictures(other_dir, tmp_path):
+    keys = {"control": ("edges",)}
+    for trust in (False, True):
+        (entry,), line, _ = read(other(other_dir, **keys), index=FileIndex(tmp_path / "index", trust=trust))
+        assert [(each.media.read(), each.digest) for each in entry.controls] == [
+            (EDGES, hashlib.sha256(EDGES).digest())
+        ]
+        assert "1 image, 1 left out with an empty caption (skip_empty_caption), 1 paired with control pictures" in line
+    _, _, problems = read(other(other_dir, "damaged", **keys))
+    assert [": its control picture cannot be used: " in line for line in problems.lines] == [False, True, False]
+    with pytest.raises(UserError, match=r"no feature 'edgs' \(did you mean 'edges'\?\)"):
+        read(other(other_dir, control=("edgs",)))
 
 
 def test_another_data_set_is_read_with_its_own_feature_names(other_dir):
