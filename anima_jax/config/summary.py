@@ -26,7 +26,9 @@ def summary(config: MainConfig) -> list[str]:
         rate = f"{sentence}, at {config.learning_rates[CONTROL]:g}. The model is frozen."
         sentences = [rate, *_own_rate(config)]
         if ignored := [f"{group}_lr" for group, _ in GROUPS if getattr(config.model, f"{group}_lr", None)]:
-            sentences.append(f"A control network has the rate of [optimizer]: {_listed(ignored)} in [model] does nothing.")
+            sentences.append(
+                f"A control network has the rate of [optimizer]: {_listed(ignored)} in [model] does nothing."
+            )
         if config.sample and not config.sample.control:
             sentences.append("Samples are drawn without the control network: [sample] control is not set.")
         return sentences

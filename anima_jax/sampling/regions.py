@@ -225,6 +225,9 @@ class Region:
 
     def check(self) -> None:
         """Raise UserError for a prompt, strength or percent of another type or out of range."""
+        prompt: Any = self.prompt
+        if not isinstance(prompt, str) or self.where is None or (isinstance(self.where, str) and not self.where):
+            raise UserError(f"regions {show_value(repr(self))}, expected Region(mask or area, prompt, strength)")
         for name, high in (("strength", MAX_STRENGTH), ("start_percent", 1.0), ("end_percent", 1.0)):
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= high:

@@ -357,7 +357,9 @@ def batch_of_requests(
 def _of_images(values: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Return the tuple of each image, or a single one for all images."""
     if any(isinstance(value, list | tuple) for value in values):
-        return [tuple(value) if isinstance(value, list | tuple) else (value,) for value in values]
+        return [
+            () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,) for value in values
+        ]
     return [tuple(values)]
 
 

@@ -163,6 +163,8 @@ def test_areas_are_whole_latent_pixels_as_in_comfyui(text, part):
         (Region(LEFT, "a", start_percent=0.6, end_percent=0.5), "start_percent 0.6 is above end_percent 0.5"),
         (Region("0,0,8,8", "a", bounds=True), "bounds are those of a mask, found an area"),
         (Region("x.mp4", "a"), "x.mp4: no such file"),
+        (Region("", "a"), "regions Region(where='', prompt='a', strength=1.0"),
+        (Region("0,0,8,8", 5), "regions Region(where='0,0,8,8', prompt=5, strength=1.0"),  # type: ignore[arg-type]
     ],
 )
 def test_a_region_that_cannot_count_is_refused(region, message):
