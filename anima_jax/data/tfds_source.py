@@ -106,6 +106,8 @@ class TfdsReader(SourceReader[TfdsSource]):
         """The builder of the data set. Raises UserError if it is not prepared or lacks the split or a feature."""
         builder = _builder(self._data_set, self.source.data_dir, self._prepare)
         tfds, features, what = _tfds(), builder.info.features, f"tfds data set {self._data_set!r}"
+        if not isinstance(features, tfds.features.FeaturesDict):
+            raise UserError(f"{what}: its examples are {shorten([repr(features)], 1)}, expected features with names")
         for part in self.source.split.split("+"):
             _check_known(what, "split", part.partition("[")[0].strip(), ["all", *builder.info.splits])
         images = (self.source.image, *(self.source.control or ()))
