@@ -289,9 +289,10 @@ def test_an_image_names_its_controls_and_like_draws_it_again(files, tmp_path, mo
         ("edges.safetensors", "picture.png", 0.5, None, "canny:low=50:high=150"),
         ("inpaint.safetensors", "picture.png", 1.0, "mask.png", None),
     ]
-    assert 'ControlNet 1: "Module: none, Model: inpaint [' in text["parameters"]
     recipe = from_text("own.png", {"prompt": text["prompt"]})
-    assert [(one.path, one.image, one.mask, one.end_percent) for one in recipe.controls] == [
+    webui = 'ControlNet 1: "Module: none, Model: inpaint [' in text["parameters"]
+    assert [webui, *((one.path, one.image, one.mask, one.end_percent) for one in recipe.controls)] == [
+        True,
         ("edges.safetensors", "picture.png", None, 0.9),
         ("inpaint.safetensors", "picture.png", "mask.png", 1.0),
     ]
