@@ -149,8 +149,15 @@ def eight_bit(image: Image.Image) -> Image.Image:
         raise UserError("the pixels are floating-point numbers, expected 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
-    wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    wide = np.asarray(image)
+    narrow, pixels = np.empty(wide.shape, np.uint8), wide.reshape(-1)
+    for begin in range(0, pixels.size, _PIXELS):  # what fits a cache takes half the time
+        part = np.clip(pixels[begin : begin + _PIXELS], 0, 65535).astype(np.uint32)
+        narrow.reshape(-1)[begin : begin + _PIXELS] = (part + 128) // 257
+    return Image.fromarray(narrow)
+
+
+_PIXELS = 2**16
 
 
 @contextlib.contextmanager
