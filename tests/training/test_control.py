@@ -172,12 +172,14 @@ def new_state() -> TrainState:
     return init_state(jax.tree.map(jnp.copy, model()[2]), our_optimizer(), CONFIG)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_adamw_have_torchs_losses():
     expected, (_, found) = torch_losses(), advance(new_state())
     # Sums differ by 1e-7; AdamW divides by the size of the gradient, which amplifies this where it is small.
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path):
     plan = BatchPlan([Tier("64", np.arange(2), 24, 2)], seed=0)
     groups = dict.fromkeys(model()[2], "control")
