@@ -73,7 +73,8 @@ def test_a_control_network_is_trained_alone_and_samples_without_a_picture_are_na
     changes = {"adapter": {"type": "lllite", "cond_in_channels": 4}, "model.mlp_lr": 1e-4}
     first, *others = sentences({**changes, "sample": {"prompts": ["a cat"]}})
     assert first == (
-        "Training a control network (ControlNet-LLLite at self_attn_q) with adamw_optimi, at 2e-05. The model is frozen."
+        "Training a control network (ControlNet-LLLite at self_attn_q) with adamw_optimi, at 2e-05. "
+        "The model is frozen."
     )
     assert others == [
         "A control network has the rate of [optimizer]: mlp_lr in [model] does nothing.",
