@@ -24,7 +24,7 @@ from tests.shapes_judge import judge
 from tests.small_run import ASSETS, write_config
 
 CAPTION, COLOUR = "make it red", "red"
-PAIRS, HELD_OUT, GAP = 768, 32, 4
+PAIRS, HELD_OUT, GAP = 1536, 32, 4
 SAMPLING: dict[str, Any] = {"steps": 30, "guidance_scale": 1.0, "shift": 1.0, "sampler": "euler_ancestral"}
 
 
@@ -55,7 +55,7 @@ def trained(folder: pathlib.Path, run: pathlib.Path, epochs: int) -> pathlib.Pat
         "micro_batch_size_per_gpu = 32\nlr_scheduler = 'cosine'\nema_decay = 0.98\nsave_dtype = 'float32'\n"
         "caching_batch_size = 32\nsteps_per_print = 20\n",
         model="llm_adapter_lr = 0\n",
-        optimizer="type = 'adamw'\nlr = 2e-3\nbetas = [0.9, 0.99]\nweight_decay = 0.0",
+        optimizer="type = 'adamw'\nlr = 3e-3\nbetas = [0.9, 0.99]\nweight_decay = 0.0",
         adapter="type = 'lora'\nrank = 32",
     )
     dataset = folder / "dataset.toml"
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new folder for the pairs and the run")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=48)
     parser.add_argument("--grid", help="a .png to write")
     arguments = parser.parse_args()
     lora = trained(arguments.folder, arguments.run, arguments.epochs)
