@@ -174,6 +174,14 @@ class Control:
         return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
 
 
+def check_controls(controls: Sequence[Any]) -> None:
+    """Raise UserError unless all of these are controls that can be used."""
+    for control in controls:
+        if not isinstance(control, Control):
+            raise UserError(f"controls {show_value(repr(control))}, expected Control(network's file, picture)")
+        control.check()
+
+
 def with_kinds(controls: Sequence[Control], kinds: Sequence[str]) -> tuple[Control, ...]:
     """Return controls whose control pictures are made as `kinds` say: one kind for all controls, or one for each.
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import numbers
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE, part, sigmas
 from anima_jax.diffusion.step_cache import OFF, StepCache
 from anima_jax.diffusion.step_noise import NoiseKind
 from anima_jax.errors import UserError, check_names, did_you_mean, show_value
-from anima_jax.sampling.controls import Control
+from anima_jax.sampling.controls import Control, check_controls
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.regions import MAX_STRENGTH, Region, check_regions
@@ -111,8 +111,7 @@ class ImageRequest:
         if not 0 <= self.batch_index < self.batch_size:
             raise UserError(f"batch_index {self.batch_index}, expected 0 to {self.batch_size - 1}")
         check_regions(self.regions, self.latent_size)
-        for control in self.controls:
-            control.check()
+        check_controls(self.controls)
         if self.controls and self.references:
             raise UserError("controls and references: control networks steer single images, without further frames")
 
@@ -354,8 +353,11 @@ def batch_of_requests(
     ]
 
 
-def _of_images(values: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Return the tuple of each image, or a single one for all images."""
+def _of_images(values: Any) -> list[tuple[Any, ...]]:
+    """Return the tuple of each image, or a single one for all images; a single value is one of a tuple."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return [(values,)]
+    values = list(values)
     if any(isinstance(value, list | tuple) for value in values):
         return [
             () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,) for value in values

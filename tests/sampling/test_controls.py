@@ -362,6 +362,7 @@ def test_wrong_controls_in_python_are_named(files, pipeline):
     picture = files / "picture.png"
     other = parameters.merge(*wide())
     for control, message in [
+        ("edges.png", "controls 'edges.png', expected Control"),
         (Control(other, picture), "for 2 blocks of width 96, the transformer has 2 of width 64"),
         (Control(files / "edges.safetensors", picture, mask=files / "mask.png"), "takes no mask"),
         (Control(files / "edges.safetensors", 3), "control picture 3, expected a PIL image or the path"),
