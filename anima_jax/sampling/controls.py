@@ -242,4 +242,5 @@ def _named(given: Any) -> str:
 
 def _rounded_down(level: float) -> np.float32:
     nearest = np.float32(level)
-    return nearest if nearest <= level else np.nextafter(nearest, np.float32(-np.inf))
+    # As Python's numbers: NumPy would compare in float32, in which both are equal.
+    return nearest if float(nearest) <= level else np.nextafter(nearest, np.float32(-np.inf))

@@ -238,6 +238,18 @@ def test_networks_are_loaded_once_and_few_are_kept(files, pipeline, monkeypatch)
     np.testing.assert_array_equal(by_path, by_network)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_a_network_acts_at_its_borders_as_comfyui_compares_them(shift):
+    for steps in range(1, 31):
+        levels = SamplingParams(steps=steps, shift=shift, sampler="euler").levels()
+        for done in range(steps + 1):
+            first, last = Control("a", "b", 1.0, done / steps, done / steps).levels(shift)
+            # There, `float(sigmas.max().item())` is a level of float32 as a Python float.
+            border = percent_to_sigma(done / steps, shift)
+            assert (last < levels).tolist() == [border < level for level in levels.tolist()]
+            assert done == 0 or (levels <= first).tolist() == [level <= border for level in levels.tolist()]
+
+
 def test_pictures_scale_as_in_torch():
     torch = pytest.importorskip("torch")
     for seed, (height, width, size) in enumerate([(50, 70, (48, 32)), (31, 200, (64, 64)), (300, 47, (80, 160))]):
