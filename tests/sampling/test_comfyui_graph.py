@@ -11,6 +11,7 @@ from PIL import Image
 
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, percent_to_sigma
+from anima_jax.sampling.controls import Control
 from anima_jax.sampling.image_text import from_text, to_text
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.regions import Region
@@ -80,15 +81,18 @@ def check_value(graph, value, expected):
         assert expected.get("min", value) <= value <= expected.get("max", value)
 
 
-@pytest.mark.parametrize(("request_", "params", "files"), REQUESTS, ids=str)
-def test_graphs_are_valid_and_say_what_the_request_says(request_, params, files):
-    text = text_of(request_, params, files)
-    graph = strict_json(text["prompt"])
+def check_graph(graph):
     for node in graph.values():
         expected = NODES[node["class_type"]]["inputs"]
         assert {name for name, row in expected.items() if "optional" not in row} <= set(node["inputs"]) <= set(expected)
         for name, value in node["inputs"].items():
             check_value(graph, value, expected[name])
+
+
+@pytest.mark.parametrize(("request_", "params", "files"), REQUESTS, ids=str)
+def test_graphs_are_valid_and_say_what_the_request_says(request_, params, files):
+    text = text_of(request_, params, files)
+    check_graph(strict_json(text["prompt"]))
     assert "left_out_for_comfyui" not in text["anima_jax"]
     recipe = from_text("x.png", {"prompt": text["prompt"]})
     defaults = ImageRequest("").settings() | dataclasses.asdict(SamplingParams())
@@ -120,6 +124,30 @@ def test_what_no_node_does_is_named(params, files, left_out):
     regions = files.get("regions", ())
     text = to_text(ImageRequest("a", regions=regions), SamplingParams(**params), FILES | files)
     assert json.loads(text["anima_jax"])["left_out_for_comfyui"] == [left_out]
+
+
+def test_control_networks_act_in_their_order_with_the_masks_of_their_files(tmp_path):
+    for name, mode in {"opaque": "RGB", "hole": "RGBA", "mask": "L"}.items():
+        Image.new(mode, (8, 8)).save(tmp_path / f"{name}.png")
+    opaque, hole, mask = (tmp_path / f"{name}.png" for name in ("opaque", "hole", "mask"))
+    controls = Control("n/one.safetensors", opaque, 0.5, 0.0, 0.75), Control("two.safetensors", hole, -1.0)
+    controls += (Control("two.safetensors", opaque, 10.0, 0.25, 1.0, mask),)
+    text = to_text(ImageRequest("a", controls=controls), SamplingParams(shift=2.0), FILES)
+    check_graph(graph := strict_json(text["prompt"]))
+    found, node = [], next(node for node in graph.values() if node["class_type"] == "KSampler")
+    while (node := graph[node["inputs"]["model"][0]])["class_type"] == "AnimaLLLiteApply":
+        own = node["inputs"]
+        network, image = (graph[own[part][0]]["inputs"] for part in ("model_patch", "image"))
+        masked = (graph[own["mask"][0]]["class_type"], own["mask"][1]) if "mask" in own else None
+        numbers = own["strength"], own["start_percent"], own["end_percent"]
+        found.insert(0, (network["name"], image["image"], *numbers, masked))
+    # The patch of the node nearest to the loader is the first of its list.
+    assert found == [
+        ("one.safetensors", "opaque.png", 0.5, 0.0, 0.75, None),
+        ("two.safetensors", "hole.png", -1.0, 0.0, 1.0, ("LoadImage", 1)),
+        ("two.safetensors", "opaque.png", 10.0, 0.25, 1.0, ("LoadImageMask", 0)),
+    ]
+    assert node["class_type"] == "ModelSamplingAuraFlow"  # ComfyUI takes the levels from the model it is given
 
 
 @pytest.mark.parametrize(("mode", "channel"), [("L", "red"), ("RGB", "red"), ("LA", "alpha"), ("RGBA", "alpha")])
