@@ -22,15 +22,15 @@ from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
 from anima_jax.models.control import LAYERS, ControlConfig, ControlNetwork
-from anima_jax.models.dit import AnimaDiT
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.image_text import from_text
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
+from tests.golden_files import golden, relative_error
 from tests.models import control_peer, dit_peer
 from tests.models.networks import normal, random_params, randomise
-from tests.small_run import ASSETS, CONFIG
+from tests.small_run import ASSETS, CONFIG, write_transformer
 
 BARE = dataclasses.replace(CONFIG, adapter=None)
 EULER = SamplingParams(negative_prompt="blue", steps=4, sampler="euler", guidance_scale=2.0)
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
 
 def write_files(folder):
     """Write a transformer, a LoRA on it, two control networks, one for inpainting, a picture and a mask."""
-    params = random_params(parameters.abstract(lambda rngs: AnimaDiT(CONFIG, rngs=rngs))[1])
+    params = write_transformer(folder / "base.safetensors")
     if importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers"):
         params |= dit_peer.our_params(randomise(dit_peer.transformer(BARE)), BARE)
     save_dit(folder / "base.safetensors", params)
@@ -162,6 +162,14 @@ def test_a_mixed_batch_with_a_lora_equals_torchs_networks_each_with_its_own_cont
         np.testing.assert_allclose(latents, wanted, atol=2e-4 * np.abs(wanted).max())
     for ours, theirs in zip(*map(pipeline.decode, (found, expected)), strict=True):
         assert 20 * np.log10(2.0 / np.sqrt(np.mean((ours - theirs) ** 2))) > 80.0
+
+
+def test_a_mixed_batch_is_what_comfyuis_own_nodes_make_of_each_image(files, tmp_path):
+    write_transformer(tmp_path / "base.safetensors")
+    expected = golden("lllite_sampling")
+    for number, found in enumerate(load(tmp_path).draw_latents(requests(files), EULER)):
+        # float32's rounding in another order, over four steps.
+        assert relative_error(np.moveaxis(found, -1, 0)[None], expected[f"latents.{number}"]) < 1e-5
 
 
 @contextlib.contextmanager
