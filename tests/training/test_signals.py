@@ -118,10 +118,21 @@ def test_the_first_interrupt_saves_and_says_how_to_end_at_once(loop):
     assert "saving a checkpoint after the current step; press Ctrl-C again to end at once" in process.stderr.read()
 
 
+# It says that it is ready when its main thread is in a call into C for minutes, as XLA's compilation is one. Before,
+# the other thread cannot run: Python's handler of a signal must wait for the end of that call.
+COMPILES = """
+    import hashlib, sys, threading
+    def main():
+        sys.setswitchinterval(1e6)
+        begun = threading.Event()
+        threading.Thread(target=lambda: (begun.wait(), print("ready", flush=True)), daemon=True).start()
+        begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
 def test_the_second_interrupt_ends_a_process_that_compiles(tmp_path):
-    # A call into C for minutes, as XLA's compilation is one: Python's handler waits for its end.
-    body = "def main():\n print('ready', flush=True)\n hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
-    (tmp_path / "compiles.py").write_text("import hashlib\n" + body)
+    (tmp_path / "compiles.py").write_text(textwrap.dedent(COMPILES))
     code = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import anima_jax.launch as l; l._run('{}')"
     command = [sys.executable, "-c", code.format("compiles")]
     path = os.pathsep.join([str(tmp_path), os.getcwd()])
