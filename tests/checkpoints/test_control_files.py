@@ -55,6 +55,12 @@ def test_a_network_is_written_with_every_key_and_bit(tmp_path, tensors, dtype):
     assert metadata_in(out)["modelspec.title"] == "lines"
 
 
+def test_an_odd_trunk_is_halved_downwards_as_in_sd_scripts(tmp_path):
+    config = ControlConfig(trunk_width=9, embedding_width=2, mlp_width=2, blocks=1, width=4)
+    save_control(tmp_path / "odd.safetensors", network_of(config))
+    assert load_control(tmp_path / "odd.safetensors").config == config
+
+
 def raw_tensors(path) -> dict[str, tuple[str, bytes]]:
     """Name → dtype and bytes, also of dtypes that NumPy does not have."""
     data = path.read_bytes()

@@ -81,7 +81,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[
     width_of_trunk, embedding = (_shape(shapes, f"{TRUNK}{name}.weight", 4)[0] for name in ("conv3", "proj"))
     if channels not in (3, 4):
         raise UserError(f"{TRUNK}conv1 reads {channels} channels, expected 3, or 4 with an inpainting mask")
-    if width_of_trunk != 2 * half:
+    if width_of_trunk // 2 != half:
         raise UserError(f"{TRUNK}conv3 has {width_of_trunk} channels, expected {2 * half}: twice those of conv1")
     there = layers_in(shapes)
     if not there:
