@@ -2,8 +2,8 @@
 
 `AnimaPipeline` generates images. `load_dit`, `load_vae`, `load_text_encoder` and `load_control` load networks from
 files, `save_dit` and `save_control` write them. `add_adapter`, `load_adapter` and `save_adapter` are for LoRAs and
-the like, `Control` and `control_picture` for control networks, `ArrayDataset`, `make_train_step` and `trained_model`
-for training in Python (docs/python.md).
+the like, `Control`, `control_picture` and `add_control` for control networks, `ArrayDataset`, `make_train_step` and
+`trained_model` for training in Python (docs/python.md).
 """
 
 import importlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anima_jax.sampling.pipeline import AnimaPipeline
     from anima_jax.sampling.regions import Region
     from anima_jax.text.tokenizers import load_tokenizers
-    from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
+    from anima_jax.training.own_loop import ArrayDataset, add_control, make_train_step, trained_model
 
     __version__: str
 
@@ -31,6 +31,7 @@ __all__ = [
     "UserError",
     "__version__",
     "add_adapter",
+    "add_control",
     "control_picture",
     "load_adapter",
     "load_control",
@@ -52,6 +53,7 @@ _MODULES = {
     "Control": "anima_jax.sampling.controls",
     "UserError": "anima_jax.errors",
     "add_adapter": "anima_jax.adapters.on_model",
+    "add_control": "anima_jax.training.own_loop",
     "control_picture": "anima_jax.data.preprocessors",
     "load_adapter": "anima_jax.adapters.on_model",
     "load_control": "anima_jax.checkpoints.control",

@@ -14,7 +14,10 @@ from PIL import Image
 import anima_jax
 from anima_jax.adapters.on_model import add_adapter, load_adapter, save_adapter
 from anima_jax.checkpoints.models import save_dit
+from anima_jax.diffusion.objective import TimeDistribution
+from anima_jax.diffusion.randomness import Purpose, example_keys, normal, uniform
 from anima_jax.errors import UserError
+from anima_jax.models.dit import CONTEXT_ROWS
 from anima_jax.models.parameters import merge, split
 from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
 from tests.small_run import ASSETS, write_transformer
@@ -189,6 +192,83 @@ def test_references_are_further_frames_of_an_example(networks):
         ArrayDataset.from_images(pictures[:1], "a", references=[[np.zeros((32, 32, 3), np.uint8)]], **networks)
     with pytest.raises(UserError, match="2 images and 2 captions and references of 1, expected as many"):
         ArrayDataset.from_images(pictures[:2], "ab", references=[[]], **networks)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8))
+
+
+def test_a_control_network_is_trained_and_saved(dit, networks, pictures, tmp_path):
+    """A step of SGD changes the network alone, by a gradient that depends on the control pictures."""
+    steered = anima_jax.add_control(dit, trunk_width=16, embedding_width=8, mlp_width=8, layers=("mlp_layer1",))
+    state, step = make_train_step(steered, optax.sgd(0.1), dtype=jnp.float32)
+    assert state.params.keys() == split(steered)[1].keys() - split(dit)[1].keys()
+    after = []
+    for control in pictures[2:4]:
+        data = ArrayDataset.from_images(pictures[:1], "a", controls=[control], **networks, dtype=jnp.float32)
+        for batch in data.batches(1, steps=1):
+            np.testing.assert_array_equal(batch.control_blp[0, 4].reshape(16, 16, 3), control[16:, 16:32])
+            found, metrics = step(jax.tree.map(jnp.copy, state), batch)
+            after.append((float(metrics.loss), trained_model(steered, found)))
+    assert after[0][0] == after[1][0]
+    ups = [np.asarray(model.control.blocks.mlp_layer1.up.kernel) for _, model in after]
+    assert not np.allclose(*ups, rtol=0.01, atol=0)
+    anima_jax.save_control(tmp_path / "c.safetensors", after[0][1].control)
+    again = anima_jax.add_control(dit, anima_jax.load_control(tmp_path / "c.safetensors", blocks=2))
+    for path, value in split(after[0][1])[1].items():
+        np.testing.assert_array_equal(split(again)[1][path], value, err_msg=path)
+
+
+def test_controls_that_do_not_fit_are_refused(dit, networks, pictures, data):
+    def dataset(controls, images=pictures[:1], **more):
+        return ArrayDataset.from_images(images, ["a"] * len(images), controls=controls, **more, **networks)
+
+    masked = [np.concatenate([pictures[0], pictures[1][..., :1]], -1)]
+    for make, message in (
+        (lambda: dataset([]), "1 images and 0 controls, expected as many"),
+        (lambda: dataset([pictures[0][:16]]), r"control 0: \(1, 16, 48, 3\) of an image .* expected one of its size"),
+        (lambda: dataset([pictures[0][..., :2]]), r"control 0: shape .* expected \(y, x, 3\) or \(y, x, 4\) with"),
+        (
+            lambda: dataset([pictures[0], *masked], pictures[:2]),
+            r"example 1: control patches .* expected uint8 \(6, 768",
+        ),
+        (lambda: dataset(pictures[:1], references=[pictures[1:2]]), "example 0: a control picture of 2 frames"),
+        (lambda: anima_jax.add_control(dit, chanels=4), r"no setting 'chanels' \(did you mean 'channels'\?\)"),
+        (lambda: anima_jax.add_control(dit, layers=("q",)), "add_control: no control modules at q, expected some of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+    steered = anima_jax.add_control(dit)
+    with pytest.raises(UserError, match="edit True, expected False: a control network works on"):
+        make_train_step(steered, optax.sgd(0.1), edit=True)
+    for model, batches, message in ((steered, data, "of 0 channels, expected 3"), (dit, dataset(masked), "of 4 .* 0:")):
+        state, step = make_train_step(model, optax.sgd(0.1))
+        with pytest.raises(UserError, match=message):
+            step(state, next(batches.batches(1)))
+
+
+def test_an_edits_references_are_clean_and_not_scored(dit, networks, pictures):
+    """The loss, written out."""
+    adapted = add_adapter(dit, rank=2, target_modules=["mlp"])
+    references = [pictures[1:2]]
+    edits = ArrayDataset.from_images(pictures[:1], "a", references=references, **networks, dtype=jnp.float32)
+    (batch,) = edits.batches(1, steps=1)
+    state, step = make_train_step(adapted, optax.sgd(0.0), dtype=jnp.float32, edit=True, seed=3)
+    _, metrics = step(state, batch)
+
+    @jax.jit
+    def written_out(x0):
+        noise, level = (example_keys(3, batch.epochs_b, batch.ids_b2, what) for what in (Purpose.NOISE, Purpose.TIME))
+        noise, t = normal(noise, x0.shape[1:]), TimeDistribution().times(uniform(level), batch.grid_b3)
+        noisy = jnp.concatenate([(1 - t) * x0[:, :6] + t * noise[:, :6], x0[:, 6:]], 1)
+        text = batch.text
+        context = dit.llm_adapter(text.source_bnd, text.target_ids_bm, text.source_mask_bn, text.target_mask_bm)
+        rows = CONTEXT_ROWS - context.shape[1]
+        velocity = dit.velocity(noisy, batch.grid_b3, t, context, zero_context=rows)
+        return jnp.mean((velocity - (noise - x0))[:, :6] ** 2)
+
+    assert float(metrics.loss) == pytest.approx(float(written_out(batch.latents_blc)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
