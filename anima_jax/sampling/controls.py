@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from anima_jax.checkpoints.locations import MODEL_SUFFIXES, PathLike
+from anima_jax.data.images import over_white
 from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, plural, show_value
@@ -163,7 +164,8 @@ class Control:
         if channels != WITH_MASK and (mask is not None or self.kind == MASK):
             raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
         picture = self.picture(size_wh)
-        colours_yxc = (to_pixels(picture)[0] + np.float32(1.0)) / np.float32(2.0)
+        colours = picture if channels == WITH_MASK else over_white(picture)  # as training reads it
+        colours_yxc = (to_pixels(colours)[0] + np.float32(1.0)) / np.float32(2.0)
         pixels_yxc = np.clip(scaled_bicubic(colours_yxc, size_wh), 0.0, 1.0) * np.float32(2.0) - np.float32(1.0)
         if channels != WITH_MASK:
             return pixels_yxc

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from anima_jax import AnimaPipeline, generate
 from anima_jax.checkpoints.control import load_control, save_control
 from anima_jax.checkpoints.models import save_dit
+from anima_jax.data.images import read_image
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError
@@ -256,6 +258,21 @@ def test_a_network_acts_at_its_borders_as_comfyui_compares_them(shift):
             border = percent_to_sigma(done / steps, shift)
             assert (last < levels).tolist() == [border < level for level in levels.tolist()]
             assert done == 0 or (levels <= first).tolist() == [level <= border for level in levels.tolist()]
+
+
+def test_transparency_is_white_as_in_training_except_for_an_inpainting_network():
+    """Lines on a transparent ground, whose hidden colours are black, as programs for drawing write them."""
+    image = Image.new("RGBA", (32, 48), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 10, 32, 13))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    trained = read_image(file.getvalue(), image.size, name="lines.png")
+    control = Control("lines.safetensors", image)
+    np.testing.assert_allclose(control.pixels(image.size, 3), trained / np.float32(127.5) - 1, atol=1e-6)
+    assert (trained[0] == 255).all()
+    masked = control.pixels(image.size, 4)
+    assert (masked[..., :3] == -1).all()
+    np.testing.assert_array_equal(masked[..., 3] == 1, (trained == 255).all(axis=2))
 
 
 def test_pictures_scale_as_in_torch():
