@@ -21,7 +21,15 @@ from anima_jax.checkpoints.depths import DEPTHS, depth_map
 from anima_jax.checkpoints.locations import PathLike, files_in
 from anima_jax.checkpoints.models import Checkpoint, stored_dtypes, write_parameters
 from anima_jax.checkpoints.names import FileTensor, file_tensors
-from anima_jax.checkpoints.names.control import MODULES, TRUNK, config_from_shapes, metadata_of, present, rules
+from anima_jax.checkpoints.names.control import (
+    MODULES,
+    TRUNK,
+    blocks_in,
+    config_from_shapes,
+    metadata_of,
+    present,
+    rules,
+)
 from anima_jax.checkpoints.names.networks import NetworkKeys
 from anima_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from anima_jax.checkpoints.values import check_values
@@ -71,10 +79,11 @@ def load_control(
 
     `path` is a .safetensors file, local, `gs://…` or `hf://owner/repo/file`, or a folder with one. The shapes in it
     determine all sizes. `dtype` None keeps the stored one. `blocks` and `width` are those of the transformer that it is
-    used on: the modules of a network for 28 blocks take their places in a transformer of 40 or 52. Without `blocks` the
-    network is for the shallowest Anima model that has all blocks with a module. Parameters are sharded over the current
-    mesh (`jax.set_mesh`), or placed on the default device. Raises UserError if the file cannot be read, has another
-    kind of network or is for another transformer, and if tensors are missing, unknown, of another shape or not finite.
+    used on: the modules of a network for 28 blocks take their places in a transformer of 40 or 52. Without `blocks` it
+    is for as many as the file says, or else for the shallowest Anima model that has all blocks with a module.
+    Parameters are sharded over the current mesh (`jax.set_mesh`), or placed on the default device. Raises UserError if
+    the file cannot be read, has another kind of network or is for another transformer, and if tensors are missing,
+    unknown, of another shape or not finite.
     """
     with open_control(path, blocks=blocks, width=width) as checkpoint:
         mesh = None if jax.sharding.get_mesh().empty else current_mesh()
@@ -102,7 +111,7 @@ def fit_control(file: TensorFile, *, blocks: int | None = None, width: int | Non
         found = config_from_shapes({name: info.shape for name, info in file.tensors.items()}, file.metadata)
         if width not in (None, found.width):
             raise UserError(f"is a {TITLE} for a transformer of width {found.width}, the model's is {width}")
-        places, blocks = _places(found, blocks)
+        places, blocks = _places(found, blocks_in(file.metadata, found.blocks), blocks)
     except KeyError as error:
         name = str(error.args[0])
         near = did_you_mean(name, file.tensors)
@@ -121,7 +130,7 @@ def fit_control(file: TensorFile, *, blocks: int | None = None, width: int | Non
         tensor if tensor.layer is None else dataclasses.replace(tensor, layer=places[tensor.layer])
         for tensor in tensors
     ]
-    graphdef, abstract = _abstract(config)
+    graphdef, abstract = abstract_control(config)
     keys = NetworkKeys(keys={name: name for name in sources})
     abstract = stored_dtypes(abstract, tensors, sources)
     return Checkpoint(config, graphdef, abstract, tuple(tensors), sources, file.metadata, keys, file.path)
@@ -172,12 +181,15 @@ def _check_kind(file: TensorFile) -> None:
         raise UserError(f"is no {TITLE} for Anima; {accounting.looks_like(file.tensors, file.metadata)}")
 
 
-def _places(config: ControlConfig, blocks: int | None) -> tuple[dict[int, int], int]:
-    """Return block of the file → block of a transformer of `blocks`, and the latter's number, chosen if it is None."""
-    depth = next((depth for depth in DEPTHS if depth >= config.blocks), config.blocks)
+def _places(config: ControlConfig, made_for: int | None, blocks: int | None) -> tuple[dict[int, int], int]:
+    """Return block of the file → block of a transformer of `blocks`, and the latter's number, chosen if it is None.
+
+    `made_for` are the blocks of the transformer that the file was made for, if it says so.
+    """
+    depth = made_for or next((depth for depth in DEPTHS if depth >= config.blocks), config.blocks)
     if blocks is None:
         # A network of another width is for no released model.
-        blocks = depth if config.width == DiTConfig().width else config.blocks
+        blocks = depth if made_for or config.width == DiTConfig().width else config.blocks
     if not (depth in DEPTHS and blocks in DEPTHS):
         depth = blocks
     places = depth_map(depth, blocks) if depth != blocks else {block: block for block in range(blocks)}
@@ -203,12 +215,12 @@ def _tensors(config: ControlConfig) -> list[FileTensor]:
     there = present(config)
     return [
         tensor
-        for tensor in file_tensors(rules(config), _abstract(config)[1])
+        for tensor in file_tensors(rules(config), abstract_control(config)[1])
         if tensor.layer is None or (tensor.layer, tensor.path.split(".")[1]) in there
     ]
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract(config: ControlConfig) -> tuple[nnx.GraphDef[Any], Params]:
+def abstract_control(config: ControlConfig) -> tuple[nnx.GraphDef[Any], Params]:
     """Return the abstract network, cached because tracing takes a while."""
     return parameters.abstract(lambda rngs: ControlNetwork(config, rngs=rngs))

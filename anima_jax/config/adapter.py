@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from anima_jax.adapters.kinds import TRAINABLE
-from anima_jax.checkpoints.names.control import ATOMICS
+from anima_jax.checkpoints.names.control import ATOMICS, DILATION_LIMIT, LLLITE
 from anima_jax.config.schema import (
     Count,
     Dtype,
@@ -67,9 +67,6 @@ AdapterPath = Annotated[
 ]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns), Listed, documented_as("regex or [regex, …]")]
 
-
-LLLITE = "lllite"
-"""The type of adapter that is a control network: ControlNet-LLLite."""
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "self_attn_q": tuple(ATOMICS)[:1],
@@ -178,7 +175,7 @@ class AdapterConfig(TypedSection):
     use_aspp: bool = Field(
         False, description="ours; 'lllite': whether the trunk ends in dilated convolutions (ASPP), which see further"
     )
-    aspp_dilations: Annotated[tuple[Count, ...], Listed, NotEmpty] = Field(
+    aspp_dilations: Annotated[tuple[Annotated[Count, Field(lt=DILATION_LIMIT)], ...], Listed, NotEmpty] = Field(
         (1, 2, 4, 8), description="ours; 'lllite': their dilations; needs use_aspp = true"
     )
     mlp_dim: Count = Field(64, description="ours; 'lllite': features inside a module")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from anima_jax.adapters.base_model import base_mismatch
 from anima_jax.adapters.planning import first_match, require_patterns_fit
-from anima_jax.checkpoints.control import open_control
+from anima_jax.checkpoints.control import abstract_control, open_control
 from anima_jax.checkpoints.names import FileTensor, file_tensors
 from anima_jax.checkpoints.names.control import ATOMICS, metadata_of, present, rules
 from anima_jax.config.adapter import AdapterConfig
@@ -73,7 +73,7 @@ def network_of(config: MainConfig, dit: DiTConfig) -> tuple[ControlConfig, dict[
     network = dataclasses.replace(network, absent=tuple(f"{block}.{layer}" for block, layer in absent))
     by_module = {f"blocks.{layer}.": tuple(own[_name(block, layer)] for block in range(dit.blocks)) for layer in layers}
     rates = {"trunk.": (own[TRUNK],), **by_module}
-    shapes = parameters.abstract(lambda rngs: ControlNetwork(network, rngs=rngs))[1]
+    shapes = abstract_control(network)[1]
     return network, {
         PREFIX + path: rates[part]
         for path in shapes
@@ -89,12 +89,9 @@ def _name(block: int, layer: str) -> str:
 
 def initial(network: ControlConfig, seed: int, mesh: Mesh) -> Params:
     """Return initial values with which the transformer is unchanged: sd-scripts', from the run's seed."""
-
-    def build(rngs) -> ControlNetwork:
-        return ControlNetwork(network, rngs=rngs)
-
-    shapes = parameters.abstract(build)[1]
-    values = parameters.initial(build, seed, sharding_rules.shardings(shapes, shapes, mesh))[1]
+    shapes = abstract_control(network)[1]
+    placed = sharding_rules.shardings(shapes, shapes, mesh)
+    values = parameters.initial(lambda rngs: ControlNetwork(network, rngs=rngs), seed, placed)[1]
     return {PREFIX + path: value for path, value in values.items()}
 
 
@@ -145,9 +142,8 @@ def tensors_of(network: ControlConfig, params: Params) -> list[FileTensor]:
 
 def network_with(network: ControlConfig, params: Params) -> ControlNetwork:
     """Return the network with the trained parameters."""
-    graphdef, _ = parameters.abstract(lambda rngs: ControlNetwork(network, rngs=rngs))
     own = {path.removeprefix(PREFIX): value for path, value in params.items() if path.startswith(PREFIX)}
-    return parameters.merge(graphdef, own)
+    return parameters.merge(abstract_control(network)[0], own)
 
 
 def metadata(adapter: AdapterConfig, network: ControlConfig) -> Mapping[str, str]:

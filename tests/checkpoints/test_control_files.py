@@ -1,5 +1,6 @@
 """Files of control networks: every bit back, sizes from shapes, deeper models, and one clear line for all others."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anima_jax.checkpoints.control import load_control, save_control
-from anima_jax.checkpoints.names.control import LAYERS, MODULES, TRUNK
+from anima_jax.checkpoints.names.control import BLOCKS, LAYERS, MODULES, TRUNK
 from anima_jax.convert.__main__ import main
 from anima_jax.errors import UserError
 from anima_jax.models import parameters
@@ -97,6 +98,24 @@ def test_a_network_of_28_blocks_is_used_on_deeper_models(blocks, places):
     there = np.asarray(deep.present())
     assert there[list(places)].all()
     assert there.sum() == len(places) * len(deep.config.layers)
+
+
+def test_a_network_without_modules_in_the_last_blocks_is_for_the_depth_that_its_file_says(tmp_path):
+    layer, path, other = "self_attn_q_proj", tmp_path / "network.safetensors", tmp_path / "other.safetensors"
+    absent = tuple(f"{block}.{layer}" for block in range(28, 40))
+    config = dataclasses.replace(INPAINTING, layers=(layer,), blocks=40, width=2048, absent=absent)
+    network = network_of(config)
+    save_control(path, network)
+    stored = parameters.split(network)[1]["blocks.self_attn_q_proj.down.kernel"]
+    for blocks in (None, 40):
+        found = load_control(path, blocks=blocks)
+        assert found.config == config
+        np.testing.assert_array_equal(
+            parameters.split(found)[1]["blocks.self_attn_q_proj.down.kernel"][:28], stored[:28]
+        )
+    for said in ("27", "99999", "x", "-40", ""):
+        save_control(other, network, metadata={BLOCKS: said})
+        assert load_control(other).config.blocks == 28
 
 
 def lacking(*parts):

@@ -14,6 +14,12 @@ from anima_jax.models.control import CELLS, LAYERS, PATCH, ControlConfig
 TRUNK = "lllite_conditioning1."
 MODULES = "lllite_dit_blocks_"
 
+LLLITE = "lllite"
+"""The type of adapter that is a control network: ControlNet-LLLite."""
+
+BLOCKS = "lllite.blocks"
+"""Our own metadata key: blocks of the transformer, of which the last ones may have no module. Others ignore it."""
+
 DILATIONS = (1, 2, 4, 8)
 """sd-scripts' default for an ASPP."""
 
@@ -24,6 +30,9 @@ ATOMICS: Mapping[str, tuple[str, ...]] = {
     "mlp_fc1_pre": ("mlp_layer1",),
 }
 """sd-scripts' names of places (`ATOMIC_SPECIFIERS`) → layers with a module."""
+
+DILATION_LIMIT = 10**4
+"""No dilation is as large."""
 
 _MOST_BLOCKS = 512  # all of them are stacked, with or without modules
 
@@ -106,6 +115,13 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[
     )
 
 
+def blocks_in(metadata: Mapping[str, str], least: int) -> int | None:
+    """Return the number of blocks of the transformer that a file was made for, None if it does not say."""
+    found = metadata.get(BLOCKS, "")
+    blocks = int(found) if re.fullmatch(r"[0-9]{1,9}", found) else 0
+    return blocks if least <= blocks <= _MOST_BLOCKS else None
+
+
 def present(config: ControlConfig) -> list[tuple[int, str]]:
     """Return block and layer of each module of a network."""
     every = ((block, layer) for block in range(config.blocks) for layer in config.layers)
@@ -136,7 +152,7 @@ def _dilations(branches: int, names: Iterable[str], metadata: Mapping[str, str])
         return ()
     stored = metadata.get("lllite.aspp_dilations", ",".join(map(str, DILATIONS)))
     found = [part.strip() for part in stored.strip("[]() ").split(",") if part.strip()]
-    if not all(part.isdecimal() and 0 < int(part[:9]) < 10**4 for part in found):
+    if not all(part.isdecimal() and 0 < int(part[:9]) < DILATION_LIMIT for part in found):
         raise UserError(f"lllite.aspp_dilations = {shorten([stored])}, expected numbers from 1, such as 1,2,4,8")
     if len(found) != branches:
         raise UserError(f"has {branches} ASPP branches for {len(found)} dilations, lllite.aspp_dilations = {stored}")
@@ -149,6 +165,7 @@ def metadata_of(config: ControlConfig, target_layers: str = "") -> dict[str, str
     return {
         "modelspec.architecture": "anima-preview/control-net-lllite",
         "lllite.version": "2",
+        BLOCKS: str(config.blocks),
         "lllite.cond_in_channels": str(config.channels),
         "lllite.inpaint_masked_input": str(config.masked_input).lower(),
         "lllite.cond_emb_dim": str(config.embedding_width),
