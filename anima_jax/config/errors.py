@@ -124,7 +124,7 @@ class TomlFile:
                 # This error is only a consequence: the value that a default is derived from is invalid.
                 if details["type"] != "default_factory_not_called":
                     key = details.get("ctx", {}).get("key")
-                    place = self.place_in_file((*details["loc"], *([key] if key else [])))
+                    place = self.place_in_file((*_written(details["loc"], table), *([key] if key else [])))
                     self.error(place, self._text(details, place))
             return None
 
@@ -170,6 +170,17 @@ class TomlFile:
         literals = [word.strip(" '") for word in context.get("expected", "").replace(" or ", ",").split(",")]
         near = did_you_mean(found, literals) if isinstance(found, str) else ""
         return f"found {shown(found)}, expected {expected}{near}"
+
+
+def _written(place: Place, table: Any) -> Place:
+    """Return the part of a place that the table has: one text may stand for a list with an item for each of many."""
+    for depth, part in enumerate(place):
+        if isinstance(table, str):
+            return place[:depth]
+        if isinstance(table, list):
+            table = dict(enumerate(table))
+        table = table.get(part) if isinstance(table, Mapping) else None
+    return place
 
 
 def _is_in(key: str, table: str) -> bool:

@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from anima_jax.adapters.kinds import TRAINABLE
 from anima_jax.assets import shipped
+from anima_jax.checkpoints.names.control import LLLITE
 from anima_jax.config import unsupported_keys
 from anima_jax.config.dataset import SHARED_KEYS, SOURCES, DatasetConfig, DirectorySource, apply_shared_keys
 from anima_jax.config.errors import BELONGS_ABOVE, TomlFile
 from anima_jax.config.main import EVAL_EVERY, MainConfig
 from anima_jax.config.optimizer import OptimizerConfig
-from anima_jax.config.pairs import pairs_in
+from anima_jax.config.pairs import Pairs, pairs_of
 from anima_jax.config.schema import Place, is_address, resolve
 from anima_jax.config.sizes import Size
 from anima_jax.config.syntax import read_toml, toml_value
@@ -55,7 +57,7 @@ def load_config(
     context = {
         "i_know_what_i_am_doing": i_know_what_i_am_doing,
         "cached_text": cached_text,
-        "pairs": pairs_in(table),
+        "pairs": _pairs_in(table),
     }
     files = [main]
 
@@ -88,6 +90,16 @@ def load_config(
     if errors or config is None:
         raise UserError(*errors)
     return config
+
+
+def _pairs_in(table: Mapping[str, Any]) -> Pairs | None:
+    """Return the pairs that a main TOML asks for, before it is validated. None: unknown, because a value is wrong."""
+    adapter, edit = table.get("adapter", {"type": TRAINABLE[0]}), table.get("edit", False)
+    kind = str(adapter.get("type")).lower() if isinstance(adapter, dict) else ""
+    channels = adapter.get("cond_in_channels", 3) if kind == LLLITE else 3
+    if kind not in {*TRAINABLE, LLLITE} or channels not in (3, 4) or not isinstance(edit, bool):
+        return None
+    return pairs_of(channels if kind == LLLITE else 0, edit)
 
 
 def _shipped_unless_there(path: str) -> tuple[str, list[str]]:

@@ -25,14 +25,6 @@ def pairs_of(control_channels: int, edit: bool) -> Pairs:
     return "inpaint" if control_channels == 4 else "control" if control_channels else "edit" if edit else ""
 
 
-def pairs_in(table: Mapping[str, Any]) -> Pairs:
-    """Return the pairs that a main TOML asks for, before it is validated."""
-    adapter = table.get("adapter")
-    adapter = adapter if isinstance(adapter, dict) else {}
-    is_control = str(adapter.get("type")).lower() == "lllite"
-    return pairs_of(adapter.get("cond_in_channels", 3) if is_control else 0, table.get("edit") is True)
-
-
 def controls_of(source: Any) -> tuple[str, ...]:
     """Return the folders or features of a source's control pictures, none if it has images alone."""
     return getattr(source, "control_path", None) or getattr(source, "control", None) or ()
@@ -61,7 +53,7 @@ def _features(found: Any) -> Any:
 def _used(found: Any, info: ValidationInfo) -> Any:
     """Return the control pictures' folders or features, or raise an error if the run lacks them or does not use them.
 
-    The context's `pairs` are those of the run, if it is known. A run that edits may have sources of images alone.
+    The context's `pairs` are those of the run, if they are known. A run that edits may have sources of images alone.
     """
     pairs = (info.context or {}).get("pairs")
     if found is None and pairs == "control":
@@ -76,7 +68,7 @@ def _used(found: Any, info: ValidationInfo) -> Any:
 
 
 def _inpaints(found: Any, info: ValidationInfo) -> Any:
-    if found is not None and (info.context or {}).get("pairs", "inpaint") != "inpaint":
+    if found is not None and (info.context or {}).get("pairs") not in {None, "inpaint"}:
         raise invalid("nothing uses it, expected [adapter] type = 'lllite' and cond_in_channels = 4 in the main TOML")
     return found
 

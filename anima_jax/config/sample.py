@@ -111,7 +111,7 @@ class SampleConfig(Section):
     @classmethod
     def _one_for_all(cls, found: Any, info: ValidationInfo) -> Any:
         prompts = info.data.get("prompts", ())
-        if found and (info.context or {}).get("pairs", "control") not in {"control", "inpaint"}:
+        if found and (info.context or {}).get("pairs") not in {None, "control", "inpaint"}:
             raise invalid("nothing uses it, expected [adapter] type = 'lllite'")
         if isinstance(found, str):
             return [found] * len(prompts)

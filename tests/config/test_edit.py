@@ -16,7 +16,9 @@ def load(tmp_path):
     write_transformer(tmp_path / "base.safetensors")
 
     def load(main: str, dataset: str = "", sample: str = "", adapter: str = LORA):
-        tables = {"adapter": adapter} | ({"sample": f"prompts = ['a', 'b']\n{sample}"} if sample else {})
+        tables = ({"adapter": adapter} if adapter else {}) | (
+            {"sample": f"prompts = ['a', 'b']\n{sample}"} if sample else {}
+        )
         config = write_config(tmp_path, tmp_path / "pictures", f"epochs = 1\n{main}", **tables)
         file = tmp_path / "dataset.toml"
         file.write_text(f"{file.read_text()}{dataset}".replace("FOLDER", str(tmp_path)))
@@ -59,8 +61,32 @@ def test_keys_of_forks_and_sources_without_references(load, tmp_path):
             "sample.references: found 1 item for 2 prompts, expected one file, or an item for each",
         ),
         (
+            ("edit = true", "control_path = 'FOLDER/references'", "references = 'FOLDER/nothing.png'"),
+            "sample.references: expected a file, found nothing at",
+        ),
+        (
+            ("", "control_path = 'FOLDER/references'", "control = 'FOLDER/nothing.png'", "type = 'lllite'"),
+            "sample.control: expected a file, found nothing at",
+        ),
+        # Whether pairs are needed is unknown if one of these is wrong.
+        *(
+            ((main, "control_path = 'FOLDER/references'", "", adapter), message)
+            for main, adapter, message in (
+                ("edit = 1", LORA, "edit: found 1 "),
+                ("edit = 'true'", LORA, "edit: found"),
+                ("adapter = 'lllite'", "", r"adapter: found .* with type = 'lllite' in it"),
+                ("", "type = 3", "adapter.type: found 3"),
+                ("", "type = 'lllte'", "adapter.type: found 'lllte'.*did you mean 'lllite'"),
+                ("", "type = 'lllite'\ncond_in_channels = 0", "adapter.cond_in_channels: found 0"),
+            )
+        ),
+        (
+            ("", "", "", "type = 'lllite'\ncond_in_channels = 5"),
+            "adapter.cond_in_channels: found 5",
+        ),
+        (
             ("edit = true", "control_path = 'FOLDER/references'", "references = [[], 'FOLDER/nothing.png']"),
-            r"sample.references\[1\]\[0\]: expected a file, found nothing at",
+            r"sample.references\[1\]: expected a file, found nothing at",
         ),
     ],
 )
