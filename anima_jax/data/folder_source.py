@@ -65,7 +65,7 @@ class FolderReader(SourceReader[DirectorySource]):
         elif self.source.online_captions:
             raise UserError(f"{self._captions}: no such file, expected one because online_captions is on")
         tables = [self._table] if self._table else []
-        partners_of, ignored = _partners(self.source), Counts()
+        (partners_of, unused_controls), ignored = _partners(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
         texts = None if tables else _CaptionFiles(members, self.source)
         candidates = list[Candidate]()
@@ -75,6 +75,7 @@ class FolderReader(SourceReader[DirectorySource]):
             else:
                 candidates += _candidates(name, media, tables, texts, partners_of, ignored)
         count_and_name(counts, "caption without an image", texts.orphans() if texts else [])
+        count_and_name(counts, "control picture without an image", unused_controls())
         counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
 
@@ -220,7 +221,8 @@ def _caption(data: bytes, name: str) -> Captions:
     return Captions((decode_caption(data, name),))
 
 
-def _partners(source: DirectorySource) -> PartnersOf:
+def _partners(source: DirectorySource) -> tuple[PartnersOf, Callable[[], list[str]]]:
+    """Return what finds an image's partners, and what then lists the control pictures of no image."""
     default = FileMedia(*os.path.split(source.default_mask_file)) if source.default_mask_file else None
     if default:
         default.stamp()  # a missing file is reported once, not for each image
@@ -228,9 +230,11 @@ def _partners(source: DirectorySource) -> PartnersOf:
     inpaint_masks = _by_stem(source.inpaint_mask_path, "a folder of masks (inpaint_mask_path)")
     folders = source.control_path or ()
     controls = [_by_stem(folder, "a folder of control pictures (control_path)") for folder in folders]
+    stems = set[str]()
 
     def partners_of(file: str) -> Partners:
         stem = _stem(file)
+        stems.add(stem)
         found = [media[stem] for media in controls if stem in media]
         missing = [folder for folder, media in zip(folders, controls, strict=True) if stem not in media]
         return Partners(
@@ -240,7 +244,11 @@ def _partners(source: DirectorySource) -> PartnersOf:
             f"has no control picture: expected {stem}.png, or with another suffix, in {missing[0]}" if missing else "",
         )
 
-    return partners_of
+    def unused_controls() -> list[str]:
+        files = [(stem, media.name) for found in controls for stem, media in found.items()]
+        return sorted(name for stem, name in files if stem not in stems and _kind(name) == "media")
+
+    return partners_of, unused_controls
 
 
 def _by_stem(folder: str | None, expected: str) -> dict[str, FileMedia]:

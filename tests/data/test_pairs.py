@@ -115,6 +115,16 @@ def test_pairs_are_matched_by_base_name_and_those_without_a_partner_are_named_an
         read(folder, control_path=(control,), strict=True)
 
 
+def test_control_pictures_of_no_image_are_named_and_counted(folder, caplog):
+    for name in ("orphan.png", "notes.txt", ".hidden.png"):
+        (folder / "control" / name).write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        entries, line, problems = read(folder, control_path=(str(folder / "control"),))
+    assert (len(entries), problems.count) == (4, 0)
+    assert "1 control picture without an image" in line
+    assert f"control picture without an image: {folder}/control/orphan.png" in caplog.messages
+
+
 def test_control_pictures_of_other_proportions_are_warned_about(folder, caplog):
     noise(0, (64, 32)).save(folder / "control" / "0.png")
     with caplog.at_level(logging.WARNING):
