@@ -46,7 +46,7 @@ from anima_jax.training.profiling import Profiler, parse_steps, use_compilation_
 from anima_jax.training.resume import Checkpointer, frozen_fingerprint, run_metadata, training_settings
 from anima_jax.training.run import Run
 from anima_jax.training.run_folder import ChosenRun, alone_in, choose_run, configuration_files, make_folder, replicas_of
-from anima_jax.training.samples import make_samples
+from anima_jax.training.samples import check_pictures, make_samples
 from anima_jax.training.signals import Request, Signals
 from anima_jax.training.state import build_optimizer, dit_config, learning_rates, prepare
 from anima_jax.training.step import StepConfig, compile_step, init_state
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: C901, PLR0912, PLR
 
         profiled_steps = parse_steps(arguments.profile) if arguments.profile else None
         check_monitoring(config)
+        check_pictures(config)
         use_compilation_cache(config.compilation_cache_dir)
         for line in (*command.unsupported_flags(arguments), *config.messages, *summary(config)):
             print(line)

@@ -1,5 +1,6 @@
 """Images sampled during training, always from the same prompts and seeds."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
+from anima_jax.errors import UserError
 from anima_jax.models.control import ControlConfig
 from anima_jax.models.parameters import Params, cast_to_compute, merge
 from anima_jax.parallel.hosts import is_process_0
 from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.sampling.captions import LINE_HEIGHT, draw_line, wrapped
-from anima_jax.sampling.controls import Control
-from anima_jax.sampling.images import read_image, save_image
+from anima_jax.sampling.controls import WITH_MASK, Control
+from anima_jax.sampling.images import read_picture, save_image
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import SamplingParams, batch_of_requests, batches
@@ -137,7 +139,24 @@ def reference_pictures(config: SampleConfig | None) -> list[tuple[Reference, ...
 
 def control_pictures(config: SampleConfig | None) -> list[Image.Image]:
     """Return the control picture of each prompt, none without. Raises UserError if one cannot be read."""
-    return [read_image(path) for path in config.control] if config else []
+    return [read_picture(path) for path in config.control] if config else []
+
+
+def check_pictures(config: MainConfig) -> None:
+    """Raise UserError, with a line for each, if pictures of `[sample]` cannot be used, before hours of encoding."""
+    sample, lines = config.sample, list[str]()
+    if sample is None:
+        return
+    for key, paths in {"control": sample.control, "references": itertools.chain(*sample.references)}.items():
+        for path in dict.fromkeys(paths):
+            try:
+                picture = read_picture(path)
+                if key == "control" and config.control_channels == WITH_MASK and not picture.has_transparency_data:
+                    raise UserError(f"{path}: has no transparent part, which says what is drawn anew")
+            except UserError as error:
+                lines += [f"{config.path}: sample.{key}: {line}" for line in error.messages]
+    if lines:
+        raise UserError(*lines)
 
 
 def make_samples(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 from flax import nnx
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -29,6 +30,7 @@ from anima_jax.training import step as training_step
 from anima_jax.training.export import about_adapter, export, find_export
 from anima_jax.training.optimizers import LearningRates
 from anima_jax.training.resume import Checkpointer, run_metadata
+from anima_jax.training.samples import check_pictures
 from anima_jax.training.state import prepare
 from anima_jax.training.step import (
     StepConfig,
@@ -315,6 +317,26 @@ def test_modules_and_the_trunk_have_rates_of_their_own(folder):
         np.testing.assert_allclose(-moved[control.PREFIX + path][..., 0], np.squeeze(expected), rtol=1e-5)
 
 
+def test_pictures_of_samples_are_checked_before_anything_is_encoded(folder, tmp_path):
+    """Each is named with its key, once, however many prompts it is for."""
+    solid, broken = tmp_path / "solid.png", tmp_path / "broken.png"
+    Image.new("RGB", (32, 32)).save(solid)
+    broken.write_bytes(b"no picture")
+    for keys, paths, expected in (
+        ("", [solid, solid], []),
+        ("", [solid, broken], ["broken.png: cannot be read as an image: "]),
+        ("cond_in_channels = 4\n", [solid, solid], ["solid.png: has no transparent part, which says what is drawn"]),
+        ("cond_in_channels = 4\n", [broken, solid], ["broken.png: cannot be read", "solid.png: has no transp"]),
+    ):
+        overrides = ("sample.prompts=['a', 'b']", f"sample.control={[str(path) for path in paths]}")
+        config = configured(folder, keys, *overrides)
+        with pytest.raises(UserError) if expected else contextlib.nullcontext() as raised:
+            check_pictures(config)
+        lines = raised.value.messages if raised else []
+        starts = [f"{config.path}: sample.control: {tmp_path}/{line}" for line in expected]
+        assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
 def test_a_run_begins_from_a_file_and_adds_what_it_does_not_have(folder, tmp_path):
     config = configured(folder)
     partition = prepare(config)
@@ -358,6 +380,10 @@ def test_a_run_begins_from_a_file_and_adds_what_it_does_not_have(folder, tmp_pat
         ),
         ("target_layers = 'self_attn'\n", r"found 'self_attn', expected 'self_attn_q', .* \(did you mean"),
         ("inpaint_masked_input = true\n", "adapter.inpaint_masked_input: has no effect without cond_in_channels = 4"),
+        (
+            "use_aspp = true\naspp_dilations = [1, 100000]\n",
+            r"aspp_dilations\[1\]: found 100000 .*, expected less than 10000",
+        ),
         ("lr_pattern = { 'blocks.7' = 1e-3 }\n", r"'blocks.7' fits none of the 3 modules, such as conditioning1"),
         ("lr_pattern = { 'blocks' = 0 }\n", "leaves every module out, so nothing would be trained"),
     ],
