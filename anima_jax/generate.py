@@ -93,7 +93,7 @@ def generate(arguments: argparse.Namespace) -> None:
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
         for control in requests[0].controls:
-            with open_control(control.name, width=checkpoint.config.width):
+            with open_control(control.name, width=checkpoint.config.width, blocks=checkpoint.config.blocks):
                 pass  # for another transformer: better before that is loaded
     steering = [control.name for control in requests[0].controls]
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}

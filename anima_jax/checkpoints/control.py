@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -125,7 +126,7 @@ def fit_control(file: TensorFile, *, blocks: int | None = None, width: int | Non
         raise UserError(f"{file.path}: {shorten(integers)}: integers, expected floating-point weights")
     config = _moved(found, places, blocks)
     if any(block != place for block, place in places.items()) and is_process_0():
-        print(f"{file.path}: made for {len(places)} blocks, used on {blocks}: each module is at its block's new place")
+        _say(f"{file.path}: made for {len(places)} blocks, used on {blocks}: each module is at its block's new place")
     tensors = [
         tensor if tensor.layer is None else dataclasses.replace(tensor, layer=places[tensor.layer])
         for tensor in tensors
@@ -134,6 +135,12 @@ def fit_control(file: TensorFile, *, blocks: int | None = None, width: int | Non
     keys = NetworkKeys(keys={name: name for name in sources})
     abstract = stored_dtypes(abstract, tensors, sources)
     return Checkpoint(config, graphdef, abstract, tuple(tensors), sources, file.metadata, keys, file.path)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print a line to stderr, once: a file may be opened several times."""
+    print(line, file=sys.stderr)
 
 
 def save_control(

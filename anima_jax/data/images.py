@@ -140,6 +140,11 @@ def over_white(image: Image.Image) -> Image.Image:
     return result
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether any pixel is transparent; programs also save opaque images with an alpha channel."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
+
+
 def eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8-bit grey (v / 257; PIL would clip at 255); return other images unchanged.
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from anima_jax.checkpoints.locations import PathLike
-from anima_jax.data.images import over_white, read_picture
+from anima_jax.data.images import is_transparent, over_white, read_picture
 from anima_jax.data.media import read_file
 from anima_jax.errors import UserError, did_you_mean
 
@@ -179,7 +179,7 @@ class Preprocessor:
         scale. Raises UserError for `mask` if nothing of the picture is transparent.
         """
         if self.kind == "mask":
-            if not picture.has_transparency_data:
+            if not is_transparent(picture):
                 raise UserError("has no transparency, which says for `mask` what is to be drawn anew")
             return mask(np.asarray(picture.convert("RGBA")))
         picture = over_white(picture)

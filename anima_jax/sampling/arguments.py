@@ -178,7 +178,9 @@ def given_controls(arguments: argparse.Namespace, like: Recipe) -> tuple[Control
         parsed = with_kinds(list(map(Control.parse, arguments.control)), arguments.control_from)
         return with_masks(parsed, arguments.control_mask, arguments.mask)
     found: list[Control] = []
-    for own in like.controls:
+    for stored in like.controls:
+        is_other = stored.mask is not None and arguments.control_mask
+        own = dataclasses.replace(stored, mask=None, digest=None) if is_other else stored
         parts = {"control": own.path, "control_picture": own.image, "control_mask": own.mask}
         files = [name and find_file(like.path, kind, name, arguments.models) for kind, name in parts.items()]
         found.append(control := own.control(str(files[0]), str(files[1]), files[2]))
@@ -207,8 +209,9 @@ def with_masks(controls: Sequence[Control], masks: Sequence[str], mask: str | No
     of_network = dict(zip(inpainting, [*masks] * (len(inpainting) if len(masks) == 1 else 1), strict=False))
     found: list[Control] = []
     for index, (control, count) in enumerate(zip(controls, channels, strict=True)):
-        own = of_network.get(index) or (mask if count == WITH_MASK and not control.has_transparency else None)
-        found.append(control if own is None or control.mask is not None else dataclasses.replace(control, mask=own))
+        needed = count == WITH_MASK and control.mask is None and not control.has_transparency
+        own = of_network.get(index) or (mask if needed else None)
+        found.append(control if own is None else dataclasses.replace(control, mask=own))
         found[-1].check()
         found[-1].pixels((PATCH, PATCH), count)
     return tuple(found)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from anima_jax.data.images import is_transparent
 from anima_jax.sampling.comfyui_links import NodeGraph, number_or
 from anima_jax.sampling.controls import Control, StoredControl
 from anima_jax.sampling.recipe import file_name
@@ -25,11 +26,11 @@ def write_control(add: Callable[..., Any], model: Any, control: Control) -> tupl
         left_out.append(f"the control picture made by {control.kind}: save it and load that")
     if not STRENGTHS[0] <= control.strength <= STRENGTHS[1]:
         left_out.append(f"control strength {control.strength:g}, which is outside of ComfyUI's -10 to 10")
-    picture, mask = control.opened
+    mask = control.opened[1]
     image = add("LoadImage", image=file_name(control.image))
-    inputs: dict[str, Any] = {"mask": [image[0], 1]} if picture.has_transparency_data else {}
+    inputs: dict[str, Any] = {"mask": [image[0], 1]} if control.has_transparency else {}
     if mask is not None:
-        channel = "alpha" if mask.has_transparency_data else "red"
+        channel = "alpha" if is_transparent(mask) else "red"
         inputs["mask"] = add("LoadImageMask", image=file_name(control.mask), channel=channel)
     inputs |= {name: float(getattr(control, name)) for name in ("strength", "start_percent", "end_percent")}
     patch = add("ModelPatchLoader", name=file_name(control.path))
@@ -52,6 +53,9 @@ def read_control(graph: NodeGraph, key: str) -> None:
         number_or(graph.value(key, (name,)), default)
         for name, default in (("strength", 1.0), ("start_percent", 0.0), ("end_percent", 1.0))
     )
+    if start > end:
+        graph.leave_out(key, "which never acts: it starts after its end")
+        return
     # The mask of a picture's own loader is what is transparent in it.
     graph.recipe.controls.insert(0, StoredControl(path, image, strength, start, end, None if mask == image else mask))
 

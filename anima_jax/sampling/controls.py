@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import numbers
 import os
 import re
 from collections.abc import Sequence
@@ -18,18 +17,21 @@ import numpy as np
 from PIL import Image
 
 from anima_jax.checkpoints.locations import MODEL_SUFFIXES, PathLike
-from anima_jax.data.images import over_white
+from anima_jax.data.images import eight_bit, is_transparent, over_white
 from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, plural, show_value
 from anima_jax.models.control import ControlNetwork
 from anima_jax.sampling.images import mask_values, read_picture, to_pixels
-from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
+from anima_jax.sampling.scaling import is_number, scaled_bicubic, scaled_nearest
 
 MASK = "mask"
 """The kind of control picture that is an ordinary picture with a mask."""
 
 NUMBERS = ("strength", "start_percent", "end_percent")
+
+LARGEST = 1e6
+"""Largest strength: float32 holds what it multiplies."""
 
 WITH_MASK = 4
 """Channels of the control pictures of an inpainting network: colours and the mask."""
@@ -98,12 +100,13 @@ class Control:
     @property
     def has_transparency(self) -> bool:
         """Whether the picture can say what is drawn anew."""
-        return self.opened[0].has_transparency_data
+        return is_transparent(self.opened[0])
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the pixels of picture and mask, in hexadecimal digits."""
-        parts = [f"{part.mode} {part.size}".encode() + part.tobytes() for part in self.opened if part is not None]
+        shown = [part.convert("RGBA") for part in self.opened if part is not None]
+        parts = [f"{part.size}".encode() + part.tobytes() for part in shown]
         return hashlib.sha256(b" ".join(parts)).hexdigest()
 
     @property
@@ -123,9 +126,10 @@ class Control:
         if not isinstance(path, ControlNetwork | str | os.PathLike):
             raise UserError(f"control {show_value(repr(path))}, expected a file or a ControlNetwork")
         for field in NUMBERS:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise UserError(f"{self.name}: {field} {show_value(str(value))}, expected a number")
+            value: Any = getattr(self, field)
+            if not is_number(value) or not abs(value) <= LARGEST:
+                found = f"{self.name}: {field} {show_value(str(value))}"
+                raise UserError(f"{found}, expected a number of at most {LARGEST:g}")
         if not 0 <= self.start_percent <= self.end_percent <= 1:
             found = f"start {self.start_percent:g}, end {self.end_percent:g}"
             raise UserError(f"{self.name}: {found}, expected two ascending numbers from 0 to 1")
@@ -160,7 +164,7 @@ class Control:
         A fourth channel is the mask, ±1: 1 where the picture is drawn anew. Raises UserError if the network takes a
         mask and there is none, or the other way round.
         """
-        _, mask = self.opened
+        image, mask = self.opened
         if channels != WITH_MASK and (mask is not None or self.kind == MASK):
             raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
         picture = self.picture(size_wh)
@@ -169,10 +173,11 @@ class Control:
         pixels_yxc = np.clip(scaled_bicubic(colours_yxc, size_wh), 0.0, 1.0) * np.float32(2.0) - np.float32(1.0)
         if channels != WITH_MASK:
             return pixels_yxc
-        if mask is None and not picture.has_transparency_data:
+        if mask is None and not self.has_transparency:
             found = f"{_named(self.image)} has no transparent pixels and there is no mask"
             raise UserError(f"{self.name}: is an inpainting network, which takes a mask; {found}")
-        values_yx1 = scaled_nearest(mask_values(picture if mask is None else mask)[0], size_wh)
+        given = image if mask is None else mask
+        values_yx1 = scaled_nearest(mask_values(given if is_transparent(given) else given.convert("RGB"))[0], size_wh)
         return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
 
 
@@ -232,7 +237,10 @@ def _is_network(name: str) -> bool:
 def _opened(what: str, given: Any) -> Image.Image:
     """Return a PIL image, or that of a file. Raises UserError for anything else."""
     if isinstance(given, Image.Image):
-        return given
+        try:
+            return eight_bit(given)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from None
     if not isinstance(given, str | os.PathLike):
         raise UserError(f"{what} {show_value(repr(given))}, expected a PIL image or the path of an image")
     return read_picture(os.fspath(given))

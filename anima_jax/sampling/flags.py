@@ -119,6 +119,13 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture to edit, after which the image is drawn; several",
     )
+    add(
+        "--no-reference",
+        dest="reference",
+        action="store_const",
+        const=[],
+        help="none, even if the older image had some",
+    )
     add("--paste", type=int, nargs="?", const=0, metavar="PIXELS", help="black pixels stay the image's own; feathered")
     add("--no-paste", dest="paste", action="store_false", default=None, help="even if the older image was")
     control = "a control network with its picture, how strongly and in which part of the sampling it acts; several"

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import numbers
 import os
 import re
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from anima_jax.data.images import eight_bit, is_transparent
 from anima_jax.errors import UserError, show_value
 from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_picture
+from anima_jax.sampling.scaling import is_number
 
 MAX_STRENGTH = 10.0
 """Largest strength, as in ComfyUI's nodes."""
@@ -164,15 +165,17 @@ class Region:
     @functools.cached_property
     def _mask(self) -> Any:
         """The mask as an image or an array."""
-        return read_picture(os.fspath(self.where)) if isinstance(self.where, str | os.PathLike) else self.where
+        if isinstance(self.where, str | os.PathLike):
+            return read_picture(os.fspath(self.where))
+        try:
+            return eight_bit(self.where) if isinstance(self.where, Image.Image) else self.where
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
     @functools.cached_property
     def channel(self) -> str:
         """The channel of the mask's file that has its values: alpha if a pixel is transparent, else red."""
-        if isinstance(self._mask, Image.Image) and self._mask.has_transparency_data:
-            lowest, _ = self._mask.convert("RGBA").getchannel("A").getextrema()
-            return "red" if lowest == 255 else "alpha"
-        return "red"
+        return "alpha" if isinstance(self._mask, Image.Image) and is_transparent(self._mask) else "red"
 
     @functools.cached_property
     def mask_yx(self) -> np.ndarray:
@@ -230,7 +233,7 @@ class Region:
             raise UserError(f"regions {show_value(repr(self))}, expected Region(mask or area, prompt, strength)")
         for name, high in (("strength", MAX_STRENGTH), ("start_percent", 1.0), ("end_percent", 1.0)):
             value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= high:
+            if not is_number(value) or not 0 <= value <= high:
                 raise UserError(f"{self.name}: {name} {show_value(repr(value))}, expected a number from 0 to {high:g}")
         if self.start_percent > self.end_percent:
             raise UserError(f"{self.name}: start_percent {self.start_percent} is above end_percent {self.end_percent}")

@@ -5,6 +5,9 @@ The picture is cropped to the aspect ratio of the target, then each axis is inte
 Axes: y rows, x columns, c channels; i target pixels, t taps of the filter.
 """
 
+import numbers
+from typing import Any
+
 import numpy as np
 
 CUBIC = -0.75
@@ -57,3 +60,8 @@ def cubic_taps(own: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     far = ((CUBIC * distance_it - 5 * CUBIC) * distance_it + 8 * CUBIC) * distance_it - 4 * CUBIC
     index_it = first_i[:, None].astype(np.int64) + np.arange(-1, 3)
     return np.clip(index_it, 0, own - 1), np.where(distance_it <= 1, near, far).astype(np.float32)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a setting is a real number, and not True or False."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)

@@ -11,6 +11,7 @@ from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sample import SampleConfig
 from anima_jax.data.encoders import Encoders
+from anima_jax.data.images import is_transparent
 from anima_jax.errors import UserError
 from anima_jax.models.control import ControlConfig
 from anima_jax.models.parameters import Params, cast_to_compute, merge
@@ -151,7 +152,7 @@ def check_pictures(config: MainConfig) -> None:
         for path in dict.fromkeys(paths):
             try:
                 picture = read_picture(path)
-                if key == "control" and config.control_channels == WITH_MASK and not picture.has_transparency_data:
+                if key == "control" and config.control_channels == WITH_MASK and not is_transparent(picture):
                     raise UserError(f"{path}: has no transparent part, which says what is drawn anew")
             except UserError as error:
                 lines += [f"{config.path}: sample.{key}: {line}" for line in error.messages]
