@@ -1,5 +1,6 @@
 """`[sample]`: images drawn while training."""
 
+from collections.abc import Sized
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -25,6 +26,13 @@ from anima_jax.diffusion.step_cache import StepCache
 from anima_jax.errors import UserError, did_you_mean, plural
 
 TorchSeed = Annotated[int, Field(ge=0, lt=2**64), FromFloat, documented_as("whole number ≥ 0 and < 2⁶⁴")]
+
+
+def _require_as_many(found: Sized, prompts: Sized, noun: str, expected: str) -> None:
+    """Raise an error unless there is one for each prompt. Prompts that are missing or invalid have one of their own."""
+    if prompts and len(found) != len(prompts):
+        counts = f"{plural(len(found), noun)} for {plural(len(prompts), 'prompt')}"
+        raise invalid(f"found {counts}, expected {expected}")
 
 
 class SampleConfig(Section):
@@ -101,10 +109,9 @@ class SampleConfig(Section):
     @field_validator("negative_prompt")
     @classmethod
     def _one_for_each(cls, found: str | tuple[str, ...], info: ValidationInfo) -> str | tuple[str, ...]:
-        prompts = info.data.get("prompts")
-        if prompts is not None and not isinstance(found, str) and len(found) != len(prompts):
-            counts = f"{plural(len(found), 'text')} for {plural(len(prompts), 'prompt')}"
-            raise invalid(f"found {counts}, expected one text, or one for each")
+        prompts = info.data.get("prompts", ())
+        if not isinstance(found, str):
+            _require_as_many(found, prompts, "text", "one text, or one for each")
         return found
 
     @field_validator("control", mode="before")
@@ -115,9 +122,8 @@ class SampleConfig(Section):
             raise invalid("nothing uses it, expected [adapter] type = 'lllite'")
         if isinstance(found, str):
             return [found] * len(prompts)
-        if isinstance(found, list) and prompts and len(found) not in {0, len(prompts)}:
-            counts = f"{plural(len(found), 'file')} for {plural(len(prompts), 'prompt')}"
-            raise invalid(f"found {counts}, expected one file, or one for each")
+        if isinstance(found, list) and found:
+            _require_as_many(found, prompts, "file", "one file, or one for each")
         return found
 
     @field_validator("references", mode="before")
@@ -128,9 +134,8 @@ class SampleConfig(Section):
             return [[found]] * len(prompts)
         if not isinstance(found, list) or not all(isinstance(one, str | list) for one in found):
             raise invalid("expected a file, or a list with a file, or a list of files, for each prompt")
-        if prompts and len(found) not in {0, len(prompts)}:
-            counts = f"{plural(len(found), 'item')} for {plural(len(prompts), 'prompt')}"
-            raise invalid(f"found {counts}, expected one file, or an item for each")
+        if found:
+            _require_as_many(found, prompts, "item", "one file, or an item for each")
         return [[one] if isinstance(one, str) else one for one in found]
 
     @field_validator("sampler", "schedule")

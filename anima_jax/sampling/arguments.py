@@ -145,8 +145,8 @@ def reference_pictures(arguments: argparse.Namespace, like: Recipe) -> tuple[Ref
     found = list[Reference]()
     for name, digest in like.references:
         found.append(Reference.of(find_file(like.path, "reference", name, arguments.models)))
-        if digest not in {"", found[-1].digest} and hosts.is_process_0():
-            print(f"{found[-1].path}: is not the reference that {like.path} was made with", file=sys.stderr)
+        if digest not in {"", found[-1].digest}:
+            _say_changed(f"{found[-1].path}: is not the reference", like)
     return tuple(found)
 
 
@@ -162,8 +162,8 @@ def given_regions(arguments: argparse.Namespace, like: Recipe) -> tuple[Region, 
         region = stored.region()
         if region.area is None:
             region = stored.region(find_file(like.path, "region", stored.where, arguments.models))
-            if stored.digest not in (None, region.digest) and hosts.is_process_0():
-                print(f"{region.where}: is not the mask that {like.path} was made with", file=sys.stderr)
+            if stored.digest not in (None, region.digest):
+                _say_changed(f"{region.where}: is not the mask", like)
         found.append(region)
     return tuple(found)
 
@@ -184,14 +184,17 @@ def given_controls(arguments: argparse.Namespace, like: Recipe) -> tuple[Control
         parts = {"control": own.path, "control_picture": own.image, "control_mask": own.mask}
         files = [name and find_file(like.path, kind, name, arguments.models) for kind, name in parts.items()]
         found.append(control := own.control(str(files[0]), str(files[1]), files[2]))
-        changed = {
-            f"{control.path}: is not the control network": own.file_hash not in (None, file_hash(control.name)),
-            f"{control.image}: is not the control picture": own.digest not in (None, control.digest),
-        }
-        for message, is_changed in changed.items():
-            if is_changed and hosts.is_process_0():
-                print(f"{message} that {like.path} was made with", file=sys.stderr)
+        if own.file_hash not in (None, file_hash(control.name)):
+            _say_changed(f"{control.path}: is not the control network", like)
+        if own.digest not in (None, control.digest):
+            _say_changed(f"{control.image}: is not the control picture", like)
     return with_masks(with_kinds(found, arguments.control_from), arguments.control_mask, None)
+
+
+def _say_changed(what: str, like: Recipe) -> None:
+    """Print that a file that the older image names is another one by now."""
+    if hosts.is_process_0():
+        print(f"{what} that {like.path} was made with", file=sys.stderr)
 
 
 def with_masks(controls: Sequence[Control], masks: Sequence[str], mask: str | None) -> tuple[Control, ...]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from anima_jax.checkpoints.locations import replacing, writing_to
-from anima_jax.data.images import FORMATS, eight_bit
+from anima_jax.data.images import FORMATS, eight_bit, is_transparent
 from anima_jax.data.media import is_video, read_file
 from anima_jax.errors import UserError, first_line
 from anima_jax.sampling.exif import exif_of_text, text_chunks
@@ -118,6 +118,11 @@ def mask_values(mask: Image.Image) -> np.ndarray:
     else:
         values = np.asarray(mask.convert("L"), np.float32)
     return values[None, ..., None] / np.float32(255.0)
+
+
+def painted_mask_values(mask: Image.Image) -> np.ndarray:
+    """Return `mask_values`, (1, y, x, 1), of a mask that may have an opaque alpha channel, which says nothing."""
+    return mask_values(mask if is_transparent(mask) else mask.convert("RGB"))
 
 
 def paste_original(drawn: Image.Image, original: Image.Image, values_1yx1: np.ndarray, feather: int) -> Image.Image:

@@ -4,17 +4,15 @@ import jax
 import numpy as np
 
 from anima_jax.parallel.mesh import make_mesh
+from tests.compilation import quick_compilation
 from tests.sampling.test_controls import EULER, load, requests, write_files
 
 
 def drawn_on(folder, sizes):
     """Latents of a mixed batch, each image with its own controls."""
-    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is LLVM's
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    with jax.set_mesh(mesh):
-        latents = load(folder).draw_latents(requests(folder), EULER)
-    jax.config.update("jax_disable_most_optimizations", False)
-    return latents
+    with quick_compilation(), jax.set_mesh(mesh):
+        return load(folder).draw_latents(requests(folder), EULER)
 
 
 def test_controls_on_a_mesh_are_those_of_one_device(on_eight, tmp_path):

@@ -14,6 +14,7 @@ from anima_jax.models.parameters import split
 from anima_jax.parallel.mesh import current_mesh, standard, standard_mesh
 from anima_jax.text.states import EncodedText
 from anima_jax.training.own_loop import ArrayDataset, make_train_step
+from tests.compilation import quick_compilation
 from tests.models.networks import normal
 from tests.small_run import write_transformer
 
@@ -67,16 +68,14 @@ def losses(path):
     data = ArrayDataset([normal(4, 64, seed=n) for n in range(8)], [(1, 2, 2)] * 8, [TEXT] * 8)
     (batch,) = data.batches(8, steps=1)
     found = []
-    jax.config.update("jax_disable_most_optimizations", True)
     for mesh in (Mesh(np.array(jax.devices()[:1]), ("data",)), jax.make_mesh((2, 4), ("fsdp", "data"))):
-        with jax.set_mesh(mesh):
+        with quick_compilation(), jax.set_mesh(mesh):
             dit = anima_jax.add_adapter(anima_jax.load_dit(path), rank=2)
             kernel = split(dit)[1]["blocks.mlp.layer1.kernel"]
             share = kernel.addressable_shards[0].data.size / kernel.size
             state, step = make_train_step(dit, optax.sgd(0.1), dtype=jnp.float32)
             _, metrics = step(state, batch)
         found.append((float(metrics.loss), float(metrics.grad_norm), share))
-    jax.config.update("jax_disable_most_optimizations", False)
     return found
 
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from anima_jax.sampling.image_text import from_text
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
+from tests.compilation import compilations, quick_compilation
 from tests.golden_files import golden, relative_error
 from tests.models import control_peer, dit_peer
 from tests.models.networks import normal, random_params, randomise
@@ -40,11 +40,9 @@ SIZES = {"trunk_width": 16, "embedding_width": 8, "mlp_width": 8, "blocks": CONF
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without it most of these tests' time is LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compilation():
+        yield
 
 
 def network(seed: int, **sizes) -> ControlNetwork:
@@ -172,22 +170,6 @@ def test_a_mixed_batch_is_what_comfyuis_own_nodes_make_of_each_image(files, tmp_
     for number, found in enumerate(load(tmp_path).draw_latents(requests(files), EULER)):
         # float32's rounding in another order, over four steps.
         assert relative_error(np.moveaxis(found, -1, 0)[None], expected[f"latents.{number}"]) < 1e-5
-
-
-@contextlib.contextmanager
-def compilations():
-    """The functions whose programs are compiled in the block."""
-    names = []
-
-    def listen(event, _, fun_name="", **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_strengths_percents_pictures_and_other_files_of_these_sizes_share_a_program(files, pipeline, tmp_path):

@@ -1,6 +1,5 @@
 """The pipeline: ComfyUI's own sampling of the golden model, what must not change an image, what compiles nothing."""
 
-import contextlib
 import dataclasses
 import itertools
 
@@ -28,6 +27,7 @@ from anima_jax.sampling.request import ImageRequest, SamplingParams, batch_of_re
 from anima_jax.text.prompts import spans
 from anima_jax.text.states import padded
 from anima_jax.text.tokenizers import load_tokenizers
+from tests.compilation import compilations
 from tests.golden_files import GOLDEN, VALUE_TOLERANCE, channel_last, golden, relative_error
 from tests.models.networks import normal
 from tests.small_run import ASSETS, write_transformer
@@ -167,22 +167,6 @@ def test_prompt_and_negative_prompt_change_the_image_and_guidance_one_ignores_th
     plain = draw("a red circle", guidance_scale=1.0)
     np.testing.assert_array_equal(draw("a red circle", "a green square", guidance_scale=1.0), plain)
     np.testing.assert_array_equal(draw("a red circle", "x", guidance_interval=(1.0, 1.0)), plain)
-
-
-@contextlib.contextmanager
-def compilations():
-    """The functions whose programs are compiled in the block."""
-    names = []
-
-    def listen(event, _, fun_name="", **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_prompt_seed_guidance_levels_and_parameters_compile_nothing(pipeline):

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.text.tokenizers import load_tokenizers
+from tests.compilation import quick_compilation
 from tests.models import dit_peer
 from tests.models.networks import random_params, randomise
 from tests.small_run import ASSETS, CONFIG
@@ -39,11 +39,9 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without it most of these tests' time is LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from anima_jax.sampling.packing import TokenPacking, grid_of, wrapped
 from anima_jax.sampling.region_rows import region_rows, rows_of
 from anima_jax.sampling.regions import Area, Region
 from anima_jax.sampling.request import ImageRequest, SamplingParams
+from tests.compilation import compilations
 from tests.golden_files import channel_last, golden, relative_error
 from tests.models.networks import random_model, velocity
 from tests.parallel.meshes import CONFIG
-from tests.sampling.test_pipeline import compilations
 from tests.sampling.test_step_cache import pipeline_of
 
 SIZE = (1, 15, 22)

@@ -20,17 +20,16 @@ from anima_jax.errors import UserError
 from anima_jax.models.dit import CONTEXT_ROWS
 from anima_jax.models.parameters import merge, split
 from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
+from tests.compilation import quick_compilation
 from tests.small_run import ASSETS, write_transformer
 
 PAGE = (pathlib.Path(anima_jax.__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without it most of these tests' time is LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
