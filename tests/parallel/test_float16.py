@@ -19,7 +19,7 @@ from anima_jax.training.loss_scale import LossScale
 from anima_jax.training.step import StepConfig, apply_gradients, init_state, train_step
 from tests.models.networks import quick_jit, random_params
 from tests.parallel.meshes import CONFIG, MESHES
-from tests.parallel.test_sharded import BATCH, ONE, examples
+from tests.parallel.test_sharded import BATCH, ONE, SIZES, examples
 
 STEPS, LR = 5, 1e-3
 
@@ -44,7 +44,7 @@ def trained(sizes, name):
         start = {path: np.asarray(value, np.float32) for path, value in state.params.items()}
         step = functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, config=config)
         step = quick_jit(step, static_argnums=4, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
-        batch, figures = shard_local_rows(examples(), mesh, rows_of_process(mesh, BATCH), BATCH), []
+        batch, figures = shard_local_rows(examples(SIZES), mesh, rows_of_process(mesh, BATCH), BATCH), []
         for _ in range(STEPS):
             state, metrics = step(state, {}, batch, None, 2)
             figures.append((float(metrics.loss_scale), int(metrics.skipped), int(metrics.total_skipped)))
