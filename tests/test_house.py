@@ -52,8 +52,8 @@ GLOBAL_STATE = re.compile(r"(sys|threading)\.\w*hook|os\.environ\b")
 UNIX_ONLY = {"fcntl", "pwd", "grp", "resource", "termios"}
 
 RETIRED = {
-    *("Trained", "Work", "Slot", "Rows", "Kept", "Guided", "Watch", "Picture", "Settings", "Layout", "Lines", "Kind"),
-    *("Facts", "Agreement", "PatientFile", "Memo", "slot", "slots", "works", "facts", "told", "remarks"),
+    *("Trained", "Work", "Rows", "Kept", "Guided", "Watch", "Picture", "Settings", "Layout", "Lines", "Kind"),
+    *("Facts", "Agreement", "PatientFile", "Memo", "works", "facts", "told", "remarks"),
     *("everywhere", "put_whole", "put_rows", "put_batch", "over_batch", "check_alike", "is_alone"),
     *("from_first", "one_run", "compute_copy", "deviation", "first_arrays", "not_yet", "anew", "fault", "faults"),
 }
