@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.adapters.merge import Weight, parse_lora_argument
 from anima_jax.checkpoints import folders
-from anima_jax.checkpoints.control import holds_control, open_control
+from anima_jax.checkpoints.control import holds_control, network_for
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.config.load import load_config
@@ -74,7 +74,8 @@ def generate(arguments: argparse.Namespace) -> None:
     image, mask = (read_image(path) if path else None for path in sources.values())
     check_requests([], SamplingParams(), image, mask)
     arguments.control = arguments.control and list(map(newest_network, arguments.control))
-    inputs: dict[str, tuple[Any, ...]] = {"controls": given_controls(arguments, like)}
+    controls, steering = given_controls(arguments, like)
+    inputs: dict[str, tuple[Any, ...]] = {"controls": controls}
     inputs |= {"references": reference_pictures(arguments, like), "regions": given_regions(arguments, like)}
     requests = image_requests(arguments, config, like, image, **inputs)
     image, mask = (resized(part, requests[0]) for part in (image, mask))
@@ -92,10 +93,8 @@ def generate(arguments: argparse.Namespace) -> None:
         allow_unused=arguments.allow_unused,
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
-        for control in requests[0].controls:
-            with open_control(control.name, width=checkpoint.config.width, blocks=checkpoint.config.blocks):
-                pass  # for another transformer: better before that is loaded
-    steering = [control.name for control in requests[0].controls]
+        for network in steering:  # for another transformer: better before that is loaded
+            network_for(network, width=checkpoint.config.width, blocks=checkpoint.config.blocks)
     flags = {"--mesh": sizes, "--at_once": arguments.at_once, "dtype": str(files["dtype"])}
     numbered = {f"image {number}": str(request) for number, request in enumerate(requests, 1)}
     hosts.assert_same_on_all_processes(
@@ -106,7 +105,9 @@ def generate(arguments: argparse.Namespace) -> None:
     files["loras"] = [*loras, *((path, 0.0) for path in own_files)]
     with jax.set_mesh(mesh):
         pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
-        hashes = FileHashes(str(files["transformer"]), [str(path) for path, _ in files["loras"]], steering)
+        hashes = FileHashes(
+            str(files["transformer"]), [str(path) for path, _ in files["loras"]], [one.name for one in controls]
+        )
         at_once = arguments.at_once * replicas(mesh.shape)
         if SAMPLERS[params.sampler].controller:  # It draws whole batches, each of which should be drawn once.
             at_once = max(1, at_once // requests[0].batch_size) * requests[0].batch_size

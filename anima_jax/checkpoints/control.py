@@ -102,6 +102,14 @@ def open_control(path: PathLike, *, blocks: int | None = None, width: int | None
         yield checkpoint
 
 
+def network_for(checkpoint: Checkpoint, *, blocks: int, width: int) -> Checkpoint:
+    """Return an opened control network's checkpoint for a transformer of these sizes. Errors are `load_control`'s.
+
+    The file need not be open any more.
+    """
+    return fit_control(next(iter(checkpoint.sources.values())).file, blocks=blocks, width=width)
+
+
 def fit_control(file: TensorFile, *, blocks: int | None = None, width: int | None = None) -> Checkpoint:
     """Return the checkpoint of the control network in an open file. No tensor is read yet.
 

@@ -13,7 +13,6 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
-    model_validator,
 )
 
 from anima_jax.adapters.kinds import TRAINABLE
@@ -196,22 +195,17 @@ class AdapterConfig(TypedSection):
         False, description="ours; 'lllite': hide the control picture's masked part (grey); needs cond_in_channels = 4"
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _keys_of_the_type(cls, table: Any) -> Any:
-        """Refuse a key that belongs to another type, unless its value is the default."""
-        found = table.get("type") if isinstance(table, Mapping) else None
-        if not isinstance(found, str):
-            return table
+    def check_keys(cls, of_type: str, table: Mapping[str, Any]) -> None:
+        """Raise an error for a key that belongs to another type, unless its value is the default."""
         control, low_rank = cls.model_fields.keys() - {*_SHARED, *_LOW_RANK}, {*_LOW_RANK}
-        foreign, own = (low_rank, control) if found.lower() == LLLITE else (control, low_rank)
+        foreign, own = (low_rank, control) if of_type == LLLITE else (control, low_rank)
         for key in filter(foreign.__contains__, table):
             default = cls.model_fields[key].get_default()
             if table[key] not in (default, list(default) if isinstance(default, tuple) else default):
                 types = "'lllite'" if key in control else f"the types {choices(TRAINABLE)}"
                 keys = ", ".join(name for name in cls.model_fields if name in own or name in _SHARED)
-                raise invalid(f"belongs to {types}; the keys of '{found}' are {keys}", key=key)
-        return table
+                raise invalid(f"belongs to {types}; the keys of '{of_type}' are {keys}", key=key)
 
     @field_validator("aspp_dilations", "inpaint_masked_input")
     @classmethod

@@ -101,7 +101,12 @@ class TypedSection(Section):
         types = typing.get_args(cls.model_fields["type"].annotation)
         if found.lower() not in types:
             raise invalid(f"found '{found}', expected {choices(types)}{did_you_mean(found, types)}", key="type")
+        cls.check_keys(found.lower(), table)
         return {**table, "type": found.lower()}
+
+    @classmethod
+    def check_keys(cls, of_type: str, table: Mapping[str, Any]) -> None:
+        """Raise an error for a key that this type does not have. By default every type has all keys."""
 
 
 def invalid(message: str, *, key: str | None = None) -> PydanticCustomError:

@@ -65,7 +65,7 @@ class FolderReader(SourceReader[DirectorySource]):
         elif self.source.online_captions:
             raise UserError(f"{self._captions}: no such file, expected one because online_captions is on")
         tables = [self._table] if self._table else []
-        (partners_of, unused_controls), ignored = _partners(self.source), Counts()
+        (partners_of, unused_partners), ignored = _partners(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
         texts = None if tables else _CaptionFiles(members, self.source)
         candidates = list[Candidate]()
@@ -75,7 +75,8 @@ class FolderReader(SourceReader[DirectorySource]):
             else:
                 candidates += _candidates(name, media, tables, texts, partners_of, ignored)
         count_and_name(counts, "caption without an image", texts.orphans() if texts else [])
-        count_and_name(counts, "control picture without an image", unused_controls())
+        for reason, names in unused_partners().items():
+            count_and_name(counts, reason, names)
         counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
 
@@ -221,16 +222,16 @@ def _caption(data: bytes, name: str) -> Captions:
     return Captions((decode_caption(data, name),))
 
 
-def _partners(source: DirectorySource) -> tuple[PartnersOf, Callable[[], list[str]]]:
-    """Return what finds an image's partners, and what then lists the control pictures of no image."""
+def _partners(source: DirectorySource) -> tuple[PartnersOf, Callable[[], dict[str, list[str]]]]:
+    """Return what finds an image's partners, and what then names those that are not used, by reason."""
     default = FileMedia(*os.path.split(source.default_mask_file)) if source.default_mask_file else None
     if default:
         default.stamp()  # a missing file is reported once, not for each image
-    masks = _by_stem(source.mask_path, "a folder of masks (mask_path)")
-    inpaint_masks = _by_stem(source.inpaint_mask_path, "a folder of masks (inpaint_mask_path)")
+    doubles, stems = list[str](), set[str]()
+    masks = _by_stem(source.mask_path, "a folder of masks (mask_path)", doubles)
+    inpaint_masks = _by_stem(source.inpaint_mask_path, "a folder of masks (inpaint_mask_path)", doubles)
     folders = source.control_path or ()
-    controls = [_by_stem(folder, "a folder of control pictures (control_path)") for folder in folders]
-    stems = set[str]()
+    controls = [_by_stem(folder, "a folder of control pictures (control_path)", doubles) for folder in folders]
 
     def partners_of(file: str) -> Partners:
         stem = _stem(file)
@@ -244,18 +245,28 @@ def _partners(source: DirectorySource) -> tuple[PartnersOf, Callable[[], list[st
             f"has no control picture: expected {stem}.png, or with another suffix, in {missing[0]}" if missing else "",
         )
 
-    def unused_controls() -> list[str]:
+    def unused_partners() -> dict[str, list[str]]:
         files = [(stem, media.name) for found in controls for stem, media in found.items()]
-        return sorted(name for stem, name in files if stem not in stems and _kind(name) == "media")
+        orphans = sorted(name for stem, name in files if stem not in stems and _kind(name) == "media")
+        reason = "partner ignored (mask or control picture of whose name there is another)"
+        return {"control picture without an image": orphans, reason: doubles}
 
-    return partners_of, unused_controls
+    return partners_of, unused_partners
 
 
-def _by_stem(folder: str | None, expected: str) -> dict[str, FileMedia]:
-    """Return file name without suffix → file of a folder of images; of several with the same stem, the first."""
+def _by_stem(folder: str | None, expected: str, doubles: list[str]) -> dict[str, FileMedia]:
+    """Return file name without suffix → file of a folder of images.
+
+    Of several with the same stem it is the first image, else the first file; other images are added to `doubles`.
+    """
     files = _list_folder(folder, expected)[0] if folder else []
-    used = [file for file in reversed(files) if file[0] != "." and _kind(file) not in SIDE_FILES]
-    return {_stem(file): FileMedia(folder or "", file) for file in used}
+    found = dict[str, FileMedia]()
+    for file in sorted(files, key=lambda file: _kind(file) != "media"):
+        if file[0] != "." and _kind(file) not in SIDE_FILES:
+            media = FileMedia(folder or "", file)
+            if found.setdefault(_stem(file), media) is not media and _kind(file) == "media":
+                doubles.append(media.name)
+    return found
 
 
 def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:

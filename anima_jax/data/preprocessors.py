@@ -8,7 +8,7 @@ Axes: y rows, x columns, c channels red, green, blue, and for `mask` a fourth on
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,14 +143,16 @@ class Preprocessor:
     resolution: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> "Preprocessor":
+    def parse(cls, text: str, others: Sequence[str] = ()) -> "Preprocessor":
         """Return what a text such as `canny`, `canny:50:150` or `tile:factor=4:resolution=512` says.
 
-        Options follow the kind, by name or in order. Raises UserError for an unknown kind or option, or a bad value.
+        Options follow the kind, by name or in order. Raises UserError for an unknown kind or option, or a bad value;
+        `others` are what the caller takes besides kinds.
         """
         kind, *parts = str(text).split(":")
         if kind not in KINDS:
-            raise UserError(f"'{kind}'{did_you_mean(kind, KINDS)} is no control picture, expected {', '.join(KINDS)}")
+            names = (*KINDS, *others)
+            raise UserError(f"'{kind}'{did_you_mean(kind, names)} is no control picture, expected {', '.join(names)}")
         known = {**KINDS[kind][1]} | ({} if kind == "mask" else {"resolution": RESOLUTION})
         values = {name: option.default for name, option in known.items()}
         for place, part in enumerate(parts):

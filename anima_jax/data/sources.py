@@ -230,7 +230,7 @@ def _summary_line(name: str, entries: Sequence[Entry], counts: Counts) -> str:
     videos = sum(entry.frames > 1 for entry in entries)
     line = f"{name}: {plural(len(entries) - videos, 'image')}" + (f", {plural(videos, 'video')}" if videos else "")
     # "2 captions without an image", but "2 without a mask".
-    nouns = ("caption", "name", "other file", "subfolder")
+    nouns = ("caption", "control picture", "name", "other file", "partner", "subfolder")
     return line + "".join(
         f", {plural(number, what) if what.startswith(nouns) else f'{number} {what}'}"
         for what, number in counts.items()

@@ -91,8 +91,8 @@ class ControlNetwork(nnx.Module):
     def embed(self, pixels_byxc: Array) -> Array:
         """Return the embedding (b, l, e), float32, of control images in [−1, 1] with sides that are multiples of 16.
 
-        A fourth channel is the mask: 1 where the image is to be drawn anew, else −1. Raises ValueError for other sides
-        and another number of channels.
+        A fourth channel is the mask: 1 where the image is to be drawn anew, else −1. Raises ValueError for other sides,
+        another number of channels and integers.
         """
         if pixels_byxc.ndim != 4 or pixels_byxc.shape[1] % PATCH or pixels_byxc.shape[2] % PATCH:
             raise ValueError(f"control images of shape {pixels_byxc.shape}, expected (b, 16·rows, 16·columns, c)")
@@ -109,11 +109,13 @@ class ControlNetwork(nnx.Module):
 
         `patches_blp` are the patches of `embed`'s pixels, row-major for each image, padding after them. `grid_b3` are
         frames (1), rows and columns of each image in tokens. The embedding of padding is zero. Raises ValueError for
-        patches of another number of values.
+        patches of another number of values, or of integers.
         """
         values = PATCH * PATCH * self.config.channels
         if patches_blp.ndim != 3 or patches_blp.shape[2] != values:
             raise ValueError(f"patches of shape {patches_blp.shape}, expected (b, l, {values})")
+        if not jnp.issubdtype(patches_blp.dtype, jnp.floating):
+            raise ValueError(f"control images of {patches_blp.dtype}, expected floats in [−1, 1]: pixels / 127.5 − 1")
         return self.trunk(patches_blp, grid_b3)
 
     def present(self) -> Array | None:

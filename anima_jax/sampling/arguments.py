@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 
 from anima_jax.checkpoints.control import open_control
 from anima_jax.checkpoints.locations import writing_to
+from anima_jax.checkpoints.models import Checkpoint
 from anima_jax.config.main import MainConfig
 from anima_jax.diffusion.samplers import OPTIONS, SAMPLERS, check_options
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, plural
 from anima_jax.models.control import PATCH
 from anima_jax.parallel import hosts
 from anima_jax.parallel.rules import AXES
@@ -114,6 +115,7 @@ def sampling_params(arguments: argparse.Namespace, config: MainConfig | None, li
         flags.setdefault("apg", True)
     superseded = {name for flag, others in SUPERSEDED.items() if flag in flags for name in others}
     superseded |= set(APG) if flags.get("apg") is False else set()
+    superseded |= {"base_strength"} if arguments.region == [] else set()
     older = {name: like.values[name] for name in names - superseded if name in like.values}
     sample = config.sample if config else None
     configured = sample.sampling if sample else {}
@@ -168,11 +170,11 @@ def given_regions(arguments: argparse.Namespace, like: Recipe) -> tuple[Region, 
     return tuple(found)
 
 
-def given_controls(arguments: argparse.Namespace, like: Recipe) -> tuple[Control, ...]:
+def given_controls(arguments: argparse.Namespace, like: Recipe) -> tuple[tuple[Control, ...], list[Checkpoint]]:
     """Return the control networks of flags, else those of the older image, each with its picture and its mask.
 
-    Prints which files of the latter have changed. Raises UserError for a file that is not found or cannot be read, and
-    for a picture or mask that its network cannot take.
+    The networks' checkpoints follow, each file once. Prints which files of the latter have changed. Raises UserError
+    for a file that is not found or cannot be read, and for a picture or mask that its network cannot take.
     """
     if arguments.control is not None:
         parsed = with_kinds(list(map(Control.parse, arguments.control)), arguments.control_from)
@@ -197,18 +199,26 @@ def _say_changed(what: str, like: Recipe) -> None:
         print(f"{what} that {like.path} was made with", file=sys.stderr)
 
 
-def with_masks(controls: Sequence[Control], masks: Sequence[str], mask: str | None) -> tuple[Control, ...]:
+def with_masks(
+    controls: Sequence[Control], masks: Sequence[str], mask: str | None
+) -> tuple[tuple[Control, ...], list[Checkpoint]]:
     """Return controls with the masks of inpainting networks, one for each or one for all; `mask` if there are none.
 
-    Raises UserError for another number of masks, and if a network's file cannot be read or does not take its picture.
+    The networks' checkpoints follow, each file once. Raises UserError for another number of masks, and if a network's
+    file cannot be read or does not take its picture.
     """
-    channels: list[int] = []
-    for control in controls:
-        with open_control(control.name) as checkpoint:
-            channels.append(checkpoint.config.channels)
+    opened: dict[str, Checkpoint] = {}
+    for name in dict.fromkeys(control.name for control in controls):
+        with open_control(name) as opened[name]:
+            pass  # closed, it still knows the file's shapes
+    channels = [opened[control.name].config.channels for control in controls]
     inpainting = [index for index, count in enumerate(channels) if count == WITH_MASK]
-    if len(masks) not in {0, 1, len(inpainting)} or (masks and not inpainting):
-        raise UserError(f"{len(masks)} values of --control_mask for {len(inpainting)} inpainting networks of --control")
+    if masks and not inpainting:
+        reason = "none of --control is an inpainting network, which takes one" if controls else "there is no --control"
+        raise UserError(f"--control_mask {masks[0]}: {reason}")
+    if len(masks) not in {0, 1, len(inpainting)}:
+        networks = plural(len(inpainting), "inpainting network")
+        raise UserError(f"{len(masks)} values of --control_mask for {networks} of --control, expected one or as many")
     of_network = dict(zip(inpainting, [*masks] * (len(inpainting) if len(masks) == 1 else 1), strict=False))
     found: list[Control] = []
     for index, (control, count) in enumerate(zip(controls, channels, strict=True)):
@@ -217,7 +227,7 @@ def with_masks(controls: Sequence[Control], masks: Sequence[str], mask: str | No
         found.append(control if own is None else dataclasses.replace(control, mask=own))
         found[-1].check()
         found[-1].pixels((PATCH, PATCH), count)
-    return tuple(found)
+    return tuple(found), [*opened.values()]
 
 
 def image_requests(

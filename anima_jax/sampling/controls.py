@@ -28,6 +28,9 @@ from anima_jax.sampling.scaling import is_number, scaled_bicubic, scaled_nearest
 MASK = "mask"
 """The kind of control picture that is an ordinary picture with a mask."""
 
+NO_KIND = "none"
+"""What stands on the command line for a picture that is a control picture already."""
+
 NUMBERS = ("strength", "start_percent", "end_percent")
 
 LARGEST = 1e6
@@ -191,8 +194,7 @@ def check_controls(controls: Sequence[Any]) -> None:
 def with_kinds(controls: Sequence[Control], kinds: Sequence[str]) -> tuple[Control, ...]:
     """Return controls whose control pictures are made as `kinds` say: one kind for all controls, or one for each.
 
-    The kind "none" is for a picture that is a control picture already. Raises UserError for an unknown kind, and for
-    another number of kinds.
+    Raises UserError for an unknown kind, and for another number of kinds. One of them may be `NO_KIND`.
     """
     if not kinds:
         return tuple(controls)
@@ -202,7 +204,7 @@ def with_kinds(controls: Sequence[Control], kinds: Sequence[str]) -> tuple[Contr
         raise UserError(f"{len(kinds)} values of --control_from for {plural(len(controls), 'control network')}")
     of_control = list(kinds) if len(kinds) == len(controls) else [kinds[0]] * len(controls)
     return tuple(
-        dataclasses.replace(control, kind=None if kind == "none" else str(Preprocessor.parse(kind)))
+        dataclasses.replace(control, kind=None if kind == NO_KIND else str(Preprocessor.parse(kind, [NO_KIND])))
         for control, kind in zip(controls, of_control, strict=True)
     )
 

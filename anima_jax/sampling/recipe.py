@@ -121,9 +121,19 @@ def model_and_text_encoder(weight: Weight) -> tuple[float, float]:
     return model, weight.get(MODEL_AND_TEXT_ENCODER[1], model)
 
 
+_REMOTE = re.compile(r"[\\/]{2}|[\\/]\?\?[\\/]|[a-z][a-z0-9+.-]+:[\\/]|.*://", re.IGNORECASE | re.DOTALL)
+
+_DEVICE = re.compile(
+    r"(.*[\\/:])?(con|prn|aux|nul|(com|lpt)[0-9¹²³]|con(in|out)\$) *([.:][^\\/]*)?", re.IGNORECASE | re.DOTALL
+)
+
+
 def is_remote_name(name: str) -> bool:
-    """Return whether opening `name` could contact another machine: an address, or a network share of Windows."""
-    return "://" in name or re.match(r"[\\/]{2}", name) is not None
+    """Return whether opening `name` could contact something else than this machine's disks.
+
+    That is an address, or a network share or device of Windows (Naming Files, Paths, and Namespaces).
+    """
+    return bool(_REMOTE.match(name) or _DEVICE.fullmatch(name))
 
 
 def find_file(source: str, kind: str, name: str, models: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +30,11 @@ SOFT_EDGE = 8
 SMALLEST_BOUNDS = 8
 """Smallest side in latent pixels of the part that `bounds` evaluates."""
 
-NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*"
-AREA = re.compile(",".join([rf"({NUMBER}%?)\s*"] * 4))
+NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+AREA = re.compile(",".join([rf"\s*({NUMBER}(?:\s*%)?)\s*"] * 4))
+
+LONGEST_NAME = 4096
+"""Longest name of a mask's file in characters."""
 
 
 class Area(NamedTuple):
@@ -126,14 +129,14 @@ class Region:
     end_percent: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> "Region":
+    def parse(cls, text: str, is_mask: Callable[[str], bool] = os.path.isfile) -> "Region":
         """Return the region of `MASK=PROMPT[:strength]`, where MASK is a file or an area.
 
-        The prompt begins after the first '=' before which there is an area or the name of a file that exists, else
-        after the first one. A number after the last ':' is the strength. Raises UserError without '=' or MASK.
+        The prompt begins after the first '=' before which there is an area or what `is_mask` calls one, else after the
+        first one. A number after the last ':' is the strength. Raises UserError without MASK, '=' or PROMPT.
         """
-        ends = [match.start() for match in re.finditer("=", text)]
-        where = next((text[:end] for end in ends if Area.parse(text[:end]) or os.path.isfile(text[:end])), None)
+        ends = [match.start() for match in re.finditer("=", text[:LONGEST_NAME])]
+        where = next((text[:end] for end in ends if Area.parse(text[:end]) or is_mask(text[:end])), None)
         where = text.partition("=")[0] if where is None else where
         if not ends or not where.strip():
             raise UserError(f"--region {text}: expected MASK=PROMPT[:strength], MASK a file or x,y,width,height")
@@ -145,6 +148,8 @@ class Region:
             strength = 1.0
         region = cls(where, prompt if colon else text[len(where) + 1 :], strength)
         region.check()
+        if not region.prompt.strip():
+            raise UserError(f"--region {text}: has no prompt, expected MASK=PROMPT[:strength]")
         return region
 
     @functools.cached_property
@@ -166,6 +171,8 @@ class Region:
     def _mask(self) -> Any:
         """The mask as an image or an array."""
         if isinstance(self.where, str | os.PathLike):
+            if not os.path.lexists(self.where):
+                raise UserError(f"{self.name}: no such file; expected a mask's picture, or an area x,y,width,height")
             return read_picture(os.fspath(self.where))
         try:
             return eight_bit(self.where) if isinstance(self.where, Image.Image) else self.where

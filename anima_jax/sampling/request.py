@@ -301,6 +301,8 @@ def check_requests(
     params.check()
     for request in requests:
         request.check()
+    if params.base_strength != 1 and requests and not any(request.regions for request in requests):
+        raise UserError(f"base_strength {params.base_strength} without regions: expected a region, too")
     if image is None:
         if mask is not None:
             raise UserError("a mask without an image: there is nothing to keep where the mask is black")

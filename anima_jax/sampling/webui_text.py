@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anima_jax.adapters.merge import Weight
+from anima_jax.data.images import IMAGE_SUFFIXES
 from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
@@ -185,12 +186,16 @@ def _add_options(recipe: Recipe, pairs: Mapping[str, str]) -> set[str]:
 
 
 def _add_regions(recipe: Recipe, pairs: Mapping[str, str]) -> set[str]:
-    """Add the regions that our own texts have, and return their name if they can be read."""
+    """Add the regions that our own texts have, and return their name if they can be read. Opens no file."""
     try:
-        recipe.regions += [Region.parse(text).named() for text in json.loads(pairs["Regions"])]
+        recipe.regions += [Region.parse(text, _is_image_name).named() for text in json.loads(pairs["Regions"])]
     except (KeyError, ValueError, TypeError, RecursionError, UserError):
         return set()
     return {"Regions"}
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _integer(text: str) -> int:

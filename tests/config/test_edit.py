@@ -77,6 +77,8 @@ def test_keys_of_forks_and_sources_without_references(load, tmp_path):
                 ("adapter = 'lllite'", "", r"adapter: found .* with type = 'lllite' in it"),
                 ("", "type = 3", "adapter.type: found 3"),
                 ("", "type = 'lllte'", "adapter.type: found 'lllte'.*did you mean 'lllite'"),
+                ("", "type = 'lllte'\ncond_dim = 32\nmlp_dim = 8", "adapter.type: found 'lllte'.*mean 'lllite'"),
+                ("", "type = 'lokrr'\nrank = 4\ndecompose_factor = 4", "adapter.type: found 'lokrr'.*mean 'lokr'"),
                 ("", "type = 'lllite'\ncond_in_channels = 0", "adapter.cond_in_channels: found 0"),
             )
         ),

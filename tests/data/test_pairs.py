@@ -125,6 +125,21 @@ def test_control_pictures_of_no_image_are_named_and_counted(folder, caplog):
     assert f"control picture without an image: {folder}/control/orphan.png" in caplog.messages
 
 
+def test_of_several_partners_with_one_name_the_first_picture_is_used_and_the_others_are_named(folder, caplog):
+    noise(7, SIZES[0]).save(folder / "control" / "0.bmp")
+    (folder / "control" / "0.aaa").write_bytes(b"")
+    for suffix in ("png", "tiff"):
+        Image.new("L", SIZES[0], 255).save(folder / "masks" / f"0.{suffix}")
+    keys = {"control_path": (str(folder / "control"),), "mask_path": str(folder / "masks")}
+    with caplog.at_level(logging.INFO):
+        entries, line, problems = read(folder, **keys)
+    assert (len(entries), problems.count) == (4, 0)
+    assert entries[0].controls[0].media.name == f"{folder}/control/0.bmp"
+    assert "2 partners ignored (mask or control picture of whose name there is another)" in line
+    names = ", ".join(f"{folder}/{name}" for name in ("masks/0.tiff", "control/0.png"))
+    assert f"partner ignored (mask or control picture of whose name there is another): {names}" in caplog.messages
+
+
 def test_control_pictures_of_other_proportions_are_warned_about(folder, caplog):
     noise(0, (64, 32)).save(folder / "control" / "0.png")
     with caplog.at_level(logging.WARNING):

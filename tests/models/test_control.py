@@ -212,6 +212,12 @@ def test_inputs_that_do_not_fit_are_named(reference):
     for message, own, control in cases:
         with pytest.raises(ValueError, match=message):
             model(own, times, context, controls=[control])
-    for message, shape in (("4 channels for a network of 3", (1, 32, 32, 4)), ("16·rows", (1, 30, 32, 3))):
+    for message, shape, dtype in (
+        ("4 channels for a network of 3", (1, 32, 32, 4), "float32"),
+        ("16·rows", (1, 30, 32, 3), "float32"),
+        (r"of uint8, expected floats in \[−1, 1\]", (1, 32, 32, 3), "uint8"),
+    ):
         with pytest.raises(ValueError, match=message):
-            network.embed(jnp.zeros(shape))
+            network.embed(jnp.zeros(shape, dtype))
+    with pytest.raises(ValueError, match="of int32, expected floats"):
+        network.embed_patches(jnp.zeros((1, 4, 768), jnp.int32), jnp.array([[1, 2, 2]]))

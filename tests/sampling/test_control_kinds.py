@@ -68,4 +68,5 @@ def test_an_unknown_kind_is_one_line_before_any_file_is_opened(tmp_path, capsys)
         main(["--prompt", "a cat", "-o", str(tmp_path / "out.png"), *control])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: 'cany' (did you mean 'canny'?)")
+    kinds = "canny, grey, scribble, tile, mask, none"
+    assert line == f"error: 'cany' (did you mean 'canny'?) is no control picture, expected {kinds}"

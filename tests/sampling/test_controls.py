@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from anima_jax import AnimaPipeline, generate
+from anima_jax.checkpoints import control as control_files
 from anima_jax.checkpoints.control import load_control, save_control
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.data.images import read_image
@@ -360,7 +361,16 @@ def wide():
         (["--control", "base.safetensors=picture.png"], "base.safetensors: is no control network"),
         (["--control", "wide.safetensors=picture.png"], "for a transformer of width 96, the model's is 64"),
         (["--control", "inpaint.safetensors=picture.png"], "takes a mask; picture.png has no transparent pixels"),
-        (["--control", "edges.safetensors=picture.png", "--control_mask", "mask.png"], "for 0 inpainting networks"),
+        (
+            ["--control", "edges.safetensors=picture.png", "--control_mask", "mask.png"],
+            "--control_mask mask.png: none of --control is an inpainting network, which takes one",
+        ),
+        (["--control_mask", "mask.png"], "--control_mask mask.png: there is no --control"),
+        (
+            ["--control", "inpaint.safetensors=picture.png", *["--control_mask", "mask.png"] * 2],
+            "2 values of --control_mask for 1 inpainting network of --control, expected one or as many",
+        ),
+        (["--base_strength", "0.5"], "base_strength 0.5 without regions: expected a region, too"),
         (
             ["--control", "inpaint.safetensors=picture.png", "--control_mask", "small.png"],
             "small.png: the control mask is 8×8, expected the control picture's 70×50",
@@ -377,9 +387,22 @@ def test_what_cannot_be_used_ends_in_one_line_before_anything_is_drawn(bad, monk
     assert not (bad / "none.png").exists()
 
 
+def test_a_networks_file_is_read_once_before_the_transformer_is(bad, monkeypatch):
+    read = []
+    check = control_files.check_values
+    monkeypatch.setattr(control_files, "check_values", lambda file: read.append(file.path) or check(file))
+    monkeypatch.chdir(bad)
+    used = ["--control", "edges.safetensors=picture.png"] * 2 + ["--control", "wide.safetensors=picture.png"]
+    with pytest.raises(SystemExit):  # wide.safetensors is for another transformer
+        generate.main(flags(bad, "--prompt", "x", *used, "-o", "none.png"))
+    assert read == ["edges.safetensors", "wide.safetensors"]
+
+
 def test_wrong_controls_in_python_are_named(files, pipeline):
     picture = files / "picture.png"
     other = parameters.merge(*wide())
+    with pytest.raises(UserError, match=r"base_strength 0\.5 without regions"):
+        pipeline("x", width=32, height=32, steps=1, base_strength=0.5)
     for control, message in [
         ("edges.png", "controls 'edges.png', expected Control"),
         (Control(other, picture), "for 2 blocks of width 96, the transformer has 2 of width 64"),

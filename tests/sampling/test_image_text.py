@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anima_jax.errors import UserError
+from anima_jax.sampling.arguments import given_regions
+from anima_jax.sampling.flags import parse_arguments
 from anima_jax.sampling.image_text import from_text, read_recipe, to_text
 from anima_jax.sampling.images import save_image
 from anima_jax.sampling.regions import Region
@@ -121,6 +124,24 @@ def test_texts_that_cannot_be_read_are_named_in_one_line(text, message):
     with pytest.raises(UserError, match=re.escape(f"x.png: {message}")) as error:
         from_text("x.png", text)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["\\\\host\\a.png", "//host/a=b.png", "hf://a/b/c.png", "http://host/a.png", "NUL", "a=b.png"]
+)
+def test_reading_regions_touches_no_file_and_addresses_are_refused(tmp_path, monkeypatch, name):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    options = parse_arguments(["--like", str(tmp_path / "x.png"), "-o", "y.png"])
+    texts = {"parameters": f"x\nSteps: 1, Regions: {json.dumps(json.dumps([f'{name}=a cat']))}"}
+    own = {"anima_jax": json.dumps({"prompt": "x", "regions": [{"where": name, "prompt": "a cat"}]})}
+    for function in ("stat", "lstat", "open"):
+        monkeypatch.setattr(os, function, None)
+    for text in (texts, own):
+        recipe = from_text(str(tmp_path / "x.png"), text)
+        assert [(region.where, region.prompt) for region in recipe.regions] == [(name, "a cat")]
+        if name != "a=b.png":
+            with pytest.raises(UserError, match="an address that an image names is not opened; give it with --region"):
+                given_regions(options, recipe)
 
 
 def test_regions_are_in_every_text_of_an_image(tmp_path):

@@ -81,9 +81,14 @@ def test_missing_and_ambiguous_files_are_named(models, kind, name, message):
         "//server/share/file.safetensors",
         "\\\\?\\UNC\\server\\share\\file",
         "\\/server/share/file",
+        "\\??\\UNC\\server\\share\\file",
+        "https:/example.com/file",
+        "C:\\folder\\con.png",
+        "COM1",
+        "lpt9 .txt",
     ],
 )
-@pytest.mark.parametrize("kind", ["transformer", "lora", "tokenizers", "image"])
+@pytest.mark.parametrize("kind", ["transformer", "lora", "tokenizers", "image", "region"])
 def test_an_address_in_an_image_is_never_opened(models, monkeypatch, kind, name):
     monkeypatch.setattr(socket, "socket", None)
     with pytest.raises(UserError, match=rf"an address that an image names is not opened; give it with --{kind}"):

@@ -94,7 +94,6 @@ def test_prompts_are_combined_as_comfyuis_calc_cond_batch_combines_them(name):
         ("{mask}=a=b, (c:1.2)", ("{mask}", "a=b, (c:1.2)", 1.0)),
         ("{mask}=a: b:1.5", ("{mask}", "a: b", 1.5)),
         ("{mask}=ratio 16:9:1", ("{mask}", "ratio 16:9", 1.0)),
-        ("{mask}=", ("{mask}", "", 1.0)),
         ("0,0,50%,100%=a:.5", ("0,0,50%,100%", "a", 0.5)),
         ("no=such.png=a", ("no", "such.png=a", 1.0)),
     ],
@@ -122,7 +121,7 @@ def test_transparency_counts_only_where_there_is_some(mode, colour, value, chann
     np.testing.assert_allclose(region.placed(SIZE[1:]).weight_yx, value, atol=1e-7)
 
 
-@pytest.mark.parametrize("text", ["", "a.png", "=a", " =a:2"])
+@pytest.mark.parametrize("text", ["", "a.png", "=a", " =a:2", "a.png=", "a.png= :0.5", "0,0,8,8=", "=" * 10**6])
 def test_a_flag_without_mask_or_prompt_is_refused(text):
     with pytest.raises(UserError, match="expected MASK=PROMPT"):
         Region.parse(text)
@@ -162,7 +161,8 @@ def test_areas_are_whole_latent_pixels_as_in_comfyui(text, part):
         (Region(LEFT, "a", float("nan")), "strength nan, expected a number from 0 to 10"),
         (Region(LEFT, "a", start_percent=0.6, end_percent=0.5), "start_percent 0.6 is above end_percent 0.5"),
         (Region("0,0,8,8", "a", bounds=True), "bounds are those of a mask, found an area"),
-        (Region("x.mp4", "a"), "x.mp4: no such file"),
+        (Region("x.mp4", "a"), "region x.mp4: no such file; expected a mask's picture, or an area x,y,width,height"),
+        (Region("0,0,64", "a"), "region 0,0,64: no such file; expected a mask's picture, or an area x,y,width,height"),
         (Region("", "a"), "regions Region(where='', prompt='a', strength=1.0"),
         (Region("0,0,8,8", 5), "regions Region(where='0,0,8,8', prompt=5, strength=1.0"),  # type: ignore[arg-type]
     ],
