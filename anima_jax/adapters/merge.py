@@ -168,11 +168,12 @@ class AdapterStack:
     Host memory keeps the parameters' values without adapters, from which every change starts. Quantised parameters
     stay as they are, and the factors of LoRAs become their `update`: merged, small changes would be rounded away. A
     quantised parameter that another kind of adapter changes is dequantised, which is printed. The files stay open.
+    Adapters that are given as such have to fit the parameters.
     """
 
     def __init__(
         self,
-        paths: Sequence[PathLike],
+        adapters: Sequence[PathLike | Adapter],
         transformer: Params,
         text_encoder: Params,
         *,
@@ -188,9 +189,12 @@ class AdapterStack:
             )
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         self._comfyui_dora = comfyui_dora
-        files = [open_adapter_file(path) for path in paths]
-        self._adapters = match_adapters(files, shapes, base=base, allow_unused=allow_unused)
-        touched = changes(self._adapters, [1.0] * len(paths))
+        options = {"base": base, "allow_unused": allow_unused}
+        self._adapters: list[Adapter] = []
+        for one in adapters:
+            fitting = [one] if isinstance(one, Adapter) else match_adapters([open_adapter_file(one)], shapes, **options)
+            self._adapters += fitting
+        touched = changes(self._adapters, [1.0] * len(adapters))
         self._tensors: dict[str, list[FileTensor]] = {}
         for tensor in tensors:
             if tensor.name in touched:

@@ -86,7 +86,7 @@ class Patch:
         return kind_of(self.parts, {name: len(part.shape) for name, part in self.parts.items()})
 
     @functools.cached_property
-    def _chains(self) -> list[dict[str, Part]]:
+    def chains(self) -> list[dict[str, Part]]:
         """For each matrix that ΔW is formed from, the matrices whose product it is, by part."""
         return [self._chain(product) for product in self.kind.products]
 
@@ -118,7 +118,7 @@ class Patch:
         """Parts without effect: those of other kinds than `kind`, as in ComfyUI."""
         if self._kind is None:
             return []
-        used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self._chains)}
+        used = {*_BESIDE, *self._factors, *itertools.chain.from_iterable(self.chains)}
         used |= {"reshape_weight"} if self._is_lora else set()
         used |= {"inv_scale", "dora_scale"} if self._is_product else {"dora_scale"} if self.kind.on_weight else set()
         return [name for name in self.parts if name not in used]
@@ -137,14 +137,14 @@ class Patch:
         if rule := self.kind.on_weight:
             return None if self._incomplete_on_weight() else rule.rank(self._factor_shapes)
         lasts = [product.factors[-1].part if product.factors else "" for product in self.kind.products]
-        names = [last for last, chain in zip(lasts, self._chains, strict=True) if last in chain]
+        names = [last for last, chain in zip(lasts, self.chains, strict=True) if last in chain]
         shape = self.parts[names[0 if self.kind.elementwise else -1]].shape if names else ()
         return shape[0] if shape else None
 
     @property
     def product_shapes(self) -> list[tuple[int, int]]:
         """The shapes (out, in) of the matrices that ΔW is formed from."""
-        chains = ([*chain.values()] for chain in self._chains)
+        chains = ([*chain.values()] for chain in self.chains)
         return [(chain[0].shape[0], chain[-1].shape[1]) for chain in chains]
 
     @functools.cached_property
@@ -168,7 +168,7 @@ class Patch:
         """The patch with `factor` multiplied into its first matrix, in float32 unless its dtype has the products."""
         if self.factor == 1.0:
             return self
-        (name, part), factor = next(iter(self._chains[0].items())), np.float32(self.factor)
+        (name, part), factor = next(iter(self.chains[0].items())), np.float32(self.factor)
         exact = part.dtype.name in ("float32", "bfloat16") and abs(math.frexp(self.factor)[0]) == 0.5
         dtype = part.dtype if exact else FLOAT32
         scaled = dataclasses.replace(part, dtype=dtype, read=lambda: (part.float32() * factor).astype(dtype))
@@ -229,7 +229,7 @@ class Patch:
             beside = {*_BESIDE, "dora_scale", "inv_scale"}
             shapes = {name: part.shape for name, part in self.parts.items() if name not in beside}
             return f"has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}, which is no adapter"
-        for product, chain in zip(self.kind.products, self._chains, strict=True):
+        for product, chain in zip(self.kind.products, self.chains, strict=True):
             names = [factor.part for factor in product.factors]
             if (product.matrix and product.matrix.part in chain) or not names:
                 odd = [name for name in chain if names and len(chain[name].shape) != 2]
@@ -263,10 +263,10 @@ class Patch:
         """The shape of ΔW, with None for an arbitrary size, or None if the patch changes only the bias."""
         if self.kind.on_weight:
             return self.kind.on_weight.shape(self._factor_shapes)
-        if not all(self._chains):
+        if not all(self.chains):
             return None
         if not all(product.factors for product in self.kind.products):
-            return next(iter(self._chains[0].values())).shape
+            return next(iter(self.chains[0].values())).shape
         return self.kind.combined_shape(self.product_shapes)
 
     def update(self, weight: np.ndarray | None = None, strength: float = 1.0) -> np.ndarray:
@@ -280,7 +280,7 @@ class Patch:
             factors = {name: part.float32() for name, part in self._factors.items()}
             out = self.kind.on_weight.change(factors, weight, self.alpha or 0.0, strength)
         else:
-            chains = ([part.float32() for part in chain.values()] for chain in self._chains)
+            chains = ([part.float32() for part in chain.values()] for chain in self.chains)
             out = self.kind.combine(functools.reduce(np.matmul, chain) for chain in chains)
         if self.scale != 1.0:
             out *= np.float32(self.scale)
@@ -295,7 +295,7 @@ class Patch:
             return 0.0
         if self.kind.elementwise or "inv_scale" in self.parts:
             return float(np.linalg.norm(self.update()))
-        return abs(self.scale) * math.prod(_norm_of_product(list(chain.values())) for chain in self._chains)
+        return abs(self.scale) * math.prod(_norm_of_product(list(chain.values())) for chain in self.chains)
 
     def applied(self, weight: np.ndarray, strength: float, *, comfyui_dora: bool = False) -> np.ndarray:
         """Return the weight (float32) with this adapter at `strength`, an interpolation if it has a `dora_scale`.

@@ -42,6 +42,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"{_STACK}({_LEADS_OUT})\.({_IN_RANK})", P(None, BOTH, None)),
     (rf"{_STACK}({_LEADS_OUT})\.({_RANK_OUT})", P(None, None, "fsdp")),
     (rf"{_STACK}\w+(\.\w+)*\.(scale|bias|{SCALE}|{MAGNITUDE.name}|{_OTHERS})", P()),
+    # Adapters that each row of a batch chooses (adapters/rows.py): every device has all of them.
+    (rf"{_STACK}\w+(\.\w+)*\.rows_\w+", P()),
     # Not over `tensor`, which would also shard the residual stream's features in the blocks.
     (r"(x_embedder|t_embedder\.linear_\d)\.kernel", P(None, "fsdp")),
     (r"final_layer\.(adaln_modulation\.linear_\d|linear)\.kernel", P("fsdp", None)),
