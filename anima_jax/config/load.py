@@ -92,6 +92,15 @@ def load_config(
     return config
 
 
+def load_dataset(path: str | os.PathLike[str]) -> tuple[DatasetConfig, tuple[str, ...]]:
+    """Load a dataset TOML alone; return it and the messages about it. Raises UserError with a line for each error."""
+    context = {"i_know_what_i_am_doing": True, "cached_text": False, "pairs": None}
+    file, config = _load_dataset(os.fspath(path), context, {})
+    if file.errors or config is None:
+        raise UserError(*dict.fromkeys(file.errors))
+    return config, tuple(dict.fromkeys(file.messages))
+
+
 def _pairs_in(table: Mapping[str, Any]) -> Pairs | None:
     """Return the pairs that a main TOML asks for, before it is validated. None: unknown, because a value is wrong."""
     adapter, edit = table.get("adapter", {"type": TRAINABLE[0]}), table.get("edit", False)

@@ -49,7 +49,7 @@ def decode_caption(data: bytes, name: str) -> str:
 
 def json_captions(data: bytes, name: str, delimiter: str = ", ") -> Captions:
     """Return the captions in a JSON file of one image. Raises UserError if it is not JSON or of another form."""
-    return parse_captions(_json(data, name), name, delimiter)
+    return parse_captions(read_json(data, name), name, delimiter)
 
 
 def parse_captions(value: Any, name: str, delimiter: str = ", ") -> Captions:
@@ -80,7 +80,7 @@ class CaptionTable:
     """
 
     def __init__(self, data: bytes, name: str, delimiter: str = ", "):
-        table = _json(data, name)
+        table = read_json(data, name)
         if not isinstance(table, dict):
             raise UserError(f"{name}: found {_type_name(table)}, expected an object {{file name: [captions]}}")
         # Some tools add a setting of their own, "__enable_random_caption__": true.
@@ -89,7 +89,7 @@ class CaptionTable:
             for key, value in table.items()
             if isinstance(value, str | list | dict) or not re.fullmatch("__.+__", key)
         }
-        self._name, self._delimiter, self._used = name, delimiter, set[str]()
+        self.name, self._delimiter, self._used = name, delimiter, set[str]()
 
     def of(self, *names: str, in_any_folder: bool = False) -> Captions | None:
         """Return the captions under the first of a file's `names` that is in the table, or None.
@@ -97,13 +97,23 @@ class CaptionTable:
         With `in_any_folder`, a key with folders counts by its file name alone, if no other key has the same.
         Raises UserError if the value has another form or a caption contains a lone surrogate.
         """
-        key = next((name for name in names if name in self._table), None)
-        if key is None and in_any_folder:
-            key = next((self._by_base[name] for name in names if self._by_base.get(name)), None)
+        key = self.key_of(*names, in_any_folder=in_any_folder)
         if key is None:
             return None
         self._used.add(key)
-        return parse_captions(self._table[key], f"{self._name}: {shorten([key])}", self._delimiter)
+        return parse_captions(self._table[key], f"{self.name}: {shorten([key])}", self._delimiter)
+
+    def key_of(self, *names: str, in_any_folder: bool = False) -> str | None:
+        """Return the name in the table that `of` uses, or None."""
+        key = next((name for name in names if name in self._table), None)
+        if key is None and in_any_folder:
+            key = next((self._by_base[name] for name in names if self._by_base.get(name)), None)
+        return key
+
+    def set(self, key: str, value: Any) -> None:
+        """Change the JSON value of a name, as it now is in the file."""
+        self._table[key] = value
+        self.__dict__.pop("_by_base", None)
 
     def unused(self) -> int:
         """Return the number of names in the table that no call of `of` matched."""
@@ -153,7 +163,8 @@ def _booru_tag(tag: str) -> str:
     return tag if len(tag) <= 3 or tag.startswith("score_") else tag.replace("_", " ")
 
 
-def _json(data: bytes, name: str) -> Any:
+def read_json(data: bytes, name: str) -> Any:
+    """Return the value in a JSON file. Raises UserError if it is none, or not UTF-8."""
     try:
         return json.loads(_decode(data, name))
     except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from anima_jax.data.examples import Example, contents_of, read_examples, reader_
 from anima_jax.data.file_index import FileIndex
 from anima_jax.data.images import set_up_pillow
 from anima_jax.data.problems import Problems
+from anima_jax.data.sources import SourceReader
 from anima_jax.data.store import Store
 from anima_jax.errors import UserError
 from anima_jax.text.states import rounded_up
@@ -51,7 +52,7 @@ def read_data(
     for source in (eval_dataset or config).data.sources:
         reader = reader_of(source, prepare=keep)
         folders.append(config.cache_dir or reader.cache_dir)
-        path = os.path.join(folders[-1], f"files-{_short_hash(reader.location)}.jsonl")
+        path = index_path(folders[-1], reader)
         if path not in indexes:
             indexes[path] = FileIndex(path, keep=keep, trust=config.trust_cache)
         sources.append((reader, indexes[path]))
@@ -140,7 +141,7 @@ class TrainingData:
         """
         if self._tag_counts is None:
             limit = max(1, TAGS_COUNTED // max(10, len(self._groups)))
-            self._tag_counts = {name: _most_frequent_tags(group, limit) for name, group in self._named_groups()}
+            self._tag_counts = {name: most_frequent_tags(group, limit) for name, group in self._named_groups()}
         return self._tag_counts
 
     def image_counts(self) -> dict[str, dict[str, float]]:
@@ -236,11 +237,16 @@ class TrainingData:
         return self._lengths
 
 
+def index_path(cache_dir: str, reader: SourceReader[Any]) -> str:
+    """Return the path of the file index of a source in a cache."""
+    return os.path.join(cache_dir, f"files-{_short_hash(reader.location)}.jsonl")
+
+
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _most_frequent_tags(examples: Sequence[Example], limit: int) -> dict[str, int]:
+def most_frequent_tags(examples: Sequence[Example], limit: int) -> dict[str, int]:
     """Return tag → number of occurrences in the first caption of each image, for the `limit` most frequent tags."""
     captions = {id(example.entry): example.captions[0] for example in reversed(examples)}
     counts = collections.Counter[str]()

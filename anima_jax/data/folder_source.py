@@ -9,6 +9,7 @@ import functools
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -19,7 +20,15 @@ from anima_jax.data.file_index import Entry
 from anima_jax.data.images import IMAGE_SUFFIXES
 from anima_jax.data.media import VIDEO_SUFFIXES, FileMedia, Media
 from anima_jax.data.problems import Problems
-from anima_jax.data.sources import Candidate, Counts, Partners, SourceReader, count_and_name, log_names
+from anima_jax.data.sources import (
+    Candidate,
+    CaptionPlace,
+    Counts,
+    Partners,
+    SourceReader,
+    count_and_name,
+    log_names,
+)
 from anima_jax.data.tar import TarMember, read_members
 from anima_jax.errors import UserError, os_reason
 
@@ -55,11 +64,13 @@ class FolderReader(SourceReader[DirectorySource]):
         self.about |= {"inpaint_mask_path": source.inpaint_mask_path} if source.inpaint_mask_path else {}
         self._folders, self._captions = 0, source.captions_file or os.path.join(source.path, CAPTIONS_JSON)
         self._table: CaptionTable | None = None
+        self._texts: _CaptionFiles | None = None
 
     def candidates(self, problems: Problems, counts: Counts) -> list[Candidate]:
         """List the folder and its tars. With a captions.json, the caption files next to it are not used."""
         folder = self.source.path
         files, self._folders = _list_folder(folder, "a folder of images")
+        self._table = None
         if CAPTIONS_JSON in files or self.source.captions_file:
             self._table = self._read_table()
         elif self.source.online_captions:
@@ -67,7 +78,7 @@ class FolderReader(SourceReader[DirectorySource]):
         tables = [self._table] if self._table else []
         (partners_of, unused_partners), ignored = _partners(self.source), Counts()
         members = {file: FileMedia(folder, file) for file in files}
-        texts = None if tables else _CaptionFiles(members, self.source)
+        self._texts = texts = None if tables else _CaptionFiles(members, self.source)
         candidates = list[Candidate]()
         for name, media in members.items():
             if _kind(name) == "tar":
@@ -79,6 +90,14 @@ class FolderReader(SourceReader[DirectorySource]):
             count_and_name(counts, reason, names)
         counts[f"other file ignored ({', '.join(sorted(ignored)[:5])})"] = ignored.total()
         return candidates
+
+    def caption_written(self, place: CaptionPlace, value: Any) -> None:
+        """Use a caption that was written after `candidates`: the JSON `value` of `place.key`, or a file that is new."""
+        if place.key is not None and self._table is not None:
+            self._table.set(place.key, value)
+        elif self._texts is not None:
+            media = FileMedia(*os.path.split(place.path))
+            self._texts.add(media.file, media)
 
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:
         source = self.source
@@ -174,14 +193,35 @@ class _CaptionFiles:
         captions = self._read(*found[0]) if found else Captions()
         if not self._with_nl:
             return captions if found else None
-        nl, stem = list(captions.nl), _stem(name) + NL_ENDING
-        if stem not in self._images and (file := self._files[".txt"].get(stem)):
-            nl += self._read(".txt", file).tags
-        for suffix in CAPTION_SUFFIXES if found else ():
-            if suffix != found[0][0] and suffix != ".txt" and (file := self._file(name, suffix)):
-                more = self._read(suffix, file)
-                nl += more.nl if suffix == ".json" else more.tags
+        nl = list(captions.nl)
+        for suffix, file in self._nl_files(name, found[0][0] if found else ""):
+            more = self._read(suffix, file)
+            nl += more.nl if suffix == ".json" else more.tags
         return Captions(captions.tags, tuple(filter(None, nl))) if found or nl else None
+
+    def places(self, name: str, media: FileMedia | TarMember) -> Iterator[CaptionPlace]:
+        """Yield the files that `of` reads for an image; the first is where its caption is, or would be."""
+        in_tar = isinstance(media, TarMember)
+        found = [(suffix, file) for suffix in self._suffixes if (file := self._file(name, suffix))]
+        if found:
+            yield CaptionPlace(found[0][1].name, in_tar=in_tar)
+        else:
+            yield CaptionPlace(_stem(media.name) + self._suffixes[0], exists=False, in_tar=in_tar)
+        for suffix, file in self._nl_files(name, found[0][0] if found else "") if self._with_nl else ():
+            yield CaptionPlace(file.name, in_tar=in_tar, nl=suffix != ".json")
+
+    def add(self, name: str, media: FileMedia) -> None:
+        """Count a caption file that was written after the folder was listed."""
+        self._files[_suffix(name)][_stem(name)] = media
+
+    def _nl_files(self, name: str, first: str) -> Iterator[tuple[str, FileMedia | TarMember]]:
+        """Yield the suffix and file of an image's further natural language; `first` is its caption file's suffix."""
+        stem = _stem(name) + NL_ENDING
+        if stem not in self._images and (file := self._files[".txt"].get(stem)):
+            yield ".txt", file
+        for suffix in CAPTION_SUFFIXES if first else ():
+            if suffix not in {first, ".txt"} and (file := self._file(name, suffix)):
+                yield suffix, file
 
     def _file(self, name: str, suffix: str) -> FileMedia | TarMember | None:
         """Return the caption file of an image: `name.suffix`, or `name.png.suffix`, as gallery-dl writes it."""
@@ -203,7 +243,9 @@ def _candidates(
     """Yield the candidate of a file in a folder or tar if it is an image or video."""
     base = posixpath.basename(name)
     if (kind := _kind(name)) == "media":
-        yield Candidate(media, functools.partial(_captions, media, name, tables, texts), partners_of(base))
+        captions_of = functools.partial(_captions, media, name, tables, texts)
+        places = functools.partial(_places, media, name, tables, texts)
+        yield Candidate(media, captions_of, partners_of(base), places)
     elif not kind and not (texts and texts.has(name)):
         ignored["hidden" if base.startswith(".") else os.path.splitext(base)[1] or base] += 1
 
@@ -216,6 +258,23 @@ def _captions(
         if (found := _in_table(table, media, name)) is not None:
             return found
     return texts.of(name) if texts else None
+
+
+def _places(
+    media: FileMedia | TarMember, name: str, tables: Sequence[CaptionTable], texts: _CaptionFiles | None
+) -> list[CaptionPlace]:
+    """Return where `_captions` finds the captions of a file, or where a caption of it belongs."""
+
+    def in_table(table: CaptionTable, key: str, exists: bool) -> CaptionPlace:
+        in_tar = isinstance(media, TarMember) and table.name.startswith(f"{media.tar}/")
+        return CaptionPlace(table.name, key, exists, in_tar)
+
+    for table in tables:
+        if (key := table.key_of(*_names(media, name), in_any_folder=posixpath.basename(name) == name)) is not None:
+            return [in_table(table, key, True)]
+    if texts:
+        return list(texts.places(name, media))
+    return [in_table(tables[0], name, False)]
 
 
 def _caption(data: bytes, name: str) -> Captions:
@@ -293,8 +352,12 @@ def _list_folder(folder: str, expected: str) -> tuple[list[str], int]:
 
 def _in_table(table: CaptionTable, media: Media, name: str) -> Captions | None:
     """Return the captions of a file by its whole path, its path in a tar or its base name, with or without suffix."""
+    return table.of(*_names(media, name), in_any_folder=posixpath.basename(name) == name)
+
+
+def _names(media: Media, name: str) -> tuple[str, ...]:
     base = posixpath.basename(name)
-    return table.of(media.name, name, base, _stem(media.name), _stem(name), _stem(base), in_any_folder=base == name)
+    return media.name, name, base, _stem(media.name), _stem(name), _stem(base)
 
 
 def _stem(file: str) -> str:

@@ -71,6 +71,16 @@ def read_image(data: bytes, size_wh: tuple[int, int], *, name: str) -> np.ndarra
         return np.array(ImageOps.fit(over_white(_upright(image, data)), size_wh, Image.Resampling.BICUBIC))
 
 
+def crop_box(size_wh: tuple[int, int], target_wh: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return (left, top, width, height) in pixels of the part of an image of `size_wh` that `read_image` keeps.
+
+    It is the part around the centre with the proportions of `target_wh`, as `PIL.ImageOps.fit` chooses it.
+    """
+    (width, height), ratio = size_wh, target_wh[0] / target_wh[1]
+    kept = (width, width / ratio) if width / height <= ratio else (ratio * height, height)
+    return (width - kept[0]) / 2, (height - kept[1]) / 2, float(kept[0]), float(kept[1])
+
+
 def read_picture(data: bytes, name: str) -> Image.Image:
     """Return the image in `data`, an encoded file, upright and with its transparency, 8 bits per channel.
 

@@ -52,6 +52,17 @@ class Partners(NamedTuple):
     missing: str = ""
 
 
+class CaptionPlace(NamedTuple):
+    """Where a caption is, or where a new one belongs: a file, or the value of `key` in a JSON file of many."""
+
+    path: str
+    key: str | None = None
+    exists: bool = True
+    in_tar: bool = False
+    nl: bool = False
+    """Whether the whole file is natural language."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
     """An image or video listed by a source, not read yet."""
@@ -60,6 +71,11 @@ class Candidate:
     captions: Callable[[], Captions | None]
     """Reads the captions; returns None if there are none. Raises UserError if they cannot be read."""
     partners: Partners = Partners()
+    places: Callable[[], Sequence[CaptionPlace]] = tuple
+    """Finds the files that the captions come from, the one that counts first; none if they are not in files."""
+
+
+Observer = Callable[[Candidate, Entry | UserError | None, Sequence[str]], None]
 
 
 class SourceReader(abc.ABC, Generic[SourceT]):
@@ -94,11 +110,17 @@ class SourceReader(abc.ABC, Generic[SourceT]):
 
 
 def read_entries(
-    reader: SourceReader[Any], index: FileIndex, problems: Problems, *, threads: int = 8
+    reader: SourceReader[Any],
+    index: FileIndex,
+    problems: Problems,
+    *,
+    threads: int = 8,
+    observe: Observer = lambda candidate, result, reasons: None,
 ) -> tuple[list[Entry], str]:
     """Return the usable images and videos of a source, in its order, and a line for the log.
 
-    Files that cannot be used go to `problems`. Each thread may have a whole video in memory. Raises UserError if the
+    `observe` is called with each file that is inspected and the result of `inspect`, in the source's order. Files
+    that cannot be used go to `problems`. Each thread may have a whole video in memory. Raises UserError if the
     source does not exist or cannot be read.
     """
     saved = index.load(reader.about, reader.media_types)
@@ -115,7 +137,7 @@ def read_entries(
         return saved[0], saved[1].summary
     before, counts = len(problems.lines), Counts()
     candidates = reader.candidates(problems, counts)
-    entries = _inspect_all(candidates, reader.source, index, problems, counts, threads)
+    entries = _inspect_all(candidates, reader.source, index, problems, counts, threads, observe)
     reader.count_entries(entries, counts)
     counts["paired with control pictures"] = sum(bool(entry.controls) for entry in entries)
     skipped = tuple(problems.lines[before:])
@@ -145,11 +167,13 @@ def _inspect_all(
     problems: Problems,
     counts: Counts,
     threads: int,
+    observe: Observer,
 ) -> list[Entry]:
     """Return the entries of usable candidates; the others go to `problems` or, without a caption, to `counts`."""
     entries, by_reason = [], collections.defaultdict[str, list[str]](list)
-    inspected = map_ahead(lambda each: _inspect(each, index, source), candidates, threads=threads, ahead=MAX_QUEUED)
+    inspected = map_ahead(lambda each: inspect(each, index, source), candidates, threads=threads, ahead=MAX_QUEUED)
     for candidate, (result, reasons) in zip(candidates, inspected, strict=True):
+        observe(candidate, result, reasons)
         for reason in reasons:
             by_reason[reason].append(candidate.media.name)
         if isinstance(result, UserError):
@@ -162,7 +186,7 @@ def _inspect_all(
     return entries
 
 
-def _inspect(candidate: Candidate, index: FileIndex, source: Source) -> tuple[Entry | UserError | None, list[str]]:
+def inspect(candidate: Candidate, index: FileIndex, source: Source) -> tuple[Entry | UserError | None, list[str]]:
     """Return the entry, an error, or None if it is left out without a caption; then reasons to count it."""
     media, partners, reasons = candidate.media, candidate.partners, list[str]()
     try:

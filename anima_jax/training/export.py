@@ -33,8 +33,10 @@ EMA_FOLDER = "ema"
 """Subfolder of an export for the averaged weights, separate because diffusion-pipe's `init_from_existing` expects a
 folder with a single file."""
 
-_EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
-_REMAINS = re.compile(rf"\.{_EXPORT_FOLDER.pattern}\.(old|partial)")
+EXPORT_FOLDER = re.compile(r"(epoch|step)(\d+)")
+"""Names of the folders of exports."""
+
+_REMAINS = re.compile(rf"\.{EXPORT_FOLDER.pattern}\.(old|partial)")
 """Names of folders that are being deleted or written."""
 
 _UNFINISHED = re.compile(r"\.(step\d+\.png|.+\.safetensors|.+\.json|.+\.toml)\.[0-9a-f]{8}\.tmp")
@@ -211,7 +213,7 @@ def _remove_remains(run_folder: pathlib.Path) -> None:
 
 
 def _export_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in folder.iterdir() if _EXPORT_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return [path for path in folder.iterdir() if EXPORT_FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
 def find_export(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -233,7 +235,7 @@ def _find_export(root: pathlib.Path) -> pathlib.Path:
     for run in runs:
         with contextlib.suppress(PermissionError):  # such as lost+found
             folders += _export_folders(run)
-    files = [file for folder in folders for file in _exported(folder)] + _named(root) or _exported(root)
+    files = [file for folder in folders for file in exported(folder)] + _named(root) or exported(root)
     if not files or (len(files) > 1 and not folders and not _named(root)):
         raise UserError(
             f"{root}: contains no {MODEL_FILE}, no {ADAPTER_FILE} and {len(files)} other .safetensors files; expected "
@@ -249,7 +251,7 @@ def _named(folder: pathlib.Path) -> list[pathlib.Path]:
     return [path for name in (MODEL_FILE, ADAPTER_FILE) if (path := folder / name).is_file()]
 
 
-def _exported(folder: pathlib.Path) -> list[pathlib.Path]:
+def exported(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the models and adapters in a folder: those with diffusion-pipe's names, or else all safetensors files."""
     others = (path for path in folder.glob("*.safetensors") if path.is_file() and not path.name.startswith("."))
     return _named(folder) or list(others)

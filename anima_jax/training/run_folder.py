@@ -249,12 +249,14 @@ def _has_checkpoint(run_folder: pathlib.Path) -> bool:
 def _runs(root: pathlib.Path) -> list[pathlib.Path]:
     """Return the folders of the runs in `root`, oldest first: those named by the time, and others with checkpoints."""
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    return sorted((path for path in folders if _NAME.fullmatch(path.name) or (path / FOLDER).is_dir()), key=_age)
+    return sorted((path for path in folders if _NAME.fullmatch(path.name) or (path / FOLDER).is_dir()), key=start_of)
 
 
-def _age(folder: pathlib.Path) -> tuple[str, int, str]:
+def start_of(folder: pathlib.Path) -> tuple[str, int, str]:
     """Return the sort key of a run: time (of a named run, its last checkpoint's), then suffix, -2 before -10."""
     if match := _NAME.fullmatch(folder.name):
         return match[1], len(match[2]), match[2]
-    written = datetime.datetime.fromtimestamp((folder / FOLDER).stat().st_mtime, datetime.UTC)
+    checkpoints = folder / FOLDER
+    changed = (checkpoints if checkpoints.is_dir() else folder).stat().st_mtime
+    written = datetime.datetime.fromtimestamp(changed, datetime.UTC)
     return written.strftime(_TIME), 0, folder.name

@@ -32,6 +32,8 @@ from anima_jax.training.writer import Writer, warn_and_continue
 _MIN_TILE, _MARGIN, _LINES = 128, 4, 6
 """Sizes in a grid: minimum width of an image and gap between images, in pixels, and the most lines of a caption."""
 
+COLUMNS = 8
+"""Most images in a row of a grid."""
 
 TAG = "samples"
 """Tag of the grids in TensorBoard and W&B."""
@@ -189,7 +191,7 @@ def make_samples(
     return [Samples(config.sample, size, pipeline, partition.frozen, folder, writer, control)]
 
 
-def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> Image.Image:
+def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
     """Return a grid of the images, each above its caption. Small images are enlarged so that captions are readable."""
     scale = -(-_MIN_TILE // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
