@@ -1,6 +1,6 @@
 """The commands' entry points: they import a main, which takes seconds, and what signals do until it has handlers.
 
-`anima-train`, `anima-generate`, `anima-convert` and `python -m` of the same modules begin here.
+`anima-train`, `anima-generate`, `anima-convert`, `anima-serve` and `python -m` of the same modules begin here.
 """
 
 import contextlib
@@ -31,6 +31,11 @@ def generate() -> None:
 def convert() -> None:
     """Run `anima_jax.convert`."""
     _run("anima_jax.convert.__main__")
+
+
+def serve() -> None:
+    """Run `anima_jax.serve`."""
+    _run("anima_jax.serve", STOP_SIGNALS)
 
 
 def _run(module: str, stops: tuple[str, ...] = ()) -> None:

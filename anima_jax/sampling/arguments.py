@@ -49,7 +49,7 @@ def mesh_sizes(arguments: argparse.Namespace, config: MainConfig | None) -> dict
 
     Raises UserError for an unknown axis, an invalid size or more than one -1, and for previews in several processes.
     """
-    if arguments.preview and not hosts.is_single_process():
+    if getattr(arguments, "preview", None) and not hosts.is_single_process():
         raise UserError("--preview: works in a single process only")
     if arguments.mesh is None and config:
         return config.mesh.sizes

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from anima_jax.adapters.merge import COMFYUI_DORA
 from anima_jax.checkpoints.locations import check_local
@@ -45,19 +46,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not (arguments.prompt is not None or arguments.prompts or arguments.like):
         parser.error("one of --prompt, --prompts and --like is required")
-    if arguments.set and not arguments.config:
-        parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
+    check_files(parser, arguments)
     if arguments.quality is not None and not 1 <= arguments.quality <= 100:
         parser.error(f"--quality {arguments.quality}, expected 1 to 100")
-    for flag in LOCAL:
-        given = getattr(arguments, flag)
-        for value in [given] if isinstance(given, str) else given or []:
-            check_local(f"--{flag}", value)
     for flag in ("at_once", "preview", "batch_size"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             parser.error(f"--{flag} {value}, expected at least 1")
     return arguments
+
+
+def check_files(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise UserError for an address where a file of this machine is expected, and for --set without --config."""
+    if arguments.set and not arguments.config:
+        parser.error(f"--set {arguments.set[0]}: without --config there is no key to replace")
+    for flag in LOCAL:
+        given = getattr(arguments, flag, None)
+        for value in [given] if isinstance(given, str) else given or []:
+            check_local(f"--{flag}", value)
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -202,9 +208,8 @@ def comma_separated(text: str) -> list[float]:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("devices").add_argument
+    add = add_devices(parser).add_argument
     add("--at_once", type=int, default=4, metavar="IMAGES", help="how many share a device (default: 4)")
-    add("--offload", action="store_true", help="keep text encoder and VAE in host memory while they are idle")
     add("--preview", type=int, nargs="?", const=5, metavar="EVERY", help="also write every 5th (EVERY-th) estimate")
     add(
         "--tile",
@@ -214,5 +219,13 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="VAE in tiles of 1024 or PIXELS; 0: never",
     )
-    add("--mesh", nargs="+", metavar="AXIS=N", help="devices along data, fsdp, tensor, context (default: data=-1)")
     hosts.add_flags(parser)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags for devices that `generate` and `serve` have, and return their group."""
+    group = parser.add_argument_group("devices")
+    group.add_argument("--offload", action="store_true", help="keep idle text encoder and VAE in host memory")
+    mesh = "devices along data, fsdp, tensor, context (default: data=-1)"
+    group.add_argument("--mesh", nargs="+", metavar="AXIS=N", help=mesh)
+    return group

@@ -1,0 +1,172 @@
+"""What every request passes before its route: names and origins, the key, and clients that are slow.
+
+A page of another site can make a browser send requests to this machine. So a server that only this machine can reach
+answers only to names of this machine (a name of the attacker's could resolve to it: DNS rebinding), and a request that
+changes something must not come from a page of another origin.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from anima_jax.serving.server import ServerConfig
+
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing."""
+
+CORS_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "600",
+}
+
+SAFETY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin"}
+
+
+class SlowBodyError(ConnectionError):
+    """A client that does not send the body that it has announced."""
+
+
+class Guards:
+    """ASGI middleware that refuses requests from where they should not come, and those without the key.
+
+    `open_paths` need no key; below "/" these are the page's files.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, protected: Iterable[str]):
+        self._app, self._config, self._protected = app, config, tuple(protected)
+        self._key = None if config.api_key is None else _digest(config.api_key)
+        own = {_host_name(config.host), *map(str.lower, config.hosts)}
+        self._names = own | LOCAL_NAMES if config.is_local else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        allowed = origin in self._config.cors
+        if refusal := self._refusal(scope, headers, allowed):
+            await _refuse(send, *refusal)
+            return
+        if allowed and scope["method"] == "OPTIONS":
+            await _answer(send, 204, {"Access-Control-Allow-Origin": str(origin), "Vary": "Origin", **CORS_HEADERS})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answered = MutableHeaders(scope=message)
+                answered.update(SAFETY_HEADERS)
+                if allowed:
+                    answered["Access-Control-Allow-Origin"] = str(origin)
+                    answered.add_vary_header("Origin")
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: Scope, headers: Headers, allowed: bool) -> tuple[int, str, dict[str, str]] | None:
+        """Return status, message and headers if the request is refused."""
+        if self._names is not None and _host_name(headers.get("host", "")) not in self._names:
+            return 403, "the server is called by another name than its own; --host says where others may reach it", {}
+        if not allowed and _is_cross_site(scope, headers):
+            return 403, "the request comes from a page of another site; --cors ORIGIN allows it", {}
+        is_preflight = allowed and scope["method"] == "OPTIONS"
+        if self._key is None or is_preflight or not scope["path"].startswith(self._protected):
+            return None
+        if not any(hmac.compare_digest(_digest(given), self._key) for given in _given_keys(headers)):
+            return 401, "the API key is missing or wrong", {"WWW-Authenticate": 'Bearer realm="anima_jax"'}
+        return None
+
+
+def _is_cross_site(scope: Scope, headers: Headers) -> bool:
+    """Return whether a browser says that a page of another origin sends a request that may change something."""
+    if scope["method"] in SAFE:
+        return False
+    if (origin := headers.get("origin")) is not None:
+        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+    return headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a Host header, without its port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _given_keys(headers: Headers) -> list[str]:
+    """Return what a client may have given as the key: a bearer token, or the password of basic authentication."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return [value.strip()]
+    if scheme.lower() != "basic":
+        return []
+    try:
+        pair = base64.b64decode(value.strip(), validate=True).decode()
+    except (binascii.Error, ValueError):
+        return []
+    return [pair, pair.partition(":")[2]]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class BodyTimeout:
+    """ASGI middleware that answers a client whose body does not arrive in time. What clients do not take,
+    `serving.http_server` ends."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig):
+        self._app, self._limits = app, config.limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, has_more, started = time.monotonic(), True, False
+
+        async def receive_in_time() -> Message:
+            nonlocal has_more
+            if not has_more:  # what comes is a disconnection, which may take as long as it likes
+                return await receive()
+            left = begun + self._limits.body_timeout - time.monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, min(left, self._limits.read_timeout)))
+            except TimeoutError:
+                raise SlowBodyError from None
+            has_more = message.get("more_body", False)
+            return message
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive_in_time, send_and_note)
+        except SlowBodyError:
+            if not started:
+                await _refuse(send, 408, "the request did not arrive in time", {"Connection": "close"})
+
+
+async def _refuse(send: Send, status: int, message: str, headers: dict[str, str]) -> None:
+    await _answer(send, status, headers | {"Content-Type": "application/json"}, json.dumps({"error": message}).encode())
+
+
+async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+    given = {"Content-Length": str(len(body)), **SAFETY_HEADERS, **headers}
+    encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in given.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,199 @@
+"""uvicorn, with what it lacks: time limits for headers and for slow readers, and a stop that finishes jobs first."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from anima_jax.errors import UserError, os_reason, plural
+from anima_jax.exit_codes import INTERRUPTED
+from anima_jax.serving.engine import Engine
+from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.server import Server, ServerConfig
+
+GRACE = 2.0
+"""Seconds for which clients can still fetch what was drawn while the server was stopping."""
+
+CLOSING = 10
+"""Seconds for answers that are still being sent when the server ends."""
+
+BUSY = b"""HTTP/1.1 503 Service Unavailable\r
+content-type: application/json\r
+retry-after: 5\r
+connection: close\r
+content-length: 33\r
+\r
+{"error": "too many connections"}"""
+
+
+def protocol(limits: RequestLimits) -> type[H11Protocol]:
+    """Return uvicorn's HTTP protocol with these limits of time and connections."""
+
+    class LimitedProtocol(H11Protocol):
+        _headers_due: asyncio.TimerHandle | None = None
+        _reader_due: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                transport.write(BUSY)
+                transport.close()
+            self._await_headers()
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            if self.cycle and not self.cycle.response_complete:
+                self._stop_waiting()
+
+        def on_response_complete(self) -> None:
+            self._await_headers()
+            super().on_response_complete()  # which may go on with a request that is there already
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._reader_due = self.loop.call_later(limits.write_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader_due is not None:
+                self._reader_due.cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _await_headers(self) -> None:
+            self._stop_waiting()
+            self._headers_due = self.loop.call_later(limits.read_timeout, self.transport.abort)
+
+        def _stop_waiting(self) -> None:
+            for timer in (self._headers_due, self._reader_due):
+                if timer is not None:
+                    timer.cancel()
+
+    return LimitedProtocol
+
+
+class HttpServer(uvicorn.Server):
+    """A server of the application, in the main thread, while another thread loads the model.
+
+    `load` returns the engine. SIGTERM and Ctrl-C end the server once its jobs are finished, at most after
+    `drain_timeout` seconds; a second one ends it at once.
+    """
+
+    def __init__(self, app: Starlette, load: Callable[[], Engine], drain_timeout: float, ready: Callable[[], None]):
+        self.state: Server = app.state.server
+        limits = self.state.limits
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol(limits),
+                loop="asyncio",  # uvloop takes the signals from `launch`
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSING,
+            )
+        )
+        self._load, self._ready, self._drain_timeout = load, ready, drain_timeout
+        self._stopping = False
+        self.error: BaseException | None = None
+        self._loader = threading.Thread(target=self._load_model, name="anima loader", daemon=True)
+
+    def serve_on(self, listening: socket.socket) -> None:
+        """Serve until a signal. Raises what loading the model raised."""
+        self.run(sockets=[listening])
+        if self.error is not None:
+            raise self.error
+        if self._loader.is_alive():  # It uses libraries that must not be torn down below it.
+            sys.stdout.flush()
+            os._exit(0)
+        if self.state.jobs.engine is not None:
+            self.state.jobs.engine.close()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and begin to load the model."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._loader.start()
+
+    def _load_model(self) -> None:
+        try:
+            engine = self._load()
+        except BaseException as error:
+            self.error, self.should_exit = error, True
+            self.state.fail()
+            return
+        self._loop.call_soon_threadsafe(self._start, engine)
+
+    def _start(self, engine: Engine) -> None:
+        self.state.start(engine)
+        if self._stopping:
+            self.state.stop_taking_jobs()
+            return
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals ourselves: uvicorn would end the jobs."""
+        numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+        before = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+        self._stopping = True
+        self._loop.call_soon_threadsafe(lambda: setattr(self, "_draining", self._loop.create_task(self._drain())))
+
+    async def _drain(self) -> None:
+        engine, jobs = self.state.jobs.engine, self.state.jobs.unfinished()
+        self.state.stop_taking_jobs()
+        if engine is not None and jobs:
+            print(f"stopping after {plural(len(jobs), 'job')}; a second signal ends them", file=sys.stderr, flush=True)
+            await asyncio.to_thread(engine.drain, self._drain_timeout)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSING):
+                    await asyncio.gather(*(job.finished() for job in jobs), return_exceptions=True)
+            for job in self.state.jobs.unfinished():
+                job.cancel()
+            await asyncio.sleep(GRACE)
+        self.should_exit = True
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Return a socket that listens at a server's address. Raises UserError if that is taken or not this machine's."""
+    where = f"--host {config.host} --port {config.port}"
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(
+            config.host.strip("[]"), config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(kind, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where}: {os_reason(error)}") from None
+    try:
+        if os.name != "nt":  # where it would let two programs listen
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise UserError(f"{where}: {os_reason(error)}") from None
+    return listening

@@ -1,0 +1,269 @@
+"""Jobs: orders that one call submits together, and what becomes of them.
+
+Everything here runs in the event loop's thread, except for `_kept`, which writes PNG files. The engine's threads only
+wake the loop.
+"""
+
+import asyncio
+import base64
+import collections
+import contextlib
+import io
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from PIL import Image
+
+from anima_jax.errors import UserError, one_line, system_error
+from anima_jax.serving.engine import Engine
+from anima_jax.serving.gallery import GalleryImage
+from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.orders import Order
+from anima_jax.serving.tickets import Ticket
+
+JobState = Literal["waiting", "drawing", "done", "failed", "cancelled"]
+
+Event = tuple[str, dict[str, Any]]
+"""Name and data of a server-sent event."""
+
+Keep = Callable[[Order, Image.Image], GalleryImage]
+"""Puts a drawn image into the gallery."""
+
+
+class UnavailableError(UserError):
+    """The server cannot draw now, but later: status 503."""
+
+
+class JobCancelledError(UserError):
+    """The job was cancelled before it was finished."""
+
+
+class Job:
+    """Orders that were submitted together. `images` are those that are finished, by the index of their order."""
+
+    def __init__(self, orders: Sequence[Order], tickets: Sequence[Ticket], keep: Keep, timeout: float):
+        self.id, self.created = secrets.token_hex(8), time.time()
+        self.orders, self.tickets = list(orders), list(tickets)
+        self.images: dict[int, GalleryImage] = {}
+        self.state: JobState = "waiting"
+        self.error: UserError | None = None
+        self._keep, self._loop = keep, asyncio.get_running_loop()
+        self._keeping: dict[int, asyncio.Task[None]] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._woken = False
+        self._previews: dict[int, tuple[Image.Image, str]] = {}
+        self._timer = self._loop.call_later(timeout, self._expire, timeout)
+        for ticket in self.tickets:
+            ticket.subscribe(self._changed)
+        self._update()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in ("done", "failed", "cancelled")
+
+    @property
+    def position(self) -> int:
+        """How many orders of all jobs are started before the first of this job that waits."""
+        waiting = [ticket.position for ticket in self.tickets if ticket.state == "waiting"]
+        return min(waiting) if len(waiting) == len(self.tickets) else 0
+
+    @property
+    def done(self) -> int:
+        """Evaluations of the network that are done."""
+        return sum(ticket.done for ticket in self.tickets)
+
+    @property
+    def total(self) -> int:
+        """Evaluations of the network of all images; an estimate until all of them have begun."""
+        known = [ticket.total or order.params.steps for ticket, order in zip(self.tickets, self.orders, strict=True)]
+        return max(sum(known), self.done)
+
+    def ordered_images(self) -> list[GalleryImage]:
+        """Return the finished images in the order of their orders."""
+        return [self.images[index] for index in sorted(self.images)]
+
+    def cancel(self) -> None:
+        """Cancel what is not finished."""
+        self._end("cancelled", JobCancelledError("the job was cancelled"))
+
+    async def finished(self) -> list[GalleryImage]:
+        """Wait for the job and return its images.
+
+        Raises what made it fail, such as JobCancelledError, or UnavailableError if it took too long.
+        """
+        with self._watched() as changed:
+            while not self.is_finished:
+                changed.clear()
+                await changed.wait()
+        if self.error is not None:
+            raise self.error
+        return self.ordered_images()
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """Yield the state now, then what changes, until the job is finished. A slow reader gets the latest only."""
+        shown: dict[Any, Any] = {}
+
+        def is_new(key: Any, value: Any) -> bool:
+            before, shown[key] = shown.get(key), value
+            return before is not value and before != value
+
+        with self._watched() as changed:
+            while True:
+                changed.clear()
+                if self.state == "waiting" and is_new("queued", position := self.position):
+                    yield "queued", {"position": position}
+                for index, ticket in enumerate(self.tickets):
+                    if ticket.total and is_new(index, (ticket.done, ticket.total)):
+                        yield "progress", {"image": index, "done": ticket.done, "total": ticket.total}
+                    if not self.is_finished and (preview := ticket.preview) and is_new((index, "preview"), preview):
+                        yield "preview", {"image": index, "data": await self._preview(index, preview)}
+                if self.is_finished:
+                    break
+                await changed.wait()
+        match self.state:
+            case "done":
+                yield "done", {"images": self.ordered_images()}
+            case "failed":
+                yield "failed", {"error": error_line(self.error)}
+            case _:
+                yield "cancelled", {}
+
+    async def _preview(self, index: int, preview: Image.Image) -> str:
+        """Return a preview as a data URL, made once for all readers."""
+        known, url = self._previews.get(index, (None, ""))
+        if known is not preview:
+            url = await asyncio.to_thread(_data_url, preview)
+            self._previews[index] = preview, url
+        return url
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[asyncio.Event]:
+        """Yield an event that is set whenever something has changed."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers.discard(changed)
+
+    def _changed(self, ticket: Ticket) -> None:
+        """Wake the loop; called from the engine's threads. Changes that come before it is awake are one."""
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._update)
+            except RuntimeError:  # the loop is closed: the server is at its end
+                self._woken = False
+
+    def _update(self) -> None:
+        self._woken = False
+        if not self.is_finished:
+            for index, ticket in enumerate(self.tickets):
+                if ticket.state == "done" and index not in self._keeping:
+                    self._keeping[index] = self._loop.create_task(self._kept(index, ticket))
+                elif ticket.state == "failed":
+                    self._end("failed", reported(ticket.error))
+                elif ticket.state == "cancelled":
+                    self._end("cancelled", JobCancelledError("the job was cancelled"))
+            if self.state == "waiting" and any(ticket.state != "waiting" for ticket in self.tickets):
+                self.state = "drawing"
+        for changed in self._watchers:
+            changed.set()
+
+    async def _kept(self, index: int, ticket: Ticket) -> None:
+        try:
+            image = await asyncio.to_thread(self._keep, self.orders[index], ticket.result(0))
+        except Exception as error:
+            self._end("failed", reported(error))
+            return
+        self.images[index] = image
+        if len(self.images) == len(self.tickets):
+            self._end("done", None)
+        self._update()
+
+    def _expire(self, timeout: float) -> None:
+        self._end("failed", UnavailableError(f"the job was not finished after {timeout:g} s"))
+
+    def _end(self, state: JobState, error: UserError | None) -> None:
+        if self.is_finished:
+            return
+        self.state, self.error = state, error
+        self._timer.cancel()
+        self._previews.clear()
+        for ticket in self.tickets:
+            if not ticket.finished:
+                ticket.cancel()
+        self._update()
+
+
+class Jobs:
+    """The jobs of a server: those that are not finished, and the state of the last ones that are."""
+
+    def __init__(self, keep: Keep, limits: RequestLimits):
+        self._keep, self._limits = keep, limits
+        self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
+        self.engine: Engine | None = None
+        self.refusal: str | None = "the model is still loading"
+        """Why no job is taken now, or None."""
+
+    def submit(self, orders: Sequence[Order]) -> Job:
+        """Submit the orders of a call, all of them or none, from the event loop's thread.
+
+        Raises UserError if they are invalid or exceed a limit, EngineFullError if too many wait, UnavailableError if
+        the server takes no jobs now.
+        """
+        if self.engine is None or self.refusal is not None:
+            raise UnavailableError(self.refusal or "the server takes no jobs")
+        self._limits.check(orders)
+        tickets: list[Ticket] = []
+        try:
+            for order in orders:
+                tickets.append(self.engine.submit(order))
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        job = Job(orders, tickets, self._keep, self._limits.job_timeout)
+        self._jobs[job.id] = job
+        finished = [job.id for job in self._jobs.values() if job.is_finished]
+        for id in finished[: max(0, len(finished) - self._limits.kept_jobs)]:
+            del self._jobs[id]
+        return job
+
+    def get(self, id: str) -> Job | None:
+        """Return a job, or None if there is none of this id, or no longer."""
+        return self._jobs.get(id)
+
+    def newest_first(self) -> list[Job]:
+        """Return all jobs that are known."""
+        return list(self._jobs.values())[::-1]
+
+    def unfinished(self) -> list[Job]:
+        """Return the jobs that are waiting or drawn."""
+        return [job for job in self._jobs.values() if not job.is_finished]
+
+
+def reported(error: BaseException | None) -> UserError:
+    """Return the error for a client. One that is not the user's is written to stderr; a client learns no more of it."""
+    if isinstance(error, UserError):
+        return error
+    found = system_error(error) if error and not isinstance(error, OSError) else None
+    if found is None and error is not None:
+        traceback.print_exception(error, file=sys.stderr)
+    return UserError("out of memory" if found else "internal error; the server's own output says more")
+
+
+def error_line(error: BaseException | None) -> str:
+    """Return an error as one line."""
+    return one_line("; ".join(error.messages) if isinstance(error, UserError) else error)
+
+
+def _data_url(preview: Image.Image) -> str:
+    data = io.BytesIO()
+    preview.convert("RGB").save(data, format="JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

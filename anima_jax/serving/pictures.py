@@ -1,0 +1,51 @@
+"""Pictures in requests: bytes of strangers, decoded only after their header has been checked."""
+
+import base64
+import binascii
+import io
+import re
+
+from PIL import Image, ImageOps
+
+from anima_jax.data.images import AVIF, eight_bit
+from anima_jax.errors import UserError, first_line, one_line
+from anima_jax.serving.limits import RequestLimits
+
+READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *["AVIF"] * AVIF, "TIFF")
+"""PIL's names of the formats that requests may contain."""
+
+DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.+-]*)*?;base64,", re.IGNORECASE)
+
+
+def decode_picture(data: bytes | str, what: str, limits: RequestLimits) -> Image.Image:
+    """Return the upright, 8-bit picture of a file's bytes, or of base64 text with or without `data:…;base64,`.
+
+    Its `info` keeps the texts of the file. Raises UserError, which begins with `what`, for anything else, and for a
+    picture with more than `limits.max_picture` pixels, before it is decoded.
+    """
+    data = _from_base64(data, what) if isinstance(data, str) else data
+    try:
+        with Image.open(io.BytesIO(data), formats=READ) as image:
+            if (pixels := image.width * image.height) > limits.max_picture:
+                raise UserError(f"{what}: {pixels} pixels, expected at most {limits.max_picture}")
+            image.load()
+            texts = dict(image.info)
+            upright = eight_bit(ImageOps.exif_transpose(image))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(what) else f"{what}: {text}") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{what}: is not a picture, expected {', '.join(READ)}") from None
+    except Exception as error:  # PIL's decoders raise many types for damaged or hostile bytes
+        raise UserError(f"{what}: cannot be read as a picture: {one_line(first_line(error))[:200]}") from None
+    upright.info = texts | upright.info
+    return upright
+
+
+def _from_base64(text: str, what: str) -> bytes:
+    if found := DATA_URL.match(text[:200]):
+        text = text[found.end() :]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(f"{what}: is not base64 text or a data URL; addresses and paths are not opened") from None

@@ -1,0 +1,112 @@
+"""What all routes of a server share: its configuration, engine, jobs and gallery. A handler has it as `server_of`."""
+
+import dataclasses
+import ipaddress
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from PIL import Image
+from starlette.requests import Request
+
+from anima_jax.sampling.image_text import to_text
+from anima_jax.sampling.recipe import NETWORKS, file_name
+from anima_jax.serving.engine import Engine
+from anima_jax.serving.gallery import Gallery, GalleryImage
+from anima_jax.serving.jobs import Jobs, UnavailableError
+from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.lora_library import LoraLibrary
+from anima_jax.serving.orders import Order
+
+ServerState = Literal["loading", "ok", "draining", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """What a server is told when it starts.
+
+    `files` are the arguments of `AnimaPipeline.load`, for the text of images; `defaults` are settings of a request that
+    does not give them. `gallery` and `run` are folders and `dataset` a file, None without that feature. `hosts` are
+    further names by which clients may call the server, `cors` the origins of other pages that may use it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
+    files: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    gallery: pathlib.Path | None = None
+    run: pathlib.Path | None = None
+    dataset: pathlib.Path | None = None
+    cors: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    heartbeat: float = 15.0
+    """Seconds between two signs of life of a stream of events."""
+    retry_after: int = 5
+    """Seconds after which a client that was refused should try again."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class Server:
+    """A server's state. `engine` is None until the model is loaded (`start`)."""
+
+    def __init__(self, config: ServerConfig, engine: Engine | None = None):
+        self.config, self.limits = config, config.limits
+        self.gallery = Gallery(config.limits, config.gallery)
+        self.jobs = Jobs(self._keep, config.limits)
+        self.state: ServerState = "loading"
+        self.hashes: Mapping[str, str] = {}
+        """Hashes of some files by path, for the text of images."""
+        if engine is not None:
+            self.start(engine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises UnavailableError while the model is loading."""
+        if self.jobs.engine is None:
+            raise UnavailableError(self.jobs.refusal or "the model is still loading")
+        return self.jobs.engine
+
+    @property
+    def library(self) -> LoraLibrary | None:
+        """The LoRAs and control networks that requests may name; None if the server has no folder of them."""
+        return self.engine.library
+
+    def start(self, engine: Engine) -> None:
+        """Take jobs from now on."""
+        self.jobs.engine, self.jobs.refusal, self.state = engine, None, "ok"
+
+    def stop_taking_jobs(self) -> None:
+        """Refuse new jobs from now on; those that are there go on."""
+        self.jobs.refusal, self.state = "the server is shutting down", "draining"
+
+    def fail(self) -> None:
+        """Say that the model could not be loaded."""
+        self.jobs.refusal, self.state = "the model could not be loaded", "failed"
+
+    def _keep(self, order: Order, image: Image.Image) -> GalleryImage:
+        """Put an image into the gallery, with the text that `generate` writes.
+
+        Clients on other machines learn the names of files, not the folders of this one.
+        """
+        files = dict(self.config.files)
+        own = [(self.library.lora(name), weight) for name, weight in order.loras] if self.library else []
+        loras = [*files.get("loras", ()), *own]
+        shown = str if self.config.is_local else file_name
+        files = {name: shown(files[name]) if name in NETWORKS and files[name] else files[name] for name in files}
+        files["loras"] = [(shown(path), weight) for path, weight in loras]
+        text = to_text(order.request, order.params, files, mask=order.mask, hashes=self.hashes)
+        return self.gallery.add(image, text, seed=order.request.seed, prompt=order.request.prompt)
+
+
+def server_of(request: Request) -> Server:
+    """Return the server that a request came to."""
+    return request.app.state.server
