@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding
 from anima_jax.diffusion import guidance, samplers
 from anima_jax.diffusion.step_cache import FirstBlockState
 from anima_jax.models.constraints import partition_spec
+from anima_jax.models.control import ControlConfig
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
 from anima_jax.models.parameters import Params, merge
 from anima_jax.parallel.mesh import current_mesh, replicated
 from anima_jax.platform import lower
 from anima_jax.sampling import evaluation, program
 from anima_jax.sampling.context import Context
+from anima_jax.sampling.control_networks import abstract_inputs
 from anima_jax.sampling.images import PIXELS_PER_LATENT
 from anima_jax.sampling.packing import TokenPacking, is_padded
 from anima_jax.sampling.references import layout, packed_references
@@ -34,12 +36,14 @@ def lowered_sampling(
     *,
     short: bool,
     references: int = 0,
+    control: ControlConfig | None = None,
 ) -> Any:
     """Return the program of at most `program.LEVELS` steps for so many images of this size in pixels, lowered.
 
     It is that of `program.sample`, for the current mesh and the hardware of `compiling_for`. `params` are shapes with
     shardings. `short` says that no prompt has more than `program.SHORT_CONTEXT` tokens; others have up to 512. Each
-    image has as many `references`. Noise of steps comes from torch's streams, as arrays.
+    image has as many `references`, and a control network of the sizes `control`, if there are any. Noise of steps comes
+    from torch's streams, as arrays.
     """
     plan = samplers.sampler_plan(settings.sampler, settings.levels(), settings.shift, settings.sampler_options)
     width, height = size_wh
@@ -80,8 +84,10 @@ def lowered_sampling(
     cached = program.initial_cache(params, packing.shape, (2 * images, seen), dtype, cache)
     cached = on_devices(cached, program.STREAM_AXES if isinstance(cached, FirstBlockState) else None)
     carry = on_devices(program.Carry([tokens] * plan.factors_nkj.shape[1], tokens))._replace(cached=cached)
-    inputs = on_devices((steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))
-    return lower(jax.jit(run, donate_argnums=1), params, carry, *inputs)
+    steps, shared, *others = on_devices((steps._replace(noises_q=noises), shared, modulations, np.zeros(2, np.int32)))
+    if control is not None:
+        shared = shared._replace(controls=(abstract_inputs(control, dtype, images, seen),))
+    return lower(jax.jit(run, donate_argnums=1), params, carry, steps, shared, *others)
 
 
 def on_devices(tree: Any, axes: str | None = None) -> Any:

@@ -9,20 +9,21 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import Array
 
-from anima_jax.checkpoints.control import load_control
+from anima_jax.checkpoints.control import abstract_control, load_control
 from anima_jax.errors import UserError
 from anima_jax.models import dit
 from anima_jax.models.constraints import constrain
 from anima_jax.models.control import PATCH, ControlConfig, ControlNetwork, ControlTerm
 from anima_jax.models.dit import DiTConfig
-from anima_jax.models.parameters import cast_to_compute, jit_network, merge, split
+from anima_jax.models.parameters import Params, cast_to_compute, jit_network, merge, split
 from anima_jax.parallel import rules
-from anima_jax.parallel.mesh import replicate
+from anima_jax.parallel.mesh import current_mesh, replicate, replicated
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.packing import grid_of
 from anima_jax.sampling.region_rows import EvaluatedRows
@@ -127,9 +128,7 @@ class ControlNetworks:
 
     def _placed(self, network: ControlNetwork) -> ControlNetwork:
         graphdef, params = split(network)
-        modules = {path: value for path, value in params.items() if not path.startswith(TRUNK)}
-        trunk = {path: value.astype(jnp.float32) for path, value in params.items() if path.startswith(TRUNK)}
-        return merge(graphdef, rules.on_devices(trunk | cast_to_compute(modules, self._dtype)))
+        return merge(graphdef, rules.on_devices(in_sampling_dtypes(params, self._dtype)))
 
     def _embed(self, network: ControlNetwork, control: Control, grid: tuple[int, ...], length: int) -> Array:
         """Return the embedding (l, e) of a control picture for an image of `grid` patches."""
@@ -139,6 +138,25 @@ class ControlNetworks:
         patches_blp = np.zeros((1, length, own_lp.shape[1]), np.float32)
         patches_blp[0, : len(own_lp)] = own_lp
         return embed(network, *replicate((patches_blp, np.array([grid], np.int32))))[0]
+
+
+def in_sampling_dtypes(params: Params, dtype: Any) -> Params:
+    """Return a control network's parameters with the modules in `dtype` and the trunk in float32."""
+    modules = {path: value for path, value in params.items() if not path.startswith(TRUNK)}
+    trunk = {path: value.astype(jnp.float32) for path, value in params.items() if path.startswith(TRUNK)}
+    return trunk | cast_to_compute(modules, dtype)
+
+
+def abstract_inputs(config: ControlConfig, dtype: Any, images: int, length: int) -> ControlInputs:
+    """Return the shapes of `ControlNetworks.inputs` of one network of these sizes, sharded over the current mesh."""
+    graphdef, params = abstract_control(config)
+    shapes = jax.eval_shape(lambda given: in_sampling_dtypes(given, dtype), params)
+    mesh = current_mesh()
+    network = merge(graphdef, rules.placed(shapes, rules.shardings(shapes, shapes, mesh)))
+    of_images = ((images, length, config.embedding_width), (images,), (images,), (images,))
+    return ControlInputs(
+        network, *(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(mesh)) for shape in of_images)
+    )
 
 
 @jit_network

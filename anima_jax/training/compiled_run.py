@@ -5,6 +5,7 @@ devices beside both, and the state of training stays there while samples are dra
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,11 @@ from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import current_mesh, replicas, resolve_sizes
 from anima_jax.parallel.topologies import Topology
 from anima_jax.sampling.abstract import lowered_sampling
+from anima_jax.sampling.control_networks import in_sampling_dtypes
 from anima_jax.sampling.program import SHORT_CONTEXT
 from anima_jax.sampling.request import SamplingParams
 from anima_jax.training import aot, estimate
+from anima_jax.training.control import PREFIX
 from anima_jax.training.fit import RunVariant
 from anima_jax.training.memory import abstract_batch, lowered_step, shapes_in
 from anima_jax.training.run import Run
@@ -98,13 +101,24 @@ def lowered_samples(config: MainConfig, partition: ParamPartition) -> Any:
         min(len(sample.prompts), sample.at_once * replicas(mesh.shape)),
         short=longest < SHORT_CONTEXT,
         references=max(map(len, sample.references), default=0),
+        control=partition.control if sample.control else None,
     )
 
 
 def copied_bytes(config: MainConfig, partition: ParamPartition) -> int:
-    """Return the bytes of the weights that are copied to draw samples, because they are stored in another dtype."""
+    """Return the bytes of the weights that are copied to draw samples, because they are stored in another dtype.
+
+    A control network is copied as one of the transformer's parts and as the network that acts.
+    """
     stored_in = config.param_dtype if config.ema_decay is None else jnp.float32
     stored = partition.frozen | shapes_in(partition.params, stored_in)
-    shapes = jax.eval_shape(lambda given: cast_to_compute(given, config.compute_dtype), stored)
-    copies = {path: leaf for path, leaf in shapes.items() if leaf.dtype != stored[path].dtype}
-    return rules.shard_bytes(copies, shapes, current_mesh().shape)
+    parts = [(stored, cast_to_compute)]
+    if partition.control and config.sample and config.sample.control:
+        own = {path.removeprefix(PREFIX): leaf for path, leaf in stored.items() if path.startswith(PREFIX)}
+        parts.append((own, in_sampling_dtypes))
+    total = 0
+    for params, cast in parts:
+        shapes = jax.eval_shape(functools.partial(cast, dtype=config.compute_dtype), params)
+        copies = {path: leaf for path, leaf in shapes.items() if leaf.dtype != params[path].dtype}
+        total += rules.shard_bytes(copies, shapes, current_mesh().shape)
+    return total

@@ -1,5 +1,6 @@
 """Training a control network: the reference's gradients, torch's losses, and what must hold for every run."""
 
+import collections
 import contextlib
 import functools
 
@@ -25,12 +26,16 @@ from anima_jax.models.dit import patchify
 from anima_jax.models.llm_adapter import Text
 from anima_jax.models.quantised import Quantised
 from anima_jax.parallel.mesh import current_mesh
+from anima_jax.platform import compiling_for
+from anima_jax.sampling.control_networks import ControlNetworks
+from anima_jax.sampling.controls import Control
 from anima_jax.training import control, optimizers
 from anima_jax.training import step as training_step
+from anima_jax.training.compiled_run import copied_bytes, lowered_samples
 from anima_jax.training.export import about_adapter, export, find_export
 from anima_jax.training.optimizers import LearningRates
 from anima_jax.training.resume import Checkpointer, run_metadata
-from anima_jax.training.samples import check_pictures
+from anima_jax.training.samples import check_pictures, control_pictures
 from anima_jax.training.state import prepare
 from anima_jax.training.step import (
     StepConfig,
@@ -286,6 +291,27 @@ def test_only_the_network_is_trained_beside_a_frozen_model_of_any_storage(folder
     assert all(path.startswith(control.PREFIX) for path in partition.params)
     assert not any(path.startswith(control.PREFIX) for path in partition.frozen)
     assert isinstance(partition.frozen["blocks.mlp.layer1.kernel"], Quantised)
+
+
+def shapes(tree) -> collections.Counter:
+    return collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def test_the_sampling_program_that_is_compiled_ahead_has_the_control_networks_inputs(folder):
+    sizes = ("sample.width=64", "sample.height=32", "sample.steps=2", "model.dtype=bfloat16")
+    Image.new("RGB", (64, 32)).save(folder / "sample.png")
+    config = configured(folder, "", "sample.prompts=['a', 'b']", f"sample.control={folder}/sample.png", *sizes)
+    plain = configured(folder, "", "sample.prompts=['a', 'b']", *sizes)
+    partition = prepare(config)
+    network = control.network_with(partition.control, partition.params)
+    controls = [[Control(network, picture)] for picture in control_pictures(config.sample)]
+    inputs = ControlNetworks(partition.config, jnp.bfloat16).inputs(controls, np.array([[1, 4, 8]] * 2), 16, 3.0)
+    with compiling_for("gpu"):
+        program, without = (shapes(lowered_samples(each, partition).args_info) for each in (config, plain))
+    assert program - without == shapes(inputs)
+    modules = [leaf for path, leaf in partition.params.items() if path.endswith("kernel") and ".blocks." in path]
+    copied = copied_bytes(config, partition) - copied_bytes(plain, partition)
+    assert copied == sum(leaf.size for leaf in modules) * 2  # the trunk is in float32 already
 
 
 def test_modules_and_the_trunk_have_rates_of_their_own(folder):
