@@ -56,7 +56,8 @@ class LibraryEntry:
 class LoraLibrary:
     """The adapters in folders, and the control networks in others. Its methods may be called from any thread.
 
-    `kept_bytes` of host memory hold the adapters that were used last. Raises UserError for a folder that is none.
+    `kept_bytes` of host memory hold the adapters that were used last. `allow_unused` and `comfyui_dora` are those of
+    `AnimaPipeline.load`. Raises UserError for a folder that is none.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LoraLibrary:
         *folders: PathLike,
         controls: Sequence[PathLike] = (),
         allow_unused: bool = False,
+        comfyui_dora: bool = False,
         kept_bytes: int = KEPT_BYTES,
     ):
         for flag, paths in (("--lora_dir", folders), ("--control_dir", controls)):
@@ -72,7 +74,7 @@ class LoraLibrary:
                     raise UserError(f"{flag} {os.fspath(path)}: is not a folder")
         self._folders = [os.fspath(path) for path in folders]
         self._control_folders = [os.fspath(path) for path in controls]
-        self._allow_unused, self._kept_bytes = allow_unused, kept_bytes
+        self.allow_unused, self.comfyui_dora, self._kept_bytes = allow_unused, comfyui_dora, kept_bytes
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Fingerprint, Adapter] = collections.OrderedDict()
         self._entries: dict[tuple[Any, ...], LibraryEntry | None] = {}
@@ -111,7 +113,7 @@ class LoraLibrary:
         shown = f"lora '{show_value(name)}'"
         try:
             with open_adapter_file(_opened_at(path)) as file:
-                adapter = adapter_in(file, allow_unused=self._allow_unused)
+                adapter = adapter_in(file, allow_unused=self.allow_unused)
                 patches = {
                     module: patch.with_parts({part: _in_memory(one) for part, one in patch.parts.items()})
                     for module, patch in adapter.patches.items()
