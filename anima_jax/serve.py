@@ -119,8 +119,8 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--api_key_file", metavar="FILE", help="a file with the key")
     add("--control_dir", metavar="FOLDER", help="control networks that requests may name")
     add("--gallery", metavar="FOLDER", help="where images are written (default: they stay in memory)")
-    add("--run", metavar="FOLDER", help="a training run that the page shows")
-    add("--dataset", metavar="FILE.toml", help="a data set that the page shows")
+    add("--run", metavar="FOLDER", help="a training run, or a folder of runs, that the page shows")
+    add("--dataset", metavar="FILE.toml", help="a data set, or a folder of images, that the page shows and edits")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="another site whose pages may use the server")
     add("--drain_timeout", type=float, default=600.0, metavar="SECONDS", help="for jobs at the end (default: 600)")
 
@@ -148,7 +148,7 @@ def library_of(arguments: argparse.Namespace) -> LoraLibrary | None:
     """Return the LoRAs and control networks that requests may name. Raises UserError if one is no folder."""
     folders = [folder for folder in (arguments.lora_dir,) if folder]
     controls = [folder for folder in (arguments.control_dir,) if folder]
-    if not folders and not controls:
+    if not folders and not controls and not arguments.run:  # whose exports become LoRAs
         return None
     return LoraLibrary(*folders, controls=controls, allow_unused=arguments.allow_unused)
 
@@ -161,10 +161,8 @@ def server_config(arguments: argparse.Namespace, config: MainConfig | None, file
         name: pathlib.Path(value) if (value := getattr(arguments, name)) else None
         for name in ("gallery", "run", "dataset")
     }
-    if paths["run"] and not paths["run"].is_dir():
-        raise UserError(f"--run {paths['run']}: is not a folder")
-    if paths["dataset"] and not paths["dataset"].is_file():
-        raise UserError(f"--dataset {paths['dataset']}: no such file")
+    if paths["run"] and paths["run"].exists() and not paths["run"].is_dir():
+        raise UserError(f"--run {paths['run']}: is a file, expected the folder of a run, or of several")
     sample, defaults = config.sample if config else None, dict[str, Any]()
     if config:
         defaults |= dict(zip(("width", "height"), config.sample_size_wh, strict=True))

@@ -11,12 +11,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 
-from anima_jax.serving import own_api
+from anima_jax.serving import own_api, run_api
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.guards import BodyTimeout, Guards
 from anima_jax.serving.metrics import Measured, ServerMetrics
 from anima_jax.serving.openapi import openapi_document
 from anima_jax.serving.routes import api_route, operations, plain_error
+from anima_jax.serving.run_folders import Runs
 from anima_jax.serving.server import Server, ServerConfig
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -38,6 +39,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
 
     routes: list[BaseRoute] = [
         *own_api.routes(),
+        *run_api.routes(),
         api_route("/metrics", "GET", show_metrics, "Figures for Prometheus", answer="text/plain"),
         api_route("/openapi.json", "GET", show_document, "This document", answer="application/json"),
         Mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page"),
@@ -52,6 +54,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
     app.state.server = server
+    app.state.runs = Runs(server.config.run) if server.config.run else None
     return app
 
 

@@ -1,6 +1,7 @@
 """The engine: draws orders from many callers with one pipeline."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anima_jax.errors import UserError, plural
+from anima_jax.models.parameters import Params
 from anima_jax.sampling.callbacks import downsample
 from anima_jax.sampling.images import to_images
 from anima_jax.sampling.pipeline import AnimaPipeline
@@ -45,6 +47,15 @@ class Statistics:
     seconds_per_evaluation: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Replacement:
+    """Parameters of the transformer for the orders from number `first` on."""
+
+    first: int
+    params: Params
+    done: concurrent.futures.Future[None]
+
+
 class _Cancelled(Exception):  # noqa: N818 - it ends a drawing, nothing is wrong
     pass
 
@@ -66,9 +77,10 @@ class Engine:
         mesh: Mesh | None = None,
     ):
         self.pipeline, self.library = pipeline, library
-        self._slots, self._max_waiting, self._mesh = slots, max_waiting, mesh or jax.sharding.get_mesh()
+        self._slots, self._max_waiting, self.mesh = slots, max_waiting, mesh or jax.sharding.get_mesh()
         self._changed = threading.Condition()
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._replacements: collections.deque[_Replacement] = collections.deque()
         self._drawing: list[Ticket] = []
         self._numbers = itertools.count(1)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -92,6 +104,27 @@ class Engine:
             self._waiting = collections.deque([*waiting, ticket])
             self._changed.notify_all()
         return ticket
+
+    def replace_params(self, params: Params) -> concurrent.futures.Future[None]:
+        """Use other parameters of the transformer, of the same structure, for the orders that come after this call.
+
+        Those that were submitted before are drawn with the parameters before. The future is done when that is so and
+        the parameters are in use. Raises EngineClosedError.
+        """
+        with self._changed:
+            if not self._accepting:
+                raise EngineClosedError("the engine takes no orders any more")
+            replacement = _Replacement(next(self._numbers), params, concurrent.futures.Future())
+            self._replacements.append(replacement)
+            self._changed.notify_all()
+        return replacement.done
+
+    def _replace(self) -> None:
+        """Replace the parameters if all orders before are finished. The lock is held."""
+        while self._replacements and not any(int(each.id) < self._replacements[0].first for each in self._waiting):
+            replacement = self._replacements.popleft()
+            self.pipeline.dit_params = dict(replacement.params)
+            replacement.done.set_result(None)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more orders, and wait for those that were submitted. Return whether all are finished."""
@@ -133,15 +166,18 @@ class Engine:
             return sum(not other.finished for other in before)
 
     def _run(self) -> None:
-        with contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh):
+        with contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh):
             self._draw_all()
 
     def _draw_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
+                self._changed.wait_for(lambda: self._waiting or self._replacements or self._closing)
+                self._replace()
                 if not self._waiting:
-                    return
+                    if self._closing:
+                        return
+                    continue
                 ticket = self._waiting.popleft()
                 self._drawing = [ticket]
             if ticket.move("drawing"):

@@ -205,7 +205,8 @@ class Jobs:
     """The jobs of a server: those that are not finished, and the state of the last ones that are."""
 
     def __init__(self, keep: Keep, limits: RequestLimits):
-        self._keep, self._limits = keep, limits
+        self.keep, self._limits = keep, limits
+        """`keep` is that of the jobs which are submitted from now on."""
         self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
         self.engine: Engine | None = None
         self.refusal: str | None = "the model is still loading"
@@ -228,7 +229,7 @@ class Jobs:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        job = Job(orders, tickets, self._keep, self._limits.job_timeout)
+        job = Job(orders, tickets, self.keep, self._limits.job_timeout)
         self._jobs[job.id] = job
         finished = [job.id for job in self._jobs.values() if job.is_finished]
         for id in finished[: max(0, len(finished) - self._limits.kept_jobs)]:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,22 +78,27 @@ class LoraLibrary:
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Fingerprint, Adapter] = collections.OrderedDict()
         self._entries: dict[tuple[Any, ...], LibraryEntry | None] = {}
+        self._added: dict[str, dict[str, str]] = {"lora": {}, "control": {}}
+
+    def add(self, what: Literal["lora", "control"], name: str, path: PathLike) -> None:
+        """Add an adapter or control network that is in none of the folders, such as one that a run has exported."""
+        self._added = {**self._added, what: {**self._added[what], name: os.fspath(path)}}
 
     def loras(self) -> list[LibraryEntry]:
         """Return the adapters, by name. Files that hold none are left out."""
-        return self._listed(self._folders, _adapter_entry)
+        return self._listed(self._files("lora"), _adapter_entry)
 
     def controls(self) -> list[LibraryEntry]:
         """Return the control networks, by name. Other files are left out."""
-        return self._listed(self._control_folders, _control_entry)
+        return self._listed(self._files("control"), _control_entry)
 
     def lora(self, name: str) -> str:
         """Return the path of the adapter of this name. Raises UserError if there is not exactly one."""
-        return _found("lora", self._folders, name)
+        return _found("lora", self._files("lora"), name)
 
     def control(self, name: str) -> str:
         """Return the path of the control network of this name. Raises UserError if there is not exactly one."""
-        path = _found("control", self._control_folders, name)
+        path = _found("control", self._files("control"), name)
         if not holds_control(path):
             raise UserError(f"control '{show_value(name)}': is not a control network")
         return path
@@ -127,9 +132,16 @@ class LoraLibrary:
                 self._kept.popitem(last=False)
         return key, adapter
 
-    def _listed(self, folders: Sequence[str], read: Callable[[str, str], LibraryEntry | None]) -> list[LibraryEntry]:
+    def _files(self, what: str) -> dict[str, str] | None:
+        """Return name → file of the adapters or control networks; None if there is no place for them."""
+        folders, added = self._folders if what == "lora" else self._control_folders, self._added[what]
+        return {**_files(folders), **added} if folders or added else None
+
+    def _listed(
+        self, files: Mapping[str, str] | None, read: Callable[[str, str], LibraryEntry | None]
+    ) -> list[LibraryEntry]:
         entries: dict[tuple[Any, ...], LibraryEntry | None] = {}
-        for name, path in _files(folders).items():
+        for name, path in (files or {}).items():
             try:
                 key = read, name, _fingerprint(path)
                 entries[key] = self._entries[key] if key in self._entries else read(name, path)
@@ -173,11 +185,10 @@ def _read_with(path: str) -> list[str]:
     return [path, *filter(os.path.lexists, beside)]
 
 
-def _found(what: str, folders: Sequence[str], name: str) -> str:
+def _found(what: str, files: Mapping[str, str] | None, name: str) -> str:
     """Return the path of a name. Raises UserError unless it names one file."""
-    if not folders:
+    if files is None:
         raise UserError(f"{what} '{show_value(name)}': the server has no folder for it, expected --{what}_dir")
-    files = _files(folders)
     plain = name.replace("\\", "/").removesuffix(SUFFIX)
     fitting = [plain] if plain in files else [one for one in files if one.rpartition("/")[2] == plain]
     if len(fitting) > 1:

@@ -343,7 +343,7 @@ def models_of(server: Server) -> Models:
     config, limits = server.config, server.limits
     plain = {name: value for name, value in ImageRequest("").settings().items() if name != "batch_index"}
     defaults = plain | dataclasses.asdict(SamplingParams()) | dict(config.defaults) | {"seed": -1}
-    files = {name: file_name(path) for name, path in config.files.items() if isinstance(path, str) and path}
+    files = {name: file_name(path) for name, path in server.files.items() if isinstance(path, str) and path}
     return Models(
         model=files,
         samplers=list(SAMPLERS),

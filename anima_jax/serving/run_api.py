@@ -35,7 +35,7 @@ class MetricsQuery(BaseModel):
 
     run: str | None = NameField
     since: int | None = Field(None, ge=-(2**62), lt=2**62, description="a step: only what comes after it")
-    generation: int | None = Field(None, ge=0, lt=2**62, description="that of the last answer: if it changed, all is sent")
+    generation: int | None = Field(None, ge=0, lt=2**62, description="that of the last answer")
     points: int = Field(POINTS, ge=10, le=20000, description="most points of a curve")
     names: str | None = Field(None, max_length=10000, description="figures to send, separated by commas; unset: all")
 
@@ -210,7 +210,8 @@ def _settings(table: dict[str, Any]) -> dict[str, Any]:
     found = {key: table[key] for key in SHOWN if isinstance(table.get(key), int | float | str)}
     for section, keys in (("optimizer", ("type", "lr")), ("adapter", ("type", "rank")), ("model", ("dtype",))):
         own = table.get(section)
-        for key in keys if isinstance(own, dict) else ():
+        own = own if isinstance(own, dict) else {}
+        for key in keys:
             if isinstance(own.get(key), int | float | str):
                 found[f"{section}.{key}"] = own[key]
     return found
@@ -343,7 +344,7 @@ async def load_checkpoint(request: Request, query: RunQuery) -> LoadedAnswer:
     run, checkpoint = await asyncio.to_thread(find)
     _ = server.engine  # raises while the model is loading
     if checkpoint.kind == "resume":
-        raise UserError(f"{checkpoint.name}: training resumes from it; to draw, choose a model or adapter that it exported")
+        raise UserError(f"{checkpoint.name}: is what training resumes from, expected an exported model or adapter")
     if checkpoint.kind == "unknown":
         raise UserError(f"{checkpoint.name}: is no model and no adapter that can be read")
     return LoadedAnswer(kind=checkpoint.kind, name=checkpoint.name, **await _load(server, run, checkpoint))
@@ -359,9 +360,9 @@ async def _load(server: Server, run: RunFolder, checkpoint: RunCheckpoint) -> di
     if library is None:
         raise UserError(f"{checkpoint.name}: the server has no library of adapters")
     if checkpoint.kind == "control":
-        library.add_control(label, checkpoint.path)
+        library.add("control", label, checkpoint.path)
         return {"lora": None, "note": f"is now a control network with the name {label}"}
-    library.add_lora(label, checkpoint.path)
+    library.add("lora", label, checkpoint.path)
     return {"lora": label, "note": f"is now a LoRA with the name {label}"}
 
 
@@ -388,7 +389,9 @@ def routes() -> list[Route]:
             **missing | {"query": TileQuery},
         ),
         api_route(
-            *(checkpoints, "GET", list_checkpoints, "Exports, checkpoints and disk use"), answer=CheckpointList, **missing
+            *(checkpoints, "GET", list_checkpoints, "A run's exports and checkpoints"),
+            answer=CheckpointList,
+            **missing,
         ),
         api_route(
             *(f"{checkpoints}/{{name}}/load", "POST", load_checkpoint, "Draw with a checkpoint"),

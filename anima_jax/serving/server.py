@@ -1,6 +1,8 @@
 """What all routes of a server share: its configuration, engine, jobs and gallery. A handler has it as `server_of`."""
 
+import asyncio
 import dataclasses
+import functools
 import ipaddress
 import pathlib
 from collections.abc import Mapping
@@ -61,8 +63,13 @@ class Server:
     def __init__(self, config: ServerConfig, engine: Engine | None = None):
         self.config, self.limits = config, config.limits
         self.gallery = Gallery(config.limits, config.gallery)
-        self.jobs = Jobs(self._keep, config.limits)
+        self.jobs = Jobs(functools.partial(self._keep, config.files), config.limits)
+        self.loading = asyncio.Lock()
+        self.loaded: str | None = None
+        """The checkpoint of a run that the engine draws with; None: the model of the start."""
         self.state: ServerState = "loading"
+        self.files = config.files
+        """The arguments of `AnimaPipeline.load` that new images are drawn with."""
         self.hashes: Mapping[str, str] = {}
         """Hashes of some files by path, for the text of images."""
         if engine is not None:
@@ -92,12 +99,16 @@ class Server:
         """Say that the model could not be loaded."""
         self.jobs.refusal, self.state = "the model could not be loaded", "failed"
 
-    def _keep(self, order: Order, image: Image.Image) -> GalleryImage:
+    def use_files(self, files: Mapping[str, Any], label: str) -> None:
+        """Say in the texts of the images that are ordered from now on that they are drawn with these files."""
+        self.jobs.keep, self.files, self.loaded = functools.partial(self._keep, files), files, label
+
+    def _keep(self, drawn_with: Mapping[str, Any], order: Order, image: Image.Image) -> GalleryImage:
         """Put an image into the gallery, with the text that `generate` writes.
 
         Clients on other machines learn the names of files, not the folders of this one.
         """
-        files = dict(self.config.files)
+        files = dict(drawn_with)
         own = [(self.library.lora(name), weight) for name, weight in order.loras] if self.library else []
         loras = [*files.get("loras", ()), *own]
         shown = str if self.config.is_local else file_name
