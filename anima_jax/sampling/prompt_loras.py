@@ -67,28 +67,28 @@ def apply_tags(
     if folder is None:
         return list(requests), params, [()] * len(requests)
     files = _files_in(folder)
-    of_prompt = {
-        prompt: [(_find(folder, files, name), weight) for name, weight in tags(prompt)]
-        for prompt in {params.negative_prompt, *(prompt for request in requests for prompt in _prompts(request))}
-    }
+    split = [split_tags(request, params) for request in requests]
     return (
-        [_without_tags(request) for request in requests],
+        [request for request, _, _ in split],
         dataclasses.replace(params, negative_prompt=without_tags(params.negative_prompt)),
-        [
-            [lora for prompt in (*_prompts(request), params.negative_prompt) for lora in of_prompt[prompt]]
-            for request in requests
-        ],
+        [[(_find(folder, files, name), weight) for name, weight in own] for *_, own in split],
     )
 
 
-def _prompts(request: ImageRequest) -> list[str]:
-    """Return the prompts of an image and of its regions."""
-    return [request.prompt, *(region.prompt for region in request.regions)]
+def split_tags(
+    request: ImageRequest, params: SamplingParams
+) -> tuple[ImageRequest, SamplingParams, list[tuple[str, Weight]]]:
+    """Return an image's request and parameters without tags, and the names and weights in those, as in `apply_tags`.
 
-
-def _without_tags(request: ImageRequest) -> ImageRequest:
+    Raises UserError for a tag that cannot be read.
+    """
     regions = tuple(dataclasses.replace(one, prompt=without_tags(one.prompt)) for one in request.regions)
-    return dataclasses.replace(request, prompt=without_tags(request.prompt), regions=regions)
+    prompts = request.prompt, *(region.prompt for region in request.regions), params.negative_prompt
+    return (
+        dataclasses.replace(request, prompt=without_tags(request.prompt), regions=regions),
+        dataclasses.replace(params, negative_prompt=without_tags(params.negative_prompt)),
+        [lora for prompt in prompts for lora in tags(prompt)],
+    )
 
 
 def shared_loras(loras_of_images: Sequence[Loras]) -> tuple[list[str], list[list[Weight]]]:

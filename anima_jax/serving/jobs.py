@@ -220,6 +220,8 @@ class Jobs:
         """
         if self.engine is None or self.refusal is not None:
             raise UnavailableError(self.refusal or "the server takes no jobs")
+        if self.engine.library is not None:
+            orders = [self.engine.library.tagged(order) for order in orders]
         self._limits.check(orders)
         tickets: list[Ticket] = []
         try:

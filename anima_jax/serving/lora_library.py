@@ -24,8 +24,8 @@ from anima_jax.checkpoints.control import holds_control
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.names.networks import TEXT_ENCODER
 from anima_jax.errors import UserError, did_you_mean, os_reason, shorten, show_value
-
-SUFFIX = ".safetensors"
+from anima_jax.sampling.prompt_loras import SUFFIX, split_tags
+from anima_jax.serving.orders import Order
 
 KEPT_BYTES = 2 * 2**30
 """Host memory for adapters that were used before."""
@@ -102,6 +102,16 @@ class LoraLibrary:
         if not holds_control(path):
             raise UserError(f"control '{show_value(name)}': is not a control network")
         return path
+
+    def tagged(self, order: Order) -> Order:
+        """Return an order with the LoRAs that its prompts name, as in `<lora:NAME:0.8>`, and prompts without such tags.
+
+        Nothing changes without a folder of adapters. Raises UserError for a tag that cannot be read.
+        """
+        if not self._folders:
+            return order
+        request, params, found = split_tags(order.request, order.params)
+        return dataclasses.replace(order, request=request, params=params, loras=(*order.loras, *found))
 
     def adapter(self, name: str) -> tuple[Fingerprint, Adapter]:
         """Return an adapter in host memory, and what tells it from other files.

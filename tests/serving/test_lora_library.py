@@ -7,7 +7,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from anima_jax.errors import UserError
+from anima_jax.sampling.regions import Area, Region
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.lora_library import LoraLibrary
+from anima_jax.serving.orders import Order
 from tests.models.networks import normal
 
 MODULE = "lora_unet_blocks_0_mlp_layer1"
@@ -85,3 +88,18 @@ def test_files_that_are_no_adapters_are_not_listed_and_errors_do_not_tell_the_se
         library.control("style")
     with pytest.raises(UserError, match=r"--lora_dir .*nowhere: is not a folder"):
         LoraLibrary(folder / "nowhere")
+
+
+def test_prompts_name_adapters_as_generate_reads_them(folder):
+    region = Region(Area(0, 0, 32, 32), "a cat <lora:anna:0.5>")
+    order = Order(
+        ImageRequest("a dog, <lora:style:0.8:0.2>, sitting", 64, 64, regions=(region,)),
+        SamplingParams(negative_prompt="ugly<lyco:people/style>"),
+        loras=(("new", 1.0),),
+    )
+    found = LoraLibrary(folder).tagged(order)
+    both = {"": 0.8, "text_encoder": 0.2}
+    assert found.loras == (("new", 1.0), ("style", both), ("anna", 0.5), ("people/style", 1.0))
+    assert (found.request.prompt, found.request.regions[0].prompt) == ("a dog, sitting", "a cat")
+    assert found.params.negative_prompt == "ugly"
+    assert LoraLibrary(controls=[folder]).tagged(order) is order
