@@ -1,14 +1,13 @@
 """The application: all APIs and the page, behind the guards."""
 
 import pathlib
-from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Match, Mount
+from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
 from anima_jax.serving import own_api, run_api
@@ -16,14 +15,11 @@ from anima_jax.serving.engine import Engine
 from anima_jax.serving.guards import BodyTimeout, Guards
 from anima_jax.serving.metrics import Measured, ServerMetrics
 from anima_jax.serving.openapi import openapi_document
-from anima_jax.serving.routes import api_route, operations, plain_error
+from anima_jax.serving.routes import api_route, matching, operations, plain_error
 from anima_jax.serving.run_folders import Runs
 from anima_jax.serving.server import Server, ServerConfig
 
 PAGE = pathlib.Path(__file__).parent / "page"
-
-PROTECTED = ("/api/", "/v1/", "/sdapi/", "/metrics", "/openapi.json")
-"""Beginnings of the paths that need the key; the rest are the page's files and /health."""
 
 
 def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> Starlette:
@@ -49,7 +45,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         middleware=[
             Middleware(Measured, metrics=metrics, routes=routes),
             Middleware(BodyTimeout, config=server.config),
-            Middleware(Guards, config=server.config, protected=PROTECTED),
+            Middleware(Guards, config=server.config, routes=routes),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},
     )
@@ -61,27 +57,20 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer for a path or method that does not exist."""
     assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    message = {404: "there is nothing at this address", 405: f"the address has no method {request.method}"}
-    if error.status_code == 405:
-        headers["Allow"] = ", ".join(sorted(_methods(request, request.app.routes)))
-    text = message.get(error.status_code, str(error.detail))
-    return JSONResponse(_shape(request)(error.status_code, text), error.status_code, headers)
-
-
-def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
-    found: set[str] = set()
-    for route in routes:
-        if not isinstance(route, Mount) and route.matches(request.scope)[0] != Match.NONE:
-            found |= getattr(route, "methods", None) or set()
-    return found or {"GET", "HEAD"}
-
-
-def _shape(request: Request):
-    """Return the form of errors of the API whose paths begin as this one does."""
-    first = request.url.path.split("/")[1:2]
+    headers, status, text = dict(error.headers or {}), error.status_code, str(error.detail)
+    methods = {method for route in matching(request.app.routes, request.scope) for method in route.methods or ()}
     shapes = {path.split("/")[1]: operation.shape for path, operation in operations(request.app.routes)}
-    return shapes.get(first[0] if first else "", plain_error)
+    first = request.url.path.split("/")[1]
+    if status == 405 and not methods and first in shapes:
+        status, headers = 404, {}
+    if status == 404:
+        text = "there is nothing at this address"
+    elif status == 405:
+        text, headers["Allow"] = (
+            f"the address has no method {request.method}",
+            ", ".join(sorted(methods)) or "GET, HEAD",
+        )
+    return JSONResponse(shapes.get(first, plain_error)(status, text), status, headers)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -12,12 +12,14 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from anima_jax.serving.routes import ApiRoute, matching
 from anima_jax.serving.server import ServerConfig
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -31,7 +33,11 @@ CORS_HEADERS = {
     "Access-Control-Max-Age": "600",
 }
 
-SAFETY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin"}
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'self'; object-src 'none'"
+)
+"""What a browser lets the page do: it loads nothing from other machines."""
 
 
 class SlowBodyError(ConnectionError):
@@ -41,11 +47,17 @@ class SlowBodyError(ConnectionError):
 class Guards:
     """ASGI middleware that refuses requests from where they should not come, and those without the key.
 
-    `open_paths` need no key; below "/" these are the page's files.
+    The page's files need no key, and routes that say so.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, protected: Iterable[str]):
-        self._app, self._config, self._protected = app, config, tuple(protected)
+    def __init__(self, app: ASGIApp, config: ServerConfig, routes: Sequence[BaseRoute]):
+        self._app, self._config, self._routes = app, config, routes
+        ancestors = " ".join(["'self'", *config.cors])
+        self._headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "same-origin",
+            "Content-Security-Policy": f"{POLICY}; frame-ancestors {ancestors}",
+        }
         self._key = None if config.api_key is None else _digest(config.api_key)
         own = {_host_name(config.host), *map(str.lower, config.hosts)}
         self._names = own | LOCAL_NAMES if config.is_local else None
@@ -67,7 +79,7 @@ class Guards:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answered = MutableHeaders(scope=message)
-                answered.update(SAFETY_HEADERS)
+                answered.update(self._headers)
                 if allowed:
                     answered["Access-Control-Allow-Origin"] = str(origin)
                     answered.add_vary_header("Origin")
@@ -82,11 +94,15 @@ class Guards:
         if not allowed and _is_cross_site(scope, headers):
             return 403, "the request comes from a page of another site; --cors ORIGIN allows it", {}
         is_preflight = allowed and scope["method"] == "OPTIONS"
-        if self._key is None or is_preflight or not scope["path"].startswith(self._protected):
+        if self._key is None or is_preflight or not self._needs_key(scope):
             return None
         if not any(hmac.compare_digest(_digest(given), self._key) for given in _given_keys(headers)):
             return 401, "the API key is missing or wrong", {"WWW-Authenticate": 'Bearer realm="anima_jax"'}
         return None
+
+    def _needs_key(self, scope: Scope) -> bool:
+        found = matching(self._routes, scope)
+        return not all(isinstance(route, ApiRoute) and route.operation.is_open for route in found)
 
 
 def _is_cross_site(scope: Scope, headers: Headers) -> bool:
@@ -166,7 +182,7 @@ async def _refuse(send: Send, status: int, message: str, headers: dict[str, str]
 
 
 async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-    given = {"Content-Length": str(len(body)), **SAFETY_HEADERS, **headers}
+    given = {"Content-Length": str(len(body)), **headers}
     encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in given.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

@@ -102,6 +102,7 @@ class HttpServer(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="critical",  # what clients do wrong is not the server's business
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from anima_jax.errors import UserError, one_line, system_error
-from anima_jax.serving.engine import Engine
+from anima_jax.errors import UserError, one_line, size_text, system_error
+from anima_jax.serving.engine import Engine, EngineFullError
 from anima_jax.serving.gallery import GalleryImage
 from anima_jax.serving.limits import RequestLimits
 from anima_jax.serving.orders import Order
@@ -47,7 +47,10 @@ class Job:
 
     def __init__(self, orders: Sequence[Order], tickets: Sequence[Ticket], keep: Keep, timeout: float):
         self.id, self.created = secrets.token_hex(8), time.time()
-        self.orders, self.tickets = list(orders), list(tickets)
+        self.prompt, self.seed, self.count = orders[0].request.prompt, orders[0].request.seed, len(orders)
+        self.picture_bytes = picture_bytes(orders)
+        self._tickets = list(tickets)
+        self._final = 0, 0
         self.images: dict[int, GalleryImage] = {}
         self.state: JobState = "waiting"
         self.error: UserError | None = None
@@ -57,7 +60,7 @@ class Job:
         self._woken = False
         self._previews: dict[int, tuple[Image.Image, str]] = {}
         self._timer = self._loop.call_later(timeout, self._expire, timeout)
-        for ticket in self.tickets:
+        for ticket in self._tickets:
             ticket.subscribe(self._changed)
         self._update()
 
@@ -69,19 +72,21 @@ class Job:
     @property
     def position(self) -> int:
         """How many orders of all jobs are started before the first of this job that waits."""
-        waiting = [ticket.position for ticket in self.tickets if ticket.state == "waiting"]
-        return min(waiting) if len(waiting) == len(self.tickets) else 0
+        waiting = [ticket.position for ticket in self._tickets if ticket.state == "waiting"]
+        return min(waiting, default=0) if len(waiting) == len(self._tickets) else 0
 
     @property
     def done(self) -> int:
         """Evaluations of the network that are done."""
-        return sum(ticket.done for ticket in self.tickets)
+        return self._final[0] if self.is_finished else sum(ticket.done for ticket in self._tickets)
 
     @property
     def total(self) -> int:
         """Evaluations of the network of all images; an estimate until all of them have begun."""
-        known = [ticket.total or order.params.steps for ticket, order in zip(self.tickets, self.orders, strict=True)]
-        return max(sum(known), self.done)
+        if self.is_finished:
+            return self._final[1]
+        totals = [ticket.total or ticket.order.params.steps for ticket in self._tickets]
+        return max(sum(totals), self.done)
 
     def ordered_images(self) -> list[GalleryImage]:
         """Return the finished images in the order of their orders."""
@@ -117,10 +122,10 @@ class Job:
                 changed.clear()
                 if self.state == "waiting" and is_new("queued", position := self.position):
                     yield "queued", {"position": position}
-                for index, ticket in enumerate(self.tickets):
+                for index, ticket in enumerate(self._tickets):
                     if ticket.total and is_new(index, (ticket.done, ticket.total)):
                         yield "progress", {"image": index, "done": ticket.done, "total": ticket.total}
-                    if not self.is_finished and (preview := ticket.preview) and is_new((index, "preview"), preview):
+                    if (preview := ticket.preview) and is_new((index, "preview"), preview):
                         yield "preview", {"image": index, "data": await self._preview(index, preview)}
                 if self.is_finished:
                     break
@@ -163,39 +168,41 @@ class Job:
     def _update(self) -> None:
         self._woken = False
         if not self.is_finished:
-            for index, ticket in enumerate(self.tickets):
+            for index, ticket in enumerate(self._tickets):
                 if ticket.state == "done" and index not in self._keeping:
                     self._keeping[index] = self._loop.create_task(self._kept(index, ticket))
                 elif ticket.state == "failed":
-                    self._end("failed", reported(ticket.error))
+                    return self._end("failed", reported(ticket.error))
                 elif ticket.state == "cancelled":
-                    self._end("cancelled", JobCancelledError("the job was cancelled"))
-            if self.state == "waiting" and any(ticket.state != "waiting" for ticket in self.tickets):
+                    return self.cancel()
+            if self.state == "waiting" and any(ticket.state != "waiting" for ticket in self._tickets):
                 self.state = "drawing"
         for changed in self._watchers:
             changed.set()
 
     async def _kept(self, index: int, ticket: Ticket) -> None:
         try:
-            image = await asyncio.to_thread(self._keep, self.orders[index], ticket.result(0))
+            image = await asyncio.to_thread(self._keep, ticket.order, ticket.result(0))
         except Exception as error:
             self._end("failed", reported(error))
             return
         self.images[index] = image
-        if len(self.images) == len(self.tickets):
+        if len(self.images) == self.count:
             self._end("done", None)
-        self._update()
 
     def _expire(self, timeout: float) -> None:
         self._end("failed", UnavailableError(f"the job was not finished after {timeout:g} s"))
 
     def _end(self, state: JobState, error: UserError | None) -> None:
+        """Set the final state. The tickets are let go, because they hold the pictures of orders."""
         if self.is_finished:
             return
+        self._final = self.done, self.done if state == "done" else self.total
         self.state, self.error = state, error
         self._timer.cancel()
         self._previews.clear()
-        for ticket in self.tickets:
+        tickets, self._tickets = self._tickets, []
+        for ticket in tickets:
             if not ticket.finished:
                 ticket.cancel()
         self._update()
@@ -223,6 +230,9 @@ class Jobs:
         if self.engine.library is not None:
             orders = [self.engine.library.tagged(order) for order in orders]
         self._limits.check(orders)
+        held = sum(job.picture_bytes for job in self.unfinished()) + picture_bytes(orders)
+        if held > self._limits.max_pending:
+            raise EngineFullError(f"the pictures of waiting jobs would take {size_text(held)}")
         tickets: list[Ticket] = []
         try:
             for order in orders:
@@ -249,6 +259,17 @@ class Jobs:
     def unfinished(self) -> list[Job]:
         """Return the jobs that are waiting or drawn."""
         return [job for job in self._jobs.values() if not job.is_finished]
+
+
+def picture_bytes(orders: Sequence[Order]) -> int:
+    """Return the bytes of the decoded pictures of orders, of which several orders may share one."""
+    parts: list[Any] = []
+    for order in orders:
+        parts += [order.image, order.mask, *(one.picture for one in order.request.references)]
+        parts += [part for one in order.request.controls for part in (one.image, one.mask)]
+        parts += [region.where for region in order.request.regions]
+    images = {id(part): part for part in parts if isinstance(part, Image.Image)}
+    return sum(4 * image.width * image.height for image in images.values())
 
 
 def reported(error: BaseException | None) -> UserError:

@@ -22,7 +22,11 @@ class RequestLimits:
     """Images of one job."""
     max_body: int = 64 * 2**20
     """Bytes of a request."""
-    max_picture: int = 64 * 2**20
+    max_reading: int = 512 * 2**20
+    """Bytes of all requests that are being answered."""
+    max_pending: int = 4 * 2**30
+    """Bytes of the decoded pictures of all jobs that are not finished."""
+    max_picture: int = 2**24
     """Pixels of a picture that a request contains, as its header says: they are checked before anything is decoded."""
     max_prompt: int = 20_000
     """Characters of a prompt, a negative prompt or a region's prompt."""

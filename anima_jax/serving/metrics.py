@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from anima_jax.serving.routes import matching
 from anima_jax.serving.server import Server
 
 SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -107,8 +108,8 @@ class Measured:
             await self._app(scope, receive, send_and_note)
         finally:
             self._metrics.running.dec()
-            route = next((r for r in self._routes if r.matches(scope)[0] != Match.NONE), None)
-            path = getattr(route, "path", None) or "other"  # a stranger's path would be a series of its own
+            found = matching(self._routes, scope)
+            path = found[0].path if found else "other"  # a stranger's path would be a series of its own
             known = scope["method"] in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
             self._metrics.requests.labels(scope["method"] if known else "other", path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - begun)

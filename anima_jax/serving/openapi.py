@@ -33,6 +33,7 @@ def openapi_document(routes: Sequence[Any], *, with_key: bool) -> dict[str, Any]
     models = [
         *((model, "validation") for _, op in described for model in (op.body, op.form, op.query) if model),
         *((op.answer, "serialization") for _, op in described if isinstance(op.answer, type)),
+        *((model, "serialization") for _, op in described for model in op.others.values()),
         *((op.error_model, "serialization") for _, op in described),
     ]
     references, definitions = models_json_schema(
@@ -88,6 +89,9 @@ def _operation(
         }
         if status in BUSY:
             responses[str(status)]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
+    for status, model in operation.others.items():
+        schema = references[model, "serialization"]
+        responses[str(status)] = {"description": "Another answer.", "content": {"application/json": {"schema": schema}}}
     written: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{path}").strip("_"),
         "summary": operation.summary,

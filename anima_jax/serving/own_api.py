@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
@@ -160,20 +161,20 @@ async def health(request: Request) -> Response:
         waiting=counts.waiting if counts else 0,
         drawing=counts.drawing if counts else 0,
     )
-    status = 200 if server.state in ("ok", "draining") else 503
+    status = 200 if server.state == "ok" else 503
     return Response(answer.model_dump_json(), status, media_type="application/json")
 
 
 async def create_job(request: Request, body: Inputs, query: WaitQuery) -> Response:
     server = server_of(request)
     _ = server.engine  # before pictures are decoded
-    orders = await asyncio.to_thread(orders_of, body, server)
+    orders = await server.decoding(orders_of, body, server)
     job = server.jobs.submit(orders)
     if query.wait:
         await finished_or_gone(request, job)
         return _json(job_answer(job), 200)
     return _json(
-        JobCreated(id=job.id, images=len(orders), position=job.position, seed=orders[0].request.seed),
+        JobCreated(id=job.id, images=job.count, position=job.position, seed=job.seed),
         202,
     )
 
@@ -212,8 +213,8 @@ def job_answer(job: Job) -> JobAnswer:
         position=job.position,
         done=job.done,
         total=job.total,
-        prompt=job.orders[0].request.prompt,
-        count=len(job.orders),
+        prompt=job.prompt,
+        count=job.count,
         created=job.created,
         images=[ImageLink(**link(image)) for image in job.ordered_images()],
         error=None if job.error is None else error_line(job.error),
@@ -315,7 +316,8 @@ async def read_settings(request: Request) -> SettingsAnswer:
         data = await read_body(request)
     else:
         raise MediaTypeError(f"content-type '{kind[:80]}', expected multipart/form-data or a picture")
-    return await asyncio.to_thread(settings_in, data, server_of(request))
+    server = server_of(request)
+    return await server.decoding(settings_in, data, server)
 
 
 def settings_in(data: bytes, server: Server) -> SettingsAnswer:
@@ -343,7 +345,10 @@ def models_of(server: Server) -> Models:
     config, limits = server.config, server.limits
     plain = {name: value for name, value in ImageRequest("").settings().items() if name != "batch_index"}
     defaults = plain | dataclasses.asdict(SamplingParams()) | dict(config.defaults) | {"seed": -1}
-    files = {name: file_name(path) for name, path in server.files.items() if isinstance(path, str) and path}
+    files = {
+        name: file_name(path) for name, path in server.files.items() if path and isinstance(path, str | os.PathLike)
+    }
+    files |= {"dtype": str(server.files["dtype"])} if "dtype" in server.files else {}
     return Models(
         model=files,
         samplers=list(SAMPLERS),
@@ -362,7 +367,9 @@ def routes() -> list[Route]:
     """Return the routes of our own API."""
     job, image = "/api/jobs/{id}", "/api/images/{id}"
     return [
-        api_route("/health", "GET", health, "Whether the server can draw", answer=Health, errors=(503,), is_open=True),
+        api_route(
+            "/health", "GET", health, "Whether the server can draw", answer=Health, others={503: Health}, is_open=True
+        ),
         api_route("/api/models", "GET", models, "Models, samplers, limits and defaults", answer=Models, errors=(503,)),
         api_route(
             *("/api/jobs", "POST", create_job, "Draw images"),
@@ -370,6 +377,7 @@ def routes() -> list[Route]:
             query=WaitQuery,
             answer=JobCreated,
             status=202,
+            others={200: JobAnswer},
             errors=(409, 429, 503),
         ),
         api_route("/api/jobs", "GET", list_jobs, "All jobs, newest first", answer=JobList),

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from anima_jax.errors import UserError, did_you_mean, show_value
 from anima_jax.serving.engine import EngineClosedError, EngineFullError
@@ -55,6 +56,9 @@ STATUS: tuple[tuple[type[UserError], int], ...] = (
 )
 """Error → HTTP status: the first row that fits."""
 
+GONE = 499
+"""Status of an answer that nobody reads, as nginx has it in its logs."""
+
 BUSY = (429, 503)
 """Statuses that come with Retry-After."""
 
@@ -84,7 +88,8 @@ class Operation:
     """One method of a route as the OpenAPI document describes it.
 
     `body` is the model of a JSON body, `form` that of a multipart one, `raw` media types that are taken as they are.
-    `answer` is the model of the answer, or its media type; `errors` are statuses besides those that any route has.
+    `answer` is the model of the answer, or its media type; `others` are models of answers with other statuses, and
+    `errors` statuses besides those that any route has. `is_open` is for routes that need no key.
     """
 
     method: str
@@ -96,6 +101,7 @@ class Operation:
     query: type[BaseModel] | None = None
     answer: type[BaseModel] | str | None = None
     status: int = 200
+    others: Mapping[int, type[BaseModel]] = dataclasses.field(default_factory=dict[int, type[BaseModel]])
     errors: tuple[int, ...] = ()
     shape: ErrorShape = plain_error
     error_model: type[BaseModel] = ErrorAnswer
@@ -124,10 +130,14 @@ def api_route(
             answer = await handler(request, **given)
         except UserError as error:
             return error_response(request, operation.shape, error)
-        except (HTTPException, ClientDisconnect):
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        except HTTPException:
             raise
         except Exception as error:
             return error_response(request, operation.shape, reported(error), 500)
+        finally:
+            server_of(request).reading -= getattr(request.state, "body_bytes", 0)
         if isinstance(answer, Response):
             return answer
         return Response(answer.model_dump_json(by_alias=True), operation.status, media_type="application/json")
@@ -149,11 +159,16 @@ async def read_body(request: Request) -> bytes:
     limits, data, size = server_of(request).limits, list[bytes](), 0
     if int(request.headers.get("content-length", "0")) > limits.max_body:
         raise limits.too_large()
+    server = server_of(request)
     async for part in request.stream():
         data.append(part)
         size += len(part)
+        server.reading += len(part)
+        request.state.body_bytes = size
         if size > limits.max_body:
             raise limits.too_large()
+        if server.reading > limits.max_reading:
+            raise UnavailableError("too many large requests at once")
     return b"".join(data)
 
 
@@ -279,6 +294,11 @@ async def finished_or_gone(request: Request, job: Job) -> list[GalleryImage]:
             task.cancel()
 
 
-def operations(routes: Sequence[Any]) -> list[tuple[str, Operation]]:
+def operations(routes: Iterable[Any]) -> list[tuple[str, Operation]]:
     """Return the path and the description of each route that has one."""
     return [(route.path, route.operation) for route in routes if isinstance(route, ApiRoute)]
+
+
+def matching(routes: Iterable[Any], scope: Scope) -> list[Route]:
+    """Return the routes whose path is that of a request, whatever their methods; files of the page have none."""
+    return [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE]

@@ -1,12 +1,13 @@
 """What all routes of a server share: its configuration, engine, jobs and gallery. A handler has it as `server_of`."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import ipaddress
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from PIL import Image
 from starlette.requests import Request
@@ -19,6 +20,12 @@ from anima_jax.serving.jobs import Jobs, UnavailableError
 from anima_jax.serving.limits import RequestLimits
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DECODERS = 4
+"""Threads that decode pictures of requests."""
 
 ServerState = Literal["loading", "ok", "draining", "failed"]
 
@@ -70,6 +77,9 @@ class Server:
         self.state: ServerState = "loading"
         self.files = config.files
         """The arguments of `AnimaPipeline.load` that new images are drawn with."""
+        self.reading = 0
+        """Bytes of requests in memory."""
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "anima pictures")
         self.hashes: Mapping[str, str] = {}
         """Hashes of some files by path, for the text of images."""
         if engine is not None:
@@ -102,6 +112,11 @@ class Server:
     def use_files(self, files: Mapping[str, Any], label: str) -> None:
         """Say in the texts of the images that are ordered from now on that they are drawn with these files."""
         self.jobs.keep, self.files, self.loaded = functools.partial(self._keep, files), files, label
+
+    async def decoding(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that decodes pictures, in one of a few threads: each may need much memory."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
     def _keep(self, drawn_with: Mapping[str, Any], order: Order, image: Image.Image) -> GalleryImage:
         """Put an image into the gallery, with the text that `generate` writes.
