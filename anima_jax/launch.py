@@ -1,6 +1,7 @@
 """The commands' entry points: they import a main, which takes seconds, and what signals do until it has handlers.
 
-`anima-train`, `anima-generate`, `anima-convert`, `anima-serve` and `python -m` of the same modules begin here.
+`anima-train`, `anima-generate`, `anima-convert`, `anima-serve`, `anima-start` and `python -m` of the same modules begin
+here.
 """
 
 import contextlib
@@ -16,6 +17,9 @@ from anima_jax.exit_codes import INTERRUPTED, STOPPED
 
 STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 """Signals with which schedulers and terminals end a run. Native Windows has only the first."""
+
+PARENT = "ANIMA_JAX_PARENT"
+"""The variable with the number of the process that started this one and without which it should not go on."""
 
 
 def train() -> None:
@@ -38,6 +42,11 @@ def serve() -> None:
     _run("anima_jax.serve", STOP_SIGNALS)
 
 
+def start() -> None:
+    """Run `anima_jax.start`."""
+    _run("anima_jax.start")
+
+
 def _run(module: str, stops: tuple[str, ...] = ()) -> None:
     """Import a module and call its `main`. An interrupt during the import, or one of `stops`, ends the process."""
     for name in ("SIGINT", *stops):
@@ -45,6 +54,7 @@ def _run(module: str, stops: tuple[str, ...] = ()) -> None:
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _end)
     _open_standard_streams()
+    _end_with_parent()
     _end_at_the_second()
     from anima_jax.errors import NO_FOLDER, in_a_folder  # only now: every import takes time without the handlers
 
@@ -65,6 +75,15 @@ def _open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+def _end_with_parent() -> None:
+    """Let Linux send SIGTERM when the process named by `PARENT` dies, even by SIGKILL: training saves and stops."""
+    if sys.platform == "linux" and os.environ.pop(PARENT, "") == str(os.getppid()):
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _end_at_the_second() -> None:

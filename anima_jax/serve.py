@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from anima_jax.adapters.merge import parse_lora_argument
 from anima_jax.checkpoints.models import open_dit
 from anima_jax.config.load import load_config
 from anima_jax.config.main import MainConfig
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
     files = networks(arguments, config, Recipe())
     library = library_of(arguments)
-    settings = server_config(arguments, config, files)
+    settings = server_config(arguments, config, files, first_settings(arguments, library))
     mesh = make_mesh(mesh_sizes(arguments, config))
     with open_dit(
         files["transformer"],
@@ -121,6 +122,8 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--gallery", metavar="FOLDER", help="where images are written (default: they stay in memory)")
     add("--run", metavar="FOLDER", help="a training run, or a folder of runs, that the page shows")
     add("--dataset", metavar="FILE.toml", help="a data set, or a folder of images, that the page shows and edits")
+    add("--page_lora", metavar="NAME[:WEIGHT]", help="a LoRA of --lora_dir that the page begins with")
+    add("--page_prompt", metavar="TEXT", help="the prompt that the page begins with")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="another site whose pages may use the server")
     add("--drain_timeout", type=float, default=600.0, metavar="SECONDS", help="for jobs at the end (default: 600)")
 
@@ -153,7 +156,21 @@ def library_of(arguments: argparse.Namespace) -> LoraLibrary | None:
     return LoraLibrary(*folders, controls=controls, allow_unused=arguments.allow_unused)
 
 
-def server_config(arguments: argparse.Namespace, config: MainConfig | None, files: dict[str, Any]) -> "ServerConfig":
+def first_settings(arguments: argparse.Namespace, library: LoraLibrary | None) -> dict[str, Any]:
+    """Return the settings that the page begins with. Raises UserError if the library has no such LoRA."""
+    settings: dict[str, Any] = {} if arguments.page_prompt is None else {"prompt": arguments.page_prompt}
+    if arguments.page_lora is not None:
+        name, weight = parse_lora_argument(arguments.page_lora)
+        if library is None:
+            raise UserError(f"--page_lora {name}: expected --lora_dir with its folder")
+        library.lora(name)
+        settings["loras"] = [{"name": name, "weight": weight}]
+    return settings
+
+
+def server_config(
+    arguments: argparse.Namespace, config: MainConfig | None, files: dict[str, Any], page: dict[str, Any]
+) -> "ServerConfig":
     """Return what the server is told. Raises UserError for a folder or file that cannot be used."""
     from anima_jax.serving.server import ServerConfig
 
@@ -176,6 +193,7 @@ def server_config(arguments: argparse.Namespace, config: MainConfig | None, file
         limits=RequestLimits(**limits),
         files=files,
         defaults=defaults,
+        page=page,
         cors=tuple(arguments.cors),
         **paths,
     )

@@ -46,6 +46,10 @@ def headers_only() -> Iterator[None]:
             _HEADERS.reset(token)
 
 
+class DamagedDownloadError(UserError):
+    """A file that arrived with another hash than the hub's. It is not kept."""
+
+
 class HubFile(NamedTuple):
     """The parts of `hf://owner/repo[@revision]/path/of/file`; the revision is a branch, a tag or a commit.
 
@@ -120,31 +124,82 @@ def local_copy(address: str) -> str:
     return fetch(parse(address))
 
 
-def fetch(file: HubFile) -> str:
-    """Return the path of a file in the local cache; see `local_copy`."""
+def cached_copy(address: str) -> str | None:
+    """Return the path of an `hf://` file in the local cache, None if it is not there; the hub is not asked."""
+    return _cached(parse(address))
+
+
+def _cached(file: HubFile) -> str | None:
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(file.repo, file.name, revision=file.revision)
+    return cached if isinstance(cached, str) else None
+
+
+def cache_folder() -> str:
+    """Return the folder of the local cache."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def availability(address: str) -> tuple[int, int]:
+    """Return the bytes of an `hf://` file, and how many of them an earlier download has left in the local cache.
+
+    Raises UserError as `local_copy` does, and if the hub does not tell the size.
+    """
+    file = parse(address)
+    asked = _ask(file)
+    if isinstance(asked, str):
+        return os.path.getsize(asked), os.path.getsize(asked)
+    if asked.size is None:
+        raise UserError(f"{file.address}: the hub does not tell its size")
+    folder = os.path.join(cache_folder(), f"models--{file.repo.replace('/', '--')}", "blobs", asked.etag)
+    here = next((os.path.getsize(path) for path in (folder, f"{folder}.incomplete") if os.path.exists(path)), 0)
+    return asked.size, min(here, asked.size)
+
+
+class _Remote(NamedTuple):
+    """What the hub says of a file."""
+
+    url: str
+    etag: str
+    commit: str
+    size: int | None
+
+
+def _ask(file: HubFile) -> _Remote | str:
+    """Return what the hub says of a file, or the path of its copy in the cache if that counts; see `local_copy`."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     hub.logging.set_verbosity_error()  # without a network it warns about every retry; our errors are enough
-    cached = hub.try_to_load_from_cache(file.repo, file.name, revision=file.revision)
-    if isinstance(cached, str) and re.fullmatch("[0-9a-f]{40}", file.revision):
+    cached = _cached(file)
+    if cached and re.fullmatch("[0-9a-f]{40}", file.revision):
         return cached
     revision, name = (urllib.parse.quote(text, safe=safe) for text, safe in ((file.revision, ""), (file.name, "/")))
     url = f"{constants.ENDPOINT}/{file.repo}/resolve/{revision}/{name}"
     try:
         found = hub.get_hf_file_metadata(url, timeout=10.0, endpoint=constants.ENDPOINT)
     except Exception as error:  # the client raises its own types and those of its HTTP library
-        if isinstance(cached, str) and not isinstance(error, hub.errors.EntryNotFoundError):
+        if cached and not isinstance(error, hub.errors.EntryNotFoundError):
             return cached
         raise UserError(f"{file.address}: {_reason(file, error)}") from error
     etag, commit = found.etag or "", found.commit_hash or ""
     if not re.fullmatch(r"[\w.-]+", etag) or not re.fullmatch(r"[\w.-]+", commit):
         raise UserError(f"{file.address}: {constants.ENDPOINT} does not tell the file's commit and hash, as a hub does")
-    headers, cache = _HEADERS.get(), constants.HF_HUB_CACHE
-    if headers and isinstance(cached, str):
-        return cached
-    if headers and found.size is not None and file.name.endswith(".safetensors"):
-        return _only_header(file, url, os.path.join(headers, f"{etag}.safetensors"), found.size)
+    return cached if cached and _HEADERS.get() else _Remote(url, etag, commit, found.size)
+
+
+def fetch(file: HubFile) -> str:
+    """Return the path of a file in the local cache; see `local_copy`."""
+    found = _ask(file)
+    if isinstance(found, str):
+        return found
+    url, etag, commit, size = found
+    headers, cache = _HEADERS.get(), cache_folder()
+    if headers and size is not None and file.name.endswith(".safetensors"):
+        return _only_header(file, url, os.path.join(headers, f"{etag}.safetensors"), size)
     folder = os.path.join(cache, f"models--{file.repo.replace('/', '--')}")
     blob, pointer = (os.path.join(folder, *rest) for rest in (("blobs", etag), ("snapshots", commit, file.name)))
     with _writing(file, folder):
@@ -152,7 +207,7 @@ def fetch(file: HubFile) -> str:
             os.makedirs(os.path.dirname(path), exist_ok=True)
         with _locked(os.path.join(cache, ".locks", os.path.basename(folder), f"{etag}.lock")):
             if not os.path.exists(blob) and not os.path.exists(pointer):
-                _download(file, url, blob, found.size, etag)
+                _download(file, url, blob, size, etag)
             if not os.path.exists(pointer):
                 _link(blob, pointer)
             if commit != file.revision:
@@ -272,7 +327,9 @@ def _download(file: HubFile, url: str, blob: str, size: int | None, etag: str) -
     digest = _digest(partial, etag)
     if digest not in (None, etag):
         os.unlink(partial)
-        raise UserError(f"{file.address}: arrived with another hash ({digest}) than the hub's ({etag}): try again")
+        raise DamagedDownloadError(
+            f"{file.address}: arrived with another hash ({digest}) than the hub's ({etag}): try again"
+        )
     os.replace(partial, blob)
     checked = f"{'sha256' if len(etag) == 64 else 'git hash'} {etag} as on the hub" if digest else "no hash to compare"
     print(f"downloaded {file.name}: {size_text(os.path.getsize(blob))}, {checked}", file=sys.stderr)

@@ -344,7 +344,7 @@ def models_of(server: Server) -> Models:
     library = server.library
     config, limits = server.config, server.limits
     plain = {name: value for name, value in ImageRequest("").settings().items() if name != "batch_index"}
-    defaults = plain | dataclasses.asdict(SamplingParams()) | dict(config.defaults) | {"seed": -1}
+    defaults = plain | dataclasses.asdict(SamplingParams()) | {**config.defaults, **config.page, "seed": -1}
     files = {
         name: file_name(path) for name, path in server.files.items() if path and isinstance(path, str | os.PathLike)
     }

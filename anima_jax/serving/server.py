@@ -45,6 +45,8 @@ class ServerConfig:
     limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    page: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Settings that only the page begins with, such as a LoRA that was just trained."""
     gallery: pathlib.Path | None = None
     run: pathlib.Path | None = None
     dataset: pathlib.Path | None = None
