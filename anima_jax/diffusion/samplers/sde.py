@@ -7,12 +7,12 @@ normal noise. `eta` is the strength of the SDE's noise (0: the ODE), `s_noise` t
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from anima_jax.diffusion.samplers.ancestral import log_snr, sigma_of, split_variance
+from anima_jax.diffusion.samplers.ancestral import log_snr, sigma_of
 from anima_jax.diffusion.samplers.ode import lagrange_integrals, weighted
 from anima_jax.diffusion.samplers.options import Between, Strength
 from anima_jax.diffusion.samplers.plan import Trace, Vector
@@ -99,31 +99,45 @@ def dpmpp_sde(trace: Trace, *, eta: Strength = 1.0, s_noise: Strength = 1.0, r: 
         denoised = trace.denoise(x, sigma)
         if after == 0:
             return denoised
-        middle = _level_within(sigma, after, r)
-        stage = trace.denoise(_ancestral_sde(trace, x, denoised, sigma, middle, eta, s_noise), middle)
+        middle, *ratios = _rounded(sigma, after, r)
+        stage = trace.denoise(_ancestral_sde(trace, x, denoised, (sigma, middle), ratios[:2], eta, s_noise), middle)
         denoised = denoised + (stage - denoised) / (2 * r)
-        x = _ancestral_sde(trace, x, denoised, sigma, after, eta, s_noise)
+        x = _ancestral_sde(trace, x, denoised, (sigma, after), ratios[::2], eta, s_noise)
     return x
 
 
 def _ancestral_sde(
-    trace: Trace, x: Vector, denoised: Vector, sigma: float, after: float, eta: float, s_noise: float
+    trace: Trace,
+    x: Vector,
+    denoised: Vector,
+    levels: tuple[float, float],
+    ratios: Sequence[np.float32],
+    eta: float,
+    s_noise: float,
 ) -> Vector:
-    """Take a step from `sigma` towards `denoised` to a level below `after`, then add noise up to `after`."""
-    alpha, ratio = 1 - after, sigma / (1 - sigma)
-    down, up = split_variance(ratio, after / alpha, eta)
-    x = alpha * (down / ratio / (1 - sigma) * x + (1 - down / ratio) * denoised)
-    return x + alpha * s_noise * up * trace.noise(sigma, after) if eta and s_noise else x
+    """Take a step from the first level towards `denoised` to one below the second, then add noise up to that.
+
+    `ratios` are σ/α of both. The step in them is rounded as in ComfyUI: after the first level, where σ/α is 30,000, the
+    part that is denoised is a difference of nearly equal numbers.
+    """
+    (sigma, after), (ratio, end) = levels, ratios
+    up = min(end, np.float32(eta) * np.sqrt(end**2 * (ratio**2 - end**2) / ratio**2))
+    kept, alpha = float(np.sqrt(end**2 - up**2)) * (1 - sigma) / sigma, 1 - after
+    x = alpha * (kept / (1 - sigma) * x + (1 - kept) * denoised)
+    return x + alpha * s_noise * float(up) * trace.noise(sigma, after) if eta and s_noise else x
 
 
-def _level_within(sigma: float, after: float, r: float) -> float:
-    """Return the level at `r` of a step in λ, with ComfyUI's float32 rounding: the Brownian path is read there.
+def _rounded(sigma: float, after: float, r: float) -> tuple[float, np.float32, np.float32, np.float32]:
+    """Return the level at `r` of a step in λ, and σ/α of the first level, of this one and of the last one.
 
-    A level one unit in the last place away may round to the next of the path's times.
+    They have ComfyUI's float32 rounding. The Brownian path is read at the level: if that were one unit in the last
+    place away, it might round to the next of the path's times.
     """
     one = np.float32(1.0)
     start, end = (np.float32(-math.log(level / (one - level))) for level in (np.float32(sigma), np.float32(after)))
-    return float(one / (one + np.float32(math.exp(start + (end - start) * np.float32(r)))))
+    middle = start + (end - start) * np.float32(r)
+    first, within, last = (np.float32(math.exp(-snr)) for snr in (start, middle, end))
+    return float(one / (one + np.float32(math.exp(middle)))), first, within, last
 
 
 def seeds_2(
