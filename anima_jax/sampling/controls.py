@@ -22,7 +22,7 @@ from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, plural, show_value
 from anima_jax.models.control import ControlNetwork
-from anima_jax.sampling.images import painted_mask_values, read_picture, to_pixels
+from anima_jax.sampling.images import mask_values, read_picture, to_pixels
 from anima_jax.sampling.scaling import is_number, scaled_bicubic, scaled_nearest
 
 MASK = "mask"
@@ -179,7 +179,7 @@ class Control:
         if mask is None and not self.has_transparency:
             found = f"{_named(self.image)} has no transparent pixels and there is no mask"
             raise UserError(f"{self.name}: is an inpainting network, which takes a mask; {found}")
-        values_yx1 = scaled_nearest(painted_mask_values(image if mask is None else mask)[0], size_wh)
+        values_yx1 = scaled_nearest(mask_values(image if mask is None else mask)[0], size_wh)
         return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
 
 

@@ -111,18 +111,13 @@ def mask_values(mask: Image.Image) -> np.ndarray:
     """Return how strongly each pixel is redrawn, (1, y, x, 1) in [0, 1], float32.
 
     White pixels are redrawn, black ones kept. If the mask has transparency, the transparent part is redrawn, as with
-    ComfyUI's Load Image node.
+    ComfyUI's Load Image node. An opaque alpha channel, which browsers write, says nothing.
     """
-    if mask.has_transparency_data:
+    if is_transparent(mask):
         values = 255.0 - np.asarray(mask.convert("RGBA").getchannel("A"), np.float32)
     else:
         values = np.asarray(mask.convert("L"), np.float32)
     return values[None, ..., None] / np.float32(255.0)
-
-
-def painted_mask_values(mask: Image.Image) -> np.ndarray:
-    """Return `mask_values`, (1, y, x, 1), of a mask that may have an opaque alpha channel, which says nothing."""
-    return mask_values(mask if is_transparent(mask) else mask.convert("RGB"))
 
 
 def paste_original(drawn: Image.Image, original: Image.Image, values_1yx1: np.ndarray, feather: int) -> Image.Image:

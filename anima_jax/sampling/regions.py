@@ -18,7 +18,7 @@ from PIL import Image
 
 from anima_jax.data.images import eight_bit, is_transparent
 from anima_jax.errors import UserError, show_value
-from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, painted_mask_values, read_picture
+from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_picture
 from anima_jax.sampling.scaling import is_number
 
 MAX_STRENGTH = 10.0
@@ -188,7 +188,7 @@ class Region:
     def mask_yx(self) -> np.ndarray:
         """The mask's values in [0, 1], float32. Raises UserError if it cannot be read or is not a mask."""
         if isinstance(self._mask, Image.Image):
-            return painted_mask_values(self._mask)[0, :, :, 0]
+            return mask_values(self._mask)[0, :, :, 0]
         values = np.asarray(self._mask)
         if values.dtype == np.uint8:
             values = values / np.float32(255.0)

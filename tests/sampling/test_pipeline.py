@@ -382,6 +382,8 @@ def test_a_mask_redraws_white_or_transparent_pixels_and_is_scaled_as_in_torch():
     transparent = Image.new("RGBA", (32, 48), "red")
     transparent.putalpha(Image.fromarray(255 - values))
     np.testing.assert_allclose(latent_mask(mask_values(transparent)), found, atol=1e-6)
+    opaque = Image.fromarray(values).convert("RGBA")  # as browsers write masks
+    np.testing.assert_array_equal(latent_mask(mask_values(opaque)), found)
 
 
 def test_the_vae_runs_in_tiles_where_the_memory_is_short_or_the_user_says_so(pipeline, monkeypatch):

@@ -24,6 +24,13 @@ const sleep = (ms, signal) =>
     signal?.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
   });
 
+/**
+ * Seeds have 64 bits, JavaScript's numbers 53: seeds of 16 digits and more are text in this page and numbers in JSON.
+ * What looks like a seed inside of a text has backslashes before its quotes, so it is left alone.
+ */
+const encode = (value) => JSON.stringify(value).replace(/("seed":)"(-?\d+)"/g, "$1$2");
+const decode = (text) => JSON.parse(text.replace(/("seed"\s*:\s*)(-?\d{16,})/g, '$1"$2"'));
+
 /** Return the one line in which a server's answer says what is wrong; ours, OpenAI's and Starlette's forms are known. */
 function message(body, response) {
   const found = body?.error?.message ?? body?.error ?? body?.detail;
@@ -76,7 +83,7 @@ export class Api extends EventTarget {
       let payload = body;
       if (body !== undefined && !(body instanceof Blob) && !(body instanceof FormData)) {
         sent["Content-Type"] = "application/json";
-        payload = JSON.stringify(body);
+        payload = encode(body);
       }
       let response;
       try {
@@ -91,7 +98,7 @@ export class Api extends EventTarget {
       if (response.status === 401 && attempt < 5 && (await this.#newKey(key))) continue;
       let found = {};
       try {
-        found = await response.json();
+        found = decode(await response.text());
       } catch { /* a proxy's page */ }
       throw new ApiError(message(found, response), response.status, found);
     }
@@ -99,7 +106,8 @@ export class Api extends EventTarget {
 
   async #json(method, path, options) {
     const response = await this.request(method, path, options);
-    return response.status === 204 ? null : response.json().catch(() => null);
+    const text = await response.text();
+    return text ? decode(text) : null;
   }
 
   /** Each returns the answer's JSON, or null if it has none. */
@@ -195,7 +203,7 @@ async function* parse(body) {
       rest = lines.pop();
       for (const line of lines) {
         if (line === "") {
-          if (data.length) yield { event, data: JSON.parse(data.join("\n")) };
+          if (data.length) yield { event, data: decode(data.join("\n")) };
           event = "message";
           data = [];
         } else if (!line.startsWith(":")) {

@@ -37,6 +37,9 @@ function empty(title, text) {
   return [h("div", { class: "empty" }, h("h2", {}, title), h("p", {}, text))];
 }
 
+/** Return the tab that the address names, as in #/run. */
+const ofAddress = () => location.hash.replace(/^#\/?/, "");
+
 /** Show a tab. */
 function show(name, focus = false) {
   for (const other of Object.keys(TABS)) {
@@ -47,7 +50,7 @@ function show(name, focus = false) {
     if (other === name && focus) tab.focus();
   }
   document.title = `${document.getElementById(`tab-${name}`).textContent} · Anima`;
-  if (location.hash.slice(1) !== name) history.replaceState(null, "", `#${name}`);
+  if (ofAddress() !== name) history.replaceState(null, "", `#/${name}`); // "#draw" would move the focus to that element
   if (!loaded.has(name)) loaded.set(name, fill(name));
   return loaded.get(name);
 }
@@ -66,13 +69,12 @@ function tabs() {
     event.preventDefault();
     show(names[(to + names.length) % names.length], true);
   });
-  const ofAddress = () => (names.includes(location.hash.slice(1)) ? location.hash.slice(1) : "draw");
-  addEventListener("hashchange", () => { if (names.includes(location.hash.slice(1))) show(ofAddress()); });
+  addEventListener("hashchange", () => { if (names.includes(ofAddress())) show(ofAddress()); });
   document.addEventListener("anima:draw", async (event) => {
     await show("draw");
     document.dispatchEvent(new CustomEvent("anima:settings", { detail: event.detail }));
   });
-  return show(ofAddress());
+  return show(names.includes(ofAddress()) ? ofAddress() : "draw");
 }
 
 const THEMES = { "": ["System theme", "auto"], light: ["Light theme", "sun"], dark: ["Dark theme", "moon"] };

@@ -48,6 +48,7 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
     onchange();
   }
   async function edit() {
+    paint.disabled = true; // until the editor is open, which a second press would open again
     try {
       const made = await editMask(place.blob, mask);
       if (made === undefined) return;
@@ -55,6 +56,9 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
       onchange();
     } catch (error) {
       showError(error);
+    } finally {
+      paint.disabled = false;
+      paint.focus();
     }
   }
   denoise.addEventListener("input", () => { amount.value = denoise.value; });
