@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -14,7 +15,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 import anima_jax
+from anima_jax.data.preprocessors import KINDS
 from anima_jax.diffusion.samplers import SAMPLERS
+from anima_jax.diffusion.samplers.options import Option
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
 from anima_jax.sampling.exif import read_text
@@ -130,14 +133,26 @@ class SettingsAnswer(BaseModel):
     notes: list[str]
 
 
+class SamplerOption(BaseModel):
+    """An option of a sampler; a bound is None where there is none."""
+
+    kind: Literal["bool", "float", "int", "str"]
+    default: Any
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+
 class Models(BaseModel):
     """What the server has and allows."""
 
     model: dict[str, Any]
     samplers: list[str]
+    sampler_options: dict[str, dict[str, SamplerOption]]
     schedules: list[str]
     loras: list[dict[str, Any]]
     controls: list[dict[str, Any]]
+    control_kinds: list[str] = Field(description="what makes a control picture of an ordinary one")
     defaults: dict[str, Any]
     limits: dict[str, float]
     sizes: list[tuple[int, int]]
@@ -352,15 +367,27 @@ def models_of(server: Server) -> Models:
     return Models(
         model=files,
         samplers=list(SAMPLERS),
+        sampler_options={name: _described(row.options) for name, row in SAMPLERS.items()},
         schedules=list(SCHEDULES),
         loras=[dataclasses.asdict(entry) for entry in library.loras()] if library else [],
         controls=[dataclasses.asdict(entry) for entry in library.controls()] if library else [],
+        control_kinds=list(KINDS),
         defaults=defaults,
         limits={name: float(value) for name, value in dataclasses.asdict(limits).items() if name.startswith("max_")},
         sizes=[size for size in SIZES if max(size) <= limits.max_size],
         run=config.run is not None,
         dataset=config.dataset is not None,
     )
+
+
+def _described(options: Mapping[str, Option]) -> dict[str, SamplerOption]:
+    """Return a sampler's options for clients."""
+    found: dict[str, SamplerOption] = {}
+    for name, option in options.items():
+        low, high = (bound if math.isfinite(bound) else None for bound in (option.low, option.high))
+        values: dict[str, Any] = {"kind": option.kind.__name__, "default": option.default, "choices": option.choices}
+        found[name] = SamplerOption(low=low, high=high, **values)
+    return found
 
 
 def routes() -> list[Route]:

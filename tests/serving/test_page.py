@@ -1,7 +1,7 @@
 """The page in a real browser: what a person does with it, by mouse, touch and keyboard, and what axe says of it.
 
-Every test also checks that nothing went wrong in the browser (no error, no violation of the Content-Security-Policy) and
-that the page sent requests to its own server only.
+Every test also checks that nothing went wrong in the browser (no error, no violation of the Content-Security-Policy)
+and that the page sent requests to its own server only.
 """
 
 import io
@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 from anima_jax.serving.app import create_app  # noqa: E402
 from anima_jax.serving.engine import Engine  # noqa: E402
 from anima_jax.serving.server import ServerConfig  # noqa: E402
-from tests.serving.servers import SMALL, Running, running_app, small_files, small_pipeline  # noqa: E402
+from tests.serving.servers import SMALL, Running, running_app, small_pipeline  # noqa: E402
 
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -134,7 +134,8 @@ def test_pictures_are_drawn_with_previews_and_come_first_in_the_gallery(visit, s
     page.evaluate(
         """window.previews = new Set();
         new MutationObserver((changes) => {
-          for (const { target } of changes) if (target.src?.startsWith("data:image/jpeg")) window.previews.add(target.src);
+          for (const { target } of changes)
+            if (target.src?.startsWith("data:image/jpeg")) window.previews.add(target.src);
         }).observe(document.body, { subtree: true, attributeFilter: ["src"] })"""
     )
     draw(page, "two fish", Pictures=2, Steps=20)
@@ -340,7 +341,8 @@ def test_a_mask_is_painted_with_keys(visit):
     page.get_by_text("Start image", exact=True).click()
     drop(page, ".slot", png(Image.new("RGB", (64, 64), "blue")))
     page.get_by_role("button", name="Paint a mask").click()
-    painted = """canvas => [...canvas.getContext("2d").getImageData(0, 0, 64, 64).data].filter((value, at) => at % 4 === 3 && value > 127).length"""
+    painted = """canvas => [...canvas.getContext("2d").getImageData(0, 0, 64, 64).data]
+        .filter((value, at) => at % 4 === 3 && value > 127).length"""
     layer = page.locator(".layer")
     expect(layer).to_be_focused()
     page.keyboard.press("Space")
@@ -380,7 +382,8 @@ def test_a_phone_shows_everything_without_sideways_scrolling(visit):
 
 def test_dark_mode_follows_the_system_until_one_chooses(visit):
     page = visit(color_scheme="dark")
-    brightness = """() => getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => +a + +b)"""
+    brightness = """() => getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g)
+        .slice(0, 3).reduce((sum, value) => sum + Number(value), 0)"""
     assert page.evaluate(brightness) < 120
     page.get_by_role("button", name="System theme, change").click()
     assert page.evaluate(brightness) > 600
