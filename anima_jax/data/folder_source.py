@@ -93,10 +93,10 @@ class FolderReader(SourceReader[DirectorySource]):
 
     def caption_written(self, place: CaptionPlace, value: Any) -> None:
         """Use a caption that was written after `candidates`: the JSON `value` of `place.key`, or a file that is new."""
-        if place.key is not None and self._table is not None:
+        media = FileMedia(*os.path.split(place.path))
+        if place.key is not None and self._table is not None and self._table.name == place.path:
             self._table.set(place.key, value)
-        elif self._texts is not None:
-            media = FileMedia(*os.path.split(place.path))
+        elif place.key is None and self._texts is not None and media.folder == self.source.path:
             self._texts.add(media.file, media)
 
     def count_entries(self, entries: Sequence[Entry], counts: Counts) -> None:

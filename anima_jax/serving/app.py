@@ -10,7 +10,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
-from anima_jax.serving import own_api, run_api
+from anima_jax.serving import dataset_api, own_api, run_api
+from anima_jax.serving.dataset_shown import ShownDataset
+from anima_jax.serving.dataset_view import DatasetView
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.guards import BodyTimeout, Guards
 from anima_jax.serving.metrics import Measured, ServerMetrics
@@ -36,6 +38,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
     routes: list[BaseRoute] = [
         *own_api.routes(),
         *run_api.routes(),
+        *dataset_api.routes(),
         api_route("/metrics", "GET", show_metrics, "Figures for Prometheus", answer="text/plain"),
         api_route("/openapi.json", "GET", show_document, "This document", answer="application/json"),
         Mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page"),
@@ -51,6 +54,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
     )
     app.state.server = server
     app.state.runs = Runs(server.config.run) if server.config.run else None
+    app.state.dataset = ShownDataset(DatasetView(server.config.dataset)) if server.config.dataset else None
     return app
 
 

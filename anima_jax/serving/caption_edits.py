@@ -7,14 +7,13 @@ is read again first, as training reads it; if that would not give the new text, 
 import functools
 import hashlib
 import json
-import operator
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from anima_jax.checkpoints.locations import is_remote, replacing
+from anima_jax.checkpoints.locations import is_remote, replacing, writing_to
 from anima_jax.data.captions import (
     COMMON_WORDS,
     MAX_BYTES,
@@ -48,6 +47,14 @@ class CaptionField(NamedTuple):
     path: JsonPath = ()
 
 
+class FileChange(NamedTuple):
+    """A file that was edited, and its bytes before and after; None: it did not exist."""
+
+    path: str
+    before: bytes | None
+    after: bytes
+
+
 class CaptionConflictError(UserError):
     """The caption is no longer what the editor was shown."""
 
@@ -68,42 +75,49 @@ def version_of(places: Sequence[CaptionPlace]) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_field(field: CaptionField, text: str, roots: Sequence[str], delimiter: str = ", ") -> Any:
-    """Replace the text of a caption in its file, atomically. Return the new JSON value if the place has a key.
+def write_captions(
+    edits: Sequence[tuple[CaptionField, str]], roots: Sequence[str], delimiter: str = ", "
+) -> tuple[FileChange, dict[str, Any]]:
+    """Replace the texts of captions that are all in one file, atomically.
 
-    Raises UserError if the file is in a tar, remote, or not below one of the folders `roots` (or one of these files),
-    and if the text cannot be written in its form.
+    Return what changed, and key → new JSON value if the file has keys. Raises UserError if the file is in a tar,
+    remote, or not below one of the folders `roots` (or one of these files), and if a text cannot be written so.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    place, path = field.place, _allowed(field.place, roots)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    place = edits[0][0].place
+    path, content = _allowed(place, roots), _content(place)
+    texts = [(field, text.replace("\r\n", "\n").replace("\r", "\n").strip()) for field, text in edits]
+    if any("\ud800" <= letter <= "\udfff" for _, text in texts for letter in text):
         raise UserError(f"{place.path}: the caption has half a character (a lone surrogate)")
-    content = _content(place)
-    is_json = place.key is not None or path.lower().endswith(".json")
-    if is_json:
-        new, value = _json_edited(content, field, text, delimiter)
+    values = dict[str, Any]()
+    if place.key is not None or path.lower().endswith(".json"):
+        new = _json_edited(content, texts, delimiter, values)
     else:
-        new, value = _text_edited(content or b"", text), None
-        if decode_caption(new, place.path) != text:
+        new = _text_edited(content or b"", texts[-1][1])
+        if decode_caption(new, place.path) != texts[-1][1]:
             raise UserError(f"{place.path}: the caption cannot be written to this file as it is")
-    if len(new) > (MAX_TABLE_BYTES if place.key is not None else MAX_BYTES):
-        raise UserError(f"{place.path}: {len(new)} bytes, expected at most {MAX_BYTES}")
+    limit = MAX_BYTES if place.key is None else MAX_TABLE_BYTES
+    if len(new) > limit:
+        raise UserError(f"{place.path}: {len(new)} bytes, expected at most {limit}")
+    _replace(path, content, new)
+    return FileChange(path, content, new), values
+
+
+def undo_change(change: FileChange) -> None:
+    """Write back a file as it was. Raises CaptionConflictError if it was changed meanwhile."""
+    if (read_file(change.path, MAX_TABLE_BYTES) if os.path.lexists(change.path) else None) != change.after:
+        raise CaptionConflictError(f"{change.path}: was changed meanwhile, so it stays as it is")
+    if change.before is None:
+        with writing_to(change.path):
+            os.unlink(change.path)
+    else:
+        _replace(change.path, change.after, change.before)
+
+
+def _replace(path: str, before: bytes | None, after: bytes) -> None:
     with replacing(path) as file:
-        if content is not None:
+        if before is not None:
             shutil.copymode(path, str(file.name))
-        file.write(new)
-    return value
-
-
-def restore(place: CaptionPlace, content: bytes | None, roots: Sequence[str]) -> None:
-    """Write back what `content_of` returned before an edit; None removes the file."""
-    path = _allowed(place, roots)
-    if content is None:
-        os.unlink(path)
-        return
-    with replacing(path) as file:
-        shutil.copymode(path, str(file.name))
-        file.write(content)
+        file.write(after)
 
 
 def is_editable(place: CaptionPlace, roots: Sequence[str]) -> str:
@@ -203,35 +217,58 @@ def _text_edited(content: bytes, text: str) -> bytes:
     return content[: len(content) - len(body)] + around[0] + data + around[1]
 
 
-def _json_edited(content: bytes | None, field: CaptionField, text: str, delimiter: str) -> tuple[bytes, Any]:
-    """Return a JSON file with another caption, and the image's JSON value. Raises UserError if it would not be read."""
-    place = field.place
+def _json_edited(
+    content: bytes | None, edits: Sequence[tuple[CaptionField, str]], delimiter: str, values: dict[str, Any]
+) -> bytes:
+    """Return a JSON file with other captions; `values` gets key → new value. Raises UserError as `write_captions`."""
     if content is None:
-        new = f"{json.dumps({'caption': text}, ensure_ascii=False)}\n".encode()
-        return new, {"caption": text}
-    before = content.decode("utf-8-sig")
-    value = _value(content, place)
-    at: JsonPath = () if place.key is None else (place.key,)
-    if value is None:
-        after = _with_member(before, place.key or "caption", text)
-    elif isinstance(value, dict) and not field.path:
-        key = next((key for key in (*TAG_KEYS, *NL_KEYS) if value.get(key) == ""), "caption")
-        after = _replaced(before, (*at, key), text) if key in value else _with_member(before, key, text, at)
+        return f"{json.dumps({'caption': edits[-1][1]}, ensure_ascii=False)}\n".encode()
+    text = content.decode("utf-8-sig")
+    escaped = text.isascii() and "\\u" in text
+    start, _ = _span(text, ())
+    if edits[0][0].place.key is None:
+        spans = {"": _span(text, ())}
     else:
-        old = functools.reduce(operator.getitem, field.path, value)
+        members = _members(text, start)
+        spans = {json.loads(text[begin:end]): (value, last) for begin, end, value, last in members}
+    pieces, added = dict[tuple[int, int], str](), list[tuple[str, str]]()
+    for field, new in edits:
+        key = field.place.key or ""
+        if (span := spans.get(key)) is None:
+            added.append((key, new))
+            continue
+        before = pieces.get(span, text[span[0] : span[1]])
+        pieces[span] = _value_edited(before, field, new, delimiter, escaped)
+        values[key] = json.loads(pieces[span])
+    for span in sorted(pieces, reverse=True):
+        text = text[: span[0]] + pieces[span] + text[span[1] :]
+    for key, new in added:
+        text = _with_member(text, key, new, escaped)
+    values |= {key: found for key, found in json.loads(text).items() if key in dict(added)} if added else {}
+    return (_BOM if content.startswith(_BOM) else b"") + text.encode()
+
+
+def _value_edited(before: str, field: CaptionField, text: str, delimiter: str, escaped: bool) -> str:
+    """Return the JSON text of an image's value with another caption. Raises UserError if it would not be read so."""
+    value = json.loads(before)
+    if isinstance(value, dict) and not field.path:
+        key = next((key for key in (*TAG_KEYS, *NL_KEYS) if value.get(key) == ""), "caption")
+        after = _replaced(before, (key,), text, escaped) if key in value else _with_member(before, key, text, escaped)
+    elif isinstance(value, list) and not field.path:
+        after = _replaced(before, (), [text], escaped)
+    else:
+        old = _at(value, field.path)
         of_booru = isinstance(value, dict) and isinstance(value.get("category"), str)
-        after = _replaced(before, (*at, *field.path), _of_form(old, text, delimiter, of_booru))
-    new = (_BOM if content.startswith(_BOM) else b"") + after.encode()
-    place = place._replace(exists=True)
-    value = _value(new, place)
-    read = parse_captions(value, place.path, delimiter)
-    texts = [found.strip() for found in (*read.tags, *read.nl)]
-    by_category = field.path and isinstance(functools.reduce(operator.getitem, field.path, value), dict)
-    if by_category:  # the order of the categories stays
-        text, texts = _sorted_tags(text, delimiter), [_sorted_tags(found, delimiter) for found in texts]
-    if text not in texts and (text or not read.empty):
-        raise UserError(f"{place.path}: the caption cannot be written in this file's form; found {read.tags + read.nl}")
-    return new, value
+        after = _replaced(before, field.path, _of_form(old, text, delimiter, of_booru), escaped)
+    value = json.loads(after)
+    read = parse_captions(value, field.place.path, delimiter)
+    texts, wanted = [found.strip() for found in (*read.tags, *read.nl)], text
+    if field.path and isinstance(_at(value, field.path), dict):
+        # The order of the categories stays.
+        wanted, texts = _sorted_tags(text, delimiter), [_sorted_tags(found, delimiter) for found in texts]
+    if wanted not in texts and (wanted or not read.empty):
+        raise UserError(f"{field.place.path}: the caption cannot be written in this file's form; it would be {texts}")
+    return after
 
 
 def _of_form(old: Any, text: str, delimiter: str, of_booru: bool) -> Any:
@@ -268,41 +305,39 @@ def _split(text: str, delimiter: str) -> list[str]:
     return [tag.strip() for tag in text.split(delimiter.strip() or delimiter) if tag.strip()]
 
 
+def _at(value: Any, path: JsonPath) -> Any:
+    for step in path:
+        value = value[step]
+    return value
+
+
 def _sorted_tags(text: str, delimiter: str) -> str:
     return delimiter.join(sorted(_split(text, delimiter)))
 
 
-def _replaced(text: str, path: JsonPath, value: Any) -> str:
+def _replaced(text: str, path: JsonPath, value: Any, escaped: bool) -> str:
     """Return JSON text with another value at a path; everything around it stays byte for byte."""
     start, end = _span(text, path)
-    old = text[start:end]
-    if isinstance(value, list) and old.startswith("["):
-        spans = _items(text, start)
-        if spans:
-            first, last = text[start : spans[0][0]], text[spans[-1][1] : end]
-            between = text[spans[0][1] : spans[1][0]] if len(spans) > 1 else f",{first[1:] or ' '}"
-            items = between.join(_dumped(item, text) for item in value)
-            return text[:start] + first + items + last + text[end:]
-    return text[:start] + _dumped(value, text) + text[end:]
+    if isinstance(value, list) and (spans := _items(text, start) if text[start] == "[" else []):
+        first, last = text[start : spans[0][0]], text[spans[-1][1] : end]
+        between = text[spans[0][1] : spans[1][0]] if len(spans) > 1 else f",{first[1:] or ' '}"
+        items = between.join(json.dumps(item, ensure_ascii=escaped) for item in value)
+        return text[:start] + first + items + last + text[end:]
+    return text[:start] + json.dumps(value, ensure_ascii=escaped) + text[end:]
 
 
-def _with_member(text: str, key: str, value: Any, path: JsonPath = ()) -> str:
-    """Return JSON text with one more member at the end of the object at a path, written as its neighbours are."""
-    start, end = _span(text, path)
+def _with_member(text: str, key: str, value: str, escaped: bool) -> str:
+    """Return JSON text with one more member at the end of its object, written as its neighbours are."""
+    start, end = _span(text, ())
     members = _members(text, start)
+    name = json.dumps(key, ensure_ascii=escaped)
     if not members:
-        return text[: start + 1] + f"{_dumped(key, text)}: {_dumped(value, text)}" + text[end - 1 :]
-    (first, _, _, _), (*_, last_value, last_end) = members[0], members[-1]
-    if len(path) == 0 and text[last_value] == "[" and isinstance(value, str):
-        value = [value]  # the other images have lists of captions
-    colon = text[members[-1][1] : last_value]
-    between = f",{text[start + 1 : first]}" if len(members) < 2 else text[members[-2][3] : members[-1][0]]
-    return text[:last_end] + f"{between}{_dumped(key, text)}{colon}{_dumped(value, text)}" + text[last_end:]
-
-
-def _dumped(value: Any, text: str) -> str:
-    """Return a value as JSON; characters beyond ASCII are escaped if the whole file escapes them."""
-    return json.dumps(value, ensure_ascii=text.isascii() and "\\u" in text)
+        return text[: start + 1] + f"{name}: {json.dumps(value, ensure_ascii=escaped)}" + text[end - 1 :]
+    _, last_key, last_value, last_end = members[-1]
+    lists = text[last_value] == "["  # the other images have lists of captions
+    between = f",{text[start + 1 : members[0][0]]}" if len(members) < 2 else text[members[-2][3] : members[-1][0]]
+    shown = json.dumps([value] if lists else value, ensure_ascii=escaped)
+    return text[:last_end] + between + name + text[last_key:last_value] + shown + text[last_end:]
 
 
 def _span(text: str, path: JsonPath) -> tuple[int, int]:

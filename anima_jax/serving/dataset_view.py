@@ -63,9 +63,19 @@ class PictureRecord:
     examples: tuple[Example, ...] = ()
 
     @property
+    def version(self) -> str:
+        """What changes with its file."""
+        return self.entry.digest.hex()[:12] if self.entry else "0"
+
+    @property
     def name(self) -> str:
         """Its file name, or its name in a tar or data set."""
         return os.path.basename(self.candidate.media.name)
+
+    @property
+    def searched(self) -> str:
+        """What a search looks into: its name and captions, without capital letters."""
+        return " ".join((self.name, *self.captions.tags, *self.captions.nl)).casefold()
 
     @property
     def text(self) -> str:
@@ -118,6 +128,8 @@ class DatasetView:
         self.lock = threading.RLock()
         self.state: State = "reading"
         self.error = ""
+        self.version = 0
+        """Another number whenever pictures or captions have changed."""
         self.done = 0
         """Files that were looked at in the reading in progress."""
         self.reading, self._plan = Reading(), TrainingPlan()
@@ -190,6 +202,8 @@ class DatasetView:
         with self.lock:
             self._folders = self._folder_times()
             self._stale_plan = True
+            self._again = self._again or self.state == "reading"  # it may have read the file as it was before
+            self.version += 1
 
     def _folder_times(self) -> list[int]:
         times = []
@@ -220,7 +234,7 @@ class DatasetView:
             with self.lock:
                 self.reading, self.readers, self._plan = reading, readers, plan
                 self._folders, self._stale_plan = times, False
-                self.state = "ready"
+                self.state, self.version = "ready", self.version + 1
 
     def _read(self) -> tuple[Reading, list[SourceReader[Any]]]:
         set_up_pillow()
@@ -269,16 +283,19 @@ class DatasetView:
         elif result is None:
             record.captions, record.notes, record.left_out = Captions(), (), reasons[0]
         else:
-            record.left_out = one_line(result)
+            record.left_out = one_line(result).removeprefix(f"{one_line(record.candidate.media.name)}: ")
             try:
                 record.captions = record.candidate.captions() or Captions()
             except UserError:
                 record.captions = Captions()
 
-    def refresh_record(self, record: PictureRecord) -> None:
-        """Read one picture and its captions again, after an edit."""
-        source = self.data.sources[record.source]
-        self._update(record, *inspect(record.candidate, self._index(self.readers[record.source]), source))
+    def refresh(self, records: Sequence[PictureRecord]) -> None:
+        """Read these pictures and their captions again, after an edit, and others that are the same files."""
+        names = {record.candidate.media.name for record in records}
+        found = records if len(self.readers) == 1 else self.reading.records
+        for record in (each for each in found if each.candidate.media.name in names):
+            index = self._index(self.readers[record.source])
+            self._update(record, *inspect(record.candidate, index, self.data.sources[record.source]))
         self.own_change()
 
     # ---- plan -------------------------------------------------------------------------------------------------------

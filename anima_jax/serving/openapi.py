@@ -18,6 +18,7 @@ REASONS = {
     404: "There is nothing of this name.",
     405: "The route has no such method.",
     409: "The state does not allow it.",
+    412: "It was changed meanwhile.",
     413: "The body is too large.",
     415: "The body is of another kind.",
     422: "A value is not allowed.",

@@ -21,6 +21,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from anima_jax.errors import UserError, did_you_mean, show_value
+from anima_jax.serving.caption_edits import CaptionConflictError
 from anima_jax.serving.engine import EngineClosedError, EngineFullError
 from anima_jax.serving.gallery import GalleryImage
 from anima_jax.serving.jobs import Job, JobCancelledError, UnavailableError, error_line, reported
@@ -47,6 +48,7 @@ STATUS: tuple[tuple[type[UserError], int], ...] = (
     (NotJsonError, 400),
     (NotFoundError, 404),
     (JobCancelledError, 409),
+    (CaptionConflictError, 412),
     (TooLargeError, 413),
     (MediaTypeError, 415),
     (EngineFullError, 429),
