@@ -195,6 +195,7 @@ class AnimaDiT(nnx.Module):
         context_bnd: Array | KeysValues,
         *,
         padded: bool = True,
+        prompt_b: Array | None = None,
         context_lengths_b: Array | None = None,
         zero_context: int = 0,
         remat: str = "full",
@@ -211,8 +212,9 @@ class AnimaDiT(nnx.Module):
         all examples, without padding. All context rows take part in the softmax, including rows of zeros, up to
         `context_lengths_b` if given; `zero_context` is the number of additional zero rows after those of `context_bnd`.
         Instead of times and context rows, `velocity` takes what `modulations` (of b times, or of one for the whole
-        batch) and `keys_values` compute from them. `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the
-        backward pass keeps only the input of every n-th block and recomputes n blocks from it under that policy.
+        batch) and `keys_values` compute from them. With `prompt_b`, those are of any number of prompts, and each
+        example has those of its own. `remat` is a key of `REMAT_POLICIES`. With `remat_every` n, the backward pass
+        keeps only the input of every n-th block and recomputes n blocks from it under that policy.
         `controls` are control networks, each with the embedding (b, l, e) of its control images and a strength, which
         is a number or an array (b,). Their terms are added in order; they take single images only. In sampling,
         `after_first` may replace the blocks after the first: it takes the residual stream before and after that block
@@ -221,7 +223,7 @@ class AnimaDiT(nnx.Module):
         size or a video with one and, outside of `jax.jit`, for times outside [0, 1].
         """
         features = PATCH * PATCH * self.config.latent_channels
-        check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd)
+        check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd, prompt_b)
         check_controls(controls, grid, latents_blc.shape, self.config.blocks, self.config.width)
         shape_bl, dtype = latents_blc.shape[:2], latents_blc.dtype
         grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
@@ -233,6 +235,8 @@ class AnimaDiT(nnx.Module):
             known, condition = None, self._condition(times_b, jnp.broadcast_to(positions_bl3[..., 0], shape_bl))
         keys_known = isinstance(context_bnd, KeysValues)
         rows_bnd = None if keys_known else context_bnd.astype(dtype)
+        if rows_bnd is not None and prompt_b is not None:
+            rows_bnd = rows_bnd[prompt_b]
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
         shared = {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
@@ -240,6 +244,8 @@ class AnimaDiT(nnx.Module):
 
         def run_block(x_bld: Array, layer: Layer) -> tuple[Array, None]:
             block, modulations, keys_values, own = layer
+            if keys_values is not None and prompt_b is not None:
+                keys_values = KeysValues(*(x_phnk[prompt_b] for x_phnk in keys_values))
             conditions, memory = modulations or (condition,) * 3, keys_values or rows_bnd
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             options = self_options, cross_options, dtype, layer_input(own, controls)

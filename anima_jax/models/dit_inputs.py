@@ -33,6 +33,10 @@ class Modulations(NamedTuple):
         blocks = tuple(jax.lax.dynamic_slice_in_dim(values, index, 1, axis=1) for values in self.blocks)
         return Modulations(blocks, jax.lax.dynamic_slice_in_dim(self.final, index, 1))
 
+    def of_examples(self, index_b: Array) -> "Modulations":
+        """Return those of the level that each example has."""
+        return Modulations(tuple(values[:, index_b] for values in self.blocks), self.final[index_b])
+
 
 class KeysValues(NamedTuple):
     """Keys and values of the context rows, (layers, b, h, n, k) or one layer's: the result of `AnimaDiT.keys_values`.
@@ -55,6 +59,7 @@ def check_inputs(
     grid: Array | tuple[int, int, int],
     times_b: Array | Modulations,
     context_bnd: Array | KeysValues,
+    prompt_b: Array | None = None,
 ) -> None:
     """Raise ValueError unless these inputs of `AnimaDiT.velocity` fit together.
 
@@ -75,7 +80,8 @@ def check_inputs(
         raise ValueError(f"times have the shape {times.shape}, expected (batch,) or (batch, frames)")
     if context.ndim != 3 or context.shape[2] != context_width:
         raise ValueError(f"context rows are {context.shape}, expected (batch, rows, {context_width})")
-    batches = {"latents": len(tokens_blc), "times": len(times), "context rows": len(context)}
+    prompts = len(context) if prompt_b is None else len(prompt_b)
+    batches = {"latents": len(tokens_blc), "times": len(times), "context rows": prompts}
     if isinstance(grid, tuple):
         if math.prod(grid) != tokens_blc.shape[1]:
             raise ValueError(f"{tokens_blc.shape[1]} tokens for a grid of {' × '.join(map(str, grid))} patches")

@@ -183,10 +183,18 @@ def from_cache(
 def guided(
     estimates: Estimates, step: GuidanceInputs, shared: SharedInputs, momentum_blc: Array
 ) -> tuple[Array, Array]:
-    """Return the guided estimate, and the guidance that APG remembers."""
+    """Return the guided estimate, and the guidance that APG remembers.
+
+    Scale, variants and `restart` are numbers, or arrays (b, 1, 1).
+    """
+    # Also if no image has variants: an image's result must not depend on the others of its batch.
+    plain_blc, on = guidance.guided(estimates, step.scale), jnp.asarray(shared.variants.are_on())
 
     def varied() -> tuple[Array, Array]:
         length = momentum_blc.shape[1]
+        scale, variants, sigma = jax.tree.map(
+            lambda value: jnp.reshape(value, (-1, 1, 1, 1, 1)), (step.scale, shared.variants, estimates.sigma)
+        )
         past_blc = jnp.where(step.restart, 0.0, momentum_blc)
         x, positive, negative, past, real = (
             array_blc.reshape(*momentum_blc.shape[:2], PATCH, PATCH, -1)
@@ -194,11 +202,9 @@ def guided(
         )
         columns_bl = token_positions(grid_of(shared.size_b3), length)[..., 2]
         out, momentum = guidance.guided_by_variants(
-            Estimates(x, positive, negative, estimates.sigma), step.scale, shared.variants, past, columns_bl, real
+            Estimates(x, positive, negative, sigma), scale, variants, past, columns_bl, real
         )
         return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
 
-    def plain() -> tuple[Array, Array]:
-        return guidance.guided(estimates, step.scale), momentum_blc
-
-    return jax.lax.cond(shared.variants.are_on(), varied, plain)
+    varied_blc, momentum_blc = jax.lax.cond(jnp.any(on), varied, lambda: (plain_blc, momentum_blc))
+    return jnp.where(on, varied_blc, plain_blc), momentum_blc

@@ -23,8 +23,7 @@ from anima_jax.adapters.opening import files_of
 from anima_jax.checkpoints import folders
 from anima_jax.checkpoints.locations import PathLike
 from anima_jax.checkpoints.models import load_dit, load_text_encoder, load_vae
-from anima_jax.diffusion import guidance, samplers
-from anima_jax.diffusion.samplers.plan import SamplerPlan
+from anima_jax.diffusion import samplers
 from anima_jax.diffusion.step_cache import Savings
 from anima_jax.errors import NotFiniteError, UserError, suggests_names
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS, AnimaDiT
@@ -33,7 +32,7 @@ from anima_jax.models.qwen3 import Qwen3
 from anima_jax.models.wan_vae import WanVAE
 from anima_jax.parallel import rules
 from anima_jax.parallel.mesh import replicate, standard_mesh
-from anima_jax.sampling import adaptive, program
+from anima_jax.sampling import adaptive, plans, program
 from anima_jax.sampling.batches import draw_whole_batches
 from anima_jax.sampling.callbacks import ProgressBar, ProgressCallback
 from anima_jax.sampling.context import Context, context_rows, join_contexts
@@ -238,6 +237,22 @@ class AnimaPipeline:
             mask=None if redrawn is None else latent_mask(redrawn),
             callback=callback,
         )
+        return self.finish(latents, params, image=image, redrawn=redrawn, original=original)
+
+    @standard_mesh()
+    def finish(
+        self,
+        latents: Sequence[np.ndarray],
+        params: SamplingParams,
+        *,
+        image: Image.Image | None = None,
+        redrawn: np.ndarray | None = None,
+        original: np.ndarray | None = None,
+    ) -> list[Image.Image]:
+        """Return the images of sampled latents.
+
+        With the `mask_values` of inpainting, `redrawn`, they keep the rest of `image`, whose latents are `original`.
+        """
         pixels = self.decode(latents, params.tile)
         if image is None or redrawn is None or original is None:
             return to_images(pixels)
@@ -302,7 +317,7 @@ class AnimaPipeline:
             if callback is None and not are_finite(latents):  # Again, to find out where it begins.
                 latents = draw(requests, callback=lambda *_: None)
         except FloatingPointError as error:
-            raise self._not_finite(str(error)) from None
+            raise self.not_finite(str(error)) from None
         return self._checked(latents, "the last evaluation")
 
     @standard_mesh()
@@ -356,7 +371,6 @@ class AnimaPipeline:
         the images'. If the last level σ is above 0, latents are divided by 1 − σ, as in ComfyUI, where another sampling
         multiplies them by it to go on from there.
         """
-        sampler = samplers.SAMPLERS[params.sampler]
         packing = TokenPacking([array.shape[:3] for array in noise.start])
         clean = originals or [np.zeros_like(array) for array in noise.start]
         inpaint = None
@@ -377,15 +391,8 @@ class AnimaPipeline:
         shared = shared._replace(references=clean_frames, regions=rows, controls=steering)
         caching: Any = {"cache": cache, "savings": self.savings}
 
-        def plan_of(sigmas: np.ndarray) -> SamplerPlan:
-            plan = samplers.sampler_plan(params.sampler, sigmas, params.shift, params.sampler_options)
-            if noise.keys_b3 is not None and any(draw.clip_std for draw in plan.draws):
-                raise UserError("noise_clip_std: works with torch's noise, not with noise jax")
-            return plan
-
-        def scale_of(sigmas_n: np.ndarray) -> np.ndarray:
-            return guidance.scale_schedule(sigmas_n, params.guidance_scale, params.guidance_interval, params.shift)
-
+        plan_of = functools.partial(plans.plan_of, params, noise_on_device=noise.keys_b3 is not None)
+        scale_of = functools.partial(plans.scale_of, params)
         network = self.dit_params, self.dit_graphdef, self.dtype
         if controller := samplers.controller(params.sampler, sigmas, params.sampler_options):
             latents = adaptive.sample(
@@ -395,12 +402,7 @@ class AnimaPipeline:
             plan = plan_of(sigmas)
             scale_n = scale_of(plan.sigmas_n)
             latents = program.sample(*network, plan, packing, start, shared, scale_n, noise.step, callback, **caching)
-        last = np.float32(sigmas[-1] or sampler.ends_at)
-        latents = [x / (np.float32(1.0) - last) for x in latents]
-        if mask is None or sigmas[-1] > 0.0:
-            return latents
-        # Where the mask is grey, the last estimate is already mixed with the original.
-        return [np.where(mask > 0.0, x, kept) for x, kept in zip(latents, clean, strict=True)]
+        return plans.completed(latents, clean, mask, params, sigmas)
 
     @standard_mesh()
     def encode_image(self, pixels_tyxc: np.ndarray, tile: int | None = None) -> np.ndarray:
@@ -419,10 +421,11 @@ class AnimaPipeline:
     def _checked(self, arrays: list[np.ndarray], where: str) -> list[np.ndarray]:
         """Return the arrays. Raises NotFiniteError if a value is NaN or infinite."""
         if not are_finite(arrays):
-            raise self._not_finite(where)
+            raise self.not_finite(where)
         return arrays
 
-    def _not_finite(self, where: str) -> NotFiniteError:
+    def not_finite(self, where: str) -> NotFiniteError:
+        """Return the error for values that are not finite, at `where`, and the file that has them if one does."""
         networks = {"the VAE": self._vae.params, "the text encoder": self.text_encoder_params}
         return not_finite(where, self._files, {"the transformer": self.dit_params} | networks, self.dtype)
 

@@ -169,6 +169,7 @@ class Evaluations:
     def _context_of(self, with_negative: bool) -> Context:
         """Return the keys and values of the prompts that are evaluated, or their rows if those take too much memory."""
         if self._context is None or self._context[0] != with_negative:
+            left_out = 0 if with_negative else self.shared.negatives
             self._context = (
                 with_negative,
                 evaluated_context(
@@ -176,25 +177,12 @@ class Evaluations:
                     self.shared.context,
                     graphdef=self.graphdef,
                     dtype=self.dtype,
-                    left_out=self._left_out(with_negative),
+                    left_out=left_out,
                     rows=self._rows,
-                    as_keys=self._fits(with_negative),
+                    as_keys=keys_fit(self.params, len(self.shared.context.rows_bnd) - left_out, self._rows, self.dtype),
                 ),
             )
         return self._context[1]
-
-    def _left_out(self, with_negative: bool) -> int:
-        """Return the number of rows of the context that are not evaluated."""
-        return 0 if with_negative else self.shared.negatives
-
-    def _fits(self, with_negative: bool) -> bool:
-        """Return whether the devices have the memory for keys and values, which may take a sixteenth of it."""
-        layers, _, width = self.params["blocks.cross_attn.k_proj.kernel"].shape
-        prompts = len(self.shared.context.rows_bnd) - self._left_out(with_negative)
-        needed = 2 * layers * prompts * self._rows * width * jnp.dtype(self.dtype).itemsize
-        mesh = current_mesh()
-        own = min(filter(None, map(device_bytes, mesh.local_devices)), default=None)
-        return needed / replicas(mesh.shape) <= (hosts.smallest(own) or DEVICE_BYTES) / 16
 
     def _modulations_of(self, levels_s: np.ndarray) -> Modulations:
         """Return the AdaLN values of at most `LEVELS` noise levels."""
@@ -202,6 +190,15 @@ class Evaluations:
             padded_s = replicate(np.pad(levels_s, (0, LEVELS - len(levels_s)), mode="edge"))
             self._modulations = tuple(levels_s), modulations(self.params, padded_s, graphdef=self.graphdef)
         return self._modulations[1]
+
+
+def keys_fit(params: Params, prompts: int, rows: int, dtype: Any) -> bool:
+    """Return whether the devices have the memory for keys and values of prompts, which may take a sixteenth of it."""
+    layers, _, width = params["blocks.cross_attn.k_proj.kernel"].shape
+    needed = 2 * layers * prompts * rows * width * jnp.dtype(dtype).itemsize
+    mesh = current_mesh()
+    own = min(filter(None, map(device_bytes, mesh.local_devices)), default=None)
+    return needed / replicas(mesh.shape) <= (hosts.smallest(own) or DEVICE_BYTES) / 16
 
 
 def initial_cache(
@@ -318,7 +315,7 @@ def advance(
     def draw(number_or_noise: Array) -> Array:
         if shared.noise_keys_b3 is None:
             return number_or_noise
-        return real_blc * _jax_noise(shared.noise_keys_b3, number_or_noise, carry.momentum_blc.shape[1:])
+        return real_blc * jax_noise(shared.noise_keys_b3, number_or_noise, carry.momentum_blc.shape[1:])
 
     arrays, estimate_blc, memory = samplers.run_scan(
         denoise, carry.arrays, steps, both=both, draw=draw, memory=carry[1:], part=part_2
@@ -336,11 +333,14 @@ def with_shardings(carry: Carry) -> Carry:
     return jax.tree.map(lambda x_blc: constrain(x_blc, "nnn"), carry._replace(cached=None))._replace(cached=cached)
 
 
-def _jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:
-    """Return noise (b, *shape) from each image's own key, in token order so that padding does not change it."""
+def jax_noise(keys_b3: Array, number: Array, shape: tuple[int, ...]) -> Array:
+    """Return noise (b, *shape) from each image's own key, in token order so that padding does not change it.
 
-    def one(key_3: Array) -> Array:
+    `number` is that of the draw, for all images or for each.
+    """
+
+    def one(key_3: Array, number: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(key_3[0]), key_3[1]), key_3[2])
         return jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
 
-    return jax.vmap(one)(keys_b3)
+    return jax.vmap(one)(keys_b3, jnp.broadcast_to(number, len(keys_b3)))

@@ -1,13 +1,20 @@
-"""The engine: draws orders from many callers with one pipeline."""
+"""The engine: draws orders of many callers, whose images share the evaluations of one network.
+
+One thread goes round the pools that have images, one evaluation each; before it, images whose orders wait enter free
+slots, and after it finished ones leave. Text, start images, noise, compilation, decoding and previews have threads
+beside it. An order that cannot share evaluations (`preparation.is_alone`) is drawn by the pipeline itself in a thread
+of its own, whose evaluations come between those of the pools.
+"""
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,45 +22,36 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anima_jax.errors import UserError, plural
-from anima_jax.models.parameters import Params
+from anima_jax.parallel.devices import device_bytes
+from anima_jax.parallel.mesh import standard
 from anima_jax.sampling.callbacks import downsample
 from anima_jax.sampling.images import to_images
+from anima_jax.sampling.packing import grid_of, token_budget
 from anima_jax.sampling.pipeline import AnimaPipeline
+from anima_jax.sampling.program import DEVICE_BYTES
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.orders import Order
-from anima_jax.serving.tickets import Ticket
+from anima_jax.serving.pools import Drawing, Evaluated, Pool
+from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, is_alone
+from anima_jax.serving.statistics import Compilations, Statistics
+from anima_jax.serving.tickets import EngineClosedError, EngineFullError, Ticket, shown_error
+from anima_jax.serving.turns import Turns
+
+NAME = "anima-engine"
+"""What the names of the engine's threads begin with."""
+
+IDLE_SHARE = 8
+"""Pools without images release their arrays if those of all pools take more than this part of a device's memory."""
 
 
-class EngineFullError(UserError):
-    """The queue is full: the order may be submitted again later."""
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """An order that waits."""
 
-
-class EngineClosedError(UserError):
-    """The engine takes no orders any more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What the engine does now, and did since it was made."""
-
-    waiting: int
-    drawing: int
-    slots: int
-    used_slots: int
-    evaluations: int
-    images: int
-    failed: int
-    cancelled: int
-    compilations: int
-    seconds_per_evaluation: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Replacement:
-    """Parameters of the transformer for the orders from number `first` on."""
-
-    first: int
-    params: Params
-    done: concurrent.futures.Future[None]
+    ticket: Ticket
+    alone: bool
+    tokens: int
+    prepared: concurrent.futures.Future[Prepared] | None = None
 
 
 class _Cancelled(Exception):  # noqa: N818 - it ends a drawing, nothing is wrong
@@ -61,10 +59,10 @@ class _Cancelled(Exception):  # noqa: N818 - it ends a drawing, nothing is wrong
 
 
 class Engine:
-    """Draws orders. Its methods may be called from any thread; one thread of its own uses the devices.
+    """Draws orders. Its methods may be called from any thread.
 
-    `slots` is the number of images that are drawn together, `max_waiting` the number of orders that may wait, `library`
-    what names the LoRAs that orders may use, and `mesh` the devices, by default those of the mesh that is set.
+    `slots` is the number of images of a pool, `max_waiting` the number of orders that may wait, `library` has the LoRAs
+    and control networks that orders may name, and `mesh` the devices, by default those of the mesh that is set.
     """
 
     def __init__(
@@ -76,17 +74,38 @@ class Engine:
         max_waiting: int = 256,
         mesh: Mesh | None = None,
     ):
+        if slots < 1:
+            raise UserError(f"slots {slots}, expected at least 1")
         self.pipeline, self.library = pipeline, library
-        self._slots, self._max_waiting, self.mesh = slots, max_waiting, mesh or jax.sharding.get_mesh()
+        mesh = mesh or jax.sharding.get_mesh()
+        self._mesh = None if mesh.empty or mesh.size == 1 else standard(mesh)
+        self._slots, self._max_waiting = slots, max_waiting
+        self._turns = Turns(self._mesh is not None)
         self._changed = threading.Condition()
-        self._waiting: collections.deque[Ticket] = collections.deque()
-        self._replacements: collections.deque[_Replacement] = collections.deque()
-        self._drawing: list[Ticket] = []
-        self._numbers = itertools.count(1)
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._seconds = 0.0
+        self._wake = threading.Event()
         self._accepting, self._closing = True, False
-        self._thread = threading.Thread(target=self._run, name="anima engine", daemon=True)
+        self._numbers = itertools.count(1)
+        self._open: set[Ticket] = set()
+        self._waiting: list[_Entry] = []
+        self._alone: Ticket | None = None
+        self._prepare = Preparer(pipeline)
+        self._pools: dict[PoolKey, concurrent.futures.Future[Pool]] = {}
+        self._pending: collections.deque[tuple[Pool, Evaluated, float]] = collections.deque()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._seconds, self._settled = 0.0, 0.0
+        self._compilations = Compilations(NAME)
+        self._threads = {
+            name: concurrent.futures.ThreadPoolExecutor(workers, f"{NAME}-{name}")
+            for name, workers in {
+                "prepare": 1,
+                "compile": 1,
+                "noise": min(4, os.cpu_count() or 1),
+                "alone": 1,
+                "decode": 1,
+                "preview": 1,
+            }.items()
+        }
+        self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._thread.start()
 
     def submit(self, order: Order) -> Ticket:
@@ -94,124 +113,303 @@ class Engine:
         order.check()
         if order.loras and self.library is None:
             raise UserError(f"lora '{order.loras[0][0]}': the server has no folder of LoRAs")
+        grid = grid_of(np.array([1, *order.request.latent_size]))
+        alone, tokens = is_alone(order), token_budget(int(grid.prod()))
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")
-            waiting = [ticket for ticket in self._waiting if not ticket.finished]
-            if len(waiting) >= self._max_waiting:
-                raise EngineFullError(f"{plural(len(waiting), 'order')} already waiting, expected fewer")
+            waiting = sum(entry.ticket.state == "waiting" for entry in self._waiting)
+            if waiting >= self._max_waiting:
+                raise EngineFullError(f"{plural(waiting, 'order')} already waiting, expected fewer")
             ticket = Ticket(str(next(self._numbers)), order, self._position_of)
-            self._waiting = collections.deque([*waiting, ticket])
-            self._changed.notify_all()
+            ticket.subscribe(self._on_change)
+            self._open.add(ticket)
+            self._waiting.append(_Entry(ticket, alone, tokens))
+        self._wake.set()
         return ticket
 
-    def replace_params(self, params: Params) -> concurrent.futures.Future[None]:
-        """Use other parameters of the transformer, of the same structure, for the orders that come after this call.
-
-        Those that were submitted before are drawn with the parameters before. The future is done when that is so and
-        the parameters are in use. Raises EngineClosedError.
-        """
-        with self._changed:
-            if not self._accepting:
-                raise EngineClosedError("the engine takes no orders any more")
-            replacement = _Replacement(next(self._numbers), params, concurrent.futures.Future())
-            self._replacements.append(replacement)
-            self._changed.notify_all()
-        return replacement.done
-
-    def _replace(self) -> None:
-        """Replace the parameters if all orders before are finished. The lock is held."""
-        while self._replacements and not any(int(each.id) < self._replacements[0].first for each in self._waiting):
-            replacement = self._replacements.popleft()
-            self.pipeline.dit_params = dict(replacement.params)
-            replacement.done.set_result(None)
+    def warm_up(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Compile what images of these sizes, (width, height) in pixels, need, by drawing one of each."""
+        params = SamplingParams(steps=2)
+        orders = [Order(ImageRequest("", *size), params, preview_every=1) for size in sizes]
+        for ticket in [self.submit(order) for order in orders]:
+            ticket.result()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more orders, and wait for those that were submitted. Return whether all are finished."""
         with self._changed:
             self._accepting = False
-            return self._changed.wait_for(lambda: not self._waiting and not self._drawing, timeout)
+            return self._changed.wait_for(lambda: not self._open, timeout)
 
     def close(self) -> None:
-        """Take no more orders, cancel those that are not finished, and end the engine's thread."""
+        """Take no more orders, cancel those that are not finished, and end the engine's threads."""
         with self._changed:
             self._accepting, self._closing = False, True
-            tickets = [*self._waiting, *self._drawing]
-            self._changed.notify_all()
+            tickets = list(self._open)
         for ticket in tickets:
             ticket.cancel()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._wake.set()
+        self._thread.join()
+        for thread in self._threads.values():
+            thread.shutdown()
+        self._compilations.close()
 
     def statistics(self) -> Statistics:
         """Return what the engine does now, and did since it was made."""
+        pools = self._ready_pools()
         with self._changed:
+            states = collections.Counter(ticket.state for ticket in self._open)
             counts, evaluations = self._counts, self._counts["evaluations"]
             return Statistics(
-                waiting=sum(not ticket.finished for ticket in self._waiting),
-                drawing=len(self._drawing),
-                slots=self._slots,
-                used_slots=len(self._drawing),
+                waiting=states["waiting"],
+                drawing=states["drawing"],
+                decoding=states["decoding"],
+                slots=self._slots * len(pools),
+                used_slots=sum(len(pool.used) for pool in pools),
+                pools=len(pools),
                 evaluations=evaluations,
-                images=counts["images"],
+                image_evaluations=counts["image_evaluations"],
+                images=counts["done"],
                 failed=counts["failed"],
                 cancelled=counts["cancelled"],
-                compilations=counts["compilations"],
+                compilations=self._compilations.count,
                 seconds_per_evaluation=self._seconds / evaluations if evaluations else 0.0,
             )
 
     def _position_of(self, ticket: Ticket) -> int:
         with self._changed:
-            before = itertools.takewhile(lambda other: other is not ticket, self._waiting)
-            return sum(not other.finished for other in before)
+            before = itertools.takewhile(lambda entry: entry.ticket is not ticket, self._waiting)
+            return sum(entry.ticket.state == "waiting" for entry in before)
+
+    def _on_change(self, ticket: Ticket) -> None:
+        if ticket.finished:
+            with self._changed:
+                if ticket in self._open:
+                    self._open.remove(ticket)
+                    self._counts[ticket.state] += 1
+                    self._changed.notify_all()
+            self._wake.set()
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _beside(self, thread: str, run: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        """Run a function in one of the threads beside the loop, which looks for new work when it has finished."""
+
+        def on_mesh() -> Any:
+            with self._on_mesh():
+                return run(*args)
+
+        future = self._threads[thread].submit(on_mesh)
+        future.add_done_callback(lambda _: self._wake.set())
+        return future
+
+    # The loop
 
     def _run(self) -> None:
-        with contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh):
-            self._draw_all()
-
-    def _draw_all(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._replacements or self._closing)
-                self._replace()
-                if not self._waiting:
-                    if self._closing:
-                        return
+        with self._on_mesh():
+            while True:
+                self._wake.clear()
+                self._start_waiting()
+                pools = [pool for pool in self._ready_pools() if pool.used]
+                for pool in sorted(pools, key=lambda pool: min(int(own.ticket.id) for own in pool.used)):
+                    self._evaluate(pool)
+                if pools:
                     continue
-                ticket = self._waiting.popleft()
-                self._drawing = [ticket]
-            if ticket.move("drawing"):
-                self._draw(ticket)
-            with self._changed:
-                self._drawing = []
-                self._changed.notify_all()
+                while self._pending:
+                    self._settle(*self._pending.popleft())
+                if self._closing and not self._open:
+                    return
+                self._wake.wait()
 
-    def _draw(self, ticket: Ticket) -> None:
+    def _ready_pools(self) -> list[Pool]:
+        futures = list(self._pools.values())
+        return [future.result() for future in futures if future.done() and not future.exception()]
+
+    def _start_waiting(self) -> None:
+        """Prepare orders that wait, and start those for which there is room, the oldest first."""
+        ahead: collections.Counter[int] = collections.Counter()
+        for entry in list(self._waiting):
+            ticket, started = entry.ticket, False
+            if ticket.finished:
+                started = True
+            elif entry.alone:
+                started = self._alone is None and ticket.move("drawing")
+                if started:
+                    self._alone = ticket
+                    self._beside("alone", self._draw_alone, ticket)
+            elif entry.prepared is not None:
+                ahead[entry.tokens] += 1
+                started = entry.prepared.done() and self._enter(ticket, entry.prepared)
+            elif ahead[entry.tokens] < self._slots:
+                ahead[entry.tokens] += 1
+                entry.prepared = self._beside("prepare", self._prepared, ticket.order)
+            if started:
+                with self._changed:
+                    self._waiting.remove(entry)
+
+    def _prepared(self, order: Order) -> Prepared:
+        with self._turns.take():
+            return self._prepare(order)
+
+    def _enter(self, ticket: Ticket, future: concurrent.futures.Future[Prepared]) -> bool:
+        """Put a prepared order into a slot if there is one. Return whether it need not wait any more."""
+        try:
+            prepared = future.result()
+            if prepared.key not in self._pools:
+                self._release_idle()
+                arguments = prepared.key, prepared, self.pipeline, self._slots, self._threads["noise"], self._turns
+                self._pools[prepared.key] = self._beside("compile", Pool, *arguments)
+            made = self._pools[prepared.key]
+            if not made.done():
+                return False
+            if made.exception() is not None:
+                del self._pools[prepared.key]  # for the next order
+            pool = made.result()
+        except Exception as error:
+            ticket.move("failed", error=shown_error(error, ticket))
+            return True
+        if not pool.has_room:
+            return False
+        if not ticket.move("drawing"):
+            return True
+        try:
+            with self._turns.take():
+                pool.enter(ticket, prepared)
+        except Exception as error:
+            ticket.move("failed", error=shown_error(error, ticket))
+            self._fail(pool, error)
+        return True
+
+    def _release_idle(self) -> None:
+        """Release arrays of pools without images if all pools take much memory."""
+        pools = self._ready_pools()
+        limit = (device_bytes(jax.local_devices()[0]) or DEVICE_BYTES) // IDLE_SHARE
+        for pool in sorted(pools, key=lambda pool: pool.last_used):
+            if sum(own.nbytes for own in pools) > limit and not pool.used:
+                pool.reset()
+
+    def _evaluate(self, pool: Pool) -> None:
+        """Start an evaluation, and settle those before it, so that the devices always have work."""
+        for drawing in pool.used:
+            if drawing.ticket.cancel_requested:
+                pool.leave(drawing)
+                drawing.ticket.move("cancelled")
+        if not pool.used:
+            return
+        started = time.monotonic()
+        try:
+            with self._turns.take():
+                evaluated = pool.evaluate()
+        except Exception as error:
+            self._fail(pool, error)
+            return
+        self._pending.append((pool, evaluated, started))
+        while len(self._pending) > 1:
+            self._settle(*self._pending.popleft())
+
+    def _settle(self, pool: Pool, evaluated: Evaluated, started: float) -> None:
+        """Wait for an evaluation, and tell those whose images took part."""
+        try:
+            finite_b = np.asarray(evaluated.finite_b)
+        except Exception as error:
+            self._fail(pool, error, [drawing for drawing, _ in evaluated.drawings])
+            return
+        now = time.monotonic()
+        self._count(now - max(started, self._settled), len(evaluated.drawings))
+        self._settled = now
+        for drawing, done in evaluated.drawings:
+            ticket = drawing.ticket
+            if ticket.finished:
+                pool.leave(drawing)
+            elif not finite_b[drawing.slot]:
+                pool.leave(drawing)
+                self._beside("decode", self._fail_not_finite, ticket, f"evaluation {done} of {drawing.total}")
+            elif drawing in evaluated.points:
+                ticket.report(done, drawing.total)
+                ticket.move("decoding")
+                self._beside("decode", self._finish, drawing, evaluated.points[drawing])
+            else:
+                if due(ticket.order, done) and not drawing.has_preview:
+                    drawing.has_preview = True
+                    self._beside("preview", self._preview, drawing, pool.estimate(evaluated, drawing))
+                ticket.report(done, drawing.total)
+
+    def _count(self, seconds: float, images: int) -> None:
+        with self._changed:
+            self._counts["evaluations"] += 1
+            self._counts["image_evaluations"] += images
+            self._seconds += seconds
+
+    def _fail(self, pool: Pool, error: Exception, drawings: Sequence[Drawing] = ()) -> None:
+        """Fail the orders in a pool, whose arrays are lost."""
+        failed = [*pool.used, *drawings]
+        pool.reset()
+        for drawing in failed:
+            drawing.ticket.move("failed", error=shown_error(error, drawing.ticket))
+
+    # Beside the loop
+
+    def _fail_not_finite(self, ticket: Ticket, where: str) -> None:
+        ticket.move("failed", error=self.pipeline.not_finite(where))
+
+    def _finish(self, drawing: Drawing, point_lc: Any) -> None:
+        ticket, prepared = drawing.ticket, drawing.prepared
         order = ticket.order
         try:
-            (image,) = self.pipeline.draw(
-                [order.request], order.params, image=order.image, mask=order.mask, callback=self._callback(ticket)
+            (image,) = self.pipeline.finish(
+                [prepared.latents(np.asarray(point_lc))],
+                order.params,
+                image=order.image,
+                redrawn=prepared.redrawn,
+                original=prepared.original,
             )
-            self._counts["images"] += ticket.move("done", image=image)
-        except _Cancelled:
-            self._counts["cancelled"] += ticket.move("cancelled")
+            ticket.move("done", image=image)
         except Exception as error:
-            self._counts["failed"] += ticket.move("failed", error=error)
+            ticket.move("failed", error=shown_error(error, ticket))
 
-    def _callback(self, ticket: Ticket) -> Callable[[int, int, Callable[[], list[np.ndarray]]], None]:
-        every, last = ticket.order.preview_every, time.monotonic()
+    def _preview(self, drawing: Drawing, estimate_lc: Any) -> None:
+        (latents,) = drawing.prepared.packing.unpack(np.asarray(estimate_lc)[None])
+        self._show(drawing.ticket, latents)
+        drawing.has_preview = False
+
+    def _show(self, ticket: Ticket, latents: np.ndarray) -> None:
+        with contextlib.suppress(UserError):  # of values that are not finite, which the loop reports
+            (preview,) = to_images(self.pipeline.decode([downsample(latents)]))
+            ticket.show(preview)
+
+    def _draw_alone(self, ticket: Ticket) -> None:
+        order, last = ticket.order, time.monotonic()
 
         def callback(done: int, total: int, latents: Callable[[], list[np.ndarray]]) -> None:
             nonlocal last
             if ticket.cancel_requested:
                 raise _Cancelled
-            self._counts["evaluations"] += done > ticket.done
-            self._seconds, last = self._seconds + time.monotonic() - last, time.monotonic()
-            if every and done and done < total and done % every == 0:
-                (preview,) = to_images(self.pipeline.decode([downsample(x) for x in latents()]))
-                ticket.show(preview)
+            if done > ticket.done:
+                self._count(time.monotonic() - last, 1)
+            last = time.monotonic()
+            if due(order, done) and done < total:
+                self._beside("preview", self._show, ticket, latents()[0])
             ticket.report(done, total)
             if done == total:
                 ticket.move("decoding")
+            self._turns.end()
+            self._turns.begin()
 
-        return callback
+        try:
+            with self._turns.take():
+                (image,) = self.pipeline.draw(
+                    [order.request], order.params, image=order.image, mask=order.mask, callback=callback
+                )
+            ticket.move("done", image=image)
+        except _Cancelled:
+            ticket.move("cancelled")
+        except Exception as error:
+            ticket.move("failed", error=shown_error(error, ticket))
+        finally:
+            self._alone = None
+
+
+def due(order: Order, done: int) -> bool:
+    """Return whether an order's preview is due after this many evaluations."""
+    return order.preview_every > 0 and done > 0 and done % order.preview_every == 0

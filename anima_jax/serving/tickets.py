@@ -8,11 +8,26 @@ from typing import Literal
 
 from PIL import Image
 
+from anima_jax.errors import UserError, first_line
 from anima_jax.serving.orders import Order
 
 State = Literal["waiting", "drawing", "decoding", "done", "failed", "cancelled"]
 
 FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
+
+
+class EngineFullError(UserError):
+    """The queue is full: the order may be submitted again later."""
+
+
+class EngineClosedError(UserError):
+    """The engine takes no orders any more."""
+
+
+class DrawingError(UserError, RuntimeError):
+    """An image could not be drawn, through no fault of its order."""
+
+    exit_code = 1
 
 
 class Ticket:
@@ -107,3 +122,17 @@ class Ticket:
                 callback(self)
             except Exception:  # A fault of a caller must not stop the engine.
                 traceback.print_exc()
+
+
+def shown_error(error: Exception, ticket: Ticket) -> Exception:
+    """Return what a caller is told of an error."""
+    if isinstance(error, UserError):
+        return error
+    request, text = ticket.order.request, first_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        reason = f"out of memory for {request.width}×{request.height} pixels; fewer slots or a smaller image need less"
+    else:
+        reason = f"could not be drawn: {type(error).__name__}: {text}"
+    shown = DrawingError(reason)
+    shown.__cause__ = error
+    return shown

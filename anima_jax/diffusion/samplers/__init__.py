@@ -181,17 +181,30 @@ def run_scan(
     def step(index: Any, state: tuple[list[Array], Array, list[Any]]) -> Any:
         carry, _, memory = state
         inputs = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), steps)
-        guided, unconditional, *memory = denoise(carry[0], inputs, *memory)
-        arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_q)]
-        # A matrix product would not be computed in float32 on every device.
-        carry = [
-            functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
-            for factors in inputs.factors_kj
-        ]
-        return carry, guided, memory
+        return run_step(denoise, carry, inputs, both=both, draw=draw, memory=memory)
 
     first, last = (0, len(steps.sigma)) if part is None else part
     return jax.lax.fori_loop(first, last, step, (list(carry), carry[0], list(memory)))
+
+
+def run_step(
+    denoise: Denoise,
+    carry: Sequence[Array],
+    inputs: StepInputs,
+    *,
+    both: bool,
+    draw: Callable[[Any], Array] = jnp.asarray,
+    memory: Sequence[Any] = (),
+) -> tuple[list[Array], Array, list[Any]]:
+    """Run one evaluation. Return what `run_scan` returns."""
+    guided, unconditional, *memory = denoise(carry[0], inputs, *memory)
+    arrays = [*carry, guided, *([unconditional] if both else []), *map(draw, inputs.noises_q)]
+    # A matrix product would not be computed in float32 on every device.
+    carry = [
+        functools.reduce(operator.add, (factor * array for factor, array in zip(factors, arrays, strict=True)))
+        for factors in inputs.factors_kj
+    ]
+    return carry, guided, list(memory)
 
 
 def initial_carry(plan: SamplerPlan, x: Any) -> list[Any]:
