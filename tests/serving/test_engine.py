@@ -1,4 +1,4 @@
-"""The engine: what is drawn, in which order, and what becomes of orders that fail or are cancelled."""
+"""The engine: images against those of the pipeline and of other company, and orders that fail or are cancelled."""
 
 import threading
 from concurrent.futures import CancelledError
@@ -6,14 +6,26 @@ from concurrent.futures import CancelledError
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from anima_jax import AnimaPipeline, UserError
+from anima_jax.errors import NotFiniteError
 from anima_jax.sampling.request import ImageRequest, SamplingParams
-from anima_jax.serving.engine import Engine, EngineClosedError, EngineFullError
+from anima_jax.serving import pools
+from anima_jax.serving.engine import Engine
 from anima_jax.serving.orders import Order
+from anima_jax.serving.preparation import is_alone
+from anima_jax.serving.tickets import DrawingError, EngineClosedError, EngineFullError
+from tests.golden_files import relative_error
 from tests.small_run import ASSETS, write_transformer
 
-PARAMS = SamplingParams(steps=3, sampler="euler")
+WAIT = 600
+"""Seconds after which something is wrong, however busy the machine is."""
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8))
+MASK = Image.new("L", (32, 48))
+MASK.paste(255, (8, 16, 24, 40))
+VARIANTS = {"cfg_zero_star": True, "rescale_cfg": 0.5, "cfg_norm": 1.0, "apg": True, "apg_momentum": -0.5}
 
 
 @pytest.fixture(scope="module")
@@ -24,41 +36,172 @@ def pipeline(tmp_path_factory):
     return AnimaPipeline.load(transformer=path, tokenizers=ASSETS / "tokenizers", dtype=jnp.float32, **tiny)
 
 
-def order(prompt="x", width=32, height=48, seed=5, params=PARAMS, **options) -> Order:
-    return Order(ImageRequest(prompt, width, height, seed), params, **options)
-
-
-def test_an_order_is_drawn_as_the_pipeline_draws_it(pipeline):
-    engine = Engine(pipeline)
-    image = engine.submit(order(preview_every=1)).result(timeout=600)
-    (expected,) = pipeline("x", width=32, height=48, seed=5, steps=3, sampler="euler")
-    assert np.array_equal(np.asarray(image), np.asarray(expected))
-    assert engine.drain(timeout=600)
-    with pytest.raises(EngineClosedError, match="no orders any more"):
-        engine.submit(order())
+@pytest.fixture(scope="module")
+def engine(pipeline):
+    engine = Engine(pipeline, slots=3)
+    yield engine
     engine.close()
 
 
-def test_a_full_queue_refuses_and_cancelled_orders_leave_it(pipeline):
-    engine, reached, go = Engine(pipeline, max_waiting=1), threading.Event(), threading.Event()
+def order(prompt="x", width=32, height=48, seed=5, batch=(1, 0), image=None, mask=None, preview_every=0, **params):
+    params = SamplingParams(**{"steps": 3, "sampler": "euler", **params})
+    return Order(
+        ImageRequest(prompt, width, height, seed, *batch), params, image=image, mask=mask, preview_every=preview_every
+    )
+
+
+MIXED = [
+    order(steps=6, sampler="er_sde"),
+    order("a red square", 40, 32, guidance_scale=1.0),
+    order("a blue cross", 24, 40, 2**40 + 7, steps=4, sampler="euler_ancestral", noise="jax"),
+    order(sampler="heun", guidance_interval=(0.3, 0.8), batch=(4, 2)),
+    order(steps=7, sampler="sa_solver", **VARIANTS),
+    order(steps=5, sampler="dpmpp_2m", denoise=0.7, image=IMAGE),
+    order(steps=4, sampler="ddim", image=IMAGE, mask=MASK),
+    order("a (red:1.3) cross", steps=18, sampler="euler_cfg_pp", guidance_scale=1.0),
+    order(sampler="dpmpp_sde", noise="torch-cuda"),
+    order(sampler="er_sde", steps=6, end_at_step=3, return_with_leftover_noise=True),
+]
+"""Orders of one pool with as little in common as the parameters allow."""
+
+
+@pytest.fixture
+def latents(pipeline, monkeypatch):
+    """The latents of finished images, by the identity of their parameters."""
+    found = {}
+    finish = pipeline.finish
+
+    def recorded(latents, params, **options):
+        found[id(params)] = latents[0]
+        return finish(latents, params, **options)
+
+    monkeypatch.setattr(pipeline, "finish", recorded)
+    return found
+
+
+def drawn(engine, orders, latents):
+    """Return the latents of orders that are submitted together."""
+    for ticket in [engine.submit(order) for order in orders]:
+        ticket.result(WAIT)
+    return [latents[id(order.params)] for order in orders]
+
+
+def test_images_are_bit_equal_whatever_shares_their_batch_and_nothing_compiles_for_it(engine, latents):
+    alone = [drawn(engine, [each], latents)[0] for each in MIXED]
+    compiled = engine.statistics().compilations
+    for seed in (0, 1):
+        shuffled = np.random.default_rng(seed).permutation(len(MIXED))
+        together = drawn(engine, [MIXED[index] for index in shuffled], latents)
+        assert all(np.array_equal(alone[index], found) for index, found in zip(shuffled, together, strict=True))
+    assert engine.statistics().compilations == compiled
+    assert engine.statistics().pools == 1
+
+
+@pytest.mark.parametrize("number", [0, 4, 6], ids=lambda number: MIXED[number].params.sampler)
+def test_images_are_those_of_the_pipeline(engine, pipeline, latents, number):
+    each = MIXED[number]
+    (found,) = drawn(engine, [each], latents)
+    pipeline.draw([each.request], each.params, image=each.image, mask=each.mask, callback=lambda *_: None)
+    # Two programs of the same mathematics round differently, which the steps of a random network amplify.
+    assert relative_error(found, latents[id(each.params)]) < 1e-4
+
+
+def test_what_cannot_share_evaluations_is_drawn_beside_the_others(engine, pipeline):
+    adaptive = order(sampler="dpm_adaptive", steps=2, sampler_options={"rtol": 0.5, "atol": 0.5}, preview_every=1)
+    assert is_alone(adaptive)
+    assert not is_alone(MIXED[0])
+    tickets = [engine.submit(each) for each in (adaptive, MIXED[0])]
+    found = [ticket.result(WAIT) for ticket in tickets]
+    (expected,) = pipeline.draw([adaptive.request], adaptive.params)
+    assert found[0] == expected
+    assert tickets[0].done == tickets[0].total > 0
+
+
+def test_a_ticket_reports_states_evaluations_and_previews(engine):
+    seen, previews, finished = [], set(), threading.Event()
+
+    def note(ticket):
+        seen.append((ticket.state, ticket.done, ticket.total))
+        previews.add(ticket.preview and ticket.preview.size)
+        if ticket.finished:
+            finished.set()
+
+    ticket = engine.submit(order(preview_every=1, steps=2))
+    ticket.subscribe(note)
+    assert ticket.result(WAIT).size == (32, 48)
+    assert finished.wait(WAIT)
+    states = list(dict.fromkeys(state for state, _, _ in seen))
+    assert states[-2:] == ["decoding", "done"]
+    assert sorted({done for _, done, _ in seen}) in ([0, 1, 2], [1, 2])
+    assert ticket.position == 0
+    assert previews <= {None, (32, 48)}
+
+
+def test_an_image_that_is_not_finite_fails_alone(engine, latents):
+    (expected,) = drawn(engine, [MIXED[0]], latents)
+    hostile, other = engine.submit(order("(x:3e38)", steps=2)), engine.submit(MIXED[0])
+    other.result(WAIT)
+    with pytest.raises(NotFiniteError, match="evaluation 1 of 2"):
+        hostile.result(WAIT)
+    assert np.array_equal(latents[id(MIXED[0].params)], expected)
+    # The next image in its slot starts from clean arrays.
+    assert all(np.array_equal(each, expected) for each in drawn(engine, [MIXED[0]] * 3, latents))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory for 32×48 pixels; fewer slots"),
+        (RuntimeError("broken\npipe"), "could not be drawn: RuntimeError: broken"),
+        (UserError("not so"), "not so"),
+    ],
+)
+def test_an_error_fails_the_orders_concerned_and_the_engine_goes_on(engine, monkeypatch, error, message):
+    def fail(self):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pools.Pool, "evaluate", fail)
+        ticket = engine.submit(order())
+        with pytest.raises(type(error) if isinstance(error, UserError) else DrawingError, match=message):
+            ticket.result(WAIT)
+    assert ticket.state == "failed"
+    assert engine.submit(order()).result(WAIT).size == (32, 48)
+
+
+def test_a_full_queue_refuses_and_cancelled_orders_leave_it(pipeline, engine):
+    reached, go = threading.Event(), threading.Event()
 
     def stop(ticket):
         if ticket.done == 1:
             reached.set()
-            go.wait(600)
+            go.wait(WAIT)
 
-    first = engine.submit(order())
+    engine._max_waiting = 1  # type: ignore[reportPrivateUsage]
+    first = engine.submit(order(steps=100))
     first.subscribe(stop)
-    assert reached.wait(600)
+    assert reached.wait(WAIT)
     second = engine.submit(order())
     with pytest.raises(EngineFullError, match="1 order already waiting"):
         engine.submit(order())
     second.cancel()
     with pytest.raises(UserError, match="width"):
         engine.submit(order(width=33))
+    third = engine.submit(order())
     first.cancel()
     go.set()
     for ticket in (first, second):
         with pytest.raises(CancelledError):
-            ticket.result(timeout=600)
+            ticket.result(WAIT)
+    assert third.result(WAIT).size == (32, 48)
+    engine._max_waiting = 256
+
+
+def test_a_drained_engine_takes_no_orders(pipeline):
+    engine = Engine(pipeline, slots=3)
+    ticket = engine.submit(order(denoise=0, image=IMAGE))
+    assert engine.drain(WAIT)
+    assert ticket.result(0).size == IMAGE.size
+    with pytest.raises(EngineClosedError, match="no orders any more"):
+        engine.submit(order())
     engine.close()
