@@ -22,7 +22,7 @@ from anima_jax.errors import plural
 from anima_jax.models import parameters
 from anima_jax.models.constraints import constrain
 from anima_jax.models.control import ControlNetwork, ControlTerm, check_controls, layer_input, stacked
-from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs
+from anima_jax.models.dit_inputs import Condition, KeysValues, Layer, Modulations, check_inputs, of_examples
 from anima_jax.models.dit_layers import (
     MLP,
     Attention,
@@ -222,8 +222,15 @@ class AnimaDiT(nnx.Module):
         the number of blocks, for arrays whose shapes or dtypes do not fit together, for a control network of another
         size or a video with one and, outside of `jax.jit`, for times outside [0, 1].
         """
-        features = PATCH * PATCH * self.config.latent_channels
-        check_inputs(features, self.config.context_width, latents_blc, grid, times_b, context_bnd, prompt_b)
+        check_inputs(
+            PATCH**2 * self.config.latent_channels,
+            self.config.context_width,
+            latents_blc,
+            grid,
+            times_b,
+            context_bnd,
+            prompt_b,
+        )
         check_controls(controls, grid, latents_blc.shape, self.config.blocks, self.config.width)
         shape_bl, dtype = latents_blc.shape[:2], latents_blc.dtype
         grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
@@ -235,8 +242,6 @@ class AnimaDiT(nnx.Module):
             known, condition = None, self._condition(times_b, jnp.broadcast_to(positions_bl3[..., 0], shape_bl))
         keys_known = isinstance(context_bnd, KeysValues)
         rows_bnd = None if keys_known else context_bnd.astype(dtype)
-        if rows_bnd is not None and prompt_b is not None:
-            rows_bnd = rows_bnd[prompt_b]
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
         shared = {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
@@ -244,9 +249,7 @@ class AnimaDiT(nnx.Module):
 
         def run_block(x_bld: Array, layer: Layer) -> tuple[Array, None]:
             block, modulations, keys_values, own = layer
-            if keys_values is not None and prompt_b is not None:
-                keys_values = KeysValues(*(x_phnk[prompt_b] for x_phnk in keys_values))
-            conditions, memory = modulations or (condition,) * 3, keys_values or rows_bnd
+            conditions, memory = modulations or (condition,) * 3, of_examples(keys_values or rows_bnd, prompt_b)
             x_bld = checkpoint_name(constrain(x_bld, "bld"), "block_input")
             options = self_options, cross_options, dtype, layer_input(own, controls)
             return constrain(block(x_bld, conditions, memory, *options), "bld"), None

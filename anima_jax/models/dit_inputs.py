@@ -48,6 +48,11 @@ class KeysValues(NamedTuple):
     values: Array
 
 
+def of_examples(memory: Any, prompt_b: Array | None) -> Any:
+    """Return the context rows, or keys and values of a layer, of the prompt that each example has."""
+    return memory if prompt_b is None else jax.tree.map(lambda prompts: prompts[prompt_b], memory)
+
+
 Layer = tuple[Any, tuple[Array, ...] | None, KeysValues | None, tuple[Any, ...]]
 """A block, or the stack of all, its modulations and keys and values if they are known, and its control modules."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anima_jax.errors import UserError, plural
+from anima_jax.models.parameters import Params
 from anima_jax.parallel.devices import device_bytes
 from anima_jax.parallel.mesh import standard
 from anima_jax.sampling.callbacks import downsample
@@ -33,6 +34,7 @@ from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.orders import Order
 from anima_jax.serving.pools import Drawing, Evaluated, Pool
 from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, is_alone
+from anima_jax.serving.replacements import Replacements
 from anima_jax.serving.statistics import Compilations, Statistics
 from anima_jax.serving.tickets import EngineClosedError, EngineFullError, Ticket, shown_error
 from anima_jax.serving.turns import Turns
@@ -77,10 +79,10 @@ class Engine:
         if slots < 1:
             raise UserError(f"slots {slots}, expected at least 1")
         self.pipeline, self.library = pipeline, library
-        mesh = mesh or jax.sharding.get_mesh()
-        self._mesh = None if mesh.empty or mesh.size == 1 else standard(mesh)
+        self.mesh = mesh or jax.sharding.get_mesh()
+        self._is_meshed = not self.mesh.empty and self.mesh.size > 1
         self._slots, self._max_waiting = slots, max_waiting
-        self._turns = Turns(self._mesh is not None)
+        self._turns = Turns(self._is_meshed)
         self._changed = threading.Condition()
         self._wake = threading.Event()
         self._accepting, self._closing = True, False
@@ -89,6 +91,7 @@ class Engine:
         self._waiting: list[_Entry] = []
         self._alone: Ticket | None = None
         self._prepare = Preparer(pipeline)
+        self._replacements = Replacements(pipeline)
         self._pools: dict[PoolKey, concurrent.futures.Future[Pool]] = {}
         self._pending: collections.deque[tuple[Pool, Evaluated, float]] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -134,6 +137,19 @@ class Engine:
         orders = [Order(ImageRequest("", *size), params, preview_every=1) for size in sizes]
         for ticket in [self.submit(order) for order in orders]:
             ticket.result()
+
+    def replace_params(self, params: Params) -> concurrent.futures.Future[None]:
+        """Use other parameters of the transformer, of the same structure, for the orders that come after this call.
+
+        Those that were submitted before are drawn with the parameters before. The future is done when that is so and
+        the parameters are in use. Raises EngineClosedError.
+        """
+        with self._changed:
+            if not self._accepting:
+                raise EngineClosedError("the engine takes no orders any more")
+            done = self._replacements.add(next(self._numbers), params)
+        self._wake.set()
+        return done
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more orders, and wait for those that were submitted. Return whether all are finished."""
@@ -191,7 +207,7 @@ class Engine:
             self._wake.set()
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return jax.set_mesh(standard(self.mesh)) if self._is_meshed else contextlib.nullcontext()
 
     def _beside(self, thread: str, run: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Run a function in one of the threads beside the loop, which looks for new work when it has finished."""
@@ -218,7 +234,7 @@ class Engine:
                     continue
                 while self._pending:
                     self._settle(*self._pending.popleft())
-                if self._closing and not self._open:
+                if self._closing and not self._open and not self._replacements:
                     return
                 self._wake.wait()
 
@@ -229,10 +245,16 @@ class Engine:
     def _start_waiting(self) -> None:
         """Prepare orders that wait, and start those for which there is room, the oldest first."""
         ahead: collections.Counter[int] = collections.Counter()
-        for entry in list(self._waiting):
+        with self._changed:
+            if self._replacements.apply(int(ticket.id) for ticket in self._open):
+                self._prepare.forget()
+            waiting = list(self._waiting)
+        for entry in waiting:
             ticket, started = entry.ticket, False
             if ticket.finished:
                 started = True
+            elif int(ticket.id) > self._replacements.first:
+                break
             elif entry.alone:
                 started = self._alone is None and ticket.move("drawing")
                 if started:

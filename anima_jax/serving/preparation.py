@@ -138,6 +138,10 @@ class Preparer:
             redrawn,
         )
 
+    def forget(self) -> None:
+        """Forget the context rows of all prompts, which other parameters of the transformer make invalid."""
+        self._contexts.clear()
+
     def _context(self, *prompts: str) -> tuple[Context, int]:
         """Return the context of prompts, and how many of its rows are stored."""
         contexts: list[Context] = []
