@@ -4,6 +4,7 @@ Source: `load_embed` in ComfyUI comfy/sd1_clip.py, with the keys of `AnimaTokeni
 Axes: n source (Qwen3) tokens, d features.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -44,6 +45,19 @@ class Embeddings:
             _remark(f"prompt '{show_value(prompt)}': embedding:{name} is ignored: {where}")
 
         return spans(prompt, self._find, unknown)
+
+    def listed(self) -> dict[str, tuple[int, int]]:
+        """Return the embeddings that can be read: name → number of vectors and their width."""
+        found: dict[str, tuple[int, int]] = {}
+        for folder, names in folders_below(self._folder) if self._folder else ():
+            for name in names:
+                stem, extension = os.path.splitext(name)
+                with contextlib.suppress(UserError, OSError):
+                    if extension == ".safetensors" and stem not in found:
+                        with SafetensorsFile(os.path.join(folder, name)) as file:
+                            shape = _entry(file, _QWEN_KEY)[1]
+                        found[stem] = math.prod(shape[:-1]), shape[-1]
+        return found
 
     def _find(self, name: str) -> TextualInversion | None:
         path = next(self._paths(name), None)

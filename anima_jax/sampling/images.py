@@ -35,9 +35,28 @@ def save_image(
     under its name only once it is complete. Returns the names of texts for which the file has no room. Raises UserError
     for another ending, for an image that is too large for the format, and if the file cannot be written.
     """
-    kind, data = image_format(path), io.BytesIO()
+    kind = image_format(path)
+    try:
+        data, dropped = encoded(image, kind, text, quality)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    with writing_to(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(data)
+    return dropped
+
+
+def encoded(
+    image: Image.Image, kind: str, text: Mapping[str, str] | None = None, quality: int | None = None
+) -> tuple[bytes, list[str]]:
+    """Return the bytes of an image file, and the names of texts for which it has no room.
+
+    `kind` is PIL's name of a format in `WRITTEN`; the rest is as for `save_image`. Raises UserError for an image that
+    is too large for the format.
+    """
+    data, dropped = io.BytesIO(), list[str]()
     options: dict[str, Any] = {"pnginfo": text_chunks(text or {})} if kind == "PNG" else {}
-    dropped: list[str] = []
     if kind != "PNG":
         exif, dropped = exif_of_text(text or {})
         options = {"exif": exif, "quality": quality or 95}
@@ -46,12 +65,8 @@ def save_image(
         image.save(data, format=kind, **options)
     except (OSError, ValueError) as error:
         size = f"{image.width}×{image.height} pixels"
-        raise UserError(f"{path}: {size} cannot be written as {kind}: {first_line(error)}") from None
-    with writing_to(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(data.getbuffer())
-    return dropped
+        raise UserError(f"{size} cannot be written as {kind}: {first_line(error)}") from None
+    return data.getvalue(), dropped
 
 
 def check_room(paths: Sequence[pathlib.Path], sizes_wh: Iterable[tuple[int, int]]) -> None:

@@ -138,10 +138,10 @@ def from_webui(path: str, text: str) -> Recipe:
     """
     if text.lstrip().startswith("{") and '"' in text:
         raise UserError(f"{path}: its parameters are another program's JSON, expected A1111's text")
-    prompt, negative, pairs = _split(text)
+    prompt, negative, pairs = split_text(text)
     recipe = Recipe(path)
-    prompt, recipe.loras = _without_loras(prompt)
-    recipe.values |= {"prompt": prompt, "negative_prompt": _without_loras(negative)[0]}
+    prompt, recipe.loras = split_loras(prompt)
+    recipe.values |= {"prompt": prompt, "negative_prompt": split_loras(negative)[0]}
     known = {"Sampler", "Schedule type", "Model", "VAE", "Denoising strength"} | _add_regions(recipe, pairs)
     for name, (field, kind) in _NUMBERS.items():
         if name in pairs:
@@ -152,7 +152,7 @@ def from_webui(path: str, text: str) -> Recipe:
                 recipe.messages.append(f"{name} {quoted(pairs[name])} is not a number")
     if match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", pairs.get("Size", "")):
         recipe.values |= {"width": int(match[1]), "height": int(match[2])}
-    recipe.values |= _sampler_and_schedule(pairs)
+    recipe.values |= sampler_and_schedule(pairs)
     known |= _add_options(recipe, pairs)
     _add_files(recipe, pairs)
     if "Denoising strength" in pairs and "Hires upscale" not in pairs and "Hires resize" not in pairs:
@@ -217,7 +217,7 @@ _NUMBERS = {
 }
 
 
-def _split(text: str) -> tuple[str, str, dict[str, str]]:
+def split_text(text: str) -> tuple[str, str, dict[str, str]]:
     """Return prompt, negative prompt and pairs. What follows the line of pairs is dropped."""
     lines = text.strip().split("\n")
     starts = [index for index, line in enumerate(lines) if re.match(r"\s*Steps:\s*\d", line)]
@@ -233,7 +233,7 @@ def _split(text: str) -> tuple[str, str, dict[str, str]]:
     return "\n".join(lines[:cut]), negative, {name.strip(): _unquoted(value.strip()) for name, value in found}
 
 
-def _sampler_and_schedule(pairs: Mapping[str, str]) -> dict[str, str]:
+def sampler_and_schedule(pairs: Mapping[str, str]) -> dict[str, str]:
     """Return sampler and schedule by our names; an unknown name stays as it is."""
     if "Sampler" not in pairs:
         return {}
@@ -267,7 +267,7 @@ def _add_files(recipe: Recipe, pairs: Mapping[str, str]) -> None:
             recipe.files.setdefault("vae" if is_vae else "text_encoder", module)
 
 
-def _without_loras(prompt: str) -> tuple[str, list[tuple[str, Weight]]]:
+def split_loras(prompt: str) -> tuple[str, list[tuple[str, Weight]]]:
     """Return the prompt without its LoRA tags, and their names and weights, which are (text encoder, model) if two."""
     loras = list[tuple[str, Weight]]()
     for name, arguments in _LORA.findall(prompt):

@@ -10,14 +10,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
-from anima_jax.serving import dataset_api, own_api, run_api
+from anima_jax.serving import dataset_api, openai_api, own_api, run_api, webui_api
 from anima_jax.serving.dataset_shown import ShownDataset
 from anima_jax.serving.dataset_view import DatasetView
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.guards import BodyTimeout, Guards
 from anima_jax.serving.metrics import Measured, ServerMetrics
 from anima_jax.serving.openapi import openapi_document
-from anima_jax.serving.routes import api_route, matching, operations, plain_error
+from anima_jax.serving.routes import api_route, matching, operations, shape_of
 from anima_jax.serving.run_folders import Runs
 from anima_jax.serving.server import Server, ServerConfig
 
@@ -39,6 +39,8 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         *own_api.routes(),
         *run_api.routes(),
         *dataset_api.routes(),
+        *openai_api.routes(),
+        *webui_api.routes(),
         api_route("/metrics", "GET", show_metrics, "Figures for Prometheus", answer="text/plain"),
         api_route("/openapi.json", "GET", show_document, "This document", answer="application/json"),
         Mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page"),
@@ -63,9 +65,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers, status, text = dict(error.headers or {}), error.status_code, str(error.detail)
     methods = {method for route in matching(request.app.routes, request.scope) for method in route.methods or ()}
-    shapes = {path.split("/")[1]: operation.shape for path, operation in operations(request.app.routes)}
-    first = request.url.path.split("/")[1]
-    if status == 405 and not methods and first in shapes:
+    shape = shape_of(request.url.path, request.app.routes)
+    is_api = any(path.split("/")[1] == request.url.path.split("/")[1] for path, _ in operations(request.app.routes))
+    if status == 405 and not methods and is_api:
         status, headers = 404, {}
     if status == 404:
         text = "there is nothing at this address"
@@ -74,7 +76,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
             f"the address has no method {request.method}",
             ", ".join(sorted(methods)) or "GET, HEAD",
         )
-    return JSONResponse(shapes.get(first, plain_error)(status, text), status, headers)
+    return JSONResponse(shape(status, text), status, headers)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -13,13 +13,14 @@ import hmac
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anima_jax.serving.routes import ApiRoute, matching
+from anima_jax.serving.routes import ApiRoute, matching, plain_error, shape_of
 from anima_jax.serving.server import ServerConfig
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -70,7 +71,8 @@ class Guards:
         origin = headers.get("origin")
         allowed = origin in self._config.cors
         if refusal := self._refusal(scope, headers, allowed):
-            await _refuse(send, *refusal)
+            status, message, more = refusal
+            await _refuse(send, status, shape_of(scope["path"], self._routes)(status, message), more)
             return
         if allowed and scope["method"] == "OPTIONS":
             await _answer(send, 204, {"Access-Control-Allow-Origin": str(origin), "Vary": "Origin", **CORS_HEADERS})
@@ -174,11 +176,12 @@ class BodyTimeout:
             await self._app(scope, receive_in_time, send_and_note)
         except SlowBodyError:
             if not started:
-                await _refuse(send, 408, "the request did not arrive in time", {"Connection": "close"})
+                error = plain_error(408, "the request did not arrive in time")
+                await _refuse(send, 408, error, {"Connection": "close"})
 
 
-async def _refuse(send: Send, status: int, message: str, headers: dict[str, str]) -> None:
-    await _answer(send, status, headers | {"Content-Type": "application/json"}, json.dumps({"error": message}).encode())
+async def _refuse(send: Send, status: int, error: dict[str, Any], headers: dict[str, str]) -> None:
+    await _answer(send, status, headers | {"Content-Type": "application/json"}, json.dumps(error).encode())
 
 
 async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes = b"") -> None:

@@ -33,6 +33,9 @@ Event = tuple[str, dict[str, Any]]
 Keep = Callable[[Order, Image.Image], GalleryImage]
 """Puts a drawn image into the gallery."""
 
+Finish = Callable[[int, Image.Image], Image.Image]
+"""Makes the result of a drawn image, given the index of its order."""
+
 
 class UnavailableError(UserError):
     """The server cannot draw now, but later: status 503."""
@@ -43,9 +46,21 @@ class JobCancelledError(UserError):
 
 
 class Job:
-    """Orders that were submitted together. `images` are those that are finished, by the index of their order."""
+    """Orders that were submitted together. `images` are those that are finished, by the index of their order.
 
-    def __init__(self, orders: Sequence[Order], tickets: Sequence[Ticket], keep: Keep, timeout: float):
+    `finish` makes the result of each drawn image. With `may_skip`, a job goes on when one of its orders is cancelled.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[Order],
+        tickets: Sequence[Ticket],
+        keep: Keep,
+        timeout: float,
+        *,
+        finish: Finish | None = None,
+        may_skip: bool = False,
+    ):
         self.id, self.created = secrets.token_hex(8), time.time()
         self.prompt, self.seed, self.count = orders[0].request.prompt, orders[0].request.seed, len(orders)
         self.picture_bytes = picture_bytes(orders)
@@ -54,7 +69,8 @@ class Job:
         self.images: dict[int, GalleryImage] = {}
         self.state: JobState = "waiting"
         self.error: UserError | None = None
-        self._keep, self._loop = keep, asyncio.get_running_loop()
+        self._keep, self._finish, self._may_skip = keep, finish, may_skip
+        self._loop = asyncio.get_running_loop()
         self._keeping: dict[int, asyncio.Task[None]] = {}
         self._watchers: set[asyncio.Event] = set()
         self._woken = False
@@ -91,6 +107,17 @@ class Job:
     def ordered_images(self) -> list[GalleryImage]:
         """Return the finished images in the order of their orders."""
         return [self.images[index] for index in sorted(self.images)]
+
+    def preview(self) -> Image.Image | None:
+        """Return the preview of the first order that is not finished and has one."""
+        shown = (ticket.preview for ticket in self._tickets if not ticket.finished)
+        return next((preview for preview in shown if preview is not None), None)
+
+    def skip(self) -> None:
+        """Cancel the first order that is not finished."""
+        for ticket in self._tickets:
+            if not ticket.finished:
+                return ticket.cancel()
 
     def cancel(self) -> None:
         """Cancel what is not finished."""
@@ -173,8 +200,10 @@ class Job:
                     self._keeping[index] = self._loop.create_task(self._kept(index, ticket))
                 elif ticket.state == "failed":
                     return self._end("failed", reported(ticket.error))
-                elif ticket.state == "cancelled":
+                elif ticket.state == "cancelled" and not self._may_skip:
                     return self.cancel()
+            if self._end_if_complete():
+                return None
             if self.state == "waiting" and any(ticket.state != "waiting" for ticket in self._tickets):
                 self.state = "drawing"
         for changed in self._watchers:
@@ -182,13 +211,28 @@ class Job:
 
     async def _kept(self, index: int, ticket: Ticket) -> None:
         try:
-            image = await asyncio.to_thread(self._keep, ticket.order, ticket.result(0))
+            image = await asyncio.to_thread(self._result, index, ticket)
         except Exception as error:
             self._end("failed", reported(error))
             return
         self.images[index] = image
-        if len(self.images) == self.count:
+        if not self._end_if_complete():
+            self._update()
+
+    def _result(self, index: int, ticket: Ticket) -> GalleryImage:
+        image = ticket.result(0)
+        return self._keep(ticket.order, image if self._finish is None else self._finish(index, image))
+
+    def _end_if_complete(self) -> bool:
+        """End the job if each image is in the gallery or was skipped; it is cancelled if all were skipped."""
+        skipped = sum(ticket.state == "cancelled" for ticket in self._tickets)
+        if self.is_finished or len(self.images) + skipped < self.count:
+            return self.is_finished
+        if self.images:
             self._end("done", None)
+        else:
+            self.cancel()
+        return True
 
     def _expire(self, timeout: float) -> None:
         self._end("failed", UnavailableError(f"the job was not finished after {timeout:g} s"))
@@ -219,9 +263,11 @@ class Jobs:
         self.refusal: str | None = "the model is still loading"
         """Why no job is taken now, or None."""
 
-    def submit(self, orders: Sequence[Order]) -> Job:
+    def submit(self, orders: Sequence[Order], keep: Keep | None = None, **options: Any) -> Job:
         """Submit the orders of a call, all of them or none, from the event loop's thread.
 
+        `keep` puts images into the gallery in another way than the server's own; `options` are `finish` and `may_skip`
+        of `Job`.
         Raises UserError if they are invalid or exceed a limit, EngineFullError if too many wait, UnavailableError if
         the server takes no jobs now.
         """
@@ -241,7 +287,7 @@ class Jobs:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        job = Job(orders, tickets, self.keep, self._limits.job_timeout)
+        job = Job(orders, tickets, keep or self.keep, self._limits.job_timeout, **options)
         self._jobs[job.id] = job
         finished = [job.id for job in self._jobs.values() if job.is_finished]
         for id in finished[: max(0, len(finished) - self._limits.kept_jobs)]:

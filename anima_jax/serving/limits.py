@@ -51,10 +51,14 @@ class RequestLimits:
     write_timeout: float = 60.0
     """For a client to take what is sent to it."""
 
+    def check_count(self, count: int) -> None:
+        """Raise UserError for more images of one request than are allowed, or none."""
+        if not 1 <= count <= self.max_batch:
+            raise UserError(f"{plural(count, 'image')}, expected 1 to {self.max_batch} at once")
+
     def check(self, orders: Sequence[Order]) -> None:
         """Raise UserError if the orders of one job ask for more than is allowed."""
-        if not 1 <= len(orders) <= self.max_batch:
-            raise UserError(f"{plural(len(orders), 'image')}, expected 1 to {self.max_batch} at once")
+        self.check_count(len(orders))
         for order in orders:
             request, params = order.request, order.params
             steps = max(params.steps if not params.sigmas else len(params.sigmas) - 1, 0)

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 
 from anima_jax.data.images import AVIF, eight_bit
 from anima_jax.errors import UserError, first_line, one_line
+from anima_jax.sampling.exif import read_text
+from anima_jax.sampling.images import encoded
 from anima_jax.serving.limits import RequestLimits
 
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *["AVIF"] * AVIF, "TIFF")
@@ -40,6 +42,25 @@ def decode_picture(data: bytes | str, what: str, limits: RequestLimits) -> Image
         raise UserError(f"{what}: cannot be read as a picture: {one_line(first_line(error))[:200]}") from None
     upright.info = texts | upright.info
     return upright
+
+
+def converted(png: bytes, kind: str, quality: int | None, *, with_text: bool = True) -> tuple[bytes, dict[str, str]]:
+    """Return a PNG of the gallery as a file of another kind (PIL's name), and its texts by name.
+
+    `quality` is that of `save_image`. Raises UserError for an image that is too large for the format.
+    """
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        image.load()
+        texts = read_text(image)
+        if kind == "PNG" and with_text:
+            return png, texts
+        pixels = image.convert("RGB")
+    return encoded(pixels, kind, texts if with_text else None, quality)[0], texts
+
+
+def png_text(image: Image.Image) -> str:
+    """Return an image as the base64 text of a PNG."""
+    return base64.b64encode(encoded(image, "PNG")[0]).decode()
 
 
 def _from_base64(text: str, what: str) -> bytes:

@@ -91,7 +91,8 @@ class Operation:
 
     `body` is the model of a JSON body, `form` that of a multipart one, `raw` media types that are taken as they are.
     `answer` is the model of the answer, or its media type; `others` are models of answers with other statuses, and
-    `errors` statuses besides those that any route has. `is_open` is for routes that need no key.
+    `errors` statuses besides those that any route has; `invalid` is that of a value that is not allowed. `is_open` is for
+    routes that need no key.
     """
 
     method: str
@@ -105,6 +106,7 @@ class Operation:
     status: int = 200
     others: Mapping[int, type[BaseModel]] = dataclasses.field(default_factory=dict[int, type[BaseModel]])
     errors: tuple[int, ...] = ()
+    invalid: int = 422
     shape: ErrorShape = plain_error
     error_model: type[BaseModel] = ErrorAnswer
     is_open: bool = False
@@ -131,13 +133,13 @@ def api_route(
                 given["body"] = read_model(operation.body, await read_json(request))
             answer = await handler(request, **given)
         except UserError as error:
-            return error_response(request, operation.shape, error)
+            return error_response(request, operation, error)
         except ClientDisconnect:
             return Response(status_code=GONE)
         except HTTPException:
             raise
         except Exception as error:
-            return error_response(request, operation.shape, reported(error), 500)
+            return error_response(request, operation, reported(error), 500)
         finally:
             server_of(request).reading -= getattr(request.state, "body_bytes", 0)
         if isinstance(answer, Response):
@@ -149,11 +151,12 @@ def api_route(
     return route
 
 
-def error_response(request: Request, shape: ErrorShape, error: UserError, status: int | None = None) -> Response:
+def error_response(request: Request, operation: Operation, error: UserError, status: int | None = None) -> Response:
     """Return the response of an error, with Retry-After if the client may try again."""
-    status = status or next(code for kind, code in STATUS if isinstance(error, kind))
+    table = (*STATUS[:-1], (UserError, operation.invalid))
+    status = status or next(code for kind, code in table if isinstance(error, kind))
     headers = {"Retry-After": str(server_of(request).config.retry_after)} if status in BUSY else None
-    return JSONResponse(shape(status, error_line(error)), status, headers)
+    return JSONResponse(operation.shape(status, error_line(error)), status, headers)
 
 
 async def read_body(request: Request) -> bytes:
@@ -294,6 +297,12 @@ async def finished_or_gone(request: Request, job: Job) -> list[GalleryImage]:
         job.cancel()  # which changes nothing if it is finished
         for task in waiting:
             task.cancel()
+
+
+def shape_of(path: str, routes: Iterable[Any]) -> ErrorShape:
+    """Return the form of errors of the API whose paths begin as `path` does."""
+    shapes = {route.split("/")[1]: operation.shape for route, operation in operations(routes)}
+    return shapes.get(path.split("/")[1] if "/" in path else "", plain_error)
 
 
 def operations(routes: Iterable[Any]) -> list[tuple[str, Operation]]:

@@ -14,9 +14,10 @@ from starlette.requests import Request
 
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.recipe import NETWORKS, file_name
+from anima_jax.sampling.request import ImageRequest
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.gallery import Gallery, GalleryImage
-from anima_jax.serving.jobs import Jobs, UnavailableError
+from anima_jax.serving.jobs import Jobs, Keep, UnavailableError
 from anima_jax.serving.limits import RequestLimits
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
@@ -120,8 +121,24 @@ class Server:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
-    def _keep(self, drawn_with: Mapping[str, Any], order: Order, image: Image.Image) -> GalleryImage:
-        """Put an image into the gallery, with the text that `generate` writes.
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height of an image for which nothing else is asked."""
+        width, height = (self.config.defaults.get(name, getattr(ImageRequest, name)) for name in ("width", "height"))
+        return width, height
+
+    def keep_changed(self, change: Callable[[Mapping[str, str]], dict[str, str]]) -> Keep:
+        """Return what puts images that are ordered now into the gallery with another text: what `change` returns."""
+        return functools.partial(self._keep, self.files, change=change)
+
+    def _keep(
+        self,
+        drawn_with: Mapping[str, Any],
+        order: Order,
+        image: Image.Image,
+        change: Callable[[Mapping[str, str]], dict[str, str]] = dict,
+    ) -> GalleryImage:
+        """Put an image into the gallery, with what `change` makes of the text that `generate` writes.
 
         Clients on other machines learn the names of files, not the folders of this one.
         """
@@ -132,7 +149,7 @@ class Server:
         files = {name: shown(files[name]) if name in NETWORKS and files[name] else files[name] for name in files}
         files["loras"] = [(shown(path), weight) for path, weight in loras]
         text = to_text(order.request, order.params, files, mask=order.mask, hashes=self.hashes)
-        return self.gallery.add(image, text, seed=order.request.seed, prompt=order.request.prompt)
+        return self.gallery.add(image, change(text), seed=order.request.seed, prompt=order.request.prompt)
 
 
 def server_of(request: Request) -> Server:
