@@ -361,12 +361,9 @@ def _file(server: Server, image: GalleryImage, format: str, compression: int | N
 
 
 def _partial(preview: str, call: _Call, server: Server) -> str:
-    large = (
-        decode_picture(preview, "preview", server.limits).convert("RGB").resize(call.size_wh, Image.Resampling.BICUBIC)
-    )
-    return base64.b64encode(
-        encoded(large, FORMATS[call.format], quality=call.body.output_compression or 90)[0]
-    ).decode()
+    large = decode_picture(preview, "preview", server.limits).resize(call.size_wh, Image.Resampling.BICUBIC)
+    data, _ = encoded(large, FORMATS[call.format], quality=call.body.output_compression or 90)
+    return base64.b64encode(data).decode()
 
 
 async def show_file(request: Request, query: FileQuery) -> Response:

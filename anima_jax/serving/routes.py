@@ -91,8 +91,8 @@ class Operation:
 
     `body` is the model of a JSON body, `form` that of a multipart one, `raw` media types that are taken as they are.
     `answer` is the model of the answer, or its media type; `others` are models of answers with other statuses, and
-    `errors` statuses besides those that any route has; `invalid` is that of a value that is not allowed. `is_open` is for
-    routes that need no key.
+    `errors` statuses besides those that any route has; `invalid` is that of a value that is not allowed. `is_open` is
+    for routes that need no key.
     """
 
     method: str
