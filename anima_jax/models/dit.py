@@ -222,15 +222,8 @@ class AnimaDiT(nnx.Module):
         the number of blocks, for arrays whose shapes or dtypes do not fit together, for a control network of another
         size or a video with one and, outside of `jax.jit`, for times outside [0, 1].
         """
-        check_inputs(
-            PATCH**2 * self.config.latent_channels,
-            self.config.context_width,
-            latents_blc,
-            grid,
-            times_b,
-            context_bnd,
-            prompt_b,
-        )
+        features, width = PATCH * PATCH * self.config.latent_channels, self.config.context_width
+        check_inputs(features, width, latents_blc, grid, times_b, context_bnd, prompt_b)
         check_controls(controls, grid, latents_blc.shape, self.config.blocks, self.config.width)
         shape_bl, dtype = latents_blc.shape[:2], latents_blc.dtype
         grid_b3 = jnp.asarray(grid, jnp.int32)[None] if isinstance(grid, tuple) else grid
@@ -240,8 +233,7 @@ class AnimaDiT(nnx.Module):
             known, condition = times_b.blocks, times_b.final
         else:
             known, condition = None, self._condition(times_b, jnp.broadcast_to(positions_bl3[..., 0], shape_bl))
-        keys_known = isinstance(context_bnd, KeysValues)
-        rows_bnd = None if keys_known else context_bnd.astype(dtype)
+        rows_bnd = None if isinstance(context_bnd, KeysValues) else context_bnd.astype(dtype)
         angles_bli = rotary_angles_3d(positions_bl3, self.config)
         shared = {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
@@ -262,7 +254,7 @@ class AnimaDiT(nnx.Module):
                 return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
-        layers: Layer = self.blocks, known, context_bnd if keys_known else None, stacked(controls)
+        layers: Layer = self.blocks, known, context_bnd if rows_bnd is None else None, stacked(controls)
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype(dtype)), "bld")
         if after_first is not None:
             x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))
