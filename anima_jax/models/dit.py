@@ -254,7 +254,12 @@ class AnimaDiT(nnx.Module):
                 return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
-        layers: Layer = self.blocks, known, context_bnd if rows_bnd is None else None, stacked(controls)
+        layers: Layer = (
+            self.blocks,
+            known,
+            context_bnd if isinstance(context_bnd, KeysValues) else None,
+            stacked(controls),
+        )
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype(dtype)), "bld")
         if after_first is not None:
             x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))

@@ -2,7 +2,7 @@
 
 One thread goes round the pools that have images, one evaluation each; before it, images whose orders wait enter free
 slots, and after it finished ones leave. Text, start images, noise, compilation, decoding and previews have threads
-beside it. An order that cannot share evaluations (`preparation.is_alone`) is drawn by the pipeline itself in a thread
+beside it. An order that cannot share evaluations (`preparation.draws_alone`) is drawn by the pipeline itself in a thread
 of its own, whose evaluations come between those of the pools.
 """
 
@@ -33,7 +33,7 @@ from anima_jax.sampling.program import DEVICE_BYTES
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.orders import Order
 from anima_jax.serving.pools import Drawing, Evaluated, Pool
-from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, is_alone
+from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, draws_alone
 from anima_jax.serving.replacements import Replacements
 from anima_jax.serving.statistics import Compilations, Statistics
 from anima_jax.serving.tickets import EngineClosedError, EngineFullError, Ticket, shown_error
@@ -117,7 +117,7 @@ class Engine:
         if order.loras and self.library is None:
             raise UserError(f"lora '{order.loras[0][0]}': the server has no folder of LoRAs")
         grid = grid_of(np.array([1, *order.request.latent_size]))
-        alone, tokens = is_alone(order), token_budget(int(grid.prod()))
+        alone, tokens = draws_alone(order), token_budget(int(grid.prod()))
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")

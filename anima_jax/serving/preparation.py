@@ -71,7 +71,7 @@ class Prepared:
         return plans.completed(latents, [self.original], self.mask, self.order.params, self.sigmas)[0]
 
 
-def is_alone(order: Order) -> bool:
+def draws_alone(order: Order) -> bool:
     """Return whether an order is drawn by `AnimaPipeline` instead of in a slot.
 
     So are samplers that choose their steps as they go, step caches, and images whose rows depend on each other or are

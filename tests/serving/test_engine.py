@@ -14,7 +14,7 @@ from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving import pools
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.orders import Order
-from anima_jax.serving.preparation import is_alone
+from anima_jax.serving.preparation import draws_alone
 from anima_jax.serving.tickets import DrawingError, EngineClosedError, EngineFullError
 from tests.golden_files import relative_error
 from tests.small_run import ASSETS, write_transformer
@@ -108,8 +108,8 @@ def test_images_are_those_of_the_pipeline(engine, pipeline, latents, number):
 
 def test_what_cannot_share_evaluations_is_drawn_beside_the_others(engine, pipeline):
     adaptive = order(sampler="dpm_adaptive", steps=2, sampler_options={"rtol": 0.5, "atol": 0.5}, preview_every=1)
-    assert is_alone(adaptive)
-    assert not is_alone(MIXED[0])
+    assert draws_alone(adaptive)
+    assert not draws_alone(MIXED[0])
     tickets = [engine.submit(each) for each in (adaptive, MIXED[0])]
     found = [ticket.result(WAIT) for ticket in tickets]
     (expected,) = pipeline.draw([adaptive.request], adaptive.params)
