@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -131,7 +131,8 @@ class _Call:
         return self.body.output_format or "png"
 
     def finish(self, _: int, image: Image.Image) -> Image.Image:
-        return image if image.size == self.size_wh else ImageOps.fit(image, self.size_wh)
+        left, top = ((drawn - wanted) // 2 for drawn, wanted in zip(image.size, self.size_wh, strict=True))
+        return image.crop((left, top, left + self.size_wh[0], top + self.size_wh[1]))
 
     def described(self) -> dict[str, Any]:
         """Return what answers and events say of the images."""
@@ -276,6 +277,8 @@ def _call(
         update |= {"width": drawn_wh[0], "height": drawn_wh[1]}
     orders = [changed(order) for order in orders_of(body.model_copy(update=update), server)]
     request, params = orders[0].request, orders[0].params
+    for name, _ in orders[0].loras if server.library else ():
+        server.library.lora(name)  # An unknown name is said before a stream begins.
     if body.size in (None, "auto"):
         size_wh = request.width, request.height
     if body.stream and body.partial_images:
