@@ -21,6 +21,9 @@ from anima_jax.serving.run_figures import POINTS, Figures
 from anima_jax.serving.run_folders import CheckpointKind, RunCheckpoint, RunFolder, Runs, Sample
 from anima_jax.serving.server import Server, server_of
 
+MOST_READ = 50
+"""Runs whose figures are read for the list; of older ones they are read when they are asked for."""
+
 NameField = Field(None, max_length=500, description="the name of a run; unset: the newest")
 
 
@@ -73,7 +76,6 @@ class RunSummary(BaseModel):
     configuration: dict[str, Any]
     evaluated: bool
     samples: int
-    disk: dict[str, int]
     loaded: str | None = Field(description="run and checkpoint that the server draws with, if it is one")
 
 
@@ -185,7 +187,7 @@ def _summary(request: Request, name: str | None) -> RunSummary:
     runs, server = _runs(request), server_of(request)
     found = runs.all()
     chosen = _found(request, name) if found or name is not None else None
-    for run in found:
+    for run in found[:MOST_READ]:
         run.metrics.refresh()
     if chosen is not None:
         chosen.refresh()
@@ -197,7 +199,6 @@ def _summary(request: Request, name: str | None) -> RunSummary:
         configuration=_settings(chosen.configuration()) if chosen else {},
         evaluated=bool(chosen and chosen.evaluations.curves),
         samples=len(chosen.samples()) if chosen else 0,
-        disk=chosen.disk() if chosen else {},
         loaded=server.loaded,
     )
 
