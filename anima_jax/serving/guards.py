@@ -34,10 +34,7 @@ CORS_HEADERS = {
     "Access-Control-Max-Age": "600",
 }
 
-POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'self'; object-src 'none'"
-)
+POLICY = "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'self'; object-src 'none'"
 """What a browser lets the page do: it loads nothing from other machines."""
 
 

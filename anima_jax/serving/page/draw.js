@@ -47,7 +47,10 @@ export async function mount(element, api) {
   const results = h("div", { class: "results" }, now.element, waiting.element, shown.element);
   element.replaceChildren(h("div", { class: "studio" }, settings, results));
 
-  form.write({ ...defaults, ...(stored.get("settings") ?? {}), ...(stored.get("settings") ? {} : { seed: -1 }) });
+  const first = Object.fromEntries(["prompt", "loras"].filter((name) => defaults[name]?.length).map((name) => [name, defaults[name]]));
+  const isNew = JSON.stringify(first) !== JSON.stringify(stored.get("first", {})); // what --page_prompt and --page_lora say
+  stored.set("first", first);
+  form.write({ ...defaults, ...stored.get("settings", {}), ...(isNew ? first : {}) });
 
   async function draw() {
     form.clearErrors();

@@ -55,7 +55,7 @@ function interval(label) {
   const [from, to] = ["from", "to"].map((end) => h("input", { type: "number", min: 0, max: 1, step: 0.05, "aria-label": `${label}, ${end}` }));
   const error = h("p", { class: "error", hidden: true });
   const element = h("div", { class: "field", role: "group", "aria-label": label },
-    h("span", { class: "label" }, label), h("div", { class: "row" }, from, h("span", { class: "muted" }, "to"), to), error);
+    h("span", { class: "label" }, label), h("div", { class: "row" }, from, h("span", { class: "muted", "aria-hidden": "true" }, "–"), to), error);
   return {
     element,
     control: from,
@@ -275,7 +275,7 @@ export function createForm(models, { start, control, onchange, onReuse }) {
       h("h3", {}, "Speed and memory"), speed.cache.element,
       h("div", { class: "pair" }, pick(speed.cache_interval, speed.tile)),
       otherList,
-      h("p", {}, h("button", { type: "button", onclick: () => { write({ ...models.defaults, ...basics() }); changed(); } }, "Reset advanced settings"))),
+      h("p", {}, h("button", { type: "button", onclick: () => { write({ ...models.defaults, ...basics(), loras: loras.get() }); changed(); } }, "Reset advanced settings"))),
   ];
   const problem = h("p", { class: "error problem", hidden: true });
   const element = h("div", { class: "form" },
@@ -324,7 +324,7 @@ export function createForm(models, { start, control, onchange, onReuse }) {
   }
 
   function show() {
-    for (const setting of Object.values(apg)) setting.control.disabled = !guidance.apg.get();
+    apgGroup.hidden = !guidance.apg.get();
     otherList.replaceChildren(...Object.keys(others).map((name) => h("li", { class: "row" },
       h("span", { class: "grow" }, `Also set: ${sentence(name).toLowerCase()}`),
       button(`Remove ${name}`, "close", () => { delete others[name]; changed(); }))));

@@ -19,6 +19,7 @@ export class Jobs extends EventTarget {
   #jobs = new Map();
   #streams = new Map();
   #timer = null;
+  #refreshing = null;
 
   constructor(api) {
     super();
@@ -56,8 +57,13 @@ export class Jobs extends EventTarget {
     return Promise.all(this.mine.map((job) => this.cancel(job.id)));
   }
 
-  /** Ask the server for its jobs. */
-  async refresh() {
+  /** Ask the server for its jobs; whoever asks meanwhile gets the same answer. */
+  refresh() {
+    this.#refreshing ??= this.#refresh().finally(() => { this.#refreshing = null; });
+    return this.#refreshing;
+  }
+
+  async #refresh() {
     const answer = await this.#api.get("api/jobs");
     const rows = answer.jobs ?? answer;
     const lost = this.active.filter((job) => !rows.some((row) => row.id === job.id));

@@ -53,7 +53,11 @@ export function loraList(library, { onchange, onTrigger }) {
       }));
     };
     search.addEventListener("input", show);
-    search.addEventListener("keydown", (event) => { if (event.key === "Enter") found.querySelector("button:not(:disabled)")?.click(); });
+    search.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault(); // or it would press the button that has the focus once the dialog is closed
+      found.querySelector("button:not(:disabled)")?.click();
+    });
     show();
     search.focus();
     const name = await opened.closed;
@@ -61,7 +65,7 @@ export function loraList(library, { onchange, onTrigger }) {
     rows.push({ name, weight: 1 });
     render();
     onchange();
-    list.lastChild.querySelector("input").focus();
+    list.lastChild.querySelector("input").select();
   }
 
   render();

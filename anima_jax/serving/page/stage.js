@@ -118,7 +118,7 @@ export function queue(jobs, { onShow }) {
     active.forEach((job, index) => {
       if (!rows.has(job.id)) rows.set(job.id, row(job));
       const { item, state, bar } = rows.get(job.id);
-      state.textContent = job.state === "waiting" ? `Waiting, ${index + 1}.` : `${Math.floor(share(job) * 100)} %`;
+      state.textContent = job.state === "waiting" ? `Waiting · ${index + 1}` : `${Math.floor(share(job) * 100)} %`;
       bar.value = share(job);
       if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
     });
