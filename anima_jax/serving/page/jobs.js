@@ -3,16 +3,20 @@
  * a server has forgotten, which it does when it is started again.
  *
  * A job is {id, state, position, done, total, prompt, images, error, tiles, body, mine}; `tiles` are {done, total, preview} for each
- * picture, `body` the request if this page has sent it. The oldest jobs that are not finished have an event stream each, few enough
+ * picture, `body` the request if this browser has sent it, which survives a reload. The oldest jobs that are not finished have an event stream each, few enough
  * for a browser's connections; the list is asked for now and then for the rest.
  */
 
+import { kept } from "./pictures.js";
 import { stored } from "./ui.js";
 
 const STREAMS = 3;
 const EVERY_MS = 2000;
 
 export const isActive = (job) => job.state === "waiting" || job.state === "drawing";
+
+/** What is shown of a request. */
+const shape = ({ width, height, prompt, steps }) => ({ width, height, prompt, steps });
 
 export class Jobs extends EventTarget {
   #api;
@@ -38,9 +42,9 @@ export class Jobs extends EventTarget {
   /** Send a request. Returns its job; throws ApiError. */
   async submit(body) {
     const { id, images, position } = await this.#api.post("api/jobs", body);
-    const size = { width: body.width, height: body.height, prompt: body.prompt, steps: body.steps };
-    const job = this.#known({ id, position, state: "waiting", done: 0, total: 0, images: [], count: images, created: Date.now() / 1000, ...size });
+    const job = this.#known({ id, position, state: "waiting", done: 0, total: 0, images: [], count: images, created: Date.now() / 1000, ...shape(body) });
     Object.assign(job, { body, mine: true });
+    kept.set(`job ${id}`, body);
     stored.set("jobs", [...stored.get("jobs", []), id].slice(-100));
     this.#watch();
     return job;
@@ -88,6 +92,8 @@ export class Jobs extends EventTarget {
     while (job.tiles.length < count) job.tiles.push({ done: 0, total: 0, preview: null });
     const created = job.created ?? row.created ?? 0;
     Object.assign(job, row, { created, mine: job.mine ?? stored.get("jobs", []).includes(row.id) });
+    if (job.mine && !job.body && !this.#jobs.has(row.id))
+      kept.get(`job ${row.id}`).then((body) => { if (body && !job.body) this.#changed(Object.assign(job, { body }, shape(body))); });
     this.#jobs.set(row.id, job);
     return job;
   }
@@ -98,6 +104,7 @@ export class Jobs extends EventTarget {
 
   #end(job, values) {
     Object.assign(job, values);
+    kept.set(`job ${job.id}`, null);
     this.#streams.get(job.id)?.abort();
     this.#streams.delete(job.id);
     this.#changed(job);
