@@ -233,9 +233,9 @@ class AnimaDiT(nnx.Module):
             known, condition = times_b.blocks, times_b.final
         else:
             known, condition = None, self._condition(times_b, jnp.broadcast_to(positions_bl3[..., 0], shape_bl))
+        keys = context_bnd if isinstance(context_bnd, KeysValues) else None
         rows_bnd = None if isinstance(context_bnd, KeysValues) else context_bnd.astype(dtype)
-        angles_bli = rotary_angles_3d(positions_bl3, self.config)
-        shared = {"implementation": attention_implementation}
+        angles_bli, shared = rotary_angles_3d(positions_bl3, self.config), {"implementation": attention_implementation}
         self_options = {"angles_bli": angles_bli, "key_lengths_b": lengths_b, "seq_sharded": "qk", **shared}
         cross_options = {"key_lengths_b": context_lengths_b, "zero_keys": zero_context, "seq_sharded": "q", **shared}
 
@@ -254,12 +254,7 @@ class AnimaDiT(nnx.Module):
                 return scan_in_place(lambda x, layer: run_recomputed(x, layer)[0], x_bld, layers, unroll=scan_unroll)
             return jax.lax.scan(run_recomputed, x_bld, layers, unroll=scan_unroll)[0]
 
-        layers: Layer = (
-            self.blocks,
-            known,
-            context_bnd if isinstance(context_bnd, KeysValues) else None,
-            stacked(controls),
-        )
+        layers: Layer = self.blocks, known, keys, stacked(controls)
         x_bld = constrain(self.x_embedder(self._with_padding_mask(latents_blc), out_dtype=stream_dtype(dtype)), "bld")
         if after_first is not None:
             x_bld = after_first(x_bld, *first_and_rest(lambda x, layer: run_block(x, layer)[0], x_bld, layers))

@@ -2,8 +2,8 @@
 
 One thread goes round the pools that have images, one evaluation each; before it, images whose orders wait enter free
 slots, and after it finished ones leave. Text, start images, noise, compilation, decoding and previews have threads
-beside it. An order that cannot share evaluations (`preparation.draws_alone`) is drawn by the pipeline itself in a thread
-of its own, whose evaluations come between those of the pools.
+beside it. An order that cannot share evaluations (`draws_alone`) is drawn by the pipeline itself in a thread of its
+own, whose evaluations come between those of the pools.
 """
 
 import collections
