@@ -2,11 +2,11 @@
  * The server's API: JSON in and out, errors of one line, streams of events, pictures behind an API key.
  *
  * Paths are relative to the page ("api/jobs" and "/api/jobs" are the same), so that it works behind a proxy's prefix.
- * `api` is the only instance. It is an EventTarget with the events "online" and "offline".
+ * `api` is the only instance. It is an EventTarget with the events "offline", "loading" (it is there, its model not yet) and "online".
  */
 
 const KEY = "anima.api_key";
-const POLL_MS = 1500;
+const POLL_MS = 1000;
 
 /** A request that failed. `status` is the HTTP status, or 0 if the server did not answer. */
 export class ApiError extends Error {
@@ -93,7 +93,6 @@ export class Api extends EventTarget {
         this.#lost();
         throw new ApiError("The server does not answer. Is it still running?");
       }
-      this.#found();
       if (response.ok) return response;
       if (response.status === 401 && attempt < 5 && (await this.#newKey(key))) continue;
       let found = {};
@@ -164,12 +163,6 @@ export class Api extends EventTarget {
     return (await this.#asking) !== null;
   }
 
-  #found() {
-    if (this.online) return;
-    this.online = true;
-    this.dispatchEvent(new Event("online"));
-  }
-
   #lost() {
     if (this.online) {
       this.online = false;
@@ -179,13 +172,16 @@ export class Api extends EventTarget {
   }
 
   async #poll() {
-    while (!this.online) {
+    for (let isLoading = true; isLoading;) {
       await sleep(POLL_MS);
       try {
-        await fetch(this.url("health"), { cache: "no-store" });
-        this.#found();
+        const response = await fetch(this.url("health"), { cache: "no-store" });
+        isLoading = (await response.json()).status === "loading";
+        if (isLoading) this.dispatchEvent(new Event("loading"));
       } catch { /* still away */ }
     }
+    this.online = true;
+    this.dispatchEvent(new Event("online"));
   }
 }
 

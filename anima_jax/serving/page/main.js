@@ -106,6 +106,7 @@ function server() {
   const say = (text, kind) => { place.textContent = text; place.dataset.kind = kind; };
   let lost = false;
   api.addEventListener("offline", () => { lost = true; say("Server is away, trying to reach it…", "bad"); });
+  api.addEventListener("loading", () => say("The server is loading its model…", ""));
   api.addEventListener("online", () => {
     say(lost ? "Connected again" : "", "good");
     lost = false;
