@@ -80,6 +80,7 @@ class PictureDetail(PictureEntry):
     """A picture with all its captions. `version` changes with them; `trained` are addresses of what is trained."""
 
     version: str
+    token_limit: int
     captions: list[CaptionEntry]
     texts: list[str] = Field(description="what is trained, with prefix, before tags are shuffled or dropped")
     trained: list[str]
@@ -236,6 +237,7 @@ def _detail(request: Request) -> Response:
     answer = PictureDetail(
         **entry.model_dump(),
         version=version,
+        token_limit=shown.view.token_limit,
         captions=captions,
         texts=list(dict.fromkeys(text for example in record.examples for text in example.captions)),
         trained=[f"{address}&bucket={number}" for number in range(len(entry.buckets))],
