@@ -222,7 +222,7 @@ def _scaled(text: str, body: ScaleBody, server: Server, what: str) -> str:
         size = round(picture.width * scale), round(picture.height * scale)
     if max(size) > MAX_UPSCALED:
         raise UserError(f"{size[0]}×{size[1]} pixels, expected at most {MAX_UPSCALED} a side")
-    return png_text(resized_by(1, picture, (max(size[0], 1), max(size[1], 1)), body.upscaler_1))
+    return png_text(resized_by(1, picture, (max(size[0], 1), max(size[1], 1)), UPSCALERS[body.upscaler_1]))
 
 
 async def scale_one(request: Request, body: SingleBody) -> Named:
@@ -299,6 +299,24 @@ async def controlnet_models(request: Request) -> Named:
     return Named({"model_list": await asyncio.to_thread(_control_names, server_of(request))})
 
 
+async def controlnet_types(request: Request) -> Named:
+    """Return what front ends offer together; here it is all of one type."""
+    models = await asyncio.to_thread(_control_names, server_of(request))
+    every = {"module_list": ["none", *KINDS], "model_list": ["None", *models]}
+    return Named({"control_types": {"All": {**every, "default_option": "none", "default_model": "None"}}})
+
+
+async def controlnet_settings(request: Request) -> Named:
+    """Return how many units a request may have."""
+    return Named({"control_net_unit_count": server_of(request).limits.max_controls})
+
+
+async def queue_status(request: Request) -> Named:
+    """Return the queue as Gradio does, which plugins ask to see whether the server is there."""
+    waiting = len(server_of(request).jobs.unfinished())
+    return Named({"msg": "estimation", "rank": None, "queue_size": waiting, "avg_event_process_time": None})
+
+
 async def controlnet_modules(request: Request) -> Named:
     """Return the kinds of control pictures that are made from ordinary ones."""
     return Named({"module_list": ["none", *KINDS]})
@@ -352,6 +370,9 @@ def routes() -> list[Route]:
         post(f"{v1}/interrogate", interrogate, "Nothing: pictures are not described", Empty, errors=missing),
         get("/controlnet/version", controlnet_version, "The version of ControlNet's API", Named),
         get("/controlnet/model_list", controlnet_models, "Control networks", Named),
+        get("/controlnet/control_types", controlnet_types, "Both, by type", Named),
+        get("/controlnet/settings", controlnet_settings, "How many units a request may have", Named),
+        get("/queue/status", queue_status, "The queue", Named),
         get("/controlnet/module_list", controlnet_modules, "Kinds of control pictures", Named),
         post("/controlnet/detect", detect, "Make control pictures", Named, body=DetectBody, errors=missing),
     ]

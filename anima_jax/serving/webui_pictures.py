@@ -11,24 +11,23 @@ from PIL import Image, ImageFilter, ImageOps
 
 from anima_jax.data.images import is_transparent, over_white
 
-UPSCALERS = {
-    "None": Image.Resampling.LANCZOS,
-    "Lanczos": Image.Resampling.LANCZOS,
-    "Nearest": Image.Resampling.NEAREST,
-}
+LANCZOS, BILINEAR = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR
+
+UPSCALERS = {"None": LANCZOS, "Lanczos": LANCZOS, "Nearest": Image.Resampling.NEAREST}
 """Name of an upscaler → how it resamples. A1111's "None" resizes in the same way."""
 
 ALPHA_OF_MASK = 128
 """Alpha above which a mask with transparency is redrawn."""
 
 
-def resized_by(mode: int, image: Image.Image, size_wh: tuple[int, int], upscaler: str = "None") -> Image.Image:
+def resized_by(
+    mode: int, image: Image.Image, size_wh: tuple[int, int], method: Image.Resampling = LANCZOS
+) -> Image.Image:
     """Return the image at another size.
 
     Mode 0 stretches it, 1 covers the size and crops around the centre, and 2 fits into it and continues the edges. Mode
     3, for which A1111 scales latents, is done as mode 0.
     """
-    method = UPSCALERS[upscaler]
     if image.size == size_wh:
         return image
     if mode == 1:
@@ -54,7 +53,7 @@ def redrawn_mask(
         white = mask.convert("RGBA").getchannel("A").point([255 * (alpha > ALPHA_OF_MASK) for alpha in range(256)])
     else:
         white = mask.convert("L")
-    white = resized_by(0, white, size_wh)
+    white = resized_by(0, white, size_wh, BILINEAR)
     white = ImageOps.invert(white) if invert else white
     return white.filter(ImageFilter.GaussianBlur(blur_xy)) if any(blur_xy) else white
 
@@ -157,10 +156,10 @@ def inpainting(
     """
     original = over_white(image)
     if padding is None:
-        image, mask = (resized_by(resize_mode, part, size_wh) for part in (original, mask))
+        image, mask = resized_by(resize_mode, original, size_wh), resized_by(resize_mode, mask, size_wh, BILINEAR)
         return Inpainting(filled(image, mask, fill, seed), mask, image, mask)
     box = crop_around(mask, padding, size_wh)
     if box is None:
         return None
-    part, part_mask = (resized_by(2, whole.crop(box), size_wh) for whole in (original, mask))
+    part, part_mask = resized_by(2, original.crop(box), size_wh), resized_by(2, mask.crop(box), size_wh, BILINEAR)
     return Inpainting(filled(part, part_mask, fill, seed), part_mask, original, mask, box)

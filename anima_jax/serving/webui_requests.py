@@ -5,6 +5,7 @@ Mikubill/sd-webui-controlnet.
 """
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,7 +131,7 @@ class Reader:
                 request=dataclasses.replace(order.request, prompt=prompt, width=size_wh[0], height=size_wh[1]),
                 params=params,
                 loras=(*loras, *more),
-                image=resized_by(1, image, size_wh, upscaler),
+                image=resized_by(1, image, size_wh, UPSCALERS[upscaler]),
             )
             for order, image in zip(first.orders, images, strict=True)
         ]
@@ -268,6 +269,8 @@ def _prompt_and_loras(body: WebuiRequest, prompt: str) -> tuple[str, list[tuple[
 
 def _sampler_and_schedule(sampler: str | None, schedule: str | None) -> dict[str, str]:
     """Return sampler and schedule by our names, those that are given. Raises NotFoundError for unknown ones."""
+    if sampler and sampler.startswith("k_"):  # an alias, as in k_euler_a and k_dpmpp_2m_ka
+        sampler = re.sub(r" ka$", " Karras", sampler[2:].replace("_", " "))
     automatic = (schedule or "automatic").casefold() == "automatic"
     pairs = {"Sampler": sampler or "Euler", "Schedule type": "Automatic" if automatic else str(schedule)}
     found = sampler_and_schedule(pairs)

@@ -37,6 +37,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "show_progress_type": "Approx cheap",
     "inpainting_mask_weight": 1.0,
     "img2img_background_color": "#ffffff",
+    "img2img_color_correction": False,
+    "samples_filename_pattern": "",
 }
 """Settings that change nothing here: other values are taken, and a note says so."""
 
@@ -46,7 +48,6 @@ FIXED: dict[str, Any] = {
     "face_restoration": False,
     "face_restoration_model": "None",
     "tiling": False,
-    "img2img_color_correction": False,
     "initial_noise_multiplier": 1.0,
     "upscaler_for_img2img": "None",
     "token_merging_ratio": 0.0,
