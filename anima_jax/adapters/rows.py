@@ -2,7 +2,8 @@
 
 The factors of all adapters in use are in a store of pages, each of `PAGE` ranks. A row has a list of pages, in its own
 order, and a weight for each. Its result depends on nothing else: on no other row, and not on where in the store its
-pages are, so that an image is bit-equal in any company. Page 0 is zero and fills the ends of lists.
+pages are, so that an image is bit-equal in any company. Page 0 is zero and fills the ends of lists. A single row counts
+for a batch of any size.
 
 All of this is arguments of a program: neither another adapter in the store nor another row compiles one.
 Axes: n layers, b rows, l tokens, i features in, o features out, g pages of the store, p pages of a row, r ranks of a
@@ -53,16 +54,16 @@ class RowAdaptedLinear(nnx.Module):
     def _update(self, x: Array) -> Array:
         """Return what the rows' adapters add, (b, l, o), float32."""
         pages_bp, scale_bp = getattr(self, CHOSEN)[...], getattr(self, WEIGHTS)[...]
-        if len(x) != len(pages_bp):
+        if len(pages_bp) not in (1, len(x)):
             raise ValueError(f"{len(x)} rows for a layer with the adapters of {len(pages_bp)}")
 
         def of_rows(name: str) -> Array:
             pages_bprf = jnp.take(getattr(self, name)[...], pages_bp, axis=0, mode="clip")
-            return constrain(pages_bprf.reshape(len(x), -1, pages_bprf.shape[-1]).astype(x.dtype), "bnn")
+            return constrain(pages_bprf.reshape(len(pages_bp), -1, pages_bprf.shape[-1]).astype(x.dtype), "bnn")
 
         down_bki, up_bko = of_rows(DOWN), of_rows(UP)
         scale_b1k = jnp.repeat(scale_bp, down_bki.shape[1] // scale_bp.shape[1], axis=1)[:, None]
-        low_blk = _batched(x.reshape(len(x), -1, x.shape[-1]), down_bki, 2)
+        low_blk = _batched(x.reshape(len(pages_bp), -1, x.shape[-1]), down_bki, 2)
         return _batched((low_blk * scale_b1k).astype(x.dtype), up_bko, 1)
 
 
@@ -93,6 +94,17 @@ def target_shapes(params: Params) -> dict[str, tuple[int, int, int]]:
     """Return path → kernel shape (n, i, o) of every layer that `attached` adapts."""
     kernels = {path.removesuffix(".kernel"): value.shape for path, value in params.items() if path.endswith(".kernel")}
     return {path: shape for path, shape in kernels.items() if path.startswith(STACK)}
+
+
+def with_rows(model: Any, row_r: Array) -> Any:
+    """Return a transformer for a batch that has the adapters of these rows, or itself if it has no adapters by row."""
+    graphdef, params = split(model)
+    own = {
+        path: jnp.take(value, row_r, axis=1, mode="clip")
+        for path, value in params.items()
+        if path.endswith((f".{CHOSEN}", f".{WEIGHTS}"))
+    }
+    return merge(graphdef, {**params, **own}) if own else model
 
 
 def empty_store(shapes: Mapping[str, tuple[int, int, int]], pages: int, dtype: DTypeLike) -> Params:

@@ -1,6 +1,7 @@
 """Room on the devices for adapters: a store of pages for those chosen by row, and sets of merged parameters."""
 
 import collections
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,7 +14,7 @@ from anima_jax.adapters.rows import empty_store, with_page
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import current_mesh, replicate, replicated
 
-MERGED = 1
+MERGED_SETS = 1
 """Sets of merged parameters of the transformer on the devices, besides its own."""
 
 
@@ -32,6 +33,7 @@ class RowStore:
         self._free = list(range(1, size + 1))
         self._users: collections.Counter[Hashable] = collections.Counter()
         self._params: Params = {}
+        self._lock = threading.Lock()
 
     @property
     def used(self) -> int:
@@ -40,12 +42,14 @@ class RowStore:
 
     @property
     def params(self) -> Params:
-        """The store as parameters. It is made at the first call, and replaced by `write`."""
-        if not self._params:
-            zeros = partial(empty_store, self._shapes, 1 + self.size, self._dtype)
-            self._params = jax.jit(zeros, out_shardings=replicated(current_mesh()))()
-            self._write_page(0, {f: np.zeros((x.shape[0], *x.shape[2:]), x.dtype) for f, x in self._params.items()})
-        return self._params
+        """The store as parameters, for any thread. It is made at the first call, and replaced by `write`."""
+        with self._lock:
+            if not self._params:
+                zeros = partial(empty_store, self._shapes, 1 + self.size, self._dtype)
+                self._params = jax.jit(zeros, out_shardings=replicated(current_mesh()))()
+                page = {path: np.zeros((x.shape[0], *x.shape[2:]), x.dtype) for path, x in self._params.items()}
+                self._params = _with_page(self._params, *replicate((np.int32(0), page)))  # to compile it
+            return self._params
 
     def take(self, wanted: Mapping[Hashable, int]) -> bool:
         """Keep these adapters, each with its number of pages, until `release`. Return False if there is no room."""
@@ -71,19 +75,15 @@ class RowStore:
     def write(self, key: Hashable, values: Sequence[Params]) -> None:
         """Set the values of an adapter's pages."""
         for page, own in zip(self.pages[key], values, strict=True):
-            self._write_page(page, own)
+            self._params = _with_page(self.params, *replicate((np.int32(page), own)))
         self.unwritten.discard(key)
 
-    def _write_page(self, page: int, values: Params) -> None:
-        params = self._params or self.params
-        self._params = _with_page(params, *replicate((np.int32(page), values)))
 
-
-_with_page = partial(jax.jit, donate_argnums=0)(with_page)
+_with_page = jax.jit(with_page)  # Other threads may be using the store as it was.
 
 
 class MergedSets:
-    """Sets of merged parameters, of which `MERGED` are on the devices at a time. A thread of its own computes them.
+    """Sets of merged parameters, of which `MERGED_SETS` are on the devices at a time. Another thread computes them.
 
     `merge` computes one, and `wake` is called when it is ready. The methods are for one thread.
     """
@@ -104,9 +104,9 @@ class MergedSets:
         """
         if key not in self._sets:
             idle = [other for other in self._sets if not self._users[other]]
-            if len(self._sets) - len(idle) >= MERGED:
+            if len(self._sets) - len(idle) >= MERGED_SETS:
                 return False
-            for other in idle[: len(self._sets) - MERGED + 1]:
+            for other in idle[: len(self._sets) - MERGED_SETS + 1]:
                 del self._sets[other]
             self._sets[key] = self._thread.submit(self._merge, source)
             self._sets[key].add_done_callback(lambda _: self._wake())
@@ -126,6 +126,10 @@ class MergedSets:
     def release(self, key: Hashable) -> None:
         """Undo a `take`."""
         self._users[key] -= 1
+
+    def forget(self) -> None:
+        """Forget all sets, which no image uses."""
+        self._sets.clear()
 
     def close(self) -> None:
         """End the thread."""

@@ -4,19 +4,22 @@ An image whose adapters are products of narrow matrices, with a rank of at most 
 any other such image: the network's layers choose by row (adapters/rows.py). The store on the devices has room for
 `slots` times that rank; adapters stay in it until others need the room. The parameters of an image with other adapters
 (DoRA, large ranks, differences, norms) are merged, and it shares its batch with those of the same adapters and weights;
-`MERGED` such sets are on the devices at a time. The LLM adapter and the text encoder are merged for the prompts of one
+one such set is on the devices at a time. The LLM adapter and the text encoder are merged for the prompts of one
 image at a time. All of these are arguments of programs, so no adapter compiles one.
 
 An image that finds no room waits, and later ones that need room wait behind it, so that none waits for ever.
 """
 
 import collections
+import copy
 import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.adapters.dialects import module_names
@@ -34,8 +37,14 @@ from anima_jax.sampling.scaling import is_number
 from anima_jax.serving.adapter_room import MergedSets, RowStore
 from anima_jax.serving.lora_library import Fingerprint, LoraLibrary
 
+LORA_SLOTS, LORA_RANK = 4, 64
+"""Defaults of `OrderAdapters`: the store takes 1.1 GB for the released model in bfloat16."""
+
 KEPT_CONTEXTS = 2
 """Sets of merged parameters of LLM adapter and text encoder that stay for the next prompts."""
+
+KEPT_ROWS = 32
+"""Batches whose rows' pages and weights stay on the devices."""
 
 OF_PROMPTS = (TEXT_ENCODER, dit.ADAPTER)
 """Prefixes of the modules on which only the context rows of prompts depend."""
@@ -74,11 +83,13 @@ Weighted = tuple[ReadAdapter, Mapping[str, float]]
 class OwnAdapters:
     """The adapters of one image, without those whose weight is 0.
 
-    `pool` says with which images it may share a batch: those whose `pool` is equal. It is None if the transformer's own
-    parameters draw it. `prompts_key` tells the context rows of its prompts from those with other adapters.
+    `pool` is None if the transformer's own parameters draw it, `BY_ROW` if its rows choose their adapters, or `MERGED`;
+    then `merged_key` says with which images it may share a batch: those of the same. `prompts_key` tells the context
+    rows of its prompts from those with other adapters.
     """
 
-    pool: Hashable = None
+    pool: str | None = None
+    merged_key: Hashable = None
     prompts_key: Hashable = ()
     network: tuple[Weighted, ...] = ()
     prompts: tuple[Weighted, ...] = ()
@@ -86,8 +97,7 @@ class OwnAdapters:
 
 NO_ADAPTERS = OwnAdapters()
 
-BY_ROW = "by row"
-"""`OwnAdapters.pool` of images whose rows choose their adapters."""
+BY_ROW, MERGED = "by row", "merged"
 
 
 class AdapterStatistics(NamedTuple):
@@ -110,13 +120,13 @@ class OrderAdapters:
     def __init__(
         self,
         pipeline: AnimaPipeline,
-        library: LoraLibrary,
+        library: LoraLibrary | None = None,
         *,
-        slots: int = 4,
-        rank: int = 64,
+        slots: int = LORA_SLOTS,
+        rank: int = LORA_RANK,
         wake: Callable[[], None] = lambda: None,
     ):
-        self._pipeline, self._library = pipeline, library
+        self._pipeline, self._library = pipeline, library or LoraLibrary()
         self._targets = target_shapes(pipeline.dit_params)
         self._layers = {path: shape[0] for path, shape in self._targets.items()}
         self._names = module_names(self._layers)
@@ -130,7 +140,8 @@ class OrderAdapters:
         self._store = RowStore(self._targets, slots * self.row_pages, pipeline.dtype)
         self._merged = MergedSets(self._merge, wake)
         self._graphdef = attached(pipeline.dit_graphdef, pipeline.dit_params)
-        self._waiting: dict[bool, list[OwnAdapters]] = {True: [], False: []}
+        self._waiting: dict[str, list[OwnAdapters]] = {BY_ROW: [], MERGED: []}
+        self._row_params_of: dict[tuple[OwnAdapters, ...], Params] = {}
 
     def check(self, loras: Loras) -> None:
         """Raise UserError unless the library has these adapters and the weights are numbers in range."""
@@ -155,14 +166,14 @@ class OrderAdapters:
                 if any(own[module] for module in part.patches):
                     found.append((one, {module: own[module] for module in part.patches}))
         pages = sum(one.pages for one, _ in network)
-        pool: Hashable = None
-        if network:
-            by_row = all(one.rank is not None for one, _ in network) and pages <= self.row_pages
-            pool = BY_ROW if by_row else _key(network)
-            for one, _ in network if by_row else ():
+        pool = MERGED if network else None
+        if network and all(one.rank is not None for one, _ in network) and pages <= self.row_pages:
+            pool = BY_ROW
+            for one, _ in network:
                 if one.key not in self._store.pages:
                     self._compute_pages(one)  # here, so that the thread of the devices does not wait for it
-        return OwnAdapters(pool, _key(prompts), tuple(network), tuple(prompts))
+        key = _key(network) if pool == MERGED else None
+        return OwnAdapters(pool, key, _key(prompts), tuple(network), tuple(prompts))
 
     def prompt_params(self, own: OwnAdapters) -> tuple[Params, Params]:
         """Return the parameters of transformer and text encoder with which the image's prompts are encoded."""
@@ -184,13 +195,13 @@ class OrderAdapters:
         """Make room for an image's adapters. Return False if it has to wait: ask again, or call `leave`."""
         if own.pool is None:
             return True
-        waiting = self._waiting[own.pool == BY_ROW]
+        waiting = self._waiting[own.pool]
         if own not in waiting:
             waiting.append(own)
         if waiting[0] is not own:
             return False
         try:
-            has_room = self._take_pages(own) if own.pool == BY_ROW else self._merged.take(own.pool, own)
+            has_room = self._take_pages(own) if own.pool == BY_ROW else self._merged.take(own.merged_key, own)
         except BaseException:
             waiting.remove(own)
             raise
@@ -202,41 +213,65 @@ class OrderAdapters:
         """Give back the room of an image that has entered, or is not going to."""
         if own.pool is None:
             return
-        waiting = self._waiting[own.pool == BY_ROW]
+        waiting = self._waiting[own.pool]
         if own in waiting:
             waiting.remove(own)
         elif own.pool == BY_ROW:
             self._store.release([one.key for one, _ in own.network])
         else:
-            self._merged.release(own.pool)
+            self._merged.release(own.merged_key)
 
-    def network(self, pool: Hashable, rows: Sequence[OwnAdapters | None]) -> tuple[Params, Any]:
-        """Return parameters and structure of the transformer for a batch with these images in its rows.
+    def network(self, pool: str | None, rows: Sequence[OwnAdapters]) -> tuple[Params, Any]:
+        """Return parameters and structure of the transformer for a batch with these adapters in its rows.
 
-        All images have entered and are of the `pool`; None is a row without an image.
+        All images have entered and are of the `pool`; a row without an image has `NO_ADAPTERS`. A single row counts for
+        a batch of any size. For any thread.
         """
-        base = self._pipeline.dit_params
+        base, key = self._pipeline.dit_params, next((own.merged_key for own in rows if own.merged_key), None)
         if pool == BY_ROW:
-            return base | self._store.params | self._row_params(rows), self._graphdef
-        return base if pool is None else self._merged.params(pool), self._pipeline.dit_graphdef
+            return base | self._store.params | self._row_params(tuple(rows)), self._graphdef
+        return self._merged.params(key) if key else base, self._pipeline.dit_graphdef
+
+    def alone(self, own: OwnAdapters) -> AnimaPipeline:
+        """Return a pipeline with all of an image's adapters merged, for images that do not share evaluations."""
+        pipeline = self.encoder(own)
+        if own.network:
+            merged = self._merge(own)
+            of_prompts = {path: value for path, value in pipeline.dit_params.items() if path.startswith(dit.ADAPTER)}
+            pipeline.dit_params = merged | of_prompts
+        return pipeline
+
+    def encoder(self, own: OwnAdapters) -> AnimaPipeline:
+        """Return a pipeline that encodes the prompts of an image. For any thread."""
+        pipeline = copy.copy(self._pipeline)
+        pipeline.dit_params, pipeline.text_encoder_params = self.prompt_params(own)
+        return pipeline
 
     def statistics(self) -> "AdapterStatistics":
         """Return what the adapters take on the devices."""
         waiting = sum(map(len, self._waiting.values()))
         return AdapterStatistics(self._store.size, self._store.used, len(self._store.pages), len(self._merged), waiting)
 
+    def forget(self) -> None:
+        """Forget merged parameters, when the pipeline's own have been replaced. No image has adapters then."""
+        with self._lock:
+            self._prompt_params.clear()
+        self._merged.forget()
+
     def close(self) -> None:
         """End the thread that merges."""
         self._merged.close()
 
-    def _row_params(self, rows: Sequence[OwnAdapters | None]) -> Params:
+    def _row_params(self, rows: tuple[OwnAdapters, ...]) -> Params:
         """Return each row's pages and their weights in every layer."""
+        if rows in self._row_params_of:
+            return self._row_params_of[rows]
         pages_bp = np.zeros((len(rows), self.row_pages), np.int32)
         shape = len(rows), self.row_pages
         scales = {path: np.zeros((n, *shape), np.float32) for path, (n, _, _) in self._targets.items()}
         for row, own in enumerate(rows):
             first = 0
-            for one, weights in own.network if own else ():
+            for one, weights in own.network:
                 own_pages = self._store.pages[one.key]
                 pages_bp[row, first : first + len(own_pages)] = own_pages
                 for module, weight in weights.items():
@@ -246,7 +281,9 @@ class OrderAdapters:
         params: Params = {f"{path}.{WEIGHTS}": values for path, values in scales.items()}
         for path, (n, _, _) in self._targets.items():
             params[f"{path}.{CHOSEN}"] = np.broadcast_to(pages_bp, (n, *shape))
-        return replicate(params)
+        found = jax.tree.map(jnp.asarray, replicate(params))
+        self._row_params_of = dict([*self._row_params_of.items(), (rows, found)][-KEPT_ROWS:])
+        return found
 
     def _adapter(self, name: str) -> ReadAdapter:
         key, whole = self._library.adapter(name)

@@ -23,16 +23,16 @@ from jax.sharding import Mesh
 
 from anima_jax.errors import UserError, plural
 from anima_jax.models.parameters import Params
-from anima_jax.parallel.devices import device_bytes
 from anima_jax.parallel.mesh import standard
 from anima_jax.sampling.callbacks import downsample
 from anima_jax.sampling.images import to_images
 from anima_jax.sampling.packing import grid_of, token_budget
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.program import DEVICE_BYTES
 from anima_jax.sampling.request import ImageRequest, SamplingParams
+from anima_jax.serving.adapters import LORA_RANK, LORA_SLOTS, OrderAdapters
+from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
-from anima_jax.serving.pools import Drawing, Evaluated, Pool
+from anima_jax.serving.pools import Drawing, Evaluated, Pool, release_idle
 from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, draws_alone
 from anima_jax.serving.replacements import Replacements
 from anima_jax.serving.statistics import Compilations, Statistics
@@ -42,8 +42,8 @@ from anima_jax.serving.turns import Turns
 NAME = "anima-engine"
 """What the names of the engine's threads begin with."""
 
-IDLE_SHARE = 8
-"""Pools without images release their arrays if those of all pools take more than this part of a device's memory."""
+AHEAD = 4
+"""Images that are prepared before there is room for them, in slots: at most `slots` with the same adapters."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +52,8 @@ class _Entry:
 
     ticket: Ticket
     alone: bool
-    tokens: int
+    group: tuple[Any, ...]
+    """Token budget and names of adapters."""
     prepared: concurrent.futures.Future[Prepared] | None = None
 
 
@@ -64,7 +65,8 @@ class Engine:
     """Draws orders. Its methods may be called from any thread.
 
     `slots` is the number of images of a pool, `max_waiting` the number of orders that may wait, `library` has the LoRAs
-    and control networks that orders may name, and `mesh` the devices, by default those of the mesh that is set.
+    that orders may name, and `mesh` the devices, by default those of the mesh that is set. `lora_slots` and `lora_rank`
+    are those of `OrderAdapters`.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Engine:
         pipeline: AnimaPipeline,
         *,
         slots: int = 8,
-        library: Any = None,
+        library: LoraLibrary | None = None,
         max_waiting: int = 256,
         mesh: Mesh | None = None,
+        lora_slots: int = LORA_SLOTS,
+        lora_rank: int = LORA_RANK,
     ):
         if slots < 1:
             raise UserError(f"slots {slots}, expected at least 1")
@@ -90,7 +94,9 @@ class Engine:
         self._open: set[Ticket] = set()
         self._waiting: list[_Entry] = []
         self._alone: Ticket | None = None
-        self._prepare = Preparer(pipeline)
+        self._adapters = OrderAdapters(pipeline, library, slots=lora_slots, rank=lora_rank, wake=self._wake.set)
+        self._prepare = Preparer(pipeline, self._adapters)
+        self._programs: dict[Any, dict[str, Any]] = {}
         self._replacements = Replacements(pipeline)
         self._pools: dict[PoolKey, concurrent.futures.Future[Pool]] = {}
         self._pending: collections.deque[tuple[Pool, Evaluated, float]] = collections.deque()
@@ -114,10 +120,9 @@ class Engine:
     def submit(self, order: Order) -> Ticket:
         """Put an order into the queue. Raises UserError if it is invalid, EngineFullError and EngineClosedError."""
         order.check()
-        if order.loras and self.library is None:
-            raise UserError(f"lora '{order.loras[0][0]}': the server has no folder of LoRAs")
+        self._adapters.check(order.loras)
         grid = grid_of(np.array([1, *order.request.latent_size]))
-        alone, tokens = draws_alone(order), token_budget(int(grid.prod()))
+        group = token_budget(int(grid.prod())), *(name for name, _ in order.loras)
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")
@@ -127,7 +132,7 @@ class Engine:
             ticket = Ticket(str(next(self._numbers)), order, self._position_of)
             ticket.subscribe(self._on_change)
             self._open.add(ticket)
-            self._waiting.append(_Entry(ticket, alone, tokens))
+            self._waiting.append(_Entry(ticket, draws_alone(order), group))
         self._wake.set()
         return ticket
 
@@ -168,6 +173,7 @@ class Engine:
         self._thread.join()
         for thread in self._threads.values():
             thread.shutdown()
+        self._adapters.close()
         self._compilations.close()
 
     def statistics(self) -> Statistics:
@@ -244,15 +250,17 @@ class Engine:
 
     def _start_waiting(self) -> None:
         """Prepare orders that wait, and start those for which there is room, the oldest first."""
-        ahead: collections.Counter[int] = collections.Counter()
+        ahead: collections.Counter[tuple[Any, ...]] = collections.Counter()
         with self._changed:
             if self._replacements.apply(int(ticket.id) for ticket in self._open):
                 self._prepare.forget()
+                self._adapters.forget()
             waiting = list(self._waiting)
         for entry in waiting:
             ticket, started = entry.ticket, False
             if ticket.finished:
                 started = True
+                self._forget(entry.prepared)
             elif int(ticket.id) > self._replacements.first:
                 break
             elif entry.alone:
@@ -261,10 +269,10 @@ class Engine:
                     self._alone = ticket
                     self._beside("alone", self._draw_alone, ticket)
             elif entry.prepared is not None:
-                ahead[entry.tokens] += 1
+                ahead[entry.group] += 1
                 started = entry.prepared.done() and self._enter(ticket, entry.prepared)
-            elif ahead[entry.tokens] < self._slots:
-                ahead[entry.tokens] += 1
+            elif ahead[entry.group] < self._slots and ahead.total() < AHEAD * self._slots:
+                ahead[entry.group] += 1
                 entry.prepared = self._beside("prepare", self._prepared, ticket.order)
             if started:
                 with self._changed:
@@ -279,21 +287,23 @@ class Engine:
         try:
             prepared = future.result()
             if prepared.key not in self._pools:
-                self._release_idle()
-                arguments = prepared.key, prepared, self.pipeline, self._slots, self._threads["noise"], self._turns
-                self._pools[prepared.key] = self._beside("compile", Pool, *arguments)
+                release_idle(self._ready_pools())
+                arguments = prepared.key, prepared, self.pipeline, self._adapters, self._slots, self._programs
+                side = self._threads["noise"], self._turns
+                self._pools[prepared.key] = self._beside("compile", Pool, *arguments, *side)
             made = self._pools[prepared.key]
             if not made.done():
                 return False
             if made.exception() is not None:
                 del self._pools[prepared.key]  # for the next order
             pool = made.result()
+            if not (pool.has_room and self._adapters.enter(prepared.adapters)):
+                return False
         except Exception as error:
             ticket.move("failed", error=shown_error(error, ticket))
             return True
-        if not pool.has_room:
-            return False
         if not ticket.move("drawing"):
+            self._forget(future)
             return True
         try:
             with self._turns.take():
@@ -303,13 +313,10 @@ class Engine:
             self._fail(pool, error)
         return True
 
-    def _release_idle(self) -> None:
-        """Release arrays of pools without images if all pools take much memory."""
-        pools = self._ready_pools()
-        limit = (device_bytes(jax.local_devices()[0]) or DEVICE_BYTES) // IDLE_SHARE
-        for pool in sorted(pools, key=lambda pool: pool.last_used):
-            if sum(own.nbytes for own in pools) > limit and not pool.used:
-                pool.reset()
+    def _forget(self, prepared: concurrent.futures.Future[Prepared] | None) -> None:
+        """Give back the room, or the place in the queue for it, of the adapters of an order that enters no slot."""
+        if prepared is not None and prepared.done() and not prepared.exception():
+            self._adapters.leave(prepared.result().adapters)
 
     def _evaluate(self, pool: Pool) -> None:
         """Start an evaluation, and settle those before it, so that the devices always have work."""
@@ -420,7 +427,7 @@ class Engine:
 
         try:
             with self._turns.take():
-                (image,) = self.pipeline.draw(
+                (image,) = self._adapters.alone(self._adapters.read(order.loras)).draw(
                     [order.request], order.params, image=order.image, mask=order.mask, callback=callback
                 )
             ticket.move("done", image=image)

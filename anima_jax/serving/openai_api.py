@@ -277,8 +277,9 @@ def _call(
         update |= {"width": drawn_wh[0], "height": drawn_wh[1]}
     orders = [changed(order) for order in orders_of(body.model_copy(update=update), server)]
     request, params = orders[0].request, orders[0].params
-    for name, _ in orders[0].loras if server.library else ():
-        server.library.lora(name)  # An unknown name is said before a stream begins.
+    if server.library is not None:
+        for name, _ in orders[0].loras:
+            server.library.lora(name)  # An unknown name is said before a stream begins.
     if body.size in (None, "auto"):
         size_wh = request.width, request.height
     if body.stream and body.partial_images:

@@ -8,19 +8,24 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from anima_jax.diffusion.guidance import Variants
+from anima_jax.models import parameters
 from anima_jax.models.dit import CONTEXT_ROWS
+from anima_jax.models.parameters import Params
+from anima_jax.models.quantised import Quantised
+from anima_jax.parallel.devices import device_bytes
 from anima_jax.parallel.mesh import current_mesh, replicas
 from anima_jax.platform import platform
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.program import evaluated_context, keys_fit, modulations
+from anima_jax.sampling.program import DEVICE_BYTES, evaluated_context, keys_fit, modulations
 from anima_jax.serving import slot_program
+from anima_jax.serving.adapters import MERGED, NO_ADAPTERS, OrderAdapters, OwnAdapters
 from anima_jax.serving.preparation import PoolKey, Prepared
 from anima_jax.serving.slot_program import LEVELS, PROMPTS, NewImage, SlotInputs
 from anima_jax.serving.tickets import Ticket
@@ -29,6 +34,9 @@ from anima_jax.serving.turns import Turns
 ROWS = {"cpu": (256, 4)}
 OTHER_ROWS = (8192, 16)
 """Tokens of the network's batch, and its most rows: more make an evaluation of few images slower."""
+
+IDLE_SHARE = 8
+"""Pools without images release their arrays if those of all pools take more than this part of a device's memory."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,36 +79,68 @@ class Evaluated:
 
 
 class Pool:
-    """The slots for one kind of image. Making one compiles its programs; it is used by one thread at a time."""
+    """The slots for one kind of image. It is used by one thread at a time.
 
-    def __init__(self, key: PoolKey, example: Prepared, pipeline: AnimaPipeline, slots: int, side: Any, turns: Turns):
+    Making one compiles its programs, unless `programs` has them already: those of a pool with other adapters or control
+    networks of the same sizes.
+    """
+
+    def __init__(
+        self,
+        key: PoolKey,
+        example: Prepared,
+        pipeline: AnimaPipeline,
+        adapters: OrderAdapters,
+        slots: int,
+        programs: dict[Any, dict[str, Any]],
+        side: Any,
+        turns: Turns,
+    ):
         self.last_used = time.monotonic()
-        self.key, self._pipeline, self._side = key, pipeline, side
+        self.key, self._pipeline, self._adapters, self._side = key, pipeline, adapters, side
         self.drawings: list[Drawing | None] = [None] * slots
         self.rows_at_once = rows_at_once(key.tokens, slots)
         self._lengths = None if key.context <= CONTEXT_ROWS else np.zeros(PROMPTS * slots, np.int32)
         self._as_keys = keys_fit(pipeline.dit_params, PROMPTS * slots, key.context, pipeline.dtype)
+        self._take_networks(example)
         with turns.take():
-            new, levels = self._new(example), self._levels(example, 0)
+            # The example's adapters have no room yet; others have the same sizes.
+            new, levels = self._new(example, NO_ADAPTERS), self._levels(example, 0, NO_ADAPTERS)
         shapes = jax.eval_shape(lambda: (new, levels))
         empty = functools.partial(slot_program.empty, *shapes, slots, key.carried)
-        self._empty = jax.jit(empty).lower().compile()
+        # Merged parameters are those of the transformer in other values.
+        kind = key._replace(adapters=None if key.adapters == MERGED else key.adapters, controls=self._graphdefs)
+        if (known := programs.get(kind)) is None:
+            known = {"empty": jax.jit(empty).lower().compile()}
+        self._empty = known["empty"]
         self._carry: Any
         self._stored: Any
         self._carry, self._stored = self._empty()
         self._silence = jax.numpy.zeros((key.draws, *self._carry.momentum_blc.shape), np.float32)
         slot = np.int32(0)
+        params, graphdef = self._network([NO_ADAPTERS] * slots)
         options = {
-            "graphdef": pipeline.dit_graphdef,
+            "graphdef": graphdef,
+            "network_graphdefs": self._graphdefs,
             "dtype": pipeline.dtype,
             "rows_at_once": self.rows_at_once,
             "zero_context": CONTEXT_ROWS - key.context if key.context < CONTEXT_ROWS else 0,
         }
-        arguments = pipeline.dit_params, self._carry, self._stored, self._inputs([]), self._silence
-        self._evaluate = slot_program.program("evaluate").lower(*arguments, **options).compile()
-        self._enter = slot_program.program("enter").lower(self._carry, self._stored, new, slot).compile()
-        self._put_levels = slot_program.program("put_levels").lower(self._stored.modulations, levels, slot).compile()
-        self._taken = slot_program.program("taken").lower(self._carry.momentum_blc, slot).compile()
+        arguments: dict[str, Any] = {
+            "evaluate": (params, self._carry, self._stored, self._inputs([]), self._silence, self._networks),
+            "enter": (self._carry, self._stored, new, slot),
+            "put_levels": (self._stored.modulations, levels, slot),
+            "taken": (self._carry.momentum_blc, slot),
+        }
+        for name in arguments.keys() - known.keys():
+            own = options if name == "evaluate" else {}
+            known[name] = slot_program.program(name).lower(*arguments[name], **own).compile()
+        programs[kind] = known
+        self._enter, self._put_levels, self._taken = (known[name] for name in ("enter", "put_levels", "taken"))
+        self._evaluate = known["evaluate"]
+        if key.adapters == MERGED and any(isinstance(value, Quantised) for value in params.values()):
+            # Merging dequantises some parameters, which ones depends on the adapters.
+            self._evaluate = functools.partial(slot_program.program("evaluate"), **options)
 
     @property
     def used(self) -> list[Drawing]:
@@ -119,38 +159,45 @@ class Pool:
 
     def reset(self) -> None:
         """Forget all images and release the arrays, which may be lost after an error."""
-        self.drawings = [None] * len(self.drawings)
+        for drawing in self.used:
+            self.leave(drawing)
         self._carry = self._stored = None
+        self._networks = ()
 
     def enter(self, ticket: Ticket, prepared: Prepared) -> Drawing:
         """Put an image into a free slot."""
         self.last_used = time.monotonic()
         if self._carry is None:
             self._carry, self._stored = self._empty()
+            self._take_networks(prepared)
         drawing = Drawing(ticket, prepared, self.drawings.index(None))
+        self.drawings[drawing.slot] = drawing
         if self._lengths is not None and prepared.lengths_p is not None:
             self._lengths[PROMPTS * drawing.slot :][:PROMPTS] = prepared.lengths_p
-        new, slot = self._new(prepared), np.int32(drawing.slot)
+        new, slot = self._new(prepared, prepared.adapters), np.int32(drawing.slot)
         self._carry, self._stored = self._enter(self._carry, self._stored, new, slot)
-        self.drawings[drawing.slot] = drawing
         drawing.noises = self._side.submit(drawing.next_noises)
         return drawing
 
     def leave(self, drawing: Drawing) -> None:
-        """Free the slot of an image, if it still has it."""
+        """Free the slot of an image, and the room of its adapters, if it still has it."""
         if self.drawings[drawing.slot] is drawing:
             self.drawings[drawing.slot] = None
+            self._adapters.leave(drawing.prepared.adapters)
 
     def evaluate(self) -> Evaluated:
         """Start one evaluation of all images. Those for which it is the last one leave their slots."""
         drawings = self.used
         for drawing in drawings:
             if drawing.done % LEVELS == 0:
-                levels, slot = self._levels(drawing.prepared, drawing.done), np.int32(drawing.slot)
+                own = drawing.prepared
+                levels, slot = self._levels(own, drawing.done, own.adapters), np.int32(drawing.slot)
                 put = self._put_levels(self._stored.modulations, levels, slot)
                 self._stored = self._stored._replace(modulations=put)
+        params, _ = self._network([own.prepared.adapters if own else NO_ADAPTERS for own in self.drawings])
+        inputs, noises = self._inputs(drawings), self._noises(drawings)
         self._carry, estimate_blc, finite_b = self._evaluate(
-            self._pipeline.dit_params, self._carry, self._stored, self._inputs(drawings), self._noises(drawings)
+            params, self._carry, self._stored, inputs, noises, self._networks
         )
         points: dict[Drawing, Any] = {}
         for drawing in drawings:
@@ -166,22 +213,34 @@ class Pool:
         """Return the clean estimate (l, c) of an image."""
         return self._taken(evaluated.estimate_blc, np.int32(drawing.slot))
 
-    def _new(self, prepared: Prepared) -> NewImage:
+    def _network(self, rows: Sequence[OwnAdapters]) -> tuple[Params, Any]:
+        """Return parameters and structure of the transformer for a batch with these adapters in its rows."""
+        return self._adapters.network(self.key.adapters, rows)
+
+    def _take_networks(self, prepared: Prepared) -> None:
+        """Take over the control networks of an image."""
+        split = [parameters.split(own.network) for own in prepared.controls]
+        self._graphdefs, self._networks = tuple(one for one, _ in split), tuple(params for _, params in split)
+
+    def _new(self, prepared: Prepared, adapters: OwnAdapters) -> NewImage:
+        params, graphdef = self._network([adapters])
         context = evaluated_context(
-            self._pipeline.dit_params,
+            params,
             prepared.context,
-            graphdef=self._pipeline.dit_graphdef,
+            graphdef=graphdef,
             dtype=self._pipeline.dtype,
             left_out=0,
             rows=self.key.context,
             as_keys=self._as_keys,
         )
-        return NewImage(prepared.start_lc, prepared.inpaint, context)
+        embeddings = tuple(own.embedding_ble[0] for own in prepared.controls)
+        return NewImage(prepared.start_lc, prepared.inpaint, context, embeddings)
 
-    def _levels(self, prepared: Prepared, first: int) -> Any:
+    def _levels(self, prepared: Prepared, first: int, adapters: OwnAdapters) -> Any:
         sigmas_n = prepared.plan.sigmas_n[first : first + LEVELS]
         padded_n = np.pad(sigmas_n, (0, LEVELS - len(sigmas_n)), mode="edge")
-        return modulations(self._pipeline.dit_params, padded_n, graphdef=self._pipeline.dit_graphdef)
+        params, graphdef = self._network([adapters])
+        return modulations(params, padded_n, graphdef=graphdef)
 
     def _noises(self, drawings: Iterable[Drawing]) -> Any:
         """Return the host's noise for the next evaluation."""
@@ -215,6 +274,7 @@ class Pool:
             keys_b3=np.zeros((slots, 3), np.uint32),
             on_device_b=np.zeros(slots, np.bool_),
             lengths_p=self._lengths if self._lengths is None else self._lengths.copy(),
+            strength_xb=np.zeros((len(key.controls), slots), np.float32),
             slot_r=np.zeros(rows, np.int32),
             prompt_r=np.zeros(rows, np.int32),
             negative_b=np.zeros(slots, np.int32),
@@ -235,6 +295,9 @@ class Pool:
             if prepared.noise.keys_b3 is not None:
                 inputs.draw_qb[: prepared.plan.draw_numbers_nq.shape[1], b] = prepared.plan.draw_numbers_nq[n]
                 inputs.keys_b3[b], inputs.on_device_b[b] = prepared.noise.keys_b3[0], True
+            for x, control in enumerate(prepared.controls):
+                is_active = control.end_b[0] < inputs.sigma_b[b] <= control.start_b[0]
+                inputs.strength_xb[x, b] = control.strength_b[0] if is_active else 0.0
             prompts = [PROMPTS * b, PROMPTS * b + 1][0 if prepared.guided_n[n] else 1 :]
             last = used + len(prompts)
             inputs.slot_r[used:last], inputs.prompt_r[used:last] = b, prompts
@@ -253,3 +316,12 @@ def rows_at_once(tokens: int, slots: int) -> int:
         rows *= 2
     devices = replicas(current_mesh().shape)
     return -(-rows // devices) * devices
+
+
+def release_idle(pools: Iterable[Pool]) -> None:
+    """Release arrays of pools without images if those of all pools take much memory."""
+    pools = sorted(pools, key=lambda pool: pool.last_used)
+    limit = (device_bytes(jax.local_devices()[0]) or DEVICE_BYTES) // IDLE_SHARE
+    for pool in pools:
+        if sum(own.nbytes for own in pools) > limit and not pool.used:
+            pool.reset()

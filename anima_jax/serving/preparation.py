@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,15 @@ from anima_jax.diffusion.samplers.plan import SamplerPlan
 from anima_jax.models.dit import CONTEXT_ROWS, OUT_CHANNELS
 from anima_jax.sampling import plans
 from anima_jax.sampling.context import Context, join_contexts
+from anima_jax.sampling.control_networks import ControlInputs, ControlNetworks, network_key
+from anima_jax.sampling.controls import Control
 from anima_jax.sampling.evaluation import InpaintMask
 from anima_jax.sampling.images import latent_mask, mask_values, to_pixels
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.packing import TokenPacking
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.program import SHORT_CONTEXT, used_rows
+from anima_jax.serving.adapters import OrderAdapters, OwnAdapters
 from anima_jax.serving.orders import Order
 
 CACHE_BYTES = 2**28
@@ -37,6 +41,10 @@ class PoolKey(NamedTuple):
     carried: int
     draws: int
     """Noise arrays of an evaluation."""
+    adapters: str | None = None
+    """`OwnAdapters.pool` of the images."""
+    controls: tuple[Any, ...] = ()
+    """Keys of the control networks that steer the images, in order."""
 
 
 @dataclasses.dataclass
@@ -64,6 +72,9 @@ class Prepared:
     original: np.ndarray
     mask: np.ndarray | None
     redrawn: np.ndarray | None
+    adapters: OwnAdapters
+    controls: tuple[ControlInputs, ...]
+    """The control networks with their embeddings (1, l, e), strengths and levels."""
 
     def latents(self, point_lc: np.ndarray) -> np.ndarray:
         """Return the clean latents (t, y, x, c) after the last evaluation."""
@@ -79,8 +90,7 @@ def draws_alone(order: Order) -> bool:
     """
     request, params = order.request, order.params
     return bool(
-        request.controls
-        or request.references
+        request.references
         or request.regions
         or params.step_cache
         or params.denoise == 0
@@ -92,9 +102,10 @@ def draws_alone(order: Order) -> bool:
 class Preparer:
     """Prepares orders for the slots of a pipeline. It is used by one thread."""
 
-    def __init__(self, pipeline: AnimaPipeline, cache_bytes: int = CACHE_BYTES):
-        self._pipeline, self._cache_bytes = pipeline, cache_bytes
-        self._contexts: collections.OrderedDict[str, tuple[Context, int]] = collections.OrderedDict()
+    def __init__(self, pipeline: AnimaPipeline, adapters: OrderAdapters, cache_bytes: int = CACHE_BYTES):
+        self._pipeline, self._adapters, self._cache_bytes = pipeline, adapters, cache_bytes
+        self._contexts: collections.OrderedDict[Any, tuple[Context, int]] = collections.OrderedDict()
+        self._controls = ControlNetworks(pipeline.config, pipeline.dtype)
 
     def __call__(self, order: Order) -> Prepared:
         """Return the prepared order. Raises UserError for what only shows here, such as a sampler's options."""
@@ -104,7 +115,9 @@ class Preparer:
         plan = plans.plan_of(params, sigmas, noise_on_device=noise.keys_b3 is not None)
         scale_n = plans.scale_of(params, plan.sigmas_n)
         guided_n = (scale_n != 1.0) | plan.both
-        context, rows = self._context(params.negative_prompt if guided_n.any() else request.prompt, request.prompt)
+        own = self._adapters.read(order.loras)
+        prompts = params.negative_prompt if guided_n.any() else request.prompt, request.prompt
+        context, rows = self._context(own, prompts)
         redrawn = None if order.mask is None else mask_values(order.mask)
         mask = None if redrawn is None else latent_mask(redrawn)
         original = np.zeros((1, *request.latent_size, OUT_CHANNELS), np.float32)
@@ -116,7 +129,10 @@ class Preparer:
         if mask is not None:
             kept = [np.broadcast_to(mask, original.shape), original, noise.outside_mask[0]]
         _, carried, _ = plan.factors_nkj.shape
-        key = PoolKey(packing.length, rows, _class(carried, CARRIED), _class(plan.draw_numbers_nq.shape[1], 1))
+        draws = _class(plan.draw_numbers_nq.shape[1], 1)
+        networks = tuple(map(network_key, request.controls))
+        key = PoolKey(packing.length, rows, _class(carried, CARRIED), draws, own.pool, networks)
+        controls = self._steering(request.controls, packing, params.shift)
         return Prepared(
             order,
             key,
@@ -136,22 +152,31 @@ class Preparer:
             original,
             mask,
             redrawn,
+            own,
+            controls,
         )
 
     def forget(self) -> None:
         """Forget the context rows of all prompts, which other parameters of the transformer make invalid."""
         self._contexts.clear()
 
-    def _context(self, *prompts: str) -> tuple[Context, int]:
-        """Return the context of prompts, and how many of its rows are stored."""
+    def _steering(self, controls: Sequence[Control], packing: TokenPacking, shift: float) -> tuple[ControlInputs, ...]:
+        """Return the control networks of an image; strengths and levels are on the host."""
+        found = self._controls.inputs([controls], packing.size_b3, packing.length, shift) if controls else ()
+        return tuple(ControlInputs(*own[:2], *map(np.asarray, own[2:])) for own in found)
+
+    def _context(self, own: OwnAdapters, prompts: Iterable[str]) -> tuple[Context, int]:
+        """Return the context of an image's prompts, and how many of its rows are stored."""
+        encoder = self._adapters.encoder(own)
         contexts: list[Context] = []
         most = 0
         for prompt in prompts:
-            if prompt not in self._contexts:
-                context = self._pipeline.encode([prompt])
-                self._contexts[prompt] = context, int(used_rows(context.rows_bnd))
-            self._contexts.move_to_end(prompt)
-            context, used = self._contexts[prompt]
+            key = prompt, own.prompts_key
+            if key not in self._contexts:
+                context = encoder.encode([prompt])
+                self._contexts[key] = context, int(used_rows(context.rows_bnd))
+            self._contexts.move_to_end(key)
+            context, used = self._contexts[key]
             contexts.append(context)
             most = max(most, used)
         while len(self._contexts) > 1 and self._cached_bytes() > self._cache_bytes:

@@ -6,11 +6,13 @@ with guidance has two, of its negative prompt and its prompt, one without has on
 rows at a time, as often as there are rows: so the program is the same however many images there are, no row is computed
 for an empty slot, and an image's arithmetic depends neither on its slot nor on the other images.
 Axes: b slots, r rows, l image tokens, c the 64 values of a token, k carried arrays, j inputs of a step, q noise arrays,
-p prompts (two of each slot, the negative one first), n context rows, d features.
+p prompts (two of each slot, the negative one first), n context rows, d features, x control networks, e width of their
+embeddings.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from anima_jax.adapters.rows import with_rows
 from anima_jax.compiler import compiler_options
 from anima_jax.diffusion import samplers
 from anima_jax.diffusion.guidance import Variants
 from anima_jax.diffusion.samplers import StepInputs
 from anima_jax.models.constraints import constrain
+from anima_jax.models.control import ControlNetwork
 from anima_jax.models.dit_inputs import Modulations
 from anima_jax.models.parameters import Params, merge
 from anima_jax.sampling.context import Context
@@ -45,6 +49,8 @@ class Stored(NamedTuple):
     """Keys and values, or context rows, of the prompts; their lengths come with each evaluation."""
     modulations: Modulations
     """AdaLN values of `LEVELS` levels of each slot, one slot after the other."""
+    embeddings: tuple[Array, ...]
+    """What the control networks made of each slot's picture, (b, l, e)."""
 
 
 class SlotInputs(NamedTuple):
@@ -65,6 +71,8 @@ class SlotInputs(NamedTuple):
     keys_b3: Any
     on_device_b: Any
     lengths_p: Any
+    strength_xb: Any
+    """Strengths of the control networks x, 0 where one does not act."""
     slot_r: Any
     prompt_r: Any
     negative_b: Any
@@ -75,11 +83,12 @@ class SlotInputs(NamedTuple):
 
 
 class NewImage(NamedTuple):
-    """What an image brings into its slot: the point from which it starts, its mask, and its prompts."""
+    """What an image brings into its slot: the point from which it starts, its mask, prompts and control pictures."""
 
     start_lc: Any
     inpaint: InpaintMask
     context: Context
+    embeddings: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,7 @@ class SlotDenoiser(Denoiser):
 
     inputs: SlotInputs
     stored: Stored
+    networks: Sequence[ControlNetwork]
     rows_at_once: int
 
     def velocities(self, x_blc: Array, step: StepInputs, level: Modulations, **more: Any) -> Array:
@@ -102,7 +112,8 @@ class SlotDenoiser(Denoiser):
                 jax.lax.dynamic_slice_in_dim(row, first, self.rows_at_once) for row in (inputs.slot_r, inputs.prompt_r)
             )
             level_r = slot_r * LEVELS + inputs.number_b[slot_r] % LEVELS
-            own_rlc = self.model.velocity(
+            steering = zip(self.networks, self.stored.embeddings, inputs.strength_xb, strict=True)
+            own_rlc = with_rows(self.model, slot_r).velocity(
                 x_blc[slot_r],
                 grid_b3[slot_r],
                 level.of_examples(level_r),
@@ -110,6 +121,7 @@ class SlotDenoiser(Denoiser):
                 prompt_b=prompt_r,
                 context_lengths_b=None if lengths_p is None else lengths_p[prompt_r],
                 remat="none",
+                controls=[(network, own[slot_r], strength_b[slot_r]) for network, own, strength_b in steering],
                 **self.options,
                 **more,
             )
@@ -126,15 +138,18 @@ def evaluate(
     stored: Stored,
     inputs: SlotInputs,
     noises_qblc: Array,
+    networks: tuple[Params, ...],
     *,
     graphdef: nnx.GraphDef[Any],
+    network_graphdefs: tuple[nnx.GraphDef[Any], ...],
     dtype: Any,
     rows_at_once: int,
     zero_context: int,
 ) -> tuple[Carry, Array, Array]:
     """Run one evaluation of each slot. Return what it passes on, the clean estimates, and which slots are finite.
 
-    `noises_qblc` are those that the host has drawn. `zero_context` is the number of zero rows after the context's.
+    `noises_qblc` are those that the host has drawn, `networks` the parameters of the control networks. `zero_context`
+    is the number of zero rows after the context's.
     """
 
     def of_images(value_b: Any) -> Array:
@@ -144,7 +159,9 @@ def evaluate(
         inputs.size_b3, stored.context, jax.tree.map(of_images, inputs.variants), stored.inpaint, inputs.keys_b3
     )
     options = {"padded": True, "zero_context": zero_context}
-    denoiser = SlotDenoiser(merge(graphdef, params), shared, True, dtype, options, inputs, stored, rows_at_once)
+    controls = [merge(one, own) for one, own in zip(network_graphdefs, networks, strict=True)]
+    own = inputs, stored, controls, rows_at_once
+    denoiser = SlotDenoiser(merge(graphdef, params), shared, True, dtype, options, *own)
     guided = GuidanceInputs(of_images(inputs.scale_b), of_images(inputs.restart_b), inputs.number_b)
     noises = list(zip(noises_qblc, inputs.draw_qb, strict=True))
     step = StepInputs(of_images(inputs.sigma_b), of_images(inputs.factors_kjb), noises, guided)
@@ -178,7 +195,8 @@ def empty(new: NewImage, levels: Modulations, slots: int, carried: int) -> tuple
     image_blc = jnp.zeros((slots, *new.start_lc.shape), jnp.float32)
     context = jax.tree.map(lambda own: zeros(own, int(len(own.shape) == 5)), new.context)
     blocks = tuple(zeros(own, 1) for own in levels.blocks)
-    stored = Stored(InpaintMask(*[image_blc] * 3), context, Modulations(blocks, zeros(levels.final)))
+    embeddings = tuple(jnp.zeros((slots, *own.shape), own.dtype) for own in new.embeddings)
+    stored = Stored(InpaintMask(*[image_blc] * 3), context, Modulations(blocks, zeros(levels.final)), embeddings)
     return with_shardings(Carry([image_blc] * carried, image_blc)), placed(stored)
 
 
@@ -193,8 +211,9 @@ def enter(carry: Carry, stored: Stored, new: NewImage, slot: Array) -> tuple[Car
     inpaint = InpaintMask(*(put(array, own[None]) for array, own in zip(stored.inpaint, new.inpaint, strict=True)))
     # Keys and values have an axis of layers before that of prompts.
     context = jax.tree.map(lambda array, own: put(array, own, int(array.ndim == 5)), stored.context, new.context)
-    carry, stored = Carry(arrays, put(carry.momentum_blc, zeros_1lc)), stored._replace(inpaint=inpaint, context=context)
-    return with_shardings(carry), placed(stored)
+    embeddings = tuple(put(array, own[None]) for array, own in zip(stored.embeddings, new.embeddings, strict=True))
+    stored = stored._replace(inpaint=inpaint, context=context, embeddings=embeddings)
+    return with_shardings(Carry(arrays, put(carry.momentum_blc, zeros_1lc))), placed(stored)
 
 
 def placed(stored: Stored) -> Stored:
@@ -221,7 +240,7 @@ _PROGRAMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluate": (
         evaluate,
         {
-            "static_argnames": ("graphdef", "dtype", "rows_at_once", "zero_context"),
+            "static_argnames": ("graphdef", "network_graphdefs", "dtype", "rows_at_once", "zero_context"),
             "donate_argnames": ("carry",),
         },
     ),

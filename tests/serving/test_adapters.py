@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from anima_jax import AnimaPipeline, UserError
 from anima_jax.models import parameters
-from anima_jax.serving.adapters import BY_ROW, OrderAdapters
+from anima_jax.serving.adapters import BY_ROW, MERGED, NO_ADAPTERS, OrderAdapters
 from anima_jax.serving.lora_library import LoraLibrary
 from tests.models.networks import normal, quick_jit
 from tests.small_run import ASSETS, write_transformer
@@ -61,11 +61,12 @@ def adapters(pipeline, folder, **options):
 def test_the_order_alone_says_which_images_share_a_batch(pipeline, folder):
     own = adapters(pipeline, folder, rank=16)
     pools = {name: own.read([(name, 0.5)]) for name in ("style", "light", "words", "dora", "wide")}
-    assert [pools[name].pool for name in ("style", "light", "words")] == [BY_ROW, BY_ROW, None]
+    assert [one.pool for one in pools.values()] == [BY_ROW, BY_ROW, None, MERGED, MERGED]
     assert own.read([("style", 0.0), ("words", 0)]).pool is None
     assert own.read([("style", 1.0), ("light", 1.0)]).pool == BY_ROW
-    assert own.read([("style", 1.0), ("light", 1.0), ("style", 0.1)]).pool not in (None, BY_ROW)  # 3 pages of 2
-    assert pools["dora"].pool == own.read([("dora", 0.5), ("words", 1)]).pool != own.read([("dora", 0.6)]).pool
+    assert own.read([("style", 1.0), ("light", 1.0), ("style", 0.1)]).pool == MERGED  # 3 pages, of 2
+    sets = [own.read(loras).merged_key for loras in ([("dora", 0.5), ("words", 1)], [("dora", 0.6)])]
+    assert pools["dora"].merged_key == sets[0] != sets[1]
     assert pools["style"].prompts_key == () != pools["words"].prompts_key
     for loras, message in (
         ([("styel", 1.0)], r"lora 'styel': there is none of this name \(did you mean 'style'\?\)"),
@@ -122,7 +123,7 @@ def test_rows_have_the_values_of_merged_weights(pipeline, folder):
     both, one = own.read([("style", 0.8), ("light", -1.5)]), own.read([("light", {"blocks.1.cross_attn": 0.5})])
     assert own.enter(both)
     assert own.enter(one)
-    params, graphdef = own.network(BY_ROW, [one, None, both])
+    params, graphdef = own.network(BY_ROW, [one, NO_ADAPTERS, both])
     x, times, rows = jnp.asarray(normal(3, 8, 64)), jnp.asarray([0.2, 0.5, 0.9]), jnp.asarray(normal(3, 4, 32, seed=1))
 
     def velocity(graphdef):
