@@ -51,7 +51,16 @@ from anima_jax.serving.openai_bodies import (
 )
 from anima_jax.serving.orders import Order
 from anima_jax.serving.pictures import converted, decode_picture
-from anima_jax.serving.routes import NotFoundError, api_route, finished_or_gone, read_form, read_json, read_model
+from anima_jax.serving.routes import (
+    STILL_HERE,
+    NotFoundError,
+    api_route,
+    events_or_silence,
+    finished_or_gone,
+    read_form,
+    read_json,
+    read_model,
+)
 from anima_jax.serving.server import Server, server_of
 
 PATCH = 16
@@ -325,23 +334,29 @@ async def _events(server: Server, job: Job, call: _Call) -> AsyncIterator[str]:
     """Yield partial images and then the images, as server-sent events; the job is cancelled if nobody listens."""
     shown = dict.fromkeys(range(job.count), 0)
     about = call.described()
+    heartbeat = server.config.heartbeat
     try:
-        async for name, data in job.events():
-            if name == "preview" and shown[data["image"]] < (call.body.partial_images or 0):
-                file = await asyncio.to_thread(_partial, data["data"], call, server)
-                yield _event(
-                    f"{call.kind}.partial_image",
-                    {**about, "b64_json": file, "partial_image_index": shown[data["image"]]},
-                )
-                shown[data["image"]] += 1
-            elif name == "done":
-                user = call.body.safety_identifier or call.body.user
-                for image in data["images"]:
-                    file = await asyncio.to_thread(_base64, server, image, call)
-                    one = {**about, "b64_json": file, "usage": call.usage.model_dump(), "safety_identifier": user}
-                    yield _event(f"{call.kind}.completed", one)
-            elif name in ("failed", "cancelled"):
-                yield _event("error", openai_error(500, data.get("error") or "the job was cancelled"))
+        async with contextlib.aclosing(events_or_silence(job, heartbeat)) as events:
+            async for event in events:
+                if event is None:
+                    yield STILL_HERE
+                    continue
+                name, data = event
+                if name == "preview" and shown[data["image"]] < (call.body.partial_images or 0):
+                    file = await asyncio.to_thread(_partial, data["data"], call, server)
+                    yield _event(
+                        f"{call.kind}.partial_image",
+                        {**about, "b64_json": file, "partial_image_index": shown[data["image"]]},
+                    )
+                    shown[data["image"]] += 1
+                elif name == "done":
+                    user = call.body.safety_identifier or call.body.user
+                    for image in data["images"]:
+                        file = await asyncio.to_thread(_base64, server, image, call)
+                        one = {**about, "b64_json": file, "usage": call.usage.model_dump(), "safety_identifier": user}
+                        yield _event(f"{call.kind}.completed", one)
+                elif name in ("failed", "cancelled"):
+                    yield _event("error", openai_error(500, data.get("error") or "the job was cancelled"))
     except UserError as error:
         yield _event("error", openai_error(500, error_line(error)))
     finally:

@@ -26,12 +26,14 @@ from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.gallery import GalleryImage
 from anima_jax.serving.job_body import Inputs, JobBody, orders_of, settings_of
-from anima_jax.serving.jobs import Event, Job, JobState, error_line
+from anima_jax.serving.jobs import Job, JobState, error_line
 from anima_jax.serving.pictures import decode_picture
 from anima_jax.serving.routes import (
+    STILL_HERE,
     MediaTypeError,
     NotFoundError,
     api_route,
+    events_or_silence,
     finished_or_gone,
     read_body,
     read_form,
@@ -250,30 +252,15 @@ async def job_events(request: Request) -> Response:
 
 async def stream(job: Job, heartbeat: float) -> AsyncGenerator[str]:
     """Yield a job's events as server-sent ones, and a comment after each `heartbeat` seconds without any."""
-    async with contextlib.aclosing(job.events()) as events:
-        pending = asyncio.ensure_future(following(events))
-        try:
-            yield "retry: 2000\n\n"
-            while True:
-                done, _ = await asyncio.wait([pending], timeout=heartbeat)
-                if not done:
-                    yield ": still here\n\n"
-                    continue
-                if (event := pending.result()) is None:
-                    return
-                name, data = event
-                shown = {"images": [link(image) for image in data["images"]]} if name == "done" else data
-                yield f"event: {name}\ndata: {json.dumps(shown, allow_nan=False)}\n\n"
-                pending = asyncio.ensure_future(following(events))
-        finally:
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await pending
-
-
-async def following(events: AsyncGenerator[Event]) -> Event | None:
-    """Return the next event, or None after the last one."""
-    return await anext(events, None)
+    yield "retry: 2000\n\n"
+    async with contextlib.aclosing(events_or_silence(job, heartbeat)) as events:
+        async for event in events:
+            if event is None:
+                yield STILL_HERE
+                continue
+            name, data = event
+            shown = {"images": [link(image) for image in data["images"]]} if name == "done" else data
+            yield f"event: {name}\ndata: {json.dumps(shown, allow_nan=False)}\n\n"
 
 
 async def gallery(request: Request, query: PageQuery) -> GalleryPage:

@@ -5,10 +5,11 @@ returns a model of pydantic's or a response, and raises UserError.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +25,7 @@ from anima_jax.errors import UserError, did_you_mean, show_value
 from anima_jax.serving.caption_edits import CaptionConflictError
 from anima_jax.serving.engine import EngineClosedError, EngineFullError
 from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.jobs import Job, JobCancelledError, UnavailableError, error_line, reported
+from anima_jax.serving.jobs import Event, Job, JobCancelledError, UnavailableError, error_line, reported
 from anima_jax.serving.limits import TooLargeError
 from anima_jax.serving.server import server_of
 
@@ -297,6 +298,34 @@ async def finished_or_gone(request: Request, job: Job) -> list[GalleryImage]:
         job.cancel()  # which changes nothing if it is finished
         for task in waiting:
             task.cancel()
+
+
+STILL_HERE = ": still here\n\n"
+"""A server-sent comment."""
+
+
+async def events_or_silence(job: Job, heartbeat: float) -> AsyncGenerator[Event | None]:
+    """Yield a job's events, and None after each `heartbeat` seconds without any."""
+
+    async def following() -> Event | None:
+        return await anext(events, None)
+
+    async with contextlib.aclosing(job.events()) as events:
+        pending = asyncio.ensure_future(following())
+        try:
+            while True:
+                done, _ = await asyncio.wait([pending], timeout=heartbeat)
+                if not done:
+                    yield None
+                    continue
+                if (event := pending.result()) is None:
+                    return
+                yield event
+                pending = asyncio.ensure_future(following())
+        finally:
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await pending
 
 
 def shape_of(path: str, routes: Iterable[Any]) -> ErrorShape:

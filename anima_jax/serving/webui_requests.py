@@ -206,14 +206,15 @@ class Reader:
     def _controls(self, body: WebuiRequest, size_wh: tuple[int, int], image: Image.Image | None) -> tuple[Control, ...]:
         found: list[Control] = []
         for name, script in body.alwayson_scripts.items():
-            arguments = script.get("args", ()) if isinstance(script, Mapping) else ()
-            if name.casefold() == "controlnet" and isinstance(arguments, list | tuple):
+            given: Any = script.get("args") if isinstance(script, Mapping) else None
+            arguments: list[Any] = given if isinstance(given, list) else [given]
+            if name.casefold() == "controlnet":
                 found += [
                     self._control(unit, f"alwayson_scripts.{name}.args[{index}]", size_wh, image)
                     for index, unit in enumerate(arguments)
                     if _is_on(unit)
                 ]
-            elif arguments and arguments[0] not in (False, None, "", {}):
+            elif arguments and arguments[0] not in (False, None, "", {}, []):
                 raise UserError(f"always on script {show_value(name)} not found")
         return tuple(found)
 
@@ -288,7 +289,7 @@ def _sampler_and_schedule(sampler: str | None, schedule: str | None) -> dict[str
 def _is_on(unit: Any) -> bool:
     """Return whether a unit of ControlNet asks for something. Raises UserError for one that is no object."""
     if not isinstance(unit, Mapping):
-        if unit in (None, False, ""):
+        if unit in (None, False, "", []):
             return False
         raise UserError(f"alwayson_scripts: a unit of ControlNet is {show_value(unit)}, expected an object")
     module = str(unit.get("module") or "none").casefold()
