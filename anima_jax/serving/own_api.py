@@ -323,11 +323,14 @@ async def read_settings(request: Request) -> SettingsAnswer:
 
 
 def settings_in(data: bytes, server: Server) -> SettingsAnswer:
-    """Return the settings that a picture's texts have. Raises UserError if it has none, or cannot be read."""
+    """Return the settings of a picture's texts; what they do not say is as everywhere, not as this server is set up.
+
+    Raises UserError if it has none, or cannot be read.
+    """
     image = decode_picture(data, "the picture", server.limits)
     recipe = from_text("the picture", read_text(image))
     sizes = {name: max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for name, side in zip(SIZE, image.size, strict=True)}
-    notes, values = list(recipe.messages), sizes | recipe.values
+    notes, values = list(recipe.messages), dataclasses.asdict(SamplingParams()) | sizes | recipe.values
     for what, given in (("regions", recipe.regions), ("controls", recipe.controls), ("references", recipe.references)):
         if given:
             notes.append(f"its {what} are pictures that are not in it: give them again")

@@ -54,6 +54,7 @@ export async function mount(element, api) {
 
   async function draw() {
     form.clearErrors();
+    if (!form.check()) return;
     try {
       const body = { ...form.read(), ...(await start.request()), ...(await control.request()) };
       body.preview_every = Math.max(1, Math.round((body.steps || PREVIEWS) / PREVIEWS));

@@ -201,7 +201,7 @@ function section(title, note, ...children) {
 
 /**
  * Make the form. `start` and `control` are the elements of start image and control pictures, each {element, note()}.
- * Returns {element, read(), write(settings), showError(text), clearErrors(), onchange}.
+ * Returns {element, problem, batch, read(), write(settings), check(), showError(text), clearErrors(), refresh(), setSize(w, h), loras}.
  */
 export function createForm(models, { start, control, onchange, onReuse }) {
   const names = (rows) => rows.map((row) => row.name ?? row);
@@ -336,6 +336,14 @@ export function createForm(models, { start, control, onchange, onReuse }) {
     onchange(read());
   }
 
+  /** Show which numbers cannot be read, and return whether all can. */
+  function check() {
+    const bad = Object.values(settings).find((setting) => setting.control.validity?.badInput);
+    bad?.setError("Expected a number");
+    bad?.control.focus();
+    return !bad;
+  }
+
   function clearErrors() {
     for (const setting of Object.values(settings)) setting.setError("");
     problem.hidden = true;
@@ -365,5 +373,5 @@ export function createForm(models, { start, control, onchange, onReuse }) {
     changed();
   });
   element.addEventListener("change", () => changed());
-  return { element, problem, batch: main.batch_size, read, write, showError, clearErrors, refresh: show, setSize: (w, tall) => write({ width: w, height: tall }), loras };
+  return { element, problem, batch: main.batch_size, read, write, check, showError, clearErrors, refresh: show, setSize: (w, tall) => write({ width: w, height: tall }), loras };
 }
