@@ -5,6 +5,7 @@ and that the page sent requests to its own server only.
 """
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -268,10 +269,9 @@ def test_the_page_asks_for_the_key_and_shows_pictures_with_it(visit, engine):
         page.get_by_role("textbox", name="API key").fill("secret word")
         page.get_by_role("button", name="Use key").click()
         draw(page, "behind a key")
-        loaded = "image => image.complete && image.naturalWidth"
-        assert finished(page).first.get_attribute("src").startswith("blob:")
-        expect(page.locator(".gallery img").first).to_be_visible()
-        assert page.locator(".tiles .open img").first.evaluate(loaded) == 32
+        for picture in (finished(page).first, page.locator(".gallery img").first):
+            expect(picture).to_have_attribute("src", re.compile("^blob:"))
+            assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
 
 
 def focus(page: Page) -> dict[str, Any]:
