@@ -167,6 +167,11 @@ class DuplicateSearch:
             self._thread.start()
         return False
 
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the search that is under way."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout)
+
     def _search(self, pictures: Sequence[tuple[str, bytes, Media]], wanted: list[tuple[str, bytes]]) -> None:
         damaged, looks = dict[str, str](), dict[tuple[str, bytes], Look | None]()
         for name, digest, media in pictures:
