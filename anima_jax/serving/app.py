@@ -1,6 +1,8 @@
 """The application: all APIs and the page, behind the guards."""
 
+import functools
 import pathlib
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,7 +16,7 @@ from anima_jax.serving import dataset_api, openai_api, own_api, run_api, webui_a
 from anima_jax.serving.dataset_shown import ShownDataset
 from anima_jax.serving.dataset_view import DatasetView
 from anima_jax.serving.engine import Engine
-from anima_jax.serving.guards import BodyTimeout, Guards
+from anima_jax.serving.guards import Guards
 from anima_jax.serving.metrics import Measured, ServerMetrics
 from anima_jax.serving.openapi import openapi_document
 from anima_jax.serving.routes import api_route, matching, operations, shape_of
@@ -33,7 +35,11 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def show_document(request: Request) -> Response:
-        return JSONResponse(openapi_document(routes, with_key=server.config.api_key is not None))
+        return JSONResponse(document())
+
+    @functools.cache
+    def document() -> dict[str, Any]:
+        return openapi_document(routes, with_key=server.config.api_key is not None)
 
     routes: list[BaseRoute] = [
         *own_api.routes(),
@@ -49,7 +55,6 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         routes=routes,
         middleware=[
             Middleware(Measured, metrics=metrics, routes=routes),
-            Middleware(BodyTimeout, config=server.config),
             Middleware(Guards, config=server.config, routes=routes),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unexpected},

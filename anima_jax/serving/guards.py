@@ -5,13 +5,11 @@ answers only to names of this machine (a name of the attacker's could resolve to
 changes something must not come from a page of another origin.
 """
 
-import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anima_jax.serving.routes import ApiRoute, matching, plain_error, shape_of
+from anima_jax.serving.routes import ApiRoute, matching, shape_of
 from anima_jax.serving.server import ServerConfig
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -38,10 +36,6 @@ POLICY = "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-
 """What a browser lets the page do: it loads nothing from other machines."""
 
 
-class SlowBodyError(ConnectionError):
-    """A client that does not send the body that it has announced."""
-
-
 class Guards:
     """ASGI middleware that refuses requests from where they should not come, and those without the key.
 
@@ -56,7 +50,7 @@ class Guards:
             "Referrer-Policy": "same-origin",
             "Content-Security-Policy": f"{POLICY}; frame-ancestors {ancestors}",
         }
-        self._key = None if config.api_key is None else _digest(config.api_key)
+        self._key = None if config.api_key is None else _digest(config.api_key.encode("utf-8", "surrogateescape"))
         own = {_host_name(config.host), *map(str.lower, config.hosts)}
         self._names = own | LOCAL_NAMES if config.is_local else None
 
@@ -121,60 +115,23 @@ def _host_name(host: str) -> str:
         return ""
 
 
-def _given_keys(headers: Headers) -> list[str]:
+def _given_keys(headers: Headers) -> list[bytes]:
     """Return what a client may have given as the key: a bearer token, or the password of basic authentication."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
+    given = value.strip().encode("latin-1")
     if scheme.lower() == "bearer":
-        return [value.strip()]
+        return [given]
     if scheme.lower() != "basic":
         return []
     try:
-        pair = base64.b64decode(value.strip(), validate=True).decode()
+        pair = base64.b64decode(given, validate=True)
     except (binascii.Error, ValueError):
         return []
-    return [pair, pair.partition(":")[2]]
+    return [pair, pair.partition(b":")[2]]
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-
-
-class BodyTimeout:
-    """ASGI middleware that answers a client whose body does not arrive in time. What clients do not take,
-    `serving.http_server` ends."""
-
-    def __init__(self, app: ASGIApp, config: ServerConfig):
-        self._app, self._limits = app, config.limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, has_more, started = time.monotonic(), True, False
-
-        async def receive_in_time() -> Message:
-            nonlocal has_more
-            if not has_more:  # what comes is a disconnection, which may take as long as it likes
-                return await receive()
-            left = begun + self._limits.body_timeout - time.monotonic()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, min(left, self._limits.read_timeout)))
-            except TimeoutError:
-                raise SlowBodyError from None
-            has_more = message.get("more_body", False)
-            return message
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive_in_time, send_and_note)
-        except SlowBodyError:
-            if not started:
-                error = plain_error(408, "the request did not arrive in time")
-                await _refuse(send, 408, error, {"Connection": "close"})
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 async def _refuse(send: Send, status: int, error: dict[str, Any], headers: dict[str, str]) -> None:

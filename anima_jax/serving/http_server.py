@@ -53,7 +53,7 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
         def handle_events(self) -> None:
             super().handle_events()
             if self.cycle and not self.cycle.response_complete:
-                self._stop_waiting()
+                _cancel(self._headers_due)
 
         def on_response_complete(self) -> None:
             self._await_headers()
@@ -65,23 +65,23 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._reader_due is not None:
-                self._reader_due.cancel()
+            _cancel(self._reader_due)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
+            _cancel(self._headers_due)
+            _cancel(self._reader_due)
             super().connection_lost(exc)
 
         def _await_headers(self) -> None:
-            self._stop_waiting()
+            _cancel(self._headers_due)
             self._headers_due = self.loop.call_later(limits.read_timeout, self.transport.abort)
 
-        def _stop_waiting(self) -> None:
-            for timer in (self._headers_due, self._reader_due):
-                if timer is not None:
-                    timer.cancel()
-
     return LimitedProtocol
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class HttpServer(uvicorn.Server):

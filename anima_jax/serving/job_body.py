@@ -1,7 +1,7 @@
 """The body of `POST /api/jobs`: every setting of an image by its name in `ImageRequest` and `SamplingParams`."""
 
 import dataclasses
-import math
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Optional, get_type_hints
@@ -13,6 +13,8 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.errors import UserError, show_value
 from anima_jax.sampling.controls import Control
+from anima_jax.sampling.exif import encodable
+from anima_jax.sampling.recipe import quoted
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.regions import MAX_STRENGTH, Area, Region
 from anima_jax.sampling.request import (
@@ -176,7 +178,7 @@ def fitted(part: Image.Image | None, request: ImageRequest) -> Image.Image | Non
 
 def _check_size(request: ImageRequest, server: Server) -> None:
     """Raise UserError for a size or a batch that is not allowed: before pictures are scaled to it."""
-    server.limits.check([Order(request, SamplingParams())])
+    server.limits.check([Order(request, SamplingParams(steps=1))])
     request.check()
 
 
@@ -211,13 +213,26 @@ def _area(numbers: tuple[float, float, float, float] | None) -> Area | None:
     return None if numbers is None else Area(*numbers)
 
 
-def settings_of(values: Mapping[str, Any], loras: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return settings for `JobBody` from those of a recipe: what JSON can hold, and no field that it does not have."""
-    found = {name: value for name, value in values.items() if name in JobBody.model_fields and _is_plain(value)}
-    if loras:
-        found["loras"] = [{"name": name, "weight": weight} for name, weight in loras]
-    return found
+def settings_of(values: Mapping[str, Any], loras: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Return those settings of a recipe that a job may have, and a line for each that it may not.
+
+    A stranger may have written them: numbers out of range, unknown names, half of a surrogate pair.
+    """
+    given = {name: value for name, value in values.items() if name in JobBody.model_fields}
+    given |= {"loras": [{"name": name, "weight": weight} for name, weight in loras]} if loras else {}
+    found: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, value in given.items():
+        try:
+            text = encodable(json.dumps({name: value}, ensure_ascii=False, allow_nan=False))
+            JobBody.model_validate_json(text)
+            if name in _TABLES and value not in _TABLES[name]:
+                raise ValueError
+        except ValueError:
+            notes.append(f"its {name} {quoted(value)} is left out")
+        else:
+            found |= json.loads(text)
+    return found, notes
 
 
-def _is_plain(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+_TABLES: Mapping[str, Any] = {"sampler": SAMPLERS, "schedule": SCHEDULES}

@@ -57,6 +57,7 @@ class Job:
         tickets: Sequence[Ticket],
         keep: Keep,
         timeout: float,
+        left_queue: Callable[[], None],
         *,
         finish: Finish | None = None,
         may_skip: bool = False,
@@ -65,12 +66,12 @@ class Job:
         self.prompt, self.seed, self.count = orders[0].request.prompt, orders[0].request.seed, len(orders)
         self.picture_bytes = picture_bytes(orders)
         self._tickets = list(tickets)
-        self._final = 0, 0
+        self._waiting, self._final = self.count, (0, 0)
         self.images: dict[int, GalleryImage] = {}
         self.state: JobState = "waiting"
         self.error: UserError | None = None
         self._keep, self._finish, self._may_skip = keep, finish, may_skip
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._left_queue = asyncio.get_running_loop(), left_queue
         self._keeping: dict[int, asyncio.Task[None]] = {}
         self._watchers: set[asyncio.Event] = set()
         self._woken = False
@@ -204,8 +205,16 @@ class Job:
                     return self.cancel()
             if self._end_if_complete():
                 return None
-            if self.state == "waiting" and any(ticket.state != "waiting" for ticket in self._tickets):
+            waiting = sum(ticket.state == "waiting" for ticket in self._tickets)
+            if waiting < self.count:
                 self.state = "drawing"
+            if waiting < self._waiting:
+                self._waiting = waiting
+                self._left_queue()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let those who watch look again."""
         for changed in self._watchers:
             changed.set()
 
@@ -249,7 +258,9 @@ class Job:
         for ticket in tickets:
             if not ticket.finished:
                 ticket.cancel()
-        self._update()
+        self.wake()
+        if self._waiting:
+            self._left_queue()
 
 
 class Jobs:
@@ -287,12 +298,19 @@ class Jobs:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        job = Job(orders, tickets, keep or self.keep, self._limits.job_timeout, **options)
+        timeout = self._limits.job_timeout
+        job = Job(orders, tickets, keep or self.keep, timeout, self._move_up, **options)
         self._jobs[job.id] = job
         finished = [job.id for job in self._jobs.values() if job.is_finished]
         for id in finished[: max(0, len(finished) - self._limits.kept_jobs)]:
             del self._jobs[id]
         return job
+
+    def _move_up(self) -> None:
+        """Tell those who watch jobs that wait that their positions may have changed."""
+        for job in self._jobs.values():
+            if job.state == "waiting":
+                job.wake()
 
     def get(self, id: str) -> Job | None:
         """Return a job, or None if there is none of this id, or no longer."""

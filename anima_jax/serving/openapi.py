@@ -17,6 +17,7 @@ REASONS = {
     403: "Another site's page asks, or the server is called by a name that is not its own.",
     404: "There is nothing of this name.",
     405: "The route has no such method.",
+    408: "The body does not arrive.",
     409: "The state does not allow it.",
     412: "It was changed meanwhile.",
     413: "The body is too large.",
@@ -110,7 +111,7 @@ def _operation(
 
 def _own_errors(operation: Operation) -> set[int]:
     has_body = operation.body is not None or operation.form is not None or bool(operation.raw)
-    return ({400, 413, 415, 422} if has_body else set()) | ({422} if operation.query is not None else set())
+    return ({400, 408, 413, 415, 422} if has_body else set()) | ({422} if operation.query is not None else set())
 
 
 def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[str, Any]:

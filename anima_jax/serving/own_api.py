@@ -20,7 +20,7 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.options import Option
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
-from anima_jax.sampling.exif import read_text
+from anima_jax.sampling.exif import encodable, read_text
 from anima_jax.sampling.image_text import SIZE, from_text
 from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
@@ -337,7 +337,8 @@ def settings_in(data: bytes, server: Server) -> SettingsAnswer:
     if "image" in recipe.files and values.get("denoise", 1.0) != 1.0:
         notes.append(f"it was made from {file_name(recipe.files['image'])}: give that again")
     loras = [(file_name(name).removesuffix(".safetensors"), weight) for name, weight in recipe.loras]
-    return SettingsAnswer(settings=settings_of(values, loras), notes=notes)
+    settings, left_out = settings_of(values, loras)
+    return SettingsAnswer(settings=settings, notes=[encodable(note) for note in (*notes, *left_out)])
 
 
 async def models(request: Request) -> Models:

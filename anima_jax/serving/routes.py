@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,10 @@ class NotFoundError(UserError):
     """There is nothing of this name: status 404."""
 
 
+class SlowBodyError(UserError):
+    """A client that does not send the body that it has announced: status 408."""
+
+
 class NotJsonError(UserError):
     """A body that cannot be read: status 400."""
 
@@ -48,6 +53,7 @@ class MediaTypeError(UserError):
 STATUS: tuple[tuple[type[UserError], int], ...] = (
     (NotJsonError, 400),
     (NotFoundError, 404),
+    (SlowBodyError, 408),
     (JobCancelledError, 409),
     (CaptionConflictError, 412),
     (TooLargeError, 413),
@@ -161,12 +167,22 @@ def error_response(request: Request, operation: Operation, error: UserError, sta
 
 
 async def read_body(request: Request) -> bytes:
-    """Return a request's body. Raises TooLargeError for one that is larger than the server reads."""
+    """Return a request's body.
+
+    Raises TooLargeError for one that is larger than the server reads, SlowBodyError for one that does not arrive.
+    """
     limits, data, size = server_of(request).limits, list[bytes](), 0
     if int(request.headers.get("content-length", "0")) > limits.max_body:
         raise limits.too_large()
-    server = server_of(request)
-    async for part in request.stream():
+    server, parts, due = server_of(request), request.stream(), time.monotonic() + limits.body_timeout
+    while True:
+        try:
+            async with asyncio.timeout(max(0.0, min(limits.read_timeout, due - time.monotonic()))):
+                part = await anext(parts, None)
+        except TimeoutError:
+            raise SlowBodyError("the request did not arrive in time") from None
+        if part is None:
+            return b"".join(data)
         data.append(part)
         size += len(part)
         server.reading += len(part)
@@ -175,7 +191,6 @@ async def read_body(request: Request) -> bytes:
             raise limits.too_large()
         if server.reading > limits.max_reading:
             raise UnavailableError("too many large requests at once")
-    return b"".join(data)
 
 
 async def read_json(request: Request) -> bytes:
@@ -235,7 +250,8 @@ def read_model(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> BaseM
 
 def _described(model: type[BaseModel], error: ValidationError) -> str:
     """Return the first mistake as one line that begins with its place, such as `loras[0].weight`."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     place, given = show_value(place) if place else "the body", first["input"]
     if first["type"] == "missing":

@@ -12,9 +12,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from PIL import Image
 from starlette.requests import Request
 
+from anima_jax.errors import UserError
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.recipe import NETWORKS, file_name
-from anima_jax.sampling.request import ImageRequest
+from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.gallery import Gallery, GalleryImage
 from anima_jax.serving.jobs import Jobs, Keep, UnavailableError
@@ -57,6 +58,14 @@ class ServerConfig:
     """Seconds between two signs of life of a stream of events."""
     retry_after: int = 5
     """Seconds after which a client that was refused should try again."""
+
+    def __post_init__(self) -> None:
+        """Keep the defaults within the limits: what is not asked for can always be drawn."""
+        side = self.limits.max_size // SIZE_STEP * SIZE_STEP
+        most = {"width": side, "height": side, "steps": self.limits.max_steps}
+        usual = {"width": ImageRequest.width, "height": ImageRequest.height, "steps": SamplingParams.steps}
+        given = {**usual, **self.defaults}
+        object.__setattr__(self, "defaults", given | {name: min(given[name], most[name]) for name in most})
 
     @property
     def is_local(self) -> bool:
@@ -131,6 +140,13 @@ class Server:
         """Return what puts images that are ordered now into the gallery with another text: what `change` returns."""
         return functools.partial(self._keep, self.files, change=change)
 
+    def _lora_file(self, name: str) -> str:
+        """Return the path of a LoRA that was drawn with, or its name if the file is gone by now."""
+        try:
+            return self.library.lora(name) if self.library else name
+        except UserError:
+            return name
+
     def _keep(
         self,
         drawn_with: Mapping[str, Any],
@@ -143,7 +159,7 @@ class Server:
         Clients on other machines learn the names of files, not the folders of this one.
         """
         files = dict(drawn_with)
-        own = [(self.library.lora(name), weight) for name, weight in order.loras] if self.library else []
+        own = [(self._lora_file(name), weight) for name, weight in order.loras]
         loras = [*files.get("loras", ()), *own]
         shown = str if self.config.is_local else file_name
         files = {name: shown(files[name]) if name in NETWORKS and files[name] else files[name] for name in files}

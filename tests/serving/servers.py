@@ -10,12 +10,16 @@ from typing import Any
 import httpx
 import jax.numpy as jnp
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 
-from anima_jax import AnimaPipeline
+from anima_jax import AnimaPipeline, UserError
 from anima_jax.serving.app import create_app
-from anima_jax.serving.engine import Engine
+from anima_jax.serving.engine import Engine, EngineFullError, Statistics
+from anima_jax.serving.http_server import protocol
+from anima_jax.serving.orders import Order
 from anima_jax.serving.server import Server, ServerConfig
+from anima_jax.serving.tickets import Ticket
 from tests.small_run import ASSETS, write_transformer
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "steps": 3, "sampler": "euler"}
@@ -27,9 +31,7 @@ def small_files(folder: str) -> dict[str, str]:
     """The arguments of `AnimaPipeline.load` for a tiny random model, whose transformer is written to `folder`."""
     path = f"{folder}/base.safetensors"
     write_transformer(path)
-    tiny = {
-        name: str(ASSETS / f"tiny_{file}.safetensors") for name, file in (("vae", "vae"), ("text_encoder", "qwen3"))
-    }
+    tiny = {"vae": str(ASSETS / "tiny_vae.safetensors"), "text_encoder": str(ASSETS / "tiny_qwen3.safetensors")}
     return {"transformer": path, "tokenizers": str(ASSETS / "tokenizers"), **tiny}
 
 
@@ -40,23 +42,29 @@ def small_pipeline(folder: str) -> AnimaPipeline:
 
 @dataclasses.dataclass
 class Running:
-    """A server that runs: its address, its application, and a client of it."""
+    """A server that runs: its address, its application, a client of it, and uvicorn's side of it."""
 
     url: str
     app: Starlette
     client: httpx.Client
+    uvicorn: uvicorn.Server
 
     @property
     def server(self) -> Server:
         return self.app.state.server
 
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", int(self.url.rpartition(":")[2])
+
 
 @contextlib.contextmanager
-def running_app(app: Starlette, **options: Any) -> Iterator[Running]:
+def running_app(app: Starlette) -> Iterator[Running]:
     """Serve an application on a free port of this machine until the block ends."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **options))
-    started = threading.Event()
-    inform = server.startup
+    limited = protocol(app.state.server.limits)
+    config = uvicorn.Config(app, port=0, log_level="critical", http=limited, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    started, inform = threading.Event(), server.startup
 
     async def startup(*arguments: Any, **named: Any) -> None:
         await inform(*arguments, **named)
@@ -66,11 +74,10 @@ def running_app(app: Starlette, **options: Any) -> Iterator[Running]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert started.wait(60)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=300) as client:
-            yield Running(url, app, client)
+            yield Running(url, app, client, server)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -86,3 +93,39 @@ def running_server(folder: str, *, library: Any = None, slots: int = 4, **settin
             yield running
     finally:
         engine.close()
+
+
+class ManualEngine:
+    """An engine whose tickets a test moves: for what must happen while an image waits or is drawn."""
+
+    def __init__(self, max_waiting: int = 2):
+        self.library, self.max_waiting = None, max_waiting
+        self.tickets: list[Ticket] = []
+        self.submitted = threading.Semaphore(0)
+
+    def submit(self, order: Order) -> Ticket:
+        order.check()
+        if order.loras:
+            raise UserError("the server has no folder of LoRAs")
+        waiting = [ticket for ticket in self.tickets if ticket.state == "waiting"]
+        if len(waiting) >= self.max_waiting:
+            raise EngineFullError("too many are waiting")
+        ticket = Ticket(str(len(self.tickets)), order, self._position)
+        self.tickets.append(ticket)
+        self.submitted.release()
+        return ticket
+
+    def _position(self, ticket: Ticket) -> int:
+        return [one for one in self.tickets if one.state == "waiting"].index(ticket)
+
+    def finish(self, ticket: Ticket) -> None:
+        """Draw nothing, as a picture of the right size."""
+        request = ticket.order.request
+        ticket.move("done", image=Image.new("RGB", (request.width, request.height)))
+
+    def statistics(self) -> Statistics:
+        zeros = {field.name: 0 for field in dataclasses.fields(Statistics)}
+        return Statistics(**zeros | {"slots": 1})
+
+    def drain(self, timeout: float | None = None) -> bool:
+        return True
