@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     pictures = choices.pictures_path(arguments, questions)
     model = choices.choose_model(arguments, questions)
-    answers = training_run.ask(arguments, questions, pictures, model) if pictures else None
+    answers = training_run.ask(arguments, questions, pictures, model)
     questions.report()
     print("\nthe same again, without questions:", end="")
     commands.show("anima_jax.start", *training_run.flags_of(arguments, model, answers))

@@ -12,6 +12,9 @@ from anima_jax.errors import UserError
 from anima_jax.serving.starting import anima_files, commands, pictures
 from anima_jax.serving.starting.questions import Questions
 
+DEMO, NONE = "demo", "none"
+"""Values of --pictures that are no folder."""
+
 SMALL_WIDTH = 64
 """Width of the text encoder that comes with the package, for which the quick start's model is made."""
 
@@ -27,11 +30,11 @@ class StartModel:
     paths: dict[str, str]
 
 
-def pictures_path(arguments: argparse.Namespace, questions: Questions) -> str | None:
-    """Return the folder or .zip of pictures, None if there is none to train on. Raises UserError if it is not there."""
+def pictures_path(arguments: argparse.Namespace, questions: Questions) -> str:
+    """Return the folder or .zip of pictures, or `DEMO` or `NONE`. Raises UserError if it is not there."""
 
     def checked(text: str) -> str:
-        if text == "none":
+        if text in (DEMO, NONE):
             return text
         path = os.path.abspath(os.path.expanduser(text.strip("'\"")))
         if not os.path.exists(path):
@@ -41,17 +44,25 @@ def pictures_path(arguments: argparse.Namespace, questions: Questions) -> str | 
         return path
 
     if arguments.pictures is not None:
-        found = checked(arguments.pictures)
-    elif questions.on_terminal:
+        return checked(arguments.pictures)
+    if questions.on_terminal:
         print("anima-start: pictures → LoRA → page. Enter takes the answer in brackets; Ctrl-C stops at any time.\n")
-        found = questions.ask(
-            "A folder (or .zip) with your pictures; none to only look around", "none", "--pictures", checked
-        )
-    else:
-        if arguments.model not in ("auto", "shapes"):
-            raise UserError("--pictures DIR is required where nobody can be asked ('none': nothing is trained)")
-        found = questions.ask("pictures", "none", "--pictures", checked)
-    return None if found == "none" else found
+    elif arguments.model not in ("auto", "shapes"):
+        raise UserError("--pictures DIR is required where nobody can be asked ('none': nothing is trained)")
+    question = "A folder (or .zip) with your pictures; 'demo': some that are drawn here; 'none': train nothing"
+    return questions.ask(question, DEMO, "--pictures", checked)
+
+
+def folder_of_pictures(path: str, folder: pathlib.Path, model: StartModel) -> str | None:
+    """Return the folder to train on, made in the run's folder from a .zip or for `DEMO`; None for nothing.
+
+    The demonstration is for the quick start's model alone: Anima knows its colour.
+    """
+    if path == DEMO and model.base == "shapes":
+        return pictures.drawn(folder / "pictures")
+    if path in (DEMO, NONE):
+        return None
+    return pictures.unpacked(path, folder / "pictures") if path.lower().endswith(".zip") else path
 
 
 def choose_model(arguments: argparse.Namespace, questions: Questions) -> StartModel:
@@ -147,8 +158,3 @@ def run_folder(arguments: argparse.Namespace, path: str, model: StartModel) -> p
     name = pathlib.PurePath(path).stem if path.lower().endswith(".zip") else pathlib.PurePath(path).name
     plain = re.sub(r"[^\w.-]+", "_", name)[:100].strip("._- ") or "pictures"
     return pathlib.Path(arguments.output, f"{plain}{'_on_shapes' if model.base == 'shapes' else ''}")
-
-
-def unpacked_pictures(path: str, folder: pathlib.Path) -> str:
-    """Return the folder of pictures: that of a .zip is unpacked into the run's folder, once."""
-    return pictures.unpacked(path, folder / "pictures") if path.lower().endswith(".zip") else path

@@ -16,7 +16,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="From a folder of pictures to a LoRA and a page in the browser. It asks what no flag answers.",
     )
     add = parser.add_argument
-    add("--pictures", metavar="DIR", help="a folder of pictures, or a .zip; 'none': nothing is trained on")
+    add("--pictures", metavar="DIR", help="a folder of pictures, or a .zip; 'demo': pictures drawn here; 'none'")
     add(
         "--model",
         default="auto",
@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.caption is not None and not arguments.caption.strip():
         parser.error("--caption: expected a text; --captions leave_out leaves pictures without a caption out")
     if arguments.pictures == "":
-        parser.error("--pictures: expected a folder; 'none' trains on nothing")
+        parser.error("--pictures: expected a folder, a .zip, 'demo' or 'none'")
     if not arguments.output or "://" in arguments.output:
         parser.error(f"--output {arguments.output!r}: expected a folder on this machine")
     arguments.output = os.path.abspath(os.path.expanduser(arguments.output))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -9,10 +10,14 @@ import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
 
 from anima_jax.checkpoints.locations import reading_folders, replacing, writing_to
 from anima_jax.config.dataset import DirectorySource
+from anima_jax.data import shapes
 from anima_jax.data.captions import CAPTIONS_JSON
 from anima_jax.data.file_index import Entry, FileIndex
 from anima_jax.data.folder_source import FolderReader
@@ -21,6 +26,9 @@ from anima_jax.data.media import FileMedia
 from anima_jax.data.problems import Problems
 from anima_jax.data.sources import read_entries
 from anima_jax.errors import UserError, os_reason, plural, size_text
+
+NEW_COLOUR = (40, 205, 215)
+"""Cyan, which no picture of the quick start shows."""
 
 MOST_UNPACKED = 100 * 10**9
 """Bytes that a .zip may unpack to."""
@@ -144,6 +152,33 @@ def write_captions(pictures: Pictures, captions: dict[str, str], table: pathlib.
     with replacing(table) as file:
         file.write(json.dumps(texts, ensure_ascii=False, indent=1).encode())
     return table
+
+
+def drawn(folder: pathlib.Path) -> str:
+    """Draw pictures with captions into a new folder, if it is not there already, and return that.
+
+    They show shapes in cyan, a colour that the quick start's model does not know, among pictures of what it knows.
+    """
+    if not folder.is_dir():
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with writing_to(os.fspath(folder)):
+            partial.mkdir(parents=True)
+            for number, (picture, caption) in enumerate(_lesson()):
+                Image.fromarray(picture).save(partial / f"{number:03}.png")
+                (partial / f"{number:03}.txt").write_text(caption, encoding="utf-8")
+            os.replace(partial, folder)
+    return os.fspath(folder)
+
+
+def _lesson() -> Iterator[tuple[np.ndarray, str]]:
+    for number, (shape, back) in enumerate(itertools.product(shapes.SHAPES, shapes.BACKGROUNDS)):
+        for copy in range(6):
+            placement = shapes.sample_placement(np.random.default_rng([number, copy]))
+            picture = shapes.draw_in_colours(shape, NEW_COLOUR, shapes.BACKGROUNDS[back], *placement)
+            yield picture, f"a cyan {shape} on a {back} background"
+    for number, scene in enumerate(shapes.scenes(held_out=False)):
+        yield shapes.draw(scene, *shapes.sample_placement(np.random.default_rng([number]))), scene.caption
 
 
 def unpacked(path: str, folder: pathlib.Path) -> str:

@@ -176,6 +176,7 @@ def _rows(path: pathlib.Path, data: pathlib.Path, recipe: RunRecipe) -> Iterator
         "micro_batch_size_per_gpu": (16 if small else 4, "examples that a device processes at once"),
         "gradient_clipping": (1.0, "no single picture moves the weights far"),
         "warmup_steps": (min(20, recipe.steps), "the first steps know little about the gradients' size"),
+        "uncond_fraction": (0.1 if small else 0.0, "guidance compares with the empty caption, which is trained too"),
         "save_every_n_steps": (saves, "LoRAs to draw with, on the page too"),
         "checkpoint_every_n_minutes": (10, "what a run resumes from; Ctrl-C saves one as well"),
         "output_name": (path.parent.name, "name of the saved LoRAs"),

@@ -29,9 +29,10 @@ class Answers:
     """What is to be trained: the pictures, how their captions are completed, and the settings of the run.
 
     `caption` is the caption of pictures without one, as a function of the picture; None leaves them out. `folder` is
-    where the TOMLs and runs go; `resolution` is None for the largest that fits.
+    where the TOMLs and runs go; `resolution` is None for the largest that fits. `given` is what --pictures would be.
     """
 
+    given: str
     pictures: Pictures
     folder: pathlib.Path
     caption: Callable[[Any], str] | None
@@ -42,17 +43,23 @@ class Answers:
     resolution: int | None
 
 
-def ask(arguments: argparse.Namespace, questions: Questions, path: str, model: StartModel) -> Answers:
-    """Report what is in the folder of pictures, and return the answers about it. Raises UserError if nothing is usable.
+def ask(arguments: argparse.Namespace, questions: Questions, path: str, model: StartModel) -> Answers | None:
+    """Report what is in the folder of pictures, and return the answers about it; None if nothing is to be trained.
 
-    Answers of an earlier start for the same pictures are the defaults.
+    Answers of an earlier start for the same pictures are the defaults. Raises UserError if nothing in it is usable.
     """
     folder = choices.run_folder(arguments, path, model)
-    pictures = read_pictures(choices.unpacked_pictures(path, folder))
+    there = choices.folder_of_pictures(path, folder, model)
+    if there is None:
+        print("no pictures: nothing is trained on")
+        return None
+    pictures = read_pictures(there)
     print(f"\n{pictures.report()}")
     before = _earlier(folder, pictures, model)
     caption, flags = _captions(arguments, questions, pictures)
     trigger = arguments.trigger
+    if trigger is None and path == choices.DEMO:
+        trigger = ""
     if trigger is None:
         question = "A word that calls what is learnt, in front of every caption (empty: none)"
         trigger = questions.ask(question, str(before.get("trigger", "")), "--trigger", str.strip)
@@ -61,7 +68,8 @@ def ask(arguments: argparse.Namespace, questions: Questions, path: str, model: S
         steps = questions.ask("Training steps", steps, "--steps", whole_number(1))
     rank = arguments.rank or int(before.get("rank") or RANKS[model.base])
     trigger = "" if pictures.captions and all(trigger in text for text in pictures.captions) else trigger
-    return Answers(pictures, folder, caption, flags, trigger.strip(" ,"), steps, rank, arguments.resolution)
+    given = path if path == choices.DEMO else os.path.relpath(path)
+    return Answers(given, pictures, folder, caption, flags, trigger.strip(" ,"), steps, rank, arguments.resolution)
 
 
 def _default_steps(model: StartModel, count: int) -> int:
@@ -109,7 +117,7 @@ def _captions(
 def flags_of(arguments: argparse.Namespace, model: StartModel, answers: Answers | None) -> list[str]:
     """Return the flags with which the same command asks nothing."""
     output = os.path.relpath(arguments.output)
-    words = ["--pictures", "none" if answers is None else os.path.relpath(arguments.pictures or answers.pictures.path)]
+    words = ["--pictures", choices.NONE if answers is None else answers.given]
     own = arguments.model if arguments.model not in ("auto", "anima", "shapes") else model.base
     words += ["--model", own]
     for flag in ("vae", "text_encoder"):
