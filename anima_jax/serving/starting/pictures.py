@@ -148,6 +148,8 @@ def write_captions(pictures: Pictures, captions: dict[str, str], table: pathlib.
                     file.write(f"{text}\n".encode())
         return None
     known = {entry.media.name: next(filter(None, (*entry.captions, *entry.nl)), "") for entry in pictures.entries}
+    with writing_to(os.fspath(table)):
+        table.parent.mkdir(parents=True, exist_ok=True)
     texts = {path: text for path, text in {**known, **captions}.items() if text}
     with replacing(table) as file:
         file.write(json.dumps(texts, ensure_ascii=False, indent=1).encode())

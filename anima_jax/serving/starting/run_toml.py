@@ -150,7 +150,8 @@ def device_line(plan: RunPlan) -> str:
     count = f"{plan.devices} × " if plan.devices > 1 else ""
     memory = f" with {plan.memory / 2**30:.1f} GiB of memory" if plan.memory else ""
     needed = f"the run needs about {plan.needed / 2**30:.1f} GiB"
-    return f"{count}{plan.device}{memory}: {needed} and takes {duration(plan.seconds)} for {plan.steps} steps"
+    steps = f"{duration(plan.seconds)} for {plan.steps} steps, after a minute or two to begin"
+    return f"{count}{plan.device}{memory}: {needed} and takes {steps}"
 
 
 def duration(seconds: Sequence[float]) -> str:
