@@ -39,8 +39,8 @@ def test_it_is_a_valid_notebook_of_format_4_5_without_outputs():
 def test_its_cells_are_python_and_every_one_has_a_form_with_a_title():
     for cell in code_cells():
         ast.parse(source(cell))
-        assert source(cell).startswith("#@title ")
-    fields = re.findall(r"^(\w+) = .*#@param", source(code_cells()[0]), re.M)
+        assert source(cell).startswith("# @title ")
+    fields = re.findall(r"^(\w+) = .*# @param", source(code_cells()[0]), re.M)
     assigned = {target.id for node in ast.parse(source(code_cells()[0])).body for target in node.targets}
     assert assigned == set(fields)
 
@@ -103,8 +103,8 @@ def test_all_of_it_runs_on_the_quick_start(tmp_path, monkeypatch):
     with socket.socket() as listening:  # a port that is free
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    page = next(cell for cell in notebook.cells if "port, started = 8000" in cell.source)
-    page.source = page.source.replace("port, started = 8000", f"port, started = {port}")
+    page = next(cell for cell in notebook.cells if "port = 8000" in cell.source)
+    page.source = page.source.replace("port = 8000", f"port = {port}")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)

@@ -18,6 +18,8 @@ import anima_jax
 from anima_jax.convert.__main__ import parser as convert_parser
 from anima_jax.errors import shell_command
 from anima_jax.sampling.flags import parse_arguments as parse_generate
+from anima_jax.serve import parse_arguments as parse_serve
+from anima_jax.serving.starting.flags import parse_arguments as parse_start
 from anima_jax.training.command import parse_arguments as parse_train
 
 ROOT = pathlib.Path(anima_jax.__file__).parents[1]
@@ -179,11 +181,15 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
     return [(m[1], shlex.split(re.sub(r"\$(\w+|\{.*?\})", "1", m[2]), comments=True)) for m in found if m]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md", "docs/comfyui.md", "docs/multihost.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/sampling.md", "docs/comfyui.md", "docs/multihost.md", "docs/serving.md"]
+)
 def test_the_commands_of_the_documents_are_valid(page):
     parsers = {
         "anima_jax.train": parse_train,
         "anima_jax.generate": parse_generate,
+        "anima_jax.serve": parse_serve,
+        "anima_jax.start": parse_start,
         "convert": convert_parser().parse_args,
     }
     found = commands(page)
