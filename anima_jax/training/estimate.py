@@ -144,7 +144,7 @@ def estimate(
         examples,
         time_quantiles(step_config, workloads),
         {work.tier: one for work, one in sent.items() if one.total},
-        seconds_of(step_config, by_platform, examples, sent, mesh, device_specs),
+        seconds_of(step_config, by_platform, examples, sent, mesh, device_specs, config.model.compute),
     )
 
 
@@ -155,10 +155,12 @@ def seconds_of(
     sent: Mapping[Workload, Traffic],
     sizes: Mapping[str, int],
     device_specs: Sequence[DeviceSpec],
+    in_8_bits: str | None = None,
 ) -> dict[tuple[Workload, DeviceSpec], Seconds]:
     """Return the time of a step of each workload on a mesh of each kind of device.
 
     `by_platform` is the memory that a step needs, `examples` the FLOPs of an example, `sent` each device's traffic.
+    `in_8_bits` is `[model] compute`.
     """
     found: dict[tuple[Workload, DeviceSpec], Seconds] = {}
     for work, example in examples.items():
@@ -171,6 +173,7 @@ def seconds_of(
                 example,
                 sent[work],
                 dtype=config.compute_dtype,
+                in_8_bits=in_8_bits,
                 moved=state_bytes_moved(needed, work),
                 on_host=needed.on_host,
             )

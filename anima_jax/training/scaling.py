@@ -24,6 +24,13 @@ from anima_jax.training.flops import RECOMPUTED, Flops, Workload
 EFFICIENCY = 0.5
 """Fraction of a device's peak FLOPs per second that good programs of these shapes reach."""
 
+IN_8_BITS = {"int8": 0.487 / 0.470, "fp8": 0.487 / 0.470}
+"""`[model] compute` → time of a step's FLOPs relative to products in 16 bits.
+
+By XLA's cycles for a v5e and a LoRA of rank 32 (tests/benchmarks/RESULTS.md): the MLPs' forward products take half as
+long, and rounding their inputs takes what that saves. Products of float8 are assumed to behave alike.
+"""
+
 _ALL_REDUCES, _ALL_TO_ALLS = 3, 4
 """Per block: all-reduces over `tensor` (after self-attention, cross-attention, MLP), all-to-alls over `context`."""
 
@@ -143,17 +150,19 @@ def step_seconds(
     sent: Traffic,
     *,
     dtype: Any = jnp.bfloat16,
+    in_8_bits: str | None = None,
     moved: float = 0.0,
     on_host: Mapping[str, int] = {},
 ) -> Seconds:
     """Return the time of a step; `example` contains the FLOPs of one example, in `dtype`.
 
-    `moved` are the bytes of weights and optimizer's state that a device reads and writes, `on_host` the bytes by
+    `in_8_bits` is a key of `IN_8_BITS` if products with the frozen base have such operands. `moved` are the bytes of weights and optimizer's state that a device reads and writes, `on_host` the bytes by
     purpose that it keeps in host memory: the optimizer's moments move once in a step, inputs of blocks in every
     micro-batch, both there and back.
     """
     bandwidth = bandwidths(device_spec, sizes)
     compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * device_spec.peak_flops(dtype))
+    compute *= IN_8_BITS.get(in_8_bits or "", 1.0)
     times = {"optimizer": 1, "inputs of blocks": work.accumulation}
     host = sum(2 * size * times[name] for name, size in on_host.items()) / HOST_BANDWIDTH
     seconds = {axis: size / bandwidth[axis] for axis, size in sent._asdict().items()}
