@@ -97,16 +97,15 @@ def test_an_image_comes_in_the_format_that_is_asked_for_as_text_and_at_its_addre
     )
 
 
-def test_a_lora_of_the_library_is_named_in_json_and_in_a_form(client):
-    """What the engine draws with it is tested in `test_engine`."""
-    own = {"seed": 1, "loras": [{"name": "style", "weight": 0.5}]}
-    answers = [
-        client.images.generate(prompt="x", extra_body=own),
-        client.images.edit(image=png(noise((32, 48))), prompt="x", extra_body=own),
-        client.images.edit(image=png(noise((32, 48))), prompt="x", extra_body={"loras": json.dumps(own["loras"])}),
-    ]
-    texts = [opened(answer.data[0].b64_json).info for answer in answers]
-    assert [text["parameters"].split("\n")[0] for text in texts] == ["x <lora:style:0.5>"] * 3
+def test_a_lora_of_the_library_is_used_in_json_and_in_forms(running, client):
+    own = {"seed": 1, "loras": [{"name": "style", "weight": 3.0}]}
+    drawn = opened(client.images.generate(prompt="x", extra_body=own).data[0].b64_json)
+    assert same(drawn, own_api(running, prompt="x", **own)[0])
+    assert not same(drawn, own_api(running, prompt="x", seed=1)[0])
+    written = own | {"loras": json.dumps(own["loras"])}
+    forms = [client.images.edit(image=png(noise((32, 48))), prompt="x", extra_body=extra) for extra in (own, written)]
+    texts = [opened(answer.data[0].b64_json).info["parameters"].split("\n")[0] for answer in forms]
+    assert texts == ["x <lora:style:3>"] * 2
 
 
 def test_an_edit_redraws_where_the_mask_is_transparent_and_nothing_else(running, client):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 import threading
 import time
 
@@ -15,15 +16,17 @@ pytest.importorskip("uvicorn")
 
 from anima_jax.errors import UserError
 from anima_jax.sampling.webui_text import from_webui
+from anima_jax.serving.app import create_app
 from anima_jax.serving.limits import RequestLimits
 from anima_jax.serving.pictures import decode_picture
 from anima_jax.serving.routes import NotFoundError
+from anima_jax.serving.server import ServerConfig
 from anima_jax.serving.webui_lists import LISTS
 from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, with_infotext
 from anima_jax.serving.webui_pictures import crop_around, redrawn_mask, resized_by
 from anima_jax.serving.webui_requests import Reader, hires_size
 from anima_jax.serving.webui_settings import CHANGEABLE
-from tests.serving.servers import SMALL, running_server
+from tests.serving.servers import SMALL, running_app, running_server
 
 DEFAULTS = {"width": 64, "height": 48, "steps": 5, "sampler": "er_sde", "schedule": "simple", "guidance_scale": 4.0}
 
@@ -359,6 +362,30 @@ def test_progress_shows_the_oldest_request_and_skip_and_interrupt_end_it(v1):
     info = json.loads(answers[0].json()["info"])
     assert (answers[0].json()["images"], info["notes"]) == ([], ["interrupted"])
     assert wait_for(lambda progress: progress["progress"] == 0)["state"]["job_count"] == 0
+
+
+def test_a_client_that_goes_away_ends_its_job(running, v1):
+    """Also while it only waits for the answer."""
+    body = json.dumps({"prompt": "x", "steps": 150, "batch_size": 4}).encode()
+    address = running.server.config.host, int(running.url.rpartition(":")[2])
+    lines = ["POST /sdapi/v1/txt2img HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        deadline = time.monotonic() + 120
+        while v1.get("/progress").json()["progress"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    job = running.server.jobs.newest_first()[0]
+    while not job.is_finished and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert job.state == "cancelled"
+
+
+def test_the_key_is_the_password_of_basic_authentication():
+    with running_app(create_app(None, ServerConfig(api_key="secret"))) as running:
+        answers = [httpx.get(f"{running.url}/sdapi/v1/samplers", auth=("any", key)) for key in ("secret", "wrong")]
+    assert [answer.status_code for answer in answers] == [200, 401]
+    assert answers[1].json()["error"] == "HTTPException"
 
 
 def test_errors_have_a1111s_form(v1):
