@@ -156,9 +156,9 @@ def step_seconds(
 ) -> Seconds:
     """Return the time of a step; `example` contains the FLOPs of one example, in `dtype`.
 
-    `in_8_bits` is a key of `IN_8_BITS` if products with the frozen base have such operands. `moved` are the bytes of weights and optimizer's state that a device reads and writes, `on_host` the bytes by
-    purpose that it keeps in host memory: the optimizer's moments move once in a step, inputs of blocks in every
-    micro-batch, both there and back.
+    `in_8_bits` is a key of `IN_8_BITS` if products with the frozen base have such operands. `moved` are the bytes of
+    weights and optimizer's state that a device reads and writes, `on_host` the bytes by purpose that it keeps in host
+    memory: the optimizer's moments move once in a step, inputs of blocks in every micro-batch, both there and back.
     """
     bandwidth = bandwidths(device_spec, sizes)
     compute = work.batch * sum(example) / math.prod(sizes.values()) / (EFFICIENCY * device_spec.peak_flops(dtype))
