@@ -191,7 +191,7 @@ def test_a_tag_in_a_caption(action, tag, to, before, after):
 @pytest.mark.parametrize(
     ("before", "index", "text", "after"),
     [
-        ('{\n "tags": [\n  "a",\n  "b"\n ],\n "x": 1e5\n}', 0, "a, c", '{\n "tags": [\n  "a",\n  "c"\n ],\n "x": 1e5\n}'),
+        ('{\n "tags": [\n  "a",\n  "b"\n ],\n "x": 1e5}', 0, "a, c", '{\n "tags": [\n  "a",\n  "c"\n ],\n "x": 1e5}'),
         ('{"tags": "a", "nl": "One."}', 1, 'Two "猫".', '{"tags": "a", "nl": "Two \\"猫\\"."}'),
         ('{"tag_string": "long_hair solo", "x": 3}', 0, "red hair, solo", '{"tag_string": "red_hair solo", "x": 3}'),
         ('{"category": "x", "tags": ["a_b","c"]}', 0, "red eyes, ^_^", '{"category": "x", "tags": ["red_eyes","^_^"]}'),

@@ -266,7 +266,7 @@ export function chart(title) {
     const at = cursor == null ? steps.length - 1 : nearest(steps, cursor);
     const move = { ArrowLeft: -1, ArrowRight: 1, PageUp: -Math.ceil(steps.length / 10), PageDown: Math.ceil(steps.length / 10), Home: -Infinity, End: Infinity }[event.key];
     if (move !== undefined) {
-      cursor = steps[Math.min(steps.length - 1, Math.max(0, at + (cursor == null ? 0 : move)))];
+      cursor = steps[Math.min(steps.length - 1, Math.max(0, at + (cursor == null && Number.isFinite(move) ? 0 : move)))];
       drawCursor();
     } else if (event.key === "+" || event.key === "=" || event.key === "-") {
       const half = ((view.to - view.from) / 2) * (event.key === "-" ? 2 : 0.5);
