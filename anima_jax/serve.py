@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def load() -> Engine:
         with jax.set_mesh(mesh):
             pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
-            options: dict[str, Any] = {"slots": arguments.slots, "max_waiting": arguments.max_waiting, "mesh": mesh}
+            names = "slots", "max_waiting", "lora_slots", "lora_rank"
+            options: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"mesh": mesh}
             return Engine(pipeline, library=library, **options)
 
     def ready() -> None:
@@ -88,6 +89,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_limits(parser)
     devices = add_devices(parser)
     devices.add_argument("--slots", type=int, default=8, help="images that share an evaluation (default: 8)")
+    add = devices.add_argument
+    add("--lora_rank", type=int, default=64, help="rank that an image's LoRAs may have without merging (default: 64)")
+    add("--lora_slots", type=int, default=4, help="how many times that rank is on the devices (default: 4)")
     parser.set_defaults(models=[])
     arguments = parser.parse_args(argv)
     check_files(parser, arguments)
@@ -101,6 +105,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 LOWEST = {
     "slots": 1,
+    "lora_rank": 1,
+    "lora_slots": 1,
     "max_size": 64,
     "max_steps": 1,
     "max_batch": 1,
@@ -153,7 +159,8 @@ def library_of(arguments: argparse.Namespace) -> LoraLibrary | None:
     controls = [folder for folder in (arguments.control_dir,) if folder]
     if not folders and not controls and not arguments.run:  # whose exports become LoRAs
         return None
-    return LoraLibrary(*folders, controls=controls, allow_unused=arguments.allow_unused)
+    options = {"allow_unused": arguments.allow_unused, "comfyui_dora": arguments.comfyui_dora}
+    return LoraLibrary(*folders, controls=controls, **options)
 
 
 def first_settings(arguments: argparse.Namespace, library: LoraLibrary | None) -> dict[str, Any]:

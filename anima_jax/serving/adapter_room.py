@@ -90,7 +90,7 @@ class MergedSets:
 
     def __init__(self, merge: Callable[[Any], Params], wake: Callable[[], None]):
         self._merge, self._wake = merge, wake
-        self._thread = ThreadPoolExecutor(1, "anima merging")
+        self._thread = ThreadPoolExecutor(1, "anima-engine-merge")
         self._sets: dict[Hashable, Future[Params]] = {}
         self._users: collections.Counter[Hashable] = collections.Counter()
 

@@ -196,6 +196,7 @@ class Engine:
                 cancelled=counts["cancelled"],
                 compilations=self._compilations.count,
                 seconds_per_evaluation=self._seconds / evaluations if evaluations else 0.0,
+                adapters=self._adapters.statistics(),
             )
 
     def _position_of(self, ticket: Ticket) -> int:

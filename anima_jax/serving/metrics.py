@@ -61,6 +61,11 @@ class EngineFigures(Collector):
             ("anima_drawing_images", "Images being drawn", now.drawing),
             ("anima_slots", "Images that can share an evaluation", now.slots),
             ("anima_slots_used", "Slots in use", now.used_slots),
+            ("anima_lora_pages", "Pages of the store of LoRAs, of 8 ranks each", now.adapters.pages),
+            ("anima_lora_pages_used", "Pages of LoRAs that images in slots use", now.adapters.used_pages),
+            ("anima_loras_stored", "LoRAs in the store", now.adapters.adapters),
+            ("anima_loras_merged", "Sets of merged parameters on the devices", now.adapters.merged),
+            ("anima_loras_waiting_images", "Images that wait for room for their LoRAs", now.adapters.waiting),
             ("anima_evaluations_per_second", "Evaluations of the network while it draws", rate),
         ):
             yield GaugeMetricFamily(name, meaning, value=value)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from anima_jax.serving.adapters import AdapterStatistics
+
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -49,3 +51,4 @@ class Statistics:
     compilations: int
     """Programs that were compiled; a pool needs none after its first image."""
     seconds_per_evaluation: float
+    adapters: AdapterStatistics

@@ -68,6 +68,11 @@ def test_the_order_alone_says_which_images_share_a_batch(pipeline, folder):
     sets = [own.read(loras).merged_key for loras in ([("dora", 0.5), ("words", 1)], [("dora", 0.6)])]
     assert pools["dora"].merged_key == sets[0] != sets[1]
     assert pools["style"].prompts_key == () != pools["words"].prompts_key
+    own.close()
+
+
+def test_adapters_that_cannot_be_used_are_named(pipeline, folder):
+    own = adapters(pipeline, folder)
     for loras, message in (
         ([("styel", 1.0)], r"lora 'styel': there is none of this name \(did you mean 'style'\?\)"),
         ([("style", float("nan"))], "lora 'style': weight nan, expected a number of at most 10000"),
