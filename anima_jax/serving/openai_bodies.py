@@ -92,9 +92,10 @@ def settings_of_form(fields: Mapping[str, Sequence[str | bytes]], model: type[Ba
     """Return a form's settings as the values that JSON would have: numbers, lists and objects are read from their text.
 
     `a[]=1&a[]=2` is a list, `a[b]=1` an object, and `a[][b]=1&a[][b]=2` a list of objects. Raises UserError for a field
-    that is there twice, and for lists of objects whose fields differ.
+    that is there twice or in two forms, and for lists of objects whose fields differ.
     """
     found: dict[str, Any] = {}
+    objects: dict[str, dict[str, Any]] = {}
     rows: dict[str, dict[str, list[Any]]] = {}
     for name, values in fields.items():
         texts = [value if isinstance(value, str) else value.decode("utf-8", "replace") for value in values]
@@ -107,9 +108,12 @@ def settings_of_form(fields: Mapping[str, Sequence[str | bytes]], model: type[Ba
         elif len(texts) > 1:
             raise UserError(f"{show_value(name)} is there {len(texts)} times, expected once")
         elif key:
-            found.setdefault(base, {})[key] = _read(texts[0])
+            objects.setdefault(base, {})[key] = _read(texts[0])
         else:
             found[base] = texts[0] if _is_text(model, name) else _read(texts[0])
+    if twice := found.keys() & objects.keys() | (found.keys() | objects.keys()) & rows.keys():
+        raise UserError(f"{show_value(min(twice))} is there in two forms, expected one")
+    found |= objects
     for base, columns in rows.items():
         count = max(map(len, columns.values()))
         if any(len(column) != count for column in columns.values()):

@@ -34,7 +34,8 @@ def resized_by(
         return ImageOps.fit(image, size_wh, method)
     if mode != 2:
         return image.resize(size_wh, method)
-    inside = ImageOps.contain(image, size_wh, method)
+    scale = min(size_wh[0] / image.width, size_wh[1] / image.height)
+    inside = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)
     left, top = ((outer - inner) // 2 for outer, inner in zip(size_wh, inside.size, strict=True))
     around = ((top, size_wh[1] - inside.height - top), (left, size_wh[0] - inside.width - left))
     pixels = np.asarray(inside)

@@ -184,6 +184,7 @@ def test_what_is_wrong_is_an_error_of_the_clients(client, asked, status, param, 
         ({"image": b"nothing"}, "is not a picture"),
         ({"image": [png(noise((8, 8)))] * 17}, "17 pictures, expected at most 16"),
         ({"extra_body": {"loras": [{"name": "a", "weight": 1}, {"name": "b"}]}}, "its objects have different fields"),
+        ({"extra_body": {"cache": "x", "cache[]": "y", "steps": 1, "steps[a]": 2}}, "is there in two forms"),
     ],
 )
 def test_what_is_wrong_with_an_edit_is_said_in_a_line(client, changed, message):

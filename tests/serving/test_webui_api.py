@@ -229,6 +229,7 @@ def test_a_mask_is_white_or_opaque_where_the_image_is_redrawn():
         ((40, 40, 60, 50), 0, (64, 64), (40, 35, 60, 55)),
         ((90, 0, 100, 20), 0, (64, 64), (80, 0, 100, 20)),
         ((0, 0, 100, 10), 0, (32, 64), (0, 0, 100, 80)),
+        ((0, 0, 100, 1), 0, (64, 2048), (0, 0, 100, 80)),
     ],
 )
 def test_only_the_masked_part_is_cut_out_in_the_shape_that_is_drawn(box, padding, size_wh, expected):
@@ -242,6 +243,7 @@ def test_pictures_are_stretched_cropped_or_continued():
     assert (stretched.getpixel((0, 0)), stretched.getpixel((7, 7))) == ((255, 0, 0), (0, 0, 255))
     assert (cropped.getpixel((0, 0)), cropped.getpixel((7, 0))) == ((255, 0, 0), (0, 0, 255))
     assert ImageChops.difference(continued.crop((0, 0, 8, 1)), continued.crop((0, 2, 8, 3))).getbbox() is None
+    assert resized_by(2, Image.new("L", (2000, 1)), (8, 8)).size == (8, 8)
 
 
 # Over HTTP
