@@ -25,6 +25,26 @@ from anima_jax.serving.server import Server, ServerConfig
 
 PAGE = pathlib.Path(__file__).parent / "page"
 
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+"""Suffix → media type; a browser runs no module that a Windows registry calls text/plain."""
+
+
+class PageFiles(StaticFiles):
+    """The page's files: never older than the server, and of types that a system's own table cannot change."""
+
+    def file_response(self, *arguments: Any, **named: Any) -> Response:
+        """Return the response of a file."""
+        response = super().file_response(*arguments, **named)
+        response.headers["Cache-Control"] = "no-cache"
+        if (kind := TYPES.get(pathlib.Path(arguments[0]).suffix)) and response.status_code == 200:
+            response.headers["Content-Type"] = kind
+        return response
+
 
 def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> Starlette:
     """Return the application. Without an engine it answers that the model is loading until `app.state.server.start`."""
@@ -49,7 +69,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
         *webui_api.routes(),
         api_route("/metrics", "GET", show_metrics, "Figures for Prometheus", answer="text/plain"),
         api_route("/openapi.json", "GET", show_document, "This document", answer="application/json"),
-        Mount("/", StaticFiles(directory=PAGE, html=True, check_dir=False), name="page"),
+        Mount("/", PageFiles(directory=PAGE, html=True), name="page"),
     ]
     app = Starlette(
         routes=routes,

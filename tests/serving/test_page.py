@@ -26,8 +26,10 @@ from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
 from anima_jax.serving.app import create_app  # noqa: E402
 from anima_jax.serving.engine import Engine  # noqa: E402
+from anima_jax.serving.lora_library import LoraLibrary  # noqa: E402
 from anima_jax.serving.server import ServerConfig  # noqa: E402
 from tests.serving.servers import SMALL, Running, running_app, small_pipeline  # noqa: E402
+from tests.serving.test_lora_library import write_lora  # noqa: E402
 
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -41,7 +43,11 @@ expect.set_options(timeout=30_000)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Iterator[Engine]:
-    engine = Engine(small_pipeline(str(tmp_path_factory.mktemp("model"))), slots=4)
+    folder = tmp_path_factory.mktemp("loras")
+    for name in ("style", "anna"):
+        write_lora(folder / f"{name}.safetensors", {"modelspec.trigger_phrase": f"{name} words"})
+    library = LoraLibrary(str(folder))
+    engine = Engine(small_pipeline(str(tmp_path_factory.mktemp("model"))), slots=4, library=library)
     yield engine
     engine.close()
 
@@ -139,8 +145,8 @@ def test_pictures_are_drawn_with_previews_and_come_first_in_the_gallery(visit, s
             if (target.src?.startsWith("data:image/jpeg")) window.previews.add(target.src);
         }).observe(document.body, { subtree: true, attributeFilter: ["src"] })"""
     )
-    draw(page, "two fish", Pictures=2, Steps=20)
-    assert finished(page).count() == 2
+    draw(page, "two fish", Pictures=4, Steps=150)
+    assert finished(page).count() == 4
     assert page.evaluate("window.previews.size") > 0
     entry, picture = newest(served)
     assert (entry["prompt"], picture.size) == ("two fish", (32, 48))
@@ -149,7 +155,7 @@ def test_pictures_are_drawn_with_previews_and_come_first_in_the_gallery(visit, s
 
 def test_a_drawing_is_cancelled(visit, served):
     page = visit()
-    draw(page, "slow", Pictures=8, Steps=150)
+    draw(page, "slow", Pictures=16, Steps=150)
     page.locator(".stage").get_by_role("button", name="Cancel").click()
     expect(page.locator("#stage-line")).to_have_text("Cancelled")
     assert served.client.get("/api/jobs").json()["jobs"][0]["state"] == "cancelled"
@@ -158,7 +164,7 @@ def test_a_drawing_is_cancelled(visit, served):
 def test_the_queue_shows_what_waits_and_cancels_all(visit, served):
     page = visit()
     for name in ("first", "second", "third"):
-        draw(page, name, Pictures=8, Steps=150)
+        draw(page, name, Pictures=16, Steps=150)
     rows = page.locator(".queue li")
     expect(rows).to_have_count(3)
     expect(rows.nth(1)).to_contain_text("second")
@@ -208,6 +214,36 @@ def test_a_dropped_picture_brings_its_settings_and_says_what_is_lost(visit):
     assert page.locator(".notice li").count() > 0
 
 
+def test_a_lora_is_found_by_its_trigger_and_drawn_with(visit, served):
+    page = visit()
+    page.get_by_text("LoRAs", exact=True).click()
+    page.get_by_role("button", name="Add LoRA").click()
+    page.get_by_label("Search LoRAs").fill("ANNA wor")
+    expect(page.locator(".picker button")).to_have_count(1)
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("anna weight")).to_be_focused()
+    page.keyboard.type("0.5")
+    page.get_by_role("button", name="anna words").click()
+    page.keyboard.press("Control+Enter")
+    finished(page)
+    entry = newest(served)[0]
+    assert entry["prompt"] == "anna words"
+    data = served.client.get(entry["url"]).content
+    answer = served.client.post("/api/settings", content=data, headers={"content-type": "image/png"}).json()
+    assert answer["settings"]["loras"] == [{"name": "anna", "weight": 0.5}]
+
+
+def test_a_comfyui_graph_is_dropped(visit, served):
+    page = visit()
+    draw(page, "from a graph", Steps=5)
+    finished(page)
+    graph = png(Image.new("RGB", (32, 48)), prompt=newest(served)[1].info["prompt"])
+    draw(page, "something else", Steps=3)
+    drop(page, "body", graph)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("from a graph")
+    assert page.get_by_label("Steps", exact=True).input_value() == "5"
+
+
 def test_a_picture_without_settings_can_be_the_start_image(visit):
     page = visit()
     drop(page, "body", png(Image.new("RGB", (32, 48))))
@@ -221,15 +257,16 @@ def test_a_gallery_picture_is_drawn_again_with_its_seed(visit, served):
     page = visit()
     page.get_by_text("Fixed").click()
     draw(page, "again", Seed="18446744073709551614")
-    finished(page)
+    expect(page.locator(".gallery .open").first).to_have_attribute("aria-label", "Open: again")
     _, before = newest(served)
     page.get_by_text("Random", exact=True).click()
     page.get_by_label("Prompt", exact=True).fill("something else")
+    count = page.locator(".gallery li").count()
     page.locator(".gallery .open").first.click()
     page.get_by_role("button", name="Reuse settings").click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value("18446744073709551614")
     page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.locator("#stage-line")).to_contain_text("Drawing")
+    expect(page.locator(".gallery li")).to_have_count(count + 1)
     expect(page.locator("#stage-line")).to_contain_text("seed 18446744073709551614")
     assert (np.asarray(newest(served)[1]) == np.asarray(before)).all()
 

@@ -41,6 +41,7 @@ function message(body, response) {
 export class Api extends EventTarget {
   #base;
   #asking = null;
+  #key = null;
   #pictures = new Map();
   #waiting = null;
   online = true;
@@ -54,14 +55,21 @@ export class Api extends EventTarget {
   askKey = async () => null;
 
   get key() {
-    return sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
+    try {
+      return this.#key ?? sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
+    } catch {
+      return "";
+    }
   }
 
   /** Use this key from now on, in this tab, or in this browser if `remember`. */
   setKey(key, remember = false) {
-    sessionStorage.setItem(KEY, key);
-    if (remember) localStorage.setItem(KEY, key);
-    else localStorage.removeItem(KEY);
+    this.#key = key;
+    try {
+      sessionStorage.setItem(KEY, key);
+      if (remember) localStorage.setItem(KEY, key);
+      else localStorage.removeItem(KEY);
+    } catch { /* a browser without storage: until the page is loaded again */ }
   }
 
   /** Return the absolute URL of a path, with query parameters; those that are null or undefined are left out. */

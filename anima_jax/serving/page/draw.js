@@ -163,7 +163,7 @@ export async function mount(element, api) {
   });
   api.addEventListener("online", () => shown.refresh().catch(() => {}));
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || element.hidden || document.querySelector("dialog[open]")) return;
+    if (event.key !== "Enter" || event.repeat || !(event.ctrlKey || event.metaKey) || element.hidden || document.querySelector("dialog[open]")) return;
     event.preventDefault();
     draw();
   });
@@ -178,8 +178,9 @@ export async function mount(element, api) {
   dropping();
   addEventListener("pagehide", () => stored.set("settings", form.read()));
 
-  const again = () => Promise.all([shown.refresh(), jobs.refresh().then(() => { if (jobs.mine.length) now.show(jobs.mine[0]); waiting.update(); })]);
+  const again = () => Promise.all([shown.refresh(), jobs.refresh().then(() => { if (jobs.mine.length && !jobs.mine.includes(now.shown)) now.show(jobs.mine[0]); waiting.update(); })]);
   again().catch(showError);
+  document.addEventListener("visibilitychange", () => { if (!document.hidden && api.online) again().catch(() => {}); });
 }
 
 /** Return what the server has, waiting with a message until its model is loaded. */

@@ -5,6 +5,9 @@ import { button, h, newId, showError } from "./ui.js";
 /** Type of what a picture of the gallery carries while it is dragged: its path on the server. */
 export const DRAGGED = "application/x-anima-picture";
 
+/** Pixels of a picture that is used as it is: a camera's are more than a request may contain or a drawing can show. */
+const LARGEST = 8e6;
+
 /** Pictures by name, in IndexedDB. A browser that has none keeps nothing. */
 export const kept = {
   async run(mode, action) {
@@ -49,6 +52,23 @@ export async function bitmap(blob) {
   }
 }
 
+/** Return a picture as it is, or scaled down and upright if it has more than `LARGEST` pixels; and its size. */
+async function sized(blob) {
+  const source = await bitmap(blob);
+  try {
+    const scale = Math.sqrt(LARGEST / (source.width * source.height));
+    if (scale >= 1) return { blob, size: [source.width, source.height] };
+    const size = [source.width, source.height].map((side) => Math.max(1, Math.floor(side * scale)));
+    const canvas = h("canvas", { width: size[0], height: size[1] });
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(source, 0, 0, ...size);
+    return { blob: await new Promise((resolve) => canvas.toBlob(resolve, "image/png")), size };
+  } finally {
+    source.close();
+  }
+}
+
 /** Return the picture that was dropped or pasted, a Blob, or null. One of the gallery is fetched from the server. */
 export async function transferred(data, api) {
   const path = data.getData(DRAGGED);
@@ -76,11 +96,7 @@ export function slot(label, api, onchange) {
   const place = { element, blob: null, size: null };
 
   place.set = async (blob) => {
-    if (blob) {
-      const picture = await bitmap(blob);
-      place.size = [picture.width, picture.height];
-      picture.close();
-    }
+    if (blob) ({ blob, size: place.size } = await sized(blob));
     if (shown.src) URL.revokeObjectURL(shown.src);
     place.blob = blob;
     if (blob) {
@@ -99,7 +115,7 @@ export function slot(label, api, onchange) {
       const blob = await promise;
       if (!blob) return;
       await place.set(blob);
-      onchange(blob);
+      onchange(place.blob);
     } catch (error) {
       showError(error);
     }

@@ -84,7 +84,7 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
     note: () => (!place.blob ? "" : mask ? "Inpainting" : "In use"),
     async set(blob) {
       await place.set(blob);
-      changed(blob);
+      changed(place.blob);
     },
     editMask: edit,
     write(values) {
@@ -155,7 +155,7 @@ export function controlPictures(api, networks, preprocessors, { onchange }) {
     async use(blob) {
       const row = rows.find(({ place }) => !place.blob) ?? append();
       await row.place.set(blob);
-      kept.set(`control ${rows.indexOf(row)}`, blob);
+      kept.set(`control ${rows.indexOf(row)}`, row.place.blob);
       keep();
     },
     /** Return the part of a request that is about control networks. Throws an Error if one has no picture. */
