@@ -92,6 +92,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     methods = {method for route in matching(request.app.routes, request.scope) for method in route.methods or ()}
     shape = shape_of(request.url.path, request.app.routes)
     is_api = any(path.split("/")[1] == request.url.path.split("/")[1] for path, _ in operations(request.app.routes))
+    if status == 404 and methods:  # the page's files were asked, which have no such name
+        status = 405
     if status == 405 and not methods and is_api:
         status, headers = 404, {}
     if status == 404:

@@ -19,6 +19,7 @@ from anima_jax.serving.dataset_pictures import as_jpeg, as_png, small_picture, t
 from anima_jax.serving.dataset_shown import (
     BucketEntry,
     DatasetSource,
+    FilterName,
     PictureEntry,
     ShownDataset,
     TierEntry,
@@ -122,7 +123,7 @@ class TagBody(Strict):
     tag: str = Field(min_length=1, max_length=1000)
     to: str = Field("", max_length=1000, description="the new name")
     search: str = Field("", max_length=1000)
-    filter: str = Field("", max_length=100)
+    filter: FilterName = ""
     bucket: str = Field("", max_length=100)
     with_tag: str = Field("", max_length=1000)
     source: int | None = Field(None, ge=0, lt=10_000)

@@ -277,7 +277,7 @@ class DatasetView:
         return record
 
     def _update(self, record: PictureRecord, result: Entry | UserError | None, reasons: Sequence[str]) -> None:
-        record.notes, record.left_out, record.entry = tuple(reasons), "", None
+        record.notes, record.left_out, record.entry, record.examples = tuple(reasons), "", None, ()
         if isinstance(result, Entry):
             record.entry, record.captions = result, Captions(tuple(filter(None, result.captions)), result.nl)
         elif result is None:
