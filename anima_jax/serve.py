@@ -11,6 +11,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import jax
 
@@ -97,6 +98,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     check_files(parser, arguments)
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port {arguments.port}, expected 0 to 65535")
+    for origin in arguments.cors:
+        parts = urlsplit(origin)
+        if f"{parts.scheme}://{parts.netloc}" != origin or not parts.scheme or not parts.netloc:
+            parser.error(f"--cors {origin}: expected an origin, such as https://example.org")
     for flag, lowest in LOWEST.items():
         if getattr(arguments, flag) < lowest:
             parser.error(f"--{flag} {getattr(arguments, flag)}, expected at least {lowest}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from anima_jax.serving.http_server import protocol
 from anima_jax.serving.orders import Order
 from anima_jax.serving.server import Server, ServerConfig
 from anima_jax.serving.tickets import Ticket
+from anima_jax.text.tokenizers import load_tokenizers
 from tests.small_run import ASSETS, write_transformer
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "steps": 3, "sampler": "euler"}
@@ -96,10 +98,14 @@ def running_server(folder: str, *, library: Any = None, slots: int = 4, **settin
 
 
 class ManualEngine:
-    """An engine whose tickets a test moves: for what must happen while an image waits or is drawn."""
+    """An engine whose tickets a test moves, for what must happen while an image waits or is drawn.
 
-    def __init__(self, max_waiting: int = 2):
-        self.library, self.max_waiting = None, max_waiting
+    With `at_once` an order is finished, as a black picture, when it is submitted.
+    """
+
+    def __init__(self, max_waiting: int = 2, at_once: bool = False):
+        self.library, self.max_waiting, self.at_once = None, max_waiting, at_once
+        self.pipeline = types.SimpleNamespace(tokenizers=load_tokenizers(ASSETS / "tokenizers"))
         self.tickets: list[Ticket] = []
         self.submitted = threading.Semaphore(0)
 
@@ -112,6 +118,8 @@ class ManualEngine:
             raise EngineFullError("too many are waiting")
         ticket = Ticket(str(len(self.tickets)), order, self._position)
         self.tickets.append(ticket)
+        if self.at_once:
+            self.finish(ticket)
         self.submitted.release()
         return ticket
 

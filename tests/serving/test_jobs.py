@@ -1,0 +1,187 @@
+"""Jobs as clients see them while images wait and are drawn: queue, events, cancelling, refusals, and the gallery."""
+
+import io
+import json
+import socket
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("uvicorn")
+
+from anima_jax.errors import NotFiniteError
+from anima_jax.serving.app import create_app
+from anima_jax.serving.gallery import Gallery
+from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.server import ServerConfig
+from tests.serving.servers import SMALL, ManualEngine, running_app
+
+
+@pytest.fixture(scope="module")
+def running():
+    engine = ManualEngine()
+    config = ServerConfig(limits=RequestLimits(kept_images=3, kept_jobs=4), heartbeat=0.05)
+    with running_app(create_app(engine, config)) as running:
+        yield running
+
+
+@pytest.fixture
+def engine(running):
+    engine = ManualEngine()
+    running.server.jobs.engine = engine
+    yield engine
+    for ticket in engine.tickets:
+        ticket.move("cancelled")
+
+
+def submit(running, **options) -> str:
+    response = running.client.post("/api/jobs", json=SMALL | options)
+    assert response.status_code == 202, response.text
+    return response.json()["id"]
+
+
+class Stream:
+    """The events of a job, one by one."""
+
+    def __init__(self, running, id: str):
+        self._context = running.client.stream("GET", f"/api/jobs/{id}/events")
+        self._lines = self._context.__enter__().iter_lines()
+        self.comments = 0
+
+    def next(self) -> tuple[str, dict] | None:
+        name = ""
+        for line in self._lines:
+            self.comments += line.startswith(":")
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            if line.startswith("data: "):
+                return name, json.loads(line.removeprefix("data: "))
+        self._context.__exit__(None, None, None)
+        return None
+
+
+def test_a_stream_tells_what_happens_and_a_new_one_begins_with_the_state_now(running, engine):
+    first, second = submit(running), submit(running)
+    streams = [Stream(running, id) for id in (first, second)]
+    assert [stream.next() for stream in streams] == [("queued", {"position": 0}), ("queued", {"position": 1})]
+    engine.tickets[0].move("drawing")
+    assert streams[1].next() == ("queued", {"position": 0})
+    engine.tickets[0].report(1, 3)
+    assert streams[0].next() == ("progress", {"image": 0, "done": 1, "total": 3})
+    engine.tickets[0].show(Image.new("RGB", (8, 8), "red"))
+    name, data = streams[0].next()
+    assert (name, data["data"][:23]) == ("preview", "data:image/jpeg;base64,")
+    again = Stream(running, first)
+    assert [again.next(), again.next()[0]] == [("progress", {"image": 0, "done": 1, "total": 3}), "preview"]
+    running.client.delete(f"/api/jobs/{second}")
+    engine.finish(engine.tickets[0])
+    ends = [stream.next() for stream in (streams[0], streams[1], again)]
+    assert [name for name, _ in ends] == ["done", "cancelled", "done"]
+    assert [stream.next() for stream in streams] == [None, None]
+
+
+def test_a_quiet_stream_shows_that_it_lives(running, engine):
+    stream = Stream(running, submit(running))
+    stream.next()
+    threading.Timer(0.3, lambda: engine.tickets[0].report(1, 3)).start()
+    assert stream.next()[0] == "progress"
+    assert stream.comments
+
+
+def test_failures_are_told_and_others_of_the_job_are_cancelled(running, engine, capfd):
+    for error, expected in (
+        (NotFiniteError("the last evaluation: NaN"), "the last evaluation: NaN"),
+        (RuntimeError("/secret/path.py"), "internal error; the server's own output says more"),
+        (MemoryError(), "out of memory"),
+    ):
+        id = submit(running, batch_size=2)
+        engine.tickets[-2].move("failed", error=error)
+        assert Stream(running, id).next() == ("failed", {"error": expected})
+        job = running.client.get(f"/api/jobs/{id}").json()
+        assert (job["state"], job["error"]) == ("failed", expected)
+        assert engine.tickets[-1].state == "cancelled"
+    assert "/secret/path.py" in capfd.readouterr().err
+
+
+def test_a_full_queue_refuses_whole_jobs_and_says_when_to_come_back(running, engine):
+    submit(running)
+    response = running.client.post("/api/jobs", json=SMALL | {"batch_size": 2})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "5")
+    assert [ticket.state for ticket in engine.tickets] == ["waiting", "cancelled"]
+
+
+def test_a_job_that_takes_too_long_is_unavailable_and_leaves_the_queue(running, engine, monkeypatch):
+    monkeypatch.setattr(running.server.jobs, "_limits", RequestLimits(job_timeout=0.05))
+    response = running.client.post("/api/jobs?wait=true", json=SMALL)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert engine.tickets[0].state == "cancelled"
+
+
+def test_no_job_is_taken_while_the_model_loads_or_the_server_stops(running, engine):
+    server = running.server
+    for state, refusal in (("loading", "the model is still loading"), ("draining", "the server is shutting down")):
+        server.state, server.jobs.refusal = state, refusal
+        response = running.client.post("/api/jobs", json=SMALL)
+        assert (response.status_code, response.json()["error"]) == (503, refusal)
+        health = running.client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, state)
+    server.start(engine)
+    assert running.client.get("/health").status_code == 200
+
+
+def test_a_client_that_goes_away_cancels_what_it_waits_for(running, engine):
+    body = json.dumps(SMALL).encode()
+    head = f"POST /api/jobs?wait=true HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    left = threading.Event()
+    with socket.create_connection(running.address) as connection:
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        assert engine.submitted.acquire(timeout=300)
+        engine.tickets[0].subscribe(lambda ticket: ticket.finished and left.set())
+    assert left.wait(300)
+    assert engine.tickets[0].state == "cancelled"
+
+
+def test_finished_jobs_are_forgotten_and_keep_no_pictures(running, engine):
+    engine.at_once = True
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 48)).save(picture, format="PNG")
+    ids = [running.client.post("/api/jobs?wait=1", json=SMALL).json()["id"] for _ in range(6)]
+    known = [job["id"] for job in running.client.get("/api/jobs").json()["jobs"]]
+    assert known[:4] == ids[:1:-1]
+    assert running.client.get(f"/api/jobs/{ids[0]}").status_code == 404
+    assert not any(job._tickets for job in running.server.jobs.newest_first() if job.is_finished)
+
+
+def test_the_gallery_is_read_in_pages_and_the_oldest_images_leave_it(running, engine):
+    engine.at_once, client = True, running.client
+    for seed in range(5):
+        client.post("/api/jobs?wait=1", json=SMALL | {"seed": seed, "prompt": f"number {seed}"})
+    first = client.get("/api/images?limit=2").json()["images"]
+    rest = client.get("/api/images", params={"limit": 9, "before": first[-1]["id"]}).json()["images"]
+    assert [(image["seed"], image["prompt"]) for image in first + rest] == [(n, f"number {n}") for n in (4, 3, 2)]
+    thumbnail = client.get(first[0]["thumbnail"])
+    assert Image.open(io.BytesIO(thumbnail.content)).size == (32, 48)
+    assert client.delete(f"/api/images/{first[0]['id']}").status_code == 200
+    assert [client.get(path).status_code for path in (first[0]["url"], first[0]["thumbnail"])] == [404, 404]
+
+
+def test_images_of_a_folder_are_there_after_a_restart_and_nothing_else_is(tmp_path):
+    config = ServerConfig(gallery=tmp_path / "new" / "gallery")
+    with running_app(create_app(ManualEngine(at_once=True), config)) as running:
+        for seed in (3, 4):
+            running.client.post("/api/jobs?wait=1", json=SMALL | {"seed": seed, "prompt": "猫 red"})
+        images = running.client.get("/api/images").json()["images"]
+        data = running.client.get(images[0]["url"]).content
+    folder = tmp_path / "new" / "gallery"
+    (folder / f"{images[0]['id'][:-1]}!.png").write_bytes(data)
+    (folder / f"{images[1]['id'][:-4]}0000.png").write_bytes(data[:100])
+    again = Gallery(RequestLimits(), folder)
+    assert [(image.id, image.seed, image.prompt) for image in again.page(9)] == [
+        (image["id"], image["seed"], "猫 red") for image in images
+    ]
+    assert again.png(again.page(1)[0]) == data
+    assert np.asarray(Image.open(io.BytesIO(data))).max() == 0
+    assert again.remove(images[0]["id"])
+    assert not (folder / f"{images[0]['id']}.png").exists()

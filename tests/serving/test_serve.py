@@ -1,0 +1,110 @@
+"""The command: its flags, what it says when it cannot start, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+import httpx
+
+from anima_jax import serve
+from anima_jax.serving.http_server import listen
+from anima_jax.serving.server import ServerConfig
+from tests.serving.servers import SMALL, small_files
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    files = small_files(str(tmp_path_factory.mktemp("serve")))
+    return [word for name, file in files.items() for word in (f"--{name}", file)] + ["--dtype", "float32"]
+
+
+def error_of(capsys, *arguments: object) -> str:
+    """The one-line error of these arguments, which end the command with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        serve.main([str(argument) for argument in arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    return line.removeprefix("error: ")
+
+
+def test_what_keeps_a_server_from_starting_is_said_in_one_line(flags, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = {
+            ("--port", port): f"--host 127.0.0.1 --port {port}: Address already in use",
+            ("--port", 70_000): "--port 70000, expected 0 to 65535",
+            ("--host", "no.such.host.invalid"): "--host no.such.host.invalid --port 8000: ",
+            ("--gallery", tmp_path / "file" / "x"): f"--gallery {tmp_path}/file/x: ",
+            ("--lora_dir", tmp_path / "none"): f"--lora_dir {tmp_path}/none: is not a folder",
+            ("--api_key_file", tmp_path / "none"): f"--api_key_file {tmp_path}/none: cannot be read: No such file",
+            ("--api_key", " "): "the API key is empty",
+            ("--slots", 0): "--slots 0, expected at least 1",
+            ("--cors", "studio.example"): "--cors studio.example: expected an origin, such as https://example.org",
+            ("--vae", tmp_path / "none.safetensors"): f"{tmp_path}/none.safetensors: no such file",
+            ("--prot", 1): "unrecognized arguments: --prot",
+        }
+        for given, expected in cases.items():
+            assert error_of(capsys, *flags, *given).startswith(expected), given
+    monkeypatch.setattr(serve, "EXTRA", ("no_such_module",))
+    assert error_of(capsys, *flags).startswith("no_such_module: not installed, expected the extra: pip install")
+
+
+def test_the_key_comes_from_the_flag_a_file_or_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("from file\n")
+    monkeypatch.setenv(serve.KEY, "from environment")
+    given = {(): "from environment", ("--api_key_file", str(tmp_path / "key")): "from file", ("--api_key", "x"): "x"}
+    assert {words: serve.api_key(serve.parse_arguments(words)) for words in given} == given
+
+
+def test_a_server_is_bound_to_this_machine_unless_told(flags):
+    arguments = serve.parse_arguments([*flags, "--port", "0"])
+    with listen(ServerConfig(host=arguments.host, port=arguments.port)) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+
+
+class Process:
+    """The command in a process of its own, and its address."""
+
+    def __init__(self, *arguments: str):
+        command = [sys.executable, "-m", "anima_jax.serve", "--port", "0", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | {"ANIMA_API_KEY": "secret"}, **pipes)
+        line = self.process.stdout.readline()
+        assert line.startswith("serving at http://127.0.0.1:"), (line, self.process.stderr.read())
+        self.client = httpx.Client(base_url=line.split()[-1], timeout=300, headers={"authorization": "Bearer secret"})
+
+    def draw(self, **options) -> dict:
+        return self.client.post("/api/jobs?wait=1", json=SMALL | options).json()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_server_starts_again_with_its_gallery_and_a_stopped_one_finishes_its_jobs(flags, tmp_path):
+    arguments = [*flags, "--gallery", str(tmp_path), "--slots", "2"]
+    killed = Process(*arguments)
+    (image,) = killed.draw(seed=1)["images"]
+    data = killed.client.get(image["url"]).content
+    killed.process.kill()
+    assert killed.process.wait(300) == -signal.SIGKILL
+    again = Process(*arguments)
+    assert again.client.get(image["url"]).content == data
+    assert again.client.get("/health", headers={"authorization": ""}).json()["status"] == "ok"
+    answers: list[dict] = []
+    long = threading.Thread(target=lambda: answers.append(again.draw(steps=100, batch_size=8)))
+    long.start()
+    while not again.client.get("/api/jobs").json()["jobs"]:
+        pass
+    again.process.send_signal(signal.SIGTERM)
+    long.join(300)
+    assert (again.process.wait(300), answers[0]["state"], len(answers[0]["images"])) == (0, "done", 8)
+    assert len(list(tmp_path.glob("*.png"))) == 9
