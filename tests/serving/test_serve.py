@@ -100,11 +100,11 @@ def test_a_killed_server_starts_again_with_its_gallery_and_a_stopped_one_finishe
     assert again.client.get(image["url"]).content == data
     assert again.client.get("/health", headers={"authorization": ""}).json()["status"] == "ok"
     answers: list[dict] = []
-    long = threading.Thread(target=lambda: answers.append(again.draw(steps=100, batch_size=8)))
+    long = threading.Thread(target=lambda: answers.append(again.draw(steps=20, batch_size=4)))
     long.start()
     while not again.client.get("/api/jobs").json()["jobs"]:
         pass
     again.process.send_signal(signal.SIGTERM)
     long.join(300)
-    assert (again.process.wait(300), answers[0]["state"], len(answers[0]["images"])) == (0, "done", 8)
-    assert len(list(tmp_path.glob("*.png"))) == 9
+    assert (again.process.wait(300), answers[0]["state"], len(answers[0]["images"])) == (0, "done", 4)
+    assert len(list(tmp_path.glob("*.png"))) == 5
