@@ -155,6 +155,8 @@ class Job:
                         yield "progress", {"image": index, "done": ticket.done, "total": ticket.total}
                     if (preview := ticket.preview) and is_new((index, "preview"), preview):
                         yield "preview", {"image": index, "data": await self._preview(index, preview)}
+                    if (image := self.images.get(index)) and is_new((index, "image"), image):
+                        yield "image", {"image": index, "kept": image}
                 if self.is_finished:
                     break
                 await changed.wait()

@@ -258,8 +258,13 @@ async def stream(job: Job, heartbeat: float) -> AsyncGenerator[str]:
             if event is None:
                 yield STILL_HERE
                 continue
-            name, data = event
-            shown = {"images": [link(image) for image in data["images"]]} if name == "done" else data
+            match event:
+                case "done" as name, {"images": images}:
+                    shown = {"images": [link(image) for image in images]}
+                case "image" as name, {"image": index, "kept": image}:
+                    shown = {"image": index, **link(image)}
+                case name, shown:
+                    pass
             yield f"event: {name}\ndata: {json.dumps(shown, allow_nan=False)}\n\n"
 
 

@@ -19,7 +19,7 @@ export async function mount(element, api) {
   let lastSeed = stored.get("seed");
 
   const jobs = new Jobs(api);
-  const start = startImage(api, { limits: models.limits, onchange: () => form.refresh(), onSize: (w, tall) => { form.setSize(w, tall); keep(); } });
+  const start = startImage(api, { usual, limits: models.limits, onchange: () => form.refresh(), onSize: (w, tall) => { form.setSize(w, tall); keep(); } });
   const control = controlPictures(api, models.controls ?? [], models.control_kinds ?? [], { onchange: () => form.refresh() });
   let timer = null;
   const keep = () => { clearTimeout(timer); timer = setTimeout(() => stored.set("settings", form.read()), 200); };
@@ -149,12 +149,16 @@ export async function mount(element, api) {
   }
 
   jobs.addEventListener("finished", ({ detail: job }) => {
-    if (job.state !== "done") return;
-    if (job.mine && job.images[0]) {
+    if (job.mine && job.state === "done" && job.images[0]) {
       lastSeed = String(job.images[0].seed);
       stored.set("seed", lastSeed);
     }
     shown.refresh().catch(() => {});
+  });
+  let soon = null;
+  jobs.addEventListener("picture", () => { // several of a batch are finished in one moment
+    clearTimeout(soon);
+    soon = setTimeout(() => shown.refresh().catch(() => {}), 300);
   });
   jobs.addEventListener("lost", ({ detail: lost }) => {
     const ours = lost.filter((job) => job.body);

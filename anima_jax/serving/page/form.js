@@ -207,7 +207,7 @@ export function createForm(models, { start, control, onchange, onReuse }) {
   const names = (rows) => rows.map((row) => row.name ?? row);
   const text = (label, rows, hint) => new Setting(label, h("textarea", { rows, spellcheck: "true", autocapitalize: "off" }), { hint });
   const most = models.limits ?? {};
-  const side = (label) => number(label, { min: 16, max: most.max_size ?? most.size, step: 8 });
+  const side = (label) => number(label, { min: 16, max: most.max_size, step: 8 });
   const main = {
     prompt: text("Prompt", 5),
     negative_prompt: text("Negative prompt", 2),
@@ -215,11 +215,11 @@ export function createForm(models, { start, control, onchange, onReuse }) {
     height: side("Height"),
     sampler: choice("Sampler", names(models.samplers)),
     schedule: choice("Schedule", names(models.schedules)),
-    steps: number("Steps", { min: 1, max: most.max_steps ?? most.steps, step: 1 }),
+    steps: number("Steps", { min: 1, max: most.max_steps, step: 1 }),
     guidance_scale: number("CFG scale", { min: 0, step: 0.5 }),
     shift: number("Shift", { min: 0, step: 0.5 }),
     seed: seed(onReuse),
-    batch_size: number("Pictures", { min: 1, max: most.max_batch ?? most.batch_size, step: 1 }),
+    batch_size: number("Pictures", { min: 1, max: most.max_batch, step: 1 }),
   };
   const guidance = {
     guidance_interval: interval("Guidance acts"),

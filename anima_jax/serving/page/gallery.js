@@ -114,7 +114,7 @@ export function gallery(api, defaults, actions) {
     const before = button("Newer picture", "left", () => go(-1), { kind: "" });
     const after = button("Older picture", "right", () => go(1), { kind: "" });
     const row = h("div", { class: "row wrap" });
-    const side = h("div", { class: "stack side" }, h("div", { class: "row" }, counter, before, after), prompt, row, facts);
+    const side = h("div", { class: "stack side" }, h("div", { class: "row" }, counter, before, after), row, prompt, facts);
     const opened = dialog("Picture", h("div", { class: "viewer" }, place, side), [], { kind: "wide" });
     let blob = null;
     let found = null;

@@ -1,8 +1,8 @@
 /**
- * The server's jobs as this page sees them. Emits "change" with the job as detail, "finished" likewise, and "lost" with the jobs that
+ * The server's jobs as this page sees them. Emits "change" with the job as detail, "picture" (one is finished) and "finished" likewise, and "lost" with the jobs that
  * a server has forgotten, which it does when it is started again.
  *
- * A job is {id, state, position, done, total, prompt, images, error, tiles, body, mine}; `tiles` are {done, total, preview} for each
+ * A job is {id, state, position, done, total, prompt, images, error, tiles, body, mine}; `tiles` are {done, total, preview, result} for each
  * picture, `body` the request if this browser has sent it, which survives a reload. The oldest jobs that are not finished have an event stream each, few enough
  * for a browser's connections; the list is asked for now and then for the rest.
  */
@@ -140,6 +140,10 @@ export class Jobs extends EventTarget {
       job.began ??= performance.now();
       Object.assign(tile, { done: data.done, total: data.total });
     } else if (event === "preview" && tile) tile.preview = data.data;
+    else if (event === "image" && tile) {
+      tile.result = data;
+      this.dispatchEvent(new CustomEvent("picture", { detail: job }));
+    }
     else if (event === "done") return this.#end(job, { state: "done", images: data.images });
     else if (event === "failed") return this.#end(job, { state: "failed", error: data.error });
     else if (event === "cancelled") return this.#end(job, { state: "cancelled" });

@@ -80,7 +80,7 @@ export async function transferred(data, api) {
 export const mayBePicture = (data) => data.types.includes(DRAGGED) || data.types.includes("Files");
 
 /**
- * A place for one picture: {element, blob, size, set(blob)}. `onchange` is called with the blob, or null if it was removed.
+ * A place for one picture: {element, blob, size, ready, set(blob)}; `ready` is a promise that its picture is there. `onchange` is called with the blob, or null if it was removed.
  * The picture can be dropped, pasted while the place has the focus, or chosen as a file.
  */
 export function slot(label, api, onchange) {
@@ -93,7 +93,7 @@ export function slot(label, api, onchange) {
     h("div", { class: "row wrap" }, h("button", { type: "button", onclick: () => input.click() }, "Replace"),
       button(`Remove ${label}`, "trash", () => { place.set(null); onchange(null); choose.focus(); }))));
   const element = h("div", { class: "slot", role: "group", "aria-label": label }, input, empty, full);
-  const place = { element, blob: null, size: null };
+  const place = { element, blob: null, size: null, ready: Promise.resolve() };
 
   place.set = async (blob) => {
     if (blob) ({ blob, size: place.size } = await sized(blob));
@@ -110,7 +110,11 @@ export function slot(label, api, onchange) {
     full.hidden = !blob;
   };
 
-  async function take(promise) {
+  function take(promise) {
+    place.ready = taken(promise);
+  }
+
+  async function taken(promise) {
     try {
       const blob = await promise;
       if (!blob) return;

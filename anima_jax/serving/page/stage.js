@@ -56,14 +56,13 @@ export function stage(api, jobs, { open, again }) {
     retry.hidden = isActive(job) || job.state === "done" || !job.body;
     nothing.hidden = true;
     parts.forEach((part, index) => {
-      const { done, total, preview } = job.tiles[index];
-      part.bar.value = job.state === "done" ? 1 : total ? done / total : 0;
+      const { done, total, preview, result = job.state === "done" ? job.images[index] : null } = job.tiles[index];
+      part.bar.value = result ? 1 : total ? done / total : 0;
       part.bar.hidden = !isActive(job);
-      part.label.hidden = !isActive(job);
+      part.label.hidden = !isActive(job) || Boolean(result);
       part.label.textContent = total ? `${done} / ${total}` : job.state === "waiting" ? "Waiting" : "Preparing";
       if (preview && part.preview !== preview && !part.finished) part.image.src = part.preview = preview;
       part.image.hidden = !part.image.getAttribute("src");
-      const result = job.state === "done" && job.images[index];
       if (result && !part.finished) {
         part.finished = true;
         part.item.style.setProperty("--ratio", result.width / result.height);

@@ -5,7 +5,7 @@ import { editMask } from "./mask.js";
 import { button, field, h, newId, select, showError, stored } from "./ui.js";
 
 /** The start image with its mask: {element, note(), request(), set(blob), write(settings)}. */
-export function startImage(api, { onchange, onSize, limits = {} }) {
+export function startImage(api, { onchange, onSize, usual, limits = {} }) {
   const place = slot("start image", api, (blob) => changed(blob));
   const denoise = h("input", { type: "range", min: 0.05, max: 1, step: 0.01, value: 0.6 });
   const amount = h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.6, "aria-label": "Denoise, as a number" });
@@ -13,7 +13,7 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
   strength.element.replaceChildren(h("label", { for: (denoise.id = newId("denoise")) }, "Denoise"), h("div", { class: "row" }, denoise, amount),
     h("p", { class: "hint" }, "How much is drawn again: 0 keeps the picture, 1 only its mask."));
   const preview = h("img", { class: "mask-preview", alt: "Mask" });
-  const paint = h("button", { type: "button", onclick: () => edit() }, "Paint a mask");
+  const paint = h("button", { type: "button", onclick: () => { edited = edit(); } }, "Paint a mask");
   const drop = button("Remove mask", "trash", () => { setMask(null); paint.focus(); onchange(); });
   const paste = h("input", { type: "checkbox", id: newId("paste"), checked: true });
   const feather = h("input", { type: "number", min: 0, max: 512, step: 1, value: 8 });
@@ -24,10 +24,12 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
   const details = h("div", { class: "stack", hidden: true }, h("div", { class: "row wrap" }, useSize, paint, drop), preview, edges, strength.element);
   const element = h("div", { class: "stack" }, place.element, details);
   let mask = null;
+  let edited = Promise.resolve();
 
   function fitting([width, height]) {
-    const most = limits.max_size ?? limits.size ?? 2048;
-    const scale = Math.min(1, most / Math.max(width, height));
+    const most = limits.max_size ?? 2048;
+    const area = 1.5 * (usual[0] || 1024) * (usual[1] || 1024); // a larger picture is drawn in its shape
+    const scale = Math.min(1, most / Math.max(width, height), Math.sqrt(area / (width * height)));
     return [width, height].map((side) => Math.max(16, Math.round((side * scale) / 16) * 16));
   }
   function keep() {
@@ -86,7 +88,6 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
       await place.set(blob);
       changed(place.blob);
     },
-    editMask: edit,
     write(values) {
       if (values.denoise != null) amount.value = denoise.value = values.denoise;
       if (values.paste != null) { paste.checked = true; feather.value = values.paste; }
@@ -94,6 +95,7 @@ export function startImage(api, { onchange, onSize, limits = {} }) {
     setError: (text) => strength.setError(text),
     /** Return the part of a request that is about the start image. */
     async request() {
+      await Promise.all([restored, place.ready, edited]); // a large picture or mask takes a moment
       if (!place.blob) return {};
       const found = { image: await dataUrl(place.blob), denoise: Number(amount.value || 1) };
       if (!mask) return found;
@@ -147,7 +149,7 @@ export function controlPictures(api, networks, preprocessors, { onchange }) {
 
   stored.get("controls", []).filter(({ name }) => names.includes(name)).forEach((values, index) => {
     const row = append(values);
-    kept.get(`control ${index}`).then((blob) => blob && row.place.set(blob)).then(onchange).catch(() => {});
+    row.place.ready = kept.get(`control ${index}`).then((blob) => blob && row.place.set(blob)).then(onchange).catch(() => {});
   });
   return {
     element,
@@ -160,6 +162,7 @@ export function controlPictures(api, networks, preprocessors, { onchange }) {
     },
     /** Return the part of a request that is about control networks. Throws an Error if one has no picture. */
     async request() {
+      await Promise.all(rows.map(({ place }) => place.ready));
       const empty = rows.find(({ place }) => !place.blob);
       if (empty) throw new Error(`The control network ${empty.network.value} has no picture yet.`);
       const controls = await Promise.all(rows.map(async (row) => ({ ...plain(row), image: await dataUrl(row.place.blob) })));
