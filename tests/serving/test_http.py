@@ -50,7 +50,7 @@ def test_a_job_draws_what_the_pipeline_draws_and_reports_it(running, folder):
         data = client.get(link["url"]).content
         # One level of 8 bits: a batch of the engine adds the same numbers in another order.
         np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(data)), int), np.asarray(image, int), atol=1)
-    assert {name for name, _ in found} >= {"progress", "preview", "done"}
+    assert {name for name, _ in found} >= {"progress", "preview", "image", "done"}
     job = client.get(f"/api/jobs/{created.json()['id']}").json()
     assert (job["state"], job["done"], job["total"], job["images"]) == ("done", 6, 6, images)
 

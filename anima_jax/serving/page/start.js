@@ -85,7 +85,7 @@ export function startImage(api, { onchange, onSize, usual, limits = {} }) {
     restored,
     note: () => (!place.blob ? "" : mask ? "Inpainting" : "In use"),
     async set(blob) {
-      await place.set(blob);
+      await (place.ready = place.set(blob));
       changed(place.blob);
     },
     write(values) {
