@@ -218,7 +218,7 @@ async def show_picture(request: Request) -> Response:
 
 def _detail(request: Request) -> Response:
     shown, record = _shown(request), _record(request)
-    editor, plan = shown.editor, shown.view.plan()
+    editor, plan = shown.editor, shown.view.last_plan
     why, fields, version = "", [], ""
     try:
         fields, version = editor.fields(record), editor.version(record)

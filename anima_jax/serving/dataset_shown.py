@@ -109,6 +109,7 @@ class ShownDataset:
         self.view, self.editor = view, CaptionEditor(view)
         self.thumbnails, self.duplicates = ImageCache(), DuplicateSearch()
         self.decoders = asyncio.Semaphore(DECODERS)
+        self._summary: tuple[Any, dict[str, Any]] = None, {}
 
     def select(self, wanted: Wanted) -> list[PictureRecord]:
         """Return the pictures that fit, in the data set's order."""
@@ -138,17 +139,26 @@ class ShownDataset:
         """Return the fields of `DatasetSummary`. Only clients on this machine learn its folders."""
         view = self.view
         view.read_if_changed()
-        plan, records = view.plan(), view.reading.records
+        plan, version = view.plan(), view.version
+        if self._summary[0] != (version, id(plan), is_local):
+            self._summary = (version, id(plan), is_local), self._counted(plan, is_local=is_local)
+        return {
+            "state": view.state,
+            "read": view.done,
+            "error": view.error or plan.error,
+            "version": version,
+            "undo": self.editor.undoable,
+            **self._summary[1],
+        }
+
+    def _counted(self, plan: TrainingPlan, *, is_local: bool) -> dict[str, Any]:
+        view, records = self.view, self.view.reading.records
         shown: Callable[[str], str] = str if is_local else os.path.basename
         lines = view.reading.lines or ("",) * len(view.data.sources)
         of_source = collections.Counter(record.source for record in records)
         return {
             "path": shown(view.path),
             "kind": view.kind,
-            "state": view.state,
-            "read": view.done,
-            "error": view.error or plan.error,
-            "version": view.version,
             "counts": {
                 name: sum(fits(each, plan, view.token_limit) for each in records) for name, fits in FILTERS.items()
             },
@@ -170,7 +180,6 @@ class ShownDataset:
             "steps_of_first_epoch": plan.steps_of_first_epoch,
             "steps": plan.steps,
             "token_limit": view.token_limit,
-            "undo": self.editor.undoable,
         }
 
     def duplicates_answer(self, model: Callable[..., Any]) -> Any:

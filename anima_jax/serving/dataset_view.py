@@ -5,6 +5,7 @@ are the same. Nothing is written but captions that are edited.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,13 +13,13 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 
 from anima_jax.checkpoints.locations import is_remote
-from anima_jax.config.dataset import DatasetConfig, DirectorySource
+from anima_jax.config.dataset import DatasetConfig, DirectorySource, Source
 from anima_jax.config.load import load_config, load_dataset
 from anima_jax.config.main import MainConfig
 from anima_jax.config.sizes import Size
@@ -139,6 +140,7 @@ class DatasetView:
         self._indexes: dict[str, FileIndex] = {}
         self.readers: list[SourceReader[Any]] = []
         self._thread: threading.Thread | None = None
+        self._planning = threading.Lock()
         self.read()
 
     # ---- configuration ----------------------------------------------------------------------------------------------
@@ -223,7 +225,8 @@ class DatasetView:
                 self._again, self.state, self.error = False, "reading", ""
             times = self._folder_times()
             try:
-                reading, readers = self._read()
+                with _without_log():
+                    reading, readers = self._read()
                 plan = self._planned(reading)
             except Exception as error:
                 if not isinstance(error, UserError):
@@ -295,37 +298,60 @@ class DatasetView:
         found = records if len(self.readers) == 1 else self.reading.records
         for record in (each for each in found if each.candidate.media.name in names):
             index = self._index(self.readers[record.source])
-            self._update(record, *inspect(record.candidate, index, self.data.sources[record.source]))
+            source = self.data.sources[record.source]
+            self._update(record, *inspect(record.candidate, index, source))
+            if record.entry:  # until the next plan, which may leave it out of a share of the data set
+                record.examples = tuple(self._examples([record.entry], source, Problems()))
+                self._lengths |= self._tokens(text for example in record.examples for text in example.captions)
         self.own_change()
 
     # ---- plan -------------------------------------------------------------------------------------------------------
 
+    @property
+    def last_plan(self) -> TrainingPlan:
+        """The plan as it was when it was last made; its `lengths` have those of captions edited since."""
+        return (
+            self._plan
+            if self._plan.lengths is self._lengths
+            else dataclasses.replace(self._plan, lengths=self._lengths)
+        )
+
     def plan(self) -> TrainingPlan:
         """Return the plan that training would make of the pictures and captions as they are now."""
-        with self.lock:
+        with self._planning:
             if self._stale_plan and self.state != "reading":
-                self._plan, self._stale_plan = self._planned(self.reading), False
+                self._stale_plan = False
+                self._plan = self._planned(self.reading)
             return self._plan
+
+    def _examples(self, entries: Sequence[Entry], source: Source, problems: Problems) -> list[Example]:
+        each_epoch = bool(self.config and not self.config.model.cache_text_embeddings)
+        pairs = self.config.pairs if self.config else ""
+        with _without_log():
+            return examples_of(entries, source, problems, shuffle_each_epoch=each_epoch, pairs=pairs)
 
     def _planned(self, reading: Reading) -> TrainingPlan:
         config, problems = self.config, Problems()
-        each_epoch = bool(config and not config.model.cache_text_embeddings)
+        planned = {id(record.entry): record.entry for record in reading.records if record.entry}
         examples, tags = list[Example](), collections.Counter[str]()
         of_entry = collections.defaultdict[int, list[Example]](list)
         for number, source in enumerate(self.data.sources):
-            entries = [record.entry for record in reading.records if record.entry and record.source == number]
-            pairs = config.pairs if config else ""
-            own = examples_of(entries, source, problems, shuffle_each_epoch=each_epoch, pairs=pairs)
+            entries = [
+                entry
+                for record in reading.records
+                if record.source == number and (entry := record.entry) and id(entry) in planned
+            ]
+            own = self._examples(entries, source, problems)
             for example in own:
                 of_entry[id(example.entry)].append(example)
             tags.update(most_frequent_tags(own, len(own) * 1000 + 1))
             examples += own
         unplaced = {line[: at.start()]: line[at.end() :] for line in problems.lines for at in re.finditer(": ", line)}
         for record in reading.records:
-            if record.entry:
+            if record.entry and id(record.entry) in planned:  # it was not edited meanwhile
                 record.examples = tuple(of_entry.get(id(record.entry), ()))
                 record.left_out = "" if record.examples else self._why(record, unplaced)
-        lengths = self._count_tokens(text for example in examples for text in example.captions)
+        self._lengths = lengths = self._tokens(text for example in examples for text in example.captions)
         if not examples:
             return TrainingPlan(error="there is nothing to train on: " + "; ".join(reading.lines))
         buckets = [example.bucket for example in examples]
@@ -349,16 +375,33 @@ class DatasetView:
             return f"not in the share of the data set that is used (subsample_ratio = {source.subsample_ratio:g})"
         return f"not in the part of the data set that an epoch uses (num_repeats = {source.num_repeats:g})"
 
-    def _count_tokens(self, texts: Iterable[str]) -> dict[str, int]:
+    def _tokens(self, texts: Iterable[str]) -> dict[str, int]:
         """Return text → tokens, counting only those of new texts."""
-        wanted = list(dict.fromkeys(texts))
-        new = [text for text in wanted if text not in self._lengths]
+        wanted, known = list(dict.fromkeys(texts)), self._lengths
+        new = [text for text in wanted if text not in known]
+        counted = dict[str, int]()
         for start in range(0, len(new), 1024):
             part = new[start : start + 1024]
-            longest = self._tokenizers.lengths(part).max(1)
-            self._lengths |= dict(zip(part, map(int, longest), strict=True))
-        self._lengths = {text: self._lengths[text] for text in wanted}
-        return self._lengths
+            counted |= dict(zip(part, map(int, self._tokenizers.lengths(part).max(1)), strict=True))
+        return {text: counted[text] if text in counted else known[text] for text in wanted}
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Drop what this thread would log about the data set, which the page shows."""
+    own = threading.get_ident()
+
+    def is_of_another(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    loggers = [logging.getLogger(f"anima_jax.data.{name}") for name in ("examples", "problems", "sources")]
+    for logger in loggers:
+        logger.addFilter(is_of_another)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_of_another)
 
 
 def _captions_of(entry: Entry) -> Captions:
