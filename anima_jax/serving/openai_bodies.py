@@ -79,7 +79,7 @@ class EditForm(BaseModel):
 
     image: list[bytes] = Field(description="also as image[]; the first is edited, the others are references")
     mask: bytes | None = Field(None, description="transparent where the image is redrawn")
-    prompt: str
+    prompt: str = Field(min_length=1)
 
 
 GenerationBody = cast(type[OpenAiFields], create_model("GenerationBody", __base__=(OpenAiFields, JobBody)))

@@ -111,7 +111,8 @@ def _operation(
 
 def _own_errors(operation: Operation) -> set[int]:
     has_body = operation.body is not None or operation.form is not None or bool(operation.raw)
-    return ({400, 408, 413, 415, 422} if has_body else set()) | ({400, 422} if operation.query is not None else set())
+    of_body = {400, 408, 413, 415, operation.invalid} if has_body else set[int]()
+    return of_body | ({400, operation.invalid} if operation.query is not None else set[int]())
 
 
 def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[str, Any]:

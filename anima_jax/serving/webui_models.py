@@ -18,16 +18,23 @@ from anima_jax.serving.routes import read_model
 MAX_REPEATS = 4096
 
 
-def _nullable(schema: dict[str, Any]) -> None:
-    """Say in the OpenAPI document that every field may be null."""
+LENIENT = {"integer": ("string", "boolean"), "number": ("string", "boolean"), "boolean": ("string", "integer")}
+"""JSON type of a field → other types that are read as it, such as "20" and 1, which clients send."""
+
+
+def _lenient(schema: dict[str, Any]) -> None:
+    """Say in the OpenAPI document what else is taken for a field: null, unless it is needed, and `LENIENT` types."""
     for name, field in schema.get("properties", {}).items():
-        schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        given = {one.get("type") for one in field.get("anyOf", [field])}
+        others = {other for kind in given for other in LENIENT.get(kind, ())}
+        others |= {"null"} if name not in schema.get("required", ()) else set()
+        schema["properties"][name] = {"anyOf": [field, *({"type": other} for other in sorted(others - given))]}
 
 
 class WebuiBody(BaseModel):
     """A body whose nulls are as if they were not there."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_nullable)
+    model_config = ConfigDict(extra="allow", json_schema_extra=_lenient)
 
     @model_validator(mode="before")
     @classmethod
