@@ -310,11 +310,7 @@ class DatasetView:
     @property
     def last_plan(self) -> TrainingPlan:
         """The plan as it was when it was last made; its `lengths` have those of captions edited since."""
-        return (
-            self._plan
-            if self._plan.lengths is self._lengths
-            else dataclasses.replace(self._plan, lengths=self._lengths)
-        )
+        return self._plan
 
     def plan(self) -> TrainingPlan:
         """Return the plan that training would make of the pictures and captions as they are now."""
