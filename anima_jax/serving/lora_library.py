@@ -116,7 +116,8 @@ class LoraLibrary:
     def adapter(self, name: str) -> tuple[Fingerprint, Adapter]:
         """Return an adapter in host memory, and what tells it from other files.
 
-        Raises UserError if there is not exactly one of this name, or if it cannot be read.
+        Raises UserError if there is not exactly one of this name, if it cannot be read, or for values that are not
+        finite, which would only show as an image that cannot be drawn.
         """
         path = self.lora(name)
         key = _fingerprint(path)
@@ -135,6 +136,9 @@ class LoraLibrary:
                 }
         except UserError as error:
             raise UserError(str(error).replace(_opened_at(path), shown)) from error
+        parts = [(module, part) for module, patch in patches.items() for part in patch.parts.values()]
+        if broken := [module for module, part in parts if not np.isfinite(part.float32()).all()]:
+            raise UserError(f"{shown}: has NaN or infinite values in {shorten([*dict.fromkeys(broken)])}")
         adapter = dataclasses.replace(adapter, path=shown, patches=patches)
         with self._lock:
             self._kept[key] = adapter

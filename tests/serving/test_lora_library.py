@@ -84,6 +84,9 @@ def test_files_that_are_no_adapters_are_not_listed_and_errors_do_not_tell_the_se
         with pytest.raises(UserError) as caught:
             library.adapter(name)
         assert str(folder) not in str(caught.value)
+    save_file({f"{MODULE}.diff": np.full((128, 64), np.inf, np.float32)}, folder / "huge.safetensors")
+    with pytest.raises(UserError, match=r"lora 'huge': has NaN or infinite values in blocks\.0\.mlp\.layer1"):
+        library.adapter("huge")
     with pytest.raises(UserError, match="control 'style': is not a control network"):
         library.control("style")
     with pytest.raises(UserError, match=r"--lora_dir .*nowhere: is not a folder"):
