@@ -134,7 +134,7 @@ def pages_of(
             for name, size in ((DOWN, i), (UP, o))
         }
         for (path, layer), change in changes.items():
-            for name, values in zip((DOWN, UP), change, strict=True):
+            for name, values in ((DOWN, change.down_ri), (UP, change.up_ro)):
                 own = values[first : first + PAGE]
                 page[f"{path}.{name}"][layer, : len(own)] = own
         pages.append(page)
