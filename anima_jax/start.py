@@ -32,20 +32,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in choices.fetch_anima(arguments).values():
             print(path)
         return
+    if not arguments.no_page:
+        browser.check_installed()
     pictures = choices.pictures_path(arguments, questions)
     model = choices.choose_model(arguments, questions)
     answers = training_run.ask(arguments, questions, pictures, model)
     questions.report()
     print("\nthe same again, without questions:", end="")
     commands.show("anima_jax.start", *training_run.flags_of(arguments, model, answers))
-    if not model.paths and not arguments.no_train:
+    if not model.paths and not (arguments.no_train and arguments.no_page and answers is None):
         model, code = quick_start.trained(arguments)
         _end_if(code)
-    toml = None
-    if answers and model.paths:
-        toml = training_run.prepare(answers, model)
-        if not arguments.no_train:
-            _end_if(training_run.train(toml))
+    toml = training_run.prepare(answers, model) if answers else None
+    if toml and not arguments.no_train:
+        if not questions.confirm("Train now", "--yes"):
+            print("later, the same command goes on from here")
+            return
+        _end_if(training_run.train(toml))
     if not arguments.no_page:
         _end_if(browser.serve(arguments, model, toml))
 

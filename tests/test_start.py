@@ -51,9 +51,9 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(anima_files, "ROOTS", tuple(root for root in anima_files.ROOTS if not root.startswith("/")))
     monkeypatch.chdir(tmp_path)
 
-    def plan(module: str, path: str) -> tuple[int, str]:
+    def plan(module: str, path: str, *overrides: str) -> tuple[int, str]:
         assert module == planning.MODULE
-        return 0, json.dumps(dataclasses.asdict(planning.plan_run(path)))
+        return 0, json.dumps(dataclasses.asdict(planning.plan_run(path, overrides)))
 
     monkeypatch.setattr(commands, "output_of", plan)
     with open(os.devnull, encoding="utf-8") as nothing:
@@ -333,7 +333,7 @@ def test_questions_on_a_terminal_take_numbers_defaults_and_ask_again(folder, sma
 
 
 def test_without_a_terminal_one_line_says_what_was_assumed(capsys):
-    run("--model", "shapes", "--no_train", "--no_page")
+    run("--model", "shapes", "--no_train", "--no_page", code=2)  # it is not trained yet
     shown = capsys.readouterr().out.splitlines()
     (line,) = [line for line in shown if line.startswith("assumed")]
     assert line.startswith("assumed, as nobody can be asked here: --pictures demo, ")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import getpass
+import importlib.util
 import os
 import pathlib
 import socket
@@ -59,13 +60,23 @@ def address_lines(port: int) -> list[str]:
     ]
 
 
+def check_installed() -> None:
+    """Raise UserError if the page's packages are not installed."""
+    if any(
+        importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "multipart", "prometheus_client")
+    ):
+        raise UserError("the page needs pip install 'anima-jax[serve]'; --no_page does without it")
+
+
 def open_when_ready(port: int, process: "subprocess.Popen[bytes]") -> None:
     """Open the page in the browser as soon as the server answers, from a thread of its own."""
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy is asked for this machine
 
     def wait() -> None:
         while process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
                     webbrowser.open(f"http://127.0.0.1:{port}")
                     return
             except (OSError, urllib.error.URLError):
@@ -111,5 +122,5 @@ def serve_flags(arguments: argparse.Namespace, model: StartModel, toml: pathlib.
         if toml and (lora := training_run.lora_of(run)):
             name = lora.relative_to(run).with_suffix("").as_posix()
             words += ["--lora_dir", os.path.relpath(run), "--page_lora", name]
-            words += ["--page_prompt", run_toml.prompt_of(toml)]
+            words += [f"--page_prompt={run_toml.prompt_of(toml)}"]
     return [*words, "--port", str(port)]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from anima_jax.assets import ASSETS
+from anima_jax.checkpoints.folders import beside
 from anima_jax.errors import UserError
 from anima_jax.serving.starting import anima_files, commands, pictures
 from anima_jax.serving.starting.questions import Questions
@@ -134,6 +135,7 @@ def fetch_anima(arguments: argparse.Namespace) -> dict[str, str]:
 def _given_model(path: str, given: dict[str, str], folders: Sequence[str]) -> StartModel:
     """Return the model with a given transformer. One of the quick start's size has the package's other networks."""
     transformer, *_ = anima_files.FILES
+    given = {name: other for name, other in beside(path).items() if name != "tokenizers"} | given
     if path.startswith("hf://"):
         found = anima_files.find({"transformer": path, **given}, folders)
     else:

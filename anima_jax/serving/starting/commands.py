@@ -1,14 +1,17 @@
 """Other programs that `anima-start` runs: each is printed as the command that it is, and can be stopped as usual."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
-from anima_jax.errors import shell_command
+from anima_jax.errors import UserError, shell_command
 from anima_jax.launch import PARENT, STOP_SIGNALS
+from anima_jax.serving.starting import planning
+from anima_jax.serving.starting.planning import RunPlan
 
 
 def show(module: str, *arguments: str) -> None:
@@ -27,6 +30,15 @@ def run(module: str, *arguments: str, shown: bool = True) -> int:
         return code_of(wait(process))
 
 
+def plan(path: str, *overrides: str) -> RunPlan:
+    """Return the plan of a run, made in a process of its own. Raises UserError if there is none."""
+    show(planning.MODULE, path, *overrides)
+    code, text = output_of(planning.MODULE, path, *overrides)
+    if code:
+        raise UserError("the run cannot be planned; the reason is above")
+    return RunPlan(**json.loads(text.splitlines()[-1]))
+
+
 def output_of(module: str, *arguments: str) -> tuple[int, str]:
     """Run a module and return its exit code and what it wrote to stdout; its stderr is this process's."""
     with started(module, *arguments, stdout=subprocess.PIPE) as process:
@@ -39,7 +51,9 @@ def output_of(module: str, *arguments: str) -> tuple[int, str]:
 def started(module: str, *arguments: str, stdout: int | None = None) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a module; in the block, signals that would stop this process go to it. It does not outlive the block."""
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(command, stdout=stdout, env=os.environ | {PARENT: str(os.getpid())})
+    process = subprocess.Popen(
+        command, stdout=stdout, env=os.environ | {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    )
     with _signals_to(process):
         try:
             yield process

@@ -125,7 +125,7 @@ def caption_of_name(entry: Entry) -> str:
     """Return a caption made of a picture's name: words, without numbers at its end and separators."""
     stem = pathlib.PurePath(_file_name(entry)).stem
     words = re.sub(r"[\W_]+", " ", re.sub(r"[\W_]*\(?\d+\)?$", "", stem)).strip()
-    return words or stem
+    return (words or stem).encode(errors="replace").decode()
 
 
 def _file_name(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a run, made in a process of its own: `python -m anima_jax.serving.starting.planning FILE.toml`.
+"""The plan of a run, made in a process of its own: `python -m anima_jax.serving.starting.planning TOML [KEY=VALUE …]`.
 
 It prints a line of JSON: the devices of this machine, the keys with which the run fits them, and how long it takes.
 Only this process touches the devices: a GPU's memory, and a TPU altogether, belong to one process at a time.
@@ -56,14 +56,14 @@ class RunPlan:
     data: str
 
 
-def plan_run(path: str) -> RunPlan:
-    """Return the plan of the run that the TOML at `path` describes, on this machine's devices.
+def plan_run(path: str, overrides: Sequence[str] = ()) -> RunPlan:
+    """Return the plan of the run that the TOML at `path` describes, with keys replaced, on this machine's devices.
 
     The examples of a step stay about as many on several devices. Raises UserError as a dry run does.
     """
 
     def load(more: Sequence[str] = ()) -> MainConfig:
-        return load_config(path, [*given, *more], check_optimizer=optimizers.check)
+        return load_config(path, [*overrides, *given, *more], check_optimizer=optimizers.check)
 
     given: list[str] = []
     config = load()
@@ -149,13 +149,13 @@ def _fastest(function: Any, *arguments: Any, times: int = 3) -> float:
 
 @command_line
 def main() -> None:
-    """Print the plan of the TOML on the command line as JSON."""
-    if len(sys.argv) != 2:
+    """Print the plan of the TOML and the keys on the command line as JSON."""
+    if len(sys.argv) < 2:
         raise UserError("expected the path of a TOML")
     command.log_to_console()
     devices.use_device_memory()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan
-        plan = plan_run(sys.argv[1])
+        plan = plan_run(sys.argv[1], sys.argv[2:])
     print(json.dumps(dataclasses.asdict(plan)))
 
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from anima_jax.errors import UserError
-from anima_jax.serving.starting import commands
+from anima_jax.serving.starting import commands, run_toml
 from anima_jax.serving.starting.choices import StartModel, small_networks
 from anima_jax.training.export import find_export
 from anima_jax.training.run_folder import newest_run
@@ -30,13 +30,17 @@ def train_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def trained(arguments: argparse.Namespace) -> tuple[StartModel, int]:
-    """Train the quick start's model, or what is left of it; return it and training's exit code."""
-    code = 0
-    if _steps_done(arguments) < (arguments.steps or STEPS):
-        if not arguments.steps:
-            print(
-                "\nthe quick start's model learns to draw coloured shapes: about eight minutes on two processor cores"
-            )
+    """Train the quick start's model, or what is left of it; return it and training's exit code.
+
+    Raises UserError if it is not trained and --no_train forbids it.
+    """
+    code, done = 0, _steps_done(arguments)
+    if arguments.no_train and not done:
+        raise UserError("--no_train: the quick start's model is not trained yet")
+    if not arguments.no_train and done < (arguments.steps or STEPS):
+        steps = [f"max_steps={arguments.steps}"] if arguments.steps else []
+        print(f"\n{run_toml.device_line(commands.plan(CONFIG, *steps))}")
+        print("the quick start's model learns to draw coloured shapes: eight minutes on two idle processor cores")
         code = commands.run("anima_jax.train", *train_flags(arguments))
     run = run_of(arguments)
     paths = small_networks()

@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from anima_jax.errors import UserError, shell_command
-from anima_jax.serving.starting import choices, commands, planning, run_toml
+from anima_jax.serving.starting import choices, commands, run_toml
 from anima_jax.serving.starting.choices import StartModel
 from anima_jax.serving.starting.pictures import Pictures, caption_of_name, read_pictures, write_captions
 from anima_jax.serving.starting.planning import RunPlan
@@ -108,7 +107,7 @@ def _captions(
             text = questions.ask("Their caption", own, "--caption", str.strip)
     if text is not None:
         caption = text.strip()
-        return lambda _: caption, ("--caption", caption)
+        return lambda _: caption, (f"--caption={caption}",)
     if how == "leave_out" and not some:
         raise UserError(f"{pictures.path}: no picture has a caption: --captions leave_out leaves nothing to train on")
     return (caption_of_name if how == "names" else None), ("--captions", str(how))
@@ -125,7 +124,7 @@ def flags_of(arguments: argparse.Namespace, model: StartModel, answers: Answers 
     for folder in arguments.models:
         words += ["--models", folder]
     if answers is not None:
-        words += [*answers.caption_flags, "--trigger", answers.trigger, "--steps", str(answers.steps)]
+        words += [*answers.caption_flags, f"--trigger={answers.trigger}", "--steps", str(answers.steps)]
         words += ["--rank", str(answers.rank)]
         words += ["--resolution", str(answers.resolution)] if answers.resolution else []
     elif arguments.steps:
@@ -184,11 +183,7 @@ def _fitting_plan(folder: pathlib.Path, recipe: RunRecipe) -> tuple[RunPlan, Run
     for size in sizes:
         recipe = dataclasses.replace(recipe, resolution=size)
         draft = run_toml.write(folder / "draft" / "lora.toml", recipe)
-        commands.show(planning.MODULE, os.path.relpath(draft))
-        code, text = commands.output_of(planning.MODULE, str(draft))
-        if code:
-            raise UserError("the run cannot be planned; the reason is above")
-        plan = RunPlan(**json.loads(text.splitlines()[-1]))
+        plan = commands.plan(os.path.relpath(draft))
         if plan.keys is not None:
             return plan, recipe
         print(f"resolution {size} does not fit: {run_toml.device_line(plan)}")
