@@ -83,7 +83,7 @@ class Guards:
     def _refusal(self, scope: Scope, headers: Headers, allowed: bool) -> tuple[int, str, dict[str, str]] | None:
         """Return status, message and headers if the request is refused."""
         if self._names is not None and _host_name(headers.get("host", "")) not in self._names:
-            return 403, "the server is called by another name than its own; --host says where others may reach it", {}
+            return 403, "the server is called by another name than its own; --allow_host NAME allows it", {}
         if not allowed and _is_cross_site(scope, headers):
             return 403, "the request comes from a page of another site; --cors ORIGIN allows it", {}
         is_preflight = allowed and scope["method"] == "OPTIONS"

@@ -1,5 +1,6 @@
 """Our own API over HTTP: jobs, their events, the gallery, and what is served beside them."""
 
+import asyncio
 import io
 import json
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 pytest.importorskip("uvicorn")
 
+from tests.serving.load import Clients
 from tests.serving.servers import SMALL, running_server, small_pipeline
 
 
@@ -64,3 +66,11 @@ def test_the_settings_of_a_picture_draw_it_again(running):
         assert (answer["settings"]["seed"], answer["notes"]) == (first["seed"], [])
     again = drawn(client, **answer["settings"])["images"][0]
     assert client.get(again["url"]).content == data
+
+
+def test_many_clients_get_their_own_images_and_none_is_lost(running):
+    clients = Clients(running.url, SMALL, seeds=4)
+    asyncio.run(clients.run(12, lambda jobs: jobs < 2))
+    assert (clients.lost, sum(clients.counts.values()) - clients.counts["refused"]) == ([], 24)
+    states = {job["state"] for job in running.client.get("/api/jobs").json()["jobs"]}
+    assert states <= {"done", "cancelled", "drawing", "waiting"}
