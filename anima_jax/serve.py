@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_unused=arguments.allow_unused,
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
+    if not settings.is_local and settings.api_key is None:
+        print(f"--host {settings.host}: whoever reaches this machine may use the server; --api_key", file=sys.stderr)
     use_compilation_cache(config.compilation_cache_dir if config else None)
     app, listening = create_app(None, settings), listen(settings)
     host, port = listening.getsockname()[:2]

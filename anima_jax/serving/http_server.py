@@ -27,6 +27,9 @@ GRACE = 2.0
 CLOSING = 10
 """Seconds for answers that are still being sent when the server ends."""
 
+KEEP_ALIVE = 60
+"""Seconds for which an idle connection stays open: longer than clients keep it, who would send into a closed one."""
+
 BUSY = b"""HTTP/1.1 503 Service Unavailable\r
 content-type: application/json\r
 retry-after: 5\r
@@ -50,14 +53,16 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
                 transport.close()
             self._await_headers()
 
+        def data_received(self, data: bytes) -> None:
+            if self._headers_due is None and (self.cycle is None or self.cycle.response_complete):
+                self._await_headers()  # of the next request, or the rest of a body that nobody reads
+            super().data_received(data)
+
         def handle_events(self) -> None:
             super().handle_events()
             if self.cycle and not self.cycle.response_complete:
                 _cancel(self._headers_due)
-
-        def on_response_complete(self) -> None:
-            self._await_headers()
-            super().on_response_complete()  # which may go on with a request that is there already
+                self._headers_due = None
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -73,7 +78,6 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _await_headers(self) -> None:
-            _cancel(self._headers_due)
             self._headers_due = self.loop.call_later(limits.read_timeout, self.transport.abort)
 
     return LimitedProtocol
@@ -106,6 +110,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=CLOSING,
             )
         )

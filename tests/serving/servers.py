@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from anima_jax import AnimaPipeline, UserError
+from anima_jax.serving.adapters import AdapterStatistics
 from anima_jax.serving.app import create_app
 from anima_jax.serving.engine import Engine, EngineFullError, Statistics
 from anima_jax.serving.http_server import protocol
@@ -133,7 +134,7 @@ class ManualEngine:
 
     def statistics(self) -> Statistics:
         zeros = {field.name: 0 for field in dataclasses.fields(Statistics)}
-        return Statistics(**zeros | {"slots": 1})
+        return Statistics(**zeros | {"slots": 1, "adapters": AdapterStatistics(0, 0, 0, 0, 0)})
 
     def drain(self, timeout: float | None = None) -> bool:
         return True
