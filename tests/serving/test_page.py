@@ -24,12 +24,14 @@ if CHROMIUM is None:
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
+from anima_jax.models.control import LAYERS  # noqa: E402
 from anima_jax.serving.app import create_app  # noqa: E402
 from anima_jax.serving.engine import Engine  # noqa: E402
 from anima_jax.serving.lora_library import LoraLibrary  # noqa: E402
 from anima_jax.serving.server import ServerConfig  # noqa: E402
 from tests.serving.servers import SMALL, Running, running_app, small_pipeline  # noqa: E402
 from tests.serving.test_lora_library import write_lora  # noqa: E402
+from tests.serving.test_loras import write_control  # noqa: E402
 
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -46,7 +48,9 @@ def engine(tmp_path_factory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("loras")
     for name in ("style", "anna"):
         write_lora(folder / f"{name}.safetensors", {"modelspec.trigger_phrase": f"{name} words"})
-    library = LoraLibrary(str(folder))
+    controls = tmp_path_factory.mktemp("controls")
+    write_control(controls / "edges.safetensors", 0, layers=LAYERS[:1])
+    library = LoraLibrary(folder, controls=[controls])
     engine = Engine(small_pipeline(str(tmp_path_factory.mktemp("model"))), slots=4, library=library)
     yield engine
     engine.close()
@@ -231,6 +235,24 @@ def test_a_lora_is_found_by_its_trigger_and_drawn_with(visit, served):
     data = served.client.get(entry["url"]).content
     answer = served.client.post("/api/settings", content=data, headers={"content-type": "image/png"}).json()
     assert answer["settings"]["loras"] == [{"name": "anna", "weight": 0.5}]
+
+
+def test_a_control_network_sees_the_picture_it_is_given(visit, served):
+    page = visit()
+    page.get_by_text("Control", exact=True).click()
+    page.get_by_role("button", name="Add control").click()
+    draw(page, "controlled", Steps=5)
+    expect(page.locator(".problem")).to_have_text("The control network edges has no picture yet.")
+    drop(page, ".control .slot", png(Image.new("RGB", (32, 48), "red")))
+    page.get_by_label("Make it from the picture").select_option("grey")
+    page.get_by_label("Strength").fill("0.5")
+    with page.expect_request("**/api/jobs") as asked:
+        draw(page, "controlled", Steps=5)
+    sent = asked.value.post_data_json["controls"][0]
+    assert sent.pop("image").startswith("data:image/png;base64,")
+    assert sent == {"name": "edges", "kind": "grey", "strength": 0.5, "start": 0, "end": 1}
+    finished(page)
+    assert newest(served)[0]["prompt"] == "controlled"
 
 
 def test_a_comfyui_graph_is_dropped(visit, served):
@@ -435,6 +457,7 @@ def test_axe_finds_nothing(visit, scheme):
     finished(page)
     open_sections(page)
     drop(page, ".slot", png(Image.new("RGB", (32, 48))))
+    page.get_by_role("button", name="Add control").click()
     found = [violations(page)]
     page.get_by_role("button", name="Paint a mask").click()
     found.append(violations(page))

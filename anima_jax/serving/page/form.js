@@ -195,7 +195,7 @@ function samplerOptions(models) {
 
 function section(title, note, ...children) {
   const shown = h("span", { class: "note" });
-  const element = h("details", { class: "section" }, h("summary", {}, title, shown), h("div", { class: "stack" }, children));
+  const element = h("details", { class: "section" }, h("summary", {}, h("h2", {}, title), shown), h("div", { class: "stack" }, children));
   return { element, note: shown, update: () => { shown.textContent = note(); } };
 }
 

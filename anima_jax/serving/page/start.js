@@ -128,11 +128,12 @@ export function controlPictures(api, networks, preprocessors, { onchange }) {
       add.focus();
     });
     const row = { place, network, kind, strength, start, end };
-    row.element = h("li", { class: "stack control", role: "group", "aria-labelledby": id },
+    const group = h("div", { class: "stack control", role: "group", "aria-labelledby": id },
       h("div", { class: "row" }, h("h3", { id, class: "grow" }, "Control network"), remove),
       field("Network", network, { hidden: true }).element, place.element,
       kinds.length ? field("Make it from the picture", kind).element : null,
       h("div", { class: "thirds" }, field("Strength", strength).element, field("From", start).element, field("To", end).element));
+    row.element = h("li", {}, group);
     rows.push(row);
     list.append(row.element);
     return row;
