@@ -38,7 +38,7 @@ class RowStore:
     @property
     def used(self) -> int:
         """The number of pages of adapters that images use."""
-        return sum(len(own) for key, own in self.pages.items() if self._users[key])
+        return sum(len(own) for key, own in list(self.pages.items()) if self._users[key])
 
     @property
     def params(self) -> Params:

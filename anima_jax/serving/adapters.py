@@ -13,6 +13,7 @@ An image that finds no room waits, and later ones that need room wait behind it,
 import collections
 import copy
 import dataclasses
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -42,6 +43,9 @@ LORA_SLOTS, LORA_RANK = 4, 64
 
 KEPT_CONTEXTS = 2
 """Sets of merged parameters of LLM adapter and text encoder that stay for the next prompts."""
+
+COMPUTED = 4
+"""Adapters whose pages are in host memory before there is room for them."""
 
 KEPT_ROWS = 32
 """Batches whose rows' pages and weights stay on the devices."""
@@ -93,6 +97,8 @@ class OwnAdapters:
     prompts_key: Hashable = ()
     network: tuple[Weighted, ...] = ()
     prompts: tuple[Weighted, ...] = ()
+    number: int = 0
+    """Tells images with adapters apart, without keeping those in memory."""
 
 
 NO_ADAPTERS = OwnAdapters()
@@ -141,7 +147,8 @@ class OrderAdapters:
         self._merged = MergedSets(self._merge, wake)
         self._graphdef = attached(pipeline.dit_graphdef, pipeline.dit_params)
         self._waiting: dict[str, list[OwnAdapters]] = {BY_ROW: [], MERGED: []}
-        self._row_params_of: dict[tuple[OwnAdapters, ...], Params] = {}
+        self._row_params_of: dict[tuple[int, ...], Params] = {}
+        self._numbers = itertools.count(1)
 
     def check(self, loras: Loras) -> None:
         """Raise UserError unless the library has these adapters and the weights are numbers in range."""
@@ -170,10 +177,11 @@ class OrderAdapters:
         if network and all(one.rank is not None for one, _ in network) and pages <= self.row_pages:
             pool = BY_ROW
             for one, _ in network:
-                if one.key not in self._store.pages:
+                computed = sum(bool(other.values) for other in list(self._read.values()))
+                if one.key not in self._store.pages and computed < COMPUTED:
                     self._compute_pages(one)  # here, so that the thread of the devices does not wait for it
         key = _key(network) if pool == MERGED else None
-        return OwnAdapters(pool, key, _key(prompts), tuple(network), tuple(prompts))
+        return OwnAdapters(pool, key, _key(prompts), tuple(network), tuple(prompts), next(self._numbers))
 
     def prompt_params(self, own: OwnAdapters) -> tuple[Params, Params]:
         """Return the parameters of transformer and text encoder with which the image's prompts are encoded."""
@@ -264,8 +272,9 @@ class OrderAdapters:
 
     def _row_params(self, rows: tuple[OwnAdapters, ...]) -> Params:
         """Return each row's pages and their weights in every layer."""
-        if rows in self._row_params_of:
-            return self._row_params_of[rows]
+        numbers = tuple(own.number for own in rows)
+        if numbers in self._row_params_of:
+            return self._row_params_of[numbers]
         pages_bp = np.zeros((len(rows), self.row_pages), np.int32)
         shape = len(rows), self.row_pages
         scales = {path: np.zeros((n, *shape), np.float32) for path, (n, _, _) in self._targets.items()}
@@ -282,7 +291,7 @@ class OrderAdapters:
         for path, (n, _, _) in self._targets.items():
             params[f"{path}.{CHOSEN}"] = np.broadcast_to(pages_bp, (n, *shape))
         found = jax.tree.map(jnp.asarray, replicate(params))
-        self._row_params_of = dict([*self._row_params_of.items(), (rows, found)][-KEPT_ROWS:])
+        self._row_params_of = dict([*self._row_params_of.items(), (numbers, found)][-KEPT_ROWS:])
         return found
 
     def _adapter(self, name: str) -> ReadAdapter:
