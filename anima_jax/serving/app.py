@@ -81,7 +81,9 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
     )
     app.state.server = server
     app.state.runs = Runs(server.config.run) if server.config.run else None
-    app.state.dataset = ShownDataset(DatasetView(server.config.dataset)) if server.config.dataset else None
+    app.state.dataset = None
+    if (path := server.config.dataset) is not None:
+        app.state.dataset = ShownDataset(DatasetView(path, tokenizers=server.config.files.get("tokenizers")))
     return app
 
 

@@ -34,7 +34,7 @@ from anima_jax.data.problems import Problems
 from anima_jax.data.sources import Candidate, SourceReader, inspect, read_entries
 from anima_jax.errors import UserError, one_line
 from anima_jax.parallel.mesh import replicas, resolve_sizes
-from anima_jax.text.tokenizers import TRAINING_LENGTH, Tokenizers, load_tokenizers
+from anima_jax.text.tokenizers import TRAINING_LENGTH, load_tokenizers
 from anima_jax.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -115,16 +115,15 @@ class TrainingPlan:
 class DatasetView:
     """A data set, read in the background. Its methods may be called from any thread.
 
-    `path` is a dataset TOML, a training TOML, or a folder of images. `tokenizers` count tokens, unless the training
-    TOML names others. Raises UserError if a TOML has errors.
+    `path` is a dataset TOML, a training TOML, or a folder of images. `tokenizers` is the folder of those that count
+    tokens, unless the training TOML names others. Raises UserError if a TOML has errors.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, tokenizers: Tokenizers | None = None):
+    def __init__(self, path: str | os.PathLike[str], *, tokenizers: str | os.PathLike[str] | None = None):
         self.path = os.fspath(path)
         self.config: MainConfig | None = None
         self.kind, self.data, self.messages = self._load()
-        own = self.config and self.config.model.tokenizers
-        self._tokenizers = load_tokenizers(own) if own or tokenizers is None else tokenizers
+        self._tokenizers = load_tokenizers((self.config and self.config.model.tokenizers) or tokenizers)
         self.token_limit = self.config.model.max_caption_tokens if self.config else TRAINING_LENGTH
         self.lock = threading.RLock()
         self.state: State = "reading"

@@ -12,7 +12,7 @@ import { announce, dialog, field, h, icon, showError } from "./ui.js";
 const TABS = { draw: "./draw.js", run: "./run.js", data: "./data.js" };
 const MISSING = {
   run: ["No run to show", "Start the server with --run and the folder of a training run to see its curves, samples and checkpoints here."],
-  data: ["No data set to show", "Start the server with --run or --dataset to see its pictures, captions and buckets here."],
+  data: ["No data set to show", "Start the server with --dataset and a dataset TOML or a folder of pictures to see its captions, buckets and crops here."],
 };
 const loaded = new Map();
 
