@@ -33,7 +33,7 @@ from anima_jax.serving.server import Server, server_of
 from anima_jax.serving.webui_lists import Empty, Named, get, model_entry, post
 from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, with_infotext
 from anima_jax.serving.webui_pictures import UPSCALERS
-from anima_jax.serving.webui_requests import Drawing, Reader
+from anima_jax.serving.webui_requests import Reader, WebuiDrawing
 from anima_jax.serving.webui_settings import FORMATS, WebuiSettings
 
 
@@ -148,7 +148,7 @@ class WebuiApi:
         return server, reader, with_infotext(body), notes
 
     async def _draw(
-        self, request: Request, server: Server, drawing: Drawing, keep: Keep, finish: Finish
+        self, request: Request, server: Server, drawing: WebuiDrawing, keep: Keep, finish: Finish
     ) -> tuple[list[int], list[GalleryImage], bool]:
         """Draw, and return the indices of the orders that were drawn, their images, and whether it was interrupted."""
         job = server.jobs.submit(drawing.orders, keep, finish=finish, may_skip=True)
@@ -167,9 +167,9 @@ class WebuiApi:
         request: Request,
         server: Server,
         body: WebuiRequest,
-        drawing: Drawing,
+        drawing: WebuiDrawing,
         notes: Sequence[str],
-        first: Drawing | None = None,
+        first: WebuiDrawing | None = None,
     ) -> WebuiImages:
         keep = server.jobs.keep
         if first is not None and isinstance(body, Txt2ImgRequest):
@@ -268,7 +268,7 @@ def _hires_text(body: Txt2ImgRequest, first: Order, text: Mapping[str, str]) -> 
 
 
 def _images_answer(
-    body: WebuiRequest, images: Sequence[str], texts: Sequence[str], drawing: Drawing, notes: Sequence[str]
+    body: WebuiRequest, images: Sequence[str], texts: Sequence[str], drawing: WebuiDrawing, notes: Sequence[str]
 ) -> WebuiImages:
     """Return the answer of a request, with what A1111 says of images (`Processed.js` in modules/processing.py)."""
     orders = drawing.orders
@@ -310,8 +310,8 @@ def _images_answer(
         "notes": [*drawing.notes, *notes],
     }
     parameters = body.model_dump(mode="json")
-    if not parameters.get("include_init_images"):
-        parameters |= {name: None for name in ("init_images", "mask") if name in parameters}
+    if isinstance(body, Img2ImgRequest) and not body.include_init_images:
+        parameters |= {"init_images": None, "mask": None}
     return WebuiImages(images=list(images), parameters=parameters, info=json.dumps(info))
 
 

@@ -68,17 +68,7 @@ class WebuiRequest(WebuiBody):
     send_images: bool = True
     save_images: bool = False
     infotext: str | None = Field(None, description="A1111's text of an image, for what is not given")
-
-    styles: list[str] = []
-    subseed_strength: float = 0.0
-    seed_resize_from_w: int = -1
-    seed_resize_from_h: int = -1
-    restore_faces: bool = False
-    tiling: bool = False
     script_name: str | None = None
-    refiner_checkpoint: str | None = None
-    s_min_uncond: float = 0.0
-    s_churn: float = 0.0
 
 
 class Txt2ImgRequest(WebuiRequest):
@@ -96,9 +86,6 @@ class Txt2ImgRequest(WebuiRequest):
     hr_prompt: str = ""
     hr_negative_prompt: str = ""
     hr_cfg: float | None = None
-    hr_checkpoint_name: str | None = None
-    firstphase_width: int = 0
-    firstphase_height: int = 0
 
 
 class Img2ImgRequest(WebuiRequest):
@@ -116,8 +103,6 @@ class Img2ImgRequest(WebuiRequest):
     inpaint_full_res_padding: int = Field(0, ge=0, le=2**14)
     inpainting_mask_invert: bool = False
     include_init_images: bool = False
-    initial_noise_multiplier: float = 1.0
-    latent_mask: str | None = None
 
 
 REFUSED = {
@@ -136,9 +121,9 @@ REFUSED = {
     "initial_noise_multiplier": "noise is not scaled",
     "latent_mask": "give mask",
 }
-"""Field → why a value that asks for something is an error."""
+"""Field that a body may have, too → why a value that asks for something is an error."""
 
-ASKS_FOR_NOTHING = (None, "", "None", "none", "Use same checkpoint", [], 0, -1, False)
+ASKS_FOR_NOTHING = (None, "", "None", "none", "Use same checkpoint", [], ["None"], 0, -1, False)
 
 TAKEN = (
     *("subseed", "comments", "force_task_id", "do_not_save_samples", "do_not_save_grid", "script_args", "s_tmin"),
@@ -181,15 +166,14 @@ def notes_of(body: WebuiRequest) -> list[str]:
 
     Raises UserError for what changes the image and does not exist here.
     """
+    extra = body.model_extra or {}
     for name, reason in REFUSED.items():
-        value = getattr(body, name, None)
-        default = type(body).model_fields[name].default if name in type(body).model_fields else None
-        neutral = (default,) if name == "initial_noise_multiplier" else ASKS_FOR_NOTHING
-        if value not in neutral:
+        value = extra.get(name)
+        if value not in (1, None) if name == "initial_noise_multiplier" else value not in ASKS_FOR_NOTHING:
             raise UserError(f"{name} {show_value(value)}: {reason}")
     if body.script_name not in ASKS_FOR_NOTHING:
         raise UserError(f"Script '{show_value(body.script_name)}' not found")
-    unknown = [show_value(name) for name in body.model_extra or () if name not in TAKEN]
+    unknown = [show_value(name) for name in extra if name not in (*REFUSED, *TAKEN)]
     notes = [f"not known here: {', '.join(unknown[:20])}"] if unknown else []
     if body.save_images:
         notes.append("save_images: images are in the gallery; no request writes a file")

@@ -48,7 +48,7 @@ RESIZE_MODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class WebuiDrawing:
     """The orders of a request, and for each how its image is put back. `notes` name what was not followed."""
 
     orders: Sequence[Order]
@@ -77,7 +77,7 @@ class Reader:
     controls: Sequence[str] = ()
     control: Callable[[str], str] = str
 
-    def read(self, body: WebuiRequest) -> Drawing:
+    def read(self, body: WebuiRequest) -> WebuiDrawing:
         """Return the drawing of a request. Raises UserError for what it cannot be, NotFoundError for unknown names."""
         notes = notes_of(body)
         params = self._params(body)
@@ -97,7 +97,7 @@ class Reader:
         every = self.settings["show_progress_every_n_steps"] if self.settings["live_previews_enable"] else 0
         orders = [Order(one, params, (*loras, *more), preview_every=max(int(every), 0)) for one in requests]
         if not isinstance(body, Img2ImgRequest):
-            return Drawing(orders, [None] * len(orders), notes)
+            return WebuiDrawing(orders, [None] * len(orders), notes)
         masked = self._masked(body, images, seed, size_wh, notes)
         params = dataclasses.replace(params, denoise=body.denoising_strength)
         pasted = dataclasses.replace(params, paste=0)
@@ -107,9 +107,9 @@ class Reader:
                 continue
             image = resized_by(body.resize_mode, over_white(images[index % len(images)]), size_wh)
             orders[index] = dataclasses.replace(orders[index], params=params, image=image)
-        return Drawing(orders, masked, notes)
+        return WebuiDrawing(orders, masked, notes)
 
-    def second_pass(self, body: Txt2ImgRequest, first: Drawing, images: Sequence[Image.Image]) -> Drawing:
+    def second_pass(self, body: Txt2ImgRequest, first: WebuiDrawing, images: Sequence[Image.Image]) -> WebuiDrawing:
         """Return the second drawing of `enable_hr` from the images of the first."""
         notes, upscaler = list(first.notes), body.hr_upscaler
         if upscaler not in UPSCALERS:
@@ -135,7 +135,7 @@ class Reader:
             )
             for order, image in zip(first.orders, images, strict=True)
         ]
-        return Drawing(orders, [None] * len(orders), notes)
+        return WebuiDrawing(orders, [None] * len(orders), notes)
 
     def _images(self, body: WebuiRequest) -> list[Image.Image]:
         if not isinstance(body, Img2ImgRequest):
