@@ -9,7 +9,6 @@ own, whose evaluations come between those of the pools.
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import os
 import threading
@@ -33,7 +32,7 @@ from anima_jax.serving.adapters import LORA_RANK, LORA_SLOTS, OrderAdapters
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
 from anima_jax.serving.pools import Drawing, Evaluated, Pool, release_idle
-from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, draws_alone
+from anima_jax.serving.preparation import PoolKey, Prepared, Preparer, WaitingOrder, draws_alone
 from anima_jax.serving.replacements import Replacements
 from anima_jax.serving.statistics import Compilations, Statistics
 from anima_jax.serving.tickets import EngineClosedError, EngineFullError, Ticket, shown_error
@@ -44,17 +43,6 @@ NAME = "anima-engine"
 
 AHEAD = 4
 """Images that are prepared before there is room for them, in slots: at most `slots` with the same adapters."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """An order that waits."""
-
-    ticket: Ticket
-    alone: bool
-    group: tuple[Any, ...]
-    """Token budget and names of adapters."""
-    prepared: concurrent.futures.Future[Prepared] | None = None
 
 
 class _Cancelled(Exception):  # noqa: N818 - it ends a drawing, nothing is wrong
@@ -92,7 +80,7 @@ class Engine:
         self._accepting, self._closing = True, False
         self._numbers = itertools.count(1)
         self._open: set[Ticket] = set()
-        self._waiting: list[_Entry] = []
+        self._waiting: list[WaitingOrder] = []
         self._alone: Ticket | None = None
         self._adapters = OrderAdapters(pipeline, library, slots=lora_slots, rank=lora_rank, wake=self._wake.set)
         self._prepare = Preparer(pipeline, self._adapters)
@@ -132,7 +120,7 @@ class Engine:
             ticket = Ticket(str(next(self._numbers)), order, self._position_of)
             ticket.subscribe(self._on_change)
             self._open.add(ticket)
-            self._waiting.append(_Entry(ticket, draws_alone(order), group))
+            self._waiting.append(WaitingOrder(ticket, draws_alone(order), group))
         self._wake.set()
         return ticket
 
@@ -231,19 +219,28 @@ class Engine:
 
     def _run(self) -> None:
         with self._on_mesh():
-            while True:
+            while not self._is_over():
                 self._wake.clear()
-                self._start_waiting()
-                pools = [pool for pool in self._ready_pools() if pool.used]
-                for pool in sorted(pools, key=lambda pool: min(int(own.ticket.id) for own in pool.used)):
-                    self._evaluate(pool)
-                if pools:
-                    continue
-                while self._pending:
-                    self._settle(*self._pending.popleft())
-                if self._closing and not self._open and not self._replacements:
-                    return
-                self._wake.wait()
+                try:
+                    has_work = self._go_round()
+                except Exception as error:  # Whatever it was, it must not leave anyone waiting.
+                    self._fail_all(error)
+                    has_work = False
+                if not has_work and not self._is_over():
+                    self._wake.wait()
+
+    def _is_over(self) -> bool:
+        return self._closing and not self._open and not self._replacements
+
+    def _go_round(self) -> bool:
+        """Start orders that wait, and one evaluation of each pool. Return whether there was one."""
+        self._start_waiting()
+        pools = [pool for pool in self._ready_pools() if pool.used]
+        for pool in sorted(pools, key=lambda pool: min(int(own.ticket.id) for own in pool.used)):
+            self._evaluate(pool)
+        while not pools and self._pending:
+            self._settle(*self._pending.popleft())
+        return bool(pools)
 
     def _ready_pools(self) -> list[Pool]:
         futures = list(self._pools.values())
@@ -360,7 +357,7 @@ class Engine:
                 ticket.move("decoding")
                 self._beside("decode", self._finish, drawing, evaluated.points[drawing])
             else:
-                if due(ticket.order, done) and not drawing.has_preview:
+                if ticket.order.preview_due(done) and not drawing.has_preview:
                     drawing.has_preview = True
                     self._beside("preview", self._preview, drawing, pool.estimate(evaluated, drawing))
                 ticket.report(done, drawing.total)
@@ -377,6 +374,12 @@ class Engine:
         pool.reset()
         for drawing in failed:
             drawing.ticket.move("failed", error=shown_error(error, drawing.ticket))
+
+    def _fail_all(self, error: Exception) -> None:
+        for pool in self._ready_pools():
+            self._fail(pool, error)
+        for entry in list(self._waiting):
+            entry.ticket.move("failed", error=shown_error(error, entry.ticket))
 
     # Beside the loop
 
@@ -418,7 +421,7 @@ class Engine:
             if done > ticket.done:
                 self._count(time.monotonic() - last, 1)
             last = time.monotonic()
-            if due(order, done) and done < total:
+            if order.preview_due(done) and done < total:
                 self._beside("preview", self._show, ticket, latents()[0])
             ticket.report(done, total)
             if done == total:
@@ -438,8 +441,3 @@ class Engine:
             ticket.move("failed", error=shown_error(error, ticket))
         finally:
             self._alone = None
-
-
-def due(order: Order, done: int) -> bool:
-    """Return whether an order's preview is due after this many evaluations."""
-    return order.preview_every > 0 and done > 0 and done % order.preview_every == 0

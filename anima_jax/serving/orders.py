@@ -30,3 +30,7 @@ class Order:
         check_requests([self.request], self.params, self.image, self.mask)
         if self.preview_every < 0:
             raise UserError(f"preview_every {self.preview_every}, expected a number of evaluations, or 0 for none")
+
+    def preview_due(self, done: int) -> bool:
+        """Return whether a preview is due after this many evaluations."""
+        return self.preview_every > 0 and done > 0 and done % self.preview_every == 0

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.program import SHORT_CONTEXT, used_rows
 from anima_jax.serving.adapters import OrderAdapters, OwnAdapters
 from anima_jax.serving.orders import Order
+from anima_jax.serving.tickets import Ticket
 
 CACHE_BYTES = 2**28
 """Memory for the context rows of prompts that were used before: 256 prompts of the released model in bfloat16."""
@@ -80,6 +82,17 @@ class Prepared:
         """Return the clean latents (t, y, x, c) after the last evaluation."""
         latents = self.packing.unpack(point_lc[None])
         return plans.completed(latents, [self.original], self.mask, self.order.params, self.sigmas)[0]
+
+
+@dataclasses.dataclass(eq=False)
+class WaitingOrder:
+    """An order that waits."""
+
+    ticket: Ticket
+    alone: bool
+    group: tuple[Any, ...]
+    """Token budget and names of adapters."""
+    prepared: Future[Prepared] | None = None
 
 
 def draws_alone(order: Order) -> bool:
