@@ -138,7 +138,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="FILE.toml", help="a data set, or a folder of images, that the page shows and edits")
     add("--page_lora", metavar="NAME[:WEIGHT]", help="a LoRA of --lora_dir that the page begins with")
     add("--page_prompt", metavar="TEXT", help="the prompt that the page begins with")
-    allow = "another name by which clients call a server on this machine, such as a proxy's"
+    allow = "another name by which clients call a server on this machine, such as a proxy's; * is any"
     add("--allow_host", action="append", default=[], metavar="NAME", help=allow)
     add("--cors", action="append", default=[], metavar="ORIGIN", help="another site whose pages may use the server")
     add("--drain_timeout", type=float, default=600.0, metavar="SECONDS", help="for jobs at the end (default: 600)")

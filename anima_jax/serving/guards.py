@@ -23,6 +23,9 @@ from anima_jax.serving.server import ServerConfig
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
+ANY = "*"
+"""Stands for every name in `ServerConfig.hosts`."""
+
 SAFE = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing."""
 
@@ -52,7 +55,7 @@ class Guards:
         }
         self._key = None if config.api_key is None else _digest(config.api_key.encode("utf-8", "surrogateescape"))
         own = {_host_name(config.host), *map(str.lower, config.hosts)}
-        self._names = own | LOCAL_NAMES if config.is_local else None
+        self._names = own | LOCAL_NAMES if config.is_local and ANY not in own else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +85,8 @@ class Guards:
 
     def _refusal(self, scope: Scope, headers: Headers, allowed: bool) -> tuple[int, str, dict[str, str]] | None:
         """Return status, message and headers if the request is refused."""
-        if self._names is not None and _host_name(headers.get("host", "")) not in self._names:
+        host = headers.get("host")  # which browsers always send
+        if self._names is not None and host is not None and _host_name(host) not in self._names:
             return 403, "the server is called by another name than its own; --allow_host NAME allows it", {}
         if not allowed and _is_cross_site(scope, headers):
             return 403, "the request comes from a page of another site; --cors ORIGIN allows it", {}
@@ -102,9 +106,17 @@ def _is_cross_site(scope: Scope, headers: Headers) -> bool:
     """Return whether a browser says that a page of another origin sends a request that may change something."""
     if scope["method"] in SAFE:
         return False
-    if (origin := headers.get("origin")) is not None:
-        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
-    return headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+    if (site := headers.get("sec-fetch-site")) is not None:  # what a proxy between them does not change
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is not None and _authority(origin) != headers.get("host", "").lower()
+
+
+def _authority(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _host_name(host: str) -> str:

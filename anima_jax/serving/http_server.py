@@ -27,6 +27,9 @@ GRACE = 2.0
 CLOSING = 10
 """Seconds for answers that are still being sent when the server ends."""
 
+SPARE_FILES = 500
+"""Files that the process opens besides connections."""
+
 KEEP_ALIVE = 60
 """Seconds for which an idle connection stays open: longer than clients keep it, who would send into a closed one."""
 
@@ -54,7 +57,7 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
-            if self._headers_due is None and (self.cycle is None or self.cycle.response_complete):
+            if self._headers_due is None and (not self.cycle or self.cycle.response_complete):
                 self._await_headers()  # of the next request, or the rest of a body that nobody reads
             super().data_received(data)
 
@@ -121,6 +124,7 @@ class HttpServer(uvicorn.Server):
 
     def serve_on(self, listening: socket.socket) -> None:
         """Serve until a signal. Raises what loading the model raised."""
+        _allow_files(self.state.limits.max_connections + SPARE_FILES)
         self.run(sockets=[listening])
         if self.error is not None:
             raise self.error
@@ -182,6 +186,19 @@ class HttpServer(uvicorn.Server):
                 job.cancel()
             await asyncio.sleep(GRACE)
         self.should_exit = True
+
+
+def _allow_files(count: int) -> None:
+    """Let this process open so many files and connections, if the system may be asked for that and allows it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def listen(config: ServerConfig) -> socket.socket:

@@ -43,7 +43,7 @@ class RequestLimits:
     kept_images: int = 512
     kept_bytes: int = 2**30
     """Of images in memory, if they are not written to a folder."""
-    max_connections: int = 500
+    max_connections: int = 1000
     read_timeout: float = 30.0
     """For a request's headers, and between two parts of its body."""
     body_timeout: float = 300.0

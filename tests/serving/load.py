@@ -68,7 +68,7 @@ class Clients:
                     data = json.loads(line.removeprefix("data: "))
         self.counts[last if fate <= 1 - GONE or last in ("done", "cancelled", "failed") else "not watched"] += 1
         if last == "done" and "images" in data:
-            file = (await client.get(data["images"][0]["url"])).content
+            file = (await client.get(data["images"][0]["url"])).raise_for_status().content
             same = Image.open(io.BytesIO(self.files.setdefault(seed, file))).tobytes()
             if Image.open(io.BytesIO(file)).tobytes() != same:
                 self.lost.append(f"seed {seed}: another image than before")

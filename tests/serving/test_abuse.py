@@ -339,6 +339,7 @@ def test_pages_of_other_sites_can_neither_draw_nor_find_the_server(running):
     for origin in ("https://evil.example", "null", f"http://localhost:{running.address[1]}", f"https://x@{address}"):
         assert "another site" in refused(post(running, small, origin=origin), 403)
     assert "another site" in refused(post(running, small, **{"sec-fetch-site": "cross-site"}), 403)
+    refused(post(running, small, **{"sec-fetch-site": "same-site", "origin": f"http://{address}"}), 403)
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         refused(post(running, small, **{"content-type": kind}), 415)
     response = running.client.get("/api/models", headers={"origin": "https://evil.example"})
