@@ -50,7 +50,7 @@ class Questions:
                 print(f"  {error}")
         if required and not self._yes:
             raise UserError(f"{flag} is required where nobody can be asked: {one_line(question)}")
-        self.assumed.append(f"{flag} {default}".rstrip())
+        self.assumed.append(f"{flag} {default}" if default != "" else f"{flag} ''")
         return default
 
     def choose(
@@ -88,7 +88,10 @@ class Questions:
                 raise UserError("expected y or n")
             return text.lower()[0]
 
-        return not self.on_terminal or self.ask(f"{question} (y/n)", "y", flag, parse) == "y"
+        if not self.on_terminal:
+            self.assumed.append(flag)
+            return True
+        return self.ask(f"{question} (y/n)", "y", flag, parse) == "y"
 
     def report(self) -> None:
         """Print in one line what was assumed, if anything."""

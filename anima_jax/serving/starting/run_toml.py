@@ -173,7 +173,7 @@ def _rows(path: pathlib.Path, data: pathlib.Path, recipe: RunRecipe) -> Iterator
         "dataset": (str(data), "the pictures"),
         "seed": (0, "noise, times and order follow from it: the same seed repeats the same run"),
         "max_steps": (recipe.steps, "the run ends here; --resume auto with more steps continues it"),
-        "epochs": (100_000, "max_steps ends the run before that"),
+        "epochs": (64 * recipe.steps, "more than max_steps needs, however few the pictures are"),
         "micro_batch_size_per_gpu": (16 if small else 4, "examples that a device processes at once"),
         "gradient_clipping": (1.0, "no single picture moves the weights far"),
         "warmup_steps": (min(20, recipe.steps), "the first steps know little about the gradients' size"),
