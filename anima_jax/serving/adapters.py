@@ -20,7 +20,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from anima_jax.adapters.dialects import module_names
@@ -290,7 +289,7 @@ class OrderAdapters:
         params: Params = {f"{path}.{WEIGHTS}": values for path, values in scales.items()}
         for path, (n, _, _) in self._targets.items():
             params[f"{path}.{CHOSEN}"] = np.broadcast_to(pages_bp, (n, *shape))
-        found = jax.tree.map(jnp.asarray, replicate(params))
+        found = jax.device_put(replicate(params))
         self._row_params_of = dict([*self._row_params_of.items(), (numbers, found)][-KEPT_ROWS:])
         return found
 
