@@ -25,6 +25,9 @@ from anima_jax.serving.limits import RequestLimits
 from anima_jax.serving.orders import Order
 from anima_jax.serving.tickets import Ticket
 
+POSITIONS_EVERY = 0.5
+"""Seconds between two positions in the queue that clients are told: with many clients each change concerns them all."""
+
 JobState = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 Event = tuple[str, dict[str, Any]]
@@ -272,6 +275,7 @@ class Jobs:
         self.keep, self._limits = keep, limits
         """`keep` is that of the jobs which are submitted from now on."""
         self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
+        self._moving = False
         self.engine: Engine | None = None
         self.refusal: str | None = "the model is still loading"
         """Why no job is taken now, or None."""
@@ -309,7 +313,13 @@ class Jobs:
         return job
 
     def _move_up(self) -> None:
-        """Tell those who watch jobs that wait that their positions may have changed."""
+        """Note that positions of jobs that wait have changed; those who watch are told of many changes once."""
+        if not self._moving:
+            self._moving = True
+            asyncio.get_running_loop().call_later(POSITIONS_EVERY, self._tell_positions)
+
+    def _tell_positions(self) -> None:
+        self._moving = False
         for job in self._jobs.values():
             if job.state == "waiting":
                 job.wake()

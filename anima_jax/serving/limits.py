@@ -40,7 +40,7 @@ class RequestLimits:
     """From a job's submission to its last image."""
     kept_jobs: int = 1000
     """Finished jobs whose state can still be asked for."""
-    kept_images: int = 512
+    kept_images: int = 4096
     kept_bytes: int = 2**30
     """Of images in memory, if they are not written to a folder."""
     max_connections: int = 1000
