@@ -69,10 +69,10 @@ def test_the_flags_of_its_commands_exist(tmp_path):
         "x",
         "--page_prompt",
         "x",
-        "--host",
-        "0.0.0.0",
+        "--allow_host",
+        "x.colab.dev",
         "--cors",
-        "x",
+        "https://x.colab.dev",
     ]
     parse_serve(["--config", str(path), "--dataset", "x.toml", *page, "--port", "8000"])
     assert flags_of("train") <= {"--config", "--dry_run", "--set", "--resume"}
