@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -61,6 +62,11 @@ class CaptionPlace(NamedTuple):
     in_tar: bool = False
     nl: bool = False
     """Whether the whole file is natural language."""
+
+    @property
+    def name(self) -> str:
+        """Its file name, for messages."""
+        return os.path.basename(self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

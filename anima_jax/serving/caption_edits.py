@@ -87,17 +87,17 @@ def write_captions(
     path, content = _allowed(place, roots), _content(place)
     texts = [(field, text.replace("\r\n", "\n").replace("\r", "\n").strip()) for field, text in edits]
     if any("\ud800" <= letter <= "\udfff" for _, text in texts for letter in text):
-        raise UserError(f"{place.path}: the caption has half a character (a lone surrogate)")
+        raise UserError(f"{place.name}: the caption has half a character (a lone surrogate)")
     values = dict[str, Any]()
     if place.key is not None or path.lower().endswith(".json"):
         new = _json_edited(content, texts, delimiter, values)
     else:
         new = _text_edited(content or b"", texts[-1][1])
-        if decode_caption(new, place.path) != texts[-1][1]:
-            raise UserError(f"{place.path}: the caption cannot be written to this file as it is")
+        if decode_caption(new, place.name) != texts[-1][1]:
+            raise UserError(f"{place.name}: the caption cannot be written to this file as it is")
     limit = MAX_BYTES if place.key is None else MAX_TABLE_BYTES
     if len(new) > limit:
-        raise UserError(f"{place.path}: {len(new)} bytes, expected at most {limit}")
+        raise UserError(f"{place.name}: {len(new)} bytes, expected at most {limit}")
     _replace(path, content, new)
     return FileChange(path, content, new), values
 
@@ -105,7 +105,7 @@ def write_captions(
 def undo_change(change: FileChange) -> None:
     """Write back a file as it was. Raises CaptionConflictError if it was changed meanwhile."""
     if (read_file(change.path, MAX_TABLE_BYTES) if os.path.lexists(change.path) else None) != change.after:
-        raise CaptionConflictError(f"{change.path}: was changed meanwhile, so it stays as it is")
+        raise CaptionConflictError(f"{os.path.basename(change.path)}: was changed meanwhile, so it stays as it is")
     if change.before is None:
         with writing_to(change.path):
             os.unlink(change.path)
@@ -132,14 +132,14 @@ def is_editable(place: CaptionPlace, roots: Sequence[str]) -> str:
 def _allowed(place: CaptionPlace, roots: Sequence[str]) -> str:
     """Return the real path of a place. Raises UserError unless it is a file of the data set that can be written."""
     if place.in_tar:
-        raise UserError(f"{place.path}: is in a tar, which is not changed here")
+        raise UserError(f"{place.name}: is in a tar, which is not changed here")
     if is_remote(place.path):
-        raise UserError(f"{place.path}: is not on this machine, so it is not changed here")
+        raise UserError(f"{place.name}: is not on this machine, so it is not changed here")
     real = os.path.realpath(place.path)
     for root in map(os.path.realpath, roots):
         if real == root or real.startswith(os.path.join(root, "")):
             return real
-    raise UserError(f"{place.path}: is a link out of the data set's folder, so it is not changed here")
+    raise UserError(f"{place.name}: is a link out of the data set's folder, so it is not changed here")
 
 
 def _content(place: CaptionPlace) -> bytes | None:
@@ -154,7 +154,7 @@ def _value(content: bytes | None, place: CaptionPlace) -> Any:
     """Return the JSON value of a place, None if it has none yet."""
     if content is None:
         return None
-    value = _table(content, place.path) if place.key is not None else read_json(content, place.path)
+    value = _table(content, place.name) if place.key is not None else read_json(content, place.name)
     if place.key is None:
         return value
     return value.get(place.key) if isinstance(value, dict) else None
@@ -174,11 +174,11 @@ def _fields(place: CaptionPlace, delimiter: str) -> list[CaptionField]:
     if content is None or place.in_tar:
         return []
     if place.key is None and not place.path.lower().endswith(".json"):
-        return [CaptionField(decode_caption(content, place.path), "nl" if place.nl else "tags", place)]
+        return [CaptionField(decode_caption(content, place.name), "nl" if place.nl else "tags", place)]
     value = _value(content, place)
     if value is None:
         return []
-    found = parse_captions(value, place.path, delimiter)
+    found = parse_captions(value, place.name, delimiter)
     paths = _paths(value, found)
     fields = [CaptionField(text, "tags", place) for text in found.tags]
     fields += [CaptionField(text, "nl", place) for text in found.nl]
@@ -261,13 +261,13 @@ def _value_edited(before: str, field: CaptionField, text: str, delimiter: str, e
         of_booru = isinstance(value, dict) and isinstance(value.get("category"), str)
         after = _replaced(before, field.path, _of_form(old, text, delimiter, of_booru), escaped)
     value = json.loads(after)
-    read = parse_captions(value, field.place.path, delimiter)
+    read = parse_captions(value, field.place.name, delimiter)
     texts, wanted = [found.strip() for found in (*read.tags, *read.nl)], text
     if field.path and isinstance(_at(value, field.path), dict):
         # The order of the categories stays.
         wanted, texts = _sorted_tags(text, delimiter), [_sorted_tags(found, delimiter) for found in texts]
     if wanted not in texts and (wanted or not read.empty):
-        raise UserError(f"{field.place.path}: the caption cannot be written in this file's form; it would be {texts}")
+        raise UserError(f"{field.place.name}: the caption cannot be written in this file's form; it would be {texts}")
     return after
 
 

@@ -1,7 +1,6 @@
 """The API of a data set: its pictures as they will be trained, and their captions to edit."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -225,14 +224,16 @@ def _detail(request: Request) -> Response:
     except UserError as error:
         why = one_line(error)
     captions = [
-        CaptionEntry(text=f.text, kind=f.kind, file=os.path.basename(f.place.path), editable=not reason, why=reason)
+        CaptionEntry(text=f.text, kind=f.kind, file=one_line(f.place.name), editable=not reason, why=reason)
         for f in fields
         for reason in [editor.why_not(record, f)]
     ]
     if not captions:
-        why = why or "its captions are in a data set that is not edited here"
+        in_tar = any(place.in_tar for place in record.candidate.places())
+        why = why or f"its captions are in {'a tar' if in_tar else 'a data set'} that is not edited here"
         captions = [CaptionEntry(text=text, kind="tags", why=why) for text in record.captions.tags]
         captions += [CaptionEntry(text=text, kind="nl", why=why) for text in record.captions.nl]
+        captions = captions or [CaptionEntry(text="", kind="tags", why=why)]
     entry = picture_entry(record, plan)
     address = f"/api/dataset/pictures/{record.id}/trained.png?{urlencode({'version': record.version})}"
     answer = PictureDetail(

@@ -54,8 +54,12 @@ class CaptionEditor:
         return self._undo[-1].what if self._undo else ""
 
     def fields(self, record: PictureRecord) -> list[CaptionField]:
-        """Return a picture's captions as they are in its files, none if they are in no file. Raises UserError."""
-        return read_fields(record.candidate.places(), self._delimiter(record))
+        """Return a picture's captions as they are in its files, none if they are in a tar or no file.
+
+        Raises UserError.
+        """
+        places = record.candidate.places()
+        return [] if any(place.in_tar for place in places) else read_fields(places, self._delimiter(record))
 
     def version(self, record: PictureRecord) -> str:
         """Return what changes with the picture's captions."""

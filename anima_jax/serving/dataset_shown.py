@@ -13,6 +13,7 @@ from anima_jax.config.dataset import DirectorySource
 from anima_jax.data.batch_plan import padding
 from anima_jax.data.buckets import Bucket
 from anima_jax.data.images import crop_box
+from anima_jax.errors import one_line
 from anima_jax.serving.dataset_edits import CaptionEditor, tags_of
 from anima_jax.serving.dataset_pictures import DuplicateSearch, ImageCache
 from anima_jax.serving.dataset_view import DatasetView, PictureRecord, TrainingPlan
@@ -133,7 +134,7 @@ class ShownDataset:
         for number in range(0 if is_local else len(self.view.data.sources)):
             path = self.view.source_name(number)
             line = line.replace(path, os.path.basename(path))
-        return line
+        return one_line(line)
 
     def summary(self, *, is_local: bool) -> dict[str, Any]:
         """Return the fields of `DatasetSummary`. Only clients on this machine learn its folders."""
@@ -153,7 +154,10 @@ class ShownDataset:
 
     def _counted(self, plan: TrainingPlan, *, is_local: bool) -> dict[str, Any]:
         view, records = self.view, self.view.reading.records
-        shown: Callable[[str], str] = str if is_local else os.path.basename
+
+        def shown(path: str) -> str:
+            return one_line(path if is_local else os.path.basename(path))
+
         lines = view.reading.lines or ("",) * len(view.data.sources)
         of_source = collections.Counter(record.source for record in records)
         return {

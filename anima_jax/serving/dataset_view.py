@@ -70,8 +70,8 @@ class PictureRecord:
 
     @property
     def name(self) -> str:
-        """Its file name, or its name in a tar or data set."""
-        return os.path.basename(self.candidate.media.name)
+        """Its file name, or its name in a tar or data set, with escapes for bytes that are not text."""
+        return one_line(os.path.basename(self.candidate.media.name))
 
     @property
     def searched(self) -> str:
@@ -285,7 +285,9 @@ class DatasetView:
         elif result is None:
             record.captions, record.notes, record.left_out = Captions(), (), reasons[0]
         else:
-            record.left_out = one_line(result).removeprefix(f"{one_line(record.candidate.media.name)}: ")
+            name = one_line(record.candidate.media.name)
+            folder = f"{os.path.dirname(name)}{os.sep}"
+            record.left_out = one_line(result).removeprefix(f"{name}: ").replace(folder, "")
             try:
                 record.captions = record.candidate.captions() or Captions()
             except UserError:

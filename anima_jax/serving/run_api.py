@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from anima_jax.errors import UserError, show_value
+from anima_jax.errors import UserError, one_line, show_value
 from anima_jax.serving.chosen_model import draw_with
 from anima_jax.serving.dataset_pictures import as_jpeg
 from anima_jax.serving.routes import NotFoundError, api_route
@@ -192,7 +192,7 @@ def _summary(request: Request, name: str | None) -> RunSummary:
     if chosen is not None:
         chosen.refresh()
     return RunSummary(
-        root=str(runs.root) if server.config.is_local else runs.root.name,
+        root=one_line(runs.root) if server.config.is_local else runs.root.name,
         runs=[_entry(run) for run in found],
         chosen=_entry(chosen) if chosen else None,
         last={key: _finite(value) for key, value in chosen.metrics.last.items()} if chosen else {},

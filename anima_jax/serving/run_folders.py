@@ -21,7 +21,7 @@ from PIL import Image
 from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.checkpoints.control import holds_control
 from anima_jax.checkpoints.tensor_files import open_tensors
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, one_line
 from anima_jax.serving.run_figures import Figures
 from anima_jax.training.export import EMA_FOLDER, EXPORT_FOLDER, exported
 from anima_jax.training.resume import FOLDER
@@ -171,8 +171,10 @@ class Runs:
     def all(self) -> list[RunFolder]:
         """Return the runs, newest first."""
         with self._lock:
-            found = {self.root.name: self.root} if _is_run(self.root) else dict(_found(self.root, "", DEPTH))
-            runs = [self._known.setdefault(name, RunFolder(name, path)) for name, path in found.items()]
+            found = [(self.root.name, self.root)] if _is_run(self.root) else _found(self.root, "", DEPTH)
+            # Names that are not text get escapes.
+            named = {one_line(name): path for name, path in found}
+            runs = [self._known.setdefault(name, RunFolder(name, path)) for name, path in named.items()]
         return sorted(runs, key=lambda run: (start_of(run.folder), run.name), reverse=True)[:MOST_RUNS]
 
     def run(self, name: str | None) -> RunFolder:

@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -267,3 +268,28 @@ def test_a_data_set_with_mistakes_is_an_error_at_the_start(tmp_path):
         served(tmp_path / "dataset.toml")
     with pytest.raises(UserError, match=r"missing\.toml"):
         served(tmp_path / "missing.toml")
+
+
+def test_captions_that_are_not_edited_here_are_shown_and_say_why(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    picture(1, 90, 60).save(tmp_path / "in.png")
+    (tmp_path / "in.txt").write_text("in a tar")
+    with tarfile.open(folder / "more.tar", "w") as tar:
+        for name in ("in.png", "in.txt"):
+            tar.add(tmp_path / name, name)
+    picture(2, 90, 60).save(folder / "latin.png")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    picture(3, 90, 60).save(os.fsencode(folder) + b"/\xff.png")  # a name that is not UTF-8
+    client = served(folder)
+    found = listed(client)
+    shown = {name: client.get(f"/api/dataset/pictures/{each['id']}").json() for name, each in found.items()}
+    why = {name: each["captions"][0]["why"] for name, each in shown.items()}
+    assert (shown["in.png"]["caption"], why["in.png"]) == (
+        "in a tar",
+        "its captions are in a tar that is not edited here",
+    )
+    assert why["latin.png"].startswith("latin.txt: byte 3 is 0xe9")
+    assert put(client, found["in.png"]["id"], "x").status_code == 422
+    assert put(client, found[r"\udcff.png"]["id"], "a caption").status_code == 200
+    assert (folder / "latin.txt").read_bytes() == b"caf\xe9"
