@@ -339,8 +339,9 @@ def settings_in(data: bytes, server: Server) -> SettingsAnswer:
     for what, given in (("regions", recipe.regions), ("controls", recipe.controls), ("references", recipe.references)):
         if given:
             notes.append(f"its {what} are pictures that are not in it: give them again")
-    if "image" in recipe.files and values.get("denoise", 1.0) != 1.0:
-        notes.append(f"it was made from {file_name(recipe.files['image'])}: give that again")
+    if values["denoise"] != 1.0:
+        start = file_name(recipe.files["image"]) if "image" in recipe.files else "another picture"
+        notes.append(f"it was made from {start}, which is not in it: give that again")
     loras = [(file_name(name).removesuffix(".safetensors"), weight) for name, weight in recipe.loras]
     settings, left_out = settings_of(values, loras)
     return SettingsAnswer(settings=settings, notes=[encodable(note) for note in (*notes, *left_out)])
