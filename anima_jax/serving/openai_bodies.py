@@ -219,6 +219,8 @@ def edit_denoise(body: EditFields, has_mask: bool) -> float:
 CODES = (
     (r"The model .* does not exist", "model", "model_not_found"),
     (r"lora '", "loras", "invalid_value"),
+    (r"\d+ images?, expected", "n", "invalid_value"),
+    (r"a prompt of", "prompt", "string_above_max_length"),
     (r"there is no setting '(\w+)", None, "unknown_parameter"),
     (r"(\w+) is missing", None, "missing_required_parameter"),
     (r"(\w+)(\[|\.| |:)", None, "invalid_value"),

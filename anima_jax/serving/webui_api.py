@@ -30,7 +30,7 @@ from anima_jax.serving.orders import Order
 from anima_jax.serving.pictures import converted, decode_picture, png_text
 from anima_jax.serving.routes import NotFoundError, finished_or_gone
 from anima_jax.serving.server import Server, server_of
-from anima_jax.serving.webui_lists import Empty, Named, get, model_entry, post
+from anima_jax.serving.webui_lists import Empty, Named, control_names, get, model_entry, post
 from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, with_infotext
 from anima_jax.serving.webui_pictures import UPSCALERS
 from anima_jax.serving.webui_requests import Reader, WebuiDrawing
@@ -142,7 +142,7 @@ class WebuiApi:
             settings=values,
             picture=lambda text, what: decode_picture(text, what, server.limits),
             limits=server.limits,
-            controls=[entry.name for entry in library.controls()] if library else (),
+            controls=functools.partial(control_names, server),
             control=library.control if library else str,
         )
         return server, reader, with_infotext(body), notes

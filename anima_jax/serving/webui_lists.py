@@ -260,7 +260,7 @@ async def embeddings(request: Request) -> Named:
 
 async def scripts(request: Request) -> Named:
     """Return the names for alwayson_scripts."""
-    names = ["controlnet"] if await asyncio.to_thread(_control_names, server_of(request)) else []
+    names = ["controlnet"] if await asyncio.to_thread(control_names, server_of(request)) else []
     return Named({"txt2img": names, "img2img": names})
 
 
@@ -285,7 +285,8 @@ async def memory(request: Request) -> Named:
     return Named({"ram": {"free": max(total - used, 0), "used": used, "total": total}, "cuda": cuda})
 
 
-def _control_names(server: Server) -> list[str]:
+def control_names(server: Server) -> list[str]:
+    """Return the names of the server's control networks."""
     return [entry.name for entry in server.library.controls()] if server.library else []
 
 
@@ -296,12 +297,12 @@ async def controlnet_version(request: Request) -> Named:
 
 async def controlnet_models(request: Request) -> Named:
     """Return the names of control networks."""
-    return Named({"model_list": await asyncio.to_thread(_control_names, server_of(request))})
+    return Named({"model_list": await asyncio.to_thread(control_names, server_of(request))})
 
 
 async def controlnet_types(request: Request) -> Named:
     """Return what front ends offer together; here it is all of one type."""
-    models = await asyncio.to_thread(_control_names, server_of(request))
+    models = await asyncio.to_thread(control_names, server_of(request))
     every = {"module_list": ["none", *KINDS], "model_list": ["None", *models]}
     return Named({"control_types": {"All": {**every, "default_option": "none", "default_model": "None"}}})
 

@@ -66,15 +66,15 @@ class Reader:
     """What requests are read with.
 
     `defaults` are the server's values of `ImageRequest` and `SamplingParams`, `settings` those of `WebuiSettings` for
-    this request. `picture` opens base64 text and takes the field's name for its errors. `controls` are names of control
-    networks, and `control` returns the file of one.
+    this request. `picture` opens base64 text and takes the field's name for its errors. `controls` returns the names of
+    control networks, and `control` the file of one.
     """
 
     defaults: Mapping[str, Any]
     settings: Mapping[str, Any]
     picture: Callable[[str, str], Image.Image]
     limits: RequestLimits
-    controls: Sequence[str] = ()
+    controls: Callable[[], Sequence[str]] = tuple
     control: Callable[[str], str] = str
 
     def read(self, body: WebuiRequest) -> WebuiDrawing:
@@ -221,10 +221,11 @@ class Reader:
     def _control(
         self, unit: Mapping[str, Any], what: str, size_wh: tuple[int, int], image: Image.Image | None
     ) -> Control:
-        names = {_plain(name): name for name in self.controls}
+        controls = self.controls()
+        names = {_plain(name): name for name in controls}
         if (given := _plain(unit.get("model"))) not in names:
-            shown = f"found {show_value(unit.get('model'))}, expected one of {shorten(self.controls, 20)}"
-            raise NotFoundError(f"{what}: model not found: {shown if self.controls else 'this server has no networks'}")
+            shown = f"found {show_value(unit.get('model'))}, expected one of {shorten(controls, 20)}"
+            raise NotFoundError(f"{what}: model not found: {shown if controls else 'this server has no networks'}")
         mode = unit.get("control_mode", 0)
         mode = mode[0] if isinstance(mode, list) and mode else mode
         if mode not in (0, "0", "Balanced", None):

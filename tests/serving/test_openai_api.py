@@ -163,6 +163,7 @@ def test_a_stream_sends_partial_images_and_then_the_image(client):
         ({"output_compression": 50}, 400, "output_compression", "invalid_value"),
         ({"model": "gpt-5"}, 404, "model", "model_not_found"),
         ({"prompt": ""}, 400, "prompt", "invalid_value"),
+        ({"prompt": "x" * 20_001}, 400, "prompt", "string_above_max_length"),
         ({"extra_body": {"colour": 1}}, 400, "colour", "unknown_parameter"),
         ({"extra_body": {"steps": 10**6}}, 400, "steps", "invalid_value"),
         ({"extra_body": {"loras": [{"name": "none"}]}}, 400, "loras", "invalid_value"),

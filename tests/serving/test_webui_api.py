@@ -72,7 +72,7 @@ def reader(**settings) -> Reader:
         CHANGEABLE | settings,
         lambda text, what: decode_picture(text, what, limits),
         limits,
-        ["pose/lllite_edge"],
+        lambda: ["pose/lllite_edge"],
         lambda name: f"/models/{name}.safetensors",
     )
 
