@@ -4,8 +4,8 @@ Draws the same mixed requests (sizes, samplers, steps, guidance, seeds, prompts)
 engine, which takes all of them at once; one after the other by `AnimaPipeline.draw`; and in static batches, one
 `AnimaPipeline.draw` for each group of requests with the same parameters. Everything is compiled before: each way draws
 all requests once, and programs are counted. Then requests arrive at the engine at random (Poisson), at a share of its
-throughput, and wait for it. Prints seconds, ratios, latencies, and how many images are equal bit by bit to those of an
-engine that draws them one at a time.
+throughput, and wait for it. Prints seconds (those of the processors, too, which other users of the machine change
+less), ratios, latencies, and how many images are equal bit by bit to those of an engine that draws them one at a time.
 """
 
 import argparse
@@ -46,16 +46,22 @@ def main() -> None:
         draw()
         print(f"{name}, cold: {time.perf_counter() - started:.1f} s, {programs.count - compiled} programs", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     compiled = engine.statistics().compilations
     for _ in range(options.runs):
         for name, draw in ways.items():
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             draw()
             seconds[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - before)
     best = {name: min(found) for name, found in seconds.items()}
     for name, found in best.items():
-        rate, ratio = len(orders) / found, found / best["engine"]
-        print(f"{name}: {found:.2f} s, {rate:.1f} images/s, {ratio:.2f} times as long as the engine", flush=True)
+        cores, least = min(processor[name]), min(processor["engine"])
+        print(
+            f"{name}: {found:.2f} s, {len(orders) / found:.1f} images/s, {found / best['engine']:.2f} times as long as "
+            f"the engine; {cores:.2f} s of processors, {cores / least:.2f} times as much",
+            flush=True,
+        )
     for share in options.shares:
         waits = latencies(engine, orders, share * len(orders) / best["engine"])
         p50, p95 = np.percentile(waits, [50, 95])
