@@ -154,8 +154,9 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays of all slots."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self._carry, self._stored)) if not leaf.is_deleted())
+        """Bytes of the arrays of all slots and of the control networks."""
+        arrays = jax.tree.leaves((self._carry, self._stored, self._networks))
+        return sum(leaf.nbytes for leaf in arrays if not leaf.is_deleted())
 
     def reset(self) -> None:
         """Forget all images and release the arrays, which may be lost after an error."""
