@@ -1,6 +1,7 @@
 """What tests observe of XLA's compilation, and what they leave out of it."""
 
 import contextlib
+import os
 
 import jax
 
@@ -23,9 +24,14 @@ def compilations():
 
 @contextlib.contextmanager
 def quick_compilation():
-    """Leave out most of LLVM's work, which is most of the time of tests that compile much and compute little."""
+    """Leave out most of LLVM's work, which is most of the time of tests that compile much and compute little.
+
+    Processes that are started in the block do so, too.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     try:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+        del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

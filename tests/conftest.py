@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # An example's duration says nothing about the code: other programs may be using the machine.
@@ -27,3 +28,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Small networks' programs, too: workers and the processes that tests start share them.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Compile this module's programs, and those of processes that it starts, without most of LLVM's work."""
+    from tests.compilation import quick_compilation  # which imports JAX: after the settings above
+
+    with quick_compilation():
+        yield

@@ -14,7 +14,7 @@ from anima_jax.generate import main as generate
 from anima_jax.train import main as train
 from tests.small_run import psnr, write_config, write_transformer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
 
 ADAPTERS = {
     "lora": "type = 'lora'\nrank = 4\nalpha = 8.0\ndropout = 0.2\nrank_dropout = 0.2",

@@ -28,6 +28,8 @@ from anima_jax.training.writer import Writer
 from tests.small_run import write_config, write_transformer
 from tests.training.test_writer import no_file_longer_than, scalars
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MAIN = (
     "epochs = 4\nmicro_batch_size_per_gpu = 2\nema_decay = 0.9\nsave_dtype = 'float32'\nuncond_fraction = 0.2\n"
     "lr_scheduler = 'cosine'\nwarmup_steps = 3\ncheckpoint_every_n_epochs = 1\nmax_checkpoints = 2\n"

@@ -150,6 +150,8 @@ class Preprocessor:
         `others` are what the caller takes besides kinds.
         """
         kind, *parts = str(text).split(":")
+        if kind in others:
+            raise UserError(f"{text}: {kind} has no options")
         if kind not in KINDS:
             names = (*KINDS, *others)
             raise UserError(f"'{kind}'{did_you_mean(kind, names)} is no control picture, expected {', '.join(names)}")

@@ -57,6 +57,8 @@ def test_one_kind_is_for_all_networks_and_several_are_for_one_each():
     assert Control("a.safetensors", Image.new("RGB", (8, 8)), kind="tile:4").stored(None).kind == "tile:4"
     with pytest.raises(UserError, match="3 values of --control_from for 2 control networks"):
         kinds("canny", "grey", "none")
+    with pytest.raises(UserError, match="none:1: none has no options"):
+        kinds("none:1")
     with pytest.raises(UserError, match="there is no control network; give one with --control"):
         with_kinds([], ["canny"])
 

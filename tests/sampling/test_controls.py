@@ -29,21 +29,17 @@ from anima_jax.sampling.image_text import from_text
 from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.sampling.scaling import scaled_bicubic, scaled_nearest
-from tests.compilation import compilations, quick_compilation
+from tests.compilation import compilations
 from tests.golden_files import golden, relative_error
 from tests.models import control_peer, dit_peer
 from tests.models.networks import normal, random_params, randomise
 from tests.small_run import ASSETS, CONFIG, write_transformer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BARE = dataclasses.replace(CONFIG, adapter=None)
 EULER = SamplingParams(negative_prompt="blue", steps=4, sampler="euler", guidance_scale=2.0)
 SIZES = {"trunk_width": 16, "embedding_width": 8, "mlp_width": 8, "blocks": CONFIG.blocks, "width": CONFIG.width}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compilation():
-        yield
 
 
 def network(seed: int, **sizes) -> ControlNetwork:

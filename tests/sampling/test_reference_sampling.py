@@ -17,10 +17,11 @@ from anima_jax.sampling.noise import BatchNoise
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.text.tokenizers import load_tokenizers
-from tests.compilation import quick_compilation
 from tests.models import dit_peer
 from tests.models.networks import random_params, randomise
 from tests.small_run import ASSETS, CONFIG
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 BARE = dataclasses.replace(CONFIG, adapter=None)
 EULER = SamplingParams(negative_prompt="blue", steps=3, sampler="euler", guidance_scale=3.0)
@@ -36,12 +37,6 @@ REQUESTS = [
     ImageRequest("a cross", 72, 56, seed=2, references=pictures(1)),  # an odd number of latent rows and columns
     ImageRequest("a circle", 48, 64, seed=3),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from anima_jax.train import main as train
 from anima_jax.training import estimate, target
 from tests.test_resume_run import small_config
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FLAGS = ("--set", "memory=fit", "--set", "model.dtype=bfloat16", "--set", "remat=full")
 
 

@@ -20,16 +20,11 @@ from anima_jax.errors import UserError
 from anima_jax.models.dit import CONTEXT_ROWS
 from anima_jax.models.parameters import merge, split
 from anima_jax.training.own_loop import ArrayDataset, make_train_step, trained_model
-from tests.compilation import quick_compilation
 from tests.small_run import ASSETS, write_transformer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PAGE = (pathlib.Path(anima_jax.__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
