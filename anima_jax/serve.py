@@ -65,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_unused=arguments.allow_unused,
     ) as checkpoint:
         check_mesh(mesh.shape, checkpoint.config.width, checkpoint.config.heads)
-    if not settings.is_local and settings.api_key is None:
-        print(f"--host {settings.host}: whoever reaches this machine may use the server; --api_key", file=sys.stderr)
     use_compilation_cache(config.compilation_cache_dir if config else None)
     app, listening = create_app(None, settings), listen(settings)
     host, port = listening.getsockname()[:2]
@@ -80,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             return Engine(pipeline, library=library, **options)
 
     def ready() -> None:
+        if not settings.is_local and settings.api_key is None:
+            print(
+                f"--host {settings.host}: whoever reaches this machine may use the server; --api_key", file=sys.stderr
+            )
         print(f"serving at http://{shown}:{port}/", flush=True)
 
     HttpServer(app, load, arguments.drain_timeout, ready).serve_on(listening)
