@@ -71,6 +71,7 @@ class EngineFigures(Collector):
             yield GaugeMetricFamily(name, meaning, value=value)
         for name, meaning, value in (
             ("anima_evaluations", "Evaluations of the network", now.evaluations),
+            ("anima_image_evaluations", "Evaluations, once for each image that took part", now.image_evaluations),
             ("anima_images", "Images drawn", now.images),
             ("anima_images_failed", "Images that could not be drawn", now.failed),
             ("anima_images_cancelled", "Images that were cancelled", now.cancelled),

@@ -133,6 +133,7 @@ def shown_error(error: Exception, ticket: Ticket) -> Exception:
         reason = f"out of memory for {request.width}×{request.height} pixels; fewer slots or a smaller image need less"
     else:
         reason = f"could not be drawn: {type(error).__name__}: {text}"
-    shown = DrawingError(reason)
-    shown.__cause__ = error
-    return shown
+    try:
+        raise DrawingError(reason) from error
+    except DrawingError as shown:
+        return shown
