@@ -30,8 +30,6 @@ from anima_jax.training import step as step_module
 from tests.ports import free_port
 from tests.small_run import ASSETS, write_config, write_transformer
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def write_pictures(folder: pathlib.Path, count: int, sizes=((64, 64),), start: int = 0) -> None:
     """Captioned drawings `00.png`, `01.png`, … in turn of these sizes."""
