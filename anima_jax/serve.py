@@ -28,13 +28,13 @@ from anima_jax.sampling.flags import add_devices, add_networks, check_files
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.recipe import Recipe
 from anima_jax.serving.engine import Engine
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.training.model_files import networks
 from anima_jax.training.profiling import use_compilation_cache
 
 if TYPE_CHECKING:
-    from anima_jax.serving.server import ServerConfig
+    from anima_jax.serving.http.server import ServerConfig
 
 EXTRA = ("starlette", "uvicorn", "multipart", "prometheus_client")
 """Modules of the extra `serve`."""
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise UserError(f"{', '.join(missing)}: not installed, expected the extra: pip install 'anima-jax[serve]'")
     from anima_jax.serving.app import create_app
-    from anima_jax.serving.http_server import HttpServer, listen
+    from anima_jax.serving.http.http_server import HttpServer, listen
 
     set_up_pillow()
     config = load_config(arguments.config, arguments.set, i_know_what_i_am_doing=True) if arguments.config else None
@@ -191,7 +191,7 @@ def server_config(
     arguments: argparse.Namespace, config: MainConfig | None, files: dict[str, Any], page: dict[str, Any]
 ) -> "ServerConfig":
     """Return what the server is told. Raises UserError for a folder or file that cannot be used."""
-    from anima_jax.serving.server import ServerConfig
+    from anima_jax.serving.http.server import ServerConfig
 
     paths: dict[str, Any] = {
         name: pathlib.Path(value) if (value := getattr(arguments, name)) else None

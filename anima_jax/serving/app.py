@@ -12,16 +12,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
-from anima_jax.serving import dataset_api, openai_api, own_api, run_api, webui_api
-from anima_jax.serving.dataset_shown import ShownDataset
-from anima_jax.serving.dataset_view import DatasetView
+from anima_jax.serving.compatible import openai_api, webui_api
 from anima_jax.serving.engine import Engine
-from anima_jax.serving.guards import Guards
-from anima_jax.serving.metrics import Measured, ServerMetrics
-from anima_jax.serving.openapi import openapi_document
-from anima_jax.serving.routes import api_route, matching, operations, shape_of
-from anima_jax.serving.run_folders import Runs
-from anima_jax.serving.server import Server, ServerConfig
+from anima_jax.serving.http import own_api
+from anima_jax.serving.http.guards import Guards
+from anima_jax.serving.http.metrics import Measured, ServerMetrics
+from anima_jax.serving.http.openapi import openapi_document
+from anima_jax.serving.http.routes import api_route, matching, operations, shape_of
+from anima_jax.serving.http.server import Server, ServerConfig
+from anima_jax.serving.studio import dataset_api, run_api
+from anima_jax.serving.studio.dataset_shown import ShownDataset
+from anima_jax.serving.studio.dataset_view import DatasetView
+from anima_jax.serving.studio.run_folders import Runs
 
 PAGE = pathlib.Path(__file__).parent / "page"
 

@@ -18,9 +18,9 @@ from anima_jax import AnimaPipeline, UserError
 from anima_jax.serving.adapters import AdapterStatistics
 from anima_jax.serving.app import create_app
 from anima_jax.serving.engine import Engine, EngineFullError, Statistics
-from anima_jax.serving.http_server import protocol
+from anima_jax.serving.http.http_server import protocol
+from anima_jax.serving.http.server import Server, ServerConfig
 from anima_jax.serving.orders import Order
-from anima_jax.serving.server import Server, ServerConfig
 from anima_jax.serving.tickets import Ticket
 from anima_jax.text.tokenizers import load_tokenizers
 from tests.small_run import ASSETS, write_transformer

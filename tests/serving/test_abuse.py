@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 pytest.importorskip("uvicorn")
 
 from anima_jax.serving.app import create_app
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, ManualEngine, running_app
 
 LIMITS = RequestLimits(

@@ -22,9 +22,9 @@ from anima_jax.data.problems import Problems
 from anima_jax.data.sources import CaptionPlace
 from anima_jax.errors import UserError
 from anima_jax.serving.app import create_app
-from anima_jax.serving.caption_edits import read_fields, write_captions
-from anima_jax.serving.dataset_edits import with_tag
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.server import ServerConfig
+from anima_jax.serving.studio.caption_edits import read_fields, write_captions
+from anima_jax.serving.studio.dataset_edits import with_tag
 from anima_jax.training.run import Run
 from tests.small_run import write_config, write_transformer
 

@@ -13,9 +13,9 @@ pytest.importorskip("uvicorn")
 
 from anima_jax.errors import NotFiniteError
 from anima_jax.serving.app import create_app
-from anima_jax.serving.gallery import Gallery
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.gallery import Gallery
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, ManualEngine, running_app
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("openai")
 import openai
 
 from anima_jax.serving.app import create_app
+from anima_jax.serving.http.server import ServerConfig
 from anima_jax.serving.lora_library import LoraLibrary
-from anima_jax.serving.server import ServerConfig
 from tests.serving.servers import SMALL, running_app, running_server
 from tests.serving.test_lora_library import write_lora
 

@@ -12,9 +12,9 @@ pytest.importorskip("schemathesis")
 import schemathesis
 
 from anima_jax.serving.app import create_app
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.routes import ApiRoute
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.routes import ApiRoute
+from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import ManualEngine, running_app
 
 EXAMPLES = 2

@@ -27,8 +27,8 @@ from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 from anima_jax.models.control import LAYERS  # noqa: E402
 from anima_jax.serving.app import create_app  # noqa: E402
 from anima_jax.serving.engine import Engine  # noqa: E402
+from anima_jax.serving.http.server import ServerConfig  # noqa: E402
 from anima_jax.serving.lora_library import LoraLibrary  # noqa: E402
-from anima_jax.serving.server import ServerConfig  # noqa: E402
 from tests.serving.servers import SMALL, Running, running_app, small_pipeline  # noqa: E402
 from tests.serving.test_lora_library import write_lora  # noqa: E402
 from tests.serving.test_loras import write_control  # noqa: E402

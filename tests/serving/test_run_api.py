@@ -19,9 +19,9 @@ from starlette.testclient import TestClient
 from anima_jax.checkpoints.models import save_dit
 from anima_jax.sampling.images import save_image
 from anima_jax.serving.app import create_app
+from anima_jax.serving.http.server import ServerConfig
 from anima_jax.serving.lora_library import LoraLibrary
-from anima_jax.serving.run_figures import Figures, thinned
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.studio.run_figures import Figures, thinned
 from anima_jax.training.jsonl import JsonlWriter
 from anima_jax.training.samples import sample_grid
 from tests.serving.servers import SMALL, running_server, small_pipeline

@@ -14,10 +14,10 @@ pytest.importorskip("uvicorn")
 import httpx
 
 from anima_jax import serve
-from anima_jax.serving.gallery import Gallery
-from anima_jax.serving.http_server import listen
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.gallery import Gallery
+from anima_jax.serving.http.http_server import listen
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, small_files
 
 

@@ -17,15 +17,15 @@ pytest.importorskip("uvicorn")
 from anima_jax.errors import UserError
 from anima_jax.sampling.webui_text import from_webui
 from anima_jax.serving.app import create_app
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.pictures import decode_picture
-from anima_jax.serving.routes import NotFoundError
-from anima_jax.serving.server import ServerConfig
-from anima_jax.serving.webui_lists import LISTS
-from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, with_infotext
-from anima_jax.serving.webui_pictures import crop_around, redrawn_mask, resized_by
-from anima_jax.serving.webui_requests import Reader, hires_size
-from anima_jax.serving.webui_settings import CHANGEABLE
+from anima_jax.serving.compatible.webui_lists import LISTS
+from anima_jax.serving.compatible.webui_models import Img2ImgRequest, Txt2ImgRequest, with_infotext
+from anima_jax.serving.compatible.webui_pictures import crop_around, redrawn_mask, resized_by
+from anima_jax.serving.compatible.webui_requests import Reader, hires_size
+from anima_jax.serving.compatible.webui_settings import CHANGEABLE
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.pictures import decode_picture
+from anima_jax.serving.http.routes import NotFoundError
+from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, running_app, running_server
 
 DEFAULTS = {"width": 64, "height": 48, "steps": 5, "sampler": "er_sde", "schedule": "simple", "guidance_scale": 4.0}

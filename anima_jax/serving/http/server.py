@@ -17,9 +17,9 @@ from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.recipe import NETWORKS, file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.engine import Engine
-from anima_jax.serving.gallery import Gallery, GalleryImage
-from anima_jax.serving.jobs import Jobs, Keep, UnavailableError
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.http.gallery import Gallery, GalleryImage
+from anima_jax.serving.http.jobs import Jobs, Keep, UnavailableError
+from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, Field, create_model
 from anima_jax.data.images import is_transparent
 from anima_jax.errors import UserError, show_value
 from anima_jax.sampling.request import SIZE_STEP
-from anima_jax.serving.job_body import Inputs, JobBody, Whole
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.pictures import decode_picture
-from anima_jax.serving.routes import NotFoundError
+from anima_jax.serving.http.job_body import Inputs, JobBody, Whole
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.pictures import decode_picture
+from anima_jax.serving.http.routes import NotFoundError
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 """output_format → PIL's name."""

@@ -9,7 +9,7 @@ import jax
 from anima_jax.checkpoints.models import load_dit
 from anima_jax.errors import UserError, shorten
 from anima_jax.models.parameters import Params, cast_to_compute, split
-from anima_jax.serving.server import Server
+from anima_jax.serving.http.server import Server
 
 
 async def draw_with(server: Server, path: pathlib.Path, label: str) -> None:

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 from anima_jax.data.folder_source import FolderReader
 from anima_jax.errors import UserError, one_line, plural
-from anima_jax.serving.caption_edits import (
-    CaptionConflictError,
+from anima_jax.serving.http.routes import ConflictError
+from anima_jax.serving.studio.caption_edits import (
     CaptionField,
     FileChange,
     is_editable,
@@ -17,7 +17,7 @@ from anima_jax.serving.caption_edits import (
     version_of,
     write_captions,
 )
-from anima_jax.serving.dataset_view import DatasetView, PictureRecord
+from anima_jax.serving.studio.dataset_view import DatasetView, PictureRecord
 
 TagAction = Literal["add", "remove", "rename"]
 
@@ -72,12 +72,12 @@ class CaptionEditor:
     def edit(self, record: PictureRecord, index: int, text: str, version: str | None) -> None:
         """Replace a picture's caption number `index`.
 
-        Raises CaptionConflictError if `version` is given and no longer that of its captions, UserError if the caption
+        Raises ConflictError if `version` is given and no longer that of its captions, UserError if the caption
         cannot be edited, and LookupError if there is none of this number.
         """
         with self._lock:
             if version is not None and version != self.version(record):
-                raise CaptionConflictError(f"{record.name}: the caption was changed meanwhile")
+                raise ConflictError(f"{record.name}: the caption was changed meanwhile")
             found = self.fields(record)
             if not found:
                 raise UserError(f"{record.name}: its captions are not in a file that can be edited")
@@ -104,10 +104,10 @@ class CaptionEditor:
         return changes
 
     def apply(self, what: str, changes: Sequence[CaptionChange], expected: int) -> None:
-        """Make these changes. Raises CaptionConflictError if they are not `expected` many: then nothing is changed."""
+        """Make these changes. Raises ConflictError if they are not `expected` many: then nothing is changed."""
         with self._lock:
             if len(changes) != expected:
-                raise CaptionConflictError(f"{plural(len(changes), 'caption')} would change now, expected {expected}")
+                raise ConflictError(f"{plural(len(changes), 'caption')} would change now, expected {expected}")
             self._write(what, changes)
 
     def undo(self) -> tuple[str, list[str]]:

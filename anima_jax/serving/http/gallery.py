@@ -21,7 +21,7 @@ from anima_jax.checkpoints.locations import replacing
 from anima_jax.errors import UserError, one_line
 from anima_jax.sampling.exif import text_chunks
 from anima_jax.sampling.image_text import from_text
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.http.limits import RequestLimits
 
 THUMBNAIL = 256
 """Largest side of a thumbnail in pixels."""

@@ -12,10 +12,12 @@ from starlette.routing import Route
 
 from anima_jax.data.media import read_clip
 from anima_jax.errors import UserError, one_line, show_value
-from anima_jax.serving.caption_edits import CaptionKind
-from anima_jax.serving.dataset_edits import TagAction
-from anima_jax.serving.dataset_pictures import as_jpeg, as_png, small_picture, thumbnail_side
-from anima_jax.serving.dataset_shown import (
+from anima_jax.serving.http.routes import NotFoundError, Strict, api_route
+from anima_jax.serving.http.server import server_of
+from anima_jax.serving.studio.caption_edits import CaptionKind
+from anima_jax.serving.studio.dataset_edits import TagAction
+from anima_jax.serving.studio.dataset_pictures import as_jpeg, as_png, small_picture, thumbnail_side
+from anima_jax.serving.studio.dataset_shown import (
     BucketEntry,
     DatasetSource,
     FilterName,
@@ -25,9 +27,7 @@ from anima_jax.serving.dataset_shown import (
     Wanted,
     picture_entry,
 )
-from anima_jax.serving.dataset_view import PictureRecord
-from anima_jax.serving.routes import NotFoundError, Strict, api_route
-from anima_jax.serving.server import server_of
+from anima_jax.serving.studio.dataset_view import PictureRecord
 
 
 class PicturesQuery(Wanted):

@@ -22,7 +22,7 @@ from anima_jax.adapters.kinds import adapter_kind
 from anima_jax.checkpoints.control import holds_control
 from anima_jax.checkpoints.tensor_files import open_tensors
 from anima_jax.errors import UserError, one_line
-from anima_jax.serving.run_figures import Figures
+from anima_jax.serving.studio.run_figures import Figures
 from anima_jax.training.export import EMA_FOLDER, EXPORT_FOLDER, exported
 from anima_jax.training.resume import FOLDER
 from anima_jax.training.run_folder import start_of

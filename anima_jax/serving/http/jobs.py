@@ -20,8 +20,8 @@ from PIL import Image
 
 from anima_jax.errors import UserError, one_line, size_text, system_error
 from anima_jax.serving.engine import Engine, EngineFullError
-from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.http.gallery import GalleryImage
+from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.orders import Order
 from anima_jax.serving.tickets import Ticket
 

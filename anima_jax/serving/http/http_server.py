@@ -18,8 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from anima_jax.errors import UserError, os_reason, plural
 from anima_jax.exit_codes import INTERRUPTED
 from anima_jax.serving.engine import Engine
-from anima_jax.serving.limits import RequestLimits
-from anima_jax.serving.server import Server, ServerConfig
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.server import Server, ServerConfig
 
 GRACE = 2.0
 """Seconds for which clients can still fetch what was drawn while the server was stopping."""

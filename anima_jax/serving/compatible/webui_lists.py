@@ -22,13 +22,13 @@ from anima_jax.sampling.embeddings import Embeddings
 from anima_jax.sampling.exif import PARAMETERS, read_text
 from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.webui_text import SAMPLER_NAMES, SCHEDULE_NAMES, split_text
-from anima_jax.serving.metrics import resident_bytes
-from anima_jax.serving.pictures import decode_picture, png_text
-from anima_jax.serving.routes import NotFoundError, api_route
-from anima_jax.serving.server import Server, server_of
-from anima_jax.serving.webui_models import WebuiBody
-from anima_jax.serving.webui_pictures import UPSCALERS, resized_by
-from anima_jax.serving.webui_requests import control_kind
+from anima_jax.serving.compatible.webui_models import WebuiBody
+from anima_jax.serving.compatible.webui_pictures import UPSCALERS, resized_by
+from anima_jax.serving.compatible.webui_requests import control_kind
+from anima_jax.serving.http.metrics import resident_bytes
+from anima_jax.serving.http.pictures import decode_picture, png_text
+from anima_jax.serving.http.routes import NotFoundError, api_route
+from anima_jax.serving.http.server import Server, server_of
 
 MAX_UPSCALED = 8192
 """Largest side of an image that is only scaled up."""

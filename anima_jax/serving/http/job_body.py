@@ -27,10 +27,10 @@ from anima_jax.sampling.request import (
     ImageRequest,
     SamplingParams,
 )
+from anima_jax.serving.http.pictures import decode_picture
+from anima_jax.serving.http.routes import Strict
+from anima_jax.serving.http.server import Server
 from anima_jax.serving.orders import Order
-from anima_jax.serving.pictures import decode_picture
-from anima_jax.serving.routes import Strict
-from anima_jax.serving.server import Server
 
 PICTURE = "a picture as base64 text or a data URL"
 

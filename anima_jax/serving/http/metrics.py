@@ -9,8 +9,8 @@ from prometheus_client.registry import Collector
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anima_jax.serving.routes import matching
-from anima_jax.serving.server import Server
+from anima_jax.serving.http.routes import matching
+from anima_jax.serving.http.server import Server
 
 SECONDS = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

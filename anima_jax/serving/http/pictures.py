@@ -11,7 +11,7 @@ from anima_jax.data.images import AVIF, eight_bit
 from anima_jax.errors import UserError, first_line, one_line
 from anima_jax.sampling.exif import read_text
 from anima_jax.sampling.images import encoded
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.http.limits import RequestLimits
 
 READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *["AVIF"] * AVIF, "TIFF")
 """PIL's names of the formats that requests may contain."""

@@ -23,18 +23,18 @@ from anima_jax.sampling.exif import PARAMETERS
 from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.sampling.webui_text import SAMPLER_NAMES, split_text
-from anima_jax.serving import webui_lists
-from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.jobs import Finish, Job, JobCancelledError, Keep
+from anima_jax.serving.compatible import webui_lists
+from anima_jax.serving.compatible.webui_lists import Empty, Named, control_names, get, model_entry, post
+from anima_jax.serving.compatible.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, with_infotext
+from anima_jax.serving.compatible.webui_pictures import UPSCALERS
+from anima_jax.serving.compatible.webui_requests import Reader, WebuiDrawing
+from anima_jax.serving.compatible.webui_settings import FORMATS, WebuiSettings
+from anima_jax.serving.http.gallery import GalleryImage
+from anima_jax.serving.http.jobs import Finish, Job, JobCancelledError, Keep
+from anima_jax.serving.http.pictures import converted, decode_picture, png_text
+from anima_jax.serving.http.routes import NotFoundError, finished_or_gone
+from anima_jax.serving.http.server import Server, server_of
 from anima_jax.serving.orders import Order
-from anima_jax.serving.pictures import converted, decode_picture, png_text
-from anima_jax.serving.routes import NotFoundError, finished_or_gone
-from anima_jax.serving.server import Server, server_of
-from anima_jax.serving.webui_lists import Empty, Named, control_names, get, model_entry, post
-from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, with_infotext
-from anima_jax.serving.webui_pictures import UPSCALERS
-from anima_jax.serving.webui_requests import Reader, WebuiDrawing
-from anima_jax.serving.webui_settings import FORMATS, WebuiSettings
 
 
 class WebuiImages(BaseModel):

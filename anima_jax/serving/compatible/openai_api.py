@@ -27,10 +27,7 @@ from anima_jax.sampling.images import encoded
 from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.references import Reference
 from anima_jax.sampling.request import SamplingParams
-from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.job_body import fitted, orders_of
-from anima_jax.serving.jobs import Job, error_line
-from anima_jax.serving.openai_bodies import (
+from anima_jax.serving.compatible.openai_bodies import (
     FEATHER,
     FORMATS,
     EditBody,
@@ -49,9 +46,11 @@ from anima_jax.serving.openai_bodies import (
     settings_of_form,
     size_of_edit,
 )
-from anima_jax.serving.orders import Order
-from anima_jax.serving.pictures import converted, decode_picture
-from anima_jax.serving.routes import (
+from anima_jax.serving.http.gallery import GalleryImage
+from anima_jax.serving.http.job_body import fitted, orders_of
+from anima_jax.serving.http.jobs import Job, error_line
+from anima_jax.serving.http.pictures import converted, decode_picture
+from anima_jax.serving.http.routes import (
     STILL_HERE,
     NotFoundError,
     api_route,
@@ -61,7 +60,8 @@ from anima_jax.serving.routes import (
     read_json,
     read_model,
 )
-from anima_jax.serving.server import Server, server_of
+from anima_jax.serving.http.server import Server, server_of
+from anima_jax.serving.orders import Order
 
 PATCH = 16
 """Pixels along each side of one of the transformer's tokens."""

@@ -27,6 +27,7 @@ from anima_jax.data.captions import (
 from anima_jax.data.media import read_file
 from anima_jax.data.sources import CaptionPlace
 from anima_jax.errors import UserError
+from anima_jax.serving.http.routes import ConflictError
 
 MAX_TABLE_BYTES = 2**28
 """Of a JSON file with the captions of many images."""
@@ -53,10 +54,6 @@ class FileChange(NamedTuple):
     path: str
     before: bytes | None
     after: bytes
-
-
-class CaptionConflictError(UserError):
-    """The caption is no longer what the editor was shown."""
 
 
 def read_fields(places: Sequence[CaptionPlace], delimiter: str = ", ") -> list[CaptionField]:
@@ -103,9 +100,9 @@ def write_captions(
 
 
 def undo_change(change: FileChange) -> None:
-    """Write back a file as it was. Raises CaptionConflictError if it was changed meanwhile."""
+    """Write back a file as it was. Raises ConflictError if it was changed meanwhile."""
     if (read_file(change.path, MAX_TABLE_BYTES) if os.path.lexists(change.path) else None) != change.after:
-        raise CaptionConflictError(f"{os.path.basename(change.path)}: was changed meanwhile, so it stays as it is")
+        raise ConflictError(f"{os.path.basename(change.path)}: was changed meanwhile, so it stays as it is")
     if change.before is None:
         with writing_to(change.path):
             os.unlink(change.path)

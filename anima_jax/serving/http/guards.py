@@ -18,8 +18,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anima_jax.serving.routes import ApiRoute, matching, shape_of
-from anima_jax.serving.server import ServerConfig
+from anima_jax.serving.http.routes import ApiRoute, matching, shape_of
+from anima_jax.serving.http.server import ServerConfig
 
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 

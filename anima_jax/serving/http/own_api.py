@@ -24,11 +24,11 @@ from anima_jax.sampling.exif import encodable, read_text
 from anima_jax.sampling.image_text import SIZE, from_text
 from anima_jax.sampling.recipe import file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
-from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.job_body import Inputs, JobBody, orders_of, settings_of
-from anima_jax.serving.jobs import Job, JobState, error_line
-from anima_jax.serving.pictures import decode_picture
-from anima_jax.serving.routes import (
+from anima_jax.serving.http.gallery import GalleryImage
+from anima_jax.serving.http.job_body import Inputs, JobBody, orders_of, settings_of
+from anima_jax.serving.http.jobs import Job, JobState, error_line
+from anima_jax.serving.http.pictures import decode_picture
+from anima_jax.serving.http.routes import (
     STILL_HERE,
     MediaTypeError,
     NotFoundError,
@@ -38,7 +38,7 @@ from anima_jax.serving.routes import (
     read_body,
     read_form,
 )
-from anima_jax.serving.server import Server, server_of
+from anima_jax.serving.http.server import Server, server_of
 
 SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1152, 896), (1216, 832), (1344, 768), (512, 512))
 """Sizes that the page offers, as far as the server draws them."""

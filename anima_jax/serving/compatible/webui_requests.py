@@ -22,11 +22,11 @@ from anima_jax.sampling.controls import Control
 from anima_jax.sampling.prompt_loras import without_tags
 from anima_jax.sampling.request import MAX_SIZE, RANDOM_SEED, SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.sampling.webui_text import sampler_and_schedule, split_loras
-from anima_jax.serving.limits import RequestLimits
+from anima_jax.serving.compatible.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, notes_of
+from anima_jax.serving.compatible.webui_pictures import UPSCALERS, Inpainting, inpainting, redrawn_mask, resized_by
+from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.routes import NotFoundError
 from anima_jax.serving.orders import Order
-from anima_jax.serving.routes import NotFoundError
-from anima_jax.serving.webui_models import Img2ImgRequest, Txt2ImgRequest, WebuiRequest, notes_of
-from anima_jax.serving.webui_pictures import UPSCALERS, Inpainting, inpainting, redrawn_mask, resized_by
 
 SAME = (None, "", "None", "Use same sampler", "Use same scheduler")
 """What front ends send for the second pass's settings that are those of the first."""

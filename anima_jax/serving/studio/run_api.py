@@ -14,12 +14,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from anima_jax.errors import UserError, one_line, show_value
-from anima_jax.serving.chosen_model import draw_with
-from anima_jax.serving.dataset_pictures import as_jpeg
-from anima_jax.serving.routes import NotFoundError, api_route
-from anima_jax.serving.run_figures import POINTS, Figures
-from anima_jax.serving.run_folders import CheckpointKind, RunCheckpoint, RunFolder, Runs, Sample
-from anima_jax.serving.server import Server, server_of
+from anima_jax.serving.http.routes import NotFoundError, api_route
+from anima_jax.serving.http.server import Server, server_of
+from anima_jax.serving.studio.chosen_model import draw_with
+from anima_jax.serving.studio.dataset_pictures import as_jpeg
+from anima_jax.serving.studio.run_figures import POINTS, Figures
+from anima_jax.serving.studio.run_folders import CheckpointKind, RunCheckpoint, RunFolder, Runs, Sample
 
 MOST_READ = 50
 """Runs whose figures are read for the list; of older ones they are read when they are asked for."""

@@ -14,9 +14,9 @@ from anima_jax.data.batch_plan import padding
 from anima_jax.data.buckets import Bucket
 from anima_jax.data.images import crop_box
 from anima_jax.errors import one_line
-from anima_jax.serving.dataset_edits import CaptionEditor, tags_of
-from anima_jax.serving.dataset_pictures import DuplicateSearch, ImageCache
-from anima_jax.serving.dataset_view import DatasetView, PictureRecord, TrainingPlan
+from anima_jax.serving.studio.dataset_edits import CaptionEditor, tags_of
+from anima_jax.serving.studio.dataset_pictures import DuplicateSearch, ImageCache
+from anima_jax.serving.studio.dataset_view import DatasetView, PictureRecord, TrainingPlan
 
 DECODERS = 2
 """Pictures that are decoded at the same time for the page."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anima_jax.errors import UserError, did_you_mean, show_value
-from anima_jax.serving.routes import NotFoundError
+from anima_jax.serving.http.routes import NotFoundError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Value of samples_format → PIL's name of the format."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 import anima_jax
-from anima_jax.serving.routes import BUSY, Operation, operations
+from anima_jax.serving.http.routes import BUSY, Operation, operations
 
 PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from anima_jax.errors import UserError, show_value
 from anima_jax.sampling.request import RANDOM_SEED
 from anima_jax.sampling.webui_text import split_text
-from anima_jax.serving.routes import read_model
+from anima_jax.serving.http.routes import read_model
 
 MAX_REPEATS = 4096
 

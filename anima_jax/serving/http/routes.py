@@ -23,12 +23,11 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from anima_jax.errors import UserError, did_you_mean, show_value
-from anima_jax.serving.caption_edits import CaptionConflictError
 from anima_jax.serving.engine import EngineClosedError, EngineFullError
-from anima_jax.serving.gallery import GalleryImage
-from anima_jax.serving.jobs import Event, Job, JobCancelledError, UnavailableError, error_line, reported
-from anima_jax.serving.limits import TooLargeError
-from anima_jax.serving.server import server_of
+from anima_jax.serving.http.gallery import GalleryImage
+from anima_jax.serving.http.jobs import Event, Job, JobCancelledError, UnavailableError, error_line, reported
+from anima_jax.serving.http.limits import TooLargeError
+from anima_jax.serving.http.server import server_of
 
 MOST_FIELDS = 100
 """Parts of a form."""
@@ -46,6 +45,10 @@ class NotJsonError(UserError):
     """A body that cannot be read: status 400."""
 
 
+class ConflictError(UserError):
+    """What is to be changed is no longer what the client was shown: status 412."""
+
+
 class MediaTypeError(UserError):
     """A body of another kind than the route takes: status 415."""
 
@@ -55,7 +58,7 @@ STATUS: tuple[tuple[type[UserError], int], ...] = (
     (NotFoundError, 404),
     (SlowBodyError, 408),
     (JobCancelledError, 409),
-    (CaptionConflictError, 412),
+    (ConflictError, 412),
     (TooLargeError, 413),
     (MediaTypeError, 415),
     (EngineFullError, 429),

@@ -1,0 +1,1 @@
+"""The APIs of others: OpenAI's and A1111's."""
