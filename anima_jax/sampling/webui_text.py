@@ -80,7 +80,7 @@ IGNORED = re.compile(
 )
 """Names of values that do not change the image here."""
 
-_PAIR = re.compile(r'\s*(\w[\w /-]{1,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_PAIR = re.compile(r'(\w[\w /-]{1,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _LORA = re.compile(r"<(?:lora|lyco):([^:<>]+)((?::[^:<>]*)*)>")
 
 
@@ -161,7 +161,7 @@ def from_webui(path: str, text: str) -> Recipe:
     left = [f"{name}: {value}" for name, value in pairs.items() if name not in known and not IGNORED.fullmatch(name)]
     if left:
         recipe.messages.append(f"not followed: {quoted(*left)}")
-    if re.search(r"\[[^\]]*\]|\b(BREAK|AND)\b", prompt + negative):
+    if re.search(r"\[[^\[\]]*\]|\b(BREAK|AND)\b", prompt + negative):
         recipe.messages.append("[…], BREAK and AND in its prompt are plain text here, as in ComfyUI")
     if pairs and pairs.get("RNG") != "CPU":
         recipe.messages.append("its web UI draws other starting noise than ComfyUI unless its RNG is CPU")

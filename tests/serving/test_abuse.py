@@ -144,6 +144,18 @@ def test_a_thousand_broken_requests_leave_the_server_as_it_was(running, engine):
     assert running.client.get("/health").json()["status"] == "ok"
 
 
+def test_texts_whose_reading_would_take_hours_are_refused(running):
+    many = b'{"references": [' + b"," * 2**17  # each mistake would take 7 µs and a kilobyte
+    assert "more than 131072 values" in refused(post(running, many), 400)
+    twice = b"{" + b"".join(b'"%d":0,' % n for n in range(18_000)) + b'"x":0,"x":1}'
+    assert "'x' is there twice" in refused(post(running, twice), 400)
+    for text in ("Steps: 1," + " " * 150_000 + "x", "[" * 150_000 + "\nSteps: 1, Size: 8x8"):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("parameters", text)
+        data = saved("PNG", pnginfo=chunks)
+        assert running.client.post("/api/settings", files={"file": ("x.png", data, "image/png")}).status_code == 200
+
+
 def test_the_place_of_a_mistake_is_named(running):
     cases = {
         b'{"loras": [{"name": "x"}, {"nme": "y"}]}': "there is no setting 'loras[1].nme'",

@@ -18,7 +18,7 @@ from anima_jax.sampling.request import SIZE_STEP
 from anima_jax.serving.http.job_body import Inputs, JobBody, Whole
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.pictures import decode_picture
-from anima_jax.serving.http.routes import NotFoundError
+from anima_jax.serving.http.routes import MOST_VALUES, NotFoundError
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 """output_format → PIL's name."""
@@ -129,7 +129,7 @@ def _is_text(model: type[BaseModel], name: str) -> bool:
 
 def _read(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=str)
+        return json.loads(text, parse_constant=str) if text.count(",") < MOST_VALUES else text
     except (ValueError, RecursionError):
         return text
 

@@ -67,7 +67,9 @@ class WebuiRequest(WebuiBody):
     disable_extra_networks: bool = False
     send_images: bool = True
     save_images: bool = False
-    infotext: str | None = Field(None, description="A1111's text of an image, for what is not given")
+    infotext: str | None = Field(
+        None, max_length=100_000, description="A1111's text of an image, for what is not given"
+    )
     script_name: str | None = None
 
 
