@@ -1,5 +1,7 @@
 """Jobs as clients see them while images wait and are drawn: queue, events, cancelling, refusals, and the gallery."""
 
+import base64
+import gc
 import io
 import json
 import socket
@@ -13,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from anima_jax.errors import NotFiniteError
 from anima_jax.serving.app import create_app
+from anima_jax.serving.compatible.webui_requests import WebuiDrawing
 from anima_jax.serving.http.gallery import Gallery
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
@@ -153,6 +156,19 @@ def test_finished_jobs_are_forgotten_and_keep_no_pictures(running, engine):
     assert known[:4] == ids[:1:-1]
     assert running.client.get(f"/api/jobs/{ids[0]}").status_code == 404
     assert not any(job._tickets for job in running.server.jobs.newest_first() if job.is_finished)
+
+
+def test_a_finished_job_keeps_neither_what_made_its_images_nor_images_that_left_the_gallery(running, engine):
+    engine.at_once, picture = True, io.BytesIO()
+    Image.new("RGB", (32, 48), "red").save(picture, format="PNG")
+    body = {"prompt": "x", "init_images": [base64.b64encode(picture.getvalue()).decode()], "steps": 3}
+    for _ in range(4):
+        response = running.client.post("/sdapi/v1/img2img", json=body)
+        assert response.status_code == 200, response.text
+    jobs = running.server.jobs.newest_first()[3::-1]
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, WebuiDrawing)]
+    assert [job.images[0].png is None for job in jobs] == [True, False, False, False]
 
 
 def test_the_gallery_is_read_in_pages_and_the_oldest_images_leave_it(running, engine):

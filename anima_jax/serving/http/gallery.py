@@ -32,9 +32,12 @@ ID = re.compile(r"\d{20}-[0-9a-f]{16}")
 KEPT_THUMBNAILS = 500
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class GalleryImage:
-    """An image of the gallery; `created` is in seconds since 1970, and one of `png` and `path` is given."""
+    """An image of the gallery; `created` is in seconds since 1970, and one of `png` and `path` is given.
+
+    Both are None when it has left the gallery: jobs that still name it must not keep its bytes.
+    """
 
     id: str
     width: int
@@ -91,7 +94,9 @@ class Gallery:
 
     def _forget(self, id: str) -> GalleryImage | None:
         image = self._images.pop(id, None)
-        self._bytes -= len(image.png or b"") if image else 0
+        if image is not None:
+            self._bytes -= len(image.png or b"")
+            image.png = image.path = None
         self._thumbnails.pop(id, None)
         return image
 
@@ -103,15 +108,17 @@ class Gallery:
     def page(self, limit: int, before: str | None = None) -> list[GalleryImage]:
         """Return up to `limit` images, newest first, that are older than the image `before`."""
         with self._lock:
-            found = list(self._images.values())[::-1]
+            found = list(self._images.values())
+        found.sort(key=lambda image: image.id, reverse=True)  # threads may have added them in another order
         return [image for image in found if before is None or image.id < before][:limit]
 
     def png(self, image: GalleryImage) -> bytes | None:
         """Return the file of an image, or None if somebody has deleted it."""
-        if image.png is not None or image.path is None:
-            return image.png
+        png, path = image.png, image.path
+        if png is not None or path is None:
+            return png
         try:
-            return image.path.read_bytes()
+            return path.read_bytes()
         except OSError:
             with self._lock:
                 self._forget(image.id)

@@ -27,6 +27,9 @@ GRACE = 2.0
 CLOSING = 10
 """Seconds for answers that are still being sent when the server ends."""
 
+LEAST_READ = 2**20
+"""Bytes that a client takes within `RequestLimits.write_timeout` while more waits for it, or it is let go."""
+
 SPARE_FILES = 500
 """Files that the process opens besides connections."""
 
@@ -48,6 +51,7 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
     class LimitedProtocol(H11Protocol):
         _headers_due: asyncio.TimerHandle | None = None
         _reader_due: asyncio.TimerHandle | None = None
+        _unsent = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -69,7 +73,7 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._reader_due = self.loop.call_later(limits.write_timeout, self.transport.abort)
+            self._await_reader()
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -79,6 +83,16 @@ def protocol(limits: RequestLimits) -> type[H11Protocol]:
             _cancel(self._headers_due)
             _cancel(self._reader_due)
             super().connection_lost(exc)
+
+        def _await_reader(self) -> None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._reader_due = self.loop.call_later(limits.write_timeout, self._end_if_not_read)
+
+        def _end_if_not_read(self) -> None:
+            if self._unsent - self.transport.get_write_buffer_size() < LEAST_READ:
+                self.transport.abort()
+            else:  # a large answer for a slow line
+                self._await_reader()
 
         def _await_headers(self) -> None:
             self._headers_due = self.loop.call_later(limits.read_timeout, self.transport.abort)

@@ -73,7 +73,8 @@ class Job:
         self.images: dict[int, GalleryImage] = {}
         self.state: JobState = "waiting"
         self.error: UserError | None = None
-        self._keep, self._finish, self._may_skip = keep, finish, may_skip
+        self._makers: list[tuple[Keep, Finish | None]] = [(keep, finish)]
+        self._may_skip = may_skip
         self._loop, self._left_queue = asyncio.get_running_loop(), left_queue
         self._keeping: dict[int, asyncio.Task[None]] = {}
         self._watchers: set[asyncio.Event] = set()
@@ -203,7 +204,7 @@ class Job:
         if not self.is_finished:
             for index, ticket in enumerate(self._tickets):
                 if ticket.state == "done" and index not in self._keeping:
-                    self._keeping[index] = self._loop.create_task(self._kept(index, ticket))
+                    self._keeping[index] = self._loop.create_task(self._kept(index, ticket, *self._makers[0]))
                 elif ticket.state == "failed":
                     return self._end("failed", reported(ticket.error))
                 elif ticket.state == "cancelled" and not self._may_skip:
@@ -223,19 +224,15 @@ class Job:
         for changed in self._watchers:
             changed.set()
 
-    async def _kept(self, index: int, ticket: Ticket) -> None:
+    async def _kept(self, index: int, ticket: Ticket, keep: Keep, finish: Finish | None) -> None:
         try:
-            image = await asyncio.to_thread(self._result, index, ticket)
+            image = await asyncio.to_thread(_result, index, ticket, keep, finish)
         except Exception as error:
             self._end("failed", reported(error))
             return
         self.images[index] = image
         if not self._end_if_complete():
             self._update()
-
-    def _result(self, index: int, ticket: Ticket) -> GalleryImage:
-        image = ticket.result(0)
-        return self._keep(ticket.order, image if self._finish is None else self._finish(index, image))
 
     def _end_if_complete(self) -> bool:
         """End the job if each image is in the gallery or was skipped; it is cancelled if all were skipped."""
@@ -252,13 +249,14 @@ class Job:
         self._end("failed", UnavailableError(f"the job was not finished after {timeout:g} s"))
 
     def _end(self, state: JobState, error: UserError | None) -> None:
-        """Set the final state. The tickets are let go, because they hold the pictures of orders."""
+        """Set the final state. What holds pictures is let go: the tickets, and what makes results of them."""
         if self.is_finished:
             return
         self._final = self.done, self.done if state == "done" else self.total
         self.state, self.error = state, error
         self._timer.cancel()
         self._previews.clear()
+        self._makers.clear()
         tickets, self._tickets = self._tickets, []
         for ticket in tickets:
             if not ticket.finished:
@@ -335,6 +333,11 @@ class Jobs:
     def unfinished(self) -> list[Job]:
         """Return the jobs that are waiting or drawn."""
         return [job for job in self._jobs.values() if not job.is_finished]
+
+
+def _result(index: int, ticket: Ticket, keep: Keep, finish: Finish | None) -> GalleryImage:
+    image = ticket.result(0)
+    return keep(ticket.order, image if finish is None else finish(index, image))
 
 
 def picture_bytes(orders: Sequence[Order]) -> int:

@@ -81,7 +81,7 @@ class EngineFigures(Collector):
 
 
 def resident_bytes() -> float:
-    """Return the memory of this process, or the most that it ever had where the system does not say; 0 if unknown."""
+    """Return the memory of this process; 0 where the system does not say, as on macOS and Windows."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             import resource
