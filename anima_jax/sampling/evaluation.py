@@ -206,5 +206,5 @@ def guided(
         )
         return out.reshape(momentum_blc.shape), momentum.reshape(momentum_blc.shape)
 
-    varied_blc, momentum_blc = jax.lax.cond(jnp.any(on), varied, lambda: (plain_blc, momentum_blc))
-    return jnp.where(on, varied_blc, plain_blc), momentum_blc
+    varied_blc, varied_momentum_blc = jax.lax.cond(jnp.any(on), varied, lambda: (plain_blc, momentum_blc))
+    return jnp.where(on, varied_blc, plain_blc), jnp.where(on, varied_momentum_blc, momentum_blc)

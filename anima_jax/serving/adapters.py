@@ -176,7 +176,8 @@ class OrderAdapters:
         if network and all(one.rank is not None for one, _ in network) and pages <= self.row_pages:
             pool = BY_ROW
             for one, _ in network:
-                computed = sum(bool(other.values) for other in list(self._read.values()))
+                with self._lock:
+                    computed = sum(bool(other.values) for other in self._read.values())
                 if one.key not in self._store.pages and computed < COMPUTED:
                     self._compute_pages(one)  # here, so that the thread of the devices does not wait for it
         key = _key(network) if pool == MERGED else None
@@ -184,10 +185,10 @@ class OrderAdapters:
 
     def prompt_params(self, own: OwnAdapters) -> tuple[Params, Params]:
         """Return the parameters of transformer and text encoder with which the image's prompts are encoded."""
-        base = self._pipeline.dit_params, self._pipeline.text_encoder_params
         if not own.prompts:
-            return base
+            return self._pipeline.dit_params, self._pipeline.text_encoder_params
         with self._lock:
+            base = self._pipeline.dit_params, self._pipeline.text_encoder_params
             if own.prompts_key in self._prompt_params:
                 self._prompt_params.move_to_end(own.prompts_key)
             else:
@@ -316,10 +317,14 @@ class OrderAdapters:
     def _take_pages(self, own: OwnAdapters) -> bool:
         if not self._store.take({one.key: one.pages for one, _ in own.network}):
             return False
-        for one, _ in own.network:
-            if one.key in self._store.unwritten:
-                self._store.write(one.key, self._compute_pages(one))
-            one.values.clear()
+        try:
+            for one, _ in own.network:
+                if one.key in self._store.unwritten:
+                    self._store.write(one.key, self._compute_pages(one))
+                one.values.clear()
+        except BaseException:
+            self._store.release([one.key for one, _ in own.network])
+            raise
         return True
 
     def _merge(self, own: OwnAdapters) -> Params:

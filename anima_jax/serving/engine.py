@@ -100,6 +100,7 @@ class Engine:
                 "alone": 1,
                 "decode": 1,
                 "preview": 1,
+                "fault": 1,
             }.items()
         }
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
@@ -111,6 +112,7 @@ class Engine:
         self._adapters.check(order.loras)
         grid = grid_of(np.array([1, *order.request.latent_size]))
         group = token_budget(int(grid.prod())), *(name for name, _ in order.loras)
+        alone = draws_alone(order)
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")
@@ -120,7 +122,7 @@ class Engine:
             ticket = Ticket(str(next(self._numbers)), order, self._position_of)
             ticket.subscribe(self._on_change)
             self._open.add(ticket)
-            self._waiting.append(WaitingOrder(ticket, draws_alone(order), group))
+            self._waiting.append(WaitingOrder(ticket, alone, group))
         self._wake.set()
         return ticket
 
@@ -251,7 +253,7 @@ class Engine:
         ahead: collections.Counter[tuple[Any, ...]] = collections.Counter()
         with self._changed:
             if self._replacements.apply(int(ticket.id) for ticket in self._open):
-                self._prepare.forget()
+                self._beside("prepare", self._prepare.forget)  # after what a cancelled order has it do now
                 self._adapters.forget()
             waiting = list(self._waiting)
         for entry in waiting:
@@ -305,6 +307,8 @@ class Engine:
             return True
         try:
             with self._turns.take():
+                if not pool.nbytes:  # Its arrays were released; now it may be others' turn.
+                    release_idle(self._ready_pools())
                 pool.enter(ticket, prepared)
         except Exception as error:
             ticket.move("failed", error=shown_error(error, ticket))
@@ -322,14 +326,14 @@ class Engine:
             if drawing.ticket.cancel_requested:
                 pool.leave(drawing)
                 drawing.ticket.move("cancelled")
-        if not pool.used:
+        if not (drawings := pool.used):
             return
         started = time.monotonic()
         try:
             with self._turns.take():
                 evaluated = pool.evaluate()
         except Exception as error:
-            self._fail(pool, error)
+            self._fail(pool, error, drawings)
             return
         self._pending.append((pool, evaluated, started))
         while len(self._pending) > 1:
@@ -351,7 +355,7 @@ class Engine:
                 pool.leave(drawing)
             elif not finite_b[drawing.slot]:
                 pool.leave(drawing)
-                self._beside("decode", self._fail_not_finite, ticket, f"evaluation {done} of {drawing.total}")
+                self._beside("fault", self._fail_not_finite, ticket, f"evaluation {done} of {drawing.total}")
             elif drawing in evaluated.points:
                 ticket.report(done, drawing.total)
                 ticket.move("decoding")
@@ -359,7 +363,7 @@ class Engine:
             else:
                 if ticket.order.preview_due(done) and not drawing.has_preview:
                     drawing.has_preview = True
-                    self._beside("preview", self._preview, drawing, pool.estimate(evaluated, drawing))
+                    self._beside("preview", self._preview, pool, evaluated, drawing)
                 ticket.report(done, drawing.total)
 
     def _count(self, seconds: float, images: int) -> None:
@@ -384,7 +388,10 @@ class Engine:
     # Beside the loop
 
     def _fail_not_finite(self, ticket: Ticket, where: str) -> None:
-        ticket.move("failed", error=self.pipeline.not_finite(where))
+        try:
+            raise self.pipeline.not_finite(where)  # which reads the model's files
+        except Exception as error:
+            ticket.move("failed", error=shown_error(error, ticket))
 
     def _finish(self, drawing: Drawing, point_lc: Any) -> None:
         ticket, prepared = drawing.ticket, drawing.prepared
@@ -401,8 +408,8 @@ class Engine:
         except Exception as error:
             ticket.move("failed", error=shown_error(error, ticket))
 
-    def _preview(self, drawing: Drawing, estimate_lc: Any) -> None:
-        (latents,) = drawing.prepared.packing.unpack(np.asarray(estimate_lc)[None])
+    def _preview(self, pool: Pool, evaluated: Evaluated, drawing: Drawing) -> None:
+        (latents,) = drawing.prepared.packing.unpack(np.asarray(pool.estimate(evaluated, drawing))[None])
         self._show(drawing.ticket, latents)
         drawing.has_preview = False
 

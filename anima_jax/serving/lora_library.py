@@ -106,9 +106,9 @@ class LoraLibrary:
     def tagged(self, order: Order) -> Order:
         """Return an order with the LoRAs that its prompts name, as in `<lora:NAME:0.8>`, and prompts without such tags.
 
-        Nothing changes without a folder of adapters. Raises UserError for a tag that cannot be read.
+        Nothing changes without a place for adapters. Raises UserError for a tag that cannot be read.
         """
-        if not self._folders:
+        if not (self._folders or self._added["lora"]):
             return order
         request, params, found = split_tags(order.request, order.params)
         return dataclasses.replace(order, request=request, params=params, loras=(*order.loras, *found))

@@ -168,11 +168,11 @@ class Pool:
     def enter(self, ticket: Ticket, prepared: Prepared) -> Drawing:
         """Put an image into a free slot."""
         self.last_used = time.monotonic()
+        drawing = Drawing(ticket, prepared, self.drawings.index(None))
+        self.drawings[drawing.slot] = drawing
         if self._carry is None:
             self._carry, self._stored = self._empty()
             self._take_networks(prepared)
-        drawing = Drawing(ticket, prepared, self.drawings.index(None))
-        self.drawings[drawing.slot] = drawing
         if self._lengths is not None and prepared.lengths_p is not None:
             self._lengths[PROMPTS * drawing.slot :][:PROMPTS] = prepared.lengths_p
         new, slot = self._new(prepared, prepared.adapters), np.int32(drawing.slot)
@@ -211,7 +211,7 @@ class Pool:
         return Evaluated(finite_b, estimate_blc, [(drawing, drawing.done) for drawing in drawings], points)
 
     def estimate(self, evaluated: Evaluated, drawing: Drawing) -> Any:
-        """Return the clean estimate (l, c) of an image."""
+        """Return the clean estimate (l, c) of an image. For any thread."""
         return self._taken(evaluated.estimate_blc, np.int32(drawing.slot))
 
     def _network(self, rows: Sequence[OwnAdapters]) -> tuple[Params, Any]:

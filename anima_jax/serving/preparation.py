@@ -180,13 +180,12 @@ class Preparer:
 
     def _context(self, own: OwnAdapters, prompts: Iterable[str]) -> tuple[Context, int]:
         """Return the context of an image's prompts, and how many of its rows are stored."""
-        encoder = self._adapters.encoder(own)
         contexts: list[Context] = []
         most = 0
         for prompt in prompts:
             key = prompt, own.prompts_key
             if key not in self._contexts:
-                context = encoder.encode([prompt])
+                context = self._adapters.encoder(own).encode([prompt])
                 self._contexts[key] = context, int(used_rows(context.rows_bnd))
             self._contexts.move_to_end(key)
             context, used = self._contexts[key]

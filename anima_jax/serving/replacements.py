@@ -36,6 +36,7 @@ class Replacements:
     def add(self, first: int, params: Params) -> concurrent.futures.Future[None]:
         """Have orders from number `first` on drawn with `params`. The future is done when they are in use."""
         replacement = _Replacement(first, params, concurrent.futures.Future())
+        replacement.done.set_running_or_notify_cancel()  # From now on it cannot be cancelled.
         self._waiting.append(replacement)
         return replacement.done
 

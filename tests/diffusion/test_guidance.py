@@ -9,6 +9,7 @@ from anima_jax.diffusion import guidance
 from anima_jax.diffusion.guidance import Estimates, Variants
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.models.dit import token_positions
+from anima_jax.sampling import evaluation
 from anima_jax.sampling.packing import TokenPacking, grid_of, real_values
 from tests.golden_files import channel_last, golden, relative_error
 
@@ -92,3 +93,19 @@ def test_a_step_at_the_ends_of_the_interval_is_on_the_side_where_comfyui_puts_it
     beyond = np.nextafter(levels, np.array([2, 0], np.float32))
     assert guidance.scale_schedule(levels, 4.0, (0.3, 0.6), 2.2).tolist() == [4, 4]
     assert guidance.scale_schedule(beyond, 4.0, (0.3, 0.6), 2.2).tolist() == [1, 1]
+
+
+def test_what_an_image_without_variants_remembers_does_not_depend_on_the_others_of_its_batch():
+    """APG is off where the negative prompt is not evaluated, even if the level rises there."""
+
+    def remembered(others_apg):
+        apg_b = np.array([False, others_apg]).reshape(2, 1, 1)
+        variants = Variants(*(np.full((2, 1, 1), value) for value in Variants(apg_momentum=0.5)))._replace(apg=apg_b)
+        shared = evaluation.SharedInputs(np.array([[1, 4, 8]] * 2, np.int32), None, variants)
+        array_blc = np.random.default_rng(0).normal(size=(2, 16, 64)).astype(np.float32)
+        step = evaluation.GuidanceInputs(np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.bool_), None)
+        estimates = Estimates(array_blc, array_blc + 1, array_blc, np.full((2, 1, 1), 0.5, np.float32))
+        return evaluation.guided(estimates, step, shared, array_blc)[1][0], array_blc[0]
+
+    for others_apg in (False, True):
+        np.testing.assert_array_equal(*remembered(others_apg))

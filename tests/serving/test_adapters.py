@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from anima_jax import AnimaPipeline, UserError
 from anima_jax.models import parameters
+from anima_jax.serving.adapter_room import RowStore
 from anima_jax.serving.adapters import BY_ROW, MERGED, NO_ADAPTERS, OrderAdapters
 from anima_jax.serving.lora_library import LoraLibrary
 from tests.models.networks import normal, quick_jit
@@ -117,6 +118,23 @@ def test_an_image_that_finds_no_room_waits_and_none_overtakes_it(pipeline, folde
     own.leave(style)
     assert [own.enter(image) for image in (again, light, again)] == [False, True, False]
     own.leave(again)  # It was cancelled.
+    own.leave(light)
+    assert own.enter(style)
+    assert own.statistics() == (1, 1, 1, 0, 0)
+    own.close()
+
+
+def test_an_adapter_that_cannot_be_written_keeps_no_room(pipeline, folder, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    own = adapters(pipeline, folder)
+    style, light = own.read([("style", 1)]), own.read([("light", 1)])
+    with monkeypatch.context() as patched:
+        patched.setattr(RowStore, "write", fail)
+        with pytest.raises(MemoryError):
+            own.enter(style)
+    assert own.enter(light)
     own.leave(light)
     assert own.enter(style)
     assert own.statistics() == (1, 1, 1, 0, 0)

@@ -1,5 +1,6 @@
 """The engine: images against those of the pipeline and of other company, and orders that fail or are cancelled."""
 
+import itertools
 import threading
 from concurrent.futures import CancelledError
 
@@ -182,6 +183,57 @@ def test_a_fault_of_the_loop_leaves_nobody_waiting(engine, monkeypatch):
         with pytest.raises(DrawingError, match="ZeroDivisionError: no pools"):
             ticket.result(WAIT)
     assert engine.submit(order()).result(WAIT).size == (32, 48)
+
+
+def test_faults_beside_the_loop_leave_nobody_waiting(engine, pipeline, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("lost")
+
+    def taken_once(*arrays):
+        return next(results)(*arrays)
+
+    (pool,) = engine._ready_pools()  # type: ignore[reportPrivateUsage]
+    results = itertools.chain([pool._taken], itertools.repeat(fail))  # type: ignore[reportPrivateUsage]
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "not_finite", fail)
+        patched.setattr(pool, "_taken", taken_once)
+        # Two that end together, of which the second fails when the first has left its slot.
+        tickets = [engine.submit(order("(x:3e38)", steps=2)), *(engine.submit(order(steps=9)) for _ in range(2))]
+        failed = 0
+        for ticket in tickets:
+            try:
+                ticket.result(WAIT)
+            except DrawingError as error:
+                failed += "lost" in str(error)
+    assert failed >= 2
+    assert engine.submit(order()).result(WAIT).size == (32, 48)
+
+
+def test_other_parameters_are_used_for_the_orders_after_them(engine, pipeline, latents, monkeypatch):
+    reached, go = threading.Event(), threading.Event()
+    encode, base = AnimaPipeline.encode, pipeline.dit_params
+
+    def slow(self, prompts):
+        reached.set()
+        go.wait(WAIT)
+        return encode(self, prompts)
+
+    # The same tokens in words that are not the same, so that one of them is not in the cache of prompts.
+    (before,) = drawn(engine, [order("(held:1.0)")], latents)
+    monkeypatch.setattr(AnimaPipeline, "encode", slow)
+    cancelled = engine.submit(order("held"))
+    assert reached.wait(WAIT)
+    cancelled.cancel()
+    changed = {path: value * 1.5 if path.startswith("llm_adapter.") else value for path, value in base.items()}
+    replaced = engine.replace_params(changed)
+    assert not replaced.cancel()
+    replaced.result(WAIT)
+    go.set()
+    found = drawn(engine, [order("held"), order("(held:1.0)")], latents)
+    engine.replace_params(base).result(WAIT)
+    assert np.array_equal(*found)
+    assert not np.array_equal(found[0], before)
+    assert np.array_equal(before, *drawn(engine, [order("held")], latents))
 
 
 def test_a_full_queue_refuses_and_cancelled_orders_leave_it(pipeline, engine):

@@ -105,4 +105,7 @@ def test_prompts_name_adapters_as_generate_reads_them(folder):
     assert found.loras == (("new", 1.0), ("style", both), ("anna", 0.5), ("people/style", 1.0))
     assert (found.request.prompt, found.request.regions[0].prompt) == ("a dog, sitting", "a cat")
     assert found.params.negative_prompt == "ugly"
-    assert LoraLibrary(controls=[folder]).tagged(order) is order
+    library = LoraLibrary(controls=[folder])
+    assert library.tagged(order) is order
+    library.add("lora", "style", folder / "style.safetensors")
+    assert library.tagged(order).loras == found.loras
