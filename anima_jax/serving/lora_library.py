@@ -1,8 +1,8 @@
 """The library of a server: the adapters and control networks in its folders, by name.
 
 A name is a file's path within its folder, with "/" and without the suffix, or just the last part of that if no other
-file has it. A folder that PEFT wrote is one adapter. Folders are read again whenever a name is looked up, so new files
-are found at once; files outside of the folders are never opened, whatever a name or a link says.
+file has it. A folder that PEFT wrote is one adapter. Folders that have changed are read again whenever a name is looked
+up, so new files are found at once; files outside of the folders are never opened, whatever a name or a link says.
 """
 
 import collections
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ KEPT_BYTES = 2 * 2**30
 
 TRIGGERS = 10
 """Most frequent words of an adapter's training captions that are shown as its trigger words."""
+
+SETTLED = 2 * 10**9
+"""Nanoseconds after which a folder's time of change has certainly changed with the next file."""
 
 Fingerprint = tuple[str, int, int]
 """Path, time of the last change and size: what tells a file from what had its name before."""
@@ -79,6 +83,7 @@ class LoraLibrary:
         self._kept: collections.OrderedDict[Fingerprint, Adapter] = collections.OrderedDict()
         self._entries: dict[tuple[Any, ...], LibraryEntry | None] = {}
         self._added: dict[str, dict[str, str]] = {"lora": {}, "control": {}}
+        self._walked: dict[str, tuple[dict[str, int | None], dict[str, str]]] = {}
 
     def add(self, what: Literal["lora", "control"], name: str, path: PathLike) -> None:
         """Add an adapter or control network that is in none of the folders, such as one that a run has exported."""
@@ -91,6 +96,10 @@ class LoraLibrary:
     def controls(self) -> list[LibraryEntry]:
         """Return the control networks, by name. Other files are left out."""
         return self._listed(self._files("control"), _control_entry)
+
+    def lora_paths(self) -> Mapping[str, str]:
+        """Return name → path of the adapters."""
+        return self._files("lora") or {}
 
     def lora(self, name: str) -> str:
         """Return the path of the adapter of this name. Raises UserError if there is not exactly one."""
@@ -149,7 +158,18 @@ class LoraLibrary:
     def _files(self, what: str) -> dict[str, str] | None:
         """Return name → file of the adapters or control networks; None if there is no place for them."""
         folders, added = self._folders if what == "lora" else self._control_folders, self._added[what]
-        return {**_files(folders), **added} if folders or added else None
+        found = [self._files_in(folder) for folder in reversed(folders)]  # the first folder's come first
+        return {name: path for files in (*found, added) for name, path in files.items()} if folders or added else None
+
+    def _files_in(self, folder: str) -> Mapping[str, str]:
+        """Return name → file of a folder, as they were if neither it nor a folder in it has changed."""
+        times, files = self._walked.get(folder, ({}, {}))
+        if not times or any(_changed(path) != changed for path, changed in times.items()):
+            now, times = time.time_ns(), dict[str, int | None]()
+            files = _files(folder, times)
+            if all(changed is not None and changed < now - SETTLED for changed in times.values()):
+                self._walked[folder] = times, files
+        return files
 
     def _listed(
         self, files: Mapping[str, str] | None, read: Callable[[str, str], LibraryEntry | None]
@@ -165,24 +185,32 @@ class LoraLibrary:
         return sorted((entry for entry in entries.values() if entry), key=lambda entry: entry.name)
 
 
-def _files(folders: Sequence[str]) -> dict[str, str]:
-    """Return name → file, or PEFT's folder, for all files in the folders; the first folder's come first.
+def _files(folder: str, times: dict[str, int | None]) -> dict[str, str]:
+    """Return name → file, or PEFT's folder, for all files in a folder; `times` gets when which folder changed.
 
     A link that leads out of its folder is left out, as is a folder that is a link.
     """
     found: dict[str, str] = {}
-    for folder in folders:
-        root = os.path.realpath(folder)
-        for parent, children, names in os.walk(root):
-            within = os.path.relpath(parent, root).replace(os.sep, "/")
-            is_peft = WEIGHTS in names and within != "."
-            if is_peft:
-                children[:] = [child for child in children if child not in NETWORKS]
-            for name in names:
-                stem = f"{within}/{name[: -len(SUFFIX)]}".removeprefix("./")
-                if name.lower().endswith(SUFFIX) and _is_inside(os.path.join(parent, name), root):
-                    found.setdefault(within if is_peft and name == WEIGHTS else stem, os.path.join(parent, name))
+    root = os.path.realpath(folder)
+    times |= {path: _changed(path) for path in (folder, root)}
+    for parent, children, names in os.walk(root):
+        times |= {path: _changed(path) for child in children for path in [os.path.join(parent, child)]}
+        within = os.path.relpath(parent, root).replace(os.sep, "/")
+        is_peft = WEIGHTS in names and within != "."
+        if is_peft:
+            children[:] = [child for child in children if child not in NETWORKS]
+        for name in names:
+            stem = f"{within}/{name[: -len(SUFFIX)]}".removeprefix("./")
+            if name.lower().endswith(SUFFIX) and _is_inside(os.path.join(parent, name), root):
+                found.setdefault(within if is_peft and name == WEIGHTS else stem, os.path.join(parent, name))
     return found
+
+
+def _changed(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _is_inside(path: str, root: str) -> bool:

@@ -44,6 +44,23 @@ def test_files_are_named_by_their_path_within_the_folder_and_new_ones_are_found_
     assert len(library.loras()) == 4
 
 
+def test_folders_that_did_not_change_are_not_read_again(folder, monkeypatch):
+    library, walks, walk = LoraLibrary(folder), [], os.walk
+    monkeypatch.setattr(os, "walk", lambda path: walks.append(path) or walk(path))
+    for path in (folder, folder / "people"):
+        os.utime(path, (0, 0))
+    for _ in range(3):
+        assert (
+            library.lora("anna") == library.lora_paths()["people/anna"] == str(folder / "people" / "anna.safetensors")
+        )
+    assert len(walks) == 1
+    (folder / "people" / "anna.safetensors").rename(folder / "people" / "other.safetensors")
+    assert "people/other" in library.lora_paths()
+    os.symlink(folder.parent / "secret" / "key.safetensors", folder / "people" / "linked.safetensors")
+    with pytest.raises(UserError, match="there is none of this name"):
+        library.lora("linked")
+
+
 @pytest.mark.parametrize(
     "name", ["../secret/key", "{root}/secret/key", "key", "linked", "elsewhere/key", "style\0", "", ".", "people"]
 )

@@ -149,11 +149,12 @@ def _schedulers(server: Server) -> list[dict[str, Any]]:
 
 
 def _loras(server: Server) -> list[dict[str, Any]]:
+    paths = server.library.lora_paths() if server.library and server.config.is_local else {}
     return [
         {
             "name": entry.name,
             "alias": entry.name.rpartition("/")[2],
-            "path": server.library.lora(entry.name) if server.library and server.config.is_local else entry.name,
+            "path": paths.get(entry.name, entry.name),
             "metadata": {"modelspec.trigger_phrase": ", ".join(entry.trigger)} if entry.trigger else {},
         }
         for entry in (server.library.loras() if server.library else ())
