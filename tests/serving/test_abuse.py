@@ -25,6 +25,7 @@ LIMITS = RequestLimits(
     max_batch=2,
     max_body=200_000,
     max_prompt=1000,
+    max_tokens=500,
     max_picture=2**20,
     max_connections=20,
     read_timeout=0.5,
@@ -162,6 +163,7 @@ def test_the_place_of_a_mistake_is_named(running):
         b'{"promt": "x"}': "there is no setting 'promt' (did you mean 'prompt'?)",
         b'{"loras": [{}]}': "loras[0].name is missing",
         b'{"sampler": "eulr"}': "(did you mean 'euler'?)",
+        json.dumps({"prompt": "😀" * 200}).encode(): "a prompt of 800 tokens, expected at most 500",
         b'{"steps": 9}': "steps 9, expected at most 8 on this server",
         b'{"prompt": "a", "prompt": "b"}': "'prompt' is there twice",
     }

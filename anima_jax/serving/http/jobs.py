@@ -291,6 +291,7 @@ class Jobs:
         if self.engine.library is not None:
             orders = [self.engine.library.tagged(order) for order in orders]
         self._limits.check(orders)
+        self._limits.check_tokens(orders, self.engine.pipeline.tokenizers)
         held = sum(job.picture_bytes for job in self.unfinished()) + picture_bytes(orders)
         if held > self._limits.max_pending:
             raise EngineFullError(f"the pictures of waiting jobs would take {size_text(held)}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from anima_jax.errors import UserError, plural, size_text
 from anima_jax.serving.orders import Order
+from anima_jax.text.tokenizers import Tokenizers
 
 
 class TooLargeError(UserError):
@@ -30,6 +31,8 @@ class RequestLimits:
     """Pixels of a picture that a request contains, as its header says: they are checked before anything is decoded."""
     max_prompt: int = 20_000
     """Characters of a prompt, a negative prompt or a region's prompt."""
+    max_tokens: int = 4096
+    """Tokens of such a prompt: attention takes the square of them, while other prompts wait for it."""
     max_loras: int = 8
     max_controls: int = 4
     max_references: int = 4
@@ -75,10 +78,23 @@ class RequestLimits:
             for name, (value, largest) in counts.items():
                 if value > largest:
                     raise UserError(f"{name} {value}, expected at most {largest} on this server")
-            for prompt in (request.prompt, params.negative_prompt, *(region.prompt for region in request.regions)):
+            for prompt in prompts_of(order):
                 if len(prompt) > self.max_prompt:
                     raise UserError(f"a prompt of {len(prompt)} characters, expected at most {self.max_prompt}")
+
+    def check_tokens(self, orders: Sequence[Order], tokenizers: Tokenizers) -> None:
+        """Raise UserError if a prompt has too many tokens. No text has more of them than bytes."""
+        for prompt in {prompt for order in orders for prompt in prompts_of(order)}:
+            if len(prompt.encode()) > self.max_tokens:
+                count = int(tokenizers.lengths([prompt]).max())
+                if count > self.max_tokens:
+                    raise UserError(f"a prompt of {count} tokens, expected at most {self.max_tokens}")
 
     def too_large(self) -> TooLargeError:
         """Return the error of a body with more bytes than `max_body`."""
         return TooLargeError(f"the request is larger than {size_text(self.max_body)}")
+
+
+def prompts_of(order: Order) -> tuple[str, ...]:
+    """Return an order's prompt, its negative prompt and those of its regions."""
+    return order.request.prompt, order.params.negative_prompt, *(region.prompt for region in order.request.regions)
