@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import time
+import types
 import zlib
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image, PngImagePlugin
 pytest.importorskip("uvicorn")
 
 from anima_jax.serving.app import create_app
+from anima_jax.serving.http.http_server import protocol
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, ManualEngine, running_app
@@ -328,6 +330,23 @@ def test_a_client_that_does_not_read_is_let_go(running):
         running.client.close()
         while running.uvicorn.server_state.connections:
             time.sleep(0.02)
+
+
+def test_a_client_that_reads_a_large_answer_slowly_is_not_let_go():
+    timers, ended = [], []
+    connection = object.__new__(protocol(LIMITS))
+    connection.flow = types.SimpleNamespace(pause_writing=lambda: None)
+    connection.loop = types.SimpleNamespace(call_later=lambda seconds, call: timers.append(call))
+    sizes = [100, 90, 90, 89]  # MiB that wait for the client: when it begins, and at each look
+    size = types.SimpleNamespace(get_write_buffer_size=lambda: sizes.pop(0) * 2**20, abort=lambda: ended.append(True))
+    connection.transport = size
+    connection.pause_writing()
+    timers.pop()()
+    assert timers
+    assert not ended
+    timers.pop()()
+    assert not timers
+    assert ended
 
 
 def test_too_many_connections_are_refused_and_room_comes_back(running):

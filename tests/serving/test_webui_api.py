@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 from anima_jax.errors import UserError
 from anima_jax.sampling.webui_text import from_webui
 from anima_jax.serving.app import create_app
-from anima_jax.serving.compatible.webui_lists import LISTS
+from anima_jax.serving.compatible import webui_lists
 from anima_jax.serving.compatible.webui_models import Img2ImgRequest, Txt2ImgRequest, with_infotext
 from anima_jax.serving.compatible.webui_pictures import crop_around, redrawn_mask, resized_by
 from anima_jax.serving.compatible.webui_requests import Reader, hires_size
@@ -336,7 +336,9 @@ def test_the_client_of_webuiapi_draws(running):
     assert api.util_get_current_model() == api.util_get_model_names()[0]
 
 
-@pytest.mark.parametrize("name", [*LISTS, "embeddings", "scripts", "cmd-flags", "memory", "options", "progress"])
+@pytest.mark.parametrize(
+    "name", [*webui_lists.LISTS, "embeddings", "scripts", "cmd-flags", "memory", "options", "progress"]
+)
 def test_what_front_ends_ask_for_at_their_start_is_there(v1, name):
     answer = v1.get(f"/{name}")
     assert answer.status_code == 200
@@ -396,3 +398,16 @@ def test_errors_have_a1111s_form(v1):
         assert (answer.status_code, set(answer.json())) == (status, {"error", "detail", "body", "errors"})
     assert v1.post("/interrogate", json={"image": ""}).json()["detail"].startswith("Model not found")
     assert v1.get("/nothing").json()["error"] == "HTTPException"
+
+
+def test_pictures_are_scaled_up_to_a_number_of_pixels_together(v1, monkeypatch):
+    image = noise((48, 32))
+    body = {"upscaler_1": "Nearest", "upscaling_resize": 2, "image": text_of(image)}
+    drawn = opened(v1.post("/extra-single-image", json=body).json()["image"])
+    np.testing.assert_array_equal(np.asarray(drawn), np.repeat(np.repeat(np.asarray(image), 2, 0), 2, 1))
+    monkeypatch.setattr(webui_lists, "MAX_UPSCALED", 100)
+    body["imageList"] = [{"data": text_of(image)}]
+    assert len(v1.post("/extra-batch-images", json=body).json()["images"]) == 1
+    answer = v1.post("/extra-batch-images", json=body | {"imageList": body["imageList"] * 2})
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "imageList[1]: 96×64 pixels, expected at most 100² of all together"

@@ -31,7 +31,7 @@ from anima_jax.serving.http.routes import NotFoundError, api_route
 from anima_jax.serving.http.server import Server, server_of
 
 MAX_UPSCALED = 8192
-"""Largest side of an image that is only scaled up."""
+"""Largest side of an image that is only scaled up; all images of an answer have at most the pixels of its square."""
 
 
 class WebuiError(BaseModel):
@@ -207,7 +207,8 @@ async def png_info(request: Request, body: InfoBody) -> Named:
     return Named({"info": info, "items": texts, "parameters": parameters})
 
 
-def _scaled(text: str, body: ScaleBody, server: Server, what: str) -> str:
+def _scaled(text: str, body: ScaleBody, server: Server, what: str, most: int = MAX_UPSCALED**2) -> tuple[str, int]:
+    """Return a picture that was scaled up, and its pixels. Raises UserError for more than `most` of them."""
     if body.gfpgan_visibility or body.codeformer_visibility:
         raise UserError("gfpgan_visibility, codeformer_visibility: there is no face restoration")
     if body.extras_upscaler_2_visibility and body.upscaler_2 != "None":
@@ -223,12 +224,15 @@ def _scaled(text: str, body: ScaleBody, server: Server, what: str) -> str:
         size = round(picture.width * scale), round(picture.height * scale)
     if max(size) > MAX_UPSCALED:
         raise UserError(f"{size[0]}×{size[1]} pixels, expected at most {MAX_UPSCALED} a side")
-    return png_text(resized_by(1, picture, (max(size[0], 1), max(size[1], 1)), UPSCALERS[body.upscaler_1]))
+    size = max(size[0], 1), max(size[1], 1)
+    if (pixels := size[0] * size[1]) > most:
+        raise UserError(f"{what}: {size[0]}×{size[1]} pixels, expected at most {MAX_UPSCALED}² of all together")
+    return png_text(resized_by(1, picture, size, UPSCALERS[body.upscaler_1])), pixels
 
 
 async def scale_one(request: Request, body: SingleBody) -> Named:
     """Scale a picture up."""
-    data = await server_of(request).decoding(_scaled, body.image, body, server_of(request), "image")
+    data, _ = await server_of(request).decoding(_scaled, body.image, body, server_of(request), "image")
     return Named({"html_info": "", "image": data if body.show_extras_results else None})
 
 
@@ -236,10 +240,11 @@ async def scale_all(request: Request, body: BatchBody) -> Named:
     """Scale pictures up."""
     server = server_of(request)
     server.limits.check_count(len(body.imageList))
-    images = [
-        await server.decoding(_scaled, file.data, body, server, f"imageList[{index}]")
-        for index, file in enumerate(body.imageList)
-    ]
+    images, left = list[str](), MAX_UPSCALED**2
+    for index, file in enumerate(body.imageList):
+        image, pixels = await server.decoding(_scaled, file.data, body, server, f"imageList[{index}]", left)
+        images.append(image)
+        left -= pixels
     return Named({"html_info": "", "images": images if body.show_extras_results else []})
 
 

@@ -27,7 +27,7 @@ GRACE = 2.0
 CLOSING = 10
 """Seconds for answers that are still being sent when the server ends."""
 
-LEAST_READ = 2**20
+LEAST_READ = 2**22
 """Bytes that a client takes within `RequestLimits.write_timeout` while more waits for it, or it is let go."""
 
 SPARE_FILES = 500

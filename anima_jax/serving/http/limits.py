@@ -52,7 +52,7 @@ class RequestLimits:
     body_timeout: float = 300.0
     """For the whole body."""
     write_timeout: float = 60.0
-    """For a client to take what is sent to it, or a MiB of it."""
+    """For a client to take what is sent to it, or 4 MiB of it."""
 
     def check_count(self, count: int) -> None:
         """Raise UserError for more images of one request than are allowed, or none."""
