@@ -24,9 +24,12 @@ class Context(NamedTuple):
     lengths_b: Any
 
 
-def join_contexts(*contexts: Context) -> Context:
-    """Return all contexts as one batch. Shorter ones are padded with zeros, which their lengths mask."""
-    length = max(context.rows_bnd.shape[1] for context in contexts)
+def join_contexts(*contexts: Context, least: int = 0) -> Context:
+    """Return all contexts as one batch of `least` rows or more.
+
+    Shorter ones are padded with zeros, which their lengths mask.
+    """
+    length = max(least, *(context.rows_bnd.shape[1] for context in contexts))
     rows = [jnp.pad(x.rows_bnd, ((0, 0), (0, length - x.rows_bnd.shape[1]), (0, 0))) for x in contexts]
     lengths = None
     if length > CONTEXT_ROWS:

@@ -193,9 +193,10 @@ class Preparer:
             most = max(most, used)
         while len(self._contexts) > 1 and self._cached_bytes() > self._cache_bytes:
             self._contexts.popitem(last=False)
-        joined = join_contexts(*contexts)
-        rows = joined.rows_bnd.shape[1]
-        return joined, SHORT_CONTEXT if rows == CONTEXT_ROWS and most <= SHORT_CONTEXT else rows
+        # Few sizes: each has programs of its own.
+        rows = _class(max(context.rows_bnd.shape[1] for context in contexts), CONTEXT_ROWS)
+        is_short = rows == CONTEXT_ROWS and most <= SHORT_CONTEXT
+        return join_contexts(*contexts, least=rows), SHORT_CONTEXT if is_short else rows
 
     def _cached_bytes(self) -> int:
         return sum(context.rows_bnd.nbytes for context, _ in self._contexts.values())

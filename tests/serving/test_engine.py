@@ -99,6 +99,14 @@ def test_images_are_bit_equal_whatever_shares_their_batch_and_nothing_compiles_f
     assert engine.statistics().pools == 1
 
 
+def test_prompts_of_about_as_many_tokens_share_programs(engine):
+    """Clients choose how long their prompts are: not every 512 rows may compile programs."""
+    with quick_compilation():
+        found = engine._prepare(order("x " * 600))  # type: ignore[reportPrivateUsage]
+    assert found.key.context == found.context.rows_bnd.shape[1] == 2048
+    assert found.lengths_p.tolist() == [512, 1201]
+
+
 def test_images_are_those_of_the_pipeline(engine, pipeline, latents):
     """With the most carried arrays of all samplers, noise, a mask, and all variants of guidance."""
     each = next(own for own in MIXED if own.params.sampler == "sa_solver")
