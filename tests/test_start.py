@@ -238,6 +238,18 @@ def test_a_zip_is_unpacked_once_and_never_out_of_its_folder(tmp_path, folder):
         archive.writestr("../../evil.png", b"x")
     with pytest.raises(UserError, match="outside of its folder"):
         pictures.unpacked(str(tmp_path / "evil.zip"), tmp_path / "evil")
+
+
+@pytest.mark.parametrize("kind", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
+def test_a_damaged_zip_is_an_error_in_a_line(tmp_path, kind):
+    path = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{kind}")) as archive:
+        archive.writestr("a.png", bytes(range(256)) * 20)
+    data = bytearray(path.read_bytes())
+    data[45:110] = bytes(byte ^ 0xA5 for byte in data[45:110])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be unpacked: "):
+        pictures.unpacked(str(path), tmp_path / "there")
     assert not (tmp_path / "evil.png").exists()
 
 

@@ -207,7 +207,9 @@ def unpacked(path: str, folder: pathlib.Path) -> str:
                     raise UserError(f"{path}: contains {member.filename!r}, which is outside of its folder")
                 if not {"__MACOSX"} & {*parts}:
                     archive.extract(member, partial)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # its decoders raise many types for damaged bytes
         raise UserError(f"{path}: cannot be unpacked: {os_reason(error)}") from error
     inner = list(partial.iterdir())
     only = inner[0] if len(inner) == 1 and inner[0].is_dir() else None
