@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from anima_jax.adapters.merge import MODEL_AND_TEXT_ENCODER, Weight
 from anima_jax.checkpoints.locations import folders_below
-from anima_jax.errors import UserError, did_you_mean, shorten
+from anima_jax.errors import UserError, did_you_mean, one_line, shorten, show_value
 from anima_jax.sampling.request import ImageRequest, SamplingParams
 
 TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
@@ -135,5 +135,6 @@ def _find(folder: str, files: dict[str, list[str]], name: str) -> str:
 def remark(prompt: str) -> str | None:
     """Return a line about tags that are read as words, or None if the prompt has none."""
     if found := TAG.search(prompt):
-        return f"prompt '{prompt}': {found[0]} is read as words, as in ComfyUI; --lora_dir DIR applies it"
+        shown = f"prompt '{show_value(prompt)}': {show_value(found[0])}"
+        return one_line(f"{shown} is read as words, as in ComfyUI; --lora_dir DIR applies it")
     return None
