@@ -238,6 +238,7 @@ def test_a_zip_is_unpacked_once_and_never_out_of_its_folder(tmp_path, folder):
         archive.writestr("../../evil.png", b"x")
     with pytest.raises(UserError, match="outside of its folder"):
         pictures.unpacked(str(tmp_path / "evil.zip"), tmp_path / "evil")
+    assert not (tmp_path / "evil.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
@@ -250,7 +251,6 @@ def test_a_damaged_zip_is_an_error_in_a_line(tmp_path, kind):
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot be unpacked: "):
         pictures.unpacked(str(path), tmp_path / "there")
-    assert not (tmp_path / "evil.png").exists()
 
 
 def test_folders_of_a_folder_are_trained_too_as_often_as_their_names_say(folder, small):

@@ -302,6 +302,15 @@ def test_hires_fix_scales_up_and_draws_again(v1):
     assert (refused.status_code, refused.json()["detail"]) == (422, "width 32000, expected at most 2048 on this server")
 
 
+def test_a_first_pass_has_no_image_that_can_be_fetched(v1, running):
+    v1.post("/txt2img", json={"prompt": "x", "enable_hr": True, "hr_scale": 1.5})
+    second, first = running.client.get("/api/jobs").json()["jobs"][:2]
+    assert [len(job["images"]) for job in (first, second)] == [0, 1]
+    events = running.client.get(f"/api/jobs/{first['id']}/events").text
+    assert 'event: done\ndata: {"images": []}' in events
+    assert "event: image" not in events
+
+
 def test_only_the_masked_part_is_redrawn_at_its_own_size(v1):
     start, mask = noise((100, 80)), painted((100, 80), (60, 50, 80, 70))
     body = {"prompt": "x", "seed": 1, "init_images": [text_of(start)], "mask": text_of(mask), "mask_blur": 0}

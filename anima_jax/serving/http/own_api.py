@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -233,9 +233,14 @@ def job_answer(job: Job) -> JobAnswer:
         prompt=job.prompt,
         count=job.count,
         created=job.created,
-        images=[ImageLink(**link(image)) for image in job.ordered_images()],
+        images=[ImageLink(**one) for one in links(job.ordered_images())],
         error=None if job.error is None else error_line(job.error),
     )
+
+
+def links(images: Sequence[GalleryImage]) -> list[dict[str, Any]]:
+    """Return what clients are told of a job's images; those between two passes have no id and no address."""
+    return [link(image) for image in images if image.id]
 
 
 def link(image: GalleryImage) -> dict[str, Any]:
@@ -259,8 +264,10 @@ async def stream(job: Job, heartbeat: float) -> AsyncGenerator[str]:
                 yield STILL_HERE
                 continue
             match event:
+                case "image", {"kept": GalleryImage(id="")}:
+                    continue
                 case "done" as name, {"images": images}:
-                    shown = {"images": [link(image) for image in images]}
+                    shown = {"images": links(images)}
                 case "image" as name, {"image": index, "kept": image}:
                     shown = {"image": index, **link(image)}
                 case name, shown:
