@@ -20,18 +20,18 @@ PASSES_ON = re.compile(r"reroute|loadimage|masktoimage|imagetomask|imagescale$|p
 
 
 def write_control(add: Callable[..., Any], model: Any, control: Control) -> tuple[Any, list[str]]:
-    """Add the nodes of a control whose parts are files. Return the link to the model, and what they leave out."""
+    """Add the nodes of a control whose network is a file. Return the link to the model, and what they leave out."""
     left_out: list[str] = []
     if control.kind is not None:
         left_out.append(f"the control picture made by {control.kind}: save it and load that")
     if not STRENGTHS[0] <= control.strength <= STRENGTHS[1]:
         left_out.append(f"control strength {control.strength:g}, which is outside of ComfyUI's -10 to 10")
-    mask = control.opened[1]
-    image = add("LoadImage", image=file_name(control.image))
+    mask, names = control.opened[1], control.picture_names
+    image = add("LoadImage", image=file_name(names[0]))
     inputs: dict[str, Any] = {"mask": [image[0], 1]} if control.has_transparency else {}
     if mask is not None:
         channel = "alpha" if is_transparent(mask) else "red"
-        inputs["mask"] = add("LoadImageMask", image=file_name(control.mask), channel=channel)
+        inputs["mask"] = add("LoadImageMask", image=file_name(names[1]), channel=channel)
     inputs |= {name: float(getattr(control, name)) for name in ("strength", "start_percent", "end_percent")}
     patch = add("ModelPatchLoader", name=file_name(control.path))
     return add("AnimaLLLiteApply", model=model, model_patch=patch, image=image, **inputs), left_out

@@ -114,7 +114,7 @@ def write_region(
         conditioning = add("ConditioningSetTimestepRange", conditioning=conditioning, **ends)
     common: dict[str, Any] = {"conditioning": conditioning, "strength": float(region.strength)}
     if region.area is None:
-        mask = add("LoadImageMask", image=file_name(region.where), channel=region.channel)
+        mask = add("LoadImageMask", image=file_name(region.where_name), channel=region.channel)
         bounds = "mask bounds" if region.bounds else "default"
         return add("ConditioningSetMask", mask=mask, set_cond_area=bounds, **common), []
     width, height = size_wh

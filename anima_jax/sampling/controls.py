@@ -22,7 +22,7 @@ from anima_jax.data.preprocessors import Preprocessor, control_picture
 from anima_jax.diffusion.schedules import percent_to_sigma
 from anima_jax.errors import UserError, plural, show_value
 from anima_jax.models.control import ControlNetwork
-from anima_jax.sampling.images import mask_values, read_picture, to_pixels
+from anima_jax.sampling.images import mask_values, name_in_text, read_picture, to_pixels
 from anima_jax.sampling.scaling import is_number, scaled_bicubic, scaled_nearest
 
 MASK = "mask"
@@ -114,14 +114,20 @@ class Control:
 
     @property
     def is_named(self) -> bool:
-        """Whether network, picture and mask are files, which the text of an image can name."""
-        return not any(isinstance(part, ControlNetwork | Image.Image) for part in (self.path, self.image, self.mask))
+        """Whether the network is a file, which the text of an image can name."""
+        return not isinstance(self.path, ControlNetwork)
+
+    @property
+    def picture_names(self) -> tuple[str, str | None]:
+        """What the text of an image calls picture and mask."""
+        mask = None if self.mask is None else name_in_text(self.mask, "mask", self.digest)
+        return name_in_text(self.image, "picture", self.digest), mask
 
     def stored(self, file_hash: str | None) -> "StoredControl":
         """Return what the text of an image says of it. `file_hash` is the network file's."""
-        mask = None if self.mask is None else _named(self.mask)
+        (image, mask), path = self.picture_names, self.name
         numbers = float(self.strength), float(self.start_percent), float(self.end_percent)
-        return StoredControl(self.name, _named(self.image), *numbers, mask, self.kind, file_hash, self.digest)
+        return StoredControl(path, image, *numbers, mask, self.kind, file_hash, self.digest)
 
     def check(self) -> None:
         """Raise UserError for a value of another type or out of range, or a picture that cannot be used."""

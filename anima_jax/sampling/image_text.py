@@ -72,7 +72,7 @@ def to_text(
     """Return chunk → text of an image.
 
     `files` are the arguments of `AnimaPipeline.load` and the images that it was made from (`IMAGES`); `mask` is opened,
-    and `hashes` are those of some of the files, by path (`file_hashes`).
+    and `hashes` are those of some of the files, by path (`file_hashes`). `name_in_text` names pictures in memory.
     """
     values = request.settings() | dataclasses.asdict(params)
     named = {name: str(files[name]) for name in (*NETWORKS, *IMAGES) if files.get(name)}
@@ -81,11 +81,11 @@ def to_text(
     }
     adapters = [(str(path), weight) for path, weight in files.get("loras", ())]
     channel = "alpha" if mask is not None and mask.has_transparency_data else "red"
-    regions = [region for region in request.regions if region.is_named]
     controls = [control for control in request.controls if control.is_named]
+    regions = request.regions
     inputs = {"regions": regions, "controls": controls}
     graph, left_out = comfyui_graph(values | inputs, named, adapters, channel)
-    references = [(one.path, one.digest) for one in request.references if one.path is not None]
+    references = [(one.name, one.digest) for one in request.references]
     own = values | named | loading | {"loras": adapters} | ({"references": references} if references else {})
     own |= {"regions": [dataclasses.asdict(region.stored()) for region in regions]} if regions else {}
     stored = [dataclasses.asdict(control.stored((hashes or {}).get(control.name))) for control in controls]

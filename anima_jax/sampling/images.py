@@ -1,5 +1,6 @@
 """Images and masks: reading and writing files, and conversion to and from the networks' arrays."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -103,6 +104,19 @@ def read_image(path: str) -> Image.Image:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # PIL's decoders raise many types for damaged or hostile bytes
         raise UserError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from None
+
+
+def name_in_text(given: Any, kind: str, digest: str) -> str:
+    """Return what the text of an image calls a picture or mask: its path, or a name by `digest` if it has none.
+
+    No file has that name, so a reader is told that there was one, and a digest tells whether another picture is it.
+    """
+    return os.fspath(given) if isinstance(given, str | os.PathLike) else f"{kind}-{digest[:12]}.png"
+
+
+def digest_of(picture: Image.Image) -> str:
+    """Return the SHA-256 of a picture's size and pixels, in hexadecimal digits."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
 def read_picture(path: str) -> Image.Image:

@@ -6,7 +6,6 @@ Axes: b batch, l image tokens with those of the references, c the 64 values of a
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from anima_jax.data.images import over_white
 from anima_jax.diffusion.references import with_clean
 from anima_jax.errors import UserError
 from anima_jax.models.dit import OUT_CHANNELS
-from anima_jax.sampling.images import read_picture, to_pixels
+from anima_jax.sampling.images import digest_of, name_in_text, read_picture, to_pixels
 from anima_jax.sampling.packing import TokenPacking, grid_of
 
 
@@ -33,6 +32,11 @@ class Reference:
     path: str | None = None
     picture: Image.Image = dataclasses.field(default_factory=Image.Image, compare=False, repr=False)
 
+    @property
+    def name(self) -> str:
+        """What the text of an image calls it."""
+        return name_in_text(self.path or self.picture, "picture", self.digest)
+
     @classmethod
     def of(cls, given: Any) -> "Reference":
         """Return the reference of a PIL image or an image file. Raises UserError for anything else."""
@@ -42,8 +46,7 @@ class Reference:
             raise UserError(f"reference {given!r}, expected a PIL image or the path of an image")
         path = None if isinstance(given, Image.Image) else os.fspath(given)
         picture = over_white(given if isinstance(given, Image.Image) else read_picture(os.fspath(given)))
-        digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
-        return cls(digest, path, picture)
+        return cls(digest_of(picture), path, picture)
 
     def fitted(self, width: int, height: int) -> Image.Image:
         """Return the picture scaled to cover this size in pixels (bicubic) and cropped around its centre."""

@@ -18,7 +18,7 @@ from PIL import Image
 
 from anima_jax.data.images import eight_bit, is_transparent
 from anima_jax.errors import UserError, show_value
-from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, read_picture
+from anima_jax.sampling.images import PIXELS_PER_LATENT, latent_mask, mask_values, name_in_text, read_picture
 from anima_jax.sampling.scaling import is_number
 
 MAX_STRENGTH = 10.0
@@ -206,15 +206,20 @@ class Region:
 
     @property
     def is_named(self) -> bool:
-        """Whether an area or a file's name says where it is, so that a text can."""
+        """Whether an area or a file's name says where it is."""
         return self.area is not None or isinstance(self.where, str | os.PathLike)
 
+    @property
+    def where_name(self) -> str:
+        """What the text of an image calls the area or the mask."""
+        return str(self.area or self.where) if self.is_named else name_in_text(self.where, "mask", self.digest)
+
     def named(self) -> "StoredRegion":
-        """Return what a text says of it, without the mask's digest; only for one that `is_named`."""
-        return StoredRegion(str(self.area or self.where), *_rest(self))
+        """Return what a text says of it, without the mask's digest."""
+        return StoredRegion(self.where_name, *_rest(self))
 
     def stored(self) -> "StoredRegion":
-        """Return what an image's own text says of it; only for one that `is_named`."""
+        """Return what an image's own text says of it."""
         return dataclasses.replace(self.named(), digest=self.digest if self.area is None else None)
 
     @functools.cached_property
@@ -224,7 +229,7 @@ class Region:
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        return f"{self.area or self.where}={self.prompt}:{self.strength!r}"
+        return f"{self.where_name}={self.prompt}:{self.strength!r}"
 
     @property
     def name(self) -> str:
@@ -279,6 +284,11 @@ class StoredRegion:
     start_percent: float = 0.0
     end_percent: float = 1.0
     digest: str | None = None
+
+    @property
+    def is_area(self) -> bool:
+        """Whether it is an area, not a mask."""
+        return AREA.fullmatch(self.where) is not None
 
     def region(self, where: str | None = None) -> Region:
         """Return the region, with a mask that is the file `where`."""

@@ -14,12 +14,21 @@ from PIL import Image
 pytest.importorskip("uvicorn")
 
 from anima_jax.errors import NotFiniteError
+from anima_jax.models.control import LAYERS
+from anima_jax.sampling.controls import Control
+from anima_jax.sampling.file_hashes import file_hash
+from anima_jax.sampling.image_text import to_text
+from anima_jax.sampling.references import Reference
+from anima_jax.sampling.regions import Region
+from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.app import create_app
 from anima_jax.serving.compatible.webui_requests import WebuiDrawing
 from anima_jax.serving.http.gallery import Gallery
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
+from anima_jax.serving.lora_library import LoraLibrary
 from tests.serving.servers import SMALL, ManualEngine, running_app
+from tests.serving.test_loras import write_control
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +154,58 @@ def test_a_client_that_goes_away_cancels_what_it_waits_for(running, engine):
         engine.tickets[0].subscribe(lambda ticket: ticket.finished and left.set())
     assert left.wait(300)
     assert engine.tickets[0].state == "cancelled"
+
+
+@pytest.mark.parametrize("kind", ["control", "reference"])
+def test_the_text_of_an_image_is_that_of_generate_and_says_what_it_was_made_from(tmp_path, monkeypatch, kind):
+    """All but the names of pictures: a server has no files of them."""
+    monkeypatch.chdir(tmp_path)
+    network, transformer = tmp_path / "controls" / "edges.safetensors", tmp_path / "base.safetensors"
+    network.parent.mkdir()
+    write_control(network, 0, layers=LAYERS[:1])
+    transformer.write_bytes(b"1")
+    for seed, name in enumerate(("image", "mask", "picture", "where")):
+        noise = np.random.default_rng(seed).integers(0, 256, (48, 32, 3), np.uint8)
+        Image.fromarray(noise).convert("L" if name in ("mask", "where") else "RGB").save(f"{name}.png")
+    data = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in tmp_path.glob("*.png")}
+    engine = ManualEngine(at_once=True)
+    engine.library = LoraLibrary(controls=[network.parent])
+    config = ServerConfig(files={"transformer": str(transformer)})
+    body = SMALL | {name: data[name] for name in ("image", "mask")} | {"prompt": "a cat", "seed": 3, "paste": 8}
+    control = {"name": "edges", "image": data["picture"], "strength": 0.5, "end": 0.75}
+    body |= {"controls": [control]} if kind == "control" else {"references": [data["picture"]]}
+    body |= {"regions": [{"prompt": "a", "area": "0,0,16,16"}, {"prompt": "b", "mask": data["where"], "strength": 2}]}
+    with running_app(create_app(engine, config)) as running:
+        (link,) = running.client.post("/api/jobs?wait=1", json=body).json()["images"]
+        png = running.client.get(link["url"]).content
+        answer = running.client.post("/api/settings", content=png, headers={"content-type": "image/png"}).json()
+    request = ImageRequest(
+        *("a cat", 32, 48, 3),
+        controls=(Control(str(network), "picture.png", 0.5, 0.0, 0.75),) if kind == "control" else (),
+        references=(Reference.of("picture.png"),) if kind == "reference" else (),
+        regions=(Region("0,0,16,16", "a"), Region("where.png", "b", 2.0)),
+    )
+    files = {"transformer": str(transformer), "image": "image.png", "mask": "mask.png"}
+    hashes = {str(path): file_hash(str(path)) for path in (transformer, network)}
+    params = SamplingParams(steps=3, sampler="euler", paste=8)
+    expected = to_text(request, params, files, mask=Image.open("mask.png"), hashes=hashes)
+    found = Image.open(io.BytesIO(png)).info
+    own = json.loads(found["anima_jax"])
+    picture = own["controls"][0]["image"] if kind == "control" else own["references"][0][0]
+    names = own["image"], own["mask"], picture, own["regions"][1]["where"]
+    for name, file in zip(names, ("image", "mask", "picture", "where"), strict=True):
+        found = {chunk: text.replace(name, f"{file}.png") for chunk, text in found.items()}
+    assert found == expected
+    assert answer["settings"]["regions"] == [
+        {"area": "0,0,16,16", "prompt": "a", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    ]
+    network = " for edges.safetensors" if kind == "control" else ""
+    assert answer["notes"] == [
+        f"the start image '{names[0]}' is not in the file: give it again",
+        f"the mask '{names[1]}' is not in the file: give it again",
+        f"the {kind} picture '{picture}{network}' is not in the file: give it again",
+        f"the region's mask '{names[3]}' is not in the file: give it again",
+    ]
 
 
 def test_finished_jobs_are_forgotten_and_keep_no_pictures(running, engine):

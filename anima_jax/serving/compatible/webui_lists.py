@@ -126,11 +126,10 @@ class DetectBody(WebuiBody):
 
 def model_entry(server: Server) -> dict[str, Any]:
     path = str(server.files.get("transformer") or "anima")
-    name, its_hash = file_name(path), server.hashes.get(path)
-    title = f"{name} [{its_hash}]" if its_hash else name
+    name = file_name(path)
     stem = name.rpartition(".")[0] or name
     shown = path if server.config.is_local else name
-    return {"title": title, "model_name": stem, "hash": its_hash, "sha256": None, "filename": shown, "config": None}
+    return {"title": name, "model_name": stem, "hash": None, "sha256": None, "filename": shown, "config": None}
 
 
 def _samplers(server: Server) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Optional, get_type_hints
 
 from PIL import Image, ImageOps
@@ -14,9 +14,9 @@ from anima_jax.diffusion.schedules import SCHEDULES, TABLE_SIZE
 from anima_jax.errors import UserError, show_value
 from anima_jax.sampling.controls import Control
 from anima_jax.sampling.exif import encodable
-from anima_jax.sampling.recipe import quoted
+from anima_jax.sampling.recipe import Recipe, file_name, quoted
 from anima_jax.sampling.references import Reference
-from anima_jax.sampling.regions import MAX_STRENGTH, Area, Region
+from anima_jax.sampling.regions import MAX_STRENGTH, Area, Region, StoredRegion
 from anima_jax.sampling.request import (
     INPUTS,
     MAX_BATCH,
@@ -213,15 +213,19 @@ def _area(numbers: tuple[float, float, float, float] | None) -> Area | None:
     return None if numbers is None else Area(*numbers)
 
 
-def settings_of(values: Mapping[str, Any], loras: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def settings_of(values: Mapping[str, Any], recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Return those settings of a recipe that a job may have, and a line for each that it may not.
 
-    A stranger may have written them: numbers out of range, unknown names, half of a surrogate pair.
+    `values` are the recipe's, with what it does not say. A stranger may have written them: numbers out of range,
+    unknown names, half of a surrogate pair.
     """
+    loras = [(file_name(name).removesuffix(".safetensors"), weight) for name, weight in recipe.loras]
+    areas = [_area_settings(one) for one in recipe.regions if one.is_area]
     given = {name: value for name, value in values.items() if name in JobBody.model_fields}
     given |= {"loras": [{"name": name, "weight": weight} for name, weight in loras]} if loras else {}
+    given |= {"regions": areas} if areas else {}
     found: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = [*_missing_pictures(recipe)]
     for name, value in given.items():
         try:
             text = encodable(json.dumps({name: value}, ensure_ascii=False, allow_nan=False))
@@ -233,6 +237,29 @@ def settings_of(values: Mapping[str, Any], loras: Sequence[tuple[str, Any]]) -> 
         else:
             found |= json.loads(text)
     return found, notes
+
+
+def _area_settings(region: StoredRegion) -> dict[str, Any]:
+    names = ("prompt", "strength", "start_percent", "end_percent")
+    return {"area": region.where} | {name: getattr(region, name) for name in names}
+
+
+def _missing_pictures(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each kind of picture that an image was made from: its file has only their names."""
+    started = recipe.values.get("denoise", 1.0) != 1.0
+    controls, masks = recipe.controls, [one.mask for one in recipe.controls if one.mask is not None]
+    for kind, names in {
+        "start image": [recipe.files["image"]] if "image" in recipe.files else [""] * started,
+        "mask": [recipe.files["mask"]] if "mask" in recipe.files else [],
+        "control picture": [f"{file_name(one.image)} for {file_name(one.path)}" for one in controls],
+        "control mask": masks,
+        "reference picture": [name for name, _ in recipe.references],
+        "region's mask": [one.where for one in recipe.regions if not one.is_area],
+    }.items():
+        if names:
+            shown = "" if names == [""] else f" {quoted(*map(file_name, names))}"
+            one, them = ("is", "it") if len(names) == 1 else ("are", "them")
+            yield f"the {kind}{'s' * (len(names) > 1)}{shown} {one} not in the file: give {them} again"
 
 
 _TABLES: Mapping[str, Any] = {"sampler": SAMPLERS, "schedule": SCHEDULES}

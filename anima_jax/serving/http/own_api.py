@@ -343,14 +343,7 @@ def settings_in(data: bytes, server: Server) -> SettingsAnswer:
     recipe = from_text("the picture", read_text(image))
     sizes = {name: max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for name, side in zip(SIZE, image.size, strict=True)}
     notes, values = list(recipe.messages), dataclasses.asdict(SamplingParams()) | sizes | recipe.values
-    for what, given in (("regions", recipe.regions), ("controls", recipe.controls), ("references", recipe.references)):
-        if given:
-            notes.append(f"its {what} are pictures that are not in it: give them again")
-    if values["denoise"] != 1.0:
-        start = file_name(recipe.files["image"]) if "image" in recipe.files else "another picture"
-        notes.append(f"it was made from {start}, which is not in it: give that again")
-    loras = [(file_name(name).removesuffix(".safetensors"), weight) for name, weight in recipe.loras]
-    settings, left_out = settings_of(values, loras)
+    settings, left_out = settings_of(values, recipe)
     return SettingsAnswer(settings=settings, notes=[encodable(note) for note in (*notes, *left_out)])
 
 

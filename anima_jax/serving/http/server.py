@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import ipaddress
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -13,7 +14,9 @@ from PIL import Image
 from starlette.requests import Request
 
 from anima_jax.errors import UserError
+from anima_jax.sampling.file_hashes import FileHashes, file_hash
 from anima_jax.sampling.image_text import to_text
+from anima_jax.sampling.images import digest_of, name_in_text
 from anima_jax.sampling.recipe import NETWORKS, file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.engine import Engine
@@ -82,7 +85,8 @@ class Server:
     def __init__(self, config: ServerConfig, engine: Engine | None = None):
         self.config, self.limits = config, config.limits
         self.gallery = Gallery(config.limits, config.gallery)
-        self.jobs = Jobs(functools.partial(self._keep, config.files), config.limits)
+        self._hashes = _hashes_of(config.files)
+        self.jobs = Jobs(functools.partial(self._keep, config.files, self._hashes), config.limits)
         self.loading = asyncio.Lock()
         self.loaded: str | None = None
         """The checkpoint of a run that the engine draws with; None: the model of the start."""
@@ -92,8 +96,6 @@ class Server:
         self.reading = 0
         """Bytes of requests in memory."""
         self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "anima pictures")
-        self.hashes: Mapping[str, str] = {}
-        """Hashes of some files by path, for the text of images."""
         if engine is not None:
             self.start(engine)
 
@@ -123,7 +125,8 @@ class Server:
 
     def use_files(self, files: Mapping[str, Any], label: str) -> None:
         """Say in the texts of the images that are ordered from now on that they are drawn with these files."""
-        self.jobs.keep, self.files, self.loaded = functools.partial(self._keep, files), files, label
+        self.files, self.loaded, self._hashes = files, label, _hashes_of(files)
+        self.jobs.keep = functools.partial(self._keep, files, self._hashes)
 
     async def decoding(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that decodes pictures, in one of a few threads: each may need much memory."""
@@ -138,7 +141,7 @@ class Server:
 
     def keep_changed(self, change: Callable[[Mapping[str, str]], dict[str, str]]) -> Keep:
         """Return what puts images that are ordered now into the gallery with another text: what `change` returns."""
-        return functools.partial(self._keep, self.files, change=change)
+        return functools.partial(self._keep, self.files, self._hashes, change=change)
 
     def _lora_file(self, name: str) -> str:
         """Return the path of a LoRA that was drawn with, or its name if the file is gone by now."""
@@ -150,6 +153,7 @@ class Server:
     def _keep(
         self,
         drawn_with: Mapping[str, Any],
+        base_hashes: FileHashes,
         order: Order,
         image: Image.Image,
         change: Callable[[Mapping[str, str]], dict[str, str]] = dict,
@@ -158,14 +162,40 @@ class Server:
 
         Clients on other machines learn the names of files, not the folders of this one.
         """
-        files = dict(drawn_with)
+        files, request = dict(drawn_with), order.request
         own = [(self._lora_file(name), weight) for name, weight in order.loras]
         loras = [*files.get("loras", ()), *own]
         shown = str if self.config.is_local else file_name
+        hashes = base_hashes.wait() | {path: _hash_of(path, is_lora=True) for path, _ in own}
+        hashes |= {control.name: _hash_of(control.name) for control in request.controls}
+        hashes = {shown(path): found for path, found in hashes.items() if found}
+        controls = tuple(dataclasses.replace(control, path=shown(control.path)) for control in request.controls)
         files = {name: shown(files[name]) if name in NETWORKS and files[name] else files[name] for name in files}
         files["loras"] = [(shown(path), weight) for path, weight in loras]
-        text = to_text(order.request, order.params, files, mask=order.mask, hashes=self.hashes)
-        return self.gallery.add(image, change(text), seed=order.request.seed, prompt=order.request.prompt)
+        parts = {"image": order.image, "mask": order.mask}
+        files |= {name: name_in_text(part, name, digest_of(part)) for name, part in parts.items() if part is not None}
+        request = dataclasses.replace(request, controls=controls)
+        text = to_text(request, order.params, files, mask=order.mask, hashes=hashes)
+        return self.gallery.add(image, change(text), seed=request.seed, prompt=request.prompt)
+
+
+def _hashes_of(files: Mapping[str, Any]) -> FileHashes:
+    """Begin to compute the hashes of the files that all images are drawn with."""
+    return FileHashes(str(files.get("transformer", "")), [str(path) for path, _ in files.get("loras", ())])
+
+
+def _hash_of(path: str, *, is_lora: bool = False) -> str | None:
+    """Return `file_hash`, which is computed once for each version of a file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return _known_hash(path, (found.st_size, found.st_mtime_ns), is_lora)
+
+
+@functools.lru_cache(256)
+def _known_hash(path: str, version: tuple[int, int], is_lora: bool) -> str | None:
+    return file_hash(path, is_lora=is_lora)
 
 
 def server_of(request: Request) -> Server:

@@ -91,6 +91,8 @@ export async function mount(element, api) {
     start.write(values);
     form.clearErrors();
     keep();
+    const here = [start.note() && "start image", control.note() && "control picture"].filter(Boolean);
+    notes = [...notes, ...here.map((part) => `the ${part} on this page is still used: remove it if it does not belong to these settings`)];
     notice.hidden = false;
     notice.replaceChildren(
       h("header", {}, h("h2", {}, name ? `Settings of ${name}` : "Settings loaded"), button("Close", "close", () => { notice.hidden = true; })),
