@@ -1,5 +1,6 @@
 """Jobs as clients see them while images wait and are drawn: queue, events, cancelling, refusals, and the gallery."""
 
+import asyncio
 import base64
 import gc
 import io
@@ -7,6 +8,7 @@ import json
 import socket
 import threading
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +26,7 @@ from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.app import create_app
 from anima_jax.serving.compatible.webui_requests import WebuiDrawing
 from anima_jax.serving.http.gallery import Gallery
+from anima_jax.serving.http.http_server import HttpServer
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
 from anima_jax.serving.lora_library import LoraLibrary
@@ -142,6 +145,30 @@ def test_no_job_is_taken_while_the_model_loads_or_the_server_stops(running, engi
         assert (health.status_code, health.json()["status"]) == (503, state)
     server.start(engine)
     assert running.client.get("/health").status_code == 200
+
+
+def test_a_second_pass_is_drawn_though_the_server_stops(running, engine):
+    body = {"prompt": "x", "width": 32, "height": 48, "steps": 3, "enable_hr": True, "hr_scale": 1.5}
+    url, answers, events = f"{running.url}/sdapi/v1/txt2img", [], []
+    client = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=300)))
+    client.start()
+    engine.submitted.acquire()
+    stopping = HttpServer(running.app, lambda: engine, 300.0, lambda: None)
+    engine.drain = lambda timeout: events.append(len(engine.tickets))
+
+    def draw() -> None:
+        engine.finish(engine.tickets[0])
+        engine.submitted.acquire()
+        engine.finish(engine.tickets[1])
+
+    try:
+        threading.Timer(0.3, draw).start()
+        asyncio.run(stopping._drain())
+    finally:
+        running.server.start(engine)
+    client.join()
+    assert answers[0].status_code == 200, answers[0].text
+    assert events == [2]
 
 
 def test_a_client_that_goes_away_cancels_what_it_waits_for(running, engine):

@@ -110,13 +110,14 @@ class WebuiApi:
             drawn[index] = image
             return image
 
-        await self._draw(request, server, drawing, _not_kept, finish)
-        first = dataclasses.replace(drawing, orders=[drawing.orders[index] for index in sorted(drawn)])
-        if not drawn:
-            return _images_answer(body, [], [], first, [*notes, "interrupted"])
-        images = [drawn[index] for index in sorted(drawn)]
-        second = await server.decoding(reader.second_pass, body, first, images)
-        return await self._answer(request, server, body, second, notes, first)
+        with server.jobs.following():
+            await self._draw(request, server, drawing, _not_kept, finish)
+            first = dataclasses.replace(drawing, orders=[drawing.orders[index] for index in sorted(drawn)])
+            if not drawn:
+                return _images_answer(body, [], [], first, [*notes, "interrupted"])
+            images = [drawn[index] for index in sorted(drawn)]
+            second = await server.decoding(reader.second_pass, body, first, images)
+            return await self._answer(request, server, body, second, notes, first)
 
     async def img2img(self, request: Request, body: Img2ImgRequest) -> WebuiImages:
         """Redraw images."""
@@ -148,10 +149,17 @@ class WebuiApi:
         return server, reader, with_infotext(body), notes
 
     async def _draw(
-        self, request: Request, server: Server, drawing: WebuiDrawing, keep: Keep, finish: Finish
+        self,
+        request: Request,
+        server: Server,
+        drawing: WebuiDrawing,
+        keep: Keep,
+        finish: Finish,
+        *,
+        follows: bool = False,
     ) -> tuple[list[int], list[GalleryImage], bool]:
         """Draw, and return the indices of the orders that were drawn, their images, and whether it was interrupted."""
-        job = server.jobs.submit(drawing.orders, keep, finish=finish, may_skip=True)
+        job = server.jobs.submit(drawing.orders, keep, finish=finish, may_skip=True, follows=follows)
         running = Running(job, _address(request), time.monotonic())
         self._running.append(running)
         try:
@@ -174,7 +182,8 @@ class WebuiApi:
         keep = server.jobs.keep
         if first is not None and isinstance(body, Txt2ImgRequest):
             keep = server.keep_changed(functools.partial(_hires_text, body, first.orders[0]))
-        indices, images, interrupted = await self._draw(request, server, drawing, keep, drawing.finish)
+        drawn = await self._draw(request, server, drawing, keep, drawing.finish, follows=first is not None)
+        indices, images, interrupted = drawn
         settings = self.settings(server).changed(body.override_settings)[0]
         files = [await asyncio.to_thread(_file, server, image, settings) for image in images]
         texts = [text for _, text in files]

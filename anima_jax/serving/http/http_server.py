@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -23,6 +24,9 @@ from anima_jax.serving.http.server import Server, ServerConfig
 
 GRACE = 2.0
 """Seconds for which clients can still fetch what was drawn while the server was stopping."""
+
+CHECK = 0.1
+"""Seconds between two looks at what is still open when the server stops."""
 
 CLOSING = 10
 """Seconds for answers that are still being sent when the server ends."""
@@ -189,10 +193,14 @@ class HttpServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         engine, jobs = self.state.jobs.engine, self.state.jobs.unfinished()
+        due = time.monotonic() + self._drain_timeout
         self.state.stop_taking_jobs()
-        if engine is not None and jobs:
+        if engine is not None and (jobs or self.state.jobs.followed):
             print(f"stopping after {plural(len(jobs), 'job')}; a second signal ends them", file=sys.stderr, flush=True)
-            await asyncio.to_thread(engine.drain, self._drain_timeout)
+            while self.state.jobs.followed and time.monotonic() < due:  # they have jobs that are not submitted yet
+                await asyncio.sleep(CHECK)
+            await asyncio.to_thread(engine.drain, max(0.0, due - time.monotonic()))
+            jobs = self.state.jobs.unfinished()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSING):
                     await asyncio.gather(*(job.finished() for job in jobs), return_exceptions=True)

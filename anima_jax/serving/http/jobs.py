@@ -274,19 +274,32 @@ class Jobs:
         """`keep` is that of the jobs which are submitted from now on."""
         self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
         self._moving = False
+        self.followed = 0
+        """Calls that submit another job after one that was taken."""
         self.engine: Engine | None = None
         self.refusal: str | None = "the model is still loading"
         """Why no job is taken now, or None."""
 
-    def submit(self, orders: Sequence[Order], keep: Keep | None = None, **options: Any) -> Job:
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Say that the jobs of this block follow each other: one that follows is taken while the server stops, too."""
+        self.followed += 1
+        try:
+            yield
+        finally:
+            self.followed -= 1
+
+    def submit(
+        self, orders: Sequence[Order], keep: Keep | None = None, *, follows: bool = False, **options: Any
+    ) -> Job:
         """Submit the orders of a call, all of them or none, from the event loop's thread.
 
-        `keep` puts images into the gallery in another way than the server's own; `options` are `finish` and `may_skip`
-        of `Job`.
+        `keep` puts images into the gallery in another way than the server's own; `follows` is for all but the first job
+        of `following`; `options` are `finish` and `may_skip` of `Job`.
         Raises UserError if they are invalid or exceed a limit, EngineFullError if too many wait, UnavailableError if
         the server takes no jobs now.
         """
-        if self.engine is None or self.refusal is not None:
+        if self.engine is None or (self.refusal is not None and not follows):
             raise UnavailableError(self.refusal or "the server takes no jobs")
         if self.engine.library is not None:
             orders = [self.engine.library.tagged(order) for order in orders]
