@@ -6,7 +6,6 @@ if __name__ == "__main__":
     launch.serve()  # which imports this module under its own name
 
 import argparse
-import importlib.util
 import os
 import pathlib
 import sys
@@ -27,6 +26,7 @@ from anima_jax.sampling.arguments import mesh_sizes
 from anima_jax.sampling.flags import add_devices, add_networks, check_files
 from anima_jax.sampling.pipeline import AnimaPipeline
 from anima_jax.sampling.recipe import Recipe
+from anima_jax.serving import extra
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.lora_library import LoraLibrary
@@ -36,9 +36,6 @@ from anima_jax.training.profiling import use_compilation_cache
 if TYPE_CHECKING:
     from anima_jax.serving.http.server import ServerConfig
 
-EXTRA = ("starlette", "uvicorn", "multipart", "prometheus_client")
-"""Modules of the extra `serve`."""
-
 KEY = "ANIMA_API_KEY"
 """The environment variable that may hold the key."""
 
@@ -47,7 +44,7 @@ KEY = "ANIMA_API_KEY"
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve images of the networks named by flags or a training configuration."""
     arguments = parse_arguments(argv)
-    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+    if missing := extra.missing():
         raise UserError(f"{', '.join(missing)}: not installed, expected the extra: pip install 'anima-jax[serve]'")
     from anima_jax.serving.app import create_app
     from anima_jax.serving.http.http_server import HttpServer, listen
@@ -108,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if f"{parts.scheme}://{parts.netloc}" != origin or not parts.scheme or not parts.netloc:
             parser.error(f"--cors {origin}: expected an origin, such as https://example.org")
     for flag, lowest in LOWEST.items():
-        if getattr(arguments, flag) < lowest:
+        if not getattr(arguments, flag) >= lowest:  # NaN is not, either
             parser.error(f"--{flag} {getattr(arguments, flag)}, expected at least {lowest}")
     return arguments
 

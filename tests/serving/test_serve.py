@@ -14,6 +14,7 @@ pytest.importorskip("uvicorn")
 import httpx
 
 from anima_jax import serve
+from anima_jax.serving import extra
 from anima_jax.serving.http.gallery import Gallery
 from anima_jax.serving.http.http_server import listen
 from anima_jax.serving.http.limits import RequestLimits
@@ -52,13 +53,14 @@ def test_what_keeps_a_server_from_starting_is_said_in_one_line(flags, tmp_path, 
             ("--api_key_file", tmp_path / "none"): f"--api_key_file {tmp_path}/none: cannot be read: No such file",
             ("--api_key", " "): "the API key is empty",
             ("--slots", 0): "--slots 0, expected at least 1",
+            ("--job_timeout", "nan"): "--job_timeout nan, expected at least 1",
             ("--cors", "studio.example"): "--cors studio.example: expected an origin, such as https://example.org",
             ("--vae", tmp_path / "none.safetensors"): f"{tmp_path}/none.safetensors: no such file",
             ("--prot", 1): "unrecognized arguments: --prot",
         }
         for given, expected in cases.items():
             assert error_of(capsys, *flags, *given).startswith(expected), given
-    monkeypatch.setattr(serve, "EXTRA", ("no_such_module",))
+    monkeypatch.setattr(extra, "MODULES", ("no_such_module",))
     assert error_of(capsys, *flags).startswith("no_such_module: not installed, expected the extra: pip install")
 
 

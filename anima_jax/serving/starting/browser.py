@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import getpass
-import importlib.util
 import os
 import pathlib
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 
 from anima_jax.errors import UserError
 from anima_jax.exit_codes import INTERRUPTED
+from anima_jax.serving import extra
 from anima_jax.serving.starting import commands, quick_start, run_toml, training_run
 from anima_jax.serving.starting.choices import StartModel
 
@@ -62,9 +62,7 @@ def address_lines(port: int) -> list[str]:
 
 def check_installed() -> None:
     """Raise UserError if the page's packages are not installed."""
-    if any(
-        importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "multipart", "prometheus_client")
-    ):
+    if extra.missing():
         raise UserError("the page needs pip install 'anima-jax[serve]'; --no_page does without it")
 
 
