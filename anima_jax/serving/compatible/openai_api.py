@@ -56,6 +56,7 @@ from anima_jax.serving.http.routes import (
     api_route,
     events_or_silence,
     finished_or_gone,
+    media_type,
     read_form,
     read_json,
     read_model,
@@ -210,7 +211,7 @@ def _generation(body: OpenAiFields, server: Server) -> _Call:
 async def edit(request: Request) -> Response | ImagesAnswer:
     server = server_of(request)
     _ = server.engine  # before pictures are decoded
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "application/json":
         body, pictures, mask = _edit_of_json(json.loads(await read_json(request)))
     else:

@@ -35,6 +35,7 @@ from anima_jax.serving.http.routes import (
     api_route,
     events_or_silence,
     finished_or_gone,
+    media_type,
     read_body,
     read_form,
 )
@@ -320,7 +321,7 @@ async def delete_image(request: Request) -> Deleted:
 
 
 async def read_settings(request: Request) -> SettingsAnswer:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "multipart/form-data":
         parts = [part for values in (await read_form(request)).values() for part in values if isinstance(part, bytes)]
         if len(parts) != 1:

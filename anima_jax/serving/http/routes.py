@@ -200,12 +200,17 @@ async def read_body(request: Request) -> bytes:
             raise UnavailableError("too many large requests at once")
 
 
+def media_type(request: Request) -> str:
+    """Return the kind of a request's body without parameters, in small letters; "" if it is not given."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_json(request: Request) -> bytes:
     """Return a body that is a JSON document. Raises MediaTypeError, TooLargeError or NotJsonError.
 
     What browsers send to other sites without asking them first is never called JSON.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind != "application/json" and not kind.endswith("+json"):
         raise MediaTypeError(f"content-type '{show_value(kind)}', expected application/json")
     data = await read_body(request)
@@ -286,7 +291,7 @@ async def read_form(request: Request) -> dict[str, list[str | bytes]]:
 
     Raises MediaTypeError, TooLargeError, or NotJsonError for a form that cannot be read.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise MediaTypeError(f"content-type '{show_value(kind)}', expected multipart/form-data")
     limits = server_of(request).limits
