@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             pipeline = AnimaPipeline.load(**files, allow_unused=arguments.allow_unused, offload=arguments.offload)
             names = "slots", "max_waiting", "lora_slots", "lora_rank"
             options: dict[str, Any] = {name: getattr(arguments, name) for name in names} | {"mesh": mesh}
-            return Engine(pipeline, library=library, **options)
+            # As many as any other sampler takes for `max_steps`.
+            return Engine(pipeline, library=library, max_evaluations=3 * settings.limits.max_steps, **options)
 
     def ready() -> None:
         if not settings.is_local and settings.api_key is None:

@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -45,16 +46,12 @@ AHEAD = 4
 """Images that are prepared before there is room for them, in slots: at most `slots` with the same adapters."""
 
 
-class _Cancelled(Exception):  # noqa: N818 - it ends a drawing, nothing is wrong
-    pass
-
-
 class Engine:
     """Draws orders. Its methods may be called from any thread.
 
     `slots` is the number of images of a pool, `max_waiting` the number of orders that may wait, `library` has the LoRAs
     that orders may name, and `mesh` the devices, by default those of the mesh that is set. `lora_slots` and `lora_rank`
-    are those of `OrderAdapters`.
+    are those of `OrderAdapters`. A sampler that chooses its own steps fails after `max_evaluations`.
     """
 
     def __init__(
@@ -67,13 +64,14 @@ class Engine:
         mesh: Mesh | None = None,
         lora_slots: int = LORA_SLOTS,
         lora_rank: int = LORA_RANK,
+        max_evaluations: float = math.inf,
     ):
         if slots < 1:
             raise UserError(f"slots {slots}, expected at least 1")
         self.pipeline, self.library = pipeline, library
         self.mesh = mesh or jax.sharding.get_mesh()
         self._is_meshed = not self.mesh.empty and self.mesh.size > 1
-        self._slots, self._max_waiting = slots, max_waiting
+        self._slots, self._max_waiting, self._most = slots, max_waiting, max_evaluations
         self._turns = Turns(self._is_meshed)
         self._changed = threading.Condition()
         self._wake = threading.Event()
@@ -424,7 +422,9 @@ class Engine:
         def callback(done: int, total: int, latents: Callable[[], list[np.ndarray]]) -> None:
             nonlocal last
             if ticket.cancel_requested:
-                raise _Cancelled
+                raise concurrent.futures.CancelledError
+            if done > self._most:
+                raise UserError(f"sampler '{order.params.sampler}': not finished after {self._most} evaluations")
             if done > ticket.done:
                 self._count(time.monotonic() - last, 1)
             last = time.monotonic()
@@ -442,7 +442,7 @@ class Engine:
                     [order.request], order.params, image=order.image, mask=order.mask, callback=callback
                 )
             ticket.move("done", image=image)
-        except _Cancelled:
+        except concurrent.futures.CancelledError:
             ticket.move("cancelled")
         except Exception as error:
             ticket.move("failed", error=shown_error(error, ticket))

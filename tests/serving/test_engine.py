@@ -1,5 +1,6 @@
 """The engine: images against those of the pipeline and of other company, and orders that fail or are cancelled."""
 
+import contextlib
 import itertools
 import threading
 from concurrent.futures import CancelledError
@@ -127,6 +128,9 @@ def test_what_cannot_share_evaluations_is_drawn_beside_the_others(engine, pipeli
         (expected,) = pipeline.draw([adaptive.request], adaptive.params)
     assert found[0] == expected
     assert tickets[0].done == tickets[0].total > 0
+    with contextlib.closing(Engine(pipeline, max_evaluations=tickets[0].total - 1)) as limited:
+        with pytest.raises(UserError, match=f"'dpm_adaptive': not finished after {tickets[0].total - 1} evaluations"):
+            limited.submit(adaptive).result(WAIT)
 
 
 def test_a_ticket_reports_states_evaluations_and_previews(engine):
