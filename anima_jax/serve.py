@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         print(f"serving at http://{shown}:{port}/", flush=True)
 
-    HttpServer(app, load, arguments.drain_timeout, ready).serve_on(listening)
+    HttpServer(app, load, arguments.drain_timeout, ready, warm_up=arguments.warm_up).serve_on(listening)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,6 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = devices.add_argument
     add("--lora_rank", type=int, default=64, help="rank that an image's LoRAs may have without merging (default: 64)")
     add("--lora_slots", type=int, default=4, help="how many times that rank is on the devices (default: 4)")
+    wait = "let the first image wait for the compiler (default: compile for the default size when the model is loaded)"
+    add("--no_warm_up", dest="warm_up", action="store_false", help=wait)
     parser.set_defaults(models=[])
     arguments = parser.parse_args(argv)
     check_files(parser, arguments)

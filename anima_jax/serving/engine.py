@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from anima_jax.sampling.callbacks import downsample
 from anima_jax.sampling.images import to_images
 from anima_jax.sampling.packing import grid_of, token_budget
 from anima_jax.sampling.pipeline import AnimaPipeline
-from anima_jax.sampling.request import ImageRequest, SamplingParams
 from anima_jax.serving.adapters import LORA_RANK, LORA_SLOTS, OrderAdapters
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
@@ -114,8 +113,8 @@ class Engine:
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")
-            waiting = sum(entry.ticket.state == "waiting" for entry in self._waiting)
-            if waiting >= self._max_waiting:
+            waiting = sum(entry.is_waiting for entry in self._waiting)
+            if order.is_counted and waiting >= self._max_waiting:
                 raise EngineFullError(f"{plural(waiting, 'order')} already waiting, expected fewer")
             ticket = Ticket(str(next(self._numbers)), order, self._position_of)
             ticket.subscribe(self._on_change)
@@ -123,13 +122,6 @@ class Engine:
             self._waiting.append(WaitingOrder(ticket, alone, group))
         self._wake.set()
         return ticket
-
-    def warm_up(self, sizes: Iterable[tuple[int, int]]) -> None:
-        """Compile what images of these sizes, (width, height) in pixels, need, by drawing one of each."""
-        params = SamplingParams(steps=2)
-        orders = [Order(ImageRequest("", *size), params, preview_every=1) for size in sizes]
-        for ticket in [self.submit(order) for order in orders]:
-            ticket.result()
 
     def replace_params(self, params: Params) -> concurrent.futures.Future[None]:
         """Use other parameters of the transformer, of the same structure, for the orders that come after this call.
@@ -190,7 +182,7 @@ class Engine:
     def _position_of(self, ticket: Ticket) -> int:
         with self._changed:
             before = itertools.takewhile(lambda entry: entry.ticket is not ticket, self._waiting)
-            return sum(entry.ticket.state == "waiting" for entry in before)
+            return sum(entry.is_waiting for entry in before)
 
     def _on_change(self, ticket: Ticket) -> None:
         if ticket.finished:

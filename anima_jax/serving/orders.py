@@ -15,7 +15,7 @@ class Order:
 
     `loras` are names in the server's library, each with its weight. `image` is the image to start from (with `denoise`
     below 1), which is kept where `mask` is black. `preview_every` is the number of evaluations of the network between
-    two previews, 0 for none.
+    two previews, 0 for none. Without `is_counted` it takes no place in the queue, which may be full.
     """
 
     request: ImageRequest
@@ -24,6 +24,7 @@ class Order:
     image: Image.Image | None = None
     mask: Image.Image | None = None
     preview_every: int = 0
+    is_counted: bool = True
 
     def check(self) -> None:
         """Raise UserError unless request, parameters, image and mask are valid and match."""

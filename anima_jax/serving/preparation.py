@@ -94,6 +94,11 @@ class WaitingOrder:
     """Token budget and names of adapters."""
     prepared: Future[Prepared] | None = None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is in front of others in the queue."""
+        return self.ticket.order.is_counted and self.ticket.state == "waiting"
+
 
 def draws_alone(order: Order) -> bool:
     """Return whether an order is drawn by `AnimaPipeline` instead of in a slot.

@@ -57,7 +57,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         files = [word for name, file in small_files(folder).items() for word in (f"--{name}", file)]
-        command = [sys.executable, "-m", "anima_jax.serve", "--port", "0", "--dtype", "float32", *files]
+        command = [sys.executable, "-m", "anima_jax.serve", "--port", "0", "--no_warm_up", "--dtype", "float32", *files]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             url = (server.stdout.readline().split() or sys.exit("the server did not start"))[-1].rstrip("/")

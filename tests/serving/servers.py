@@ -138,3 +138,6 @@ class ManualEngine:
 
     def drain(self, timeout: float | None = None) -> bool:
         return True
+
+    def close(self) -> None:
+        pass

@@ -18,6 +18,7 @@ from anima_jax.serving.engine import Engine
 from anima_jax.serving.orders import Order
 from anima_jax.serving.preparation import draws_alone
 from anima_jax.serving.tickets import DrawingError, EngineClosedError, EngineFullError
+from anima_jax.serving.warm_up import warm_up
 from tests.compilation import quick_compilation
 from tests.golden_files import relative_error
 from tests.small_run import ASSETS, write_transformer
@@ -128,9 +129,10 @@ def test_what_cannot_share_evaluations_is_drawn_beside_the_others(engine, pipeli
         (expected,) = pipeline.draw([adaptive.request], adaptive.params)
     assert found[0] == expected
     assert tickets[0].done == tickets[0].total > 0
-    with contextlib.closing(Engine(pipeline, max_evaluations=tickets[0].total - 1)) as limited:
-        with pytest.raises(UserError, match=f"'dpm_adaptive': not finished after {tickets[0].total - 1} evaluations"):
-            limited.submit(adaptive).result(WAIT)
+    most = tickets[0].total - 1
+    message = f"'dpm_adaptive': not finished after {most} evaluations"
+    with contextlib.closing(Engine(pipeline, max_evaluations=most)) as limited, pytest.raises(UserError, match=message):
+        limited.submit(adaptive).result(WAIT)
 
 
 def test_a_ticket_reports_states_evaluations_and_previews(engine):
@@ -274,6 +276,67 @@ def test_a_full_queue_refuses_and_cancelled_orders_leave_it(pipeline, engine):
             ticket.result(WAIT)
     assert third.result(WAIT).size == (32, 48)
     engine._max_waiting = 256
+
+
+def test_after_a_warm_up_the_first_image_compiles_nothing_and_the_warm_up_takes_no_place_in_the_queue(pipeline):
+    with quick_compilation():
+        engine = Engine(pipeline, slots=2, max_waiting=1)
+        engine._max_waiting = 0
+        warm_up(engine, [(32, 48)])
+        engine._max_waiting = 1
+        before = engine.statistics().compilations
+        assert engine.submit(order(preview_every=1, sampler="er_sde")).result(WAIT).size == (32, 48)
+        assert (before > 0, engine.statistics().compilations) == (True, before)
+        engine.close()
+
+
+def test_a_decoder_that_takes_its_time_holds_up_no_evaluation(engine, pipeline, monkeypatch):
+    reached, go, finish = threading.Event(), threading.Event(), pipeline.finish
+
+    def slow(*arguments, **options):
+        reached.set()
+        assert go.wait(WAIT)
+        return finish(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "finish", slow)
+    first = engine.submit(order(steps=2))
+    assert reached.wait(WAIT)
+    others = [engine.submit(order(seed=seed, steps=4)) for seed in range(5)]  # more than there are slots
+    evaluated = [threading.Event() for _ in others]
+    for ticket, event in zip(others, evaluated, strict=True):
+        ticket.subscribe(lambda ticket, event=event: ticket.state == "decoding" and event.set())
+        if ticket.state == "decoding":
+            event.set()
+    assert all(event.wait(WAIT) for event in evaluated)
+    assert {ticket.state for ticket in (first, *others)} == {"decoding"}
+    go.set()
+    assert all(ticket.result(WAIT).size == (32, 48) for ticket in (first, *others))
+
+
+def test_pools_take_turns_and_none_waits_for_the_long_images_of_another(engine, monkeypatch):
+    with quick_compilation():
+        engine.submit(order(width=128, height=192)).result(WAIT)  # compiles the other pool's programs
+    rounds, evaluate = [], pools.Pool.evaluate
+
+    def noted(pool):
+        rounds.append({drawing.ticket for drawing in pool.used})
+        return evaluate(pool)
+
+    monkeypatch.setattr(pools.Pool, "evaluate", noted)
+    begun = threading.Event()
+    long = [engine.submit(order(seed=seed, steps=1000)) for seed in range(4)]  # one more than there are slots
+    long[0].subscribe(lambda ticket: ticket.done and begun.set())
+    assert begun.wait(WAIT)
+    short = [engine.submit(order(width=128, height=192, seed=seed, steps=5)) for seed in range(4)]
+    for ticket in short:
+        ticket.result(WAIT)
+    assert [ticket.state for ticket in long] == ["drawing"] * 3 + ["waiting"]
+    for ticket in short:
+        first, *_, last = own = [index for index, tickets in enumerate(rounds) if ticket in tickets]
+        assert own == [*range(first, last + 1, 2)]
+        assert all(long[0] in rounds[index] for index in range(first + 1, last, 2))
+    for ticket in long:
+        ticket.cancel()
 
 
 def test_a_drained_engine_takes_no_orders(pipeline):

@@ -1,6 +1,8 @@
 """LoRAs and control networks of orders in the engine: each image its own, as the pipeline draws it, in any company."""
 
 import dataclasses
+import threading
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -135,6 +137,24 @@ def test_an_image_waits_for_room_and_all_are_drawn(engine):
     orders = [order(number, [(name, 0.3 + number / 10)]) for number in range(4) for name in ("style", "light", "new")]
     assert len({image.tobytes() for image in drawn(engine, orders)}) == len(orders)
     assert engine.statistics().adapters._replace(adapters=0, merged=0) == (4, 0, 0, 0, 0)
+
+
+def test_an_image_that_waits_for_merged_parameters_can_be_cancelled(engine):
+    begun, first = threading.Event(), order(1, [("dora", 0.7)])
+    drawing = engine.submit(dataclasses.replace(first, params=dataclasses.replace(PARAMS, steps=1000)))
+    drawing.subscribe(lambda ticket: ticket.done and begun.set())
+    assert begun.wait(600)
+    waiting = engine.submit(order(2, [("norm", 0.8)]))
+    while not engine.statistics().adapters.waiting:
+        pass
+    waiting.cancel()
+    next_one = engine.submit(order(3, [("norm", 0.9)]))
+    drawing.cancel()
+    assert next_one.result(600).size == (32, 48)
+    for ticket in (drawing, waiting):
+        with pytest.raises(CancelledError):
+            ticket.result(600)
+    assert engine.statistics().adapters.waiting == 0
 
 
 def picture(seed: int) -> Image.Image:

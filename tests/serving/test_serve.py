@@ -1,5 +1,6 @@
 """The command: its flags, what it says when it cannot start, and how it ends."""
 
+import io
 import os
 import signal
 import socket
@@ -12,14 +13,16 @@ import pytest
 pytest.importorskip("uvicorn")
 
 import httpx
+from PIL import Image
 
 from anima_jax import serve
 from anima_jax.serving import extra
+from anima_jax.serving.app import create_app
 from anima_jax.serving.http.gallery import Gallery
-from anima_jax.serving.http.http_server import listen
+from anima_jax.serving.http.http_server import HttpServer, listen
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
-from tests.serving.servers import SMALL, small_files
+from tests.serving.servers import SMALL, ManualEngine, small_files
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,8 @@ def test_a_server_is_bound_to_this_machine_unless_told(flags):
 class Process:
     """The command in a process of its own, and its address."""
 
-    def __init__(self, *arguments: str):
-        command = [sys.executable, "-m", "anima_jax.serve", "--port", "0", *arguments]
+    def __init__(self, *arguments: str, port: int = 0):
+        command = [sys.executable, "-m", "anima_jax.serve", "--port", str(port), "--no_warm_up", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=os.environ | {"ANIMA_API_KEY": "secret"}, **pipes)
         line = self.process.stdout.readline()
@@ -108,3 +111,45 @@ def test_a_stopped_server_finishes_its_jobs_and_another_finds_its_images(flags, 
     assert [image.id for image in found][::-1] == sorted(image["id"] for image in answers[0]["images"])
     with socket.create_server(("127.0.0.1", serving.client.base_url.port)):
         pass  # the port is free at once
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_server_starts_again_at_its_port_with_the_images_that_were_finished(flags, tmp_path):
+    flags = [*flags, "--gallery", str(tmp_path), "--slots", "2"]
+    killed = Process(*flags)
+    finished = killed.draw(seed=1, batch_size=2)["images"]
+    killed.client.post("/api/jobs", json=SMALL | {"batch_size": 16, "steps": 20})
+    while len(killed.client.get("/api/images").json()["images"]) < 4:  # it is writing one after the other
+        pass
+    killed.process.kill()
+    killed.process.wait(300)
+    again = Process(*flags, port=killed.client.base_url.port)
+    images = again.client.get("/api/images").json()["images"]
+    assert {image["id"] for image in finished} < {image["id"] for image in images}
+    for image in images:
+        with Image.open(io.BytesIO(again.client.get(image["url"]).content)) as opened:
+            opened.load()
+    assert again.draw(seed=1)["state"] == "done"
+    again.process.kill()
+    again.process.wait(300)
+
+
+def test_requests_are_taken_while_images_of_the_default_size_are_compiled():
+    engine, ready = ManualEngine(), threading.Event()
+    config = ServerConfig(port=0, defaults={"width": 32, "height": 48, "sampler": "heun"})
+    with listen(config) as listening:
+        server = HttpServer(create_app(None, config), lambda: engine, 0, ready.set, warm_up=True)
+        thread = threading.Thread(target=server.serve_on, args=(listening,))
+        thread.start()
+        assert engine.submitted.acquire(timeout=300)
+        assert ready.wait(300)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        (ticket,) = engine.tickets
+        engine.finish(ticket)
+        server._loader.join(300)
+        server.should_exit = True
+        thread.join(300)
+    order = ticket.order
+    assert (order.request.width, order.params.sampler, order.is_counted) == (32, "heun", False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from types import FrameType
 from typing import Any
 
@@ -18,9 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anima_jax.errors import UserError, os_reason, plural
 from anima_jax.exit_codes import INTERRUPTED
+from anima_jax.sampling.request import SamplingParams
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import Server, ServerConfig
+from anima_jax.serving.tickets import EngineClosedError
+from anima_jax.serving.warm_up import warm_up
 
 GRACE = 2.0
 """Seconds for which clients can still fetch what was drawn while the server was stopping."""
@@ -112,11 +117,20 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
 class HttpServer(uvicorn.Server):
     """A server of the application, in the main thread, while another thread loads the model.
 
-    `load` returns the engine. SIGTERM and Ctrl-C end the server once its jobs are finished, at most after
+    `load` returns the engine. With `warm_up`, images of the default size are compiled for while requests are taken.
+    SIGTERM and Ctrl-C end the server once its jobs are finished, at most after
     `drain_timeout` seconds; a second one ends it at once.
     """
 
-    def __init__(self, app: Starlette, load: Callable[[], Engine], drain_timeout: float, ready: Callable[[], None]):
+    def __init__(
+        self,
+        app: Starlette,
+        load: Callable[[], Engine],
+        drain_timeout: float,
+        ready: Callable[[], None],
+        *,
+        warm_up: bool = False,
+    ):
         self.state: Server = app.state.server
         limits = self.state.limits
         super().__init__(
@@ -136,7 +150,7 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._load, self._ready, self._drain_timeout = load, ready, drain_timeout
-        self._stopping = False
+        self._stopping, self._warm_up = False, warm_up
         self.error: BaseException | None = None
         self._loader = threading.Thread(target=self._load_model, name="anima loader", daemon=True)
 
@@ -166,6 +180,17 @@ class HttpServer(uvicorn.Server):
             self.state.fail()
             return
         self._loop.call_soon_threadsafe(self._start, engine)
+        if self._warm_up:
+            self._warm(engine)
+
+    def _warm(self, engine: Engine) -> None:
+        defaults, names = self.state.config.defaults, {field.name for field in dataclasses.fields(SamplingParams)}
+        params = SamplingParams(**{name: value for name, value in defaults.items() if name in names})
+        try:
+            warm_up(engine, [self.state.default_size], params)
+        except (UserError, EngineClosedError, CancelledError) as error:
+            if not self._stopping:
+                print(f"images of the default size: {error}", file=sys.stderr, flush=True)
 
     def _start(self, engine: Engine) -> None:
         self.state.start(engine)
