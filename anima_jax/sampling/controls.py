@@ -48,7 +48,8 @@ class Control:
     step) to 1. `mask`, for inpainting networks, is white where the picture is drawn anew; without one, it is what is
     transparent in the picture. Pictures are files or images.
     With a `kind`, such as "canny" or "canny:50:150" (`data.preprocessors`), `image` is an ordinary picture from which
-    the control picture is made; "mask" is for inpainting networks, with `mask` or what is transparent.
+    the control picture is made; "mask" is for inpainting networks, with `mask` or what is transparent. `title` is what
+    messages call the network instead of its file.
     """
 
     path: PathLike | ControlNetwork
@@ -58,6 +59,7 @@ class Control:
     end_percent: float = 1.0
     mask: PathLike | Image.Image | None = None
     kind: str | None = None
+    title: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Control":
@@ -87,8 +89,13 @@ class Control:
 
     @property
     def name(self) -> str:
-        """The network's file, or what it is called in messages."""
+        """The network's file, or "control"."""
         return "control" if isinstance(self.path, ControlNetwork) else os.fspath(self.path)
+
+    @property
+    def shown(self) -> str:
+        """What messages call the network."""
+        return self.title or self.name
 
     @functools.cached_property
     def opened(self) -> tuple[Image.Image, Image.Image | None]:
@@ -137,11 +144,11 @@ class Control:
         for field in NUMBERS:
             value: Any = getattr(self, field)
             if not is_number(value) or not abs(value) <= LARGEST:
-                found = f"{self.name}: {field} {show_value(str(value))}"
+                found = f"{self.shown}: {field} {show_value(str(value))}"
                 raise UserError(f"{found}, expected a number of at most {LARGEST:g}")
         if not 0 <= self.start_percent <= self.end_percent <= 1:
             found = f"start {self.start_percent:g}, end {self.end_percent:g}"
-            raise UserError(f"{self.name}: {found}, expected two ascending numbers from 0 to 1")
+            raise UserError(f"{self.shown}: {found}, expected two ascending numbers from 0 to 1")
         if self.kind is not None:
             Preprocessor.parse(self.kind)
         _ = self.opened
@@ -175,7 +182,7 @@ class Control:
         """
         image, mask = self.opened
         if channels != WITH_MASK and (mask is not None or self.kind == MASK):
-            raise UserError(f"{self.name}: takes no mask, because it is no inpainting network; found a control mask")
+            raise UserError(f"{self.shown}: takes no mask, because it is no inpainting network; found a control mask")
         picture = self.picture(size_wh)
         colours = picture if channels == WITH_MASK else over_white(picture)  # as training reads it
         colours_yxc = (to_pixels(colours)[0] + np.float32(1.0)) / np.float32(2.0)
@@ -184,7 +191,7 @@ class Control:
             return pixels_yxc
         if mask is None and not self.has_transparency:
             found = f"{_named(self.image)} has no transparent pixels and there is no mask"
-            raise UserError(f"{self.name}: is an inpainting network, which takes a mask; {found}")
+            raise UserError(f"{self.shown}: is an inpainting network, which takes a mask; {found}")
         values_yx1 = scaled_nearest(mask_values(image if mask is None else mask)[0], size_wh)
         return np.concatenate([pixels_yxc, np.where(values_yx1 >= 0.5, np.float32(1.0), np.float32(-1.0))], axis=2)
 

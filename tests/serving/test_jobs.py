@@ -183,6 +183,18 @@ def test_a_client_that_goes_away_cancels_what_it_waits_for(running, engine):
     assert engine.tickets[0].state == "cancelled"
 
 
+def test_messages_name_a_control_network_as_the_request_does(tmp_path):
+    write_control(tmp_path / "edges.safetensors", 0, layers=LAYERS[:1])
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 48)).save(picture, "png")
+    control = {"name": "edges", "image": base64.b64encode(picture.getvalue()).decode(), "start": 0.9, "end": 0.1}
+    engine = ManualEngine(at_once=True)
+    engine.library = LoraLibrary(controls=[tmp_path])
+    with running_app(create_app(engine, ServerConfig())) as running:
+        answer = running.client.post("/api/jobs", json=SMALL | {"prompt": "x", "controls": [control]})
+    assert answer.json() == {"error": "control 'edges': start 0.9, end 0.1, expected two ascending numbers from 0 to 1"}
+
+
 @pytest.mark.parametrize("kind", ["control", "reference"])
 def test_the_text_of_an_image_is_that_of_generate_and_says_what_it_was_made_from(tmp_path, monkeypatch, kind):
     """All but the names of pictures: a server has no files of them."""

@@ -246,7 +246,8 @@ class Reader:
         numbers = {"strength": unit.get("weight"), "start_percent": unit.get("guidance_start")}
         numbers["end_percent"] = unit.get("guidance_end", unit.get("guidance"))
         own = {name: value for name, value in numbers.items() if value is not None}
-        return Control(self.control(names[given]), picture, **own, mask=masked, kind=control_kind(unit, what))
+        kind, title = control_kind(unit, what), f"control '{names[given]}'"
+        return Control(self.control(names[given]), picture, **own, mask=masked, kind=kind, title=title)
 
 
 def hires_size(body: Txt2ImgRequest, first_wh: tuple[int, int]) -> tuple[int, int]:

@@ -191,7 +191,7 @@ def _control(body: ControlBody, server: Server, index: int) -> Control:
     path = server.library.control(body.name)
     image = decode_picture(body.image, f"{what}.image", limits)
     mask = None if body.mask is None else decode_picture(body.mask, f"{what}.mask", limits)
-    return Control(path, image, body.strength, body.start, body.end, mask, body.kind)
+    return Control(path, image, body.strength, body.start, body.end, mask, body.kind, f"control '{body.name}'")
 
 
 def _region(body: RegionBody, server: Server, index: int) -> Region:
