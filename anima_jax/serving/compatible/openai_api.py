@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from anima_jax.data.images import over_white
 from anima_jax.errors import UserError
@@ -315,8 +316,7 @@ async def _answered(request: Request, server: Server, call: _Call) -> Response |
     """Draw the images of a call, and return its answer or its stream of events."""
     job = server.jobs.submit(call.orders, finish=call.finish)
     if call.body.stream:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(server, job, call), media_type="text/event-stream", headers=headers)
+        return _Stream(server, job, call)
     images = await finished_or_gone(request, job)
     quality = call.body.output_compression
     data: list[OpenAiImage] = []
@@ -331,8 +331,23 @@ async def _answered(request: Request, server: Server, call: _Call) -> Response |
     return ImagesAnswer(created=int(time.time()), data=data, **about)
 
 
+class _Stream(StreamingResponse):
+    """The events of a call. Its job is cancelled if nobody listens, also if the client left before the first event."""
+
+    def __init__(self, server: Server, job: Job, call: _Call):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(_events(server, job, call), media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()  # which changes nothing if it is finished
+
+
 async def _events(server: Server, job: Job, call: _Call) -> AsyncIterator[str]:
-    """Yield partial images and then the images, as server-sent events; the job is cancelled if nobody listens."""
+    """Yield partial images and then the images, as server-sent events."""
     shown = dict.fromkeys(range(job.count), 0)
     about = call.described()
     heartbeat = server.config.heartbeat
@@ -360,8 +375,6 @@ async def _events(server: Server, job: Job, call: _Call) -> AsyncIterator[str]:
                     yield _event("error", openai_error(500, data.get("error") or "the job was cancelled"))
     except UserError as error:
         yield _event("error", openai_error(500, error_line(error)))
-    finally:
-        job.cancel()
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
