@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import gc
 import io
 import json
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("uvicorn")
+
+from starlette.requests import ClientDisconnect
 
 from anima_jax.errors import NotFiniteError
 from anima_jax.models.control import LAYERS
@@ -30,6 +33,7 @@ from anima_jax.serving.http.http_server import HttpServer
 from anima_jax.serving.http.limits import RequestLimits
 from anima_jax.serving.http.server import ServerConfig
 from anima_jax.serving.lora_library import LoraLibrary
+from anima_jax.serving.orders import Order
 from tests.serving.servers import SMALL, ManualEngine, running_app
 from tests.serving.test_loras import write_control
 
@@ -193,6 +197,44 @@ def test_messages_name_a_control_network_as_the_request_does(tmp_path):
     with running_app(create_app(engine, ServerConfig())) as running:
         answer = running.client.post("/api/jobs", json=SMALL | {"prompt": "x", "controls": [control]})
     assert answer.json() == {"error": "control 'edges': start 0.9, end 0.1, expected two ascending numbers from 0 to 1"}
+
+
+def test_a_client_that_leaves_before_its_stream_begins_cancels_its_job():
+    """Whoever sends the answer's head to a connection that is gone gets an OSError, before any event is made."""
+    app = create_app(engine := ManualEngine(), ServerConfig())
+    body = {"prompt": "x", "stream": True}
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": "/v1/images/generations", "raw_path": b"", "root_path": "", "scheme": "http", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1), "server": ("::1", 80)}
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: dict) -> None:
+        raise OSError
+
+    with contextlib.suppress(OSError, ClientDisconnect):
+        asyncio.run(app(scope, receive, send))
+    assert [ticket.state for ticket in engine.tickets] == ["cancelled"]
+
+
+def test_slow_disks_of_runs_and_data_sets_stop_no_image():
+    gate = threading.Event()
+
+    async def drawn() -> str:
+        server = create_app(ManualEngine(at_once=True), ServerConfig()).state.server
+        slow = [asyncio.ensure_future(server.in_studio(gate.wait)) for _ in range(100)]
+        await asyncio.sleep(0)
+        job = server.jobs.submit([Order(ImageRequest("x", 32, 32), SamplingParams())])
+        try:
+            async with asyncio.timeout(60):
+                await job.finished()
+        finally:
+            gate.set()
+            await asyncio.gather(*slow)
+        return job.state
+
+    assert asyncio.run(drawn()) == "done"
 
 
 @pytest.mark.parametrize("kind", ["control", "reference"])

@@ -32,6 +32,9 @@ T = TypeVar("T")
 DECODERS = 4
 """Threads that decode pictures of requests."""
 
+STUDIO = 4
+"""Threads that read runs and data sets: what the server needs to draw and to answer never waits for them."""
+
 ServerState = Literal["loading", "ok", "draining", "failed"]
 
 
@@ -96,6 +99,7 @@ class Server:
         self.reading = 0
         """Bytes of requests in memory."""
         self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "anima pictures")
+        self._studio = concurrent.futures.ThreadPoolExecutor(STUDIO, "anima studio")
         if engine is not None:
             self.start(engine)
 
@@ -132,6 +136,11 @@ class Server:
         """Call a function that decodes pictures, in one of a few threads: each may need much memory."""
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
+
+    async def in_studio(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that reads or writes a run or a data set, in one of a few threads: disks may be slow."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._studio, call)
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ async def draw_with(server: Server, path: pathlib.Path, label: str) -> None:
     if server.config.files.get("loras"):
         raise UserError(f"{label}: the server draws with --lora, which other models lack; start it without")
     async with server.loading:
-        params = await asyncio.to_thread(_params, server, path)
+        params = await server.in_studio(_params, server, path)
         # Without a pause between these lines, so that the texts of images name the model that draws them.
         replaced = server.engine.replace_params(params)
         server.use_files({**server.config.files, "transformer": str(path), "adapter": None}, label)

@@ -1,6 +1,5 @@
 """The API of a data set: its pictures as they will be trained, and their captions to edit."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -191,8 +190,8 @@ def _record(request: Request) -> PictureRecord:
 
 
 async def show_dataset(request: Request) -> DatasetSummary:
-    shown = _shown(request)
-    return await asyncio.to_thread(lambda: DatasetSummary(**shown.summary(is_local=server_of(request).config.is_local)))
+    shown, server = _shown(request), server_of(request)
+    return await server.in_studio(lambda: DatasetSummary(**shown.summary(is_local=server.config.is_local)))
 
 
 async def reload_dataset(request: Request) -> DatasetSummary:
@@ -208,11 +207,11 @@ async def list_pictures(request: Request, query: PicturesQuery) -> PicturePage:
         part = found[query.offset : query.offset + query.limit]
         return PicturePage(total=len(found), pictures=[picture_entry(record, plan) for record in part])
 
-    return await asyncio.to_thread(page)
+    return await server_of(request).in_studio(page)
 
 
 async def show_picture(request: Request) -> Response:
-    return await asyncio.to_thread(_detail, request)
+    return await server_of(request).in_studio(_detail, request)
 
 
 def _detail(request: Request) -> Response:
@@ -259,7 +258,7 @@ async def edit_caption(request: Request, body: CaptionBody) -> Response:
             raise UserError(f"index {body.index}: the picture has fewer captions") from None
         return _detail(request)
 
-    return await asyncio.to_thread(edit)
+    return await server_of(request).in_studio(edit)
 
 
 async def list_tags(request: Request, query: TagsQuery) -> TagList:
@@ -270,7 +269,7 @@ async def list_tags(request: Request, query: TagsQuery) -> TagList:
         found = [(tag, count) for tag, count in shown.view.plan().tags.items() if word in tag.casefold()]
         return TagList(total=len(found), tags=[TagCount(tag=tag, count=count) for tag, count in found[: query.limit]])
 
-    return await asyncio.to_thread(tags)
+    return await server_of(request).in_studio(tags)
 
 
 async def change_tags(request: Request, body: TagBody) -> TagChanges:
@@ -296,7 +295,7 @@ async def change_tags(request: Request, body: TagBody) -> TagChanges:
         ]
         return TagChanges(changes=len(found), done=body.expected is not None, first=first)
 
-    return await asyncio.to_thread(change)
+    return await server_of(request).in_studio(change)
 
 
 async def undo_edit(request: Request) -> UndoAnswer:
@@ -307,24 +306,24 @@ async def undo_edit(request: Request) -> UndoAnswer:
             raise NotFoundError("there is nothing to undo") from None
         return UndoAnswer(what=what, refused=refused)
 
-    return await asyncio.to_thread(undo)
+    return await server_of(request).in_studio(undo)
 
 
 async def find_duplicates(request: Request) -> DuplicatesAnswer:
-    return await asyncio.to_thread(_shown(request).duplicates_answer, DuplicatesAnswer)
+    return await server_of(request).in_studio(_shown(request).duplicates_answer, DuplicatesAnswer)
 
 
 async def show_thumbnail(request: Request, query: ThumbnailQuery) -> Response:
-    shown, record, side = _shown(request), _record(request), thumbnail_side(query.size)
+    record, side = _record(request), thumbnail_side(query.size)
 
     def make() -> bytes:
         return as_jpeg(small_picture(record.candidate.media, side))
 
-    return await _picture(shown, (record.id, record.version, side), make, "image/jpeg")
+    return await _picture(request, (record.id, record.version, side), make, "image/jpeg")
 
 
 async def show_trained(request: Request, query: TrainedQuery) -> Response:
-    shown, record = _shown(request), _record(request)
+    record = _record(request)
     buckets = list(dict.fromkeys(example.bucket for example in record.examples))
     if query.bucket >= len(buckets):
         raise NotFoundError(f"there is no bucket {query.bucket} of this picture")
@@ -333,11 +332,12 @@ async def show_trained(request: Request, query: TrainedQuery) -> Response:
     def make() -> bytes:
         return as_png(read_clip(media.read(), size, name=media.name)[0])
 
-    return await _picture(shown, (record.id, record.version, size), make, "image/png")
+    return await _picture(request, (record.id, record.version, size), make, "image/png")
 
 
-async def _picture(shown: ShownDataset, key: Any, make: Callable[[], bytes], kind: str) -> Response:
+async def _picture(request: Request, key: Any, make: Callable[[], bytes], kind: str) -> Response:
     """Return a picture, from memory if it was made before. Raises NotFoundError if its file cannot be read."""
+    shown = _shown(request)
 
     def made() -> bytes:
         if (data := shown.thumbnails.get(key)) is None:
@@ -348,7 +348,7 @@ async def _picture(shown: ShownDataset, key: Any, make: Callable[[], bytes], kin
         return data
 
     async with shown.decoders:
-        data = await asyncio.to_thread(made)
+        data = await server_of(request).in_studio(made)
     return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
 

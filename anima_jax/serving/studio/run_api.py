@@ -1,6 +1,5 @@
 """The API of a run's folder: its curves, samples, evaluations and checkpoints, and "draw with this one"."""
 
-import asyncio
 import contextlib
 import io
 from typing import Any
@@ -180,7 +179,7 @@ def _finite(value: float | None) -> float | None:
 
 
 async def show_run(request: Request, query: RunQuery) -> RunSummary:
-    return await asyncio.to_thread(_summary, request, query.run)
+    return await server_of(request).in_studio(_summary, request, query.run)
 
 
 def _summary(request: Request, name: str | None) -> RunSummary:
@@ -219,7 +218,7 @@ def _settings(table: dict[str, Any]) -> dict[str, Any]:
 
 
 async def show_metrics(request: Request, query: MetricsQuery) -> FiguresAnswer:
-    return await asyncio.to_thread(_figures, request, query)
+    return await server_of(request).in_studio(_figures, request, query)
 
 
 def _figures(request: Request, query: MetricsQuery) -> FiguresAnswer:
@@ -245,7 +244,7 @@ def _figures(request: Request, query: MetricsQuery) -> FiguresAnswer:
 
 
 async def list_samples(request: Request, query: RunQuery) -> SampleList:
-    return await asyncio.to_thread(_samples, request, query.run)
+    return await server_of(request).in_studio(_samples, request, query.run)
 
 
 def _samples(request: Request, name: str | None) -> SampleList:
@@ -284,11 +283,11 @@ async def show_sample(request: Request, query: SampleQuery) -> Response:
         except OSError:
             raise NotFoundError("there is no such picture, or no longer") from None
 
-    return _picture(await asyncio.to_thread(read), "image/png")
+    return _picture(await server_of(request).in_studio(read), "image/png")
 
 
 async def show_tile(request: Request, query: TileQuery) -> Response:
-    return _picture(await asyncio.to_thread(_tile, request, query), "image/jpeg")
+    return _picture(await server_of(request).in_studio(_tile, request, query), "image/jpeg")
 
 
 def _picture(data: bytes, kind: str) -> Response:
@@ -311,7 +310,7 @@ def _tile(request: Request, query: TileQuery) -> bytes:
 
 
 async def list_checkpoints(request: Request, query: RunQuery) -> CheckpointList:
-    return await asyncio.to_thread(_checkpoints, request, query.run)
+    return await server_of(request).in_studio(_checkpoints, request, query.run)
 
 
 def _checkpoints(request: Request, name: str | None) -> CheckpointList:
@@ -342,7 +341,7 @@ async def load_checkpoint(request: Request, query: RunQuery) -> LoadedAnswer:
             return run, run.checkpoint(request.path_params["name"])
         raise NotFoundError(f"there is no checkpoint '{show_value(request.path_params['name'])}', or no longer")
 
-    run, checkpoint = await asyncio.to_thread(find)
+    run, checkpoint = await server.in_studio(find)
     _ = server.engine  # raises while the model is loading
     if checkpoint.kind == "resume":
         raise UserError(f"{checkpoint.name}: is what training resumes from, expected an exported model or adapter")
