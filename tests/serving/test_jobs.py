@@ -132,6 +132,26 @@ def test_a_full_queue_refuses_whole_jobs_and_says_when_to_come_back(running, eng
     assert [ticket.state for ticket in engine.tickets] == ["waiting", "cancelled"]
 
 
+def test_pictures_count_before_they_are_decoded_and_no_longer_when_their_job_is_over():
+    """The limit is three pictures of 32 × 48 pixels, of 4 bytes each."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 48), "white").save(file, "png")
+    picture = base64.b64encode(file.getvalue()).decode()
+    config = ServerConfig(limits=RequestLimits(max_pending=3 * 32 * 48 * 4))
+    with running_app(create_app(engine := ManualEngine(max_waiting=9), config)) as running:
+
+        def post(count: int) -> httpx.Response:
+            regions = [{"prompt": "x", "mask": picture}] * count
+            return running.client.post("/api/jobs", json=SMALL | {"prompt": "x", "regions": regions})
+
+        answers = [post(4), post(2), post(2)]
+        engine.tickets[0].cancel()
+        answers.append(post(2))
+    assert [answer.status_code for answer in answers] == [413, 202, 503, 202]
+    assert "retry-after" in answers[2].headers
+    assert "pictures of all requests" in answers[2].json()["error"]
+
+
 def test_a_job_that_takes_too_long_is_unavailable_and_leaves_the_queue(running, engine, monkeypatch):
     monkeypatch.setattr(running.server.jobs, "_limits", RequestLimits(job_timeout=0.05))
     response = running.client.post("/api/jobs?wait=true", json=SMALL)

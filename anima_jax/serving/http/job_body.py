@@ -155,7 +155,9 @@ def orders_of(body: Inputs, server: Server) -> list[Order]:
             Reference.of(decode_picture(text, f"references[{index}]", limits))
             for index, text in enumerate(body.references[: limits.max_references + 1])
         ),
-        regions=tuple(_region(region, server, index) for index, region in enumerate(body.regions)),
+        regions=tuple(
+            _region(region, server, index) for index, region in enumerate(body.regions[: limits.max_regions + 1])
+        ),
     )
     loras = tuple((lora.name, lora.weight) for lora in body.loras)
     image, mask = fitted(image, base), fitted(mask, base)

@@ -21,7 +21,7 @@ from PIL import Image
 from anima_jax.errors import UserError, one_line, size_text, system_error
 from anima_jax.serving.engine import Engine, EngineFullError
 from anima_jax.serving.http.gallery import GalleryImage
-from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.limits import RequestLimits, UnavailableError
 from anima_jax.serving.orders import Order
 from anima_jax.serving.tickets import Ticket
 
@@ -38,10 +38,6 @@ Keep = Callable[[Order, Image.Image], GalleryImage]
 
 Finish = Callable[[int, Image.Image], Image.Image]
 """Makes the result of a drawn image, given the index of its order."""
-
-
-class UnavailableError(UserError):
-    """The server cannot draw now, but later: status 503."""
 
 
 class JobCancelledError(UserError):
@@ -305,7 +301,7 @@ class Jobs:
             orders = [self.engine.library.tagged(order) for order in orders]
         self._limits.check(orders)
         self._limits.check_tokens(orders, self.engine.pipeline.tokenizers)
-        held = sum(job.picture_bytes for job in self.unfinished()) + picture_bytes(orders)
+        held = self.picture_bytes + picture_bytes(orders)
         if held > self._limits.max_pending:
             raise EngineFullError(f"the pictures of waiting jobs would take {size_text(held)}")
         tickets: list[Ticket] = []
@@ -346,7 +342,12 @@ class Jobs:
 
     def unfinished(self) -> list[Job]:
         """Return the jobs that are waiting or drawn."""
-        return [job for job in self._jobs.values() if not job.is_finished]
+        return [job for job in list(self._jobs.values()) if not job.is_finished]
+
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes of the decoded pictures of the jobs that are not finished. For any thread."""
+        return sum(job.picture_bytes for job in self.unfinished())
 
 
 def _result(index: int, ticket: Ticket, keep: Keep, finish: Finish | None) -> GalleryImage:

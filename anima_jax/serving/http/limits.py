@@ -12,6 +12,10 @@ class TooLargeError(UserError):
     """A body that is larger than the server reads: status 413."""
 
 
+class UnavailableError(UserError):
+    """The server cannot draw now, but later: status 503."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RequestLimits:
     """Largest values of requests. Sizes are in pixels and bytes, times in seconds."""
@@ -26,7 +30,7 @@ class RequestLimits:
     max_reading: int = 512 * 2**20
     """Bytes of all requests that are being answered."""
     max_pending: int = 4 * 2**30
-    """Bytes of the decoded pictures of all jobs that are not finished."""
+    """Bytes of the decoded pictures of all jobs that are not finished, and of requests that become jobs."""
     max_picture: int = 2**24
     """Pixels of a picture that a request contains, as its header says: they are checked before anything is decoded."""
     max_prompt: int = 20_000

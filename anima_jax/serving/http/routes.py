@@ -26,8 +26,8 @@ from starlette.types import Scope
 from anima_jax.errors import UserError, did_you_mean, show_value
 from anima_jax.serving.engine import EngineClosedError, EngineFullError
 from anima_jax.serving.http.gallery import GalleryImage
-from anima_jax.serving.http.jobs import Event, Job, JobCancelledError, UnavailableError, error_line, reported
-from anima_jax.serving.http.limits import TooLargeError
+from anima_jax.serving.http.jobs import Event, Job, JobCancelledError, error_line, reported
+from anima_jax.serving.http.limits import TooLargeError, UnavailableError
 from anima_jax.serving.http.server import server_of
 
 MOST_FIELDS = 100

@@ -7,13 +7,14 @@ import functools
 import ipaddress
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from PIL import Image
 from starlette.requests import Request
 
-from anima_jax.errors import UserError
+from anima_jax.errors import UserError, size_text
 from anima_jax.sampling.file_hashes import FileHashes, file_hash
 from anima_jax.sampling.image_text import to_text
 from anima_jax.sampling.images import digest_of, name_in_text
@@ -21,8 +22,9 @@ from anima_jax.sampling.recipe import NETWORKS, file_name
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.engine import Engine
 from anima_jax.serving.http.gallery import Gallery, GalleryImage
-from anima_jax.serving.http.jobs import Jobs, Keep, UnavailableError
-from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.jobs import Jobs, Keep
+from anima_jax.serving.http.limits import RequestLimits, TooLargeError, UnavailableError
+from anima_jax.serving.http.pictures import counted
 from anima_jax.serving.lora_library import LoraLibrary
 from anima_jax.serving.orders import Order
 
@@ -99,6 +101,7 @@ class Server:
         self.reading = 0
         """Bytes of requests in memory."""
         self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "anima pictures")
+        self._counting, self._decoded = threading.Lock(), 0
         self._studio = concurrent.futures.ThreadPoolExecutor(STUDIO, "anima studio")
         if engine is not None:
             self.start(engine)
@@ -133,9 +136,32 @@ class Server:
         self.jobs.keep = functools.partial(self._keep, files, self._hashes)
 
     async def decoding(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function that decodes pictures, in one of a few threads: each may need much memory."""
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
+        """Call a function that decodes pictures, in one of a few threads: each may need much memory.
+
+        Until its result can be submitted, its pictures count for `limits.max_pending`. Raises TooLargeError if they are
+        more than that, UnavailableError if they are with all others.
+        """
+        own = 0
+
+        def count(size: int) -> None:
+            nonlocal own
+            most = self.limits.max_pending
+            with self._counting:
+                if own + size > most:
+                    raise TooLargeError(f"the pictures of the request take more than {size_text(most)}")
+                if (held := self._decoded + self.jobs.picture_bytes + size) > most:
+                    raise UnavailableError(f"the pictures of all requests would take {size_text(held)}")
+                own, self._decoded = own + size, self._decoded + size
+
+        def call() -> T:
+            with counted(count):
+                return function(*args, **kwargs)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
+        finally:
+            with self._counting:
+                self._decoded -= own
 
     async def in_studio(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that reads or writes a run or a data set, in one of a few threads: disks may be slow."""
