@@ -30,6 +30,9 @@ TAGS = {"prompt": 0x0110, "workflow": 0x010F, "anima_jax": 0x010E}
 MAX_EXIF = 65_000
 """EXIF data of a JPEG must be smaller than 64 kB. Beyond this many bytes texts are left out."""
 
+MAX_GUESSED = 2**16
+"""Characters of a user comment by which its byte order is guessed."""
+
 DROPPED_FIRST = ("workflow", "prompt", PARAMETERS)
 
 
@@ -100,6 +103,21 @@ def read_text(image: Image.Image) -> dict[str, str]:
     return found | text
 
 
+def short_texts(text: Mapping[str, str], most: int) -> tuple[dict[str, str], list[str]]:
+    """Return the texts that have at most `most` characters together, the shortest first, and the names of the others.
+
+    For servers: while a long text is parsed, nothing else runs.
+    """
+    found, left_out, total = dict[str, str](), list[str](), 0
+    for name, value in sorted(text.items(), key=lambda item: len(item[1])):
+        total += len(value)
+        if total <= most:
+            found[name] = value
+        else:
+            left_out.append(name)
+    return found, left_out
+
+
 def _decoded(comment: Any) -> str:
     """Return a user comment's text: after the name of its encoding, UTF-16 of either byte order, or UTF-8."""
     if isinstance(comment, str):
@@ -110,4 +128,4 @@ def _decoded(comment: Any) -> str:
             (data if encoding in (b"ASCII\0\0\0", b"\0" * 8) else bytes(comment)).decode("utf-8", "replace").strip("\0")
         )
     both = [data.decode(order, "replace") for order in ("utf-16-be", "utf-16-le")]
-    return max(both, key=lambda text: sum(character in "\n ,:" for character in text)).lstrip("\ufeff")
+    return max(both, key=lambda text: sum(character in "\n ,:" for character in text[:MAX_GUESSED])).lstrip("\ufeff")

@@ -15,9 +15,11 @@ from PIL import Image, PngImagePlugin
 
 pytest.importorskip("uvicorn")
 
+from anima_jax.errors import UserError
 from anima_jax.serving.app import create_app
 from anima_jax.serving.http.http_server import protocol
 from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.own_api import settings_in
 from anima_jax.serving.http.server import ServerConfig
 from tests.serving.servers import SMALL, ManualEngine, running_app
 
@@ -238,6 +240,20 @@ def test_hostile_texts_in_pictures_are_settings_or_an_error(running):
             response = running.client.post("/api/settings", files={"file": ("../../x.png", data, "image/png")})
             if response.status_code != 200:
                 refused(response, 422)
+
+
+def test_texts_beyond_a_limit_are_left_out_with_a_note_and_the_shorter_ones_are_read():
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "a cat\nSteps: 7, Seed: 5")
+    chunks.add_text("prompt", " " * 2**20)
+    data = saved("PNG", pnginfo=chunks)
+    server = types.SimpleNamespace(limits=RequestLimits())
+    answer = settings_in(data, server)
+    assert (answer.settings["prompt"], answer.settings["steps"]) == ("a cat", 7)
+    assert answer.notes[1:] == ["its 'prompt' is not read: its texts have more than 1048576 characters"]
+    server.limits = RequestLimits(max_text=5)
+    with pytest.raises(UserError, match="the picture: its 'parameters', 'prompt' is not read"):
+        settings_in(data, server)
 
 
 def test_bodies_that_are_too_large_are_refused_announced_or_not(running):

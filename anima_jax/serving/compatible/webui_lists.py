@@ -196,10 +196,11 @@ REFRESHED = ("refresh-loras", "refresh-checkpoints", "refresh-vae", "refresh-emb
 
 async def png_info(request: Request, body: InfoBody) -> Named:
     """Return the texts of a picture; A1111's also as its parts."""
-    picture = await server_of(request).decoding(decode_picture, body.image.strip(), "image", server_of(request).limits)
+    server = server_of(request)
+    picture = await server.decoding(decode_picture, body.image.strip(), "image", server.limits)
     texts = read_text(picture)
     info = texts.pop(PARAMETERS, "")
-    prompt, negative, pairs = split_text(info)
+    prompt, negative, pairs = split_text(info) if len(info) <= server.limits.max_text else ("", "", {})
     parameters = {"Prompt": prompt, "Negative prompt": negative, **pairs} if info else {}
     if size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", "")):
         parameters |= {"Size-1": size[1], "Size-2": size[2]}

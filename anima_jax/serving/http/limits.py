@@ -33,6 +33,8 @@ class RequestLimits:
     """Bytes of the decoded pictures of all jobs that are not finished, and of requests that become jobs."""
     max_picture: int = 2**24
     """Pixels of a picture that a request contains, as its header says: they are checked before anything is decoded."""
+    max_text: int = 2**20
+    """Characters of the texts of a picture that are parsed: no other thread runs meanwhile."""
     max_prompt: int = 20_000
     """Characters of a prompt, a negative prompt or a region's prompt."""
     max_tokens: int = 4096

@@ -20,9 +20,9 @@ from anima_jax.diffusion.samplers import SAMPLERS
 from anima_jax.diffusion.samplers.options import Option
 from anima_jax.diffusion.schedules import SCHEDULES
 from anima_jax.errors import UserError
-from anima_jax.sampling.exif import encodable, read_text
+from anima_jax.sampling.exif import encodable, read_text, short_texts
 from anima_jax.sampling.image_text import SIZE, from_text
-from anima_jax.sampling.recipe import file_name
+from anima_jax.sampling.recipe import file_name, quoted
 from anima_jax.sampling.request import SIZE_STEP, ImageRequest, SamplingParams
 from anima_jax.serving.http.gallery import GalleryImage
 from anima_jax.serving.http.job_body import Inputs, JobBody, orders_of, settings_of
@@ -341,9 +341,14 @@ def settings_in(data: bytes, server: Server) -> SettingsAnswer:
     Raises UserError if it has none, or cannot be read.
     """
     image = decode_picture(data, "the picture", server.limits)
-    recipe = from_text("the picture", read_text(image))
+    texts, long = short_texts(read_text(image), server.limits.max_text)
+    too_long = f"its {quoted(*long)} is not read: its texts have more than {server.limits.max_text} characters"
+    if long and not texts:
+        raise UserError(f"the picture: {too_long}")
+    recipe = from_text("the picture", texts)
     sizes = {name: max(SIZE_STEP, side // SIZE_STEP * SIZE_STEP) for name, side in zip(SIZE, image.size, strict=True)}
-    notes, values = list(recipe.messages), dataclasses.asdict(SamplingParams()) | sizes | recipe.values
+    notes = [*recipe.messages, *[too_long] * bool(long)]
+    values = dataclasses.asdict(SamplingParams()) | sizes | recipe.values
     settings, left_out = settings_of(values, recipe)
     return SettingsAnswer(settings=settings, notes=[encodable(note) for note in (*notes, *left_out)])
 
