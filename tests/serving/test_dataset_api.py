@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
 
+from scipy.sparse.csgraph import connected_components
 from starlette.testclient import TestClient
 
 from anima_jax.config.load import load_config
@@ -25,6 +26,7 @@ from anima_jax.serving.app import create_app
 from anima_jax.serving.http.server import ServerConfig
 from anima_jax.serving.studio.caption_edits import read_fields, write_captions
 from anima_jax.serving.studio.dataset_edits import with_tag
+from anima_jax.serving.studio.dataset_pictures import MAX_BITS, MAX_COLOUR, Look, near_duplicates
 from anima_jax.training.run import Run
 from tests.small_run import write_config, write_transformer
 
@@ -249,6 +251,24 @@ def test_pictures_that_look_alike_are_found(client):
     found = client.get("/api/dataset/duplicates").json()
     assert found["state"] == "done"
     assert [[each["name"] for each in group] for group in found["groups"]] == [["a.png", "copy.jpg"]]
+
+
+def test_groups_of_many_that_look_alike_are_those_of_each_pair():
+    """All pairs, joined by scipy; and 10,000 that are equal, whose 50 million pairs would take minutes."""
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2**64, 12, np.uint64)[random.integers(0, 12, 300)]
+    for _ in range(4):
+        bits ^= np.uint64(1) << random.integers(0, 64, 300).astype(np.uint64)
+    colours = np.repeat(random.integers(0, 200, (300, 1)), 48, 1).astype(np.uint8)
+    looks = {str(n): Look(int(bits[n]), colours[n]) for n in range(300)}
+    alike = np.bitwise_count(bits[:, None] ^ bits) <= MAX_BITS
+    alike &= abs(colours[:, None, 0].astype(int) - colours[:, 0]) <= MAX_COLOUR
+    labels = connected_components(alike)[1]
+    expected = [[str(n) for n in np.flatnonzero(labels == label)] for label in dict.fromkeys(labels)]
+    assert near_duplicates(looks) == [group for group in expected if len(group) > 1]
+    assert 10 < len(near_duplicates(looks)) < 100
+    equal = {str(n): Look(5, colours[0]) for n in range(10_000)}
+    assert near_duplicates(equal) == [list(equal)]
 
 
 def test_files_that_are_added_are_found_and_thumbnails_are_small(client, folder):

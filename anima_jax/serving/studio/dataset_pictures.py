@@ -112,14 +112,7 @@ def near_duplicates(looks: Mapping[str, Look]) -> list[list[str]]:
     so that only pictures with an equal band are compared.
     """
     ids = list(looks)
-    parent = list(range(len(ids)))
-
-    def root(at: int) -> int:
-        while parent[at] != at:
-            parent[at] = parent[parent[at]]
-            at = parent[at]
-        return at
-
+    groups_n = np.arange(len(ids))  # of each picture: that of its group's first
     bits = np.array([look.bits for look in looks.values()], np.uint64)
     colours = np.array([look.colours for look in looks.values()], np.int16).reshape(len(ids), -1)
     width = -(-64 // _BANDS)
@@ -130,14 +123,15 @@ def near_duplicates(looks: Mapping[str, Look]) -> list[list[str]]:
             group = np.array(list(members))
             for number, at in enumerate(group[:-1].tolist()):
                 rest = group[number + 1 :]
+                rest = rest[groups_n[rest] != groups_n[at]]
                 close = np.bitwise_count(bits[rest] ^ bits[at]) <= MAX_BITS
                 close &= np.abs(colours[rest] - colours[at]).max(1) <= MAX_COLOUR
-                for other in rest[close].tolist():
-                    first, second = sorted((root(at), root(other)))
-                    parent[second] = first
+                if close.any():
+                    joined = np.unique(groups_n[[at, *rest[close]]])
+                    groups_n[np.isin(groups_n, joined)] = joined[0]
     groups = collections.defaultdict[int, list[str]](list)
-    for at, name in enumerate(ids):
-        groups[root(at)].append(name)
+    for group, name in zip(groups_n.tolist(), ids, strict=True):
+        groups[group].append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
