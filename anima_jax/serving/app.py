@@ -23,6 +23,7 @@ from anima_jax.serving.http.server import Server, ServerConfig
 from anima_jax.serving.studio import dataset_api, run_api
 from anima_jax.serving.studio.dataset_shown import ShownDataset
 from anima_jax.serving.studio.dataset_view import DatasetView
+from anima_jax.serving.studio.made_pictures import MadePictures
 from anima_jax.serving.studio.run_folders import Runs
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -83,7 +84,7 @@ def create_app(engine: Engine | None, settings: ServerConfig | None = None) -> S
     )
     app.state.server = server
     app.state.runs = Runs(server.config.run) if server.config.run else None
-    app.state.dataset = None
+    app.state.tiles, app.state.dataset = MadePictures(), None
     if (path := server.config.dataset) is not None:
         app.state.dataset = ShownDataset(DatasetView(path, tokenizers=server.config.files.get("tokenizers")))
     return app

@@ -118,7 +118,7 @@ def test_runs_are_listed_newest_first_and_appear_when_they_begin(tmp_path):
         assert client.get("/api/run/metrics", params={"run": name}).status_code == 404
 
 
-def test_samples_are_listed_by_step_and_each_image_is_cut_out_as_it_was_drawn(tmp_path):
+def test_samples_are_listed_by_step_and_each_image_is_cut_out_as_it_was_drawn(tmp_path, monkeypatch):
     images = [Image.new("RGB", (128, 128), (16 * n, 255 - 16 * n, 90)) for n in range(10)]
     prompts, text = ["a", "b", "c", "d", "e"], {"prompts": ["a", "b", "c", "d", "e"], "seeds": [3, 4], "step": 20}
     grid = sample_grid(images, prompts * 2)
@@ -134,6 +134,8 @@ def test_samples_are_listed_by_step_and_each_image_is_cut_out_as_it_was_drawn(tm
         tile = Image.open(io.BytesIO(client.get(f"{sample['tile']}{index}").content))
         found = np.asarray(tile.convert("RGB"))[20:100, 20:100].reshape(-1, 3).mean(0)
         np.testing.assert_allclose(found, image.getpixel((0, 0)), atol=3)  # it is a JPEG
+    monkeypatch.setattr(Image, "open", None)
+    assert client.get(f"{sample['tile']}9").status_code == 200, "a tile is decoded once"
     codes = [client.get(path).status_code for path in (f"{sample['tile']}16", "/api/run/samples/..%2fmetrics.png")]
     assert codes == [404, 404]
 

@@ -1,7 +1,6 @@
 """The API of a data set: its pictures as they will be trained, and their captions to edit."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
@@ -319,7 +318,9 @@ async def show_thumbnail(request: Request, query: ThumbnailQuery) -> Response:
     def make() -> bytes:
         return as_jpeg(small_picture(record.candidate.media, side))
 
-    return await _picture(request, (record.id, record.version, side), make, "image/jpeg")
+    return await _shown(request).pictures.response(
+        server_of(request), (record.id, record.version, side), make, "image/jpeg"
+    )
 
 
 async def show_trained(request: Request, query: TrainedQuery) -> Response:
@@ -332,24 +333,9 @@ async def show_trained(request: Request, query: TrainedQuery) -> Response:
     def make() -> bytes:
         return as_png(read_clip(media.read(), size, name=media.name)[0])
 
-    return await _picture(request, (record.id, record.version, size), make, "image/png")
-
-
-async def _picture(request: Request, key: Any, make: Callable[[], bytes], kind: str) -> Response:
-    """Return a picture, from memory if it was made before. Raises NotFoundError if its file cannot be read."""
-    shown = _shown(request)
-
-    def made() -> bytes:
-        if (data := shown.thumbnails.get(key)) is None:
-            try:
-                data = shown.thumbnails.put(key, make())
-            except UserError as error:
-                raise NotFoundError(str(error)) from None
-        return data
-
-    async with shown.decoders:
-        data = await server_of(request).in_studio(made)
-    return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
+    return await _shown(request).pictures.response(
+        server_of(request), (record.id, record.version, size), make, "image/png"
+    )
 
 
 def routes() -> list[Route]:

@@ -1,6 +1,5 @@
 """What the page shows of a data set: pictures that fit a filter, how they are cropped, buckets, steps, counts."""
 
-import asyncio
 import collections
 import os
 from collections.abc import Callable, Mapping
@@ -15,12 +14,9 @@ from anima_jax.data.buckets import Bucket
 from anima_jax.data.images import crop_box
 from anima_jax.errors import one_line
 from anima_jax.serving.studio.dataset_edits import CaptionEditor, tags_of
-from anima_jax.serving.studio.dataset_pictures import DuplicateSearch, ImageCache
+from anima_jax.serving.studio.dataset_pictures import DuplicateSearch
 from anima_jax.serving.studio.dataset_view import DatasetView, PictureRecord, TrainingPlan
-
-DECODERS = 2
-"""Pictures that are decoded at the same time for the page."""
-
+from anima_jax.serving.studio.made_pictures import MadePictures
 
 FilterName = Literal["", "all", "trained", "left_out", "no_caption", "upscaled", "cropped", "long"]
 
@@ -108,8 +104,7 @@ class ShownDataset:
 
     def __init__(self, view: DatasetView):
         self.view, self.editor = view, CaptionEditor(view)
-        self.thumbnails, self.duplicates = ImageCache(), DuplicateSearch()
-        self.decoders = asyncio.Semaphore(DECODERS)
+        self.pictures, self.duplicates = MadePictures(), DuplicateSearch()
         self._summary: tuple[Any, dict[str, Any]] = None, {}
 
     def select(self, wanted: Wanted) -> list[PictureRecord]:

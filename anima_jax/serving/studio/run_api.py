@@ -287,22 +287,27 @@ async def show_sample(request: Request, query: SampleQuery) -> Response:
 
 
 async def show_tile(request: Request, query: TileQuery) -> Response:
-    return _picture(await server_of(request).in_studio(_tile, request, query), "image/jpeg")
+    server, pictures = server_of(request), request.app.state.tiles
+    sample = await server.in_studio(_sample, request, query.run)
+
+    def make() -> bytes:
+        return _tile(sample, query.index)
+
+    return await pictures.response(server, (sample.path, sample.changed, query.index), make, "image/jpeg")
 
 
 def _picture(data: bytes, kind: str) -> Response:
     return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
 
-def _tile(request: Request, query: TileQuery) -> bytes:
+def _tile(sample: Sample, index: int) -> bytes:
     """Return one image of a grid, with its caption below it."""
-    sample = _sample(request, query.run)
-    row, column = divmod(query.index, sample.columns)
+    row, column = divmod(index, sample.columns)
     if row >= sample.rows:
-        raise NotFoundError(f"there is no image {query.index}, expected 0 to {sample.rows * sample.columns - 1}")
+        raise NotFoundError(f"there is no image {index}, expected 0 to {sample.rows * sample.columns - 1}")
     width, height = sample.size_wh[0] // sample.columns, sample.size_wh[1] // sample.rows
     try:
-        with Image.open(io.BytesIO(sample.path.read_bytes())) as image:
+        with Image.open(io.BytesIO(sample.path.read_bytes()), formats=["PNG"]) as image:
             part = image.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
             return as_jpeg(part.convert("RGB"), 92)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
