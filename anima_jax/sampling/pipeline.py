@@ -97,6 +97,7 @@ class AnimaPipeline:
         self._controls = ControlNetworks(dit.config, self.dtype)
         self.savings = Savings()
         self._said: set[str] = set()
+        self._transformer_files: list[PathLike] = []
         self._files: list[PathLike] = []
         if offload:
             self._vae.params, self.text_encoder_params = jax.device_get((self._vae.params, self.text_encoder_params))
@@ -151,7 +152,8 @@ class AnimaPipeline:
             load_text_encoder(text_encoder, dtype, allow_unused=allow_unused),
         )
         pipeline = cls(*networks, load_tokenizers(tokenizers), embeddings=embeddings, dtype=dtype, offload=offload)
-        pipeline._files += [*(path for path in (transformer, adapter, vae, text_encoder) if path is not None)]
+        pipeline._transformer_files = [path for path in (transformer, adapter) if path is not None]
+        pipeline._files = [vae, text_encoder]
         if loras:
             params = pipeline.dit_params, pipeline.text_encoder_params
             paths = [path for path, _ in loras]
@@ -424,10 +426,15 @@ class AnimaPipeline:
             raise self.not_finite(where)
         return arrays
 
+    def use_transformer(self, params: Params, files: Sequence[PathLike]) -> None:
+        """Draw with other parameters of the transformer, of the same structure, which come from `files`."""
+        self.dit_params, self._transformer_files = dict(params), list(files)
+
     def not_finite(self, where: str) -> NotFiniteError:
         """Return the error for values that are not finite, at `where`, and the file that has them if one does."""
+        files = [*self._transformer_files, *self._files]
         networks = {"the VAE": self._vae.params, "the text encoder": self.text_encoder_params}
-        return not_finite(where, self._files, {"the transformer": self.dit_params} | networks, self.dtype)
+        return not_finite(where, files, {"the transformer": self.dit_params} | networks, self.dtype)
 
 
 def _described(params: Params) -> str:

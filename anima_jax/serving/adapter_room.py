@@ -70,13 +70,20 @@ class RowStore:
     def release(self, keys: Sequence[Hashable]) -> None:
         """Undo a `take` of these adapters."""
         for key in set(keys):
-            self._users[key] -= 1
+            _one_less(self._users, key)
 
     def write(self, key: Hashable, values: Sequence[Params]) -> None:
         """Set the values of an adapter's pages."""
         for page, own in zip(self.pages[key], values, strict=True):
             self._params = _with_page(self.params, *replicate((np.int32(page), own)))
         self.unwritten.discard(key)
+
+
+def _one_less(users: collections.Counter[Hashable], key: Hashable) -> None:
+    """Count one user less, and forget a key without any: clients choose weights, and so keys."""
+    users[key] -= 1
+    if not users[key]:
+        del users[key]
 
 
 _with_page = jax.jit(with_page)  # Other threads may be using the store as it was.
@@ -125,7 +132,7 @@ class MergedSets:
 
     def release(self, key: Hashable) -> None:
         """Undo a `take`."""
-        self._users[key] -= 1
+        _one_less(self._users, key)
 
     def forget(self) -> None:
         """Forget all sets, which no image uses."""

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from anima_jax.checkpoints.locations import PathLike
 from anima_jax.errors import UserError, plural
 from anima_jax.models.parameters import Params
 from anima_jax.parallel.mesh import standard
@@ -123,16 +124,17 @@ class Engine:
         self._wake.set()
         return ticket
 
-    def replace_params(self, params: Params) -> concurrent.futures.Future[None]:
+    def replace_params(self, params: Params, files: Sequence[PathLike] = ()) -> concurrent.futures.Future[None]:
         """Use other parameters of the transformer, of the same structure, for the orders that come after this call.
 
+        `files` are those that they come from, in which values that are not finite are looked for.
         Those that were submitted before are drawn with the parameters before. The future is done when that is so and
         the parameters are in use. Raises EngineClosedError.
         """
         with self._changed:
             if not self._accepting:
                 raise EngineClosedError("the engine takes no orders any more")
-            done = self._replacements.add(next(self._numbers), params)
+            done = self._replacements.add(next(self._numbers), params, files)
         self._wake.set()
         return done
 
@@ -277,7 +279,8 @@ class Engine:
         try:
             prepared = future.result()
             if prepared.key not in self._pools:
-                release_idle(self._ready_pools())
+                for key in release_idle(self._ready_pools()):
+                    del self._pools[key]
                 arguments = prepared.key, prepared, self.pipeline, self._adapters, self._slots, self._programs
                 side = self._threads["noise"], self._turns
                 self._pools[prepared.key] = self._beside("compile", Pool, *arguments, *side)

@@ -181,7 +181,8 @@ class LoraLibrary:
                 entries[key] = self._entries[key] if key in self._entries else read(name, path)
             except (UserError, OSError):  # such as a file that is still being copied
                 continue
-        self._entries = {**self._entries, **entries}
+        others = {key: entry for key, entry in self._entries.items() if key[0] is not read}
+        self._entries = others | entries  # those of files that are gone or changed are forgotten
         return sorted((entry for entry in entries.values() if entry), key=lambda entry: entry.name)
 
 

@@ -35,6 +35,9 @@ ROWS = {"cpu": (256, 4)}
 OTHER_ROWS = (8192, 16)
 """Tokens of the network's batch, and its most rows: more make an evaluation of few images slower."""
 
+KEPT_POOLS = 64
+"""Pools that stay for other images of their kind; making one again compiles nothing."""
+
 IDLE_SHARE = 8
 """Pools without images release their arrays if those of all pools take more than this part of a device's memory."""
 
@@ -319,10 +322,15 @@ def rows_at_once(tokens: int, slots: int) -> int:
     return -(-rows // devices) * devices
 
 
-def release_idle(pools: Iterable[Pool]) -> None:
-    """Release arrays of pools without images if those of all pools take much memory."""
+def release_idle(pools: Iterable[Pool]) -> list[PoolKey]:
+    """Release arrays of pools without images if those of all pools take much memory.
+
+    Return the keys of those that can be forgotten, so that another pool is one of at most `KEPT_POOLS`.
+    """
     pools = sorted(pools, key=lambda pool: pool.last_used)
     limit = (device_bytes(jax.local_devices()[0]) or DEVICE_BYTES) // IDLE_SHARE
     for pool in pools:
         if sum(own.nbytes for own in pools) > limit and not pool.used:
             pool.reset()
+    idle = [pool.key for pool in pools if not pool.used]
+    return idle[: max(0, len(pools) + 1 - KEPT_POOLS)]

@@ -3,8 +3,9 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from anima_jax.checkpoints.locations import PathLike
 from anima_jax.models.parameters import Params
 from anima_jax.sampling.pipeline import AnimaPipeline
 
@@ -15,6 +16,7 @@ class _Replacement:
 
     first: int
     params: Params
+    files: Sequence[PathLike]
     done: concurrent.futures.Future[None]
 
 
@@ -33,9 +35,12 @@ class Replacements:
         """The number of the first order that must wait."""
         return self._waiting[0].first if self._waiting else float("inf")
 
-    def add(self, first: int, params: Params) -> concurrent.futures.Future[None]:
-        """Have orders from number `first` on drawn with `params`. The future is done when they are in use."""
-        replacement = _Replacement(first, params, concurrent.futures.Future())
+    def add(self, first: int, params: Params, files: Sequence[PathLike]) -> concurrent.futures.Future[None]:
+        """Have orders from number `first` on drawn with `params`, which come from `files`.
+
+        The future is done when they are in use.
+        """
+        replacement = _Replacement(first, params, files, concurrent.futures.Future())
         replacement.done.set_running_or_notify_cancel()  # From now on it cannot be cancelled.
         self._waiting.append(replacement)
         return replacement.done
@@ -45,7 +50,7 @@ class Replacements:
         oldest, replaced = min(unfinished, default=float("inf")), False
         while self.first < oldest:
             replacement = self._waiting.popleft()
-            self._pipeline.dit_params = dict(replacement.params)
+            self._pipeline.use_transformer(replacement.params, replacement.files)
             replacement.done.set_result(None)
             replaced = True
         return replaced

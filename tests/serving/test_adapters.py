@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from anima_jax import AnimaPipeline, UserError
 from anima_jax.models import parameters
-from anima_jax.serving.adapter_room import RowStore
+from anima_jax.serving.adapter_room import MergedSets, RowStore
 from anima_jax.serving.adapters import BY_ROW, MERGED, NO_ADAPTERS, OrderAdapters
 from anima_jax.serving.lora_library import LoraLibrary
 from tests.models.networks import normal, quick_jit
@@ -28,6 +28,21 @@ def lora(module, out, into, rank, seed, **more):
     return {f"{module}.{name}.weight": values for name, values in factors.items()} | {
         f"{module}.{name}": np.asarray(values) for name, values in more.items()
     }
+
+
+def test_weights_that_no_image_uses_any_more_leave_nothing():
+    ready, store = threading.Event(), RowStore({}, 4, jnp.float32)
+    sets = MergedSets(lambda source: {}, ready.set)
+    for weight in range(3):
+        if not sets.take(weight, None):
+            assert ready.wait(60)
+            assert sets.take(weight, None)
+        ready.clear()
+        sets.release(weight)
+        assert store.take({weight: 2})
+        store.release([weight])
+    sets.close()
+    assert (len(sets._users), len(store._users), store.used) == (0, 0, 0)
 
 
 @pytest.fixture(scope="module")

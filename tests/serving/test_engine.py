@@ -1,6 +1,7 @@
 """The engine: images against those of the pipeline and of other company, and orders that fail or are cancelled."""
 
 import contextlib
+import copy
 import itertools
 import threading
 from concurrent.futures import CancelledError
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from anima_jax import AnimaPipeline, UserError
 from anima_jax.errors import NotFiniteError
@@ -248,6 +250,24 @@ def test_other_parameters_are_used_for_the_orders_after_them(engine, pipeline, l
     assert np.array_equal(*found)
     assert not np.array_equal(found[0], before)
     assert np.array_equal(before, *drawn(engine, [order("held")], latents))
+
+
+def test_values_that_are_not_finite_are_looked_for_in_the_files_of_the_parameters_in_use(pipeline, tmp_path):
+    save_file({"x": np.array([np.nan], np.float32)}, tmp_path / "broken.safetensors")
+    other = copy.copy(pipeline)
+    other.use_transformer(pipeline.dit_params, [tmp_path / "broken.safetensors"])
+    assert ["broken" in str(one.not_finite("x")) for one in (other, pipeline)] == [True, False]
+
+
+def test_pools_beyond_a_number_are_forgotten_and_made_again_without_compiling(engine, latents, monkeypatch):
+    orders = [order(), order(sampler="er_sde")]
+    expected = drawn(engine, orders, latents)
+    monkeypatch.setattr(pools, "KEPT_POOLS", 1)
+    engine._pools.clear()
+    before = engine.statistics().compilations
+    found = [drawn(engine, [each], latents)[0] for each in (*orders, orders[0])]
+    assert (engine.statistics().pools, engine.statistics().compilations) == (1, before)
+    assert all(map(np.array_equal, found, [*expected, expected[0]]))
 
 
 def test_a_full_queue_refuses_and_cancelled_orders_leave_it(pipeline, engine):

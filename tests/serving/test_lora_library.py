@@ -44,6 +44,14 @@ def test_files_are_named_by_their_path_within_the_folder_and_new_ones_are_found_
     assert len(library.loras()) == 4
 
 
+def test_files_that_change_leave_no_old_entries(folder):
+    library = LoraLibrary(folder, controls=[folder])
+    for rank in (1, 2, 3):
+        write_lora(folder / "style.safetensors", rank=rank)
+        assert (len(library.loras()), len(library.controls())) == (3, 0)
+    assert len(library._entries) == 6
+
+
 def test_folders_that_did_not_change_are_not_read_again(folder, monkeypatch):
     library, walks, walk = LoraLibrary(folder), [], os.walk
     monkeypatch.setattr(os, "walk", lambda path: walks.append(path) or walk(path))

@@ -23,7 +23,7 @@ async def draw_with(server: Server, path: pathlib.Path, label: str) -> None:
     async with server.loading:
         params = await server.in_studio(_params, server, path)
         # Without a pause between these lines, so that the texts of images name the model that draws them.
-        replaced = server.engine.replace_params(params)
+        replaced = server.engine.replace_params(params, [path])
         server.use_files({**server.config.files, "transformer": str(path), "adapter": None}, label)
         await asyncio.wrap_future(replaced)
 
