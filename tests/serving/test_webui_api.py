@@ -281,6 +281,10 @@ def test_open_webui_writes_all_settings_back_and_others_change_what_follows(v1):
     override = {"samples_format": "webp", "sd_vae": "Automatic"}
     answer = v1.post("/txt2img", json={"prompt": "x", "override_settings": override}).json()
     assert opened(answer["images"][0]).format == "WEBP"
+    kept = {"override_settings": override, "override_settings_restore_afterwards": False}
+    for body, status, format in (({"steps": -1}, 422, "jpg"), ({"sampler_name": "x"}, 404, "jpg"), ({}, 200, "webp")):
+        assert v1.post("/txt2img", json={"prompt": "x", **kept, **body}).status_code == status
+        assert v1.get("/options").json()["samples_format"] == format
     v1.post("/options", json=settings)
 
 

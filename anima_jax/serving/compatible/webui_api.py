@@ -111,7 +111,7 @@ class WebuiApi:
             return image
 
         with server.jobs.following():
-            await self._draw(request, server, drawing, _not_kept, finish)
+            await self._draw(request, server, body, drawing, _not_kept, finish)
             first = dataclasses.replace(drawing, orders=[drawing.orders[index] for index in sorted(drawn)])
             if not drawn:
                 return _images_answer(body, [], [], first, [*notes, "interrupted"])
@@ -131,8 +131,6 @@ class WebuiApi:
         _ = server.engine  # before pictures are decoded
         settings = self.settings(server)
         values, notes = settings.changed(body.override_settings)
-        if not body.override_settings_restore_afterwards:
-            settings.change(body.override_settings)
         library = server.library
         reader = Reader(
             defaults={
@@ -152,6 +150,7 @@ class WebuiApi:
         self,
         request: Request,
         server: Server,
+        body: WebuiRequest,
         drawing: WebuiDrawing,
         keep: Keep,
         finish: Finish,
@@ -160,6 +159,8 @@ class WebuiApi:
     ) -> tuple[list[int], list[GalleryImage], bool]:
         """Draw, and return the indices of the orders that were drawn, their images, and whether it was interrupted."""
         job = server.jobs.submit(drawing.orders, keep, finish=finish, may_skip=True, follows=follows)
+        if not body.override_settings_restore_afterwards:  # Now nothing of the request can be wrong any more.
+            self.settings(server).change(body.override_settings)
         running = Running(job, _address(request), time.monotonic())
         self._running.append(running)
         try:
@@ -182,7 +183,7 @@ class WebuiApi:
         keep = server.jobs.keep
         if first is not None and isinstance(body, Txt2ImgRequest):
             keep = server.keep_changed(functools.partial(_hires_text, body, first.orders[0]))
-        drawn = await self._draw(request, server, drawing, keep, drawing.finish, follows=first is not None)
+        drawn = await self._draw(request, server, body, drawing, keep, drawing.finish, follows=first is not None)
         indices, images, interrupted = drawn
         settings = self.settings(server).changed(body.override_settings)[0]
         files = [await asyncio.to_thread(_file, server, image, settings) for image in images]
