@@ -424,3 +424,13 @@ def test_the_pages_command_chooses_the_newest_lora(folder, small):
     arguments = parse_serve(words)
     assert arguments.page_lora in (None, "step5/my_cats_on_shapes")
     assert (arguments.config, arguments.port) == (str(toml), 8000)
+
+
+def test_a_path_on_another_drive_is_shown_whole(monkeypatch, tmp_path):
+    def across_drives(path):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.chdir(tmp_path)
+    assert commands.short_path(tmp_path / "a" / "b") == os.path.join("a", "b")
+    monkeypatch.setattr(os.path, "relpath", across_drives)
+    assert commands.short_path(tmp_path / "a") == str(tmp_path / "a")

@@ -401,6 +401,9 @@ def test_an_allowed_origin_may_use_the_server_and_others_may_not():
         client, own = running.client, {"origin": "https://studio.example"}
         preflight = client.options("/api/jobs", headers=own | {"access-control-request-method": "POST"})
         assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (204, own["origin"])
+        assert {"Authorization", "Content-Type", "If-Match"} == set(
+            preflight.headers["access-control-allow-headers"].split(", ")
+        )
         headers = own | {"authorization": "Bearer secret"}
         response = client.post("/api/jobs", json=SMALL, headers=headers)
         assert (response.status_code, response.headers["access-control-allow-origin"]) == (202, own["origin"])

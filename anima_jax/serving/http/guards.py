@@ -31,7 +31,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 
 CORS_HEADERS = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, If-Match",
     "Access-Control-Max-Age": "600",
 }
 
@@ -78,6 +78,7 @@ class Guards:
                 answered.update(self._headers)
                 if allowed:
                     answered["Access-Control-Allow-Origin"] = str(origin)
+                    answered["Access-Control-Expose-Headers"] = "ETag, Retry-After"
                     answered.add_vary_header("Origin")
             await send(message)
 

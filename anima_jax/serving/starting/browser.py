@@ -109,16 +109,16 @@ def serve_flags(arguments: argparse.Namespace, model: StartModel, toml: pathlib.
     run = training_run.run_of(toml) if toml else quick_start.run_of(arguments) if model.base == "shapes" else None
     words: list[str] = []
     if toml:
-        words += ["--config", os.path.relpath(toml), "--dataset", os.path.relpath(run_toml.dataset_of(toml))]
+        words += ["--config", commands.short_path(toml), "--dataset", commands.short_path(run_toml.dataset_of(toml))]
     elif model.base == "shapes":
-        words += ["--config", quick_start.CONFIG, "--checkpoint", os.path.relpath(model.paths["transformer"])]
+        words += ["--config", quick_start.CONFIG, "--checkpoint", commands.short_path(model.paths["transformer"])]
     else:
         for flag, path in model.paths.items():
             words += [f"--{flag}", path]
     if run:
-        words += ["--run", os.path.relpath(run)]
+        words += ["--run", commands.short_path(run)]
         if toml and (lora := training_run.lora_of(run)):
             name = lora.relative_to(run).with_suffix("").as_posix()
-            words += ["--lora_dir", os.path.relpath(run), "--page_lora", name]
+            words += ["--lora_dir", commands.short_path(run), "--page_lora", name]
             words += [f"--page_prompt={run_toml.prompt_of(toml)}"]
     return [*words, "--port", str(port)]

@@ -14,6 +14,14 @@ from anima_jax.serving.starting import planning
 from anima_jax.serving.starting.planning import RunPlan
 
 
+def short_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as seen from the current folder; on another drive of Windows, the whole path."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 def show(module: str, *arguments: str) -> None:
     """Print the command line that runs a module with these arguments."""
     print(f"\n$ {shell_command(module, *arguments)}", flush=True)

@@ -1,7 +1,6 @@
 """The quick start's model: trained once, then used like a downloaded one."""
 
 import argparse
-import os
 import pathlib
 import re
 
@@ -24,7 +23,7 @@ def run_of(arguments: argparse.Namespace) -> pathlib.Path | None:
 
 def train_flags(arguments: argparse.Namespace) -> list[str]:
     """Return the flags of `anima_jax.train` for the quick start."""
-    root = os.path.relpath(pathlib.Path(arguments.output, "shapes"))
+    root = commands.short_path(pathlib.Path(arguments.output, "shapes"))
     steps = ["--set", f"max_steps={arguments.steps}"] if arguments.steps else []
     return ["--config", CONFIG, "--set", f"output_dir={root}", *steps, "--resume", "auto"]
 

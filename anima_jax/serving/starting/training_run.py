@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +66,7 @@ def ask(arguments: argparse.Namespace, questions: Questions, path: str, model: S
         steps = questions.ask("Training steps", steps, "--steps", whole_number(1))
     rank = arguments.rank or int(before.get("rank") or RANKS[model.base])
     trigger = "" if pictures.captions and all(trigger in text for text in pictures.captions) else trigger
-    given = path if path == choices.DEMO else os.path.relpath(path)
+    given = path if path == choices.DEMO else commands.short_path(path)
     return Answers(given, pictures, folder, caption, flags, trigger.strip(" ,"), steps, rank, arguments.resolution)
 
 
@@ -115,7 +114,7 @@ def _captions(
 
 def flags_of(arguments: argparse.Namespace, model: StartModel, answers: Answers | None) -> list[str]:
     """Return the flags with which the same command asks nothing."""
-    output = os.path.relpath(arguments.output)
+    output = commands.short_path(arguments.output)
     words = ["--pictures", choices.NONE if answers is None else answers.given]
     own = arguments.model if arguments.model not in ("auto", "anima", "shapes") else model.base
     words += ["--model", own]
@@ -159,12 +158,12 @@ def prepare(answers: Answers, model: StartModel) -> pathlib.Path:
         recipe = dataclasses.replace(recipe, captions_file=str(table) if table else None)
     found = run_toml.find(answers.folder, recipe)
     if found is not None:
-        print(f"\ngoing on with {os.path.relpath(found[0])}, which is not changed")
+        print(f"\ngoing on with {commands.short_path(found[0])}, which is not changed")
         return found[0]
     plan, recipe = _fitting_plan(answers.folder, recipe)
     path = run_toml.write(run_toml.free_name(answers.folder), recipe, plan)
-    print(f"{run_toml.device_line(plan)}\n{plan.data}\nwrote {os.path.relpath(path)}, with the reason of each key")
-    print(f"  look at it again: {shell_command('anima_jax.train', '--config', os.path.relpath(path), '--dry_run')}")
+    print(f"{run_toml.device_line(plan)}\n{plan.data}\nwrote {commands.short_path(path)}, with the reason of each key")
+    print(f"  look at it again: {shell_command('anima_jax.train', '--config', commands.short_path(path), '--dry_run')}")
     return path
 
 
@@ -183,7 +182,7 @@ def _fitting_plan(folder: pathlib.Path, recipe: RunRecipe) -> tuple[RunPlan, Run
     for size in sizes:
         recipe = dataclasses.replace(recipe, resolution=size)
         draft = run_toml.write(folder / "draft" / "lora.toml", recipe)
-        plan = commands.plan(os.path.relpath(draft))
+        plan = commands.plan(commands.short_path(draft))
         if plan.keys is not None:
             return plan, recipe
         print(f"resolution {size} does not fit: {run_toml.device_line(plan)}")
@@ -196,7 +195,7 @@ def _fitting_plan(folder: pathlib.Path, recipe: RunRecipe) -> tuple[RunPlan, Run
 
 def train(path: pathlib.Path) -> int:
     """Train the run of a TOML, or what is left of it; return training's exit code."""
-    return commands.run("anima_jax.train", "--config", os.path.relpath(path), "--resume", "auto")
+    return commands.run("anima_jax.train", "--config", commands.short_path(path), "--resume", "auto")
 
 
 def run_of(path: pathlib.Path) -> pathlib.Path | None:
