@@ -22,6 +22,7 @@ from anima_jax.errors import UserError, one_line
 from anima_jax.sampling.exif import text_chunks
 from anima_jax.sampling.image_text import from_text
 from anima_jax.serving.http.limits import RequestLimits
+from anima_jax.serving.http.pictures import as_jpeg
 
 THUMBNAIL = 256
 """Largest side of a thumbnail in pixels."""
@@ -156,10 +157,9 @@ class Gallery:
 
 
 def _thumbnail(image: Image.Image) -> bytes:
-    small, data = image.convert("RGB"), io.BytesIO()
+    small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(data, format="JPEG", quality=85)
-    return data.getvalue()
+    return as_jpeg(small, 85)
 
 
 def _images_in(folder: pathlib.Path) -> Iterator[GalleryImage]:

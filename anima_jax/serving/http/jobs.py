@@ -8,7 +8,6 @@ import asyncio
 import base64
 import collections
 import contextlib
-import io
 import secrets
 import sys
 import time
@@ -22,6 +21,7 @@ from anima_jax.errors import UserError, one_line, size_text, system_error
 from anima_jax.serving.engine import Engine, EngineFullError
 from anima_jax.serving.http.gallery import GalleryImage
 from anima_jax.serving.http.limits import RequestLimits, UnavailableError
+from anima_jax.serving.http.pictures import as_jpeg
 from anima_jax.serving.orders import Order
 from anima_jax.serving.tickets import Ticket
 
@@ -382,6 +382,4 @@ def error_line(error: BaseException | None) -> str:
 
 
 def _data_url(preview: Image.Image) -> str:
-    data = io.BytesIO()
-    preview.convert("RGB").save(data, format="JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(as_jpeg(preview, 80)).decode()}"

@@ -78,6 +78,13 @@ def converted(png: bytes, kind: str, quality: int | None, *, with_text: bool = T
     return encoded(pixels, kind, texts if with_text else None, quality)[0], texts
 
 
+def as_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Return an image, without its transparency, as the bytes of a small JPEG for the page."""
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "JPEG", quality=quality, optimize=True)
+    return data.getvalue()
+
+
 def png_text(image: Image.Image) -> str:
     """Return an image as the base64 text of a PNG."""
     return base64.b64encode(encoded(image, "PNG")[0]).decode()

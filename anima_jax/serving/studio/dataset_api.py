@@ -10,11 +10,12 @@ from starlette.routing import Route
 
 from anima_jax.data.media import read_clip
 from anima_jax.errors import UserError, one_line, show_value
+from anima_jax.serving.http.pictures import as_jpeg
 from anima_jax.serving.http.routes import NotFoundError, Strict, api_route
 from anima_jax.serving.http.server import server_of
 from anima_jax.serving.studio.caption_edits import CaptionKind
 from anima_jax.serving.studio.dataset_edits import TagAction
-from anima_jax.serving.studio.dataset_pictures import as_jpeg, as_png, small_picture, thumbnail_side
+from anima_jax.serving.studio.dataset_pictures import as_png, small_picture, thumbnail_side
 from anima_jax.serving.studio.dataset_shown import (
     BucketEntry,
     DatasetSource,
@@ -316,7 +317,7 @@ async def show_thumbnail(request: Request, query: ThumbnailQuery) -> Response:
     record, side = _record(request), thumbnail_side(query.size)
 
     def make() -> bytes:
-        return as_jpeg(small_picture(record.candidate.media, side))
+        return as_jpeg(small_picture(record.candidate.media, side), 88)
 
     return await _shown(request).pictures.response(
         server_of(request), (record.id, record.version, side), make, "image/jpeg"

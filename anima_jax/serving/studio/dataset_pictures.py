@@ -72,13 +72,6 @@ def small_picture(media: Media, side: int) -> Image.Image:
     return picture
 
 
-def as_jpeg(picture: Image.Image, quality: int = 88) -> bytes:
-    """Return an RGB image as the bytes of a JPEG."""
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=quality, optimize=True)
-    return data.getvalue()
-
-
 def as_png(pixels: np.ndarray) -> bytes:
     """Return pixels, uint8 (height, width, 3), as the bytes of a PNG."""
     data = io.BytesIO()

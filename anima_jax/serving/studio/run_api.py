@@ -13,10 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from anima_jax.errors import UserError, one_line, show_value
+from anima_jax.serving.http.pictures import as_jpeg
 from anima_jax.serving.http.routes import NotFoundError, api_route
 from anima_jax.serving.http.server import Server, server_of
 from anima_jax.serving.studio.chosen_model import draw_with
-from anima_jax.serving.studio.dataset_pictures import as_jpeg
 from anima_jax.serving.studio.run_figures import POINTS, Figures
 from anima_jax.serving.studio.run_folders import CheckpointKind, RunCheckpoint, RunFolder, Runs, Sample
 
@@ -309,7 +309,7 @@ def _tile(sample: Sample, index: int) -> bytes:
     try:
         with Image.open(io.BytesIO(sample.path.read_bytes()), formats=["PNG"]) as image:
             part = image.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
-            return as_jpeg(part.convert("RGB"), 92)
+            return as_jpeg(part, 92)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise NotFoundError("the picture is not complete, or no longer there") from None
 
