@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 
 class Problems:
-    """The skipped files. With `strict`, the first one raises an error. Thread-safe."""
+    """The skipped files. With `strict`, the first one raises an error; without `logged`, nothing is said. Thread-safe."""
 
-    def __init__(self, strict: bool = False):
-        self.strict = strict
+    def __init__(self, strict: bool = False, logged: bool = True):
+        self.strict, self.logged = strict, logged
         self.lines: list[str] = []
         """One line per skip, so two for a file in two sources or at two sizes."""
         self._reported, self._lock = set[str](), threading.Lock()
@@ -23,7 +23,7 @@ class Problems:
         return len(self._reported)
 
     def skip(self, *errors: UserError | str) -> None:
-        """Log one line for each skipped file that was not reported before. Raises UserError if `strict`."""
+        """Log one line for each skipped file that is not known yet, if `logged`. Raises UserError if `strict`."""
         for error in errors:
             # File names may contain bytes that are not UTF-8, which terminals reject; these become escapes.
             line = one_line(error)
@@ -33,7 +33,7 @@ class Problems:
                 new = line not in self._reported
                 self._reported.add(line)
                 self.lines.append(line)
-            if new:
+            if new and self.logged:
                 log.warning("skipped: %s", line)
 
     def summary(self) -> str:

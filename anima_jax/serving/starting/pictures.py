@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import pathlib
 import re
@@ -92,8 +91,7 @@ def read_pictures(path: str) -> Pictures:
             f"{path}: {'is a file' if os.path.exists(path) else 'no such folder'}, expected a folder of pictures"
         )
     set_up_pillow()
-    problems, folders = Problems(), list[PictureFolder]()
-    logging.getLogger(Problems.__module__).setLevel(logging.ERROR)  # `report` has its lines
+    problems, folders = Problems(logged=False), list[PictureFolder]()  # `report` has their lines
     for folder in (path, *_folders_in(path)):
         source = DirectorySource.model_validate({"path": folder, "resolutions": [512], "skip_empty_caption": False})
         entries, line = read_entries(FolderReader(source), FileIndex(keep=False), problems)
