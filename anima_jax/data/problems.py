@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 class Problems:
-    """The skipped files. With `strict`, the first one raises an error; without `logged`, nothing is said. Thread-safe."""
+    """The skipped files. The first one is an error with `strict`; none is logged without `logged`. Thread-safe."""
 
     def __init__(self, strict: bool = False, logged: bool = True):
         self.strict, self.logged = strict, logged
