@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from anima_jax.errors import UserError
 from tests.fuzz.mutations import KINDS, Change, Files, changed
 
-LIMIT_S = 20.0  # one took more than 10 beside the other tests, but not alone
+LIMIT_S = 10.0
 """CPU time for one input, of all threads together."""
 
 LIMIT_BYTES = 2**31
