@@ -217,6 +217,8 @@ class Cache:
         for store, *lists in work:
             if any(lists):
                 store.prepare()
+            elif is_process_0():  # A process may have been killed after it had encoded everything.
+                store.sweep()
         barrier("the missing parts are counted")
         for store, masks, controls, latents, captions in work:
             own = _own_items(masks, SMALL_RECORDS_PER_PART)

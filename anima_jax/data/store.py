@@ -180,6 +180,12 @@ class Store:
         if not is_remote(self.folder):
             self._prepare(pathlib.Path(self.folder), "cache_dir")
 
+    def sweep(self) -> None:
+        """Remove what killed processes left, as `prepare` does, if the folders are there and can be written."""
+        if not is_remote(self.folder) and os.path.isdir(self.folder):
+            with contextlib.suppress(UserError):
+                self.prepare()
+
     def write_part(self, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Write (key, record) pairs as one part, unless it exists. From then on all processes can read it."""
         if any(len(key) != KEY_BYTES for key, _ in records):

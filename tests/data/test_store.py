@@ -341,6 +341,14 @@ def test_a_killed_writers_memo_goes_and_a_living_ones_stays(tmp_path):
     assert not unfinished.exists()
 
 
+def test_leftovers_go_when_there_is_nothing_to_write(tmp_path):
+    (tmp_path / ".files-0123456789abcdef.jsonl.0123abcd.tmp").touch()
+    Store(tmp_path).sweep()
+    assert list(tmp_path.iterdir()) == []
+    Store(tmp_path / "nowhere").sweep()
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- damage and mistakes --------------------------------------------------------------------------------------------
 
 
